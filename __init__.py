@@ -1,0 +1,59 @@
+"""convloom: convolutional networks from PyTorch to fused Triton executables.
+
+    exe = convloom.compile(model, (torch.randn(1, 3, 224, 224),), target="interpreter")
+    y = exe(x)
+
+Everything is imported when first used, so that `import convloom` needs neither torch nor triton.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from .errors import (
+    ArtifactError,
+    CaptureError,
+    ConvloomError,
+    GraphError,
+    InvalidInputError,
+    KernelError,
+    TargetUnavailableError,
+    UnsupportedOpError,
+)
+
+if TYPE_CHECKING:
+    from . import zoo
+    from .compiler.api import compile
+    from .compiler.executable import Executable
+
+__version__ = "0.1.0"
+_LAZY = {
+    "compile": ("convloom.compiler.api", "compile"),
+    "Executable": ("convloom.compiler.executable", "Executable"),
+    "zoo": ("convloom.zoo", None),
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module 'convloom' has no attribute {name!r}")
+    module, attribute = _LAZY[name]
+    loaded = importlib.import_module(module)
+    return loaded if attribute is None else getattr(loaded, attribute)
+
+
+__all__ = [
+    "ArtifactError",
+    "CaptureError",
+    "ConvloomError",
+    "Executable",
+    "GraphError",
+    "InvalidInputError",
+    "KernelError",
+    "TargetUnavailableError",
+    "UnsupportedOpError",
+    "__version__",
+    "compile",
+    "zoo",
+]

@@ -1,0 +1,113 @@
+"""`compile`: the straight road from an nn.Module to an executable."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from .. import settings
+from ..errors import InvalidInputError
+from ..kernels import targets
+from ..kernels.spec import FLOAT_DTYPES
+from ..kernels.targets import INTERPRETER, REFERENCE, Target
+from .capture import capture
+from .executable import Executable
+from .ir import Graph
+from .ledger import Ledger
+from .lower import Options, lower
+from .passes import run_passes, select
+from .plan import Plan
+from .runtime import CrossCompiledRunner, CudaRunner, InterpreterRunner, ReferenceRunner, Runner
+
+LOG = logging.getLogger("convloom")
+PRECISIONS = ("ieee", "tf32")
+TUNINGS = ("heuristic", "records")
+FALLBACKS = ("error", "torch")
+
+
+def compile(
+    module: torch.nn.Module,
+    example: Sequence[Any],
+    *,
+    target: str = "cuda",
+    dtype: torch.dtype | None = None,
+    precision: str = "ieee",
+    dynamic_batch: tuple[int, int] | None = None,
+    tuning: str = "records",
+    passes: str | tuple[str, ...] = "default",
+    fallback: str = "error",
+) -> Executable:
+    """The module compiled for inputs like `example` (a tuple of float tensors).
+
+    target: "cuda" (this machine's GPU), "cuda:sm_80|86|89|90|100" (compiled, not run),
+    "interpreter" (the same kernels on the CPU) or "reference" (torch ops, node by node).
+    dtype: computes in float16 or bfloat16; inputs and outputs keep the module's own dtype.
+    precision: fp32 products are fp32-accurate ("ieee") or "tf32". dynamic_batch: (lo, hi).
+    tuning: "heuristic", or "records" (the same where no record fits). passes: "default", "none", or
+    names. fallback: "torch" runs unsupported nodes as torch ops, listed in the ledger.
+
+    Raises: InvalidInputError, TargetUnavailableError, CaptureError, UnsupportedOpError, KernelError.
+    """
+    _check_choice("precision", precision, PRECISIONS)
+    _check_choice("tuning", tuning, TUNINGS)
+    _check_choice("fallback", fallback, FALLBACKS)
+    if dtype is not None and dtype not in FLOAT_DTYPES:
+        raise InvalidInputError(
+            f"dtype: expected None, float32, float16 or bfloat16, got {dtype}"
+        )
+    chosen = targets.parse(target)
+    select(passes)
+    if isinstance(example, torch.Tensor):
+        raise InvalidInputError("example inputs: expected a tuple of tensors, got a tensor")
+    captured = capture(module, example, dynamic_batch)
+    ledger = Ledger()
+    graph = run_passes(captured, ledger, passes, dtype, fallback)
+    options = Options(chosen, precision, elide_concats=passes != "none")
+    plan = lower(graph, captured, options, ledger)
+    if dynamic_batch is not None:
+        plan = _with_bounds(plan, dynamic_batch)
+    executable = Executable(graph, plan, ledger, _runner(graph, plan, chosen, target))
+    LOG.info("%s: %s", graph.name, executable.summary_line())
+    _debug(executable)
+    return executable
+
+
+def _check_choice(name: str, value: str, known: tuple[str, ...]) -> None:
+    if value not in known:
+        raise InvalidInputError(f"{name}: expected one of {', '.join(known)}; got {value!r}")
+
+
+def _with_bounds(plan: Plan, bounds: tuple[int, int]) -> Plan:
+    from dataclasses import replace
+
+    return replace(plan, batch=bounds)
+
+
+def _runner(graph: Graph, plan: Plan, chosen: Target, target: str) -> Runner:
+    if chosen is REFERENCE:
+        return ReferenceRunner(graph)
+    if chosen is INTERPRETER:
+        return InterpreterRunner(plan)
+    capability = targets.local_capability()
+    here = capability is not None and targets.nearest(capability) is chosen
+    if target == "cuda" or here:
+        return CudaRunner(plan, chosen)
+    return CrossCompiledRunner(plan)
+
+
+def _debug(executable: Executable) -> None:
+    level = settings.read().debug
+    if level >= 1:
+        print(executable.plan.to_text())
+    if level >= 2:
+        refused = [event for event in executable.ledger.events if not event.accepted]
+        for event in refused:
+            print(f"refused {event.rule}: {', '.join(event.nodes)}: {event.reason}")
+    if level >= 4:
+        for kernel in executable.kernels:
+            print(kernel.source())
+
+

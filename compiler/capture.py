@@ -1,0 +1,409 @@
+"""nn.Module -> Graph, through torch.export.
+
+The exported program is functional ATen (`run_decompositions({})`): parameters by name, shapes in
+`meta["val"]`, module paths in `nn_module_stack`. Each ATen call is turned into ops of the registry by
+the capture function that the op's file declares. Neither the module nor its buffers are changed.
+
+With a dynamic batch every shape is recorded at the largest batch; dimension 0 is the only one that
+may vary, as a multiple of the batch.
+"""
+
+from __future__ import annotations
+
+import operator
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, NoReturn
+
+import torch
+from torch.export import Dim
+from torch.utils import _pytree as pytree
+
+from ..errors import CaptureError, InvalidInputError, UnsupportedOpError
+from ..kernels import registry
+from ..kernels.epilogue import Epilogue
+from ..kernels.op import Attributes
+from ..kernels.spec import FLOAT_DTYPES, TensorSpec
+from .ir import CONSTANT, INPUT, OUTPUT, TORCH, Graph, NoAttributes, Node, Value
+
+TRAINING_OPS = ("native_dropout", "bernoulli", "rand_like", "randn_like", "rand", "randn", "rrelu")
+
+
+@dataclass(frozen=True)
+class TorchCall(Attributes):
+    """An ATen call kept as it is: `arguments` with `Slot`s where its tensors go.
+
+    reason: why convloom has no kernel for it.
+    """
+
+    target: Any = None
+    arguments: tuple[Any, ...] = ()
+    keywords: tuple[tuple[str, Any], ...] = ()
+    reason: str = ""
+
+    def __str__(self) -> str:
+        return str(self.target)
+
+
+@dataclass(frozen=True)
+class Slot:
+    """The place of input `index` in the arguments of a `TorchCall`."""
+
+    index: int
+
+
+@dataclass(frozen=True)
+class Structure:
+    """How the module's arguments and result are nested.
+
+    results: for each leaf of the result, the index of a graph output or a literal.
+    """
+
+    arguments: pytree.TreeSpec
+    result: pytree.TreeSpec
+    results: tuple[tuple[str, Any], ...]
+
+
+class _Refused(Exception):
+    """A capture function declined; carries the reason."""
+
+
+@dataclass
+class _State:
+    """What one capture run accumulates."""
+
+    graph: Graph
+    values: dict[str, Any] = field(default_factory=dict)
+    symbol: Any = None
+    largest: int = 1
+
+
+class _Builder:
+    """What an op's capture function sees of the graph."""
+
+    def __init__(self, state: _State, name: str, path: str) -> None:
+        self._state, self._name, self._path = state, name, path
+
+    def apply(
+        self,
+        op: str,
+        inputs: Sequence[Value],
+        attributes: Attributes | None = None,
+        epilogue: Epilogue = (),
+    ) -> Value:
+        graph = self._state.graph
+        name = self._name if self._name not in graph else graph.fresh_name(self._name)
+        value = graph.add(op, inputs, attributes, epilogue=epilogue, name=name)
+        graph.update(value.node, module_path=self._path, origins=(value.node,))
+        return value
+
+    def spec(self, value: Value) -> TensorSpec:
+        return self._state.graph.spec(value)
+
+    def refuse(self, reason: str) -> NoReturn:
+        raise _Refused(reason)
+
+
+def capture(
+    module: torch.nn.Module,
+    example: Sequence[Any],
+    dynamic_batch: tuple[int, int] | None = None,
+) -> Graph:
+    """The module's dataflow graph for inputs like `example`.
+
+    dynamic_batch: (lo, hi); every input's dimension 0 is then the batch. Calls without a kernel
+    become "torch" nodes: some are parts of composite ops that a pass recognises later, the rest is
+    reported by `refuse_unsupported`.
+
+    Raises: InvalidInputError for arguments that are not float tensors or a batch range that makes no
+    sense; CaptureError when torch.export fails or the module would still train.
+    """
+    arguments = tuple(example)
+    leaves = _check_example(arguments)
+    shapes = None
+    if dynamic_batch is not None:
+        _check_range(dynamic_batch, leaves)
+        arguments = pytree.tree_map(_two_samples, arguments)
+        batch = Dim("batch", min=1, max=max(dynamic_batch[1], 2))
+        shapes = pytree.tree_map(lambda _: {0: batch}, arguments)
+    program = _export(module, arguments, shapes)
+    _refuse_training(module, program)
+    graph = Graph(name=type(module).__name__)
+    state = _State(graph)
+    if dynamic_batch is not None:
+        _find_symbol(state, program, dynamic_batch[1])
+    _add_sources(state, program, leaves)
+    for node in program.graph.nodes:
+        if node.op == "call_function":
+            _add_call(state, node)
+    _add_output(state, program)
+    _remove_unused_constants(graph)
+    return graph
+
+
+def _check_example(arguments: tuple[Any, ...]) -> list[torch.Tensor]:
+    leaves = pytree.tree_leaves(arguments)
+    if not leaves:
+        raise InvalidInputError("example inputs: expected a tuple of tensors, got nothing")
+    for at, leaf in enumerate(leaves):
+        if not isinstance(leaf, torch.Tensor):
+            raise InvalidInputError(
+                f"example input {at}: expected a tensor, got {type(leaf).__name__}"
+            )
+        if leaf.dtype not in FLOAT_DTYPES:
+            raise InvalidInputError(
+                f"example input {at}: expected float32, float16 or bfloat16, got {leaf.dtype}"
+            )
+    return leaves
+
+
+def _check_range(bounds: tuple[int, int], leaves: list[torch.Tensor]) -> None:
+    if len(bounds) != 2 or not all(isinstance(value, int) for value in bounds):
+        raise InvalidInputError(f"dynamic_batch: expected (lowest, highest), got {bounds!r}")
+    low, high = bounds
+    if not 1 <= low <= high:
+        raise InvalidInputError(f"dynamic_batch: expected 1 <= lowest <= highest, got {bounds}")
+    for at, leaf in enumerate(leaves):
+        if leaf.dim() == 0:
+            raise InvalidInputError(f"example input {at}: a scalar has no batch dimension")
+
+
+def _two_samples(x: torch.Tensor) -> torch.Tensor:
+    # torch.export specialises a dimension of size 1: it must see at least 2.
+    return x[:1].expand(2, *x.shape[1:]).contiguous()
+
+
+def _export(module: torch.nn.Module, arguments: tuple[Any, ...], shapes: Any) -> Any:
+    if not isinstance(module, torch.nn.Module):
+        raise InvalidInputError(f"model: expected a torch.nn.Module, got {type(module).__name__}")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            program = torch.export.export(module, arguments, dynamic_shapes=shapes)
+            return program.run_decompositions({})
+    except Exception as error:
+        lines = [line for line in str(error).strip().splitlines() if line.strip()]
+        reason = " ".join(lines[:3]) or repr(error)
+        hint = " (with a dynamic batch)" if shapes is not None else ""
+        raise CaptureError(
+            f"torch.export could not capture {type(module).__name__}{hint}: {reason}"
+        ) from error
+
+
+def _path_of(node: Any) -> str:
+    stack = node.meta.get("nn_module_stack") or {}
+    return str(list(stack.values())[-1][0]) if stack else ""
+
+
+def _refuse_training(module: torch.nn.Module, program: Any) -> None:
+    offenders = []
+    for node in program.graph.nodes:
+        if node.op != "call_function" or not hasattr(node.target, "_schema"):
+            continue
+        short = node.target._schema.name.rpartition("::")[2]
+        if short in TRAINING_OPS or short == "_native_batch_norm_legit_functional":
+            offenders.append(f"{_path_of(node) or 'the module'} ({node.target})")
+    if offenders or program.graph_signature.buffers_to_mutate:
+        listed = "; ".join(offenders) or ", ".join(
+            program.graph_signature.buffers_to_mutate.values()
+        )
+        raise CaptureError(
+            f"{type(module).__name__} would still train: batch statistics, active dropout or "
+            f"updated buffers at {listed}. Call .eval() on the module first"
+        )
+
+
+def _find_symbol(state: _State, program: Any, largest: int) -> None:
+    state.largest = largest
+    for node in program.graph.nodes:
+        if node.op == "placeholder" and isinstance(node.meta.get("val"), torch.Tensor):
+            for size in node.meta["val"].shape:
+                if isinstance(size, torch.SymInt):
+                    state.symbol = size.node.expr
+                    return
+    raise CaptureError("torch.export fixed the batch: the module's code depends on its value")
+
+
+def _number(state: _State, value: Any) -> Any:
+    """A size at the largest batch."""
+    if isinstance(value, torch.SymInt):
+        return int(value.node.expr.subs(state.symbol, state.largest))
+    return value
+
+
+def _batch_of(state: _State, shape: Sequence[Any]) -> int | None:
+    """The largest batch if dimension 0 is a multiple of it; raises where the batch is elsewhere."""
+    symbolic = [at for at, size in enumerate(shape) if isinstance(size, torch.SymInt)]
+    if not symbolic:
+        return None
+    multiple = shape[0].node.expr / state.symbol if symbolic == [0] else None
+    if multiple is None or not multiple.is_Integer:
+        raise _Refused(f"the batch must stay in dimension 0, got shape {tuple(shape)}")
+    return state.largest
+
+
+def _spec_of(state: _State, value: torch.Tensor) -> TensorSpec:
+    shape = tuple(_number(state, size) for size in value.shape)
+    return TensorSpec(shape, value.dtype, batch=_batch_of(state, value.shape))
+
+
+def _add_sources(state: _State, program: Any, leaves: list[torch.Tensor]) -> None:
+    """Inputs, and one constant per distinct tensor: shared weights stay shared."""
+    signature, graph = program.graph_signature, state.graph
+    constants = {
+        **signature.inputs_to_parameters,
+        **signature.inputs_to_buffers,
+        **signature.inputs_to_lifted_tensor_constants,
+    }
+    tensors = {**program.constants, **program.state_dict}
+    known: dict[tuple[Any, ...], Value] = {}
+    count = 0
+    for node in program.graph.nodes:
+        if node.op != "placeholder":
+            continue
+        if node.name in constants:
+            path = constants[node.name]
+            tensor = tensors[path].detach()
+            key = (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype, tensor.numel())
+            if tensor.numel() == 0 or key not in known:
+                graph.tensors[node.name] = tensor
+                spec = TensorSpec(tuple(tensor.shape), tensor.dtype)
+                made = Node(node.name, CONSTANT, NoAttributes(), (spec,), module_path=path)
+                known[key] = graph.insert(made)
+            state.values[node.name] = known[key]
+        elif isinstance(node.meta.get("val"), torch.Tensor):
+            spec = _spec_of(state, node.meta["val"])
+            made = Node(node.name, INPUT, NoAttributes(), (spec,))
+            state.values[node.name] = graph.insert(made)
+            count += 1
+    if count != len(leaves):
+        raise CaptureError(f"torch.export sees {count} tensor inputs, the example has {len(leaves)}")
+
+
+def _add_call(state: _State, node: Any) -> None:
+    value = node.meta.get("val")
+    if isinstance(value, (int, float, bool, torch.SymInt)):
+        state.values[node.name] = _number(state, value)
+        return
+    if node.target is operator.getitem:
+        _add_getitem(state, node)
+        return
+    path, target = _path_of(node), str(node.target)
+    arguments = pytree.tree_map(lambda x: _lookup(state, x), (node.args, node.kwargs))
+    function = registry.CAPTURES.get(target)
+    before = set(state.graph.net)
+    try:
+        if function is None:
+            raise _Refused("no kernel for this op")
+        result = function(_Builder(state, node.name, path), *arguments[0], **arguments[1])
+        _check_result(state, node, result)
+    except (_Refused, InvalidInputError) as refusal:
+        # Whatever the capture function had built before it declined goes again.
+        made = [name for name in state.graph.net if name not in before]
+        state.graph.remove(reversed(made))
+        result = _add_torch_call(state, node, path, arguments, str(refusal))
+    state.values[node.name] = result
+
+
+def _add_getitem(state: _State, node: Any) -> None:
+    source, index = node.args
+    result = state.values[source.name]
+    picked = result[index] if isinstance(result, (list, tuple)) else None
+    if picked is None:
+        arguments = pytree.tree_map(lambda x: _lookup(state, x), (source.args, source.kwargs))
+        reason = f"its result {index} is not computed by convloom"
+        picked = _add_torch_call(state, source, _path_of(source), arguments, reason)[index]
+    state.values[node.name] = picked
+
+
+def _lookup(state: _State, argument: Any) -> Any:
+    if isinstance(argument, torch.fx.Node):
+        return state.values[argument.name]
+    return _number(state, argument)
+
+
+def _check_result(state: _State, node: Any, result: Any) -> None:
+    """The op's shape rule must agree with torch's own."""
+    wanted = node.meta["val"]
+    pairs = (
+        zip(result, wanted, strict=False) if isinstance(result, (list, tuple)) else [(result, wanted)]
+    )
+    for value, tensor in pairs:
+        if value is None:
+            continue
+        got, truth = state.graph.spec(value), _spec_of(state, tensor)
+        if got.dtype not in FLOAT_DTYPES:
+            raise _Refused(f"dtype {got.dtype} is not supported")
+        if (got.shape, got.dtype) != (truth.shape, truth.dtype):
+            raise CaptureError(f"{node.name} ({node.target}): inferred {got}, torch says {truth}")
+
+
+def _add_torch_call(state: _State, node: Any, path: str, arguments: Any, reason: str) -> Any:
+    """Keeps the call as a torch op; its results are one value each."""
+    inputs: list[Value] = []
+
+    def slot(leaf: Any) -> Any:
+        if not isinstance(leaf, Value):
+            return leaf
+        inputs.append(leaf)
+        return Slot(len(inputs) - 1)
+
+    args, kwargs = pytree.tree_map(slot, arguments)
+    wanted = node.meta["val"]
+    many = isinstance(wanted, (list, tuple))
+    try:
+        specs = tuple(_spec_of(state, x) for x in (wanted if many else [wanted]))
+    except _Refused as refusal:
+        raise CaptureError(f"{path}: {node.target}: {refusal}") from refusal
+    name = node.name if node.name not in state.graph else state.graph.fresh_name(node.name)
+    attributes = TorchCall(node.target, args, tuple(kwargs.items()), reason)
+    made = Node(name, TORCH, attributes, specs, module_path=path, origins=(name,))
+    state.graph.insert(made, inputs)
+    values = [Value(name, index) for index in range(len(specs))]
+    return values if many else values[0]
+
+
+def _add_output(state: _State, program: Any) -> None:
+    output = next(node for node in program.graph.nodes if node.op == "output")
+    outputs: list[Value] = []
+    results: list[tuple[str, Any]] = []
+    for leaf in output.args[0]:
+        value = _lookup(state, leaf)
+        if isinstance(value, Value):
+            results.append(("tensor", len(outputs)))
+            outputs.append(value)
+        else:
+            results.append(("literal", value))
+    if not outputs:
+        raise CaptureError("the module returns no tensor")
+    state.graph.insert(Node(OUTPUT, OUTPUT, NoAttributes(), ()), outputs)
+    spec = program.call_spec
+    state.graph.output_tree = Structure(spec.in_spec, spec.out_spec, tuple(results))
+
+
+def _remove_unused_constants(graph: Graph) -> None:
+    unused = [
+        node.name
+        for node in graph.nodes()
+        if node.op == CONSTANT and not graph.net.out_degree(node.name)
+    ]
+    graph.remove(unused)
+
+
+def refuse_unsupported(graph: Graph) -> None:
+    """Raises UnsupportedOpError listing every torch call that is left in the graph."""
+    listed = []
+    for node in graph.nodes():
+        if isinstance(node.attributes, TorchCall):
+            where = f"'{node.module_path}'" if node.module_path else "the top module"
+            specs = ", ".join(str(graph.spec(value)) for value in graph.inputs(node.name))
+            listed.append(f"{where}: {node.attributes}({specs}): {node.attributes.reason}")
+    if not listed:
+        return
+    supported = ", ".join(sorted(op.name for op in registry.OPS))
+    nodes = "\n  ".join(listed)
+    raise UnsupportedOpError(
+        f"{graph.name} has {len(listed)} unsupported node(s):\n  {nodes}\n"
+        f"supported ops: {supported}. Pass fallback='torch' to run these nodes as torch ops"
+    )

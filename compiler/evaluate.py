@@ -1,0 +1,68 @@
+"""Evaluates a graph node by node with torch ops: the meaning that every kernel is held against."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch.utils import _pytree as pytree
+
+from ..kernels.epilogue import apply_reference
+from ..kernels.movement import Relayout
+from .capture import Slot, TorchCall
+from .ir import CONSTANT, INPUT, OUTPUT, Graph, Node, Value
+
+
+def call_torch(call: TorchCall, tensors: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
+    """Runs a kept ATen call on its tensors."""
+
+    def fill(leaf: Any) -> Any:
+        return tensors[leaf.index] if isinstance(leaf, Slot) else leaf
+
+    arguments, keywords = pytree.tree_map(fill, (call.arguments, dict(call.keywords)))
+    result = call.target(*arguments, **keywords)
+    return tuple(result) if isinstance(result, (tuple, list)) else (result,)
+
+
+def evaluate_node(
+    node: Node, tensors: tuple[torch.Tensor, ...], graph: Graph, keep_dtype: bool = False
+) -> tuple[torch.Tensor, ...]:
+    """The node's outputs from its inputs; `keep_dtype` ignores casts (for fp64 evaluation)."""
+    if isinstance(node.attributes, TorchCall):
+        return call_torch(node.attributes, tensors)
+    own = len(graph.own_inputs(node))
+    after = own + len(graph.operands(node))
+    inputs = list(tensors[:own])
+    if node.prologue:
+        inputs[0] = apply_reference(node.prologue, inputs[0], tensors[after:])
+    attributes = node.attributes
+    if keep_dtype and isinstance(attributes, Relayout):
+        attributes = Relayout(attributes.layout, inputs[0].dtype)
+    values = node.definition.reference(attributes, *inputs)
+    values = values if isinstance(values, tuple) else (values,)
+    return (apply_reference(node.epilogue, values[0], tensors[own:after]), *values[1:])
+
+
+def evaluate(
+    graph: Graph, inputs: Sequence[torch.Tensor], dtype: torch.dtype | None = None
+) -> dict[Value, torch.Tensor]:
+    """Every value of the graph.
+
+    inputs: one tensor per graph input. dtype: None follows the specs; torch.float64 computes all in
+    fp64, whatever the specs say.
+    """
+    known: dict[Value, torch.Tensor] = {}
+    arguments = iter(inputs)
+    for node in graph.nodes():
+        if node.op == OUTPUT:
+            continue
+        if node.op in (INPUT, CONSTANT):
+            tensor = next(arguments) if node.op == INPUT else graph.tensors[node.name].detach()
+            known[Value(node.name)] = tensor.to(dtype or node.spec.dtype)
+            continue
+        tensors = tuple(known[value] for value in graph.inputs(node.name))
+        results = evaluate_node(node, tensors, graph, keep_dtype=dtype is not None)
+        for index, result in enumerate(results):
+            known[Value(node.name, index)] = result
+    return known

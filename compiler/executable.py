@@ -1,0 +1,282 @@
+"""The compiled module: a callable with its plan, its ledger and its kernels open to inspection."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.utils import _pytree as pytree
+
+from ..errors import InvalidInputError, KernelError, near_names
+from ..kernels import offline
+from ..kernels.epilogue import GeneratedFunction
+from ..kernels.op import Launch
+from ..kernels.targets import INTERPRETER, Target
+from .evaluate import evaluate
+from .ir import Graph
+from .ledger import Ledger
+from .plan import KernelStep, Plan, Port, Step
+from .runtime import (
+    CudaRunner,
+    InterpreterRunner,
+    Runner,
+    compile_requests,
+)
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """One launch of the plan, for people: what it computes and what the compiler made of it."""
+
+    name: str
+    ops: tuple[str, ...]
+    module_path: str
+    step: KernelStep
+    launch: Launch
+    request: offline.CompileRequest | None
+
+    def source(self) -> str:
+        """The Triton source: the kernel and the functions generated for it."""
+        import inspect
+
+        text = inspect.getsource(self.launch.kernel.fn)
+        generated = [
+            f"# {name}\n{value.source}"
+            for name, value in self.launch.constexprs.items()
+            if isinstance(value, GeneratedFunction)
+        ]
+        constants = ", ".join(
+            f"{name}={value}"
+            for name, value in self.launch.constexprs.items()
+            if not isinstance(value, GeneratedFunction)
+        )
+        return "\n".join([f"# {self.name}: {constants}", *generated, text])
+
+    def report(self) -> offline.KernelReport:
+        """Registers, spills, shared memory and instruction mix.
+
+        Raises: KernelError where the target has no machine code.
+        """
+        return offline.report(self._compiled_request())
+
+    def ptx(self) -> str:
+        """PTX text."""
+        return str(offline.compile_request(self._compiled_request()).asm["ptx"])
+
+    def sass(self) -> str:
+        """Disassembled machine code."""
+        return offline.disassembly(offline.compile_request(self._compiled_request()))
+
+    def _compiled_request(self) -> offline.CompileRequest:
+        if self.request is None:
+            raise KernelError(
+                f"kernel {self.name}: the interpreter has no machine code; compile with "
+                "target='cuda:sm_90' (no GPU needed) to see it"
+            )
+        return self.request
+
+
+class Executable:
+    """What `convloom.compile` returns; call it like the module.
+
+    Weights are those of the moment of compilation. Inputs are not modified; outputs belong to the
+    caller.
+    """
+
+    def __init__(self, graph: Graph, plan: Plan, ledger: Ledger, runner: Runner) -> None:
+        self.graph, self.plan, self.ledger = graph, plan, ledger
+        self._runner = runner
+        self._bounds = plan.batch
+
+    def __call__(self, *inputs: Any) -> Any:
+        """The module's outputs, in the module's own structure.
+
+        Raises: InvalidInputError for the wrong number, structure, rank, shape, dtype or device;
+        TargetUnavailableError where the target is not this machine.
+        """
+        tensors = self._flatten(inputs)
+        batch = self._check(tensors)
+        return self._unflatten(self._runner.run(tensors, batch))
+
+    @property
+    def target(self) -> Target:
+        return self.plan.target
+
+    def _flatten(self, inputs: Sequence[Any]) -> list[torch.Tensor]:
+        leaves, spec = pytree.tree_flatten((tuple(inputs), {}))
+        if spec != self.plan.structure.arguments:
+            expected = [f"{port.name} {port.spec}" for port in self.plan.inputs]
+            raise InvalidInputError(
+                f"inputs: expected {len(expected)} tensor(s) structured as the example "
+                f"({', '.join(expected)}), got {len(leaves)}"
+            )
+        return leaves
+
+    def _check(self, tensors: list[torch.Tensor]) -> int:
+        batches = set()
+        for port, tensor in zip(self.plan.inputs, tensors, strict=True):
+            batches.add(_check_input(port, tensor, self._bounds, self._device()))
+        sizes = {batch for batch in batches if batch is not None}
+        if len(sizes) > 1:
+            raise InvalidInputError(f"inputs: batches differ: {sorted(sizes)}")
+        return sizes.pop() if sizes else 1
+
+    def _device(self) -> torch.device:
+        runner = self._runner
+        return runner.device if isinstance(runner, CudaRunner) else torch.device("cpu")
+
+    def _unflatten(self, outputs: list[torch.Tensor]) -> Any:
+        structure = self.plan.structure
+        leaves = [
+            outputs[value] if kind == "tensor" else value for kind, value in structure.results
+        ]
+        return pytree.tree_unflatten(leaves, structure.result)
+
+    # Inspection.
+
+    @property
+    def summary(self) -> dict[str, int]:
+        """Counts: convs, kernels, torch_fallbacks, arena_bytes, activation_bytes."""
+        return self.plan.summary()
+
+    @property
+    def kernels(self) -> tuple[Kernel, ...]:
+        """Every launch, in order."""
+        launches = self.plan.kernels
+        requests: Sequence[offline.CompileRequest | None] = [None] * len(launches)
+        if self.target.is_gpu:
+            requests = compile_requests(self.plan, self.target)
+        counts: dict[str, int] = {}
+        found = []
+        for (step, launch), wanted in zip(launches, requests, strict=True):
+            counts[step.name] = counts.get(step.name, 0) + 1
+            single = len(step.launches) == 1
+            name = step.name if single else f"{step.name}.{counts[step.name]}"
+            found.append(Kernel(name, step.origins, step.module_path, step, launch, wanted))
+        return tuple(found)
+
+    def kernel(self, name: str) -> Kernel:
+        """The launch of that name.
+
+        Raises: InvalidInputError with the near names.
+        """
+        for kernel in self.kernels:
+            if kernel.name == name:
+                return kernel
+        names = [kernel.name for kernel in self.kernels]
+        raise InvalidInputError(f"no kernel named {name!r}; {near_names(name, names)}")
+
+    def summary_line(self) -> str:
+        """The line that `compile` logs."""
+        counts = self.summary
+        return (
+            f"{counts['convs']} convs -> {counts['kernels']} kernels; "
+            f"{counts['torch_fallbacks']} torch fallbacks"
+        )
+
+    def explain(self) -> str:
+        """The ledger as text, under the summary."""
+        counts = self.summary
+        arena, total = counts["arena_bytes"], counts["activation_bytes"]
+        ratio = f", {arena / total:.0%}" if total else ""
+        head = (
+            f"{self.graph.name} on {self.target.name}: {self.summary_line()}\n"
+            f"arena {arena:,} bytes of {total:,} bytes of activations{ratio}\n\n"
+        )
+        return head + self.ledger.to_text()
+
+    def profile(self, *inputs: Any) -> list[tuple[str, float]]:
+        """(step, microseconds) in order; each step is run by itself once.
+
+        On a GPU by CUDA events outside the CUDA graph; in the interpreter by the wall clock, where
+        it says what the interpreter costs and nothing about a GPU.
+        """
+        tensors = self._flatten(inputs)
+        batch = self._check(tensors)
+        if isinstance(self._runner, CudaRunner):
+            return self._runner.time_steps(tensors, batch)
+        if not isinstance(self._runner, InterpreterRunner):
+            raise KernelError(f"target {self.target.name} has no steps that could be timed")
+        times: list[tuple[str, float]] = []
+        last = [time.perf_counter()]
+
+        def observe(step: Step, output: torch.Tensor) -> None:
+            now = time.perf_counter()
+            times.append((step.name, (now - last[0]) * 1e6))
+            last[0] = now
+
+        self._runner.run(tensors, batch, observe)
+        return times
+
+    def errors(self, *inputs: Any) -> list[StepError]:
+        """Per step: the kernels' and torch's own largest error against fp64, relative to the rms.
+
+        The kernels run in the interpreter; torch evaluates the same fused graph in the plan's dtype.
+        """
+        tensors = self._flatten(inputs)
+        batch = self._check(tensors)
+        if self.target is not INTERPRETER or not isinstance(self._runner, InterpreterRunner):
+            raise KernelError("errors per step are measured with target='interpreter'")
+        with torch.no_grad():
+            exact = evaluate(self.graph, tensors, torch.float64)
+            eager = evaluate(self.graph, tensors)
+        by_name = {value.node: tensor for value, tensor in exact.items() if value.index == 0}
+        eager_by_name = {value.node: tensor for value, tensor in eager.items() if value.index == 0}
+        rows: list[StepError] = []
+
+        def observe(step: Step, output: torch.Tensor) -> None:
+            truth = by_name.get(step.name)
+            if truth is None:
+                return
+            rms = truth.square().mean().sqrt().clamp_min(1e-30)
+            ours = ((output.double() - truth).abs().max() / rms).item()
+            theirs = ((eager_by_name[step.name].double() - truth).abs().max() / rms).item()
+            rows.append(StepError(step.name, step.module_path, ours, theirs))
+
+        self._runner.run(tensors, batch, observe)
+        return rows
+
+
+@dataclass(frozen=True)
+class StepError:
+    """Largest error of one step's output against fp64, divided by the output's rms."""
+
+    step: str
+    module_path: str
+    compiled: float
+    eager: float
+
+
+def _check_input(
+    port: Port, tensor: Any, bounds: tuple[int, int] | None, device: torch.device
+) -> int | None:
+    """The batch of one input (None where it is fixed); raises InvalidInputError."""
+    spec = port.spec
+    if not isinstance(tensor, torch.Tensor):
+        raise InvalidInputError(
+            f"input {port.name}: expected a tensor {spec}, got {type(tensor).__name__}"
+        )
+    got = f"{tensor.dtype} {tuple(tensor.shape)} on {tensor.device}"
+    if tensor.dim() != spec.rank:
+        raise InvalidInputError(f"input {port.name}: expected rank {spec.rank} ({spec}), got {got}")
+    if tensor.dtype is not spec.dtype:
+        raise InvalidInputError(f"input {port.name}: expected dtype {spec.dtype}, got {got}")
+    if tensor.device != device:
+        raise InvalidInputError(f"input {port.name}: expected device {device}, got {got}")
+    batch = None
+    if spec.batch is not None:
+        assert bounds is not None
+        batch = tensor.shape[0] // (spec.shape[0] // spec.batch)
+        if not bounds[0] <= batch <= bounds[1]:
+            raise InvalidInputError(
+                f"input {port.name}: expected a batch from {bounds[0]} to {bounds[1]}, got {got}"
+            )
+    expected = spec.shape if batch is None else spec.at(batch)
+    if tuple(tensor.shape) != expected:
+        raise InvalidInputError(f"input {port.name}: expected shape {expected}, got {got}")
+    return batch
+
+

@@ -1,0 +1,281 @@
+"""The fusions of pointwise work into the ops around it, as a list of declarative rules.
+
+Priority is position in the list. To add a fusion, add a `Rule`: the generic tests (it fires on its
+example, keeps the meaning, leaves a valid graph, is idempotent, does not fire when an inner tensor
+has another reader, refuses its near misses for the stated reason) run on it by themselves.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..kernels.pointwise import Pointwise, stage_of
+from ..kernels.scalars import SCALARS
+from .ir import Graph, Node, Value
+from .pattern import Call, Match, NearMiss, Rule, Var, absorb
+
+HEAVY = ("conv2d", "linear")
+UNARY = tuple(s.name for s in SCALARS if s.operands == 1 and s.name != "identity")
+BINARY = tuple(s.name for s in SCALARS if s.operands == 2)
+
+
+def _anchors() -> tuple[str, ...]:
+    from ..kernels import registry
+
+    return tuple(op.name for op in registry.OPS if op.takes_epilogue and op.name != "identity")
+
+
+ANCHORS = _anchors()
+
+
+def _same_output(graph: Graph, found: Match) -> str | None:
+    """An epilogue may not enlarge its anchor's output, nor change its dtype."""
+    anchor, root = found.nodes["anchor"], found.root
+    if len(anchor.outputs) != 1:
+        return f"{anchor.name} has several results"
+    if anchor.spec.shape != root.spec.shape:
+        return f"{root.name} broadcasts {anchor.spec} to {root.spec}"
+    if anchor.spec.dtype is not root.spec.dtype:
+        return f"{root.name} changes the dtype from {anchor.spec.dtype} to {root.spec.dtype}"
+    return None
+
+
+def _literal_only(graph: Graph, found: Match) -> str | None:
+    if len(graph.own_inputs(found.root)) != 1:
+        return f"{found.root.name} reads a second tensor"
+    return _same_output(graph, found)
+
+
+def _append(reverse: bool, graph: Graph, found: Match) -> Value:
+    """The anchor with the root's stage, and the root's own epilogue, after its own."""
+    anchor, root = found.nodes["anchor"], found.root
+    assert isinstance(root.attributes, Pointwise)
+    stage = stage_of(root.op, root.attributes)
+    if reverse:
+        stage = type(stage)(stage.name, stage.parameters, None, not stage.reverse)
+    others = tuple(v for v in graph.own_inputs(root) if v != Value(anchor.name))
+    inputs = (
+        *graph.own_inputs(anchor),
+        *graph.operands(anchor),
+        *others,
+        *graph.operands(root),
+        *graph.prologue_operands(anchor),
+    )
+    epilogue = (*anchor.epilogue, stage, *root.epilogue)
+    return absorb(graph, found, anchor.name, inputs, epilogue=epilogue)
+
+
+def append_stage(graph: Graph, found: Match) -> Value:
+    """Fuses f(anchor) or f(anchor, r)."""
+    return _append(False, graph, found)
+
+
+def append_reversed_stage(graph: Graph, found: Match) -> Value:
+    """Fuses f(r, anchor)."""
+    return _append(True, graph, found)
+
+
+def _channelwise(graph: Graph, values: tuple[Value, ...]) -> str | None:
+    for value in values:
+        spec = graph.spec(value)
+        if spec.numel > 1 and (spec.rank != 3 or spec.shape[1:] != (1, 1)):
+            return f"{value} {spec} is not one number per channel"
+    return None
+
+
+def _prologue_guard(graph: Graph, found: Match) -> str | None:
+    """A prologue runs once per tap and output tile: only a 1x1 filter reads each element once."""
+    conv, root = found.root, found.nodes["before"]
+    weight = graph.spec(graph.own_inputs(conv)[1])
+    if conv.prologue:
+        return f"{conv.name} already has a prologue"
+    if weight.shape[2:] != (1, 1):
+        r, s = weight.shape[2:]
+        return f"{conv.name} would recompute {root.name} for each of its {r}x{s} taps"
+    if weight.shape[1] != root.spec.shape[1]:
+        return f"{conv.name} is grouped"
+    if root.spec.shape != graph.spec(graph.own_inputs(root)[0]).shape:
+        return f"{root.name} broadcasts its input"
+    others = (*graph.own_inputs(root)[1:], *graph.operands(root))
+    return _channelwise(graph, others)
+
+
+def sink_into_prologue(graph: Graph, found: Match) -> Value:
+    """conv2d(f(x)) with f applied while x is read; the zero border stays zero after f."""
+    conv, before = found.root, found.nodes["before"]
+    assert isinstance(before.attributes, Pointwise)
+    stages = (stage_of(before.op, before.attributes), *before.epilogue)
+    x, *rest = graph.own_inputs(before)
+    inputs = (
+        x,
+        *graph.own_inputs(conv)[1:],
+        *graph.operands(conv),
+        *rest,
+        *graph.operands(before),
+    )
+    return absorb(graph, found, conv.name, inputs, prologue=stages)
+
+
+class _Net(nn.Module):
+    """An example network from a function of its layers and inputs."""
+
+    def __init__(self, function: Any, **layers: nn.Module) -> None:
+        super().__init__()
+        self.layers = nn.ModuleDict(layers)
+        self.function = function
+
+    def forward(self, *inputs: torch.Tensor) -> torch.Tensor:
+        result: torch.Tensor = self.function(self.layers, *inputs)
+        return result
+
+
+def example(function: Any, *shapes: tuple[int, ...], **layers: nn.Module) -> Any:
+    """A seeded module and inputs of the given shapes."""
+    generator = torch.Generator().manual_seed(0)
+    inputs = tuple(torch.randn(shape, generator=generator) for shape in shapes)
+    return _Net(function, **layers).eval(), inputs
+
+
+IMAGE = (2, 6, 7, 5)
+
+
+def _conv(r: int = 3, k: int = 8) -> nn.Conv2d:
+    return nn.Conv2d(IMAGE[1], k, r, padding=r // 2)
+
+
+def _unary_example() -> Any:
+    return example(lambda m, x: torch.sigmoid(m["conv"](x)), IMAGE, conv=_conv())
+
+
+def _literal_example() -> Any:
+    return example(lambda m, x: 1.5 - m["conv"](x), IMAGE, conv=_conv())
+
+
+def _residual_example() -> Any:
+    return example(lambda m, x, r: m["conv"](x) - r, IMAGE, (2, 8, 7, 5), conv=_conv())
+
+
+def _reversed_example() -> Any:
+    return example(lambda m, x, r: r / m["conv"](x), IMAGE, (2, 8, 7, 5), conv=_conv())
+
+
+def _pointwise_example() -> Any:
+    return example(lambda m, x, r: torch.tanh(x).mul(r), IMAGE, IMAGE)
+
+
+def _pointwise_reversed_example() -> Any:
+    return example(lambda m, x, r: r - torch.tanh(x), IMAGE, IMAGE)
+
+
+def _activation_example() -> Any:
+    return example(lambda m, x: torch.relu(m["pool"](x)), IMAGE, pool=nn.MaxPool2d(2))
+
+
+def _prologue_example() -> Any:
+    return example(lambda m, x: m["conv"](torch.relu(x)), IMAGE, conv=_conv(1))
+
+
+def _enlarging() -> Any:
+    return example(lambda m, x, r: m["conv"](x) + r, (1, 6, 7, 5), (2, 8, 7, 5), conv=_conv())
+
+
+def _recomputing() -> Any:
+    return example(lambda m, x: m["conv"](torch.relu(x)), IMAGE, conv=_conv(3))
+
+
+def _grouped() -> Any:
+    conv = nn.Conv2d(6, 6, 1, groups=3)
+    return example(lambda m, x: m["conv"](torch.relu(x)), IMAGE, conv=conv)
+
+
+def _not_channelwise() -> Any:
+    return example(lambda m, x, r: m["conv"](x * r), IMAGE, IMAGE, conv=_conv(1))
+
+
+ENLARGES = NearMiss(_enlarging, "broadcasts")
+EPILOGUE_RULES = (
+    Rule(
+        "f(heavy(x)) => heavy(x, epilogue=[f])",
+        Call(UNARY, Call(HEAVY, name="anchor"), name="root"),
+        append_stage,
+        _unary_example,
+        _same_output,
+    ),
+    Rule(
+        "f(heavy(x), literal) => heavy(x, epilogue=[f literal])",
+        Call(BINARY, Call(HEAVY, name="anchor"), name="root"),
+        append_stage,
+        _literal_example,
+        _literal_only,
+    ),
+    Rule(
+        "f(heavy(x), r) => heavy(x, epilogue=[f r])",
+        Call(BINARY, Call(HEAVY, name="anchor"), Var("r"), name="root"),
+        append_stage,
+        _residual_example,
+        _same_output,
+        (ENLARGES,),
+    ),
+    Rule(
+        "f(r, heavy(x)) => heavy(x, epilogue=[reversed f r])",
+        Call(BINARY, Var("r"), Call(HEAVY, name="anchor"), name="root"),
+        append_reversed_stage,
+        _reversed_example,
+        _same_output,
+    ),
+    Rule(
+        "f(op(x)) => op(x, epilogue=[f])",
+        Call(UNARY, Call(ANCHORS, name="anchor"), name="root"),
+        append_stage,
+        _activation_example,
+        _same_output,
+    ),
+    Rule(
+        "f(op(x), literal) => op(x, epilogue=[f literal])",
+        Call(BINARY, Call(ANCHORS, name="anchor"), name="root"),
+        append_stage,
+        lambda: example(lambda m, x: torch.exp(x) * 2.0, IMAGE),
+        _literal_only,
+    ),
+    Rule(
+        "f(op(x), r) => op(x, epilogue=[f r])",
+        Call(BINARY, Call(ANCHORS, name="anchor"), Var("r"), name="root"),
+        append_stage,
+        _pointwise_example,
+        _same_output,
+    ),
+    Rule(
+        "f(r, op(x)) => op(x, epilogue=[reversed f r])",
+        Call(BINARY, Var("r"), Call(ANCHORS, name="anchor"), name="root"),
+        append_reversed_stage,
+        _pointwise_reversed_example,
+        _same_output,
+    ),
+)
+PROLOGUE_RULES = (
+    Rule(
+        "conv2d(f(x), w) => conv2d(x, w, prologue=[f])",
+        Call(
+            "conv2d",
+            Call((*UNARY, *BINARY), name="before"),
+            Var("w"),
+            name="root",
+        ),
+        sink_into_prologue,
+        _prologue_example,
+        _prologue_guard,
+        (
+            NearMiss(_recomputing, "taps"),
+            NearMiss(_grouped, "grouped"),
+            NearMiss(_not_channelwise, "per channel"),
+        ),
+    ),
+)
+
+
+def is_heavy(node: Node) -> bool:
+    """Whether the node is a matrix product."""
+    return node.op in HEAVY

@@ -1,0 +1,120 @@
+"""The compiler is this tuple of named passes, in this order, each with the line that says why it
+stands there. A pass is a function (Graph, Ledger) -> Graph that owns the graph it is given."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from ... import settings
+from ...errors import InvalidInputError, near_names
+from .. import text
+from ..capture import refuse_unsupported
+from ..fusions import EPILOGUE_RULES, PROLOGUE_RULES
+from ..ir import Graph
+from ..ledger import Ledger
+from ..pattern import apply_rules
+from ..verify import verify
+from .clean import (
+    drop_identities,
+    eliminate_common_subexpressions,
+    eliminate_dead_nodes,
+    fold_constants,
+)
+from .fold_batch_norm import fold_batch_norm, lower_batch_norm
+from .layout import choose_dtype, choose_layout
+from .recognise import recognise_composites
+
+
+def fuse_epilogues(graph: Graph, ledger: Ledger) -> Graph:
+    """Moves pointwise nodes into the op that produces their input, as stages of its epilogue."""
+    return apply_rules(graph, EPILOGUE_RULES, ledger)
+
+
+def sink_prologues(graph: Graph, ledger: Ledger) -> Graph:
+    """Moves pointwise nodes into the convolution that alone reads them, as its prologue."""
+    return apply_rules(graph, PROLOGUE_RULES, ledger)
+
+
+@dataclass(frozen=True)
+class Pass:
+    """A named step of the compiler; `required` ones run whatever the user asks for."""
+
+    name: str
+    run: Callable[[Graph, Ledger], Graph]
+    why: str
+    required: bool = False
+
+
+def _pass(run: Callable[[Graph, Ledger], Graph], why: str, required: bool = False) -> Pass:
+    return Pass(run.__name__, run, why, required)
+
+
+PASSES: tuple[Pass, ...] = (
+    _pass(
+        recognise_composites,
+        "first: later passes would take the parts for something else, and some parts have no kernel",
+        required=True,
+    ),
+    _pass(fold_constants, "weights reshaped by the capture must be constants again", required=True),
+    _pass(drop_identities, "dropout and clone would stand between a producer and its epilogue"),
+    _pass(eliminate_common_subexpressions, "before fusion: equal nodes fuse differently"),
+    _pass(eliminate_dead_nodes, "a dead reader would forbid a fusion"),
+    _pass(fold_batch_norm, "before epilogues: a folded scale costs nothing, a stage costs a load"),
+    _pass(lower_batch_norm, "what could not be folded can still be fused as two stages"),
+    _pass(fuse_epilogues, "the main fusion: whole pointwise chains into their producers"),
+    _pass(sink_prologues, "after epilogues: a chain goes to its producer when it can"),
+    _pass(choose_layout, "last: fusion does not look at memory, kernels do", required=True),
+)
+NAMES = tuple(step.name for step in PASSES)
+
+
+def select(passes: str | tuple[str, ...]) -> tuple[Pass, ...]:
+    """The passes to run: "default", "none", or the required ones and those named.
+
+    Raises: InvalidInputError for an unknown name.
+    """
+    if passes == "default":
+        return PASSES
+    wanted = () if passes == "none" else (passes,) if isinstance(passes, str) else tuple(passes)
+    for name in wanted:
+        if name not in NAMES:
+            raise InvalidInputError(
+                f"passes: unknown pass {name!r}; {near_names(name, (*NAMES, 'default', 'none'))}"
+            )
+    return tuple(step for step in PASSES if step.required or step.name in wanted)
+
+
+def run_passes(
+    graph: Graph,
+    ledger: Ledger,
+    passes: str | tuple[str, ...] = "default",
+    dtype: torch.dtype | None = None,
+    fallback: str = "error",
+) -> Graph:
+    """The optimised graph; the given one is not changed.
+
+    The dtype is chosen before the layout, so that one conversion at the boundary does both.
+
+    Raises: UnsupportedOpError when calls without a kernel are left and fallback is "error".
+    """
+    environment = settings.read()
+    graph = graph.copy()
+    if environment.check:
+        verify(graph)
+    for step in select(passes):
+        if step.run is choose_layout:
+            if fallback == "error":
+                refuse_unsupported(graph)
+            graph = choose_dtype(graph, dtype)
+        started = time.perf_counter()
+        graph = step.run(graph, ledger)
+        if environment.check:
+            verify(graph)
+        if environment.debug >= 3:
+            elapsed_ms = (time.perf_counter() - started) * 1e3
+            print(f"# after {step.name} ({elapsed_ms:.1f} ms)\n{text.to_text(graph, False)}")
+    return graph

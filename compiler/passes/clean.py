@@ -1,0 +1,103 @@
+"""Passes that only tidy: identities, equal computations, dead nodes, constant subgraphs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from ...kernels import movement
+from ...kernels.epilogue import apply_reference
+from ..ir import CONSTANT, INPUT, OUTPUT, TORCH, Graph, Node, Value
+from ..ledger import Ledger
+
+
+def drop_identities(graph: Graph, ledger: Ledger) -> Graph:
+    """Removes nodes whose result is their input: clone, dropout in eval, detach, alias, views to
+    the same shape.
+
+    After it no identity node is left, except one the caller gets straight from an input.
+    """
+    for node in graph.nodes():
+        if node.is_compute and not node.epilogue and _is_identity(graph, node):
+            (source,) = graph.inputs(node.name)
+            ledger.accept("identity(x) => x", [node], source.node)
+            graph.redirect(Value(node.name), source)
+            graph.remove([node.name])
+    return graph
+
+
+def _is_identity(graph: Graph, node: Node) -> bool:
+    if node.op == "identity":
+        return True
+    attributes = node.attributes
+    if isinstance(attributes, (movement.Reshape, movement.Expand)):
+        return graph.spec(graph.inputs(node.name)[0]).shape == node.spec.shape
+    if isinstance(attributes, movement.Permute):
+        return attributes.dims == tuple(range(len(attributes.dims)))
+    if isinstance(attributes, movement.Relayout):
+        source = graph.spec(graph.inputs(node.name)[0])
+        return (source.layout, source.dtype) == (node.spec.layout, node.spec.dtype)
+    return False
+
+
+def fold_constants(graph: Graph, ledger: Ledger) -> Graph:
+    """Evaluates nodes that depend on constants only, in fp64.
+
+    After it every compute node depends on an input. The folded tensor keeps fp64 until it is packed.
+    """
+    for node in graph.nodes():
+        values = graph.inputs(node.name)
+        if not node.is_compute or not values or not all(map(graph.is_constant, values)):
+            continue
+        result = evaluate_exactly(node, tuple(graph.constant(value) for value in values))
+        folded = graph.add_constant(result, node.name, node.spec.dtype)
+        graph.update(folded.node, origins=node.origins, module_path=node.module_path)
+        ledger.accept("f(constants) => constant", [node], folded.node)
+        graph.redirect(Value(node.name), folded)
+        graph.remove([node.name])
+    return eliminate_dead_nodes(graph, ledger)
+
+
+def evaluate_exactly(node: Node, tensors: tuple[torch.Tensor, ...]) -> torch.Tensor:
+    """The node's first output on fp64 copies of the tensors."""
+    from ...kernels.epilogue import operand_count
+
+    exact = tuple(tensor.double() for tensor in tensors)
+    own = len(exact) - operand_count(node.epilogue)
+    if isinstance(node.attributes, movement.Relayout):
+        value = exact[0]
+    else:
+        value = node.definition.reference(node.attributes, *exact[:own])
+    value = value[0] if isinstance(value, tuple) else value
+    return apply_reference(node.epilogue, value, exact[own:])
+
+
+def eliminate_common_subexpressions(graph: Graph, ledger: Ledger) -> Graph:
+    """Unifies nodes that apply the same op to the same values."""
+    seen: dict[Any, str] = {}
+    for node in graph.nodes():
+        if not node.is_compute:
+            continue
+        key = (node.op, node.attributes, node.epilogue, node.prologue, graph.inputs(node.name))
+        first = seen.setdefault(key, node.name)
+        if first == node.name:
+            continue
+        for index in range(len(node.outputs)):
+            graph.redirect(Value(node.name, index), Value(first, index))
+        kept = graph.node(first)
+        graph.update(first, origins=(*kept.origins, *node.origins))
+        ledger.accept("f(x), f(x) => one f(x)", [node], first)
+        graph.remove([node.name])
+    return graph
+
+
+def eliminate_dead_nodes(graph: Graph, ledger: Ledger) -> Graph:
+    """Removes what no output depends on; inputs stay, they are the signature."""
+    for node in reversed(graph.nodes()):
+        if node.op in (INPUT, OUTPUT) or graph.net.out_degree(node.name):
+            continue
+        if node.op not in (CONSTANT, TORCH):
+            ledger.accept("unused f(x) => nothing", [node], "")
+        graph.remove([node.name])
+    return graph

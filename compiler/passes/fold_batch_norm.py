@@ -1,0 +1,124 @@
+"""Batch normalisation with running statistics is y = s·x + t per channel; both are constants.
+
+    s = weight / sqrt(var + eps),   t = bias − mean·s                      (Ioffe & Szegedy, 2015)
+
+`fold_batch_norm` multiplies s into the weight of the convolution or linear layer before it and adds
+t to its bias. `lower_batch_norm` turns what is left into two pointwise stages.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from ...kernels.batch_norm import BatchNorm
+from ...kernels.epilogue import Stage
+from ...kernels.pointwise import Pointwise
+from ..ir import Graph, Node, Value
+from ..ledger import Ledger
+from ..pattern import Call, Match, leak, match
+
+FOLD = "batch_norm(heavy(x, w) + b) => heavy(x, s*w) + (s*b + t)"
+LOWER = "batch_norm(x) => s*x + t"
+
+
+def scale_and_shift(graph: Graph, node: Node) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """(s, t) in fp64, each of shape (C,), or None where a statistic is not a constant."""
+    attributes = node.attributes
+    assert isinstance(attributes, BatchNorm)
+    values = graph.own_inputs(node)[1:]
+    if not all(map(graph.is_constant, values)):
+        return None
+    tensors = [graph.constant(value).double() for value in values]
+    mean, variance = tensors[-2:]
+    scale = torch.rsqrt(variance + attributes.eps)
+    if attributes.has_weight:
+        scale = scale * tensors[0]
+    shift = -mean * scale
+    if attributes.has_bias:
+        shift = shift + tensors[int(attributes.has_weight)]
+    return scale, shift
+
+
+def fold_batch_norm(graph: Graph, ledger: Ledger) -> Graph:
+    """Folds batch_norm into the convolution or linear layer that alone feeds it.
+
+    Refused where the layer's result or its weight is used elsewhere, or where something already
+    stands between them.
+    """
+    pattern = Call("batch_norm", name="root")
+    for node in graph.nodes():
+        if node.op != "batch_norm" or match(graph, node, pattern) is None:
+            continue
+        producer = graph.node(graph.own_inputs(node)[0].node)
+        if producer.op not in ("conv2d", "linear"):
+            continue
+        reason = _why_not(graph, producer, node)
+        if reason is not None:
+            ledger.refuse(FOLD, [producer, node], reason)
+            continue
+        _fold(graph, producer, node, ledger)
+    return graph
+
+
+def _why_not(graph: Graph, producer: Node, node: Node) -> str | None:
+    reason = leak(graph, Match(node, inner=[producer]))
+    if reason is not None:
+        return reason
+    if scale_and_shift(graph, node) is None:
+        return "its statistics are not constants"
+    weight = graph.own_inputs(producer)[1]
+    if not graph.is_constant(weight):
+        return f"the weight of {producer.name} is not a constant"
+    if len(graph.uses(weight)) > 1:
+        readers = ", ".join(sorted(reader for reader, _ in graph.uses(weight)))
+        return f"the weight is shared by {readers}"
+    stages = producer.epilogue
+    is_bias = len(stages) == 1 and stages[0] == Stage("add")
+    if stages and not (is_bias and graph.is_constant(graph.operands(producer)[0])):
+        return f"{producer.name} has more than a bias: {', '.join(map(str, stages))}"
+    if producer.op == "linear" and producer.spec.rank != 2:
+        return f"the channels of {producer.name} are not its last dimension"
+    return None
+
+
+def _fold(graph: Graph, producer: Node, node: Node, ledger: Ledger) -> None:
+    both = scale_and_shift(graph, node)
+    assert both is not None
+    scale, shift = both
+    x, weight = graph.own_inputs(producer)
+    w = graph.constant(weight).double()
+    scaled = w * scale.reshape(-1, *[1] * (w.dim() - 1))
+    bias = shift
+    if producer.epilogue:
+        bias = bias + graph.constant(graph.operands(producer)[0]).double().reshape(-1) * scale
+    trailing = [1] * (node.spec.rank - 2)
+    dtype = graph.spec(weight).dtype
+    new_weight = graph.add_constant(scaled, weight.node, dtype)
+    new_bias = graph.add_constant(bias.reshape(-1, *trailing), f"{node.name}_shift", dtype)
+    inputs = (x, new_weight, new_bias, *graph.operands(node))
+    graph.set_inputs(producer.name, inputs)
+    origins = (*producer.origins, *node.origins)
+    graph.update(producer.name, epilogue=(Stage("add"), *node.epilogue), origins=origins)
+    graph.redirect(Value(node.name), Value(producer.name))
+    ledger.accept(FOLD, [producer, node], producer.name, 2 * producer.spec.size_bytes)
+    graph.remove([node.name])
+
+
+def lower_batch_norm(graph: Graph, ledger: Ledger) -> Graph:
+    """Replaces each remaining batch_norm with constant statistics by mul and add per channel."""
+    for node in graph.nodes():
+        if node.op != "batch_norm" or (both := scale_and_shift(graph, node)) is None:
+            continue
+        trailing = [1] * (node.spec.rank - 2)
+        scale, shift = (
+            graph.add_constant(part.reshape(-1, *trailing), f"{node.name}_{name}", node.spec.dtype)
+            for part, name in zip(both, ("scale", "shift"), strict=True)
+        )
+        x = graph.own_inputs(node)[0]
+        scaled = graph.add("mul", (x, scale), Pointwise(), like=[node])
+        inputs = (scaled, shift, *graph.operands(node))
+        shifted = graph.add("add", inputs, Pointwise(), epilogue=node.epilogue, like=[node])
+        graph.redirect(Value(node.name), shifted)
+        ledger.accept(LOWER, [node], shifted.node)
+        graph.remove([node.name])
+    return graph

@@ -1,0 +1,112 @@
+"""Decides once, for the whole graph, which dtype and which memory layout every tensor has.
+
+Inside, rank-4 activations are NHWC and everything is in one dtype; the module's own dtypes and
+torch's dense layout exist only at the boundary. Conversions that turn out to move nothing (one
+channel, one pixel) become views in the plan.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from ...kernels.movement import Relayout
+from ...kernels.spec import Layout, TensorSpec
+from ..ir import CONSTANT, INPUT, OUTPUT, TORCH, Graph, Node, Value
+from ..ledger import Ledger
+
+
+def choose_dtype(graph: Graph, dtype: torch.dtype | None) -> Graph:
+    """Computes in `dtype`; inputs are cast after they enter and outputs back before they leave.
+
+    None leaves the graph as it is.
+    """
+    if dtype is None or all(
+        spec.dtype is dtype for node in graph.nodes() for spec in node.outputs
+    ):
+        return graph
+    outputs = [(value, graph.spec(value).dtype) for value in graph.outputs()]
+    for node in graph.nodes():
+        if node.op == INPUT:
+            continue
+        specs = tuple(spec.with_(dtype=dtype) for spec in node.outputs)
+        changes: dict[str, object] = {"outputs": specs}
+        if isinstance(node.attributes, Relayout):
+            changes["attributes"] = Relayout(node.attributes.layout, dtype)
+        graph.update(node.name, **changes)
+    for node in graph.graph_inputs():
+        if node.spec.dtype is not dtype:
+            _convert_readers(graph, Value(node.name), Relayout(node.spec.layout, dtype))
+    returned = []
+    for value, original in outputs:
+        if graph.spec(value).dtype is not original:
+            layout = graph.spec(value).layout
+            value = graph.add("relayout", (value,), Relayout(layout, original))
+        returned.append(value)
+    graph.set_inputs(OUTPUT, returned)
+    return graph
+
+
+def _convert_readers(graph: Graph, value: Value, attributes: Relayout) -> Value:
+    readers = graph.uses(value)
+    converted = graph.add("relayout", (value,), attributes)
+    for reader, slot in readers:
+        graph.net.remove_edge(value.node, reader, key=slot)
+        graph.net.add_edge(converted.node, reader, key=slot, index=converted.index)
+    return converted
+
+
+def choose_layout(graph: Graph, ledger: Ledger) -> Graph:
+    """Makes every rank-4 activation NHWC, and inserts conversions where an op wants dense memory.
+
+    Postcondition: rank-4 results of compute nodes are NHWC unless their op works on dense memory;
+    graph inputs and outputs are dense.
+    """
+    converted: dict[tuple[Value, Layout], Value] = {}
+    for node in graph.nodes():
+        if node.op == OUTPUT:
+            values = [_as(graph, v, Layout.DENSE, converted) for v in graph.inputs(OUTPUT)]
+            graph.set_inputs(OUTPUT, values)
+        elif node.op not in (INPUT, CONSTANT):
+            _lay_out(graph, node, converted)
+    return graph
+
+
+def _wanted(spec: TensorSpec, images: bool) -> Layout:
+    return Layout.NHWC if images and spec.rank == 4 else Layout.DENSE
+
+
+def _lay_out(graph: Graph, node: Node, converted: dict[tuple[Value, Layout], Value]) -> None:
+    if isinstance(node.attributes, Relayout):
+        # A cast: it may as well produce the layout its readers want.
+        layout = _wanted(node.spec, images=True)
+        graph.update(
+            node.name,
+            attributes=Relayout(layout, node.attributes.dtype),
+            outputs=(node.spec.with_(layout=layout),),
+        )
+        return
+    images = node.op != TORCH and node.definition.images
+    packed = () if node.op == TORCH else tuple(node.definition.packs)
+    values = []
+    for slot, value in enumerate(graph.inputs(node.name)):
+        keep = slot in packed or graph.is_constant(value)
+        layout = _wanted(graph.spec(value), images)
+        values.append(value if keep else _as(graph, value, layout, converted))
+    graph.set_inputs(node.name, values)
+    outputs = tuple(spec.with_(layout=_wanted(spec, images)) for spec in node.outputs)
+    graph.update(node.name, outputs=outputs)
+
+
+def _as(
+    graph: Graph, value: Value, layout: Layout, converted: dict[tuple[Value, Layout], Value]
+) -> Value:
+    spec = graph.spec(value)
+    if spec.layout is layout:
+        return value
+    key = (value, layout)
+    if key not in converted:
+        source = graph.node(value.node)
+        made = graph.add("relayout", (value,), Relayout(layout, spec.dtype))
+        graph.update(made.node, module_path=source.module_path)
+        converted[key] = made
+    return converted[key]

@@ -1,0 +1,191 @@
+"""Composite ops that torch.export takes apart, put together again.
+
+Local response normalisation arrives as square, pad, 3-d average pooling, scale, shift, power and
+division; Lp pooling as power, average pooling, sign, absolute value, ReLU and root; hand-written
+SiLU, hard-swish and mish as products.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from ...kernels.lrn import LocalResponseNorm
+from ...kernels.pointwise import Pointwise
+from ...kernels.pool import AvgPool2d, LpPool2d
+from ..capture import TorchCall
+from ..fusions import IMAGE, example
+from ..ir import Graph, Value
+from ..ledger import Ledger
+from ..pattern import Call, Match, Rule, Var, apply_rules, replace_root
+
+POOL3D, PAD = "aten.avg_pool3d.default", "aten.pad.default"
+X = Var("x")
+SQUARE = Call("mul", X, X)
+
+
+def _window(found: Match) -> tuple[int, float] | None:
+    """(size, pad value) of the pooling over channels, or None if it is something else."""
+    pool, pad = found.nodes["pool"].attributes, found.nodes["pad"].attributes
+    assert isinstance(pool, TorchCall) and isinstance(pad, TorchCall)
+    kernel, pads = list(pool.arguments[1]), list(pad.arguments[1])
+    size = kernel[0]
+    stride = list(pool.arguments[2]) if len(pool.arguments) > 2 else kernel
+    mode = pad.arguments[2] if len(pad.arguments) > 2 else "constant"
+    right = kernel[1:] == [1, 1] and stride == [1, 1, 1] and mode == "constant"
+    if not right or pads != [0, 0, 0, 0, size // 2, (size - 1) // 2] or len(pool.arguments) > 3:
+        return None
+    return size, 0.0
+
+
+def _literal(found: Match, name: str) -> float | None:
+    attributes = found.nodes[name].attributes
+    assert isinstance(attributes, Pointwise)
+    return None if attributes.reverse else attributes.literal
+
+
+def _lrn_guard(graph: Graph, found: Match) -> str | None:
+    if _window(found) is None:
+        return "the pooling does not run over neighbouring channels"
+    if any(_literal(found, name) is None for name in ("alpha", "k")) or _beta(found) is None:
+        return "alpha, beta and k are not numbers"
+    if graph.spec(found.values["x"]).shape != found.root.spec.shape:
+        return "the result has another shape"
+    return None
+
+
+def _beta(found: Match) -> float | None:
+    node = found.nodes["beta"]
+    shortcuts = {"sqrt": 0.5, "square": 2.0, "identity": 1.0}
+    return shortcuts.get(node.op) or _literal(found, "beta")
+
+
+def _make_lrn(graph: Graph, found: Match) -> Value:
+    window, beta = _window(found), _beta(found)
+    alpha, k = _literal(found, "alpha"), _literal(found, "k")
+    assert window is not None and alpha is not None and k is not None and beta is not None
+    attributes = LocalResponseNorm(size=window[0], alpha=alpha, beta=beta, k=k)
+    return replace_root(graph, found, "local_response_norm", (found.values["x"],), attributes)
+
+
+def _lrn_rule(squared: Call) -> Rule:
+    pooled = Call(
+        POOL3D, Call(PAD, Call("reshape", squared), name="pad"), name="pool"
+    )
+    scaled = Call("mul", Call("reshape", Call("reshape", pooled)), name="alpha")
+    power = Call(("pow", "sqrt", "square"), Call("add", scaled, name="k"), name="beta")
+    return Rule(
+        "x / (k + alpha*mean_c(x²))^beta => local_response_norm(x)",
+        Call("div", X, power, name="root"),
+        _make_lrn,
+        lambda: example(lambda m, x: F.local_response_norm(x, 5, 1e-3, 0.75, 2.0), IMAGE),
+        _lrn_guard,
+    )
+
+
+def _lp_guard(graph: Graph, found: Match) -> str | None:
+    pool = found.nodes["pool"].attributes
+    assert isinstance(pool, AvgPool2d)
+    area = _literal(found, "area")
+    if any(pool.padding) or pool.divisor_override is not None:
+        return "the average pooling is padded"
+    if area != pool.kernel[0] * pool.kernel[1]:
+        return f"the mean is multiplied by {area}, not by the window's area"
+    return None
+
+
+def _exponent(found: Match, name: str) -> float | None:
+    node = found.nodes[name]
+    shortcuts = {"square": 2.0, "sqrt": 0.5, "identity": 1.0}
+    return shortcuts.get(node.op) or _literal(found, name)
+
+
+def _lp_root_guard(graph: Graph, found: Match) -> str | None:
+    p, root = _exponent(found, "power"), _exponent(found, "root")
+    if p is None or root is None or abs(root * p - 1) > 1e-6:
+        return "the root does not undo the power"
+    return _lp_guard(graph, found)
+
+
+def _make_lp(graph: Graph, found: Match) -> Value:
+    pool, p = found.nodes["pool"].attributes, _exponent(found, "power")
+    assert isinstance(pool, AvgPool2d) and p is not None
+    attributes = LpPool2d(p, pool.kernel, pool.stride, pool.ceil_mode)
+    return replace_root(graph, found, "lp_pool2d", (found.values["x"],), attributes)
+
+
+POWERS = ("pow", "square", "sqrt", "identity")
+
+
+def _lp_rule() -> Rule:
+    pooled = Call("avg_pool2d", Call(POWERS, X, name="power"), name="pool")
+    magnitude = Call("relu", Call("abs", pooled))
+    # sign(v) and |v| read the same pooled value, so the pooling has two readers inside the match.
+    signed = Call("mul", Call("sign", pooled), magnitude)
+    return Rule(
+        "(R·S·avg_pool(x^p))^(1/p) => lp_pool2d(x, p)",
+        Call(POWERS, Call("mul", signed, name="area"), name="root"),
+        _make_lp,
+        lambda: example(lambda m, x: F.lp_pool2d(x, 3.0, 2), IMAGE),
+        _lp_root_guard,
+    )
+
+
+def _product_rule(name: str, factor: str, make: Any) -> Rule:
+    def rewrite(graph: Graph, found: Match) -> Value:
+        return replace_root(graph, found, name, (found.values["x"],), Pointwise())
+
+    return Rule(
+        f"x·{factor}(x) => {name}(x)",
+        Call("mul", X, Call(factor, X), name="root", commutes=True),
+        rewrite,
+        make,
+    )
+
+
+def _mish_rule() -> Rule:
+    def rewrite(graph: Graph, found: Match) -> Value:
+        return replace_root(graph, found, "mish", (found.values["x"],), Pointwise())
+
+    def guard(graph: Graph, found: Match) -> str | None:
+        attributes = found.nodes["softplus"].attributes
+        assert isinstance(attributes, Pointwise)
+        return None if attributes.parameters[0] == 1.0 else "softplus has another beta"
+
+    return Rule(
+        "x·tanh(softplus(x)) => mish(x)",
+        Call(
+            "mul", X, Call("tanh", Call("softplus", X, name="softplus")),
+            name="root", commutes=True,
+        ),
+        rewrite,
+        lambda: example(lambda m, x: x * torch.tanh(F.softplus(x)), IMAGE),
+        guard,
+    )  # fmt: skip
+
+
+RULES = (
+    _lrn_rule(SQUARE),
+    _lrn_rule(Call("square", X)),
+    _lp_rule(),
+    _product_rule(
+        "silu", "sigmoid", lambda: example(lambda m, x: x * torch.sigmoid(x), IMAGE)
+    ),
+    _product_rule(
+        "hardswish", "hardsigmoid", lambda: example(lambda m, x: x * F.hardsigmoid(x), IMAGE)
+    ),
+    _mish_rule(),
+)
+
+
+def recognise_composites(graph: Graph, ledger: Ledger) -> Graph:
+    """Rebuilds the composite ops that export expresses by simpler ones.
+
+    Postcondition: no part of a recognised composite is left, among them calls that have no kernel.
+    """
+    return apply_rules(graph, RULES, ledger)
+
+

@@ -1,0 +1,241 @@
+"""Patterns written as the expressions they match, and the rules made of them.
+
+    Call("relu", Call(HEAVY, name="anchor"), name="root")
+
+matches relu of a convolution or linear layer. That inner nodes have a single reader is the matcher's
+duty: a match whose inner result is read elsewhere, or returned, is a refusal with that reason.
+
+A `Rule` is one fusion: an equation as its name, a pattern, a guard that returns a reason when it
+refuses, a rewrite, and examples from which the generic tests are made.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from ..kernels.op import Attributes
+from .ir import TORCH, Graph, Node, Value
+from .ledger import Ledger
+
+
+@dataclass(frozen=True)
+class Var:
+    """Matches any value; the same name twice must be the same value."""
+
+    name: str
+
+
+@dataclass(frozen=True)
+class Constant:
+    """Matches a constant value."""
+
+    name: str
+
+
+@dataclass(frozen=True, init=False)
+class Call:
+    """Matches an application of one of `ops` (aten overloads for torch calls).
+
+    arguments: patterns of the op's own inputs, or None for any. commutes: a two-argument call also
+    matches with its arguments swapped. plain: the node must carry no epilogue or prologue.
+    """
+
+    ops: tuple[str, ...]
+    arguments: tuple[Any, ...] | None
+    name: str
+    commutes: bool
+    plain: bool
+
+    def __init__(
+        self,
+        ops: str | tuple[str, ...],
+        *arguments: Any,
+        name: str = "",
+        commutes: bool = False,
+        plain: bool = False,
+    ) -> None:
+        object.__setattr__(self, "ops", (ops,) if isinstance(ops, str) else ops)
+        object.__setattr__(self, "arguments", arguments or None)
+        object.__setattr__(self, "name", name)
+        object.__setattr__(self, "commutes", commutes)
+        object.__setattr__(self, "plain", plain)
+
+
+@dataclass
+class Match:
+    """What the names of a pattern stand for: nodes for calls, values for variables.
+
+    inner: nodes the rewrite consumes besides the root, readers first.
+    """
+
+    root: Node
+    nodes: dict[str, Node] = field(default_factory=dict)
+    values: dict[str, Value] = field(default_factory=dict)
+    inner: list[Node] = field(default_factory=list)
+
+    @property
+    def consumed(self) -> list[Node]:
+        """Inner nodes and the root, sources first."""
+        return [*reversed(self.inner), self.root]
+
+
+def match(graph: Graph, root: Node, pattern: Call) -> Match | None:
+    """The first way the pattern fits with `root` as its outermost call."""
+    for found in _match_call(graph, root, pattern, Match(root)):
+        return found
+    return None
+
+
+def leak(graph: Graph, found: Match) -> str | None:
+    """Why some inner node of a match cannot be consumed, or None."""
+    consumed = {node.name for node in found.consumed}
+    for node in found.inner:
+        for index in range(len(node.outputs)):
+            for reader, _ in graph.uses(Value(node.name, index)):
+                if reader not in consumed:
+                    who = "the caller" if graph.node(reader).op == "output" else reader
+                    return f"{node.name} is also read by {who}"
+    return None
+
+
+def _op_name(node: Node) -> str:
+    return str(node.attributes) if node.op == TORCH else node.op
+
+
+def _match_call(graph: Graph, node: Node, pattern: Call, found: Match) -> Iterator[Match]:
+    if _op_name(node) not in pattern.ops:
+        return
+    if pattern.plain and (node.epilogue or node.prologue):
+        return
+    nodes = {**found.nodes, pattern.name: node} if pattern.name else found.nodes
+    seen = node is found.root or node in found.inner
+    inner = found.inner if seen else [*found.inner, node]
+    begun = Match(found.root, nodes, found.values, inner)
+    if pattern.arguments is None:
+        yield begun
+        return
+    inputs = graph.inputs(node.name) if node.op == TORCH else graph.own_inputs(node)
+    if len(inputs) != len(pattern.arguments):
+        return
+    yield from _match_all(graph, inputs, pattern.arguments, begun)
+    if pattern.commutes:
+        yield from _match_all(graph, inputs[::-1], pattern.arguments, begun)
+
+
+def _match_all(
+    graph: Graph, inputs: tuple[Value, ...], patterns: tuple[Any, ...], found: Match
+) -> Iterator[Match]:
+    if not patterns:
+        yield found
+        return
+    for partial in _match_value(graph, inputs[0], patterns[0], found):
+        yield from _match_all(graph, inputs[1:], patterns[1:], partial)
+
+
+def _match_value(graph: Graph, value: Value, pattern: Any, found: Match) -> Iterator[Match]:
+    if isinstance(pattern, Call):
+        if value.index == 0:
+            yield from _match_call(graph, graph.node(value.node), pattern, found)
+        return
+    if isinstance(pattern, Constant) and not graph.is_constant(value):
+        return
+    bound = found.values.get(pattern.name)
+    if bound is None:
+        values = {**found.values, pattern.name: value}
+        yield Match(found.root, found.nodes, values, found.inner)
+    elif bound == value:
+        yield found
+
+
+Guard = Callable[[Graph, Match], str | None]
+Rewrite = Callable[[Graph, Match], Value]
+
+
+def always(graph: Graph, found: Match) -> str | None:
+    """The guard that never refuses."""
+    return None
+
+
+@dataclass(frozen=True)
+class NearMiss:
+    """A module on which a rule must refuse, and a part of the reason it must give."""
+
+    make: Callable[[], tuple[Any, tuple[Any, ...]]]
+    reason: str
+
+
+@dataclass(frozen=True)
+class Rule:
+    """One declarative fusion.
+
+    name: the equation; rewrite: builds the replacement and returns the value that stands for the
+    root's first output; example: a module and inputs on which the rule fires.
+    """
+
+    name: str
+    pattern: Call
+    rewrite: Rewrite
+    example: Callable[[], tuple[Any, tuple[Any, ...]]]
+    guard: Guard = always
+    near_misses: tuple[NearMiss, ...] = ()
+
+
+def apply_rules(graph: Graph, rules: tuple[Rule, ...], ledger: Ledger) -> Graph:
+    """Rewrites until no rule fires; earlier rules win; sources are tried before their readers."""
+    changed = True
+    while changed:
+        changed = False
+        for node in graph.nodes():
+            name: str | None = node.name
+            while name is not None and name in graph:
+                name = _try_rules(graph, graph.node(name), rules, ledger)
+                changed = changed or name is not None
+    return graph
+
+
+def _try_rules(
+    graph: Graph, node: Node, rules: tuple[Rule, ...], ledger: Ledger
+) -> str | None:
+    """Applies the first rule that fits; returns the node that now stands there, or None."""
+    for rule in rules:
+        found = match(graph, node, rule.pattern)
+        if found is None:
+            continue
+        reason = leak(graph, found) or rule.guard(graph, found)
+        if reason is not None:
+            ledger.refuse(rule.name, found.consumed, reason)
+            continue
+        saved = sum(2 * inner.spec.size_bytes for inner in found.inner)
+        consumed = found.consumed
+        value = rule.rewrite(graph, found)
+        ledger.accept(rule.name, consumed, value.node, saved)
+        return value.node
+    return None
+
+
+def absorb(graph: Graph, found: Match, keeper: str, inputs: tuple[Value, ...], **changes: Any) -> Value:
+    """Turns `keeper`, one of the consumed nodes, into the node that stands for all of them.
+
+    It keeps its name and place; its inputs become `inputs` and its fields change as given.
+    """
+    origins = tuple(dict.fromkeys(o for node in found.consumed for o in node.origins))
+    graph.update(keeper, origins=origins, **changes)
+    graph.set_inputs(keeper, inputs)
+    kept = Value(keeper)
+    root = Value(found.root.name)
+    if root != kept:
+        graph.redirect(root, kept)
+    graph.remove(node.name for node in reversed(found.consumed) if node.name != keeper)
+    return kept
+
+
+def replace_root(
+    graph: Graph, found: Match, op: str, inputs: tuple[Value, ...], attributes: Attributes
+) -> Value:
+    """Replaces the whole match by one new application."""
+    value = graph.add(op, inputs, attributes, like=list(reversed(found.consumed)))
+    graph.redirect(Value(found.root.name), value)
+    graph.remove(node.name for node in reversed(found.consumed))
+    return value

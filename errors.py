@@ -1,0 +1,50 @@
+"""The exception family: one root, one class per kind of mistake.
+
+Every message says what, where, what was expected, what was found and what to do.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class ConvloomError(Exception):
+    """Root of every error that convloom raises on purpose."""
+
+
+class UnsupportedOpError(ConvloomError):
+    """Some node of the model has no kernel; lists every such node at once."""
+
+
+class CaptureError(ConvloomError):
+    """The module cannot be turned into a dataflow graph."""
+
+
+class InvalidInputError(ConvloomError, ValueError):
+    """An argument has the wrong rank, shape, dtype, device, count or value."""
+
+
+class TargetUnavailableError(ConvloomError):
+    """The requested target cannot run, or cannot be compiled for, on this machine."""
+
+
+class ArtifactError(ConvloomError):
+    """A file (weights, image, executable, ledger) is missing, damaged or not what it claims."""
+
+
+class GraphError(ConvloomError):
+    """A graph breaks one of its own laws: a defect of a pass, not of the user's model."""
+
+
+class KernelError(ConvloomError):
+    """A kernel cannot be built, compiled or launched for the problem it was asked to solve."""
+
+
+def near_names(name: str, known: Iterable[str]) -> str:
+    """A hint for an unknown name: the closest known ones, or all of them when none is close."""
+    known = sorted(known)
+    close = difflib.get_close_matches(name, known, n=5, cutoff=0.5)
+    if close:
+        return "did you mean " + ", ".join(close) + "?"
+    return "known: " + ", ".join(known)

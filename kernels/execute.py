@@ -1,0 +1,40 @@
+"""Binds a launch's symbolic arguments to tensors, and runs launches in the interpreter.
+
+A tensor argument of a launch is the flat buffer its operand lives in; offsets and pitches are
+compile-time constants of the kernel.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+
+from .epilogue import GeneratedFunction
+from .op import Launch, Ref
+
+
+def bind(launch: Launch, tensor_of: Callable[[Ref], torch.Tensor], batch: int) -> dict[str, Any]:
+    """The kernel's run-time arguments by name: pointers, `extras` and `m`."""
+    arguments: dict[str, Any] = {name: tensor_of(ref) for name, ref in launch.pointers.items()}
+    arguments["extras"] = tuple(tensor_of(ref) for ref in launch.extras)
+    arguments["m"] = launch.m_at(batch)
+    return arguments
+
+
+def resolved(constexprs: Mapping[str, Any]) -> dict[str, Any]:
+    """Compile-time arguments with generated sources turned into jit functions."""
+    return {
+        name: value.resolve() if isinstance(value, GeneratedFunction) else value
+        for name, value in constexprs.items()
+    }
+
+
+def interpret(launch: Launch, tensor_of: Callable[[Ref], torch.Tensor], batch: int) -> None:
+    """Runs the launch on CPU tensors; call inside `interpreter.interpreting()`."""
+    from . import interpreter
+
+    arguments = bind(launch, tensor_of, batch)
+    grid = launch.grid_at(batch)
+    interpreter.run(launch.kernel, grid, arguments, resolved(launch.constexprs))

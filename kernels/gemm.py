@@ -1,0 +1,262 @@
+"""y = epilogue(x wᵀ): the matrix product behind linear layers and 1x1 convolutions.
+
+x: (M, C), rows `X_PITCH` apart; w: (K, C) K-major, so that B tiles need no transposition in shared
+memory for any dtype; y: (M, K), rows `Y_PITCH` apart; fp32 accumulation.
+
+`PROLOGUE` is a chain applied to x's columns (its channels) as they are read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+
+from . import epilogue as ep
+from .op import Config, Launch, Problem, Ref, Target, W, X, Y, config, operand_refs, power_of_two
+from .spec import Operand
+
+# Tiles (BLOCK_M, BLOCK_N, warps) that compile without spills with a residual epilogue: at most 64
+# accumulators per thread (3x3 over 64 channels, 128x64 w4: 192 registers on sm_90).
+TILES = (
+    (128, 128, 8), (128, 64, 4), (64, 128, 4), (64, 64, 4), (64, 32, 4), (32, 64, 4),
+    (32, 32, 4), (16, 64, 4), (16, 32, 2),
+)  # fmt: skip
+# mma.sync keeps both operands in registers: 128x64 w4 spills 88 bytes on sm_80, w8 needs 136.
+TILES_BEFORE_SM90 = (
+    (128, 128, 8), (128, 64, 8), (64, 128, 8), (64, 64, 4), (64, 32, 4), (32, 64, 4),
+    (32, 32, 4), (16, 64, 4), (16, 32, 2),
+)  # fmt: skip
+# fp32 by three tf32 products keeps each operand twice in registers, so the tiles are smaller.
+TILES_FP32 = ((64, 64, 4), (64, 32, 4), (32, 64, 4), (32, 32, 4), (16, 64, 4), (16, 32, 2))
+MULTIPROCESSORS = 132
+
+
+@triton.jit
+def tile_index(program, row_tiles, COLUMN_TILES: tl.constexpr, GROUP_M: tl.constexpr):
+    """Row and column tile of a program; GROUP_M row tiles share their weights in L2."""
+    group = program // (GROUP_M * COLUMN_TILES)
+    first = group * GROUP_M
+    height = tl.minimum(row_tiles - first, GROUP_M)
+    within = program % (GROUP_M * COLUMN_TILES)
+    return first + within % height, within // height
+
+
+@triton.jit
+def gemm_kernel(
+    x,
+    w,
+    y,
+    extras,
+    m,
+    C: tl.constexpr,
+    K: tl.constexpr,
+    X_PITCH: tl.constexpr,
+    X_OFFSET: tl.constexpr,
+    Y_PITCH: tl.constexpr,
+    Y_OFFSET: tl.constexpr,
+    EPILOGUE: tl.constexpr,
+    PROLOGUE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    WIDE: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP_M: tl.constexpr,
+):
+    column_tiles: tl.constexpr = (K + BLOCK_N - 1) // BLOCK_N
+    row_tile, column_tile = tile_index(
+        tl.program_id(0), tl.cdiv(m, BLOCK_M), column_tiles, GROUP_M
+    )
+    rows = row_tile * BLOCK_M + tl.arange(0, BLOCK_M)
+    columns = column_tile * BLOCK_N + tl.arange(0, BLOCK_N)
+    depth = tl.arange(0, BLOCK_K)
+    row_mask = rows < m
+    column_mask = columns < K
+    if WIDE:
+        rows = rows.to(tl.int64)
+    x_tile = x + X_OFFSET + (rows * X_PITCH)[:, None] + depth[None, :]
+    w_tile = w + (columns * C)[:, None] + depth[None, :]
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for start in range(0, C, BLOCK_K):
+        if C % BLOCK_K == 0:
+            a = tl.load(x_tile + start, mask=row_mask[:, None], other=0.0)
+            b = tl.load(w_tile + start, mask=column_mask[:, None], other=0.0)
+        else:
+            inside = (depth + start < C)[None, :]
+            a = tl.load(x_tile + start, mask=row_mask[:, None] & inside, other=0.0)
+            b = tl.load(w_tile + start, mask=column_mask[:, None] & inside, other=0.0)
+        if PROLOGUE is not None:
+            channels = depth + start
+            in_channels = channels < C
+            value = PROLOGUE(a.to(tl.float32), rows, channels, row_mask, in_channels, extras)
+            # Rows and channels outside the tensor must stay zero whatever the prologue adds.
+            a = tl.where(row_mask[:, None] & in_channels[None, :], value, 0.0).to(a.dtype)
+        acc = tl.dot(a, b.T, acc, input_precision=PRECISION)
+    acc = EPILOGUE(acc, rows, columns, row_mask, column_mask, extras)
+    address = y + Y_OFFSET + (rows * Y_PITCH)[:, None] + columns[None, :]
+    mask = row_mask[:, None] & column_mask[None, :]
+    tl.store(address, acc.to(y.dtype.element_ty), mask=mask)
+
+
+def dot_precision(problem: Problem, depth: int) -> str:
+    """How Triton multiplies fp32 tiles: three tf32 products keep fp32 accuracy at 3x the speed of
+    FMAs; short sums (depth < 16) stay with FMAs."""
+    if problem.precision == "tf32":
+        return "tf32"
+    return "tf32x3" if depth >= 16 else "ieee"
+
+
+def chains(problem: Problem) -> tuple[ep.GeneratedFunction, ep.GeneratedFunction | None]:
+    """The problem's epilogue, and its prologue over the first input's channels."""
+    after = ep.for_output(problem.epilogue, problem.operands, problem.output.spec)
+    if not problem.prologue:
+        return after, None
+    spec = problem.inputs[0].spec
+    reads = tuple(ep.access(operand, spec) for operand in problem.prologue_operands)
+    sizes = ep.memory_sizes(spec)
+    before = ep.generate(
+        problem.prologue, reads, sizes, first=len(problem.operands), name="prologue"
+    )
+    return after, before
+
+
+def all_extras(problem: Problem) -> tuple[Ref, ...]:
+    """Operands of the epilogue, then of the prologue."""
+    count = len(problem.prologue_operands)
+    return (*operand_refs(problem), *(Ref("prologue", index) for index in range(count)))
+
+
+def shared_bytes(tile: Config, dtype: torch.dtype) -> int:
+    """Shared memory of a pipelined matrix product: one A and one B tile per stage."""
+    area = (tile["BLOCK_M"] + tile["BLOCK_N"]) * tile["BLOCK_K"]
+    return tile.num_stages * area * dtype.itemsize
+
+
+def legal_tile(dtype: torch.dtype, tile: Config, target: Target) -> str | None:
+    """Why a matrix-product tile cannot run on the target, or None."""
+    if target.name == "interpreter":
+        return None
+    needed = shared_bytes(tile, dtype)
+    if needed > target.shared_bytes:
+        return f"needs {needed} bytes of shared memory; {target.name} has {target.shared_bytes}"
+    accumulators = tile["BLOCK_M"] * tile["BLOCK_N"] // (32 * tile.num_warps)
+    if accumulators > 64:
+        return f"{accumulators} accumulators per thread; more than 64 spill"
+    return None
+
+
+def tiles(dtype: torch.dtype, target: Target) -> tuple[tuple[int, int, int], ...]:
+    """The (BLOCK_M, BLOCK_N, warps) worth trying."""
+    if dtype is torch.float32:
+        return TILES_FP32
+    return TILES if target.capability >= 90 else TILES_BEFORE_SM90
+
+
+def tile_configs(depth: int, dtype: torch.dtype, target: Target) -> Iterator[Config]:
+    """The search space of a matrix product whose inner loop runs over `depth` channels."""
+    widest = 32 if dtype is torch.float32 else 64
+    for block_m, block_n, warps in tiles(dtype, target):
+        for block_k in (16, 32, 64):
+            if block_k > max(16, min(widest, power_of_two(depth))):
+                continue
+            for stages in (2, 3, 4):
+                tile = config(
+                    warps, stages, BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k, GROUP_M=8
+                )
+                if legal_tile(dtype, tile, target) is None:
+                    yield tile
+
+
+@dataclass(frozen=True)
+class Size:
+    """A matrix product: rows x columns, an inner dimension, and how many of them side by side.
+
+    gathers: the input rows are gathered element by element (few channels per tap), which takes
+    registers for addresses and masks.
+    """
+
+    rows: int
+    columns: int
+    depth: int
+    dtype: torch.dtype
+    groups: int = 1
+    gathers: bool = False
+
+
+def default_tile(size: Size, target: Target) -> Config:
+    """A tile without search: the least modelled time over whole waves of the machine.
+
+    One tile costs its products plus its operand traffic; tiles beyond a multiple of the
+    multiprocessors start a new wave. Constants are those of an H200 and only rank.
+    """
+    if target.name == "interpreter":
+        return interpreter_tile(size)
+
+    def time(tile: tuple[int, int, int]) -> float:
+        block_m, block_n, _ = tile
+        count = -(-size.rows // block_m) * -(-size.columns // block_n) * size.groups
+        waves = -(-count // MULTIPROCESSORS)
+        return waves * (block_m * block_n + 48 * (block_m + block_n) + 1024)
+
+    candidates = tiles(size.dtype, target)
+    if size.gathers:
+        candidates = tuple(tile for tile in candidates if tile[0] <= 64 and tile[1] <= 64)
+    block_m, block_n, warps = min(candidates, key=time)
+    widest = 32 if size.gathers or size.dtype is torch.float32 else 64
+    block_k = max(16, min(widest, power_of_two(size.depth)))
+    return config(warps, 3, BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k, GROUP_M=8)
+
+
+def interpreter_tile(size: Size) -> Config:
+    """Few, large programs: the interpreter pays about a millisecond per tile operation.
+
+    Operand tiles hold up to half a million elements, accumulators a million.
+    """
+    block_m = max(16, min(4096, power_of_two(size.rows)))
+    block_n = max(16, min(1024, (1 << 20) // block_m, power_of_two(size.columns)))
+    room = max(128, (1 << 19) // max(block_m, block_n))
+    block_k = max(16, min(room, power_of_two(size.depth)))
+    return config(1, 1, BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k, GROUP_M=1)
+
+
+def launch(problem: Problem, tile: Config, x: Operand, columns: int) -> Launch:
+    """The product of `x` seen as a matrix of its innermost dimension with the packed weight."""
+    out = problem.output
+    depth = ep.memory_sizes(x.spec)[-1]
+    after, before = chains(problem)
+    return Launch(
+        kernel=gemm_kernel,
+        pointers={"x": X, "w": W, "y": Y},
+        extras=all_extras(problem),
+        rows=out.spec.numel // columns,
+        batch=out.spec.batch,
+        block_rows=tile["BLOCK_M"],
+        columns=-(-columns // tile["BLOCK_N"]),
+        constexprs={
+            "C": depth,
+            "K": columns,
+            "X_PITCH": x.pitch,
+            "X_OFFSET": x.offset,
+            "Y_PITCH": out.pitch,
+            "Y_OFFSET": out.offset,
+            "EPILOGUE": after,
+            "PROLOGUE": before,
+            "PRECISION": dot_precision(problem, depth),
+            "WIDE": problem.is_wide,
+            **dict(tile.blocks),
+        },
+        num_warps=tile.num_warps,
+        num_stages=tile.num_stages,
+    )
+
+
+def problem_size(problem: Problem) -> Size:
+    """The product over the innermost dimensions of the first input and the output."""
+    columns = ep.memory_sizes(problem.output.spec)[-1]
+    depth = ep.memory_sizes(problem.inputs[0].spec)[-1]
+    rows = problem.output.spec.numel // max(columns, 1)
+    return Size(rows, columns, depth, problem.inputs[0].spec.dtype)

@@ -1,0 +1,134 @@
+"""Runs `@triton.jit` kernels on the CPU, in the same process that also compiles them.
+
+Triton decides at decoration time (TRITON_INTERPRET) whether a function is interpreted or compiled,
+so out of the box one process does one or the other. Here a compiled `JITFunction` is interpreted on
+demand: its source is rewritten by Triton's own `InterpretedFunction`, the language is patched for
+the duration of one `interpreting()` block, and restored afterwards.
+
+Three things differ from upstream, on purpose:
+- calls of nested jit functions (the standard library's too) are routed through `JITFunction.__call__`
+  and do not patch the language again: upstream patches at every such call and never restores it;
+- `tl.dot` upcasts bfloat16 operands, which numpy has no type for, and lets BLAS do the product;
+- fp32 to bfloat16 rounds to nearest even as GPUs do, where upstream truncates;
+- tensors are used in place, where upstream copies every storage to the host and back.
+
+What it proves is index arithmetic and fp32/fp16 maths only; see the README for the known gaps.
+"""
+
+from __future__ import annotations
+
+import inspect
+import itertools
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import triton
+import triton.language as tl
+from triton.language import core
+from triton.runtime import interpreter as upstream
+from triton.runtime.jit import JITFunction
+
+from ..errors import KernelError
+
+_LOCK = threading.RLock()
+_REWRITTEN: dict[int, tuple[JITFunction[Any], Any]] = {}
+
+
+def _rewritten(function: JITFunction[Any]) -> Any:
+    """The interpretable Python function behind a jit function (rewritten once)."""
+    if id(function) not in _REWRITTEN:
+        wrapper: Any = upstream.InterpretedFunction(function.fn)
+        _REWRITTEN[id(function)] = (function, wrapper.rewrite())
+    return _REWRITTEN[id(function)][1]
+
+
+def _call_nested(function: JITFunction[Any], *args: Any, **kwargs: Any) -> Any:
+    return _rewritten(function)(*args, **kwargs)
+
+
+def _as_float32(handle: Any) -> np.ndarray[Any, Any]:
+    if handle.dtype.scalar == tl.bfloat16:
+        return (handle.data.astype(np.uint32) << 16).view(np.float32)
+    return np.asarray(handle.data, dtype=np.float32)
+
+
+def _dot(a: Any, b: Any, d: Any, *_precision: Any) -> Any:
+    if a.dtype.scalar.is_fp64() or not a.dtype.scalar.is_floating():
+        product = np.matmul(a.data, b.data, dtype=d.data.dtype)
+    else:
+        product = np.matmul(_as_float32(a), _as_float32(b))
+    product += d.data
+    return upstream.TensorHandle(product, d.dtype.scalar)
+
+
+def _cast(src: Any, dst_type: Any) -> Any:
+    source, destination = src.dtype.scalar, dst_type.scalar
+    if source == tl.bfloat16 and destination.is_floating():
+        values = _as_float32(src).astype(upstream._get_np_dtype(destination))
+        return upstream.TensorHandle(values, destination)
+    if destination == tl.bfloat16 and source.is_floating():
+        bits = np.ascontiguousarray(src.data, dtype=np.float32).view(np.uint32)
+        rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+        quiet_nan = (bits >> 16) | 0x40
+        is_nan = (bits & 0x7FFFFFFF) > 0x7F800000
+        values = np.where(is_nan, quiet_nan, rounded).astype(np.uint16)
+        return upstream.TensorHandle(values, destination)
+    return upstream.TensorHandle(src.data.astype(upstream._get_np_dtype(dst_type)), destination)
+
+
+@contextmanager
+def interpreting() -> Iterator[None]:
+    """Inside the block jit functions are interpreted; compilation works again after it.
+
+    One thread at a time: the patch is global to the process.
+    """
+    with _LOCK:
+        builder = upstream.interpreter_builder
+        scope = upstream._patch_lang(_language_user)
+        original_call = JITFunction.__call__
+        builder.create_dot, builder.cast_impl = _dot, _cast
+        JITFunction.__call__ = _call_nested  # type: ignore[method-assign,assignment]
+        try:
+            # Padding lanes compute on garbage (0/0, inf - inf); their results are never stored.
+            with np.errstate(all="ignore"):
+                yield
+        finally:
+            JITFunction.__call__ = original_call  # type: ignore[method-assign]
+            del builder.create_dot, builder.cast_impl
+            scope.restore()
+
+
+def _language_user() -> tuple[Any, Any]:
+    """Upstream patches those language modules that a function's globals mention: here, both."""
+    return tl, core
+
+
+def run(
+    function: JITFunction[Any],
+    grid: tuple[int, int, int],
+    arguments: Mapping[str, Any],
+    constexprs: Mapping[str, Any],
+) -> None:
+    """Runs every program of the grid, one after the other; call inside `interpreting()`.
+
+    Raises: KernelError naming the kernel and the program in which it failed.
+    """
+    body = _rewritten(function)
+    values = {name: upstream._implicit_cvt(value) for name, value in arguments.items()}
+    values.update(constexprs)
+    expected = list(inspect.signature(function.fn).parameters)
+    if sorted(values) != sorted(expected):
+        raise KernelError(f"{function.__name__}: expected arguments {expected}, got {list(values)}")
+    upstream.interpreter_builder.set_grid_dim(*grid)
+    for index in itertools.product(*map(range, grid)):
+        upstream.interpreter_builder.set_grid_idx(*index)
+        try:
+            body(**values)
+        except Exception as error:
+            raise KernelError(
+                f"kernel {function.__name__}, program {index} of {grid}: {error!r} "
+                f"(triton {triton.__version__}, interpreter)"
+            ) from error

@@ -1,0 +1,249 @@
+"""Compiles launches for any GPU generation, with no GPU at hand, and reads what came out.
+
+A `CompileRequest` is everything the compiler needs, as picklable data; equal requests are one
+kernel. Compilation goes through Triton's own cache (under CONVLOOM_CACHE_DIR), several requests at
+once through worker processes. Reports are read from the machine code by the disassembler that ships
+inside the triton package, and kept beside the cache.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import multiprocessing
+import os
+import re
+import subprocess
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from .. import settings
+from ..errors import KernelError
+from .epilogue import GeneratedFunction
+from .execute import resolved
+from .op import Launch, Ref
+from .targets import Target
+
+POINTER_TYPES = {
+    torch.float32: "*fp32",
+    torch.float16: "*fp16",
+    torch.bfloat16: "*bf16",
+    torch.int64: "*i64",
+    torch.int32: "*i32",
+}
+ALIGNED = [["tt.divisibility", 16]]
+
+
+@dataclass(frozen=True)
+class CompileRequest:
+    """One kernel variant: function, argument types, compile-time constants, options, target."""
+
+    kernel: str
+    pointers: tuple[tuple[str, str], ...]
+    extras: tuple[str, ...]
+    constexprs: tuple[tuple[str, Any], ...]
+    num_warps: int
+    num_stages: int
+    capability: int
+
+    @property
+    def name(self) -> str:
+        return self.kernel.rpartition(":")[2]
+
+    @property
+    def generated(self) -> tuple[GeneratedFunction, ...]:
+        """The generated sources among the constants."""
+        return tuple(v for _, v in self.constexprs if isinstance(v, GeneratedFunction))
+
+
+@dataclass(frozen=True)
+class KernelReport:
+    """What the compiler made of a request.
+
+    registers: per thread; spill_bytes: stack per thread (0 when nothing spilled); shared_bytes: per
+    block; instructions: SASS opcodes by count, memory opcodes with their width (`LDG.128`).
+    """
+
+    registers: int
+    spill_bytes: int
+    shared_bytes: int
+    instructions: Mapping[str, int] = field(default_factory=dict)
+
+    def count(self, prefix: str) -> int:
+        """How many instructions start with the prefix."""
+        return sum(n for opcode, n in self.instructions.items() if opcode.startswith(prefix))
+
+
+def request(
+    launch: Launch, dtype_of: Callable[[Ref], torch.dtype], target: Target
+) -> CompileRequest:
+    """The request behind a launch; `dtype_of` tells what each tensor argument points to."""
+    function = launch.kernel.fn
+    return CompileRequest(
+        kernel=f"{function.__module__}:{function.__name__}",
+        pointers=tuple((n, POINTER_TYPES[dtype_of(ref)]) for n, ref in launch.pointers.items()),
+        extras=tuple(POINTER_TYPES[dtype_of(ref)] for ref in launch.extras),
+        constexprs=tuple(sorted(launch.constexprs.items())),
+        num_warps=launch.num_warps,
+        num_stages=launch.num_stages,
+        capability=target.capability,
+    )
+
+
+def _source(wanted: CompileRequest) -> ASTSource:
+    module, _, name = wanted.kernel.partition(":")
+    kernel = getattr(importlib.import_module(module), name)
+    names = list(kernel.arg_names)
+    types: dict[str, Any] = dict(wanted.pointers)
+    types["extras"] = wanted.extras
+    types["m"] = "i32"
+    constants = resolved(dict(wanted.constexprs))
+    missing = [n for n in names if n not in types and n not in constants]
+    if missing or len(types) + len(constants) != len(names):
+        surplus = [n for n in (*types, *constants) if n not in names]
+        raise KernelError(f"kernel {name}: missing arguments {missing}, unknown {surplus}")
+    attributes: dict[tuple[int, ...], Any] = {
+        (names.index(pointer),): ALIGNED for pointer, _ in wanted.pointers
+    }
+    at = names.index("extras")
+    attributes |= {(at, index): ALIGNED for index in range(len(wanted.extras))}
+    return ASTSource(
+        fn=kernel,
+        signature={n: "constexpr" if n in constants else types[n] for n in names},
+        constexprs={(names.index(n),): value for n, value in constants.items()},
+        attrs=attributes,
+    )
+
+
+@contextmanager
+def _cache() -> Iterator[Path]:
+    """Triton's cache inside ours, for the duration of the block."""
+    root = settings.read().cache_dir
+    previous = triton.knobs.cache.dir
+    triton.knobs.cache.dir = str(root / "triton")
+    try:
+        yield root
+    finally:
+        triton.knobs.cache.dir = previous
+
+
+def compile_request(wanted: CompileRequest) -> Any:
+    """Triton's `CompiledKernel`.
+
+    Raises: KernelError naming the kernel, the target and the compiler's message.
+    """
+    options = {"num_warps": wanted.num_warps, "num_stages": wanted.num_stages}
+    with _cache():
+        try:
+            return triton.compile(
+                _source(wanted), target=GPUTarget("cuda", wanted.capability, 32), options=options
+            )
+        except KernelError:
+            raise
+        except Exception as error:
+            first = str(error).strip().splitlines() or [repr(error)]
+            raise KernelError(
+                f"kernel {wanted.name} does not compile for sm_{wanted.capability} with "
+                f"{wanted.num_warps} warps, {wanted.num_stages} stages: {first[-1]} "
+                f"(triton {triton.__version__})"
+            ) from error
+
+
+@lru_cache(maxsize=4096)
+def report(wanted: CompileRequest) -> KernelReport:
+    """Registers, spills, shared memory and instruction mix of the compiled kernel."""
+    compiled = compile_request(wanted)
+    path = settings.read().cache_dir / "reports" / f"{compiled.hash}.json"
+    try:
+        return KernelReport(**json.loads(path.read_text()))
+    except (OSError, ValueError, TypeError):
+        pass  # No report yet, or one cut off by a crash: it is read from the machine code again.
+    made = _disassemble(compiled)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=path.parent)
+    with os.fdopen(handle, "w") as file:
+        json.dump(asdict(made), file, sort_keys=True)
+    os.replace(name, path)
+    return made
+
+
+def _tool(name: str) -> str:
+    return str(Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name)
+
+
+def disassembly(compiled: Any) -> str:
+    """SASS text of a compiled kernel."""
+    return _run_on_cubin(compiled, _tool("nvdisasm"), "-c")
+
+
+def _run_on_cubin(compiled: Any, tool: str, option: str) -> str:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        done = subprocess.run([tool, option, file.name], capture_output=True, text=True)
+    if done.returncode:
+        raise KernelError(f"{Path(tool).name} failed on {compiled.name}: {done.stderr.strip()}")
+    return done.stdout
+
+
+def _disassemble(compiled: Any) -> KernelReport:
+    usage = _run_on_cubin(compiled, _tool("cuobjdump"), "-res-usage")
+    registers = re.search(r"REG:(\d+)", usage)
+    stack = re.search(r"STACK:(\d+)", usage)
+    assert registers and stack, usage
+    counts = Counter(_opcodes(disassembly(compiled)))
+    return KernelReport(
+        registers=int(registers[1]),
+        spill_bytes=int(stack[1]),
+        shared_bytes=compiled.metadata.shared,
+        instructions=dict(sorted(counts.items())),
+    )
+
+
+MEMORY_OPCODES = ("LDG", "STG", "LDGSTS", "LDS", "STS", "LDL", "STL")
+
+
+def _opcodes(sass: str) -> Iterator[str]:
+    """Opcodes without modifiers, except for the access width of memory instructions."""
+    for match in re.finditer(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", sass):
+        opcode, *modifiers = match[1].split(".")
+        if opcode not in MEMORY_OPCODES:
+            yield opcode
+            continue
+        width = next((m for m in modifiers if m in ("64", "128", "U8", "S8", "U16", "S16")), "32")
+        yield f"{opcode}.{width}"
+
+
+def compile_all(requests: Sequence[CompileRequest], workers: int | None = None) -> None:
+    """Compiles the distinct requests that are not in the cache yet, in worker processes.
+
+    Raises: KernelError for the first request that does not compile.
+    """
+    distinct = list(dict.fromkeys(requests))
+    workers = min(workers or os.cpu_count() or 1, len(distinct))
+    # A worker pays about two seconds for importing torch: it must have enough to do.
+    if workers < 2 or len(distinct) < 4:
+        for wanted in distinct:
+            report(wanted)
+        return
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(workers, mp_context=context) as pool:
+        for wanted, made in zip(distinct, pool.map(_work, distinct), strict=True):
+            assert made is not None, wanted
+
+
+def _work(wanted: CompileRequest) -> KernelReport:
+    torch.set_num_threads(1)
+    return report(wanted)

@@ -1,0 +1,268 @@
+"""What an op is to the rest of convloom: one frozen record of functions, made by the op's file.
+
+An op's file holds, top to bottom: the maths, attributes, `infer`, `reference`, the kernels, the
+tuning space with its legality and its default, the launches, the cost, the domain tests draw from.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from types import MappingProxyType
+from typing import Any, Protocol
+
+import torch
+
+from .epilogue import Epilogue, GeneratedFunction
+from .spec import Operand, TensorSpec
+from .targets import Target
+
+
+@dataclass(frozen=True)
+class Attributes:
+    """Base of every op's attributes; prints the fields that differ from their defaults."""
+
+    def __str__(self) -> str:
+        shown = []
+        for item in fields(self):
+            value = getattr(self, item.name)
+            if value != item.default:
+                shown.append(f"{item.name}={_short(value)}")
+        return ", ".join(shown)
+
+
+def _short(value: object) -> str:
+    if isinstance(value, tuple):
+        return "x".join(map(str, value)) if value and len(set(map(type, value))) == 1 else str(value)
+    if isinstance(value, float):
+        return f"{value:g}"
+    return str(value).removeprefix("torch.")
+
+
+NONE: Mapping[str, Any] = MappingProxyType({})
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One op application as a kernel sees it.
+
+    inputs: the op's own arguments; operands: the tensors its epilogue reads, in stage order;
+    prologue: stages applied to the first input while it is read, with `prologue_operands`.
+    precision: how fp32 matrix products are computed, "ieee" (fp32-accurate) or "tf32".
+    """
+
+    op: str
+    attributes: Attributes
+    inputs: tuple[Operand, ...]
+    outputs: tuple[Operand, ...]
+    epilogue: Epilogue = ()
+    operands: tuple[Operand, ...] = ()
+    prologue: Epilogue = ()
+    prologue_operands: tuple[Operand, ...] = ()
+    precision: str = "ieee"
+
+    @property
+    def output(self) -> Operand:
+        return self.outputs[0]
+
+    @property
+    def is_wide(self) -> bool:
+        """Whether some tensor cannot be indexed by 32-bit offsets."""
+        everything = (*self.inputs, *self.outputs, *self.operands, *self.prologue_operands)
+        return any(operand.extent >= 2**31 for operand in everything)
+
+
+@dataclass(frozen=True)
+class Config:
+    """One choice of tile sizes and compiler options for a problem."""
+
+    blocks: tuple[tuple[str, int], ...]
+    num_warps: int = 4
+    num_stages: int = 1
+
+    def __getitem__(self, name: str) -> int:
+        return dict(self.blocks)[name]
+
+    def __str__(self) -> str:
+        sizes = " ".join(f"{name}={size}" for name, size in self.blocks)
+        return f"{sizes} warps={self.num_warps} stages={self.num_stages}"
+
+
+def config(num_warps: int = 4, num_stages: int = 1, **blocks: int) -> Config:
+    """A `Config` from keywords."""
+    return Config(tuple(blocks.items()), num_warps, num_stages)
+
+
+@dataclass(frozen=True)
+class Ref:
+    """A tensor argument of a launch: the problem's `kind` ("input", "output", "operand",
+    "prologue") number `index`."""
+
+    kind: str
+    index: int = 0
+
+
+X, W, Y = Ref("input", 0), Ref("input", 1), Ref("output", 0)
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One kernel launch, before buffers have addresses.
+
+    The kernel takes the pointers by name, the tuple `extras`, the number of rows `m` (the only
+    size that may vary between calls) and compile-time constants. The grid is
+    `ceil(m / block_rows) * columns` programs in one dimension.
+
+    rows: `m` at the largest batch; it scales with the batch when `batch` is not None.
+    """
+
+    kernel: Any
+    pointers: Mapping[str, Ref]
+    rows: int
+    block_rows: int
+    columns: int
+    constexprs: Mapping[str, Any]
+    extras: tuple[Ref, ...] = ()
+    batch: int | None = None
+    num_warps: int = 4
+    num_stages: int = 1
+
+    def m_at(self, batch: int) -> int:
+        """The number of rows when the batch is `batch`."""
+        return self.rows if self.batch is None else self.rows // self.batch * batch
+
+    def grid_at(self, batch: int) -> tuple[int, int, int]:
+        """The launch grid when the batch is `batch`."""
+        return (-(-self.m_at(batch) // self.block_rows) * self.columns, 1, 1)
+
+
+def operand_refs(problem: Problem) -> tuple[Ref, ...]:
+    """The epilogue's operands as a launch's `extras`."""
+    return tuple(Ref("operand", index) for index in range(len(problem.operands)))
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a problem asks of the machine at the largest batch, whatever the kernel.
+
+    flops: floating-point operations (1 multiply-add = 2); bytes_read, bytes_written: each tensor
+    element once.
+    """
+
+    flops: int
+    bytes_read: int
+    bytes_written: int
+
+    @property
+    def size_bytes(self) -> int:
+        return self.bytes_read + self.bytes_written
+
+
+def tensor_bytes(problem: Problem) -> tuple[int, int]:
+    """Bytes read and written when every tensor of the problem is touched once."""
+    read = (*problem.inputs, *problem.operands, *problem.prologue_operands)
+    return (
+        sum(operand.spec.size_bytes for operand in read),
+        sum(operand.spec.size_bytes for operand in problem.outputs),
+    )
+
+
+@dataclass(frozen=True)
+class Domain:
+    """Where tests draw an op's problems from, as plain data.
+
+    ranges: a name and the values it may take; `build` turns one draw into attributes and input
+    specs, or returns None where the draw is impossible. `interesting` lists draws that are always
+    tried: past failures and the shapes guards are checked on.
+    """
+
+    ranges: Mapping[str, Sequence[Any]]
+    build: Callable[[Mapping[str, Any]], tuple[Attributes, tuple[TensorSpec, ...]] | None]
+    interesting: tuple[Mapping[str, Any], ...] = ()
+    range: tuple[float, float] = (-2.0, 2.0)
+
+
+class Builder(Protocol):
+    """What an op's capture function may do: apply ops to values, look at their specs."""
+
+    def apply(
+        self,
+        op: str,
+        inputs: Sequence[Any],
+        attributes: Attributes | None = None,
+        epilogue: Epilogue = (),
+    ) -> Any:
+        """The (first) output value of a new node."""
+        ...
+
+    def spec(self, value: Any) -> TensorSpec:
+        """The spec of a value."""
+        ...
+
+    def refuse(self, reason: str) -> Any:
+        """Reports that this call is not supported (never returns)."""
+        ...
+
+
+Capture = Callable[..., Any]
+"""`capture(builder, *arguments, **keywords)` with an aten call's arguments, tensors as values."""
+
+
+@dataclass(frozen=True)
+class Op:
+    """An op as a name with interpretations.
+
+    infer(attributes, inputs): the output specs; raises InvalidInputError for impossible geometry.
+    reference(attributes, *tensors): the output tensor(s) by torch, without the epilogue.
+    configs / default / legal: the tuning space, its no-search choice, and why a config is refused.
+    launches(problem, config, target): the kernels to run, in order.
+    packs: for inputs that must be constants, how their tensor is laid out for the kernel.
+    takes_epilogue / takes_prologue: whether pointwise stages may be fused into the op.
+    images: rank-4 tensors are NHWC for this op; False means it wants dense memory.
+    """
+
+    name: str
+    attributes: type[Attributes]
+    infer: Callable[[Any, tuple[TensorSpec, ...]], tuple[TensorSpec, ...]]
+    reference: Callable[..., Any]
+    launches: Callable[[Problem, Config, Target], tuple[Launch, ...]]
+    configs: Callable[[Problem, Target], Iterator[Config]]
+    default: Callable[[Problem, Target], Config]
+    cost: Callable[[Problem], Cost]
+    domain: Domain
+    legal: Callable[[Problem, Config, Target], str | None] = lambda problem, config, target: None
+    aten: Mapping[str, Capture] = field(default_factory=lambda: NONE)
+    packs: Mapping[int, Callable[[Any, torch.Tensor], torch.Tensor]] = field(
+        default_factory=lambda: NONE
+    )
+    takes_epilogue: bool = True
+    takes_prologue: bool = False
+    images: bool = True
+
+
+def power_of_two(value: int) -> int:
+    """The smallest power of two that is at least `value` (and at least 1)."""
+    return 1 << max(0, value - 1).bit_length()
+
+
+def tile_config(
+    rows: int, columns: int, target: Target, elements: int = 2048, num_warps: int = 4
+) -> Config:
+    """BLOCK_ROWS x BLOCK_COLUMNS for a memory-bound kernel, 16 elements per thread by default.
+
+    The interpreter pays per program, so there one program covers as much as memory allows.
+    """
+    if target.name == "interpreter":
+        block_columns = min(power_of_two(columns), 4096)
+        block_rows = min(power_of_two(rows), max(1, (1 << 20) // block_columns))
+    else:
+        block_columns = min(power_of_two(columns), elements if rows == 1 else 128)
+        block_rows = min(power_of_two(rows), max(1, elements // block_columns))
+    return config(num_warps, 1, BLOCK_ROWS=block_rows, BLOCK_COLUMNS=block_columns)
+
+
+__all__ = [
+    "NONE", "W", "X", "Y", "Attributes", "Builder", "Capture", "Config", "Cost", "Domain",
+    "Epilogue", "GeneratedFunction", "Launch", "Op", "Operand", "Problem", "Ref", "Target",
+    "TensorSpec", "config", "operand_refs", "power_of_two", "tensor_bytes", "tile_config",
+]  # fmt: skip

@@ -1,0 +1,362 @@
+"""sum, mean, amax: y = the sum, average or maximum of x over a set of dimensions.
+
+x: any rank, dense or NHWC; y: the kept dimensions (the reduced ones stay as 1 with `keepdim`).
+fp32 accumulation.
+
+One kernel. Its tile is (rows, reduced elements, columns), where rows and columns are those of the
+output in memory; the offsets of all three are generated from the input's strides. Which of them is
+contiguous decides the shape of the tile: global average pooling of NHWC images reads along the
+columns (channels), a reduction of the last dimension along the reduced elements. Partial results
+are kept per lane and folded once at the end.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+
+from ..errors import InvalidInputError
+from . import epilogue as ep
+from .gemm import MULTIPROCESSORS
+from .op import (
+    Attributes,
+    Builder,
+    Capture,
+    Config,
+    Cost,
+    Domain,
+    Launch,
+    Op,
+    Problem,
+    X,
+    Y,
+    config,
+    operand_refs,
+    power_of_two,
+    tensor_bytes,
+)
+from .scalars import NAN
+from .spec import Layout, TensorSpec
+from .targets import Target
+
+
+@dataclass(frozen=True)
+class Reduce(Attributes):
+    """The (non-negative, ascending) dimensions that are reduced, and whether they stay as 1."""
+
+    dims: tuple[int, ...] = ()
+    keepdim: bool = False
+
+
+def infer(attributes: Reduce, inputs: tuple[TensorSpec, ...]) -> tuple[TensorSpec, ...]:
+    """The kept dimensions. Rank 4 is NHWC unless the input is a dense rank 4."""
+    (x,) = inputs
+    dims = attributes.dims
+    if not dims or list(dims) != sorted(set(dims)) or not 0 <= dims[0] <= dims[-1] < x.rank:
+        raise InvalidInputError(f"reduction: {dims} are not ascending dimensions of {x}")
+    if x.batch is not None and dims[0] == 0:
+        raise InvalidInputError(
+            f"reduction: dimension 0 of {x} is the batch; its samples must stay apart"
+        )
+    if attributes.keepdim:
+        shape = tuple(1 if dim in dims else size for dim, size in enumerate(x.shape))
+    else:
+        shape = tuple(size for dim, size in enumerate(x.shape) if dim not in dims)
+    layout = Layout.DENSE
+    if len(shape) == 4:
+        layout = x.layout if x.rank == 4 else Layout.NHWC
+    return (TensorSpec(shape, x.dtype, layout, x.batch),)
+
+
+def _sum(attributes: Reduce, x: torch.Tensor) -> torch.Tensor:
+    return x.sum(attributes.dims, attributes.keepdim)
+
+
+def _mean(attributes: Reduce, x: torch.Tensor) -> torch.Tensor:
+    return x.mean(attributes.dims, attributes.keepdim)
+
+
+def _amax(attributes: Reduce, x: torch.Tensor) -> torch.Tensor:
+    return x.amax(attributes.dims, attributes.keepdim)
+
+
+@triton.jit
+def reduce_kernel(
+    x,
+    y,
+    extras,
+    m,
+    COLUMNS: tl.constexpr,
+    LENGTH: tl.constexpr,
+    X_OFFSET: tl.constexpr,
+    X_ROW: tl.constexpr,
+    X_REDUCED: tl.constexpr,
+    X_COLUMN_STRIDE: tl.constexpr,
+    Y_OFFSET: tl.constexpr,
+    Y_ROW: tl.constexpr,
+    Y_COLUMN_STRIDE: tl.constexpr,
+    IS_MAXIMUM: tl.constexpr,
+    DIVISOR: tl.constexpr,
+    EPILOGUE: tl.constexpr,
+    WIDE: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_LENGTH: tl.constexpr,
+    BLOCK_COLUMNS: tl.constexpr,
+):
+    column_tiles: tl.constexpr = (COLUMNS + BLOCK_COLUMNS - 1) // BLOCK_COLUMNS
+    program = tl.program_id(0)
+    rows = program // column_tiles * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    columns = program % column_tiles * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
+    lanes = tl.arange(0, BLOCK_LENGTH)
+    row_mask = rows < m
+    column_mask = columns < COLUMNS
+    mask = row_mask[:, None] & column_mask[None, :]
+    if WIDE:
+        rows = rows.to(tl.int64)
+        columns = columns.to(tl.int64)
+        lanes = lanes.to(tl.int64)
+    base = x + X_OFFSET + X_ROW(rows)[:, None] + (columns * X_COLUMN_STRIDE)[None, :]
+    base = base[:, None, :]
+    neutral: tl.constexpr = float("-inf") if IS_MAXIMUM else 0.0
+    partial = tl.full((BLOCK_ROWS, BLOCK_LENGTH, BLOCK_COLUMNS), neutral, tl.float32)
+    for start in range(0, LENGTH, BLOCK_LENGTH):
+        reduced = start + lanes
+        live = mask[:, None, :] & (reduced < LENGTH)[None, :, None]
+        value = tl.load(base + X_REDUCED(reduced)[None, :, None], mask=live, other=neutral)
+        if IS_MAXIMUM:
+            partial = tl.maximum(partial, value.to(tl.float32), propagate_nan=NAN)
+        else:
+            partial += value.to(tl.float32)
+    if IS_MAXIMUM:
+        # tl.max drops NaN on a GPU.
+        count = tl.sum((partial != partial).to(tl.int32), axis=1)
+        acc = tl.where(count > 0, float("nan"), tl.max(partial, axis=1))
+    else:
+        acc = tl.sum(partial, axis=1)
+    if DIVISOR != 1:
+        acc = tl.div_rn(acc, tl.full(acc.shape, DIVISOR, tl.float32))
+    acc = EPILOGUE(acc, rows, columns, row_mask, column_mask, extras)
+    address = y + Y_OFFSET + Y_ROW(rows)[:, None] + (columns * Y_COLUMN_STRIDE)[None, :]
+    tl.store(address, acc.to(y.dtype.element_ty), mask=mask)
+
+
+@dataclass(frozen=True)
+class Walk:
+    """What the kernel goes over.
+
+    sizes: the output's extents in memory order, neighbours merged where every tensor allows it;
+    the last are the columns. Strides follow them: `written`, `read` (the input at the first
+    reduced element), `operands`. `reduced_sizes`, `reduced_strides`: the reduced dimensions of the
+    input from the outermost to the innermost in memory.
+    """
+
+    sizes: tuple[int, ...]
+    written: tuple[int, ...]
+    read: tuple[int, ...]
+    operands: tuple[tuple[int, ...], ...]
+    reduced_sizes: tuple[int, ...]
+    reduced_strides: tuple[int, ...]
+
+    @property
+    def rows(self) -> int:
+        return math.prod(self.sizes[:-1])
+
+    @property
+    def columns(self) -> int:
+        return self.sizes[-1]
+
+    @property
+    def length(self) -> int:
+        return math.prod(self.reduced_sizes)
+
+    @property
+    def is_along_columns(self) -> bool:
+        """Whether neighbouring columns, not neighbouring reduced elements, are contiguous."""
+        return self.read[-1] == 1 and self.columns > 1
+
+
+def walk_of(problem: Problem) -> Walk:
+    """How the kernel goes over the problem's tensors."""
+    attributes, x, out = problem.attributes, problem.inputs[0], problem.output.spec
+    assert isinstance(attributes, Reduce)
+    kept = [
+        0 if dim in attributes.dims else stride
+        for dim, stride in enumerate(x.strides)
+        if attributes.keepdim or dim not in attributes.dims
+    ]
+    read = tuple(kept[dim] for dim in out.layout.order(out.rank)) or (0,)
+    written = ep.access(problem.output, out).strides
+    walks = (written, read, *(ep.access(operand, out).strides for operand in problem.operands))
+    sizes = ep.memory_sizes(out)
+    if len(sizes) == 1 and out.batch is not None:
+        # Only rows vary with the batch.
+        sizes, walks = (*sizes, 1), tuple((*strides, 0) for strides in walks)
+    sizes, walks = ep.collapse(sizes, walks, keep_first=out.batch is not None)
+    order = [dim for dim in x.spec.layout.order(x.spec.rank) if dim in attributes.dims]
+    return Walk(
+        sizes,
+        walks[0],
+        walks[1],
+        walks[2:],
+        tuple(x.shape[dim] for dim in order),
+        tuple(x.strides[dim] for dim in order),
+    )
+
+
+def _launches(name: str, problem: Problem, tile: Config, target: Target) -> tuple[Launch, ...]:
+    walk = walk_of(problem)
+    x, out = problem.inputs[0], problem.output
+    reads = tuple(
+        ep.Access(strides, operand.offset, str(operand.spec))
+        for strides, operand in zip(walk.operands, problem.operands, strict=True)
+    )
+    launch = Launch(
+        kernel=reduce_kernel,
+        pointers={"x": X, "y": Y},
+        extras=operand_refs(problem),
+        rows=walk.rows,
+        batch=out.spec.batch,
+        block_rows=tile["BLOCK_ROWS"],
+        columns=-(-walk.columns // tile["BLOCK_COLUMNS"]),
+        constexprs={
+            "COLUMNS": walk.columns,
+            "LENGTH": walk.length,
+            "X_OFFSET": x.offset,
+            "X_ROW": ep.row_offset_function(walk.sizes[:-1], walk.read[:-1]),
+            "X_REDUCED": ep.row_offset_function(walk.reduced_sizes, walk.reduced_strides),
+            "X_COLUMN_STRIDE": walk.read[-1],
+            "Y_OFFSET": out.offset,
+            "Y_ROW": ep.row_offset_function(walk.sizes[:-1], walk.written[:-1]),
+            "Y_COLUMN_STRIDE": walk.written[-1],
+            "IS_MAXIMUM": name == "amax",
+            "DIVISOR": walk.length if name == "mean" else 1,
+            "EPILOGUE": ep.generate(problem.epilogue, reads, walk.sizes),
+            "WIDE": problem.is_wide,
+            **dict(tile.blocks),
+        },
+        num_warps=tile.num_warps,
+        num_stages=tile.num_stages,
+    )
+    return (launch,)
+
+
+def _tile(walk: Walk, elements: int, contiguous: int, num_warps: int) -> Config:
+    """A tile of `elements`, `contiguous` of them along the dimension that is contiguous."""
+    if walk.is_along_columns:
+        columns = min(contiguous, power_of_two(walk.columns))
+        length = min(elements // columns, power_of_two(walk.length))
+        rows = min(max(1, elements // (columns * length)), power_of_two(walk.rows))
+    else:
+        length = min(contiguous, power_of_two(walk.length))
+        columns = min(elements // length, power_of_two(walk.columns))
+        rows = min(max(1, elements // (columns * length)), power_of_two(walk.rows))
+    return config(num_warps, 1, BLOCK_ROWS=rows, BLOCK_LENGTH=length, BLOCK_COLUMNS=columns)
+
+
+def configs(problem: Problem, target: Target) -> Iterator[Config]:
+    """1024 to 4096 elements in flight, in runs of 16 to 1024 contiguous ones."""
+    walk = walk_of(problem)
+    tiles = {
+        _tile(walk, elements, contiguous, num_warps): None
+        for elements in (1024, 2048, 4096)
+        for contiguous in (16, 32, 64, 128, 1024)
+        for num_warps in (4, 8)
+    }
+    yield from tiles
+
+
+def default(problem: Problem, target: Target) -> Config:
+    """2048 elements, 16 per thread: at global average pooling 64 channels by 32 pixels, or fewer
+    channels (down to 16, a 32-byte sector of halves) where that leaves multiprocessors idle; a run
+    of up to 1024 where the reduced elements are contiguous."""
+    walk = walk_of(problem)
+    if target.name == "interpreter":
+        return _tile(walk, 1 << 20, 4096, num_warps=1)
+    if not walk.is_along_columns:
+        return _tile(walk, 2048, 1024, num_warps=4)
+    contiguous = 64
+    while contiguous > 16 and walk.rows * -(-walk.columns // contiguous) < MULTIPROCESSORS:
+        contiguous //= 2
+    return _tile(walk, 2048, contiguous, num_warps=4)
+
+
+def cost(problem: Problem) -> Cost:
+    """One operation per input element."""
+    read, written = tensor_bytes(problem)
+    return Cost(problem.inputs[0].spec.numel, read, written)
+
+
+def _build(draw: Mapping[str, Any]) -> tuple[Reduce, tuple[TensorSpec, ...]] | None:
+    shape = tuple(draw["shape"])
+    dims = tuple(dim for dim in draw["dims"] if dim < len(shape))
+    if not dims:
+        return None
+    layout = Layout.NHWC if len(shape) == 4 and draw["nhwc"] else Layout.DENSE
+    return Reduce(dims, draw["keepdim"]), (TensorSpec(shape, torch.float32, layout),)
+
+
+def _capture(name: str) -> Capture:
+    def capture(
+        g: Builder, x: Any, dims: Any = None, keepdim: bool = False, *, dtype: Any = None
+    ) -> Any:
+        spec = g.spec(x)
+        if dtype not in (None, spec.dtype):
+            return g.refuse(f"{name} that changes the dtype from {spec.dtype} to {dtype}")
+        if spec.rank == 0:
+            return x
+        chosen = [dims] if isinstance(dims, int) else dims or range(spec.rank)
+        normalized = tuple(sorted({dim % spec.rank for dim in chosen}))
+        return g.apply(name, (x,), Reduce(normalized, keepdim))
+
+    return capture
+
+
+def _op(
+    name: str, reference: Any, captures: tuple[str, ...], interesting: tuple[Mapping[str, Any], ...]
+) -> Op:
+    return Op(
+        name=name,
+        attributes=Reduce,
+        infer=infer,
+        reference=reference,
+        launches=partial(_launches, name),
+        configs=configs,
+        default=default,
+        cost=cost,
+        domain=Domain(
+            ranges={
+                "shape": (
+                    (1,), (37,), (4, 21), (3, 5, 8), (2, 7, 4, 3), (1, 33, 5, 5), (2, 64, 7, 7),
+                    (2, 1, 6, 1), (2, 3, 4, 2, 5),
+                ),
+                "dims": (
+                    (2, 3), (0,), (1,), (2,), (3,), (0, 1), (1, 3), (0, 2, 3), (0, 1, 2, 3, 4),
+                ),
+                "keepdim": (False, True),
+                "nhwc": (True, True, False),
+            },
+            build=_build,
+            interesting=interesting,
+            # Not centred on zero: an error relative to a sum that cancels means nothing.
+            range=(-1.0, 3.0),
+        ),
+        aten={f"aten.{capture}": _capture(name) for capture in captures},
+    )  # fmt: skip
+
+
+GLOBAL_AVERAGE_POOLING = {"shape": (3, 40, 14, 14), "dims": (2, 3), "keepdim": True, "nhwc": True}
+LONG_ROWS = {"shape": (5, 4500), "dims": (1,), "keepdim": False, "nhwc": False}
+INTERESTING = (GLOBAL_AVERAGE_POOLING, LONG_ROWS)
+
+OPS = (
+    _op("sum", _sum, ("sum.dim_IntList", "sum.default"), INTERESTING),
+    _op("mean", _mean, ("mean.dim", "mean.default"), INTERESTING),
+    _op("amax", _amax, ("amax.default", "max.default"), INTERESTING),
+)

@@ -1,0 +1,51 @@
+"""Every op convloom knows, by name: one line per file.
+
+The table is complete when this module has been imported and never changes afterwards.
+"""
+
+from __future__ import annotations
+
+from ..errors import UnsupportedOpError, near_names
+from . import (
+    adaptive_pool,
+    batch_norm,
+    conv2d,
+    linear,
+    lrn,
+    movement,
+    pad,
+    pointwise,
+    pool,
+    reduce,
+    softmax,
+)
+from .op import Capture, Op
+
+OPS: tuple[Op, ...] = (
+    conv2d.OP,
+    linear.OP,
+    *pointwise.OPS,
+    *movement.OPS,
+    *softmax.OPS,
+    *reduce.OPS,
+    batch_norm.OP,
+    *pool.OPS,
+    *adaptive_pool.OPS,
+    lrn.OP,
+    pad.OP,
+)
+BY_NAME: dict[str, Op] = {op.name: op for op in OPS}
+CAPTURES: dict[str, Capture] = {target: capture for op in OPS for target, capture in op.aten.items()}
+
+assert len(BY_NAME) == len(OPS), "two ops share a name"
+assert len(CAPTURES) == sum(len(op.aten) for op in OPS), "two ops capture the same aten overload"
+
+
+def get(name: str) -> Op:
+    """The op of that name.
+
+    Raises: UnsupportedOpError with the near names.
+    """
+    if name not in BY_NAME:
+        raise UnsupportedOpError(f"unknown op {name!r}; {near_names(name, BY_NAME)}")
+    return BY_NAME[name]

@@ -1,0 +1,71 @@
+"""How far a kernel's result may be from the exact one: one rule for every test and for the tuner.
+
+Elementwise against an fp64 reference:
+
+    |y - ref| <= rtol * |ref| + a * rms(ref) + k * max|eager - ref|
+
+rtol: one rounding to the output's dtype; a: accumulation error of a sum of `depth` terms in fp32
+(and rounding of the inputs' products); the last term allows what PyTorch's own kernel does in the
+same dtype. NaN and Inf must be where the reference (in the result's dtype) has them. Gates on the
+root-mean-square error or on cosine similarity are not used: they accept a wrong pixel.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+UNIT_ROUNDOFF = {torch.float32: 2.0**-24, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
+EAGER_FACTOR = 2.0
+
+
+def bounds(dtype: torch.dtype, depth: int) -> tuple[float, float]:
+    """(rtol, a) for a result of `dtype` that sums `depth` terms in fp32."""
+    unit = UNIT_ROUNDOFF[dtype]
+    accumulation = 4.0 * math.sqrt(max(depth, 1)) * UNIT_ROUNDOFF[torch.float32]
+    return 4.0 * unit, 2.0 * unit + accumulation
+
+
+def compare(
+    result: torch.Tensor, exact: torch.Tensor, eager: torch.Tensor, depth: int = 1
+) -> str | None:
+    """What is wrong with the result, in words, or None.
+
+    exact: fp64, same shape; eager: PyTorch's own result in the result's dtype.
+    """
+    if result.shape != exact.shape:
+        return f"shape {tuple(result.shape)}, expected {tuple(exact.shape)}"
+    if result.dtype != eager.dtype:
+        return f"dtype {result.dtype}, expected {eager.dtype}"
+    value, rounded = result.double(), exact.to(result.dtype).double()
+    if (problem := _special_values(value, rounded)) is not None:
+        return problem
+    finite = rounded.isfinite() & exact.isfinite()
+    if not finite.any():
+        return None
+    value, truth, peer = value[finite], exact[finite], eager.double()[finite]
+    rtol, a = bounds(result.dtype, depth)
+    peer_error = (peer - truth).abs().nan_to_num(0.0, 0.0, 0.0).max().item()
+    rms = truth.square().mean().sqrt().item()
+    smallest = torch.finfo(result.dtype).smallest_normal
+    allowed = rtol * truth.abs() + a * rms + EAGER_FACTOR * peer_error + smallest
+    error = (value - truth).abs()
+    worst = int((error / allowed).argmax())
+    if error[worst] <= allowed[worst]:
+        return None
+    index = tuple(finite.nonzero()[worst].tolist())
+    return (
+        f"element {index}: got {value[worst].item():.9g}, expected {truth[worst].item():.9g}; "
+        f"error {error[worst].item():.3g} > {allowed[worst].item():.3g} (eager's own worst "
+        f"{peer_error:.3g}, depth {depth}, {int((error > allowed).sum())} elements off)"
+    )
+
+
+def _special_values(value: torch.Tensor, rounded: torch.Tensor) -> str | None:
+    for name, test in (("NaN", torch.isnan), ("+Inf", torch.isposinf), ("-Inf", torch.isneginf)):
+        got, want = test(value), test(rounded)
+        if not torch.equal(got, want):
+            where = tuple((got != want).nonzero()[0].tolist())
+            return f"{name} pattern differs, first at {where}: got {bool(got[where])}"
+    return None

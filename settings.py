@@ -1,0 +1,42 @@
+"""The environment variables convloom reads, in one place.
+
+| variable            | meaning                                                               |
+|---------------------|-----------------------------------------------------------------------|
+| CONVLOOM_DEBUG      | 0 silent; 1 the plan; 2 + refusals; 3 + the graph after each pass;    |
+|                     | 4 + generated source                                                  |
+| CONVLOOM_CHECK      | 1 verifies the graph before and after every pass                      |
+| CONVLOOM_CACHE_DIR  | compiled kernels and their statistics (default ~/.cache/convloom)     |
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from .errors import InvalidInputError
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the environment asks for."""
+
+    debug: int
+    check: bool
+    cache_dir: Path
+
+
+def read() -> Settings:
+    """The settings of this moment (read at each use, so that tests may change them).
+
+    Raises: InvalidInputError when CONVLOOM_DEBUG is not an integer.
+    """
+    level = os.environ.get("CONVLOOM_DEBUG", "0")
+    if not level.isdigit():
+        raise InvalidInputError(f"CONVLOOM_DEBUG: expected an integer from 0 to 4, got {level!r}")
+    default = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "convloom"
+    return Settings(
+        debug=int(level),
+        check=os.environ.get("CONVLOOM_CHECK", "0") not in ("", "0"),
+        cache_dir=Path(os.environ.get("CONVLOOM_CACHE_DIR", default)),
+    )

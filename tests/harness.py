@@ -1,0 +1,305 @@
+"""Shared by the tests of the op registry: draws problems, makes tensors, runs them, compares."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from hypothesis import strategies as st
+
+from convloom.kernels import execute, interpreter, tolerance
+from convloom.kernels.epilogue import Epilogue, Stage, apply_reference
+from convloom.kernels.op import Attributes, Config, Launch, Op, Problem, Ref
+from convloom.kernels.scalars import BY_NAME
+from convloom.kernels.spec import FLOAT_DTYPES, Layout, Operand, TensorSpec, as_layout
+from convloom.kernels.targets import INTERPRETER
+
+# ---------------------------------------------------------------------------------- drawing
+
+
+@dataclass(frozen=True)
+class Case:
+    """One draw of an op's domain: its attributes and the specs of its inputs."""
+
+    op: Op
+    attributes: Attributes
+    specs: tuple[TensorSpec, ...]
+
+    def __repr__(self) -> str:
+        return f"{self.op.name}({self.attributes}) of {', '.join(map(str, self.specs))}"
+
+    @property
+    def outputs(self) -> tuple[TensorSpec, ...]:
+        return self.op.infer(self.attributes, self.specs)
+
+    def tensors(self, seed: int = 0) -> tuple[torch.Tensor, ...]:
+        """Inputs with uniform values from the domain's range."""
+        low, high = self.op.domain.range
+        return tuple(
+            make_tensor(spec, seed + index, low, high) for index, spec in enumerate(self.specs)
+        )
+
+
+def draws(op: Op) -> st.SearchStrategy[dict[str, Any]]:
+    """A strategy over the plain ranges of the op's domain."""
+    ranges = {name: st.sampled_from(list(values)) for name, values in op.domain.ranges.items()}
+    return st.fixed_dictionaries(ranges)
+
+
+def case_of(op: Op, draw: Any, dtype: torch.dtype = torch.float32) -> Case | None:
+    """The case behind one draw of the domain, or None where the draw is impossible."""
+    built = op.domain.build(draw)
+    return built and Case(op, built[0], with_dtype(op, built[1], dtype))
+
+
+def cases(op: Op, dtype: torch.dtype = torch.float32) -> st.SearchStrategy[Case]:
+    """A strategy over the op's domain."""
+    return draws(op).map(lambda draw: case_of(op, draw, dtype)).filter(bool)
+
+
+dtypes = st.sampled_from(FLOAT_DTYPES)
+seeds = st.integers(0, 999).map(lambda seed: seed * 10)
+pads = st.sampled_from((0, 0, 3))
+
+
+def with_dtype(op: Op, specs: tuple[TensorSpec, ...], dtype: torch.dtype) -> tuple[TensorSpec, ...]:
+    """The float specs in another dtype."""
+    return tuple(s.with_(dtype=dtype) if s.dtype.is_floating_point else s for s in specs)
+
+
+# Stages that do not magnify the error of what they are applied to.
+UNARY_STAGES = (
+    "relu leaky_relu clamp sigmoid tanh silu gelu hardsigmoid hardswish abs neg".split()
+)
+BINARY_STAGES = "add sub mul maximum minimum".split()
+
+
+@st.composite
+def stages(draw: Any, output: TensorSpec) -> tuple[Stage, tuple[TensorSpec, ...]]:
+    """One stage of an epilogue with the spec of its operand, if it reads one.
+
+    Operands are full, per channel, per sample, or any other shape that broadcasts.
+    """
+    name = draw(st.sampled_from((*UNARY_STAGES, *BINARY_STAGES, *BINARY_STAGES)))
+    if BY_NAME[name].operands == 1:
+        return Stage(name, draw(st.sampled_from(BY_NAME[name].examples))), ()
+    reverse = draw(st.booleans())
+    if draw(st.integers(0, 4)) == 0:
+        return Stage(name, literal=draw(st.sampled_from((-1.5, 0.0, 0.25))), reverse=reverse), ()
+    return Stage(name, reverse=reverse), (draw(operand_specs(output)),)
+
+
+@st.composite
+def operand_specs(draw: Any, output: TensorSpec) -> TensorSpec:
+    """The spec of a tensor that broadcasts against the output."""
+    rank = output.rank
+    kept = {
+        "full": range(rank),
+        "channel": [1],
+        "sample": [0, 1],
+        "any": [dim for dim in range(rank) if draw(st.booleans())],
+    }[draw(st.sampled_from(("full", "channel", "sample", "any")))]
+    shape = tuple(size if dim in kept else 1 for dim, size in enumerate(output.shape))
+    leading = next((dim for dim, size in enumerate(shape) if size != 1), rank)
+    shape = shape[draw(st.sampled_from((0, leading))) :]
+    nhwc = len(shape) == 4 and draw(st.sampled_from((True, True, False)))
+    return TensorSpec(shape, output.dtype, Layout.NHWC if nhwc else Layout.DENSE)
+
+
+@st.composite
+def epilogues(
+    draw: Any, output: TensorSpec, longest: int = 3
+) -> tuple[Epilogue, tuple[TensorSpec, ...]]:
+    """A chain of stages for an output, and the specs of the operands it reads."""
+    chain = draw(st.lists(stages(output), min_size=1, max_size=longest))
+    return tuple(s for s, _ in chain), tuple(spec for _, specs in chain for spec in specs)
+
+
+# ---------------------------------------------------------------------------------- tensors
+
+
+def make_tensor(spec: TensorSpec, seed: int, low: float, high: float) -> torch.Tensor:
+    """A logical tensor with uniform values, contiguous in the spec's layout."""
+    generator = torch.Generator().manual_seed(seed)
+    values = torch.rand(spec.shape, generator=generator, dtype=torch.float64) * (high - low) + low
+    return as_layout(values.to(spec.dtype), spec.layout)
+
+
+def make_integers(spec: TensorSpec, seed: int, low: float, high: float) -> torch.Tensor:
+    """A logical tensor of whole numbers between the bounds and of magnitude at most 4."""
+    generator = torch.Generator().manual_seed(seed)
+    least, most = max(-4, -int(-low // 1)), min(4, int(high // 1))
+    values = torch.randint(least, most + 1, spec.shape, generator=generator)
+    return as_layout(values.to(spec.dtype), spec.layout)
+
+
+def with_special_values(tensor: torch.Tensor, seed: int) -> torch.Tensor:
+    """The tensor with NaN, infinities and zeros of both signs in some places."""
+    generator = torch.Generator().manual_seed(seed)
+    special = torch.tensor([float("nan"), float("inf"), float("-inf"), 0.0, -0.0])
+    chosen = special[torch.randint(0, len(special), tensor.shape, generator=generator)]
+    hit = torch.rand(tensor.shape, generator=generator) < 0.15
+    layout = torch.preserve_format
+    return torch.where(hit, chosen.to(tensor.dtype), tensor).clone(memory_format=layout)
+
+
+# ---------------------------------------------------------------------------------- running
+
+
+def place(spec: TensorSpec, pad: int = 0) -> Operand:
+    """The operand of a tensor; `pad` widens the pitch and shifts the start, as those of a slice of
+    a larger buffer along its innermost dimension are."""
+    dense = Operand.dense(spec)
+    if pad and spec.rank >= 2:
+        return Operand(spec, dense.pitch + 2 * pad, pad)
+    return dense
+
+
+def problem_for(
+    op: Op,
+    attributes: Any,
+    specs: tuple[TensorSpec, ...],
+    epilogue: Epilogue = (),
+    operands: tuple[TensorSpec, ...] = (),
+    pad: int = 0,
+) -> Problem:
+    """The problem whose tensors, constants excepted, are padded by `pad`."""
+    return Problem(
+        op.name,
+        attributes,
+        tuple(place(spec, 0 if index in op.packs else pad) for index, spec in enumerate(specs)),
+        tuple(place(spec, pad) for spec in op.infer(attributes, specs)),
+        epilogue,
+        tuple(place(spec, pad) for spec in operands),
+    )
+
+
+def buffer_for(operand: Operand, logical: torch.Tensor | None) -> torch.Tensor:
+    """The flat buffer of an operand: NaN where nothing may be read, `logical` where it lies."""
+    buffer = torch.full((max(operand.extent, operand.offset, 1) + 64,), float("nan"))
+    buffer = buffer.to(operand.spec.dtype)
+    if logical is not None and operand.spec.numel:
+        view_of(buffer, operand).copy_(logical)
+    return buffer
+
+
+def view_of(buffer: torch.Tensor, operand: Operand) -> torch.Tensor:
+    """The operand's logical tensor inside its flat buffer."""
+    return torch.as_strided(buffer, operand.shape, operand.strides, operand.offset)
+
+
+def run_interpreted(
+    op: Op,
+    problem: Problem,
+    tensors: tuple[torch.Tensor, ...],
+    operands: tuple[torch.Tensor, ...] = (),
+    tile: Config | None = None,
+    batch: int = 1,
+    wide: bool = False,
+) -> tuple[torch.Tensor, ...]:
+    """The problem's outputs by its own kernels in the interpreter.
+
+    batch: of this call, where the problem has one; all of the output is returned, NaN where nothing
+    was written. wide: with 64-bit offsets even though the tensors are small.
+
+    Also asserts that nothing outside the outputs was written.
+    """
+    tile = tile or op.default(problem, INTERPRETER)
+    buffers: dict[Ref, torch.Tensor] = {}
+    for index, (operand, tensor) in enumerate(zip(problem.inputs, tensors, strict=True)):
+        if index in op.packs:
+            buffers[Ref("input", index)] = op.packs[index](problem.attributes, tensor)
+        else:
+            buffers[Ref("input", index)] = buffer_for(operand, tensor)
+    for kind, placed, given in (
+        ("operand", problem.operands, operands),
+        ("output", problem.outputs, (None,) * len(problem.outputs)),
+    ):
+        for index, (operand, value) in enumerate(zip(placed, given, strict=True)):
+            buffers[Ref(kind, index)] = buffer_for(operand, value)
+    with interpreter.interpreting():
+        for launch in op.launches(problem, tile, INTERPRETER):
+            launch = widened(launch) if wide else launch
+            execute.interpret(launch, buffers.__getitem__, batch)
+    results = []
+    for index, operand in enumerate(problem.outputs):
+        buffer = buffers[Ref("output", index)]
+        result = view_of(buffer, operand).clone()
+        view_of(buffer, operand).fill_(float("nan"))
+        assert buffer.isnan().all(), f"{op.name} wrote outside its output"
+        results.append(result)
+    return tuple(results)
+
+
+def widened(launch: Launch) -> Launch:
+    """The launch with 64-bit offsets."""
+    assert "WIDE" in launch.constexprs, f"{launch.kernel.fn.__name__} has no 64-bit offsets"
+    return replace(launch, constexprs={**launch.constexprs, "WIDE": True})
+
+
+# -------------------------------------------------------------------------------- comparing
+
+
+def expected(
+    op: Op,
+    problem: Problem,
+    tensors: tuple[torch.Tensor, ...],
+    operands: tuple[torch.Tensor, ...] = (),
+    dtype: torch.dtype = torch.float64,
+) -> tuple[torch.Tensor, ...]:
+    """The reference in another dtype, epilogue included."""
+    values = op.reference(problem.attributes, *(tensor.to(dtype) for tensor in tensors))
+    values = values if isinstance(values, tuple) else (values,)
+    last = apply_reference(problem.epilogue, values[0], tuple(t.to(dtype) for t in operands))
+    return (last, *values[1:])
+
+
+def eager(
+    op: Op,
+    problem: Problem,
+    tensors: tuple[torch.Tensor, ...],
+    operands: tuple[torch.Tensor, ...] = (),
+) -> tuple[torch.Tensor, ...]:
+    """PyTorch's own result in the inputs' dtype; where it has no kernel for that dtype on the CPU,
+    its fp32 result rounded."""
+    dtype = tensors[0].dtype
+    try:
+        return expected(op, problem, tensors, operands, dtype)
+    except NotImplementedError:
+        results = expected(op, problem, tensors, operands, torch.float32)
+        return tuple(result.to(dtype) for result in results)
+
+
+def check(
+    op: Op,
+    problem: Problem,
+    tensors: tuple[torch.Tensor, ...],
+    operands: tuple[torch.Tensor, ...] = (),
+    tile: Config | None = None,
+) -> None:
+    """Asserts that the interpreted kernels agree with the fp64 reference within the tolerance."""
+    results = run_interpreted(op, problem, tensors, operands, tile)
+    compare(op, problem, results, tensors, operands)
+
+
+def compare(
+    op: Op,
+    problem: Problem,
+    results: tuple[torch.Tensor, ...],
+    tensors: tuple[torch.Tensor, ...],
+    operands: tuple[torch.Tensor, ...] = (),
+) -> None:
+    """Asserts that results agree with the fp64 reference within the tolerance."""
+    exact = expected(op, problem, tensors, operands)
+    peers = eager(op, problem, tensors, operands)
+    depth = reduction_length(op, problem)
+    for result, truth, peer in zip(results, exact, peers, strict=True):
+        report = tolerance.compare(result, truth, peer, depth)
+        assert report is None, f"{op.name}({problem.attributes}): {report}"
+
+
+def reduction_length(op: Op, problem: Problem) -> int:
+    """How many terms one output sums, from the op's own operation count."""
+    cost = op.cost(replace(problem, epilogue=(), operands=()))
+    return max(1, cost.flops // max(1, 2 * problem.output.spec.numel))
