@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from ..kernels.spec import FLOAT_DTYPES
 from ..kernels.targets import INTERPRETER, REFERENCE, Target
 from .capture import capture
 from .executable import Executable
-from .ir import Graph
+from .ir import Goal, Graph
 from .ledger import Ledger
 from .lower import Options, lower
 from .passes import run_passes, select
@@ -64,8 +65,9 @@ def compile(
         raise InvalidInputError("example inputs: expected a tuple of tensors, got a tensor")
     captured = capture(module, example, dynamic_batch)
     ledger = Ledger()
-    graph = run_passes(captured, ledger, passes, dtype, fallback)
-    options = Options(chosen, precision, elide_concats=passes != "none")
+    captured.goal = Goal(chosen, dtype)
+    graph = run_passes(captured, ledger, passes, fallback)
+    options = Options(chosen, precision, dtype, elide_concats=passes != "none")
     plan = lower(graph, captured, options, ledger)
     if dynamic_batch is not None:
         plan = _with_bounds(plan, dynamic_batch)
@@ -81,8 +83,6 @@ def _check_choice(name: str, value: str, known: tuple[str, ...]) -> None:
 
 
 def _with_bounds(plan: Plan, bounds: tuple[int, int]) -> Plan:
-    from dataclasses import replace
-
     return replace(plan, batch=bounds)
 
 

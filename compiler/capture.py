@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
 import torch
-from torch.export import Dim
+from torch.export import Dim, ShapesCollection
 from torch.utils import _pytree as pytree
 
 from ..errors import CaptureError, InvalidInputError, UnsupportedOpError
@@ -121,13 +121,12 @@ def capture(
     """
     arguments = tuple(example)
     leaves = _check_example(arguments)
-    shapes = None
+    batch = None
     if dynamic_batch is not None:
         _check_range(dynamic_batch, leaves)
         arguments = pytree.tree_map(_two_samples, arguments)
         batch = Dim("batch", min=1, max=max(dynamic_batch[1], 2))
-        shapes = pytree.tree_map(lambda _: {0: batch}, arguments)
-    program = _export(module, arguments, shapes)
+    program = _export(module, arguments, batch)
     _refuse_training(module, program)
     graph = Graph(name=type(module).__name__)
     state = _State(graph)
@@ -174,18 +173,22 @@ def _two_samples(x: torch.Tensor) -> torch.Tensor:
     return x[:1].expand(2, *x.shape[1:]).contiguous()
 
 
-def _export(module: torch.nn.Module, arguments: tuple[Any, ...], shapes: Any) -> Any:
+def _export(module: torch.nn.Module, arguments: tuple[Any, ...], batch: Any) -> Any:
     if not isinstance(module, torch.nn.Module):
         raise InvalidInputError(f"model: expected a torch.nn.Module, got {type(module).__name__}")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
+            # By tensor, not by argument: `forward(self, *images)` has one argument, a tuple.
+            shapes = ShapesCollection()
+            for leaf in pytree.tree_leaves(arguments) if batch is not None else ():
+                shapes[leaf] = {0: batch}
             program = torch.export.export(module, arguments, dynamic_shapes=shapes)
             return program.run_decompositions({})
     except Exception as error:
         lines = [line for line in str(error).strip().splitlines() if line.strip()]
         reason = " ".join(lines[:3]) or repr(error)
-        hint = " (with a dynamic batch)" if shapes is not None else ""
+        hint = " (with a dynamic batch)" if batch is not None else ""
         raise CaptureError(
             f"torch.export could not capture {type(module).__name__}{hint}: {reason}"
         ) from error

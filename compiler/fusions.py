@@ -12,10 +12,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..kernels.movement import FlattenPixels
 from ..kernels.pointwise import Pointwise, stage_of
 from ..kernels.scalars import SCALARS
-from .ir import Graph, Node, Value
-from .pattern import Call, Match, NearMiss, Rule, Var, absorb
+from .ir import INPUT, Graph, Node, Value
+from .pattern import Call, Constant, Match, NearMiss, Rule, Var, absorb
 
 HEAVY = ("conv2d", "linear")
 UNARY = tuple(s.name for s in SCALARS if s.operands == 1 and s.name != "identity")
@@ -253,6 +254,73 @@ EPILOGUE_RULES = (
         append_reversed_stage,
         _pointwise_reversed_example,
         _same_output,
+    ),
+)
+
+
+
+def _flatten_guard(graph: Graph, found: Match) -> str | None:
+    """Permuting the weight's columns is free unless someone else reads them in the old order."""
+    weight = found.values["w"]
+    image = graph.spec(found.values["x"])
+    if graph.node(found.values["x"].node).op == INPUT:
+        return "the image arrives in torch's own layout: its flattening is a view already"
+    rows = (image.shape[0], image.numel // image.shape[0])
+    if image.rank != 4 or found.nodes["flat"].spec.shape != rows:
+        return f"{found.nodes['flat'].name} does not flatten an image to one row per sample"
+    if len(graph.uses(weight)) > 1:
+        return f"the weight {weight} is shared"
+    return None
+
+
+def flatten_in_memory_order(graph: Graph, found: Match) -> Value:
+    """linear over (H, W, C) columns: the flattening is then a view of an NHWC image."""
+    root, image, weight = found.root, found.values["x"], found.values["w"]
+    _, c, h, w = graph.spec(image).shape
+    tensor = graph.constant(weight)
+    columns = tensor.reshape(-1, c, h, w).permute(0, 2, 3, 1).reshape(tensor.shape)
+    permuted = graph.add_constant(columns, weight.node, graph.spec(weight).dtype)
+    flat = graph.add("flatten_pixels", (image,), FlattenPixels(), like=[found.nodes["flat"]])
+    inputs = (flat, permuted, *graph.inputs(root.name)[2:])
+    graph.set_inputs(root.name, inputs)
+    graph.remove([found.nodes["flat"].name])
+    return Value(root.name)
+
+
+def _flatten_example() -> Any:
+    layers = {"pool": nn.MaxPool2d(2, 1), "fc": nn.Linear(6 * 6 * 4, 4)}
+    return example(lambda m, x: m["fc"](m["pool"](x).flatten(1)), IMAGE, **layers)
+
+
+def _partly_flattened() -> Any:
+    layers = {"pool": nn.MaxPool2d(2, 1), "fc": nn.Linear(6 * 4, 4)}
+    return example(lambda m, x: m["fc"](m["pool"](x).flatten(2)), IMAGE, **layers)
+
+
+def _flattened_input() -> Any:
+    return example(lambda m, x: m["fc"](x.flatten(1)), IMAGE, fc=nn.Linear(6 * 7 * 5, 4))
+
+
+def _shared_weight() -> Any:
+    def run(m: Any, x: torch.Tensor, r: torch.Tensor) -> Any:
+        return m["fc"](m["pool"](x).flatten(1)) - m["fc"](m["pool"](r).flatten(1))
+
+    layers = {"pool": nn.MaxPool2d(2, 1), "fc": nn.Linear(6 * 6 * 4, 4)}
+    return example(run, IMAGE, IMAGE, **layers)
+
+
+FLATTEN_RULES = (
+    Rule(
+        "linear(reshape(x), w) => linear(flatten_pixels(x), w with permuted columns)",
+        Call("linear", Call("reshape", Var("x"), name="flat"), Constant("w"), name="root"),
+        flatten_in_memory_order,
+        _flatten_example,
+        _flatten_guard,
+        (
+            NearMiss(_partly_flattened, "one row per sample"),
+            NearMiss(_flattened_input, "a view already"),
+            NearMiss(_shared_weight, "is shared"),
+        ),
     ),
 )
 PROLOGUE_RULES = (

@@ -24,6 +24,7 @@ from ..kernels import registry
 from ..kernels.epilogue import Epilogue, operand_count
 from ..kernels.op import Attributes, Op
 from ..kernels.spec import TensorSpec
+from ..kernels.targets import Target
 
 INPUT, CONSTANT, OUTPUT, TORCH = "input", "constant", "output", "torch"
 SPECIAL = (INPUT, CONSTANT, OUTPUT, TORCH)
@@ -78,16 +79,26 @@ class NoAttributes(Attributes):
     """For nodes that compute nothing."""
 
 
+@dataclass(frozen=True)
+class Goal:
+    """The machine the graph will run on and the dtype it will compute in (None: as captured)."""
+
+    target: Target
+    dtype: torch.dtype | None = None
+
+
 @dataclass
 class Graph:
     """A dataflow graph and the tensors of its constants.
 
-    `output_tree` rebuilds the module's own output structure from the list of output tensors.
+    `output_tree` rebuilds the module's own output structure from the list of output tensors; `goal`
+    is what the graph is compiled for, which guards of machine-dependent fusions ask about.
     """
 
     net: nx.MultiDiGraph = field(default_factory=nx.MultiDiGraph)
     tensors: dict[str, torch.Tensor] = field(default_factory=dict)
     output_tree: Any = None
+    goal: Goal | None = None
     name: str = "graph"
     counter: int = 0
 

@@ -48,10 +48,12 @@ class _Lowering:
 
 @dataclass(frozen=True)
 class Options:
-    """How to lower: target, fp32 precision, and whether memory tricks are allowed."""
+    """How to lower: target, fp32 precision, the dtype activations were cast to (None: as captured),
+    and whether concatenations may be written in place."""
 
     target: Target
     precision: str = "ieee"
+    dtype: torch.dtype | None = None
     elide_concats: bool = True
 
 
@@ -92,16 +94,17 @@ def lower(graph: Graph, captured: Graph, options: Options, ledger: Ledger) -> Pl
         outputs=outputs,
         structure=graph.output_tree,
         arena_bytes=arena_bytes,
-        activation_bytes=activation_bytes(captured),
+        activation_bytes=activation_bytes(captured, options.dtype),
         batch=(1, batches[0]) if batches else None,
         convs=sum(node.op == "conv2d" for node in captured.nodes()),
         views=state.views,
     )
 
 
-def activation_bytes(captured: Graph) -> int:
-    """Bytes of the outputs of all ops of the captured graph."""
-    return sum(spec.size_bytes for node in captured.compute_nodes() for spec in node.outputs)
+def activation_bytes(captured: Graph, dtype: torch.dtype | None = None) -> int:
+    """Bytes of the outputs of all ops of the captured graph, in `dtype` where one is given."""
+    specs = (spec for node in captured.compute_nodes() for spec in node.outputs)
+    return sum(spec.numel * (dtype or spec.dtype).itemsize for spec in specs)
 
 
 def _buffer(name: str, kind: str, spec: TensorSpec) -> Buffer:
@@ -166,7 +169,14 @@ def is_movement(node: Node) -> bool:
     """Whether the op computes nothing and may become a view."""
     return not node.epilogue and isinstance(
         node.attributes,
-        (movement.Reshape, movement.Permute, movement.Slice, movement.Relayout, movement.Concat),
+        (
+            movement.Reshape,
+            movement.FlattenPixels,
+            movement.Permute,
+            movement.Slice,
+            movement.Relayout,
+            movement.Concat,
+        ),
     )
 
 
@@ -351,7 +361,7 @@ def _lower_torch(state: _Lowering, node: Node) -> None:
 
 def _read(state: _Lowering, value: Value, node: Node, slot: int | None) -> Place:
     """The place of an input; constants are packed as their reader wants them."""
-    packs = node.definition.packs if node.is_compute else {}
+    packs = node.definition.packs(node.attributes) if node.is_compute else {}
     if slot in packs:
         if not state.graph.is_constant(value):
             raise UnsupportedOpError(
@@ -384,7 +394,8 @@ def _packed_place(state: _Lowering, value: Value, node: Node, slot: int) -> Plac
     name = f"{value.node}.{node.op}{slot}.{short}"
     if name not in state.buffers:
         tensor = graph.constant(value).detach()
-        packed = node.definition.packs[slot](node.attributes, tensor.to(compute))
+        pack = node.definition.packs(node.attributes)[slot]
+        packed = pack(node.attributes, tensor.to(compute))
         if packed.data_ptr() == tensor.data_ptr():
             packed = packed.clone()
         state.constants[name] = packed

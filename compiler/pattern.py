@@ -12,7 +12,7 @@ refuses, a rewrite, and examples from which the generic tests are made.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ..kernels.op import Attributes
@@ -40,6 +40,8 @@ class Call:
 
     arguments: patterns of the op's own inputs, or None for any. commutes: a two-argument call also
     matches with its arguments swapped. plain: the node must carry no epilogue or prologue.
+    kept: the rewrite still provides the node's result, so that others may read it. where: what else
+    makes the node one of this kind; unlike a guard, a failing `where` is no refusal.
     """
 
     ops: tuple[str, ...]
@@ -47,6 +49,8 @@ class Call:
     name: str
     commutes: bool
     plain: bool
+    kept: bool
+    where: Callable[[Graph, Node], bool] | None
 
     def __init__(
         self,
@@ -55,25 +59,31 @@ class Call:
         name: str = "",
         commutes: bool = False,
         plain: bool = False,
+        kept: bool = False,
+        where: Callable[[Graph, Node], bool] | None = None,
     ) -> None:
         object.__setattr__(self, "ops", (ops,) if isinstance(ops, str) else ops)
         object.__setattr__(self, "arguments", arguments or None)
         object.__setattr__(self, "name", name)
         object.__setattr__(self, "commutes", commutes)
         object.__setattr__(self, "plain", plain)
+        object.__setattr__(self, "kept", kept)
+        object.__setattr__(self, "where", where)
 
 
 @dataclass
 class Match:
     """What the names of a pattern stand for: nodes for calls, values for variables.
 
-    inner: nodes the rewrite consumes besides the root, readers first.
+    inner: nodes the rewrite consumes besides the root, readers first; kept: those among them whose
+    results it still provides.
     """
 
     root: Node
     nodes: dict[str, Node] = field(default_factory=dict)
     values: dict[str, Value] = field(default_factory=dict)
     inner: list[Node] = field(default_factory=list)
+    kept: frozenset[str] = frozenset()
 
     @property
     def consumed(self) -> list[Node]:
@@ -89,9 +99,21 @@ def match(graph: Graph, root: Node, pattern: Call) -> Match | None:
 
 
 def leak(graph: Graph, found: Match) -> str | None:
-    """Why some inner node of a match cannot be consumed, or None."""
+    """Why some inner node of a match cannot be consumed, or None.
+
+    The match itself may read an inner result only where its pattern says so: not once more through
+    a variable, nor as the operand of a stage (y + y, or conv2d(y) + y where y is consumed).
+    """
     consumed = {node.name for node in found.consumed}
+    outside = {value.node for value in found.values.values()}
+    for node in found.consumed:
+        stages = (*graph.operands(node), *graph.prologue_operands(node))
+        outside |= {value.node for value in stages}
     for node in found.inner:
+        if node.name in outside:
+            return f"{node.name} is read more than once"
+        if node.name in found.kept:
+            continue
         for index in range(len(node.outputs)):
             for reader, _ in graph.uses(Value(node.name, index)):
                 if reader not in consumed:
@@ -109,10 +131,13 @@ def _match_call(graph: Graph, node: Node, pattern: Call, found: Match) -> Iterat
         return
     if pattern.plain and (node.epilogue or node.prologue):
         return
+    if pattern.where is not None and not pattern.where(graph, node):
+        return
     nodes = {**found.nodes, pattern.name: node} if pattern.name else found.nodes
     seen = node is found.root or node in found.inner
     inner = found.inner if seen else [*found.inner, node]
-    begun = Match(found.root, nodes, found.values, inner)
+    kept = found.kept | {node.name} if pattern.kept else found.kept
+    begun = Match(found.root, nodes, found.values, inner, kept)
     if pattern.arguments is None:
         yield begun
         return
@@ -144,7 +169,7 @@ def _match_value(graph: Graph, value: Value, pattern: Any, found: Match) -> Iter
     bound = found.values.get(pattern.name)
     if bound is None:
         values = {**found.values, pattern.name: value}
-        yield Match(found.root, found.nodes, values, found.inner)
+        yield replace(found, values=values)
     elif bound == value:
         yield found
 
@@ -207,7 +232,10 @@ def _try_rules(
         if reason is not None:
             ledger.refuse(rule.name, found.consumed, reason)
             continue
-        saved = sum(2 * inner.spec.size_bytes for inner in found.inner)
+        # A kept result is still written; only its reading is saved.
+        saved = sum(
+            inner.spec.size_bytes * (1 if inner.name in found.kept else 2) for inner in found.inner
+        )
         consumed = found.consumed
         value = rule.rewrite(graph, found)
         ledger.accept(rule.name, consumed, value.node, saved)

@@ -65,9 +65,10 @@ class Memory:
         """The logical tensor at a place."""
         operand = place.operand
         shape = operand.spec.at(self.batch)
-        return torch.as_strided(
-            self._flat[place.buffer], shape, operand.strides, operand.offset
-        )
+        flat = self._flat[place.buffer]
+        # An explicit storage offset counts from the start of the arena, not of the buffer.
+        start = flat.storage_offset() + operand.offset
+        return torch.as_strided(flat, shape, operand.strides, start)
 
 
 def constants_on(plan: Plan, device: torch.device) -> dict[str, torch.Tensor]:

@@ -323,5 +323,5 @@ OP = Op(
         "aten._native_batch_norm_legit.default": _capture_batch_statistics,
         "aten._native_batch_norm_legit.no_stats": _capture_batch_statistics,
     },
-    packs={index: pack for index in range(1, 5)},
+    packs=lambda attributes: {index: pack for index in range(1, len(attributes.inputs))},
 )  # fmt: skip

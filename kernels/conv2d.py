@@ -160,7 +160,7 @@ def conv2d_kernel(
     if BY_TAP:
         blocks: tl.constexpr = (C + BLOCK_K - 1) // BLOCK_K
         x_tile = x_corner + depth[None, :]
-        for step in range(0, R * S * blocks):
+        for step in range(R * S * blocks):
             tap = step // blocks
             start = step % blocks * BLOCK_K
             r = tap // S * DILATION_H
@@ -393,6 +393,6 @@ OP = Op(
         "aten.conv2d.default": _capture,
         "aten.conv2d.padding": _capture,
     },
-    packs={1: pack},
+    packs=lambda attributes: {1: pack},
     takes_prologue=True,
 )

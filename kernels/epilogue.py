@@ -18,7 +18,7 @@ from __future__ import annotations
 import hashlib
 import linecache
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 from typing import Any
 
 import torch
@@ -96,7 +96,7 @@ class GeneratedFunction:
         return self.source
 
 
-@lru_cache(maxsize=None)
+@cache
 def _compile_source(generated: GeneratedFunction) -> Any:
     digest = hashlib.sha256(generated.source.encode()).hexdigest()[:16]
     filename = f"<convloom {generated.name} {digest}>"

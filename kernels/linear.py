@@ -103,7 +103,7 @@ OP = Op(
         build=_build,
     ),
     aten={"aten.linear.default": _capture, "aten.addmm.default": _capture_addmm},
-    packs={1: lambda attributes, w: w.contiguous()},
+    packs=lambda attributes: {1: lambda _, w: w.contiguous()},
     takes_prologue=True,
     images=False,
 )

@@ -7,13 +7,14 @@ otherwise they are the pointwise kernel loading with other strides.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from ..errors import InvalidInputError
+from ..errors import InvalidInputError, KernelError
 from . import epilogue as ep
 from . import pointwise
 from .op import (
@@ -41,6 +42,11 @@ class Reshape(Attributes):
 
 
 @dataclass(frozen=True)
+class FlattenPixels(Attributes):
+    """(N, C, H, W) -> (N, H·W·C): flattened in the order images lie in memory, always a view."""
+
+
+@dataclass(frozen=True)
 class Permute(Attributes):
     """Output dimension i is input dimension dims[i]."""
 
@@ -49,7 +55,7 @@ class Permute(Attributes):
 
 @dataclass(frozen=True)
 class Expand(Attributes):
-    """The shape to broadcast to."""
+    """The shape to broadcast to; -1 keeps the input's extent, which may be the batch of a call."""
 
     shape: tuple[int, ...] = ()
 
@@ -95,6 +101,17 @@ def infer_reshape(attributes: Reshape, inputs: tuple[TensorSpec, ...]) -> tuple[
     return (out.with_(batch=batch),)
 
 
+def infer_flatten(
+    attributes: FlattenPixels, inputs: tuple[TensorSpec, ...]
+) -> tuple[TensorSpec, ...]:
+    """(N, C, H, W) gives (N, H·W·C)."""
+    (x,) = inputs
+    if x.rank != 4:
+        raise InvalidInputError(f"flatten_pixels: expected an image (N, C, H, W), got {x}")
+    n, c, h, w = x.shape
+    return (TensorSpec((n, h * w * c), x.dtype, batch=x.batch),)
+
+
 def infer_permute(attributes: Permute, inputs: tuple[TensorSpec, ...]) -> tuple[TensorSpec, ...]:
     """The permuted shape; rank 4 keeps the input's layout."""
     (x,) = inputs
@@ -109,9 +126,17 @@ def infer_permute(attributes: Permute, inputs: tuple[TensorSpec, ...]) -> tuple[
 def infer_expand(attributes: Expand, inputs: tuple[TensorSpec, ...]) -> tuple[TensorSpec, ...]:
     """The larger shape."""
     (x,) = inputs
-    shape = tuple(torch.broadcast_shapes(x.shape, attributes.shape))
-    if shape != attributes.shape:
+    missing = len(attributes.shape) - x.rank
+    if missing < 0 or -1 in attributes.shape[:missing]:
         raise InvalidInputError(f"expand: {x} does not broadcast to {attributes.shape}")
+    aligned = (*attributes.shape[:missing], *x.shape)
+    shape = tuple(
+        old if new == -1 else new for old, new in zip(aligned, attributes.shape, strict=True)
+    )
+    if any(old not in (1, new) for old, new in zip(aligned, shape, strict=True)):
+        raise InvalidInputError(f"expand: {x} does not broadcast to {attributes.shape}")
+    if x.batch is not None and (missing or attributes.shape[0] != -1):
+        raise InvalidInputError(f"expand: the batch of {x} must stay as it is in dimension 0")
     batch = x.batch if len(shape) == x.rank else None
     return (TensorSpec(shape, x.dtype, _layout_for(shape, x), batch),)
 
@@ -119,8 +144,13 @@ def infer_expand(attributes: Expand, inputs: tuple[TensorSpec, ...]) -> tuple[Te
 def infer_slice(attributes: Slice, inputs: tuple[TensorSpec, ...]) -> tuple[TensorSpec, ...]:
     """The shape with one dimension cut."""
     (x,) = inputs
+    if not 0 <= attributes.dim < x.rank:
+        raise InvalidInputError(f"slice: {x} has no dimension {attributes.dim}")
     if x.batch is not None and attributes.dim == 0:
         raise InvalidInputError(f"slice: the batch dimension of {x} cannot be cut")
+    if not 0 <= attributes.start <= attributes.stop <= x.shape[attributes.dim]:
+        span = f"{attributes.start}:{attributes.stop}"
+        raise InvalidInputError(f"slice: {span} is outside dimension {attributes.dim} of {x}")
     count = len(range(attributes.start, attributes.stop, attributes.step))
     shape = (*x.shape[: attributes.dim], count, *x.shape[attributes.dim + 1 :])
     return (TensorSpec(shape, x.dtype, x.layout, x.batch),)
@@ -147,6 +177,8 @@ def infer_concat(attributes: Concat, inputs: tuple[TensorSpec, ...]) -> tuple[Te
 
 def infer_relayout(attributes: Relayout, inputs: tuple[TensorSpec, ...]) -> tuple[TensorSpec, ...]:
     """The same shape with the new layout and dtype."""
+    if attributes.layout is Layout.NHWC and inputs[0].rank != 4:
+        raise InvalidInputError(f"relayout: only rank 4 can be NHWC, got {inputs[0]}")
     return (inputs[0].with_(layout=attributes.layout, dtype=attributes.dtype),)
 
 
@@ -157,14 +189,16 @@ def _reshape(attributes: Reshape, x: torch.Tensor) -> torch.Tensor:
     return x.reshape(-1, *attributes.shape[1:])
 
 
+def _flatten(attributes: FlattenPixels, x: torch.Tensor) -> torch.Tensor:
+    return x.permute(0, 2, 3, 1).reshape(x.shape[0], -1)
+
+
 def _permute(attributes: Permute, x: torch.Tensor) -> torch.Tensor:
     return x.permute(attributes.dims)
 
 
 def _expand(attributes: Expand, x: torch.Tensor) -> torch.Tensor:
-    keep = [-1 if at == 0 and x.dim() == len(attributes.shape) and x.shape[0] != 1 else size
-            for at, size in enumerate(attributes.shape)]  # fmt: skip
-    return x.expand(keep)
+    return x.expand(attributes.shape)
 
 
 def _slice(attributes: Slice, x: torch.Tensor) -> torch.Tensor:
@@ -193,12 +227,9 @@ def read_strides(problem: Problem) -> ep.Access:
             step * attributes.step if dim == attributes.dim else step
             for dim, step in enumerate(strides)
         )
-    elif not isinstance(attributes, Reshape):
+    else:
         return ep.access(x, out)
     order = out.layout.order(out.rank)
-    if isinstance(attributes, Reshape):
-        # Both sides are dense: one walk through memory.
-        strides = Operand.dense(out).strides
     return ep.Access(tuple(strides[dim] for dim in order) or (0,), offset, str(x.spec))
 
 
@@ -206,6 +237,54 @@ def launches(problem: Problem, tile: Config, target: Target) -> tuple[Launch, ..
     """One copy with the op's strides."""
     reads = (read_strides(problem),)
     return (pointwise.launch_reads(problem, tile, reads, (pointwise.LOAD,)),)
+
+
+def linear_sizes(x: Operand, out: Operand) -> tuple[int, ...] | None:
+    """Extents of one walk through two tensors that hold the same elements in the same order.
+
+    A boundary is needed wherever either side jumps (its pitch is wider than its row) and where the
+    batch dimension ends. None where the boundaries do not nest.
+    """
+    boundaries = {1, x.spec.numel}
+    for operand in (x, out):
+        row = ep.memory_sizes(operand.spec)[-1]
+        if operand.pitch != row:
+            boundaries.add(row)
+        if operand.spec.batch is not None:
+            boundaries.add(operand.spec.numel // operand.shape[0])
+    ordered = sorted(boundaries)
+    if any(large % small for small, large in zip(ordered, ordered[1:], strict=False)):
+        return None
+    pairs = list(zip(ordered, ordered[1:], strict=False))
+    return tuple(large // small for small, large in reversed(pairs)) or (1,)
+
+
+def _linear_access(operand: Operand, sizes: tuple[int, ...]) -> ep.Access:
+    row = max(ep.memory_sizes(operand.spec)[-1], 1)
+    strides, step = [], 1
+    for size in reversed(sizes):
+        strides.append(step // row * operand.pitch + step % row)
+        step *= size
+    return ep.Access(tuple(reversed(strides)), operand.offset, str(operand.spec))
+
+
+def legal_linear(problem: Problem, tile: Config, target: Target) -> str | None:
+    """Why a reshape cannot be one walk through memory, or None."""
+    if linear_sizes(problem.inputs[0], problem.output) is None:
+        return "rows of the input and of the output are both padded and do not nest"
+    return None
+
+
+def launches_linear(problem: Problem, tile: Config, target: Target) -> tuple[Launch, ...]:
+    """One copy in memory order, for ops that keep it."""
+    (x,), out = problem.inputs, problem.output
+    sizes = linear_sizes(x, out)
+    if sizes is None:
+        raise KernelError(f"{problem.op}: {legal_linear(problem, tile, target)}")
+    walk = pointwise.Walk(sizes, _linear_access(out, sizes), out.spec.batch)
+    reads = (_linear_access(x, sizes),)
+    refs = (Ref("input", 0),)
+    return (pointwise.launch_chain(problem, tile, walk, reads, (pointwise.LOAD,), refs),)
 
 
 def launches_concat(problem: Problem, tile: Config, target: Target) -> tuple[Launch, ...]:
@@ -254,11 +333,14 @@ def view_of(
     candidate = Operand.dense(out)
     candidate = Operand(out, candidate.pitch, x.offset)
     is_whole = x.pitch == Operand.dense(x.spec).pitch
-    if isinstance(attributes, Reshape):
+    if isinstance(attributes, (Reshape, FlattenPixels)):
         return candidate if is_whole else None
     if isinstance(attributes, Relayout):
-        reference = Operand(out, x.pitch, x.offset)
-        return reference if _same_walk(x.strides, reference.strides, out.shape) else None
+        same = Operand(out, x.pitch, x.offset)
+        for place in (same, candidate):
+            if _same_walk(x.strides, place.strides, out.shape):
+                return place
+        return None
     if isinstance(attributes, Permute):
         strides = tuple(x.strides[dim] for dim in attributes.dims)
         return candidate if is_whole and _same_walk(strides, candidate.strides, out.shape) else None
@@ -288,6 +370,12 @@ def _build_reshape(draw: Mapping[str, Any]) -> tuple[Reshape, tuple[TensorSpec, 
     return Reshape((x.numel,)), (x,)
 
 
+def _build_flatten(
+    draw: Mapping[str, Any],
+) -> tuple[FlattenPixels, tuple[TensorSpec, ...]] | None:
+    return (FlattenPixels(), (_spec(draw["shape"]),)) if len(draw["shape"]) == 4 else None
+
+
 def _build_permute(draw: Mapping[str, Any]) -> tuple[Permute, tuple[TensorSpec, ...]] | None:
     rank = len(draw["shape"])
     dims = sorted(range(rank), key=lambda dim: (draw["seed"] * (dim + 3)) % 7)
@@ -298,7 +386,8 @@ def _build_expand(draw: Mapping[str, Any]) -> tuple[Expand, tuple[TensorSpec, ..
     shape = draw["shape"]
     dim = draw["seed"] % len(shape)
     small = tuple(1 if at == dim else size for at, size in enumerate(shape))
-    return Expand(shape), (_spec(small),)
+    kept = tuple(-1 if draw["flat"] and at != dim else size for at, size in enumerate(shape))
+    return Expand(kept), (_spec(small),)
 
 
 def _build_slice(draw: Mapping[str, Any]) -> tuple[Slice, tuple[TensorSpec, ...]] | None:
@@ -326,7 +415,9 @@ def _build_relayout(draw: Mapping[str, Any]) -> tuple[Relayout, tuple[TensorSpec
 
 
 def _capture_view(g: Builder, x: Any, shape: Any) -> Any:
-    return g.apply("reshape", (x,), Reshape(tuple(shape)))
+    known = math.prod(size for size in shape if size != -1)
+    full = (g.spec(x).numel // max(known, 1) if size == -1 else size for size in shape)
+    return g.apply("reshape", (x,), Reshape(tuple(full)))
 
 
 def _capture_flatten(g: Builder, x: Any, start: int = 0, end: int = -1) -> Any:
@@ -366,11 +457,9 @@ def _capture_transpose(g: Builder, x: Any, a: int, b: int) -> Any:
 
 def _capture_expand(g: Builder, x: Any, size: Any, implicit: bool = False) -> Any:
     shape = g.spec(x).shape
-    missing = len(size) - len(shape)
-    full = [
-        shape[at - missing] if extent == -1 else extent for at, extent in enumerate(size)
-    ]
-    return g.apply("expand", (x,), Expand(tuple(full)))
+    aligned = (*(None for _ in range(len(size) - len(shape))), *shape)
+    kept = (-1 if new == old else new for old, new in zip(aligned, size, strict=True))
+    return g.apply("expand", (x,), Expand(tuple(kept)))
 
 
 def _cut(g: Builder, x: Any, dim: int, start: int, stop: int, step: int = 1) -> Any:
@@ -484,7 +573,11 @@ OPS = (
             "aten.squeeze.dims": _capture_squeeze,
             "aten.unsqueeze.default": _capture_unsqueeze,
         },
-        images=False,
+        images=False, launches=launches_linear, legal=legal_linear, takes_epilogue=False,
+    ),
+    _op(
+        "flatten_pixels", FlattenPixels, infer_flatten, _flatten, _build_flatten, {},
+        launches=launches_linear, legal=legal_linear, takes_epilogue=False,
     ),
     _op(
         "permute", Permute, infer_permute, _permute, _build_permute,
@@ -497,6 +590,7 @@ OPS = (
     _op(
         "expand", Expand, infer_expand, _expand, _build_expand,
         {"aten.expand.default": _capture_expand},
+        takes_epilogue=False,
     ),
     _op(
         "slice", Slice, infer_slice, _slice, _build_slice,
@@ -510,6 +604,7 @@ OPS = (
             "aten.split_with_sizes.default": _capture_split,
             "aten.chunk.default": _capture_chunk,
         },
+        takes_epilogue=False,
     ),
     _op(
         "concat", Concat, infer_concat, _concat, _build_concat,

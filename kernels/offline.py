@@ -8,13 +8,16 @@ inside the triton package, and kept beside the cache.
 
 from __future__ import annotations
 
+import hashlib
 import importlib
 import json
 import multiprocessing
 import os
 import re
 import subprocess
+import sys
 import tempfile
+import types
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -163,20 +166,35 @@ def compile_request(wanted: CompileRequest) -> Any:
 
 @lru_cache(maxsize=4096)
 def report(wanted: CompileRequest) -> KernelReport:
-    """Registers, spills, shared memory and instruction mix of the compiled kernel."""
-    compiled = compile_request(wanted)
-    path = settings.read().cache_dir / "reports" / f"{compiled.hash}.json"
-    try:
-        return KernelReport(**json.loads(path.read_text()))
-    except (OSError, ValueError, TypeError):
-        pass  # No report yet, or one cut off by a crash: it is read from the machine code again.
-    made = _disassemble(compiled)
+    """Registers, spills, shared memory and instruction mix of the compiled kernel.
+
+    A report that is on disk is returned without compiling anything.
+    """
+    path = _report_path(wanted)
+    if (known := _stored_report(path)) is not None:
+        return known
+    made = _disassemble(compile_request(wanted))
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(dir=path.parent)
     with os.fdopen(handle, "w") as file:
         json.dump(asdict(made), file, sort_keys=True)
     os.replace(name, path)
     return made
+
+
+def _report_path(wanted: CompileRequest) -> Path:
+    """Named by everything the machine code depends on, the sources of all functions included."""
+    options = (wanted.num_warps, wanted.num_stages, wanted.capability, triton.__version__)
+    key = hashlib.sha256(f"{_source(wanted).hash()} {options}".encode()).hexdigest()
+    return settings.read().cache_dir / "reports" / f"{key}.json"
+
+
+def _stored_report(path: Path) -> KernelReport | None:
+    """None where there is no report yet, or one cut off by a crash."""
+    try:
+        return KernelReport(**json.loads(path.read_text()))
+    except (OSError, ValueError, TypeError):
+        return None
 
 
 def _tool(name: str) -> str:
@@ -231,7 +249,11 @@ def compile_all(requests: Sequence[CompileRequest], workers: int | None = None) 
 
     Raises: KernelError for the first request that does not compile.
     """
-    distinct = list(dict.fromkeys(requests))
+    distinct = [
+        wanted
+        for wanted in dict.fromkeys(requests)
+        if _stored_report(_report_path(wanted)) is None
+    ]
     workers = min(workers or os.cpu_count() or 1, len(distinct))
     # A worker pays about two seconds for importing torch: it must have enough to do.
     if workers < 2 or len(distinct) < 4:
@@ -239,9 +261,23 @@ def compile_all(requests: Sequence[CompileRequest], workers: int | None = None) 
             report(wanted)
         return
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, mp_context=context) as pool:
+    with _blank_main(), ProcessPoolExecutor(workers, mp_context=context) as pool:
         for wanted, made in zip(distinct, pool.map(_work, distinct), strict=True):
             assert made is not None, wanted
+
+
+@contextmanager
+def _blank_main() -> Iterator[None]:
+    """Spawned workers import the main module: a script without a `__main__` guard would run again.
+
+    Nothing that is sent to them lives there.
+    """
+    main = sys.modules["__main__"]
+    sys.modules["__main__"] = types.ModuleType("__main__")
+    try:
+        yield
+    finally:
+        sys.modules["__main__"] = main
 
 
 def _work(wanted: CompileRequest) -> KernelReport:

@@ -33,7 +33,11 @@ class Attributes:
 
 def _short(value: object) -> str:
     if isinstance(value, tuple):
-        return "x".join(map(str, value)) if value and len(set(map(type, value))) == 1 else str(value)
+        if value and all(isinstance(item, int) for item in value):
+            return "x".join(map(str, value))
+        return f"({', '.join(map(str, value))})"
+    if isinstance(value, Attributes):
+        return f"({value})"
     if isinstance(value, float):
         return f"{value:g}"
     return str(value).removeprefix("torch.")
@@ -204,6 +208,9 @@ class Builder(Protocol):
         ...
 
 
+Pack = Callable[[Any, torch.Tensor], torch.Tensor]
+"""`pack(attributes, tensor)`: a constant as the kernel wants it in memory."""
+
 Capture = Callable[..., Any]
 """`capture(builder, *arguments, **keywords)` with an aten call's arguments, tensors as values."""
 
@@ -216,7 +223,7 @@ class Op:
     reference(attributes, *tensors): the output tensor(s) by torch, without the epilogue.
     configs / default / legal: the tuning space, its no-search choice, and why a config is refused.
     launches(problem, config, target): the kernels to run, in order.
-    packs: for inputs that must be constants, how their tensor is laid out for the kernel.
+    packs(attributes): for inputs that must be constants, how their tensor is laid out for the kernel.
     takes_epilogue / takes_prologue: whether pointwise stages may be fused into the op.
     images: rank-4 tensors are NHWC for this op; False means it wants dense memory.
     """
@@ -232,9 +239,7 @@ class Op:
     domain: Domain
     legal: Callable[[Problem, Config, Target], str | None] = lambda problem, config, target: None
     aten: Mapping[str, Capture] = field(default_factory=lambda: NONE)
-    packs: Mapping[int, Callable[[Any, torch.Tensor], torch.Tensor]] = field(
-        default_factory=lambda: NONE
-    )
+    packs: Callable[[Any], Mapping[int, Pack]] = lambda attributes: {}
     takes_epilogue: bool = True
     takes_prologue: bool = False
     images: bool = True
@@ -262,7 +267,28 @@ def tile_config(
 
 
 __all__ = [
-    "NONE", "W", "X", "Y", "Attributes", "Builder", "Capture", "Config", "Cost", "Domain",
-    "Epilogue", "GeneratedFunction", "Launch", "Op", "Operand", "Problem", "Ref", "Target",
-    "TensorSpec", "config", "operand_refs", "power_of_two", "tensor_bytes", "tile_config",
+    "NONE",
+    "Attributes",
+    "Builder",
+    "Capture",
+    "Config",
+    "Cost",
+    "Domain",
+    "Epilogue",
+    "GeneratedFunction",
+    "Launch",
+    "Op",
+    "Operand",
+    "Problem",
+    "Ref",
+    "Target",
+    "TensorSpec",
+    "W",
+    "X",
+    "Y",
+    "config",
+    "operand_refs",
+    "power_of_two",
+    "tensor_bytes",
+    "tile_config",
 ]  # fmt: skip

@@ -56,7 +56,7 @@ def infer(attributes: Pad, inputs: tuple[TensorSpec, ...]) -> tuple[TensorSpec, 
         raise InvalidInputError(f"pad: expected 1 to {MOST_DIMENSIONS} dimensions, got {x}")
     if not len(attributes.before) == len(attributes.after) == x.rank:
         raise InvalidInputError(f"pad: {attributes} does not give both sides of each dim of {x}")
-    if x.batch is not None and (attributes.before[0] or attributes.after[0]):
+    if x.batch is not None and (x.rank == 1 or attributes.before[0] or attributes.after[0]):
         raise InvalidInputError(f"pad: the batch dimension of {x} cannot be padded")
     shape = tuple(
         low + size + high

@@ -19,6 +19,7 @@ import torch
 import triton
 import triton.language as tl
 
+from ..errors import InvalidInputError
 from . import epilogue as ep
 from .op import (
     Attributes,
@@ -166,9 +167,18 @@ def launch_reads(
     )
 
 
-def infer(attributes: Pointwise, inputs: tuple[TensorSpec, ...]) -> tuple[TensorSpec, ...]:
+def infer(
+    name: str, attributes: Pointwise, inputs: tuple[TensorSpec, ...]
+) -> tuple[TensorSpec, ...]:
     """The broadcast shape; the layout of the input that has it."""
-    shape = tuple(torch.broadcast_shapes(*(spec.shape for spec in inputs)))
+    count = 1 + stage_of(name, attributes).takes_operand
+    if len(inputs) != count:
+        raise InvalidInputError(f"{name}: expected {count} tensors, got {len(inputs)}")
+    try:
+        shape = tuple(torch.broadcast_shapes(*(spec.shape for spec in inputs)))
+    except RuntimeError as error:
+        listed = " and ".join(map(str, inputs))
+        raise InvalidInputError(f"{name}: {listed} do not broadcast together") from error
     dtype = inputs[0].dtype
     for spec in inputs[1:]:
         dtype = torch.promote_types(dtype, spec.dtype)
@@ -353,7 +363,7 @@ def _softplus(g: Builder, x: Any, beta: float = 1.0, threshold: float = 20.0) ->
 
 SELU = (1.6732632423543772848170429916717, 1.0507009873554804934193349852946, 1.0)
 UNARY_NAMES = (
-    "relu sigmoid tanh silu hardsigmoid hardswish mish sqrt rsqrt exp log abs neg sign".split()
+    ["relu", "sigmoid", "tanh", "silu", "hardsigmoid", "hardswish", "mish", "sqrt", "rsqrt", "exp", "log", "abs", "neg", "sign"]
 )
 BINARY_NAMES = {
     "add": "add", "sub": "sub", "mul": "mul", "maximum": "maximum", "minimum": "minimum",
@@ -402,7 +412,7 @@ def _make_ops() -> tuple[Op, ...]:
         Op(
             name=scalar.name,
             attributes=Pointwise,
-            infer=infer,
+            infer=partial(infer, scalar.name),
             reference=partial(_reference, scalar.name),
             launches=partial(_launches, scalar.name),
             configs=configs,

@@ -50,6 +50,9 @@ from .spec import Layout, TensorSpec
 
 # Up to here the taps are unrolled: a loop over taps loses the packed half-precision maximum.
 MOST_UNROLLED_TAPS = 25
+# Loads per thread of one output row that fit the registers (channels that are not a multiple of 8
+# take one each).
+MOST_LOADS = 200
 # Programs that keep an H200 busy: 4 blocks of 128 threads on each multiprocessor.
 ENOUGH_PROGRAMS = 4 * 132
 
@@ -174,14 +177,46 @@ def reference_lp(attributes: LpPool2d, x: torch.Tensor) -> torch.Tensor:
 
 
 @triton.jit
-def power_term(value, NORM: tl.constexpr):
+def term(value, NORM: tl.constexpr):
     """value^NORM; small whole powers by multiplication, which also keeps the sign of odd ones."""
-    if NORM <= 8 and NORM % 1 == 0:
+    if NORM is None:
+        result = value
+    elif NORM <= 8 and NORM % 1 == 0:
         result = value
         for _ in tl.static_range(1, NORM):
             result = result * value
     else:
         result = scalars.power(value, tl.full((1, 1), NORM, tl.float32))
+    return result
+
+
+@triton.jit
+def root(value, NORM: tl.constexpr):
+    """value^(1/NORM) as IEEE 754 pow has it: NaN for negative values, infinity for -infinity."""
+    if NORM is None or NORM == 1:
+        result = value
+    elif NORM == 2:
+        result = tl.sqrt_rn(value)
+    else:
+        # In fp64: rounding 1/NORM to fp32 costs up to 2 ulps.
+        result = tl.exp2(tl.log2(value.to(tl.float64)) * (1.0 / NORM)).to(tl.float32)
+        result = tl.where(value == float("-inf"), float("inf"), result)
+    return result
+
+
+@triton.jit
+def extent(
+    start,
+    LENGTH: tl.constexpr,
+    SIZE: tl.constexpr,
+    PADDING: tl.constexpr,
+    COUNT: tl.constexpr,
+):
+    """How much of a window of one dimension lies in the padded image or in the image itself."""
+    if COUNT == "padded":
+        result = tl.minimum(start + LENGTH, SIZE + PADDING) - start
+    else:
+        result = tl.minimum(start + LENGTH, SIZE) - tl.maximum(start, 0)
     return result
 
 
@@ -257,7 +292,7 @@ def pool_kernel(
                 mask = inside[:, None] & column_mask[None, :]
                 offset = (i * WIDTH + s * DILATION_W) * X_PITCH
                 value = tl.load(base + offset, mask=mask, other=EMPTY).to(tl.float32)
-                line = combine(line, power_term(value, NORM), MAXIMUM)
+                line = combine(line, term(value, NORM), MAXIMUM)
             # Input row i belongs to output row j as its tap (i - j * stride) / dilation.
             updated = ()
             for j in tl.static_range(TILE_ROWS):
@@ -280,7 +315,7 @@ def pool_kernel(
             )
             mask = inside[:, None] & column_mask[None, :]
             value = tl.load(base + (r * WIDTH + s) * X_PITCH, mask=mask, other=EMPTY)
-            acc = combine(acc, power_term(value.to(tl.float32), NORM), MAXIMUM)
+            acc = combine(acc, term(value.to(tl.float32), NORM), MAXIMUM)
         accs = (acc,)
     for j in tl.static_range(TILE_ROWS):
         p = first + j
@@ -288,14 +323,11 @@ def pool_kernel(
         row_mask = live & (p < P)
         acc = accs[j]
         if COUNT is not None:
-            start = top + j * STRIDE_H
-            if COUNT == "padded":
-                height = tl.minimum(start + R, H + PADDING_H) - start
-                width = tl.minimum(left + S, WIDTH + PADDING_W) - left
-            else:
-                height = tl.minimum(start + R, H) - tl.maximum(start, 0)
-                width = tl.minimum(left + S, WIDTH) - tl.maximum(left, 0)
-            acc = acc / (height * width).to(tl.float32)[:, None]
+            height = extent(top + j * STRIDE_H, R, H, PADDING_H, COUNT)
+            acc = acc / (height * extent(left, S, WIDTH, PADDING_W, COUNT)).to(tl.float32)[:, None]
+            if NORM is not None:
+                acc = acc * (R * S)
+        acc = root(acc, NORM)
         acc = EPILOGUE(acc, rows, columns, row_mask, column_mask, extras)
         address = y + Y_OFFSET + (rows * Y_PITCH)[:, None] + columns[None, :]
         mask = row_mask[:, None] & column_mask[None, :]
@@ -306,15 +338,15 @@ def pool_kernel(
 class Reduction:
     """How the kernel reduces a window.
 
-    maximum: the maximum instead of the sum; norm: the power of every term; count: whose pixels
-    divide the sum ("padded", "image") where their number differs between windows; finish: stages on
-    the reduced value.
+    maximum: the maximum instead of the sum; count: whose pixels divide the sum ("padded", "image")
+    where their number differs between windows; divisor: their number where it does not; norm: the
+    p of an Lp norm.
     """
 
     maximum: bool = False
-    norm: float = 1
     count: str | None = None
-    finish: ep.Epilogue = ()
+    divisor: int | None = None
+    norm: float | None = None
 
 
 def reduction(problem: Problem) -> Reduction:
@@ -322,28 +354,18 @@ def reduction(problem: Problem) -> Reduction:
     attributes = problem.attributes
     if isinstance(attributes, MaxPool2d):
         return Reduction(maximum=True)
-    assert isinstance(attributes, (AvgPool2d, LpPool2d))
-    taps = math.prod(attributes.kernel)
     if isinstance(attributes, LpPool2d):
-        norm = int(attributes.norm) if attributes.norm == int(attributes.norm) else attributes.norm
-        root = _root(attributes.norm)
-        if not _overhangs(problem):
-            return Reduction(norm=norm, finish=root)
-        scale = ep.Stage("mul", literal=float(taps))
-        return Reduction(norm=norm, count="padded", finish=(scale, *root))
-    divisor = attributes.divisor_override
-    if divisor is None:
-        padded = attributes.count_include_pad or not any(attributes.padding)
-        if not padded or _overhangs(problem):
-            return Reduction(count="padded" if padded else "image")
-        divisor = taps
-    return Reduction(finish=(ep.Stage("div", literal=float(divisor)),))
-
-
-def _root(norm: float) -> ep.Epilogue:
-    if norm == 1:
-        return ()
-    return (ep.Stage("sqrt") if norm == 2 else ep.Stage("pow", literal=1.0 / norm),)
+        # Without overhang the mean times R·S is the sum.
+        count = "padded" if _overhangs(problem) else None
+        norm = attributes.norm
+        return Reduction(count=count, norm=int(norm) if norm == int(norm) else norm)
+    assert isinstance(attributes, AvgPool2d)
+    if attributes.divisor_override is not None:
+        return Reduction(divisor=attributes.divisor_override)
+    padded = attributes.count_include_pad or not any(attributes.padding)
+    if not padded or _overhangs(problem):
+        return Reduction(count="padded" if padded else "image")
+    return Reduction(divisor=math.prod(attributes.kernel))
 
 
 def _overhangs(problem: Problem) -> bool:
@@ -370,6 +392,7 @@ def unrolls(attributes: Pool2d) -> bool:
 def launches(problem: Problem, tile: Config, target: Target) -> tuple[Launch, ...]:
     """The one launch of the kernel."""
     attributes, chosen = _attributes(problem), reduction(problem)
+    divide = () if chosen.divisor is None else (ep.Stage("div", literal=float(chosen.divisor)),)
     x, out = problem.inputs[0], problem.output
     _, _, h, width = x.shape
     n, c, p, q = out.shape
@@ -390,9 +413,7 @@ def launches(problem: Problem, tile: Config, target: Target) -> tuple[Launch, ..
             "X_PITCH": x.pitch, "X_OFFSET": x.offset,
             "Y_PITCH": out.pitch, "Y_OFFSET": out.offset,
             "MAXIMUM": chosen.maximum, "NORM": chosen.norm, "COUNT": chosen.count,
-            "EPILOGUE": ep.for_output(
-                (*chosen.finish, *problem.epilogue), problem.operands, out.spec
-            ),
+            "EPILOGUE": ep.for_output((*divide, *problem.epilogue), problem.operands, out.spec),
             "WIDE": problem.is_wide,
             "UNROLL": unrolls(attributes),
             **dict(tile.blocks),
@@ -417,14 +438,20 @@ def configs(problem: Problem, target: Target) -> Iterator[Config]:
     for tile_rows in (1, 2, 4) if shares_rows else (1,):
         for elements in (512, 1024, 2048):
             for columns in (32, 64, 128):
-                yield config(
-                    4, 1, TILE_ROWS=tile_rows, BLOCK_ROWS=elements // columns, BLOCK_COLUMNS=columns
-                )
+                rows = elements // columns
+                tile = config(4, 1, TILE_ROWS=tile_rows, BLOCK_ROWS=rows, BLOCK_COLUMNS=columns)
+                if legal(problem, tile, target) is None:
+                    yield tile
 
 
 def legal(problem: Problem, tile: Config, target: Target) -> str | None:
-    if tile["TILE_ROWS"] > 1 and not unrolls(_attributes(problem)):
-        return "several output rows per program need unrolled taps"
+    attributes = _attributes(problem)
+    if not unrolls(attributes):
+        return None if tile["TILE_ROWS"] == 1 else "several output rows need unrolled taps"
+    # The compiler starts all loads of an unrolled window at once: 5x5 at 16 results spills.
+    results = tile["BLOCK_ROWS"] * tile["BLOCK_COLUMNS"] // (32 * tile.num_warps)
+    if target.is_gpu and results * math.prod(attributes.kernel) > MOST_LOADS:
+        return f"more than {MOST_LOADS} loads per thread spill"
     return None
 
 

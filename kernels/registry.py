@@ -10,6 +10,7 @@ from . import (
     adaptive_pool,
     batch_norm,
     conv2d,
+    conv_chain,
     linear,
     lrn,
     movement,
@@ -23,6 +24,7 @@ from .op import Capture, Op
 
 OPS: tuple[Op, ...] = (
     conv2d.OP,
+    conv_chain.OP,
     linear.OP,
     *pointwise.OPS,
     *movement.OPS,
@@ -35,7 +37,9 @@ OPS: tuple[Op, ...] = (
     pad.OP,
 )
 BY_NAME: dict[str, Op] = {op.name: op for op in OPS}
-CAPTURES: dict[str, Capture] = {target: capture for op in OPS for target, capture in op.aten.items()}
+CAPTURES: dict[str, Capture] = {
+    target: capture for op in OPS for target, capture in op.aten.items()
+}
 
 assert len(BY_NAME) == len(OPS), "two ops share a name"
 assert len(CAPTURES) == sum(len(op.aten) for op in OPS), "two ops capture the same aten overload"

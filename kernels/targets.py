@@ -29,7 +29,7 @@ class Target:
         return self.capability > 0
 
 
-REFERENCE = Target("reference")
+REFERENCE = Target("reference", shared_bytes=1 << 40)
 INTERPRETER = Target("interpreter", shared_bytes=1 << 40)
 GPU_TARGETS = (
     Target("cuda:sm_80", 80, 166_912),

@@ -6,14 +6,13 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from hypothesis import strategies as st
-
 from convloom.kernels import execute, interpreter, tolerance
 from convloom.kernels.epilogue import Epilogue, Stage, apply_reference
 from convloom.kernels.op import Attributes, Config, Launch, Op, Problem, Ref
 from convloom.kernels.scalars import BY_NAME
 from convloom.kernels.spec import FLOAT_DTYPES, Layout, Operand, TensorSpec, as_layout
 from convloom.kernels.targets import INTERPRETER
+from hypothesis import strategies as st
 
 # ---------------------------------------------------------------------------------- drawing
 
@@ -70,9 +69,10 @@ def with_dtype(op: Op, specs: tuple[TensorSpec, ...], dtype: torch.dtype) -> tup
 
 # Stages that do not magnify the error of what they are applied to.
 UNARY_STAGES = (
-    "relu leaky_relu clamp sigmoid tanh silu gelu hardsigmoid hardswish abs neg".split()
-)
-BINARY_STAGES = "add sub mul maximum minimum".split()
+    "relu", "leaky_relu", "clamp", "sigmoid", "tanh", "silu", "gelu", "hardsigmoid", "hardswish",
+    "abs", "neg",
+)  # fmt: skip
+BINARY_STAGES = ("add", "sub", "mul", "maximum", "minimum")
 
 
 @st.composite
@@ -165,10 +165,11 @@ def problem_for(
     pad: int = 0,
 ) -> Problem:
     """The problem whose tensors, constants excepted, are padded by `pad`."""
+    packs = op.packs(attributes)
     return Problem(
         op.name,
         attributes,
-        tuple(place(spec, 0 if index in op.packs else pad) for index, spec in enumerate(specs)),
+        tuple(place(spec, 0 if index in packs else pad) for index, spec in enumerate(specs)),
         tuple(place(spec, pad) for spec in op.infer(attributes, specs)),
         epilogue,
         tuple(place(spec, pad) for spec in operands),
@@ -208,8 +209,8 @@ def run_interpreted(
     tile = tile or op.default(problem, INTERPRETER)
     buffers: dict[Ref, torch.Tensor] = {}
     for index, (operand, tensor) in enumerate(zip(problem.inputs, tensors, strict=True)):
-        if index in op.packs:
-            buffers[Ref("input", index)] = op.packs[index](problem.attributes, tensor)
+        if (pack := op.packs(problem.attributes).get(index)) is not None:
+            buffers[Ref("input", index)] = pack(problem.attributes, tensor)
         else:
             buffers[Ref("input", index)] = buffer_for(operand, tensor)
     for kind, placed, given in (

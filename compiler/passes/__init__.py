@@ -7,17 +7,16 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import torch
-
 from ... import settings
 from ...errors import InvalidInputError, near_names
 from .. import text
 from ..capture import refuse_unsupported
-from ..fusions import EPILOGUE_RULES, PROLOGUE_RULES
+from ..fusions import EPILOGUE_RULES, FLATTEN_RULES, PROLOGUE_RULES
 from ..ir import Graph
 from ..ledger import Ledger
 from ..pattern import apply_rules
 from ..verify import verify
+from .bottlenecks import fuse_bottlenecks
 from .clean import (
     drop_identities,
     eliminate_common_subexpressions,
@@ -27,6 +26,7 @@ from .clean import (
 from .fold_batch_norm import fold_batch_norm, lower_batch_norm
 from .layout import choose_dtype, choose_layout
 from .recognise import recognise_composites
+from .siblings import merge_siblings
 
 
 def fuse_epilogues(graph: Graph, ledger: Ledger) -> Graph:
@@ -37,6 +37,11 @@ def fuse_epilogues(graph: Graph, ledger: Ledger) -> Graph:
 def sink_prologues(graph: Graph, ledger: Ledger) -> Graph:
     """Moves pointwise nodes into the convolution that alone reads them, as its prologue."""
     return apply_rules(graph, PROLOGUE_RULES, ledger)
+
+
+def flatten_in_memory_order(graph: Graph, ledger: Ledger) -> Graph:
+    """Lets linear layers read flattened images as they lie in memory, without a transposition."""
+    return apply_rules(graph, FLATTEN_RULES, ledger)
 
 
 @dataclass(frozen=True)
@@ -67,6 +72,9 @@ PASSES: tuple[Pass, ...] = (
     _pass(lower_batch_norm, "what could not be folded can still be fused as two stages"),
     _pass(fuse_epilogues, "the main fusion: whole pointwise chains into their producers"),
     _pass(sink_prologues, "after epilogues: a chain goes to its producer when it can"),
+    _pass(merge_siblings, "after epilogues: siblings must end alike to share one"),
+    _pass(fuse_bottlenecks, "after epilogues: residual and activation ride on the expansion"),
+    _pass(flatten_in_memory_order, "before layouts: it removes the only transposition of most nets"),
     _pass(choose_layout, "last: fusion does not look at memory, kernels do", required=True),
 )
 NAMES = tuple(step.name for step in PASSES)
@@ -92,12 +100,11 @@ def run_passes(
     graph: Graph,
     ledger: Ledger,
     passes: str | tuple[str, ...] = "default",
-    dtype: torch.dtype | None = None,
     fallback: str = "error",
 ) -> Graph:
     """The optimised graph; the given one is not changed.
 
-    The dtype is chosen before the layout, so that one conversion at the boundary does both.
+    The goal's dtype is chosen before the layout, so that one conversion at the boundary does both.
 
     Raises: UnsupportedOpError when calls without a kernel are left and fallback is "error".
     """
@@ -109,7 +116,7 @@ def run_passes(
         if step.run is choose_layout:
             if fallback == "error":
                 refuse_unsupported(graph)
-            graph = choose_dtype(graph, dtype)
+            graph = choose_dtype(graph, graph.goal.dtype if graph.goal else None)
         started = time.perf_counter()
         graph = step.run(graph, ledger)
         if environment.check:

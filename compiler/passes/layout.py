@@ -39,11 +39,26 @@ def choose_dtype(graph: Graph, dtype: torch.dtype | None) -> Graph:
     returned = []
     for value, original in outputs:
         if graph.spec(value).dtype is not original:
+            if _can_store_as(graph, value):
+                spec = graph.spec(value).with_(dtype=original)
+                graph.update(value.node, outputs=(spec,))
+                returned.append(value)
+                continue
             layout = graph.spec(value).layout
             value = graph.add("relayout", (value,), Relayout(layout, original))
         returned.append(value)
     graph.set_inputs(OUTPUT, returned)
     return graph
+
+
+def _can_store_as(graph: Graph, value: Value) -> bool:
+    """Whether the kernel that computes a returned value may as well store it in another dtype.
+
+    Images are converted to the dense layout on their way out anyhow.
+    """
+    node = graph.node(value.node)
+    single = len(node.outputs) == 1 and len(graph.uses(value)) == 1
+    return node.is_compute and single and node.spec.rank != 4 and node.definition.takes_epilogue
 
 
 def _convert_readers(graph: Graph, value: Value, attributes: Relayout) -> Value:
@@ -86,7 +101,7 @@ def _lay_out(graph: Graph, node: Node, converted: dict[tuple[Value, Layout], Val
         )
         return
     images = node.op != TORCH and node.definition.images
-    packed = () if node.op == TORCH else tuple(node.definition.packs)
+    packed = () if node.op == TORCH else tuple(node.definition.packs(node.attributes))
     values = []
     for slot, value in enumerate(graph.inputs(node.name)):
         keep = slot in packed or graph.is_constant(value)

@@ -7,11 +7,11 @@ SiLU, hard-swish and mish as products.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import nn
 
 from ...kernels.lrn import LocalResponseNorm
 from ...kernels.pointwise import Pointwise
@@ -71,7 +71,14 @@ def _make_lrn(graph: Graph, found: Match) -> Value:
     return replace_root(graph, found, "local_response_norm", (found.values["x"],), attributes)
 
 
-def _lrn_rule(squared: Call) -> Rule:
+def _lrn_by_hand(m: nn.ModuleDict, x: torch.Tensor) -> torch.Tensor:
+    n, c, h, w = x.shape
+    padded = F.pad(x.square().view(n, 1, c, h, w), (0, 0, 0, 0, 2, 2))
+    mean = F.avg_pool3d(padded, (5, 1, 1), stride=1).squeeze(1).view(n, c, h, w)
+    return x / (mean * 1e-3 + 2.0) ** 0.75
+
+
+def _lrn_rule(squared: Call, make: Callable[[], Any]) -> Rule:
     pooled = Call(
         POOL3D, Call(PAD, Call("reshape", squared), name="pad"), name="pool"
     )
@@ -81,7 +88,7 @@ def _lrn_rule(squared: Call) -> Rule:
         "x / (k + alpha*mean_c(x²))^beta => local_response_norm(x)",
         Call("div", X, power, name="root"),
         _make_lrn,
-        lambda: example(lambda m, x: F.local_response_norm(x, 5, 1e-3, 0.75, 2.0), IMAGE),
+        make,
         _lrn_guard,
     )
 
@@ -168,8 +175,11 @@ def _mish_rule() -> Rule:
 
 
 RULES = (
-    _lrn_rule(SQUARE),
-    _lrn_rule(Call("square", X)),
+    _lrn_rule(
+        SQUARE,
+        lambda: example(lambda m, x: F.local_response_norm(x, 5, 1e-3, 0.75, 2.0), IMAGE),
+    ),
+    _lrn_rule(Call("square", X), lambda: example(_lrn_by_hand, IMAGE)),
     _lp_rule(),
     _product_rule(
         "silu", "sigmoid", lambda: example(lambda m, x: x * torch.sigmoid(x), IMAGE)

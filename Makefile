@@ -1,0 +1,56 @@
+# `make demo` and `make test` work in a fresh clone: they set up .venv by themselves.
+
+PYTHON ?= python3
+VENV ?= .venv
+# Installed first, so that the rest finds torch satisfied. Where the package index offers a build
+# for the CPU only, this version has one; `make TORCH=torch==2.12.1 demo` takes another.
+TORCH ?= torch==2.13.0
+BIN := $(VENV)/bin
+ROOMS := kernels compiler zoo cli
+READY := $(VENV)/.ready
+READY_DEV := $(VENV)/.ready-dev
+
+# Prints the version where the base Python already has a torch that convloom works with.
+INSTALLED_TORCH := import torch; v = tuple(map(int, torch.__version__.split(".")[:2])); \
+  print(torch.__version__ if (2, 11) <= v < (2, 14) else "")
+
+.PHONY: help demo test lint types clean
+
+help:
+	@echo "make demo    compile, run and check real networks (about two minutes)"
+	@echo "make test    every test that needs no GPU"
+	@echo "make lint    ruff"
+	@echo "make types   mypy --strict"
+	@echo "make clean   remove .venv and what tools left behind"
+	@echo "Each sets up $(VENV) when it is missing. PYTHON=, VENV= and TORCH= may be given."
+
+demo: $(READY)
+	$(BIN)/convloom demo
+
+test: $(READY)
+	$(BIN)/python -m pytest --durations=10
+
+lint: $(READY_DEV)
+	$(BIN)/ruff check .
+
+types: $(READY_DEV)
+	$(BIN)/mypy $(ROOMS) *.py
+
+clean:
+	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis demo-output
+
+$(READY): pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "convloom needs Python 3.11 or newer: make PYTHON=python3.11 $(MAKECMDGOALS)"; exit 1; }
+	@set -e; found=$$($(PYTHON) -c '$(INSTALLED_TORCH)' 2>/dev/null || true); \
+	if [ ! -x $(BIN)/python ]; then \
+	  $(PYTHON) -m venv $${found:+--system-site-packages} $(VENV); \
+	fi; \
+	$(BIN)/python -c '$(INSTALLED_TORCH)' 2>/dev/null | grep -q . || \
+	  $(BIN)/python -m pip install --disable-pip-version-check "$(TORCH)"; \
+	$(BIN)/python -m pip install --disable-pip-version-check --editable '.[demo,test]'
+	@touch $@
+
+$(READY_DEV): $(READY)
+	$(BIN)/python -m pip install --disable-pip-version-check --editable '.[dev]'
+	@touch $@

@@ -1,0 +1,231 @@
+"""`convloom doctor`: what this machine has, what is missing, and what that disables."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import platform
+import shutil
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from .. import __version__, settings
+from . import output
+from .options import json_option
+
+if TYPE_CHECKING:
+    import torch
+
+    from .options import SubParsers
+
+OK, MISSING, BROKEN = "ok", "missing", "broken"
+EVERYTHING = "everything but the list of models and this report"
+REQUIRED = ("torch", "triton", "numpy", "networkx", "safetensors", "rich")
+OPTIONAL = {"PIL": "reading images, the demo", "sklearn": "the demo, the digits data"}
+TOOLS = {
+    "ptxas": "compiling for GPUs",
+    "nvdisasm": "instruction counts and `explain --sass`",
+    "cuobjdump": "register and spill counts",
+}
+
+
+@dataclass(frozen=True)
+class Check:
+    """One finding. `disables` says what does not work where the status is not "ok"."""
+
+    name: str
+    status: str
+    found: str
+    disables: str = ""
+
+
+def configure(commands: SubParsers) -> None:
+    """Adds the sub-command."""
+    parser = commands.add_parser(
+        "doctor",
+        help="check this machine",
+        description="Checks Python, the libraries, the GPU, the compiler's tools and the cache, "
+        "and tries a tiny model. Exits with 1 only where nothing could be compiled.",
+        parents=[json_option()],
+    )
+    parser.set_defaults(run=run)
+
+
+def run(options: argparse.Namespace) -> int:
+    """Prints every check."""
+    checks = list(examine())
+    usable = not any(check.disables == EVERYTHING and check.status != OK for check in checks)
+    if options.json:
+        output.print_json({"ok": usable, "checks": [asdict(check) for check in checks]})
+    else:
+        _print(checks)
+    return 0 if usable else 1
+
+
+def examine() -> Iterator[Check]:
+    """Every check; what cannot be tried because something else is missing is left out."""
+    yield _python()
+    yield Check("convloom", OK, __version__)
+    libraries = [_library(name, EVERYTHING) for name in REQUIRED]
+    yield from libraries
+    yield from (_library(name, disables) for name, disables in OPTIONAL.items())
+    present = {check.name for check in libraries if check.status == OK}
+    if "torch" in present:
+        yield _gpu()
+        yield _c_compiler()
+    if "triton" in present:
+        yield from (_tool(name, disables) for name, disables in TOOLS.items())
+    yield _cache()
+    if present == set(REQUIRED):
+        yield _probe("interpreter", "interpreter", "target interpreter, which runs without a GPU")
+        yield _probe("cross-compilation", "cuda:sm_90", "targets cuda and cuda:sm_*")
+
+
+def _python() -> Check:
+    version = platform.python_version()
+    status = OK if sys.version_info >= (3, 11) else BROKEN
+    return Check("python", status, f"{version}, 3.11 or newer is needed", EVERYTHING)
+
+
+def _library(name: str, disables: str) -> Check:
+    try:
+        module = importlib.import_module(name)
+    except Exception as error:  # A broken installation may raise anything at all.
+        if isinstance(error, ModuleNotFoundError) and error.name == name:
+            return Check(name, MISSING, "not installed", disables)
+        return Check(name, BROKEN, f"cannot be imported: {_first_line(error)}", disables)
+    version = getattr(module, "__version__", None)
+    return Check(name, OK, str(version or _installed_version(name)), disables)
+
+
+def _installed_version(name: str) -> str:
+    from importlib import metadata
+
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return "installed"
+
+
+def _gpu() -> Check:
+    import torch
+
+    from ..errors import TargetUnavailableError
+    from ..kernels import targets
+
+    disables = "target cuda; cuda:sm_* compiles all the same, and the interpreter runs"
+    if not torch.cuda.is_available():
+        built = f"CUDA {torch.version.cuda}" if torch.version.cuda else "no CUDA"
+        return Check("gpu", MISSING, f"no usable GPU (torch was built with {built})", disables)
+    name = torch.cuda.get_device_name()
+    try:
+        target = targets.parse("cuda")
+    except TargetUnavailableError as error:
+        return Check("gpu", BROKEN, f"{name}: {error}", disables)
+    return Check("gpu", OK, f"{name}, code for {target.name}", disables)
+
+
+def _c_compiler() -> Check:
+    """Triton builds the small function that launches a kernel with the C compiler."""
+    disables = "target cuda, whose kernels are launched through a compiled function"
+    found = next((path for name in ("cc", "gcc", "clang") if (path := shutil.which(name))), None)
+    return Check("C compiler", OK if found else MISSING, found or "no cc, gcc, clang", disables)
+
+
+def _tool(name: str, disables: str) -> Check:
+    import triton
+
+    path = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name
+    where = str(path) if path.is_file() else f"not in the triton package: {path}"
+    return Check(name, OK if path.is_file() else MISSING, where, disables)
+
+
+def _cache() -> Check:
+    disables = "compiling for GPUs; set CONVLOOM_CACHE_DIR to a folder that can be written"
+    folder = settings.read().cache_dir
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            return Check("cache", OK, str(folder), disables)
+    except OSError as error:
+        return Check("cache", BROKEN, f"{folder}: {error.strerror or error}", disables)
+
+
+def _probe(name: str, target: str, disables: str) -> Check:
+    """Compiles, and where it can be, runs a tiny model."""
+    try:
+        return Check(name, OK, _PROBES[target](), disables)
+    except Exception as error:  # Whatever it is, it is the finding.
+        found = f"{type(error).__name__}: {_first_line(error)}{_known_cause()}"
+        return Check(name, BROKEN, found, disables)
+
+
+def _probe_interpreter() -> str:
+    import torch
+
+    from ..compiler.api import compile
+
+    model, x = _tiny_model()
+    y = compile(model, (x,), target="interpreter")(x)
+    torch.testing.assert_close(y, model(x))
+    return "a tiny model gives what torch gives"
+
+
+def _probe_cross_compilation() -> str:
+    from ..compiler.api import compile
+
+    model, x = _tiny_model()
+    kernel = compile(model, (x,), target="cuda:sm_90").kernels[-1]
+    return f"a tiny model compiles for sm_90: {kernel.report().registers} registers"
+
+
+_PROBES: dict[str, Callable[[], str]] = {
+    "interpreter": _probe_interpreter,
+    "cuda:sm_90": _probe_cross_compilation,
+}
+
+
+def _tiny_model() -> tuple[torch.nn.Module, torch.Tensor]:
+    import torch
+
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(2, 8, generator=generator)
+    return torch.nn.Linear(8, 8).eval().requires_grad_(False), x
+
+
+def _known_cause() -> str:
+    """What is known to break the versions installed here."""
+    import numpy
+    import triton
+
+    old_triton = _numbers(triton.__version__) < (3, 7)
+    if old_triton and _numbers(numpy.__version__) >= (2, 4):
+        return "; Triton 3.6 interprets nothing with numpy 2.4 or newer: pip install 'numpy<2.4'"
+    return ""
+
+
+def _numbers(version: str) -> tuple[int, int]:
+    major, minor = version.split(".")[:2]
+    return int(major), int(minor)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def _print(checks: list[Check]) -> None:
+    from rich.markup import escape
+    from rich.table import Table
+
+    colors = {OK: "green", MISSING: "yellow", BROKEN: "red"}
+    table = Table("check", "status", "found", "so these do not work")
+    table.columns[2].overflow = "fold"
+    for check in checks:
+        color = colors[check.status]
+        disabled = "" if check.status == OK else check.disables
+        table.add_row(check.name, f"[{color}]{check.status}[/]", escape(check.found), disabled)
+    output.console().print(table)

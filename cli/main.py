@@ -1,0 +1,65 @@
+"""`convloom`: the program, its sub-commands and how their errors end.
+
+Nothing here, nor at the top of a sub-command's file, imports torch: `--help` answers at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+
+from .. import __version__, settings
+from ..errors import ConvloomError
+from . import compile as compile_command
+from . import demo, doctor, explain, run, zoo
+
+COMMANDS = (demo, zoo, compile_command, run, explain, doctor)
+EXIT_ERROR = 2
+EXIT_INTERRUPTED = 130
+
+
+def parser() -> argparse.ArgumentParser:
+    """The parser of the whole command line."""
+    top = argparse.ArgumentParser(
+        prog="convloom",
+        description="Compiles convolutional networks from PyTorch to fused Triton kernels.",
+    )
+    top.add_argument("--version", action="version", version=f"convloom {__version__}")
+    commands = top.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    for command in COMMANDS:
+        command.configure(commands)
+    return top
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command; returns the exit status: 0, or 2 after an error message on stderr."""
+    options = parser().parse_args(arguments)
+    try:
+        status: int = options.run(options)
+        sys.stdout.flush()
+        return status
+    except ConvloomError as error:
+        if _wants_traceback():
+            raise
+        print(f"convloom: error: {error}", file=sys.stderr)
+        return EXIT_ERROR
+    except KeyboardInterrupt:
+        print("convloom: interrupted", file=sys.stderr)
+        return EXIT_INTERRUPTED
+    except BrokenPipeError:
+        # The reader (`| head`) has seen enough; the interpreter must not flush into it at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+
+
+def _wants_traceback() -> bool:
+    try:
+        return settings.read().debug >= 1
+    except ConvloomError:
+        return False
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,72 @@
+"""Zoo models for the sub-commands: built with seeded weights, compiled as the options ask."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from contextlib import redirect_stdout
+from typing import TYPE_CHECKING
+
+from .. import zoo
+from . import options as shared
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+    from ..compiler.executable import Executable
+
+SEED = 0
+NAME_HELP = "a model of the zoo (see `convloom zoo`)"
+
+
+def build(name: str, weights: str | None = None) -> nn.Module:
+    """The zoo model, ready for inference; without a weight file its weights are seeded.
+
+    Raises: InvalidInputError for an unknown name, ArtifactError for unusable weights.
+    """
+    import torch
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(SEED)
+        return zoo.build(name, weights=weights).eval()
+
+
+def compile_model(options: argparse.Namespace, batch: int, weights: str | None) -> Executable:
+    """The zoo model `options.name`, compiled for `batch` images.
+
+    Raises: ConvloomError for an unknown model, target or pass, or unusable weights.
+    """
+    import torch
+
+    entry = zoo.entry(options.name)
+    target = shared.target(options)
+    model = build(entry.name, weights)
+    return compile_for(
+        model, torch.zeros(batch, *entry.input_shape), target=target, options=options
+    )
+
+
+def compile_for(
+    model: nn.Module, example: torch.Tensor, *, target: str, options: argparse.Namespace
+) -> Executable:
+    """The model compiled for inputs like `example`."""
+    from ..compiler.api import compile
+
+    # Under CONVLOOM_DEBUG the compiler prints: never into the JSON that a command answers with.
+    with redirect_stdout(sys.stderr):
+        return compile(
+            model,
+            (example,),
+            target=target,
+            dtype=shared.dtype(options),
+            precision=options.precision,
+            passes=shared.passes(options),
+            fallback=options.fallback,
+        )
+
+
+def run(executable: Executable, x: torch.Tensor) -> torch.Tensor:
+    """The executable's only output, on the CPU; moves the input to the GPU where it must be."""
+    y: torch.Tensor = executable(x.cuda() if executable.target.is_gpu else x)
+    return y.cpu()

@@ -1,0 +1,101 @@
+"""Options that several sub-commands share, as parent parsers."""
+
+from __future__ import annotations
+
+import argparse
+from typing import TYPE_CHECKING, TypeAlias
+
+if TYPE_CHECKING:
+    import torch
+
+    SubParsers: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
+
+DTYPES = ("float32", "float16", "bfloat16")
+PRECISIONS = ("ieee", "tf32")
+FALLBACKS = ("error", "torch")
+
+
+def json_option() -> argparse.ArgumentParser:
+    """`--json`."""
+    parent = argparse.ArgumentParser(add_help=False)
+    parent.add_argument("--json", action="store_true", help="print JSON, and nothing else")
+    return parent
+
+
+def compile_options(batch: bool = True) -> argparse.ArgumentParser:
+    """What decides how a model is compiled; `batch=False` where the input decides the batch."""
+    parent = argparse.ArgumentParser(add_help=False)
+    group = parent.add_argument_group("compilation")
+    group.add_argument(
+        "--target",
+        help="cuda | cuda:sm_80, sm_86, sm_89, sm_90, sm_100 | interpreter | reference "
+        "(default: cuda where there is a GPU, else interpreter)",
+    )
+    group.add_argument("--dtype", choices=DTYPES, help="compute in this type (default: float32)")
+    group.add_argument(
+        "--precision",
+        choices=PRECISIONS,
+        default="ieee",
+        help="float32 matrix products: fp32-accurate, or TF32 (default: ieee)",
+    )
+    group.add_argument(
+        "--passes",
+        default="default",
+        help='"default", "none", or names separated by commas (default: all)',
+    )
+    group.add_argument(
+        "--fallback",
+        choices=FALLBACKS,
+        default="error",
+        help="ops without a kernel: refuse the model, or run them as torch ops (default: error)",
+    )
+    if batch:
+        group.add_argument(
+            "--batch", type=_positive, default=1, help="images per call (default: 1)"
+        )
+    return parent
+
+
+def _positive(text: str) -> int:
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a positive integer, got {text!r}")
+    return int(text)
+
+
+def passes(options: argparse.Namespace) -> str | tuple[str, ...]:
+    """`--passes` as `convloom.compile` takes it."""
+    text: str = options.passes
+    if text in ("default", "none"):
+        return text
+    return tuple(name.strip() for name in text.split(",") if name.strip())
+
+
+def dtype(options: argparse.Namespace) -> torch.dtype | None:
+    """`--dtype` as `convloom.compile` takes it."""
+    import torch
+
+    found: torch.dtype | None = getattr(torch, options.dtype) if options.dtype else None
+    return found
+
+
+def target(options: argparse.Namespace) -> str:
+    """`--target`, checked, or what this machine can run.
+
+    Raises: TargetUnavailableError for an unknown target, or for one this machine lacks.
+    """
+    from ..kernels import targets
+
+    if options.target is None:
+        return default_target()
+    name: str = options.target
+    targets.parse(name)
+    return name
+
+
+def default_target() -> str:
+    """What models run on here: "cuda" where there is a supported GPU, else "interpreter"."""
+    from ..kernels import targets
+
+    capability = targets.local_capability()
+    runnable = capability is not None and capability >= targets.GPU_TARGETS[0].capability
+    return "cuda" if runnable else targets.INTERPRETER.name

@@ -1,0 +1,114 @@
+"""`convloom run NAME INPUT`: one forward pass on a file, through the compiled kernels."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .. import zoo
+from . import inputs, models, output
+from . import options as shared
+
+if TYPE_CHECKING:
+    import torch
+
+    from .options import SubParsers
+
+TOP = 5
+
+
+def configure(commands: SubParsers) -> None:
+    """Adds the sub-command."""
+    parser = commands.add_parser(
+        "run",
+        help="run a model on an image or an array",
+        description="Compiles a zoo model, runs it on an image file or a .npy array, and prints "
+        "the five likeliest classes by index, or writes the output to a .npy file.",
+        parents=[shared.compile_options(batch=False), shared.json_option()],
+    )
+    parser.add_argument("name", metavar="NAME", help=models.NAME_HELP)
+    parser.add_argument("input", metavar="INPUT", type=Path, help="an image, or a .npy file")
+    parser.add_argument(
+        "--weights",
+        metavar="FILE",
+        help='a .safetensors or .pth file, or "digits" for lenet5 (default: random, seed 0)',
+    )
+    parser.add_argument("--output", metavar="FILE", type=Path, help="write the output as .npy")
+    parser.set_defaults(run=run)
+
+
+def run(options: argparse.Namespace) -> int:
+    """Runs the model and prints or writes its output."""
+    entry = zoo.entry(options.name)
+    target = shared.target(options)
+    x = inputs.read_input(options.input, entry)
+    model = models.build(entry.name, options.weights)
+    with output.working(f"compiling {entry.name} for {target}"):
+        executable = models.compile_for(model, x, target=target, options=options)
+    with output.working(f"running {entry.name}"):
+        y = models.run(executable, x)
+    if options.output is not None:
+        output.write_file(options.output, lambda file: _save(file, y))
+    best = _best_classes(y)
+    if options.json:
+        output.print_json(
+            {
+                "model": entry.name,
+                "target": executable.target.name,
+                "input_shape": list(x.shape),
+                "output_shape": list(y.shape),
+                "output": str(options.output) if options.output else None,
+                "top": best,
+            }
+        )
+        return 0
+    if options.weights is None:
+        hint = "--weights digits" if entry.name in inputs.DIGIT_MODELS else "--weights FILE"
+        output.console(stderr=True).print(
+            f"the weights are random (seed {models.SEED}), so the classes mean nothing; "
+            f"pass {hint}"
+        )
+    _print_result(y, best, options.output)
+    return 0
+
+
+def _save(file: Any, y: torch.Tensor) -> None:
+    import numpy as np
+
+    np.save(file, y.float().numpy())
+
+
+def _best_classes(y: torch.Tensor) -> list[list[dict[str, float]]] | None:
+    """For each image the likeliest classes; None where the output is not one score per class."""
+    if y.dim() != 2:
+        return None
+    best = y.float().softmax(1).topk(min(TOP, y.shape[1]))
+    return [
+        [
+            {"class": index, "probability": share}
+            for index, share in zip(indices, shares, strict=True)
+        ]
+        for indices, shares in zip(best.indices.tolist(), best.values.tolist(), strict=True)
+    ]
+
+
+def _print_result(
+    y: torch.Tensor, best: list[list[dict[str, float]]] | None, written: Path | None
+) -> None:
+    console = output.console()
+    if written is not None:
+        console.print(f"wrote {tuple(y.shape)} to {written}", markup=False)
+        return
+    if best is None:
+        console.print(
+            f"output {tuple(y.shape)} from {y.min():.4g} to {y.max():.4g}, mean {y.mean():.4g}; "
+            "pass --output FILE.npy to keep it",
+            markup=False,
+        )
+        return
+    for index, classes in enumerate(best):
+        if len(best) > 1:
+            console.print(f"image {index}")
+        for place in classes:
+            console.print(f"  class {place['class']:>4}  {place['probability']:7.2%}")

@@ -1,0 +1,391 @@
+"""Every rule of the compiler, tested by being in a table.
+
+Each rule is tried on its own example, as the graph is when the pass that owns the rule begins.
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cache
+from typing import Any
+
+import convloom
+import convloom.compiler
+import pytest
+import torch
+from convloom.compiler import fusions, text
+from convloom.compiler.capture import capture
+from convloom.compiler.fusions import BINARY, HEAVY, UNARY
+from convloom.compiler.ir import OUTPUT, Graph, NoAttributes, Node, Value
+from convloom.compiler.ledger import Event, Ledger
+from convloom.compiler.passes import PASSES, Pass, fuse_epilogues, sink_prologues
+from convloom.compiler.pattern import Rule, always, apply_rules, leak, match
+from convloom.compiler.verify import verify
+from convloom.kernels.conv2d import Conv2d
+from convloom.kernels.pointwise import Pointwise
+from convloom.kernels.scalars import BY_NAME
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+from . import nets
+from .nets import Made
+
+
+def every_rule() -> dict[str, Rule]:
+    """All rules of all tables of the compiler, whichever file they stand in."""
+    found: dict[int, Rule] = {}
+    for info in pkgutil.walk_packages(convloom.compiler.__path__, "convloom.compiler."):
+        for table in vars(importlib.import_module(info.name)).values():
+            if isinstance(table, tuple) and table and all(isinstance(r, Rule) for r in table):
+                found |= {id(rule): rule for rule in table}
+    counts: dict[str, int] = {}
+    names = {}
+    for rule in found.values():
+        counts[rule.name] = counts.get(rule.name, 0) + 1
+        suffix = f" ({counts[rule.name]})" if counts[rule.name] > 1 else ""
+        names[rule.name + suffix] = rule
+    return names
+
+
+RULES = every_rule()
+NEAR_MISSES = [
+    pytest.param(rule, at, id=f"{name}: {miss.reason}")
+    for name, rule in RULES.items()
+    for at, miss in enumerate(rule.near_misses)
+]
+by_rule = pytest.mark.parametrize("rule", RULES.values(), ids=RULES.keys())
+RELAYS = {rule.name for rule in fusions.FLATTEN_RULES}
+"""Rules that replace a node by a cheaper one, where all others make nodes disappear."""
+
+
+@dataclass
+class Recorder:
+    """Stands in for `apply_rules` and notes which rules a pass tries."""
+
+    rules: list[Rule] = field(default_factory=list)
+
+    def __call__(self, graph: Graph, rules: tuple[Rule, ...], ledger: Ledger) -> Graph:
+        self.rules += rules
+        return graph
+
+
+@cache
+def owners() -> dict[int, Pass]:
+    """The pass that applies each rule."""
+    empty = Graph()
+    empty.insert(Node(OUTPUT, OUTPUT, NoAttributes(), ()))
+    found = {}
+    for step in PASSES:
+        module = importlib.import_module(step.run.__module__)
+        if "apply_rules" not in vars(module):
+            continue
+        recorder = Recorder()
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(module, "apply_rules", recorder)
+            step.run(empty.copy(), Ledger())
+        found |= {id(rule): step for rule in recorder.rules}
+    return found
+
+
+def before(rule: Rule, made: Made) -> Graph:
+    """The graph of a module as it is when the rule's pass begins."""
+    graph = capture(*made)
+    for step in PASSES[: PASSES.index(owners()[id(rule)])]:
+        graph = step.run(graph, Ledger())
+    verify(graph)
+    return graph
+
+
+@cache
+def example_of(rule: Rule) -> tuple[Made, Graph]:
+    """The rule's example and its graph; copy the graph before changing it."""
+    made = rule.example()
+    return made, before(rule, made)
+
+
+def applied(graph: Graph, *rules: Rule) -> tuple[Graph, list[Event], list[Event]]:
+    """A rewritten copy of the graph, with the accepted and the refused events."""
+    ledger = Ledger()
+    after = apply_rules(graph.copy(), rules, ledger)
+    verify(after)
+    events = ledger.events
+    return after, [e for e in events if e.accepted], [e for e in events if not e.accepted]
+
+
+def test_every_rule_belongs_to_a_pass() -> None:
+    assert len(RULES) > 10
+    assert {id(rule) for rule in RULES.values()} == owners().keys()
+
+
+@by_rule
+def test_fires_on_its_example(rule: Rule) -> None:
+    _, graph = example_of(rule)
+    after, accepted, _ = applied(graph, rule)
+    assert accepted and all(event.rule == rule.name for event in accepted)
+    change = len(graph.compute_nodes()) - len(after.compute_nodes())
+    assert change == 0 if rule.name in RELAYS else change > 0
+    assert all(event.into in after for event in accepted)
+
+
+@by_rule
+def test_fires_in_its_pass(rule: Rule) -> None:
+    """No rule of higher priority takes the example away."""
+    _, graph = example_of(rule)
+    ledger = Ledger()
+    owners()[id(rule)].run(graph.copy(), ledger)
+    assert rule.name in {event.rule for event in ledger.events if event.accepted}
+
+
+@by_rule
+def test_keeps_the_meaning(rule: Rule) -> None:
+    (_, inputs), graph = example_of(rule)
+    nets.assert_same_meaning(graph, applied(graph, rule)[0], inputs)
+
+
+@by_rule
+def test_is_idempotent(rule: Rule) -> None:
+    _, graph = example_of(rule)
+    once = applied(graph, rule)[0]
+    twice, accepted, _ = applied(once, rule)
+    assert not accepted and text.to_text(twice) == text.to_text(once)
+
+
+@by_rule
+def test_origins_are_kept(rule: Rule) -> None:
+    """What stands there afterwards knows every captured node it stands for."""
+    _, graph = example_of(rule)
+    after, accepted, _ = applied(graph, rule)
+    kept = {origin for node in after.nodes() for origin in node.origins}
+    assert {origin for event in accepted for origin in event.nodes} <= kept
+
+
+@pytest.mark.interpreter
+@by_rule
+def test_kernels_agree_with_and_without(rule: Rule) -> None:
+    (module, inputs), _ = example_of(rule)
+    last = PASSES.index(owners()[id(rule)])
+    names = tuple(step.name for step in PASSES[: last + 1])
+    with_rule = convloom.compile(module, inputs, target="interpreter", passes=names)
+    without = convloom.compile(module, inputs, target="interpreter", passes="none")
+    assert any(e.rule == rule.name and e.accepted for e in with_rule.ledger.events)
+    assert len(with_rule.kernels) <= len(without.kernels)
+    nets.check(with_rule(*inputs), module, inputs)
+    nets.check(without(*inputs), module, inputs)
+
+
+@by_rule
+def test_does_not_fire_when_an_inner_tensor_is_returned(rule: Rule) -> None:
+    _, graph = example_of(rule)
+    for name in inner_nodes(rule, graph):
+        shared = graph.copy()
+        shared.set_inputs(OUTPUT, (*shared.outputs(), Value(name)))
+        after, accepted, refused = applied(shared, rule)
+        assert not accepted and text.to_text(after) == text.to_text(shared)
+        assert any(f"{name} is also read by the caller" in event.reason for event in refused)
+
+
+@by_rule
+def test_does_not_fire_when_an_inner_tensor_has_another_reader(rule: Rule) -> None:
+    _, graph = example_of(rule)
+    for name in inner_nodes(rule, graph):
+        shared = graph.copy()
+        other = shared.add("neg", (Value(name),), name="other")
+        shared.set_inputs(OUTPUT, (*shared.outputs(), other))
+        after, accepted, refused = applied(shared, rule)
+        assert not accepted and text.to_text(after) == text.to_text(shared)
+        assert any(f"{name} is also read by other" in event.reason for event in refused)
+
+
+def inner_nodes(rule: Rule, graph: Graph) -> list[str]:
+    """The nodes whose results the first accepted match makes disappear."""
+    for node in graph.nodes():
+        found = match(graph, node, rule.pattern)
+        if found is not None and not leak(graph, found) and rule.guard(graph, found) is None:
+            return [inner.name for inner in found.inner if inner.name not in found.kept]
+    raise AssertionError("the rule matches nothing")
+
+
+@pytest.mark.parametrize(("rule", "at"), NEAR_MISSES)
+def test_near_misses_are_refused_for_the_stated_reason(rule: Rule, at: int) -> None:
+    miss = rule.near_misses[at]
+    graph = before(rule, miss.make())
+    after, accepted, refused = applied(graph, rule)
+    assert not accepted and text.to_text(after) == text.to_text(graph)
+    assert any(miss.reason in event.reason for event in refused), refused
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize(("rule", "at"), NEAR_MISSES)
+def test_near_misses_still_compute_the_right_thing(rule: Rule, at: int) -> None:
+    module, inputs = rule.near_misses[at].make()
+    nets.check(convloom.compile(module, inputs, target="interpreter")(*inputs), module, inputs)
+
+
+def test_refusals_are_recorded_once() -> None:
+    rule = next(iter(fusions.PROLOGUE_RULES))
+    graph = before(rule, rule.near_misses[0].make())
+    ledger = Ledger()
+    for _ in range(3):
+        apply_rules(graph, (rule,), ledger)
+    assert len(ledger.events) == 1 and not ledger.events[0].accepted
+    assert always(graph, match(graph, graph.nodes()[-2], rule.pattern)) is None
+
+
+# Chains, built as graphs: no capture, so that many can be tried.
+
+
+def image(graph: Graph, name: str, shape: tuple[int, ...]) -> Value:
+    return nets.add_input(graph, name, shape)
+
+
+def start(op: str) -> tuple[Graph, Value]:
+    """A graph with one product of the inputs `x` and the constants `w` and `b`."""
+    graph = Graph()
+    generator = torch.Generator().manual_seed(3)
+    if op == "conv2d":
+        x, attributes = image(graph, "x", (2, 3, 5, 4)), Conv2d(padding=(1, 1, 1, 1))
+        w, b = (4, 3, 3, 3), (4, 1, 1)
+    else:
+        x, attributes = image(graph, "x", (2, 3)), None
+        w, b = (4, 3), (4,)
+    weight = graph.add_constant(torch.randn(w, generator=generator), "w", torch.float32)
+    graph.add_constant(torch.randn(b, generator=generator), "b", torch.float32)
+    return graph, graph.add(op, (x, weight), attributes)
+
+
+def finish(graph: Graph, *values: Value) -> Graph:
+    graph.insert(Node(OUTPUT, OUTPUT, NoAttributes(), ()), values)
+    verify(graph)
+    return graph
+
+
+def safely(graph: Graph, value: Value) -> Value:
+    """Into the range in which every scalar is defined and no step is steep."""
+    squashed = graph.add("sigmoid", (value,))
+    return graph.add("add", (squashed,), Pointwise(literal=0.6))
+
+
+@pytest.mark.parametrize("name", [*UNARY, *BINARY])
+@pytest.mark.parametrize("op", HEAVY)
+def test_every_scalar_becomes_a_stage(op: str, name: str) -> None:
+    """f(y), f(y, r), f(r, y), f(y, literal) and f(literal, y) of a product y are one node."""
+    scalar = BY_NAME[name]
+    forms = ["unary"] if scalar.operands == 1 else ["tensor", "reversed", "literal", "left"]
+    for form in forms:
+        graph, y = start(op)
+        shape = graph.spec(y).shape
+        y = safely(graph, y)
+        parameters = scalar.examples[-1]
+        if form in ("tensor", "reversed"):
+            pair = (y, image(graph, "r", shape))
+            pair = pair if form == "tensor" else pair[::-1]
+            y = graph.add(name, pair, Pointwise(parameters))
+        else:
+            literal = None if form == "unary" else 1.5
+            y = graph.add(name, (y,), Pointwise(parameters, literal, reverse=form == "left"))
+        finish(graph, y)
+        after = fuse_epilogues(graph.copy(), Ledger())
+        verify(after)
+        assert len(after.compute_nodes()) == 1
+        inputs = [value.abs() + 0.5 for value in nets.inputs_for(graph)]
+        nets.assert_same_meaning(graph, after, inputs)
+
+
+@dataclass(frozen=True)
+class Link:
+    """One pointwise step of a random chain."""
+
+    name: str
+    other: str
+    reverse: bool
+    keep: bool
+
+
+links = st.builds(
+    Link,
+    st.sampled_from(("relu", "tanh", "sigmoid", "add", "sub", "mul", "maximum", "minimum")),
+    st.sampled_from(("input", "literal", "constant", "earlier", "itself", "sample")),
+    st.booleans(),
+    st.integers(0, 5).map(lambda value: value == 0),
+)
+
+
+def chained(op: str, chain: list[Link]) -> Graph:
+    """The product followed by the links; kept values are returned beside the last."""
+    graph, y = start(op)
+    earlier, returned = [y], []
+    shape = graph.spec(y).shape
+    for at, link in enumerate(chain):
+        if BY_NAME[link.name].operands == 1:
+            y = graph.add(link.name, (y,))
+        elif link.other == "literal":
+            y = graph.add(link.name, (y,), Pointwise(literal=0.5, reverse=link.reverse))
+        else:
+            other = {
+                "input": lambda: image(graph, f"r{at}", shape),  # noqa: B023
+                "constant": lambda: Value("b_2"),
+                "earlier": lambda: earlier[at // 2],  # noqa: B023
+                "itself": lambda: y,  # noqa: B023
+                "sample": lambda: image(graph, f"s{at}", (2, *[1] * (len(shape) - 1))),  # noqa: B023
+            }[link.other]()
+            y = graph.add(link.name, (other, y) if link.reverse else (y, other))
+        earlier.append(y)
+        if link.keep:
+            returned.append(y)
+    return finish(graph, y, *returned)
+
+
+def prologued(chain: list[Link]) -> Graph:
+    """The same chain before a padded 1x1 convolution instead of after a product."""
+    graph = chained("conv2d", chain)
+    weight = graph.add_constant(torch.ones(2, 4, 1, 1), "v", torch.float32)
+    attributes = Conv2d(padding=(1, 1, 0, 1), stride=(2, 1))
+    last, *rest = graph.outputs()
+    y = graph.add("conv2d", (last, weight), attributes)
+    graph.set_inputs(OUTPUT, (y, *rest))
+    return graph
+
+
+@given(chain=st.lists(links, min_size=1, max_size=7), op=st.sampled_from(HEAVY))
+def test_random_chains_keep_their_meaning(chain: list[Link], op: str) -> None:
+    check_fused(chained(op, chain))
+
+
+@given(chain=st.lists(links, min_size=1, max_size=5))
+def test_random_chains_before_a_convolution_keep_their_meaning(chain: list[Link]) -> None:
+    check_fused(prologued(chain))
+
+
+def check_fused(graph: Graph) -> None:
+    fused = graph.copy()
+    for step in (fuse_epilogues, sink_prologues, fuse_epilogues):
+        fused = step(fused, Ledger())
+        verify(fused)
+    nets.assert_same_meaning(graph, fused, nets.inputs_for(graph))
+    settled: Any = [text.to_text(run(fused.copy())) for run in (identical, again)]
+    assert settled[0] == settled[1]
+
+
+identical: Callable[[Graph], Graph] = lambda graph: graph  # noqa: E731
+
+
+def again(graph: Graph) -> Graph:
+    return sink_prologues(fuse_epilogues(graph, Ledger()), Ledger())
+
+
+def test_a_chain_without_other_readers_becomes_one_kernel() -> None:
+    module, inputs = nets.make(
+        lambda m, x, r: torch.tanh(2.0 - torch.relu(m.conv(x) * 0.5 + r)).mul(r).clamp(-1, 1),
+        nets.IMAGE,
+        (2, 8, 7, 5),
+        conv=nn.Conv2d(6, 8, 3, padding=1),
+    )
+    fused = fuse_epilogues(capture(module, inputs), Ledger())
+    (conv,) = (node for node in fused.compute_nodes() if node.op == "conv2d")
+    assert [str(stage) for stage in conv.epilogue] == [
+        "add", "mul(0.5)", "add", "relu", "rsub(2)", "tanh", "mul", "clamp(-1, 1)",
+    ]  # fmt: skip

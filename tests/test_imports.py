@@ -1,0 +1,132 @@
+"""Imports run one way: who may know whom, read from the sources."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+ROOMS = ("kernels", "compiler", "zoo", "cli", "benchmarks")
+
+# What of convloom each room may import, besides itself; "" is the facade.
+ALLOWED = {
+    "errors": (),
+    "settings": ("errors",),
+    "kernels": ("errors", "settings"),
+    "compiler": ("errors", "settings", "kernels"),
+    "zoo": ("errors",),
+    "": ("errors", "settings", "compiler", "zoo"),
+    # Of the kernels a command may know what describes machines and problems, never a kernel.
+    "cli": ("", "errors", "settings", "compiler", "zoo", "kernels.targets", "kernels.op",
+            "kernels.spec"),
+    "benchmarks": ("", "errors", "settings", "kernels", "compiler", "zoo"),
+}  # fmt: skip
+
+# What of others each room may import, besides the standard library.
+LIBRARIES = {
+    "errors": (),
+    "settings": (),
+    "kernels": ("torch", "triton", "numpy"),
+    "compiler": ("torch", "networkx", "numpy", "safetensors"),
+    "zoo": ("torch", "numpy", "safetensors", "sklearn"),
+    "": (),
+    "cli": ("torch", "triton", "numpy", "rich", "PIL", "sklearn"),
+    "benchmarks": ("torch", "triton", "numpy", "rich"),
+}
+STANDARD_LIBRARY = frozenset(__import__("sys").stdlib_module_names)
+
+
+def room_of(path: Path) -> str:
+    """The room of a file: its top folder, or its own name at the top; the facade is ""."""
+    parts = path.relative_to(ROOT).parts
+    if len(parts) > 1:
+        return parts[0]
+    return "" if path.name == "__init__.py" else path.stem
+
+
+def sources() -> list[Path]:
+    inner = (path for room in ROOMS for path in (ROOT / room).rglob("*.py"))
+    return sorted([*ROOT.glob("*.py"), *inner])
+
+
+def imported(path: Path) -> Iterator[tuple[str, bool]]:
+    """(dotted name, whether it is convloom's own, then without "convloom.") of every import."""
+    package = path.relative_to(ROOT).parent.parts
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                yield _own(alias.name)
+        elif isinstance(node, ast.ImportFrom) and node.level == 0:
+            yield _own(node.module or "")
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1]
+            if node.module:
+                base = (*base, *node.module.split("."))
+            for alias in node.names:
+                yield from _named(base, alias.name)
+
+
+def _named(base: tuple[str, ...], name: str) -> Iterator[tuple[str, bool]]:
+    """`from base import name`: the module of that name, or the module that defines it."""
+    folder = ROOT.joinpath(*base)
+    if (folder / f"{name}.py").exists() or (folder / name).is_dir():
+        yield ".".join((*base, name)), True
+    else:
+        yield ".".join(base), True
+
+
+def _own(name: str) -> tuple[str, bool]:
+    top, _, rest = name.partition(".")
+    return (rest, True) if top == "convloom" else (name, False)
+
+
+def _is_within(name: str, allowed: str) -> bool:
+    return name == allowed or (bool(allowed) and name.startswith(f"{allowed}."))
+
+
+def _ids(path: Path) -> str:
+    return str(path.relative_to(ROOT))
+
+
+@pytest.mark.parametrize("path", sources(), ids=_ids)
+def test_imports_run_one_way(path: Path) -> None:
+    room = room_of(path)
+    assert room in ALLOWED, f"{path.name}: what may this new file import? Say so in ALLOWED"
+    for name, own in imported(path):
+        if own:
+            known = (room, *ALLOWED[room])
+            assert any(_is_within(name, each) for each in known), f"{room} imports convloom.{name}"
+        else:
+            top = name.partition(".")[0]
+            known = (*LIBRARIES[room], "__future__")
+            assert top in STANDARD_LIBRARY or top in known, f"{room} imports {top}"
+
+
+@pytest.mark.parametrize("path", sources(), ids=_ids)
+def test_the_package_imports_itself_relatively(path: Path) -> None:
+    for node in ast.walk(ast.parse(path.read_text())):
+        names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+        if isinstance(node, ast.ImportFrom) and node.level == 0:
+            names = [node.module or ""]
+        assert not [name for name in names if name.partition(".")[0] == "convloom"]
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "tests").glob("*.py")), ids=_ids)
+def test_tests_import_the_package_absolutely(path: Path) -> None:
+    """As users do; only what lies in tests/ itself is found relatively."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.level:
+            assert node.level == 1, f"line {node.lineno} climbs out of tests/"
+            beside = [node.module] if node.module else [alias.name for alias in node.names]
+            assert all((ROOT / "tests" / f"{name}.py").exists() for name in beside)
+
+
+def test_the_reader_of_imports_sees_every_form() -> None:
+    """Otherwise the tests above would pass by not looking."""
+    found = set(imported(ROOT / "compiler" / "passes" / "__init__.py"))
+    expected = {("settings", True), ("errors", True), ("compiler.ir", True), ("torch", False)}
+    assert expected <= found
+    assert ("kernels.targets", True) in set(imported(ROOT / "cli" / "options.py"))

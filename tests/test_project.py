@@ -1,0 +1,192 @@
+"""The project's own rules: packaging, sizes, documentation, and what works without torch."""
+
+from __future__ import annotations
+
+import ast
+import os
+import subprocess
+import sys
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from convloom import settings
+from convloom.cli import main as cli
+
+ROOT = Path(__file__).resolve().parent.parent
+ROOMS = ("kernels", "compiler", "zoo", "cli", "benchmarks")
+COLUMNS, FILE_LINES, FUNCTION_LINES = 100, 500, 80
+LONGER_FILES = {
+    "kernels/movement.py": 650,  # seven ops that are one idea: the same elements elsewhere
+    "kernels/pool.py": 650,  # three ops over one kernel
+}
+
+
+def python_files() -> list[Path]:
+    folders = (*ROOMS, "tests")
+    inner = (path for folder in folders for path in (ROOT / folder).rglob("*.py"))
+    return sorted([*ROOT.glob("*.py"), *inner])
+
+
+def _ids(path: Path) -> str:
+    return str(path.relative_to(ROOT))
+
+
+every_file = pytest.mark.parametrize("path", python_files(), ids=_ids)
+
+
+@pytest.fixture(scope="module")
+def project() -> dict[str, object]:
+    return tomllib.loads((ROOT / "pyproject.toml").read_text())
+
+
+def test_pyproject_lists_the_packages_on_disk(project: dict[str, object]) -> None:
+    found = {
+        ".".join(("convloom", *path.parent.relative_to(ROOT).parts))
+        for room in ROOMS
+        for path in (ROOT / room).rglob("__init__.py")
+    }
+    listed = project["tool"]["setuptools"]["packages"]
+    assert sorted(listed) == sorted({"convloom", *found})
+
+
+def test_pyproject_ships_the_data_on_disk(project: dict[str, object]) -> None:
+    """Everything in a room that is no Python source is listed as package data."""
+    shipped = set()
+    for package, patterns in project["tool"]["setuptools"]["package-data"].items():
+        folder = ROOT.joinpath(*package.split(".")[1:])
+        shipped |= {path for pattern in patterns for path in folder.glob(pattern)}
+    data = {
+        path
+        for room in ROOMS
+        for path in (ROOT / room).rglob("*")
+        if path.is_file() and path.suffix not in (".py", ".pyc")
+    }
+    assert data == shipped
+
+
+@every_file
+def test_lines_are_short(path: Path) -> None:
+    long = [
+        number
+        for number, line in enumerate(path.read_text().splitlines(), 1)
+        if len(line) > COLUMNS
+    ]
+    assert not long, f"longer than {COLUMNS} columns: lines {long}"
+
+
+@every_file
+def test_files_are_short(path: Path) -> None:
+    allowed = LONGER_FILES.get(str(path.relative_to(ROOT)), FILE_LINES)
+    assert len(path.read_text().splitlines()) <= allowed
+
+
+def _functions(path: Path) -> Iterator[ast.FunctionDef]:
+    """Functions of a file, except kernels, whose length is that of the algorithm."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.FunctionDef):
+            decorators = [ast.unparse(decorator) for decorator in node.decorator_list]
+            if not any("jit" in decorator for decorator in decorators):
+                yield node
+
+
+@every_file
+def test_functions_are_short(path: Path) -> None:
+    for function in _functions(path):
+        assert function.end_lineno is not None
+        lines = function.end_lineno - function.lineno + 1
+        assert lines <= FUNCTION_LINES, f"{function.name} has {lines} lines"
+
+
+@pytest.mark.parametrize("path", [*python_files(), ROOT / "README.md", ROOT / "Makefile"], ids=_ids)
+def test_nothing_is_left_to_do(path: Path) -> None:
+    marks = ("TO" + "DO", "FIX" + "ME", "XX" + "X")
+    assert not [mark for mark in marks if mark in path.read_text()]
+
+
+def test_readme_names_every_command_and_variable() -> None:
+    readme = (ROOT / "README.md").read_text()
+    for command in cli.COMMANDS:
+        name = command.__name__.rpartition(".")[2]
+        assert f"convloom {name}" in readme, name
+    documented = [line.split("|")[1].strip() for line in (settings.__doc__ or "").splitlines()
+                  if line.startswith("| CONVLOOM_")]  # fmt: skip
+    assert documented
+    for variable in documented:
+        assert f"`{variable}`" in readme, variable
+
+
+def test_the_example_in_the_readme_runs() -> None:
+    readme = (ROOT / "README.md").read_text()
+    code = readme.partition("```python\n")[2].partition("```")[0]
+    assert 5 <= len(code.splitlines()) <= 15
+    exec(compile(code, "README.md", "exec"), {"__name__": "__main__"})
+
+
+def test_makefile_targets_set_up_the_environment() -> None:
+    makefile = (ROOT / "Makefile").read_text()
+    for target in ("demo", "test"):
+        assert f"\n{target}: $(READY)\n" in makefile
+    for target in ("lint", "types"):
+        assert f"\n{target}: $(READY_DEV)\n" in makefile
+    ci = ROOT / ".ci" / "run"
+    assert os.access(ci, os.X_OK) and "make test" in ci.read_text()
+
+
+# Torch, Triton and what comes with them cannot be imported in these processes.
+WITHOUT_TORCH = """
+import sys
+
+class Blocked:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in ("torch", "triton", "numpy", "networkx", "safetensors"):
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+sys.meta_path.insert(0, Blocked())
+"""
+
+
+def run_without_torch(code: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", WITHOUT_TORCH + code], capture_output=True, text=True, timeout=60
+    )
+
+
+def test_import_needs_neither_torch_nor_triton() -> None:
+    done = run_without_torch(
+        "import convloom\n"
+        "print(convloom.__version__, convloom.ConvloomError.__name__, 'zoo' in dir(convloom))\n"
+        "print(len(convloom.zoo.names()))\n"
+        "try:\n    convloom.compile\nexcept ImportError as error:\n    print(error)\n"
+    )
+    assert done.returncode == 0, done.stderr
+    assert "No module named 'torch'" in done.stdout
+
+
+def test_help_needs_neither_torch_nor_triton() -> None:
+    done = run_without_torch(
+        "from convloom.cli.main import COMMANDS, main\n"
+        "names = [command.__name__.rpartition('.')[2] for command in COMMANDS]\n"
+        "for arguments in ([], *([name] for name in names)):\n"
+        "    try:\n        main([*arguments, '--help'])\n"
+        "    except SystemExit as stop:\n        assert stop.code == 0\n"
+        "assert not {'rich', 'PIL', 'sklearn'} & set(sys.modules), 'help must be instant'\n"
+    )
+    assert done.returncode == 0, done.stderr
+    for command in cli.COMMANDS:
+        assert f"convloom {command.__name__.rpartition('.')[2]}" in done.stdout
+
+
+def test_the_list_of_models_needs_neither_torch_nor_triton() -> None:
+    done = run_without_torch(
+        "from convloom.cli.main import main\nsys.exit(main(['zoo', '--json']))"
+    )
+    assert done.returncode == 0, done.stderr
+    assert '"name": "resnet50"' in done.stdout
+
+
+def test_doctor_says_what_is_missing() -> None:
+    done = run_without_torch("from convloom.cli.main import main\nsys.exit(main(['doctor']))")
+    assert done.returncode == 1, done.stderr
+    assert "torch" in done.stdout and "missing" in done.stdout and not done.stderr
