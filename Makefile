@@ -33,8 +33,11 @@ test: $(READY)
 lint: $(READY_DEV)
 	$(BIN)/ruff check .
 
+# Checked under the package's own name, whatever the folder of this clone is called.
 types: $(READY_DEV)
-	$(BIN)/mypy $(ROOMS) *.py
+	@mkdir -p $(VENV)/checked && ln -sfn "$(CURDIR)" $(VENV)/checked/convloom
+	MYPYPATH=$(VENV)/checked $(BIN)/mypy $(ROOMS:%=-p convloom.%) \
+	  -m convloom -m convloom.errors -m convloom.settings
 
 clean:
 	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis demo-output

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from ..compiler.executable import Executable, Kernel
+    from ..kernels.offline import KernelReport
     from .options import SubParsers
 
 
@@ -32,34 +33,32 @@ def run(options: argparse.Namespace) -> int:
     """Compiles and prints the summary and the kernels."""
     with output.working(f"compiling {options.name}"):
         executable = models.compile_model(options, options.batch, weights=None)
-        rows = [_row(kernel, executable.target.is_gpu) for kernel in executable.kernels]
+        shown = _answer(executable) if options.json else kernel_table(executable)
     if options.json:
-        kernels = [{key: row[key] for key in _JSON_KEYS} for row in rows]
-        output.print_json({"summary": executable.summary, "kernels": kernels})
+        output.print_json(shown)
         return 0
     console = output.console()
     console.print(summary_text(executable))
-    console.print(_table(rows, executable.target.is_gpu))
+    console.print(shown)
     return 0
 
 
-_JSON_KEYS = ("name", "ops", "registers", "spill_bytes", "shared_bytes")
+def _answer(executable: Executable) -> dict[str, Any]:
+    has_code = executable.target.is_gpu
+    kernels = [_figures(kernel, has_code) for kernel in executable.kernels]
+    return {"summary": executable.summary, "kernels": kernels}
 
 
-def _row(kernel: Kernel, has_code: bool) -> dict[str, Any]:
-    """The kernel's figures; None where the target has no machine code."""
+def _figures(kernel: Kernel, has_code: bool) -> dict[str, Any]:
+    """What the kernel computes and uses; None where the target has no machine code."""
     report = kernel.report() if has_code else None
-    row: dict[str, Any] = {"name": kernel.name, "ops": list(kernel.ops)}
-    for key in ("registers", "spill_bytes", "shared_bytes"):
-        row[key] = getattr(report, key) if report else None
-    if report is None:
-        return row
-    row["tensor_core"] = sum(n for opcode, n in report.instructions.items() if "MMA" in opcode)
-    row["async_copies"] = report.count("LDGSTS") + report.count("UTMALDG")
-    row["loads"] = sum(
-        n for opcode, n in report.instructions.items() if opcode.partition(".")[0] == "LDG"
-    )
-    return row
+    return {
+        "name": kernel.name,
+        "ops": list(kernel.ops),
+        "registers": report.registers if report else None,
+        "spill_bytes": report.spill_bytes if report else None,
+        "shared_bytes": report.shared_bytes if report else None,
+    }
 
 
 def summary_text(executable: Executable) -> str:
@@ -74,30 +73,38 @@ def summary_text(executable: Executable) -> str:
     )
 
 
-def resource_table(executable: Executable) -> Table:
-    """Every kernel with what its machine code uses."""
-    rows = [_row(kernel, executable.target.is_gpu) for kernel in executable.kernels]
-    return _table(rows, executable.target.is_gpu)
-
-
-_FIGURES = {
-    "registers": "registers",
-    "spill_bytes": "spilled B",
-    "shared_bytes": "shared B",
-    "tensor_core": "tensor core",
-    "async_copies": "async copies",
-    "loads": "loads",
-}
-
-
-def _table(rows: list[dict[str, Any]], has_code: bool) -> Table:
+def kernel_table(executable: Executable) -> Table:
+    """Every kernel: where in the module, which ops, and what its machine code uses."""
     from rich.table import Table
 
-    table = Table("kernel", "captured ops")
-    if has_code:
-        for title in _FIGURES.values():
-            table.add_column(title, justify="right")
-    for row in rows:
-        figures = [f"{row[key]:,}" for key in _FIGURES] if has_code else []
-        table.add_row(row["name"], ", ".join(row["ops"]) or "(layout change)", *figures)
+    ops = {fate.node: fate.op for fate in executable.ledger.fates}
+    has_code = executable.target.is_gpu
+    table = Table("kernel", "module", "ops")
+    for title in _FIGURES if has_code else ():
+        table.add_column(title, justify="right")
+    for kernel in executable.kernels:
+        # In the order of the captured graph, which is that of the module.
+        names = [op for node, op in ops.items() if node in kernel.ops]
+        figures = _machine_code(kernel.report()) if has_code else ()
+        computed = ", ".join(names) or "(layout change)"
+        table.add_row(kernel.name, kernel.module_path, computed, *figures)
     return table
+
+
+_FIGURES = ("regs", "spilled\nbytes", "shared\nbytes", "tensor\ncore", "async\ncopies", "loads")
+
+
+def _machine_code(report: KernelReport) -> list[str]:
+    """The report under the titles of `_FIGURES`; instructions are counted as they stand."""
+    counts = report.instructions.items()
+    return [
+        f"{number:,}"
+        for number in (
+            report.registers,
+            report.spill_bytes,
+            report.shared_bytes,
+            sum(count for opcode, count in counts if "MMA" in opcode),
+            report.count("LDGSTS") + report.count("UTMALDG"),
+            sum(count for opcode, count in counts if opcode.partition(".")[0] == "LDG"),
+        )
+    ]

@@ -95,11 +95,11 @@ def grid(images: torch.Tensor, predicted: torch.Tensor, labels: torch.Tensor) ->
     images: (N, 1, H, W) in [0, 1]; predicted, labels: (N,).
     """
     import torch.nn.functional as F
-    from PIL import Image, ImageDraw
+    from PIL import Image, ImageDraw, ImageFont
 
     rows, columns = GRID
     sheet = Image.new("RGB", (columns * CELL, rows * (CELL + CAPTION)), "white")
-    draw = ImageDraw.Draw(sheet)
+    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(15)
     shown = F.interpolate(images[: rows * columns], size=(CELL - 4, CELL - 4), mode="nearest")
     for index, scan in enumerate((shown[:, 0] * 255).byte().numpy()):
         row, column = divmod(index, columns)
@@ -108,5 +108,5 @@ def grid(images: torch.Tensor, predicted: torch.Tensor, labels: torch.Tensor) ->
         right = bool(predicted[index] == labels[index])
         place = (left + CELL // 2, top + CELL + CAPTION // 2 - 2)
         color = "#1a7f37" if right else "#cf222e"
-        draw.text(place, str(int(predicted[index])), fill=color, anchor="mm")
+        draw.text(place, str(int(predicted[index])), fill=color, anchor="mm", font=font)
     return sheet

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from .. import zoo
 from . import models, output
-from .compile import resource_table, summary_text
+from .compile import kernel_table, summary_text
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -27,7 +27,7 @@ def show(console: Console, folder: Path) -> dict[str, Any]:
     example = torch.zeros(BATCH, *entry.input_shape)
     with output.working(f"compiling ResNet-50 for {TARGET} (the first time takes a minute)"):
         executable = compile(model, (example,), target=TARGET, dtype=torch.float16)
-        table = resource_table(executable)
+        table = kernel_table(executable)
     console.print(table)
     console.print(summary_text(executable))
     counts = executable.summary

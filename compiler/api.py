@@ -50,7 +50,8 @@ def compile(
     tuning: "heuristic", or "records" (the same where no record fits). passes: "default", "none", or
     names. fallback: "torch" runs unsupported nodes as torch ops, listed in the ledger.
 
-    Raises: InvalidInputError, TargetUnavailableError, CaptureError, UnsupportedOpError, KernelError.
+    Raises: InvalidInputError, TargetUnavailableError, CaptureError, UnsupportedOpError,
+    KernelError.
     """
     _check_choice("precision", precision, PRECISIONS)
     _check_choice("tuning", tuning, TUNINGS)

@@ -1,8 +1,8 @@
 """nn.Module -> Graph, through torch.export.
 
 The exported program is functional ATen (`run_decompositions({})`): parameters by name, shapes in
-`meta["val"]`, module paths in `nn_module_stack`. Each ATen call is turned into ops of the registry by
-the capture function that the op's file declares. Neither the module nor its buffers are changed.
+`meta["val"]`, module paths in `nn_module_stack`. Each ATen call is turned into ops of the registry
+by the capture function that the op's file declares. Neither the module nor its buffers are changed.
 
 With a dynamic batch every shape is recorded at the largest batch; dimension 0 is the only one that
 may vary, as a multiple of the batch.
@@ -116,8 +116,8 @@ def capture(
     become "torch" nodes: some are parts of composite ops that a pass recognises later, the rest is
     reported by `refuse_unsupported`.
 
-    Raises: InvalidInputError for arguments that are not float tensors or a batch range that makes no
-    sense; CaptureError when torch.export fails or the module would still train.
+    Raises: InvalidInputError for arguments that are not float tensors or a batch range that makes
+    no sense; CaptureError when torch.export fails or the module would still train.
     """
     arguments = tuple(example)
     leaves = _check_example(arguments)
@@ -180,7 +180,7 @@ def _export(module: torch.nn.Module, arguments: tuple[Any, ...], batch: Any) -> 
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             # By tensor, not by argument: `forward(self, *images)` has one argument, a tuple.
-            shapes = ShapesCollection()
+            shapes: Any = ShapesCollection()  # type: ignore[no-untyped-call]
             for leaf in pytree.tree_leaves(arguments) if batch is not None else ():
                 shapes[leaf] = {0: batch}
             program = torch.export.export(module, arguments, dynamic_shapes=shapes)
@@ -281,7 +281,9 @@ def _add_sources(state: _State, program: Any, leaves: list[torch.Tensor]) -> Non
             state.values[node.name] = graph.insert(made)
             count += 1
     if count != len(leaves):
-        raise CaptureError(f"torch.export sees {count} tensor inputs, the example has {len(leaves)}")
+        raise CaptureError(
+            f"torch.export sees {count} tensor inputs, the example has {len(leaves)}"
+        )
 
 
 def _add_call(state: _State, node: Any) -> None:
@@ -329,10 +331,8 @@ def _lookup(state: _State, argument: Any) -> Any:
 def _check_result(state: _State, node: Any, result: Any) -> None:
     """The op's shape rule must agree with torch's own."""
     wanted = node.meta["val"]
-    pairs = (
-        zip(result, wanted, strict=False) if isinstance(result, (list, tuple)) else [(result, wanted)]
-    )
-    for value, tensor in pairs:
+    many = isinstance(result, (list, tuple))
+    for value, tensor in zip(result, wanted, strict=False) if many else [(result, wanted)]:
         if value is None:
             continue
         got, truth = state.graph.spec(value), _spec_of(state, tensor)

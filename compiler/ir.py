@@ -6,8 +6,8 @@ fallback="torch", "torch". An edge carries which output of its source feeds whic
 target. The `epilogue` of a node is applied to its first output; the tensors that the epilogue reads
 are the last input slots, in stage order.
 
-Laws (`verify`): edges fill slots 0..n-1 of every node; specs are what the op infers; no cycles; every
-constant has its tensor; there is exactly one output node.
+Laws (`verify`): edges fill slots 0..n-1 of every node; specs are what the op infers; no cycles;
+every constant has its tensor; there is exactly one output node.
 """
 
 from __future__ import annotations

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 
+import networkx as nx
 import torch
 
 from ..errors import KernelError, UnsupportedOpError
@@ -102,8 +103,15 @@ def lower(graph: Graph, captured: Graph, options: Options, ledger: Ledger) -> Pl
 
 
 def activation_bytes(captured: Graph, dtype: torch.dtype | None = None) -> int:
-    """Bytes of the outputs of all ops of the captured graph, in `dtype` where one is given."""
-    specs = (spec for node in captured.compute_nodes() for spec in node.outputs)
+    """Bytes of the outputs of all ops of the captured graph, in `dtype` where one is given.
+
+    What follows from parameters alone (a bias that capture reshapes) is no activation.
+    """
+    inputs = (node.name for node in captured.graph_inputs())
+    fed = set().union(*(nx.descendants(captured.net, name) for name in inputs))
+    specs = (
+        spec for node in captured.compute_nodes() if node.name in fed for spec in node.outputs
+    )
     return sum(spec.numel * (dtype or spec.dtype).itemsize for spec in specs)
 
 
@@ -254,7 +262,7 @@ def _lower_node(state: _Lowering, node: Node) -> None:
         prologue_operands=tuple(place.operand for place in before),
         precision=state.precision,
     )
-    buffers = {}
+    buffers: dict[Ref, str] = {}
     groups = {"input": inputs, "output": outputs, "operand": operands, "prologue": before}
     for kind, places in groups.items():
         buffers |= {Ref(kind, index): place.buffer for index, place in enumerate(places)}
@@ -278,7 +286,7 @@ def _add_step(
 
 
 def _finish_concat(state: _Lowering, node: Node) -> bool:
-    """Handles a concatenation some of whose inputs are in place; True if nothing is left to copy."""
+    """Handles a concatenation some of whose inputs are in place; copies the others."""
     values = state.graph.inputs(node.name)
     here = [state.destinations.get(v, (None,))[0] == Value(node.name) for v in values]
     if not any(here):
@@ -362,7 +370,7 @@ def _lower_torch(state: _Lowering, node: Node) -> None:
 def _read(state: _Lowering, value: Value, node: Node, slot: int | None) -> Place:
     """The place of an input; constants are packed as their reader wants them."""
     packs = node.definition.packs(node.attributes) if node.is_compute else {}
-    if slot in packs:
+    if slot is not None and slot in packs:
         if not state.graph.is_constant(value):
             raise UnsupportedOpError(
                 f"'{node.module_path}': {node.op} needs a constant as input {slot}, got the "
@@ -416,8 +424,8 @@ def _touched(step: Step) -> list[str]:
 def _place_in_arena(state: _Lowering) -> int:
     """Assigns arena offsets by liveness; returns the arenas' size at the largest batch.
 
-    Under a dynamic batch, buffers that do not scale with it ("fixed") have an arena of their own, so
-    that offsets in the other one scale too.
+    Under a dynamic batch, buffers that do not scale with it ("fixed") have an arena of their own,
+    so that offsets in the other one scale too.
     """
     first: dict[str, int] = {}
     last: dict[str, int] = {}

@@ -2,8 +2,9 @@
 
     Call("relu", Call(HEAVY, name="anchor"), name="root")
 
-matches relu of a convolution or linear layer. That inner nodes have a single reader is the matcher's
-duty: a match whose inner result is read elsewhere, or returned, is a refusal with that reason.
+matches relu of a convolution or linear layer. That inner nodes have a single reader is the
+matcher's duty: a match whose inner result is read elsewhere, or returned, is a refusal with that
+reason.
 
 A `Rule` is one fusion: an equation as its name, a pattern, a guard that returns a reason when it
 refuses, a rewrite, and examples from which the generic tests are made.
@@ -243,7 +244,9 @@ def _try_rules(
     return None
 
 
-def absorb(graph: Graph, found: Match, keeper: str, inputs: tuple[Value, ...], **changes: Any) -> Value:
+def absorb(
+    graph: Graph, found: Match, keeper: str, inputs: tuple[Value, ...], **changes: Any
+) -> Value:
     """Turns `keeper`, one of the consumed nodes, into the node that stands for all of them.
 
     It keeps its name and place; its inputs become `inputs` and its fields change as given.

@@ -1,7 +1,7 @@
 """What will run: steps, the buffers they read and write, and where each tensor lies.
 
-A plan is made once for a range of batches. Sizes are those of the largest batch; buffers that hold a
-batch, and their place in the arena, scale linearly with it.
+A plan is made once for a range of batches. Sizes are those of the largest batch; buffers that hold
+a batch, and their place in the arena, scale linearly with it.
 """
 
 from __future__ import annotations

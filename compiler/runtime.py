@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -194,7 +195,7 @@ class _CapturedPlan:
     def __init__(self, plan: Plan, compiled: Sequence[Any], memory: Memory) -> None:
         self._plan, self._memory = plan, memory
         self._actions = _bind(plan, compiled, memory)
-        stream = torch.cuda.Stream()
+        stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         stream.wait_stream(torch.cuda.current_stream())
         # Modules load, and torch ops of fallback steps warm up, outside the capture.
         with torch.cuda.stream(stream):
@@ -220,7 +221,8 @@ class _CapturedPlan:
         self._load(inputs)
         times = []
         for name, action in self._actions:
-            start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+            stop = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
             start.record()
             action()
             stop.record()
@@ -237,7 +239,7 @@ def _bind(
     remaining = iter(compiled)
     for step in plan.steps:
         if isinstance(step, TorchStep):
-            actions.append((step.name, lambda step=step: run_torch_step(step, memory)))
+            actions.append((step.name, partial(run_torch_step, step, memory)))
             continue
         for launch in step.launches:
             actions.append((step.name, _bind_launch(launch, next(remaining), step, memory)))

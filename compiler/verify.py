@@ -64,7 +64,9 @@ def _verify_compute(graph: Graph, node: Node) -> None:
     for value in graph.operands(node):
         operand = graph.spec(value)
         try:
-            joined = torch.broadcast_shapes(operand.shape, node.spec.shape)
+            joined = torch.broadcast_shapes(  # type: ignore[no-untyped-call]
+                operand.shape, node.spec.shape
+            )
         except RuntimeError:
             joined = None
         if joined != node.spec.shape:

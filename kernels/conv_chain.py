@@ -5,8 +5,8 @@
     z = G(y · w3ᵀ)                stored; the next block's 1x1 reduction, summed while y passes by
 
 x: (N, C, H, W) NHWC; w1: (M, C, R, S); w2: (E, M, 1, 1); w3: (O, E, 1, 1); y: (N, E, P, Q);
-z: (N, O, P, Q). fp32 accumulation; t and y are rounded to the dtype of the tensors, as they would be
-between separate kernels. The first convolution and the last are optional.
+z: (N, O, P, Q). fp32 accumulation; t and y are rounded to the dtype of the tensors, as they would
+be between separate kernels. The first convolution and the last are optional.
 
 This is the "rotated bottleneck" of ResNet (He et al., 2016): cutting the net after the reduction
 instead of before it puts the 3x3 first, so no pixel is computed twice, and the wide tensor y is
@@ -101,8 +101,16 @@ def infer(attributes: ConvChain, inputs: tuple[TensorSpec, ...]) -> tuple[Tensor
         raise InvalidInputError(f"conv_chain: expected {slots['end']} inputs, got {len(inputs)}")
     t = middle(attributes, inputs)
     outputs = conv2d.infer(Conv2d(), (t, inputs[slots["w2"]]))
+    links = {"front": t, "expand": outputs[0]}
     if attributes.has_reduce:
         outputs += conv2d.infer(Conv2d(), (outputs[0], inputs[slots["w3"]]))
+        links["reduce"] = outputs[1]
+    for name, result in links.items():
+        for operand in _part(attributes, name, inputs):
+            if not ep.broadcasts(operand, result):
+                raise InvalidInputError(
+                    f"conv_chain: {operand}, read after {name}, does not broadcast to {result}"
+                )
     return outputs
 
 
@@ -352,7 +360,8 @@ def legal(problem: Problem, tile: Config, target: Target) -> str | None:
 
 
 def default(problem: Problem, target: Target) -> Config:
-    """128 pixels; the expansion in steps of 64 channels, or of 32 where registers are short.
+    """128 pixels; the expansion in steps of 64 channels, or of 32 where registers are short; the
+    first legal configuration where that needs more shared memory than there is.
 
     sm_90, 3x3 64 -> 1x1 256 -> 1x1 64: 138 registers; 128 -> 512 -> 128: 161; without the 3x3
     256 -> 1024 -> 256: 254, no spills.
@@ -365,7 +374,10 @@ def default(problem: Problem, target: Target) -> Config:
         return _tile(block_m, 256, block_k, 1, 1, 1)
     block_k = max(16, min(64, power_of_two(channels)))
     block_n = 64 if max(middle_channels, narrow) <= 64 else 32
-    return _tile(128, block_n, block_k, 8, 3, 1)
+    tile = _tile(128, block_n, block_k, 8, 3, 1)
+    if legal(problem, tile, target) is None:
+        return tile
+    return next(configs(problem, target), tile)
 
 
 def cost(problem: Problem) -> Cost:
@@ -388,8 +400,7 @@ def cost(problem: Problem) -> Cost:
 def packs(attributes: ConvChain) -> Mapping[int, Callable[[Any, torch.Tensor], torch.Tensor]]:
     """Every weight K-major, as conv2d packs it."""
     slots = attributes.slots
-    found = {slots[name]: _pack for name in ("w1", "w2", "w3") if name in slots}
-    return found
+    return {slots[name]: _pack for name in ("w1", "w2", "w3") if name in slots}
 
 
 def _pack(attributes: ConvChain, w: torch.Tensor) -> torch.Tensor:

@@ -145,6 +145,15 @@ def access(operand: Operand, output: TensorSpec) -> Access:
     return Access(ordered, operand.offset, str(operand.spec))
 
 
+def broadcasts(operand: TensorSpec, output: TensorSpec) -> bool:
+    """Whether an operand of an epilogue fits the output it is applied to."""
+    missing = output.rank - operand.rank
+    return missing >= 0 and all(
+        size in (1, extent)
+        for size, extent in zip(operand.shape, output.shape[missing:], strict=True)
+    )
+
+
 def collapse(
     sizes: tuple[int, ...], walks: tuple[tuple[int, ...], ...], keep_first: bool
 ) -> tuple[tuple[int, ...], tuple[tuple[int, ...], ...]]:

@@ -6,8 +6,9 @@ demand: its source is rewritten by Triton's own `InterpretedFunction`, the langu
 the duration of one `interpreting()` block, and restored afterwards.
 
 Three things differ from upstream, on purpose:
-- calls of nested jit functions (the standard library's too) are routed through `JITFunction.__call__`
-  and do not patch the language again: upstream patches at every such call and never restores it;
+- calls of nested jit functions (the standard library's too) are routed through
+  `JITFunction.__call__` and do not patch the language again: upstream patches at every such call
+  and never restores it;
 - `tl.dot` upcasts bfloat16 operands, which numpy has no type for, and lets BLAS do the product;
 - fp32 to bfloat16 rounds to nearest even as GPUs do, where upstream truncates;
 - tensors are used in place, where upstream copies every storage to the host and back.
@@ -51,8 +52,10 @@ def _call_nested(function: JITFunction[Any], *args: Any, **kwargs: Any) -> Any:
 
 def _as_float32(handle: Any) -> np.ndarray[Any, Any]:
     if handle.dtype.scalar == tl.bfloat16:
-        return (handle.data.astype(np.uint32) << 16).view(np.float32)
-    return np.asarray(handle.data, dtype=np.float32)
+        widened: np.ndarray[Any, Any] = (handle.data.astype(np.uint32) << 16).view(np.float32)
+        return widened
+    values: np.ndarray[Any, Any] = np.asarray(handle.data, dtype=np.float32)
+    return values
 
 
 def _dot(a: Any, b: Any, d: Any, *_precision: Any) -> Any:
@@ -90,13 +93,13 @@ def interpreting() -> Iterator[None]:
         scope = upstream._patch_lang(_language_user)
         original_call = JITFunction.__call__
         builder.create_dot, builder.cast_impl = _dot, _cast
-        JITFunction.__call__ = _call_nested  # type: ignore[method-assign,assignment]
+        JITFunction.__call__ = _call_nested
         try:
             # Padding lanes compute on garbage (0/0, inf - inf); their results are never stored.
             with np.errstate(all="ignore"):
                 yield
         finally:
-            JITFunction.__call__ = original_call  # type: ignore[method-assign]
+            JITFunction.__call__ = original_call
             del builder.create_dot, builder.cast_impl
             scope.restore()
 

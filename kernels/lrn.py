@@ -221,7 +221,7 @@ def lanes_kernel(
         for j in tl.static_range(lane - BELOW + 1, lane + ABOVE + 1):
             energy += v[j] * v[j]
         # Tuples grow by addition: Triton has no starred elements.
-        results = results + (scaled(v[lane], K + ALPHA * energy, BETA),)  # noqa: RUF005
+        results = results + (scaled(v[lane], K + ALPHA * energy, BETA),)
     acc = pack(results, BLOCK_ROWS, GROUPS, LANES)
     columns = start + tl.arange(0, BLOCK_COLUMNS)
     column_mask = columns < C

@@ -1,5 +1,5 @@
-"""What a GPU can do, and how long a launch should take there: the model that ranks alternatives when
-nothing has been measured.
+"""What a GPU can do, and how long a launch should take there: the model that ranks alternatives
+when nothing has been measured.
 
 Every constant says whether it was measured or assumed; the model is for ranking, not for promises.
 """
@@ -50,7 +50,7 @@ def machine_for(target: Target) -> Machine:
 
 
 def launch_time_us(machine: Machine, launch: Launch, flops: int, dtype: torch.dtype) -> float:
-    """Time of one launch if its memory traffic were free: whole waves of tiles, padding included."""
+    """Time of a launch if its memory traffic were free: whole waves of tiles, padding included."""
     programs = launch.grid_at(launch.batch or 1)[0]
     rows = max(launch.rows, 1)
     padded = -(-rows // launch.block_rows) * launch.block_rows / rows

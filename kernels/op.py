@@ -223,7 +223,7 @@ class Op:
     reference(attributes, *tensors): the output tensor(s) by torch, without the epilogue.
     configs / default / legal: the tuning space, its no-search choice, and why a config is refused.
     launches(problem, config, target): the kernels to run, in order.
-    packs(attributes): for inputs that must be constants, how their tensor is laid out for the kernel.
+    packs(attributes): for inputs that must be constants, how their tensor lies in memory.
     takes_epilogue / takes_prologue: whether pointwise stages may be fused into the op.
     images: rank-4 tensors are NHWC for this op; False means it wants dense memory.
     """

@@ -274,11 +274,10 @@ def _is_value(value: Any) -> bool:
 
 def _binary(name: str) -> Capture:
     def capture(g: Builder, a: Any, b: Any, alpha: float = 1.0) -> Any:
-        if alpha != 1:
-            if _is_value(b):
-                b = g.apply("mul", (b,), Pointwise(literal=float(alpha)))
-            else:
-                b = b * alpha
+        if alpha != 1 and _is_value(b):
+            b = g.apply("mul", (b,), Pointwise(literal=float(alpha)))
+        elif alpha != 1:
+            b = b * alpha
         if not _is_value(b):
             return g.apply(name, (a,), Pointwise(literal=float(b)))
         if not _is_value(a):
@@ -363,8 +362,9 @@ def _softplus(g: Builder, x: Any, beta: float = 1.0, threshold: float = 20.0) ->
 
 SELU = (1.6732632423543772848170429916717, 1.0507009873554804934193349852946, 1.0)
 UNARY_NAMES = (
-    ["relu", "sigmoid", "tanh", "silu", "hardsigmoid", "hardswish", "mish", "sqrt", "rsqrt", "exp", "log", "abs", "neg", "sign"]
-)
+    "relu", "sigmoid", "tanh", "silu", "hardsigmoid", "hardswish", "mish", "sqrt", "rsqrt", "exp",
+    "log", "abs", "neg", "sign",
+)  # fmt: skip
 BINARY_NAMES = {
     "add": "add", "sub": "sub", "mul": "mul", "maximum": "maximum", "minimum": "minimum",
 }  # fmt: skip

@@ -22,7 +22,6 @@ from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 import triton
 import triton.language as tl
 
@@ -30,7 +29,6 @@ from ..errors import InvalidInputError
 from . import epilogue as ep
 from . import scalars
 from .op import (
-    Attributes,
     Builder,
     Config,
     Cost,
@@ -43,13 +41,26 @@ from .op import (
     Y,
     config,
     operand_refs,
+    power_of_two,
     tensor_bytes,
     tile_config,
+)
+from .pool_window import (
+    AvgPool2d,
+    LpPool2d,
+    MaxPool2d,
+    Pool2d,
+    infer,
+    reference_avg,
+    reference_lp,
+    reference_max,
 )
 from .spec import Layout, TensorSpec
 
 # Up to here the taps are unrolled: a loop over taps loses the packed half-precision maximum.
 MOST_UNROLLED_TAPS = 25
+# Whole powers up to here are products, in a few instructions; others go through fp64 logarithms.
+MOST_MULTIPLIED = tl.constexpr(16)
 # Loads per thread of one output row that fit the registers (channels that are not a multiple of 8
 # take one each).
 MOST_LOADS = 200
@@ -57,131 +68,12 @@ MOST_LOADS = 200
 ENOUGH_PROGRAMS = 4 * 132
 
 
-@dataclass(frozen=True)
-class MaxPool2d(Attributes):
-    """Everything as (vertical, horizontal); `padding` is on both sides, with -inf."""
-
-    kernel: tuple[int, int] = (1, 1)
-    stride: tuple[int, int] = (1, 1)
-    padding: tuple[int, int] = (0, 0)
-    dilation: tuple[int, int] = (1, 1)
-    ceil_mode: bool = False
-
-
-@dataclass(frozen=True)
-class AvgPool2d(Attributes):
-    """Everything as (vertical, horizontal); `padding` is on both sides, with zeros.
-
-    The divisor is `divisor_override`, or how many pixels of the window lie in the padded image
-    (in the image itself without `count_include_pad`).
-    """
-
-    kernel: tuple[int, int] = (1, 1)
-    stride: tuple[int, int] = (1, 1)
-    padding: tuple[int, int] = (0, 0)
-    ceil_mode: bool = False
-    count_include_pad: bool = True
-    divisor_override: int | None = None
-
-    dilation = (1, 1)
-
-
-@dataclass(frozen=True)
-class LpPool2d(Attributes):
-    """The norm's p > 0, and the window as (vertical, horizontal)."""
-
-    norm: float = 2.0
-    kernel: tuple[int, int] = (1, 1)
-    stride: tuple[int, int] = (1, 1)
-    ceil_mode: bool = False
-
-    padding = (0, 0)
-    dilation = (1, 1)
-
-
-Pool2d = MaxPool2d | AvgPool2d | LpPool2d
-
-
-def output_size(
-    size: int, kernel: int, stride: int, padding: int, dilation: int, ceil_mode: bool
-) -> int:
-    """Windows along one dimension by ATen's rule: with `ceil_mode` the last one may overhang, but
-    must start inside the image or its leading padding."""
-    room = size + 2 * padding - dilation * (kernel - 1) - 1
-    count = (room + (stride - 1 if ceil_mode else 0)) // stride + 1
-    if ceil_mode and (count - 1) * stride >= size + padding:
-        count -= 1
-    return count
-
-
-def infer(name: str, attributes: Pool2d, inputs: tuple[TensorSpec, ...]) -> tuple[TensorSpec, ...]:
-    """P = floor or ceil of (H + 2·ph − dh·(R − 1) − 1) / sh, plus 1; Q likewise."""
-    (x,) = inputs
-    if x.rank != 4:
-        raise InvalidInputError(f"{name}: expected x (N,C,H,W), got {x}")
-    if min(*attributes.kernel, *attributes.stride, *attributes.dilation) < 1:
-        raise InvalidInputError(f"{name}: window, stride, dilation must be positive: {attributes}")
-    if isinstance(attributes, AvgPool2d) and attributes.divisor_override == 0:
-        raise InvalidInputError(f"{name}: divisor_override must not be zero")
-    if isinstance(attributes, LpPool2d) and not 0 < attributes.norm < math.inf:
-        raise InvalidInputError(f"{name}: the norm must be positive, got {attributes.norm}")
-    sizes = []
-    for axis in (0, 1):
-        kernel, dilation = attributes.kernel[axis], attributes.dilation[axis]
-        padding, stride = attributes.padding[axis], attributes.stride[axis]
-        if not 0 <= padding <= kernel // 2:
-            raise InvalidInputError(
-                f"{name}: padding {attributes.padding} must be at most half the window "
-                f"{attributes.kernel}, as in torch"
-            )
-        size = output_size(
-            x.shape[2 + axis], kernel, stride, padding, dilation, attributes.ceil_mode
-        )
-        if size < 1:
-            raise InvalidInputError(
-                f"{name}: a window of {dilation * (kernel - 1) + 1} pixels does not fit dimension "
-                f"{axis + 2} of {x} padded by {padding}"
-            )
-        sizes.append(size)
-    n, c = x.shape[:2]
-    return (TensorSpec((n, c, *sizes), x.dtype, Layout.NHWC, x.batch),)
-
-
-def reference_max(attributes: MaxPool2d, x: torch.Tensor) -> torch.Tensor:
-    return F.max_pool2d(
-        x,
-        attributes.kernel,
-        attributes.stride,
-        attributes.padding,
-        attributes.dilation,
-        attributes.ceil_mode,
-    )
-
-
-def reference_avg(attributes: AvgPool2d, x: torch.Tensor) -> torch.Tensor:
-    return F.avg_pool2d(
-        x,
-        attributes.kernel,
-        attributes.stride,
-        attributes.padding,
-        attributes.ceil_mode,
-        attributes.count_include_pad,
-        attributes.divisor_override,
-    )
-
-
-def reference_lp(attributes: LpPool2d, x: torch.Tensor) -> torch.Tensor:
-    return F.lp_pool2d(
-        x, attributes.norm, attributes.kernel, attributes.stride, attributes.ceil_mode
-    )
-
-
 @triton.jit
 def term(value, NORM: tl.constexpr):
-    """value^NORM; small whole powers by multiplication, which also keeps the sign of odd ones."""
+    """value^NORM; whole powers (integers here) by multiplication, as far as that is cheaper."""
     if NORM is None:
         result = value
-    elif NORM <= 8 and NORM % 1 == 0:
+    elif NORM <= MOST_MULTIPLIED and NORM % 1 == 0:
         result = value
         for _ in tl.static_range(1, NORM):
             result = result * value
@@ -259,8 +151,8 @@ def pool_kernel(
     BLOCK_ROWS: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr,
 ):
-    # m counts columns of output tiles: N * ceil(P / TILE_ROWS) * Q.
     EMPTY: tl.constexpr = float("-inf") if MAXIMUM else 0.0
+    # m counts columns of output tiles: N * ceil(P / TILE_ROWS) * Q.
     bands: tl.constexpr = (P + TILE_ROWS - 1) // TILE_ROWS
     column_tiles: tl.constexpr = (C + BLOCK_COLUMNS - 1) // BLOCK_COLUMNS
     program = tl.program_id(0)
@@ -282,7 +174,7 @@ def pool_kernel(
     accs = ()
     for _ in tl.static_range(TILE_ROWS):
         # Tuples grow by addition: Triton has no starred elements.
-        accs = accs + (tl.full((BLOCK_ROWS, BLOCK_COLUMNS), EMPTY, tl.float32),)  # noqa: RUF005
+        accs = accs + (tl.full((BLOCK_ROWS, BLOCK_COLUMNS), EMPTY, tl.float32),)
     if UNROLL:
         for i in tl.static_range((TILE_ROWS - 1) * STRIDE_H + (R - 1) * DILATION_H + 1):
             row_inside = (safe_top + i).to(tl.uint32, bitcast=True) < H
@@ -301,9 +193,9 @@ def pool_kernel(
                     and ((i - j * STRIDE_H) % DILATION_H == 0)
                     and ((i - j * STRIDE_H) // DILATION_H < R)
                 ):
-                    updated = updated + (combine(accs[j], line, MAXIMUM),)  # noqa: RUF005
+                    updated = updated + (combine(accs[j], line, MAXIMUM),)
                 else:
-                    updated = updated + (accs[j],)  # noqa: RUF005
+                    updated = updated + (accs[j],)
             accs = updated
     else:
         acc = accs[0]
@@ -384,9 +276,19 @@ def _attributes(problem: Problem) -> Pool2d:
     return problem.attributes
 
 
+def needs_logarithms(attributes: Pool2d) -> bool:
+    """Whether the power of every term is more than a few products."""
+    if not isinstance(attributes, LpPool2d):
+        return False
+    return attributes.norm != int(attributes.norm) or attributes.norm > MOST_MULTIPLIED.value
+
+
 def unrolls(attributes: Pool2d) -> bool:
-    """Whether the kernel unrolls its taps, which several output rows per program need."""
-    return math.prod(attributes.kernel) <= MOST_UNROLLED_TAPS
+    """Whether the kernel unrolls its taps, which several output rows per program need.
+
+    A power in fp64 is some 150 instructions and 20 registers: once is enough.
+    """
+    return not needs_logarithms(attributes) and math.prod(attributes.kernel) <= MOST_UNROLLED_TAPS
 
 
 def launches(problem: Problem, tile: Config, target: Target) -> tuple[Launch, ...]:
@@ -425,7 +327,9 @@ def launches(problem: Problem, tile: Config, target: Target) -> tuple[Launch, ..
 
 
 def channel_block(channels: int) -> int:
-    """Channels per program: 64 (128 bytes in half precision), or 32 where that wastes fewer."""
+    """Channels per program: 64 (128 bytes in half precision), or fewer where that wastes fewer."""
+    if channels < 32:
+        return power_of_two(channels)
     if channels >= 256:
         return 64
     return min((64, 32), key=lambda block: -(-channels // block) * block)
@@ -456,19 +360,22 @@ def legal(problem: Problem, tile: Config, target: Target) -> str | None:
 
 
 def default(problem: Problem, target: Target) -> Config:
-    """16 x 64 results per program, and four output rows where they share input and there is work
-    for every multiprocessor."""
+    """16 x 64 results per program (half of that where registers are short), and four output rows
+    where they share input and there is work for every multiprocessor."""
     n, c, p, q = problem.output.shape
     if target.name == "interpreter":
         tile = tile_config(n * p * q, c, target)
         return config(1, 1, TILE_ROWS=1, **dict(tile.blocks))
     attributes = _attributes(problem)
     columns = channel_block(c)
+    # Channels that are no multiple of 4 are loaded one by one: 16 bytes spill on sm_80 at 1024.
+    short = needs_logarithms(attributes) or c % 4 != 0
+    rows = (512 if short else 1024) // columns
     tile_rows = 1
     if unrolls(attributes) and attributes.stride[0] == 1 and attributes.kernel[0] >= 3:
         while tile_rows < min(4, p) and n * p * q * c // (2048 * tile_rows) >= ENOUGH_PROGRAMS:
             tile_rows *= 2
-    return config(4, 1, TILE_ROWS=tile_rows, BLOCK_ROWS=1024 // columns, BLOCK_COLUMNS=columns)
+    return config(4, 1, TILE_ROWS=tile_rows, BLOCK_ROWS=rows, BLOCK_COLUMNS=columns)
 
 
 def cost(problem: Problem) -> Cost:
@@ -628,6 +535,6 @@ OPS = (
         default=default,
         legal=legal,
         cost=cost,
-        domain=_domain("lp_pool2d", norm=(1.0, 2.0, 3.0, 4.0, 9.0, 1.5), padding=((0, 0),)),
+        domain=_domain("lp_pool2d", norm=(1.0, 2.0, 3.0, 4.0, 17.0, 1.5), padding=((0, 0),)),
     ),
 )

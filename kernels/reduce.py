@@ -55,15 +55,15 @@ class Reduce(Attributes):
     keepdim: bool = False
 
 
-def infer(attributes: Reduce, inputs: tuple[TensorSpec, ...]) -> tuple[TensorSpec, ...]:
+def infer(name: str, attributes: Reduce, inputs: tuple[TensorSpec, ...]) -> tuple[TensorSpec, ...]:
     """The kept dimensions. Rank 4 is NHWC unless the input is a dense rank 4."""
     (x,) = inputs
     dims = attributes.dims
     if not dims or list(dims) != sorted(set(dims)) or not 0 <= dims[0] <= dims[-1] < x.rank:
-        raise InvalidInputError(f"reduction: {dims} are not ascending dimensions of {x}")
+        raise InvalidInputError(f"{name}: {dims} are not ascending dimensions of {x}")
     if x.batch is not None and dims[0] == 0:
         raise InvalidInputError(
-            f"reduction: dimension 0 of {x} is the batch; its samples must stay apart"
+            f"{name}: dimension 0 of {x} is the batch; its samples must stay apart"
         )
     if attributes.keepdim:
         shape = tuple(1 if dim in dims else size for dim, size in enumerate(x.shape))
@@ -136,8 +136,9 @@ def reduce_kernel(
             partial += value.to(tl.float32)
     if IS_MAXIMUM:
         # tl.max drops NaN on a GPU.
-        count = tl.sum((partial != partial).to(tl.int32), axis=1)
-        acc = tl.where(count > 0, float("nan"), tl.max(partial, axis=1))
+        is_nan = partial != partial
+        largest = tl.max(tl.where(is_nan, neutral, partial), axis=1)
+        acc = tl.where(tl.sum(is_nan.to(tl.int32), axis=1) > 0, float("nan"), largest)
     else:
         acc = tl.sum(partial, axis=1)
     if DIVISOR != 1:
@@ -324,7 +325,7 @@ def _op(
     return Op(
         name=name,
         attributes=Reduce,
-        infer=infer,
+        infer=partial(infer, name),
         reference=reference,
         launches=partial(_launches, name),
         configs=configs,

@@ -240,7 +240,8 @@ class Scalar:
 
 
 def _elu(x: torch.Tensor, alpha: float, scale: float, input_scale: float) -> torch.Tensor:
-    return torch.ops.aten.elu.default(x, alpha, scale, input_scale)
+    result: torch.Tensor = torch.ops.aten.elu.default(x, alpha, scale, input_scale)
+    return result
 
 
 def _prelu(x: torch.Tensor | float, slope: torch.Tensor | float) -> torch.Tensor:

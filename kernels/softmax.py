@@ -58,13 +58,13 @@ class Softmax(Attributes):
     dim: int = 0
 
 
-def infer(attributes: Softmax, inputs: tuple[TensorSpec, ...]) -> tuple[TensorSpec, ...]:
+def infer(name: str, attributes: Softmax, inputs: tuple[TensorSpec, ...]) -> tuple[TensorSpec, ...]:
     """The input's own spec."""
     (x,) = inputs
     if not 0 <= attributes.dim < x.rank:
-        raise InvalidInputError(f"softmax: {x} has no dimension {attributes.dim}")
+        raise InvalidInputError(f"{name}: {x} has no dimension {attributes.dim}")
     if x.batch is not None and attributes.dim == 0:
-        raise InvalidInputError(f"softmax: cannot normalise over the batch dimension of {x}")
+        raise InvalidInputError(f"{name}: cannot normalise over the batch dimension of {x}")
     return (x,)
 
 
@@ -326,7 +326,7 @@ def _op(name: str, log: bool) -> Op:
     return Op(
         name=name,
         attributes=Softmax,
-        infer=infer,
+        infer=partial(infer, name),
         reference=reference_log if log else reference,
         launches=partial(_launches, log),
         configs=configs,

@@ -198,11 +198,13 @@ def run_interpreted(
     tile: Config | None = None,
     batch: int = 1,
     wide: bool = False,
+    before: tuple[torch.Tensor, ...] = (),
 ) -> tuple[torch.Tensor, ...]:
     """The problem's outputs by its own kernels in the interpreter.
 
     batch: of this call, where the problem has one; all of the output is returned, NaN where nothing
-    was written. wide: with 64-bit offsets even though the tensors are small.
+    was written. wide: with 64-bit offsets even though the tensors are small. before: the operands
+    of the prologue.
 
     Also asserts that nothing outside the outputs was written.
     """
@@ -215,6 +217,7 @@ def run_interpreted(
             buffers[Ref("input", index)] = buffer_for(operand, tensor)
     for kind, placed, given in (
         ("operand", problem.operands, operands),
+        ("prologue", problem.prologue_operands, before),
         ("output", problem.outputs, (None,) * len(problem.outputs)),
     ):
         for index, (operand, value) in enumerate(zip(placed, given, strict=True)):

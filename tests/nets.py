@@ -10,10 +10,14 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
+import pytest
 import torch
+from convloom.compiler import api
+from convloom.compiler.capture import capture
 from convloom.compiler.evaluate import evaluate
 from convloom.compiler.ir import INPUT, Graph, NoAttributes, Node, Value
 from convloom.kernels import tolerance
@@ -75,10 +79,14 @@ def _fill(name: str, tensor: torch.Tensor, generator: torch.Generator) -> None:
 def run(
     module: nn.Module, inputs: Sequence[torch.Tensor], dtype: torch.dtype
 ) -> list[torch.Tensor]:
-    """The tensors that PyTorch returns when it computes in `dtype`."""
+    """The tensors that PyTorch returns when it computes in `dtype`; where it has no kernel for that
+    dtype on the CPU, its fp32 results rounded."""
     twin = copy.deepcopy(module).to(dtype)
-    with torch.no_grad():
-        return tensors_of(twin(*(x.to(dtype) for x in inputs)))
+    try:
+        with torch.no_grad():
+            return tensors_of(twin(*(x.to(dtype) for x in inputs)))
+    except NotImplementedError:
+        return [tensor.to(dtype) for tensor in run(module, inputs, torch.float32)]
 
 
 def tensors_of(result: Any) -> list[torch.Tensor]:
@@ -93,6 +101,27 @@ def depth_of(module: nn.Module) -> int:
     return sum(weight[0].numel() for weight in weights) or 1
 
 
+class Truth:
+    """What a module returns for some inputs in fp64, and in the dtype that it is compiled for."""
+
+    def __init__(
+        self,
+        module: nn.Module,
+        inputs: Sequence[torch.Tensor],
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        self.dtype = dtype or inputs[0].dtype
+        self.exact = run(module, inputs, torch.float64)
+        self.eager = run(module, inputs, self.dtype)
+        self.depth = depth_of(module)
+
+    def check(self, result: Any) -> None:
+        """Asserts that a result is the module's, within the tolerance of the dtype."""
+        for got, exact, eager in zip(tensors_of(result), self.exact, self.eager, strict=True):
+            report = tolerance.compare(got.to(self.dtype), exact, eager, self.depth)
+            assert report is None, report
+
+
 def check(
     result: Any,
     module: nn.Module,
@@ -100,11 +129,24 @@ def check(
     dtype: torch.dtype | None = None,
 ) -> None:
     """Asserts that a result is the module's, within the tolerance of the dtype it computes in."""
-    compute = dtype or inputs[0].dtype
-    exact, eager = run(module, inputs, torch.float64), run(module, inputs, compute)
-    for got, truth, peer in zip(tensors_of(result), exact, eager, strict=True):
-        report = tolerance.compare(got.to(compute), truth, peer, depth_of(module))
-        assert report is None, report
+    Truth(module, inputs, dtype).check(result)
+
+
+@contextmanager
+def exporting_once() -> Iterator[None]:
+    """Inside the block a module is captured once per range of batches, however often it is
+    compiled: torch.export takes longer than everything else about a small network."""
+    known: dict[Any, Graph] = {}
+
+    def capture_once(module: nn.Module, example: Any, batch: Any = None) -> Graph:
+        key = id(module), batch
+        if key not in known:
+            known[key] = capture(module, example, batch)
+        return known[key].copy()
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(api, "capture", capture_once)
+        yield
 
 
 def meaning(graph: Graph, inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:

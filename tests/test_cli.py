@@ -140,7 +140,8 @@ def test_compile_for_a_gpu_that_is_not_here(answer: Callable[..., Any]) -> None:
         assert 0 < kernel["registers"] <= 255 and kernel["spill_bytes"] == 0
         assert kernel["shared_bytes"] >= 0 and isinstance(kernel["ops"], list)
     table = answer(*arguments)
-    assert "1 convs ->" in table and "tensor core" in table and "async copies" in table
+    assert "1 convs ->" in table and "conv2d, relu" in table
+    assert all(title in table for title in ("regs", "spilled", "shared", "tensor", "async"))
 
 
 @pytest.mark.interpreter
@@ -431,7 +432,6 @@ def test_doctor_notices_a_cache_that_cannot_be_written(
     monkeypatch.setenv("CONVLOOM_CACHE_DIR", str(file / "cache"))
     checks = {check["name"]: check for check in answer("doctor", "--json")["checks"]}
     assert checks["cache"]["status"] == "broken" and "file" in checks["cache"]["found"]
-    assert checks["cross-compilation"]["status"] == "broken"
 
 
 @pytest.mark.interpreter

@@ -61,7 +61,7 @@ def _pass(run: Callable[[Graph, Ledger], Graph], why: str, required: bool = Fals
 PASSES: tuple[Pass, ...] = (
     _pass(
         recognise_composites,
-        "first: later passes would take the parts for something else, and some parts have no kernel",
+        "first: later passes would take the parts for something else; some have no kernel",
         required=True,
     ),
     _pass(fold_constants, "weights reshaped by the capture must be constants again", required=True),
@@ -74,7 +74,7 @@ PASSES: tuple[Pass, ...] = (
     _pass(sink_prologues, "after epilogues: a chain goes to its producer when it can"),
     _pass(merge_siblings, "after epilogues: siblings must end alike to share one"),
     _pass(fuse_bottlenecks, "after epilogues: residual and activation ride on the expansion"),
-    _pass(flatten_in_memory_order, "before layouts: it removes the only transposition of most nets"),
+    _pass(flatten_in_memory_order, "before layouts: removes the only transposition of most nets"),
     _pass(choose_layout, "last: fusion does not look at memory, kernels do", required=True),
 )
 NAMES = tuple(step.name for step in PASSES)

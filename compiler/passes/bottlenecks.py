@@ -1,8 +1,8 @@
-"""Fuses the 1x1 convolutions of residual bottlenecks with their neighbours (`kernels/conv_chain.py`).
+"""Fuses the 1x1 convolutions of residual bottlenecks with their neighbours (`conv_chain`).
 
 The graph is cut after the reduction of the *next* block: 3x3, expansion, residual, activation and
-the next reduction are one kernel, and nothing is computed twice. Where the channels are too many for
-the 3x3 to keep all of them in one tile, the expansion and the next reduction are still one kernel.
+the next reduction are one kernel, and nothing is computed twice. Where the channels are too many
+for the 3x3 to keep all of them in one tile, the expansion and the next reduction still are one.
 """
 
 from __future__ import annotations

@@ -44,15 +44,21 @@ def _is_identity(graph: Graph, node: Node) -> bool:
 def fold_constants(graph: Graph, ledger: Ledger) -> Graph:
     """Evaluates nodes that depend on constants only, in fp64.
 
-    After it every compute node depends on an input. The folded tensor keeps fp64 until it is packed.
+    After it every compute node depends on an input. A folded tensor keeps fp64 until it is packed.
     """
+    known: dict[Any, Value] = {}
     for node in graph.nodes():
         values = graph.inputs(node.name)
         if not node.is_compute or not values or not all(map(graph.is_constant, values)):
             continue
-        result = evaluate_exactly(node, tuple(graph.constant(value) for value in values))
-        folded = graph.add_constant(result, node.name, node.spec.dtype)
-        graph.update(folded.node, origins=node.origins, module_path=node.module_path)
+        # A layer called twice folds its weight once: equal nodes that read it are then still equal.
+        key = (node.op, node.attributes, node.epilogue, values)
+        if key not in known:
+            result = evaluate_exactly(node, tuple(graph.constant(value) for value in values))
+            known[key] = graph.add_constant(result, node.name, node.spec.dtype)
+        folded = known[key]
+        origins = (*graph.node(folded.node).origins, *node.origins)
+        graph.update(folded.node, origins=origins, module_path=node.module_path)
         ledger.accept("f(constants) => constant", [node], folded.node)
         graph.redirect(Value(node.name), folded)
         graph.remove([node.name])

@@ -90,17 +90,22 @@ def _wanted(spec: TensorSpec, images: bool) -> Layout:
     return Layout.NHWC if images and spec.rank == 4 else Layout.DENSE
 
 
+def _works_on_images(node: Node) -> bool:
+    return node.is_compute and node.definition.images
+
+
 def _lay_out(graph: Graph, node: Node, converted: dict[tuple[Value, Layout], Value]) -> None:
     if isinstance(node.attributes, Relayout):
         # A cast: it may as well produce the layout its readers want.
-        layout = _wanted(node.spec, images=True)
+        readers = [graph.node(reader) for reader, _ in graph.uses(Value(node.name))]
+        layout = _wanted(node.spec, any(map(_works_on_images, readers)))
         graph.update(
             node.name,
             attributes=Relayout(layout, node.attributes.dtype),
             outputs=(node.spec.with_(layout=layout),),
         )
         return
-    images = node.op != TORCH and node.definition.images
+    images = _works_on_images(node)
     packed = () if node.op == TORCH else tuple(node.definition.packs(node.attributes))
     values = []
     for slot, value in enumerate(graph.inputs(node.name)):

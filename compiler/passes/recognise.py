@@ -12,10 +12,11 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 from ...kernels.lrn import LocalResponseNorm
 from ...kernels.pointwise import Pointwise
-from ...kernels.pool import AvgPool2d, LpPool2d
+from ...kernels.pool_window import AvgPool2d, LpPool2d
 from ..capture import TorchCall
 from ..fusions import IMAGE, example
 from ..ir import Graph, Value

@@ -41,8 +41,8 @@ class _Kind:
 def merge_siblings(graph: Graph, ledger: Ledger) -> Graph:
     """Merges every group of at least two siblings.
 
-    Refused where a weight is shared, a stage reads something other than one constant per channel, or
-    the channels do not come in eights.
+    Refused where a weight is shared, a stage reads something other than one constant per channel,
+    or the channels do not come in eights.
     """
     groups: dict[_Kind, list[Node]] = {}
     for node in graph.nodes():
@@ -81,8 +81,9 @@ def _why_not(graph: Graph, node: Node) -> str | None:
         return f"the channels of {node.name} are not its second dimension"
     if channels % VECTOR:
         return f"{node.name} has {channels} channels, not a multiple of {VECTOR}"
+    per_channel = (channels, *(1 for _ in node.spec.shape[2:]))
     for value in graph.operands(node):
-        if not graph.is_constant(value) or graph.spec(value).shape[:1] != (channels,):
+        if not graph.is_constant(value) or graph.spec(value).shape != per_channel:
             return f"{node.name} reads {value}, which is not one constant per channel"
     return None
 

@@ -1,0 +1,255 @@
+"""The movement ops as the registry knows them; how ATen's views, slices and joins become them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+
+from . import pointwise
+from .movement import (
+    SHAPES,
+    Concat,
+    Expand,
+    FlattenPixels,
+    Permute,
+    Relayout,
+    Reshape,
+    Slice,
+    build_concat,
+    build_expand,
+    build_flatten,
+    build_permute,
+    build_relayout,
+    build_reshape,
+    build_slice,
+    concat,
+    cost,
+    expand,
+    flatten,
+    infer_concat,
+    infer_expand,
+    infer_flatten,
+    infer_permute,
+    infer_relayout,
+    infer_reshape,
+    infer_slice,
+    launches,
+    launches_concat,
+    launches_linear,
+    legal_linear,
+    permute,
+    relayout,
+    reshape,
+    slice_,
+)
+from .op import Attributes, Builder, Capture, Domain, Op
+from .spec import Layout, TensorSpec
+
+
+def _capture_view(g: Builder, x: Any, shape: Any) -> Any:
+    known = math.prod(size for size in shape if size != -1)
+    full = (g.spec(x).numel // max(known, 1) if size == -1 else size for size in shape)
+    return g.apply("reshape", (x,), Reshape(tuple(full)))
+
+
+def _capture_flatten(g: Builder, x: Any, start: int = 0, end: int = -1) -> Any:
+    shape = g.spec(x).shape
+    end %= len(shape)
+    merged = 1
+    for size in shape[start : end + 1]:
+        merged *= size
+    return _capture_view(g, x, (*shape[:start], merged, *shape[end + 1 :]))
+
+
+def _capture_squeeze(g: Builder, x: Any, dims: Any = None) -> Any:
+    shape = g.spec(x).shape
+    chosen = range(len(shape)) if dims is None else [dims] if isinstance(dims, int) else dims
+    drop = {dim % len(shape) for dim in chosen if shape[dim] == 1}
+    if g.spec(x).batch is not None:
+        drop.discard(0)
+    return _capture_view(g, x, [size for dim, size in enumerate(shape) if dim not in drop])
+
+
+def _capture_unsqueeze(g: Builder, x: Any, dim: int) -> Any:
+    shape = list(g.spec(x).shape)
+    shape.insert(dim % (len(shape) + 1), 1)
+    return _capture_view(g, x, shape)
+
+
+def _capture_permute(g: Builder, x: Any, dims: Any) -> Any:
+    rank = g.spec(x).rank
+    return g.apply("permute", (x,), Permute(tuple(dim % rank for dim in dims)))
+
+
+def _capture_transpose(g: Builder, x: Any, a: int, b: int) -> Any:
+    dims = list(range(g.spec(x).rank))
+    dims[a], dims[b] = dims[b], dims[a]
+    return _capture_permute(g, x, dims)
+
+
+def _capture_expand(g: Builder, x: Any, size: Any, implicit: bool = False) -> Any:
+    shape = g.spec(x).shape
+    aligned = (*(None for _ in range(len(size) - len(shape))), *shape)
+    kept = (-1 if new == old else new for old, new in zip(aligned, size, strict=True))
+    return g.apply("expand", (x,), Expand(tuple(kept)))
+
+
+def _cut(g: Builder, x: Any, dim: int, start: int, stop: int, step: int = 1) -> Any:
+    size = g.spec(x).shape[dim]
+    dim %= g.spec(x).rank
+    start, stop, step = slice(start, stop, step).indices(size)
+    if (start, stop, step) == (0, size, 1):
+        return x
+    return g.apply("slice", (x,), Slice(dim, start, stop, step))
+
+
+def _capture_slice(
+    g: Builder, x: Any, dim: int = 0, start: Any = None, end: Any = None, step: int = 1
+) -> Any:
+    return _cut(g, x, dim, start, end, step)
+
+
+def _capture_select(g: Builder, x: Any, dim: int, index: int) -> Any:
+    size = g.spec(x).shape[dim]
+    index %= size
+    piece = _cut(g, x, dim, index, index + 1)
+    shape = list(g.spec(x).shape)
+    del shape[dim]
+    return _capture_view(g, piece, shape)
+
+
+def _capture_split(g: Builder, x: Any, sizes: Any, dim: int = 0) -> Any:
+    extent = g.spec(x).shape[dim]
+    if isinstance(sizes, int):
+        sizes = [min(sizes, extent - at) for at in range(0, extent, sizes)]
+    pieces, start = [], 0
+    for size in sizes:
+        pieces.append(_cut(g, x, dim, start, start + size))
+        start += size
+    return pieces
+
+
+def _capture_chunk(g: Builder, x: Any, chunks: int, dim: int = 0) -> Any:
+    extent = g.spec(x).shape[dim]
+    return _capture_split(g, x, -(-extent // chunks), dim)
+
+
+def _capture_cat(g: Builder, tensors: Any, dim: int = 0) -> Any:
+    if len(tensors) == 1:
+        return tensors[0]
+    return g.apply("concat", tuple(tensors), Concat(dim % g.spec(tensors[0]).rank))
+
+
+def _capture_stack(g: Builder, tensors: Any, dim: int = 0) -> Any:
+    rank = g.spec(tensors[0]).rank + 1
+    return _capture_cat(g, [_capture_unsqueeze(g, x, dim) for x in tensors], dim % rank)
+
+
+def _capture_cast(g: Builder, x: Any, **options: Any) -> Any:
+    dtype = options.get("dtype") or g.spec(x).dtype
+    if dtype is g.spec(x).dtype:
+        return x
+    return g.apply("relayout", (x,), Relayout(g.spec(x).layout, dtype))
+
+
+def _op(
+    name: str,
+    attributes: type[Attributes],
+    infer: Callable[[Any, tuple[TensorSpec, ...]], tuple[TensorSpec, ...]],
+    reference: Callable[..., torch.Tensor],
+    build: Callable[[Mapping[str, Any]], Any],
+    aten: Mapping[str, Capture],
+    **changes: Any,
+) -> Op:
+    """One movement op; they share kernel, tuning space and cost."""
+    fields: dict[str, Any] = {
+        "launches": launches,
+        "takes_epilogue": True,
+        "domain": Domain(
+            ranges={
+                "shape": SHAPES,
+                "seed": tuple(range(1, 7)),
+                "cut": (0, 1),
+                "step": (1, 2),
+                "count": (1, 2, 3),
+                "flat": (False, True),
+                "layout": tuple(Layout),
+            },
+            build=build,
+        ),
+    }
+    fields.update(changes)
+    return Op(
+        name=name,
+        attributes=attributes,
+        infer=infer,
+        reference=reference,
+        configs=pointwise.configs,
+        default=pointwise.default,
+        cost=cost,
+        aten=aten,
+        **fields,
+    )
+
+
+OPS = (
+    _op(
+        "reshape", Reshape, infer_reshape, reshape, build_reshape,
+        {
+            "aten.view.default": _capture_view,
+            "aten.reshape.default": _capture_view,
+            "aten._unsafe_view.default": _capture_view,
+            "aten.flatten.using_ints": _capture_flatten,
+            "aten.squeeze.default": _capture_squeeze,
+            "aten.squeeze.dim": _capture_squeeze,
+            "aten.squeeze.dims": _capture_squeeze,
+            "aten.unsqueeze.default": _capture_unsqueeze,
+        },
+        images=False, launches=launches_linear, legal=legal_linear, takes_epilogue=False,
+    ),
+    _op(
+        "flatten_pixels", FlattenPixels, infer_flatten, flatten, build_flatten, {},
+        launches=launches_linear, legal=legal_linear, takes_epilogue=False,
+    ),
+    _op(
+        "permute", Permute, infer_permute, permute, build_permute,
+        {
+            "aten.permute.default": _capture_permute,
+            "aten.transpose.int": _capture_transpose,
+            "aten.t.default": lambda g, x: _capture_permute(g, x, (1, 0)),
+        },
+    ),
+    _op(
+        "expand", Expand, infer_expand, expand, build_expand,
+        {"aten.expand.default": _capture_expand},
+        takes_epilogue=False,
+    ),
+    _op(
+        "slice", Slice, infer_slice, slice_, build_slice,
+        {
+            "aten.slice.Tensor": _capture_slice,
+            "aten.select.int": _capture_select,
+            "aten.narrow.default": lambda g, x, dim, start, length: _cut(
+                g, x, dim, start, start + length
+            ),
+            "aten.split.Tensor": _capture_split,
+            "aten.split_with_sizes.default": _capture_split,
+            "aten.chunk.default": _capture_chunk,
+        },
+        takes_epilogue=False,
+    ),
+    _op(
+        "concat", Concat, infer_concat, concat, build_concat,
+        {"aten.cat.default": _capture_cat, "aten.stack.default": _capture_stack},
+        launches=launches_concat, takes_epilogue=False,
+    ),
+    _op(
+        "relayout", Relayout, infer_relayout, relayout, build_relayout,
+        {"aten._to_copy.default": _capture_cast, "aten.to.dtype": lambda g, x, dtype, *_: (
+            _capture_cast(g, x, dtype=dtype)
+        )},
+    ),
+)  # fmt: skip

@@ -1,0 +1,135 @@
+"""What windowed pooling computes: attributes, the output-size rule, and torch's own results.
+
+The kernel that computes it is in `pool.py`.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+from ..errors import InvalidInputError
+from .op import Attributes
+from .spec import Layout, TensorSpec
+
+
+@dataclass(frozen=True)
+class MaxPool2d(Attributes):
+    """Everything as (vertical, horizontal); `padding` is on both sides, with -inf."""
+
+    kernel: tuple[int, int] = (1, 1)
+    stride: tuple[int, int] = (1, 1)
+    padding: tuple[int, int] = (0, 0)
+    dilation: tuple[int, int] = (1, 1)
+    ceil_mode: bool = False
+
+
+@dataclass(frozen=True)
+class AvgPool2d(Attributes):
+    """Everything as (vertical, horizontal); `padding` is on both sides, with zeros.
+
+    The divisor is `divisor_override`, or how many pixels of the window lie in the padded image
+    (in the image itself without `count_include_pad`).
+    """
+
+    kernel: tuple[int, int] = (1, 1)
+    stride: tuple[int, int] = (1, 1)
+    padding: tuple[int, int] = (0, 0)
+    ceil_mode: bool = False
+    count_include_pad: bool = True
+    divisor_override: int | None = None
+
+    dilation = (1, 1)
+
+
+@dataclass(frozen=True)
+class LpPool2d(Attributes):
+    """The norm's p > 0, and the window as (vertical, horizontal)."""
+
+    norm: float = 2.0
+    kernel: tuple[int, int] = (1, 1)
+    stride: tuple[int, int] = (1, 1)
+    ceil_mode: bool = False
+
+    padding = (0, 0)
+    dilation = (1, 1)
+
+
+Pool2d = MaxPool2d | AvgPool2d | LpPool2d
+
+
+def output_size(
+    size: int, kernel: int, stride: int, padding: int, dilation: int, ceil_mode: bool
+) -> int:
+    """Windows along one dimension by ATen's rule: with `ceil_mode` the last one may overhang, but
+    must start inside the image or its leading padding."""
+    room = size + 2 * padding - dilation * (kernel - 1) - 1
+    count = (room + (stride - 1 if ceil_mode else 0)) // stride + 1
+    if ceil_mode and (count - 1) * stride >= size + padding:
+        count -= 1
+    return count
+
+
+def infer(name: str, attributes: Pool2d, inputs: tuple[TensorSpec, ...]) -> tuple[TensorSpec, ...]:
+    """P = floor or ceil of (H + 2·ph − dh·(R − 1) − 1) / sh, plus 1; Q likewise."""
+    (x,) = inputs
+    if x.rank != 4:
+        raise InvalidInputError(f"{name}: expected x (N,C,H,W), got {x}")
+    if min(*attributes.kernel, *attributes.stride, *attributes.dilation) < 1:
+        raise InvalidInputError(f"{name}: window, stride, dilation must be positive: {attributes}")
+    if isinstance(attributes, AvgPool2d) and attributes.divisor_override == 0:
+        raise InvalidInputError(f"{name}: divisor_override must not be zero")
+    if isinstance(attributes, LpPool2d) and not 0 < attributes.norm < math.inf:
+        raise InvalidInputError(f"{name}: the norm must be positive, got {attributes.norm}")
+    sizes = []
+    for axis in (0, 1):
+        kernel, dilation = attributes.kernel[axis], attributes.dilation[axis]
+        padding, stride = attributes.padding[axis], attributes.stride[axis]
+        if not 0 <= padding <= kernel // 2:
+            raise InvalidInputError(
+                f"{name}: padding {attributes.padding} must be at most half the window "
+                f"{attributes.kernel}, as in torch"
+            )
+        size = output_size(
+            x.shape[2 + axis], kernel, stride, padding, dilation, attributes.ceil_mode
+        )
+        if size < 1:
+            raise InvalidInputError(
+                f"{name}: a window of {dilation * (kernel - 1) + 1} pixels does not fit dimension "
+                f"{axis + 2} of {x} padded by {padding}"
+            )
+        sizes.append(size)
+    n, c = x.shape[:2]
+    return (TensorSpec((n, c, *sizes), x.dtype, Layout.NHWC, x.batch),)
+
+
+def reference_max(attributes: MaxPool2d, x: torch.Tensor) -> torch.Tensor:
+    return F.max_pool2d(
+        x,
+        attributes.kernel,
+        attributes.stride,
+        attributes.padding,
+        attributes.dilation,
+        attributes.ceil_mode,
+    )
+
+
+def reference_avg(attributes: AvgPool2d, x: torch.Tensor) -> torch.Tensor:
+    return F.avg_pool2d(
+        x,
+        attributes.kernel,
+        attributes.stride,
+        attributes.padding,
+        attributes.ceil_mode,
+        attributes.count_include_pad,
+        attributes.divisor_override,
+    )
+
+
+def reference_lp(attributes: LpPool2d, x: torch.Tensor) -> torch.Tensor:
+    return F.lp_pool2d(
+        x, attributes.norm, attributes.kernel, attributes.stride, attributes.ceil_mode
+    )

@@ -1,0 +1,241 @@
+"""Every kernel compiles for every supported GPU generation, and the compiler's output is what makes
+kernels fast: no spills, 128-bit asynchronous copies, tensor-core instructions. No GPU is needed.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from convloom.errors import KernelError
+from convloom.kernels import gemm, offline, registry, targets
+from convloom.kernels.conv2d import Conv2d
+from convloom.kernels.conv_chain import ConvChain
+from convloom.kernels.epilogue import Stage
+from convloom.kernels.linear import Linear
+from convloom.kernels.op import Attributes, Launch, Problem, Ref
+from convloom.kernels.spec import Layout, TensorSpec
+from convloom.kernels.targets import Target
+
+from . import harness
+
+HALF = torch.float16
+BIAS = (Stage("add"), Stage("relu"))
+RESIDUAL = (Stage("add"), Stage("add"), Stage("relu"))
+TENSOR_CORES = ("HGMMA", "HMMA", "UTCHMMA")
+
+
+def launch_requests(
+    problem: Problem, target: Target
+) -> list[tuple[Launch, offline.CompileRequest]]:
+    """The default configuration's launches with what must be compiled for them."""
+    op = registry.get(problem.op)
+    packs = op.packs(problem.attributes)
+    packed = {}
+    for slot, pack in packs.items():
+        spec = problem.inputs[slot].spec
+        packed[slot] = pack(problem.attributes, torch.zeros(spec.shape, dtype=spec.dtype)).dtype
+
+    def dtype_of(ref: Ref) -> torch.dtype:
+        group = {"input": problem.inputs, "output": problem.outputs}.get(ref.kind, problem.operands)
+        if ref.kind == "input" and ref.index in packed:
+            return packed[ref.index]
+        return group[ref.index].spec.dtype
+
+    launches = op.launches(problem, op.default(problem, target), target)
+    return [(launch, offline.request(launch, dtype_of, target)) for launch in launches]
+
+
+def reports(problem: Problem, target: Target) -> list[offline.KernelReport]:
+    """What the compiler made of the problem's launches."""
+    return [offline.report(wanted) for _, wanted in launch_requests(problem, target)]
+
+
+def assert_healthy(problem: Problem, target: Target) -> list[offline.KernelReport]:
+    """No spills, and no more shared memory than the machine has."""
+    made = reports(problem, target)
+    for report in made:
+        where = f"{problem.op} {problem.attributes} on {target.name}"
+        assert report.spill_bytes == 0, f"{where} spills {report.spill_bytes} bytes"
+        assert report.shared_bytes <= target.shared_bytes, where
+        assert report.registers <= target.registers_per_thread, where
+    return made
+
+
+def image(n: int, c: int, size: int, dtype: torch.dtype = HALF) -> TensorSpec:
+    return TensorSpec((n, c, size, size), dtype, Layout.NHWC)
+
+
+def channels(k: int) -> TensorSpec:
+    return TensorSpec((k, 1, 1), torch.float32)
+
+
+def residual_problem(
+    op: str, attributes: Attributes, x: TensorSpec, w: TensorSpec, trailing: bool = True
+) -> Problem:
+    """A convolution or linear layer with bias, residual and ReLU."""
+    definition = registry.get(op)
+    (y,) = definition.infer(attributes, (x, w))
+    bias = channels(w.shape[0]) if trailing else TensorSpec((w.shape[0],), torch.float32)
+    return harness.problem_for(definition, attributes, (x, w), RESIDUAL, (bias, y))
+
+
+def conv(c: int, k: int, size: int, r: int, stride: int = 1, n: int = 8, **more: object) -> Problem:
+    """A square convolution of a zoo model."""
+    groups = int(str(more.get("groups", 1)))
+    dtype = more.get("dtype", HALF)
+    assert isinstance(dtype, torch.dtype)
+    attributes = Conv2d((stride, stride), (r // 2,) * 4, (1, 1), groups)
+    w = TensorSpec((k, c // groups, r, r), dtype)
+    return residual_problem("conv2d", attributes, image(n, c, size, dtype), w)
+
+
+def chain(mid: int, wide: int, narrow: int, size: int, front: bool) -> Problem:
+    """A rotated bottleneck, or its tail without the 3x3."""
+    attributes = ConvChain(
+        Conv2d((1, 1), (1,) * 4) if front else None, BIAS if front else (), RESIDUAL, True, BIAS
+    )
+    specs = [image(8, mid, size)]
+    if front:
+        specs += [TensorSpec((mid, mid, 3, 3), HALF), channels(mid)]
+    specs += [TensorSpec((wide, mid, 1, 1), HALF), channels(wide), image(8, wide, size)]
+    specs += [TensorSpec((narrow, wide, 1, 1), HALF), channels(narrow)]
+    return harness.problem_for(registry.get("conv_chain"), attributes, tuple(specs))
+
+
+PRODUCTS = {
+    "conv 3x3 c64": conv(64, 64, 56, 3),
+    "conv 3x3 c128": conv(128, 128, 28, 3),
+    "conv 3x3 c512 batch 1": conv(512, 512, 7, 3, n=1),
+    "conv 3x3 stride 2": conv(128, 128, 56, 3, 2),
+    "conv 5x5 c32": conv(32, 96, 28, 5),
+    "conv 1x1 c256": conv(256, 128, 28, 1),
+    "conv 1x1 stride 2": conv(256, 512, 56, 1, 2),
+    "conv grouped c256": conv(256, 384, 13, 3, groups=2),
+    "linear 4096": residual_problem(
+        "linear",
+        Linear(),
+        TensorSpec((8, 4096), HALF),
+        TensorSpec((1000, 4096), HALF),
+        trailing=False,
+    ),
+    "chain 64-256-64": chain(64, 256, 64, 56, front=True),
+    "chain 128-512-128": chain(128, 512, 128, 28, front=True),
+}
+OTHERS = {
+    "conv fp32 c128": conv(128, 128, 28, 3, dtype=torch.float32),
+    "conv 7x7 c3": conv(3, 64, 224, 7, 2),
+    "conv 7x7 c4": conv(4, 64, 224, 7, 2),
+    "conv 11x11 c3": conv(3, 96, 227, 11, 4),
+    "depthwise 3x3": conv(96, 96, 56, 3, groups=96),
+    "depthwise 3x3 stride 2": conv(96, 96, 56, 3, 2, groups=96),
+    "depthwise 5x5": conv(240, 240, 28, 5, groups=240),
+    "conv grouped c4": conv(128, 128, 56, 3, groups=32),
+    "chain 256-1024-256": chain(256, 1024, 256, 14, front=False),
+}
+
+
+@pytest.mark.parametrize("target", targets.GPU_TARGETS, ids=lambda target: target.name)
+@pytest.mark.parametrize("name", PRODUCTS)
+def test_matrix_products_are_vectorised(name: str, target: Target) -> None:
+    """With channels in multiples of 8: tensor cores, and no element-wise or spilled access."""
+    problem = PRODUCTS[name]
+    definition = registry.get(problem.op)
+    tile = definition.default(problem, target)
+    if (reason := definition.legal(problem, tile, target)) is not None:
+        assert "shared memory" in reason, reason
+        return
+    (report,) = assert_healthy(problem, target)
+    assert any(report.count(opcode) for opcode in TENSOR_CORES), report.instructions
+    # A loop of one step has nothing to pipeline: its operands are loaded directly, 128 bits wide.
+    wide = report.count("LDGSTS.128") + report.count("LDG.128")
+    assert wide, report.instructions
+    assert not report.count("LDGSTS.32") and not report.count("LDG.U16"), report.instructions
+
+
+@pytest.mark.parametrize("name", ["conv 3x3 c64", "conv 3x3 c128", "conv 1x1 c256", "linear 4096"])
+@pytest.mark.parametrize("target", targets.GPU_TARGETS, ids=lambda target: target.name)
+def test_operands_are_copied_asynchronously(name: str, target: Target) -> None:
+    (report,) = reports(PRODUCTS[name], target)
+    assert report.count("LDGSTS.128"), report.instructions
+
+
+@pytest.mark.parametrize("target", targets.GPU_TARGETS, ids=lambda target: target.name)
+@pytest.mark.parametrize("name", OTHERS)
+def test_special_convolutions_do_not_spill(name: str, target: Target) -> None:
+    problem = OTHERS[name]
+    definition = registry.get(problem.op)
+    reason = definition.legal(problem, definition.default(problem, target), target)
+    if reason is not None:
+        assert "shared memory" in reason, reason
+        return
+    assert_healthy(problem, target)
+
+
+def sample_problems() -> Iterator[tuple[str, Problem]]:
+    """Two problems of every op's domain, one in half and one in single precision."""
+    for op in registry.OPS:
+        generator = random.Random(op.name)
+        for dtype in (HALF, torch.float32):
+            for _ in range(100):
+                draw = {name: generator.choice(list(v)) for name, v in op.domain.ranges.items()}
+                if (case := harness.case_of(op, draw, dtype)) is not None:
+                    yield op.name, harness.problem_for(op, case.attributes, case.specs)
+                    break
+
+
+@pytest.mark.parametrize("target", targets.GPU_TARGETS, ids=lambda target: target.name)
+def test_every_op_compiles(target: Target) -> None:
+    """Also the ops nobody named here: the registry is the list."""
+    problems = list(sample_problems())
+    assert {name for name, _ in problems} == set(registry.BY_NAME)
+    requests = [
+        wanted for _, problem in problems for _, wanted in launch_requests(problem, target)
+    ]
+    offline.compile_all(requests)
+    for _, problem in problems:
+        assert_healthy(problem, target)
+
+
+def test_a_kernel_that_does_not_compile_names_itself() -> None:
+    (_, wanted), *_ = launch_requests(PRODUCTS["conv 1x1 c256"], targets.parse("cuda:sm_90"))
+    constants = dict(wanted.constexprs) | {"BLOCK_M": 48}
+    broken = replace(wanted, constexprs=tuple(sorted(constants.items(), key=lambda item: item[0])))
+    with pytest.raises(KernelError, match=r"gemm_kernel does not compile for sm_90.*warps"):
+        offline.compile_request(broken)
+
+
+def test_missing_and_unknown_arguments_are_named() -> None:
+    (_, wanted), *_ = launch_requests(PRODUCTS["conv 1x1 c256"], targets.parse("cuda:sm_90"))
+    constants = dict(wanted.constexprs)
+    constants["BLOK_M"] = constants.pop("BLOCK_M")
+    broken = replace(wanted, constexprs=tuple(sorted(constants.items(), key=lambda item: item[0])))
+    with pytest.raises(KernelError, match=r"missing arguments \['BLOCK_M'\], unknown \['BLOK_M'\]"):
+        offline.compile_request(broken)
+
+
+def test_a_damaged_report_is_read_from_the_machine_code_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CONVLOOM_CACHE_DIR", str(tmp_path))
+    (_, wanted), *_ = launch_requests(PRODUCTS["linear 4096"], targets.parse("cuda:sm_90"))
+    offline.report.cache_clear()
+    first = offline.report(wanted)
+    path = offline._report_path(wanted)
+    assert json.loads(path.read_text())["registers"] == first.registers
+    path.write_text(path.read_text()[:20])
+    offline.report.cache_clear()
+    assert offline.report(wanted) == first
+
+
+def test_legality_counts_shared_memory_and_accumulators() -> None:
+    sm_86 = targets.parse("cuda:sm_86")
+    tile = gemm.config(8, 4, BLOCK_M=128, BLOCK_N=128, BLOCK_K=64, GROUP_M=8)
+    assert "shared memory" in str(gemm.legal_tile(HALF, tile, sm_86))
+    tile = gemm.config(4, 2, BLOCK_M=128, BLOCK_N=128, BLOCK_K=32, GROUP_M=8)
+    assert "accumulators" in str(gemm.legal_tile(HALF, tile, sm_86))

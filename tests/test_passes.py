@@ -1,0 +1,551 @@
+"""Passes: golden text of the graph before and after each, and what every pass promises.
+
+`CONVLOOM_UPDATE_GOLDEN=1` rewrites the files under `golden/`; read the difference afterwards.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import convloom
+import networkx as nx
+import pytest
+import torch
+import torch.nn.functional as F
+from convloom.compiler import text
+from convloom.compiler.capture import capture
+from convloom.compiler.evaluate import evaluate
+from convloom.compiler.fusions import HEAVY
+from convloom.compiler.ir import CONSTANT, INPUT, OUTPUT, Graph, Value
+from convloom.compiler.ledger import Ledger
+from convloom.compiler.passes import NAMES, PASSES, Pass, run_passes, select
+from convloom.compiler.passes.layout import choose_dtype, choose_layout
+from convloom.compiler.verify import verify
+from convloom.kernels.spec import Layout
+from torch import nn
+
+from . import nets
+from .nets import IMAGE, Made, make
+
+GOLDEN = Path(__file__).parent / "golden"
+UPDATE = os.environ.get("CONVLOOM_UPDATE_GOLDEN", "0") not in ("", "0")
+
+
+def conv(r: int = 3, c: int = 6, k: int = 6, **options: Any) -> nn.Conv2d:
+    return nn.Conv2d(c, k, r, padding=options.pop("padding", r // 2), **options)
+
+
+def norm(c: int = 6) -> nn.BatchNorm2d:
+    return nn.BatchNorm2d(c)
+
+
+# One network per thing a pass is about. The graph a golden test starts from is the capture after
+# the passes that come before.
+
+
+def identities() -> Made:
+    def function(m: Any, x: torch.Tensor) -> Any:
+        y = m.drop(m.conv(x.detach()).clone())
+        return y.reshape(IMAGE).permute(0, 1, 2, 3).expand(IMAGE).contiguous(), x.clone()
+
+    return make(function, IMAGE, conv=conv(), drop=nn.Dropout())
+
+
+def constants() -> Made:
+    def function(m: Any, x: torch.Tensor) -> Any:
+        weight = m.conv.weight
+        scale = weight.square().sum((1, 2, 3), keepdim=True).add(1e-5).rsqrt()
+        return F.conv2d(x, weight * scale, m.conv.bias, padding=1)
+
+    return make(function, IMAGE, conv=conv())
+
+
+def equal_nodes() -> Made:
+    def function(m: Any, x: torch.Tensor, r: torch.Tensor) -> Any:
+        a = m.conv(x).relu() + m.conv(x).sigmoid()
+        return a + m.conv(r), torch.relu(m.conv(r)), (x - r, r - x, x - r)
+
+    return make(function, IMAGE, IMAGE, conv=conv())
+
+
+def dead_nodes() -> Made:
+    def function(m: Any, x: torch.Tensor, unused: torch.Tensor) -> Any:
+        _, second, _ = m.conv(x).chunk(3, 1)
+        return second.relu()
+
+    return make(function, IMAGE, IMAGE, conv=conv())
+
+
+def normalised() -> Made:
+    def function(m: Any, x: torch.Tensor) -> Any:
+        images = m.norm(m.conv(x)).relu() + m.grouped_norm(m.grouped(x))
+        return m.flat_norm(m.linear(images.mean((2, 3))))
+
+    return make(
+        function,
+        IMAGE,
+        conv=conv(bias=False),
+        norm=norm(),
+        grouped=conv(groups=3),
+        grouped_norm=nn.BatchNorm2d(6, affine=False),
+        linear=nn.Linear(6, 4),
+        flat_norm=nn.BatchNorm1d(4),
+    )
+
+
+def unfoldable() -> Made:
+    """Every reason not to fold: a shared result, a shared weight, a stage between, no layer."""
+
+    def function(m: Any, x: torch.Tensor) -> Any:
+        a = m.a(x)
+        b = m.norm_b(m.b(x)) + m.b(x + 1.0)
+        c = m.norm_c(m.c(x).relu())
+        return m.norm_a(a) + a, b, c, m.norm_x(x)
+
+    layers = {name: conv() for name in "abc"}
+    return make(function, IMAGE, **layers, **{f"norm_{name}": norm() for name in "abcx"})
+
+
+def residual_block() -> Made:
+    def function(m: Any, x: torch.Tensor) -> Any:
+        y = torch.relu(m.norm1(m.conv1(x)))
+        return torch.relu(m.norm2(m.conv2(y)) + x)
+
+    return make(function, IMAGE, conv1=conv(), norm1=norm(), conv2=conv(), norm2=norm())
+
+
+def preactivation() -> Made:
+    """A shifted ReLU of a batch norm before a padded 1x1, where it can sink, and a padded 3x3."""
+
+    def function(m: Any, x: torch.Tensor) -> Any:
+        sunk = m.small(torch.relu(m.norm1(x) + 0.5))
+        kept = m.large(torch.relu(m.norm2(x) + 0.5))
+        return sunk, kept
+
+    return make(
+        function, IMAGE, norm1=norm(), norm2=norm(), small=conv(1, padding=1), large=conv(3)
+    )
+
+
+def mixed_layouts() -> Made:
+    def function(m: Any, x: torch.Tensor, r: torch.Tensor) -> Any:
+        y = m.conv(x)
+        shuffled = y.view(2, 2, 3, 7, 5).transpose(1, 2).reshape(2, 6, 7, 5)
+        return m.conv(shuffled) + r.view(2, 6, 1, 1), y.flatten(1), r
+
+    return make(function, IMAGE, (2, 6), conv=conv())
+
+
+def classifier() -> Made:
+    def function(m: Any, x: torch.Tensor) -> Any:
+        return m.head(F.max_pool2d(torch.relu(m.norm(m.conv(x))), 2).flatten(1))
+
+    return make(function, IMAGE, conv=conv(), norm=norm(), head=nn.Linear(36, 4))
+
+
+def composites() -> Made:
+    def function(m: Any, x: torch.Tensor) -> Any:
+        y = F.local_response_norm(m.conv(x), 3, 1e-2)
+        return F.lp_pool2d(y.abs() * torch.sigmoid(y.abs()), 3.0, 2)
+
+    return make(function, IMAGE, conv=conv())
+
+
+def siblings() -> Made:
+    """The start of an Inception block, and siblings that may not be merged."""
+
+    def function(m: Any, x: torch.Tensor) -> Any:
+        a, b, c = (torch.relu(layer(x)) for layer in (m.a, m.b, m.c))
+        block = torch.cat([a, m.d(b), m.e(c)], 1)
+        return F.max_pool2d(block, 2), m.odd(x), m.wide(x) + m.shift, m.wide2(x) + m.shift2
+
+    layers = {name: conv(1, k=k) for name, k in {"a": 16, "b": 8, "c": 8, "odd": 5}.items()}
+    layers |= {"d": conv(3, 8, 8), "e": conv(5, 8, 16), "wide": conv(3, k=8), "wide2": conv(3, k=8)}
+    module, inputs = make(function, (2, 6, 7, 8), **layers)
+    # One number per column, not per channel, though there are as many.
+    for name in ("shift", "shift2"):
+        module.register_parameter(name, nn.Parameter(nets.inputs_of((8,), seed=len(name))[0]))
+    return module, inputs
+
+
+def bottlenecks() -> Made:
+    def block(m: Any, x: torch.Tensor, at: int) -> torch.Tensor:
+        names = (f"reduce{at}", f"middle{at}", f"expand{at}")
+        reduce, middle, expand = (getattr(m, name) for name in names)
+        return torch.relu(expand(torch.relu(middle(torch.relu(reduce(x))))) + x)
+
+    layers = {}
+    for at in (1, 2):
+        layers |= {f"reduce{at}": conv(1, 32, 16), f"middle{at}": conv(3, 16, 16)}
+        layers |= {f"expand{at}": conv(1, 16, 32)}
+    module, (x,) = make(lambda m, x: block(m, block(m, x, 1), 2), (2, 32, 5, 4), **layers)
+    return module.half(), (x.half(),)
+
+
+CASES: dict[str, Callable[[], Made]] = {
+    "recognise_composites": composites,
+    "fold_constants": constants,
+    "drop_identities": identities,
+    "eliminate_common_subexpressions": equal_nodes,
+    "eliminate_dead_nodes": dead_nodes,
+    "fold_batch_norm": normalised,
+    "lower_batch_norm": unfoldable,
+    "fuse_epilogues": residual_block,
+    "sink_prologues": preactivation,
+    "merge_siblings": siblings,
+    "fuse_bottlenecks": bottlenecks,
+    "flatten_in_memory_order": classifier,
+    "choose_layout": mixed_layouts,
+}
+STEPS = {step.name: step for step in PASSES}
+NETS = {make.__name__: make for make in CASES.values()}
+
+
+@cache
+def captured(make_net: Callable[[], Made]) -> tuple[Graph, tuple[torch.Tensor, ...]]:
+    module, inputs = make_net()
+    return capture(module, inputs), inputs
+
+
+def before(step: Pass, make_net: Callable[[], Made]) -> Graph:
+    """A graph of its own, as the earlier passes leave it."""
+    graph = captured(make_net)[0].copy()
+    if make_net is dead_nodes:
+        return graph  # Folding constants already clears away what it leaves behind.
+    for earlier in PASSES[: PASSES.index(step)]:
+        graph = earlier.run(graph, Ledger())
+    return graph
+
+
+def compare_with_golden(name: str, shown: str) -> None:
+    path = GOLDEN / f"{name}.txt"
+    if UPDATE:
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(shown)
+    assert path.exists(), f"no {path.name}: run once with CONVLOOM_UPDATE_GOLDEN=1"
+    assert shown == path.read_text(), "CONVLOOM_UPDATE_GOLDEN=1 accepts the change"
+
+
+def show(first: Graph, second: Graph, ledger: Ledger) -> str:
+    """The graph before and after, and what the ledger says of it.
+
+    Nodes are named by their op and counted, new ones after the old: the names of the capture follow
+    torch's own spelling, which is not what these tests are about.
+    """
+    names: dict[str, str] = {}
+    for graph in (first, second):
+        for node in graph.nodes():
+            if node.name not in names and node.op != OUTPUT:
+                stem = SHORT.get(node.op, node.op)
+                names[node.name] = f"{stem}_{sum(n.startswith(stem) for n in names.values()) + 1}"
+    blocks = [
+        f"# {title}\n" + "\n".join(lines_of(renamed(graph, names))) + "\n"
+        for title, graph in (("before", first), ("after", second))
+    ]
+    spelled = "|".join(sorted(map(re.escape, names), key=len, reverse=True))
+    events = []
+    for event in ledger.events:
+        known = [names[name] for name in event.nodes if name in names]
+        reason = re.sub(rf"\b({spelled})\b", lambda found: names[found[1]], event.reason)
+        end = f"-> {names.get(event.into, 'nothing')}" if event.accepted else f"refused: {reason}"
+        events.append(f"{event.rule}: {', '.join(known)} {end}")
+    return "\n".join([*blocks, "# ledger", *events]) + "\n"
+
+
+SHORT = {INPUT: "x", CONSTANT: "c"}
+
+
+def renamed(graph: Graph, names: dict[str, str]) -> Graph:
+    """The same graph with other names of nodes."""
+    net = nx.relabel_nodes(graph.net, names)
+    for name in net:
+        net.nodes[name]["node"] = replace(net.nodes[name]["node"], name=name)
+    return Graph(net)
+
+
+def lines_of(graph: Graph) -> list[str]:
+    """One line per node; constants that nothing reads are left out, and those that a pass made
+    belong to no module."""
+    lines = []
+    for node in graph.nodes():
+        if node.op == CONSTANT:
+            if not graph.net.out_degree(node.name):
+                continue
+            path = node.module_path if "." in node.module_path else ""
+            node = replace(node, module_path=path)
+        lines.append(text.node_text(graph, node))
+    return lines
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_golden_text(name: str) -> None:
+    graph, ledger = before(STEPS[name], CASES[name]), Ledger()
+    after = STEPS[name].run(graph.copy(), ledger)
+    compare_with_golden(name, show(graph, after, ledger))
+
+
+def test_golden_text_of_fold_batch_norm_refusals() -> None:
+    graph, ledger = before(STEPS["fold_batch_norm"], unfoldable), Ledger()
+    after = STEPS["fold_batch_norm"].run(graph.copy(), ledger)
+    assert text.to_text(after) == text.to_text(graph)
+    reasons = {event.nodes[-1]: event.reason for event in ledger.events}
+    by_path = {graph.node(node).module_path: reason for node, reason in reasons.items()}
+    assert by_path["norm_a"].endswith("is also read by add_2") or "also read" in by_path["norm_a"]
+    assert by_path["norm_b"].startswith("the weight is shared by")
+    assert by_path.keys() == {"norm_a", "norm_b"}, "the others have no layer right before them"
+    assert all(not event.accepted for event in ledger.events)
+
+
+def test_golden_text_of_choose_dtype() -> None:
+    graph = before(STEPS["choose_layout"], mixed_layouts)
+    after = choose_dtype(graph.copy(), torch.float16)
+    compare_with_golden("choose_dtype", show(graph, after, Ledger()))
+
+
+def test_every_pass_has_a_golden_file() -> None:
+    assert CASES.keys() == set(NAMES)
+    assert {path.stem for path in GOLDEN.glob("*.txt")} == {*NAMES, "choose_dtype"}
+
+
+# What every pass promises, on every network.
+
+
+@pytest.mark.parametrize("net", NETS)
+def test_every_pass_keeps_the_meaning_and_the_laws_and_is_idempotent(net: str) -> None:
+    graph, inputs = captured(NETS[net])
+    graph = graph.copy()
+    if net == "composites":
+        # Its parts have no meaning of their own until they are recognised.
+        graph = STEPS["recognise_composites"].run(graph, Ledger())
+    verify(graph)
+    for step in PASSES:
+        after = step.run(graph.copy(), Ledger())
+        verify(after)
+        nets.assert_same_meaning(graph, after, inputs)
+        again = step.run(after.copy(), Ledger())
+        assert text.to_text(again) == text.to_text(after), f"{step.name} is not idempotent"
+        graph = after
+
+
+@pytest.mark.parametrize("net", NETS)
+@pytest.mark.parametrize("name", NAMES)
+def test_each_pass_alone_keeps_the_meaning(name: str, net: str) -> None:
+    graph, inputs = captured(NETS[net])
+    ledger = Ledger()
+    after = run_passes(graph, ledger, (name,))
+    plain = run_passes(graph, Ledger(), "none")
+    nets.assert_same_meaning(plain, after, inputs)
+
+
+@pytest.mark.parametrize("net", NETS)
+def test_passes_do_not_change_the_graph_they_are_given(net: str) -> None:
+    graph, _ = captured(NETS[net])
+    kept = {name: tensor.clone() for name, tensor in graph.tensors.items()}
+    shown = text.to_text(graph)
+    run_passes(graph, Ledger())
+    assert text.to_text(graph) == shown
+    assert all(torch.equal(graph.tensors[name], tensor) for name, tensor in kept.items())
+
+
+@pytest.mark.parametrize("net", NETS)
+def test_every_captured_node_still_has_a_holder_or_was_removed(net: str) -> None:
+    graph, _ = captured(NETS[net])
+    ledger = Ledger()
+    after = run_passes(graph, ledger)
+    held = {origin for node in after.nodes() for origin in node.origins}
+    mentioned = {name for event in ledger.events if event.accepted for name in event.nodes}
+    missing = {node.name for node in graph.compute_nodes()} - held - mentioned
+    assert not missing
+
+
+# Postconditions of single passes.
+
+
+def after(name: str, make_net: Callable[[], Made]) -> Graph:
+    return STEPS[name].run(before(STEPS[name], make_net), Ledger())
+
+
+def ops(graph: Graph) -> list[str]:
+    return [node.op for node in graph.compute_nodes()]
+
+
+def test_no_identity_is_left() -> None:
+    graph = after("drop_identities", identities)
+    assert ops(graph) == ["conv2d"]
+    assert graph.outputs()[1] == Value(graph.graph_inputs()[0].name)
+
+
+def test_constants_are_folded_in_fp64() -> None:
+    graph = after("fold_constants", constants)
+    module, _ = constants()
+    weight = module.conv.weight.detach().double()
+    scale = (weight.square().sum((1, 2, 3), keepdim=True) + 1e-5).rsqrt()
+    (node,) = (node for node in graph.nodes() if node.op == "conv2d")
+    folded = graph.inputs(node.name)[1]
+    assert ops(graph) == ["conv2d"]
+    assert graph.constant(folded).dtype is torch.float64
+    assert graph.spec(folded).dtype is torch.float32
+    torch.testing.assert_close(graph.constant(folded), weight * scale, rtol=1e-14, atol=1e-14)
+
+
+def test_equal_nodes_become_one() -> None:
+    graph = after("eliminate_common_subexpressions", equal_nodes)
+    assert ops(graph).count("conv2d") == 2, "one of each input"
+    assert ops(graph).count("sub") == 2, "x - r and r - x differ"
+    values = graph.outputs()
+    assert values[2] == values[4] != values[3]
+
+
+def test_dead_nodes_are_gone_but_inputs_stay() -> None:
+    graph = after("eliminate_dead_nodes", dead_nodes)
+    assert sorted(ops(graph)) == ["conv2d", "relu", "reshape", "slice"]
+    assert len(graph.graph_inputs()) == 2
+    used = {source for source, _ in graph.net.edges()}
+    assert all(node.name in used for node in graph.nodes() if node.op == CONSTANT)
+
+
+def test_batch_norm_is_folded_into_weight_and_bias_in_fp64() -> None:
+    graph = after("fold_batch_norm", normalised)
+    assert "batch_norm" not in ops(graph)
+    for node in graph.nodes():
+        if node.op in HEAVY:
+            weight, bias = graph.inputs(node.name)[1:]
+            assert graph.constant(weight).dtype is graph.constant(bias).dtype is torch.float64
+            assert [str(stage) for stage in node.epilogue] == ["add"]
+
+
+def test_what_cannot_be_folded_is_lowered_to_two_stages() -> None:
+    graph = after("lower_batch_norm", unfoldable)
+    assert "batch_norm" not in ops(graph)
+    assert ops(graph).count("mul") == 4
+
+
+def test_a_residual_block_is_two_kernels() -> None:
+    graph = after("fuse_epilogues", residual_block)
+    first, second = graph.compute_nodes()
+    assert [str(stage) for stage in first.epilogue] == ["add", "relu"]
+    assert [str(stage) for stage in second.epilogue] == ["add", "add", "relu"]
+
+
+def test_only_a_one_pixel_filter_takes_a_prologue() -> None:
+    graph = after("sink_prologues", preactivation)
+    convs = {node.module_path: node for node in graph.nodes() if node.op == "conv2d"}
+    assert [str(stage) for stage in convs["small"].prologue] == ["mul", "add", "add(0.5)", "relu"]
+    assert not convs["large"].prologue
+
+
+@pytest.mark.parametrize("dtype", [None, torch.float16])
+@pytest.mark.parametrize("net", NETS)
+def test_layouts_and_dtypes_after_the_last_pass(net: str, dtype: torch.dtype | None) -> None:
+    graph = before(STEPS["choose_layout"], NETS[net])
+    own = graph.graph_inputs()[0].spec.dtype
+    graph = choose_layout(choose_dtype(graph, dtype), Ledger())
+    verify(graph)
+    for node in graph.compute_nodes():
+        for spec in node.outputs:
+            wanted = Layout.NHWC if spec.rank == 4 and node.definition.images else Layout.DENSE
+            returned = all(reader == OUTPUT for reader, _ in graph.uses(Value(node.name)))
+            assert spec.layout is wanted or node.op == "relayout", node
+            assert spec.dtype is (dtype or own) or returned, node
+    for value in graph.outputs():
+        assert graph.spec(value).layout is Layout.DENSE
+        assert graph.spec(value).dtype is own, "the module's own dtype"
+
+
+def test_one_conversion_serves_all_readers() -> None:
+    def function(m: Any, x: torch.Tensor) -> Any:
+        return m.conv(x) + m.conv(x + 1.0) + F.max_pool2d(x, 3, 1, 1)
+
+    graph = run_passes(capture(*make(function, IMAGE, conv=conv())), Ledger())
+    (x,) = graph.graph_inputs()
+    assert [graph.node(reader).op for reader, _ in graph.uses(Value(x.name))] == ["relayout"]
+
+
+def test_choosing_the_same_dtype_changes_nothing() -> None:
+    graph = before(STEPS["choose_layout"], mixed_layouts)
+    for dtype in (None, torch.float32):
+        assert text.to_text(choose_dtype(graph.copy(), dtype)) == text.to_text(graph)
+
+
+# Numbers, through the kernels.
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("padding", [0, 1, (2, 1)])
+@pytest.mark.parametrize("r", [1, 3])
+def test_borders_stay_zero_under_a_shift_before_a_padded_convolution(r: int, padding: Any) -> None:
+    """relu(s·x + t) of a zero border would be relu(t): the padding comes after the activation."""
+
+    def function(m: Any, x: torch.Tensor) -> Any:
+        return m.conv(torch.relu(m.norm(x) + 1.5))
+
+    module, inputs = make(function, IMAGE, norm=norm(), conv=conv(r, padding=padding))
+    exe = convloom.compile(module, inputs, target="interpreter")
+    sunk = any(step.problem.prologue for step in exe.plan.steps)
+    assert sunk is (r == 1)
+    nets.check(exe(*inputs), module, inputs)
+    border = module.conv.bias.detach()
+    if r == 1 and padding != 0:
+        corner = exe(*inputs)[:, :, 0, 0]
+        torch.testing.assert_close(corner, border.expand_as(corner))
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("net", [name for name in NETS if name != "mixed_layouts"])
+@pytest.mark.parametrize("dtype", [None, torch.float16])
+def test_compiled_networks_agree_with_eager(net: str, dtype: torch.dtype | None) -> None:
+    module, inputs = NETS[net]()
+    exe = convloom.compile(module, inputs, target="interpreter", dtype=dtype)
+    nets.check(exe(*inputs), module, inputs, dtype)
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("name", NAMES)
+def test_each_pass_alone_runs(name: str) -> None:
+    module, inputs = residual_block()
+    exe = convloom.compile(module, inputs, target="interpreter", passes=(name,))
+    nets.check(exe(*inputs), module, inputs)
+
+
+# Choosing passes.
+
+
+def test_select() -> None:
+    required = [step.name for step in PASSES if step.required]
+    assert select("default") == PASSES
+    assert [step.name for step in select("none")] == required
+    assert [step.name for step in select(())] == required
+    chosen = [step.name for step in select(("sink_prologues", "fold_batch_norm"))]
+    assert chosen == [n for n in NAMES if n in {*required, "fold_batch_norm", "sink_prologues"}]
+    assert select("fuse_epilogues") == select(("fuse_epilogues",))
+
+
+def test_every_pass_says_why_it_stands_where_it_stands() -> None:
+    assert all(len(step.why) > 20 and step.run.__doc__ for step in PASSES)
+    assert len(set(NAMES)) == len(NAMES)
+
+
+def test_graphs_are_shown_after_each_pass_on_request(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    graph, _ = captured(residual_block)
+    monkeypatch.setenv("CONVLOOM_DEBUG", "3")
+    run_passes(graph, Ledger())
+    shown = capsys.readouterr().out
+    assert all(f"# after {name} (" in shown for name in NAMES)
+    assert "[add, add, relu]" in shown
+
+
+def test_evaluation_in_the_graph_own_dtypes_is_what_eager_computes() -> None:
+    module, inputs = residual_block()
+    graph, _ = captured(residual_block)
+    with torch.no_grad():
+        want = module(*inputs)
+        got = evaluate(graph, inputs)[graph.outputs()[0]]
+    assert torch.equal(got, want)
