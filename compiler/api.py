@@ -62,8 +62,9 @@ def compile(
         )
     chosen = targets.parse(target)
     select(passes)
-    if isinstance(example, torch.Tensor):
-        raise InvalidInputError("example inputs: expected a tuple of tensors, got a tensor")
+    if not isinstance(example, (tuple, list)):
+        got = "a tensor" if isinstance(example, torch.Tensor) else type(example).__name__
+        raise InvalidInputError(f"example inputs: expected a tuple of tensors, got {got}")
     captured = capture(module, example, dynamic_batch)
     ledger = Ledger()
     captured.goal = Goal(chosen, dtype)

@@ -16,8 +16,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
+import networkx as nx
 import torch
 from torch.export import Dim, ShapesCollection
+from torch.export.graph_signature import OutputKind
 from torch.utils import _pytree as pytree
 
 from ..errors import CaptureError, InvalidInputError, UnsupportedOpError
@@ -154,11 +156,16 @@ def _check_example(arguments: tuple[Any, ...]) -> list[torch.Tensor]:
             raise InvalidInputError(
                 f"example input {at}: expected float32, float16 or bfloat16, got {leaf.dtype}"
             )
+        if leaf.numel() == 0:
+            raise InvalidInputError(
+                f"example input {at}: expected at least one element, got shape {tuple(leaf.shape)}"
+            )
     return leaves
 
 
 def _check_range(bounds: tuple[int, int], leaves: list[torch.Tensor]) -> None:
-    if len(bounds) != 2 or not all(isinstance(value, int) for value in bounds):
+    pair = isinstance(bounds, (tuple, list)) and len(bounds) == 2
+    if not pair or not all(isinstance(value, int) for value in bounds):
         raise InvalidInputError(f"dynamic_batch: expected (lowest, highest), got {bounds!r}")
     low, high = bounds
     if not 1 <= low <= high:
@@ -230,9 +237,14 @@ def _find_symbol(state: _State, program: Any, largest: int) -> None:
 
 def _number(state: _State, value: Any) -> Any:
     """A size at the largest batch."""
-    if isinstance(value, torch.SymInt):
-        return int(value.node.expr.subs(state.symbol, state.largest))
-    return value
+    if not isinstance(value, torch.SymInt):
+        return value
+    size = value.node.expr
+    if state.symbol is not None:
+        size = size.subs(state.symbol, state.largest)
+    if not size.is_Integer:
+        raise CaptureError(f"the shape depends on the values of a tensor: a size is {value}")
+    return int(size)
 
 
 def _batch_of(state: _State, shape: Sequence[Any]) -> int | None:
@@ -268,6 +280,8 @@ def _add_sources(state: _State, program: Any, leaves: list[torch.Tensor]) -> Non
         if node.name in constants:
             path = constants[node.name]
             tensor = tensors[path].detach()
+            if tensor.is_meta:
+                raise CaptureError(f"'{path}' has no data (device meta): initialise the module")
             key = (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype, tensor.numel())
             if tensor.numel() == 0 or key not in known:
                 graph.tensors[node.name] = tensor
@@ -291,6 +305,8 @@ def _add_call(state: _State, node: Any) -> None:
     if isinstance(value, (int, float, bool, torch.SymInt)):
         state.values[node.name] = _number(state, value)
         return
+    if value is None and not node.users:
+        return  # An assertion of torch.export.
     if node.target is operator.getitem:
         _add_getitem(state, node)
         return
@@ -303,6 +319,7 @@ def _add_call(state: _State, node: Any) -> None:
             raise _Refused("no kernel for this op")
         result = function(_Builder(state, node.name, path), *arguments[0], **arguments[1])
         _check_result(state, node, result)
+        _check_constants(state.graph, [name for name in state.graph.net if name not in before])
     except (_Refused, InvalidInputError) as refusal:
         # Whatever the capture function had built before it declined goes again.
         made = [name for name in state.graph.net if name not in before]
@@ -342,6 +359,16 @@ def _check_result(state: _State, node: Any, result: Any) -> None:
             raise CaptureError(f"{node.name} ({node.target}): inferred {got}, torch says {truth}")
 
 
+def _check_constants(graph: Graph, made: Sequence[str]) -> None:
+    """Weights are packed when the plan is made: they must follow from parameters alone."""
+    for node in map(graph.node, made):
+        for slot in node.definition.packs(node.attributes):
+            value = graph.inputs(node.name)[slot]
+            behind = {value.node, *nx.ancestors(graph.net, value.node)}
+            if any(graph.node(name).op in (INPUT, TORCH) for name in behind):
+                raise _Refused(f"input {slot} of {node.op} is computed; it must be a constant")
+
+
 def _add_torch_call(state: _State, node: Any, path: str, arguments: Any, reason: str) -> Any:
     """Keeps the call as a torch op; its results are one value each."""
     inputs: list[Value] = []
@@ -371,7 +398,10 @@ def _add_output(state: _State, program: Any) -> None:
     output = next(node for node in program.graph.nodes if node.op == "output")
     outputs: list[Value] = []
     results: list[tuple[str, Any]] = []
-    for leaf in output.args[0]:
+    specs = program.graph_signature.output_specs
+    for leaf, spec in zip(output.args[0], specs, strict=True):
+        if spec.kind is not OutputKind.USER_OUTPUT:
+            continue  # What the module would write into its inputs: they are left as they are.
         value = _lookup(state, leaf)
         if isinstance(value, Value):
             results.append(("tensor", len(outputs)))
@@ -381,8 +411,8 @@ def _add_output(state: _State, program: Any) -> None:
     if not outputs:
         raise CaptureError("the module returns no tensor")
     state.graph.insert(Node(OUTPUT, OUTPUT, NoAttributes(), ()), outputs)
-    spec = program.call_spec
-    state.graph.output_tree = Structure(spec.in_spec, spec.out_spec, tuple(results))
+    trees = program.call_spec
+    state.graph.output_tree = Structure(trees.in_spec, trees.out_spec, tuple(results))
 
 
 def _remove_unused_constants(graph: Graph) -> None:

@@ -64,5 +64,6 @@ def evaluate(
         tensors = tuple(known[value] for value in graph.inputs(node.name))
         results = evaluate_node(node, tensors, graph, keep_dtype=dtype is not None)
         for index, result in enumerate(results):
-            known[Value(node.name, index)] = result
+            stored = result if dtype is not None else result.to(node.outputs[index].dtype)
+            known[Value(node.name, index)] = stored
     return known

@@ -278,20 +278,20 @@ def _size(problem: Problem) -> gemm.Size:
     depth = per_group if by_tap else per_group * r * s
     dtype = problem.inputs[0].spec.dtype
     groups = attributes.groups
-    return gemm.Size(n * p * q, k // groups, depth, dtype, groups, gathers=not by_tap)
+    return gemm.Size(n * p * q, k // groups, depth, dtype, groups, not by_tap, taps=r * s)
 
 
 def configs(problem: Problem, target: Target) -> Iterator[Config]:
     if algorithm(problem) == "depthwise":
         return depthwise.configs(problem, target)
-    size = _size(problem)
-    return gemm.tile_configs(size.depth, size.dtype, target)
+    return gemm.tile_configs(_size(problem), target)
 
 
 def legal(problem: Problem, tile: Config, target: Target) -> str | None:
     if algorithm(problem) == "depthwise":
         return None
-    return gemm.legal_tile(problem.inputs[0].spec.dtype, tile, target)
+    size = _size(problem)
+    return gemm.legal_for_taps(tile, size.taps) or gemm.legal_tile(size.dtype, tile, target)
 
 
 def default(problem: Problem, target: Target) -> Config:

@@ -321,6 +321,16 @@ def _widths(problem: Problem) -> tuple[int, int, int]:
     return problem.inputs[0].shape[1], t.shape[1], narrow
 
 
+def _taps(problem: Problem) -> int:
+    """Taps of the first convolution's filter; 1 without one."""
+    attributes = problem.attributes
+    assert isinstance(attributes, ConvChain)
+    if attributes.front is None:
+        return 1
+    r, s = problem.inputs[attributes.slots["w1"]].shape[2:]
+    return r * s
+
+
 def configs(problem: Problem, target: Target) -> Iterator[Config]:
     """All warps lie along the rows (BLOCK_M = 16 per warp), so that t stays in registers."""
     for warps in (4, 8):
@@ -340,6 +350,8 @@ def legal(problem: Problem, tile: Config, target: Target) -> str | None:
     """Shared memory for the pipelined operands and registers for both accumulators."""
     if target.name == "interpreter":
         return None
+    if (reason := gemm.legal_for_taps(tile, _taps(problem))) is not None:
+        return reason
     _, middle_channels, narrow = _widths(problem)
     block_middle, block_narrow = power_of_two(middle_channels), power_of_two(max(narrow, 16))
     size = problem.inputs[0].spec.dtype.itemsize
@@ -360,11 +372,11 @@ def legal(problem: Problem, tile: Config, target: Target) -> str | None:
 
 
 def default(problem: Problem, target: Target) -> Config:
-    """128 pixels; the expansion in steps of 64 channels, or of 32 where registers are short; the
-    first legal configuration where that needs more shared memory than there is.
+    """16 pixels per warp; the expansion in steps of 64 channels, or of 32 where registers are
+    short; the first legal configuration where that needs more shared memory than there is.
 
-    sm_90, 3x3 64 -> 1x1 256 -> 1x1 64: 138 registers; 128 -> 512 -> 128: 161; without the 3x3
-    256 -> 1024 -> 256: 254, no spills.
+    sm_90, 3x3 64 -> 1x1 256 -> 1x1 64: 140 registers; without the 3x3 256 -> 1024 -> 256: 254, no
+    spills.
     """
     rows = problem.outputs[0].spec.numel // problem.outputs[0].shape[1]
     channels, middle_channels, narrow = _widths(problem)
@@ -374,7 +386,8 @@ def default(problem: Problem, target: Target) -> Config:
         return _tile(block_m, 256, block_k, 1, 1, 1)
     block_k = max(16, min(64, power_of_two(channels)))
     block_n = 64 if max(middle_channels, narrow) <= 64 else 32
-    tile = _tile(128, block_n, block_k, 8, 3, 1)
+    warps = gemm.MOST_WARPS_OVER_TAPS if _taps(problem) > 1 else 8
+    tile = _tile(16 * warps, block_n, block_k, warps, 3, 1)
     if legal(problem, tile, target) is None:
         return tile
     return next(configs(problem, target), tile)

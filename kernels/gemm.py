@@ -33,6 +33,7 @@ TILES_BEFORE_SM90 = (
 # fp32 by three tf32 products keeps each operand twice in registers, so the tiles are smaller.
 TILES_FP32 = ((64, 64, 4), (64, 32, 4), (32, 64, 4), (32, 32, 4), (16, 64, 4), (16, 32, 2))
 MULTIPROCESSORS = 132
+MOST_WARPS_OVER_TAPS = 4
 
 
 @triton.jit
@@ -156,27 +157,12 @@ def tiles(dtype: torch.dtype, target: Target) -> tuple[tuple[int, int, int], ...
     return TILES if target.capability >= 90 else TILES_BEFORE_SM90
 
 
-def tile_configs(depth: int, dtype: torch.dtype, target: Target) -> Iterator[Config]:
-    """The search space of a matrix product whose inner loop runs over `depth` channels."""
-    widest = 32 if dtype is torch.float32 else 64
-    for block_m, block_n, warps in tiles(dtype, target):
-        for block_k in (16, 32, 64):
-            if block_k > max(16, min(widest, power_of_two(depth))):
-                continue
-            for stages in (2, 3, 4):
-                tile = config(
-                    warps, stages, BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k, GROUP_M=8
-                )
-                if legal_tile(dtype, tile, target) is None:
-                    yield tile
-
-
 @dataclass(frozen=True)
 class Size:
     """A matrix product: rows x columns, an inner dimension, and how many of them side by side.
 
     gathers: the input rows are gathered element by element (few channels per tap), which takes
-    registers for addresses and masks.
+    registers for addresses and masks. taps: of the filter, over which the inner loop is flattened.
     """
 
     rows: int
@@ -185,6 +171,38 @@ class Size:
     dtype: torch.dtype
     groups: int = 1
     gathers: bool = False
+    taps: int = 1
+
+
+def legal_for_taps(tile: Config, taps: int) -> str | None:
+    """Why a loop flattened over filter taps may not use a configuration, or None.
+
+    Triton gave wrong results for such loops with 8 warps (pytorch issue 173068, open when this was
+    written); the interpreter cannot see it, so the choice is refused until a device has shown it
+    right.
+    """
+    if taps > 1 and tile.num_warps > MOST_WARPS_OVER_TAPS:
+        return (
+            f"{tile.num_warps} warps: a loop flattened over {taps} filter taps is known to be "
+            f"miscompiled with more than {MOST_WARPS_OVER_TAPS} (pytorch issue 173068)"
+        )
+    return None
+
+
+def tile_configs(size: Size, target: Target) -> Iterator[Config]:
+    """The search space of a matrix product."""
+    widest = 32 if size.dtype is torch.float32 else 64
+    for block_m, block_n, warps in tiles(size.dtype, target):
+        for block_k in (16, 32, 64):
+            if block_k > max(16, min(widest, power_of_two(size.depth))):
+                continue
+            for stages in (2, 3, 4):
+                tile = config(
+                    warps, stages, BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k, GROUP_M=8
+                )
+                reason = legal_for_taps(tile, size.taps) or legal_tile(size.dtype, tile, target)
+                if reason is None:
+                    yield tile
 
 
 def default_tile(size: Size, target: Target) -> Config:
@@ -203,6 +221,8 @@ def default_tile(size: Size, target: Target) -> Config:
         return waves * (block_m * block_n + 48 * (block_m + block_n) + 1024)
 
     candidates = tiles(size.dtype, target)
+    if size.taps > 1:
+        candidates = tuple(tile for tile in candidates if tile[2] <= MOST_WARPS_OVER_TAPS)
     if size.gathers:
         candidates = tuple(tile for tile in candidates if tile[0] <= 64 and tile[1] <= 64)
     block_m, block_n, warps = min(candidates, key=time)

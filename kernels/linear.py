@@ -43,8 +43,7 @@ def launches(problem: Problem, tile: Config, target: Target) -> tuple[Launch, ..
 
 
 def configs(problem: Problem, target: Target) -> Iterator[Config]:
-    size = gemm.problem_size(problem)
-    return gemm.tile_configs(size.depth, size.dtype, target)
+    return gemm.tile_configs(gemm.problem_size(problem), target)
 
 
 def legal(problem: Problem, tile: Config, target: Target) -> str | None:

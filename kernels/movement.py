@@ -155,6 +155,8 @@ def infer_slice(attributes: Slice, inputs: tuple[TensorSpec, ...]) -> tuple[Tens
 def infer_concat(attributes: Concat, inputs: tuple[TensorSpec, ...]) -> tuple[TensorSpec, ...]:
     """The inputs' shape with the joined dimension summed."""
     first, dim = inputs[0], attributes.dim
+    if not 0 <= dim < first.rank:
+        raise InvalidInputError(f"concat: {first} has no dimension {dim}")
     for spec in inputs[1:]:
         same = spec.rank == first.rank and all(
             a == b

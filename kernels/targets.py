@@ -51,7 +51,7 @@ def parse(name: str) -> Target:
         if target.name == name:
             return target
     if name != "cuda":
-        raise TargetUnavailableError(f"unknown target {name!r}; {near_names(name, NAMES)}")
+        raise TargetUnavailableError(f"unknown target {name!r}; {near_names(str(name), NAMES)}")
     capability = local_capability()
     if capability is None:
         raise TargetUnavailableError(

@@ -132,20 +132,27 @@ def check(
     Truth(module, inputs, dtype).check(result)
 
 
+_EXPORTED: dict[Any, tuple[nn.Module, Graph]] = {}
+
+
+def captured(
+    module: nn.Module, inputs: Sequence[Any], batch: tuple[int, int] | None = None
+) -> Graph:
+    """The captured graph of a module that no test changes: torch.export, which takes longer than
+    everything else about a small network, runs once. The graph is the caller's own."""
+    leaves = pytree.tree_leaves(tuple(inputs))
+    described = ((getattr(x, "shape", x), getattr(x, "dtype", None)) for x in leaves)
+    key = id(module), batch, tuple(described)
+    if key not in _EXPORTED:
+        _EXPORTED[key] = module, capture(module, inputs, batch)
+    return _EXPORTED[key][1].copy()
+
+
 @contextmanager
 def exporting_once() -> Iterator[None]:
-    """Inside the block a module is captured once per range of batches, however often it is
-    compiled: torch.export takes longer than everything else about a small network."""
-    known: dict[Any, Graph] = {}
-
-    def capture_once(module: nn.Module, example: Any, batch: Any = None) -> Graph:
-        key = id(module), batch
-        if key not in known:
-            known[key] = capture(module, example, batch)
-        return known[key].copy()
-
+    """Inside the block `convloom.compile`, too, captures each module once."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(api, "capture", capture_once)
+        patch.setattr(api, "capture", captured)
         yield
 
 

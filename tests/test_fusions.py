@@ -22,7 +22,7 @@ from convloom.compiler.fusions import BINARY, HEAVY, UNARY
 from convloom.compiler.ir import OUTPUT, Graph, NoAttributes, Node, Value
 from convloom.compiler.ledger import Event, Ledger
 from convloom.compiler.passes import PASSES, Pass, fuse_epilogues, sink_prologues
-from convloom.compiler.pattern import Rule, always, apply_rules, leak, match
+from convloom.compiler.pattern import NearMiss, Rule, always, apply_rules, leak, match
 from convloom.compiler.verify import verify
 from convloom.kernels.conv2d import Conv2d
 from convloom.kernels.pointwise import Pointwise
@@ -93,7 +93,7 @@ def owners() -> dict[int, Pass]:
 
 def before(rule: Rule, made: Made) -> Graph:
     """The graph of a module as it is when the rule's pass begins."""
-    graph = capture(*made)
+    graph = nets.captured(*made)
     for step in PASSES[: PASSES.index(owners()[id(rule)])]:
         graph = step.run(graph, Ledger())
     verify(graph)
@@ -169,12 +169,14 @@ def test_kernels_agree_with_and_without(rule: Rule) -> None:
     (module, inputs), _ = example_of(rule)
     last = PASSES.index(owners()[id(rule)])
     names = tuple(step.name for step in PASSES[: last + 1])
-    with_rule = convloom.compile(module, inputs, target="interpreter", passes=names)
-    without = convloom.compile(module, inputs, target="interpreter", passes="none")
+    with nets.exporting_once():
+        with_rule = convloom.compile(module, inputs, target="interpreter", passes=names)
+        without = convloom.compile(module, inputs, target="interpreter", passes="none")
     assert any(e.rule == rule.name and e.accepted for e in with_rule.ledger.events)
     assert len(with_rule.kernels) <= len(without.kernels)
-    nets.check(with_rule(*inputs), module, inputs)
-    nets.check(without(*inputs), module, inputs)
+    truth = nets.Truth(module, inputs)
+    truth.check(with_rule(*inputs))
+    truth.check(without(*inputs))
 
 
 @by_rule
@@ -212,7 +214,7 @@ def inner_nodes(rule: Rule, graph: Graph) -> list[str]:
 @pytest.mark.parametrize(("rule", "at"), NEAR_MISSES)
 def test_near_misses_are_refused_for_the_stated_reason(rule: Rule, at: int) -> None:
     miss = rule.near_misses[at]
-    graph = before(rule, miss.make())
+    graph = before(rule, made_of(miss))
     after, accepted, refused = applied(graph, rule)
     assert not accepted and text.to_text(after) == text.to_text(graph)
     assert any(miss.reason in event.reason for event in refused), refused
@@ -221,8 +223,15 @@ def test_near_misses_are_refused_for_the_stated_reason(rule: Rule, at: int) -> N
 @pytest.mark.interpreter
 @pytest.mark.parametrize(("rule", "at"), NEAR_MISSES)
 def test_near_misses_still_compute_the_right_thing(rule: Rule, at: int) -> None:
-    module, inputs = rule.near_misses[at].make()
-    nets.check(convloom.compile(module, inputs, target="interpreter")(*inputs), module, inputs)
+    module, inputs = made_of(rule.near_misses[at])
+    with nets.exporting_once():
+        exe = convloom.compile(module, inputs, target="interpreter")
+    nets.check(exe(*inputs), module, inputs)
+
+
+@cache
+def made_of(miss: NearMiss) -> Made:
+    return miss.make()
 
 
 def test_refusals_are_recorded_once() -> None:

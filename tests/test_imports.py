@@ -10,6 +10,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 ROOMS = ("kernels", "compiler", "zoo", "cli", "benchmarks")
+USERS = ("tests", "benchmarks")
+"""Rooms that use convloom as everybody does."""
 
 # What of convloom each room may import, besides itself; "" is the facade.
 ALLOWED = {
@@ -105,7 +107,11 @@ def test_imports_run_one_way(path: Path) -> None:
             assert top in STANDARD_LIBRARY or top in known, f"{room} imports {top}"
 
 
-@pytest.mark.parametrize("path", sources(), ids=_ids)
+package = [path for path in sources() if room_of(path) not in USERS]
+users = sorted(path for room in USERS for path in (ROOT / room).glob("*.py"))
+
+
+@pytest.mark.parametrize("path", package, ids=_ids)
 def test_the_package_imports_itself_relatively(path: Path) -> None:
     for node in ast.walk(ast.parse(path.read_text())):
         names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
@@ -114,14 +120,14 @@ def test_the_package_imports_itself_relatively(path: Path) -> None:
         assert not [name for name in names if name.partition(".")[0] == "convloom"]
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "tests").glob("*.py")), ids=_ids)
-def test_tests_import_the_package_absolutely(path: Path) -> None:
-    """As users do; only what lies in tests/ itself is found relatively."""
+@pytest.mark.parametrize("path", users, ids=_ids)
+def test_users_import_the_package_absolutely(path: Path) -> None:
+    """Only what lies beside the file itself is found relatively."""
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.ImportFrom) and node.level:
-            assert node.level == 1, f"line {node.lineno} climbs out of tests/"
+            assert node.level == 1, f"line {node.lineno} climbs out of {path.parent.name}/"
             beside = [node.module] if node.module else [alias.name for alias in node.names]
-            assert all((ROOT / "tests" / f"{name}.py").exists() for name in beside)
+            assert all((path.parent / f"{name}.py").exists() for name in beside)
 
 
 def test_the_reader_of_imports_sees_every_form() -> None:

@@ -16,7 +16,7 @@ from convloom.cli import main as cli
 
 ROOT = Path(__file__).resolve().parent.parent
 ROOMS = ("kernels", "compiler", "zoo", "cli", "benchmarks")
-COLUMNS, FILE_LINES, FUNCTION_LINES = 100, 500, 80
+COLUMNS, FILE_LINES, TEST_FILE_LINES, FUNCTION_LINES = 100, 500, 600, 80
 LONGER_FILES = {
     "kernels/pool.py": 560,  # three ops over one kernel
 }
@@ -58,7 +58,7 @@ def test_pyproject_ships_the_data_on_disk(project: dict[str, object]) -> None:
         shipped |= {path for pattern in patterns for path in folder.glob(pattern)}
     data = {
         path
-        for room in ROOMS
+        for room in set(ROOMS) - {"benchmarks"}  # whose results stay in the repository
         for path in (ROOT / room).rglob("*")
         if path.is_file() and path.suffix not in (".py", ".pyc")
     }
@@ -77,7 +77,9 @@ def test_lines_are_short(path: Path) -> None:
 
 @every_file
 def test_files_are_short(path: Path) -> None:
-    allowed = LONGER_FILES.get(str(path.relative_to(ROOT)), FILE_LINES)
+    is_test = path.parent.name == "tests"
+    usual = TEST_FILE_LINES if is_test else FILE_LINES
+    allowed = LONGER_FILES.get(str(path.relative_to(ROOT)), usual)
     assert len(path.read_text().splitlines()) <= allowed
 
 

@@ -87,8 +87,10 @@ def select(passes: str | tuple[str, ...]) -> tuple[Pass, ...]:
     """
     if passes == "default":
         return PASSES
+    if not isinstance(passes, (str, tuple, list)):
+        raise InvalidInputError(f"passes: expected 'default', 'none' or names, got {passes!r}")
     wanted = () if passes == "none" else (passes,) if isinstance(passes, str) else tuple(passes)
-    for name in wanted:
+    for name in map(str, wanted):
         if name not in NAMES:
             raise InvalidInputError(
                 f"passes: unknown pass {name!r}; {near_names(name, (*NAMES, 'default', 'none'))}"
