@@ -97,8 +97,15 @@ def test_the_table_is_the_first_part_of_the_zoo() -> None:
 
 
 @pytest.mark.interpreter
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("name", ["lenet5", "googlenet", "resnet50"])
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [
+        ("lenet5", torch.float16),
+        ("lenet5", torch.bfloat16),
+        ("googlenet", torch.bfloat16),
+        ("resnet50", torch.float16),
+    ],
+)
 def test_network_in_half_precision(name: str, dtype: torch.dtype) -> None:
     x = image_of(name, SIDES[name])
     with nets.exporting_once():
@@ -109,13 +116,13 @@ def test_network_in_half_precision(name: str, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.interpreter
-@pytest.mark.parametrize("name", ["lenet5", "vgg_a_lrn", "googlenet", "resnet18"])
+@pytest.mark.parametrize("name", ["lenet5", "resnet18"])
 def test_network_with_a_dynamic_batch(name: str) -> None:
     side = 32 if name == "resnet18" else SIDES[name]
     exe = convloom.compile(
-        small(name), (image_of(name, side),), target="interpreter", dynamic_batch=(1, 3)
+        small(name), (image_of(name, side),), target="interpreter", dynamic_batch=(1, 2)
     )
-    for batch in (3, 1):
+    for batch in (2, 1):
         x = image_of(name, side, batch)
         nets.check(exe(x), small(name), (x,))
 

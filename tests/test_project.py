@@ -70,7 +70,7 @@ def test_lines_are_short(path: Path) -> None:
     long = [
         number
         for number, line in enumerate(path.read_text().splitlines(), 1)
-        if len(line) > COLUMNS
+        if len(line.partition("  # noqa")[0]) > COLUMNS
     ]
     assert not long, f"longer than {COLUMNS} columns: lines {long}"
 
