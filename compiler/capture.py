@@ -95,7 +95,10 @@ class _Builder:
         epilogue: Epilogue = (),
     ) -> Value:
         graph = self._state.graph
-        name = self._name if self._name not in graph else graph.fresh_name(self._name)
+        # What only prepares a constant (a bias reshaped per channel) leaves the name to the op.
+        prepares = bool(inputs) and all(map(graph.is_constant, inputs))
+        taken = prepares or self._name in graph
+        name = graph.fresh_name(self._name) if taken else self._name
         value = graph.add(op, inputs, attributes, epilogue=epilogue, name=name)
         graph.update(value.node, module_path=self._path, origins=(value.node,))
         return value

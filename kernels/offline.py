@@ -134,6 +134,13 @@ def _source(wanted: CompileRequest) -> ASTSource:
 def _cache() -> Iterator[Path]:
     """Triton's cache inside ours, for the duration of the block."""
     root = settings.read().cache_dir
+    try:
+        (root / "triton").mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise KernelError(
+            f"the cache folder {root} cannot be written: {error.strerror}. Set CONVLOOM_CACHE_DIR "
+            "to a folder that can"
+        ) from error
     previous = triton.knobs.cache.dir
     triton.knobs.cache.dir = str(root / "triton")
     try:

@@ -13,6 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from convloom.compiler.executable import Executable
+from convloom.compiler.plan import KernelStep
 from convloom.errors import InvalidInputError, KernelError, TargetUnavailableError
 from convloom.kernels.spec import FLOAT_DTYPES
 from torch import nn
@@ -309,6 +310,26 @@ def test_kernels_show_their_source() -> None:
     assert set(second.ops) > {second.step.name}, "it stands for several captured nodes"
     names = [kernel.name for kernel in exe.kernels]
     assert len(set(names)) == len(names)
+
+
+@pytest.mark.parametrize(("precision", "exact"), [("ieee", True), ("tf32", False)])
+def test_precision_reaches_the_kernels(precision: str, exact: bool) -> None:
+    exe, _ = compiled("reference", precision=precision)
+    (conv,) = (k for k in exe.kernels if (k.module_path, k.step.op) == ("conv2", "conv2d"))
+    used = conv.launch.constexprs["PRECISION"]
+    assert (used in ("ieee", "tf32x3")) is exact and f"PRECISION={used}" in conv.source()
+
+
+@pytest.mark.interpreter
+def test_heuristic_tuning_is_the_default_without_records() -> None:
+    exe, (_, inputs) = compiled()
+    other, _ = compiled(tuning="heuristic")
+    assert [step.config for step in kernel_steps(exe)] == [s.config for s in kernel_steps(other)]
+    assert same(exe(*inputs), other(*inputs))
+
+
+def kernel_steps(exe: Executable) -> list[KernelStep]:
+    return [step for step in exe.plan.steps if isinstance(step, KernelStep)]
 
 
 def test_an_unknown_kernel_is_refused_with_near_names() -> None:

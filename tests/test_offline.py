@@ -268,3 +268,13 @@ def test_eight_warps_are_refused_over_filter_taps(name: str, target: Target) -> 
     assert tiles and all(tile.num_warps <= 4 for tile in tiles)
     bad = replace(tiles[0], num_warps=8)
     assert "issue 173068" in str(definition.legal(problem, bad, target))
+
+
+def test_an_unwritable_cache_folder_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_text("not a folder")
+    monkeypatch.setenv("CONVLOOM_CACHE_DIR", str(tmp_path / "file" / "cache"))
+    (_, wanted), *_ = launch_requests(PRODUCTS["linear 4096"], targets.parse("cuda:sm_90"))
+    with pytest.raises(KernelError, match=r"cannot be written: .*Set CONVLOOM_CACHE_DIR"):
+        offline.compile_request(wanted)

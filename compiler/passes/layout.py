@@ -61,13 +61,15 @@ def _can_store_as(graph: Graph, value: Value) -> bool:
     return node.is_compute and single and node.spec.rank != 4 and node.definition.takes_epilogue
 
 
-def _convert_readers(graph: Graph, value: Value, attributes: Relayout) -> Value:
-    readers = graph.uses(value)
+def _convert_readers(graph: Graph, value: Value, attributes: Relayout) -> None:
+    """Converts an input for all who compute with it; returned as it is, it stays as it is."""
+    readers = [(reader, slot) for reader, slot in graph.uses(value) if reader != OUTPUT]
+    if not readers:
+        return
     converted = graph.add("relayout", (value,), attributes)
     for reader, slot in readers:
         graph.net.remove_edge(value.node, reader, key=slot)
         graph.net.add_edge(converted.node, reader, key=slot, index=converted.index)
-    return converted
 
 
 def choose_layout(graph: Graph, ledger: Ledger) -> Graph:
