@@ -158,3 +158,18 @@ def test_network_as_published(name: str) -> None:
     module, x = nets.randomise(zoo.build(name)), image_of(name, None)
     exe = convloom.compile(module, (x,), target="interpreter")
     check(exe, name, module, x)
+
+
+OTHERS = [name for name in zoo.names() if name not in SIDES and name not in ("unet", "fcn_resnet50")]
+"""The rest of the zoo, but for the two whose upsampling has no kernel."""
+
+
+@pytest.mark.slow
+@pytest.mark.interpreter
+@pytest.mark.parametrize("name", OTHERS)
+def test_the_rest_of_the_zoo(name: str) -> None:
+    module = nets.randomise(zoo.build(name, num_classes=10))
+    x = image_of(name, min(zoo.entry(name).input_shape[1], 96))
+    exe = convloom.compile(module, (x,), target="interpreter")
+    nets.check(exe(x), module, (x,))
+    assert exe.summary["torch_fallbacks"] == 0
