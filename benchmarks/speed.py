@@ -95,7 +95,7 @@ def capture_beyond_export(name: str) -> float:
 def cross_compile(cache: str) -> float:
     """ResNet-50, fp16, batch 8, in a fresh process, beyond torch.export."""
     with tempfile.TemporaryDirectory() as folder:
-        # A file, not a string: worker processes must be able to import the main module.
+        # In a file, as a user's script would be.
         script = Path(folder) / "cross_compile.py"
         script.write_text(CROSS_COMPILE)
         environment = {**os.environ, "CONVLOOM_CACHE_DIR": cache}
