@@ -160,7 +160,8 @@ def test_network_as_published(name: str) -> None:
     check(exe, name, module, x)
 
 
-OTHERS = [name for name in zoo.names() if name not in SIDES and name not in ("unet", "fcn_resnet50")]
+UPSAMPLING = ("unet", "fcn_resnet50")
+OTHERS = [name for name in zoo.names() if name not in (*SIDES, *UPSAMPLING)]
 """The rest of the zoo, but for the two whose upsampling has no kernel."""
 
 
