@@ -169,7 +169,8 @@ OTHERS = [name for name in zoo.names() if name not in (*SIDES, *UPSAMPLING)]
 @pytest.mark.interpreter
 @pytest.mark.parametrize("name", OTHERS)
 def test_the_rest_of_the_zoo(name: str) -> None:
-    module = nets.randomise(zoo.build(name, num_classes=10))
+    # Seed 0 draws an EfficientNet-B0 that magnifies rounding ten thousand times, in eager too.
+    module = nets.randomise(zoo.build(name, num_classes=10), seed=1)
     x = image_of(name, min(zoo.entry(name).input_shape[1], 96))
     exe = convloom.compile(module, (x,), target="interpreter")
     nets.check(exe(x), module, (x,))

@@ -49,7 +49,7 @@ class RandomNet(nn.Module):
         self.results = [last, *others]
         c, h, w = self.shapes[last]
         self.flat = self.random.random() < 0.5
-        self.head = nn.Linear(c * h * w if self.flat else c, self.random.choice((1, 5, 10)))
+        self.head = nn.Linear(c * h * w if self.flat else c, self.random.choice((5, 8, 10)))
 
     def _odd(self) -> int:
         return self.random.choice((4, 5, 7, 8, 11))
