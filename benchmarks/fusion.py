@@ -32,7 +32,7 @@ MODELS = (
 )  # fmt: skip
 BATCHES = (1, 32, 256)
 EPILOGUES = tuple(
-    name for name in NAMES if name not in ("merge_siblings", "fuse_bottlenecks", "sink_prologues")
+    name for name in NAMES if name not in ("merge_siblings", "choose_partition", "sink_prologues")
 )
 LEVELS: dict[str, str | tuple[str, ...]] = {
     "unfused": "none",

@@ -204,6 +204,7 @@ EPILOGUE_RULES = (
         append_stage,
         _unary_example,
         _same_output,
+        label="epilogue",
     ),
     Rule(
         "f(heavy(x), literal) => heavy(x, epilogue=[f literal])",
@@ -211,6 +212,7 @@ EPILOGUE_RULES = (
         append_stage,
         _literal_example,
         _literal_only,
+        label="epilogue",
     ),
     Rule(
         "f(heavy(x), r) => heavy(x, epilogue=[f r])",
@@ -219,6 +221,7 @@ EPILOGUE_RULES = (
         _residual_example,
         _same_output,
         (ENLARGES,),
+        label="epilogue",
     ),
     Rule(
         "f(r, heavy(x)) => heavy(x, epilogue=[reversed f r])",
@@ -226,6 +229,7 @@ EPILOGUE_RULES = (
         append_reversed_stage,
         _reversed_example,
         _same_output,
+        label="epilogue",
     ),
     Rule(
         "f(op(x)) => op(x, epilogue=[f])",
@@ -233,6 +237,7 @@ EPILOGUE_RULES = (
         append_stage,
         _activation_example,
         _same_output,
+        label="epilogue",
     ),
     Rule(
         "f(op(x), literal) => op(x, epilogue=[f literal])",
@@ -240,6 +245,7 @@ EPILOGUE_RULES = (
         append_stage,
         lambda: example(lambda m, x: torch.exp(x) * 2.0, IMAGE),
         _literal_only,
+        label="epilogue",
     ),
     Rule(
         "f(op(x), r) => op(x, epilogue=[f r])",
@@ -247,6 +253,7 @@ EPILOGUE_RULES = (
         append_stage,
         _pointwise_example,
         _same_output,
+        label="epilogue",
     ),
     Rule(
         "f(r, op(x)) => op(x, epilogue=[reversed f r])",
@@ -254,6 +261,7 @@ EPILOGUE_RULES = (
         append_reversed_stage,
         _pointwise_reversed_example,
         _same_output,
+        label="epilogue",
     ),
 )
 
@@ -321,6 +329,7 @@ FLATTEN_RULES = (
             NearMiss(_flattened_input, "a view already"),
             NearMiss(_shared_weight, "is shared"),
         ),
+        label="flatten",
     ),
 )
 PROLOGUE_RULES = (
@@ -340,6 +349,7 @@ PROLOGUE_RULES = (
             NearMiss(_grouped, "grouped"),
             NearMiss(_not_channelwise, "per channel"),
         ),
+        label="prologue",
     ),
 )
 

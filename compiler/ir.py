@@ -81,10 +81,15 @@ class NoAttributes(Attributes):
 
 @dataclass(frozen=True)
 class Goal:
-    """The machine the graph will run on and the dtype it will compute in (None: as captured)."""
+    """The machine the graph will run on and the dtype it will compute in (None: as captured).
+
+    force, forbid: fusions the user insists on or declines (`wishes.py`).
+    """
 
     target: Target
     dtype: torch.dtype | None = None
+    force: tuple[str, ...] = ()
+    forbid: tuple[str, ...] = ()
 
 
 @dataclass

@@ -7,7 +7,9 @@ matcher's duty: a match whose inner result is read elsewhere, or returned, is a 
 reason.
 
 A `Rule` is one fusion: an equation as its name, a pattern, a guard that returns a reason when it
-refuses, a rewrite, and examples from which the generic tests are made.
+refuses, a rewrite, and examples from which the generic tests are made. A rule that puts one node
+in the place of several heavy ones gives a `build` instead of a rewrite: whether the new kernel fits
+the machine and pays is then asked for it.
 """
 
 from __future__ import annotations
@@ -16,7 +18,11 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import networkx as nx
+
+from ..kernels.epilogue import Epilogue
 from ..kernels.op import Attributes
+from . import estimate, wishes
 from .ir import TORCH, Graph, Node, Value
 from .ledger import Ledger
 
@@ -177,6 +183,26 @@ def _match_value(graph: Graph, value: Value, pattern: Any, found: Match) -> Iter
 
 Guard = Callable[[Graph, Match], str | None]
 Rewrite = Callable[[Graph, Match], Value]
+Example = Callable[[], tuple[Any, tuple[Any, ...]]]
+
+
+@dataclass(frozen=True)
+class Fused:
+    """The one node that is to stand for a match.
+
+    inputs: the op's own inputs; operands: the tensors its epilogue reads; results: which of its
+    outputs stands for each consumed node whose result is still needed.
+    """
+
+    op: str
+    attributes: Attributes
+    inputs: tuple[Value, ...]
+    results: dict[str, int]
+    epilogue: Epilogue = ()
+    operands: tuple[Value, ...] = ()
+
+
+Build = Callable[[Graph, Match], Fused]
 
 
 def always(graph: Graph, found: Match) -> str | None:
@@ -188,7 +214,7 @@ def always(graph: Graph, found: Match) -> str | None:
 class NearMiss:
     """A module on which a rule must refuse, and a part of the reason it must give."""
 
-    make: Callable[[], tuple[Any, tuple[Any, ...]]]
+    make: Example
     reason: str
 
 
@@ -197,15 +223,57 @@ class Rule:
     """One declarative fusion.
 
     name: the equation; rewrite: builds the replacement and returns the value that stands for the
-    root's first output; example: a module and inputs on which the rule fires.
+    root's first output; example: a module and inputs on which the rule fires; guard: what the
+    kernels cannot express; label: the short name by which users force or forbid the rule, empty
+    where it fuses nothing; build: instead of a rewrite, the node that is to stand for the whole
+    match.
     """
 
     name: str
     pattern: Call
-    rewrite: Rewrite
-    example: Callable[[], tuple[Any, tuple[Any, ...]]]
+    rewrite: Rewrite | None = None
+    example: Example = lambda: (None, ())
     guard: Guard = always
     near_misses: tuple[NearMiss, ...] = ()
+    label: str = field(kw_only=True, default="")
+    build: Build | None = field(kw_only=True, default=None)
+
+    def apply(self, graph: Graph, found: Match) -> Value:
+        """Rewrites the match; returns the value that stands for the root's first output."""
+        if self.build is not None:
+            return replace_by(graph, found, self.build(graph, found), self.name)
+        assert self.rewrite is not None, self.name
+        return self.rewrite(graph, found)
+
+    def refusal(self, graph: Graph, found: Match) -> str | None:
+        """Why the match cannot be rewritten (whether it pays is another question), or None."""
+        if (reason := leak(graph, found) or self.guard(graph, found)) is not None:
+            return reason
+        if self.build is None:
+            return None
+        fused = self.build(graph, found)
+        if (reason := _cycle(graph, found, fused)) is not None:
+            return reason
+        return estimate.misfit(graph, fused)
+
+
+def _cycle(graph: Graph, found: Match, fused: Fused) -> str | None:
+    """A fused node may not read what is computed from one of its own results."""
+    if not found.kept:
+        return None
+    names = {node.name for node in found.consumed}
+    later = set().union(*(nx.descendants(graph.net, name) for name in found.kept)) - names
+    for value in (*fused.inputs, *fused.operands):
+        if value.node in later:
+            return f"{value} is computed from a result of the fused kernel"
+    return None
+
+
+def bytes_saved(found: Match) -> int:
+    """Of the inner tensors: no longer written and read; a kept one is still written."""
+    return sum(
+        inner.spec.size_bytes * (1 if inner.name in found.kept else 2) for inner in found.inner
+    )
 
 
 def apply_rules(graph: Graph, rules: tuple[Rule, ...], ledger: Ledger) -> Graph:
@@ -229,19 +297,32 @@ def _try_rules(
         found = match(graph, node, rule.pattern)
         if found is None:
             continue
-        reason = leak(graph, found) or rule.guard(graph, found)
+        wish = wishes.of(graph.goal, rule.label, found.consumed)
+        reason = wish.refusal or rule.refusal(graph, found)
         if reason is not None:
             ledger.refuse(rule.name, found.consumed, reason)
             continue
-        # A kept result is still written; only its reading is saved.
-        saved = sum(
-            inner.spec.size_bytes * (1 if inner.name in found.kept else 2) for inner in found.inner
-        )
-        consumed = found.consumed
-        value = rule.rewrite(graph, found)
+        saved, consumed = bytes_saved(found), found.consumed
+        value = rule.apply(graph, found)
         ledger.accept(rule.name, consumed, value.node, saved)
         return value.node
     return None
+
+
+def replace_by(graph: Graph, found: Match, fused: Fused, rule: str) -> Value:
+    """Puts the fused node in the place of the match."""
+    made = graph.add(
+        fused.op,
+        (*fused.inputs, *fused.operands),
+        fused.attributes,
+        epilogue=fused.epilogue,
+        like=found.consumed,
+        rule=rule,
+    )
+    for name, index in fused.results.items():
+        graph.redirect(Value(name), Value(made.node, index))
+    graph.remove(node.name for node in reversed(found.consumed))
+    return Value(made.node, fused.results[found.root.name])
 
 
 def absorb(

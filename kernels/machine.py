@@ -18,28 +18,37 @@ from .targets import Target, parse
 class Machine:
     """One GPU.
 
-    tensor_tflops: dense half-precision products; memory_gbps: DRAM; launch_us: what one dependent
-    kernel adds inside a CUDA graph (assumed); start_us: filling and draining one tile (assumed).
+    tensor_tflops: dense half-precision products; memory_gbps: DRAM; cache_gbps: L2, all
+    multiprocessors together; cache_mb: its size; clock_ghz: under load; launch_us: what one
+    dependent kernel adds inside a CUDA graph; start_us: filling and draining one tile.
     """
 
     name: str
     multiprocessors: int
     tensor_tflops: float
     memory_gbps: float
+    cache_gbps: float
+    cache_mb: float
+    clock_ghz: float
     launch_us: float = 2.0
     start_us: float = 0.6
 
 
-# Vendor specifications, except for the H200's memory and tensor rate, which are what a copy and a
-# large matrix product reached in published measurements; launch_us and start_us are assumptions.
+# Multiprocessors, cache sizes and clocks are the vendors' specifications, and so are the tensor and
+# memory rates but the H200's, which are what a copy and a large matrix product reached in published
+# measurements. Assumed, until a device has been measured: cache_gbps, launch_us, start_us.
 MACHINES = {
-    80: Machine("A100", 108, 280.0, 1_800.0),
-    86: Machine("A40", 84, 130.0, 600.0),
-    89: Machine("L40S", 142, 330.0, 780.0),
-    90: Machine("H200", 132, 790.0, 4_300.0),
-    100: Machine("B200", 148, 1_900.0, 7_000.0),
+    80: Machine("A100", 108, 280.0, 1_800.0, 4_000.0, 40.0, 1.41),
+    86: Machine("A40", 84, 130.0, 600.0, 2_500.0, 6.0, 1.74),
+    89: Machine("L40S", 142, 330.0, 780.0, 4_500.0, 96.0, 2.52),
+    90: Machine("H200", 132, 790.0, 4_300.0, 5_500.0, 50.0, 1.755),
+    100: Machine("B200", 148, 1_900.0, 7_000.0, 9_000.0, 126.0, 1.9),
 }
 DEFAULT = MACHINES[90]
+LANES = 128
+"""Thread instructions that one multiprocessor issues per cycle."""
+RESIDENT = 0.25
+"""The part of the L2 cache in which a tensor surely survives until the next kernel reads it."""
 # fp32 by three tf32 products runs at a sixth of the half-precision rate, plain tf32 at a half.
 RATE = {torch.float16: 1.0, torch.bfloat16: 1.0, torch.float32: 1.0 / 6.0}
 
@@ -50,13 +59,38 @@ def machine_for(target: Target) -> Machine:
 
 
 def launch_time_us(machine: Machine, launch: Launch, flops: int, dtype: torch.dtype) -> float:
-    """Time of a launch if its memory traffic were free: whole waves of tiles, padding included."""
+    """Time of a launch if DRAM were free: whole waves of tiles, padding included.
+
+    A tile takes as long as the slowest of its matrix products, its traffic with the L2 cache and
+    its other instructions.
+    """
     programs = launch.grid_at(launch.batch or 1)[0]
     rows = max(launch.rows, 1)
     padded = -(-rows // launch.block_rows) * launch.block_rows / rows
     rate = machine.tensor_tflops * 1e6 * RATE[dtype] / machine.multiprocessors
+    products_us = flops * padded / programs / rate
+    cache_us = launch.l2_bytes * machine.multiprocessors / (machine.cache_gbps * 1e3)
+    issue_us = launch.instructions / (LANES * machine.clock_ghz * 1e3)
     waves = -(-programs // machine.multiprocessors)
-    return waves * (flops * padded / programs / rate + machine.start_us)
+    return waves * (max(products_us, cache_us, issue_us) + machine.start_us)
+
+
+def memory_time_us(machine: Machine, problem: Problem, moved_bytes: int) -> float:
+    """Time to move a problem's tensors once; those that stay in the L2 cache move at its speed.
+
+    moved_bytes: what the op really moves of them (a slice reads only a part).
+    """
+    everything = (
+        *problem.inputs, *problem.outputs, *problem.operands, *problem.prologue_operands,
+    )  # fmt: skip
+    near = far = 0
+    for operand in everything:
+        if operand.spec.size_bytes <= RESIDENT * machine.cache_mb * 1e6:
+            near += operand.spec.size_bytes
+        else:
+            far += operand.spec.size_bytes
+    share = moved_bytes / max(near + far, 1)
+    return share * (near / machine.cache_gbps + far / machine.memory_gbps) * 1e-3
 
 
 def modelled_time_us(op: Op, problem: Problem, target: Target) -> float:
@@ -67,7 +101,5 @@ def modelled_time_us(op: Op, problem: Problem, target: Target) -> float:
     cost = op.cost(problem)
     dtype = problem.inputs[0].spec.dtype
     compute = sum(launch_time_us(machine, x, cost.flops // len(launches), dtype) for x in launches)
-    memory = cost.size_bytes / machine.memory_gbps * 1e-3
+    memory = memory_time_us(machine, problem, cost.size_bytes)
     return max(compute, memory) + machine.launch_us * len(launches)
-
-

@@ -118,6 +118,9 @@ class Launch:
     `ceil(m / block_rows) * columns` programs in one dimension.
 
     rows: `m` at the largest batch; it scales with the batch when `batch` is not None.
+    l2_bytes, instructions: for the cost model, of one program: what it moves between the L2 cache
+    and its multiprocessor beyond writing its results, re-reads included; instructions of all its
+    threads beside matrix products and their operand loads.
     """
 
     kernel: Any
@@ -130,6 +133,8 @@ class Launch:
     batch: int | None = None
     num_warps: int = 4
     num_stages: int = 1
+    l2_bytes: int = 0
+    instructions: int = 0
 
     def m_at(self, batch: int) -> int:
         """The number of rows when the batch is `batch`."""

@@ -16,13 +16,13 @@ import convloom
 import convloom.compiler
 import pytest
 import torch
-from convloom.compiler import fusions, text
+from convloom.compiler import fusions, partition, text
 from convloom.compiler.capture import capture
 from convloom.compiler.fusions import BINARY, HEAVY, UNARY
 from convloom.compiler.ir import OUTPUT, Graph, NoAttributes, Node, Value
 from convloom.compiler.ledger import Event, Ledger
 from convloom.compiler.passes import PASSES, Pass, fuse_epilogues, sink_prologues
-from convloom.compiler.pattern import NearMiss, Rule, always, apply_rules, leak, match
+from convloom.compiler.pattern import NearMiss, Rule, always, apply_rules, match
 from convloom.compiler.verify import verify
 from convloom.kernels.conv2d import Conv2d
 from convloom.kernels.pointwise import Pointwise
@@ -64,7 +64,7 @@ RELAYS = {rule.name for rule in fusions.FLATTEN_RULES}
 
 @dataclass
 class Recorder:
-    """Stands in for `apply_rules` and notes which rules a pass tries."""
+    """Stands in for what applies rules and notes which ones a pass tries."""
 
     rules: list[Rule] = field(default_factory=list)
 
@@ -81,11 +81,11 @@ def owners() -> dict[int, Pass]:
     found = {}
     for step in PASSES:
         module = importlib.import_module(step.run.__module__)
-        if "apply_rules" not in vars(module):
-            continue
         recorder = Recorder()
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(module, "apply_rules", recorder)
+            patch.setattr(partition, "choose", recorder)
+            if "apply_rules" in vars(module):
+                patch.setattr(module, "apply_rules", recorder)
             step.run(empty.copy(), Ledger())
         found |= {id(rule): step for rule in recorder.rules}
     return found
@@ -206,7 +206,7 @@ def inner_nodes(rule: Rule, graph: Graph) -> list[str]:
     """The nodes whose results the first accepted match makes disappear."""
     for node in graph.nodes():
         found = match(graph, node, rule.pattern)
-        if found is not None and not leak(graph, found) and rule.guard(graph, found) is None:
+        if found is not None and rule.refusal(graph, found) is None:
             return [inner.name for inner in found.inner if inner.name not in found.kept]
     raise AssertionError("the rule matches nothing")
 

@@ -199,7 +199,7 @@ CASES: dict[str, Callable[[], Made]] = {
     "fuse_epilogues": residual_block,
     "sink_prologues": preactivation,
     "merge_siblings": siblings,
-    "fuse_bottlenecks": bottlenecks,
+    "choose_partition": bottlenecks,
     "flatten_in_memory_order": classifier,
     "choose_layout": mixed_layouts,
 }

@@ -16,7 +16,6 @@ from ..ir import Graph
 from ..ledger import Ledger
 from ..pattern import apply_rules
 from ..verify import verify
-from .bottlenecks import fuse_bottlenecks
 from .clean import (
     drop_identities,
     eliminate_common_subexpressions,
@@ -24,6 +23,7 @@ from .clean import (
     fold_constants,
 )
 from .fold_batch_norm import fold_batch_norm, lower_batch_norm
+from .fuse import choose_partition
 from .layout import choose_dtype, choose_layout
 from .recognise import recognise_composites
 from .siblings import merge_siblings
@@ -73,7 +73,7 @@ PASSES: tuple[Pass, ...] = (
     _pass(fuse_epilogues, "the main fusion: whole pointwise chains into their producers"),
     _pass(sink_prologues, "after epilogues: a chain goes to its producer when it can"),
     _pass(merge_siblings, "after epilogues: siblings must end alike to share one"),
-    _pass(fuse_bottlenecks, "after epilogues: residual and activation ride on the expansion"),
+    _pass(choose_partition, "after epilogues: residual and activation ride on the expansion"),
     _pass(flatten_in_memory_order, "before layouts: removes the only transposition of most nets"),
     _pass(choose_layout, "last: fusion does not look at memory, kernels do", required=True),
 )

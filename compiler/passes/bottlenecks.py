@@ -7,22 +7,17 @@ for the 3x3 to keep all of them in one tile, the expansion and the next reductio
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import nn
 
-from ...kernels import machine, registry, targets
 from ...kernels.conv2d import Conv2d
 from ...kernels.conv_chain import ConvChain
-from ...kernels.op import Attributes, Problem
-from ...kernels.spec import Layout, Operand, TensorSpec
-from ...kernels.targets import Target
+from .. import estimate
 from ..fusions import example
 from ..ir import Graph, Node, Value
-from ..ledger import Ledger
-from ..pattern import Call, Match, NearMiss, Rule, Var, apply_rules
+from ..pattern import Call, Fused, Match, NearMiss, Rule, Var
 
 LARGEST = 256
 LARGEST_WITH_FRONT = 128
@@ -66,71 +61,24 @@ def _shape_reason(graph: Graph, found: Match) -> str | None:
 def _guard(graph: Graph, found: Match) -> str | None:
     if (reason := _shape_reason(graph, found)) is not None:
         return reason
-    goal = graph.goal
-    dtype = (goal.dtype if goal else None) or found.root.spec.dtype
-    if dtype is torch.float32:
+    if estimate.dtype_of(graph, found.root.spec) is torch.float32:
         return "fp32 products need three times the registers of half precision"
     limit = LARGEST_WITH_FRONT if "front" in found.nodes else LARGEST
     narrow = [found.nodes["reduce"].spec.shape[1]] if "reduce" in found.nodes else []
     middle = graph.spec(graph.own_inputs(found.nodes["expand"])[0]).shape[1]
     if max(middle, *narrow, 0) > limit:
         return f"{max(middle, *narrow, 0)} channels do not fit one tile (at most {limit})"
-    return _fits_and_pays(graph, found, dtype)
+    return None
 
 
-def _fits_and_pays(graph: Graph, found: Match, dtype: torch.dtype) -> str | None:
-    """Whether the kernel fits the machine (sm_90 where the target is no GPU) and should be faster.
-
-    Off the GPU only the fit is asked: there the fused kernel is run to be verified.
-    """
-    attributes, inputs = _assemble(graph, found)
-    fused = _problem(graph, "conv_chain", attributes, inputs, dtype)
-    goal = graph.goal
-    target = goal.target if goal and goal.target.is_gpu else targets.parse("cuda:sm_90")
-    op = registry.get("conv_chain")
-    if (reason := op.legal(fused, op.default(fused, target), target)) is not None:
-        return reason
-    if goal is None or not goal.target.is_gpu:
-        return None
-    together_us = machine.modelled_time_us(op, fused, target)
-    links = [found.nodes[name] for name in ("front", "expand", "reduce") if name in found.nodes]
-    apart_us = sum(_time_us(graph, node, dtype, target) for node in links)
-    if together_us < apart_us:
-        return None
-    return f"modelled {together_us:.1f} us together, {apart_us:.1f} us apart on {target.name}"
-
-
-def _time_us(graph: Graph, node: Node, dtype: torch.dtype, target: Target) -> float:
-    own, operands = graph.own_inputs(node), graph.operands(node)
-    problem = _problem(graph, node.op, node.attributes, own, dtype)
-    others = tuple(Operand.dense(_as_operand_spec(graph.spec(v), dtype)) for v in operands)
-    problem = replace(problem, epilogue=node.epilogue, operands=others)
-    return machine.modelled_time_us(node.definition, problem, target)
-
-
-def _problem(
-    graph: Graph, op: str, attributes: Attributes, inputs: tuple[Value, ...], dtype: torch.dtype
-) -> Problem:
-    specs = tuple(_as_operand_spec(graph.spec(value), dtype) for value in inputs)
-    outputs = tuple(
-        _as_operand_spec(spec, dtype) for spec in registry.get(op).infer(attributes, specs)
-    )
-    placed, results = map(Operand.dense, specs), map(Operand.dense, outputs)
-    return Problem(op, attributes, tuple(placed), tuple(results))
-
-
-def _as_operand_spec(spec: TensorSpec, dtype: torch.dtype) -> TensorSpec:
-    return spec.with_(dtype=dtype, layout=Layout.NHWC if spec.rank == 4 else Layout.DENSE)
-
-
-def _assemble(graph: Graph, found: Match) -> tuple[ConvChain, tuple[Value, ...]]:
+def _build(graph: Graph, found: Match) -> Fused:
     """The chain's attributes and inputs, in the order of its slots."""
     front, expand = found.nodes.get("front"), found.nodes["expand"]
     reduce = found.nodes.get("reduce")
     inputs: list[Value] = [graph.own_inputs(front or expand)[0]]
-    links = [node for node in (front, expand, reduce) if node is not None]
-    for node in links:
-        inputs += [graph.own_inputs(node)[1], *graph.operands(node)]
+    for node in (front, expand, reduce):
+        if node is not None:
+            inputs += [graph.own_inputs(node)[1], *graph.operands(node)]
     front_attributes = front.attributes if front is not None else None
     assert front_attributes is None or isinstance(front_attributes, Conv2d)
     attributes = ConvChain(
@@ -140,21 +88,8 @@ def _assemble(graph: Graph, found: Match) -> tuple[ConvChain, tuple[Value, ...]]
         has_reduce=reduce is not None,
         after_reduce=reduce.epilogue if reduce is not None else (),
     )
-    return attributes, tuple(inputs)
-
-
-def fuse_chain(graph: Graph, found: Match) -> Value:
-    """One conv_chain node for the whole match."""
-    attributes, inputs = _assemble(graph, found)
-    links = [found.nodes[name] for name in ("expand", "front", "reduce") if name in found.nodes]
-    made = graph.add("conv_chain", inputs, attributes, like=links)
-    graph.redirect(Value(found.nodes["expand"].name), Value(made.node, 0))
-    result = made
-    if "reduce" in found.nodes:
-        result = Value(made.node, 1)
-        graph.redirect(Value(found.nodes["reduce"].name), result)
-    graph.remove(node.name for node in links)
-    return result
+    results = {expand.name: 0} | ({reduce.name: 1} if reduce is not None else {})
+    return Fused("conv_chain", attributes, tuple(inputs), results)
 
 
 def _bottleneck(*, front: bool, reduce: bool, **changes: Any) -> Any:
@@ -211,7 +146,7 @@ NEAR_MISSES = (
     NearMiss(lambda: _bottleneck(front=True, reduce=True, stride=2), "with stride 1"),
     NearMiss(lambda: _bottleneck(front=True, reduce=True, groups=4), "grouped"),
 )
-CHAIN_RULES = (
+RULES = (
     Rule(
         "conv1x1(y = conv1x1(conv(x))) => conv_chain(x) giving y and the reduction",
         Call(
@@ -221,10 +156,11 @@ CHAIN_RULES = (
             name="reduce",
             where=_is_1x1,
         ),
-        fuse_chain,
-        lambda: _bottleneck(front=True, reduce=True),
-        _guard,
-        NEAR_MISSES,
+        example=lambda: _bottleneck(front=True, reduce=True),
+        guard=_guard,
+        near_misses=NEAR_MISSES,
+        label="rotated-bottleneck",
+        build=_build,
     ),
     Rule(
         "conv1x1(y = conv1x1(t)) => conv_chain(t) giving y and the reduction",
@@ -235,27 +171,19 @@ CHAIN_RULES = (
             name="reduce",
             where=_is_1x1,
         ),
-        fuse_chain,
-        _x_chain,
-        _guard,
-        (NearMiss(_wide_chain, "do not fit one tile"),),
+        example=_x_chain,
+        guard=_guard,
+        near_misses=(NearMiss(_wide_chain, "do not fit one tile"),),
+        label="expand-reduce",
+        build=_build,
     ),
-)
-PAIR_RULES = (
     Rule(
         "conv1x1(conv(x)) => conv_chain(x)",
         Call("conv2d", FRONT, Var("w2"), name="expand", where=_is_1x1),
-        fuse_chain,
-        _back_to_back,
-        _guard,
+        example=_back_to_back,
+        guard=_guard,
+        label="conv-1x1",
+        build=_build,
     ),
 )
 
-
-def fuse_bottlenecks(graph: Graph, ledger: Ledger) -> Graph:
-    """Fuses expansions with the next reduction, and both with the convolution before them.
-
-    Chains that end in a reduction are looked for in the whole graph first: a convolution fused with
-    its expansion alone could no longer take the reduction along.
-    """
-    return apply_rules(apply_rules(graph, CHAIN_RULES, ledger), PAIR_RULES, ledger)
