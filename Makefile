@@ -7,6 +7,7 @@ VENV ?= .venv
 TORCH ?= torch==2.13.0
 BIN := $(VENV)/bin
 ROOMS := kernels compiler zoo cli
+KERNEL_TESTS := tests/test_ops.py tests/test_offline.py tests/test_guards.py
 READY := $(VENV)/.ready
 READY_DEV := $(VENV)/.ready-dev
 
@@ -14,21 +15,33 @@ READY_DEV := $(VENV)/.ready-dev
 INSTALLED_TORCH := import torch; v = tuple(map(int, torch.__version__.split(".")[:2])); \
   print(torch.__version__ if (2, 11) <= v < (2, 14) else "")
 
-.PHONY: help demo test lint types clean
+.PHONY: help demo test gpu lint types clean
 
 help:
 	@echo "make demo    compile, run and check real networks (about two minutes)"
 	@echo "make test    every test that needs no GPU"
+	@echo "make gpu     on a machine with a GPU: tests, tuning, benchmark; call again until it is done"
 	@echo "make lint    ruff"
 	@echo "make types   mypy --strict"
 	@echo "make clean   remove .venv and what tools left behind"
-	@echo "Each sets up $(VENV) when it is missing. PYTHON=, VENV= and TORCH= may be given."
+	@echo "Each but gpu sets up $(VENV) when it is missing. PYTHON=, VENV= and TORCH= may be given."
 
 demo: $(READY)
 	$(BIN)/convloom demo
 
+# Two processes, one for each core of a small machine; the second one's output follows the first's.
 test: $(READY)
-	$(BIN)/python -m pytest --durations=10
+	@$(BIN)/python -m pytest --durations=10 $(KERNEL_TESTS) >$(VENV)/kernel-tests.log 2>&1 & \
+	kernels=$$!; \
+	$(BIN)/python -m pytest --durations=10 $(KERNEL_TESTS:%=--ignore=%); rest=$$?; \
+	wait $$kernels; first=$$?; \
+	cat $(VENV)/kernel-tests.log; \
+	exit $$((first + rest))
+
+# Needs no network and installs nothing: uses the torch and triton of $(PYTHON). One call takes at
+# most ten minutes; `make gpu ARGS=--dry-run` tries every stage on a CPU.
+gpu:
+	$(PYTHON) -m benchmarks.gpu $(ARGS)
 
 lint: $(READY_DEV)
 	$(BIN)/ruff check .

@@ -5,7 +5,8 @@
 | CONVLOOM_DEBUG      | 0 silent; 1 the plan; 2 + refusals; 3 + the graph after each pass;    |
 |                     | 4 + generated source                                                  |
 | CONVLOOM_CHECK      | 1 verifies the graph before and after every pass                      |
-| CONVLOOM_CACHE_DIR  | compiled kernels and their statistics (default ~/.cache/convloom)     |
+| CONVLOOM_CACHE_DIR  | compiled kernels, their statistics, and tuning records (default       |
+|                     | ~/.cache/convloom)                                                    |
 """
 
 from __future__ import annotations

@@ -2,14 +2,15 @@
 
 fp16, sm_90, heuristic configurations, no GPU needed: kernels launched (input conversion included),
 bytes that the kernels read and write if every tensor is touched once, and the modelled time
-(`kernels/machine.py`; a ranking, not a promise). Measured times stay empty until a GPU measured
-them. Results go to benchmarks/results/fusion.json and fusion.md.
+(`kernels/machine.py`; a ranking, not a promise), beside the bounds of `bounds.py`. Measured times
+stay empty until a GPU measured them. Results go to benchmarks/results/fusion.json and fusion.md.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import re
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -17,12 +18,13 @@ import torch
 from convloom import zoo
 from convloom.compiler.capture import capture
 from convloom.compiler.ir import Goal, Graph
-from convloom.compiler.ledger import Ledger
+from convloom.compiler.ledger import Event, Ledger
 from convloom.compiler.lower import Options, lower
-from convloom.compiler.passes import NAMES, run_passes
+from convloom.compiler.passes import LABELS, NAMES, run_passes
 from convloom.compiler.plan import KernelStep, Plan
 from convloom.kernels import machine, registry, targets
 
+from .bounds import BOUNDS
 from .machine_info import git_hash
 
 RESULTS = Path(__file__).resolve().parent / "results"
@@ -31,14 +33,18 @@ MODELS = (
     "resnext50_32x4d", "mobilenet_v1", "mobilenet_v2", "densenet121",
 )  # fmt: skip
 BATCHES = (1, 32, 256)
-EPILOGUES = tuple(
-    name for name in NAMES if name not in ("merge_siblings", "choose_partition", "sink_prologues")
-)
+FUSIONS = ("choose_partition", "sink_prologues", "project_before_averaging", "fuse_stem")
+EPILOGUES = tuple(name for name in NAMES if name not in FUSIONS)
 LEVELS: dict[str, str | tuple[str, ...]] = {
     "unfused": "none",
     "epilogues": EPILOGUES,
     "all": "default",
 }
+TARGET_BATCH = 32
+"""The batch at which the launches wanted of a model are counted."""
+BYTES_TARGETS = {"resnet50": "t_gb", "googlenet": "t_gb", "inception_v3": "t_gb"}
+"""Models whose DRAM traffic at batch 256 should be within 10% of a bound; for the Inceptions
+level T is level EP."""
 
 
 @dataclass(frozen=True)
@@ -54,18 +60,34 @@ class Row:
     measured_us: float | None = None
 
 
+@dataclass(frozen=True)
+class Refusal:
+    """A fusion that the cost model declined: modelled times of one kernel and of several."""
+
+    model: str
+    batch: int
+    label: str
+    nodes: tuple[str, ...]
+    reason: str
+
+
 def captured_model(name: str, batch: int) -> Graph:
     """The captured graph with seeded weights."""
     torch.manual_seed(0)
-    x = torch.randn(batch, *zoo.entry(name).input_shape)
+    x = torch.zeros(batch, *zoo.entry(name).input_shape)
     return capture(zoo.build(name).eval(), (x,))
 
 
-def plan_at(captured: Graph, passes: str | tuple[str, ...]) -> Plan:
+def plan_at(
+    captured: Graph,
+    passes: str | tuple[str, ...],
+    force: tuple[str, ...] = (),
+    ledger: Ledger | None = None,
+) -> Plan:
     """The plan for sm_90 in fp16 under a choice of passes."""
     target = targets.parse("cuda:sm_90")
-    captured.goal = Goal(target, torch.float16)
-    ledger = Ledger()
+    captured.goal = Goal(target, torch.float16, force)
+    ledger = Ledger() if ledger is None else ledger
     graph = run_passes(captured, ledger, passes)
     options = Options(target, dtype=torch.float16, elide_concats=passes == "default")
     return lower(graph, captured, options, ledger)
@@ -82,53 +104,146 @@ def row(name: str, batch: int, level: str, plan: Plan) -> Row:
     return Row(name, batch, level, len(plan.kernels), round(memory / 1e6, 2), round(time_us, 1))
 
 
-def measure(models: tuple[str, ...], batches: tuple[int, ...]) -> list[Row]:
-    """Every model at every batch and level."""
-    rows = []
+def measure(models: tuple[str, ...], batches: tuple[int, ...]) -> tuple[list[Row], list[Refusal]]:
+    """Every model at every batch and level, and what the last level refused."""
+    rows, refusals = [], []
     for name in models:
         for batch in batches:
             captured = captured_model(name, batch)
             for level, passes in LEVELS.items():
-                rows.append(row(name, batch, level, plan_at(captured, passes)))
+                ledger = Ledger()
+                rows.append(row(name, batch, level, plan_at(captured, passes, ledger=ledger)))
+            refusals += refused(name, batch, captured, ledger)
             shown = ", ".join(f"{r.level} {r.kernels}" for r in rows[-len(LEVELS) :])
             print(f"{name:<18} batch {batch:>3}: kernels {shown}", flush=True)
-    return rows
+    return rows, refusals
 
 
-def losses(rows: list[Row]) -> list[str]:
-    """Where all fusions together are modelled slower than epilogues alone."""
-    by_key = {(r.model, r.batch, r.level): r for r in rows}
+def refused(name: str, batch: int, captured: Graph, ledger: Ledger) -> list[Refusal]:
+    """The refusals of fusions of several heavy ops, at the end of the choice."""
+    paths = {node.name: node.module_path for node in captured.nodes()}
     found = []
-    for r in rows:
-        rival = by_key[(r.model, r.batch, "epilogues")]
-        if r.level == "all" and r.modelled_us > rival.modelled_us:
-            found.append(
-                f"- {r.model}, batch {r.batch}: modelled {r.modelled_us} us with all fusions, "
-                f"{rival.modelled_us} us with epilogues alone"
-            )
+    for event in ledger.events:
+        if event.accepted or event.rule not in LABELS.heavy | {SIBLINGS}:
+            continue
+        modules = tuple(dict.fromkeys(paths[n] for n in event.nodes if paths.get(n)))
+        found.append(Refusal(name, batch, LABELS.all[event.rule], modules, reason_of(event)))
     return found
 
 
-def markdown(rows: list[Row]) -> str:
-    """The table, and where fusion loses."""
+SIBLINGS = next(rule for rule, label in LABELS.all.items() if label == "siblings")
+
+
+def reason_of(event: Event) -> str:
+    """The reason without the names of nodes, so that equal ones can be counted."""
+    return re.sub(r"%?\b[a-z_0-9]*[a-z]_?\d+(\.\d+)?\b(?!x)", "it", event.reason)
+
+
+MODELLED = re.compile(r"modelled ([\d.]+) us together, ([\d.]+) us apart")
+
+
+def losses(refusals: list[Refusal]) -> list[str]:
+    """Fusions that would lose by the model, worst first, at most eight per model and batch."""
+    found: dict[tuple[str, int], list[tuple[float, Refusal]]] = {}
+    for refusal in refusals:
+        if (times := MODELLED.match(refusal.reason)) is not None:
+            loss_us = float(times[1]) - float(times[2])
+            found.setdefault((refusal.model, refusal.batch), []).append((loss_us, refusal))
+    lines = []
+    for (model, batch), group in found.items():
+        labels = ", ".join(sorted({refusal.label for _, refusal in group}))
+        lines.append(f"- **{model}, batch {batch}**: {len(group)} refused ({labels})")
+        for loss_us, refusal in sorted(group, key=lambda item: -item[0])[:3]:
+            where = ", ".join(refusal.nodes[:3])
+            lines.append(f"  - {refusal.label} at {where}: {refusal.reason}, {loss_us:.1f} us lost")
+    return lines
+
+
+def missed(rows: list[Row], refusals: list[Refusal]) -> list[str]:
+    """Targets that are missed, with what was refused there and what forcing it would cost."""
+    lines = []
+    for r in rows:
+        wanted = BOUNDS[r.model].launches if r.model in BOUNDS else None
+        if r.level != "all" or r.batch != TARGET_BATCH or wanted is None or r.kernels <= wanted:
+            continue
+        lines.append(f"- **{r.model}**: {r.kernels} launches, wanted at most {wanted}.")
+        mine = [x for x in refusals if (x.model, x.batch) == (r.model, r.batch)]
+        lines += _reasons(mine)
+        lines += _forced(r, {x.label for x in mine if MODELLED.match(x.reason)})
+    for r in rows:
+        if r.level != "all" or r.batch != 256 or r.model not in BYTES_TARGETS:
+            continue
+        bound_gb = getattr(BOUNDS[r.model], BYTES_TARGETS[r.model])
+        if r.memory_mb / 1e3 > 1.1 * bound_gb:
+            lines.append(
+                f"- **{r.model}**: {r.memory_mb / 1e3:.2f} GB at batch 256, wanted at most 1.1 x "
+                f"{bound_gb} GB."
+            )
+            lines += _reasons([x for x in refusals if (x.model, x.batch) == (r.model, r.batch)])
+    return lines
+
+
+def _reasons(refusals: list[Refusal]) -> list[str]:
+    counts: dict[tuple[str, str], int] = {}
+    for refusal in refusals:
+        reason = re.sub(r"modelled .* on", "modelled slower together on", refusal.reason)
+        key = refusal.label, reason
+        counts[key] = counts.get(key, 0) + 1
+    common = sorted(counts.items(), key=lambda item: -item[1])[:6]
+    return [f"  - refused {count}x {label}: {reason}" for (label, reason), count in common]
+
+
+def _forced(r: Row, labels: set[str]) -> list[str]:
+    lines = []
+    for label in sorted(labels):
+        plan = plan_at(captured_model(r.model, r.batch), "default", (label,))
+        forced = row(r.model, r.batch, "forced", plan)
+        lines.append(
+            f"  - with force=[{label!r}]: {forced.kernels} launches, modelled "
+            f"{forced.modelled_us:.0f} us instead of {r.modelled_us:.0f}"
+        )
+    return lines
+
+
+def markdown(rows: list[Row], refusals: list[Refusal]) -> str:
+    """The table, the targets missed, and where fusion loses."""
     lines = [
         "# What fusion buys (fp16, sm_90; modelled, not measured)",
         "",
         f"Made by `python -m benchmarks.fusion` at {git_hash()}. Kernels include the conversion of "
-        "the input. Times are modelled on an H200 and only rank; measured times: not measured.",
+        "the input. Times are modelled on an H200 and only rank. Bounds are what the hardware "
+        "allows at a level of fusion (`benchmarks/bounds.py`); a dash: no bound was computed.",
         "",
-        "| model | batch | kernels unfused / epilogues / all | memory traffic MB | modelled us |",
-        "|---|---|---|---|---|",
+        "| model | batch | kernels unfused / epilogues / all | wanted | memory traffic MB "
+        "| bound T MB | modelled us | bounds U / E / EP / T us | measured us |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for at in range(0, len(rows), len(LEVELS)):
         group = rows[at : at + len(LEVELS)]
+        model, batch = group[0].model, group[0].batch
+        bounds = BOUNDS.get(model)
+        wanted = bounds.launches if bounds and batch == TARGET_BATCH else None
+        measured = group[-1].measured_us
         cells = [
             " / ".join(str(r.kernels) for r in group),
+            str(wanted or "-"),
             " / ".join(f"{r.memory_mb:.1f}" for r in group),
+            f"{bounds.t_gb * 1e3 * batch / 256:.1f}" if bounds else "-",
             " / ".join(f"{r.modelled_us:.0f}" for r in group),
+            " / ".join(f"{us:.3g}" for us in bounds.at(batch).values()) if bounds else "-",
+            f"{measured:.0f}" if measured is not None else "not measured",
         ]
-        lines.append(f"| {group[0].model} | {group[0].batch} | {' | '.join(cells)} |")
-    lines += ["", "## Where fusion loses", "", *(losses(rows) or ["Nowhere, by the model."])]
+        lines.append(f"| {model} | {batch} | {' | '.join(cells)} |")
+    lines += ["", "## Targets missed", "", *(missed(rows, refusals) or ["None."])]
+    lines += [
+        "",
+        "## Where fusion loses",
+        "",
+        "Fusions that the kernels could do and the cost model refused, the three worst per model "
+        "and batch.",
+        "",
+        *(losses(refusals) or ["Nowhere, by the model."]),
+    ]
     return "\n".join(lines) + "\n"
 
 
@@ -138,10 +253,11 @@ def main() -> None:
     parser.add_argument("models", nargs="*", default=MODELS)
     parser.add_argument("--batch", type=int, nargs="+", default=BATCHES)
     arguments = parser.parse_args()
-    rows = measure(tuple(arguments.models), tuple(arguments.batch))
+    rows, refusals = measure(tuple(arguments.models), tuple(arguments.batch))
     RESULTS.mkdir(parents=True, exist_ok=True)
-    (RESULTS / "fusion.json").write_text(json.dumps([asdict(r) for r in rows], indent=1) + "\n")
-    (RESULTS / "fusion.md").write_text(markdown(rows))
+    plain = {"rows": [asdict(r) for r in rows], "refusals": [asdict(r) for r in refusals]}
+    (RESULTS / "fusion.json").write_text(json.dumps(plain, indent=1) + "\n")
+    (RESULTS / "fusion.md").write_text(markdown(rows, refusals))
 
 
 if __name__ == "__main__":

@@ -1,16 +1,24 @@
-"""`convloom explain NAME`: why every op ended in the kernel it did, and the kernels themselves."""
+"""`convloom explain NAME`: why every op ended in the kernel it did, as text, JSON or a picture;
+what differs between two compilations; and the kernels themselves."""
 
 from __future__ import annotations
 
 import argparse
-from typing import TYPE_CHECKING
+import json
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from ..errors import InvalidInputError
+from ..errors import ArtifactError, InvalidInputError
 from . import models, output
 from .options import compile_options, json_option
 
 if TYPE_CHECKING:
+    from ..compiler.account import Account
     from ..compiler.executable import Executable, Kernel
+    from ..compiler.ir import Graph
+    from ..compiler.ledger import Ledger
+    from ..compiler.plan import Plan
     from .options import SubParsers
 
 CODE = ("source", "ptx", "sass")
@@ -20,13 +28,25 @@ def configure(commands: SubParsers) -> None:
     """Adds the sub-command."""
     parser = commands.add_parser(
         "explain",
-        help="print the fusion ledger, the graph or a kernel's code",
+        help="print or draw the fusion ledger, compare two, or print a kernel's code",
         description="Prints, for every captured op of a zoo model, the kernel that computes it, "
-        "the rules that put it there and the rules that declined and why; or the fused graph for "
-        "Graphviz; or the code of one kernel.",
+        "the rules that put it there, the rules that declined and why, and what that saves; or "
+        "draws it; or compares two compilations; or prints the code of one kernel.",
         parents=[compile_options(), json_option()],
     )
-    parser.add_argument("name", metavar="NAME", help=models.NAME_HELP)
+    parser.add_argument("name", metavar="NAME", nargs="?", help=models.NAME_HELP)
+    parser.add_argument("--html", metavar="FILE", type=Path, help="a picture to look around in")
+    parser.add_argument("--svg", metavar="FILE", type=Path, help="the same as a drawing")
+    parser.add_argument(
+        "--diff",
+        metavar=("A", "B"),
+        nargs="+",
+        help="compare two compilations: JSON files that --json wrote, or --passes of NAME, "
+        'such as "none default"',
+    )
+    parser.add_argument(
+        "--measure", action="store_true", help="run it once, kernel by kernel, and show the times"
+    )
     parser.add_argument("--dot", action="store_true", help="the fused graph, for Graphviz")
     parser.add_argument("--kernel", metavar="K", help="one kernel of the plan, by name")
     code = parser.add_mutually_exclusive_group()
@@ -37,38 +57,172 @@ def configure(commands: SubParsers) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Compiles and prints what was asked for."""
+    """Compiles and prints or writes what was asked for."""
+    _check(options)
+    if options.diff:
+        _compare(options)
+        return 0
+    if options.kernel:
+        kernel = _compiled(options).kernel(options.kernel)
+        _print_kernel(kernel, options.code or "source", options.json)
+    elif options.dot:
+        print(_dot(_lowered(options).graph), end="")
+    else:
+        _explain(_measured(options) if options.measure else _lowered(options), options)
+    return 0
+
+
+def _check(options: argparse.Namespace) -> None:
+    """Refuses options that exclude each other.
+
+    Raises: InvalidInputError.
+    """
     if options.code and not options.kernel:
         raise InvalidInputError(
             f"--{options.code}: expected --kernel K too, to say which kernel's code to print"
         )
     if options.dot and (options.kernel or options.json):
         raise InvalidInputError("--dot: expected without --kernel and --json")
+    pictures = options.html or options.svg
+    if pictures and (options.dot or options.kernel or options.diff):
+        raise InvalidInputError("--html, --svg: expected without --dot, --kernel and --diff")
+    if options.diff and (options.dot or options.kernel or options.measure):
+        raise InvalidInputError("--diff: expected without --dot, --kernel and --measure")
+    if options.name is None and not options.diff:
+        raise InvalidInputError("expected NAME, a model of the zoo, or --diff A B")
+
+
+def _compiled(options: argparse.Namespace) -> Executable:
     with output.working(f"compiling {options.name}"):
-        executable = models.compile_model(options, options.batch, weights=None)
-    if options.kernel:
-        _print_kernel(executable.kernel(options.kernel), options.code or "source", options.json)
-    elif options.json:
-        output.print_json(_account(executable))
-    elif options.dot:
-        print(_dot(executable), end="")
-    else:
-        print(executable.explain(), end="")
-    return 0
+        return models.compile_model(options, options.batch, weights=None)
 
 
-def _account(executable: Executable) -> dict[str, object]:
+@dataclass(frozen=True)
+class _Planned:
+    """What there is to explain of a model; no code has been generated for it."""
+
+    name: str
+    graph: Graph
+    plan: Plan
+    ledger: Ledger
+
+    def account(self) -> Account:
+        return replace(self.ledger.account(), model=self.name)
+
+
+def _lowered(options: argparse.Namespace) -> _Planned:
+    with output.working(f"planning {options.name}"):
+        graph, plan, ledger = models.lower_model(options, options.batch)
+    ledger.plan = plan
+    return _Planned(options.name, graph, plan, ledger)
+
+
+def _measured(options: argparse.Namespace) -> _Planned:
+    """Compiled, and run once, kernel by kernel."""
+    import torch
+
+    from .. import zoo
+
+    executable = _compiled(options)
+    x = torch.zeros(options.batch, *zoo.entry(options.name).input_shape)
+    with output.working(f"running {options.name} kernel by kernel"):
+        executable.profile(x.cuda() if executable.target.is_gpu else x)
+    return _Planned(options.name, executable.graph, executable.plan, executable.ledger)
+
+
+def _explain(planned: _Planned, options: argparse.Namespace) -> None:
+    account = planned.account()
+    if options.html or options.svg:
+        from ..compiler import picture
+
+        for path, drawn in ((options.html, picture.to_html), (options.svg, picture.to_svg)):
+            if path is not None:
+                _write(path, drawn(account))
+    if options.json:
+        output.print_json(_answer(planned.plan, account))
+    elif not (options.html or options.svg):
+        from ..compiler.executable import explanation
+
+        print(explanation(planned.name, planned.plan, planned.ledger), end="")
+
+
+def _write(path: Path, text: str) -> None:
+    output.write_file(path, lambda file: file.write(text.encode()))
+    output.console(stderr=True).print(f"wrote {path}", markup=False)
+
+
+def _answer(plan: Plan, account: Account) -> dict[str, Any]:
+    """The account, which `--diff` reads back, and beside it what can be looked up in it."""
+    from ..compiler.account_text import refusals_by_reason
+
+    refusals = [
+        {"count": count, "rule": rule, "reason": reason}
+        for count, rule, reason in refusals_by_reason(account)
+    ]
     return {
-        "summary": executable.summary,
-        "ledger": executable.ledger.to_json(),
-        "plan": executable.plan.to_json(),
+        **account.to_json(),
+        "refusals": refusals,
+        "summary": plan.summary(),
+        "plan": plan.to_json(),
     }
 
 
-def _dot(executable: Executable) -> str:
+# Comparing.
+
+
+def _compare(options: argparse.Namespace) -> None:
+    if len(options.diff) != 2:
+        raise InvalidInputError(
+            f"--diff: expected two compilations, A and B, got {len(options.diff)}: "
+            f"{' '.join(options.diff)}"
+        )
+    from ..compiler import diff
+
+    before, after = (_side(word, options) for word in options.diff)
+    difference = diff.compare(before, after, tuple(options.diff))
+    if options.json:
+        output.print_json(difference.to_json())
+    else:
+        print(diff.to_text(difference), end="")
+
+
+def _side(word: str, options: argparse.Namespace) -> Account:
+    """The account in a file, or of the model compiled with the passes that `word` names."""
+    path = Path(word)
+    is_choice = options.name is not None and word in ("default", "none")
+    if not is_choice and (path.suffix or path.exists() or len(path.parts) > 1):
+        return read_account(path)
+    if options.name is None:
+        raise InvalidInputError(
+            f"--diff {' '.join(options.diff)}: there is no file '{word}'; to compare passes, say "
+            "of which model: convloom explain NAME --diff A B"
+        )
+    options = argparse.Namespace(**{**vars(options), "passes": word})
+    return _lowered(options).account()
+
+
+def read_account(path: Path) -> Account:
+    """The account that `convloom explain NAME --json` wrote into a file.
+
+    Raises: ArtifactError where there is no file, or it is no such JSON.
+    """
+    from ..compiler.account import from_json
+
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ArtifactError(f"cannot read '{path}': {error.strerror or error}") from error
+    except ValueError as error:
+        raise ArtifactError(
+            f"'{path}': expected JSON as `convloom explain NAME --json` writes it: {error}"
+        ) from error
+    return from_json(data, str(path))
+
+
+def _dot(graph: Graph) -> str:
     from ..compiler import text
 
-    return text.to_dot(executable.graph)
+    return text.to_dot(graph)
 
 
 def _print_kernel(kernel: Kernel, code: str, as_json: bool) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from contextlib import redirect_stdout
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from .. import zoo
 from . import options as shared
@@ -15,6 +15,9 @@ if TYPE_CHECKING:
     from torch import nn
 
     from ..compiler.executable import Executable
+    from ..compiler.ir import Graph
+    from ..compiler.ledger import Ledger
+    from ..compiler.plan import Plan
 
 SEED = 0
 NAME_HELP = "a model of the zoo (see `convloom zoo`)"
@@ -55,15 +58,35 @@ def compile_for(
 
     # Under CONVLOOM_DEBUG the compiler prints: never into the JSON that a command answers with.
     with redirect_stdout(sys.stderr):
-        return compile(
-            model,
-            (example,),
-            target=target,
-            dtype=shared.dtype(options),
-            precision=options.precision,
-            passes=shared.passes(options),
-            fallback=options.fallback,
-        )
+        return compile(model, (example,), target=target, **_choices(options))
+
+
+def lower_model(options: argparse.Namespace, batch: int) -> tuple[Graph, Plan, Ledger]:
+    """The zoo model `options.name` as it would be compiled for `batch` images, without code.
+
+    Raises: ConvloomError as `compile_model` does.
+    """
+    import torch
+
+    from ..compiler.api import lowered
+
+    entry = zoo.entry(options.name)
+    target = shared.target(options)
+    example = torch.zeros(batch, *entry.input_shape)
+    with redirect_stdout(sys.stderr):
+        return lowered(build(entry.name), (example,), target=target, **_choices(options))
+
+
+def _choices(options: argparse.Namespace) -> dict[str, Any]:
+    """What the options say of a compilation, beside its target."""
+    return {
+        "dtype": shared.dtype(options),
+        "precision": options.precision,
+        "passes": shared.passes(options),
+        "fallback": options.fallback,
+        "force": options.force,
+        "forbid": options.forbid,
+    }
 
 
 def run(executable: Executable, x: torch.Tensor) -> torch.Tensor:

@@ -49,6 +49,17 @@ def compile_options(batch: bool = True) -> argparse.ArgumentParser:
         default="error",
         help="ops without a kernel: refuse the model, or run them as torch ops (default: error)",
     )
+    for name, what in (
+        ("force", "make although the cost model would not"),
+        ("forbid", "do not make"),
+    ):
+        group.add_argument(
+            f"--{name}",
+            metavar="FUSION",
+            nargs="+",
+            default=[],
+            help=f'fusions to {what}: "conv-pool", "layer1.*", "conv-pool@layer1.*"',
+        )
     if batch:
         group.add_argument(
             "--batch", type=_positive, default=1, help="images per call (default: 1)"

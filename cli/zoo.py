@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from .options import SubParsers
 
 FIGURES = Path(__file__).with_name("zoo_figures.json")
+PRODUCTS = ("conv2d", "conv3d", "conv_transpose2d", "conv_transpose3d", "linear")
 
 
 def configure(commands: SubParsers) -> None:
@@ -97,15 +98,11 @@ def _macs(graph: Graph, node: Node) -> int:
     from ..kernels.spec import Operand
 
     inputs = [graph.spec(value) for value in graph.own_inputs(node)]
-    if node.op in ("conv2d", "linear"):
+    if node.op in PRODUCTS:
         operands = tuple(map(Operand.dense, inputs))
         outputs = tuple(map(Operand.dense, node.outputs))
         problem = Problem(node.op, node.attributes, operands, outputs)
         return node.definition.cost(problem).flops // 2
-    if "conv_transpose" in str(node.attributes):
-        # No kernel yet: captured as a torch op, in which every input element meets a whole filter.
-        x, w = inputs[:2]
-        return x.numel * w.numel // w.shape[0]
     return 0
 
 

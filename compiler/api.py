@@ -14,18 +14,21 @@ from ..errors import InvalidInputError
 from ..kernels import targets
 from ..kernels.spec import FLOAT_DTYPES
 from ..kernels.targets import INTERPRETER, REFERENCE, Target
+from . import wishes
 from .capture import capture
 from .executable import Executable
 from .ir import Goal, Graph
 from .ledger import Ledger
 from .lower import Options, lower
-from .passes import run_passes, select
+from .passes import LABELS, run_passes, select
 from .plan import Plan
 from .runtime import CrossCompiledRunner, CudaRunner, InterpreterRunner, ReferenceRunner, Runner
+from .tuning.choose import Chooser, chooser
+from .tuning.search import searched
 
 LOG = logging.getLogger("convloom")
 PRECISIONS = ("ieee", "tf32")
-TUNINGS = ("heuristic", "records")
+TUNINGS = ("heuristic", "records", "search")
 FALLBACKS = ("error", "torch")
 
 
@@ -40,6 +43,8 @@ def compile(
     tuning: str = "records",
     passes: str | tuple[str, ...] = "default",
     fallback: str = "error",
+    force: Sequence[str] = (),
+    forbid: Sequence[str] = (),
 ) -> Executable:
     """The module compiled for inputs like `example` (a tuple of float tensors).
 
@@ -47,12 +52,50 @@ def compile(
     "interpreter" (the same kernels on the CPU) or "reference" (torch ops, node by node).
     dtype: computes in float16 or bfloat16; inputs and outputs keep the module's own dtype.
     precision: fp32 products are fp32-accurate ("ieee") or "tf32". dynamic_batch: (lo, hi).
-    tuning: "heuristic", or "records" (the same where no record fits). passes: "default", "none", or
-    names. fallback: "torch" runs unsupported nodes as torch ops, listed in the ledger.
+    tuning: where configurations come from: "heuristic" (needs nothing, and is the same in every
+    process), "records" (what was tuned before, else the heuristic), "search" (tunes what has no
+    measured record first; minutes). passes: "default", "none", or names. fallback: "torch" runs
+    unsupported nodes as torch ops, listed in the ledger.
+    force, forbid: fusions to make although the cost model would not, or not to make, by label
+    ("conv-pool"), module path ("layer1.*") or both ("conv-pool@layer1.*").
 
     Raises: InvalidInputError, TargetUnavailableError, CaptureError, UnsupportedOpError,
     KernelError.
     """
+    graph, plan, ledger = lowered(
+        module,
+        example,
+        target=target,
+        dtype=dtype,
+        precision=precision,
+        dynamic_batch=dynamic_batch,
+        tuning=tuning,
+        passes=passes,
+        fallback=fallback,
+        force=force,
+        forbid=forbid,
+    )
+    executable = Executable(graph, plan, ledger, _runner(graph, plan, plan.target, target))
+    LOG.info("%s: %s", graph.name, executable.summary_line())
+    _debug(executable)
+    return executable
+
+
+def lowered(
+    module: torch.nn.Module,
+    example: Sequence[Any],
+    *,
+    target: str,
+    dtype: torch.dtype | None = None,
+    precision: str = "ieee",
+    dynamic_batch: tuple[int, int] | None = None,
+    tuning: str = "heuristic",
+    passes: str | tuple[str, ...] = "default",
+    fallback: str = "error",
+    force: Sequence[str] = (),
+    forbid: Sequence[str] = (),
+) -> tuple[Graph, Plan, Ledger]:
+    """What `compile` makes before there is code: the optimised graph, its plan and the ledger."""
     _check_choice("precision", precision, PRECISIONS)
     _check_choice("tuning", tuning, TUNINGS)
     _check_choice("fallback", fallback, FALLBACKS)
@@ -67,16 +110,32 @@ def compile(
         raise InvalidInputError(f"example inputs: expected a tuple of tensors, got {got}")
     captured = capture(module, example, dynamic_batch)
     ledger = Ledger()
-    captured.goal = Goal(chosen, dtype)
+    wished = _names("force", force), _names("forbid", forbid)
+    wishes.check(captured, *wished, LABELS)
+    captured.goal = Goal(chosen, dtype, *wished)
     graph = run_passes(captured, ledger, passes, fallback)
     options = Options(chosen, precision, dtype, elide_concats=passes != "none")
-    plan = lower(graph, captured, options, ledger)
+    choose = _chooser(tuning, graph, captured, options)
+    plan = lower(graph, captured, replace(options, choose=choose), ledger)
+    wishes.check_forced(captured, captured.goal.force, ledger, LABELS)
     if dynamic_batch is not None:
         plan = _with_bounds(plan, dynamic_batch)
-    executable = Executable(graph, plan, ledger, _runner(graph, plan, chosen, target))
-    LOG.info("%s: %s", graph.name, executable.summary_line())
-    _debug(executable)
-    return executable
+    return graph, plan, ledger
+
+
+def _chooser(tuning: str, graph: Graph, captured: Graph, options: Options) -> Chooser:
+    """Who chooses configurations; with "search", after everything in the plan has been tuned."""
+    if tuning != "search":
+        return chooser(tuning, options.target)
+    if options.target is REFERENCE:
+        raise InvalidInputError("tuning='search': target 'reference' runs no kernels to tune")
+    return searched(lower(graph, captured, options, Ledger()))
+
+
+def _names(argument: str, names: Sequence[str]) -> tuple[str, ...]:
+    if isinstance(names, str) or not all(isinstance(name, str) for name in names):
+        raise InvalidInputError(f"{argument}: expected a list of names, got {names!r}")
+    return tuple(names)
 
 
 def _check_choice(name: str, value: str, known: tuple[str, ...]) -> None:

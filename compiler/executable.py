@@ -88,6 +88,7 @@ class Executable:
 
     def __init__(self, graph: Graph, plan: Plan, ledger: Ledger, runner: Runner) -> None:
         self.graph, self.plan, self.ledger = graph, plan, ledger
+        ledger.plan = plan
         self._runner = runner
         self._bounds = plan.batch
 
@@ -171,31 +172,32 @@ class Executable:
 
     def summary_line(self) -> str:
         """The line that `compile` logs."""
-        counts = self.summary
-        return (
-            f"{counts['convs']} convs -> {counts['kernels']} kernels; "
-            f"{counts['torch_fallbacks']} torch fallbacks"
-        )
+        return summary_line(self.plan)
 
     def explain(self) -> str:
-        """The ledger as text, under the summary."""
-        counts = self.summary
-        arena, total = counts["arena_bytes"], counts["activation_bytes"]
-        ratio = f", {arena / total:.0%}" if total else ""
-        head = (
-            f"{self.graph.name} on {self.target.name}: {self.summary_line()}\n"
-            f"arena {arena:,} bytes of {total:,} bytes of activations{ratio}\n\n"
-        )
-        return head + self.ledger.to_text()
+        """The ledger as text, under the summary; with measured times after `profile`."""
+        return explanation(self.graph.name, self.plan, self.ledger)
 
     def profile(self, *inputs: Any) -> list[tuple[str, float]]:
-        """(step, microseconds) in order; each step is run by itself once.
+        """(step, microseconds) in order; each step is run by itself once. The ledger keeps them.
 
         On a GPU by CUDA events outside the CUDA graph; in the interpreter by the wall clock, where
         it says what the interpreter costs and nothing about a GPU.
         """
         tensors = self._flatten(inputs)
         batch = self._check(tensors)
+        times = self._time_steps(tensors, batch)
+        summed: dict[str, float] = {}
+        for name, us in times:
+            summed[name] = summed.get(name, 0.0) + us
+        on_gpu = isinstance(self._runner, CudaRunner)
+        where = torch.cuda.get_device_name() if on_gpu else "the interpreter, not a GPU"
+        if self._bounds is not None:
+            where += f", batch {batch}"
+        self.ledger = self.ledger.with_measured(summed, where)
+        return times
+
+    def _time_steps(self, tensors: list[torch.Tensor], batch: int) -> list[tuple[str, float]]:
         if isinstance(self._runner, CudaRunner):
             return self._runner.time_steps(tensors, batch)
         if not isinstance(self._runner, InterpreterRunner):
@@ -239,6 +241,27 @@ class Executable:
 
         self._runner.run(tensors, batch, observe)
         return rows
+
+
+def summary_line(plan: Plan) -> str:
+    """What became of the convolutions, in one line."""
+    counts = plan.summary()
+    return (
+        f"{counts['convs']} convs -> {counts['kernels']} kernels; "
+        f"{counts['torch_fallbacks']} torch fallbacks"
+    )
+
+
+def explanation(name: str, plan: Plan, ledger: Ledger) -> str:
+    """The ledger as text, under a summary of the plan of the network `name`."""
+    counts = plan.summary()
+    arena, total = counts["arena_bytes"], counts["activation_bytes"]
+    ratio = f", {arena / total:.0%}" if total else ""
+    head = (
+        f"{name} on {plan.target.name}: {summary_line(plan)}\n"
+        f"arena {arena:,} bytes of {total:,} bytes of activations{ratio}\n\n"
+    )
+    return head + ledger.to_text()
 
 
 @dataclass(frozen=True)

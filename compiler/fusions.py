@@ -7,18 +7,23 @@ has another reader, refuses its near misses for the stated reason) run on it by 
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import nn
 
+from ..kernels.conv2d import Conv2d
 from ..kernels.movement import FlattenPixels
 from ..kernels.pointwise import Pointwise, stage_of
 from ..kernels.scalars import SCALARS
+from ..kernels.spec import Layout, TensorSpec
 from .ir import INPUT, Graph, Node, Value
 from .pattern import Call, Constant, Match, NearMiss, Rule, Var, absorb
 
 HEAVY = ("conv2d", "linear")
+PRODUCTS = (*HEAVY, "conv3d", "conv_transpose2d", "conv_transpose3d")
+"""Matrix products: what reads them is fused into them, not into what stands beside them."""
 UNARY = tuple(s.name for s in SCALARS if s.operands == 1 and s.name != "identity")
 BINARY = tuple(s.name for s in SCALARS if s.operands == 2)
 
@@ -79,12 +84,16 @@ def append_reversed_stage(graph: Graph, found: Match) -> Value:
     return _append(True, graph, found)
 
 
-def _channelwise(graph: Graph, values: tuple[Value, ...]) -> str | None:
-    for value in values:
-        spec = graph.spec(value)
-        if spec.numel > 1 and (spec.rank != 3 or spec.shape[1:] != (1, 1)):
-            return f"{value} {spec} is not one number per channel"
-    return None
+def _image(graph: Graph, before: Node) -> int | None:
+    """Which input of a pointwise node is the image; the other one broadcasts."""
+    shapes = [graph.spec(value).shape for value in graph.own_inputs(before)]
+    return shapes.index(before.spec.shape) if before.spec.shape in shapes else None
+
+
+def _per_channel(spec: TensorSpec, per_image: bool) -> bool:
+    """Whether a tensor has one number per channel, or per image and channel where those may be."""
+    ends = spec.rank in (3, 4) and spec.shape[-2:] == (1, 1)
+    return spec.numel == 1 or (ends and (per_image or spec.rank == 3 or spec.shape[0] == 1))
 
 
 def _prologue_guard(graph: Graph, found: Match) -> str | None:
@@ -98,26 +107,37 @@ def _prologue_guard(graph: Graph, found: Match) -> str | None:
         return f"{conv.name} would recompute {root.name} for each of its {r}x{s} taps"
     if weight.shape[1] != root.spec.shape[1]:
         return f"{conv.name} is grouped"
-    if root.spec.shape != graph.spec(graph.own_inputs(root)[0]).shape:
-        return f"{root.name} broadcasts its input"
-    others = (*graph.own_inputs(root)[1:], *graph.operands(root))
-    return _channelwise(graph, others)
+    if (image := _image(graph, root)) is None:
+        return f"{root.name} broadcasts its inputs"
+    # One number per image and channel needs rows of the product that are pixels of the image.
+    in_place = conv.attributes == Conv2d()
+    own = graph.own_inputs(root)
+    for value in (*own[:image], *own[image + 1 :], *graph.operands(root)):
+        spec = graph.spec(value)
+        if not _per_channel(spec, in_place):
+            per = "per channel" if not _per_channel(spec, True) else "per channel for all images"
+            return f"{value} {spec} is not one number {per}"
+    return None
 
 
 def sink_into_prologue(graph: Graph, found: Match) -> Value:
     """conv2d(f(x)) with f applied while x is read; the zero border stays zero after f."""
     conv, before = found.root, found.nodes["before"]
     assert isinstance(before.attributes, Pointwise)
-    stages = (stage_of(before.op, before.attributes), *before.epilogue)
-    x, *rest = graph.own_inputs(before)
+    first, image = stage_of(before.op, before.attributes), _image(graph, before)
+    assert image is not None
+    if image:
+        first = replace(first, reverse=not first.reverse)
+    own = graph.own_inputs(before)
     inputs = (
-        x,
+        own[image],
         *graph.own_inputs(conv)[1:],
         *graph.operands(conv),
-        *rest,
+        *own[:image],
+        *own[image + 1 :],
         *graph.operands(before),
     )
-    return absorb(graph, found, conv.name, inputs, prologue=stages)
+    return absorb(graph, found, conv.name, inputs, prologue=(first, *before.epilogue))
 
 
 class _Net(nn.Module):
@@ -192,6 +212,11 @@ def _grouped() -> Any:
     return example(lambda m, x: m["conv"](torch.relu(x)), IMAGE, conv=conv)
 
 
+def _strided_gate() -> Any:
+    conv = nn.Conv2d(IMAGE[1], 8, 1, stride=2)
+    return example(lambda m, x, g: m["conv"](x * g), IMAGE, (2, 6, 1, 1), conv=conv)
+
+
 def _not_channelwise() -> Any:
     return example(lambda m, x, r: m["conv"](x * r), IMAGE, IMAGE, conv=_conv(1))
 
@@ -200,7 +225,7 @@ ENLARGES = NearMiss(_enlarging, "broadcasts")
 EPILOGUE_RULES = (
     Rule(
         "f(heavy(x)) => heavy(x, epilogue=[f])",
-        Call(UNARY, Call(HEAVY, name="anchor"), name="root"),
+        Call(UNARY, Call(PRODUCTS, name="anchor"), name="root"),
         append_stage,
         _unary_example,
         _same_output,
@@ -208,7 +233,7 @@ EPILOGUE_RULES = (
     ),
     Rule(
         "f(heavy(x), literal) => heavy(x, epilogue=[f literal])",
-        Call(BINARY, Call(HEAVY, name="anchor"), name="root"),
+        Call(BINARY, Call(PRODUCTS, name="anchor"), name="root"),
         append_stage,
         _literal_example,
         _literal_only,
@@ -216,7 +241,7 @@ EPILOGUE_RULES = (
     ),
     Rule(
         "f(heavy(x), r) => heavy(x, epilogue=[f r])",
-        Call(BINARY, Call(HEAVY, name="anchor"), Var("r"), name="root"),
+        Call(BINARY, Call(PRODUCTS, name="anchor"), Var("r"), name="root"),
         append_stage,
         _residual_example,
         _same_output,
@@ -225,7 +250,7 @@ EPILOGUE_RULES = (
     ),
     Rule(
         "f(r, heavy(x)) => heavy(x, epilogue=[reversed f r])",
-        Call(BINARY, Var("r"), Call(HEAVY, name="anchor"), name="root"),
+        Call(BINARY, Var("r"), Call(PRODUCTS, name="anchor"), name="root"),
         append_reversed_stage,
         _reversed_example,
         _same_output,
@@ -274,7 +299,8 @@ def _flatten_guard(graph: Graph, found: Match) -> str | None:
     if graph.node(found.values["x"].node).op == INPUT:
         return "the image arrives in torch's own layout: its flattening is a view already"
     rows = (image.shape[0], image.numel // image.shape[0])
-    if image.rank != 4 or found.nodes["flat"].spec.shape != rows:
+    is_image = image.rank == 4 or (image.rank == 5 and image.layout is Layout.NHWC)
+    if not is_image or found.nodes["flat"].spec.shape != rows:
         return f"{found.nodes['flat'].name} does not flatten an image to one row per sample"
     if len(graph.uses(weight)) > 1:
         return f"the weight {weight} is shared"
@@ -284,9 +310,9 @@ def _flatten_guard(graph: Graph, found: Match) -> str | None:
 def flatten_in_memory_order(graph: Graph, found: Match) -> Value:
     """linear over (H, W, C) columns: the flattening is then a view of an NHWC image."""
     root, image, weight = found.root, found.values["x"], found.values["w"]
-    _, c, h, w = graph.spec(image).shape
     tensor = graph.constant(weight)
-    columns = tensor.reshape(-1, c, h, w).permute(0, 2, 3, 1).reshape(tensor.shape)
+    pixels = tensor.reshape(-1, *graph.spec(image).shape[1:])
+    columns = pixels.movedim(1, -1).reshape(tensor.shape)
     permuted = graph.add_constant(columns, weight.node, graph.spec(weight).dtype)
     flat = graph.add("flatten_pixels", (image,), FlattenPixels(), like=[found.nodes["flat"]])
     inputs = (flat, permuted, *graph.inputs(root.name)[2:])
@@ -348,6 +374,7 @@ PROLOGUE_RULES = (
             NearMiss(_recomputing, "taps"),
             NearMiss(_grouped, "grouped"),
             NearMiss(_not_channelwise, "per channel"),
+            NearMiss(_strided_gate, "per channel for all images"),
         ),
         label="prologue",
     ),
@@ -356,4 +383,4 @@ PROLOGUE_RULES = (
 
 def is_heavy(node: Node) -> bool:
     """Whether the node is a matrix product."""
-    return node.op in HEAVY
+    return node.op in PRODUCTS

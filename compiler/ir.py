@@ -125,13 +125,21 @@ class Graph:
 
     def inputs(self, name: str) -> tuple[Value, ...]:
         """The values that feed a node, by slot."""
-        edges = sorted(self.net.in_edges(name, keys=True, data="index"), key=lambda edge: edge[2])
-        return tuple(Value(source, index) for source, _, _, index in edges)
+        slots = {
+            slot: Value(source, data["index"])
+            for source, edges in self.net.pred[name].items()
+            for slot, data in edges.items()
+        }
+        return tuple(slots[slot] for slot in sorted(slots))
 
     def uses(self, value: Value) -> list[tuple[str, int]]:
         """(node, slot) pairs that read the value; the output node counts as a reader."""
-        edges = self.net.out_edges(value.node, keys=True, data="index")
-        return [(target, slot) for _, target, slot, index in edges if index == value.index]
+        return [
+            (target, slot)
+            for target, edges in self.net.succ[value.node].items()
+            for slot, data in edges.items()
+            if data["index"] == value.index
+        ]
 
     def spec(self, value: Value) -> TensorSpec:
         """The spec of a value."""

@@ -14,16 +14,19 @@ import torch
 
 from ..errors import KernelError, UnsupportedOpError
 from ..kernels import movement
-from ..kernels.op import Problem, Ref
+from ..kernels.op import Launch, Problem, Ref
 from ..kernels.spec import Operand, TensorSpec
 from ..kernels.targets import Target
+from . import wishes
 from .arena import Lifetime, allocate
 from .capture import TorchCall
 from .ir import CONSTANT, INPUT, OUTPUT, TORCH, Graph, Node, Value
 from .ledger import Ledger
 from .plan import ALIGNMENT, Buffer, KernelStep, Place, Plan, Port, Step, TorchStep
+from .tuning.choose import Chooser, heuristic
 
 CONCAT_RULE = "concat(f(x), ...) => f writes its slice"
+CONCAT_LABEL = "concat"
 VIEW_RULE = "reshape, slice, permute => view"
 VECTOR = 8
 """Slices must start at multiples of this many elements: 128-bit stores of halves need it."""
@@ -38,6 +41,7 @@ class _Lowering:
     precision: str
     ledger: Ledger
     elide: bool
+    choose: Chooser
     places: dict[Value, Place] = field(default_factory=dict)
     buffers: dict[str, Buffer] = field(default_factory=dict)
     constants: dict[str, torch.Tensor] = field(default_factory=dict)
@@ -50,12 +54,13 @@ class _Lowering:
 @dataclass(frozen=True)
 class Options:
     """How to lower: target, fp32 precision, the dtype activations were cast to (None: as captured),
-    and whether concatenations may be written in place."""
+    whether concatenations may be written in place, and who chooses configurations."""
 
     target: Target
     precision: str = "ieee"
     dtype: torch.dtype | None = None
     elide_concats: bool = True
+    choose: Chooser = heuristic
 
 
 def lower(graph: Graph, captured: Graph, options: Options, ledger: Ledger) -> Plan:
@@ -65,7 +70,9 @@ def lower(graph: Graph, captured: Graph, options: Options, ledger: Ledger) -> Pl
 
     Raises: UnsupportedOpError where an op needs a constant and gets a computed tensor.
     """
-    state = _Lowering(graph, options.target, options.precision, ledger, options.elide_concats)
+    state = _Lowering(
+        graph, options.target, options.precision, ledger, options.elide_concats, options.choose
+    )
     for position, node in enumerate(graph.graph_inputs()):
         name = f"input{position}"
         state.buffers[name] = _buffer(name, "input", node.spec)
@@ -141,6 +148,7 @@ def _plan_concats(state: _Lowering) -> None:
             size = graph.spec(value).shape[dim]
             reason = _why_not_in_place(state, node, value, start, dim)
             source = graph.node(value.node)
+            reason = reason or wishes.of(graph.goal, CONCAT_LABEL, [source, node]).refusal
             if reason is None:
                 state.destinations[value] = (Value(node.name), start)
                 saved = 2 * graph.spec(value).size_bytes
@@ -273,16 +281,43 @@ def _add_step(
     state: _Lowering, node: Node, problem: Problem, buffers: dict[Ref, str]
 ) -> None:
     definition = node.definition
-    tile = definition.default(problem, state.target)
+    choice = state.choose(definition, problem, state.target)
+    tile = choice.config
     reason = definition.legal(problem, tile, state.target)
     if reason is not None:
-        raise KernelError(f"{node.name}: default configuration {tile} is not legal: {reason}")
+        raise KernelError(
+            f"{node.name}: configuration {tile} ({choice.source}) is not legal: {reason}"
+        )
     launches = definition.launches(problem, tile, state.target)
+    buffers = buffers | _scratch(state, node, launches)
     step = KernelStep(
-        node.name, node.op, problem, tile, launches, buffers, node.module_path, node.origins
+        node.name,
+        node.op,
+        problem,
+        tile,
+        launches,
+        buffers,
+        node.module_path,
+        node.origins,
+        choice.source,
     )
     state.steps.append(step)
     state.kernels[node.name] = node.name
+
+
+def _scratch(state: _Lowering, node: Node, launches: tuple[Launch, ...]) -> dict[Ref, str]:
+    """Buffers for what a step's programs exchange. All steps share what each leaves zeroed."""
+    buffers: dict[Ref, str] = {}
+    for launch in launches:
+        for index, wanted in enumerate(launch.scratch):
+            name = "zeroed" if wanted.zeroed else f"{node.name}.scratch{index}"
+            size_bytes = _rounded(wanted.elements * wanted.dtype.itemsize, None)
+            if name in state.buffers:
+                size_bytes = max(size_bytes, state.buffers[name].size_bytes)
+            kind = "zeroed" if wanted.zeroed else "arena"
+            state.buffers[name] = Buffer(name, kind, wanted.dtype, size_bytes)
+            buffers[Ref("scratch", index)] = name
+    return buffers
 
 
 def _finish_concat(state: _Lowering, node: Node) -> bool:
@@ -317,20 +352,21 @@ def _copy(state: _Lowering, node: Node, value: Value, destination: Place) -> Non
     from ..kernels import registry
 
     op = registry.get("relayout")
-    tile = op.default(problem, state.target)
+    choice = state.choose(op, problem, state.target)
     buffers = {Ref("input", 0): source.buffer, Ref("output", 0): destination.buffer}
     step = KernelStep(
         f"{node.name}.{value.node}",
         "relayout",
         problem,
-        tile,
-        op.launches(problem, tile, state.target),
+        choice.config,
+        op.launches(problem, choice.config, state.target),
         buffers,
         node.module_path,
         node.origins,
+        choice.source,
     )
     state.steps.append(step)
-    state.kernels[node.name] = node.name
+    state.kernels[node.name] = step.name
 
 
 def _becomes_view(state: _Lowering, node: Node) -> bool:
@@ -397,13 +433,18 @@ def _constant_place(state: _Lowering, value: Value, dtype: torch.dtype) -> Place
 
 def _packed_place(state: _Lowering, value: Value, node: Node, slot: int) -> Place:
     graph = state.graph
-    compute = graph.spec(graph.inputs(node.name)[0]).dtype
+    compute = graph.spec(value).dtype
     short = str(compute).removeprefix("torch.")
-    name = f"{value.node}.{node.op}{slot}.{short}"
+    tensor = graph.constant(value).detach()
+    pack = node.definition.packs(node.attributes)[slot]
+    packed = pack(node.attributes, tensor.to(compute))
+    # The order may depend on the attributes: nodes that share a weight may want it differently.
+    base = name = f"{value.node}.{node.op}{slot}.{short}"
+    copies = 1
+    while name in state.constants and not torch.equal(state.constants[name], packed):
+        copies += 1
+        name = f"{base}.{copies}"
     if name not in state.buffers:
-        tensor = graph.constant(value).detach()
-        pack = node.definition.packs(node.attributes)[slot]
-        packed = pack(node.attributes, tensor.to(compute))
         if packed.data_ptr() == tensor.data_ptr():
             packed = packed.clone()
         state.constants[name] = packed

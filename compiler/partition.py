@@ -1,10 +1,11 @@
 """Which nodes become one kernel: the choice among overlapping fusions of heavy ops.
 
-Every rule that gives a `build` proposes what it matches, at every place. A proposal is worth the
-modelled time it saves on the goal's machine: the kernels of the matched nodes one by one, against
-the one fused kernel. Among proposals that share nodes the set that saves most in total is taken
-(a maximum-weight set packing, solved exactly along the graph's order), not the first that fits.
-Then the rewritten graph is searched again, until nothing is left to propose.
+A proposal is one place where several nodes could become one kernel. Rules that give a `build`
+propose what they match, at every place; a proposer of another kind (siblings) brings its own. A
+proposal is worth the modelled time it saves on the goal's machine: the kernels of the nodes one by
+one, against the one fused kernel. Among proposals that share nodes the set that saves most in total
+is taken (a maximum-weight set packing, solved exactly along the graph's order), not the first that
+fits. Then the rewritten graph is searched again, until nothing is left to propose.
 
 The tables of rules are collected in `passes/fuse.py`.
 
@@ -14,13 +15,14 @@ the fewest kernels is taken.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 
 from . import estimate, wishes
 from .ir import Graph, Node
 from .ledger import Ledger
-from .pattern import Fused, Match, Rule, bytes_saved, match
+from .pattern import Rule, by_root, bytes_saved, match, rules_for
 
 FORCED_US = 1e9
 """What a forced proposal is worth: more than any that is not."""
@@ -30,97 +32,123 @@ MOST_STATES = 4096
 
 @dataclass(frozen=True)
 class Proposal:
-    """One match that a rule would rewrite, and what that is worth."""
+    """Nodes that could become one kernel, sources first.
 
-    rule: Rule
-    found: Match
-    worth_us: float
-    account: str
+    make: rewrites the graph and writes to the ledger, unless the surroundings were rewritten so
+    that it no longer can; says whether it did. together_us: modelled time of the one kernel.
+    """
+
+    rule: str
+    label: str
+    nodes: tuple[Node, ...]
+    make: Callable[[Graph, Ledger], bool]
+    together_us: Callable[[], float]
+    worth_us: float = 0.0
 
     @property
     def names(self) -> frozenset[str]:
-        return frozenset(node.name for node in self.found.consumed)
+        return frozenset(node.name for node in self.nodes)
 
 
-def choose(graph: Graph, rules: tuple[Rule, ...], ledger: Ledger) -> Graph:
-    """Rewrites the best set of disjoint proposals until there are none."""
-    while proposals := propose(graph, rules, ledger):
-        chosen = best_disjoint(
-            [proposal.worth_us for proposal in proposals],
-            [proposal.names for proposal in proposals],
-        )
+Proposer = Callable[[Graph, Ledger], Iterable[Proposal]]
+"""Proposes what its kernels can express; what they cannot goes to the ledger, with the reason."""
+
+
+def choose(
+    graph: Graph, rules: tuple[Rule, ...], ledger: Ledger, proposers: Sequence[Proposer] = ()
+) -> Graph:
+    """Makes the best set of disjoint proposals, again and again until there are none."""
+    everyone: list[Proposer] = [partial(propose_matches, rules), *proposers]
+    while proposals := _worthwhile(graph, everyone, ledger):
+        worths = [proposal.worth_us for proposal in proposals]
+        chosen = best_disjoint(worths, [proposal.names for proposal in proposals])
         made = 0
         for at, proposal in enumerate(proposals):
             if at in chosen:
-                made += _make(graph, proposal, ledger)
+                made += proposal.make(graph, ledger)
             else:
-                _refuse_loser(proposal, [proposals[other] for other in chosen], ledger)
+                _refuse_loser(proposal, [proposals[other] for other in sorted(chosen)], ledger)
         if not made:
             break
     return graph
 
 
-def propose(graph: Graph, rules: tuple[Rule, ...], ledger: Ledger) -> list[Proposal]:
-    """Every match worth making, in the graph's order; the others go to the ledger with a reason."""
+def propose_matches(rules: tuple[Rule, ...], graph: Graph, ledger: Ledger) -> list[Proposal]:
+    """What the rules match, in the graph's order."""
     proposals = []
-    times: dict[str, float] = {}
+    index = by_root(rules)
     for node in graph.nodes():
-        for rule in rules:
+        for rule in rules_for(node, index):
             found = match(graph, node, rule.pattern)
             if found is None:
                 continue
-            wish = wishes.of(graph.goal, rule.label, found.consumed)
-            reason = wish.refusal or rule.refusal(graph, found)
-            if reason is None:
-                assert rule.build is not None, rule.name
-                proposal = _weigh(graph, rule, found, rule.build(graph, found), times)
-                if wish.force is not None:
-                    proposal = Proposal(rule, found, FORCED_US, f"forced by {wish.force!r}")
-                if proposal.worth_us > 0:
-                    proposals.append(proposal)
-                    continue
-                reason = proposal.account
-            ledger.refuse(rule.name, found.consumed, reason)
+            reason = rule.refusal(graph, found)
+            if reason is not None:
+                ledger.refuse(rule.name, found.consumed, reason)
+                continue
+            assert rule.build is not None, rule.name
+            time = partial(estimate.fused_time_us, graph, rule.build(graph, found))
+            make = partial(_rewrite, rule, node.name)
+            nodes = tuple(found.consumed)
+            proposals.append(Proposal(rule.name, rule.label, nodes, make, time))
     return proposals
 
 
-def _weigh(
-    graph: Graph, rule: Rule, found: Match, fused: Fused, times: dict[str, float]
-) -> Proposal:
-    if graph.goal is None or not graph.goal.target.is_gpu:
-        return Proposal(rule, found, float(len(found.inner)), "")
-    together_us = estimate.fused_time_us(graph, fused)
-    apart_us = sum(_time_us(graph, node, times) for node in found.consumed)
-    account = (
-        f"modelled {together_us:.1f} us together, {apart_us:.1f} us apart "
-        f"on {graph.goal.target.name}"
-    )
-    return Proposal(rule, found, apart_us - together_us, account)
-
-
-def _time_us(graph: Graph, node: Node, times: dict[str, float]) -> float:
-    if node.name not in times:
-        times[node.name] = estimate.time_us(graph, node)
-    return times[node.name]
-
-
-def _make(graph: Graph, proposal: Proposal, ledger: Ledger) -> bool:
-    """Rewrites a chosen proposal; its surroundings may have been rewritten since it was made."""
-    root = proposal.found.root.name
-    found = match(graph, graph.node(root), proposal.rule.pattern) if root in graph else None
-    if found is None or proposal.rule.refusal(graph, found) is not None:
+def _rewrite(rule: Rule, root: str, graph: Graph, ledger: Ledger) -> bool:
+    """Applies a rule where it matched when it was proposed."""
+    found = match(graph, graph.node(root), rule.pattern) if root in graph else None
+    if found is None or rule.refusal(graph, found) is not None:
         return False
     saved, consumed = bytes_saved(found), found.consumed
-    value = proposal.rule.apply(graph, found)
-    ledger.accept(proposal.rule.name, consumed, value.node, saved)
+    value = rule.apply(graph, found)
+    ledger.accept(rule.name, consumed, value.node, saved)
     return True
 
 
+def _worthwhile(graph: Graph, everyone: Sequence[Proposer], ledger: Ledger) -> list[Proposal]:
+    """The proposals that save time and are not forbidden; the others are refused."""
+    position = {node.name: at for at, node in enumerate(graph.nodes())}
+    times: dict[str, float] = {}
+    kept = []
+    for proposer in everyone:
+        for proposal in proposer(graph, ledger):
+            wish = wishes.of(graph.goal, proposal.label, proposal.nodes)
+            worth_us, reason = _worth(graph, proposal, times)
+            if wish.force is not None:
+                worth_us, reason = FORCED_US, None
+            reason = wish.refusal or reason
+            if reason is not None:
+                ledger.refuse(proposal.rule, proposal.nodes, reason)
+                continue
+            kept.append(replace(proposal, worth_us=worth_us))
+    return sorted(kept, key=lambda proposal: max(position[name] for name in proposal.names))
+
+
+def _worth(
+    graph: Graph, proposal: Proposal, times: dict[str, float]
+) -> tuple[float, str | None]:
+    """Microseconds saved, and the reason against it where there are none."""
+    if graph.goal is None or not graph.goal.target.is_gpu:
+        return float(len(proposal.nodes) - 1), None
+    for node in proposal.nodes:
+        if node.name not in times:
+            times[node.name] = estimate.time_us(graph, node)
+    apart_us = sum(times[node.name] for node in proposal.nodes)
+    together_us = proposal.together_us()
+    if together_us < apart_us:
+        return apart_us - together_us, None
+    machine = graph.goal.target.name
+    return 0.0, f"modelled {together_us:.1f} us together, {apart_us:.1f} us apart on {machine}"
+
+
 def _refuse_loser(proposal: Proposal, winners: Sequence[Proposal], ledger: Ledger) -> None:
+    """Says which chosen proposals stood in the way, unless one of them is the same, only larger."""
     rivals = [winner for winner in winners if winner.names & proposal.names]
-    shown = ", ".join(f"{rival.rule.label} at {rival.found.root.name}" for rival in rivals)
+    if any(rival.rule == proposal.rule and rival.names > proposal.names for rival in rivals):
+        return
+    shown = ", ".join(f"{rival.label} at {rival.nodes[-1].name}" for rival in rivals)
     reason = f"another fusion of these nodes saves more: {shown}"
-    ledger.refuse(proposal.rule.name, proposal.found.consumed, reason)
+    ledger.refuse(proposal.rule, proposal.nodes, reason)
 
 
 def best_disjoint(worths: Sequence[float], sets: Sequence[frozenset[str]]) -> frozenset[int]:

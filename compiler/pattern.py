@@ -14,11 +14,12 @@ the machine and pays is then asked for it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import networkx as nx
+import torch
 
 from ..kernels.epilogue import Epilogue
 from ..kernels.op import Attributes
@@ -47,8 +48,9 @@ class Call:
 
     arguments: patterns of the op's own inputs, or None for any. commutes: a two-argument call also
     matches with its arguments swapped. plain: the node must carry no epilogue or prologue.
-    kept: the rewrite still provides the node's result, so that others may read it. where: what else
-    makes the node one of this kind; unlike a guard, a failing `where` is no refusal.
+    kept: the rewrite still provides the node's result, so that others may read it. operand: what
+    one of the tensors that the node's epilogue reads must match. where: what else makes the node
+    one of this kind; unlike a guard, a failing `where` is no refusal.
     """
 
     ops: tuple[str, ...]
@@ -57,6 +59,7 @@ class Call:
     commutes: bool
     plain: bool
     kept: bool
+    operand: Any
     where: Callable[[Graph, Node], bool] | None
 
     def __init__(
@@ -67,6 +70,7 @@ class Call:
         commutes: bool = False,
         plain: bool = False,
         kept: bool = False,
+        operand: Any = None,
         where: Callable[[Graph, Node], bool] | None = None,
     ) -> None:
         object.__setattr__(self, "ops", (ops,) if isinstance(ops, str) else ops)
@@ -75,6 +79,7 @@ class Call:
         object.__setattr__(self, "commutes", commutes)
         object.__setattr__(self, "plain", plain)
         object.__setattr__(self, "kept", kept)
+        object.__setattr__(self, "operand", operand)
         object.__setattr__(self, "where", where)
 
 
@@ -83,7 +88,8 @@ class Match:
     """What the names of a pattern stand for: nodes for calls, values for variables.
 
     inner: nodes the rewrite consumes besides the root, readers first; kept: those among them whose
-    results it still provides.
+    results it still provides; operands: where the pattern matched an epilogue's operand, as the
+    reading node and the operand's position.
     """
 
     root: Node
@@ -91,6 +97,7 @@ class Match:
     values: dict[str, Value] = field(default_factory=dict)
     inner: list[Node] = field(default_factory=list)
     kept: frozenset[str] = frozenset()
+    operands: frozenset[tuple[str, int]] = frozenset()
 
     @property
     def consumed(self) -> list[Node]:
@@ -114,8 +121,10 @@ def leak(graph: Graph, found: Match) -> str | None:
     consumed = {node.name for node in found.consumed}
     outside = {value.node for value in found.values.values()}
     for node in found.consumed:
-        stages = (*graph.operands(node), *graph.prologue_operands(node))
-        outside |= {value.node for value in stages}
+        outside |= {value.node for value in graph.prologue_operands(node)}
+        for position, value in enumerate(graph.operands(node)):
+            if (node.name, position) not in found.operands:
+                outside.add(value.node)
     for node in found.inner:
         if node.name in outside:
             return f"{node.name} is read more than once"
@@ -144,16 +153,30 @@ def _match_call(graph: Graph, node: Node, pattern: Call, found: Match) -> Iterat
     seen = node is found.root or node in found.inner
     inner = found.inner if seen else [*found.inner, node]
     kept = found.kept | {node.name} if pattern.kept else found.kept
-    begun = Match(found.root, nodes, found.values, inner, kept)
+    begun = Match(found.root, nodes, found.values, inner, kept, found.operands)
+    for partial in _match_operand(graph, node, pattern, begun):
+        yield from _match_arguments(graph, node, pattern, partial)
+
+
+def _match_operand(graph: Graph, node: Node, pattern: Call, found: Match) -> Iterator[Match]:
+    if pattern.operand is None:
+        yield found
+        return
+    for position, value in enumerate(graph.operands(node)):
+        for partial in _match_value(graph, value, pattern.operand, found):
+            yield replace(partial, operands=partial.operands | {(node.name, position)})
+
+
+def _match_arguments(graph: Graph, node: Node, pattern: Call, found: Match) -> Iterator[Match]:
     if pattern.arguments is None:
-        yield begun
+        yield found
         return
     inputs = graph.inputs(node.name) if node.op == TORCH else graph.own_inputs(node)
     if len(inputs) != len(pattern.arguments):
         return
-    yield from _match_all(graph, inputs, pattern.arguments, begun)
+    yield from _match_all(graph, inputs, pattern.arguments, found)
     if pattern.commutes:
-        yield from _match_all(graph, inputs[::-1], pattern.arguments, begun)
+        yield from _match_all(graph, inputs[::-1], pattern.arguments, found)
 
 
 def _match_all(
@@ -191,7 +214,8 @@ class Fused:
     """The one node that is to stand for a match.
 
     inputs: the op's own inputs; operands: the tensors its epilogue reads; results: which of its
-    outputs stands for each consumed node whose result is still needed.
+    outputs stands for each consumed node whose result is still needed; sums: by position among
+    inputs and operands, constants that are to be added to the constant there.
     """
 
     op: str
@@ -200,6 +224,7 @@ class Fused:
     results: dict[str, int]
     epilogue: Epilogue = ()
     operands: tuple[Value, ...] = ()
+    sums: Mapping[int, tuple[Value, ...]] = field(default_factory=dict)
 
 
 Build = Callable[[Graph, Match], Fused]
@@ -278,22 +303,37 @@ def bytes_saved(found: Match) -> int:
 
 def apply_rules(graph: Graph, rules: tuple[Rule, ...], ledger: Ledger) -> Graph:
     """Rewrites until no rule fires; earlier rules win; sources are tried before their readers."""
+    index = by_root(rules)
     changed = True
     while changed:
         changed = False
         for node in graph.nodes():
             name: str | None = node.name
             while name is not None and name in graph:
-                name = _try_rules(graph, graph.node(name), rules, ledger)
+                name = _try_rules(graph, graph.node(name), index, ledger)
                 changed = changed or name is not None
     return graph
 
 
+def by_root(rules: tuple[Rule, ...]) -> dict[str, list[Rule]]:
+    """The rules, in order, by the op of the node they could match."""
+    index: dict[str, list[Rule]] = {}
+    for rule in rules:
+        for op in rule.pattern.ops:
+            index.setdefault(op, []).append(rule)
+    return index
+
+
+def rules_for(node: Node, index: dict[str, list[Rule]]) -> list[Rule]:
+    """Those that could match a node."""
+    return index.get(_op_name(node), [])
+
+
 def _try_rules(
-    graph: Graph, node: Node, rules: tuple[Rule, ...], ledger: Ledger
+    graph: Graph, node: Node, index: dict[str, list[Rule]], ledger: Ledger
 ) -> str | None:
     """Applies the first rule that fits; returns the node that now stands there, or None."""
-    for rule in rules:
+    for rule in rules_for(node, index):
         found = match(graph, node, rule.pattern)
         if found is None:
             continue
@@ -311,18 +351,30 @@ def _try_rules(
 
 def replace_by(graph: Graph, found: Match, fused: Fused, rule: str) -> Value:
     """Puts the fused node in the place of the match."""
+    values = [*fused.inputs, *fused.operands]
+    for position, others in fused.sums.items():
+        values[position] = _sum_of(graph, (values[position], *others))
+    # A node that another one adds stands beside the match: its module comes last.
+    beside = {graph.operands(graph.node(name))[at].node for name, at in found.operands}
     made = graph.add(
         fused.op,
-        (*fused.inputs, *fused.operands),
+        values,
         fused.attributes,
         epilogue=fused.epilogue,
-        like=found.consumed,
+        like=sorted(found.consumed, key=lambda node: node.name in beside),
         rule=rule,
     )
     for name, index in fused.results.items():
         graph.redirect(Value(name), Value(made.node, index))
     graph.remove(node.name for node in reversed(found.consumed))
     return Value(made.node, fused.results[found.root.name])
+
+
+def _sum_of(graph: Graph, values: tuple[Value, ...]) -> Value:
+    """The sum of constants as one constant, added up in fp64."""
+    total = sum(graph.constant(value).double() for value in values)
+    assert isinstance(total, torch.Tensor)
+    return graph.add_constant(total, values[0].node, graph.spec(values[0]).dtype)
 
 
 def absorb(

@@ -25,9 +25,10 @@ ALIGNMENT = 256
 class Buffer:
     """A flat piece of memory.
 
-    kind: "input", "output", "constant", "arena", or "fixed" for arena buffers that do not scale
-    with a dynamic batch. size_bytes: at the largest batch; `batch` is that batch where the buffer
-    scales with it. offset: in its arena, at the largest batch.
+    kind: "input", "output", "constant", "arena", "fixed" for arena buffers that do not scale with a
+    dynamic batch, or "zeroed" for what kernels find and leave zero. size_bytes: at the largest
+    batch; `batch` is that batch where the buffer scales with it. offset: in its arena, at the
+    largest batch.
     """
 
     name: str
@@ -56,7 +57,10 @@ class Place:
 
 @dataclass(frozen=True)
 class KernelStep:
-    """One op application: the problem, the chosen configuration, its launches and their tensors."""
+    """One op application: the problem, the chosen configuration, its launches and their tensors.
+
+    chosen_by: where the configuration came from, "heuristic" or which tuning record, in words.
+    """
 
     name: str
     op: str
@@ -66,6 +70,7 @@ class KernelStep:
     buffers: Mapping[Ref, str]
     module_path: str = ""
     origins: tuple[str, ...] = ()
+    chosen_by: str = "heuristic"
 
 
 @dataclass(frozen=True)
@@ -147,7 +152,8 @@ class Plan:
             stages = (f" <{prologue}>" if prologue else "") + (f" [{epilogue}]" if epilogue else "")
             inputs = ", ".join(str(operand.spec) for operand in step.problem.inputs)
             output = step.problem.output.spec
-            lines.append(f"{step.name:<28} {step.op}({inputs}){stages} -> {output} | {step.config}")
+            chosen = f"{step.config} ({step.chosen_by})"
+            lines.append(f"{step.name:<28} {step.op}({inputs}){stages} -> {output} | {chosen}")
         return "\n".join(lines) + "\n"
 
     def to_json(self) -> dict[str, Any]:
@@ -185,6 +191,7 @@ def _step_json(step: Step) -> dict[str, Any]:
         "prologue": [str(stage) for stage in step.problem.prologue],
         "config": {**dict(step.config.blocks), "num_warps": step.config.num_warps,
                    "num_stages": step.config.num_stages},
+        "chosen_by": step.chosen_by,
         "buffers": {f"{ref.kind}{ref.index}": name for ref, name in step.buffers.items()},
         "launches": [
             {

@@ -25,6 +25,9 @@ from .plan import KernelStep, Place, Plan, Step, TorchStep
 GRAPHS_KEPT = 8
 """CUDA graphs kept under a dynamic batch; the least recently used one goes first."""
 
+QUEUEING_CYCLES = 50_000_000
+"""About 30 ms: longer than the host takes to queue the launches of any network of the zoo."""
+
 Observer = Callable[[Step, torch.Tensor], None]
 
 
@@ -56,7 +59,8 @@ class Memory:
                 self._flat[name] = piece.view(buffer.dtype)
             else:
                 count = buffer.bytes_at(batch) // buffer.dtype.itemsize
-                self._flat[name] = torch.empty(count, dtype=buffer.dtype, device=device)
+                make = torch.zeros if buffer.kind == "zeroed" else torch.empty
+                self._flat[name] = make(count, dtype=buffer.dtype, device=device)
 
     def flat(self, name: str) -> torch.Tensor:
         """The whole buffer."""
@@ -173,14 +177,28 @@ class CudaRunner:
         return torch.device("cuda", torch.cuda.current_device())
 
     def run(self, inputs: Sequence[torch.Tensor], batch: int) -> list[torch.Tensor]:
-        captured = self._graphs.pop(batch, None)
-        if captured is None:
-            memory = Memory(self._plan, self._constants, batch)
-            captured = _CapturedPlan(self._plan, self._compiled, memory)
+        captured = self._graphs.pop(batch, None) or self._capture(batch)
         self._graphs[batch] = captured
         while len(self._graphs) > GRAPHS_KEPT:
             self._graphs.popitem(last=False)
         return captured.replay(inputs)
+
+    def _capture(self, batch: int) -> _CapturedPlan:
+        """The plan in memory of its own for a batch.
+
+        Raises: KernelError where the GPU has not enough memory; what was taken is given back.
+        """
+        try:
+            memory = Memory(self._plan, self._constants, batch)
+            return _CapturedPlan(self._plan, self._compiled, memory)
+        except torch.OutOfMemoryError as error:
+            kept = len(self._graphs)
+            self._graphs.clear()
+            torch.cuda.empty_cache()
+            raise KernelError(
+                f"batch {batch} needs more GPU memory than there is: {error}; {kept} other batches "
+                "kept by this executable were dropped, call it again or with a smaller batch"
+            ) from error
 
     def time_steps(self, inputs: Sequence[torch.Tensor], batch: int) -> list[tuple[str, float]]:
         """(step, microseconds) for each step launched by itself, outside the CUDA graph."""
@@ -219,16 +237,20 @@ class _CapturedPlan:
 
     def time_steps(self, inputs: Sequence[torch.Tensor]) -> list[tuple[str, float]]:
         self._load(inputs)
-        times = []
-        for name, action in self._actions:
-            start = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
-            stop = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
-            start.record()
+        count = len(self._actions) + 1
+        make: Any = torch.cuda.Event
+        events = [make(enable_timing=True) for _ in range(count)]
+        # The GPU waits until every launch is queued: otherwise the host's own time is measured.
+        torch.cuda._sleep(QUEUEING_CYCLES)  # type: ignore[no-untyped-call]
+        events[0].record()
+        for (_, action), event in zip(self._actions, events[1:], strict=True):
             action()
-            stop.record()
-            torch.cuda.synchronize()
-            times.append((name, start.elapsed_time(stop) * 1e3))
-        return times
+            event.record()
+        torch.cuda.synchronize()
+        return [
+            (name, before.elapsed_time(after) * 1e3)
+            for (name, _), before, after in zip(self._actions, events, events[1:], strict=False)
+        ]
 
 
 def _bind(
@@ -242,20 +264,27 @@ def _bind(
             actions.append((step.name, partial(run_torch_step, step, memory)))
             continue
         for launch in step.launches:
-            actions.append((step.name, _bind_launch(launch, next(remaining), step, memory)))
+            tensor_of = _tensors_of(step, memory)
+            action = bind_launch(launch, next(remaining), tensor_of, memory.batch)
+            actions.append((step.name, action))
     return actions
 
 
-def _bind_launch(
-    launch: Launch, compiled: Any, step: KernelStep, memory: Memory
+def bind_launch(
+    launch: Launch, compiled: Any, tensor_of: Callable[[Ref], torch.Tensor], batch: int
 ) -> Callable[[], None]:
-    arguments = execute.bind(launch, _tensors_of(step, memory), memory.batch)
+    """The launch of a compiled kernel on tensors of this GPU, as a call without arguments.
+
+    Raises: KernelError for a tensor that is not aligned as the kernel was compiled for.
+    """
+    arguments = execute.bind(launch, tensor_of, batch)
     for name, tensor in arguments.items():
         if isinstance(tensor, torch.Tensor) and tensor.data_ptr() % 16:
-            raise KernelError(f"{step.name}: argument {name} is not aligned to 16 bytes")
+            kernel = launch.kernel.fn.__name__
+            raise KernelError(f"{kernel}: argument {name} is not aligned to 16 bytes")
     arguments.update(launch.constexprs)
     ordered = [arguments[name] for name in launch.kernel.arg_names]
-    start = compiled[launch.grid_at(memory.batch)]
+    start = compiled[launch.grid_at(batch)]
     return lambda: start(*ordered)
 
 

@@ -25,6 +25,15 @@ class Wish:
     refusal: str | None = None
 
 
+@dataclass(frozen=True)
+class Labels:
+    """The label of every fusion by its rule's name; heavy: the rules of several heavy ops, the ones
+    that an entry without a label asks for."""
+
+    all: dict[str, str]
+    heavy: frozenset[str]
+
+
 def of(goal: Goal | None, label: str, nodes: Iterable[Node]) -> Wish:
     """The wish that concerns a match of the rule with that label; rules without one are no fusions.
 
@@ -52,17 +61,18 @@ def concerns(entry: str, label: str, paths: Iterable[str]) -> bool:
 
 
 def check(
-    captured: Graph, force: tuple[str, ...], forbid: tuple[str, ...], labels: tuple[str, ...]
+    captured: Graph, force: tuple[str, ...], forbid: tuple[str, ...], labels: Labels
 ) -> None:
     """Refuses entries that can concern nothing.
 
     Raises: InvalidInputError for an entry that is neither a label nor a module path, with the near
     names, and for one that is both forced and forbidden.
     """
-    paths = tuple(dict.fromkeys(node.module_path for node in captured.nodes()))
+    paths = tuple(dict.fromkeys(node.module_path for node in captured.compute_nodes()))
+    known = tuple(dict.fromkeys(labels.all.values()))
     for name, entries in (("force", force), ("forbid", forbid)):
         for entry in entries:
-            _check_entry(name, entry, labels, paths)
+            _check_entry(name, entry, known, paths)
     for entry in force:
         if entry in forbid:
             raise InvalidInputError(f"{entry!r} is both forced and forbidden; drop one")
@@ -81,8 +91,8 @@ def _check_entry(
     if not at and entry in labels:
         return
     if not any(fnmatchcase(known, path) for known in paths):
-        known = tuple(p for p in paths if p)
-        names = known if at else (*labels, *known)
+        modules = tuple(known for known in paths if known)
+        names = modules if at else (*labels, *modules)
         kind = "module path" if at else "fusion or module path"
         raise InvalidInputError(
             f"{argument}={entry!r}: no {kind} of that name; {near_names(path, names)}"
@@ -92,9 +102,6 @@ def _check_entry(
 def check_forced(captured: Graph, force: tuple[str, ...], ledger: Ledger, labels: Labels) -> None:
     """Refuses to go on where a forced fusion was not made.
 
-    labels: every rule's name and its label. Entries that are module paths ask for any fusion of
-    several heavy ops there.
-
     Raises: InvalidInputError with the reasons that the ledger has.
     """
     paths = {node.name: node.module_path for node in captured.nodes()}
@@ -102,15 +109,14 @@ def check_forced(captured: Graph, force: tuple[str, ...], ledger: Ledger, labels
         reasons = []
         made = False
         for event in ledger.events:
-            label = labels.get(event.rule)
-            if label is None:
+            if event.rule not in labels.all:
                 continue
-            if concerns(entry, label, {paths.get(name, "") for name in event.nodes}):
+            label = labels.all[event.rule]
+            where = {paths.get(name, "") for name in event.nodes}
+            asked = entry in labels.all.values() or "@" in entry or event.rule in labels.heavy
+            if asked and concerns(entry, label, where):
                 made = made or event.accepted
                 reasons.append(f"{event.rule}: {event.reason}")
         if not made:
             why = "; ".join(dict.fromkeys(reasons)) or "no fusion matches there"
             raise InvalidInputError(f"force={entry!r}: cannot be fused: {why}")
-
-
-Labels = dict[str, str]

@@ -38,7 +38,7 @@ from .op import (
     tensor_bytes,
     tile_config,
 )
-from .spec import Layout, TensorSpec
+from .spec import MEMORY_FORMATS, Layout, TensorSpec
 from .targets import Target
 
 
@@ -249,7 +249,7 @@ def cost(problem: Problem) -> Cost:
 def _build(draw: Mapping[str, Any]) -> tuple[BatchNorm, tuple[TensorSpec, ...]] | None:
     shape = tuple(draw["shape"])
     attributes = BatchNorm(draw["eps"], draw["weight"], draw["bias"])
-    layout = Layout.NHWC if len(shape) == 4 and draw["nhwc"] else Layout.DENSE
+    layout = Layout.NHWC if len(shape) in MEMORY_FORMATS and draw["nhwc"] else Layout.DENSE
     channel = TensorSpec((shape[1],), torch.float32)
     x = TensorSpec(shape, torch.float32, layout)
     return attributes, (x, *(channel for _ in attributes.inputs[1:]))

@@ -4,9 +4,11 @@ x: (N, C, H, W) NHWC in memory; w: (K, C/G, R, S), a constant packed as (K, R·S
 y: (N, K, P, Q) NHWC. fp32 accumulation. The bias is an epilogue.
 
 Implicit GEMM (Chetlur et al., cuDNN, 2014): the rows of the product are output pixels, its inner
-dimension the filter taps and channels; the input matrix is never built. Three algorithms:
+dimension the filter taps and channels; the input matrix is never built. Five algorithms:
 - `gemm`: 1x1, stride 1, no padding: a plain matrix product (`gemm.py`);
 - `depthwise`: one input channel per group: no matrix product at all (`depthwise.py`);
+- `grouped`: few channels per group: several groups in one product (`grouped.py`);
+- `rows`: 4 or 8 channels and no padding at the sides: whole filter rows at a time (`conv_rows.py`);
 - `implicit`: everything else, one loop flattened over taps and channel blocks, which is what
   Triton's pipeliner turns into asynchronous copies. With few channels per group the flattened loop
   runs over (tap, channel) pairs instead of whole channel blocks.
@@ -24,7 +26,7 @@ import triton
 import triton.language as tl
 
 from ..errors import InvalidInputError
-from . import depthwise, gemm
+from . import conv_rows, depthwise, gemm, grouped
 from .epilogue import Stage
 from .op import (
     Attributes,
@@ -95,6 +97,15 @@ def pack(attributes: Conv2d, w: torch.Tensor) -> torch.Tensor:
     if w.shape[1] == 1 and attributes.groups > 1:
         return depthwise.pack(w)
     return w.permute(0, 2, 3, 1).reshape(w.shape[0], -1).contiguous()
+
+
+def _pack_for_algorithm(attributes: Conv2d, w: torch.Tensor) -> torch.Tensor:
+    """As `pack`, or in runs where whole filter rows are read."""
+    if conv_rows.applies(attributes, tuple(w.shape)):
+        return conv_rows.pack(w)
+    if grouped.applies(attributes, tuple(w.shape)):
+        return grouped.pack(attributes.groups, w)
+    return pack(attributes, w)
 
 
 @triton.jit
@@ -207,12 +218,16 @@ def conv2d_kernel(
 
 
 def algorithm(problem: Problem) -> str:
-    """Which of the three algorithms computes the problem."""
+    """Which of the five algorithms computes the problem."""
     attributes = problem.attributes
     assert isinstance(attributes, Conv2d)
     _, per_group, r, s = problem.inputs[1].shape
     if per_group == 1 and attributes.groups > 1:
         return "depthwise"
+    if conv_rows.applies(attributes, problem.inputs[1].shape):
+        return "rows"
+    if grouped.applies(attributes, problem.inputs[1].shape):
+        return "grouped"
     plain = attributes.stride == (1, 1) and not any(attributes.padding) and attributes.groups == 1
     return "gemm" if plain and r == s == 1 else "implicit"
 
@@ -234,6 +249,10 @@ def launches(problem: Problem, tile: Config, target: Target) -> tuple[Launch, ..
         return (gemm.launch(problem, tile, problem.inputs[0], problem.output.shape[1]),)
     if chosen == "depthwise":
         return (depthwise.launch(problem, tile),)
+    if chosen == "rows":
+        return (conv_rows.launch(problem, tile),)
+    if chosen == "grouped":
+        return (grouped.launch(problem, tile),)
     x, out = problem.inputs[0], problem.output
     _, _, h, width = x.shape
     n, k, p, q = out.shape
@@ -265,11 +284,25 @@ def launches(problem: Problem, tile: Config, target: Target) -> tuple[Launch, ..
         },
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
+        l2_bytes=gemm.l2_bytes(problem, tile, per_group * r * s),
+        instructions=_gathering(problem, tile),
     )  # fmt: skip
     return (launch,)
 
 
+def _gathering(problem: Problem, tile: Config) -> int:
+    """Instructions of one program that loads its input element by element: 23 for each, 16 for each
+    result, as counted in sm_90 code for half precision; 0 where blocks of channels are copied."""
+    size = _size(problem)
+    if not size.gathers:
+        return 0
+    steps = -(-size.depth // tile["BLOCK_K"])
+    return tile["BLOCK_M"] * (23 * steps * tile["BLOCK_K"] + 16 * tile["BLOCK_N"])
+
+
 def _size(problem: Problem) -> gemm.Size:
+    if algorithm(problem) == "rows":
+        return conv_rows.size(problem)
     attributes = problem.attributes
     assert isinstance(attributes, Conv2d)
     n, k, p, q = problem.output.shape
@@ -284,12 +317,18 @@ def _size(problem: Problem) -> gemm.Size:
 def configs(problem: Problem, target: Target) -> Iterator[Config]:
     if algorithm(problem) == "depthwise":
         return depthwise.configs(problem, target)
+    if algorithm(problem) == "rows":
+        return conv_rows.configs(problem, target)
+    if algorithm(problem) == "grouped":
+        return grouped.configs(problem, target)
     return gemm.tile_configs(_size(problem), target)
 
 
 def legal(problem: Problem, tile: Config, target: Target) -> str | None:
     if algorithm(problem) == "depthwise":
         return None
+    if algorithm(problem) == "grouped":
+        return grouped.legal(problem, tile, target)
     size = _size(problem)
     return gemm.legal_for_taps(tile, size.taps) or gemm.legal_tile(size.dtype, tile, target)
 
@@ -297,6 +336,10 @@ def legal(problem: Problem, tile: Config, target: Target) -> str | None:
 def default(problem: Problem, target: Target) -> Config:
     if algorithm(problem) == "depthwise":
         return depthwise.default(problem, target)
+    if algorithm(problem) == "rows":
+        return conv_rows.default(problem, target)
+    if algorithm(problem) == "grouped":
+        return grouped.default(problem, target)
     return gemm.default_tile(_size(problem), target)
 
 
@@ -320,6 +363,14 @@ def _build(draw: Mapping[str, Any]) -> tuple[Conv2d, tuple[TensorSpec, ...]] | N
     except InvalidInputError:
         return None
     return attributes, (x, w)
+
+
+def _rows_draw(channels: int, filters: tuple[int, int], stride: tuple[int, int]) -> dict[str, Any]:
+    """A problem of the algorithm `rows`, with a border above and below."""
+    return {
+        "N": 2, "image": (12, 16), "C": channels, "K": 33, "filter": filters, "stride": stride,
+        "padding": (3, 2, 0, 0), "dilation": (1, 1), "groups": 1, "depthwise": False,
+    }  # fmt: skip
 
 
 def _pair(value: Any) -> tuple[int, int]:
@@ -378,21 +429,29 @@ OP = Op(
         ranges={
             "N": (1, 2, 3),
             "image": ((1, 1), (5, 5), (7, 9), (12, 4), (16, 16)),
-            "C": (1, 3, 8, 16, 20, 33),
+            "C": (1, 3, 4, 8, 16, 20, 33),
             "K": (1, 8, 10, 33),
             "filter": ((1, 1), (3, 3), (5, 5), (1, 7), (2, 3), (7, 7)),
             "stride": ((1, 1), (2, 2), (1, 2), (3, 1)),
-            "padding": ((0, 0, 0, 0), (1, 1, 1, 1), (3, 3, 3, 3), (0, 1, 2, 0)),
+            "padding": ((0, 0, 0, 0), (1, 1, 1, 1), (3, 3, 3, 3), (0, 1, 2, 0), (2, 3, 0, 0)),
             "dilation": ((1, 1), (2, 2), (1, 3)),
             "groups": (1, 2, 3),
             "depthwise": (False, False, True),
         },
         build=_build,
+        interesting=(
+            _rows_draw(4, (7, 7), (2, 2)),
+            _rows_draw(4, (3, 5), (1, 1)),
+            _rows_draw(8, (5, 5), (2, 1)),
+            # Blocks of groups, the last of them not full.
+            {**_rows_draw(4, (3, 3), (1, 1)), "K": 4, "groups": 9},
+            {**_rows_draw(3, (3, 3), (2, 2)), "K": 5, "groups": 7},
+        ),
     ),
     aten={
         "aten.conv2d.default": _capture,
         "aten.conv2d.padding": _capture,
     },
-    packs=lambda attributes: {1: pack},
+    packs=lambda attributes: {1: _pack_for_algorithm},
     takes_prologue=True,
 )

@@ -1,12 +1,14 @@
 """conv_chain: convolution -> 1x1 expansion -> 1x1 reduction in one kernel, without halo recompute.
 
     t = F(conv2d(x, w1))          all channels of t in one tile, kept in registers
-    y = E(t · w2ᵀ)                stored; E usually adds the residual and applies the activation
+    y = E(t · w2ᵀ + s · wsᵀ)      stored; E usually adds the residual and applies the activation
     z = G(y · w3ᵀ)                stored; the next block's 1x1 reduction, summed while y passes by
 
-x: (N, C, H, W) NHWC; w1: (M, C, R, S); w2: (E, M, 1, 1); w3: (O, E, 1, 1); y: (N, E, P, Q);
-z: (N, O, P, Q). fp32 accumulation; t and y are rounded to the dtype of the tensors, as they would
-be between separate kernels. The first convolution and the last are optional.
+x: (N, C, H, W) NHWC; w1: (M, C, R, S); w2: (E, M, 1, 1); s: (N, D, H2, W2) read at a stride;
+ws: (E, D, 1, 1); w3: (O, E, 1, 1); y: (N, E, P, Q); z: (N, O, P, Q). fp32 accumulation; t and y are
+rounded to the dtype of the tensors, as they would be between separate kernels. The first
+convolution and the last are optional, and so is s, the input of the 1x1 shortcut with which a stage
+begins: a second product into the accumulator of y.
 
 This is the "rotated bottleneck" of ResNet (He et al., 2016): cutting the net after the reduction
 instead of before it puts the 3x3 first, so no pixel is computed twice, and the wide tensor y is
@@ -22,13 +24,13 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-import triton
-import triton.language as tl
 
 from ..errors import InvalidInputError
-from . import conv2d, gemm
+from . import conv2d, gemm, taps
+from . import conv_chain_tiles as tiles
 from . import epilogue as ep
 from .conv2d import Conv2d
+from .conv_chain_kernel import conv_chain_kernel
 from .op import (
     Attributes,
     Config,
@@ -38,23 +40,19 @@ from .op import (
     Op,
     Problem,
     Ref,
-    config,
-    power_of_two,
     tensor_bytes,
 )
 from .spec import Layout, Operand, TensorSpec
 from .targets import Target
-
-REGISTERS = 208
-"""Registers per thread that both accumulators and t may take before the compiler spills."""
 
 
 @dataclass(frozen=True)
 class ConvChain(Attributes):
     """The links of the chain and the pointwise stages after each of them.
 
-    front: None where x already is t. Inputs: x, [w1, operands of `after_front`], w2, operands of
-    `after_expand`, [w3, operands of `after_reduce`].
+    front: None where x already is t; shortcut: the 1x1 convolution beside the expansion. Inputs:
+    x, [w1, operands of `after_front`], w2, [s, ws], operands of `after_expand`, [w3, operands of
+    `after_reduce`].
     """
 
     front: Conv2d | None = None
@@ -62,6 +60,7 @@ class ConvChain(Attributes):
     after_expand: ep.Epilogue = ()
     has_reduce: bool = False
     after_reduce: ep.Epilogue = ()
+    shortcut: Conv2d | None = None
 
     @property
     def slots(self) -> dict[str, int]:
@@ -70,8 +69,13 @@ class ConvChain(Attributes):
         if self.front is not None:
             slots |= {"w1": at, "front": at + 1}
             at += 1 + ep.operand_count(self.after_front)
-        slots |= {"w2": at, "expand": at + 1}
-        at += 1 + ep.operand_count(self.after_expand)
+        slots["w2"] = at
+        at += 1
+        if self.shortcut is not None:
+            slots |= {"s": at, "ws": at + 1}
+            at += 2
+        slots["expand"] = at
+        at += ep.operand_count(self.after_expand)
         if self.has_reduce:
             slots |= {"w3": at, "reduce": at + 1}
             at += 1 + ep.operand_count(self.after_reduce)
@@ -101,6 +105,8 @@ def infer(attributes: ConvChain, inputs: tuple[TensorSpec, ...]) -> tuple[Tensor
         raise InvalidInputError(f"conv_chain: expected {slots['end']} inputs, got {len(inputs)}")
     t = middle(attributes, inputs)
     outputs = conv2d.infer(Conv2d(), (t, inputs[slots["w2"]]))
+    if attributes.shortcut is not None:
+        _check_shortcut(attributes.shortcut, inputs[slots["s"]], inputs[slots["ws"]], outputs)
     links = {"front": t, "expand": outputs[0]}
     if attributes.has_reduce:
         outputs += conv2d.infer(Conv2d(), (outputs[0], inputs[slots["w3"]]))
@@ -114,6 +120,18 @@ def infer(attributes: ConvChain, inputs: tuple[TensorSpec, ...]) -> tuple[Tensor
     return outputs
 
 
+def _check_shortcut(
+    shortcut: Conv2d, s: TensorSpec, ws: TensorSpec, outputs: tuple[TensorSpec, ...]
+) -> None:
+    if shortcut.groups != 1 or any(shortcut.padding) or ws.shape[2:] != (1, 1):
+        raise InvalidInputError(
+            f"conv_chain: expected a shortcut that is 1x1 without padding or groups, got "
+            f"{shortcut} with weight {ws}"
+        )
+    if (made := conv2d.infer(shortcut, (s, ws))) != outputs:
+        raise InvalidInputError(f"conv_chain: the shortcut gives {made[0]}, not {outputs[0]}")
+
+
 def reference(
     attributes: ConvChain, *tensors: torch.Tensor
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
@@ -123,125 +141,14 @@ def reference(
         t = conv2d.reference(attributes.front, t, tensors[slots["w1"]])
         t = ep.apply_reference(attributes.after_front, t, _part(attributes, "front", tensors))
     y = F.conv2d(t, tensors[slots["w2"]])
+    if attributes.shortcut is not None:
+        y = y + conv2d.reference(attributes.shortcut, tensors[slots["s"]], tensors[slots["ws"]])
     y = ep.apply_reference(attributes.after_expand, y, _part(attributes, "expand", tensors))
     if not attributes.has_reduce:
         return y
     z = F.conv2d(y, tensors[slots["w3"]])
     z = ep.apply_reference(attributes.after_reduce, z, _part(attributes, "reduce", tensors))
     return y, z
-
-
-@triton.jit
-def conv_chain_kernel(
-    x,
-    w1,
-    w2,
-    w3,
-    y,
-    z,
-    extras,
-    m,
-    H: tl.constexpr,
-    WIDTH: tl.constexpr,
-    C: tl.constexpr,
-    MIDDLE: tl.constexpr,
-    WIDE_CHANNELS: tl.constexpr,
-    NARROW: tl.constexpr,
-    P: tl.constexpr,
-    Q: tl.constexpr,
-    R: tl.constexpr,
-    S: tl.constexpr,
-    STRIDE_H: tl.constexpr,
-    STRIDE_W: tl.constexpr,
-    TOP: tl.constexpr,
-    LEFT: tl.constexpr,
-    DILATION_H: tl.constexpr,
-    DILATION_W: tl.constexpr,
-    X_PITCH: tl.constexpr,
-    X_OFFSET: tl.constexpr,
-    Y_PITCH: tl.constexpr,
-    Y_OFFSET: tl.constexpr,
-    Z_PITCH: tl.constexpr,
-    Z_OFFSET: tl.constexpr,
-    FRONT: tl.constexpr,
-    EXPAND: tl.constexpr,
-    REDUCE: tl.constexpr,
-    PRECISION: tl.constexpr,
-    WIDE: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    BLOCK_MIDDLE: tl.constexpr,
-    BLOCK_NARROW: tl.constexpr,
-    INNER_STAGES: tl.constexpr,
-):
-    rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
-    row_mask = rows < m
-    if WIDE:
-        rows = rows.to(tl.int64)
-    inner = tl.arange(0, BLOCK_MIDDLE)
-    inner_mask = inner < MIDDLE
-    if FRONT is None:
-        tile = x + X_OFFSET + (rows * X_PITCH)[:, None] + inner[None, :]
-        t = tl.load(tile, mask=row_mask[:, None] & inner_mask[None, :], other=0.0)
-    else:
-        image = rows // (P * Q)
-        top = (rows // Q % P).to(tl.int32) * STRIDE_H - TOP
-        left = (rows % Q).to(tl.int32) * STRIDE_W - LEFT
-        corner = (image * H + top) * WIDTH + left
-        top = tl.where(row_mask, top, -1048576)
-        depth = tl.arange(0, BLOCK_K)
-        x_tile = (corner * X_PITCH)[:, None] + depth[None, :]
-        w1_tile = w1 + (inner * (R * S * C))[:, None] + depth[None, :]
-        blocks: tl.constexpr = (C + BLOCK_K - 1) // BLOCK_K
-        acc = tl.zeros((BLOCK_M, BLOCK_MIDDLE), tl.float32)
-        for step in range(R * S * blocks):
-            tap = step // blocks
-            start = step % blocks * BLOCK_K
-            r = tap // S * DILATION_H
-            s = tap % S * DILATION_W
-            inside = ((top + r).to(tl.uint32, bitcast=True) < H) & (
-                (left + s).to(tl.uint32, bitcast=True) < WIDTH
-            )
-            a_mask = inside[:, None]
-            b_mask = inner_mask[:, None]
-            if C % BLOCK_K != 0:
-                a_mask = a_mask & (start + depth < C)[None, :]
-                b_mask = b_mask & (start + depth < C)[None, :]
-            x_step = x + X_OFFSET + ((r * WIDTH + s) * X_PITCH + start)
-            a = tl.load(x_step + x_tile, mask=a_mask, other=0.0)
-            b = tl.load(w1_tile + (tap * C + start), mask=b_mask, other=0.0)
-            acc = tl.dot(a, b.T, acc, input_precision=PRECISION)
-        acc = FRONT(acc, rows, inner, row_mask, inner_mask, extras)
-        # Channels past MIDDLE must stay zero whatever the stages made of them.
-        t = tl.where(inner_mask[None, :], acc, 0.0).to(x.dtype.element_ty)
-    narrow = tl.arange(0, BLOCK_NARROW)
-    narrow_mask = narrow < NARROW
-    total = tl.zeros((BLOCK_M, BLOCK_NARROW), tl.float32)
-    for begin in tl.range(0, WIDE_CHANNELS, BLOCK_N, num_stages=INNER_STAGES):
-        columns = begin + tl.arange(0, BLOCK_N)
-        column_mask = columns < WIDE_CHANNELS
-        w2_tile = w2 + (columns * MIDDLE)[:, None] + inner[None, :]
-        w2_mask = column_mask[:, None] & inner_mask[None, :]
-        product = tl.dot(
-            t, tl.load(w2_tile, mask=w2_mask, other=0.0).T, input_precision=PRECISION
-        )
-        product = EXPAND(product, rows, columns, row_mask, column_mask, extras)
-        wide = product.to(y.dtype.element_ty)
-        address = y + Y_OFFSET + (rows * Y_PITCH)[:, None] + columns[None, :]
-        tl.store(address, wide, mask=row_mask[:, None] & column_mask[None, :])
-        if REDUCE is not None:
-            if WIDE_CHANNELS % BLOCK_N != 0:
-                wide = tl.where(column_mask[None, :], wide, 0.0).to(y.dtype.element_ty)
-            w3_tile = w3 + (narrow * WIDE_CHANNELS)[:, None] + columns[None, :]
-            w3_mask = narrow_mask[:, None] & column_mask[None, :]
-            b = tl.load(w3_tile, mask=w3_mask, other=0.0)
-            total = tl.dot(wide, b.T, total, input_precision=PRECISION)
-    if REDUCE is not None:
-        total = REDUCE(total, rows, narrow, row_mask, narrow_mask, extras)
-        address = z + Z_OFFSET + (rows * Z_PITCH)[:, None] + narrow[None, :]
-        mask = row_mask[:, None] & narrow_mask[None, :]
-        tl.store(address, total.to(z.dtype.element_ty), mask=mask)
 
 
 def _function(
@@ -257,10 +164,7 @@ def launches(problem: Problem, tile: Config, target: Target) -> tuple[Launch, ..
     assert isinstance(attributes, ConvChain)
     slots, inputs = attributes.slots, problem.inputs
     t = middle(attributes, tuple(operand.spec for operand in inputs))
-    x, y = inputs[0], problem.outputs[0]
-    z = problem.outputs[-1]
-    front = attributes.front or Conv2d()
-    _, _, r, s = inputs[slots["w1"]].shape if attributes.front else (0, 0, 1, 1)
+    x, y, z = inputs[0], problem.outputs[0], problem.outputs[-1]
     refs: list[Ref] = []
     functions: dict[str, ep.GeneratedFunction | None] = {}
     for name, spec in (("front", t), ("expand", y.spec), ("reduce", z.spec)):
@@ -272,14 +176,16 @@ def launches(problem: Problem, tile: Config, target: Target) -> tuple[Launch, ..
         functions[name] = _function(stages, operands, spec, len(refs), name)
         refs += [Ref("input", slots[name] + index) for index in range(len(operands))]
     last = attributes.has_reduce
+    front, shortcut = _geometries(problem)
+    sizes = _sizes(problem)
     launch = Launch(
         kernel=conv_chain_kernel,
         pointers={
-            "x": Ref("input", 0),
             # Absent links are compiled out; their pointers are never read.
-            "w1": Ref("input", slots.get("w1", slots["w2"])),
-            "w2": Ref("input", slots["w2"]),
-            "w3": Ref("input", slots.get("w3", slots["w2"])),
+            **{
+                name: Ref("input", slots.get(name, slots["w2"]))
+                for name in ("x", "w1", "w2", "w3", "s", "ws")
+            },
             "y": Ref("output", 0),
             "z": Ref("output", 1 if last else 0),
         },
@@ -289,12 +195,8 @@ def launches(problem: Problem, tile: Config, target: Target) -> tuple[Launch, ..
         block_rows=tile["BLOCK_M"],
         columns=1,
         constexprs={
-            "H": x.shape[2], "WIDTH": x.shape[3], "C": x.shape[1], "MIDDLE": t.shape[1],
+            "GEOMETRY": front, "SHORTCUT": shortcut, "MIDDLE": t.shape[1],
             "WIDE_CHANNELS": y.shape[1], "NARROW": z.shape[1] if last else 1,
-            "P": y.shape[2], "Q": y.shape[3], "R": r, "S": s,
-            "STRIDE_H": front.stride[0], "STRIDE_W": front.stride[1],
-            "TOP": front.padding[0], "LEFT": front.padding[2],
-            "DILATION_H": front.dilation[0], "DILATION_W": front.dilation[1],
             "X_PITCH": x.pitch, "X_OFFSET": x.offset,
             "Y_PITCH": y.pitch, "Y_OFFSET": y.offset,
             "Z_PITCH": z.pitch, "Z_OFFSET": z.offset,
@@ -302,95 +204,75 @@ def launches(problem: Problem, tile: Config, target: Target) -> tuple[Launch, ..
             "REDUCE": functions["reduce"],
             "PRECISION": gemm.dot_precision(problem, 16),
             "WIDE": problem.is_wide,
-            "BLOCK_MIDDLE": max(16, power_of_two(t.shape[1])),
-            "BLOCK_NARROW": max(16, power_of_two(z.shape[1])) if last else 16,
+            "BLOCK_MIDDLE": sizes.block_middle, "BLOCK_NARROW": sizes.block_narrow,
+            "BLOCK_SHORTCUT": 16,
             **dict(tile.blocks),
         },
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
+        l2_bytes=_l2_bytes(problem, tile),
     )  # fmt: skip
     return (launch,)
 
 
-def _widths(problem: Problem) -> tuple[int, int, int]:
-    """Channels of x, of t, and of z (0 without a reduction)."""
-    attributes = problem.attributes
+def _l2_bytes(problem: Problem, tile: Config) -> int:
+    """What one program reads: its pixels of every link, all weights, and the residual."""
+    attributes, y = problem.attributes, problem.outputs[0]
     assert isinstance(attributes, ConvChain)
-    t = middle(attributes, tuple(operand.spec for operand in problem.inputs))
-    narrow = problem.outputs[1].shape[1] if attributes.has_reduce else 0
-    return problem.inputs[0].shape[1], t.shape[1], narrow
+    slots, inputs, block_m = attributes.slots, problem.inputs, tile["BLOCK_M"]
+    weights = sum(inputs[slots[n]].spec.numel for n in ("w1", "w2", "ws", "w3") if n in slots)
+    _, c, r, s = inputs[slots.get("w1", slots["w2"])].shape
+    channels = r * s * c
+    if attributes.shortcut is not None:
+        beside = inputs[slots["s"]].shape[1]
+        steps = -(-y.shape[1] // tile["BLOCK_N"]) if beside > tile["BLOCK_SHORTCUT"] else 1
+        channels += steps * beside
+    residuals = _part(attributes, "expand", inputs)
+    channels += sum(y.shape[1] for o in residuals if o.spec.numel == y.spec.numel)
+    return (block_m * channels + weights) * inputs[0].spec.dtype.itemsize
 
 
-def _taps(problem: Problem) -> int:
-    """Taps of the first convolution's filter; 1 without one."""
-    attributes = problem.attributes
+def _geometries(problem: Problem) -> tuple[taps.Geometry | None, taps.Geometry | None]:
+    """Of the first convolution and of the shortcut."""
+    attributes, inputs, y = problem.attributes, problem.inputs, problem.outputs[0].spec
     assert isinstance(attributes, ConvChain)
-    if attributes.front is None:
-        return 1
-    r, s = problem.inputs[attributes.slots["w1"]].shape[2:]
-    return r * s
+    slots, found = attributes.slots, []
+    for link, x, w in ((attributes.front, "x", "w1"), (attributes.shortcut, "s", "ws")):
+        here = None
+        if link is not None:
+            here = taps.geometry(link, inputs[slots[x]], inputs[slots[w]].spec, y)
+        found.append(here)
+    return found[0], found[1]
+
+
+def _sizes(problem: Problem) -> tiles.Sizes:
+    attributes, inputs, y = problem.attributes, problem.inputs, problem.outputs[0]
+    assert isinstance(attributes, ConvChain)
+    slots, taps_of_front = attributes.slots, 0
+    if attributes.front is not None:
+        r, s = inputs[slots["w1"]].shape[2:]
+        taps_of_front = r * s
+    return tiles.Sizes(
+        rows=y.spec.numel // y.shape[1],
+        channels=inputs[0].shape[1],
+        middle=inputs[slots["w2"]].shape[1],
+        narrow=problem.outputs[1].shape[1] if attributes.has_reduce else 0,
+        shortcut=inputs[slots["s"]].shape[1] if attributes.shortcut is not None else 0,
+        taps=taps_of_front,
+        dtype=inputs[0].spec.dtype,
+    )
 
 
 def configs(problem: Problem, target: Target) -> Iterator[Config]:
-    """All warps lie along the rows (BLOCK_M = 16 per warp), so that t stays in registers."""
-    for warps in (4, 8):
-        for block_n in (32, 64):
-            for stages in (2, 3, 4):
-                for inner in (1, 2):
-                    tile = _tile(16 * warps, block_n, 64, warps, stages, inner)
-                    if legal(problem, tile, target) is None:
-                        yield tile
-
-
-def _tile(m: int, n: int, k: int, warps: int, stages: int, inner: int) -> Config:
-    return config(warps, stages, BLOCK_M=m, BLOCK_N=n, BLOCK_K=k, INNER_STAGES=inner)
+    return tiles.configs(_sizes(problem), target)
 
 
 def legal(problem: Problem, tile: Config, target: Target) -> str | None:
-    """Shared memory for the pipelined operands and registers for both accumulators."""
-    if target.name == "interpreter":
-        return None
-    if (reason := gemm.legal_for_taps(tile, _taps(problem))) is not None:
-        return reason
-    _, middle_channels, narrow = _widths(problem)
-    block_middle, block_narrow = power_of_two(middle_channels), power_of_two(max(narrow, 16))
-    size = problem.inputs[0].spec.dtype.itemsize
-    attributes, block_m, block_n = problem.attributes, tile["BLOCK_M"], tile["BLOCK_N"]
-    assert isinstance(attributes, ConvChain)
-    inner = tile["INNER_STAGES"] * (block_middle + block_narrow) * block_n + block_m * block_n
-    if attributes.front is None:
-        needed = size * (block_m * block_middle + inner)
-    else:
-        needed = size * max(tile.num_stages * (block_m + block_middle) * tile["BLOCK_K"], inner)
-    if needed > target.shared_bytes:
-        return f"needs {needed} bytes of shared memory; {target.name} has {target.shared_bytes}"
-    threads = 32 * tile.num_warps
-    values = block_m * (block_narrow + block_n + block_middle // 2) // threads
-    if values > REGISTERS:
-        return f"{values} registers per thread for tiles alone; more than {REGISTERS} spill"
-    return None
+    return tiles.legal(_sizes(problem), tile, target)
 
 
 def default(problem: Problem, target: Target) -> Config:
-    """16 pixels per warp; the expansion in steps of 64 channels, or of 32 where registers are
-    short; the first legal configuration where that needs more shared memory than there is.
-
-    sm_90, 3x3 64 -> 1x1 256 -> 1x1 64: 140 registers; without the 3x3 256 -> 1024 -> 256: 254, no
-    spills.
-    """
-    rows = problem.outputs[0].spec.numel // problem.outputs[0].shape[1]
-    channels, middle_channels, narrow = _widths(problem)
-    if target.name == "interpreter":
-        block_m = max(16, min(4096, power_of_two(rows)))
-        block_k = max(16, min(128, power_of_two(channels)))
-        return _tile(block_m, 256, block_k, 1, 1, 1)
-    block_k = max(16, min(64, power_of_two(channels)))
-    block_n = 64 if max(middle_channels, narrow) <= 64 else 32
-    warps = gemm.MOST_WARPS_OVER_TAPS if _taps(problem) > 1 else 8
-    tile = _tile(16 * warps, block_n, block_k, warps, 3, 1)
-    if legal(problem, tile, target) is None:
-        return tile
-    return next(configs(problem, target), tile)
+    return tiles.default(_sizes(problem), target)
 
 
 def cost(problem: Problem) -> Cost:
@@ -404,6 +286,8 @@ def cost(problem: Problem) -> Cost:
     if attributes.front is not None:
         k, per_group, r, s = problem.inputs[slots["w1"]].shape
         products += k * per_group * r * s
+    if attributes.shortcut is not None:
+        products += y.shape[1] * problem.inputs[slots["s"]].shape[1]
     if attributes.has_reduce:
         products += y.shape[1] * problem.outputs[1].shape[1]
     read, written = tensor_bytes(problem)
@@ -413,7 +297,7 @@ def cost(problem: Problem) -> Cost:
 def packs(attributes: ConvChain) -> Mapping[int, Callable[[Any, torch.Tensor], torch.Tensor]]:
     """Every weight K-major, as conv2d packs it."""
     slots = attributes.slots
-    return {slots[name]: _pack for name in ("w1", "w2", "w3") if name in slots}
+    return {slots[name]: _pack for name in ("w1", "w2", "ws", "w3") if name in slots}
 
 
 def _pack(attributes: ConvChain, w: torch.Tensor) -> torch.Tensor:
@@ -421,31 +305,36 @@ def _pack(attributes: ConvChain, w: torch.Tensor) -> torch.Tensor:
 
 
 def _build(draw: Mapping[str, Any]) -> tuple[ConvChain, tuple[TensorSpec, ...]] | None:
-    n, (h, width) = draw["N"], draw["image"]
-    c, mid, wide, narrow = draw["C"], draw["M"], draw["E"], draw["O"]
-    bias = (ep.Stage("add"), ep.Stage("relu"))
-    residual = (ep.Stage("add"), ep.Stage("add"), ep.Stage("relu"))
+    n, (h, width), c, wide = draw["N"], draw["image"], draw["C"], draw["E"]
+    bias, residual = (ep.Stage("add"), ep.Stage("relu")), (ep.Stage("add"),) * 2
     r, pad = draw["filter"]
-    stride = draw["stride"]
+    stride, step = draw["stride"], draw["shortcut"]
     front = Conv2d((stride, stride), (pad,) * 4) if draw["front"] else None
-    attributes = ConvChain(front, bias, residual, draw["reduce"], bias)
+    beside = Conv2d((step, step)) if step else None
+    mid = draw["M"] if front else c
+    attributes = ConvChain(
+        front, bias if front else (), (*residual, ep.Stage("relu")), draw["reduce"],
+        bias if draw["reduce"] else (), beside,
+    )  # fmt: skip
     x = TensorSpec((n, c, h, width), torch.float32, Layout.NHWC)
-    specs = [x]
-    if front is not None:
-        specs += [TensorSpec((mid, c, r, r), torch.float32), TensorSpec((mid, 1, 1), torch.float32)]
-    else:
-        attributes = ConvChain(None, (), residual, draw["reduce"], bias)
-        mid = c
+
+    def weight(k: int, c: int, size: int = 1) -> TensorSpec:
+        return TensorSpec((k, c, size, size), torch.float32)
+
+    def vector(k: int) -> TensorSpec:
+        return TensorSpec((k, 1, 1), torch.float32)
+
+    specs = [x, *((weight(mid, c, r), vector(mid)) if front else ())]
     try:
-        t = middle(attributes, tuple(specs))
+        p, q = middle(attributes, tuple(specs)).shape[2:]
     except InvalidInputError:
         return None
-    y = TensorSpec((n, wide, *t.shape[2:]), torch.float32, Layout.NHWC)
-    specs += [TensorSpec((wide, mid, 1, 1), torch.float32), TensorSpec((wide, 1, 1), torch.float32)]
-    specs.append(y)
+    specs.append(weight(wide, mid))
+    if beside is not None:
+        specs += [x.with_(shape=(n, draw["D"], p * step, q * step)), weight(wide, draw["D"])]
+    specs += [vector(wide), x.with_(shape=(n, wide, p, q))]
     if draw["reduce"]:
-        specs.append(TensorSpec((narrow, wide, 1, 1), torch.float32))
-        specs.append(TensorSpec((narrow, 1, 1), torch.float32))
+        specs += [weight(draw["O"], wide), vector(draw["O"])]
     return attributes, tuple(specs)
 
 
@@ -471,8 +360,21 @@ OP = Op(
             "stride": (1, 2),
             "front": (True, True, False),
             "reduce": (True, True, False),
+            "shortcut": (0, 0, 1, 2),
+            "D": (8, 20, 72),
         },
         build=_build,
+        interesting=(
+            # A shortcut of more channels than stay in shared memory, and one that ends a net.
+            {
+                "N": 2, "image": (5, 7), "C": 20, "M": 16, "E": 40, "O": 33, "filter": (3, 1),
+                "stride": 1, "front": True, "reduce": True, "shortcut": 2, "D": 300,
+            },
+            {
+                "N": 1, "image": (8, 8), "C": 20, "M": 16, "E": 72, "O": 8, "filter": (3, 1),
+                "stride": 2, "front": True, "reduce": False, "shortcut": 1, "D": 20,
+            },
+        ),
     ),
     packs=packs,
     takes_epilogue=False,

@@ -34,13 +34,16 @@ class Stage:
     """One application of a scalar function to the running value.
 
     A binary function's other argument is `literal` when given, else the next tensor operand;
-    `reverse` puts the running value on the right.
+    `reverse` puts the running value on the right. channels: only the columns [start, stop) are
+    changed, where convolutions with different activations were merged into a wide one; the columns
+    are then dimension 1 of the output.
     """
 
     name: str
     parameters: tuple[float, ...] = ()
     literal: float | None = None
     reverse: bool = False
+    channels: tuple[int, int] | None = None
 
     @property
     def scalar(self) -> scalars.Scalar:
@@ -54,7 +57,8 @@ class Stage:
         literal = [] if self.literal is None else [f"{self.literal:g}"]
         arguments = [*literal, *(f"{value:g}" for value in self.parameters)]
         name = f"r{self.name}" if self.reverse else self.name
-        return f"{name}({', '.join(arguments)})" if arguments else name
+        shown = f"{name}({', '.join(arguments)})" if arguments else name
+        return f"{shown}[{self.channels[0]}:{self.channels[1]}]" if self.channels else shown
 
 
 Epilogue = tuple[Stage, ...]
@@ -72,12 +76,20 @@ def apply_reference(
     remaining = iter(operands)
     for stage in stages:
         if stage.scalar.operands == 1:
-            value = stage.scalar.reference(value, *stage.parameters)
-            continue
-        other = next(remaining) if stage.literal is None else stage.literal
-        pair = (other, value) if stage.reverse else (value, other)
-        value = stage.scalar.reference(*pair, *stage.parameters)
+            changed = stage.scalar.reference(value, *stage.parameters)
+        else:
+            other = next(remaining) if stage.literal is None else stage.literal
+            pair = (other, value) if stage.reverse else (value, other)
+            changed = stage.scalar.reference(*pair, *stage.parameters)
+        value = changed if stage.channels is None else _only(stage.channels, changed, value)
     return value
+
+
+def _only(channels: tuple[int, int], changed: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    """`changed` in the channels (dimension 1) from start to stop, `value` in the others."""
+    result = value.clone()
+    result[:, slice(*channels)] = changed[:, slice(*channels)]
+    return result
 
 
 @dataclass(frozen=True)
@@ -247,7 +259,9 @@ def _ordered(stages: Epilogue, reads: tuple[Access, ...]) -> list[tuple[Stage, i
 
     def adds(slot: tuple[Stage, int | None], full: bool) -> bool:
         stage, at = slot
-        return stage.name == "add" and at is not None and reads[at].is_full is full
+        if stage.name != "add" or at is None or stage.channels is not None:
+            return False
+        return reads[at].is_full is full
 
     for position in range(1, len(slots)):
         at = position
@@ -284,7 +298,12 @@ def generate(
         if stage.reverse:
             arguments.reverse()
         arguments += [_literal(value) for value in stage.parameters]
-        lines.append(f"    acc = {function}({', '.join(arguments)})")
+        result = f"{function}({', '.join(arguments)})"
+        if stage.channels is not None:
+            start, stop = stage.channels
+            here = f"((columns >= {start}) & (columns < {stop}))[None, :]"
+            result = f"tl.where({here}, {result}, acc)"
+        lines.append(f"    acc = {result}")
     lines.append("    return acc")
     return GeneratedFunction(name, "\n".join(lines) + "\n", tuple(sorted(set(symbols))))
 

@@ -23,6 +23,17 @@ def bind(launch: Launch, tensor_of: Callable[[Ref], torch.Tensor], batch: int) -
     return arguments
 
 
+def scratch(launch: Launch, device: torch.device | str = "cpu") -> dict[Ref, torch.Tensor]:
+    """Memory for a launch's scratch; what need not be zero is not."""
+    made = {}
+    for index, wanted in enumerate(launch.scratch):
+        fill = 0 if wanted.zeroed else float("nan")
+        made[Ref("scratch", index)] = torch.full(
+            (wanted.elements,), fill, dtype=wanted.dtype, device=device
+        )
+    return made
+
+
 def resolved(constexprs: Mapping[str, Any]) -> dict[str, Any]:
     """Compile-time arguments with generated sources turned into jit functions."""
     return {

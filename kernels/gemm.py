@@ -3,7 +3,8 @@
 x: (M, C), rows `X_PITCH` apart; w: (K, C) K-major, so that B tiles need no transposition in shared
 memory for any dtype; y: (M, K), rows `Y_PITCH` apart; fp32 accumulation.
 
-`PROLOGUE` is a chain applied to x's columns (its channels) as they are read.
+`PROLOGUE` is a chain applied to x's columns (its channels) as they are read. With few output tiles
+and a long inner dimension, SPLIT programs share the sums of a tile (`split.py`).
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ import triton
 import triton.language as tl
 
 from . import epilogue as ep
+from . import machine
+from . import split as split_k
 from .op import Config, Launch, Problem, Ref, Target, W, X, Y, config, operand_refs, power_of_two
 from .spec import Operand
 
@@ -47,10 +50,40 @@ def tile_index(program, row_tiles, COLUMN_TILES: tl.constexpr, GROUP_M: tl.const
 
 
 @triton.jit
+def finish_tile(
+    acc,
+    y,
+    rows,
+    columns,
+    row_mask,
+    column_mask,
+    extras,
+    EPILOGUE: tl.constexpr,
+    Y_PITCH: tl.constexpr,
+    Y_OFFSET: tl.constexpr,
+):
+    """The epilogue of an output tile, and its store."""
+    acc = EPILOGUE(acc, rows, columns, row_mask, column_mask, extras)
+    address = y + Y_OFFSET + (rows * Y_PITCH)[:, None] + columns[None, :]
+    mask = row_mask[:, None] & column_mask[None, :]
+    tl.store(address, acc.to(y.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def share_of(split, STEPS: tl.constexpr, SPLIT: tl.constexpr):
+    """First and past-the-end step of one of SPLIT programs."""
+    share: tl.constexpr = (STEPS + SPLIT - 1) // SPLIT
+    first = tl.minimum(split * share, STEPS)
+    return first, tl.minimum(first + share, STEPS)
+
+
+@triton.jit
 def gemm_kernel(
     x,
     w,
     y,
+    parts,
+    tickets,
     extras,
     m,
     C: tl.constexpr,
@@ -67,10 +100,11 @@ def gemm_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     GROUP_M: tl.constexpr,
+    SPLIT: tl.constexpr,
 ):
     column_tiles: tl.constexpr = (K + BLOCK_N - 1) // BLOCK_N
     row_tile, column_tile = tile_index(
-        tl.program_id(0), tl.cdiv(m, BLOCK_M), column_tiles, GROUP_M
+        tl.program_id(0) // SPLIT, tl.cdiv(m, BLOCK_M), column_tiles, GROUP_M
     )
     rows = row_tile * BLOCK_M + tl.arange(0, BLOCK_M)
     columns = column_tile * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -82,7 +116,12 @@ def gemm_kernel(
     x_tile = x + X_OFFSET + (rows * X_PITCH)[:, None] + depth[None, :]
     w_tile = w + (columns * C)[:, None] + depth[None, :]
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    for start in range(0, C, BLOCK_K):
+    split = tl.program_id(0) % SPLIT
+    first, stop = 0, (C + BLOCK_K - 1) // BLOCK_K
+    if SPLIT > 1:
+        first, stop = share_of(split, (C + BLOCK_K - 1) // BLOCK_K, SPLIT)
+    for step in range(first, stop):
+        start = step * BLOCK_K
         if C % BLOCK_K == 0:
             a = tl.load(x_tile + start, mask=row_mask[:, None], other=0.0)
             b = tl.load(w_tile + start, mask=column_mask[:, None], other=0.0)
@@ -97,10 +136,17 @@ def gemm_kernel(
             # Rows and channels outside the tensor must stay zero whatever the prologue adds.
             a = tl.where(row_mask[:, None] & in_channels[None, :], value, 0.0).to(a.dtype)
         acc = tl.dot(a, b.T, acc, input_precision=PRECISION)
-    acc = EPILOGUE(acc, rows, columns, row_mask, column_mask, extras)
-    address = y + Y_OFFSET + (rows * Y_PITCH)[:, None] + columns[None, :]
-    mask = row_mask[:, None] & column_mask[None, :]
-    tl.store(address, acc.to(y.dtype.element_ty), mask=mask)
+    if SPLIT == 1:
+        finish_tile(
+            acc, y, rows, columns, row_mask, column_mask, extras, EPILOGUE, Y_PITCH, Y_OFFSET
+        )
+    else:
+        tile = row_tile * column_tiles + column_tile
+        if split_k.publish(acc, parts, tickets, tile, split, SPLIT, BLOCK_M, BLOCK_N):
+            acc = split_k.collect(parts, tickets, tile, SPLIT, BLOCK_M, BLOCK_N)
+            finish_tile(
+                acc, y, rows, columns, row_mask, column_mask, extras, EPILOGUE, Y_PITCH, Y_OFFSET
+            )
 
 
 def dot_precision(problem: Problem, depth: int) -> str:
@@ -129,6 +175,15 @@ def all_extras(problem: Problem) -> tuple[Ref, ...]:
     """Operands of the epilogue, then of the prologue."""
     count = len(problem.prologue_operands)
     return (*operand_refs(problem), *(Ref("prologue", index) for index in range(count)))
+
+
+def l2_bytes(problem: Problem, tile: Config, terms: int) -> int:
+    """What one program reads: both operand tiles for all terms of its sums, and its part of the
+    tensors that the epilogue reads in full."""
+    block_m, block_n = tile["BLOCK_M"], tile["BLOCK_N"]
+    full = sum(operand.spec.numel == problem.output.spec.numel for operand in problem.operands)
+    elements = terms * (block_m + block_n) + full * block_m * block_n
+    return elements * problem.inputs[0].spec.dtype.itemsize
 
 
 def shared_bytes(tile: Config, dtype: torch.dtype) -> int:
@@ -163,6 +218,7 @@ class Size:
 
     gathers: the input rows are gathered element by element (few channels per tap), which takes
     registers for addresses and masks. taps: of the filter, over which the inner loop is flattened.
+    splits: the kernel can share a sum among programs.
     """
 
     rows: int
@@ -172,6 +228,20 @@ class Size:
     groups: int = 1
     gathers: bool = False
     taps: int = 1
+    splits: bool = False
+
+    @property
+    def flops(self) -> int:
+        terms = self.depth * (1 if self.gathers else self.taps)
+        return 2 * self.rows * self.columns * self.groups * terms
+
+    def tiles(self, block_m: int, block_n: int) -> int:
+        """Output tiles."""
+        return -(-self.rows // block_m) * -(-self.columns // block_n) * self.groups
+
+    def steps(self, block_k: int) -> int:
+        """Iterations of the inner loop."""
+        return -(-self.depth // block_k) * (1 if self.gathers else self.taps)
 
 
 def legal_for_taps(tile: Config, taps: int) -> str | None:
@@ -197,38 +267,82 @@ def tile_configs(size: Size, target: Target) -> Iterator[Config]:
             if block_k > max(16, min(widest, power_of_two(size.depth))):
                 continue
             for stages in (2, 3, 4):
-                tile = config(
-                    warps, stages, BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k, GROUP_M=8
-                )
-                reason = legal_for_taps(tile, size.taps) or legal_tile(size.dtype, tile, target)
-                if reason is None:
-                    yield tile
+                for split in splits(size, block_m, block_n, block_k) if stages == 3 else (1,):
+                    tile = _tile(size, (block_m, block_n, warps), block_k, stages, split)
+                    reason = legal_for_taps(tile, size.taps)
+                    if (reason or legal_tile(size.dtype, tile, target)) is None:
+                        yield tile
+
+
+def _tile(
+    size: Size, block: tuple[int, int, int], block_k: int, stages: int, split: int
+) -> Config:
+    block_m, block_n, warps = block
+    sizes = {"BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_K": block_k, "GROUP_M": 8}
+    return config(warps, stages, **sizes, **({"SPLIT": split} if size.splits else {}))
+
+
+def splits(size: Size, block_m: int, block_n: int, block_k: int) -> tuple[int, ...]:
+    """Among how many programs the sums of a tile may be shared: where the tiles leave half of the
+    multiprocessors idle, and each program keeps at least four steps."""
+    count = size.tiles(block_m, block_n)
+    steps = size.steps(block_k)
+    return tuple(
+        split
+        for split in (1, 2, 4, 8, 16)
+        if split == 1
+        or (size.splits and count * split <= 2 * MULTIPROCESSORS and steps >= 4 * split)
+    )
 
 
 def default_tile(size: Size, target: Target) -> Config:
-    """A tile without search: the least modelled time over whole waves of the machine.
-
-    One tile costs its products plus its operand traffic; tiles beyond a multiple of the
-    multiprocessors start a new wave. Constants are those of an H200 and only rank.
-    """
+    """A tile without search: the least modelled time (`machine.launch_time_us`)."""
     if target.name == "interpreter":
         return interpreter_tile(size)
+    gpu = machine.machine_for(target)
 
-    def time(tile: tuple[int, int, int]) -> float:
-        block_m, block_n, _ = tile
-        count = -(-size.rows // block_m) * -(-size.columns // block_n) * size.groups
-        waves = -(-count // MULTIPROCESSORS)
-        return waves * (block_m * block_n + 48 * (block_m + block_n) + 1024)
+    def time_us(tile: Config) -> float:
+        return machine.launch_time_us(gpu, _outline(size, tile), size.flops, size.dtype)
 
     candidates = tiles(size.dtype, target)
     if size.taps > 1:
         candidates = tuple(tile for tile in candidates if tile[2] <= MOST_WARPS_OVER_TAPS)
     if size.gathers:
         candidates = tuple(tile for tile in candidates if tile[0] <= 64 and tile[1] <= 64)
-    block_m, block_n, warps = min(candidates, key=time)
     widest = 32 if size.gathers or size.dtype is torch.float32 else 64
     block_k = max(16, min(widest, power_of_two(size.depth)))
-    return config(warps, 3, BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k, GROUP_M=8)
+    return min(
+        (
+            _tile(size, block, block_k, 3, split)
+            for block in candidates
+            for split in splits(size, block[0], block[1], block_k)
+        ),
+        key=time_us,
+    )
+
+
+def _outline(size: Size, tile: Config) -> Launch:
+    """What the cost model needs to know of the launch that a tile would become."""
+    block_m, block_n, split = tile["BLOCK_M"], tile["BLOCK_N"], split_of(tile)
+    steps = -(-size.steps(tile["BLOCK_K"]) // split)
+    elements = steps * tile["BLOCK_K"] * (block_m + block_n)
+    return Launch(
+        kernel=None,
+        pointers={},
+        rows=size.rows,
+        block_rows=block_m,
+        columns=-(-size.columns // block_n) * size.groups * split,
+        constexprs={},
+        num_stages=tile.num_stages,
+        l2_bytes=elements * size.dtype.itemsize,
+        steps=steps,
+        scratch=split_k.scratch(1, split, block_m, block_n),
+    )
+
+
+def split_of(tile: Config) -> int:
+    """Among how many programs a configuration shares the sums of a tile."""
+    return dict(tile.blocks).get("SPLIT", 1)
 
 
 def interpreter_tile(size: Size) -> Config:
@@ -240,7 +354,8 @@ def interpreter_tile(size: Size) -> Config:
     block_n = max(16, min(1024, (1 << 20) // block_m, power_of_two(size.columns)))
     room = max(128, (1 << 19) // max(block_m, block_n))
     block_k = max(16, min(room, power_of_two(size.depth)))
-    return config(1, 1, BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k, GROUP_M=1)
+    split = {"SPLIT": 1} if size.splits else {}
+    return config(1, 1, BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k, GROUP_M=1, **split)
 
 
 def launch(problem: Problem, tile: Config, x: Operand, columns: int) -> Launch:
@@ -248,15 +363,20 @@ def launch(problem: Problem, tile: Config, x: Operand, columns: int) -> Launch:
     out = problem.output
     depth = ep.memory_sizes(x.spec)[-1]
     after, before = chains(problem)
+    rows, split = out.spec.numel // columns, split_of(tile)
+    size = Size(rows, columns, depth, x.spec.dtype)
+    tiles = size.tiles(tile["BLOCK_M"], tile["BLOCK_N"])
+    steps = -(-size.steps(tile["BLOCK_K"]) // split)
     return Launch(
         kernel=gemm_kernel,
-        pointers={"x": X, "w": W, "y": Y},
+        pointers={"x": X, "w": W, "y": Y, **split_k.pointers(split)},
         extras=all_extras(problem),
-        rows=out.spec.numel // columns,
+        rows=rows,
         batch=out.spec.batch,
         block_rows=tile["BLOCK_M"],
-        columns=-(-columns // tile["BLOCK_N"]),
+        columns=-(-columns // tile["BLOCK_N"]) * split,
         constexprs={
+            "SPLIT": 1,
             "C": depth,
             "K": columns,
             "X_PITCH": x.pitch,
@@ -271,6 +391,9 @@ def launch(problem: Problem, tile: Config, x: Operand, columns: int) -> Launch:
         },
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
+        l2_bytes=l2_bytes(problem, tile, min(depth, steps * tile["BLOCK_K"])),
+        steps=steps,
+        scratch=split_k.scratch(tiles, split, tile["BLOCK_M"], tile["BLOCK_N"]),
     )
 
 
@@ -279,4 +402,4 @@ def problem_size(problem: Problem) -> Size:
     columns = ep.memory_sizes(problem.output.spec)[-1]
     depth = ep.memory_sizes(problem.inputs[0].spec)[-1]
     rows = problem.output.spec.numel // max(columns, 1)
-    return Size(rows, columns, depth, problem.inputs[0].spec.dtype)
+    return Size(rows, columns, depth, problem.inputs[0].spec.dtype, splits=True)

@@ -20,7 +20,9 @@ class Machine:
 
     tensor_tflops: dense half-precision products; memory_gbps: DRAM; cache_gbps: L2, all
     multiprocessors together; cache_mb: its size; clock_ghz: under load; launch_us: what one
-    dependent kernel adds inside a CUDA graph; start_us: filling and draining one tile.
+    dependent kernel adds inside a CUDA graph; start_us: filling and draining one tile. shared_kb,
+    threads, blocks: what one multiprocessor holds at a time, 1,024 bytes to the kB; loop_us: what a
+    step of a loop costs beside its products and copies.
     """
 
     name: str
@@ -32,21 +34,35 @@ class Machine:
     clock_ghz: float
     launch_us: float = 2.0
     start_us: float = 0.6
+    shared_kb: int = 228
+    threads: int = 2048
+    blocks: int = 32
+    loop_us: float = 0.02
 
 
 # Multiprocessors, cache sizes and clocks are the vendors' specifications, and so are the tensor and
 # memory rates but the H200's, which are what a copy and a large matrix product reached in published
-# measurements. Assumed, until a device has been measured: cache_gbps, launch_us, start_us.
+# measurements; shared_kb, threads and blocks are those of the CUDA C++ Programming Guide. Assumed,
+# until a device has been measured: cache_gbps, launch_us, start_us, loop_us (35 cycles: a barrier
+# and the addresses).
 MACHINES = {
-    80: Machine("A100", 108, 280.0, 1_800.0, 4_000.0, 40.0, 1.41),
-    86: Machine("A40", 84, 130.0, 600.0, 2_500.0, 6.0, 1.74),
-    89: Machine("L40S", 142, 330.0, 780.0, 4_500.0, 96.0, 2.52),
+    80: Machine("A100", 108, 280.0, 1_800.0, 4_000.0, 40.0, 1.41, shared_kb=164),
+    86: Machine(
+        "A40", 84, 130.0, 600.0, 2_500.0, 6.0, 1.74, shared_kb=100, threads=1536, blocks=16
+    ),
+    89: Machine(
+        "L40S", 142, 330.0, 780.0, 4_500.0, 96.0, 2.52, shared_kb=100, threads=1536, blocks=24
+    ),
     90: Machine("H200", 132, 790.0, 4_300.0, 5_500.0, 50.0, 1.755),
     100: Machine("B200", 148, 1_900.0, 7_000.0, 9_000.0, 126.0, 1.9),
 }
 DEFAULT = MACHINES[90]
 LANES = 128
 """Thread instructions that one multiprocessor issues per cycle."""
+LOAD_CYCLES = 350
+"""From a load's issue to its data, out of the L2 cache (assumed)."""
+COMBINE_US = 1.5
+"""What adding up the parts of a split sum takes at the end of a launch (assumed)."""
 RESIDENT = 0.25
 """The part of the L2 cache in which a tensor surely survives until the next kernel reads it."""
 # fp32 by three tf32 products runs at a sixth of the half-precision rate, plain tf32 at a half.
@@ -62,7 +78,7 @@ def launch_time_us(machine: Machine, launch: Launch, flops: int, dtype: torch.dt
     """Time of a launch if DRAM were free: whole waves of tiles, padding included.
 
     A tile takes as long as the slowest of its matrix products, its traffic with the L2 cache and
-    its other instructions.
+    its other instructions; no program is faster than its loads follow each other.
     """
     programs = launch.grid_at(launch.batch or 1)[0]
     rows = max(launch.rows, 1)
@@ -72,7 +88,15 @@ def launch_time_us(machine: Machine, launch: Launch, flops: int, dtype: torch.dt
     cache_us = launch.l2_bytes * machine.multiprocessors / (machine.cache_gbps * 1e3)
     issue_us = launch.instructions / (LANES * machine.clock_ghz * 1e3)
     waves = -(-programs // machine.multiprocessors)
-    return waves * (max(products_us, cache_us, issue_us) + machine.start_us)
+    busy_us = waves * (max(products_us, cache_us, issue_us) + machine.start_us)
+    waiting_us = launch.steps * step_us(machine, launch.num_stages) + machine.start_us
+    return max(busy_us, waiting_us) + (COMBINE_US if launch.scratch else 0.0)
+
+
+def step_us(machine: Machine, num_stages: int) -> float:
+    """What a step of a pipelined loop takes at least: the loads of num_stages - 1 steps are under
+    way at once."""
+    return LOAD_CYCLES / max(num_stages - 1, 1) / (machine.clock_ghz * 1e3)
 
 
 def memory_time_us(machine: Machine, problem: Problem, moved_bytes: int) -> float:
@@ -99,7 +123,9 @@ def modelled_time_us(op: Op, problem: Problem, target: Target) -> float:
     shown = target if target.is_gpu else parse("cuda:sm_90")
     launches = op.launches(problem, op.default(problem, shown), shown)
     cost = op.cost(problem)
-    dtype = problem.inputs[0].spec.dtype
+    # Products are computed in the dtype of the weights: an image may enter in another one.
+    weights = next(iter(op.packs(problem.attributes)), 0)
+    dtype = problem.inputs[weights].spec.dtype
     compute = sum(launch_time_us(machine, x, cost.flops // len(launches), dtype) for x in launches)
     memory = memory_time_us(machine, problem, cost.size_bytes)
     return max(compute, memory) + machine.launch_us * len(launches)

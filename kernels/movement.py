@@ -26,7 +26,7 @@ from .op import (
     Ref,
     tensor_bytes,
 )
-from .spec import Layout, Operand, TensorSpec
+from .spec import MEMORY_FORMATS, Layout, Operand, TensorSpec, as_layout
 from .targets import Target
 
 
@@ -39,7 +39,8 @@ class Reshape(Attributes):
 
 @dataclass(frozen=True)
 class FlattenPixels(Attributes):
-    """(N, C, H, W) -> (N, H·W·C): flattened in the order images lie in memory, always a view."""
+    """(N, C, H, W) -> (N, H·W·C), or (N, C, D, H, W) -> (N, D·H·W·C): flattened in the order images
+    lie in memory, always a view."""
 
 
 @dataclass(frozen=True)
@@ -82,7 +83,8 @@ class Relayout(Attributes):
 
 
 def _layout_for(shape: tuple[int, ...], source: TensorSpec) -> Layout:
-    return Layout.NHWC if len(shape) == 4 and source.layout is Layout.NHWC else Layout.DENSE
+    has_images = len(shape) in MEMORY_FORMATS and source.layout is Layout.NHWC
+    return Layout.NHWC if has_images else Layout.DENSE
 
 
 def infer_reshape(attributes: Reshape, inputs: tuple[TensorSpec, ...]) -> tuple[TensorSpec, ...]:
@@ -102,14 +104,15 @@ def infer_flatten(
 ) -> tuple[TensorSpec, ...]:
     """(N, C, H, W) gives (N, H·W·C)."""
     (x,) = inputs
-    if x.rank != 4:
+    is_volume = x.rank == 5 and x.layout is Layout.NHWC
+    if x.rank != 4 and not is_volume:
         raise InvalidInputError(f"flatten_pixels: expected an image (N, C, H, W), got {x}")
-    n, c, h, w = x.shape
-    return (TensorSpec((n, h * w * c), x.dtype, batch=x.batch),)
+    n = x.shape[0]
+    return (TensorSpec((n, x.numel // n), x.dtype, batch=x.batch),)
 
 
 def infer_permute(attributes: Permute, inputs: tuple[TensorSpec, ...]) -> tuple[TensorSpec, ...]:
-    """The permuted shape; rank 4 keeps the input's layout."""
+    """The permuted shape in the input's layout."""
     (x,) = inputs
     if sorted(attributes.dims) != list(range(x.rank)):
         raise InvalidInputError(f"permute: {attributes.dims} does not permute the dims of {x}")
@@ -175,8 +178,8 @@ def infer_concat(attributes: Concat, inputs: tuple[TensorSpec, ...]) -> tuple[Te
 
 def infer_relayout(attributes: Relayout, inputs: tuple[TensorSpec, ...]) -> tuple[TensorSpec, ...]:
     """The same shape with the new layout and dtype."""
-    if attributes.layout is Layout.NHWC and inputs[0].rank != 4:
-        raise InvalidInputError(f"relayout: only rank 4 can be NHWC, got {inputs[0]}")
+    if attributes.layout is Layout.NHWC and inputs[0].rank not in MEMORY_FORMATS:
+        raise InvalidInputError(f"relayout: only ranks 4 and 5 can be NHWC, got {inputs[0]}")
     return (inputs[0].with_(layout=attributes.layout, dtype=attributes.dtype),)
 
 
@@ -188,7 +191,7 @@ def reshape(attributes: Reshape, x: torch.Tensor) -> torch.Tensor:
 
 
 def flatten(attributes: FlattenPixels, x: torch.Tensor) -> torch.Tensor:
-    return x.permute(0, 2, 3, 1).reshape(x.shape[0], -1)
+    return x.movedim(1, -1).reshape(x.shape[0], -1)
 
 
 def permute(attributes: Permute, x: torch.Tensor) -> torch.Tensor:
@@ -209,8 +212,7 @@ def concat(attributes: Concat, *tensors: torch.Tensor) -> torch.Tensor:
 
 
 def relayout(attributes: Relayout, x: torch.Tensor) -> torch.Tensor:
-    memory = {Layout.NHWC: torch.channels_last, Layout.DENSE: torch.contiguous_format}
-    return x.to(attributes.dtype).contiguous(memory_format=memory[attributes.layout])
+    return as_layout(x.to(attributes.dtype), attributes.layout)
 
 
 def read_strides(problem: Problem) -> ep.Access:
@@ -354,8 +356,10 @@ def cost(problem: Problem) -> Cost:
     return Cost(0, read, written)
 
 
-def _spec(shape: tuple[int, ...]) -> TensorSpec:
-    return TensorSpec(shape, torch.float32, Layout.NHWC if len(shape) == 4 else Layout.DENSE)
+def _spec(shape: tuple[int, ...], layout: Layout) -> TensorSpec:
+    """Images are NHWC, volumes may be, everything else is dense."""
+    images = {4: Layout.NHWC, 5: layout}
+    return TensorSpec(shape, torch.float32, images.get(len(shape), Layout.DENSE))
 
 
 SHAPES = ((1,), (4, 6), (2, 3, 5), (2, 4, 3, 5), (1, 1, 8, 4), (3, 16, 1, 1), (2, 3, 2, 2, 3))
@@ -371,13 +375,14 @@ def build_reshape(draw: Mapping[str, Any]) -> tuple[Reshape, tuple[TensorSpec, .
 def build_flatten(
     draw: Mapping[str, Any],
 ) -> tuple[FlattenPixels, tuple[TensorSpec, ...]] | None:
-    return (FlattenPixels(), (_spec(draw["shape"]),)) if len(draw["shape"]) == 4 else None
+    x = _spec(draw["shape"], Layout.NHWC)
+    return (FlattenPixels(), (x,)) if x.rank in MEMORY_FORMATS else None
 
 
 def build_permute(draw: Mapping[str, Any]) -> tuple[Permute, tuple[TensorSpec, ...]] | None:
     rank = len(draw["shape"])
     dims = sorted(range(rank), key=lambda dim: (draw["seed"] * (dim + 3)) % 7)
-    return Permute(tuple(dims)), (_spec(draw["shape"]),)
+    return Permute(tuple(dims)), (_spec(draw["shape"], draw["layout"]),)
 
 
 def build_expand(draw: Mapping[str, Any]) -> tuple[Expand, tuple[TensorSpec, ...]] | None:
@@ -385,7 +390,7 @@ def build_expand(draw: Mapping[str, Any]) -> tuple[Expand, tuple[TensorSpec, ...
     dim = draw["seed"] % len(shape)
     small = tuple(1 if at == dim else size for at, size in enumerate(shape))
     kept = tuple(-1 if draw["flat"] and at != dim else size for at, size in enumerate(shape))
-    return Expand(kept), (_spec(small),)
+    return Expand(kept), (_spec(small, draw["layout"]),)
 
 
 def build_slice(draw: Mapping[str, Any]) -> tuple[Slice, tuple[TensorSpec, ...]] | None:
@@ -394,7 +399,7 @@ def build_slice(draw: Mapping[str, Any]) -> tuple[Slice, tuple[TensorSpec, ...]]
     stop = shape[dim] - draw["cut"]
     if stop - draw["cut"] < 1:
         return None
-    return Slice(dim, draw["cut"], stop, draw["step"]), (_spec(shape),)
+    return Slice(dim, draw["cut"], stop, draw["step"]), (_spec(shape, draw["layout"]),)
 
 
 def build_concat(draw: Mapping[str, Any]) -> tuple[Concat, tuple[TensorSpec, ...]] | None:
@@ -402,11 +407,12 @@ def build_concat(draw: Mapping[str, Any]) -> tuple[Concat, tuple[TensorSpec, ...
     if len(shape) == 1:
         return None
     dim = draw["seed"] % len(shape)
-    specs = [_spec((*shape[:dim], size, *shape[dim + 1 :])) for size in (3, shape[dim], 8)]
+    shapes = [(*shape[:dim], size, *shape[dim + 1 :]) for size in (3, shape[dim], 8)]
+    specs = [_spec(part, draw["layout"]) for part in shapes]
     return Concat(dim), tuple(specs[: draw["count"]])
 
 
 def build_relayout(draw: Mapping[str, Any]) -> tuple[Relayout, tuple[TensorSpec, ...]] | None:
-    spec = _spec(draw["shape"])
-    layout = draw["layout"] if spec.rank == 4 else Layout.DENSE
+    spec = _spec(draw["shape"], Layout.DENSE if draw["flat"] else Layout.NHWC)
+    layout = draw["layout"] if spec.rank in MEMORY_FORMATS else Layout.DENSE
     return Relayout(layout, torch.float32), (spec,)

@@ -94,10 +94,15 @@ def request(
 ) -> CompileRequest:
     """The request behind a launch; `dtype_of` tells what each tensor argument points to."""
     function = launch.kernel.fn
+
+    def pointer(ref: Ref) -> str:
+        known = launch.scratch[ref.index].dtype if ref.kind == "scratch" else dtype_of(ref)
+        return POINTER_TYPES[known]
+
     return CompileRequest(
         kernel=f"{function.__module__}:{function.__name__}",
-        pointers=tuple((n, POINTER_TYPES[dtype_of(ref)]) for n, ref in launch.pointers.items()),
-        extras=tuple(POINTER_TYPES[dtype_of(ref)] for ref in launch.extras),
+        pointers=tuple((name, pointer(ref)) for name, ref in launch.pointers.items()),
+        extras=tuple(pointer(ref) for ref in launch.extras),
         constexprs=tuple(sorted(launch.constexprs.items())),
         num_warps=launch.num_warps,
         num_stages=launch.num_stages,
@@ -189,6 +194,11 @@ def report(wanted: CompileRequest) -> KernelReport:
     return made
 
 
+def known_report(wanted: CompileRequest) -> KernelReport | None:
+    """The report where it is on disk already; compiles nothing."""
+    return _stored_report(_report_path(wanted))
+
+
 def _report_path(wanted: CompileRequest) -> Path:
     """Named by everything the machine code depends on, the sources of all functions included."""
     options = (wanted.num_warps, wanted.num_stages, wanted.capability, triton.__version__)
@@ -259,7 +269,7 @@ def compile_all(requests: Sequence[CompileRequest], workers: int | None = None) 
     distinct = [
         wanted
         for wanted in dict.fromkeys(requests)
-        if _stored_report(_report_path(wanted)) is None
+        if known_report(wanted) is None
     ]
     workers = min(workers or os.cpu_count() or 1, len(distinct))
     # A worker pays about two seconds for importing torch: it must have enough to do.

@@ -100,10 +100,23 @@ def config(num_warps: int = 4, num_stages: int = 1, **blocks: int) -> Config:
 @dataclass(frozen=True)
 class Ref:
     """A tensor argument of a launch: the problem's `kind` ("input", "output", "operand",
-    "prologue") number `index`."""
+    "prologue"), or the launch's "scratch", number `index`."""
 
     kind: str
     index: int = 0
+
+
+@dataclass(frozen=True)
+class Scratch:
+    """Memory that the programs of one launch exchange, in elements at the largest batch.
+
+    zeroed: it is zero before the first launch, and every launch leaves it so; the scratch of other
+    launches may be the same memory.
+    """
+
+    dtype: torch.dtype
+    elements: int
+    zeroed: bool = False
 
 
 X, W, Y = Ref("input", 0), Ref("input", 1), Ref("output", 0)
@@ -120,7 +133,8 @@ class Launch:
     rows: `m` at the largest batch; it scales with the batch when `batch` is not None.
     l2_bytes, instructions: for the cost model, of one program: what it moves between the L2 cache
     and its multiprocessor beyond writing its results, re-reads included; instructions of all its
-    threads beside matrix products and their operand loads.
+    threads beside matrix products and their operand loads; steps of its main loop, one after the
+    other.
     """
 
     kernel: Any
@@ -135,6 +149,8 @@ class Launch:
     num_stages: int = 1
     l2_bytes: int = 0
     instructions: int = 0
+    steps: int = 0
+    scratch: tuple[Scratch, ...] = ()
 
     def m_at(self, batch: int) -> int:
         """The number of rows when the batch is `batch`."""
@@ -286,6 +302,7 @@ __all__ = [
     "Operand",
     "Problem",
     "Ref",
+    "Scratch",
     "Target",
     "TensorSpec",
     "W",

@@ -38,7 +38,7 @@ from .op import (
     tensor_bytes,
 )
 from .scalars import SCALARS, Scalar
-from .spec import Layout, TensorSpec
+from .spec import MEMORY_FORMATS, Layout, TensorSpec
 from .targets import Target
 
 
@@ -183,7 +183,8 @@ def infer(
     for spec in inputs[1:]:
         dtype = torch.promote_types(dtype, spec.dtype)
     batch = next((spec.batch for spec in inputs if spec.batch is not None), None)
-    nhwc = len(shape) == 4 and any(spec.layout is Layout.NHWC for spec in inputs)
+    layouts = {spec.layout for spec in inputs if spec.rank == len(shape)}
+    nhwc = len(shape) in MEMORY_FORMATS and Layout.NHWC in layouts
     layout = Layout.NHWC if nhwc else Layout.DENSE
     return (TensorSpec(shape, dtype, layout, batch),)
 

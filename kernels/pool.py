@@ -46,9 +46,12 @@ from .op import (
     tile_config,
 )
 from .pool_window import (
+    POOLS,
     AvgPool2d,
+    AvgPool3d,
     LpPool2d,
     MaxPool2d,
+    MaxPool3d,
     Pool2d,
     infer,
     reference_avg,
@@ -244,14 +247,14 @@ class Reduction:
 def reduction(problem: Problem) -> Reduction:
     """The reduction that the problem's attributes ask for."""
     attributes = problem.attributes
-    if isinstance(attributes, MaxPool2d):
+    if isinstance(attributes, (MaxPool2d, MaxPool3d)):
         return Reduction(maximum=True)
     if isinstance(attributes, LpPool2d):
         # Without overhang the mean times R·S is the sum.
         count = "padded" if _overhangs(problem) else None
         norm = attributes.norm
         return Reduction(count=count, norm=int(norm) if norm == int(norm) else norm)
-    assert isinstance(attributes, AvgPool2d)
+    assert isinstance(attributes, (AvgPool2d, AvgPool3d))
     if attributes.divisor_override is not None:
         return Reduction(divisor=attributes.divisor_override)
     padded = attributes.count_include_pad or not any(attributes.padding)
@@ -262,8 +265,9 @@ def reduction(problem: Problem) -> Reduction:
 
 def _overhangs(problem: Problem) -> bool:
     """Whether the last window reaches beyond the padded image, as `ceil_mode` allows."""
-    attributes = _attributes(problem)
-    for axis in (0, 1):
+    attributes = problem.attributes
+    assert isinstance(attributes, POOLS)
+    for axis in range(len(attributes.kernel)):
         last = (problem.output.shape[2 + axis] - 1) * attributes.stride[axis]
         size = problem.inputs[0].shape[2 + axis] + 2 * attributes.padding[axis]
         if last + attributes.kernel[axis] > size:

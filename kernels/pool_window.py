@@ -1,6 +1,6 @@
 """What windowed pooling computes: attributes, the output-size rule, and torch's own results.
 
-The kernel that computes it is in `pool.py`.
+The kernels that compute it are in `pool.py` and, of volumes, in `pool_nd.py`.
 """
 
 from __future__ import annotations
@@ -58,7 +58,41 @@ class LpPool2d(Attributes):
     dilation = (1, 1)
 
 
+@dataclass(frozen=True)
+class MaxPool3d(Attributes):
+    """`MaxPool2d` with the depth in front."""
+
+    kernel: tuple[int, ...] = (1, 1, 1)
+    stride: tuple[int, ...] = (1, 1, 1)
+    padding: tuple[int, ...] = (0, 0, 0)
+    dilation: tuple[int, ...] = (1, 1, 1)
+    ceil_mode: bool = False
+
+
+@dataclass(frozen=True)
+class AvgPool3d(Attributes):
+    """`AvgPool2d` with the depth in front."""
+
+    kernel: tuple[int, ...] = (1, 1, 1)
+    stride: tuple[int, ...] = (1, 1, 1)
+    padding: tuple[int, ...] = (0, 0, 0)
+    ceil_mode: bool = False
+    count_include_pad: bool = True
+    divisor_override: int | None = None
+
+    dilation = (1, 1, 1)
+
+
+@dataclass(frozen=True)
+class AdaptivePool3d(Attributes):
+    """The output's depth, height and width."""
+
+    size: tuple[int, int, int] = (1, 1, 1)
+
+
 Pool2d = MaxPool2d | AvgPool2d | LpPool2d
+Pool3d = MaxPool3d | AvgPool3d
+POOLS = (MaxPool2d, AvgPool2d, LpPool2d, MaxPool3d, AvgPool3d)
 
 
 def output_size(
@@ -73,19 +107,23 @@ def output_size(
     return count
 
 
-def infer(name: str, attributes: Pool2d, inputs: tuple[TensorSpec, ...]) -> tuple[TensorSpec, ...]:
-    """P = floor or ceil of (H + 2·ph − dh·(R − 1) − 1) / sh, plus 1; Q likewise."""
+def infer(
+    name: str, attributes: Pool2d | Pool3d, inputs: tuple[TensorSpec, ...]
+) -> tuple[TensorSpec, ...]:
+    """P = floor or ceil of (H + 2·ph − dh·(R − 1) − 1) / sh, plus 1; the others likewise."""
     (x,) = inputs
-    if x.rank != 4:
-        raise InvalidInputError(f"{name}: expected x (N,C,H,W), got {x}")
+    dims = len(attributes.kernel)
+    if x.rank != dims + 2:
+        wanted = "(N,C,H,W)" if dims == 2 else "(N,C,D,H,W)"
+        raise InvalidInputError(f"{name}: expected x {wanted}, got {x}")
     if min(*attributes.kernel, *attributes.stride, *attributes.dilation) < 1:
         raise InvalidInputError(f"{name}: window, stride, dilation must be positive: {attributes}")
-    if isinstance(attributes, AvgPool2d) and attributes.divisor_override == 0:
+    if isinstance(attributes, (AvgPool2d, AvgPool3d)) and attributes.divisor_override == 0:
         raise InvalidInputError(f"{name}: divisor_override must not be zero")
     if isinstance(attributes, LpPool2d) and not 0 < attributes.norm < math.inf:
         raise InvalidInputError(f"{name}: the norm must be positive, got {attributes.norm}")
     sizes = []
-    for axis in (0, 1):
+    for axis in range(dims):
         kernel, dilation = attributes.kernel[axis], attributes.dilation[axis]
         padding, stride = attributes.padding[axis], attributes.stride[axis]
         if not 0 <= padding <= kernel // 2:
@@ -96,7 +134,9 @@ def infer(name: str, attributes: Pool2d, inputs: tuple[TensorSpec, ...]) -> tupl
         size = output_size(
             x.shape[2 + axis], kernel, stride, padding, dilation, attributes.ceil_mode
         )
-        if size < 1:
+        # Torch wants windows of average pooling in three dimensions to fit without padding.
+        unpadded = isinstance(attributes, AvgPool3d) and kernel > x.shape[2 + axis]
+        if size < 1 or unpadded:
             raise InvalidInputError(
                 f"{name}: a window of {dilation * (kernel - 1) + 1} pixels does not fit dimension "
                 f"{axis + 2} of {x} padded by {padding}"
@@ -119,6 +159,29 @@ def reference_max(attributes: MaxPool2d, x: torch.Tensor) -> torch.Tensor:
 
 def reference_avg(attributes: AvgPool2d, x: torch.Tensor) -> torch.Tensor:
     return F.avg_pool2d(
+        x,
+        attributes.kernel,
+        attributes.stride,
+        attributes.padding,
+        attributes.ceil_mode,
+        attributes.count_include_pad,
+        attributes.divisor_override,
+    )
+
+
+def reference_max_3d(attributes: MaxPool3d, x: torch.Tensor) -> torch.Tensor:
+    return F.max_pool3d(
+        x,
+        attributes.kernel,
+        attributes.stride,
+        attributes.padding,
+        attributes.dilation,
+        attributes.ceil_mode,
+    )
+
+
+def reference_avg_3d(attributes: AvgPool3d, x: torch.Tensor) -> torch.Tensor:
+    return F.avg_pool3d(
         x,
         attributes.kernel,
         attributes.stride,

@@ -43,7 +43,7 @@ from .op import (
     tensor_bytes,
 )
 from .scalars import NAN
-from .spec import Layout, TensorSpec
+from .spec import MEMORY_FORMATS, Layout, TensorSpec
 from .targets import Target
 
 
@@ -56,7 +56,7 @@ class Reduce(Attributes):
 
 
 def infer(name: str, attributes: Reduce, inputs: tuple[TensorSpec, ...]) -> tuple[TensorSpec, ...]:
-    """The kept dimensions. Rank 4 is NHWC unless the input is a dense rank 4."""
+    """The kept dimensions. Images stay as they are; a rank 4 made of another rank is NHWC."""
     (x,) = inputs
     dims = attributes.dims
     if not dims or list(dims) != sorted(set(dims)) or not 0 <= dims[0] <= dims[-1] < x.rank:
@@ -69,9 +69,9 @@ def infer(name: str, attributes: Reduce, inputs: tuple[TensorSpec, ...]) -> tupl
         shape = tuple(1 if dim in dims else size for dim, size in enumerate(x.shape))
     else:
         shape = tuple(size for dim, size in enumerate(x.shape) if dim not in dims)
-    layout = Layout.DENSE
-    if len(shape) == 4:
-        layout = x.layout if x.rank == 4 else Layout.NHWC
+    layout = x.layout if x.rank == len(shape) else Layout.DENSE
+    if len(shape) == 4 != x.rank:
+        layout = Layout.NHWC
     return (TensorSpec(shape, x.dtype, layout, x.batch),)
 
 
@@ -299,7 +299,7 @@ def _build(draw: Mapping[str, Any]) -> tuple[Reduce, tuple[TensorSpec, ...]] | N
     dims = tuple(dim for dim in draw["dims"] if dim < len(shape))
     if not dims:
         return None
-    layout = Layout.NHWC if len(shape) == 4 and draw["nhwc"] else Layout.DENSE
+    layout = Layout.NHWC if len(shape) in MEMORY_FORMATS and draw["nhwc"] else Layout.DENSE
     return Reduce(dims, draw["keepdim"]), (TensorSpec(shape, torch.float32, layout),)
 
 
@@ -338,7 +338,8 @@ def _op(
                     (2, 1, 6, 1), (2, 3, 4, 2, 5),
                 ),
                 "dims": (
-                    (2, 3), (0,), (1,), (2,), (3,), (0, 1), (1, 3), (0, 2, 3), (0, 1, 2, 3, 4),
+                    (2, 3), (0,), (1,), (2,), (3,), (0, 1), (1, 3), (0, 2, 3), (2, 3, 4),
+                    (0, 1, 2, 3, 4),
                 ),
                 "keepdim": (False, True),
                 "nhwc": (True, True, False),

@@ -44,7 +44,7 @@ from .op import (
     tensor_bytes,
     tile_config,
 )
-from .spec import Layout, TensorSpec
+from .spec import MEMORY_FORMATS, Layout, TensorSpec
 from .targets import Target
 
 WHOLE_ROW = 8192
@@ -301,7 +301,7 @@ def cost(problem: Problem) -> Cost:
 
 def _build(draw: Mapping[str, Any]) -> tuple[Softmax, tuple[TensorSpec, ...]] | None:
     shape = tuple(draw["shape"])
-    layout = Layout.NHWC if len(shape) == 4 and draw["nhwc"] else Layout.DENSE
+    layout = Layout.NHWC if len(shape) in MEMORY_FORMATS and draw["nhwc"] else Layout.DENSE
     return Softmax(draw["dim"] % len(shape)), (TensorSpec(shape, torch.float32, layout),)
 
 

@@ -1,8 +1,9 @@
 """What is known of a tensor before it exists: logical shape, dtype, memory layout, batch.
 
-Shapes are torch's logical ones (N, C, H, W for images). The layout says how they lie in memory:
-`DENSE` is row-major in the logical order, `NHWC` (rank 4 only) puts the channels innermost, as
-`torch.channels_last` does. Inside a compiled graph every rank-4 activation is NHWC.
+Shapes are torch's logical ones (N, C, H, W for images, N, C, D, H, W for volumes). The layout says
+how they lie in memory: `DENSE` is row-major in the logical order, `NHWC` (ranks 4 and 5) puts the
+channels innermost, as `torch.channels_last` and `torch.channels_last_3d` do. Inside a compiled
+graph every rank-4 activation is NHWC, and so are volumes from the first op on that works on them.
 """
 
 from __future__ import annotations
@@ -12,6 +13,9 @@ import math
 from dataclasses import dataclass, replace
 
 import torch
+
+MEMORY_FORMATS = {4: torch.channels_last, 5: torch.channels_last_3d}
+"""Torch's names for `NHWC`, by rank."""
 
 FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -25,7 +29,7 @@ class Layout(enum.Enum):
     def order(self, rank: int) -> tuple[int, ...]:
         """Logical dimensions from the outermost to the innermost in memory."""
         if self is Layout.NHWC:
-            return (0, 2, 3, 1)
+            return (0, *range(2, rank), 1)
         return tuple(range(rank))
 
 
@@ -136,5 +140,5 @@ def rows_and_columns(spec: TensorSpec) -> tuple[int, int]:
 def as_layout(tensor: torch.Tensor, layout: Layout) -> torch.Tensor:
     """The same logical tensor, contiguous in the given layout."""
     if layout is Layout.NHWC:
-        return tensor.contiguous(memory_format=torch.channels_last)
+        return tensor.contiguous(memory_format=MEMORY_FORMATS[tensor.dim()])
     return tensor.contiguous()

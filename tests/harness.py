@@ -225,7 +225,9 @@ def run_interpreted(
     with interpreter.interpreting():
         for launch in op.launches(problem, tile, INTERPRETER):
             launch = widened(launch) if wide else launch
-            execute.interpret(launch, buffers.__getitem__, batch)
+            exchanged = execute.scratch(launch)
+            for _ in range(2 if exchanged else 1):  # What must be left zeroed is used again.
+                execute.interpret(launch, {**buffers, **exchanged}.__getitem__, batch)
     results = []
     for index, operand in enumerate(problem.outputs):
         buffer = buffers[Ref("output", index)]

@@ -21,6 +21,7 @@ from safetensors.torch import save_file
 
 SM_90 = ("--target", "cuda:sm_90")
 INTERPRETER = ("--target", "interpreter")
+REFERENCE = ("--target", "reference")
 QUICK_MODELS = ("lenet5", "cifar_convnet", "mlp", "alexnet", "resnet18")
 
 
@@ -157,12 +158,14 @@ def test_compile_without_passes_launches_more_kernels(answer: Callable[..., Any]
 @pytest.mark.interpreter
 def test_explain(answer: Callable[..., Any]) -> None:
     text = answer("explain", "lenet5", *INTERPRETER)
-    assert "2 convs ->" in text and "conv1" in text and "=> heavy(x, epilogue=[f])" in text
+    assert text.startswith("lenet5 on interpreter: 2 convs ->") and "\nconv1 " in text
+    assert "=> heavy(x, epilogue=[f])" in text and "nothing was measured" in text
     account = answer("explain", "lenet5", *INTERPRETER, "--json")
-    assert list(account) == ["summary", "ledger", "plan"]
-    assert account["ledger"]["fates"] and account["plan"]["steps"]
+    assert account["schema"] == "convloom-ledger" and account["model"] == "lenet5"
+    assert account["nodes"] and account["plan"]["steps"] and account["summary"]["convs"] == 2
+    assert all(set(each) == {"count", "rule", "reason"} for each in account["refusals"])
     dot = answer("explain", "lenet5", *INTERPRETER, "--dot")
-    assert dot.startswith("digraph") and dot.endswith("}\n") and "conv2d" in dot
+    assert dot.startswith("digraph") and dot.endswith("}\n") and "conv1" in dot
 
 
 def test_explain_a_kernel(answer: Callable[..., Any], refusal: Callable[..., str]) -> None:
@@ -175,9 +178,117 @@ def test_explain_a_kernel(answer: Callable[..., Any], refusal: Callable[..., str
     found = answer(*arguments, "--kernel", name, "--sass", "--json")
     assert found["kernel"] == name and "EXIT" in found["sass"]
     assert "no kernel named" in refusal(*arguments, "--kernel", "linnear")
-    assert "interpreter" in refusal("explain", "mlp", *INTERPRETER, "--kernel", name, "--ptx")
+    own = answer("compile", "mlp", *INTERPRETER, "--json")["kernels"][0]["name"]
+    assert "interpreter" in refusal("explain", "mlp", *INTERPRETER, "--kernel", own, "--ptx")
     assert "--kernel" in refusal(*arguments, "--ptx")
     assert "--dot" in refusal(*arguments, "--dot", "--json")
+
+
+@pytest.mark.interpreter
+def test_explain_measures(answer: Callable[..., Any], refusal: Callable[..., str]) -> None:
+    account = answer("explain", "lenet5", *INTERPRETER, "--measure", "--json")
+    assert account["measured_on"] == "the interpreter, not a GPU"
+    assert account["totals"]["measured"]["how"] == "measured"
+    assert "no steps that could be timed" in refusal(
+        "explain", "lenet5", "--target", "reference", "--measure"
+    )
+
+
+def test_explain_draws(tmp_path: Path, answer: Callable[..., Any]) -> None:
+    page, drawing = tmp_path / "new" / "lenet5.html", tmp_path / "lenet5.svg"
+    arguments = ("explain", "lenet5", *REFERENCE, "--html", page, "--svg", drawing)
+    assert answer(*arguments) == ""
+    assert "<title>lenet5 on reference</title>" in page.read_text()
+    assert drawing.read_text().startswith("<?xml")
+    assert answer(*arguments, "--json")["model"] == "lenet5"
+
+
+def test_explain_compares_passes(answer: Callable[..., Any]) -> None:
+    arguments = ("explain", "lenet5", *REFERENCE, "--diff", "none", "default")
+    found = answer(*arguments, "--json")
+    assert found["schema"] == "convloom-ledger-diff" and found["changes"]
+    assert found["before"]["kernels"] > found["after"]["kernels"]
+    text = answer(*arguments)
+    assert text.startswith("lenet5: none -> default") and "kernels appeared" in text
+    some = answer("explain", "lenet5", *REFERENCE, "--diff", "default", "fuse_epilogues", "--json")
+    assert some["after"]["name"] == "fuse_epilogues" and some["gone_refusals"] is not None
+
+
+def test_explain_compares_files(
+    tmp_path: Path, answer: Callable[..., Any], refusal: Callable[..., str]
+) -> None:
+    files = {}
+    for name, model, passes in (("old", "lenet5", "none"), ("other", "mlp", "default")):
+        account = answer("explain", model, *REFERENCE, "--passes", passes, "--json")
+        files[name] = tmp_path / f"{name}.json"
+        files[name].write_text(json.dumps(account))
+    old = files["old"]
+    assert answer("explain", "--diff", old, old, "--json")["changes"] == []
+    mixed = answer("explain", "lenet5", *REFERENCE, "--diff", old, "default", "--json")
+    assert mixed["before"]["name"] == str(old) and mixed["changes"]
+    message = refusal("explain", "--diff", old, files["other"])
+    assert f"got lenet5 ({old}) and mlp ({files['other']}); captured ops only in" in message
+
+
+def _newer(folder: Path) -> str:
+    (folder / "new.json").write_text('{"schema": "convloom-ledger", "version": 99}')
+    return "new.json"
+
+
+def _words(folder: Path) -> str:
+    (folder / "words.json").write_text("these are words")
+    return "words.json"
+
+
+def _bytes(folder: Path) -> str:
+    (folder / "bytes.json").write_bytes(b"\xff\xfe\x00")
+    return "bytes.json"
+
+
+def _another_file(folder: Path) -> str:
+    (folder / "plan.json").write_text('{"steps": []}')
+    return "plan.json"
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda folder: "none.json", "cannot read 'none.json': No such file"),
+        (lambda folder: str(folder), "Is a directory"),
+        (_words, "'words.json': expected JSON"),
+        (_bytes, "'bytes.json': expected JSON"),
+        (_another_file, "'plan.json': expected a ledger as `convloom explain NAME --json`"),
+        (_newer, "'new.json': expected version 1 of the ledger's schema, got 99"),
+        (lambda folder: "default", "to compare passes, say of which model"),
+    ],
+)
+def test_explain_refuses_what_cannot_be_compared(
+    make: Callable[[Path], str],
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    refusal: Callable[..., str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    first = make(tmp_path)
+    assert message in refusal("explain", "--diff", first, first)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ((), "expected NAME, a model of the zoo, or --diff A B"),
+        (("--diff", "a.json"), "expected two compilations, A and B, got 1: a.json"),
+        (("--diff", "a", "b", "lenet5"), "got 3: a b lenet5"),
+        (("lenet5", "--diff", "a", "b", "--measure"), "--diff: expected without --dot"),
+        (("lenet5", "--html", "x.html", "--dot"), "--html, --svg: expected without"),
+        (("lenet5", "--diff", "none", "defolt", *("--target", "reference")), "mean default?"),
+    ],
+)
+def test_explain_refuses_options_that_do_not_go_together(
+    options: tuple[str, ...], message: str, refusal: Callable[..., str]
+) -> None:
+    assert message in refusal("explain", *options)
 
 
 @pytest.mark.interpreter

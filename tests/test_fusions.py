@@ -21,7 +21,13 @@ from convloom.compiler.capture import capture
 from convloom.compiler.fusions import BINARY, HEAVY, UNARY
 from convloom.compiler.ir import OUTPUT, Graph, NoAttributes, Node, Value
 from convloom.compiler.ledger import Event, Ledger
-from convloom.compiler.passes import PASSES, Pass, fuse_epilogues, sink_prologues
+from convloom.compiler.passes import (
+    PASSES,
+    Pass,
+    fuse_epilogues,
+    pool_order,
+    sink_prologues,
+)
 from convloom.compiler.pattern import NearMiss, Rule, always, apply_rules, match
 from convloom.compiler.verify import verify
 from convloom.kernels.conv2d import Conv2d
@@ -58,7 +64,7 @@ NEAR_MISSES = [
     for at, miss in enumerate(rule.near_misses)
 ]
 by_rule = pytest.mark.parametrize("rule", RULES.values(), ids=RULES.keys())
-RELAYS = {rule.name for rule in fusions.FLATTEN_RULES}
+RELAYS = {rule.name for rule in (*fusions.FLATTEN_RULES, *pool_order.RULES)}
 """Rules that replace a node by a cheaper one, where all others make nodes disappear."""
 
 
@@ -68,7 +74,9 @@ class Recorder:
 
     rules: list[Rule] = field(default_factory=list)
 
-    def __call__(self, graph: Graph, rules: tuple[Rule, ...], ledger: Ledger) -> Graph:
+    def __call__(
+        self, graph: Graph, rules: tuple[Rule, ...], ledger: Ledger, *others: Any
+    ) -> Graph:
         self.rules += rules
         return graph
 

@@ -37,9 +37,14 @@ def run_on_gpu(
         buffers[Ref("input", index)] = packed.cuda()
     for index, operand in enumerate(problem.outputs):
         buffers[Ref("output", index)] = harness.buffer_for(operand, None).cuda()
+
+    def dtype_of(ref: Ref) -> torch.dtype:
+        return buffers[ref].dtype
+
     for launch in op.launches(problem, op.default(problem, target), target):
-        wanted = offline.request(launch, lambda ref: buffers[ref].dtype, target)
-        arguments = execute.bind(launch, buffers.__getitem__, 1) | dict(launch.constexprs)
+        wanted = offline.request(launch, dtype_of, target)
+        everything = {**buffers, **execute.scratch(launch, "cuda")}
+        arguments = execute.bind(launch, everything.__getitem__, 1) | dict(launch.constexprs)
         start = offline.compile_request(wanted)[launch.grid_at(1)]
         start(*(arguments[name] for name in launch.kernel.arg_names))
     torch.cuda.synchronize()

@@ -150,8 +150,8 @@ def test_impossible_geometry_is_found_when_a_node_is_added() -> None:
 
 
 def test_an_unknown_op_is_named_with_near_names() -> None:
-    with pytest.raises(UnsupportedOpError, match=r"unknown op 'conv3d'; did you mean .*conv2d"):
-        small().add("conv3d", (Value("x"),))
+    with pytest.raises(UnsupportedOpError, match=r"unknown op 'conv4d'; did you mean .*conv2d"):
+        small().add("conv4d", (Value("x"),))
 
 
 # Looking.

@@ -23,7 +23,7 @@ ALLOWED = {
     "": ("errors", "settings", "compiler", "zoo"),
     # Of the kernels a command may know what describes machines and problems, never a kernel.
     "cli": ("", "errors", "settings", "compiler", "zoo", "kernels.targets", "kernels.op",
-            "kernels.spec", "kernels.offline"),
+            "kernels.spec", "kernels.offline", "benchmarks"),
     "benchmarks": ("", "errors", "settings", "kernels", "compiler", "zoo"),
 }  # fmt: skip
 

@@ -296,7 +296,7 @@ MESSAGES = (
     ("slice", Slice(0, 0, 1), (dense(2, 3, batch=2),), "the batch dimension"),
     ("concat", Concat(1), (dense(2, 3), dense(3, 3)), "differ outside dimension 1"),
     ("concat", Concat(2), (dense(2, 3), dense(2, 3)), "has no dimension 2"),
-    ("relayout", Relayout(Layout.NHWC), (dense(2, 3),), "only rank 4 can be NHWC"),
+    ("relayout", Relayout(Layout.NHWC), (dense(2, 3),), "only ranks 4 and 5 can be NHWC"),
     ("softmax", Softmax(2), (dense(2, 3),), "softmax: float32[2, 3] has no dimension 2"),
     ("log_softmax", Softmax(0), (dense(2, 3, batch=2),), "over the batch dimension"),
     ("mean", Reduce((1, 0)), (dense(2, 3),), "are not ascending dimensions"),

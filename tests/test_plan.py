@@ -359,7 +359,7 @@ def test_concatenations_in_place(function: Callable[..., Any]) -> None:
     assert not events(plain, True), "an ablation without passes copies"
 
 
-UNMERGED = tuple(name for name in NAMES if name != "merge_siblings")
+UNMERGED = tuple(name for name in NAMES if name != "choose_partition")
 """The branches of these networks read one tensor: merged, they would be another test."""
 
 

@@ -14,19 +14,24 @@ from ..capture import refuse_unsupported
 from ..fusions import EPILOGUE_RULES, FLATTEN_RULES, PROLOGUE_RULES
 from ..ir import Graph
 from ..ledger import Ledger
+from ..lower import CONCAT_LABEL, CONCAT_RULE
 from ..pattern import apply_rules
 from ..verify import verify
+from ..wishes import Labels
+from . import fuse, pool_order, siblings, stem
 from .clean import (
     drop_identities,
     eliminate_common_subexpressions,
     eliminate_dead_nodes,
     fold_constants,
 )
+from .concats import nest_concatenations
 from .fold_batch_norm import fold_batch_norm, lower_batch_norm
 from .fuse import choose_partition
 from .layout import choose_dtype, choose_layout
+from .pool_order import project_before_averaging
 from .recognise import recognise_composites
-from .siblings import merge_siblings
+from .stem import fuse_stem
 
 
 def fuse_epilogues(graph: Graph, ledger: Ledger) -> Graph:
@@ -72,12 +77,25 @@ PASSES: tuple[Pass, ...] = (
     _pass(lower_batch_norm, "what could not be folded can still be fused as two stages"),
     _pass(fuse_epilogues, "the main fusion: whole pointwise chains into their producers"),
     _pass(sink_prologues, "after epilogues: a chain goes to its producer when it can"),
-    _pass(merge_siblings, "after epilogues: siblings must end alike to share one"),
+    _pass(project_before_averaging, "before siblings: the projection becomes one of them"),
+    _pass(nest_concatenations, "before the partition: what is joined in place is free to fuse"),
+    _pass(flatten_in_memory_order, "before the partition: a fused classifier hides its weight"),
     _pass(choose_partition, "after epilogues: residual and activation ride on the expansion"),
-    _pass(flatten_in_memory_order, "before layouts: removes the only transposition of most nets"),
-    _pass(choose_layout, "last: fusion does not look at memory, kernels do", required=True),
+    _pass(choose_layout, "late: fusion does not look at memory, kernels do", required=True),
+    _pass(fuse_stem, "after layouts: it is about the conversions that they put at the boundary"),
 )
 NAMES = tuple(step.name for step in PASSES)
+LABELS = Labels(
+    all={
+        **{rule.name: rule.label for rule in (*EPILOGUE_RULES, *PROLOGUE_RULES, *FLATTEN_RULES)},
+        **{rule.name: rule.label for rule in (*fuse.RULES, *pool_order.RULES)},
+        **stem.LABELS,
+        siblings.RULE: siblings.LABEL,
+        CONCAT_RULE: CONCAT_LABEL,
+    },
+    heavy=frozenset(rule.name for rule in fuse.RULES),
+)
+"""The fusions that `force=` and `forbid=` may name."""
 
 
 def select(passes: str | tuple[str, ...]) -> tuple[Pass, ...]:

@@ -3,11 +3,15 @@
 The graph is cut after the reduction of the *next* block: 3x3, expansion, residual, activation and
 the next reduction are one kernel, and nothing is computed twice. Where the channels are too many
 for the 3x3 to keep all of them in one tile, the expansion and the next reduction still are one.
+Where a stage begins, the 1x1 convolution of the shortcut takes the place of the residual; either
+it or the expansion may be the one that does the adding.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -18,6 +22,7 @@ from .. import estimate
 from ..fusions import example
 from ..ir import Graph, Node, Value
 from ..pattern import Call, Fused, Match, NearMiss, Rule, Var
+from .shortcuts import Joined, adder_of, adds_only_constants, join, sum_reason
 
 LARGEST = 256
 LARGEST_WITH_FRONT = 128
@@ -32,6 +37,11 @@ def _is_larger(graph: Graph, node: Node) -> bool:
     return not _is_1x1(graph, node)
 
 
+def _is_plain(graph: Graph, node: Node) -> bool:
+    """Whether it multiplies every pixel: beside a shortcut only such a one can be the expansion."""
+    return _is_1x1(graph, node) and node.attributes == Conv2d()
+
+
 def _shape_reason(graph: Graph, found: Match) -> str | None:
     """What the kernel cannot express."""
     for name in ("expand", "reduce"):
@@ -40,21 +50,39 @@ def _shape_reason(graph: Graph, found: Match) -> str | None:
             return f"{node.name} is not dense with stride 1 and no padding: {node.attributes}"
         if node is not None and node.prologue:
             return f"{node.name} has a prologue"
-    front = found.nodes.get("front")
-    if front is not None:
-        assert isinstance(front.attributes, Conv2d)
-        if front.attributes.groups != 1:
-            return f"{front.name} is grouped"
-        if front.prologue:
-            return f"{front.name} has a prologue"
-        weight = graph.spec(graph.own_inputs(front)[1])
-        if weight.shape[1] < 16:
-            return f"{front.name} reads only {weight.shape[1]} channels"
-    reduce = found.nodes.get("reduce")
-    if reduce is not None:
-        for value in graph.operands(reduce):
-            if not graph.is_constant(value):
-                return f"{reduce.name} adds the computed tensor {value}"
+    for name, reason_of in (
+        ("front", _front_reason), ("shortcut", _shortcut_reason), ("reduce", _reduce_reason)
+    ):  # fmt: skip
+        if name in found.nodes and (reason := reason_of(graph, found, found.nodes[name])):
+            return reason
+    return None
+
+
+def _front_reason(graph: Graph, found: Match, front: Node) -> str | None:
+    assert isinstance(front.attributes, Conv2d)
+    if front.attributes.groups != 1:
+        groups = front.attributes.groups
+        return (
+            f"{front.name} is grouped: with all its channels in one tile it would be a dense "
+            f"product, {groups} times the work"
+        )
+    if front.prologue:
+        return f"{front.name} has a prologue"
+    channels = graph.spec(graph.own_inputs(front)[1]).shape[1]
+    return f"{front.name} reads only {channels} channels" if channels < 16 else None
+
+
+def _shortcut_reason(graph: Graph, found: Match, shortcut: Node) -> str | None:
+    assert isinstance(shortcut.attributes, Conv2d)
+    if any(shortcut.attributes.padding):
+        return f"the shortcut {shortcut.name} is padded"
+    return sum_reason(graph, found)
+
+
+def _reduce_reason(graph: Graph, found: Match, reduce: Node) -> str | None:
+    for value in graph.operands(reduce):
+        if not graph.is_constant(value):
+            return f"{reduce.name} adds the computed tensor {value}"
     return None
 
 
@@ -73,23 +101,79 @@ def _guard(graph: Graph, found: Match) -> str | None:
 
 def _build(graph: Graph, found: Match) -> Fused:
     """The chain's attributes and inputs, in the order of its slots."""
-    front, expand = found.nodes.get("front"), found.nodes["expand"]
-    reduce = found.nodes.get("reduce")
+    front, expand, reduce, shortcut = (
+        found.nodes.get(name) for name in ("front", "expand", "reduce", "shortcut")
+    )
+    assert expand is not None
+    wide, joined = expand, Joined(expand.epilogue, graph.operands(expand))
+    if shortcut is not None:
+        wide, joined = adder_of(graph, found)[0], join(graph, found)
     inputs: list[Value] = [graph.own_inputs(front or expand)[0]]
-    for node in (front, expand, reduce):
-        if node is not None:
-            inputs += [graph.own_inputs(node)[1], *graph.operands(node)]
-    front_attributes = front.attributes if front is not None else None
-    assert front_attributes is None or isinstance(front_attributes, Conv2d)
+    if front is not None:
+        inputs += [graph.own_inputs(front)[1], *graph.operands(front)]
+    inputs.append(graph.own_inputs(expand)[1])
+    if shortcut is not None:
+        inputs += graph.own_inputs(shortcut)
+    sums = {len(inputs): joined.added} if joined.added else {}
+    inputs += joined.operands
+    if reduce is not None:
+        inputs += [graph.own_inputs(reduce)[1], *graph.operands(reduce)]
     attributes = ConvChain(
-        front=front_attributes,
+        front=_geometry(front),
         after_front=front.epilogue if front is not None else (),
-        after_expand=expand.epilogue,
+        after_expand=joined.stages,
         has_reduce=reduce is not None,
         after_reduce=reduce.epilogue if reduce is not None else (),
+        shortcut=_geometry(shortcut),
     )
-    results = {expand.name: 0} | ({reduce.name: 1} if reduce is not None else {})
-    return Fused("conv_chain", attributes, tuple(inputs), results)
+    results = {wide.name: 0} | ({reduce.name: 1} if reduce is not None else {})
+    return Fused("conv_chain", attributes, tuple(inputs), results, sums=sums)
+
+
+def _geometry(node: Node | None) -> Conv2d | None:
+    if node is None:
+        return None
+    assert isinstance(node.attributes, Conv2d)
+    return node.attributes
+
+
+@dataclass(frozen=True)
+class Links:
+    """Which links a chain has besides its expansion.
+
+    shortcut: which term of the sum it is, as the epilogues tell them apart: the first is the one
+    that adds; None for a chain that adds what somebody else computed, or nothing.
+    """
+
+    front: bool
+    reduce: bool
+    shortcut: Literal["first", "second"] | None = None
+
+
+def _pattern(links: Links) -> Call:
+    before = FRONT if links.front else Var("t")
+    product = ("conv2d", before, Var("w2"))
+    beside = ("conv2d", Var("s"), Var("ws"))
+    kept = links.reduce
+    if links.shortcut is None:
+        wide = Call(*product, name="expand", kept=kept, where=_is_1x1)
+    elif links.shortcut == "second":
+        added = Call(*beside, name="shortcut", where=_is_added_1x1)
+        wide = Call(*product, name="expand", kept=kept, where=_is_plain, operand=added)
+    else:
+        added = Call(*product, name="expand", where=_is_added_plain)
+        wide = Call(*beside, name="shortcut", kept=kept, where=_is_1x1, operand=added)
+    if not links.reduce:
+        return wide
+    return Call("conv2d", wide, Var("w3"), name="reduce", where=_is_1x1)
+
+
+def _is_added_1x1(graph: Graph, node: Node) -> bool:
+    return _is_1x1(graph, node) and adds_only_constants(graph, node)
+
+
+def _is_added_plain(graph: Graph, node: Node) -> bool:
+    return _is_plain(graph, node) and adds_only_constants(graph, node)
 
 
 def _bottleneck(*, front: bool, reduce: bool, **changes: Any) -> Any:
@@ -134,6 +218,26 @@ def _back_to_back() -> Any:
     return module.half(), tuple(x.half() for x in inputs)
 
 
+def _stage_start(links: Links, padding: int = 0) -> Any:
+    """The first block of a stage; the order of the sum decides which convolution adds."""
+    layers: dict[str, nn.Module] = {
+        "b": nn.Conv2d(16, 16, 3, padding=1),
+        "c": nn.Conv2d(16, 32, 1),
+        "s": nn.Conv2d(24, 32, 1, stride=2, padding=padding),
+        "d": nn.Conv2d(32, 16, 1),
+    }
+
+    def run(m: Any, x: torch.Tensor, r: torch.Tensor) -> Any:
+        t = torch.relu(m["b"](x)) if links.front else x
+        terms = (m["s"](r), m["c"](t)) if links.shortcut == "first" else (m["c"](t), m["s"](r))
+        y = torch.relu(terms[0] + terms[1])
+        return (y, torch.relu(m["d"](y))) if links.reduce else y
+
+    shapes = (2, 16, 6, 5), (2, 24, 12 - 2 * padding, 10 - 2 * padding)
+    module, inputs = example(run, *shapes, **layers)
+    return module.half(), tuple(x.half() for x in inputs)
+
+
 def _wide_chain() -> Any:
     layers = {"c": nn.Conv2d(512, 64, 1), "d": nn.Conv2d(64, 16, 1)}
     module, inputs = example(lambda m, x: m["d"](m["c"](x)), (1, 512, 2, 2), **layers)
@@ -146,44 +250,64 @@ NEAR_MISSES = (
     NearMiss(lambda: _bottleneck(front=True, reduce=True, stride=2), "with stride 1"),
     NearMiss(lambda: _bottleneck(front=True, reduce=True, groups=4), "grouped"),
 )
+STAGE_START = Links(True, True, "second")
+
+
+def _rule(label: str, name: str, links: Links, **changes: Any) -> Rule:
+    options = {"example": partial(_stage_start, links), **changes}
+    return Rule(name, _pattern(links), guard=_guard, label=label, build=_build, **options)
+
+
 RULES = (
-    Rule(
+    _rule(
+        "rotated-bottleneck",
         "conv1x1(y = conv1x1(conv(x))) => conv_chain(x) giving y and the reduction",
-        Call(
-            "conv2d",
-            Call("conv2d", FRONT, Var("w2"), name="expand", kept=True, where=_is_1x1),
-            Var("w3"),
-            name="reduce",
-            where=_is_1x1,
-        ),
+        Links(True, True),
         example=lambda: _bottleneck(front=True, reduce=True),
-        guard=_guard,
         near_misses=NEAR_MISSES,
-        label="rotated-bottleneck",
-        build=_build,
     ),
-    Rule(
+    _rule(
+        "rotated-bottleneck",
+        "conv1x1(y = conv1x1(conv(x)) + conv1x1(s)) => conv_chain(x, s) giving y and the reduction",
+        STAGE_START,
+        near_misses=(NearMiss(lambda: _stage_start(STAGE_START, padding=1), "is padded"),),
+    ),
+    _rule(
+        "rotated-bottleneck",
+        "conv1x1(y = conv1x1(s) + conv1x1(conv(x))) => conv_chain(x, s) giving y and the reduction",
+        Links(True, True, "first"),
+    ),
+    _rule(
+        "expand-reduce",
         "conv1x1(y = conv1x1(t)) => conv_chain(t) giving y and the reduction",
-        Call(
-            "conv2d",
-            Call("conv2d", Var("t"), Var("w2"), name="expand", kept=True, where=_is_1x1),
-            Var("w3"),
-            name="reduce",
-            where=_is_1x1,
-        ),
+        Links(False, True),
         example=_x_chain,
-        guard=_guard,
         near_misses=(NearMiss(_wide_chain, "do not fit one tile"),),
-        label="expand-reduce",
-        build=_build,
     ),
-    Rule(
+    _rule(
+        "expand-reduce",
+        "conv1x1(y = conv1x1(t) + conv1x1(s)) => conv_chain(t, s) giving y and the reduction",
+        Links(False, True, "second"),
+    ),
+    _rule(
+        "expand-reduce",
+        "conv1x1(y = conv1x1(s) + conv1x1(t)) => conv_chain(t, s) giving y and the reduction",
+        Links(False, True, "first"),
+    ),
+    _rule(
+        "conv-1x1",
         "conv1x1(conv(x)) => conv_chain(x)",
-        Call("conv2d", FRONT, Var("w2"), name="expand", where=_is_1x1),
+        Links(True, False),
         example=_back_to_back,
-        guard=_guard,
-        label="conv-1x1",
-        build=_build,
+    ),
+    _rule(
+        "conv-1x1",
+        "conv1x1(conv(x)) + conv1x1(s) => conv_chain(x, s)",
+        Links(True, False, "second"),
+    ),
+    _rule(
+        "conv-1x1",
+        "conv1x1(s) + conv1x1(conv(x)) => conv_chain(x, s)",
+        Links(True, False, "first"),
     ),
 )
-

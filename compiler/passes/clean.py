@@ -7,17 +7,20 @@ from typing import Any
 import torch
 
 from ...kernels import movement
+from ...kernels.adaptive_pool import AdaptivePool2d
 from ...kernels.epilogue import apply_reference
 from ..ir import CONSTANT, INPUT, OUTPUT, TORCH, Graph, Node, Value
 from ..ledger import Ledger
+from .squeezes import sink_squeezes
 
 
 def drop_identities(graph: Graph, ledger: Ledger) -> Graph:
     """Removes nodes whose result is their input: clone, dropout in eval, detach, alias, views to
-    the same shape.
+    the same shape, and those that undo each other (`squeezes.py`).
 
     After it no identity node is left, except one the caller gets straight from an input.
     """
+    graph = sink_squeezes(graph, ledger)
     for node in graph.nodes():
         if node.is_compute and not node.epilogue and _is_identity(graph, node):
             (source,) = graph.inputs(node.name)
@@ -32,6 +35,8 @@ def _is_identity(graph: Graph, node: Node) -> bool:
         return True
     attributes = node.attributes
     if isinstance(attributes, (movement.Reshape, movement.Expand)):
+        return graph.spec(graph.inputs(node.name)[0]).shape == node.spec.shape
+    if isinstance(attributes, AdaptivePool2d):
         return graph.spec(graph.inputs(node.name)[0]).shape == node.spec.shape
     if isinstance(attributes, movement.Permute):
         return attributes.dims == tuple(range(len(attributes.dims)))

@@ -11,12 +11,14 @@ from __future__ import annotations
 import torch
 
 from ...kernels.batch_norm import BatchNorm
+from ...kernels.conv_phases import ConvTranspose2d, ConvTranspose3d
 from ...kernels.epilogue import Stage
 from ...kernels.pointwise import Pointwise
 from ..ir import Graph, Node, Value
 from ..ledger import Ledger
 from ..pattern import Call, Match, leak, match
 
+PRODUCTS = ("conv2d", "linear", "conv3d", "conv_transpose2d", "conv_transpose3d")
 FOLD = "batch_norm(heavy(x, w) + b) => heavy(x, s*w) + (s*b + t)"
 LOWER = "batch_norm(x) => s*x + t"
 
@@ -50,7 +52,7 @@ def fold_batch_norm(graph: Graph, ledger: Ledger) -> Graph:
         if node.op != "batch_norm" or match(graph, node, pattern) is None:
             continue
         producer = graph.node(graph.own_inputs(node)[0].node)
-        if producer.op not in ("conv2d", "linear"):
+        if producer.op not in PRODUCTS:
             continue
         reason = _why_not(graph, producer, node)
         if reason is not None:
@@ -87,7 +89,7 @@ def _fold(graph: Graph, producer: Node, node: Node, ledger: Ledger) -> None:
     scale, shift = both
     x, weight = graph.own_inputs(producer)
     w = graph.constant(weight).double()
-    scaled = w * scale.reshape(-1, *[1] * (w.dim() - 1))
+    scaled = _scaled(producer, w, scale)
     bias = shift
     if producer.epilogue:
         bias = bias + graph.constant(graph.operands(producer)[0]).double().reshape(-1) * scale
@@ -102,6 +104,17 @@ def _fold(graph: Graph, producer: Node, node: Node, ledger: Ledger) -> None:
     graph.redirect(Value(node.name), Value(producer.name))
     ledger.accept(FOLD, [producer, node], producer.name, 2 * producer.spec.size_bytes)
     graph.remove([node.name])
+
+
+def _scaled(producer: Node, w: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """The weight with every output channel times its scale."""
+    ones = [1] * (w.dim() - 1)
+    if not isinstance(producer.attributes, (ConvTranspose2d, ConvTranspose3d)):
+        return w * scale.reshape(-1, *ones)
+    # (C, K/G, ...): a group's input channels share its output channels.
+    groups = producer.attributes.groups
+    grouped = w.reshape(groups, -1, *w.shape[1:])
+    return (grouped * scale.reshape(groups, 1, -1, *ones[1:])).reshape(w.shape)
 
 
 def lower_batch_norm(graph: Graph, ledger: Ledger) -> Graph:

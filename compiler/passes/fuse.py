@@ -6,12 +6,24 @@ from __future__ import annotations
 from .. import partition
 from ..ir import Graph
 from ..ledger import Ledger
-from . import bottlenecks
+from ..pattern import apply_rules
+from . import bottlenecks, heads, pads, pool_fusions, pooled_convs, separables, shortcuts
+from .siblings import propose_siblings
 
-RULES = (*bottlenecks.RULES,)
+RULES = (
+    *bottlenecks.RULES,
+    *separables.RULES,
+    *shortcuts.RULES,
+    *pooled_convs.RULES,
+    *pool_fusions.RULES,
+    *heads.RULES,
+    *pads.RULES,
+)
 """Every proposal; the order decides only between equal savings."""
 
 
 def choose_partition(graph: Graph, ledger: Ledger) -> Graph:
     """Fuses heavy ops with their neighbours where that saves most on the goal's machine."""
-    return partition.choose(graph, RULES, ledger)
+    # Zeros around an image cost a convolution nothing: there is nothing to choose.
+    graph = apply_rules(graph, pads.ZERO_RULES, ledger)
+    return partition.choose(graph, RULES, ledger, (propose_siblings,))

@@ -1,8 +1,9 @@
 """Decides once, for the whole graph, which dtype and which memory layout every tensor has.
 
-Inside, rank-4 activations are NHWC and everything is in one dtype; the module's own dtypes and
-torch's dense layout exist only at the boundary. Conversions that turn out to move nothing (one
-channel, one pixel) become views in the plan.
+Inside, images (rank 4) and volumes (rank 5) are NHWC and everything is in one dtype; the module's
+own dtypes and torch's dense layout exist only at the boundary. A rank-5 tensor is a volume where an
+op on volumes makes or reads it; others, such as the groups of a channel shuffle, stay dense.
+Conversions that turn out to move nothing (one channel, one pixel) become views in the plan.
 """
 
 from __future__ import annotations
@@ -58,7 +59,8 @@ def _can_store_as(graph: Graph, value: Value) -> bool:
     """
     node = graph.node(value.node)
     single = len(node.outputs) == 1 and len(graph.uses(value)) == 1
-    return node.is_compute and single and node.spec.rank != 4 and node.definition.takes_epilogue
+    images = node.spec.rank == 4 or node.spec.layout is Layout.NHWC
+    return node.is_compute and single and not images and node.definition.takes_epilogue
 
 
 def _convert_readers(graph: Graph, value: Value, attributes: Relayout) -> None:
@@ -75,8 +77,8 @@ def _convert_readers(graph: Graph, value: Value, attributes: Relayout) -> None:
 def choose_layout(graph: Graph, ledger: Ledger) -> Graph:
     """Makes every rank-4 activation NHWC, and inserts conversions where an op wants dense memory.
 
-    Postcondition: rank-4 results of compute nodes are NHWC unless their op works on dense memory;
-    graph inputs and outputs are dense.
+    Postcondition: rank-4 results of compute nodes are NHWC unless their op works on dense memory,
+    and so are rank-5 results computed from volumes; graph inputs and outputs are dense.
     """
     converted: dict[tuple[Value, Layout], Value] = {}
     for node in graph.nodes():
@@ -88,34 +90,41 @@ def choose_layout(graph: Graph, ledger: Ledger) -> Graph:
     return graph
 
 
-def _wanted(spec: TensorSpec, images: bool) -> Layout:
-    return Layout.NHWC if images and spec.rank == 4 else Layout.DENSE
+def _wanted(spec: TensorSpec, ranks: tuple[int, ...]) -> Layout:
+    return Layout.NHWC if spec.rank in ranks else Layout.DENSE
 
 
-def _works_on_images(node: Node) -> bool:
-    return node.is_compute and node.definition.images
+def _image_ranks(graph: Graph, node: Node) -> tuple[int, ...]:
+    """Ranks of the tensors that are NHWC for a node."""
+    if not (node.is_compute and node.definition.images):
+        return ()
+    # Shape rules say NHWC for what ops on volumes compute, whatever they read.
+    specs = (*node.outputs, *(graph.spec(value) for value in graph.inputs(node.name)))
+    has_volumes = any(spec.rank == 5 and spec.layout is Layout.NHWC for spec in specs)
+    return (4, 5) if has_volumes else (4,)
 
 
 def _lay_out(graph: Graph, node: Node, converted: dict[tuple[Value, Layout], Value]) -> None:
     if isinstance(node.attributes, Relayout):
         # A cast: it may as well produce the layout its readers want.
         readers = [graph.node(reader) for reader, _ in graph.uses(Value(node.name))]
-        layout = _wanted(node.spec, any(map(_works_on_images, readers)))
+        wanted = tuple(rank for reader in readers for rank in _image_ranks(graph, reader))
+        layout = _wanted(node.spec, wanted)
         graph.update(
             node.name,
             attributes=Relayout(layout, node.attributes.dtype),
             outputs=(node.spec.with_(layout=layout),),
         )
         return
-    images = _works_on_images(node)
+    ranks = _image_ranks(graph, node)
     packed = () if node.op == TORCH else tuple(node.definition.packs(node.attributes))
     values = []
     for slot, value in enumerate(graph.inputs(node.name)):
         keep = slot in packed or graph.is_constant(value)
-        layout = _wanted(graph.spec(value), images)
+        layout = _wanted(graph.spec(value), ranks)
         values.append(value if keep else _as(graph, value, layout, converted))
     graph.set_inputs(node.name, values)
-    outputs = tuple(spec.with_(layout=_wanted(spec, images)) for spec in node.outputs)
+    outputs = tuple(spec.with_(layout=_wanted(spec, ranks)) for spec in node.outputs)
     graph.update(node.name, outputs=outputs)
 
 

@@ -15,31 +15,25 @@ import torch.nn.functional as F
 from torch import nn
 
 from ...kernels.lrn import LocalResponseNorm
+from ...kernels.pad import Pad
 from ...kernels.pointwise import Pointwise
-from ...kernels.pool_window import AvgPool2d, LpPool2d
-from ..capture import TorchCall
+from ...kernels.pool_window import AvgPool2d, AvgPool3d, LpPool2d
 from ..fusions import IMAGE, example
 from ..ir import Graph, Value
 from ..ledger import Ledger
 from ..pattern import Call, Match, Rule, Var, apply_rules, replace_root
 
-POOL3D, PAD = "aten.avg_pool3d.default", "aten.pad.default"
 X = Var("x")
 SQUARE = Call("mul", X, X)
 
 
-def _window(found: Match) -> tuple[int, float] | None:
-    """(size, pad value) of the pooling over channels, or None if it is something else."""
+def _window(found: Match) -> int | None:
+    """How many channels the pooling averages, or None if it is something else."""
     pool, pad = found.nodes["pool"].attributes, found.nodes["pad"].attributes
-    assert isinstance(pool, TorchCall) and isinstance(pad, TorchCall)
-    kernel, pads = list(pool.arguments[1]), list(pad.arguments[1])
-    size = kernel[0]
-    stride = list(pool.arguments[2]) if len(pool.arguments) > 2 else kernel
-    mode = pad.arguments[2] if len(pad.arguments) > 2 else "constant"
-    right = kernel[1:] == [1, 1] and stride == [1, 1, 1] and mode == "constant"
-    if not right or pads != [0, 0, 0, 0, size // 2, (size - 1) // 2] or len(pool.arguments) > 3:
-        return None
-    return size, 0.0
+    assert isinstance(pool, AvgPool3d) and isinstance(pad, Pad)
+    size = pool.kernel[0]
+    around = Pad((0, 0, size // 2, 0, 0), (0, 0, (size - 1) // 2, 0, 0))
+    return size if pool == AvgPool3d((size, 1, 1)) and pad == around else None
 
 
 def _literal(found: Match, name: str) -> float | None:
@@ -68,7 +62,7 @@ def _make_lrn(graph: Graph, found: Match) -> Value:
     window, beta = _window(found), _beta(found)
     alpha, k = _literal(found, "alpha"), _literal(found, "k")
     assert window is not None and alpha is not None and k is not None and beta is not None
-    attributes = LocalResponseNorm(size=window[0], alpha=alpha, beta=beta, k=k)
+    attributes = LocalResponseNorm(size=window, alpha=alpha, beta=beta, k=k)
     return replace_root(graph, found, "local_response_norm", (found.values["x"],), attributes)
 
 
@@ -80,9 +74,8 @@ def _lrn_by_hand(m: nn.ModuleDict, x: torch.Tensor) -> torch.Tensor:
 
 
 def _lrn_rule(squared: Call, make: Callable[[], Any]) -> Rule:
-    pooled = Call(
-        POOL3D, Call(PAD, Call("reshape", squared), name="pad"), name="pool"
-    )
+    padded = Call("pad", Call("reshape", squared), name="pad")
+    pooled = Call("avg_pool3d", padded, name="pool")
     scaled = Call("mul", Call("reshape", Call("reshape", pooled)), name="alpha")
     power = Call(("pow", "sqrt", "square"), Call("add", scaled, name="k"), name="beta")
     return Rule(

@@ -1,7 +1,9 @@
 """Merges convolutions (or linear layers) that read the same tensor into one wide one.
 
-The weights are joined along the output channels; the results are slices, that is views, of the wide
-result. One reading of the input instead of N, one kernel instead of N.
+The weights are joined along the output channels; the results are slices, that is views, of the
+wide result. One reading of the input instead of N, one kernel instead of N. Where their epilogues
+differ, the stages after the common ones are limited to the columns of the convolutions they belong
+to.
 
 Where one of the results is the first or last part of a concatenation (Inception), the whole wide
 result is written into a widened concatenation buffer, and the concatenation becomes a view of it:
@@ -11,18 +13,25 @@ so that no copy is needed although b is not part of c.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
 
 from ...kernels.conv2d import Conv2d
+from ...kernels.epilogue import Epilogue, Stage
 from ...kernels.movement import Concat, Slice
+from ...kernels.spec import TensorSpec
+from .. import estimate
 from ..ir import Graph, Node, Value
 from ..ledger import Ledger
+from ..partition import Proposal
 
+LABEL = "siblings"
 RULE = "conv(x, w1), conv(x, w2), ... => slices of conv(x, [w1 w2 ...])"
 CONCAT_RULE = "concat(slice(wide), ...) => slice(concat(wide, ...))"
+BIAS = Stage("add")
 VECTOR = 8
 """Slices start at multiples of this many channels, so that 128-bit accesses stay possible."""
 
@@ -35,11 +44,19 @@ class _Kind:
     op: str
     attributes: Any
     filter: tuple[int, ...]
-    stages: tuple[Any, ...]
 
 
-def merge_siblings(graph: Graph, ledger: Ledger) -> Graph:
-    """Merges every group of at least two siblings.
+@dataclass(frozen=True)
+class _Wide:
+    """The merged node before it is made: specs instead of tensors."""
+
+    op: str
+    attributes: Any
+    epilogue: Epilogue
+
+
+def propose_siblings(graph: Graph, ledger: Ledger) -> list[Proposal]:
+    """Every group of at least two siblings, and every group less one of its members.
 
     Refused where a weight is shared, a stage reads something other than one constant per channel,
     or the channels do not come in eights.
@@ -48,19 +65,55 @@ def merge_siblings(graph: Graph, ledger: Ledger) -> Graph:
     for node in graph.nodes():
         if node.op in ("conv2d", "linear") and (kind := _kind_of(graph, node)) is not None:
             groups.setdefault(kind, []).append(node)
+    proposals = []
     for members in groups.values():
-        if len(members) < 2:
-            continue
         allowed = []
-        for node in members:
+        for node in members if len(members) > 1 else ():
             reason = _why_not(graph, node)
             if reason is None:
                 allowed.append(node)
             else:
                 ledger.refuse(RULE, [node], reason)
-        if len(allowed) >= 2:
-            _merge(graph, allowed, ledger)
-    return graph
+        subsets = [allowed]
+        if len(allowed) > 2:
+            subsets += [[n for n in allowed if n is not left_out] for left_out in allowed]
+        proposals += [_propose(graph, subset) for subset in subsets if len(subset) > 1]
+    return proposals
+
+
+def _propose(graph: Graph, members: list[Node]) -> Proposal:
+    names = [node.name for node in members]
+    return Proposal(
+        rule=RULE,
+        label=LABEL,
+        nodes=tuple(members),
+        make=partial(_make, names),
+        together_us=partial(_together_us, graph, members),
+    )
+
+
+def _make(names: list[str], graph: Graph, ledger: Ledger) -> bool:
+    """Merges the members if they are all still there and still siblings."""
+    if not all(name in graph for name in names):
+        return False
+    members = [graph.node(name) for name in names]
+    kinds = {_kind_of(graph, node) for node in members}
+    if len(kinds) > 1 or None in kinds or any(_why_not(graph, node) for node in members):
+        return False
+    _merge(graph, members, ledger)
+    return True
+
+
+def _together_us(graph: Graph, members: list[Node]) -> float:
+    x, weight = graph.own_inputs(members[0])
+    channels = sum(node.spec.shape[1] for node in members)
+    spec = graph.spec(weight)
+    wide = spec.with_(shape=(channels, *spec.shape[1:]))
+    stages, values = _joint_epilogue(graph, members)
+    operand = TensorSpec((channels, *(1 for _ in members[0].spec.shape[2:])), spec.dtype)
+    made = _Wide(members[0].op, members[0].attributes, stages)
+    asked = estimate.problem(graph, made, (graph.spec(x), wide), [operand] * len(values))
+    return estimate.problem_time_us(graph, asked)
 
 
 def _kind_of(graph: Graph, node: Node) -> _Kind | None:
@@ -68,8 +121,7 @@ def _kind_of(graph: Graph, node: Node) -> _Kind | None:
     grouped = isinstance(node.attributes, Conv2d) and node.attributes.groups != 1
     if grouped or node.prologue or not graph.is_constant(weight) or graph.is_constant(x):
         return None
-    shape = graph.spec(weight).shape[1:]
-    return _Kind(x, node.op, node.attributes, shape, node.epilogue)
+    return _Kind(x, node.op, node.attributes, graph.spec(weight).shape[1:])
 
 
 def _why_not(graph: Graph, node: Node) -> str | None:
@@ -88,9 +140,67 @@ def _why_not(graph: Graph, node: Node) -> str | None:
     return None
 
 
-def _joined(graph: Graph, values: list[Value], stem: str) -> Value:
-    tensor = torch.cat([graph.constant(value).double() for value in values])
-    return graph.add_constant(tensor, stem, graph.spec(values[0]).dtype)
+Part = tuple[Value | None, int]
+"""A member's part of a joined constant (None: zeros), and its channels."""
+
+
+def _joint_epilogue(graph: Graph, members: list[Node]) -> tuple[Epilogue, list[list[Part]]]:
+    """One chain for all members, and the parts of each of its operands.
+
+    What all begin with is done once (a missing bias is a bias of zeros); the rest of each chain is
+    limited to the channels of the members it belongs to.
+    """
+    widths = [node.spec.shape[1] for node in members]
+    chains = [list(zip(node.epilogue, _operands(graph, node), strict=True)) for node in members]
+    biased = [bool(chain) and chain[0][0] == BIAS for chain in chains]
+    if any(biased):
+        chains = [c if has else [(BIAS, None), *c] for c, has in zip(chains, biased, strict=True)]
+    stages: list[Stage] = []
+    parts: list[list[Part]] = []
+    while all(chains) and len({chain[0][0] for chain in chains}) == 1:
+        heads = [chain.pop(0) for chain in chains]
+        stages.append(heads[0][0])
+        if heads[0][0].takes_operand:
+            parts.append(list(zip((value for _, value in heads), widths, strict=True)))
+    bounds = [sum(widths[:at]) for at in range(len(widths) + 1)]
+    for first, last in _runs([[stage for stage, _ in chain] for chain in chains]):
+        for depth, (stage, _) in enumerate(chains[first]):
+            stages.append(replace(stage, channels=(bounds[first], bounds[last + 1])))
+            if stage.takes_operand:
+                mine = [chain[depth][1] for chain in chains[first : last + 1]]
+                values = [None] * first + mine + [None] * (len(members) - last - 1)
+                parts.append(list(zip(values, widths, strict=True)))
+    return tuple(stages), parts
+
+
+def _operands(graph: Graph, node: Node) -> list[Value | None]:
+    """The operand of every stage of a node, None for those that read none."""
+    values = iter(graph.operands(node))
+    return [next(values) if stage.takes_operand else None for stage in node.epilogue]
+
+
+def _runs(chains: list[list[Stage]]) -> list[tuple[int, int]]:
+    """First and last index of every run of neighbours with equal chains."""
+    runs: list[tuple[int, int]] = []
+    for at, chain in enumerate(chains):
+        if runs and chains[runs[-1][0]] == chain:
+            runs[-1] = (runs[-1][0], at)
+        else:
+            runs.append((at, at))
+    return runs
+
+
+def _joined(graph: Graph, parts: list[Part], like: torch.Tensor, stem: str) -> Value:
+    """The parts as one constant, in the precision they are kept in."""
+    rest = like.shape[1:]
+    tensors = [
+        torch.zeros(width, *rest, dtype=torch.float64)
+        if value is None
+        else graph.constant(value).double()
+        for value, width in parts
+    ]
+    dtype = next(graph.spec(value).dtype for value, _ in parts if value is not None)
+    return graph.add_constant(torch.cat(tensors), stem, dtype)
 
 
 def _merge(graph: Graph, members: list[Node], ledger: Ledger) -> None:
@@ -101,14 +211,18 @@ def _merge(graph: Graph, members: list[Node], ledger: Ledger) -> None:
         others = [node for node in members if node is not partner]
         members = [*others, partner] if first else [partner, *others]
     x = graph.own_inputs(members[0])[0]
-    weight = _joined(graph, [graph.own_inputs(node)[1] for node in members], "siblings_weight")
-    columns = zip(*(graph.operands(node) for node in members), strict=True)
-    operands = [_joined(graph, list(values), "siblings_operand") for values in columns]
+    weights = [graph.own_inputs(node)[1] for node in members]
+    widths = [node.spec.shape[1] for node in members]
+    parts: list[Part] = list(zip(weights, widths, strict=True))
+    weight = _joined(graph, parts, graph.constant(weights[0]), "siblings_weight")
+    stages, columns = _joint_epilogue(graph, members)
+    like = torch.empty(0, *(1 for _ in members[0].spec.shape[2:]))
+    operands = [_joined(graph, column, like, "siblings_operand") for column in columns]
     wide = graph.add(
         members[0].op,
         (x, weight, *operands),
         members[0].attributes,
-        epilogue=members[0].epilogue,
+        epilogue=stages,
         like=members,
         rule=RULE,
     )

@@ -1,0 +1,366 @@
+"""One model at one batch against its peers, in turns, on one device."""
+
+from __future__ import annotations
+
+import copy
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import torch
+from convloom import zoo
+from convloom.compiler.plan import KernelStep, Plan
+from convloom.errors import ConvloomError, InvalidInputError, TargetUnavailableError
+from convloom.kernels import machine, registry, targets, tolerance
+from torch import nn
+
+from .bounds import BOUNDS
+from .devices import Cpu, Cuda, Device, Sample
+from .machine_info import git_hash
+from .peers import OURS, Absentee, Entrant, check_names, enter, one_line, ours, peer
+
+SEED = 0
+DEPTH = 4_608
+"""The longest sum of the zoo's convolutions, for the tolerance: 512 channels of 3x3."""
+CHECKED_IMAGES = 4
+"""Images whose results are compared with fp64: evaluating more takes longer than it tells."""
+LEAST_ROUNDS, MOST_ROUNDS = 3, 200
+BOUND_DEVICE = "H200"
+"""What `bounds.py` is computed for; elsewhere a share of that bound would mean nothing."""
+REFERENCE_PEER = "eager"
+
+
+@dataclass(frozen=True)
+class Choices:
+    """What is measured. seconds: timing of one model at one batch, all contenders together."""
+
+    batches: tuple[int, ...]
+    dtype: torch.dtype
+    target: str
+    against: tuple[str, ...]
+    tuning: str = "records"
+    seconds: float = 10.0
+
+
+@dataclass(frozen=True)
+class Result:
+    """A contender's figures. status: "ok", "wrong" (timed, but outside of the tolerance), or why
+    there are none: "not available", "out of memory", "failed".
+
+    median_us, p10_us, p90_us: cold L2 on a GPU, as they come on a CPU. warm_us: warm L2. host_us:
+    what the host needs to start a call. ratio: the peer's time over convloom's, the median over
+    rounds; above 1 convloom is faster. error: the largest against fp64, relative to the rms.
+    """
+
+    name: str
+    status: str
+    reason: str = ""
+    median_us: float | None = None
+    p10_us: float | None = None
+    p90_us: float | None = None
+    warm_us: float | None = None
+    host_us: float | None = None
+    images_per_s: float | None = None
+    ratio: float | None = None
+    error: float | None = None
+    compile_s: float | None = None
+    tuning_s: float | None = None
+    kernels: int | None = None
+    peak_mb: float | None = None
+    rounds: int = 0
+
+
+@dataclass(frozen=True)
+class Row:
+    """One model at one batch, measured with the sources of the commit `git`.
+
+    flops, size_bytes: of the plan, each tensor touched once. bound_us: bound T of `bounds.py`;
+    plan_bound_us: the roofline of the plan as it is fused; both None where they do not hold for the
+    device. steps, tuned: kernels of the plan, and those of them whose configuration comes from a
+    record of a measurement.
+    """
+
+    model: str
+    batch: int
+    dtype: str
+    target: str
+    device: str
+    results: tuple[Result, ...]
+    tuning: str = "records"
+    git: str = ""
+    flops: int = 0
+    size_bytes: int = 0
+    bound_us: float | None = None
+    plan_bound_us: float | None = None
+    steps: int = 0
+    tuned: int = 0
+
+    def result(self, name: str) -> Result | None:
+        """The contender's figures, None where it was not asked for."""
+        return next((each for each in self.results if each.name == name), None)
+
+    @property
+    def ours(self) -> Result:
+        """convloom's figures."""
+        return self.results[0]
+
+    @property
+    def on_gpu(self) -> bool:
+        """Whether the times are those of a GPU."""
+        return self.target.startswith("cuda")
+
+    def share_of(self, bound_us: float | None) -> float | None:
+        """Bound over time: 1 is all that the hardware allows."""
+        time_us = self.ours.median_us
+        return bound_us / time_us if bound_us and time_us else None
+
+
+def check(names: Sequence[str], choices: Choices) -> None:
+    """Raises: InvalidInputError for a model, batch or peer that cannot be meant;
+    TargetUnavailableError where the target does not run here."""
+    for name in names:
+        zoo.entry(name)
+    for batch in choices.batches:
+        if batch < 1:
+            raise InvalidInputError(f"batch: expected at least 1, got {batch}")
+    check_names(choices.against)
+    device_for(choices.target)
+
+
+def device_for(target: str) -> Device:
+    """The device of this machine that runs the target.
+
+    Raises: TargetUnavailableError where there is none, with what works instead.
+    """
+    absent = TargetUnavailableError(
+        f"target {target}: this machine has no such GPU to measure on. `--target interpreter` "
+        "and `--target reference` time the CPU; `convloom profile NAME --target cuda:sm_90` "
+        "shows modelled times"
+    )
+    capability = targets.local_capability()
+    if target == "cuda" and capability is None:
+        raise absent
+    chosen = targets.parse(target)
+    if not chosen.is_gpu:
+        return Cpu()
+    if capability is None or targets.nearest(capability) is not chosen:
+        raise absent
+    return Cuda()
+
+
+def measured(
+    name: str,
+    batch: int,
+    choices: Choices,
+    device: Device,
+    tell: Callable[[str], None] = lambda text: None,
+) -> Row:
+    """The model at one batch: every contender prepared, checked, and timed in turns.
+
+    A contender that fails is a row that says so; nothing is raised for it.
+    """
+    model, x = subject(name, batch, choices.dtype, device.place)
+    prepare: dict[str, Callable[[], Entrant]] = {
+        OURS: partial(ours, model, x, device, choices.target, choices.tuning),
+        **{each: partial(peer, each, model, x, device) for each in choices.against},
+    }
+    field: list[Entrant | Absentee] = []
+    for each, make in prepare.items():
+        tell(f"{name}, batch {batch}: preparing {each}")
+        field.append(enter(each, make, device))
+    tell(f"{name}, batch {batch}: errors")
+    errors = Errors(model, x)
+    checked = [
+        (each, *(errors.of(each) if isinstance(each, Entrant) else (None, None))) for each in field
+    ]
+    entrants = [each for each in field if isinstance(each, Entrant)]
+    tell(f"{name}, batch {batch}: timing {len(entrants)} contenders in turns")
+    rounds = in_turns(entrants, device, choices.seconds)
+    results = tuple(
+        _result(each, error, wrong, rounds, batch) for each, error, wrong in checked
+    )
+    first = field[0]
+    plan = first.executable.plan if isinstance(first, Entrant) and first.executable else None
+    row = Row(
+        name,
+        batch,
+        str(choices.dtype).removeprefix("torch."),
+        choices.target,
+        device.name,
+        results,
+        choices.tuning,
+        git_hash(),
+    )
+    row = row if plan is None else _with_plan(row, plan, choices.dtype)
+    field.clear()
+    entrants.clear()
+    device.free()
+    return row
+
+
+def subject(
+    name: str, batch: int, dtype: torch.dtype, place: torch.device
+) -> tuple[nn.Module, torch.Tensor]:
+    """The zoo model with seeded weights and an input in channels_last, both in the dtype."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(SEED)
+        model = zoo.build(name).eval()
+        x = torch.randn(batch, *zoo.entry(name).input_shape)
+    x = x.to(place, dtype).contiguous(memory_format=torch.channels_last)
+    return model.to(place, dtype), x
+
+
+# Errors.
+
+
+class Errors:
+    """Measures contenders against the model in fp64, on the first images of the batch."""
+
+    def __init__(self, model: nn.Module, x: torch.Tensor) -> None:
+        self._count = min(CHECKED_IMAGES, x.shape[0])
+        self._reason: str | None = None
+        with torch.no_grad():
+            try:
+                x = x[: self._count]
+                self._eager = model(x)
+                self._exact = copy.deepcopy(model).double()(x.double())
+            except (RuntimeError, NotImplementedError) as error:
+                self._reason = f"fp64 cannot be evaluated: {one_line(error)}"
+
+    def of(self, entrant: Entrant) -> tuple[float | None, str | None]:
+        """(largest error relative to the rms, what is wrong or None)."""
+        if self._reason is not None:
+            return None, None
+        try:
+            result = entrant.call()
+        except (RuntimeError, ConvloomError) as failure:
+            return None, one_line(failure)
+        if tuple(result.shape[1:]) != tuple(self._exact.shape[1:]) or not result.dim():
+            return None, f"shape {tuple(result.shape)}, expected {tuple(self._exact.shape)}"
+        result = result[: self._count]
+        rms = self._exact.square().mean().sqrt().clamp_min(1e-30)
+        error = ((result.double() - self._exact).abs().max() / rms).item()
+        return error, tolerance.compare(result, self._exact, self._eager, DEPTH)
+
+
+# Time.
+
+
+@dataclass
+class Rounds:
+    """Samples by contender, one per round; a contender that fails on the way has a reason."""
+
+    samples: dict[str, list[Sample]]
+    failed: dict[str, Absentee]
+
+
+def in_turns(entrants: Sequence[Entrant], device: Device, seconds: float) -> Rounds:
+    """Times the contenders one after the other, again and again, each round from another one.
+
+    What a drifting clock does to one, it does to all.
+    """
+    rounds = Rounds({each.name: [] for each in entrants}, {})
+    active = list(entrants)
+    started = time.perf_counter()
+    for number in range(MOST_ROUNDS):
+        if number >= LEAST_ROUNDS and time.perf_counter() - started > seconds:
+            break
+        at = number % max(len(active), 1)
+        for entrant in (*active[at:], *active[:at]):
+            try:
+                rounds.samples[entrant.name].append(device.sample(entrant.call))
+            except torch.OutOfMemoryError as error:
+                rounds.failed[entrant.name] = Absentee(
+                    entrant.name, "out of memory", one_line(error)
+                )
+                device.free()
+            except (RuntimeError, ConvloomError) as error:
+                rounds.failed[entrant.name] = Absentee(entrant.name, "failed", one_line(error))
+        active = [each for each in active if each.name not in rounds.failed]
+    return rounds
+
+
+def _result(
+    each: Entrant | Absentee, error: float | None, wrong: str | None, rounds: Rounds, batch: int
+) -> Result:
+    lost = each if isinstance(each, Absentee) else rounds.failed.get(each.name)
+    if lost is not None:
+        return Result(lost.name, lost.status, lost.reason)
+    assert isinstance(each, Entrant)
+    samples = rounds.samples[each.name]
+    cold = [sample.cold_us for sample in samples]
+    low, median, high = spread(cold)
+    paired = zip(cold, rounds.samples.get(OURS, ()), strict=False)
+    ratios = [theirs / mine.cold_us for theirs, mine in paired if mine.cold_us > 0]
+    has_ratio = each.name != OURS and OURS not in rounds.failed and bool(ratios)
+    return Result(
+        each.name,
+        "ok" if wrong is None else "wrong",
+        wrong or "",
+        median,
+        low,
+        high,
+        _median([s.warm_us for s in samples]),
+        _median([s.host_us for s in samples]),
+        batch / median * 1e6 if median > 0 else None,
+        statistics.median(ratios) if has_ratio else None,
+        error,
+        each.compile_s,
+        each.tuning_s,
+        each.kernels,
+        each.peak_mb,
+        len(samples),
+    )
+
+
+def spread(values: Sequence[float]) -> tuple[float, float, float]:
+    """The 10th, 50th and 90th percentile."""
+    if len(values) == 1:
+        return values[0], values[0], values[0]
+    tenths = statistics.quantiles(values, n=10, method="inclusive")
+    return tenths[0], tenths[4], tenths[8]
+
+
+def _median(values: Sequence[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return statistics.median(known) if known else None
+
+
+# Bounds.
+
+
+def _with_plan(row: Row, plan: Plan, dtype: torch.dtype) -> Row:
+    flops = size_bytes = tuned = steps = 0
+    bound_us = 0.0
+    for step in plan.steps:
+        if not isinstance(step, KernelStep):
+            continue
+        cost = registry.get(step.op).cost(step.problem)
+        flops, size_bytes = flops + cost.flops, size_bytes + cost.size_bytes
+        bound_us += roofline_us(step, plan)
+        steps += 1
+        tuned += "measured" in step.chosen_by
+    here = BOUND_DEVICE in row.device
+    known: Any = BOUNDS.get(row.model) if here and dtype is torch.float16 else None
+    return replace(
+        row,
+        flops=flops,
+        size_bytes=size_bytes,
+        bound_us=known.at(row.batch)["T"] if known else None,
+        plan_bound_us=bound_us if here else None,
+        steps=steps,
+        tuned=tuned,
+    )
+
+
+def roofline_us(step: KernelStep, plan: Plan) -> float:
+    """The longer of a step's products and its traffic with DRAM, at full rate, on the plan's
+    machine (the H200 where the plan's target is no GPU)."""
+    cost = registry.get(step.op).cost(step.problem)
+    what = machine.machine_for(plan.target)
+    dtype = step.problem.output.spec.dtype
+    rate = what.tensor_tflops * 1e6 * machine.RATE.get(dtype, 1.0)
+    return max(cost.flops / rate, cost.size_bytes / (what.memory_gbps * 1e3))

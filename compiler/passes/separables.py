@@ -1,0 +1,130 @@
+"""Fuses depthwise convolutions with the 1x1 convolutions behind them (`separable`).
+
+One 1x1 behind it makes MobileNet's separable convolution. Two make the inverted residual of
+MobileNet v2, cut after the *next* block's expansion: depthwise, projection, residual, expansion.
+The projection's result is then written only where somebody else reads it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from ...kernels.conv2d import Conv2d
+from ...kernels.separable import Separable
+from ..fusions import example
+from ..ir import Graph, Node, Value
+from ..pattern import Call, Constant, Fused, Match, NearMiss, Rule, Var
+
+
+def _is_depthwise(graph: Graph, node: Node) -> bool:
+    assert isinstance(node.attributes, Conv2d)
+    return node.attributes.groups > 1 and graph.spec(graph.own_inputs(node)[1]).shape[1] == 1
+
+
+def _is_pointwise(graph: Graph, node: Node) -> bool:
+    return graph.spec(graph.own_inputs(node)[1]).shape[2:] == (1, 1)
+
+
+def _guard(graph: Graph, found: Match) -> str | None:
+    """What the kernel cannot express."""
+    depthwise = found.nodes["depthwise"]
+    filters, channels = depthwise.spec.shape[1], graph.spec(found.values["x"]).shape[1]
+    if filters != channels:
+        return f"{depthwise.name} makes {filters // channels} results per channel"
+    for name in ("project", "expand"):
+        node = found.nodes.get(name)
+        if node is not None and node.attributes != Conv2d():
+            return f"{node.name} is not dense with stride 1 and no padding: {node.attributes}"
+        if node is not None and node.prologue:
+            return f"{node.name} has a prologue"
+    return None
+
+
+def _build(graph: Graph, found: Match) -> Fused:
+    """The attributes and inputs of the fused node, in the order of its slots."""
+    links = [found.nodes[n] for n in ("depthwise", "project", "expand") if n in found.nodes]
+    depthwise, project = links[:2]
+    assert isinstance(depthwise.attributes, Conv2d)
+    inputs: list[Value] = [found.values["x"]]
+    for node in links:
+        inputs += [graph.own_inputs(node)[1], *graph.operands(node)]
+    expand = links[2] if len(links) == 3 else None
+    readers = {reader for reader, _ in graph.uses(Value(project.name))}
+    keep = expand is None or readers != {expand.name}
+    attributes = Separable(
+        depthwise=depthwise.attributes,
+        after_depthwise=depthwise.epilogue,
+        after_project=project.epilogue,
+        has_expand=expand is not None,
+        after_expand=expand.epilogue if expand is not None else (),
+        keep=keep,
+    )
+    results = {project.name: 0} if keep else {}
+    if expand is not None:
+        results[expand.name] = len(results)
+    return Fused("separable", attributes, tuple(inputs), results)
+
+
+def _net(run: Any, stride: int = 1, results: int = 1) -> Any:
+    layers = {
+        "depthwise": nn.Conv2d(16, 16 * results, 3, padding=1, groups=16),
+        "project": nn.Conv2d(16 * results, 24, 1, stride=stride),
+        "expand": nn.Conv2d(24, 40, 1, stride=stride),
+    }
+    return example(run, (2, 16, 6, 5), **layers)
+
+
+def _separable(m: Any, x: torch.Tensor) -> torch.Tensor:
+    y: torch.Tensor = nn.functional.relu6(m["project"](nn.functional.relu6(m["depthwise"](x))))
+    return y
+
+
+def _inverted(m: Any, x: torch.Tensor) -> torch.Tensor:
+    y = m["project"](nn.functional.relu6(m["depthwise"](x)))
+    z: torch.Tensor = nn.functional.hardswish(m["expand"](y))
+    return z
+
+
+def _inverted_kept(m: Any, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    y = m["project"](nn.functional.relu6(m["depthwise"](x)))
+    return y, m["expand"](torch.relu(y))
+
+
+DEPTHWISE = Call("conv2d", Var("x"), Constant("w1"), name="depthwise", where=_is_depthwise)
+RULES = (
+    Rule(
+        "conv1x1(y = conv1x1(depthwise(x))) => separable(x) giving y if read, and the expansion",
+        Call(
+            "conv2d",
+            Call(
+                "conv2d", DEPTHWISE, Constant("w2"), name="project", kept=True, where=_is_pointwise
+            ),
+            Constant("w3"),
+            name="expand",
+            where=_is_pointwise,
+        ),
+        example=lambda: _net(_inverted),
+        guard=_guard,
+        near_misses=(
+            NearMiss(lambda: _net(_inverted, stride=2), "with stride 1"),
+            NearMiss(lambda: _net(_inverted_kept), "has a prologue"),
+        ),
+        label="separable-chain",
+        build=_build,
+    ),
+    Rule(
+        "conv1x1(depthwise(x)) => separable(x)",
+        Call("conv2d", DEPTHWISE, Constant("w2"), name="project", where=_is_pointwise),
+        example=lambda: _net(_separable),
+        guard=_guard,
+        near_misses=(
+            NearMiss(lambda: _net(_separable, stride=2), "with stride 1"),
+            NearMiss(lambda: _net(_separable, results=2), "2 results per channel"),
+        ),
+        label="separable",
+        build=_build,
+    ),
+)

@@ -1,0 +1,191 @@
+"""Fuses the sum of two convolutions into one kernel (`conv_sum`): a residual branch's last
+convolution and the 1x1 convolution that projects its shortcut.
+
+After the epilogues are fused such a sum is a convolution that adds the other's result in its
+epilogue. Which of the two does the adding depends on how the sum was written; either may be the
+shortcut. Nothing may change a result before the sum but constants per channel: the second product
+enters the accumulator before the epilogue begins, and the constants of both are added up once.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from ...kernels.conv2d import Conv2d
+from ...kernels.conv_sum import ConvSum
+from ...kernels.epilogue import Epilogue, Stage
+from ..fusions import example
+from ..ir import Graph, Node, Value
+from ..pattern import Call, Fused, Match, NearMiss, Rule, Var
+
+
+@dataclass(frozen=True)
+class Joined:
+    """The epilogue of the sum: its stages, what they read, and constants to be added to the first
+    operand."""
+
+    stages: Epilogue
+    operands: tuple[Value, ...]
+    added: tuple[Value, ...] = ()
+
+
+def adds_only_constants(graph: Graph, node: Node) -> bool:
+    """Whether a node's epilogue is at most a bias, so that it may as well be added later."""
+    slots = _with_operands(graph, node)
+    return all(_is_constant_add(graph, stage, value) for stage, value in slots)
+
+
+def adder_of(graph: Graph, found: Match) -> tuple[Node, Node, int]:
+    """The convolution that adds, the one that is added, and its position among the operands."""
+    ((name, position),) = found.operands
+    adder = graph.node(name)
+    return adder, graph.node(graph.operands(adder)[position].node), position
+
+
+def join(graph: Graph, found: Match) -> Joined:
+    """What is left to do after both products have been added."""
+    adder, added, position = adder_of(graph, found)
+    slots = _with_operands(graph, adder)
+    at = _index_of(adder, position)
+    early = [*slots[:at], *_with_operands(graph, added)]
+    literals = [stage for stage, value in early if value is None]
+    biases = [value for _, value in early if value is not None]
+    # The sum has the shape of the largest.
+    biases.sort(key=lambda value: -graph.spec(value).numel)
+    late = slots[at + 1 :]
+    stages = (*([Stage("add")] if biases else []), *literals, *(stage for stage, _ in late))
+    operands = (*biases[:1], *(value for _, value in late if value is not None))
+    return Joined(stages, operands, tuple(biases[1:]))
+
+
+def sum_reason(graph: Graph, found: Match) -> str | None:
+    """Why the two convolutions cannot share an accumulator, or None."""
+    adder, added, position = adder_of(graph, found)
+    for node in (adder, added):
+        assert isinstance(node.attributes, Conv2d)
+        if node.attributes.groups != 1:
+            return f"{node.name} is grouped"
+        if node.prologue:
+            return f"{node.name} has a prologue"
+    if adder.spec != added.spec:
+        return f"{adder.name} is {adder.spec}, but {added.name} is {added.spec}"
+    slots, at = _with_operands(graph, adder), _index_of(adder, position)
+    stage = slots[at][0]
+    if stage.name != "add" or stage.channels is not None:
+        return f"{adder.name} does not simply add {added.name}: {stage}"
+    for stage, value in slots[:at]:
+        if not _is_constant_add(graph, stage, value):
+            return f"{adder.name} applies {stage} before it adds {added.name}"
+    early = (value for _, value in (*slots[:at], *_with_operands(graph, added)) if value)
+    for value in early:
+        spec = graph.spec(value)
+        if spec.numel > 1 and (spec.rank != 3 or spec.shape[1:] != (1, 1)):
+            return f"{value} {spec}, added before the sum, is not one number per channel"
+    return None
+
+
+def _with_operands(graph: Graph, node: Node) -> list[tuple[Stage, Value | None]]:
+    """The stages of a node's epilogue, each with the tensor it reads."""
+    values = iter(graph.operands(node))
+    return [(stage, next(values) if stage.takes_operand else None) for stage in node.epilogue]
+
+
+def _index_of(node: Node, position: int) -> int:
+    """The index of the stage that reads operand `position`."""
+    readers = [at for at, stage in enumerate(node.epilogue) if stage.takes_operand]
+    return readers[position]
+
+
+def _is_constant_add(graph: Graph, stage: Stage, value: Value | None) -> bool:
+    plain = stage.name == "add" and stage.channels is None
+    return plain and (value is None or graph.is_constant(value))
+
+
+def _build(graph: Graph, found: Match) -> Fused:
+    conv, shortcut = found.nodes["conv"], found.nodes["shortcut"]
+    assert isinstance(conv.attributes, Conv2d) and isinstance(shortcut.attributes, Conv2d)
+    joined = join(graph, found)
+    inputs = (*graph.own_inputs(conv), *graph.own_inputs(shortcut))
+    return Fused(
+        "conv_sum",
+        ConvSum(conv.attributes, shortcut.attributes),
+        inputs,
+        {found.root.name: 0},
+        joined.stages,
+        joined.operands,
+        {len(inputs): joined.added} if joined.added else {},
+    )
+
+
+def _sum(function: Any, groups: int = 1) -> Any:
+    layers = {
+        "conv": nn.Conv2d(8, 12, 3, padding=1, groups=groups),
+        "shortcut": nn.Conv2d(6, 12, 1, stride=2),
+        "table": _Table(),
+    }
+    return example(function, (2, 8, 5, 6), (2, 6, 10, 12), **layers)
+
+
+class _Table(nn.Module):
+    """A constant for every element of the sum."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        values = torch.arange(12.0 * 5 * 6).reshape(12, 5, 6)
+        self.values = nn.Parameter(values / 360)
+
+
+def _residual(m: Any, x: torch.Tensor, r: torch.Tensor) -> Any:
+    return torch.relu(m["conv"](x) + m["shortcut"](r))
+
+
+def _after_the_activation(m: Any, x: torch.Tensor, r: torch.Tensor) -> Any:
+    return torch.relu(m["conv"](x)) + m["shortcut"](r)
+
+
+def _product(m: Any, x: torch.Tensor, r: torch.Tensor) -> Any:
+    return m["conv"](x) * m["shortcut"](r)
+
+
+def _with_a_prologue(m: Any, x: torch.Tensor, r: torch.Tensor) -> Any:
+    return m["conv"](x) + m["shortcut"](torch.tanh(r))
+
+
+def _with_a_table(m: Any, x: torch.Tensor, r: torch.Tensor) -> Any:
+    return m["conv"](x) + m["table"].values + m["shortcut"](r)
+
+
+def _of_one_pixel() -> Any:
+    return _sum(lambda m, x, r: m["conv"](x) + m["shortcut"](r[:, :, :1, :1]))
+
+
+RULES = (
+    Rule(
+        "conv2d(x, w) + conv2d(s, v) => conv_sum(x, w, s, v)",
+        Call(
+            "conv2d",
+            Var("x"),
+            Var("w"),
+            name="conv",
+            operand=Call(
+                "conv2d", Var("s"), Var("v"), name="shortcut", where=adds_only_constants
+            ),
+        ),
+        example=lambda: _sum(_residual),
+        guard=sum_reason,
+        near_misses=(
+            NearMiss(lambda: _sum(_residual, groups=2), "is grouped"),
+            NearMiss(lambda: _sum(_with_a_prologue), "has a prologue"),
+            NearMiss(_of_one_pixel, ", but conv2d"),
+            NearMiss(lambda: _sum(_product), "does not simply add"),
+            NearMiss(lambda: _sum(_after_the_activation), "applies relu before it adds"),
+            NearMiss(lambda: _sum(_with_a_table), "not one number per channel"),
+        ),
+        label="shortcut",
+        build=_build,
+    ),
+)

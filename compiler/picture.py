@@ -1,0 +1,239 @@
+"""An account as a picture: kernels are boxes around their captured nodes, edges are data flow.
+
+`to_svg` is a drawing for documents: what a pointer over a box or an op tells is in its tooltip.
+`to_html` is one page around it, without anything from elsewhere: it zooms, pans, searches, and
+tells in a panel why each op is where it is. Both are made from an `Account` alone.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from xml.sax.saxutils import escape, quoteattr
+
+from . import account as acc
+from .account import Account, Place, Record
+from .account_text import counted, labels, refusals_by_reason, size_text, with_paths
+from .layers import Box, draw
+
+PAGE = Path(__file__).with_name("page.html")
+CHARACTERS = 40
+"""Longest label of an op in a box; the tooltip has all of it."""
+TITLE_PX, LINE_PX, ROW_PX = 13.0, 10.5, 11.0
+ADVANCE = 0.61
+"""Width of a monospaced character, in font sizes: 0.60 to 0.602 in the usual fonts."""
+HEAD, ROW, PAD = 38.0, 17.0, 8.0
+KINDS = (
+    "convolution", "linear", "pooling", "normalisation", "reduction", "pointwise", "movement",
+    "other", "input", "output",
+)  # fmt: skip
+
+STYLE = """
+:root {
+  --page: #ffffff; --ink: #1b1f24; --dim: #59636e; --line: #8c959f; --edge: #6e7781;
+  --panel: #f6f8fa; --mark: #bf3989;
+  --convolution: #cfe3ff; --linear: #d6d3ff; --pooling: #c9f0d3; --normalisation: #fde2c4;
+  --reduction: #c7eeee; --pointwise: #fdf0b5; --movement: #e6e8eb; --other: #f6d0d6;
+  --input: #ffffff; --output: #ffffff;
+}
+@media (prefers-color-scheme: dark) { :root:not([data-theme=light]) { DARK } }
+:root[data-theme=dark] { DARK }
+svg.ledger { background: var(--page); font-family: ui-monospace, "DejaVu Sans Mono", Menlo,
+  Consolas, monospace; }
+svg.ledger text { fill: var(--ink); }
+svg.ledger .title { font-size: 13px; font-weight: 600; }
+svg.ledger .figures { font-size: 10.5px; fill: var(--dim); }
+svg.ledger .op text { font-size: 11px; }
+svg.ledger .far { display: none; text-anchor: middle; font-weight: 600; }
+svg.ledger .box { stroke: var(--line); stroke-width: 1.2; }
+svg.ledger .free > .box { stroke-dasharray: 4 3; }
+svg.ledger .op rect { fill: var(--page); opacity: 0.55; }
+svg.ledger .gone text { fill: var(--dim); text-decoration: line-through; }
+svg.ledger .edge { fill: none; stroke: var(--edge); stroke-width: 1.3; }
+svg.ledger #arrow path { fill: var(--edge); }
+""" + "\n".join(f"svg.ledger .{kind} > .box {{ fill: var(--{kind}); }}" for kind in KINDS)
+STYLE = STYLE.replace("DARK", (
+    "--page: #0d1117; --ink: #e6edf3; --dim: #9198a1; --line: #656c76; --edge: #8b949e; "
+    "--panel: #161b22; --mark: #ff8bcb; "
+    "--convolution: #16335c; --linear: #34306e; --pooling: #14432a; --normalisation: #57340f; "
+    "--reduction: #0f4348; --pointwise: #4a3c05; --movement: #2a3038; --other: #5a1e28; "
+    "--input: #0d1117; --output: #0d1117;"
+))  # fmt: skip
+
+
+def to_svg(account: Account) -> str:
+    """A whole SVG file."""
+    return '<?xml version="1.0" encoding="UTF-8"?>\n' + _svg(
+        account, f"<style>{STYLE}</style>", ' xmlns="http://www.w3.org/2000/svg"'
+    )
+
+
+def to_html(account: Account) -> str:
+    """One page that needs nothing else."""
+    refusals = [{"count": n, "rule": r, "reason": why} for n, r, why in refusals_by_reason(account)]
+    data = json.dumps({**account.to_json(), "refusals": refusals}, allow_nan=False)
+    # Inside a script element neither tags nor comments may begin.
+    for character in "<>&":
+        data = data.replace(character, f"\\u{ord(character):04x}")
+    shown = {place.kind for place in account.places}
+    legend = "".join(
+        f'<span><i style="background:var(--{kind})"></i>{kind}</span>'
+        for kind in KINDS
+        if kind in shown and kind not in (acc.INPUT, acc.OUTPUT)
+    )
+    parts = {
+        "TITLE": escape(f"{account.model} on {account.target}"),
+        "HEAD": escape(_headline(account)),
+        "LEGEND": legend,
+        "STYLE": STYLE,
+        "SVG": _svg(account, "", ""),
+        "DATA": data,
+    }
+    page = PAGE.read_text(encoding="utf-8")
+    pieces = page.split("{{")
+    filled = [pieces[0]]
+    for piece in pieces[1:]:
+        name, _, rest = piece.partition("}}")
+        filled += [parts[name], rest]
+    return "".join(filled)
+
+
+def _headline(account: Account) -> str:
+    t = account.totals
+    return (
+        f"{t.kernels_before} -> {t.kernels_after} kernels; {t.before} -> {t.after}, for "
+        f"{account.machine}; {account.measured_on and 'measured on ' + account.measured_on}"
+        f"{'' if account.measured_on else 'nothing was measured'}"
+    )
+
+
+def _svg(account: Account, style: str, namespace: str) -> str:
+    records = {record.node: record for record in account.nodes}
+    boxes = {place.name: _Content(place, records, labels(account)) for place in account.places}
+    drawing = draw({name: box.size for name, box in boxes.items()}, account.edges)
+    width, height = drawing.width + 40, drawing.height + 40
+    edges = [
+        f'<path class="edge" data-from={quoteattr(source)} data-to={quoteattr(target)} '
+        f'd="{path}" marker-end="url(#arrow)"/>'
+        for (source, target), path in drawing.paths.items()
+    ]
+    return "\n".join(
+        [
+            f'<svg{namespace} class="ledger" viewBox="0 0 {width:.0f} {height:.0f}" '
+            f'width="{width:.0f}" height="{height:.0f}">',
+            f"<title>{escape(account.model)}: {escape(_headline(account))}</title>",
+            style,
+            '<defs><marker id="arrow" viewBox="0 0 8 8" refX="7" refY="4" markerWidth="10" '
+            'markerHeight="10" markerUnits="userSpaceOnUse" orient="auto">'
+            '<path d="M0 0L8 4L0 8z"/></marker></defs>',
+            '<g id="view"><g transform="translate(20 20)">',
+            *edges,
+            *(boxes[name].svg(box) for name, box in drawing.boxes.items()),
+            "</g></g></svg>\n",
+        ]
+    )
+
+
+class _Content:
+    """What stands in a place's box."""
+
+    def __init__(
+        self, place: Place, records: dict[str, Record], short: dict[str, str]
+    ) -> None:
+        self.place, self.short = place, short
+        self.records = [records[name] for name in place.nodes]
+        self.paths = {r.node: r.module_path for r in records.values() if r.module_path}
+        self.title = place.name
+        self.figures = _figures(place)
+        self.rows = [shortened(f"{r.op} {r.module_path}".strip()) for r in self.records]
+        texts = ((self.title, TITLE_PX), (self.figures, LINE_PX))
+        widths = [len(text) * size * ADVANCE for text, size in texts]
+        widths += [len(row) * ROW_PX * ADVANCE + 12 for row in self.rows]
+        height = HEAD + (len(self.rows) * ROW + PAD if self.rows else 0.0)
+        self.size = (max(110.0, max(widths) + 2 * PAD + 4), height)
+
+    def svg(self, box: Box) -> str:
+        place = self.place
+        free = "" if place.what in (acc.KERNEL, acc.FALLBACK) else " free"
+        name = "kernel" if not free else "place"
+        lines = [
+            f'<g class="place {place.kind}{free}" data-{name}={quoteattr(place.name)} '
+            f'transform="translate({box.left:.1f} {box.top:.1f})">',
+            f"<title>{escape(self.tooltip())}</title>",
+            f'<rect class="box" width="{box.width:.1f}" height="{box.height:.1f}" rx="6"/>',
+            f'<text class="title" x="{PAD}" y="16">{escape(self.title)}</text>',
+            f'<text class="figures" x="{PAD}" y="30">{escape(self.figures)}</text>',
+        ]
+        for at, (record, row) in enumerate(zip(self.records, self.rows, strict=True)):
+            lines.append(self._row(record, row, HEAD + at * ROW, box.width))
+        lines += [self._far(box), "</g>"]
+        return "".join(lines)
+
+    def _row(self, record: Record, row: str, top: float, width: float) -> str:
+        gone = " gone" if record.kernel in (acc.REMOVED, acc.CONSTANT) else ""
+        return (
+            f'<g class="op{gone}" data-node={quoteattr(record.node)}>'
+            f"<title>{escape(self.reasons(record))}</title>"
+            f'<rect x="{PAD - 3}" y="{top:.1f}" width="{width - 2 * PAD + 6:.1f}" '
+            f'height="{ROW - 2}" rx="3"/>'
+            f'<text x="{PAD + 1}" y="{top + 11.5:.1f}">{escape(row)}</text></g>'
+        )
+
+    def _far(self, box: Box) -> str:
+        """Large letters for when the whole network is seen at once."""
+        path = self.place.module_path
+        head, _, rest = path.partition(".") if box.height > 80 else ("", "", path)
+        words = [word for word in (self.place.op, head, shortened(rest, 18)) if word]
+        widest = max(map(len, words))
+        size = min(46.0, (box.width - 8) / (ADVANCE * widest), (box.height - 6) / len(words) / 1.15)
+        first = box.height / 2 - size * 1.15 * len(words) / 2 + size * 0.9
+        spans = "".join(
+            f'<tspan x="{box.width / 2:.1f}" y="{first + at * size * 1.15:.1f}">'
+            f"{escape(word)}</tspan>"
+            for at, word in enumerate(words)
+        )
+        return f'<text class="far" style="font-size:{size:.1f}px">{spans}</text>'
+
+    def tooltip(self) -> str:
+        """The kernel in a few lines."""
+        place = self.place
+        lines = [f"{place.name}: {place.what}", place.computes]
+        if place.what in (acc.KERNEL, acc.FALLBACK):
+            lines.append(f"{place.modelled}; {place.measured}; {place.share:.1%} of the network")
+            moved = f"reads and writes {size_text(place.size_bytes)}"
+            lines.append(f"{moved}; {place.config}" if place.config else moved)
+        return "\n".join(lines)
+
+    def reasons(self, record: Record) -> str:
+        """Why the op is where it is, in a few lines."""
+        lines = [f"{record.op} {record.module_path} -> {record.kernel}"]
+        lines += [f"by {self.short.get(rule, '')} {rule}" for rule in record.rules]
+        lines += [f"refused {with_paths(str(r), self.paths)}" for r in record.refused]
+        lines.append(f"alone {record.before}; its part now {record.after}")
+        lines.append(
+            f"saves {size_text(record.bytes_saved)}, {counted(record.kernels_saved, 'kernel')}"
+        )
+        return "\n".join(lines)
+
+
+def _figures(place: Place) -> str:
+    if place.what in (acc.INPUT, acc.OUTPUT):
+        return shortened(place.computes)
+    if place.what == acc.FALLBACK:
+        return "torch fallback"
+    if place.what != acc.KERNEL:
+        return place.what
+    time = place.measured if place.measured.us is not None else place.modelled
+    return f"{time}, {size_text(place.size_bytes)}"
+
+
+def shortened(text: str, characters: int = CHARACTERS) -> str:
+    """The text with its middle left out where it is too long; its end tells most."""
+    if len(text) <= characters:
+        return text
+    head = characters // 3
+    return f"{text[:head]}…{text[head + 1 - characters:]}"
+
+
+__all__: Sequence[str] = ("to_html", "to_svg")

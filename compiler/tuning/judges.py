@@ -1,0 +1,171 @@
+"""Who says how long a configuration takes: a device, or the model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, Protocol
+
+import torch
+
+from ...errors import KernelError, TargetUnavailableError
+from ...kernels import offline, registry
+from ...kernels.offline import KernelReport
+from ...kernels.op import Config, Problem
+from ...kernels.targets import INTERPRETER, Target
+from . import rank
+from .bench import InterpreterBackend, Trial, handler_of
+from .children import Child, ChildError, Handler
+from .choose import local_device
+from .records import MEASURED, MODELLED
+
+TRIAL_TIMEOUT_S = 180.0
+"""One configuration, the exact result included; what takes longer hangs."""
+
+
+class Judge(Protocol):
+    """Tries configurations. status, device and driver are what its records say.
+
+    margin: how much faster than the default another must be, as a fraction, before it is believed.
+    """
+
+    status: str
+    device: str
+    driver: str
+    margin: float
+
+    def open(self) -> None:
+        """Makes ready; raises TargetUnavailableError where there is nothing to judge with."""
+        ...
+
+    def trial(
+        self, problem: Problem, config: Config, reports: Sequence[KernelReport], timeout_s: float
+    ) -> Trial:
+        """What the configuration does; raises ChildError where it fails."""
+        ...
+
+    def close(self) -> None:
+        """Lets go of the device."""
+        ...
+
+
+class Model:
+    """Judges by the cost model and by what the compiler made of a configuration."""
+
+    status = MODELLED
+    device = "model"
+    driver = ""
+    margin = 0.05
+
+    def __init__(self, target: Target) -> None:
+        self._target = target
+
+    def open(self) -> None:
+        """Nothing to do."""
+
+    def trial(
+        self, problem: Problem, config: Config, reports: Sequence[KernelReport], timeout_s: float
+    ) -> Trial:
+        """The modelled time; results are not verified."""
+        op = registry.get(problem.op)
+        modelled = rank.modelled_us(op, problem, self._target, config, reports or None)
+        return Trial(None, modelled, 0.0)
+
+    def close(self) -> None:
+        """Nothing to do."""
+
+
+class Measured:
+    """Judges by running on a device, in a process of its own that a fault cannot harm.
+
+    connect: makes something with `ask(request, timeout_s)` and `close()`, as `Child` has.
+    """
+
+    status = MEASURED
+    device = ""
+    driver = ""
+    margin = 0.0
+
+    def __init__(self, connect: Callable[[], Any]) -> None:
+        self._connect = connect
+        self._child: Any = None
+
+    def open(self) -> None:
+        """Starts the process and asks what the device is.
+
+        Raises: TargetUnavailableError where the device cannot be used.
+        """
+        self._child = self._connect()
+        try:
+            self.device, self.driver = self._child.ask(None, TRIAL_TIMEOUT_S)
+        except ChildError as error:
+            raise TargetUnavailableError(f"cannot measure here: {error}") from error
+
+    def trial(
+        self, problem: Problem, config: Config, reports: Sequence[KernelReport], timeout_s: float
+    ) -> Trial:
+        """The verdict and the times.
+
+        Raises: ChildError where the configuration failed; KernelError where the device has been
+        unusable since.
+        """
+        try:
+            found: Trial = self._child.ask((problem, config), timeout_s)
+            return found
+        except ChildError as error:
+            if error.kind != "error":
+                self._revive(config, error)
+            raise
+
+    def _revive(self, config: Config, reason: ChildError) -> None:
+        """Without this, a lost device would look like a fault of every configuration left."""
+        try:
+            self._child.ask(None, TRIAL_TIMEOUT_S)
+        except ChildError as error:
+            raise KernelError(
+                f"{self.device} cannot be used any more: {error} (after {config}: {reason})"
+            ) from error
+
+    def close(self) -> None:
+        """Ends the process."""
+        if self._child is not None:
+            self._child.close()
+
+
+def interpreter_handler() -> Handler:
+    """Trials in the interpreter (in the child)."""
+    return handler_of(InterpreterBackend)
+
+
+def cuda_handler() -> Handler:
+    """Trials on the GPU (in the child)."""
+    from .cuda import CudaBackend
+
+    return handler_of(CudaBackend)
+
+
+def compiler_handler() -> Handler:
+    """Compiles requests and reads the machine code (in the child)."""
+    torch.set_num_threads(1)
+    return offline.report
+
+
+def can_measure(target: Target) -> bool:
+    """Whether this machine runs what is compiled for the target."""
+    if target is INTERPRETER:
+        return True
+    return local_device(target) is not None
+
+
+def measuring(target: Target) -> Measured:
+    """The judge that runs configurations for the target on this machine.
+
+    Raises: TargetUnavailableError where there is no such device.
+    """
+    if not can_measure(target):
+        raise TargetUnavailableError(
+            f"target {target.name}: this machine has no such GPU to measure on. Pass --offline "
+            "(or compile with tuning='search') to compile for it and rank by the model"
+        )
+    handler = interpreter_handler if target is INTERPRETER else cuda_handler
+    return Measured(partial(Child, handler))

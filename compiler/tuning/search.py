@@ -1,0 +1,438 @@
+"""Tunes problems: enumerates, prunes, compiles, verifies, times, and keeps the best as a record.
+
+Any-time: the heaviest problems come first, each gets a quick look before any gets a thorough one,
+and the best so far is written as soon as it is known. An interrupted run goes on where it stopped.
+No candidate ends the run: one that does not compile, crashes or is wrong is recorded as such.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import time
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import Future
+from concurrent.futures import TimeoutError as FutureTimeout
+from dataclasses import dataclass, field
+
+from ...errors import ArtifactError, ConvloomError, KernelError
+from ...kernels import offline, registry
+from ...kernels.offline import CompileRequest, KernelReport
+from ...kernels.op import Config, Op, Problem
+from ...kernels.targets import Target
+from ..plan import KernelStep, Plan
+from . import rank
+from .bench import Trial
+from .children import ChildError, Crew
+from .choose import Chooser, Records, local_device
+from .judges import TRIAL_TIMEOUT_S, Judge, Model, can_measure, compiler_handler, measuring
+from .keys import Key, key_of
+from .records import MEASURED, Record, Rejected, now, rounded, shortened
+
+LOG = logging.getLogger("convloom")
+FIRST_LOOK = 3
+"""Candidates of each problem that are tried before any problem gets all of its own."""
+COMPILE_TIMEOUT_S = 300.0
+GRACE_S = 5.0
+"""How far a trial that runs when the budget ends may exceed it."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """budget_s: wall-clock limit, None for none. candidates: of each problem, at most. retune: also
+    what has a record. workers: compiling processes (default: one per core)."""
+
+    budget_s: float | None = None
+    candidates: int = 12
+    retune: bool = False
+    workers: int | None = None
+
+
+@dataclass(frozen=True)
+class Work:
+    """A problem to tune and how many steps are it."""
+
+    op: Op
+    problem: Problem
+    target: Target
+    key: Key
+    uses: int = 1
+
+    @property
+    def weight(self) -> float:
+        """Modelled microseconds that it takes of its networks."""
+        default = self.op.default(self.problem, self.target)
+        return self.uses * rank.modelled_us(self.op, self.problem, self.target, default)
+
+
+def works_of(plans: Iterable[Plan]) -> list[Work]:
+    """The distinct problems of plans, the heaviest first."""
+    counts: dict[Key, int] = {}
+    first: dict[Key, tuple[Problem, Target]] = {}
+    for plan in plans:
+        for step in plan.steps:
+            if isinstance(step, KernelStep):
+                key = key_of(step.problem, plan.target)
+                counts[key] = counts.get(key, 0) + 1
+                first.setdefault(key, (step.problem, plan.target))
+    works = [
+        Work(registry.get(problem.op), problem, target, key, counts[key])
+        for key, (problem, target) in first.items()
+    ]
+    return sorted(works, key=lambda work: (-work.weight, work.key.digest))
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What tuning made of one problem.
+
+    status: "tuned", "started" (interrupted), "kept" (there was a record), "failed" (no candidate is
+    right), "waiting" (not reached). default_us: of the default configuration where it was tried.
+    """
+
+    work: Work
+    status: str
+    record: Record | None
+    default_us: float | None
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Candidates decided, of all, and what is being tried."""
+
+    done: int
+    total: int
+    text: str
+
+
+@dataclass
+class _State:
+    """One problem while it is tuned."""
+
+    work: Work
+    selected: list[Config] = field(default_factory=list)
+    rejected: dict[Config, Rejected] = field(default_factory=dict)
+    futures: dict[Config, list[Future[KernelReport]]] = field(default_factory=dict)
+    reports: dict[Config, list[KernelReport]] = field(default_factory=dict)
+    times: dict[Config, Trial] = field(default_factory=dict)
+    kept: Record | None = None
+    previous: Record | None = None
+    complete: bool = False
+    looks: int = 0
+
+    @property
+    def default(self) -> Config:
+        return self.selected[0]
+
+    def best(self, margin: float) -> Config | None:
+        """The fastest; another than the default only if it is faster by the margin."""
+
+        def handicapped(config: Config) -> float:
+            return self.times[config].time_us * (1.0 if config == self.default else 1.0 + margin)
+
+        return min(self.times, key=handicapped, default=None)
+
+    def outcome(self, record: Record | None) -> Outcome:
+        """Where the problem stands."""
+        if self.kept is not None:
+            return Outcome(self.work, "kept", self.kept, None)
+        timed = self.times.get(self.default) if self.selected else None
+        default_us = timed.time_us if timed else None
+        if self.complete:
+            status = "tuned" if self.times else "failed"
+        else:
+            status = "started" if self.times or self.looks else "waiting"
+        return Outcome(self.work, status, record if self.times else None, default_us)
+
+
+class _OutOfTimeError(Exception):
+    """The budget is spent."""
+
+
+class Tuner:
+    """One run over a list of problems. `outcomes` is right at any time, also after an interrupt."""
+
+    def __init__(
+        self,
+        records: Records,
+        judge: Judge,
+        options: Options | None = None,
+        watch: Callable[[Progress], None] = lambda progress: None,
+    ) -> None:
+        self._records, self._judge = records, judge
+        self._options = options or Options()
+        self._watch = watch
+        self._states: list[_State] = []
+        self._deadline = math.inf
+        self.out_of_time = False
+        self.unsaved: str | None = None
+
+    def run(self, works: Sequence[Work]) -> list[Outcome]:
+        """Tunes the problems, in order; what they became.
+
+        Raises: TargetUnavailableError where there is no device to measure on, KernelError where it
+        is lost on the way. Records written until then stay.
+        """
+        if self._options.budget_s is not None:
+            self._deadline = time.monotonic() + self._options.budget_s
+        self._states = [_State(work) for work in works]
+        open_states = [state for state in self._states if not self._keeps(state)]
+        if not open_states:
+            return self.outcomes
+        crew = self._crew(open_states)
+        try:
+            self._judge.open()
+            for state in open_states:
+                self._select(state)
+            self._compile(crew, open_states)
+            for look in (0, 1):
+                for state in open_states:
+                    self._try(state, look)
+        except _OutOfTimeError:
+            self.out_of_time = True
+        finally:
+            if crew is not None:
+                crew.close()
+            self._judge.close()
+        return self.outcomes
+
+    @property
+    def outcomes(self) -> list[Outcome]:
+        """What has become of each problem."""
+        found = self._records.found
+        return [
+            state.outcome(found.get(state.work.key) or state.previous) for state in self._states
+        ]
+
+    def _crew(self, states: Sequence[_State]) -> Crew | None:
+        if not any(state.work.target.is_gpu for state in states):
+            return None
+        workers = self._options.workers or os.cpu_count() or 1
+        return Crew(compiler_handler, workers, COMPILE_TIMEOUT_S)
+
+    # What to try.
+
+    def _keeps(self, state: _State) -> bool:
+        """Whether the problem has a record already that this run would not better."""
+        record = self._records.exact(state.work.key)
+        if record is None or rank.misfit(
+            state.work.op, state.work.problem, record.config, state.work.target
+        ):
+            return False
+        measures = self._judge.status == MEASURED
+        settled = record.complete and not self._options.retune
+        # A model never replaces what a device has shown.
+        if record.is_measured > measures or (settled and record.is_measured == measures):
+            state.kept = record
+        return state.kept is not None
+
+    def _select(self, state: _State) -> None:
+        """Fills in the candidates: the default, then the best by the model."""
+        self._check_time()
+        work = state.work
+        op, problem, target = work.op, work.problem, work.target
+        default, *others = rank.space(op, problem, target)
+        legal = [default]
+        for config in others:
+            if (reason := op.legal(problem, config, target)) is not None:
+                self._reject(state, config, "illegal", reason)
+            else:
+                legal.append(config)
+        for config, reason in rank.wasteful(op, problem, target, legal).items():
+            if config != default:
+                self._reject(state, config, "waste", reason)
+        ranked = rank.rank(op, problem, target, (c for c in legal if c not in state.rejected))
+        hints = self._records.hints(op, problem, target, work.key)
+        most = self._options.candidates
+        best = rank.varied(op, problem, target, ranked, most)
+        state.selected = list(dict.fromkeys([default, *hints, *best]))[:most]
+        state.previous = self._records.own.get(work.key)
+        self._resume(state)
+
+    def _resume(self, state: _State) -> None:
+        """Takes over what an interrupted run on the same device has found out."""
+        record = state.previous
+        same = record is not None and (record.status, record.device, record.driver) == (
+            self._judge.status, self._judge.device, self._judge.driver,
+        )  # fmt: skip
+        if record is None or not same or self._options.retune:
+            return
+        state.times[record.config] = Trial(
+            None, record.time_us, record.spread_us, record.warm_us
+        )
+        for each in record.rejected:
+            if each.stage == "slower" and each.time_us is not None:
+                state.times[each.config] = Trial(None, each.time_us, 0.0)
+            elif each.config in state.selected:
+                state.rejected[each.config] = each
+        self._records.found[state.work.key] = record
+
+    def _open(self, state: _State) -> list[Config]:
+        """The candidates that nothing is known of yet."""
+        return [c for c in state.selected if c not in state.times and c not in state.rejected]
+
+    # Compilation.
+
+    def _compile(self, crew: Crew | None, states: Sequence[_State]) -> None:
+        """Sets everything going, what the first look needs before the rest."""
+        for first in (True, False):
+            for state in states:
+                looked = state.selected[:FIRST_LOOK] if first else state.selected[FIRST_LOOK:]
+                for config in looked:
+                    if crew is not None and config in self._open(state):
+                        self._submit(crew, state, config)
+
+    def _submit(self, crew: Crew, state: _State, config: Config) -> None:
+        self._check_time()
+        work = state.work
+        launches = work.op.launches(work.problem, config, work.target)
+        try:
+            wanted = rank.requests(work.op, work.problem, launches, work.target)
+            state.futures[config] = [_report(crew, request) for request in wanted]
+        except KernelError as error:
+            self._reject(state, config, "compile", str(error))
+
+    def _compiled(self, state: _State, config: Config) -> bool:
+        """Waits for the candidate's reports; False where it fell out."""
+        reports = []
+        for future in state.futures.get(config, ()):
+            try:
+                left = self._time_left()
+                reports.append(future.result(None if left == math.inf else left))
+            except FutureTimeout as error:
+                raise _OutOfTimeError from error
+            except ConvloomError as error:
+                self._reject(state, config, "compile", str(error))
+                return False
+        state.reports[config] = reports
+        if not reports:
+            return True
+        work = state.work
+        launches = work.op.launches(work.problem, config, work.target)
+        refused = rank.refused(work.target, launches, reports)
+        # What runs without records is worth knowing, even where it spills.
+        if refused is None or (config == state.default and refused[0] == "spills"):
+            return True
+        self._reject(state, config, *refused)
+        return False
+
+    # Trials.
+
+    def _try(self, state: _State, look: int) -> None:
+        """One look at a problem: its first candidates, or all the others in the model's order."""
+        state.looks += 1
+        waiting = self._open(state)
+        candidates = [
+            config
+            for config in (waiting if look else waiting[:FIRST_LOOK])
+            if self._compiled(state, config)
+        ]
+        work = state.work
+        if look:
+            ranked = rank.rank(work.op, work.problem, work.target, candidates, state.reports)
+            candidates = [each.config for each in ranked]
+        for config in candidates:
+            self._trial(state, config)
+            self._save(state)
+        if look:
+            state.complete = True
+            self._save(state)
+            if not state.times:
+                reasons = {each.reason for each in state.rejected.values()}
+                LOG.warning("no configuration of %s is right: %s", work.key, sorted(reasons)[:3])
+
+    def _trial(self, state: _State, config: Config) -> None:
+        self._check_time()
+        self._watch(self._progress(f"{state.work.key}: {config}"))
+        limit = min(TRIAL_TIMEOUT_S, self._time_left() + GRACE_S)
+        try:
+            trial = self._judge.trial(
+                state.work.problem, config, state.reports.get(config, []), limit
+            )
+        except ChildError as error:
+            if error.kind == "timeout" and limit < TRIAL_TIMEOUT_S:
+                raise _OutOfTimeError from error
+            self._reject(state, config, "fault", str(error))
+            return
+        if trial.wrong is not None:
+            self._reject(state, config, "wrong", trial.wrong)
+            return
+        state.times[config] = trial
+
+    def _progress(self, text: str) -> Progress:
+        total = sum(len(each.selected) for each in self._states)
+        left = sum(len(self._open(each)) for each in self._states)
+        return Progress(total - left, total, text)
+
+    def _reject(self, state: _State, config: Config, stage: str, reason: str) -> None:
+        state.rejected[config] = Rejected(config, stage, shortened(reason))
+
+    def _save(self, state: _State) -> None:
+        """Keeps the best so far: in memory, and on disk where that can be written."""
+        best = state.best(self._judge.margin)
+        if best is None:
+            return
+        trial = state.times[best]
+        slower = tuple(
+            Rejected(
+                config,
+                "slower",
+                f"takes {each.time_us / trial.time_us:.2f} times as long",
+                rounded(each.time_us),
+            )
+            for config, each in state.times.items()
+            if config != best
+        )
+        record = Record(
+            key=state.work.key,
+            config=best,
+            status=self._judge.status,
+            time_us=rounded(trial.time_us),
+            spread_us=round(trial.spread_us, 3),
+            warm_us=None if trial.warm_us is None else rounded(trial.warm_us),
+            device=self._judge.device,
+            driver=self._judge.driver,
+            date=now(),
+            complete=state.complete,
+            rejected=(*slower, *state.rejected.values()),
+        )
+        before = state.previous
+        if not state.complete and before is not None and before.complete and before.beats(record):
+            return  # what an earlier run finished stays until this one has
+        self._records.found[state.work.key] = record
+        try:
+            self._records.own.put(record)
+        except ArtifactError as error:
+            if self.unsaved is None:
+                LOG.warning("%s", error)
+            self.unsaved = str(error)
+
+    # Time.
+
+    def _time_left(self) -> float:
+        return max(0.0, self._deadline - time.monotonic())
+
+    def _check_time(self) -> None:
+        if not self._time_left():
+            raise _OutOfTimeError
+
+
+def searched(plan: Plan) -> Chooser:
+    """The chooser by records, after every problem of a plan without a measured one was tuned: on
+    this machine's device, or by the model where the plan's target is another GPU."""
+    target = plan.target
+    records = Records.here(device=local_device(target))
+    judge = measuring(target) if can_measure(target) else Model(target)
+    Tuner(records, judge).run(works_of([plan]))
+    return records.choose
+
+
+def _report(crew: Crew, request: CompileRequest) -> Future[KernelReport]:
+    """The report of a request, from disk where it is known."""
+    known = offline.known_report(request)
+    if known is None:
+        return crew.submit(request)
+    future: Future[KernelReport] = Future()
+    future.set_result(known)
+    return future

@@ -1,0 +1,239 @@
+"""Folders of tuning records: `ARCHITECTURE/OP/HASH.json`, one file for each key.
+
+Files are written under a temporary name beside their own, synced and renamed, so that a reader sees
+a whole record or none, however many processes write and wherever one of them dies. A file that is
+not what it claims is a miss with a warning, never an error, and never deleted unasked.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import logging
+import os
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from ... import settings
+from ...errors import ArtifactError
+from .keys import Key
+from .records import NewerRecordError, Record, from_text, to_text
+
+LOG = logging.getLogger("convloom")
+SHIPPED = Path(__file__).resolve().parents[2] / "kernels" / "records"
+"""The records that come with the package."""
+LARGEST_FILE = 1 << 20
+"""Bytes; a record is a few kilobytes."""
+
+
+def user_folder() -> Path:
+    """Where this user's records are kept."""
+    return settings.read().cache_dir / "records"
+
+
+class Store:
+    """The records of one folder. Files are read when first asked for and then remembered."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._known: dict[Path, Record | None] = {}
+
+    def path(self, key: Key) -> Path:
+        """The file of a key."""
+        return self.folder / key.architecture / key.op / f"{key.digest}.json"
+
+    def get(self, key: Key) -> Record | None:
+        """The record of exactly this key, or None."""
+        return self._load(self.path(key))
+
+    def of(self, architecture: str, op: str) -> list[Record]:
+        """Every valid record of an op on a GPU generation, in the order of the files' names."""
+        paths = _listed(self.folder / architecture / op)
+        return [record for path in paths if (record := self._load(path)) is not None]
+
+    def files(self) -> Iterator[Path]:
+        """Every file that should be a record."""
+        for architecture in _listed(self.folder, ""):
+            for op in _listed(architecture, ""):
+                yield from _listed(op)
+
+    def all(self) -> list[Record]:
+        """Every valid record."""
+        return [record for path in self.files() if (record := self._load(path)) is not None]
+
+    def _load(self, path: Path) -> Record | None:
+        if path not in self._known:
+            self._known[path] = None
+            try:
+                self._known[path] = read(path)
+            except (FileNotFoundError, NotADirectoryError):
+                pass
+            except (ArtifactError, OSError) as error:
+                LOG.warning("tuning record %s is ignored: %s", path, error)
+        return self._known[path]
+
+    def put(self, record: Record) -> None:
+        """Writes the record, in place of the one that the key has.
+
+        Raises: ArtifactError where it cannot be written; what was there before is then untouched.
+        """
+        path = self.path(record.key)
+        try:
+            write_whole(path, to_text(record))
+        except OSError as error:
+            raise ArtifactError(_why_not(path, error)) from error
+        self._known[path] = record
+
+    def remove(self, path: Path) -> None:
+        """Deletes a file of this store.
+
+        Raises: ArtifactError where it cannot be deleted.
+        """
+        self._known.pop(path, None)
+        try:
+            path.unlink(missing_ok=True)
+        except OSError as error:
+            raise ArtifactError(f"cannot delete '{path}': {error.strerror or error}") from error
+
+
+def _listed(folder: Path, suffix: str = ".json") -> list[Path]:
+    """The entries of a folder that may not exist; temporary files start with a dot."""
+    try:
+        names = sorted(os.listdir(folder))
+    except OSError:
+        return []
+    return [folder / name for name in names if name.endswith(suffix) and not name.startswith(".")]
+
+
+def _why_not(path: Path, error: OSError) -> str:
+    full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+    advice = "Free some space" if full else "Set CONVLOOM_CACHE_DIR to a folder that can be written"
+    return f"cannot write tuning record '{path}': {error.strerror or error}. {advice}"
+
+
+def read(path: Path) -> Record:
+    """The record in a file.
+
+    Raises: ArtifactError where the file is no valid record, or that of another key; OSError where
+    it cannot be read.
+    """
+    record = read_anywhere(path)
+    if path.stem != record.key.digest:
+        raise ArtifactError(f"it holds the record of {record.key}, which is {record.key.digest}")
+    if path.parts[-3:-1] != (record.key.architecture, record.key.op):
+        raise ArtifactError(f"it belongs into {record.key.architecture}/{record.key.op}")
+    return record
+
+
+def read_anywhere(path: Path) -> Record:
+    """The record in a file of any name.
+
+    Raises: ArtifactError where the file is no valid record; OSError where it cannot be read.
+    """
+    if path.stat().st_size > LARGEST_FILE:
+        raise ArtifactError(f"not a tuning record: larger than {LARGEST_FILE} bytes")
+    try:
+        return from_text(path.read_text(encoding="utf-8"))
+    except UnicodeDecodeError as error:
+        raise ArtifactError("not a tuning record: no text") from error
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Writes a file that is whole or not there, and survives a power cut once this returns.
+
+    Raises: OSError.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.unlink(temporary)
+        raise
+    _sync_folder(path.parent)
+
+
+def _sync_folder(folder: Path) -> None:
+    """Makes a rename last; some file systems cannot, and then it lasts when they say so."""
+    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        with contextlib.suppress(OSError):
+            os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+# Records of other machines, and records that have had their day.
+
+
+@dataclass(frozen=True)
+class Merged:
+    """What became of one file. outcome: "added", "better", "kept" (ours) or "refused"."""
+
+    path: Path
+    outcome: str
+    reason: str = ""
+    record: Record | None = None
+
+
+def merge(store: Store, sources: list[Path]) -> list[Merged]:
+    """Takes records over from files, and from every .json file below folders.
+
+    Where both sides have a record, the better one stays: measured before modelled, then the faster
+    one. A file that is no valid record is refused and changes nothing.
+
+    Raises: ArtifactError for a source that does not exist, or where the store cannot be written.
+    """
+    for source in sources:
+        if not source.exists():
+            raise ArtifactError(f"records to merge '{source}': no such file or folder")
+    results = []
+    for source in sources:
+        paths = sorted(source.rglob("*.json")) if source.is_dir() else [source]
+        results += [_merge_file(store, path) for path in paths]
+    return results
+
+
+def _merge_file(store: Store, path: Path) -> Merged:
+    try:
+        record = read_anywhere(path)
+    except ArtifactError as error:
+        return Merged(path, "refused", str(error))
+    except OSError as error:
+        return Merged(path, "refused", error.strerror or str(error))
+    # Those for another Triton are somebody's, and never in the way; those of other kernels are not.
+    if (reason := record.key.of_other_kernels) is not None:
+        return Merged(path, "refused", reason, record)
+    ours = store.get(record.key)
+    if ours is not None and not record.beats(ours):
+        return Merged(path, "kept", f"ours: {ours}; theirs: {record}", record)
+    store.put(record)
+    return Merged(path, "added" if ours is None else "better", str(record), record)
+
+
+def prune(store: Store) -> list[Merged]:
+    """Deletes stale and unreadable records; returns one entry for each.
+
+    A record of a newer format stays: the version that wrote it may come back.
+    """
+    dropped = []
+    for path in list(store.files()):
+        try:
+            record = read(path)
+            reason = record.key.stale
+        except (NewerRecordError, OSError):
+            continue
+        except ArtifactError as error:
+            record, reason = None, str(error)
+        if reason is not None:
+            store.remove(path)
+            dropped.append(Merged(path, "dropped", reason, record))
+    return dropped

@@ -1,0 +1,155 @@
+"""Tile sizes of `conv_chain`: which there are, which fit a machine, which one is taken unasked.
+
+Every program keeps all channels of t and z of its pixels, so what limits the tiles is registers.
+How many the compiler needs on top of the tiles themselves was read from compiled kernels.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+
+from . import gemm
+from .op import Config, config, power_of_two
+from .targets import Target
+
+MOST_SHORTCUT_CHANNELS = 256
+"""Channels of s that stay in shared memory: with 512, 104 bytes spill on sm_90."""
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What tiles depend on.
+
+    rows: output pixels; channels of x; middle, narrow, shortcut: channels of t, z and s, 0 where
+    there is none; taps: of the first convolution, 0 without one.
+    """
+
+    rows: int
+    channels: int
+    middle: int
+    narrow: int
+    shortcut: int
+    taps: int
+    dtype: torch.dtype
+
+    @property
+    def block_middle(self) -> int:
+        return max(16, power_of_two(self.middle))
+
+    @property
+    def block_narrow(self) -> int:
+        return max(16, power_of_two(self.narrow))
+
+
+def shortcut_blocks(sizes: Sizes) -> tuple[int, ...]:
+    """Channels of s that one step reads: all of them, once, where they fit beside t, or blocks that
+    are read again for every step of the expansion; (0,) without a shortcut."""
+    if not sizes.shortcut:
+        return (0,)
+    block = max(16, power_of_two(sizes.shortcut))
+    whole = (block,) if block <= MOST_SHORTCUT_CHANNELS else ()
+    return (*whole, 64) if block > 64 else whole
+
+
+def _tile(m: int, n: int, k: int, warps: int, stages: int, inner: int, beside: int) -> Config:
+    blocks = {"BLOCK_M": m, "BLOCK_N": n, "BLOCK_K": k, "INNER_STAGES": inner}
+    if beside:
+        blocks["BLOCK_SHORTCUT"] = beside
+    return config(warps, stages, **blocks)
+
+
+def configs(sizes: Sizes, target: Target) -> Iterator[Config]:
+    """All warps lie along the rows (BLOCK_M = 16 or 32 per warp), so that t stays in registers."""
+    for (block_m, warps), block_n, stages, inner, beside in itertools.product(
+        ((64, 4), (128, 8), (128, 4)), (32, 64), (2, 3, 4), (1, 2), shortcut_blocks(sizes)
+    ):
+        tile = _tile(block_m, block_n, 64, warps, stages, inner, beside)
+        if legal(sizes, tile, target) is None:
+            yield tile
+
+
+def legal(sizes: Sizes, tile: Config, target: Target) -> str | None:
+    """Shared memory for the pipelined operands, and registers for both accumulators and t."""
+    if target.name == "interpreter":
+        return None
+    if (reason := gemm.legal_for_taps(tile, sizes.taps)) is not None:
+        return reason
+    needed = _shared_bytes(sizes, tile)
+    if needed > target.shared_bytes:
+        return f"needs {needed} bytes of shared memory; {target.name} has {target.shared_bytes}"
+    per_row = sizes.block_narrow + tile["BLOCK_N"] + sizes.block_middle // 2
+    values = tile["BLOCK_M"] * per_row // (32 * tile.num_warps)
+    limit = _register_limit(sizes, tile, target)
+    if values > limit:
+        return f"{values} registers per thread for tiles alone; more than {limit} spill"
+    return None
+
+
+def _shared_bytes(sizes: Sizes, tile: Config) -> int:
+    """The front's pipeline, or what the loop over the expansion holds, whichever is more."""
+    block_m, block_n = tile["BLOCK_M"], tile["BLOCK_N"]
+    weights = tile["INNER_STAGES"] * block_n
+    inner = weights * (sizes.block_middle + sizes.block_narrow) + block_m * block_n
+    if sizes.shortcut:
+        beside = tile["BLOCK_SHORTCUT"]
+        if sizes.shortcut <= beside:
+            inner += (block_m + weights) * beside
+        else:
+            inner += (block_m + block_n) * beside * tile.num_stages
+    if sizes.taps:
+        front = tile.num_stages * (block_m + sizes.block_middle) * tile["BLOCK_K"]
+        return max(front, inner) * sizes.dtype.itemsize
+    return (block_m * sizes.block_middle + inner) * sizes.dtype.itemsize
+
+
+def _register_limit(sizes: Sizes, tile: Config, target: Target) -> int:
+    """Registers per thread that tiles may take before the compiler spills.
+
+    32 pixels per warp leave less to the front's addresses and masks: 64 -> 256 -> 64 channels need
+    192 registers on sm_90 in steps of 32 channels (128 for tiles) and spill 56 bytes in steps of 64
+    (160 for tiles); on sm_80 they need 254. 16 pixels per warp: 128 -> 512 -> 128 channels in steps
+    of 64 by 8 warps (128 for tiles) spill 552 bytes on sm_80. 256 -> 1024 -> 256 channels (208 for
+    tiles) fit, but spill 24 bytes on sm_100 by 4 warps, and with the addresses of a shortcut.
+    """
+    if tile["BLOCK_M"] > 16 * tile.num_warps:
+        return 128 if target.capability >= 90 else 0
+    if target.capability < 90 and tile.num_warps == 8 and tile["BLOCK_N"] == 64:
+        return 96
+    return 192 if sizes.shortcut or (target.capability >= 100 and tile.num_warps == 4) else 208
+
+
+def default(sizes: Sizes, target: Target) -> Config:
+    """16 pixels per warp; the expansion in steps of 64 channels, or of 32 where registers are
+    short; the first legal configuration where that needs more shared memory than there is.
+
+    32 pixels per warp where they fit and are enough for the machine: behind a 3x3 over 64 channels
+    they move 30% less between L2 and the multiprocessors, which is what bounds it.
+
+    Registers, none spilled, on sm_80 / 90 / 100: 3x3 64 -> 1x1 256 -> 1x1 64, 16 pixels per warp
+    186 / 140 / 96, with a shortcut over 64 channels 188 / 138 / 86; 3x3 128 -> 512 -> 128 with one
+    over 256 channels 168 / 190 / 156; without the 3x3, two stages need fewer than one: 128 -> 512
+    -> 128 203 instead of 232 on sm_80.
+    """
+    beside = shortcut_blocks(sizes)[0]
+    if target.name == "interpreter":
+        block_m = max(16, min(4096, power_of_two(sizes.rows)))
+        block_k = max(16, min(128, power_of_two(sizes.channels)))
+        return _tile(block_m, 256, block_k, 1, 1, 1, beside)
+    block_k = max(16, min(64, power_of_two(sizes.channels)))
+    block_n = 64 if max(sizes.middle, sizes.narrow) <= 64 else 32
+    if sizes.taps > 1:
+        warps = gemm.MOST_WARPS_OVER_TAPS
+        wanted = [_tile(16 * warps, block_n, block_k, warps, 3, 1, beside)]
+        if sizes.rows >= 2 * gemm.MULTIPROCESSORS * 32 * warps:
+            wanted.insert(0, _tile(32 * warps, 32, block_k, warps, 3, 1, beside))
+    else:
+        block_n = 32 if beside else block_n
+        wanted = [_tile(128, block_n, block_k, 8, 3, inner, beside) for inner in (2, 1)]
+    for tile in wanted:
+        if legal(sizes, tile, target) is None:
+            return tile
+    return next(configs(sizes, target), wanted[-1])

@@ -1,0 +1,363 @@
+"""Guards of speed that need no GPU: what the compiler makes of the zoo's kernels, how many of them
+a model launches, and a cost model that keeps to what is possible.
+
+A sample runs by default, every model under `slow`. Exceptions are tables here, each with a reason.
+`CONVLOOM_UPDATE_GOLDEN=1 pytest tests/test_guards.py -m 'slow or not slow' -k launches` rewrites
+`golden/launches.json`; read the difference afterwards.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import pytest
+import torch
+from convloom import zoo
+from convloom.benchmarks.measure import roofline_us
+from convloom.compiler.api import lowered
+from convloom.compiler.plan import KernelStep, Plan
+from convloom.compiler.runtime import compile_requests
+from convloom.compiler.tuning import rank
+from convloom.kernels import machine, offline, registry, targets
+from convloom.kernels.offline import CompileRequest, KernelReport
+from convloom.kernels.op import Launch
+
+from . import machine_code
+
+TARGET = targets.parse("cuda:sm_90")
+LAUNCHES = Path(__file__).parent / "golden" / "launches.json"
+SAMPLE = ("lenet5", "resnet18", "mobilenet_v2")
+BATCHES = (1, 32)
+PINNED_BATCH = 32
+
+TENSOR_CORES = ("HGMMA", "HMMA")
+CUDA_CORES = {
+    "pointwise_kernel": "moves and maps elements; no products",
+    "pool_kernel": "maxima and sums over windows; no products",
+    "region_kernel": "sums over regions; no products",
+    "reduce_kernel": "sums over an axis; no products",
+    "softmax_kernel": "exponentials and a sum; no products",
+    "copy_kernel": "moves elements",
+    "lrn_kernel": "sums over neighbouring channels, which products would poison with NaN",
+    "depthwise_kernel": "one product per tap and channel: tensor cores would multiply zeros",
+}
+"""Kernels without matrix products, and why."""
+
+NARROW = {
+    "accumulate_kernel": "taps of the depthwise part are read between products, not pipelined",
+    "pool_conv_kernel": "windows are pooled while they are read, which needs them in registers",
+    "head_kernel": "rows of the hidden layer, which may be shorter than a tile",
+}
+"""Kernels with matrix products whose loads need no asynchronous copies, and why."""
+
+ISSUE_LIMIT = 0.7
+"""Instructions per tensor-core cycle; above it a loop is bound by issuing."""
+ISSUE_LIMITS = {
+    "conv_chain_kernel": (1.3, "two products with different tiles share each of its loops"),
+    "accumulate_kernel": (None, "depthwise taps on the CUDA cores decide, not the products"),
+    "pool_conv_kernel": (None, "pooling on the CUDA cores decides, not the products"),
+    "head_kernel": (None, "a few rows: waits for weights"),
+}
+MASKED_LIMIT = 0.9
+"""Where channels do not fill the last step of BLOCK_K: its masks are in the loop."""
+LEAST_ROWS, LEAST_COLUMNS = 128, 64
+"""Smaller tiles are chosen where few pixels leave multiprocessors idle: there latency decides."""
+
+LOOP_BARRIERS = 3
+LOOP_BARRIERS_OF = {
+    "conv_chain_kernel": (12, "each of two products waits for the tile of the other"),
+    "accumulate_kernel": (6, "each step's depthwise result goes through shared memory"),
+    "pool_conv_kernel": (8, "each step's pooled windows go through shared memory"),
+}
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """One launch of a plan, with what must be compiled for it."""
+
+    model: str
+    batch: int
+    step: KernelStep
+    launch: Launch
+    request: CompileRequest
+
+    @property
+    def name(self) -> str:
+        return self.request.name
+
+    @property
+    def channels(self) -> int:
+        """Of the first input, in each group."""
+        shape = self.step.problem.inputs[0].spec.shape
+        groups = getattr(self.step.problem.attributes, "groups", 1)
+        return int(shape[1]) // int(groups)
+
+    @property
+    def is_even(self) -> bool:
+        """Whether rows of channels are multiples of 16 bytes, in and out."""
+        tensors = (*self.step.problem.inputs[:1], *self.step.problem.outputs)
+        return self.channels % 8 == 0 and all(int(t.spec.shape[1]) % 8 == 0 for t in tensors)
+
+    def __str__(self) -> str:
+        inputs = ", ".join(str(operand.spec) for operand in self.step.problem.inputs[:2])
+        return f"{self.model} batch {self.batch} {self.step.name}: {self.name}({inputs})"
+
+
+@lru_cache(maxsize=8)
+def plan_of(model: str, batch: int) -> Plan:
+    """The plan in fp16 for sm_90, in default configurations."""
+    x = torch.zeros(batch, *zoo.entry(model).input_shape)
+    torch.manual_seed(0)
+    return lowered(
+        zoo.build(model).eval(), (x,), target=TARGET.name, dtype=torch.float16, fallback="torch"
+    )[1]
+
+
+def kernels_of(model: str, batch: int) -> list[Kernel]:
+    """The plan's launches, each distinct one once."""
+    plan = plan_of(model, batch)
+    found: dict[CompileRequest, Kernel] = {}
+    for (step, launch), wanted in zip(plan.kernels, compile_requests(plan, TARGET), strict=True):
+        found.setdefault(wanted, Kernel(model, batch, step, launch, wanted))
+    return list(found.values())
+
+
+@lru_cache(maxsize=1)
+def sample() -> tuple[Kernel, ...]:
+    """Of each kernel function the application with most work, at the larger batch."""
+    best: dict[str, tuple[int, Kernel]] = {}
+    for model in SAMPLE:
+        for kernel in kernels_of(model, max(BATCHES)):
+            cost = registry.get(kernel.step.op).cost(kernel.step.problem)
+            work = cost.flops + cost.size_bytes
+            if kernel.name not in best or work > best[kernel.name][0]:
+                best[kernel.name] = work, kernel
+    found = tuple(kernel for _, kernel in best.values())
+    offline.compile_all([kernel.request for kernel in found])
+    return found
+
+
+# What the compiler made of a kernel.
+
+
+def complaints(kernel: Kernel) -> Iterator[str]:
+    """What is wrong with the machine code, in words."""
+    report = offline.report(kernel.request)
+    if report.spill_bytes:
+        yield f"spills {report.spill_bytes} bytes"
+    if report.shared_bytes > TARGET.shared_bytes:
+        yield f"{report.shared_bytes} bytes of shared memory, {TARGET.shared_bytes} are there"
+    if report.registers > TARGET.registers_per_thread:
+        yield f"{report.registers} registers"
+    if kernel.name in CUDA_CORES:
+        return
+    if not any(report.count(opcode) for opcode in TENSOR_CORES):
+        yield f"no tensor-core instructions: {dict(report.instructions)}"
+        return
+    yield from _loads(kernel, report)
+    loop = machine_code.hot_loop(offline.disassembly(offline.compile_request(kernel.request)))
+    if loop is not None:
+        yield from _loop(kernel, loop)
+
+
+def _loads(kernel: Kernel, report: KernelReport) -> Iterator[str]:
+    """Operands arrive 16 bytes at a time where channels allow."""
+    if not kernel.is_even:
+        return
+    asynchronous = report.count("LDGSTS.128") + report.count("UTMALDG")
+    # A loop of one step has nothing to pipeline: its operands are loaded directly.
+    wide = asynchronous + report.count("LDG.128")
+    if not (wide if kernel.name in NARROW or kernel.launch.steps < 2 else asynchronous):
+        yield f"no 16-byte asynchronous copies: {dict(report.instructions)}"
+
+
+def _loop(kernel: Kernel, loop: machine_code.Loop) -> Iterator[str]:
+    """The hot loop issues little beside its products, waits rarely, and loads no elements."""
+    if kernel.is_even and (single := loop.count("LDG.E.U16")):
+        yield f"{single} two-byte loads in the hot loop"
+    allowed = LOOP_BARRIERS_OF.get(kernel.name, (LOOP_BARRIERS,))[0]
+    if loop.count("BAR") > allowed:
+        yield f"{loop.count('BAR')} barriers in the hot loop, allowed {allowed}"
+    limit = issue_limit(kernel)
+    if limit is not None and loop.issue_ratio > limit:
+        yield (
+            f"{len(loop.opcodes)} instructions for {loop.tensor_cycles:.0f} tensor-core cycles in "
+            f"the hot loop: {loop.issue_ratio:.2f}, allowed {limit}"
+        )
+
+
+def issue_limit(kernel: Kernel) -> float | None:
+    """Instructions per tensor-core cycle that the kernel's hot loop may take."""
+    if kernel.name in ISSUE_LIMITS:
+        return ISSUE_LIMITS[kernel.name][0]
+    blocks = dict(kernel.step.config.blocks)
+    if blocks.get("BLOCK_M", 0) < LEAST_ROWS or blocks.get("BLOCK_N", 0) < LEAST_COLUMNS:
+        return None
+    if not kernel.is_even:
+        return None
+    return MASKED_LIMIT if kernel.channels % blocks.get("BLOCK_K", 1) else ISSUE_LIMIT
+
+
+def assert_healthy(kernels: list[Kernel]) -> None:
+    offline.compile_all([kernel.request for kernel in kernels])
+    found = [f"{kernel}: {reason}" for kernel in kernels for reason in complaints(kernel)]
+    assert not found, "\n".join(found)
+
+
+def test_a_sample_of_the_zoos_kernels_is_healthy() -> None:
+    names = {kernel.name for kernel in sample()}
+    assert len(names) >= 6 and names - set(CUDA_CORES), names
+    assert_healthy(list(sample()))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("batch", BATCHES)
+@pytest.mark.parametrize("model", zoo.names())
+def test_every_kernel_of_the_zoo_is_healthy(model: str, batch: int) -> None:
+    assert_healthy(kernels_of(model, batch))
+
+
+def test_exceptions_say_why() -> None:
+    for table in (CUDA_CORES, NARROW):
+        assert all(len(reason) > 10 for reason in table.values())
+    for _, reason in (*ISSUE_LIMITS.values(), *LOOP_BARRIERS_OF.values()):
+        assert len(reason) > 10
+
+
+# The guards themselves: they see what they guard against.
+
+SASS = """
+.L_x_0:
+        /*0000*/                   LDG.E.128 R4, [R2.64] ;
+.L_x_1:
+        /*0010*/                   LDGSTS.E.BYPASS.128 [R1], [R2.64] ;
+        /*0020*/                   HGMMA.64x64x16.F32 R24, gdesc[UR4], R24, gsb0 ;
+        /*0030*/                   BAR.SYNC.DEFER_BLOCKING 0x0 ;
+        /*0040*/             @!P0  BRA `(.L_x_1) ;
+        /*0050*/                   HMMA.16816.F32 R4, R8, R12, R4 ;
+        /*0060*/              @P1  BRA `(.L_x_0) ;
+        /*0070*/                   EXIT ;
+"""
+
+
+def test_the_hot_loop_is_the_innermost_one_with_most_products() -> None:
+    loop = machine_code.hot_loop(SASS)
+    assert loop is not None and len(loop.opcodes) == 4
+    assert loop.tensor_cycles == 32 and loop.issue_ratio == 4 / 32
+    assert loop.count("BAR") == 1 and loop.count("LDGSTS") == 1
+    assert len(machine_code.loops(SASS)) == 2
+    assert machine_code.hot_loop(SASS.replace("HGMMA.64x64x16", "FADD")) is not None
+    assert machine_code.hot_loop("EXIT ;") is None
+
+
+BAD = KernelReport(255, 0, 0, {"HGMMA": 4, "LDG.U16": 64})
+FAULTS: dict[str, tuple[KernelReport, str, str]] = {
+    "spills": (KernelReport(255, 64, 0, {"HGMMA": 4, "LDGSTS.128": 4}), SASS, "spills 64 bytes"),
+    "shared": (KernelReport(64, 0, 1 << 19, {"HGMMA": 4, "LDGSTS.128": 4}), SASS, "shared memory"),
+    "products": (KernelReport(64, 0, 0, {"FFMA": 4, "LDGSTS.128": 4}), SASS, "no tensor-core"),
+    "loads": (BAD, SASS, "no 16-byte"),
+    "single": (BAD, SASS.replace("LDGSTS.E.BYPASS.128", "LDG.E.U16"), "1 two-byte loads"),
+    "issue": (BAD, SASS.replace("64x64x16", "64x8x16"), r"4 instructions for 4 .*: 1.00"),
+    "barriers": (
+        BAD,
+        SASS.replace("        /*0030", "        /*0028*/ BAR.SYNC 0x0 ;\n" * 4 + "        /*0030"),
+        "5 barriers in the hot loop",
+    ),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_faults_are_found(fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    report, sass, complaint = FAULTS[fault]
+    kernel = next(k for k in kernels_of("resnet18", 32) if k.name == "conv2d_kernel" and k.is_even)
+    monkeypatch.setattr(offline, "report", lambda wanted: report)
+    monkeypatch.setattr(offline, "compile_request", lambda wanted: None)
+    monkeypatch.setattr(offline, "disassembly", lambda compiled: sass)
+    with pytest.raises(AssertionError, match=complaint):
+        offline_checked(kernel)
+
+
+def offline_checked(kernel: Kernel) -> None:
+    """`assert_healthy` without compiling."""
+    found = list(complaints(kernel))
+    assert not found, "\n".join(found)
+
+
+# Launches.
+
+
+def pinned() -> dict[str, dict[str, int]]:
+    found: dict[str, dict[str, int]] = json.loads(LAUNCHES.read_text()) if LAUNCHES.exists() else {}
+    return found
+
+
+def check_launches(model: str) -> None:
+    plan = plan_of(model, PINNED_BATCH)
+    now = {"kernels": len(plan.kernels), "torch": plan.torch_fallbacks}
+    table = pinned()
+    if os.environ.get("CONVLOOM_UPDATE_GOLDEN"):
+        table[model] = now
+        ordered = {name: table[name] for name in zoo.names() if name in table}
+        lines = ",\n".join(f'  "{name}": {json.dumps(row)}' for name, row in ordered.items())
+        LAUNCHES.write_text(f"{{\n{lines}\n}}\n")
+        return
+    assert model in table, f"{model} is not in {LAUNCHES}: see the head of this file"
+    assert now == table[model], f"{model}: launches {table[model]} -> {now}: wanted?"
+
+
+@pytest.mark.parametrize("model", SAMPLE)
+def test_launches_of_a_sample(model: str) -> None:
+    check_launches(model)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model", [name for name in zoo.names() if name not in SAMPLE])
+def test_launches_of_every_model(model: str) -> None:
+    check_launches(model)
+
+
+def test_launches_are_pinned_for_the_models_of_the_zoo() -> None:
+    assert list(pinned()) == list(zoo.names())
+
+
+# The cost model.
+
+
+def modelled_us(plan: Plan, step: KernelStep) -> float:
+    return rank.modelled_us(registry.get(step.op), step.problem, plan.target, step.config)
+
+
+def steps_of(plan: Plan) -> list[KernelStep]:
+    return [step for step in plan.steps if isinstance(step, KernelStep)]
+
+
+TOTALS: dict[str, Callable[[Plan], float]] = {
+    "tuner": lambda plan: sum(modelled_us(plan, step) for step in steps_of(plan)),
+    "fusions": lambda plan: sum(
+        machine.modelled_time_us(registry.get(step.op), step.problem, plan.target)
+        for step in steps_of(plan)
+    ),
+}
+
+
+@pytest.mark.parametrize("model", ["lenet5", "resnet18"])
+@pytest.mark.parametrize("total", TOTALS)
+def test_more_images_take_longer_by_the_model(total: str, model: str) -> None:
+    times = [TOTALS[total](plan_of(model, batch)) for batch in (1, 32, 256)]
+    assert times == sorted(times) and times[0] > 0, times
+
+
+@pytest.mark.parametrize("batch", BATCHES)
+@pytest.mark.parametrize("model", SAMPLE)
+def test_no_modelled_time_is_below_the_roofline(model: str, batch: int) -> None:
+    plan = plan_of(model, batch)
+    for step in steps_of(plan):
+        bound = roofline_us(step, plan)
+        assert modelled_us(plan, step) >= bound, (step.name, bound)
+        op = registry.get(step.op)
+        assert machine.modelled_time_us(op, step.problem, plan.target) >= bound, step.name
