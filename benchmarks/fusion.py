@@ -136,7 +136,7 @@ SIBLINGS = next(rule for rule, label in LABELS.all.items() if label == "siblings
 
 def reason_of(event: Event) -> str:
     """The reason without the names of nodes, so that equal ones can be counted."""
-    return re.sub(r"%?\b[a-z_0-9]*[a-z]_?\d+(\.\d+)?\b(?!x)", "it", event.reason)
+    return re.sub(r"%?\b(?!sm_)[a-z][a-z_0-9]*\d(\.\d+)?\b", "it", event.reason)
 
 
 MODELLED = re.compile(r"modelled ([\d.]+) us together, ([\d.]+) us apart")

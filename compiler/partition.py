@@ -144,7 +144,7 @@ def _worth(
 def _refuse_loser(proposal: Proposal, winners: Sequence[Proposal], ledger: Ledger) -> None:
     """Says which chosen proposals stood in the way, unless one of them is the same, only larger."""
     rivals = [winner for winner in winners if winner.names & proposal.names]
-    if any(rival.rule == proposal.rule and rival.names > proposal.names for rival in rivals):
+    if any(rival.label == proposal.label and rival.names > proposal.names for rival in rivals):
         return
     shown = ", ".join(f"{rival.label} at {rival.nodes[-1].name}" for rival in rivals)
     reason = f"another fusion of these nodes saves more: {shown}"

@@ -162,9 +162,11 @@ def compile_request(wanted: CompileRequest) -> Any:
     options = {"num_warps": wanted.num_warps, "num_stages": wanted.num_stages}
     with _cache():
         try:
-            return triton.compile(
+            compiled = triton.compile(
                 _source(wanted), target=GPUTarget("cuda", wanted.capability, 32), options=options
             )
+            check_tensor_memory(wanted, getattr(compiled.metadata, "tmem_size", 0))
+            return compiled
         except KernelError:
             raise
         except Exception as error:
@@ -174,6 +176,20 @@ def compile_request(wanted: CompileRequest) -> Any:
                 f"{wanted.num_warps} warps, {wanted.num_stages} stages: {first[-1]} "
                 f"(triton {triton.__version__})"
             ) from error
+
+
+TENSOR_MEMORY = 512
+"""Columns of tensor memory that a multiprocessor of sm_100 has."""
+
+
+def check_tensor_memory(wanted: CompileRequest, columns: int) -> None:
+    """Raises KernelError for a kernel whose accumulators do not fit: Triton compiles it to one that
+    does nothing."""
+    if columns > TENSOR_MEMORY:
+        raise KernelError(
+            f"kernel {wanted.name} needs {columns} columns of tensor memory on "
+            f"sm_{wanted.capability}, which has {TENSOR_MEMORY}; use smaller tiles"
+        )
 
 
 @lru_cache(maxsize=4096)

@@ -278,3 +278,11 @@ def test_an_unwritable_cache_folder_is_named(
     (_, wanted), *_ = launch_requests(PRODUCTS["linear 4096"], targets.parse("cuda:sm_90"))
     with pytest.raises(KernelError, match=r"cannot be written: .*Set CONVLOOM_CACHE_DIR"):
         offline.compile_request(wanted)
+
+
+def test_accumulators_beyond_the_tensor_memory_are_refused() -> None:
+    """Triton would compile them to a kernel without instructions that looks free of spills."""
+    wanted = offline.CompileRequest("m:f_kernel", (), (), (), 4, 3, 100)
+    offline.check_tensor_memory(wanted, 512)
+    with pytest.raises(KernelError, match=r"1024 columns .* on sm_100, which has 512"):
+        offline.check_tensor_memory(wanted, 1024)

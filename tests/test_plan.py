@@ -330,7 +330,7 @@ CONCATS: dict[Callable[..., Any], tuple[dict[str, nn.Module], int, int]] = {
     of_narrow_parts: ({"a": conv(), "c": conv(8, 3)}, 0, 3),
     along_rows: (pair(), 0, 2),
     along_samples: (pair(), 2, 0),
-    dense_block: ({"a": conv(), "b": conv(), "c": conv(16), "d": conv(24)}, 4, 5),
+    dense_block: ({"a": conv(), "b": conv(), "c": conv(16), "d": conv(24)}, 6, 0),
     pooled: (pair(), 3, 0),
     of_rows: ({"e": nn.Linear(8, 8)}, 3, 0),
 }

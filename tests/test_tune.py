@@ -293,10 +293,10 @@ def _problem(work: Work) -> tuple[Any, Problem, Target]:
 
 
 def test_works_are_distinct_and_the_heaviest_come_first() -> None:
-    layers = {name: nn.Conv2d(3, 3, 3, padding=1) for name in ("one", "two")}
+    layers = {name: nn.Conv2d(3, 3, 3, padding=1) for name in ("one", "two", "three")}
     module, inputs = make(
-        lambda m, x: m.last(torch.tanh(m.two(torch.tanh(m.one(x))))), X, last=nn.Conv2d(3, 40, 3),
-        **layers,
+        lambda m, x: m.last(torch.tanh(m.three(torch.tanh(m.two(torch.tanh(m.one(x))))))), X,
+        last=nn.Conv2d(3, 40, 3), **layers,
     )  # fmt: skip
     plan = convloom.compile(module, inputs, target="interpreter", tuning="heuristic").plan
     works = search.works_of([plan, plan])
