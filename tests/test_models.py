@@ -162,7 +162,31 @@ def test_network_as_published(name: str) -> None:
 
 UPSAMPLING = ("unet", "fcn_resnet50")
 OTHERS = [name for name in zoo.names() if name not in (*SIDES, *UPSAMPLING)]
-"""The rest of the zoo, but for the two whose upsampling has no kernel."""
+"""The rest of the zoo, but for U-Net, whose smallest image is large, and for the one whose
+upsampling has no kernel."""
+
+
+@pytest.mark.slow
+@pytest.mark.interpreter
+@pytest.mark.parametrize("name", [*SIDES, *OTHERS])
+def test_fused_in_half_precision(name: str) -> None:
+    """Many fusions are for half types only: with and without them the network is the same."""
+    if name in SIDES:
+        module, x = small(name), image_of(name, SIDES[name])
+    else:
+        module = nets.randomise(zoo.build(name, num_classes=10), seed=1)
+        x = image_of(name, min(zoo.entry(name).input_shape[1], 96))
+    truth = nets.Truth(module, (x,), torch.float16)
+    with nets.exporting_once():
+        fused, plain = (
+            convloom.compile(
+                module, (x,), target="interpreter", dtype=torch.float16, passes=passes
+            )
+            for passes in ("default", "none")
+        )
+    assert len(fused.kernels) < len(plain.kernels)
+    truth.check(fused(x))
+    truth.check(plain(x))
 
 
 @pytest.mark.slow
