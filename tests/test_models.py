@@ -166,9 +166,13 @@ OTHERS = [name for name in zoo.names() if name not in (*SIDES, *UPSAMPLING)]
 upsampling has no kernel."""
 
 
+OVERFLOWING = ("resnet101", "resnet152")
+"""Their residual sums of random weights leave the range of fp16, in eager too."""
+
+
 @pytest.mark.slow
 @pytest.mark.interpreter
-@pytest.mark.parametrize("name", [*SIDES, *OTHERS])
+@pytest.mark.parametrize("name", [n for n in (*SIDES, *OTHERS) if n not in OVERFLOWING])
 def test_fused_in_half_precision(name: str) -> None:
     """Many fusions are for half types only: with and without them the network is the same."""
     if name in SIDES:
