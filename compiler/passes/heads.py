@@ -17,8 +17,8 @@ from ...kernels.head import MOST_LINKS, Head
 from ...kernels.softmax import Softmax
 from ..fusions import example
 from ..ir import Graph, Node, Value
-from ..pattern import Call, Constant, Fused, Match, NearMiss, Rule, Var
-from .pool_fusions import AVERAGES, averages_all
+from ..pattern import Call, Constant, Fused, Match, NearMiss, Rule
+from .pool_fusions import AVERAGE
 
 LAYERS = ("linear", "head")
 
@@ -116,7 +116,6 @@ def _averaged(*, keepdim: bool, activation: Any = None) -> Any:
 
 NARROW = (40, 24, 16, 10)
 TOO_WIDE = (64, 1024, 1024)
-AVERAGE = Call(AVERAGES, Var("x"), name="average", where=averages_all)
 INNER = Call(LAYERS, name="inner")
 TWO = Call("linear", INNER, Constant("w"), name="last")
 THREE = Call(

@@ -11,7 +11,6 @@ from typing import Any
 from torch import Tensor, nn
 
 from ...kernels import conv_mean, conv_pool
-from ...kernels.adaptive_pool import AdaptivePool2d
 from ...kernels.conv2d import Conv2d
 from ...kernels.conv_mean import ConvMean
 from ...kernels.conv_pool import ConvPool
@@ -20,6 +19,7 @@ from ...kernels.reduce import Reduce
 from ..fusions import example
 from ..ir import Graph, Node, Value
 from ..pattern import Call, Fused, Match, NearMiss, Rule, Var
+from .pool_fusions import averages_all
 
 
 def _inputs(graph: Graph, conv: Node) -> tuple[Value, ...]:
@@ -66,18 +66,6 @@ def _fused(graph: Graph, found: Match, op: str, attributes: ConvPool | ConvMean)
         epilogue=root.epilogue,
         operands=graph.operands(root),
     )
-
-
-def _averages_all(graph: Graph, node: Node) -> bool:
-    """Whether the node averages whole images, as three aten ops can say it."""
-    attributes, x = node.attributes, graph.spec(graph.own_inputs(node)[0])
-    if isinstance(attributes, Reduce):
-        return attributes.dims == (2, 3)
-    if isinstance(attributes, AdaptivePool2d):
-        return attributes.size == (1, 1)
-    assert isinstance(attributes, AvgPool2d)
-    plain = not any(attributes.padding) and attributes.divisor_override is None
-    return plain and attributes.kernel == x.shape[2:]
 
 
 IMAGE = (2, 16, 8, 6)
@@ -143,7 +131,7 @@ RULES = (
     ),
     Rule(
         "adaptive_avg_pool2d(conv2d(x, w)) => conv_mean(x, w)",
-        Call("adaptive_avg_pool2d", CONV, where=_averages_all),
+        Call("adaptive_avg_pool2d", CONV, where=averages_all),
         build=_build_mean,
         guard=_mean_guard,
         example=lambda: _pooled(pool=nn.AdaptiveAvgPool2d(1)),
@@ -152,7 +140,7 @@ RULES = (
     ),
     Rule(
         "mean(conv2d(x, w)) => conv_mean(x, w)",
-        Call("mean", CONV, where=_averages_all),
+        Call("mean", CONV, where=averages_all),
         build=_build_mean,
         guard=_mean_guard,
         example=lambda: _pooled(pool=_Mean()),
@@ -160,7 +148,7 @@ RULES = (
     ),
     Rule(
         "avg_pool2d(conv2d(x, w)) => conv_mean(x, w)",
-        Call("avg_pool2d", CONV, where=_averages_all),
+        Call("avg_pool2d", CONV, where=averages_all),
         build=_build_mean,
         guard=_mean_guard,
         example=lambda: _pooled(pool=nn.AvgPool2d(IMAGE[2:])),
