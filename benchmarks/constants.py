@@ -26,7 +26,7 @@ from convloom.compiler.api import lowered
 from convloom.compiler.tuning import rank
 from convloom.compiler.tuning.children import ChildError
 from convloom.compiler.tuning.judges import measuring
-from convloom.compiler.tuning.search import Work, works_of
+from convloom.compiler.tuning.search import Work, problems_of, works_for
 from convloom.errors import ConvloomError
 from convloom.kernels import machine
 from convloom.kernels.machine import Machine
@@ -213,13 +213,13 @@ def problems(
     names: Sequence[str], batches: Sequence[int], dtype: torch.dtype | None, target: str
 ) -> list[Work]:
     """The distinct problems of models, the heaviest first."""
-    plans = []
+    wanted = []
     for name in names:
         model = zoo.build(name).eval()
         for batch in batches:
             x = torch.zeros(batch, *zoo.entry(name).input_shape)
-            plans.append(lowered(model, (x,), target=target, dtype=dtype)[1])
-    return works_of(plans)
+            wanted += problems_of(lowered(model, (x,), target=target, dtype=dtype)[1])
+    return works_for(wanted)
 
 
 def rank_correlation(pairs: Sequence[tuple[float, float]]) -> float:

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from ..compiler.tuning.judges import Judge
     from ..compiler.tuning.search import Outcome, Progress, Tuner, Work
     from ..compiler.tuning.store import Merged
+    from ..kernels.op import Problem
     from ..kernels.targets import Target
     from .options import SubParsers
 
@@ -60,6 +61,12 @@ def configure(commands: SubParsers) -> None:
         help=f"configurations of each kernel that are tried, at most (default: {CANDIDATES})",
     )
     group.add_argument("--retune", action="store_true", help="also what has a record already")
+    group.add_argument(
+        "--chosen-only",
+        action="store_true",
+        help="not the fusions that the cost model did not choose (otherwise they are timed too, "
+        "and `compile` chooses by the times)",
+    )
     group.add_argument(
         "--offline",
         action="store_true",
@@ -125,12 +132,12 @@ def _tune(options: argparse.Namespace) -> int:
     entries = [zoo.entry(name) for name in names]
     target = _target(options)
     judge = _judge(options, target)
-    works = _works(options, [entry.name for entry in entries], target)
+    records = Records.here(options.to, local_device(target))
+    works = _works(options, [entry.name for entry in entries], target, records)
     left = None
     if options.budget is not None:
         left = max(0.0, options.budget - (time.monotonic() - started))
     settings = Options(left, options.candidates, options.retune)
-    records = Records.here(options.to, local_device(target))
     with _progress() as watch:
         tuner = Tuner(records, judge, settings, watch)
         try:
@@ -178,36 +185,37 @@ def _judge(options: argparse.Namespace, target: Target) -> Judge:
     return Model(target) if options.offline else measuring(target)
 
 
-def _works(options: argparse.Namespace, names: Sequence[str], target: Target) -> list[Work]:
-    """The distinct problems of every model at every batch."""
+def _works(
+    options: argparse.Namespace, names: Sequence[str], target: Target, records: Records
+) -> list[Work]:
+    """The distinct problems of every model at every batch, and of the fusions that were weighed
+    against each other there."""
     import torch
 
     from ..compiler.api import lowered
-    from ..compiler.plan import Plan
-    from ..compiler.tuning.search import works_of
+    from ..compiler.tuning.search import problems_of, works_for
+    from ..compiler.tuning.timings import Timings
 
-    def plans() -> Iterator[Plan]:
-        for name in names:
-            model = models.build(name)
-            for batch in options.batch:
-                with (
-                    output.working(f"reading {name}, batch {batch}"),
-                    redirect_stdout(sys.stderr),
-                ):
-                    _, plan, _ = lowered(
-                        model,
-                        (torch.zeros(batch, *zoo.entry(name).input_shape),),
-                        target=target.name,
-                        dtype=shared.dtype(options),
-                        precision=options.precision,
-                        passes=shared.passes(options),
-                        fallback=options.fallback,
-                        force=options.force,
-                        forbid=options.forbid,
-                    )
-                yield plan
-
-    return works_of(plans())
+    known = Timings(records, target)
+    wanted: list[tuple[Problem, Target]] = []
+    for name in names:
+        model = models.build(name)
+        for batch in options.batch:
+            with output.working(f"reading {name}, batch {batch}"), redirect_stdout(sys.stderr):
+                _, plan, _ = lowered(
+                    model,
+                    (torch.zeros(batch, *zoo.entry(name).input_shape),),
+                    target=target.name,
+                    dtype=shared.dtype(options),
+                    precision=options.precision,
+                    passes=shared.passes(options),
+                    fallback=options.fallback,
+                    force=options.force,
+                    forbid=options.forbid,
+                    known=known,
+                )
+            wanted += problems_of(plan)
+    return works_for(wanted if options.chosen_only else [*wanted, *known.new()])
 
 
 @contextmanager

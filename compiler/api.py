@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,8 +24,9 @@ from .lower import Options, lower
 from .passes import LABELS, run_passes, select
 from .plan import Plan
 from .runtime import CrossCompiledRunner, CudaRunner, InterpreterRunner, ReferenceRunner, Runner
-from .tuning.choose import Chooser, chooser
-from .tuning.search import searched
+from .tuning.choose import Records, heuristic, local_device
+from .tuning.search import problems_of, search, works_for
+from .tuning.timings import Timings
 
 LOG = logging.getLogger("convloom")
 PRECISIONS = ("ieee", "tf32")
@@ -94,8 +96,13 @@ def lowered(
     fallback: str = "error",
     force: Sequence[str] = (),
     forbid: Sequence[str] = (),
+    known: Timings | None = None,
 ) -> tuple[Graph, Plan, Ledger]:
-    """What `compile` makes before there is code: the optimised graph, its plan and the ledger."""
+    """What `compile` makes before there is code: the optimised graph, its plan and the ledger.
+
+    known: where the times of alternative fusions are looked up, and what is missing is kept;
+    otherwise in the records, if `tuning` allows.
+    """
     _check_choice("precision", precision, PRECISIONS)
     _check_choice("tuning", tuning, TUNINGS)
     _check_choice("fallback", fallback, FALLBACKS)
@@ -108,14 +115,23 @@ def lowered(
     if not isinstance(example, (tuple, list)):
         got = "a tensor" if isinstance(example, torch.Tensor) else type(example).__name__
         raise InvalidInputError(f"example inputs: expected a tuple of tensors, got {got}")
+    records = _records(tuning, chosen)
     captured = capture(module, example, dynamic_batch)
-    ledger = Ledger()
     wished = _names("force", force), _names("forbid", forbid)
     wishes.check(captured, *wished, LABELS)
-    captured.goal = Goal(chosen, dtype, *wished)
-    graph = run_passes(captured, ledger, passes, fallback)
+    if known is None and records and chosen.is_gpu:
+        known = Timings(records, chosen)
+    captured.goal = Goal(chosen, dtype, *wished, precision, known)
     options = Options(chosen, precision, dtype, elide_concats=passes != "none")
-    choose = _chooser(tuning, graph, captured, options)
+    optimise = partial(_optimised, captured, passes, fallback)
+    graph, ledger = optimise()
+    if records and tuning == "search":
+        # Fusions that are better than modelled show others, which must be timed in their turn.
+        while known is not None and (works := works_for(known.new())):
+            search(records, chosen, works)
+            graph, ledger = optimise()
+        search(records, chosen, works_for(problems_of(lower(graph, captured, options, Ledger()))))
+    choose = records.choose if records else heuristic
     plan = lower(graph, captured, replace(options, choose=choose), ledger)
     wishes.check_forced(captured, captured.goal.force, ledger, LABELS)
     if dynamic_batch is not None:
@@ -123,13 +139,20 @@ def lowered(
     return graph, plan, ledger
 
 
-def _chooser(tuning: str, graph: Graph, captured: Graph, options: Options) -> Chooser:
-    """Who chooses configurations; with "search", after everything in the plan has been tuned."""
-    if tuning != "search":
-        return chooser(tuning, options.target)
-    if options.target is REFERENCE:
+def _optimised(
+    captured: Graph, passes: str | tuple[str, ...], fallback: str
+) -> tuple[Graph, Ledger]:
+    ledger = Ledger()
+    return run_passes(captured, ledger, passes, fallback), ledger
+
+
+def _records(tuning: str, target: Target) -> Records | None:
+    """What is known from tuning; the heuristic looks nothing up."""
+    if tuning == "heuristic":
+        return None
+    if tuning == "search" and target is REFERENCE:
         raise InvalidInputError("tuning='search': target 'reference' runs no kernels to tune")
-    return searched(lower(graph, captured, options, Ledger()))
+    return Records.here(device=local_device(target))
 
 
 def _names(argument: str, names: Sequence[str]) -> tuple[str, ...]:

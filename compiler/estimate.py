@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Protocol
+from functools import lru_cache
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import torch
 
@@ -24,6 +25,15 @@ if TYPE_CHECKING:
 
 ASSUMED = "cuda:sm_90"
 """The machine that fusions are made for where the target is no GPU."""
+MODELLED = "modelled"
+REMEMBERED = 1 << 14
+
+
+class Timed(NamedTuple):
+    """A time, and how it is known: "measured" on a device, or "modelled"."""
+
+    time_us: float
+    status: str
 
 
 class Application(Protocol):
@@ -82,6 +92,7 @@ def problem(
         tuple(map(Operand.dense, outputs)),
         made.epilogue,
         tuple(map(Operand.dense, others)),
+        precision=graph.goal.precision if graph.goal else "ieee",
     )
 
 
@@ -97,18 +108,29 @@ def misfit(graph: Graph, fused: Fused) -> str | None:
     return op.legal(asked, op.default(asked, target), target)
 
 
-def time_us(graph: Graph, node: Node) -> float:
-    """Modelled time of a node's kernels; views cost nothing."""
-    if not node.is_compute:
-        return 0.0
-    return problem_time_us(graph, problem_of(graph, node))
-
-
-def fused_time_us(graph: Graph, fused: Fused) -> float:
-    """Modelled time of a node that is not there yet."""
-    return problem_time_us(graph, fused_problem(graph, fused))
+def times_us(
+    graph: Graph, alternatives: Sequence[Sequence[Problem]]
+) -> tuple[str, list[float]]:
+    """The time of each alternative, a list of kernels, and how they are known: all by records where
+    there are records of all of them, else all "modelled"."""
+    known = graph.goal.known if graph.goal else None
+    if known is not None:
+        # All are asked for, also after a miss: what is not known can be timed later.
+        found = [[known(problem) for problem in each] for each in alternatives]
+        statuses = {timed.status if timed else None for each in found for timed in each}
+        if len(statuses) == 1 and None not in statuses:
+            totals = [sum(timed.time_us for timed in each if timed) for each in found]
+            return str(statuses.pop()), totals
+    totals = [sum(problem_time_us(graph, problem) for problem in each) for each in alternatives]
+    return MODELLED, totals
 
 
 def problem_time_us(graph: Graph, asked: Problem) -> float:
     """Modelled time of a problem's kernels."""
-    return machine.modelled_time_us(registry.get(asked.op), asked, target_of(graph))
+    return _modelled_us(asked, target_of(graph))
+
+
+@lru_cache(REMEMBERED)
+def _modelled_us(asked: Problem, target: Target) -> float:
+    """Networks repeat their layers, and every alternative is asked for again in every round."""
+    return machine.modelled_time_us(registry.get(asked.op), asked, target)

@@ -12,9 +12,9 @@ every constant has its tensor; there is exactly one output node.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import networkx as nx
 import torch
@@ -22,9 +22,12 @@ import torch
 from ..errors import GraphError
 from ..kernels import registry
 from ..kernels.epilogue import Epilogue, operand_count
-from ..kernels.op import Attributes, Op
+from ..kernels.op import Attributes, Op, Problem
 from ..kernels.spec import TensorSpec
 from ..kernels.targets import Target
+
+if TYPE_CHECKING:
+    from .estimate import Timed
 
 INPUT, CONSTANT, OUTPUT, TORCH = "input", "constant", "output", "torch"
 SPECIAL = (INPUT, CONSTANT, OUTPUT, TORCH)
@@ -83,13 +86,16 @@ class NoAttributes(Attributes):
 class Goal:
     """The machine the graph will run on and the dtype it will compute in (None: as captured).
 
-    force, forbid: fusions the user insists on or declines (`wishes.py`).
+    force, forbid: fusions the user insists on or declines (`wishes.py`). precision: of fp32
+    products. known: the time of a problem by tuning records, None where nothing is looked up.
     """
 
     target: Target
     dtype: torch.dtype | None = None
     force: tuple[str, ...] = ()
     forbid: tuple[str, ...] = ()
+    precision: str = "ieee"
+    known: Callable[[Problem], Timed | None] | None = None
 
 
 @dataclass

@@ -5,7 +5,8 @@ propose what they match, at every place; a proposer of another kind (siblings) b
 proposal is worth the modelled time it saves on the goal's machine: the kernels of the nodes one by
 one, against the one fused kernel. Among proposals that share nodes the set that saves most in total
 is taken (a maximum-weight set packing, solved exactly along the graph's order), not the first that
-fits. Then the rewritten graph is searched again, until nothing is left to propose.
+fits. Then the rewritten graph is searched again, until nothing is left to propose. Where tuning
+records have timed all of the kernels that are compared, their times stand for the model's.
 
 The tables of rules are collected in `passes/fuse.py`.
 
@@ -19,6 +20,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
+from ..kernels.op import Problem
 from . import estimate, wishes
 from .ir import Graph, Node
 from .ledger import Ledger
@@ -35,14 +37,14 @@ class Proposal:
     """Nodes that could become one kernel, sources first.
 
     make: rewrites the graph and writes to the ledger, unless the surroundings were rewritten so
-    that it no longer can; says whether it did. together_us: modelled time of the one kernel.
+    that it no longer can; says whether it did. together: the one kernel's problem.
     """
 
     rule: str
     label: str
     nodes: tuple[Node, ...]
     make: Callable[[Graph, Ledger], bool]
-    together_us: Callable[[], float]
+    together: Callable[[], Problem]
     worth_us: float = 0.0
 
     @property
@@ -87,10 +89,10 @@ def propose_matches(rules: tuple[Rule, ...], graph: Graph, ledger: Ledger) -> li
                 ledger.refuse(rule.name, found.consumed, reason)
                 continue
             assert rule.build is not None, rule.name
-            time = partial(estimate.fused_time_us, graph, rule.build(graph, found))
+            together = partial(estimate.fused_problem, graph, rule.build(graph, found))
             make = partial(_rewrite, rule, node.name)
             nodes = tuple(found.consumed)
-            proposals.append(Proposal(rule.name, rule.label, nodes, make, time))
+            proposals.append(Proposal(rule.name, rule.label, nodes, make, together))
     return proposals
 
 
@@ -108,12 +110,11 @@ def _rewrite(rule: Rule, root: str, graph: Graph, ledger: Ledger) -> bool:
 def _worthwhile(graph: Graph, everyone: Sequence[Proposer], ledger: Ledger) -> list[Proposal]:
     """The proposals that save time and are not forbidden; the others are refused."""
     position = {node.name: at for at, node in enumerate(graph.nodes())}
-    times: dict[str, float] = {}
     kept = []
     for proposer in everyone:
         for proposal in proposer(graph, ledger):
             wish = wishes.of(graph.goal, proposal.label, proposal.nodes)
-            worth_us, reason = _worth(graph, proposal, times)
+            worth_us, reason = _worth(graph, proposal)
             if wish.force is not None:
                 worth_us, reason = FORCED_US, None
             reason = wish.refusal or reason
@@ -124,21 +125,17 @@ def _worthwhile(graph: Graph, everyone: Sequence[Proposer], ledger: Ledger) -> l
     return sorted(kept, key=lambda proposal: max(position[name] for name in proposal.names))
 
 
-def _worth(
-    graph: Graph, proposal: Proposal, times: dict[str, float]
-) -> tuple[float, str | None]:
+def _worth(graph: Graph, proposal: Proposal) -> tuple[float, str | None]:
     """Microseconds saved, and the reason against it where there are none."""
     if graph.goal is None or not graph.goal.target.is_gpu:
         return float(len(proposal.nodes) - 1), None
-    for node in proposal.nodes:
-        if node.name not in times:
-            times[node.name] = estimate.time_us(graph, node)
-    apart_us = sum(times[node.name] for node in proposal.nodes)
-    together_us = proposal.together_us()
+    apart = [estimate.problem_of(graph, node) for node in proposal.nodes if node.is_compute]
+    status, times = estimate.times_us(graph, [[proposal.together()], apart])
+    together_us, apart_us = times
     if together_us < apart_us:
         return apart_us - together_us, None
     machine = graph.goal.target.name
-    return 0.0, f"modelled {together_us:.1f} us together, {apart_us:.1f} us apart on {machine}"
+    return 0.0, f"{status} {together_us:.1f} us together, {apart_us:.1f} us apart on {machine}"
 
 
 def _refuse_loser(proposal: Proposal, winners: Sequence[Proposal], ledger: Ledger) -> None:

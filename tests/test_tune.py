@@ -299,7 +299,7 @@ def test_works_are_distinct_and_the_heaviest_come_first() -> None:
         last=nn.Conv2d(3, 40, 3), **layers,
     )  # fmt: skip
     plan = convloom.compile(module, inputs, target="interpreter", tuning="heuristic").plan
-    works = search.works_of([plan, plan])
+    works = search.works_for(2 * search.problems_of(plan))
     steps = [step for step in plan.steps if isinstance(step, KernelStep)]
     assert sum(work.uses for work in works) == 2 * len(steps) > 2 * len(works)
     assert [w.weight for w in works] == sorted((w.weight for w in works), reverse=True)

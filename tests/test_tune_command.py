@@ -11,20 +11,21 @@ import convloom
 import pytest
 import torch
 from convloom.cli.main import EXIT_ERROR, EXIT_INTERRUPTED, main
+from convloom.compiler import api
 from convloom.compiler.tuning import choose, cuda, judges, records, search
 from convloom.compiler.tuning.bench import Bench
 from convloom.compiler.tuning.children import PoisonedError
 from convloom.compiler.tuning.cuda import CudaBackend
-from convloom.compiler.tuning.search import Options, Tuner
+from convloom.compiler.tuning.search import Options, Tuner, Work
 from convloom.compiler.tuning.store import Store
 from convloom.errors import InvalidInputError, KernelError, TargetUnavailableError
 from convloom.kernels import targets
 from convloom.kernels.op import config
-from convloom.kernels.targets import GPU_TARGETS, INTERPRETER
+from convloom.kernels.targets import GPU_TARGETS, INTERPRETER, Target
 from torch import nn
 
 from .nets import make
-from .test_records import SM_90, conv, relu
+from .test_records import SM_90, conv, record_of, relu
 from .test_tune import Device, X, faster_in_turn, interrupted_after, work_of
 
 # compile(tuning=...)
@@ -74,6 +75,56 @@ def test_searching_for_the_reference_is_refused() -> None:
         convloom.compile(module, inputs, target="reference", tuning="search")
     exe = convloom.compile(module, inputs, target="reference", tuning="records")
     assert set(sources(exe)) == {"heuristic"}
+
+
+class Pooled(nn.Module):
+    """A convolution that can take the pooling behind it in."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(16, 32, 3, padding=1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        result: torch.Tensor = torch.max_pool2d(torch.relu(self.conv(x)), 2)
+        return result
+
+
+@pytest.mark.parametrize(
+    ("times_us", "expected"),
+    [
+        ({"conv_pool": 50.0, "conv2d": 20.0, "max_pool2d": 20.0}, ["conv2d", "max_pool2d"]),
+        ({"conv_pool": 30.0, "conv2d": 20.0, "max_pool2d": 20.0}, ["conv_pool"]),
+        ({"conv_pool": 500.0, "conv2d": 20.0}, ["conv_pool"]),
+    ],
+    ids=("apart is faster", "together is faster", "one is unknown"),
+)
+def test_measured_alternatives_decide_what_is_fused(
+    times_us: dict[str, float], expected: list[str], cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`search` times both sides of the choice; the times win over the model, which would fuse, if
+    all of them are known."""
+    searched: list[list[str]] = []
+
+    def search(known: choose.Records, target: Target, works: list[Work]) -> None:
+        searched.append([work.op.name for work in works])
+        for work in works:
+            if (time_us := times_us.get(work.op.name)) is not None:
+                tile = work.op.default(work.problem, target)
+                known.found[work.key] = record_of(work.problem, tile, time_us)
+
+    monkeypatch.setattr(api, "search", search)
+    inputs = (torch.zeros(8, 16, 32, 32),)
+    compiled = partial(
+        api.lowered, Pooled().eval(), inputs, target="cuda:sm_90", dtype=torch.float16
+    )
+    _, plan, ledger = compiled(tuning="search")
+    fused = [step.op for step in plan.steps if step.op in times_us or step.op == "max_pool2d"]
+    assert fused == expected
+    assert {"conv_pool", "conv2d", "max_pool2d"} <= set(searched[0])
+    told = [event.reason for event in ledger.events if not event.accepted]
+    together = "measured 50.0 us together, 40.0 us apart on cuda:sm_90"
+    assert (together in told) == (len(expected) == 2)
+    assert "conv_pool" in [step.op for step in compiled(tuning="heuristic")[1].steps]
 
 
 def test_who_can_measure(monkeypatch: pytest.MonkeyPatch) -> None:

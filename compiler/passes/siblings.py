@@ -22,6 +22,7 @@ import torch
 from ...kernels.conv2d import Conv2d
 from ...kernels.epilogue import Epilogue, Stage
 from ...kernels.movement import Concat, Slice
+from ...kernels.op import Problem
 from ...kernels.spec import TensorSpec
 from .. import estimate
 from ..ir import Graph, Node, Value
@@ -88,7 +89,7 @@ def _propose(graph: Graph, members: list[Node]) -> Proposal:
         label=LABEL,
         nodes=tuple(members),
         make=partial(_make, names),
-        together_us=partial(_together_us, graph, members),
+        together=partial(_together, graph, members),
     )
 
 
@@ -104,7 +105,7 @@ def _make(names: list[str], graph: Graph, ledger: Ledger) -> bool:
     return True
 
 
-def _together_us(graph: Graph, members: list[Node]) -> float:
+def _together(graph: Graph, members: list[Node]) -> Problem:
     x, weight = graph.own_inputs(members[0])
     channels = sum(node.spec.shape[1] for node in members)
     spec = graph.spec(weight)
@@ -112,8 +113,7 @@ def _together_us(graph: Graph, members: list[Node]) -> float:
     stages, values = _joint_epilogue(graph, members)
     operand = TensorSpec((channels, *(1 for _ in members[0].spec.shape[2:])), spec.dtype)
     made = _Wide(members[0].op, members[0].attributes, stages)
-    asked = estimate.problem(graph, made, (graph.spec(x), wide), [operand] * len(values))
-    return estimate.problem_time_us(graph, asked)
+    return estimate.problem(graph, made, (graph.spec(x), wide), [operand] * len(values))
 
 
 def _kind_of(graph: Graph, node: Node) -> _Kind | None:

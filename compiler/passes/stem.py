@@ -11,8 +11,9 @@ the columns of the border, so that the convolution copies whole filter rows, 128
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -63,11 +64,10 @@ class Normalisation:
 
 @dataclass(frozen=True)
 class Form:
-    """One way to compute an entrance: modelled time, number of kernels, and how to make it."""
+    """One way to compute an entrance: its kernels, and how to make it."""
 
     rule: str
-    time_us: float
-    kernels: int
+    problems: tuple[Problem, ...]
     make: Callable[[], Value]
     saved_bytes: int
     forced: bool = False
@@ -76,8 +76,8 @@ class Form:
 def fuse_stem(graph: Graph, ledger: Ledger) -> Graph:
     """Replaces the conversions at the boundary that only a convolution of few channels reads.
 
-    Precondition: dtypes and layouts are chosen. Of the two forms and what stands there the one with
-    the least modelled time is taken; off the GPU, where kernels run to be verified, the one with
+    Precondition: dtypes and layouts are chosen. Of the two forms and what stands there the one that
+    takes least time is taken; off the GPU, where kernels run to be verified, the one with
     the fewest kernels, and rather a new form than the old.
     """
     for node in graph.nodes():
@@ -214,7 +214,7 @@ def _loads(graph: Graph, entrance: Entrance, found: Normalisation) -> Form:
         return made
 
     asked = _problem(graph, "stem", attributes, (graph.spec(image), graph.spec(weight)), conv)
-    return Form(LOADS, estimate.problem_time_us(graph, asked), 1, make, _moved(graph, entrance))
+    return Form(LOADS, (asked,), make, _moved(graph, entrance))
 
 
 def _why_no_rows(graph: Graph, conv: Node) -> str | None:
@@ -261,9 +261,8 @@ def _rows(graph: Graph, entrance: Entrance, found: Normalisation) -> Form:
     asked = _problem(graph, "stem_input", first, (graph.spec(image),))
     filters = spec.with_(shape=(spec.shape[0], CHANNELS, *spec.shape[2:]))
     product = _problem(graph, "conv2d", then, (asked.output.spec, filters), conv)
-    time_us = sum(estimate.problem_time_us(graph, part) for part in (asked, product))
     saved = _moved(graph, entrance) - 2 * asked.output.spec.size_bytes
-    return Form(ROWS, time_us, 2, make, saved)
+    return Form(ROWS, (asked, product), make, saved)
 
 
 def _with_zeros(graph: Graph, weight: Value) -> Value:
@@ -283,39 +282,53 @@ def _choose(graph: Graph, entrance: Entrance, forms: list[Form], ledger: Ledger)
     """Makes the best form, of those that are forced if there are any; and what stands there is left
     alone where it is better."""
     on_gpu = graph.goal is not None and graph.goal.target.is_gpu
-    eligible = [form for form in forms if form.forced] or forms
-    best = min(eligible, key=lambda form: form.time_us if on_gpu else form.kernels)
-    time_us, kernels = _as_it_is(graph, entrance)
-    stays = best.time_us >= time_us if on_gpu else best.kernels > kernels
-    if stays and not best.forced:
-        rival, rival_us, rival_kernels = "as it is", time_us, kernels
-    else:
-        rival, rival_us, rival_kernels = LABELS[best.rule], best.time_us, best.kernels
-    for form in forms:
-        if rival == LABELS[form.rule]:
+    there = _as_it_is(graph, entrance)
+    costs, told = _costs(graph, [*(form.problems for form in forms), there], on_gpu)
+    eligible = [at for at, form in enumerate(forms) if form.forced] or list(range(len(forms)))
+    best = min(eligible, key=lambda at: costs[at])
+    forced = forms[best].forced
+    stays = costs[best] >= costs[-1] if on_gpu else costs[best] > costs[-1]
+    taken, rival = (
+        (None, "as it is") if stays and not forced else (best, LABELS[forms[best].rule])
+    )
+    for at, form in enumerate(forms):
+        if at == taken:
             made = form.make()
             graph.remove(node.name for node in reversed(entrance.between))
             ledger.accept(form.rule, entrance.nodes, made.node, max(0, form.saved_bytes))
-            continue
-        if best.forced:
-            reason = f"{rival} is forced"
-        elif on_gpu:
-            name = estimate.target_of(graph).name
-            reason = f"modelled {form.time_us:.1f} us, {rival} {rival_us:.1f} us on {name}"
+        elif forced:
+            ledger.refuse(form.rule, entrance.nodes, f"{rival} is forced")
         else:
-            reason = f"number of kernels {form.kernels}, {rival} {rival_kernels}"
-        ledger.refuse(form.rule, entrance.nodes, reason)
+            other = costs[-1] if taken is None else costs[taken]
+            ledger.refuse(form.rule, entrance.nodes, told(costs[at], rival, other))
 
 
-def _as_it_is(graph: Graph, entrance: Entrance) -> tuple[float, int]:
-    """Modelled time and number of the kernels that stand there."""
-    times = []
+def _costs(
+    graph: Graph, alternatives: Sequence[Sequence[Problem]], on_gpu: bool
+) -> tuple[list[float], Callable[[float, str, float], str]]:
+    """What each alternative costs, and how to say that one costs more than another."""
+    if on_gpu:
+        status, times = estimate.times_us(graph, alternatives)
+        return times, partial(_slower, status, estimate.target_of(graph).name)
+    return [float(len(each)) for each in alternatives], _more_kernels
+
+
+def _slower(status: str, machine: str, mine_us: float, rival: str, rival_us: float) -> str:
+    return f"{status} {mine_us:.1f} us, {rival} {rival_us:.1f} us on {machine}"
+
+
+def _more_kernels(mine: float, rival: str, rivals: float) -> str:
+    return f"number of kernels {mine:.0f}, {rival} {rivals:.0f}"
+
+
+def _as_it_is(graph: Graph, entrance: Entrance) -> list[Problem]:
+    """The kernels that stand there."""
+    problems = []
     for node in entrance.nodes:
         if not _is_view(graph, node):
             specs = tuple(graph.spec(value) for value in graph.own_inputs(node))
-            asked = _problem(graph, node.op, node.attributes, specs, node)
-            times.append(estimate.problem_time_us(graph, asked))
-    return sum(times), len(times)
+            problems.append(_problem(graph, node.op, node.attributes, specs, node))
+    return problems
 
 
 def _is_view(graph: Graph, node: Node) -> bool:

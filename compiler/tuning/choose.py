@@ -174,10 +174,3 @@ def local_device(target: Target) -> str | None:
     if capability is None or capability < targets.GPU_TARGETS[0].capability:
         return None
     return torch.cuda.get_device_name() if targets.nearest(capability) is target else None
-
-
-def chooser(tuning: str, target: Target) -> Chooser:
-    """The chooser behind `compile(tuning=...)`: "heuristic", or "records"."""
-    if tuning == "heuristic":
-        return heuristic
-    return Records.here(device=local_device(target)).choose

@@ -25,7 +25,7 @@ from ..plan import KernelStep, Plan
 from . import rank
 from .bench import Trial
 from .children import ChildError, Crew
-from .choose import Chooser, Records, local_device
+from .choose import Records
 from .judges import TRIAL_TIMEOUT_S, Judge, Model, can_measure, compiler_handler, measuring
 from .keys import Key, key_of
 from .records import MEASURED, Record, Rejected, now, rounded, shortened
@@ -66,16 +66,19 @@ class Work:
         return self.uses * rank.modelled_us(self.op, self.problem, self.target, default)
 
 
-def works_of(plans: Iterable[Plan]) -> list[Work]:
-    """The distinct problems of plans, the heaviest first."""
+def problems_of(plan: Plan) -> list[tuple[Problem, Target]]:
+    """The problem of every kernel step."""
+    return [(step.problem, plan.target) for step in plan.steps if isinstance(step, KernelStep)]
+
+
+def works_for(wanted: Iterable[tuple[Problem, Target]]) -> list[Work]:
+    """The distinct ones of problems, the heaviest first."""
     counts: dict[Key, int] = {}
     first: dict[Key, tuple[Problem, Target]] = {}
-    for plan in plans:
-        for step in plan.steps:
-            if isinstance(step, KernelStep):
-                key = key_of(step.problem, plan.target)
-                counts[key] = counts.get(key, 0) + 1
-                first.setdefault(key, (step.problem, plan.target))
+    for problem, target in wanted:
+        key = key_of(problem, target)
+        counts[key] = counts.get(key, 0) + 1
+        first.setdefault(key, (problem, target))
     works = [
         Work(registry.get(problem.op), problem, target, key, counts[key])
         for key, (problem, target) in first.items()
@@ -418,14 +421,11 @@ class Tuner:
             raise _OutOfTimeError
 
 
-def searched(plan: Plan) -> Chooser:
-    """The chooser by records, after every problem of a plan without a measured one was tuned: on
-    this machine's device, or by the model where the plan's target is another GPU."""
-    target = plan.target
-    records = Records.here(device=local_device(target))
+def search(records: Records, target: Target, works: Sequence[Work]) -> None:
+    """Tunes what has no record: on this machine's device, or by the model and the compiler where
+    the target is another GPU."""
     judge = measuring(target) if can_measure(target) else Model(target)
-    Tuner(records, judge).run(works_of([plan]))
-    return records.choose
+    Tuner(records, judge).run(works)
 
 
 def _report(crew: Crew, request: CompileRequest) -> Future[KernelReport]:
