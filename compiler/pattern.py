@@ -46,7 +46,8 @@ class Constant:
 class Call:
     """Matches an application of one of `ops` (aten overloads for torch calls).
 
-    arguments: patterns of the op's own inputs, or None for any. commutes: a two-argument call also
+    arguments: patterns of the op's own inputs, or None for any. first: what the first of them must
+    match, whatever and however many the others are. commutes: a two-argument call also
     matches with its arguments swapped. plain: the node must carry no epilogue or prologue.
     kept: the rewrite still provides the node's result, so that others may read it. operand: what
     one of the tensors that the node's epilogue reads must match. where: what else makes the node
@@ -55,6 +56,7 @@ class Call:
 
     ops: tuple[str, ...]
     arguments: tuple[Any, ...] | None
+    first: Any
     name: str
     commutes: bool
     plain: bool
@@ -66,6 +68,7 @@ class Call:
         self,
         ops: str | tuple[str, ...],
         *arguments: Any,
+        first: Any = None,
         name: str = "",
         commutes: bool = False,
         plain: bool = False,
@@ -75,6 +78,7 @@ class Call:
     ) -> None:
         object.__setattr__(self, "ops", (ops,) if isinstance(ops, str) else ops)
         object.__setattr__(self, "arguments", arguments or None)
+        object.__setattr__(self, "first", first)
         object.__setattr__(self, "name", name)
         object.__setattr__(self, "commutes", commutes)
         object.__setattr__(self, "plain", plain)
@@ -168,6 +172,9 @@ def _match_operand(graph: Graph, node: Node, pattern: Call, found: Match) -> Ite
 
 
 def _match_arguments(graph: Graph, node: Node, pattern: Call, found: Match) -> Iterator[Match]:
+    if pattern.first is not None:
+        yield from _match_value(graph, graph.inputs(node.name)[0], pattern.first, found)
+        return
     if pattern.arguments is None:
         yield found
         return

@@ -106,6 +106,87 @@ def halves(tile, ROWS: tl.constexpr, STEP: tl.constexpr, COLUMNS: tl.constexpr):
 
 
 @triton.jit
+def pool_tile(
+    x,
+    w,
+    y,
+    first,
+    stop,
+    columns,
+    column_mask,
+    extras,
+    H: tl.constexpr,
+    WIDTH: tl.constexpr,
+    C: tl.constexpr,
+    P: tl.constexpr,
+    Q: tl.constexpr,
+    POOLED_P: tl.constexpr,
+    POOLED_Q: tl.constexpr,
+    R: tl.constexpr,
+    S: tl.constexpr,
+    STRIDE_H: tl.constexpr,
+    STRIDE_W: tl.constexpr,
+    TOP: tl.constexpr,
+    LEFT: tl.constexpr,
+    DILATION_H: tl.constexpr,
+    DILATION_W: tl.constexpr,
+    X_PITCH: tl.constexpr,
+    X_OFFSET: tl.constexpr,
+    Y_PITCH: tl.constexpr,
+    Y_OFFSET: tl.constexpr,
+    MAXIMUM: tl.constexpr,
+    PROLOGUE: tl.constexpr,
+    STAGES: tl.constexpr,
+    EPILOGUE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    WIDE: tl.constexpr,
+    BY_TAP: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """Computes and stores the BLOCK_M / 4 windows from `first` on, those before `stop`."""
+    # BLOCK_M counts the members of windows. With the members in bit 3 and the top bit,
+    # reduced in that order, sm_90 needs 8 instructions per thread more than for the convolution
+    # alone, at 128x64 and also at 64x64, where the top bit lies between warps; with the members in
+    # bits 2 and 3 it is 224 and 80, and the top bit first makes it 328 at 64x64.
+    WINDOWS: tl.constexpr = BLOCK_M // 4
+    HIGH: tl.constexpr = BLOCK_M // 2
+    LOW: tl.constexpr = min(8, BLOCK_M // 4)
+    index = tl.arange(0, BLOCK_M)
+    window = first + index % HIGH // (2 * LOW) * LOW + index % LOW
+    live = window < stop
+    if WIDE:
+        window = window.to(tl.int64)
+    image = window // (POOLED_P * POOLED_Q)
+    p = (window // POOLED_Q % POOLED_P).to(tl.int32) * 2 + index // HIGH
+    q = (window % POOLED_Q).to(tl.int32) * 2 + index // LOW % 2
+    # A window that overhangs sees its last pixels twice, which changes no maximum.
+    if 2 * POOLED_P > P:
+        p = tl.minimum(p, P - 1)
+    if 2 * POOLED_Q > Q:
+        q = tl.minimum(q, Q - 1)
+    acc = conv_tile.convolve(
+        x, w, image, p, q, live, columns, column_mask, extras,
+        H, WIDTH, C, R, S, STRIDE_H, STRIDE_W, TOP, LEFT, DILATION_H, DILATION_W,
+        X_PITCH, X_OFFSET, PROLOGUE, PRECISION, BY_TAP, BLOCK_M, BLOCK_N, BLOCK_K,
+    )  # fmt: skip
+    acc = STAGES(acc, (image * P + p) * Q + q, columns, live, column_mask, extras)
+    # The members a thread holds in any case first: what is left to exchange is then half as much.
+    even, odd = halves(acc, BLOCK_M, LOW, BLOCK_N)
+    upper, lower = halves(combine(even, odd, MAXIMUM), BLOCK_M // 2, HIGH // 2, BLOCK_N)
+    pooled = combine(upper, lower, MAXIMUM)
+    rows = first + tl.arange(0, WINDOWS)
+    row_mask = rows < stop
+    if WIDE:
+        rows = rows.to(tl.int64)
+    pooled = EPILOGUE(pooled, rows, columns, row_mask, column_mask, extras)
+    address = y + Y_OFFSET + (rows * Y_PITCH)[:, None] + columns[None, :]
+    mask = row_mask[:, None] & column_mask[None, :]
+    tl.store(address, pooled.to(y.dtype.element_ty), mask=mask)
+
+
+@triton.jit
 def conv_pool_kernel(
     x,
     w,
@@ -144,50 +225,19 @@ def conv_pool_kernel(
     BLOCK_K: tl.constexpr,
     GROUP_M: tl.constexpr,
 ):
-    # m counts windows; BLOCK_M counts their members. With the members in bit 3 and the top bit,
-    # reduced in that order, sm_90 needs 8 instructions per thread more than for the convolution
-    # alone, at 128x64 and also at 64x64, where the top bit lies between warps; with the members in
-    # bits 2 and 3 it is 224 and 80, and the top bit first makes it 328 at 64x64.
+    # m counts windows.
     WINDOWS: tl.constexpr = BLOCK_M // 4
-    HIGH: tl.constexpr = BLOCK_M // 2
-    LOW: tl.constexpr = min(8, BLOCK_M // 4)
     column_tiles: tl.constexpr = (K + BLOCK_N - 1) // BLOCK_N
     row_tile, column_tile = gemm.tile_index(
         tl.program_id(0), tl.cdiv(m, WINDOWS), column_tiles, GROUP_M
     )
     columns = column_tile * BLOCK_N + tl.arange(0, BLOCK_N)
-    column_mask = columns < K
-    index = tl.arange(0, BLOCK_M)
-    window = row_tile * WINDOWS + index % HIGH // (2 * LOW) * LOW + index % LOW
-    live = window < m
-    if WIDE:
-        window = window.to(tl.int64)
-    image = window // (POOLED_P * POOLED_Q)
-    p = (window // POOLED_Q % POOLED_P).to(tl.int32) * 2 + index // HIGH
-    q = (window % POOLED_Q).to(tl.int32) * 2 + index // LOW % 2
-    # A window that overhangs sees its last pixels twice, which changes no maximum.
-    if 2 * POOLED_P > P:
-        p = tl.minimum(p, P - 1)
-    if 2 * POOLED_Q > Q:
-        q = tl.minimum(q, Q - 1)
-    acc = conv_tile.convolve(
-        x, w, image, p, q, live, columns, column_mask, extras,
-        H, WIDTH, C, R, S, STRIDE_H, STRIDE_W, TOP, LEFT, DILATION_H, DILATION_W,
-        X_PITCH, X_OFFSET, PROLOGUE, PRECISION, BY_TAP, BLOCK_M, BLOCK_N, BLOCK_K,
+    pool_tile(
+        x, w, y, row_tile * WINDOWS, m, columns, columns < K, extras,
+        H, WIDTH, C, P, Q, POOLED_P, POOLED_Q, R, S, STRIDE_H, STRIDE_W, TOP, LEFT,
+        DILATION_H, DILATION_W, X_PITCH, X_OFFSET, Y_PITCH, Y_OFFSET, MAXIMUM,
+        PROLOGUE, STAGES, EPILOGUE, PRECISION, WIDE, BY_TAP, BLOCK_M, BLOCK_N, BLOCK_K,
     )  # fmt: skip
-    acc = STAGES(acc, (image * P + p) * Q + q, columns, live, column_mask, extras)
-    # The members a thread holds in any case first: what is left to exchange is then half as much.
-    even, odd = halves(acc, BLOCK_M, LOW, BLOCK_N)
-    upper, lower = halves(combine(even, odd, MAXIMUM), BLOCK_M // 2, HIGH // 2, BLOCK_N)
-    pooled = combine(upper, lower, MAXIMUM)
-    rows = row_tile * WINDOWS + tl.arange(0, WINDOWS)
-    row_mask = rows < m
-    if WIDE:
-        rows = rows.to(tl.int64)
-    pooled = EPILOGUE(pooled, rows, columns, row_mask, column_mask, extras)
-    address = y + Y_OFFSET + (rows * Y_PITCH)[:, None] + columns[None, :]
-    mask = row_mask[:, None] & column_mask[None, :]
-    tl.store(address, pooled.to(y.dtype.element_ty), mask=mask)
 
 
 def is_monotone(stage: ep.Stage) -> bool:

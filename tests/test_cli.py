@@ -209,7 +209,7 @@ def test_explain_compares_passes(answer: Callable[..., Any]) -> None:
     assert found["schema"] == "convloom-ledger-diff" and found["changes"]
     assert found["before"]["kernels"] > found["after"]["kernels"]
     text = answer(*arguments)
-    assert text.startswith("lenet5: none -> default") and "kernels appeared" in text
+    assert text.startswith("lenet5: none -> default") and "1 kernel appeared" in text
     some = answer("explain", "lenet5", *REFERENCE, "--diff", "default", "fuse_epilogues", "--json")
     assert some["after"]["name"] == "fuse_epilogues" and some["gone_refusals"] is not None
 

@@ -174,6 +174,16 @@ def siblings() -> Made:
     return module, inputs
 
 
+def small_network() -> Made:
+    def function(m: Any, x: torch.Tensor) -> Any:
+        for layer in (m.conv1, m.conv2):
+            x = F.max_pool2d(torch.relu(layer(x)), 2)
+        return m.fc2(torch.relu(m.fc1(x.flatten(1))))
+
+    layers = {"conv1": conv(3, 3, 4), "conv2": conv(3, 4, 8)}
+    return make(function, (2, 3, 8, 8), **layers, fc1=nn.Linear(32, 12), fc2=nn.Linear(12, 5))
+
+
 def bottlenecks() -> Made:
     def block(m: Any, x: torch.Tensor, at: int) -> torch.Tensor:
         names = (f"reduce{at}", f"middle{at}", f"expand{at}")
@@ -237,6 +247,7 @@ CASES: dict[str, Callable[[], Made]] = {
     "nest_concatenations": dense_block,
     "choose_partition": bottlenecks,
     "flatten_in_memory_order": classifier,
+    "fuse_small_nets": small_network,
     "choose_layout": mixed_layouts,
     "fuse_stem": normalised_image,
 }

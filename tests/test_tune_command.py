@@ -242,7 +242,9 @@ def test_configurations_are_verified_and_timed_on_the_device(tmp_path: Path) -> 
 
 
 def lenet(*arguments: str) -> list[str]:
-    return ["tune", "lenet5", "--target", "interpreter", "--candidates", "2", *arguments]
+    """Unfused, so that there are several kernels."""
+    passes = ("--passes", "none")
+    return ["tune", "lenet5", "--target", "interpreter", "--candidates", "2", *passes, *arguments]
 
 
 @pytest.fixture

@@ -18,7 +18,7 @@ from ..lower import CONCAT_LABEL, CONCAT_RULE
 from ..pattern import apply_rules
 from ..verify import verify
 from ..wishes import Labels
-from . import fuse, pool_order, siblings, stem
+from . import fuse, pool_order, siblings, small_nets, stem
 from .clean import (
     drop_identities,
     eliminate_common_subexpressions,
@@ -31,6 +31,7 @@ from .fuse import choose_partition
 from .layout import choose_dtype, choose_layout
 from .pool_order import project_before_averaging
 from .recognise import recognise_composites
+from .small_nets import fuse_small_nets
 from .stem import fuse_stem
 
 
@@ -81,6 +82,7 @@ PASSES: tuple[Pass, ...] = (
     _pass(nest_concatenations, "before the partition: what is joined in place is free to fuse"),
     _pass(flatten_in_memory_order, "before the partition: a fused classifier hides its weight"),
     _pass(choose_partition, "after epilogues: residual and activation ride on the expansion"),
+    _pass(fuse_small_nets, "after the partition: it joins what the partition has made"),
     _pass(choose_layout, "late: fusion does not look at memory, kernels do", required=True),
     _pass(fuse_stem, "after layouts: it is about the conversions that they put at the boundary"),
 )
@@ -88,12 +90,12 @@ NAMES = tuple(step.name for step in PASSES)
 LABELS = Labels(
     all={
         **{rule.name: rule.label for rule in (*EPILOGUE_RULES, *PROLOGUE_RULES, *FLATTEN_RULES)},
-        **{rule.name: rule.label for rule in (*fuse.RULES, *pool_order.RULES)},
+        **{rule.name: rule.label for rule in (*fuse.RULES, *pool_order.RULES, *small_nets.RULES)},
         **stem.LABELS,
         siblings.RULE: siblings.LABEL,
         CONCAT_RULE: CONCAT_LABEL,
     },
-    heavy=frozenset(rule.name for rule in fuse.RULES),
+    heavy=frozenset(rule.name for rule in (*fuse.RULES, *small_nets.RULES)),
 )
 """The fusions that `force=` and `forbid=` may name."""
 

@@ -7,7 +7,15 @@ from .. import partition
 from ..ir import Graph
 from ..ledger import Ledger
 from ..pattern import apply_rules
-from . import bottlenecks, heads, pads, pool_fusions, pooled_convs, separables, shortcuts
+from . import (
+    bottlenecks,
+    heads,
+    pads,
+    pool_fusions,
+    pooled_convs,
+    separables,
+    shortcuts,
+)
 from .siblings import propose_siblings
 
 RULES = (

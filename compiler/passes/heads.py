@@ -23,7 +23,7 @@ from .pool_fusions import AVERAGE
 LAYERS = ("linear", "head")
 
 
-def _as_head(graph: Graph, node: Node) -> tuple[Head, tuple[Value, ...]]:
+def as_head(graph: Graph, node: Node) -> tuple[Head, tuple[Value, ...]]:
     """The node's attributes and inputs as those of a head that has no epilogue."""
     if isinstance(node.attributes, Head):
         *links, last = node.attributes.links
@@ -59,7 +59,7 @@ def _guard(graph: Graph, found: Match) -> str | None:
 
 def _chain_of(graph: Graph, found: Match) -> tuple[Head, tuple[Value, ...]]:
     """Attributes and inputs of the matched layers as one head; the first may be one already."""
-    attributes, inputs = _as_head(graph, found.nodes["inner"])
+    attributes, inputs = as_head(graph, found.nodes["inner"])
     for name in ("middle", "last"):
         if name in found.nodes:
             node = found.nodes[name]
