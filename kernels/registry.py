@@ -33,6 +33,7 @@ from . import (
     squeeze_excite,
     stem,
     stem_input,
+    upsample,
 )
 from .op import Capture, Op
 
@@ -63,6 +64,7 @@ OPS: tuple[Op, ...] = (
     lrn.OP,
     lrn_pool.OP,
     pad.OP,
+    *upsample.OPS,
 )
 BY_NAME: dict[str, Op] = {op.name: op for op in OPS}
 CAPTURES: dict[str, Capture] = {
