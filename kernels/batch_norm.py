@@ -288,8 +288,8 @@ def _capture(
 
 def _capture_batch_statistics(g: Builder, *arguments: Any, **keywords: Any) -> Any:
     return g.refuse(
-        "batch normalisation over the batch's own statistics: the module is in training mode "
-        "(call .eval()) or was made with track_running_stats=False"
+        "batch normalisation that would update its running statistics: the module is in training "
+        "mode; call .eval()"
     )
 
 
@@ -321,7 +321,6 @@ OP = Op(
         "aten._native_batch_norm_legit_no_training.default": _capture_inference,
         "aten.batch_norm.default": _capture,
         "aten._native_batch_norm_legit.default": _capture_batch_statistics,
-        "aten._native_batch_norm_legit.no_stats": _capture_batch_statistics,
     },
     packs=lambda attributes: {index: pack for index in range(1, len(attributes.inputs))},
 )  # fmt: skip

@@ -22,6 +22,7 @@ from . import (
     lrn,
     lrn_pool,
     movement_ops,
+    normalize,
     pad,
     pointwise,
     pool,
@@ -34,6 +35,7 @@ from . import (
     squeeze_excite,
     stem,
     stem_input,
+    upsample,
 )
 from .op import Capture, Op
 
@@ -56,6 +58,7 @@ OPS: tuple[Op, ...] = (
     *softmax.OPS,
     *reduce.OPS,
     batch_norm.OP,
+    normalize.OP,
     *pool.OPS,
     *pool_nd.OPS,
     pool_conv.OP,
@@ -65,6 +68,7 @@ OPS: tuple[Op, ...] = (
     lrn.OP,
     lrn_pool.OP,
     pad.OP,
+    *upsample.OPS,
 )
 BY_NAME: dict[str, Op] = {op.name: op for op in OPS}
 CAPTURES: dict[str, Capture] = {

@@ -345,10 +345,14 @@ def test_dropout_in_evaluation_is_nothing() -> None:
     nets.check(exe(*inputs), module, inputs)
 
 
-def test_batch_norm_over_the_batch_is_unsupported_not_training() -> None:
-    norm = nn.BatchNorm2d(6, track_running_stats=False)
-    with pytest.raises(UnsupportedOpError, match="track_running_stats=False"):
-        convloom.compile(*make(lambda m, x: m.norm(x), IMAGE, norm=norm), target="reference")
+def test_batch_norm_over_the_batch_is_not_training_but_needs_a_fixed_one() -> None:
+    module, inputs = make(
+        lambda m, x: m.norm(x), IMAGE, norm=nn.BatchNorm2d(6, track_running_stats=False)
+    )
+    exe = convloom.compile(module, inputs, target="reference")
+    assert [step.op for step in exe.plan.steps] == ["relayout", "normalize", "relayout"]
+    with pytest.raises(UnsupportedOpError, match="need a batch of fixed size"):
+        convloom.compile(module, inputs, target="reference", dynamic_batch=(1, 4))
 
 
 # Unsupported nodes.

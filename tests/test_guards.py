@@ -44,6 +44,8 @@ CUDA_CORES = {
     "softmax_kernel": "exponentials and a sum; no products",
     "copy_kernel": "moves elements",
     "lrn_kernel": "sums over neighbouring channels, which products would poison with NaN",
+    "normalize_kernel": "means and deviations; no products",
+    "upsample_kernel": "weighted means of two pixels per dimension; no products",
     "depthwise_kernel": "one product per tap and channel: tensor cores would multiply zeros",
 }
 """Kernels without matrix products, and why."""

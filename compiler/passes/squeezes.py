@@ -14,6 +14,7 @@ from typing import Any
 
 from ...kernels.batch_norm import BatchNorm
 from ...kernels.movement import Concat, Expand, Reshape, Slice
+from ...kernels.normalize import Normalize
 from ...kernels.pad import Pad
 from ...kernels.pointwise import Pointwise
 from ...kernels.reduce import Reduce
@@ -119,7 +120,7 @@ def _lift(graph: Graph, node: Node, ledger: Ledger) -> bool:
 def _sink(graph: Graph, node: Node, ledger: Ledger) -> bool:
     """Applies a node to the images behind the squeezes it reads."""
     attributes = _on_rows(node.attributes)
-    if attributes is None or node.prologue or node.epilogue or node.spec.rank > 3:
+    if attributes is None or node.prologue or node.spec.rank > 3:
         return False
     values = graph.inputs(node.name)
     if not any(_squeezed(graph, value) for value in values):
@@ -129,7 +130,7 @@ def _sink(graph: Graph, node: Node, ledger: Ledger) -> bool:
         return False
     squeezes = [graph.node(value.node) for value in values if _squeezed(graph, value)]
     inputs = [image() for image in images if image is not None]
-    made = graph.add(node.op, inputs, attributes, like=[node])
+    made = graph.add(node.op, inputs, attributes, epilogue=node.epilogue, like=[node])
     kept = made
     if node.spec.rank == 3:
         kept = graph.add("reshape", (made,), Reshape(node.spec.shape), like=squeezes[:1])
@@ -168,6 +169,9 @@ def _on_rows(attributes: Any) -> Any:
         return attributes
     if isinstance(attributes, (Concat, Slice, Softmax)):
         return replace(attributes, dim=_dim(attributes.dim))
+    if isinstance(attributes, Normalize):
+        # A row of size one changes no statistics.
+        return replace(attributes, dims=tuple(map(_dim, attributes.dims)))
     if isinstance(attributes, Reduce):
         over_length = ROW in attributes.dims
         dims = (*map(_dim, attributes.dims), *([ROW] if over_length else []))
