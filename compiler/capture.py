@@ -106,6 +106,14 @@ class _Builder:
     def spec(self, value: Value) -> TensorSpec:
         return self._state.graph.spec(value)
 
+    def output(self, value: Value, index: int) -> Value:
+        return Value(value.node, index)
+
+    def maker(self, value: Value) -> tuple[str, Attributes, tuple[Value, ...]] | None:
+        graph = self._state.graph
+        node = graph.node(value.node)
+        return (node.op, node.attributes, graph.own_inputs(node)) if node.is_compute else None
+
     def refuse(self, reason: str) -> NoReturn:
         raise _Refused(reason)
 
@@ -356,7 +364,9 @@ def _check_result(state: _State, node: Any, result: Any) -> None:
         if value is None:
             continue
         got, truth = state.graph.spec(value), _spec_of(state, tensor)
-        if got.dtype not in FLOAT_DTYPES:
+        maker = state.graph.node(value.node)
+        whole = got.dtype is torch.int64 and maker.is_compute and maker.definition.integers
+        if got.dtype not in FLOAT_DTYPES and not whole:
             raise _Refused(f"dtype {got.dtype} is not supported")
         if (got.shape, got.dtype) != (truth.shape, truth.dtype):
             raise CaptureError(f"{node.name} ({node.target}): inferred {got}, torch says {truth}")

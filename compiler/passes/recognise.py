@@ -19,7 +19,7 @@ from ...kernels.pad import Pad
 from ...kernels.pointwise import Pointwise
 from ...kernels.pool_window import AvgPool2d, AvgPool3d, LpPool2d
 from ..fusions import IMAGE, example
-from ..ir import Graph, Value
+from ..ir import Graph, Node, Value
 from ..ledger import Ledger
 from ..pattern import Call, Match, Rule, Var, apply_rules, replace_root
 
@@ -168,7 +168,26 @@ def _mish_rule() -> Rule:
     )  # fmt: skip
 
 
+def _indices_are_unread(graph: Graph, node: Node) -> bool:
+    return not graph.uses(Value(node.name, 1))
+
+
+def _drop_indices_rule() -> Rule:
+    def rewrite(graph: Graph, found: Match) -> Value:
+        return replace_root(
+            graph, found, "max_pool2d", (found.values["x"],), found.root.attributes
+        )
+
+    return Rule(
+        "values of max_pool2d_with_indices(x) => max_pool2d(x)",
+        Call("max_pool2d_with_indices", X, where=_indices_are_unread),
+        rewrite,
+        lambda: example(lambda m, x: F.max_pool2d(x, 2, return_indices=True)[0], IMAGE),
+    )
+
+
 RULES = (
+    _drop_indices_rule(),
     _lrn_rule(
         SQUARE,
         lambda: example(lambda m, x: F.local_response_norm(x, 5, 1e-3, 0.75, 2.0), IMAGE),
