@@ -327,7 +327,7 @@ def _add_call(state: _State, node: Any) -> None:
     before = set(state.graph.net)
     try:
         if function is None:
-            raise _Refused("no kernel for this op")
+            raise _Refused(_why_unknown(target))
         result = function(_Builder(state, node.name, path), *arguments[0], **arguments[1])
         _check_result(state, node, result)
         _check_constants(state.graph, [name for name in state.graph.net if name not in before])
@@ -337,6 +337,15 @@ def _add_call(state: _State, node: Any) -> None:
         state.graph.remove(reversed(made))
         result = _add_torch_call(state, node, path, arguments, str(refusal))
     state.values[node.name] = result
+
+
+def _why_unknown(target: str) -> str:
+    if target.startswith("aten.fft_"):
+        return (
+            "no kernel for Fourier transforms; of a fixed size they are products with constant "
+            "matrices of cosines and sines, which torch.nn.functional.linear computes"
+        )
+    return "no kernel for this op"
 
 
 def _add_getitem(state: _State, node: Any) -> None:
