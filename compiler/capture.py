@@ -170,6 +170,7 @@ def _check_example(arguments: tuple[Any, ...]) -> list[torch.Tensor]:
         if leaf.numel() == 0:
             raise InvalidInputError(
                 f"example input {at}: expected at least one element, got shape {tuple(leaf.shape)}"
+                "; for empty batches pass an example of one and dynamic_batch=(0, highest)"
             )
     return leaves
 
@@ -179,8 +180,11 @@ def _check_range(bounds: tuple[int, int], leaves: list[torch.Tensor]) -> None:
     if not pair or not all(isinstance(value, int) for value in bounds):
         raise InvalidInputError(f"dynamic_batch: expected (lowest, highest), got {bounds!r}")
     low, high = bounds
-    if not 1 <= low <= high:
-        raise InvalidInputError(f"dynamic_batch: expected 1 <= lowest <= highest, got {bounds}")
+    if not 0 <= low <= high or high < 1:
+        raise InvalidInputError(
+            "dynamic_batch: expected 0 <= lowest <= highest and at least 1 as highest, got "
+            f"{bounds}"
+        )
     for at, leaf in enumerate(leaves):
         if leaf.dim() == 0:
             raise InvalidInputError(f"example input {at}: a scalar has no batch dimension")
