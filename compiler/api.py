@@ -22,6 +22,7 @@ from .ir import Goal, Graph
 from .ledger import Ledger
 from .lower import Options, lower
 from .passes import LABELS, run_passes, select
+from .passes.slide_classifier import slide_classifier
 from .plan import Plan
 from .runtime import CrossCompiledRunner, CudaRunner, InterpreterRunner, ReferenceRunner, Runner
 from .tuning.choose import Records, heuristic, local_device
@@ -47,6 +48,7 @@ def compile(
     fallback: str = "error",
     force: Sequence[str] = (),
     forbid: Sequence[str] = (),
+    slide: tuple[int, int] | None = None,
 ) -> Executable:
     """The module compiled for inputs like `example` (a tuple of float tensors).
 
@@ -60,6 +62,12 @@ def compile(
     unsupported nodes as torch ops, listed in the ledger.
     force, forbid: fusions to make although the cost model would not, or not to make, by label
     ("conv-pool"), module path ("layer1.*") or both ("conv-pool@layer1.*").
+    slide: (height, width): the executable takes images of this size, larger than the example's, and
+    returns maps: the classifier at every position, (N, K, P, Q) instead of (N, K). Linear layers
+    become convolutions (`passes/slide_classifier.py`). One step of the map is as many pixels as the
+    product of the strides before the head. A position is the module's result on the crop that
+    begins there, except that convolutions with padding see the pixels beside the crop where the
+    module sees its padding.
 
     Raises: InvalidInputError, TargetUnavailableError, CaptureError, UnsupportedOpError,
     KernelError.
@@ -76,6 +84,7 @@ def compile(
         fallback=fallback,
         force=force,
         forbid=forbid,
+        slide=slide,
     )
     executable = Executable(graph, plan, ledger, _runner(graph, plan, plan.target, target))
     LOG.info("%s: %s", graph.name, executable.summary_line())
@@ -96,6 +105,7 @@ def lowered(
     fallback: str = "error",
     force: Sequence[str] = (),
     forbid: Sequence[str] = (),
+    slide: tuple[int, int] | None = None,
     known: Timings | None = None,
 ) -> tuple[Graph, Plan, Ledger]:
     """What `compile` makes before there is code: the optimised graph, its plan and the ledger.
@@ -117,6 +127,8 @@ def lowered(
         raise InvalidInputError(f"example inputs: expected a tuple of tensors, got {got}")
     records = _records(tuning, chosen)
     captured = capture(module, example, dynamic_batch)
+    if slide is not None:
+        captured = slide_classifier(captured, slide)
     wished = _names("force", force), _names("forbid", forbid)
     wishes.check(captured, *wished, LABELS)
     if known is None and records and chosen.is_gpu:

@@ -106,6 +106,14 @@ class _Builder:
     def spec(self, value: Value) -> TensorSpec:
         return self._state.graph.spec(value)
 
+    def output(self, value: Value, index: int) -> Value:
+        return Value(value.node, index)
+
+    def maker(self, value: Value) -> tuple[str, Attributes, tuple[Value, ...]] | None:
+        graph = self._state.graph
+        node = graph.node(value.node)
+        return (node.op, node.attributes, graph.own_inputs(node)) if node.is_compute else None
+
     def refuse(self, reason: str) -> NoReturn:
         raise _Refused(reason)
 
@@ -162,6 +170,7 @@ def _check_example(arguments: tuple[Any, ...]) -> list[torch.Tensor]:
         if leaf.numel() == 0:
             raise InvalidInputError(
                 f"example input {at}: expected at least one element, got shape {tuple(leaf.shape)}"
+                "; for empty batches pass an example of one and dynamic_batch=(0, highest)"
             )
     return leaves
 
@@ -171,8 +180,11 @@ def _check_range(bounds: tuple[int, int], leaves: list[torch.Tensor]) -> None:
     if not pair or not all(isinstance(value, int) for value in bounds):
         raise InvalidInputError(f"dynamic_batch: expected (lowest, highest), got {bounds!r}")
     low, high = bounds
-    if not 1 <= low <= high:
-        raise InvalidInputError(f"dynamic_batch: expected 1 <= lowest <= highest, got {bounds}")
+    if not 0 <= low <= high or high < 1:
+        raise InvalidInputError(
+            "dynamic_batch: expected 0 <= lowest <= highest and at least 1 as highest, got "
+            f"{bounds}"
+        )
     for at, leaf in enumerate(leaves):
         if leaf.dim() == 0:
             raise InvalidInputError(f"example input {at}: a scalar has no batch dimension")
@@ -319,7 +331,7 @@ def _add_call(state: _State, node: Any) -> None:
     before = set(state.graph.net)
     try:
         if function is None:
-            raise _Refused("no kernel for this op")
+            raise _Refused(_why_unknown(target))
         result = function(_Builder(state, node.name, path), *arguments[0], **arguments[1])
         _check_result(state, node, result)
         _check_constants(state.graph, [name for name in state.graph.net if name not in before])
@@ -329,6 +341,15 @@ def _add_call(state: _State, node: Any) -> None:
         state.graph.remove(reversed(made))
         result = _add_torch_call(state, node, path, arguments, str(refusal))
     state.values[node.name] = result
+
+
+def _why_unknown(target: str) -> str:
+    if target.startswith("aten.fft_"):
+        return (
+            "no kernel for Fourier transforms; of a fixed size they are products with constant "
+            "matrices of cosines and sines, which torch.nn.functional.linear computes"
+        )
+    return "no kernel for this op"
 
 
 def _add_getitem(state: _State, node: Any) -> None:
@@ -356,7 +377,9 @@ def _check_result(state: _State, node: Any, result: Any) -> None:
         if value is None:
             continue
         got, truth = state.graph.spec(value), _spec_of(state, tensor)
-        if got.dtype not in FLOAT_DTYPES:
+        maker = state.graph.node(value.node)
+        whole = got.dtype is torch.int64 and maker.is_compute and maker.definition.integers
+        if got.dtype not in FLOAT_DTYPES and not whole:
             raise _Refused(f"dtype {got.dtype} is not supported")
         if (got.shape, got.dtype) != (truth.shape, truth.dtype):
             raise CaptureError(f"{node.name} ({node.target}): inferred {got}, torch says {truth}")

@@ -56,7 +56,8 @@ def target_of(graph: Graph) -> Target:
 def dtype_of(graph: Graph, spec: TensorSpec) -> torch.dtype:
     """The dtype a tensor of the captured graph is computed in."""
     goal = graph.goal
-    return (goal.dtype if goal else None) or spec.dtype
+    wanted = goal.dtype if goal and spec.dtype.is_floating_point else None
+    return wanted or spec.dtype
 
 
 def problem_of(graph: Graph, node: Node) -> Problem:

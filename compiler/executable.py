@@ -100,6 +100,8 @@ class Executable:
         """
         tensors = self._flatten(inputs)
         batch = self._check(tensors)
+        if batch == 0:
+            return self._unflatten(self._empty_outputs())
         return self._unflatten(self._runner.run(tensors, batch))
 
     @property
@@ -124,6 +126,18 @@ class Executable:
         if len(sizes) > 1:
             raise InvalidInputError(f"inputs: batches differ: {sorted(sizes)}")
         return sizes.pop() if sizes else 1
+
+    def _empty_outputs(self) -> list[torch.Tensor]:
+        """The results of a call with no samples: nothing has to run."""
+        for port in self.plan.outputs:
+            if port.spec.batch is None:
+                raise InvalidInputError(
+                    f"inputs: expected at least one sample, got none; {port.name} {port.spec} does "
+                    "not depend on the batch"
+                )
+        device = self._device()
+        specs = [port.spec for port in self.plan.outputs]
+        return [torch.empty(spec.at(0), dtype=spec.dtype, device=device) for spec in specs]
 
     def _device(self) -> torch.device:
         runner = self._runner

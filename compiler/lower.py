@@ -119,7 +119,10 @@ def activation_bytes(captured: Graph, dtype: torch.dtype | None = None) -> int:
     specs = (
         spec for node in captured.compute_nodes() if node.name in fed for spec in node.outputs
     )
-    return sum(spec.numel * (dtype or spec.dtype).itemsize for spec in specs)
+    return sum(
+        spec.numel * (dtype if dtype and spec.dtype.is_floating_point else spec.dtype).itemsize
+        for spec in specs
+    )
 
 
 def _buffer(name: str, kind: str, spec: TensorSpec) -> Buffer:

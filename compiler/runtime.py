@@ -284,7 +284,10 @@ def bind_launch(
             raise KernelError(f"{kernel}: argument {name} is not aligned to 16 bytes")
     arguments.update(launch.constexprs)
     ordered = [arguments[name] for name in launch.kernel.arg_names]
-    start = compiled[launch.grid_at(batch)]
+    grid = launch.grid_at(batch)
+    if 0 in grid:  # An empty tensor: a device refuses to launch nothing.
+        return lambda: None
+    start = compiled[grid]
     return lambda: start(*ordered)
 
 

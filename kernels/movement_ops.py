@@ -166,6 +166,7 @@ def _op(
 ) -> Op:
     """One movement op; they share kernel, tuning space and cost."""
     fields: dict[str, Any] = {
+        "integers": True,
         "launches": launches,
         "takes_epilogue": True,
         "domain": Domain(

@@ -198,13 +198,17 @@ class Domain:
 
     ranges: a name and the values it may take; `build` turns one draw into attributes and input
     specs, or returns None where the draw is impossible. `interesting` lists draws that are always
-    tried: past failures and the shapes guards are checked on.
+    tried: past failures and the shapes guards are checked on. `prepare(attributes, tensors)` makes
+    drawn tensors valid inputs, where not all are (indices).
     """
 
     ranges: Mapping[str, Sequence[Any]]
     build: Callable[[Mapping[str, Any]], tuple[Attributes, tuple[TensorSpec, ...]] | None]
     interesting: tuple[Mapping[str, Any], ...] = ()
     range: tuple[float, float] = (-2.0, 2.0)
+    prepare: Callable[[Any, tuple[torch.Tensor, ...]], tuple[torch.Tensor, ...]] = (
+        lambda attributes, tensors: tensors
+    )
 
 
 class Builder(Protocol):
@@ -222,6 +226,15 @@ class Builder(Protocol):
 
     def spec(self, value: Any) -> TensorSpec:
         """The spec of a value."""
+        ...
+
+    def output(self, value: Any, index: int) -> Any:
+        """Another output of the node whose first output a value is."""
+        ...
+
+    def maker(self, value: Any) -> tuple[str, Attributes, tuple[Any, ...]] | None:
+        """The op that computes a value, its attributes and inputs; None for inputs, constants and
+        what torch computes."""
         ...
 
     def refuse(self, reason: str) -> Any:
@@ -247,6 +260,7 @@ class Op:
     packs(attributes): for inputs that must be constants, how their tensor lies in memory.
     takes_epilogue / takes_prologue: whether pointwise stages may be fused into the op.
     images: rank-4 tensors are NHWC for this op; False means it wants dense memory.
+    integers: results may be int64: the op makes whole numbers (below 2^24) or moves them.
     """
 
     name: str
@@ -264,6 +278,7 @@ class Op:
     takes_epilogue: bool = True
     takes_prologue: bool = False
     images: bool = True
+    integers: bool = False
 
 
 def power_of_two(value: int) -> int:

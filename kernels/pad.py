@@ -100,9 +100,11 @@ def infer(attributes: Pad, inputs: tuple[TensorSpec, ...]) -> tuple[TensorSpec, 
             )
         for dim in range(x.rank):
             check_border("pad", mode, x, dim, before[dim], after[dim])
-    sizes = zip(before, x.shape, after, strict=True)
+    sizes = tuple(zip(before, x.shape, after, strict=True))
     shape = tuple(low + size + high for low, size, high in sizes)
-    if min(shape) < 1:
+    # Torch crops before it pads with a constant.
+    crops = (min(low, 0) + size + min(high, 0) for low, size, high in sizes)
+    if min(shape) < 1 or (mode == "constant" and min(crops) < 0):
         raise InvalidInputError(f"pad: {attributes} leaves nothing of {x}")
     return (x.with_(shape=shape),)
 

@@ -7,7 +7,8 @@ Elementwise against an fp64 reference:
 rtol: one rounding to the output's dtype; a: accumulation error of a sum of `depth` terms in fp32
 (and rounding of the inputs' products); the last term allows what PyTorch's own kernel does in the
 same dtype. NaN and Inf must be where the reference (in the result's dtype) has them. Gates on the
-root-mean-square error or on cosine similarity are not used: they accept a wrong pixel.
+root-mean-square error or on cosine similarity are not used: they accept a wrong pixel. Whole
+numbers (indices) must be equal.
 """
 
 from __future__ import annotations
@@ -38,6 +39,8 @@ def compare(
         return f"shape {tuple(result.shape)}, expected {tuple(exact.shape)}"
     if result.dtype != eager.dtype:
         return f"dtype {result.dtype}, expected {eager.dtype}"
+    if not result.dtype.is_floating_point:
+        return _whole_numbers(result, exact)
     value, rounded = result.double(), exact.to(result.dtype).double()
     if (problem := _special_values(value, rounded)) is not None:
         return problem
@@ -60,6 +63,30 @@ def compare(
         f"error {error[worst].item():.3g} > {allowed[worst].item():.3g} (eager's own worst "
         f"{peer_error:.3g}, depth {depth}, {int((error > allowed).sum())} elements off)"
     )
+
+
+def _whole_numbers(result: torch.Tensor, exact: torch.Tensor) -> str | None:
+    wrong = (result != exact).nonzero()
+    if not len(wrong):
+        return None
+    where = tuple(wrong[0].tolist())
+    return (
+        f"element {where}: got {int(result[where])}, expected {int(exact[where])}; "
+        f"{len(wrong)} elements off"
+    )
+
+
+def untouched(dtype: torch.dtype) -> float:
+    """What memory is filled with to see later where nothing was written: NaN, or the least whole
+    number."""
+    return float("nan") if dtype.is_floating_point else torch.iinfo(dtype).min
+
+
+def is_untouched(tensor: torch.Tensor) -> torch.Tensor:
+    """Where a tensor filled with `untouched` was not written."""
+    if tensor.dtype.is_floating_point:
+        return tensor.isnan()
+    return tensor == torch.iinfo(tensor.dtype).min
 
 
 def _special_values(value: torch.Tensor, rounded: torch.Tensor) -> str | None:

@@ -91,8 +91,9 @@ def test_near_names() -> None:
         ("dynamic_batch", (4,), "expected (lowest, highest), got (4,)"),
         ("dynamic_batch", (1, 2, 3), "expected (lowest, highest), got (1, 2, 3)"),
         ("dynamic_batch", (1.0, 4.0), "expected (lowest, highest), got (1.0, 4.0)"),
-        ("dynamic_batch", (0, 4), "expected 1 <= lowest <= highest, got (0, 4)"),
-        ("dynamic_batch", (4, 1), "expected 1 <= lowest <= highest, got (4, 1)"),
+        ("dynamic_batch", (-1, 4), "at least 1 as highest, got (-1, 4)"),
+        ("dynamic_batch", (0, 0), "at least 1 as highest, got (0, 0)"),
+        ("dynamic_batch", (4, 1), "expected 0 <= lowest <= highest and"),
     ],
 )
 def test_options(option: str, value: Any, expected: str) -> None:

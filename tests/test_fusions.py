@@ -26,6 +26,7 @@ from convloom.compiler.passes import (
     Pass,
     fuse_epilogues,
     pool_order,
+    recognise_pools,
     sink_prologues,
 )
 from convloom.compiler.pattern import NearMiss, Rule, always, apply_rules, match
@@ -64,7 +65,10 @@ NEAR_MISSES = [
     for at, miss in enumerate(rule.near_misses)
 ]
 by_rule = pytest.mark.parametrize("rule", RULES.values(), ids=RULES.keys())
-RELAYS = {rule.name for rule in (*fusions.FLATTEN_RULES, *pool_order.RULES)}
+RELAYS = {
+    rule.name
+    for rule in (*fusions.FLATTEN_RULES, *pool_order.RULES, recognise_pools.DROP_INDICES)
+}
 """Rules that replace a node by a cheaper one, where all others make nodes disappear."""
 
 

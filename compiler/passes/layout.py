@@ -19,19 +19,19 @@ from ..ledger import Ledger
 def choose_dtype(graph: Graph, dtype: torch.dtype | None) -> Graph:
     """Computes in `dtype`; inputs are cast after they enter and outputs back before they leave.
 
-    None leaves the graph as it is.
+    Whole numbers stay what they are. None leaves the graph as it is.
     """
     if dtype is None or all(
-        spec.dtype is dtype for node in graph.nodes() for spec in node.outputs
+        spec.dtype is dtype for node in graph.nodes() for spec in node.outputs if _is_float(spec)
     ):
         return graph
     outputs = [(value, graph.spec(value).dtype) for value in graph.outputs()]
     for node in graph.nodes():
         if node.op == INPUT:
             continue
-        specs = tuple(spec.with_(dtype=dtype) for spec in node.outputs)
+        specs = tuple(s.with_(dtype=dtype) if _is_float(s) else s for s in node.outputs)
         changes: dict[str, object] = {"outputs": specs}
-        if isinstance(node.attributes, Relayout):
+        if isinstance(node.attributes, Relayout) and _is_float(node.spec):
             changes["attributes"] = Relayout(node.attributes.layout, dtype)
         graph.update(node.name, **changes)
     for node in graph.graph_inputs():
@@ -50,6 +50,10 @@ def choose_dtype(graph: Graph, dtype: torch.dtype | None) -> Graph:
         returned.append(value)
     graph.set_inputs(OUTPUT, returned)
     return graph
+
+
+def _is_float(spec: TensorSpec) -> bool:
+    return spec.dtype.is_floating_point
 
 
 def _can_store_as(graph: Graph, value: Value) -> bool:

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from ...kernels.lrn import LocalResponseNorm
+from ...kernels.movement import Reshape
 from ...kernels.pad import Pad
 from ...kernels.pointwise import Pointwise
 from ...kernels.pool_window import AvgPool2d, AvgPool3d, LpPool2d
@@ -22,6 +23,7 @@ from ..fusions import IMAGE, example
 from ..ir import Graph, Value
 from ..ledger import Ledger
 from ..pattern import Call, Match, Rule, Var, apply_rules, replace_root
+from .recognise_pools import POOL_RULES
 
 X = Var("x")
 SQUARE = Call("mul", X, X)
@@ -121,16 +123,38 @@ def _make_lp(graph: Graph, found: Match) -> Value:
 POWERS = ("pow", "square", "sqrt", "identity")
 
 
-def _lp_rule() -> Rule:
-    pooled = Call("avg_pool2d", Call(POWERS, X, name="power"), name="pool")
+def _make_lp_of_sequences(graph: Graph, found: Match) -> Value:
+    """A sequence is pooled as an image of one row."""
+    pool, p = found.nodes["pool"], _exponent(found, "power")
+    assert isinstance(pool.attributes, AvgPool2d) and p is not None
+    window = pool.attributes
+    attributes = LpPool2d(p, window.kernel, window.stride, window.ceil_mode)
+    like = list(reversed(found.consumed))
+    row = Reshape(graph.spec(graph.inputs(pool.name)[0]).shape)
+    x = graph.add("reshape", (found.values["x"],), row, like=like)
+    y = graph.add("lp_pool2d", (x,), attributes, like=like)
+    return replace_root(graph, found, "reshape", (y,), Reshape(found.root.spec.shape))
+
+
+def _lp_rule(of_sequences: bool) -> Rule:
+    powered = Call(POWERS, X, name="power")
+    if of_sequences:
+        row = Call("avg_pool2d", Call("reshape", powered), name="pool")
+        pooled = Call("reshape", row)
+    else:
+        pooled = Call("avg_pool2d", powered, name="pool")
     magnitude = Call("relu", Call("abs", pooled))
     # sign(v) and |v| read the same pooled value, so the pooling has two readers inside the match.
     signed = Call("mul", Call("sign", pooled), magnitude)
     return Rule(
         "(R·S·avg_pool(x^p))^(1/p) => lp_pool2d(x, p)",
         Call(POWERS, Call("mul", signed, name="area"), name="root"),
-        _make_lp,
-        lambda: example(lambda m, x: F.lp_pool2d(x, 3.0, 2), IMAGE),
+        _make_lp_of_sequences if of_sequences else _make_lp,
+        lambda: (
+            example(lambda m, x: F.lp_pool1d(x, 3.0, 2), (2, 6, 15))
+            if of_sequences
+            else example(lambda m, x: F.lp_pool2d(x, 3.0, 2), IMAGE)
+        ),
         _lp_root_guard,
     )
 
@@ -174,7 +198,8 @@ RULES = (
         lambda: example(lambda m, x: F.local_response_norm(x, 5, 1e-3, 0.75, 2.0), IMAGE),
     ),
     _lrn_rule(Call("square", X), lambda: example(_lrn_by_hand, IMAGE)),
-    _lp_rule(),
+    _lp_rule(of_sequences=False),
+    _lp_rule(of_sequences=True),
     _product_rule(
         "silu", "sigmoid", lambda: example(lambda m, x: x * torch.sigmoid(x), IMAGE)
     ),
@@ -190,6 +215,6 @@ def recognise_composites(graph: Graph, ledger: Ledger) -> Graph:
 
     Postcondition: no part of a recognised composite is left, among them calls that have no kernel.
     """
-    return apply_rules(graph, RULES, ledger)
+    return apply_rules(graph, (*RULES, *POOL_RULES), ledger)
 
 

@@ -1,0 +1,150 @@
+"""Pooling that users and torch.export spell by other ops: rules of `recognise_composites`.
+
+The median of windows is written as `x.unfold(2, r, sh).unfold(3, s, sw)`, or as `F.unfold(x, r)`,
+flattened and given to `median`; the indices of a max pooling may be computed and never read.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+from ...kernels.median_pool import MOST_TAPS, MedianPool2d
+from ...kernels.movement import Reshape
+from ...kernels.pad import Pad
+from ..capture import TorchCall
+from ..fusions import IMAGE, example
+from ..ir import Graph, Node, Value
+from ..pattern import Call, Match, Rule, Var, replace_root
+
+X = Var("x")
+
+
+# Indices.
+
+
+def _indices_are_unread(graph: Graph, node: Node) -> bool:
+    return not graph.uses(Value(node.name, 1))
+
+
+def _drop_indices_rule() -> Rule:
+    def rewrite(graph: Graph, found: Match) -> Value:
+        return replace_root(
+            graph, found, "max_pool2d", (found.values["x"],), found.root.attributes
+        )
+
+    return Rule(
+        "values of max_pool2d_with_indices(x) => max_pool2d(x)",
+        Call("max_pool2d_with_indices", X, where=_indices_are_unread),
+        rewrite,
+        lambda: example(lambda m, x: F.max_pool2d(x, 2, return_indices=True)[0], IMAGE),
+    )
+
+
+# Medians.
+
+
+def _arguments(node: Node) -> tuple[int, ...]:
+    """The numbers that an aten call was given, after its tensor."""
+    assert isinstance(node.attributes, TorchCall)
+    flat: list[int] = []
+    for argument in node.attributes.arguments[1:]:
+        flat += argument if isinstance(argument, (list, tuple)) else [argument]
+    return tuple(map(int, flat))
+
+
+def _windows(found: Match) -> MedianPool2d | None:
+    """The window of two `Tensor.unfold`s over height and width, in either order."""
+    sides = {}
+    for name in ("inner", "outer"):
+        dim, size, step = _arguments(found.nodes[name])
+        sides[dim] = (size, step)
+    if sides.keys() != {2, 3}:
+        return None
+    return MedianPool2d((sides[2][0], sides[3][0]), (sides[2][1], sides[3][1]))
+
+
+def _refusal(graph: Graph, found: Match, window: tuple[int, int]) -> str | None:
+    """Why the median of windows cannot be a `median_pool2d`, or None."""
+    root, x = found.root, graph.spec(found.values["x"])
+    if graph.uses(Value(root.name, 1)):
+        return "its indices are read, too"
+    if x.rank != 4:
+        return f"windows of {x}, which is no batch of images"
+    if window[0] * window[1] > MOST_TAPS:
+        return f"a window of {window} has more than {MOST_TAPS} elements"
+    return None
+
+
+def _unfold_guard(graph: Graph, found: Match) -> str | None:
+    pool, flat = _windows(found), found.nodes["flat"].spec
+    if pool is None:
+        return "the windows do not run over height and width"
+    dim = _arguments(found.root)[0] % flat.rank
+    if flat.rank != 5 or dim != 4 or flat.shape[4] != pool.kernel[0] * pool.kernel[1]:
+        return f"the median is not that of whole windows but over dimension {dim} of {flat}"
+    return _refusal(graph, found, pool.kernel)
+
+
+def _make_from_unfold(graph: Graph, found: Match) -> Value:
+    pool = _windows(found)
+    assert pool is not None
+    return replace_root(graph, found, "median_pool2d", (found.values["x"],), pool)
+
+
+def _im2col_guard(graph: Graph, found: Match) -> str | None:
+    r, s, dilation_h, dilation_w, *_ = _arguments(found.nodes["columns"])
+    x, flat = graph.spec(found.values["x"]), found.nodes["flat"].spec
+    if (dilation_h, dilation_w) != (1, 1):
+        return "the windows are dilated"
+    dim, *more = _arguments(found.root)
+    if any(more) or x.rank != 4 or flat.shape[:-1] != (*x.shape[:2], r * s) or dim % 4 != 2:
+        return f"the median is not that of whole windows but over dimension {dim} of {flat}"
+    return _refusal(graph, found, (r, s))
+
+
+def _make_from_im2col(graph: Graph, found: Match) -> Value:
+    r, s, _, _, padding_h, padding_w, *stride = _arguments(found.nodes["columns"])
+    x, like = found.values["x"], list(reversed(found.consumed))
+    if padding_h or padding_w:
+        around = (0, 0, padding_h, padding_w)
+        x = graph.add("pad", (x,), Pad(around, around), like=like)
+    y = graph.add("median_pool2d", (x,), MedianPool2d((r, s), (stride[0], stride[1])), like=like)
+    return replace_root(graph, found, "reshape", (y,), Reshape(found.root.spec.shape))
+
+
+def _unfolded(x: torch.Tensor) -> torch.Tensor:
+    return x.unfold(2, 3, 1).unfold(3, 3, 1).flatten(-2).median(dim=-1).values
+
+
+def _columns(x: torch.Tensor) -> torch.Tensor:
+    columns = F.unfold(x, 3)
+    return columns.view(*x.shape[:2], 9, columns.shape[2]).median(dim=2).values
+
+
+UNFOLD, IM2COL, MEDIAN = "aten.unfold.default", "aten.im2col.default", "aten.median.dim"
+DROP_INDICES = _drop_indices_rule()
+POOL_RULES = (
+    DROP_INDICES,
+    Rule(
+        "median(flatten(unfold(unfold(x)))) => median_pool2d(x)",
+        Call(
+            MEDIAN,
+            Call(
+                "reshape",
+                Call("identity", Call(UNFOLD, Call(UNFOLD, X, name="inner"), name="outer")),
+                name="flat",
+            ),
+        ),
+        _make_from_unfold,
+        lambda: example(lambda m, x: _unfolded(x), IMAGE),
+        _unfold_guard,
+    ),
+    Rule(
+        "median(im2col(x)) => median_pool2d(x)",
+        Call(MEDIAN, Call("reshape", Call(IM2COL, X, name="columns"), name="flat")),
+        _make_from_im2col,
+        lambda: example(lambda m, x: _columns(x), IMAGE),
+        _im2col_guard,
+    ),
+)

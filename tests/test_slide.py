@@ -1,0 +1,167 @@
+"""Classifiers that slide over larger images: the dense map is the crop-by-crop result."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import convloom
+import pytest
+import torch
+from convloom import zoo
+from convloom.errors import InvalidInputError, UnsupportedOpError
+from torch import Tensor, nn
+
+from . import nets
+
+
+def crop_by_crop(
+    module: nn.Module, x: Tensor, crop: tuple[int, int], step: int
+) -> tuple[Tensor, Tensor]:
+    """The module's results on every crop of an image, as a map; and the crops."""
+    h, w = crop
+    ps, qs = (x.shape[2] - h) // step + 1, (x.shape[3] - w) // step + 1
+    starts = [(p * step, q * step) for p in range(ps) for q in range(qs)]
+    crops = torch.stack([x[:, :, i : i + h, j : j + w] for i, j in starts])
+    with torch.no_grad():
+        results = torch.stack([module(each) for each in crops], -1)
+    return results.unflatten(-1, (ps, qs)), crops
+
+
+def slid(module: nn.Module, crop: tuple[int, ...], x: Tensor, **options: Any) -> Any:
+    """The module compiled for crops of an image, sliding over the whole of it."""
+    options = {"target": "interpreter", **options}
+    example = (torch.zeros(x.shape[0], *crop),)
+    return convloom.compile(module, example, slide=tuple(x.shape[2:]), **options)
+
+
+@pytest.mark.interpreter
+def test_lenet_reads_digits_wherever_they_stand() -> None:
+    """LeNet-5 pads nothing: every position of the map is the result on one crop."""
+    module = zoo.lenet5(weights="digits").eval()
+    (x,) = nets.inputs_of((2, 1, 45, 52))
+    exe = slid(module, (1, 32, 32), x)
+    wanted, _ = crop_by_crop(module, x, (32, 32), step=4)
+    assert wanted.shape == (2, 10, 4, 6)
+    torch.testing.assert_close(exe(x), wanted, rtol=1e-4, atol=1e-4)
+    assert not {"linear", "head"} & {step.op for step in exe.plan.steps}
+    assert exe.summary["torch_fallbacks"] == 0
+
+
+class Classifier(nn.Module):
+    """An AlexNet in small: dropout between linear layers, an adaptive pooling that is none at the
+    native size, a softmax."""
+
+    def __init__(self, padding: int) -> None:
+        super().__init__()
+        self.features = nn.Sequential(
+            nn.Conv2d(3, 8, 3, padding=padding), nn.BatchNorm2d(8), nn.ReLU(),
+            nn.LocalResponseNorm(3), nn.MaxPool2d(2), nn.Conv2d(8, 8, 3, padding=padding, groups=2),
+            nn.ReLU(), nn.AdaptiveAvgPool2d(3),
+        )  # fmt: skip
+        self.classifier = nn.Sequential(
+            nn.Flatten(), nn.Dropout(), nn.Linear(8 * 3 * 3, 16), nn.BatchNorm1d(16), nn.ReLU(),
+            nn.Dropout(), nn.Linear(16, 5), nn.Softmax(1),
+        )  # fmt: skip
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.classifier(self.features(x))
+        return y
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("batch", [None, (1, 3)])
+def test_dropout_normalisation_and_softmax_slide_along(batch: tuple[int, int] | None) -> None:
+    module = nets.randomise(Classifier(padding=0))
+    (x,) = nets.inputs_of((3, 3, 17, 14))
+    exe = slid(module, (3, 12, 12), x, dynamic_batch=batch)
+    wanted, _ = crop_by_crop(module, x, (12, 12), step=2)
+    torch.testing.assert_close(exe(x), wanted, rtol=1e-4, atol=1e-5)
+    if batch is not None:
+        torch.testing.assert_close(exe(x[:1]), wanted[:1], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.interpreter
+def test_with_padding_the_head_slides_over_the_map_of_features() -> None:
+    """Padded convolutions see beside the crop: the map is that of crops of the features."""
+    module = nets.randomise(Classifier(padding=1))
+    (x,) = nets.inputs_of((2, 3, 14, 10))
+    exe = slid(module, (3, 6, 6), x)
+    with torch.no_grad():
+        features = module.features[:-1](x)  # type: ignore[index]
+    wanted, _ = crop_by_crop(module.classifier, features, (3, 3), step=1)  # type: ignore[arg-type]
+    torch.testing.assert_close(exe(x), wanted, rtol=1e-4, atol=1e-5)
+
+
+class Averaged(nn.Module):
+    """A residual network in small: shuffled channels and an average in front of one layer."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.how, self.pool = how, nn.AdaptiveAvgPool2d(1)
+        self.enter, self.middle = nn.Conv2d(3, 8, 3, 2), nn.Conv2d(8, 8, 1, groups=2)
+        self.head = nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = torch.relu(self.enter(x))
+        n, c, h, w = y.shape
+        shuffled = y.view(n, 2, c // 2, h, w).transpose(1, 2).reshape(n, c, h, w)
+        y = y + self.middle(shuffled)
+        vector = {
+            "pool": lambda: self.pool(y).flatten(1),
+            "mean": lambda: y.mean((2, 3)),
+            "max": lambda: y.amax((2, 3), keepdim=True).reshape(n, c),
+        }[self.how]()
+        result: Tensor = self.head(vector) * 2.0
+        return result
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("how", ["pool", "mean", "max"])
+def test_global_averages_become_windows(how: str) -> None:
+    module = nets.randomise(Averaged(how))
+    (x,) = nets.inputs_of((2, 3, 13, 17))
+    wanted, _ = crop_by_crop(module, x, (9, 9), step=2)
+    torch.testing.assert_close(slid(module, (3, 9, 9), x)(x), wanted, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["alexnet", "resnet18"])
+def test_models_of_the_zoo_slide(name: str) -> None:
+    """AlexNet's classifier needs one image of 227x227; 291x323 hold 3 x 4 of its positions."""
+    module, crop = zoo.build(name).eval(), zoo.entry(name).input_shape
+    shape = (1, 3, crop[1] + 64, crop[2] + 96)
+    (x,) = nets.inputs_of(shape)
+    exe = slid(module, crop, x, target="reference")
+    assert exe(x).shape == (1, 1000, 3, 4)
+
+
+def test_the_native_size_gives_a_map_of_one_position() -> None:
+    module = nets.randomise(Classifier(padding=1))
+    (x,) = nets.inputs_of((2, 3, 6, 6))
+    exe = slid(module, (3, 6, 6), x, target="reference")
+    torch.testing.assert_close(exe(x)[:, :, 0, 0], module(x), rtol=1e-4, atol=1e-5)
+
+
+def refused(error: type[Exception], module: nn.Module, shape: tuple[int, ...], size: Any) -> str:
+    with pytest.raises(error) as raised:
+        (x,) = nets.inputs_of(shape)
+        convloom.compile(module.eval(), (x,), target="reference", slide=size)
+    return str(raised.value)
+
+
+def test_what_cannot_slide_is_refused() -> None:
+    module = Classifier(padding=1)
+    small = refused(InvalidInputError, module, (1, 3, 6, 6), (6, 5))
+    assert small == "slide: expected a size of at least (6, 6), that of the example; got (6, 5)"
+    assert "(height, width), got 9" in refused(InvalidInputError, module, (1, 3, 6, 6), 9)
+    vector = refused(InvalidInputError, nn.Linear(3, 2), (1, 3), (9, 9))
+    assert "one image (N,C,H,W), got float32[1, 3]" in vector
+    pools = nn.Sequential(nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(12, 2))
+    message = refused(UnsupportedOpError, pools, (1, 3, 6, 6), (9, 9))
+    assert re.match(r"slide: '0': adaptive_avg_pool2d\(.*only an average or maximum", message)
+    rows = nn.Sequential(nn.Flatten(2), nn.Linear(36, 2))
+    message = refused(UnsupportedOpError, rows, (1, 3, 6, 6), (9, 9))
+    assert re.match(r"slide: '0': reshape\(.*depends on the size of the image", message)
+    turned = nn.Sequential(nn.Flatten(), nn.Unflatten(1, (9, 12)))
+    message = refused(UnsupportedOpError, turned, (1, 3, 6, 6), (9, 9))
+    assert "that no linear layer has made a vector of" in message
