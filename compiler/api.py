@@ -45,6 +45,7 @@ def compile(
     fallback: str = "error",
     force: Sequence[str] = (),
     forbid: Sequence[str] = (),
+    outputs: Sequence[str] | None = None,
 ) -> Executable:
     """The module compiled for inputs like `example` (a tuple of float tensors).
 
@@ -58,6 +59,9 @@ def compile(
     unsupported nodes as torch ops, listed in the ledger.
     force, forbid: fusions to make although the cost model would not, or not to make, by label
     ("conv-pool"), module path ("layer1.*") or both ("conv-pool@layer1.*").
+    outputs: module paths ("fc6", "layer3.1.relu"); the executable then returns a dict of what these
+    modules return, by name, with "" for the model itself, and computes nothing beyond it. Of a
+    module called several times it is the last call, "layer3.1.relu:0" is the first.
 
     Raises: InvalidInputError, TargetUnavailableError, CaptureError, UnsupportedOpError,
     KernelError.
@@ -74,6 +78,7 @@ def compile(
         fallback=fallback,
         force=force,
         forbid=forbid,
+        outputs=outputs,
     )
     executable = Executable(graph, plan, ledger, _runner(graph, plan, plan.target, target))
     LOG.info("%s: %s", graph.name, executable.summary_line())
@@ -94,6 +99,7 @@ def lowered(
     fallback: str = "error",
     force: Sequence[str] = (),
     forbid: Sequence[str] = (),
+    outputs: Sequence[str] | None = None,
 ) -> tuple[Graph, Plan, Ledger]:
     """What `compile` makes before there is code: the optimised graph, its plan and the ledger."""
     _check_choice("precision", precision, PRECISIONS)
@@ -108,7 +114,7 @@ def lowered(
     if not isinstance(example, (tuple, list)):
         got = "a tensor" if isinstance(example, torch.Tensor) else type(example).__name__
         raise InvalidInputError(f"example inputs: expected a tuple of tensors, got {got}")
-    captured = capture(module, example, dynamic_batch)
+    captured = capture(module, example, dynamic_batch, outputs)
     ledger = Ledger()
     wished = _names("force", force), _names("forbid", forbid)
     wishes.check(captured, *wished, LABELS)
