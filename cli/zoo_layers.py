@@ -6,8 +6,6 @@ from collections.abc import Sequence
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
-import networkx as nx
-
 from . import output
 
 if TYPE_CHECKING:
@@ -31,7 +29,7 @@ def layers(graph: Graph, model: nn.Module) -> list[dict[str, Any]]:
     from ..compiler.passes.recognise import recognise_composites
 
     graph = recognise_composites(graph.copy(), Ledger())
-    fed = _fed(graph)
+    fed = graph.fed()
     owned = _parameters(graph, model, fed)
     nodes = [node for node in graph.compute_nodes() if node.name in fed]
     rows = []
@@ -59,26 +57,33 @@ def _op(node: Node) -> str:
     return node.op if node.is_compute else str(node.attributes)
 
 
-def _fed(graph: Graph) -> set[str]:
-    """The nodes that depend on an input; the others prepare constants."""
-    inputs = (node.name for node in graph.graph_inputs())
-    return set().union(*(nx.descendants(graph.net, name) for name in inputs))
-
-
 def _parameters(graph: Graph, model: nn.Module, fed: set[str]) -> dict[str, int]:
     """How many parameters each node is the first to read."""
     from ..compiler.ir import CONSTANT
 
     sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
-    order = [node.name for node in graph.nodes()]
+    position = {node.name: at for at, node in enumerate(graph.nodes())}
     owned: dict[str, int] = {}
     for node in graph.nodes():
-        behind = nx.descendants(graph.net, node.name) & fed
-        if not (node.op == CONSTANT and node.module_path in sizes and behind):
+        if node.op != CONSTANT or node.module_path not in sizes:
             continue
-        reader = next(name for name in order if name in behind)
-        owned[reader] = owned.get(reader, 0) + sizes[node.module_path]
+        readers = _readers(graph, node.name, fed)
+        if readers:
+            first = min(readers, key=position.__getitem__)
+            owned[first] = owned.get(first, 0) + sizes[node.module_path]
     return owned
+
+
+def _readers(graph: Graph, constant: str, fed: set[str]) -> set[str]:
+    """Who reads a constant, or what was prepared from it alone."""
+    ahead, found = [constant], set()
+    while ahead:
+        for reader in graph.net.succ[ahead.pop()]:
+            if reader in fed:
+                found.add(reader)
+            else:
+                ahead.append(reader)
+    return found
 
 
 def macs(graph: Graph, node: Node) -> int:
