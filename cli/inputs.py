@@ -20,6 +20,14 @@ CROP_SHARE = 0.875
 """224 of 256 pixels: the part of the shorter side that evaluation on ImageNet looks at."""
 DIGIT_MODELS = ("lenet5",)
 """Trained on bright ink over black in [0, 1], the digit filling the image."""
+HALF_RANGE_MODELS = (
+    "googlenet", "inception_v3", "inception_v4", "inception_resnet_v2", "mobilenet_v1",
+    "preact_resnet18", "preact_resnet50",
+)  # fmt: skip
+"""Whose published weights (torchvision's and timm's) take pixels in [-1, 1]."""
+LARGEST_SEEN_WHOLE = 64
+"""Networks for larger images than this are evaluated on a crop of a larger image."""
+TEN_CROPS = 10
 
 
 def read_input(path: Path, entry: ZooModel) -> torch.Tensor:
@@ -33,7 +41,7 @@ def read_input(path: Path, entry: ZooModel) -> torch.Tensor:
         raise ArtifactError(f"input '{path}': expected an image or a .npy file, got {found}")
     if path.suffix == ".npy":
         return _read_array(path, entry.input_shape)
-    return image_tensor(_read_image(path), entry)
+    return image_tensor(read_image(path), entry)
 
 
 def _read_array(path: Path, shape: tuple[int, int, int]) -> torch.Tensor:
@@ -62,8 +70,12 @@ def _read_array(path: Path, shape: tuple[int, int, int]) -> torch.Tensor:
     return torch.from_numpy(array.astype(np.float32))
 
 
-def _read_image(path: Path) -> Image:
-    """Raises: ArtifactError when the file is no image that Pillow can decode."""
+def read_image(path: Path) -> Image:
+    """The image, upright.
+
+    Raises: ArtifactError when the file is no image that Pillow can decode, ConvloomError where
+    Pillow is missing.
+    """
     try:
         from PIL import Image, ImageOps, UnidentifiedImageError
     except ImportError as error:
@@ -85,40 +97,79 @@ def image_tensor(image: Image, entry: ZooModel) -> torch.Tensor:
     """The image as the model's input: (1, C, H, W) float32.
 
     Grey for models of one channel; resized and cropped from the centre, unless it has the size
-    already; normalised with ImageNet's mean and deviation, for digits to bright ink in [0, 1].
+    already; normalised as the model's published weights expect, for digits to bright ink in [0, 1].
     """
+    _, height, width = entry.input_shape
+    if image.size != (width, height):
+        image = _resized(image, height, width, 1.0 if entry.name in DIGIT_MODELS else CROP_SHARE)
+    return _crops(_pixels(image, entry), height, width, 1)
+
+
+def evaluation_crops(image: Image, entry: ZooModel, count: int) -> torch.Tensor:
+    """The image as an evaluation of the model looks at it: (count, C, H, W) float32.
+
+    One crop is the centre; ten are the four corners, the centre and their mirror images, whose
+    predictions are averaged. The shorter side is resized to 8/7 of the model's input first (256 for
+    224), but for one crop of a small image (CIFAR, digits), which is seen whole.
+
+    Source: Krizhevsky, Sutskever, Hinton 2012, section 4.1.
+    """
+    _, height, width = entry.input_shape
+    whole = count == 1 and max(height, width) <= LARGEST_SEEN_WHOLE
+    image = _resized(image, height, width, 1.0 if whole else CROP_SHARE)
+    return _crops(_pixels(image, entry), height, width, count)
+
+
+def _pixels(image: Image, entry: ZooModel) -> torch.Tensor:
+    """All of the image in the model's colours and scale: (C, h, w)."""
     import numpy as np
     import torch
 
-    channels, height, width = entry.input_shape
-    digits = entry.name in DIGIT_MODELS
+    channels = entry.input_shape[0]
     image = image.convert("L" if channels == 1 else "RGB")
-    image = _fitted(image, height, width, 1.0 if digits else CROP_SHARE)
-    values = np.asarray(image, np.float32).reshape(height, width, channels)
-    pixels = torch.from_numpy(values.transpose(2, 0, 1) / 255).unsqueeze(0)
-    if digits:
+    values = np.asarray(image, np.float32).reshape(image.height, image.width, channels)
+    pixels = torch.from_numpy(values.transpose(2, 0, 1) / 255)
+    if entry.name in DIGIT_MODELS:
         # Paper is bright and ink dark in most scans; the network learnt the opposite.
         return 1 - pixels if _border(pixels) > 0.5 else pixels
+    if entry.name in HALF_RANGE_MODELS:
+        return pixels * 2 - 1
     if channels == 1:
         return (pixels - GREY_MEAN) / GREY_DEVIATION
-    mean, deviation = (torch.tensor(each).view(1, -1, 1, 1) for each in (MEAN, DEVIATION))
+    mean, deviation = (torch.tensor(each).view(-1, 1, 1) for each in (MEAN, DEVIATION))
     return (pixels - mean) / deviation
 
 
 def _border(pixels: torch.Tensor) -> float:
     """Mean brightness of the outermost pixels."""
-    inner = pixels[:, :, 1:-1, 1:-1]
+    inner = pixels[:, 1:-1, 1:-1]
     return ((pixels.sum() - inner.sum()) / (pixels.numel() - inner.numel())).item()
 
 
-def _fitted(image: Image, height: int, width: int, share: float) -> Image:
-    """The centre of the image, `share` of its shorter side, at the wanted size."""
+def _resized(image: Image, height: int, width: int, share: float) -> Image:
+    """The whole image, so large that (height, width) is `share` of it one way, less the other.
+
+    Sizes are rounded as torchvision rounds them.
+    """
     from PIL import Image
 
-    if image.size == (width, height):
+    tall = round(height / share), int(round(height / share) * image.width / image.height)
+    wide = int(round(width / share) * image.height / image.width), round(width / share)
+    rows, columns = max(tall, wide)
+    if image.size == (columns, rows):
         return image
-    scale = max(height / image.height, width / image.width) / share
-    size = (max(width, round(image.width * scale)), max(height, round(image.height * scale)))
-    image = image.resize(size, Image.Resampling.BILINEAR)
-    left, top = (image.width - width) // 2, (image.height - height) // 2
-    return image.crop((left, top, left + width, top + height))
+    return image.resize((columns, rows), Image.Resampling.BILINEAR)
+
+
+def _crops(pixels: torch.Tensor, height: int, width: int, count: int) -> torch.Tensor:
+    """The centre, or with ten crops also the corners, and all of these mirrored."""
+    import torch
+
+    below, right = pixels.shape[1] - height, pixels.shape[2] - width
+    corners = [(round(below / 2), round(right / 2))]
+    if count == TEN_CROPS:
+        corners = [(0, 0), (0, right), (below, 0), (below, right), *corners]
+    found = torch.stack(
+        [pixels[:, top : top + height, left : left + width] for top, left in corners]
+    )
+    return torch.cat([found, found.flip(3)]) if count == TEN_CROPS else found

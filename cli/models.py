@@ -8,6 +8,7 @@ from contextlib import redirect_stdout
 from typing import TYPE_CHECKING, Any
 
 from .. import zoo
+from . import inputs, output
 from . import options as shared
 
 if TYPE_CHECKING:
@@ -23,8 +24,10 @@ SEED = 0
 NAME_HELP = "a model of the zoo (see `convloom zoo`)"
 
 
-def build(name: str, weights: str | None = None) -> nn.Module:
+def build(name: str, weights: str | None = None, classes: int | None = None) -> nn.Module:
     """The zoo model, ready for inference; without a weight file its weights are seeded.
+
+    classes: how many classes it tells apart (None: as many as the model of the zoo).
 
     Raises: InvalidInputError for an unknown name, ArtifactError for unusable weights.
     """
@@ -32,7 +35,16 @@ def build(name: str, weights: str | None = None) -> nn.Module:
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(SEED)
-        return zoo.build(name, weights=weights).eval()
+        options = {} if classes is None else {"num_classes": classes}
+        return zoo.build(name, weights=weights, **options).eval()
+
+
+def warn_of_random_weights(name: str) -> None:
+    """Says on stderr that the answers of a model without a weight file mean nothing."""
+    hint = "--weights digits" if name in inputs.DIGIT_MODELS else "--weights FILE"
+    output.console(stderr=True).print(
+        f"the weights are random (seed {SEED}), so the classes mean nothing; pass {hint}"
+    )
 
 
 def compile_model(options: argparse.Namespace, batch: int, weights: str | None) -> Executable:

@@ -62,12 +62,13 @@ def compile_options(batch: bool = True) -> argparse.ArgumentParser:
         )
     if batch:
         group.add_argument(
-            "--batch", type=_positive, default=1, help="images per call (default: 1)"
+            "--batch", type=positive, default=1, help="images per call (default: 1)"
         )
     return parent
 
 
-def _positive(text: str) -> int:
+def positive(text: str) -> int:
+    """A positive integer, as an argument's type."""
     if not text.isdigit() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"expected a positive integer, got {text!r}")
     return int(text)

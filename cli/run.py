@@ -64,11 +64,7 @@ def run(options: argparse.Namespace) -> int:
         )
         return 0
     if options.weights is None:
-        hint = "--weights digits" if entry.name in inputs.DIGIT_MODELS else "--weights FILE"
-        output.console(stderr=True).print(
-            f"the weights are random (seed {models.SEED}), so the classes mean nothing; "
-            f"pass {hint}"
-        )
+        models.warn_of_random_weights(entry.name)
     _print_result(y, best, options.output)
     return 0
 

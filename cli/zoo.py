@@ -2,7 +2,8 @@
 
 Parameters, MACs and activation memory follow from the captured graph. Capturing every model takes
 torch.export a minute or two, so the figures are kept in `zoo_figures.json`, which this very command
-wrote (`convloom zoo --measure --json`); a model that is not in it is measured.
+wrote (`convloom zoo --measure --json`); a model that is not in it is measured. The layers of one
+model (`convloom zoo NAME`) are captured each time.
 """
 
 from __future__ import annotations
@@ -14,15 +15,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .. import zoo
-from . import models, output
+from . import models, output, zoo_layers
 from .options import json_option
 
 if TYPE_CHECKING:
-    from ..compiler.ir import Graph, Node
+    from torch import nn
+
+    from ..compiler.ir import Graph
     from .options import SubParsers
 
 FIGURES = Path(__file__).with_name("zoo_figures.json")
-PRODUCTS = ("conv2d", "conv3d", "conv_transpose2d", "conv_transpose3d", "linear")
 
 
 def configure(commands: SubParsers) -> None:
@@ -31,10 +33,11 @@ def configure(commands: SubParsers) -> None:
         "zoo",
         help="list the models",
         description="Lists the models of the zoo: input, parameters, multiply-accumulates of the "
-        "convolutions and linear layers, and bytes of all activations, for one float32 image.",
+        "convolutions and linear layers, and bytes of all activations (the results of all ops), "
+        "for one float32 image. One model by itself is also shown layer by layer.",
         parents=[json_option()],
     )
-    parser.add_argument("names", metavar="NAME", nargs="*", help="only these models")
+    parser.add_argument("names", metavar="NAME", nargs="*", help="only these; one: its layers")
     parser.add_argument(
         "--measure", action="store_true", help="capture the models now (a minute or two for all)"
     )
@@ -44,10 +47,15 @@ def configure(commands: SubParsers) -> None:
 def run(options: argparse.Namespace) -> int:
     """Prints the table."""
     rows = figures(options.names or zoo.names(), options.measure)
+    alone = len(options.names) == 1
+    if alone:
+        rows[0] = {**rows[0], "layers": layers(options.names[0])}
     if options.json:
         output.print_json(rows)
-    else:
-        _print_table(rows)
+        return 0
+    _print_table(rows)
+    if alone:
+        zoo_layers.print_table(rows[0]["layers"])
     return 0
 
 
@@ -72,38 +80,38 @@ def figures(names: Sequence[str], measured: bool) -> list[dict[str, Any]]:
 
 def measure(name: str) -> dict[str, Any]:
     """One row, from the graph captured at batch 1 in float32."""
-    import torch
-
-    from ..compiler.capture import capture
     from ..compiler.lower import activation_bytes
 
-    entry = zoo.entry(name)
-    with torch.device("meta"):
-        model = models.build(name)
-    # Weights with whatever memory holds: capture asks for data, nothing here depends on it.
-    model = model.to_empty(device="cpu")
-    graph = capture(model, (torch.zeros(1, *entry.input_shape),))
+    model, graph = _captured(name)
     return {
         "name": name,
-        "input_shape": list(entry.input_shape),
+        "input_shape": list(zoo.entry(name).input_shape),
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
-        "macs": sum(_macs(graph, node) for node in graph.nodes()),
+        "macs": sum(zoo_layers.macs(graph, node) for node in graph.nodes()),
         "activation_bytes": activation_bytes(graph),
     }
 
 
-def _macs(graph: Graph, node: Node) -> int:
-    """Multiply-accumulates of a convolution or linear layer, 0 for anything else."""
-    from ..kernels.op import Problem
-    from ..kernels.spec import Operand
+def layers(name: str) -> list[dict[str, Any]]:
+    """The model's layers, as `zoo_layers.layers` tells them.
 
-    inputs = [graph.spec(value) for value in graph.own_inputs(node)]
-    if node.op in PRODUCTS:
-        operands = tuple(map(Operand.dense, inputs))
-        outputs = tuple(map(Operand.dense, node.outputs))
-        problem = Problem(node.op, node.attributes, operands, outputs)
-        return node.definition.cost(problem).flops // 2
-    return 0
+    Raises: InvalidInputError, with the nearest names, for an unknown model.
+    """
+    with output.working(f"capturing {zoo.entry(name).name}"):
+        model, graph = _captured(name)
+    return zoo_layers.layers(graph, model)
+
+
+def _captured(name: str) -> tuple[nn.Module, Graph]:
+    import torch
+
+    from ..compiler.capture import capture
+
+    with torch.device("meta"):
+        model = models.build(name)
+    # Weights with whatever memory holds: capture asks for data, nothing here depends on it.
+    model = model.to_empty(device="cpu")
+    return model, capture(model, (torch.zeros(1, *zoo.entry(name).input_shape),))
 
 
 def _print_table(rows: Sequence[dict[str, Any]]) -> None:

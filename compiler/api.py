@@ -49,6 +49,7 @@ def compile(
     force: Sequence[str] = (),
     forbid: Sequence[str] = (),
     slide: tuple[int, int] | None = None,
+    outputs: Sequence[str] | None = None,
 ) -> Executable:
     """The module compiled for inputs like `example` (a tuple of float tensors).
 
@@ -68,6 +69,9 @@ def compile(
     product of the strides before the head. A position is the module's result on the crop that
     begins there, except that convolutions with padding see the pixels beside the crop where the
     module sees its padding.
+    outputs: module paths ("fc6", "layer3.1.relu"); the executable then returns a dict of what these
+    modules return, by name, with "" for the model itself, and computes nothing beyond it. Of a
+    module called several times it is the last call, "layer3.1.relu:0" is the first.
 
     Raises: InvalidInputError, TargetUnavailableError, CaptureError, UnsupportedOpError,
     KernelError.
@@ -85,6 +89,7 @@ def compile(
         force=force,
         forbid=forbid,
         slide=slide,
+        outputs=outputs,
     )
     executable = Executable(graph, plan, ledger, _runner(graph, plan, plan.target, target))
     LOG.info("%s: %s", graph.name, executable.summary_line())
@@ -107,6 +112,7 @@ def lowered(
     forbid: Sequence[str] = (),
     slide: tuple[int, int] | None = None,
     known: Timings | None = None,
+    outputs: Sequence[str] | None = None,
 ) -> tuple[Graph, Plan, Ledger]:
     """What `compile` makes before there is code: the optimised graph, its plan and the ledger.
 
@@ -126,7 +132,7 @@ def lowered(
         got = "a tensor" if isinstance(example, torch.Tensor) else type(example).__name__
         raise InvalidInputError(f"example inputs: expected a tuple of tensors, got {got}")
     records = _records(tuning, chosen)
-    captured = capture(module, example, dynamic_batch)
+    captured = capture(module, example, dynamic_batch, outputs)
     if slide is not None:
         captured = slide_classifier(captured, slide)
     wished = _names("force", force), _names("forbid", forbid)

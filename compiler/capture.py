@@ -27,6 +27,7 @@ from ..kernels import registry
 from ..kernels.epilogue import Epilogue
 from ..kernels.op import Attributes
 from ..kernels.spec import FLOAT_DTYPES, TensorSpec
+from .features import observed
 from .ir import CONSTANT, INPUT, OUTPUT, TORCH, Graph, NoAttributes, Node, Value
 
 TRAINING_OPS = ("native_dropout", "bernoulli", "rand_like", "randn_like", "rand", "randn", "rrelu")
@@ -122,15 +123,17 @@ def capture(
     module: torch.nn.Module,
     example: Sequence[Any],
     dynamic_batch: tuple[int, int] | None = None,
+    outputs: Sequence[str] | None = None,
 ) -> Graph:
     """The module's dataflow graph for inputs like `example`.
 
-    dynamic_batch: (lo, hi); every input's dimension 0 is then the batch. Calls without a kernel
-    become "torch" nodes: some are parts of composite ops that a pass recognises later, the rest is
-    reported by `refuse_unsupported`.
+    dynamic_batch: (lo, hi); every input's dimension 0 is then the batch. outputs: the module paths
+    whose activations the graph returns, by name, instead of the module's result (`features.py`).
+    Calls without a kernel become "torch" nodes: some are parts of composite ops that a pass
+    recognises later, the rest is reported by `refuse_unsupported`.
 
-    Raises: InvalidInputError for arguments that are not float tensors or a batch range that makes
-    no sense; CaptureError when torch.export fails or the module would still train.
+    Raises: InvalidInputError for arguments that are not float tensors, a batch range that makes no
+    sense or unknown outputs; CaptureError when torch.export fails or the module would still train.
     """
     arguments = tuple(example)
     leaves = _check_example(arguments)
@@ -139,7 +142,9 @@ def capture(
         _check_range(dynamic_batch, leaves)
         arguments = pytree.tree_map(_two_samples, arguments)
         batch = Dim("batch", min=1, max=max(dynamic_batch[1], 2))
-    program = _export(module, arguments, batch)
+    _check_module(module)
+    with observed(module, outputs):
+        program = _export(module, arguments, batch)
     _refuse_training(module, program)
     graph = Graph(name=type(module).__name__)
     state = _State(graph)
@@ -195,9 +200,12 @@ def _two_samples(x: torch.Tensor) -> torch.Tensor:
     return x[:1].expand(2, *x.shape[1:]).contiguous()
 
 
-def _export(module: torch.nn.Module, arguments: tuple[Any, ...], batch: Any) -> Any:
+def _check_module(module: Any) -> None:
     if not isinstance(module, torch.nn.Module):
         raise InvalidInputError(f"model: expected a torch.nn.Module, got {type(module).__name__}")
+
+
+def _export(module: torch.nn.Module, arguments: tuple[Any, ...], batch: Any) -> Any:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 
-import networkx as nx
 import torch
 
 from ..errors import KernelError, UnsupportedOpError
@@ -114,8 +113,7 @@ def activation_bytes(captured: Graph, dtype: torch.dtype | None = None) -> int:
 
     What follows from parameters alone (a bias that capture reshapes) is no activation.
     """
-    inputs = (node.name for node in captured.graph_inputs())
-    fed = set().union(*(nx.descendants(captured.net, name) for name in inputs))
+    fed = captured.fed()
     specs = (
         spec for node in captured.compute_nodes() if node.name in fed for spec in node.outputs
     )

@@ -297,7 +297,8 @@ def default(problem: Problem, target: Target) -> Config:
     many as fit; 8 warps where tiles are wide."""
     depth = max(16, power_of_two(problem.inputs[0].shape[1]))
     if target.name == "interpreter":
-        rows = max(16, min(1024, power_of_two(problem.output.shape[0])))
+        # Weights are at least twice as wide (`_block`), and Triton's largest tile is 2**20.
+        rows = max(16, min(256, power_of_two(problem.output.shape[0])))
         return config(1, 1, BLOCK_M=rows, BLOCK_K=min(depth, 512), BLOCK_PIXELS=1)
     order = (4, 8, 16) if max(widths(problem)) <= 64 else (8, 16)
     tiles = [

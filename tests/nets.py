@@ -136,15 +136,18 @@ _EXPORTED: dict[Any, tuple[nn.Module, Graph]] = {}
 
 
 def captured(
-    module: nn.Module, inputs: Sequence[Any], batch: tuple[int, int] | None = None
+    module: nn.Module,
+    inputs: Sequence[Any],
+    batch: tuple[int, int] | None = None,
+    outputs: Sequence[str] | None = None,
 ) -> Graph:
     """The captured graph of a module that no test changes: torch.export, which takes longer than
     everything else about a small network, runs once. The graph is the caller's own."""
     leaves = pytree.tree_leaves(tuple(inputs))
     described = ((getattr(x, "shape", x), getattr(x, "dtype", None)) for x in leaves)
-    key = id(module), batch, tuple(described)
+    key = id(module), batch, tuple(described), None if outputs is None else tuple(outputs)
     if key not in _EXPORTED:
-        _EXPORTED[key] = module, capture(module, inputs, batch)
+        _EXPORTED[key] = module, capture(module, inputs, batch, outputs)
     return _EXPORTED[key][1].copy()
 
 

@@ -201,3 +201,15 @@ def test_the_rest_of_the_zoo(name: str) -> None:
     exe = convloom.compile(module, (x,), target="interpreter")
     nets.check(exe(x), module, (x,))
     assert exe.summary["torch_fallbacks"] == 0
+
+
+@pytest.mark.interpreter
+def test_a_classifier_over_a_thousand_samples() -> None:
+    """The interpreter takes many rows at a time, but no tile over Triton's 2**20 elements."""
+    module, inputs = nets.make(
+        lambda m, x: m.last(torch.relu(m.first(x))), (1030, 20),
+        first=nn.Linear(20, 12), last=nn.Linear(12, 5),
+    )  # fmt: skip
+    exe = convloom.compile(module, inputs, target="interpreter", tuning="heuristic")
+    assert [kernel.step.op for kernel in exe.kernels] == ["head"]
+    nets.check(exe(*inputs), module, inputs)

@@ -318,11 +318,25 @@ def test_builders_tell_their_parameters(name):
 
 
 @pytest.mark.parametrize(
-    ("name", "gigamacs"), [("resnet152", 11.3), ("vgg_d", 15.3), ("vgg_e", 19.6)]
+    ("name", "gigamacs"),
+    [("resnet18", 1.8), ("resnet34", 3.6), ("resnet152", 11.3), ("vgg_d", 15.3), ("vgg_e", 19.6)],
 )
 def test_papers_give_the_same_cost(name, gigamacs):
     """The ResNet paper's "FLOPs", which are multiply-adds, within 2%."""
     assert FIGURES[name][1] == pytest.approx(gigamacs * 1e9, rel=0.02)
+
+
+def test_the_vgg_paper_gives_the_same_parameters():
+    """Table 2: configurations A to E, in millions."""
+    millions = {name: round(FIGURES[f"vgg_{name}"][0] / 1e6) for name in "abcde"}
+    assert millions == {"a": 133, "b": 133, "c": 134, "d": 138, "e": 144}
+
+
+def test_alexnets_parameters_are_in_its_classifier():
+    """62.4 million, about 95% of them in the fully connected layers."""
+    assert FIGURES["alexnet"][0] == pytest.approx(62.4e6, rel=1e-3)
+    connected = sum(count for name, count in ALEXNET_LAYERS.items() if name.startswith("fc"))
+    assert connected / FIGURES["alexnet"][0] == pytest.approx(0.95, abs=0.015)
 
 
 def test_alexnet_layer_by_layer():

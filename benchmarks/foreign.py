@@ -1,0 +1,226 @@
+"""Networks of torchvision and timm as the sweep compiles them (`sweep.py`)."""
+
+from __future__ import annotations
+
+import copy
+import importlib
+import math
+import sys
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
+
+import torch
+from convloom.compiler.capture import TorchCall, capture
+from convloom.compiler.executable import Executable
+from convloom.compiler.ir import Goal, Graph
+from convloom.compiler.ledger import Ledger
+from convloom.compiler.lower import Options, lower
+from convloom.compiler.passes import run_passes
+from convloom.compiler.runtime import InterpreterRunner, ReferenceRunner
+from convloom.kernels import targets, tolerance
+from torch import nn
+
+# Families of architectures; the kernels are interpreted for the first member of each.
+TORCHVISION = {
+    "alexnet": ("alexnet",),
+    "vgg": ("vgg11", "vgg16_bn"),
+    "googlenet": ("googlenet",),
+    "inception": ("inception_v3",),
+    "resnet": ("resnet18", "resnet50", "resnext50_32x4d", "wide_resnet50_2"),
+    "mobilenet_v2": ("mobilenet_v2",),
+    "mobilenet_v3": ("mobilenet_v3_small", "mobilenet_v3_large"),
+    "densenet": ("densenet121",),
+    "squeezenet": ("squeezenet1_1", "squeezenet1_0"),
+    "shufflenet": ("shufflenet_v2_x1_0",),
+    "mnasnet": ("mnasnet1_0",),
+    "efficientnet": ("efficientnet_b0", "efficientnet_v2_s"),
+    "regnet": ("regnet_y_400mf", "regnet_x_400mf"),
+    "convnext": ("convnext_tiny",),
+}
+TIMM = {
+    "resnet": ("resnet18", "resnet50", "resnet50d", "resnext50_32x4d"),
+    "resnetv2": ("resnetv2_50",),
+    "resnets with attention": ("seresnet50", "ecaresnet50d"),
+    "sknet": ("skresnet50",),
+    "resnest": ("resnest50d",),
+    "res2net": ("res2net50_26w_4s",),
+    "densenet": ("densenet121",),
+    "dpn": ("dpn68",),
+    "inception": ("inception_v3",),
+    "inception_v4": ("inception_v4", "inception_resnet_v2"),
+    "xception": ("xception", "xception41"),
+    "vgg": ("vgg16",),
+    "efficientnet": ("efficientnet_b0", "tf_efficientnet_b0", "efficientnetv2_rw_s"),
+    "mobilenet": ("mobilenetv2_100", "mobilenetv3_large_100"),
+    "mobilenetv4": ("mobilenetv4_conv_small",),
+    "mobilenetv4_hybrid": ("mobilenetv4_hybrid_medium",),
+    "mixnet": ("mixnet_s",),
+    "ghostnet": ("ghostnet_100",),
+    "repvgg": ("repvgg_a2",),
+    "mobileone": ("mobileone_s1",),
+    "regnet": ("regnety_008",),
+    "convnext": ("convnext_tiny", "convnextv2_tiny"),
+    "nfnet": ("nfnet_f0",),
+    "dla": ("dla34",),
+    "hrnet": ("hrnet_w18_small",),
+    "searched": (
+        "lcnet_050", "hardcorenas_a", "tinynet_a", "semnasnet_100", "fbnetc_100",
+    ),
+    "csp": ("cspdarknet53", "darknet53"),
+    "vovnet": ("vovnet39a",),
+    "rexnet": ("rexnet_100",),
+    "selecsls": ("selecsls42b",),
+    "hgnet": ("hgnetv2_b0",),
+    "inception_next": ("inception_next_tiny",),
+    "edgenext": ("edgenext_small",),
+    "fastvit": ("fastvit_t8",),
+    "efficientvit": ("efficientvit_b0",),
+    "starnet": ("starnet_s1",),
+    "poolformer": ("poolformer_s12",),
+    "convmixer": ("convmixer_768_32",),
+    "gernet": ("gernet_s",),
+    "visformer": ("visformer_tiny",),
+    "tresnet": ("tresnet_m",),
+    "bat_resnext": ("bat_resnext26ts",),
+}  # fmt: skip
+LIBRARIES = {"torchvision": TORCHVISION, "timm": TIMM}
+FAMILIES = {
+    f"{library}/{member}": f"{library}/{family}"
+    for library, families in LIBRARIES.items()
+    for family, members in families.items()
+    for member in members
+}
+"""The family of each model."""
+FIRST = frozenset(
+    f"{library}/{members[0]}"
+    for library, families in LIBRARIES.items()
+    for members in families.values()
+)
+SIDES = (64, 96, 128, 224, 256)
+"""Some networks need a larger image, or one of the size they were made for."""
+BATCH = 2
+
+_KEPT: list[torch.library.Library] = []
+
+
+def import_libraries() -> tuple[ModuleType, ModuleType]:
+    """torchvision and timm.
+
+    torchvision's wheels are built for CUDA: beside a torch for the CPU their first import fails,
+    because the operators of its own are not there. They are then declared, which is enough for
+    networks that do not call them.
+
+    Raises: ImportError where one is not installed.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            torchvision = importlib.import_module("torchvision")
+        except RuntimeError:
+            for name in [n for n in sys.modules if n.partition(".")[0] == "torchvision"]:
+                del sys.modules[name]
+            operators = torch.library.Library("torchvision", "DEF")
+            for name in ("nms", "qnms"):
+                signature = "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
+                operators.define(name + signature)
+            _KEPT.append(operators)
+            torchvision = importlib.import_module("torchvision")
+        return torchvision, importlib.import_module("timm")
+
+
+def build(name: str) -> nn.Module:
+    """The network "torchvision/NAME" or "timm/NAME" with random weights, ready for inference."""
+    torchvision, timm = import_libraries()
+    library, _, member = name.partition("/")
+    torch.manual_seed(0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        make: Any = timm.create_model
+        if library == "torchvision":
+            make = torchvision.models.get_model
+        return randomised(make(member)).eval()
+
+
+def randomised(model: nn.Module) -> nn.Module:
+    """The model with weights that keep the scale of activations, and nothing left at 0 or 1:
+    libraries start the last scale of a residual branch at 0, which would hide the branch."""
+    generator = torch.Generator().manual_seed(0)
+    statistics = {n: b for n, b in model.named_buffers() if n.endswith(("_mean", "_var"))}
+    for name, tensor in (*model.named_parameters(), *statistics.items()):
+        values = tensor.detach()
+        if values.dim() > 1:
+            values.normal_(generator=generator).mul_(math.sqrt(2.0 / values[0].numel()))
+        elif values.dim() == 0 or name.endswith(("weight", "running_var")):
+            values.uniform_(0.5, 1.0, generator=generator)
+        else:
+            values.normal_(std=0.3, generator=generator)
+    return model
+
+
+def fitting_input(model: nn.Module) -> torch.Tensor:
+    """The smallest batch of random square images that the model takes.
+
+    Raises: ValueError with the model's own complaint when it takes none.
+    """
+    complaint: Exception | None = None
+    for side in SIDES:
+        generator = torch.Generator().manual_seed(side)
+        x = torch.randn(BATCH, 3, side, side, generator=generator)
+        try:
+            with torch.no_grad():
+                model(x)
+        except (AssertionError, RuntimeError, ValueError) as error:
+            complaint = error
+            continue
+        return x
+    raise ValueError(f"takes no image of side {SIDES}: {complaint!r}") from complaint
+
+
+@dataclass(frozen=True)
+class Foreign:
+    """A captured network, its input and what it should return."""
+
+    captured: Graph
+    x: torch.Tensor
+    exact: torch.Tensor
+    eager: torch.Tensor
+    depth: int
+
+    def executable(self, target: str) -> Executable:
+        """Compiled for "reference" or "interpreter"; calls without a kernel run as torch ops."""
+        ledger, chosen = Ledger(), targets.parse(target)
+        self.captured.goal = Goal(chosen)
+        graph = run_passes(self.captured, ledger, fallback="torch")
+        plan = lower(graph, self.captured, Options(chosen), ledger)
+        reference = chosen is targets.REFERENCE
+        runner = ReferenceRunner(graph) if reference else InterpreterRunner(plan)
+        return Executable(graph, plan, ledger, runner)
+
+    def check(self, executable: Executable) -> str | None:
+        """What is wrong with the executable's result, in words, or None."""
+        if not self.exact.isfinite().all():
+            return "the module's own result is not finite, so nothing can be compared"
+        return tolerance.compare(executable(self.x), self.exact, self.eager, self.depth)
+
+
+def prepared(name: str) -> Foreign:
+    """Builds and captures a network.
+
+    Raises: ImportError, ValueError from `fitting_input`, CaptureError.
+    """
+    model = build(name)
+    x = fitting_input(model)
+    with torch.no_grad():
+        eager = model(x)
+        exact = copy.deepcopy(model).double()(x.double())
+    weights = (p for p in model.parameters() if p.dim() > 1)
+    return Foreign(capture(model, (x,)), x, exact, eager, sum(w[0].numel() for w in weights))
+
+
+def missing_ops(executable: Executable) -> Sequence[TorchCall]:
+    """The calls of an executable that have no kernel."""
+    calls = (node.attributes for node in executable.graph.nodes())
+    return [call for call in calls if isinstance(call, TorchCall)]

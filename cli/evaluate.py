@@ -1,0 +1,299 @@
+"""`convloom evaluate NAME --data FOLDER`: errors on a folder of images, eager and compiled."""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+from .. import zoo
+from ..errors import ArtifactError, InvalidInputError
+from . import inputs, models, output
+from . import options as shared
+
+if TYPE_CHECKING:
+    import torch
+
+    from ..compiler.executable import Executable
+    from ..zoo import ZooModel
+    from ..zoo.accuracy import Errors
+    from .options import SubParsers
+
+    Network: TypeAlias = Callable[[torch.Tensor], torch.Tensor]
+
+IMAGE_SUFFIXES = (".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
+CROPS = (1, inputs.TEN_CROPS)
+BATCH = 8
+
+
+def configure(commands: SubParsers) -> None:
+    """Adds the sub-command."""
+    parser = commands.add_parser(
+        "evaluate",
+        help="top-1 and top-5 error on a folder of images",
+        description="Runs a zoo model on every image of a folder that holds one sub-folder per "
+        "class, in PyTorch and compiled, and prints both errors and both speeds. Classes are the "
+        "sub-folders by name (by number where all names are numbers). Images are resized, cropped "
+        "and normalised as torchvision does for the model's published weights.",
+        parents=[shared.compile_options(batch=False), shared.json_option()],
+    )
+    parser.add_argument("name", metavar="NAME", help=models.NAME_HELP)
+    parser.add_argument("--data", metavar="FOLDER", type=Path, required=True,
+                        help="one sub-folder of images per class")  # fmt: skip
+    parser.add_argument(
+        "--weights",
+        metavar="FILE",
+        help='a .safetensors or .pth file, or "digits" for lenet5 (default: random, seed 0)',
+    )
+    parser.add_argument(
+        "--classes", metavar="N", type=shared.positive,
+        help="build the model with so many classes (default: its own number)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--crops", type=int, nargs="+", choices=CROPS, default=[1],
+        help="1: the centre; 10: corners and centre, and these mirrored; or both (default: 1)",
+    )  # fmt: skip
+    parser.add_argument("--batch", type=shared.positive, default=BATCH,
+                        help=f"crops per call (default: {BATCH})")  # fmt: skip
+    parser.add_argument("--limit", metavar="N", type=shared.positive,
+                        help="at most so many images, evenly from the whole folder")  # fmt: skip
+    parser.set_defaults(run=run)
+
+
+@dataclass(frozen=True)
+class Folder:
+    """Images by class. files: (path, index of its class)."""
+
+    path: Path
+    classes: tuple[str, ...]
+    files: tuple[tuple[Path, int], ...]
+
+
+def read_folder(path: Path, classes: int, limit: int | None = None) -> Folder:
+    """The images below `path`, one sub-folder for each of `classes` classes.
+
+    Raises: ArtifactError when there is no such folder, when it has no sub-folders, another number
+    of them, or one without images.
+    """
+    if not path.is_dir():
+        found = "a file" if path.exists() else "no such folder"
+        raise ArtifactError(
+            f"data '{path}': expected a folder with one sub-folder per class, got {found}"
+        )
+    names = [each.name for each in path.iterdir() if each.is_dir() and each.name[0] != "."]
+    if not names:
+        raise ArtifactError(
+            f"data '{path}': expected one sub-folder of images per class, got a folder without "
+            "sub-folders. Put the images of each class into a folder of their own"
+        )
+    numbers = all(name.isdecimal() for name in names)
+    names.sort(key=lambda name: (int(name) if numbers else 0, name))
+    if len(names) != classes:
+        raise ArtifactError(
+            f"data '{path}': expected {classes} sub-folders, one for each class of the model, got "
+            f"{len(names)} ({', '.join(names[:5])}{', ...' if len(names) > 5 else ''}). Weights "
+            f"for {len(names)} classes are loaded with --classes {len(names)}"
+        )
+    files = [(file, at) for at, name in enumerate(names) for file in _images(path / name)]
+    if limit is not None and limit < len(files):
+        files = [files[at * len(files) // limit] for at in range(limit)]
+    return Folder(path, tuple(names), tuple(files))
+
+
+def _images(path: Path) -> list[Path]:
+    files = sorted(
+        file
+        for file in path.rglob("*")
+        if file.suffix.lower() in IMAGE_SUFFIXES and file.name[0] != "." and file.is_file()
+    )
+    if not files:
+        raise ArtifactError(
+            f"data '{path}': expected images ({' '.join(IMAGE_SUFFIXES)}), got none"
+        )
+    return files
+
+
+@dataclass
+class _Tally:
+    """One network's errors and the time it took."""
+
+    network: Network
+    errors: Errors
+    seconds: float = 0.0
+    answers: list[int] = field(default_factory=list)
+
+    def add(self, crops: Sequence[torch.Tensor], labels: torch.Tensor, count: int) -> None:
+        """Runs the network on batches of crops, `count` of them for each label, and counts."""
+        import torch
+
+        from ..zoo.accuracy import mean_prediction
+
+        started = time.perf_counter()
+        with torch.no_grad():
+            scores = torch.cat([self.network(x) for x in crops])
+        self.seconds += time.perf_counter() - started
+        prediction = mean_prediction(scores, count)
+        self.errors.add(prediction, labels)
+        self.answers += prediction.argmax(1).tolist()
+
+
+def run(options: argparse.Namespace) -> int:
+    """Evaluates the model and prints the table."""
+    import torch
+
+    entry = zoo.entry(options.name)
+    target = shared.target(options)
+    folder = read_folder(options.data, options.classes or entry.num_classes, options.limit)
+    model = models.build(entry.name, options.weights, options.classes)
+    example = torch.zeros(options.batch, *entry.input_shape)
+    with output.working(f"compiling {entry.name} for {target}"):
+        executable = models.compile_for(model, example, target=target, options=options)
+    _check_scores(executable, entry)
+    networks = {
+        "eager": _eager(model, executable),
+        "compiled": _compiled(executable, options.batch),
+    }
+    results = [
+        row
+        for count in dict.fromkeys(options.crops)
+        for row in evaluate(networks, folder, entry, count, options.batch)
+    ]
+    if options.json:
+        output.print_json(
+            {
+                "model": entry.name,
+                "weights": options.weights,
+                "data": str(options.data),
+                "classes": len(folder.classes),
+                "images": len(folder.files),
+                "target": executable.target.name,
+                "dtype": options.dtype or "float32",
+                "results": results,
+            }
+        )
+        return 0
+    if options.weights is None:
+        models.warn_of_random_weights(entry.name)
+    _print_table(results, folder, executable)
+    return 0
+
+
+def _check_scores(executable: Executable, entry: ZooModel) -> None:
+    shape = executable.plan.outputs[0].spec.shape
+    if len(shape) != 2:
+        raise InvalidInputError(
+            f"{entry.name}: expected a model that answers with one score per class, got an output "
+            f"of shape {shape}: its answer is no class"
+        )
+
+
+def _eager(model: torch.nn.Module, executable: Executable) -> Network:
+    """PyTorch's own answers in the model's dtype, on the device of the executable."""
+    device = "cuda" if executable.target.is_gpu else "cpu"
+    model = model.to(device)
+    return lambda x: model(x.to(device)).cpu()
+
+
+def _compiled(executable: Executable, batch: int) -> Network:
+    """The executable's answers for `batch` images or fewer: it is compiled for that many."""
+    import torch
+
+    def answers(x: torch.Tensor) -> torch.Tensor:
+        padded = torch.cat([x, x[-1:].expand(batch - len(x), *x.shape[1:])])
+        return models.run(executable, padded)[: len(x)]
+
+    return answers
+
+
+def evaluate(
+    networks: dict[str, Network],
+    folder: Folder,
+    entry: ZooModel,
+    count: int,
+    batch: int,
+) -> list[dict[str, Any]]:
+    """One row per network: its errors with `count` crops of each image, and images per second.
+
+    Networks take up to `batch` crops at a time, the same ones in turn; decoding is not timed.
+
+    Raises: ArtifactError naming a file that is no image.
+    """
+    import torch
+
+    from ..zoo.accuracy import Errors
+
+    tallies = {name: _Tally(network, Errors()) for name, network in networks.items()}
+    with _progress(f"{count} crop{'s' if count > 1 else ''}", len(folder.files)) as advance:
+        for start in range(0, len(folder.files), batch):
+            files = folder.files[start : start + batch]
+            crops = torch.cat(
+                [inputs.evaluation_crops(inputs.read_image(p), entry, count) for p, _ in files]
+            )
+            labels = torch.tensor([label for _, label in files])
+            pieces = [crops[at : at + batch] for at in range(0, len(crops), batch)]
+            for tally in tallies.values():
+                tally.add(pieces, labels, count)
+            advance(len(files))
+    first = next(iter(tallies.values()))
+    return [
+        {
+            "crops": count,
+            "network": name,
+            "top1_error": tally.errors.top1,
+            "top5_error": tally.errors.top5,
+            "images_per_s": len(folder.files) / tally.seconds,
+            "same_answers": sum(map(int.__eq__, tally.answers, first.answers)),
+        }
+        for name, tally in tallies.items()
+    ]
+
+
+@contextmanager
+def _progress(what: str, images: int) -> Iterator[Callable[[int], None]]:
+    """A progress bar on stderr, where that is a terminal."""
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeRemainingColumn,
+    )
+
+    columns = (
+        TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(),
+        TimeRemainingColumn(),
+    )  # fmt: skip
+    notes = output.console(stderr=True)
+    with Progress(*columns, console=notes, disable=not notes.is_terminal, transient=True) as bar:
+        task = bar.add_task(what, total=images)
+        yield lambda done: bar.advance(task, done)
+
+
+def _print_table(
+    results: Sequence[dict[str, Any]], folder: Folder, executable: Executable
+) -> None:
+    from rich.table import Table
+
+    table = Table("crops", "network", "top-1 error", "top-5 error", "images/s", "as eager")
+    for column in table.columns[2:]:
+        column.justify = "right"
+    for row in results:
+        top5 = row["top5_error"]
+        table.add_row(
+            str(row["crops"]),
+            row["network"] if row["network"] == "eager" else f"on {executable.target.name}",
+            f"{row['top1_error']:.2%}",
+            "-" if top5 is None else f"{top5:.2%}",
+            f"{row['images_per_s']:,.1f}",
+            f"{row['same_answers']} of {len(folder.files)}",
+        )
+    console = output.console()
+    console.print(table)
+    console.print(
+        f"{len(folder.files)} images of {len(folder.classes)} classes; images/s without decoding; "
+        "as eager: images with the same likeliest class"
+    )
