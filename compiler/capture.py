@@ -27,6 +27,7 @@ from ..kernels import registry
 from ..kernels.epilogue import Epilogue
 from ..kernels.op import Attributes
 from ..kernels.spec import FLOAT_DTYPES, TensorSpec
+from .interface import Structure
 from .ir import CONSTANT, INPUT, OUTPUT, TORCH, Graph, NoAttributes, Node, Value
 
 TRAINING_OPS = ("native_dropout", "bernoulli", "rand_like", "randn_like", "rand", "randn", "rrelu")
@@ -53,18 +54,6 @@ class Slot:
     """The place of input `index` in the arguments of a `TorchCall`."""
 
     index: int
-
-
-@dataclass(frozen=True)
-class Structure:
-    """How the module's arguments and result are nested.
-
-    results: for each leaf of the result, the index of a graph output or a literal.
-    """
-
-    arguments: pytree.TreeSpec
-    result: pytree.TreeSpec
-    results: tuple[tuple[str, Any], ...]
 
 
 class _Refused(Exception):
