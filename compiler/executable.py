@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -109,6 +110,19 @@ class Executable:
     def _device(self) -> torch.device:
         runner = self._runner
         return runner.device if isinstance(runner, CudaRunner) else torch.device("cpu")
+
+    def save(self, path: str | Path, *others: Executable, model: str = "") -> None:
+        """Writes a file that `convloom.load` reads, whole or not at all (`artifact/`).
+
+        others: the same module compiled for other targets or ranges of batches, for the same file.
+        model: what it is of, in words; by default the class of the module.
+
+        Raises: ArtifactError where something cannot be in a file: torch fallbacks, outputs in
+        containers other than tuple, list and dict, executables that do not belong together.
+        """
+        from .artifact.write import save
+
+        save(path, (self, *others), model)
 
     # Inspection.
 

@@ -108,6 +108,8 @@ def lower(graph: Graph, captured: Graph, options: Options, ledger: Ledger) -> Pl
         batch=(1, batches[0]) if batches else None,
         convs=sum(node.op == "conv2d" for node in captured.nodes()),
         views=state.views,
+        precision=options.precision,
+        in_place=options.elide_concats,
     )
 
 

@@ -54,7 +54,11 @@ Step = KernelStep | TorchStep
 
 @dataclass(frozen=True)
 class Plan:
-    """Everything the runtime needs except the machine code."""
+    """Everything the runtime needs except the machine code.
+
+    precision, in_place: of the `Options` it was lowered with; a file that is loaded for another
+    target is lowered with them again.
+    """
 
     target: Target
     steps: tuple[Step, ...]
@@ -69,6 +73,8 @@ class Plan:
     convs: int = 0
     views: int = 0
     notes: Mapping[str, str] = field(default_factory=dict)
+    precision: str = "ieee"
+    in_place: bool = True
 
     @property
     def kernels(self) -> tuple[tuple[KernelStep, Launch], ...]:
