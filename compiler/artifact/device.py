@@ -234,7 +234,7 @@ def upload(
     copies: dict[str, torch.Tensor] = {}
     for _, name in program.constants:
         if name not in copies:
-            copies[name] = tensors[name].to(device)
+            copies[name] = tensors[name].to(device, copy=True)
     return {buffer: copies[name] for buffer, name in program.constants}
 
 

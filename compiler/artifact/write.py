@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,21 +12,20 @@ import torch
 import triton
 
 from ...errors import ArtifactError
-from ...kernels import execute, offline, targets
+from ...kernels import execute, offline
 from ...kernels.op import Launch, Operand, Ref
 from ..plan import KernelStep, Plan
-from ..runtime import compile_requests
+from ..runtime import compile_requests, dtype_of
 from ..typed import dump, plain
 from . import archive, graphs, program, tensors
 from .archive import Content
-from .check import check_document
+from .check import POINTERS, check_document
 from .program import Argument, Call, Document, Grid, Image, Program, ProgramStep, Tile, nest_of
 
 if TYPE_CHECKING:
     from ..executable import Executable
 
 _PORTABLE = re.compile(r"^\.target sm_[0-9]+\s*$", re.MULTILINE)
-_LAUNCH_FIELDS = {item for item in Launch.__dataclass_fields__}
 
 
 @dataclass
@@ -179,8 +178,9 @@ def _kernels(
     with_ptx = with_ptx and all(map(_PORTABLE.search, codes))
     images: list[Image] = []
     positions: list[int] = []
-    for wanted, (_, launch) in zip(requests, plan.kernels, strict=True):
-        image = _image(writing, plan.target, wanted, launch, compiled[wanted], with_ptx)
+    for wanted, (step, launch) in zip(requests, plan.kernels, strict=True):
+        signature = signature_of(plan, step, launch)
+        image = _image(writing, wanted, signature, compiled[wanted], with_ptx)
         if image not in images:
             images.append(image)
         positions.append(images.index(image))
@@ -189,9 +189,8 @@ def _kernels(
 
 def _image(
     writing: _Writing,
-    target: targets.Target,
     wanted: offline.CompileRequest,
-    launch: Launch,
+    signature: tuple[str, ...],
     compiled: Any,
     with_ptx: bool,
 ) -> Image:
@@ -207,15 +206,14 @@ def _image(
                 f"cannot save kernel {wanted.name}: it needs {what}, which a file cannot make "
                 "again; choose another configuration or forbid the fusion"
             )
-    folder = f"kernels/sm_{target.capability}"
+    folder = f"kernels/sm_{wanted.capability}"
     cubin = _keep(writing, folder, "cubin", bytes(compiled.asm["cubin"]))
     code = str(compiled.asm["ptx"]).encode()
-    known = dict(wanted.pointers)
     return Image(
         entry=metadata.name,
         cubin=cubin,
         ptx=_keep(writing, folder, "ptx", code) if with_ptx else None,
-        signature=_signature(launch, known, wanted.extras),
+        signature=signature,
         num_warps=metadata.num_warps,
         num_ctas=metadata.num_ctas,
         shared_bytes=metadata.shared,
@@ -224,19 +222,12 @@ def _image(
     )
 
 
-def _signature(
-    launch: Launch, pointers: Mapping[str, str], extras: tuple[str, ...]
-) -> tuple[str, ...]:
-    """The types of the run-time arguments, in the order of `execute.parameters`."""
-    types: list[str] = []
-    for name in launch.kernel.arg_names:
-        if name in pointers:
-            types.append(pointers[name])
-        elif name == "extras":
-            types.extend(extras)
-        elif name == "m":
-            types.append("i32")
-    return tuple(types)
+def signature_of(plan: Plan, step: KernelStep, launch: Launch) -> tuple[str, ...]:
+    """The types of a kernel's run-time arguments, in the order of `execute.parameters`."""
+    dtypes = dtype_of(plan, step)
+    return tuple(
+        "i32" if ref is None else POINTERS[dtypes(ref)] for ref in execute.parameters(launch)
+    )
 
 
 def _keep(writing: _Writing, folder: str, kind: str, code: bytes) -> str:
