@@ -25,11 +25,14 @@ from .errors import (
 if TYPE_CHECKING:
     from . import zoo
     from .compiler.api import compile
+    from .compiler.artifact.load import LoadedExecutable, load
     from .compiler.executable import Executable
 
 __version__ = "0.1.0"
 _LAZY = {
     "compile": ("convloom.compiler.api", "compile"),
+    "load": ("convloom.compiler.artifact.load", "load"),
+    "LoadedExecutable": ("convloom.compiler.artifact.load", "LoadedExecutable"),
     "Executable": ("convloom.compiler.executable", "Executable"),
     "zoo": ("convloom.zoo", None),
 }
@@ -51,9 +54,11 @@ __all__ = [
     "GraphError",
     "InvalidInputError",
     "KernelError",
+    "LoadedExecutable",
     "TargetUnavailableError",
     "UnsupportedOpError",
     "__version__",
     "compile",
+    "load",
     "zoo",
 ]

@@ -17,14 +17,13 @@ or null, "how": "modelled" | "measured" | "not measured"}:
 
 from __future__ import annotations
 
-import types
-import typing
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields, is_dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from ..errors import ArtifactError
 from .ledger import Event
+from .typed import Reader
 
 SCHEMA, VERSION = "convloom-ledger", 1
 MODELLED, MEASURED, NOT_MEASURED = "modelled", "measured", "not measured"
@@ -192,50 +191,5 @@ def from_json(data: Any, source: str) -> Account:
             f"'{source}': expected version {VERSION} of the ledger's schema, got "
             f"{data.get('version')!r}; write it again with this convloom"
         )
-    account: Account = _read(Account, data, source, "ledger")
+    account: Account = Reader(source, loose=True).read(Account, data, "ledger")
     return account
-
-
-def _read(kind: Any, data: Any, source: str, where: str) -> Any:
-    """`data` as a value of the annotated type `kind`."""
-    if is_dataclass(kind):
-        hints = typing.get_type_hints(kind)
-        found = data if isinstance(data, dict) else {}
-        missing = [item.name for item in fields(kind) if item.name not in found]
-        if missing:
-            raise _damaged(source, where, f"the field {missing[0]!r}", data)
-        values = {
-            item.name: _read(hints[item.name], found[item.name], source, f"{where}.{item.name}")
-            for item in fields(kind)
-        }
-        return typing.cast(Any, kind)(**values)
-    parts = typing.get_args(kind)
-    if isinstance(kind, types.UnionType):
-        if data is None and type(None) in parts:
-            return None
-        return _read(parts[0], data, source, where)
-    if typing.get_origin(kind) is tuple:
-        return _read_tuple(parts, data, source, where)
-    if kind is float and isinstance(data, int) and not isinstance(data, bool):
-        return float(data)
-    if not isinstance(data, kind) or (kind is int and isinstance(data, bool)):
-        raise _damaged(source, where, f"a value of type {kind.__name__}", data)
-    return data
-
-
-def _read_tuple(parts: tuple[Any, ...], data: Any, source: str, where: str) -> tuple[Any, ...]:
-    if not isinstance(data, list | tuple):
-        raise _damaged(source, where, "a list", data)
-    if parts[-1] is Ellipsis:
-        parts = (parts[0],) * len(data)
-    if len(parts) != len(data):
-        raise _damaged(source, where, f"{len(parts)} values", data)
-    pairs = zip(parts, data, strict=True)
-    return tuple(_read(part, item, source, f"{where}[{at}]") for at, (part, item) in
-                 enumerate(pairs))  # fmt: skip
-
-
-def _damaged(source: str, where: str, expected: str, got: Any) -> ArtifactError:
-    shown = repr(got)
-    shown = shown if len(shown) <= 40 else f"{shown[:40]}..."
-    return ArtifactError(f"'{source}' is damaged: at {where} expected {expected}, got {shown}")

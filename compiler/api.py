@@ -91,7 +91,7 @@ def compile(
         slide=slide,
         outputs=outputs,
     )
-    executable = Executable(graph, plan, ledger, _runner(graph, plan, plan.target, target))
+    executable = Executable(graph, plan, ledger, runner_for(graph, plan, plan.target, target))
     LOG.info("%s: %s", graph.name, executable.summary_line())
     _debug(executable)
     return executable
@@ -188,7 +188,8 @@ def _with_bounds(plan: Plan, bounds: tuple[int, int]) -> Plan:
     return replace(plan, batch=bounds)
 
 
-def _runner(graph: Graph, plan: Plan, chosen: Target, target: str) -> Runner:
+def runner_for(graph: Graph, plan: Plan, chosen: Target, target: str) -> Runner:
+    """What runs a plan; `target` is the user's word for `chosen`: "cuda" means this machine's."""
     if chosen is REFERENCE:
         return ReferenceRunner(graph)
     if chosen is INTERPRETER:

@@ -28,6 +28,7 @@ from ..kernels.epilogue import Epilogue
 from ..kernels.op import Attributes
 from ..kernels.spec import FLOAT_DTYPES, TensorSpec
 from .features import observed
+from .interface import Structure
 from .ir import CONSTANT, INPUT, OUTPUT, TORCH, Graph, NoAttributes, Node, Value
 
 TRAINING_OPS = ("native_dropout", "bernoulli", "rand_like", "randn_like", "rand", "randn", "rrelu")
@@ -54,18 +55,6 @@ class Slot:
     """The place of input `index` in the arguments of a `TorchCall`."""
 
     index: int
-
-
-@dataclass(frozen=True)
-class Structure:
-    """How the module's arguments and result are nested.
-
-    results: for each leaf of the result, the index of a graph output or a literal.
-    """
-
-    arguments: pytree.TreeSpec
-    result: pytree.TreeSpec
-    results: tuple[tuple[str, Any], ...]
 
 
 class _Refused(Exception):

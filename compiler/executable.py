@@ -5,10 +5,10 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
-from torch.utils import _pytree as pytree
 
 from ..errors import InvalidInputError, KernelError, near_names
 from ..kernels import offline
@@ -16,9 +16,10 @@ from ..kernels.epilogue import GeneratedFunction
 from ..kernels.op import Launch
 from ..kernels.targets import INTERPRETER, Target
 from .evaluate import evaluate
+from .interface import Interface, empty_outputs
 from .ir import Graph
 from .ledger import Ledger
-from .plan import KernelStep, Plan, Port, Step
+from .plan import KernelStep, Plan, Step
 from .runtime import (
     CudaRunner,
     InterpreterRunner,
@@ -90,7 +91,7 @@ class Executable:
         self.graph, self.plan, self.ledger = graph, plan, ledger
         ledger.plan = plan
         self._runner = runner
-        self._bounds = plan.batch
+        self._interface = Interface(plan.inputs, plan.structure, plan.batch)
 
     def __call__(self, *inputs: Any) -> Any:
         """The module's outputs, in the module's own structure.
@@ -98,57 +99,32 @@ class Executable:
         Raises: InvalidInputError for the wrong number, structure, rank, shape, dtype or device;
         TargetUnavailableError where the target is not this machine.
         """
-        tensors = self._flatten(inputs)
-        batch = self._check(tensors)
+        tensors = self._interface.flatten(inputs)
+        batch = self._interface.check(tensors, self._device())
         if batch == 0:
-            return self._unflatten(self._empty_outputs())
-        return self._unflatten(self._runner.run(tensors, batch))
+            return self._interface.unflatten(empty_outputs(self.plan.outputs, self._device()))
+        return self._interface.unflatten(self._runner.run(tensors, batch))
 
     @property
     def target(self) -> Target:
         return self.plan.target
 
-    def _flatten(self, inputs: Sequence[Any]) -> list[torch.Tensor]:
-        leaves, spec = pytree.tree_flatten((tuple(inputs), {}))
-        if spec != self.plan.structure.arguments:
-            expected = [f"{port.name} {port.spec}" for port in self.plan.inputs]
-            raise InvalidInputError(
-                f"inputs: expected {len(expected)} tensor(s) structured as the example "
-                f"({', '.join(expected)}), got {len(leaves)}"
-            )
-        return leaves
-
-    def _check(self, tensors: list[torch.Tensor]) -> int:
-        batches = set()
-        for port, tensor in zip(self.plan.inputs, tensors, strict=True):
-            batches.add(_check_input(port, tensor, self._bounds, self._device()))
-        sizes = {batch for batch in batches if batch is not None}
-        if len(sizes) > 1:
-            raise InvalidInputError(f"inputs: batches differ: {sorted(sizes)}")
-        return sizes.pop() if sizes else 1
-
-    def _empty_outputs(self) -> list[torch.Tensor]:
-        """The results of a call with no samples: nothing has to run."""
-        for port in self.plan.outputs:
-            if port.spec.batch is None:
-                raise InvalidInputError(
-                    f"inputs: expected at least one sample, got none; {port.name} {port.spec} does "
-                    "not depend on the batch"
-                )
-        device = self._device()
-        specs = [port.spec for port in self.plan.outputs]
-        return [torch.empty(spec.at(0), dtype=spec.dtype, device=device) for spec in specs]
-
     def _device(self) -> torch.device:
         runner = self._runner
         return runner.device if isinstance(runner, CudaRunner) else torch.device("cpu")
 
-    def _unflatten(self, outputs: list[torch.Tensor]) -> Any:
-        structure = self.plan.structure
-        leaves = [
-            outputs[value] if kind == "tensor" else value for kind, value in structure.results
-        ]
-        return pytree.tree_unflatten(leaves, structure.result)
+    def save(self, path: str | Path, *others: Executable, model: str = "") -> None:
+        """Writes a file that `convloom.load` reads, whole or not at all (`artifact/`).
+
+        others: the same module compiled for other targets or ranges of batches, for the same file.
+        model: what it is of, in words; by default the class of the module.
+
+        Raises: ArtifactError where something cannot be in a file: torch fallbacks, outputs in
+        containers other than tuple, list and dict, executables that do not belong together.
+        """
+        from .artifact.write import save
+
+        save(path, (self, *others), model)
 
     # Inspection.
 
@@ -198,15 +174,15 @@ class Executable:
         On a GPU by CUDA events outside the CUDA graph; in the interpreter by the wall clock, where
         it says what the interpreter costs and nothing about a GPU.
         """
-        tensors = self._flatten(inputs)
-        batch = self._check(tensors)
+        tensors = self._interface.flatten(inputs)
+        batch = self._interface.check(tensors, self._device(), at_least=1)
         times = self._time_steps(tensors, batch)
         summed: dict[str, float] = {}
         for name, us in times:
             summed[name] = summed.get(name, 0.0) + us
         on_gpu = isinstance(self._runner, CudaRunner)
         where = torch.cuda.get_device_name() if on_gpu else "the interpreter, not a GPU"
-        if self._bounds is not None:
+        if self.plan.batch is not None:
             where += f", batch {batch}"
         self.ledger = self.ledger.with_measured(summed, where)
         return times
@@ -233,8 +209,8 @@ class Executable:
         The kernels run in the interpreter; torch evaluates the same fused graph in the plan's
         dtype.
         """
-        tensors = self._flatten(inputs)
-        batch = self._check(tensors)
+        tensors = self._interface.flatten(inputs)
+        batch = self._interface.check(tensors, self._device(), at_least=1)
         if self.target is not INTERPRETER or not isinstance(self._runner, InterpreterRunner):
             raise KernelError("errors per step are measured with target='interpreter'")
         with torch.no_grad():
@@ -286,35 +262,3 @@ class StepError:
     module_path: str
     compiled: float
     eager: float
-
-
-def _check_input(
-    port: Port, tensor: Any, bounds: tuple[int, int] | None, device: torch.device
-) -> int | None:
-    """The batch of one input (None where it is fixed); raises InvalidInputError."""
-    spec = port.spec
-    if not isinstance(tensor, torch.Tensor):
-        raise InvalidInputError(
-            f"input {port.name}: expected a tensor {spec}, got {type(tensor).__name__}"
-        )
-    got = f"{tensor.dtype} {tuple(tensor.shape)} on {tensor.device}"
-    if tensor.dim() != spec.rank:
-        raise InvalidInputError(f"input {port.name}: expected rank {spec.rank} ({spec}), got {got}")
-    if tensor.dtype is not spec.dtype:
-        raise InvalidInputError(f"input {port.name}: expected dtype {spec.dtype}, got {got}")
-    if tensor.device != device:
-        raise InvalidInputError(f"input {port.name}: expected device {device}, got {got}")
-    batch = None
-    if spec.batch is not None:
-        assert bounds is not None
-        batch = tensor.shape[0] // (spec.shape[0] // spec.batch)
-        if not bounds[0] <= batch <= bounds[1]:
-            raise InvalidInputError(
-                f"input {port.name}: expected a batch from {bounds[0]} to {bounds[1]}, got {got}"
-            )
-    expected = spec.shape if batch is None else spec.at(batch)
-    if tuple(tensor.shape) != expected:
-        raise InvalidInputError(f"input {port.name}: expected shape {expected}, got {got}")
-    return batch
-
-

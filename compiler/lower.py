@@ -19,9 +19,11 @@ from ..kernels.targets import Target
 from . import wishes
 from .arena import Lifetime, allocate
 from .capture import TorchCall
+from .interface import Port
 from .ir import CONSTANT, INPUT, OUTPUT, TORCH, Graph, Node, Value
 from .ledger import Ledger
-from .plan import ALIGNMENT, Buffer, KernelStep, Place, Plan, Port, Step, TorchStep
+from .memory import ALIGNMENT, Buffer, Place
+from .plan import KernelStep, Plan, Step, TorchStep
 from .tuning.choose import Chooser, heuristic
 
 CONCAT_RULE = "concat(f(x), ...) => f writes its slice"
@@ -105,6 +107,8 @@ def lower(graph: Graph, captured: Graph, options: Options, ledger: Ledger) -> Pl
         batch=(1, batches[0]) if batches else None,
         convs=sum(node.op == "conv2d" for node in captured.nodes()),
         views=state.views,
+        precision=options.precision,
+        in_place=options.elide_concats,
     )
 
 

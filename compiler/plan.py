@@ -13,46 +13,10 @@ from typing import Any
 import torch
 
 from ..kernels.op import Config, Launch, Problem, Ref
-from ..kernels.spec import Operand, TensorSpec
 from ..kernels.targets import Target
-from .capture import Structure, TorchCall
-
-ALIGNMENT = 256
-"""Bytes; CUDA's allocator gives the same, and 128-bit accesses need 16."""
-
-
-@dataclass(frozen=True)
-class Buffer:
-    """A flat piece of memory.
-
-    kind: "input", "output", "constant", "arena", "fixed" for arena buffers that do not scale with a
-    dynamic batch, or "zeroed" for what kernels find and leave zero. size_bytes: at the largest
-    batch; `batch` is that batch where the buffer scales with it. offset: in its arena, at the
-    largest batch.
-    """
-
-    name: str
-    kind: str
-    dtype: torch.dtype
-    size_bytes: int
-    batch: int | None = None
-    offset: int = 0
-
-    def bytes_at(self, batch: int) -> int:
-        """Its size when the batch is `batch`."""
-        return self.size_bytes if self.batch is None else self.size_bytes // self.batch * batch
-
-    def offset_at(self, batch: int) -> int:
-        """Its offset when the batch is `batch`."""
-        return self.offset if self.batch is None else self.offset // self.batch * batch
-
-
-@dataclass(frozen=True)
-class Place:
-    """Where a value lies: a buffer, and the operand (shape, pitch, offset) inside it."""
-
-    buffer: str
-    operand: Operand
+from .capture import TorchCall
+from .interface import Port, Structure
+from .memory import Buffer, Place, arena_bytes_at
 
 
 @dataclass(frozen=True)
@@ -89,17 +53,12 @@ Step = KernelStep | TorchStep
 
 
 @dataclass(frozen=True)
-class Port:
-    """An input or output of the executable: its spec outside, and where it lies."""
-
-    name: str
-    spec: TensorSpec
-    place: Place
-
-
-@dataclass(frozen=True)
 class Plan:
-    """Everything the runtime needs except the machine code."""
+    """Everything the runtime needs except the machine code.
+
+    precision, in_place: of the `Options` it was lowered with; a file that is loaded for another
+    target is lowered with them again.
+    """
 
     target: Target
     steps: tuple[Step, ...]
@@ -114,6 +73,8 @@ class Plan:
     convs: int = 0
     views: int = 0
     notes: Mapping[str, str] = field(default_factory=dict)
+    precision: str = "ieee"
+    in_place: bool = True
 
     @property
     def kernels(self) -> tuple[tuple[KernelStep, Launch], ...]:
@@ -127,8 +88,7 @@ class Plan:
 
     def arena_bytes_at(self, kind: str, batch: int) -> int:
         """Size of one of the arenas when the batch is `batch`."""
-        members = (buffer for buffer in self.buffers.values() if buffer.kind == kind)
-        return max((b.offset_at(batch) + b.bytes_at(batch) for b in members), default=0)
+        return arena_bytes_at(self.buffers, kind, batch)
 
     def summary(self) -> dict[str, int]:
         """The counts that `compile` logs."""

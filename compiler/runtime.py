@@ -1,4 +1,4 @@
-"""Runs plans: memory for a batch, and one runner per kind of target.
+"""Runs plans: one runner per kind of target.
 
 - reference: the graph, node by node, by torch ops;
 - interpreter: the plan's kernels on the CPU;
@@ -7,7 +7,6 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, Protocol
@@ -18,15 +17,11 @@ from ..errors import KernelError, TargetUnavailableError
 from ..kernels import execute, interpreter, offline
 from ..kernels.op import Launch, Ref
 from ..kernels.targets import Target
+from .cuda_graphs import Action, GraphRunner
 from .evaluate import call_torch, evaluate
 from .ir import Graph, Value
-from .plan import KernelStep, Place, Plan, Step, TorchStep
-
-GRAPHS_KEPT = 8
-"""CUDA graphs kept under a dynamic batch; the least recently used one goes first."""
-
-QUEUEING_CYCLES = 50_000_000
-"""About 30 ms: longer than the host takes to queue the launches of any network of the zoo."""
+from .memory import Memory, Place
+from .plan import KernelStep, Plan, Step, TorchStep
 
 Observer = Callable[[Step, torch.Tensor], None]
 
@@ -37,43 +32,6 @@ class Runner(Protocol):
     def run(self, inputs: Sequence[torch.Tensor], batch: int) -> list[torch.Tensor]:
         """The outputs, owned by the caller."""
         ...
-
-
-class Memory:
-    """Every buffer of a plan as a flat tensor, for one batch on one device."""
-
-    def __init__(self, plan: Plan, constants: dict[str, torch.Tensor], batch: int) -> None:
-        self.batch = batch
-        device = next(iter(constants.values())).device if constants else torch.device("cpu")
-        self._flat: dict[str, torch.Tensor] = {}
-        arenas = {
-            kind: torch.empty(plan.arena_bytes_at(kind, batch), dtype=torch.uint8, device=device)
-            for kind in ("arena", "fixed")
-        }
-        for name, buffer in plan.buffers.items():
-            if buffer.kind == "constant":
-                self._flat[name] = constants[name]
-            elif buffer.kind in arenas:
-                start = buffer.offset_at(batch)
-                piece = arenas[buffer.kind][start : start + buffer.bytes_at(batch)]
-                self._flat[name] = piece.view(buffer.dtype)
-            else:
-                count = buffer.bytes_at(batch) // buffer.dtype.itemsize
-                make = torch.zeros if buffer.kind == "zeroed" else torch.empty
-                self._flat[name] = make(count, dtype=buffer.dtype, device=device)
-
-    def flat(self, name: str) -> torch.Tensor:
-        """The whole buffer."""
-        return self._flat[name]
-
-    def view(self, place: Place) -> torch.Tensor:
-        """The logical tensor at a place."""
-        operand = place.operand
-        shape = operand.spec.at(self.batch)
-        flat = self._flat[place.buffer]
-        # An explicit storage offset counts from the start of the arena, not of the buffer.
-        start = flat.storage_offset() + operand.offset
-        return torch.as_strided(flat, shape, operand.strides, start)
 
 
 def constants_on(plan: Plan, device: torch.device) -> dict[str, torch.Tensor]:
@@ -161,103 +119,20 @@ def compile_requests(plan: Plan, target: Target) -> list[offline.CompileRequest]
     return [offline.request(launch, dtype_of(plan, step), target) for step, launch in plan.kernels]
 
 
-class CudaRunner:
+class CudaRunner(GraphRunner):
     """The plan compiled for this GPU; one CUDA graph per batch that has been seen."""
 
     def __init__(self, plan: Plan, target: Target) -> None:
-        self._plan = plan
-        self._constants = constants_on(plan, torch.device("cuda", torch.cuda.current_device()))
+        device = torch.device("cuda", torch.cuda.current_device())
         requests = compile_requests(plan, target)
         offline.compile_all(requests)
-        self._compiled = [offline.compile_request(wanted) for wanted in requests]
-        self._graphs: OrderedDict[int, _CapturedPlan] = OrderedDict()
-
-    @property
-    def device(self) -> torch.device:
-        return torch.device("cuda", torch.cuda.current_device())
-
-    def run(self, inputs: Sequence[torch.Tensor], batch: int) -> list[torch.Tensor]:
-        captured = self._graphs.pop(batch, None) or self._capture(batch)
-        self._graphs[batch] = captured
-        while len(self._graphs) > GRAPHS_KEPT:
-            self._graphs.popitem(last=False)
-        return captured.replay(inputs)
-
-    def _capture(self, batch: int) -> _CapturedPlan:
-        """The plan in memory of its own for a batch.
-
-        Raises: KernelError where the GPU has not enough memory; what was taken is given back.
-        """
-        try:
-            memory = Memory(self._plan, self._constants, batch)
-            return _CapturedPlan(self._plan, self._compiled, memory)
-        except torch.OutOfMemoryError as error:
-            kept = len(self._graphs)
-            self._graphs.clear()
-            torch.cuda.empty_cache()
-            raise KernelError(
-                f"batch {batch} needs more GPU memory than there is: {error}; {kept} other batches "
-                "kept by this executable were dropped, call it again or with a smaller batch"
-            ) from error
-
-    def time_steps(self, inputs: Sequence[torch.Tensor], batch: int) -> list[tuple[str, float]]:
-        """(step, microseconds) for each step launched by itself, outside the CUDA graph."""
-        memory = Memory(self._plan, self._constants, batch)
-        fresh = _CapturedPlan(self._plan, self._compiled, memory)
-        return fresh.time_steps(inputs)
+        compiled = [offline.compile_request(wanted) for wanted in requests]
+        super().__init__(plan, constants_on(plan, device), partial(bind_plan, plan, compiled))
 
 
-class _CapturedPlan:
-    """A plan bound to memory, recorded into a CUDA graph."""
-
-    def __init__(self, plan: Plan, compiled: Sequence[Any], memory: Memory) -> None:
-        self._plan, self._memory = plan, memory
-        self._actions = _bind(plan, compiled, memory)
-        stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-        stream.wait_stream(torch.cuda.current_stream())
-        # Modules load, and torch ops of fallback steps warm up, outside the capture.
-        with torch.cuda.stream(stream):
-            for _, action in self._actions:
-                action()
-        torch.cuda.current_stream().wait_stream(stream)
-        torch.cuda.synchronize()
-        self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph):
-            for _, action in self._actions:
-                action()
-
-    def _load(self, inputs: Sequence[torch.Tensor]) -> None:
-        for port, tensor in zip(self._plan.inputs, inputs, strict=True):
-            self._memory.view(port.place).copy_(tensor)
-
-    def replay(self, inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        self._load(inputs)
-        self._graph.replay()
-        return [self._memory.view(port.place).clone() for port in self._plan.outputs]
-
-    def time_steps(self, inputs: Sequence[torch.Tensor]) -> list[tuple[str, float]]:
-        self._load(inputs)
-        count = len(self._actions) + 1
-        make: Any = torch.cuda.Event
-        events = [make(enable_timing=True) for _ in range(count)]
-        # The GPU waits until every launch is queued: otherwise the host's own time is measured.
-        torch.cuda._sleep(QUEUEING_CYCLES)  # type: ignore[no-untyped-call]
-        events[0].record()
-        for (_, action), event in zip(self._actions, events[1:], strict=True):
-            action()
-            event.record()
-        torch.cuda.synchronize()
-        return [
-            (name, before.elapsed_time(after) * 1e3)
-            for (name, _), before, after in zip(self._actions, events, events[1:], strict=False)
-        ]
-
-
-def _bind(
-    plan: Plan, compiled: Sequence[Any], memory: Memory
-) -> list[tuple[str, Callable[[], None]]]:
+def bind_plan(plan: Plan, compiled: Sequence[Any], memory: Memory) -> list[Action]:
     """One call without arguments per launch, in order."""
-    actions: list[tuple[str, Callable[[], None]]] = []
+    actions: list[Action] = []
     remaining = iter(compiled)
     for step in plan.steps:
         if isinstance(step, TorchStep):

@@ -23,6 +23,19 @@ def bind(launch: Launch, tensor_of: Callable[[Ref], torch.Tensor], batch: int) -
     return arguments
 
 
+def parameters(launch: Launch) -> tuple[Ref | None, ...]:
+    """The kernel's run-time arguments in its own order, tuples flattened; None is `m`."""
+    found: list[Ref | None] = []
+    for name in launch.kernel.arg_names:
+        if name in launch.pointers:
+            found.append(launch.pointers[name])
+        elif name == "extras":
+            found.extend(launch.extras)
+        elif name == "m":
+            found.append(None)
+    return tuple(found)
+
+
 def scratch(launch: Launch, device: torch.device | str = "cpu") -> dict[Ref, torch.Tensor]:
     """Memory for a launch's scratch; what need not be zero is not."""
     made = {}

@@ -160,7 +160,9 @@ def compile_request(wanted: CompileRequest) -> Any:
     Raises: KernelError naming the kernel, the target and the compiler's message.
     """
     options = {"num_warps": wanted.num_warps, "num_stages": wanted.num_stages}
-    with _cache():
+    with _cache(), triton.knobs.compilation.scope():
+        # The same machine code wherever the sources lie: what is saved must be reproducible.
+        triton.knobs.compilation.disable_line_info = True
         try:
             compiled = triton.compile(
                 _source(wanted), target=GPUTarget("cuda", wanted.capability, 32), options=options

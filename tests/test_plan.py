@@ -15,8 +15,9 @@ from convloom import zoo
 from convloom.compiler.arena import Lifetime, allocate
 from convloom.compiler.executable import Executable
 from convloom.compiler.lower import CONCAT_RULE, VIEW_RULE
+from convloom.compiler.memory import ALIGNMENT, Place
 from convloom.compiler.passes import NAMES
-from convloom.compiler.plan import ALIGNMENT, KernelStep, Place, Plan, Step, TorchStep
+from convloom.compiler.plan import KernelStep, Plan, Step, TorchStep
 from convloom.kernels.op import Ref
 from convloom.kernels.spec import Operand
 from hypothesis import given

@@ -1,0 +1,324 @@
+"""The zip around the members, in the one form that is written and accepted.
+
+Members are stored uncompressed, sorted by name, aligned to 64 bytes, without times, comments or
+attributes. Reading therefore parses next to nothing: names, sizes and checksums are taken from the
+central directory, everything else is made again from them and must be equal to what the file holds.
+A compressed member, a duplicate, a gap, a path that climbs, a stranger's zip all differ somewhere.
+
+Source: PKWARE's APPNOTE 6.3; the alignment by an extra field is that of Android's zipalign.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import mmap
+import os
+import re
+import struct
+import tempfile
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO
+
+from ...errors import ArtifactError
+
+ALIGNMENT = 64
+"""Bytes; of each member's data in the file, so that tensors can be mapped."""
+LARGEST_FILE = 2**32 - 1
+MOST_MEMBERS = 16_384
+LONGEST_NAME = 64
+NAME = re.compile(
+    r"(graph|ledger|manifest|plan)\.json|weights\.safetensors"
+    r"|kernels/sm_[0-9]{2,3}/[0-9a-f]{32}\.(cubin|ptx)"
+)
+CHUNK = 1 << 20
+
+# Version 2.0, no flags, stored; midnight of 1 January 1980, the first moment of zip's calendar.
+_FIXED = (20, 0, 0, 0, 0x21)
+_LOCAL = struct.Struct("<4s5H3I2H")
+_CENTRAL = struct.Struct("<4s6H3I5H2I")
+_END = struct.Struct("<4s4H2IH")
+_EXTRA = struct.Struct("<2H")
+_PADDING = 0xD935
+"""The extra field that zipalign pads with."""
+
+Content = Sequence[bytes | memoryview]
+"""A member's bytes in pieces."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A member in the central directory."""
+
+    name: str
+    size: int
+    checksum: int
+
+
+@dataclass(frozen=True)
+class Span:
+    """Where a member's data lies in the file."""
+
+    offset: int
+    size: int
+
+
+def write(path: Path, members: Mapping[str, Content]) -> None:
+    """Writes the members under a temporary name, syncs, and renames.
+
+    Raises: ArtifactError where the file cannot be written or would be larger than a zip can be.
+    """
+    names = sorted(members)
+    entries = [Entry(name, _size(members[name]), _checksum(members[name])) for name in names]
+    spans, headers, directory = arrange(entries)
+    total = (spans[-1].offset + spans[-1].size if spans else 0) + len(directory)
+    if total > LARGEST_FILE or len(names) > MOST_MEMBERS:
+        raise ArtifactError(
+            f"cannot write '{path}': expected at most {LARGEST_FILE:,} bytes in {MOST_MEMBERS:,} "
+            f"members, got {total:,} in {len(names):,}; save fewer targets or batch ranges"
+        )
+    with _replacing(path) as file:
+        for name, header in zip(names, headers, strict=True):
+            file.write(header)
+            for piece in members[name]:
+                file.write(piece)
+        file.write(directory)
+
+
+@contextmanager
+def _replacing(path: Path) -> Iterator[IO[bytes]]:
+    """A new file that takes the place of `path` once it is whole and on the disk."""
+    temporary = None
+    try:
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        with os.fdopen(handle, "wb") as file:
+            yield file
+            file.flush()
+            os.fchmod(file.fileno(), 0o666 & ~_umask())
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        temporary = None
+        _sync_folder(path.parent)
+    except OSError as error:
+        raise ArtifactError(f"cannot write '{path}': {error.strerror or error}") from error
+    finally:
+        if temporary is not None:
+            Path(temporary).unlink(missing_ok=True)
+
+
+def _sync_folder(folder: Path) -> None:
+    """Makes a rename last: it is the folder's data."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _umask() -> int:
+    current = os.umask(0)
+    os.umask(current)
+    return current
+
+
+def _size(content: Content) -> int:
+    return sum(len(piece) for piece in content)
+
+
+def _checksum(content: Content) -> int:
+    checksum = 0
+    for piece in content:
+        checksum = zlib.crc32(piece, checksum)
+    return checksum
+
+
+def digest(content: Content) -> str:
+    """The sha256 of a member, in hexadecimal."""
+    hashed = hashlib.sha256()
+    for piece in content:
+        hashed.update(piece)
+    return hashed.hexdigest()
+
+
+def arrange(entries: Sequence[Entry]) -> tuple[list[Span], list[bytes], bytes]:
+    """Where members lie, the header in front of each, and the directory behind them all."""
+    spans, headers, listed = [], [], []
+    position = 0
+    for entry in entries:
+        name = entry.name.encode("ascii")
+        start = position + _LOCAL.size + len(name)
+        # An extra field has four bytes at least.
+        padding = -start % ALIGNMENT
+        padding += ALIGNMENT if 0 < padding < _EXTRA.size else 0
+        extra = _EXTRA.pack(_PADDING, padding - _EXTRA.size) if padding else b""
+        sizes = (entry.checksum, entry.size, entry.size, len(name))
+        headers.append(
+            _LOCAL.pack(b"PK\3\4", *_FIXED, *sizes, padding) + name + extra.ljust(padding, b"\0")
+        )
+        listed.append(
+            _CENTRAL.pack(b"PK\1\2", 20, *_FIXED, *sizes, 0, 0, 0, 0, 0, position) + name
+        )
+        spans.append(Span(start + padding, entry.size))
+        position = start + padding + entry.size
+    central = b"".join(listed)
+    count = len(entries)
+    end = _END.pack(b"PK\5\6", 0, 0, count, count, len(central), position, 0)
+    return spans, headers, central + end
+
+
+class Archive:
+    """An open file of the one accepted form; what its members hold is checked by `verify`.
+
+    Used as a context, it closes the file at the end; what is mapped stays so for as long as a
+    tensor made from it is alive, also where another file takes this one's name.
+    """
+
+    def __init__(self, path: Path) -> None:
+        """Raises: ArtifactError for anything but what `write` writes."""
+        self.path = path
+        try:
+            self._file = path.open("rb")
+        except OSError as error:
+            raise ArtifactError(f"cannot read '{path}': {error.strerror or error}") from error
+        try:
+            size = os.fstat(self._file.fileno()).st_size
+            entries = _directory(path, self._file, size)
+            self.members = _members(path, self._file, entries)
+            self._checksums = {entry.name: entry.checksum for entry in entries}
+            # Private to this process: torch wants memory it could write to.
+            self._map = mmap.mmap(self._file.fileno(), size, access=mmap.ACCESS_COPY)
+        except OSError as error:
+            self._file.close()
+            raise ArtifactError(f"cannot read '{path}': {error.strerror or error}") from error
+        except ArtifactError:
+            self._file.close()
+            raise
+
+    def __enter__(self) -> Archive:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._file.close()
+
+    def verify(self, digests: Mapping[str, tuple[int, str]]) -> None:
+        """Raises ArtifactError unless the members but the manifest are those with these sizes and
+        sha256."""
+        wanted = sorted({*digests, "manifest.json"})
+        if wanted != sorted(self.members):
+            differing = sorted(set(wanted) ^ set(self.members))
+            raise damaged(self.path, f"manifest.json does not list '{differing[0]}' as it is there")
+        for name, (size, sha256) in digests.items():
+            span = self.members[name]
+            if size != span.size:
+                raise damaged(
+                    self.path, f"'{name}' has {span.size} bytes, manifest.json says {size}"
+                )
+            # Read, not mapped: what has been hashed need not stay in memory.
+            if _hash(self._file, span, self._checksums[name]) != sha256:
+                raise damaged(self.path, f"the sha256 of '{name}' is not manifest.json's")
+
+    def read(self, name: str, most_bytes: int) -> bytes:
+        """A member's bytes, checked against the zip's own checksum.
+
+        Raises: ArtifactError where it is missing, too large or damaged.
+        """
+        span = self.members.get(name)
+        if span is None:
+            raise ArtifactError(
+                f"'{self.path}' is no executable of convloom: it has no '{name}'"
+            )
+        if span.size > most_bytes:
+            raise damaged(self.path, f"'{name}' has {span.size:,} bytes, more than {most_bytes:,}")
+        data = self._map[span.offset : span.offset + span.size]
+        if zlib.crc32(data) != self._checksums[name]:
+            raise damaged(self.path, f"the checksum of '{name}' is wrong")
+        return data
+
+    def view(self, name: str) -> memoryview:
+        """A member's bytes, mapped."""
+        span = self.members[name]
+        return memoryview(self._map)[span.offset : span.offset + span.size]
+
+
+def damaged(path: Path, what: str) -> ArtifactError:
+    """The error for a file that once was an executable."""
+    return ArtifactError(f"'{path}' is damaged: {what}. Build it again, or copy it again")
+
+
+def _hash(file: IO[bytes], span: Span, checksum: int) -> str:
+    """The sha256 of a member; "" where already the checksum is wrong."""
+    file.seek(span.offset)
+    hashed, found = hashlib.sha256(), 0
+    remaining = span.size
+    while remaining:
+        piece = file.read(min(CHUNK, remaining))
+        if not piece:
+            return ""
+        hashed.update(piece)
+        found = zlib.crc32(piece, found)
+        remaining -= len(piece)
+    return hashed.hexdigest() if found == checksum else ""
+
+
+def _directory(path: Path, file: IO[bytes], size: int) -> list[Entry]:
+    """The members by the central directory, nothing of which is believed yet."""
+    if not _END.size <= size <= LARGEST_FILE:
+        raise ArtifactError(
+            f"'{path}' is no executable of convloom: expected {_END.size} bytes to 4 GiB, got "
+            f"{size:,}"
+        )
+    file.seek(size - _END.size)
+    mark, _, _, count, _, length, start, _ = _END.unpack(file.read(_END.size))
+    if mark != b"PK\5\6" or start + length + _END.size != size:
+        raise ArtifactError(
+            f"'{path}' is no executable of convloom, or it was cut off: it does not end as one"
+        )
+    if count > MOST_MEMBERS or length > count * (_CENTRAL.size + LONGEST_NAME):
+        raise damaged(path, f"its directory of {count} members has {length} bytes")
+    file.seek(start)
+    return list(_entries(path, file.read(length)))
+
+
+def _entries(path: Path, central: bytes) -> Iterator[Entry]:
+    position = 0
+    while position < len(central):
+        if len(central) - position < _CENTRAL.size:
+            raise damaged(path, "its directory ends within an entry")
+        values = _CENTRAL.unpack_from(central, position)
+        checksum, size, length = values[7], values[9], values[10]
+        position += _CENTRAL.size
+        name = central[position : position + length].decode("latin-1")
+        position += length
+        if not NAME.fullmatch(name):
+            raise ArtifactError(
+                f"'{path}' is no executable of convloom: it holds {name[:LONGEST_NAME]!r}"
+            )
+        yield Entry(name, size, checksum)
+
+
+def _members(path: Path, file: IO[bytes], entries: Sequence[Entry]) -> dict[str, Span]:
+    """Members by name, once everything around them is what `arrange` makes."""
+    names = [entry.name for entry in entries]
+    if names != sorted(set(names)):
+        raise damaged(path, "its members are not each there once, in order")
+    spans, headers, directory = arrange(entries)
+    for name, span, header in zip(names, spans, headers, strict=True):
+        file.seek(span.offset - len(header))
+        if file.read(len(header)) != header:
+            raise damaged(path, f"the header of '{name}' is not what convloom writes")
+    end = spans[-1].offset + spans[-1].size if spans else 0
+    file.seek(end)
+    if file.read(len(directory) + 1) != directory:
+        raise damaged(path, "its directory is not what convloom writes")
+    return dict(zip(names, spans, strict=True))
+
+
+def manifest_of(members: Mapping[str, Content]) -> dict[str, dict[str, int | str]]:
+    """Size and sha256 of every member."""
+    return {
+        name: {"size": _size(content), "sha256": digest(content)}
+        for name, content in sorted(members.items())
+    }

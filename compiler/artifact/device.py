@@ -1,0 +1,272 @@
+"""Loaded kernels on this machine's GPU, through the CUDA driver: no compiler, no Triton.
+
+What Triton's own launcher does (triton/backends/nvidia/driver.c, 3.6 and 3.7) is done here with
+`cuda-bindings`: a module per cubin, the dynamic shared memory beyond 48 KB asked for, one
+`cuLaunchKernelEx` per launch with attributes for clusters, programmatic and cooperative launches,
+and two null pointers behind the arguments, where kernels expect the compiler's scratch memory.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+
+from ...errors import KernelError, TargetUnavailableError
+from ...kernels import targets
+from ..cuda_graphs import Action, GraphRunner
+from ..memory import Memory
+from .check import PROMISE
+from .program import ROWS, Call, Image, Program
+from .read import Artifact
+
+STATIC_SHARED_BYTES = 48 * 1024
+"""What a block may use without asking."""
+WARP = 32
+
+
+def cuda_driver() -> Any:
+    """The module `cuda.bindings.driver`.
+
+    Raises: TargetUnavailableError where it is not installed.
+    """
+    try:
+        return importlib.import_module("cuda.bindings.driver")
+    except ImportError as error:
+        raise TargetUnavailableError(
+            "loading kernels from a file needs the package cuda-bindings, which CUDA builds of "
+            "torch 2.11 and newer bring with them: pip install cuda-bindings, in the version of "
+            f"this machine's CUDA ({error})"
+        ) from error
+
+
+def call(driver: Any, name: str, *arguments: Any) -> Any:
+    """The result of a driver function.
+
+    Raises: KernelError with the driver's name of the error.
+    """
+    status, *results = getattr(driver, name)(*arguments)
+    if status != driver.CUresult.CUDA_SUCCESS:
+        raise KernelError(f"CUDA driver: {name} failed with {getattr(status, 'name', status)}")
+    return results[0] if results else None
+
+
+def pick(artifact: Artifact, capability: int) -> tuple[tuple[Program, ...], bool]:
+    """The programs for a GPU of that capability, and whether by their PTX.
+
+    In this order: machine code of exactly this generation; of an older one of the same family
+    (8.6 runs 8.0), unless it uses instructions of its own (sm_90a), which only the same generation
+    has; PTX, which the driver compiles for anything newer.
+
+    Raises: TargetUnavailableError listing what the file holds.
+    """
+    by_architecture: dict[int, list[Program]] = {}
+    for program in artifact.programs:
+        if program.calls:
+            by_architecture.setdefault(program.architecture, []).append(program)
+    older = sorted((each for each in by_architecture if each < capability), reverse=True)
+    family = [e for e in older if e // 10 == capability // 10 and e < ARCHITECTURE_SPECIFIC]
+    for architecture in ([capability] if capability in by_architecture else []) + family:
+        return tuple(by_architecture[architecture]), False
+    for architecture in older:
+        programs = tuple(by_architecture[architecture])
+        if all(image.ptx is not None for program in programs for image in program.images):
+            return programs, True
+    raise TargetUnavailableError(
+        f"'{artifact.path}' has no kernels for this GPU, sm_{capability}; it holds "
+        f"{artifact.holds()}. Save it for cuda:sm_{capability} too, or pass recompile=True to "
+        "compile its graph here, which takes Triton and a while"
+    )
+
+
+ARCHITECTURE_SPECIFIC = 90
+"""From Hopper on Triton compiles for the generation's own instructions."""
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """A loaded function, and the image it came from."""
+
+    function: Any
+    image: Image
+
+
+def load_kernels(
+    driver: Any, program: Program, code: Callable[[str], bytes], by_ptx: bool
+) -> tuple[Kernel, ...]:
+    """Every image of a program on the current device.
+
+    Raises: TargetUnavailableError where the device has less shared memory than a kernel needs,
+    KernelError for what the driver refuses.
+    """
+    device = call(driver, "cuCtxGetDevice")
+    attribute = driver.CUdevice_attribute.CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN
+    available = call(driver, "cuDeviceGetAttribute", attribute, device)
+    modules: dict[str, Any] = {}
+    kernels = []
+    for image in program.images:
+        if image.shared_bytes > available:
+            raise TargetUnavailableError(
+                f"kernel {image.entry} needs {image.shared_bytes:,} bytes of shared memory, this "
+                f"GPU has {available:,}; save the executable for this GPU's own generation"
+            )
+        member, end = image.cubin, b""
+        if by_ptx and image.ptx is not None:
+            member, end = image.ptx, b"\0"  # The driver reads text up to a zero.
+        if member not in modules:
+            modules[member] = call(driver, "cuModuleLoadData", code(member) + end)
+        function = call(driver, "cuModuleGetFunction", modules[member], image.entry.encode())
+        _ask_for_shared_memory(driver, function, image)
+        kernels.append(Kernel(function, image))
+    return tuple(kernels)
+
+
+def _ask_for_shared_memory(driver: Any, function: Any, image: Image) -> None:
+    attributes = driver.CUfunction_attribute
+    if image.shared_bytes > STATIC_SHARED_BYTES:
+        call(
+            driver,
+            "cuFuncSetCacheConfig",
+            function,
+            driver.CUfunc_cache.CU_FUNC_CACHE_PREFER_SHARED,
+        )
+        size = attributes.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+        call(driver, "cuFuncSetAttribute", function, size, image.shared_bytes)
+    if image.num_ctas == 16:
+        allowed = attributes.CU_FUNC_ATTRIBUTE_NON_PORTABLE_CLUSTER_SIZE_ALLOWED
+        call(driver, "cuFuncSetAttribute", function, allowed, 1)
+
+
+def bind(
+    driver: Any,
+    program: Program,
+    kernels: Sequence[Kernel],
+    memory: Memory,
+    stream: Callable[[], int],
+) -> list[Action]:
+    """One call without arguments per launch, in order; `stream` is asked at each.
+
+    Raises: KernelError for a buffer that is not aligned as kernels were compiled for.
+    """
+    return [
+        (
+            program.steps[each.step].name,
+            _bind_call(driver, each, kernels[each.image], memory, stream),
+        )
+        for each in program.calls
+    ]
+
+
+def _bind_call(
+    driver: Any, each: Call, kernel: Kernel, memory: Memory, stream: Callable[[], int]
+) -> Callable[[], None]:
+    values: list[Any] = []
+    for argument in each.arguments:
+        if argument.kind == ROWS:
+            values.append(ctypes.c_int32(each.grid.rows_at(memory.batch)))
+            continue
+        address = memory.flat(argument.buffer).data_ptr()
+        if address % PROMISE:
+            raise KernelError(
+                f"{kernel.image.entry}: buffer {argument.buffer} is not aligned to {PROMISE} bytes"
+            )
+        values.append(ctypes.c_uint64(address))
+    # The compiler's global and profiling scratch: no kernel in a file uses them.
+    values += [ctypes.c_uint64(0), ctypes.c_uint64(0)]
+    addresses = (ctypes.c_void_p * len(values))(*map(ctypes.addressof, values))
+    config = driver.CUlaunchConfig()
+    config.gridDimX = each.grid.programs_at(memory.batch) * kernel.image.num_ctas
+    config.gridDimY = config.gridDimZ = 1
+    config.blockDimX = WARP * kernel.image.num_warps
+    config.blockDimY = config.blockDimZ = 1
+    config.sharedMemBytes = kernel.image.shared_bytes
+    attributes = _attributes(driver, kernel.image)
+    config.attrs = attributes
+    config.numAttrs = len(attributes)
+
+    return partial(_launch, driver, config, kernel.function, (addresses, values), stream)
+
+
+def _launch(
+    driver: Any, config: Any, function: Any, passed: tuple[Any, Any], stream: Callable[[], int]
+) -> None:
+    """passed: the addresses of the arguments, and the arguments, which must stay alive."""
+    config.hStream = driver.CUstream(stream())
+    call(driver, "cuLaunchKernelEx", config, function, ctypes.addressof(passed[0]), 0)
+
+
+def _attributes(driver: Any, image: Image) -> list[Any]:
+    """What a launch asks for beyond its grid, as Triton's launcher does."""
+    kinds = driver.CUlaunchAttributeID
+    found = []
+
+    def attribute(kind: Any) -> Any:
+        made = driver.CUlaunchAttribute()
+        made.id = kind
+        found.append(made)
+        return made
+
+    if image.programmatic:
+        made = attribute(kinds.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION)
+        made.value.programmaticStreamSerializationAllowed = 1
+    if image.cooperative:
+        made = attribute(kinds.CU_LAUNCH_ATTRIBUTE_COOPERATIVE)
+        made.value.cooperative = 1
+    if image.num_ctas > 1:
+        made = attribute(kinds.CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION)
+        made.value.clusterDim.x = image.num_ctas
+        made.value.clusterDim.y = made.value.clusterDim.z = 1
+        made = attribute(kinds.CU_LAUNCH_ATTRIBUTE_CLUSTER_SCHEDULING_POLICY_PREFERENCE)
+        spread = driver.CUclusterSchedulingPolicy.CU_CLUSTER_SCHEDULING_POLICY_SPREAD
+        made.value.clusterSchedulingPolicyPreference = spread
+    return found
+
+
+def upload(
+    program: Program, tensors: Mapping[str, torch.Tensor], device: torch.device
+) -> dict[str, torch.Tensor]:
+    """The packed constants of a program on a device; tensors that buffers share are there once."""
+    copies: dict[str, torch.Tensor] = {}
+    for _, name in program.constants:
+        if name not in copies:
+            copies[name] = tensors[name].to(device, copy=True)
+    return {buffer: copies[name] for buffer, name in program.constants}
+
+
+def runner(artifact: Artifact, program: Program, by_ptx: bool) -> GraphRunner:
+    """The program on this machine's GPU, one CUDA graph per batch that has been seen.
+
+    Raises: TargetUnavailableError, KernelError.
+    """
+    driver = cuda_driver()
+    device = torch.device("cuda", torch.cuda.current_device())
+    # The first tensor makes torch's context the current one, which modules are loaded into.
+    constants = upload(program, artifact.tensors, device)
+    torch.cuda.current_stream()
+    kernels = load_kernels(driver, program, artifact.code, by_ptx)
+    return GraphRunner(program, constants, partial(_bind_here, driver, program, kernels))
+
+
+def _bind_here(
+    driver: Any, program: Program, kernels: Sequence[Kernel], memory: Memory
+) -> list[Action]:
+    return bind(driver, program, kernels, memory, lambda: torch.cuda.current_stream().cuda_stream)
+
+
+def capability_here(artifact: Artifact) -> int:
+    """The compute capability of this machine's GPU, times ten.
+
+    Raises: TargetUnavailableError where there is none.
+    """
+    capability = targets.local_capability()
+    if capability is None:
+        raise TargetUnavailableError(
+            f"'{artifact.path}' holds {artifact.holds()}, and this machine has no usable NVIDIA "
+            'GPU. Load it with device="interpreter" to run its network on the CPU'
+        )
+    return capability

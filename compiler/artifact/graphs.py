@@ -1,0 +1,316 @@
+"""`graph.json`: optimised graphs as data, and the plans that are made from them again.
+
+A graph comes back as the same nodes in the same order with the same tensors, so that lowering it
+gives the plan that lowering the original would have given. Only ops of the registry and their own
+attribute classes are read, by tables that exist before the file is opened; a call that was kept as
+a torch op has no such table and cannot be saved.
+"""
+
+from __future__ import annotations
+
+import math
+import typing
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, fields, is_dataclass, replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ...errors import ArtifactError, ConvloomError
+from ...kernels import registry
+from ...kernels.epilogue import Epilogue, Stage
+from ...kernels.op import Attributes, Config, Op, Problem
+from ...kernels.scalars import BY_NAME
+from ...kernels.spec import MEMORY_FORMATS, Layout, TensorSpec
+from ...kernels.targets import Target
+from ..ir import CONSTANT, INPUT, OUTPUT, TORCH, Goal, Graph, NoAttributes, Node, Value
+from ..ledger import Ledger
+from ..lower import Options, lower
+from ..plan import Plan
+from ..tuning.choose import Choice, heuristic
+from ..typed import Reader, plain
+from ..verify import verify
+from .check import LARGEST_EXTENT, LARGEST_MEMORY, MOST_DIMENSIONS
+from .program import Program
+from .tensors import Pool, Stored, logical
+
+WORDS = (
+    "",
+    "constant",
+    "reflect",
+    "replicate",
+    "circular",
+    "softmax",
+    "log_softmax",
+)
+"""Every text that an attribute may be: kernels and references choose by them."""
+MOST_NODES = 100_000
+
+
+@dataclass(frozen=True)
+class NodeRecord:
+    """A node and the values it reads, by slot."""
+
+    name: str
+    op: str
+    attributes: Attributes
+    outputs: tuple[TensorSpec, ...]
+    epilogue: Epilogue
+    prologue: Epilogue
+    module_path: str
+    origins: tuple[str, ...]
+    rules: tuple[str, ...]
+    inputs: tuple[tuple[str, int], ...]
+
+
+@dataclass(frozen=True)
+class GraphRecord:
+    """A graph; nodes in the order of their insertion."""
+
+    name: str
+    dtype: torch.dtype | None
+    force: tuple[str, ...]
+    forbid: tuple[str, ...]
+    nodes: tuple[NodeRecord, ...]
+    constants: tuple[tuple[str, Stored], ...]
+
+
+# Writing.
+
+
+def record_of(graph: Graph, pool: Pool) -> GraphRecord:
+    """The graph as data; its tensors go to the pool.
+
+    Raises: ArtifactError for calls of torch ops.
+    """
+    fallbacks = [str(node.attributes) for node in graph.nodes() if node.op == TORCH]
+    if fallbacks:
+        raise ArtifactError(
+            f"cannot save {graph.name}: {', '.join(fallbacks)} would run as torch ops, and a file "
+            "holds no code but that of convloom's own kernels"
+        )
+    goal = graph.goal
+    nodes = [graph.node(name) for name in graph.net]
+    # Passes leave behind constants that nobody reads any more.
+    nodes = [node for node in nodes if node.op != CONSTANT or graph.net.out_degree(node.name)]
+    constants = tuple(
+        (node.name, pool.find_or_add(_as_read(graph, node)))
+        for node in nodes
+        if node.op == CONSTANT
+    )
+    return GraphRecord(
+        name=graph.name,
+        dtype=goal.dtype if goal else None,
+        force=goal.force if goal else (),
+        forbid=goal.forbid if goal else (),
+        nodes=tuple(_node_record(graph, node) for node in nodes),
+        constants=constants,
+    )
+
+
+def _node_record(graph: Graph, node: Node) -> NodeRecord:
+    own = {item.name: getattr(node, item.name) for item in fields(node)}
+    inputs = tuple((value.node, value.index) for value in graph.inputs(node.name))
+    return NodeRecord(**own, inputs=inputs)
+
+
+def _as_read(graph: Graph, node: Node) -> torch.Tensor:
+    """A constant as exactly as its readers see it: folded weights are fp64 until they are packed
+    in the dtype of the computation."""
+    tensor = graph.tensors[node.name].detach()
+    for reader, slot in graph.uses(Value(node.name)):
+        target = graph.node(reader)
+        if not target.is_compute or slot not in target.definition.packs(target.attributes):
+            return tensor
+    return tensor.to(node.spec.dtype)
+
+
+def to_json(record: GraphRecord) -> Any:
+    """The record as plain data, attributes with the name of their class."""
+    data = plain(replace(record, nodes=()))
+    data["nodes"] = [
+        {**plain(replace(node, attributes=NoAttributes())), "attributes": _tagged(node.attributes)}
+        for node in record.nodes
+    ]
+    return data
+
+
+def _tagged(value: Any) -> Any:
+    if isinstance(value, Attributes):
+        held = {item.name: _tagged(getattr(value, item.name)) for item in fields(value)}
+        return {"is": type(value).__name__, "has": held}
+    if isinstance(value, tuple):
+        return [_tagged(item) for item in value]
+    return plain(value)
+
+
+# Reading.
+
+
+@cache
+def _attribute_classes() -> dict[str, type]:
+    """Every attribute class of the registry, by name, those inside others included."""
+    found: dict[str, type] = {}
+    waiting: list[Any] = [NoAttributes, *(op.attributes for op in registry.OPS)]
+    while waiting:
+        kind = waiting.pop()
+        if not (isinstance(kind, type) and is_dataclass(kind)):
+            waiting.extend(typing.get_args(kind))
+            continue
+        if issubclass(kind, Attributes) and found.setdefault(kind.__name__, kind) is kind:
+            hints = typing.get_type_hints(kind)
+            waiting.extend(hint for hint in hints.values() if not _is_known(hint, found))
+    return found
+
+
+def _is_known(hint: Any, found: Mapping[str, type]) -> bool:
+    return isinstance(hint, type) and found.get(hint.__name__) is hint
+
+
+class _GraphReader(Reader):
+    """Reads attributes as the class they name, and checks what only kernels would trip over."""
+
+    def read_dataclass(self, kind: type, data: Any, where: str) -> Any:
+        if not issubclass(kind, Attributes):
+            value = super().read_dataclass(kind, data, where)
+            return self._checked_stage(value, where) if kind is Stage else value
+        if not isinstance(data, dict) or sorted(data) != ["has", "is"]:
+            self.refuse(where, "attributes with their class", data)
+        named = _attribute_classes().get(str(data["is"]))
+        if named is None or not issubclass(named, kind):
+            self.refuse(where, f"a class of {kind.__name__}", data["is"])
+        value = super().read_dataclass(named, data["has"], f"{where}.{named.__name__}")
+        for item in fields(value):
+            self._check_plain(getattr(value, item.name), f"{where}.{item.name}")
+        return value
+
+    def _check_plain(self, value: Any, where: str) -> None:
+        if isinstance(value, str) and value not in WORDS:
+            self.refuse(where, f"one of {', '.join(map(repr, WORDS))}", value)
+        if isinstance(value, int) and not -LARGEST_EXTENT < value < LARGEST_EXTENT:
+            self.refuse(where, f"a number below {LARGEST_EXTENT}", value)
+        if isinstance(value, tuple):
+            if len(value) > 1 << 16:
+                self.refuse(where, "at most 65536 values", f"{len(value)} values")
+            for item in value:
+                self._check_plain(item, where)
+
+    def _checked_stage(self, stage: Stage, where: str) -> Stage:
+        if stage.name not in BY_NAME:
+            self.refuse(where, "a pointwise function", stage.name)
+        wanted = len(BY_NAME[stage.name].parameters)
+        if len(stage.parameters) != wanted:
+            self.refuse(f"{where}.parameters", f"{wanted} numbers", stage.parameters)
+        if stage.channels is not None and not 0 <= stage.channels[0] < stage.channels[1]:
+            self.refuse(where, "a range of channels", stage.channels)
+        return stage
+
+
+def read_graph(
+    data: Any, tensors: Mapping[str, torch.Tensor], target: Target, source: Path | str
+) -> Graph:
+    """The graph of one entry of graph.json, verified, to be lowered for `target`.
+
+    Raises: ArtifactError.
+    """
+    where = f"graph.json of '{source}'"
+    try:
+        record: GraphRecord = _GraphReader(where).read(GraphRecord, data, "graph")
+        graph = _build(record, tensors, target, where)
+        verify(graph)
+    except ArtifactError:
+        raise
+    # What infers shapes was written for graphs that capture made: here anything may come.
+    except Exception as error:
+        raise ArtifactError(f"{where} is damaged: {type(error).__name__}: {error}") from error
+    return graph
+
+
+def _build(
+    record: GraphRecord, tensors: Mapping[str, torch.Tensor], target: Target, where: str
+) -> Graph:
+    names = [node.name for node in record.nodes]
+    if len(set(names)) != len(names) or len(names) > MOST_NODES:
+        raise ArtifactError(f"{where} is damaged: {len(names)} nodes with equal names, or too many")
+    graph = Graph(name=record.name, goal=Goal(target, record.dtype, record.force, record.forbid))
+    graph.counter = len(names)
+    for node in record.nodes:
+        if node.op not in (INPUT, CONSTANT, OUTPUT) and node.op not in registry.BY_NAME:
+            raise ArtifactError(f"{where} is damaged: no op {node.op[:40]!r}")
+        for spec in node.outputs:
+            _check_spec(spec, f"{where} is damaged: '{node.name[:80]}'")
+        kept = {item.name: getattr(node, item.name) for item in fields(Node)}
+        graph.insert(Node(**kept))
+    for node in record.nodes:
+        for slot, (source, index) in enumerate(node.inputs):
+            if source not in graph or index < 0:
+                raise ArtifactError(f"{where} is damaged: '{node.name[:80]}' reads '{source[:80]}'")
+            graph.net.add_edge(source, node.name, key=slot, index=index)
+    for name, stored in record.constants:
+        graph.tensors[name] = logical(stored, tensors, f"{where}: constant '{name[:80]}'")
+    return graph
+
+
+def _check_spec(spec: TensorSpec, where: str) -> None:
+    fits = spec.rank <= MOST_DIMENSIONS and all(0 < size < LARGEST_EXTENT for size in spec.shape)
+    if not fits or math.prod(spec.shape) * spec.dtype.itemsize > LARGEST_MEMORY:
+        raise ArtifactError(f"{where} has the shape {str(spec.shape)[:80]}")
+    if spec.layout is Layout.NHWC and spec.rank not in MEMORY_FORMATS:
+        raise ArtifactError(f"{where} of rank {spec.rank} is NHWC")
+    if spec.batch is not None and (
+        spec.batch < 1 or not spec.rank or spec.shape[0] % spec.batch
+    ):
+        raise ArtifactError(f"{where} of shape {spec.shape} has no batch of {spec.batch}")
+
+
+# Lowering again.
+
+
+def lower_again(graph: Graph, program: Program, target: Target, source: Path | str) -> Plan:
+    """The plan of a program's graph for a target; in the program's own configurations where the
+    target is the program's.
+
+    Raises: ArtifactError where the graph cannot be what the program was made of.
+    """
+    goal = graph.goal
+    options = Options(target, program.precision, goal.dtype if goal else None, program.in_place)
+    if target.name == program.target:
+        options = replace(options, choose=_Recorded(program).choose)
+    try:
+        plan = lower(graph, graph, options, Ledger())
+    except ConvloomError as error:
+        raise ArtifactError(f"'{source}' cannot be planned for {target.name}: {error}") from error
+    except Exception as error:
+        raise ArtifactError(
+            f"graph.json of '{source}' is damaged: {type(error).__name__}: {error}"
+        ) from error
+    interface = program.interface
+    counts = dict(program.summary)
+    plan = replace(
+        plan,
+        structure=interface.structure,
+        batch=program.batch,
+        convs=counts.get("convs", 0),
+        activation_bytes=counts.get("activation_bytes", 0),
+    )
+    ports = (plan.inputs, plan.outputs), (program.inputs, program.outputs)
+    for planned, stored in zip(*ports, strict=True):
+        if [port.spec for port in planned] != [port.spec for port in stored]:
+            raise ArtifactError(f"'{source}' is damaged: its graph is not that of its plan")
+    return plan
+
+
+class _Recorded:
+    """A chooser that gives each step the configuration it has in a program."""
+
+    def __init__(self, program: Program) -> None:
+        self._steps: Iterator[Any] = iter(program.steps)
+
+    def choose(self, op: Op, problem: Problem, target: Target) -> Choice:
+        step = next(self._steps, None)
+        if step is None or step.op != op.name:
+            return heuristic(op, problem, target)
+        tile = step.tile
+        return Choice(Config(tile.blocks, tile.num_warps, tile.num_stages), step.chosen_by)

@@ -1,0 +1,228 @@
+"""`convloom.load`: a file as a callable; on a GPU without compiling and without Triton."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ...errors import ArtifactError, InvalidInputError, TargetUnavailableError
+from ...kernels import targets
+from ...kernels.targets import INTERPRETER, REFERENCE, Target
+from ..cuda_graphs import GraphRunner
+from ..interface import Interface, empty_outputs
+from . import device as gpu
+from .program import Program
+from .read import Artifact, open_artifact
+
+if TYPE_CHECKING:
+    from ..executable import Executable
+    from ..ledger import Ledger
+
+DEVICES = ("cuda", INTERPRETER.name, REFERENCE.name)
+Part = tuple[Program, "GraphRunner | Executable"]
+
+
+def load(
+    path: str | Path, device: str | None = None, *, recompile: bool = False
+) -> LoadedExecutable:
+    """The executable in a file that `Executable.save` or `convloom compile -o` wrote.
+
+    device: "cuda" runs the file's machine code on this machine's GPU; "interpreter" and "reference"
+    plan its graph again and run it on the CPU. None is what the file was made for: "cuda" where it
+    holds machine code, else the interpreter or the reference. recompile: where the file has no code
+    for this GPU, its graph is compiled here (takes Triton).
+
+    The result can be pickled: the path and the device are, and whoever unpickles it loads the file.
+
+    Raises: ArtifactError for a damaged or a stranger's file, before anything of it is loaded onto a
+    device; TargetUnavailableError where the device, cuda-bindings or code for this GPU is missing.
+    """
+    if device is not None and device not in DEVICES:
+        raise TargetUnavailableError(
+            f"device: expected None, {', '.join(DEVICES)}, got {str(device)!r}"
+        )
+    artifact = open_artifact(path)
+    chosen = device or _made_for(artifact)
+    if chosen == "cuda":
+        return _on_gpu(artifact, recompile)
+    target = INTERPRETER if chosen == INTERPRETER.name else REFERENCE
+    parts: list[Part] = [
+        (program, _planned(artifact, program, target)) for program in _sources(artifact, chosen)
+    ]
+    return LoadedExecutable(artifact, chosen, target, parts)
+
+
+def _made_for(artifact: Artifact) -> str:
+    if any(program.architecture for program in artifact.programs):
+        return "cuda"
+    names = {program.target for program in artifact.programs}
+    return INTERPRETER.name if INTERPRETER.name in names else REFERENCE.name
+
+
+def _sources(artifact: Artifact, device: str) -> list[Program]:
+    """The programs whose graphs stand for the network: the device's, else the first target's."""
+    own = [program for program in artifact.programs if program.target == device]
+    first = artifact.programs[0].target
+    return own or [program for program in artifact.programs if program.target == first]
+
+
+def _planned(artifact: Artifact, program: Program, target: Target) -> Executable:
+    """A program's graph, planned for a target without machine code or for this machine's GPU."""
+    from ..api import runner_for
+    from ..executable import Executable
+    from .graphs import lower_again, read_graph
+
+    graph = read_graph(artifact.graphs[program.graph], artifact.tensors, target, artifact.path)
+    plan = lower_again(graph, program, target, artifact.path)
+    ledger = ledger_of(artifact, program)
+    name = "cuda" if target.is_gpu else target.name
+    return Executable(graph, plan, ledger, runner_for(graph, plan, target, name))
+
+
+def _on_gpu(artifact: Artifact, recompile: bool) -> LoadedExecutable:
+    capability = gpu.capability_here(artifact)
+    try:
+        programs, by_ptx = gpu.pick(artifact, capability)
+    except TargetUnavailableError:
+        if not recompile:
+            raise
+        target = targets.nearest(capability)
+        parts: list[Part] = [
+            (program, _planned(artifact, program, target))
+            for program in _sources(artifact, target.name)
+        ]
+        return LoadedExecutable(artifact, "cuda", target, parts)
+    loaded: list[Part] = [
+        (program, gpu.runner(artifact, program, by_ptx)) for program in programs
+    ]
+    return LoadedExecutable(artifact, "cuda", targets.parse(programs[0].target), loaded)
+
+
+class LoadedExecutable:
+    """A file's network on one device; call it like the module.
+
+    Inputs are not modified; outputs belong to the caller. Where the file has several ranges of
+    batches, each call goes to the program whose range its batch is in.
+    """
+
+    def __init__(
+        self, artifact: Artifact, device: str, target: Target, parts: Sequence[Part]
+    ) -> None:
+        self.artifact, self.device, self.target = artifact, device, target
+        self._parts = list(parts)
+        program = parts[0][0]
+        bounds = None
+        if program.batch is not None:
+            ranges = [each.batches for each, _ in parts]
+            bounds = min(low for low, _ in ranges), max(high for _, high in ranges)
+        self.interface = Interface(program.inputs, program.interface.structure, bounds)
+
+    def __call__(self, *inputs: Any) -> Any:
+        """The module's outputs, in the module's own structure.
+
+        Raises: InvalidInputError for the wrong number, structure, rank, shape, dtype or device, or
+        a batch that the file has no program for.
+        """
+        tensors = self.interface.flatten(inputs)
+        batch = self.interface.check(tensors, self._device())
+        _, part = self._part(batch)
+        if batch == 0:
+            return self.interface.unflatten(empty_outputs(self.plan.outputs, self._device()))
+        if isinstance(part, GraphRunner):
+            return self.interface.unflatten(part.run(tensors, batch))
+        return part(*inputs)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _reload, (str(self.path), self.device)
+
+    @property
+    def path(self) -> Path:
+        """The file."""
+        return self.artifact.path.absolute()
+
+    @property
+    def programs(self) -> tuple[Program, ...]:
+        """What was loaded of the file, one per range of batches."""
+        return tuple(program for program, _ in self._parts)
+
+    @property
+    def plan(self) -> Program:
+        """The program of the largest batches: `plan.to_text()`, `plan.steps`, `plan.calls`."""
+        return self._parts[-1][0]
+
+    @property
+    def executables(self) -> tuple[Executable, ...]:
+        """The executables behind a device that kernels were planned for again."""
+        return tuple(part for _, part in self._parts if not isinstance(part, GraphRunner))
+
+    @property
+    def summary(self) -> dict[str, int]:
+        """Counts: convs, kernels, torch_fallbacks, arena_bytes, activation_bytes."""
+        return dict(self.plan.summary)
+
+    @cached_property
+    def ledger(self) -> Ledger:
+        """The account of the compilation that was saved."""
+        return ledger_of(self.artifact, self.plan)
+
+    def explain(self) -> str:
+        """The ledger as text, under the summary."""
+        return explain(self.artifact, self.plan)
+
+    def profile(self, *inputs: Any) -> list[tuple[str, float]]:
+        """(step, microseconds) in order; each step is run by itself once."""
+        tensors = self.interface.flatten(inputs)
+        batch = self.interface.check(tensors, self._device(), at_least=1)
+        _, part = self._part(batch)
+        if isinstance(part, GraphRunner):
+            return part.time_steps(tensors, batch)
+        return part.profile(*inputs)
+
+    def _device(self) -> torch.device:
+        if self.device == "cuda":
+            return torch.device("cuda", torch.cuda.current_device())
+        return torch.device("cpu")
+
+    def _part(self, batch: int) -> Part:
+        for program, part in self._parts:
+            low, high = program.batches
+            if program.batch is None or low <= batch <= high:
+                return program, part
+        held = ", ".join("{} to {}".format(*program.batches) for program in self.programs)
+        raise InvalidInputError(
+            f"inputs: expected a batch that '{self.path}' was compiled for ({held}), got {batch}"
+        )
+
+
+def _reload(path: str, device: str) -> LoadedExecutable:
+    return load(path, device)
+
+
+def ledger_of(artifact: Artifact, program: Program) -> Ledger:
+    """The ledger of a program.
+
+    Raises: ArtifactError where it is none.
+    """
+    from ..ledger import Ledger
+
+    return Ledger.from_json(artifact.ledgers[program.account], f"ledger of {artifact.path}")
+
+
+def explain(artifact: Artifact, program: Program) -> str:
+    """A program's ledger as text, under its summary."""
+    counts = dict(program.summary)
+    try:
+        head = (
+            f"{artifact.document.model} on {program.target}: {counts['convs']} convs -> "
+            f"{counts['kernels']} kernels; {counts['torch_fallbacks']} torch fallbacks\n"
+            f"arena {counts['arena_bytes']:,} bytes of {counts['activation_bytes']:,} bytes of "
+            "activations\n\n"
+        )
+    except KeyError as error:
+        raise ArtifactError(f"'{artifact.path}' is damaged: no {error} in its summary") from error
+    return head + ledger_of(artifact, program).to_text()
+

@@ -1,0 +1,263 @@
+"""`plan.json`: what runs, as plain frozen data that needs neither Triton nor a graph."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from torch.utils import _pytree as pytree
+
+from ...errors import ArtifactError
+from ...kernels.spec import Operand
+from ..interface import Interface, Port, Structure
+from ..memory import Buffer
+from ..typed import Reader
+
+FORMAT, VERSION = "convloom-executable", 1
+DEEPEST, MOST_LEAVES = 16, 4096
+READ, WRITE, SCRATCH, ROWS = "read", "write", "scratch", "rows"
+
+
+@dataclass(frozen=True)
+class Image:
+    """One compiled kernel: its members, its entry point, and how it wants to be launched.
+
+    signature: the types of its arguments in order, without the two pointers of the compiler's own
+    scratch that follow in Triton's calling convention. ptx: for newer generations; else None.
+    """
+
+    entry: str
+    cubin: str
+    ptx: str | None
+    signature: tuple[str, ...]
+    num_warps: int
+    num_ctas: int
+    shared_bytes: int
+    cooperative: bool
+    programmatic: bool
+
+
+@dataclass(frozen=True)
+class Argument:
+    """A pointer to the start of a buffer, or the number of rows.
+
+    kind: "read", "write", "scratch" or "rows". operand: what the kernel touches of the buffer; None
+    means all of it.
+    """
+
+    kind: str
+    buffer: str = ""
+    operand: Operand | None = None
+
+
+@dataclass(frozen=True)
+class Grid:
+    """How many rows a kernel is told of, and how many programs are started, for any batch.
+
+    `rows` are those of the largest batch, which is `batch`, or of any where that is None.
+    """
+
+    rows: int
+    block_rows: int
+    columns: int
+    batch: int | None
+
+    def rows_at(self, batch: int) -> int:
+        """The number of rows when the batch is `batch`."""
+        return self.rows if self.batch is None else self.rows // self.batch * batch
+
+    def programs_at(self, batch: int) -> int:
+        """The number of programs when the batch is `batch`."""
+        return -(-self.rows_at(batch) // self.block_rows) * self.columns
+
+
+@dataclass(frozen=True)
+class Call:
+    """One launch: an image, its arguments, its grid."""
+
+    step: int
+    image: int
+    arguments: tuple[Argument, ...]
+    grid: Grid
+
+
+@dataclass(frozen=True)
+class Tile:
+    """A configuration."""
+
+    blocks: tuple[tuple[str, int], ...]
+    num_warps: int
+    num_stages: int
+
+
+@dataclass(frozen=True)
+class ProgramStep:
+    """One op application, for people, and its configuration; `line` is the plan's own line."""
+
+    name: str
+    op: str
+    module_path: str
+    origins: tuple[str, ...]
+    tile: Tile
+    chosen_by: str
+    line: str
+
+
+Literal = bool | int | float | str | None
+
+
+@dataclass(frozen=True)
+class Nest:
+    """How tensors are nested: "tensor", or a "tuple", "list" or "dict" of `items` (and `keys`)."""
+
+    kind: str
+    items: tuple[Nest, ...] = ()
+    keys: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Program:
+    """One target and one range of batches.
+
+    graph, account: positions in graph.json and ledger.json. constants: buffers and the tensors they
+    hold. results: for each leaf of the result, an output's position or a literal. summary: the
+    counts of `Plan.summary`.
+    """
+
+    target: str
+    batch: tuple[int, int] | None
+    precision: str
+    in_place: bool
+    graph: int
+    account: int
+    inputs: tuple[Port, ...]
+    outputs: tuple[Port, ...]
+    arguments: Nest
+    result: Nest
+    results: tuple[tuple[str, Literal], ...]
+    buffer_list: tuple[Buffer, ...]
+    constants: tuple[tuple[str, str], ...]
+    steps: tuple[ProgramStep, ...]
+    images: tuple[Image, ...]
+    calls: tuple[Call, ...]
+    summary: tuple[tuple[str, int], ...]
+
+    @cached_property
+    def buffers(self) -> Mapping[str, Buffer]:
+        """The buffers by name."""
+        return {buffer.name: buffer for buffer in self.buffer_list}
+
+    @property
+    def batches(self) -> tuple[int, int]:
+        """The range of batches; (1, 1) where there is no batch."""
+        return self.batch or (1, 1)
+
+    @property
+    def architecture(self) -> int:
+        """The compute capability times ten; 0 where there are no images."""
+        number = self.target.partition("sm_")[2]
+        return int(number) if number.isdigit() else 0
+
+    @cached_property
+    def interface(self) -> Interface:
+        """What a call takes and gives."""
+        structure = Structure(
+            pytree.tree_structure(as_nested(self.arguments)),
+            pytree.tree_structure(as_nested(self.result)),
+            self.results,
+        )
+        return Interface(self.inputs, structure, self.batch)
+
+    def to_text(self) -> str:
+        """One line per step."""
+        return "".join(f"{step.line}\n" for step in self.steps)
+
+
+@dataclass(frozen=True)
+class Document:
+    """All of plan.json. graphs: sha256 of each graph of graph.json; model: what the file is of."""
+
+    format: str
+    version: int
+    model: str
+    versions: tuple[tuple[str, str], ...]
+    graphs: tuple[str, ...]
+    programs: tuple[Program, ...]
+
+
+def read_document(data: Any, source: str) -> Document:
+    """The document of a parsed plan.json.
+
+    Raises: ArtifactError for another format or version, or wrong fields.
+    """
+    found = data if isinstance(data, dict) else {}
+    if found.get("format") != FORMAT:
+        raise ArtifactError(f"{source} is no plan of convloom: expected \"format\": \"{FORMAT}\"")
+    if found.get("version") != VERSION:
+        raise ArtifactError(
+            f"{source} has format version {str(found.get('version'))[:20]}; this convloom reads "
+            f"version {VERSION}. Build the file again, or load it with the convloom that wrote it"
+        )
+    try:
+        document: Document = Reader(source).read(Document, data, "plan")
+    except RecursionError as error:
+        raise ArtifactError(f"{source} is damaged: it is nested too deeply") from error
+    return document
+
+
+# Nested arguments and results.
+
+
+def nest_of(spec: pytree.TreeSpec) -> Nest:
+    """The structure as data.
+
+    Raises: ArtifactError for containers other than tuple, list and dict: named tuples and the like
+    would have to be imported by name when the file is loaded.
+    """
+    return _nest(pytree.tree_unflatten([_LEAF] * spec.num_leaves, spec))
+
+
+_LEAF = object()
+
+
+def _nest(value: Any) -> Nest:
+    if value is _LEAF:
+        return Nest("tensor")
+    if type(value) in (tuple, list):
+        return Nest(type(value).__name__, tuple(map(_nest, value)))
+    if type(value) is dict and all(isinstance(key, str) for key in value):
+        return Nest("dict", tuple(map(_nest, value.values())), tuple(value))
+    raise ArtifactError(
+        "cannot save an executable whose inputs or outputs are nested in "
+        f"{type(value).__name__}; expected tuple, list, or dict with names as keys"
+    )
+
+
+def as_nested(nest: Nest) -> Any:
+    """Containers of the structure, with None where tensors go."""
+    items = [as_nested(item) for item in nest.items]
+    if nest.kind == "dict":
+        return dict(zip(nest.keys, items, strict=True))
+    return {"tuple": tuple, "list": list}[nest.kind](items) if nest.kind != "tensor" else None
+
+
+def check_nest(nest: Nest, where: str, depth: int = 0) -> int:
+    """The number of tensors in a structure.
+
+    Raises: ArtifactError where it is none.
+    """
+    if depth > DEEPEST or nest.kind not in ("tensor", "tuple", "list", "dict"):
+        raise ArtifactError(f"{where} is no structure of tuples, lists and dicts")
+    count = len(nest.items)
+    wanted = count if nest.kind == "dict" else 0
+    if len(set(nest.keys)) != wanted or len(nest.keys) != wanted:
+        raise ArtifactError(f"{where} is a {nest.kind} with {len(nest.keys)} keys")
+    if nest.kind == "tensor" and count:
+        raise ArtifactError(f"{where} is a tensor with items")
+    leaves = sum(check_nest(item, where, depth + 1) for item in nest.items)
+    leaves += nest.kind == "tensor"
+    if leaves > MOST_LEAVES:
+        raise ArtifactError(f"{where} has more than {MOST_LEAVES} tensors")
+    return leaves

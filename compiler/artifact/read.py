@@ -1,0 +1,116 @@
+"""File -> `Artifact`: everything in it, checked; nothing loaded onto a device yet."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ...errors import ArtifactError, InvalidInputError
+from ..typed import Reader, dump, parse
+from . import archive, tensors
+from .archive import Archive
+from .check import check_document
+from .program import Document, Program, read_document
+
+LARGEST_JSON = 1 << 28
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """An opened file. graphs, ledgers: as plain data, read when somebody asks for them.
+
+    tensors: mapped from the file.
+    """
+
+    path: Path
+    document: Document
+    tensors: dict[str, torch.Tensor]
+    graphs: tuple[Any, ...]
+    ledgers: tuple[Any, ...]
+    archive: Archive
+
+    @property
+    def programs(self) -> tuple[Program, ...]:
+        """Sorted by target and batch."""
+        return self.document.programs
+
+    @property
+    def sha256(self) -> str:
+        """Of the manifest, and through it of everything in the file."""
+        return archive.digest([self.archive.read("manifest.json", LARGEST_JSON)])
+
+    def code(self, member: str) -> bytes:
+        """A kernel's machine code."""
+        return bytes(self.archive.view(member))
+
+    def size_bytes(self, kind: str) -> int:
+        """Bytes of the members whose name ends in `.kind`."""
+        members = self.archive.members.items()
+        return sum(span.size for name, span in members if name.endswith(f".{kind}"))
+
+    def holds(self) -> str:
+        """The targets and batches, for errors."""
+        shown = []
+        for program in self.programs:
+            low, high = program.batches
+            batches = "" if program.batch is None else f" (batch {low} to {high})"
+            shown.append(f"{program.target}{batches}")
+        return ", ".join(shown)
+
+
+def open_artifact(path: str | Path) -> Artifact:
+    """The checked contents of a file.
+
+    Raises: ArtifactError for anything that `save` did not write as it is, or that does not hold
+    together; InvalidInputError for what is no path.
+    """
+    if not isinstance(path, str | Path):
+        raise InvalidInputError(f"path: expected a file's name, got {type(path).__name__}")
+    path = Path(path)
+    with Archive(path) as opened:
+        manifest = _json(opened, "manifest.json")
+        opened.verify(_digests(manifest, path))
+    document = read_document(_json(opened, "plan.json"), f"plan.json of '{path}'")
+    graphs = _list(opened, "graph.json", "graphs")
+    ledgers = _list(opened, "ledger.json", "ledgers")
+    if tuple(archive.digest([dump(graph)]) for graph in graphs) != document.graphs:
+        raise archive.damaged(path, "plan.json was not made of the graphs in graph.json")
+    held = tensors.read(opened)
+    counts = len(graphs), len(ledgers)
+    source = f"plan.json of '{path}'"
+    check_document(document, opened.members.keys(), held, counts, source)
+    for name in opened.members:
+        if name.endswith(".cubin") and bytes(opened.view(name)[:4]) != b"\x7fELF":
+            raise archive.damaged(path, f"'{name}' is no machine code")
+    return Artifact(path, document, held, graphs, ledgers, opened)
+
+
+def _json(opened: Archive, name: str) -> Any:
+    return parse(opened.read(name, LARGEST_JSON), f"{name} of '{opened.path}'")
+
+
+def _list(opened: Archive, name: str, key: str) -> tuple[Any, ...]:
+    data = _json(opened, name)
+    if not isinstance(data, dict) or list(data) != [key] or not isinstance(data[key], list):
+        raise archive.damaged(opened.path, f"'{name}' is no list of {key}")
+    return tuple(data[key])
+
+
+@dataclass(frozen=True)
+class _Listed:
+    """A member in the manifest."""
+
+    size: int
+    sha256: str
+
+
+def _digests(manifest: Any, path: Path) -> dict[str, tuple[int, str]]:
+    listed = manifest.get("members") if isinstance(manifest, dict) else None
+    if not isinstance(listed, dict) or list(manifest) != ["members"]:
+        raise ArtifactError(f"'{path}' is damaged: manifest.json lists no members")
+    reader = Reader(f"manifest.json of '{path}'")
+    found = {name: reader.read(_Listed, entry, name[:80]) for name, entry in listed.items()}
+    return {name: (entry.size, entry.sha256) for name, entry in found.items()}

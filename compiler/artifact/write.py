@@ -1,0 +1,282 @@
+"""Executable(s) -> file."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import triton
+
+from ...errors import ArtifactError
+from ...kernels import execute, offline
+from ...kernels.op import Launch, Operand, Ref
+from ..plan import KernelStep, Plan
+from ..runtime import compile_requests, dtype_of
+from ..typed import dump, plain
+from . import archive, graphs, program, tensors
+from .archive import Content
+from .check import POINTERS, check_document
+from .program import Argument, Call, Document, Grid, Image, Program, ProgramStep, Tile, nest_of
+
+if TYPE_CHECKING:
+    from ..executable import Executable
+
+_PORTABLE = re.compile(r"^\.target sm_[0-9]+\s*$", re.MULTILINE)
+
+
+@dataclass
+class _Writing:
+    """What one file accumulates. kernels: members by name; distinct ones once."""
+
+    pool: tensors.Pool = field(default_factory=tensors.Pool)
+    kernels: dict[str, Content] = field(default_factory=dict)
+    graphs: list[Any] = field(default_factory=list)
+    accounts: list[Any] = field(default_factory=list)
+    programs: list[Program] = field(default_factory=list)
+
+
+def save(path: str | Path, executables: Sequence[Executable], model: str = "") -> None:
+    """Writes executables of one module, for different targets or ranges of batches, as one file.
+
+    model: what it is of, in words for people; by default the class of the module.
+
+    Raises: ArtifactError where something cannot be in a file, or the executables do not belong
+    together; nothing is left behind then.
+    """
+    path = Path(path)
+    if not executables:
+        raise ArtifactError(f"cannot write '{path}': expected at least one executable, got none")
+    writing = _Writing()
+    oldest = _oldest(executables)
+    for executable in sorted(executables, key=_rank):
+        _add(writing, executable, with_ptx=executable.target.name == oldest)
+    document = Document(
+        format=program.FORMAT,
+        version=program.VERSION,
+        model=model or executables[0].graph.name,
+        versions=_versions(),
+        graphs=tuple(archive.digest([dump(graph)]) for graph in writing.graphs),
+        programs=tuple(writing.programs),
+    )
+    members: dict[str, Content] = {
+        **writing.kernels,
+        "plan.json": [dump(plain(document))],
+        "graph.json": [dump({"graphs": writing.graphs})],
+        "ledger.json": [dump({"ledgers": writing.accounts})],
+        tensors.MEMBER: writing.pool.content(),
+    }
+    # By the checks of the reader: what would be refused there is not written.
+    counts = len(writing.graphs), len(writing.accounts)
+    source = f"cannot write '{path}': plan.json"
+    check_document(document, set(members), writing.pool.tensors, counts, source)
+    for executable, each in zip(sorted(executables, key=_rank), writing.programs, strict=True):
+        data = writing.graphs[each.graph]
+        graphs.read_graph(data, writing.pool.tensors, executable.target, path)
+    members["manifest.json"] = [dump({"members": archive.manifest_of(members)})]
+    archive.write(path, members)
+
+
+def _rank(executable: Executable) -> tuple[int, str, tuple[int, int]]:
+    target = executable.target
+    return target.capability, target.name, executable.plan.batch or (0, 0)
+
+
+def _oldest(executables: Sequence[Executable]) -> str | None:
+    """The oldest GPU generation, whose PTX newer ones may compile."""
+    found = [e.target for e in executables if e.target.is_gpu]
+    return min(found, key=lambda target: target.capability).name if found else None
+
+
+def _versions() -> tuple[tuple[str, str], ...]:
+    from ... import __version__
+
+    return (
+        ("convloom", __version__),
+        ("torch", torch.__version__),
+        ("triton", triton.__version__),
+    )
+
+
+def _add(writing: _Writing, executable: Executable, with_ptx: bool) -> None:
+    """Adds one program. Packed constants go first: a graph's own tensors are then found there."""
+    plan = executable.plan
+    constants = tuple(
+        (name, writing.pool.add(plan.constants[name]))
+        for name, buffer in plan.buffers.items()
+        if buffer.kind == "constant"
+    )
+    images, calls = _kernels(writing, plan, with_ptx)
+    record = graphs.to_json(graphs.record_of(executable.graph, writing.pool))
+    ledger = replace(executable.ledger, measured={}, measured_on="").to_json()
+    structure = plan.structure
+    writing.programs.append(
+        Program(
+            target=plan.target.name,
+            batch=plan.batch,
+            precision=plan.precision,
+            in_place=plan.in_place,
+            graph=_index(writing.graphs, record),
+            account=_index(writing.accounts, plain(ledger)),
+            inputs=plan.inputs,
+            outputs=plan.outputs,
+            arguments=nest_of(structure.arguments),
+            result=nest_of(structure.result),
+            results=structure.results,
+            buffer_list=tuple(plan.buffers.values()),
+            constants=constants,
+            steps=steps_of(plan),
+            images=images,
+            calls=calls,
+            summary=tuple(sorted(plan.summary().items())),
+        )
+    )
+
+
+def _index(known: list[Any], data: Any) -> int:
+    """The position of equal data, or of the data added."""
+    if data not in known:
+        known.append(data)
+    return known.index(data)
+
+
+def steps_of(plan: Plan) -> tuple[ProgramStep, ...]:
+    """The kernel steps of a plan as data."""
+    lines = plan.to_text().splitlines()
+    return tuple(
+        ProgramStep(
+            name=step.name,
+            op=step.op,
+            module_path=step.module_path,
+            origins=step.origins,
+            tile=Tile(step.config.blocks, step.config.num_warps, step.config.num_stages),
+            chosen_by=step.chosen_by,
+            line=line,
+        )
+        for step, line in zip(plan.steps, lines, strict=True)
+        if isinstance(step, KernelStep)
+    )
+
+
+# Kernels.
+
+
+def _kernels(
+    writing: _Writing, plan: Plan, with_ptx: bool
+) -> tuple[tuple[Image, ...], tuple[Call, ...]]:
+    """The machine code of a plan's launches, distinct ones once, and the launches."""
+    if not plan.target.is_gpu:
+        return (), ()
+    requests = compile_requests(plan, plan.target)
+    offline.compile_all(requests)
+    compiled = {wanted: offline.compile_request(wanted) for wanted in dict.fromkeys(requests)}
+    codes = [str(each.asm["ptx"]) for each in compiled.values()]
+    # Code for one generation's own instructions (sm_90a) runs on no other.
+    with_ptx = with_ptx and all(map(_PORTABLE.search, codes))
+    images: list[Image] = []
+    positions: list[int] = []
+    for wanted, (step, launch) in zip(requests, plan.kernels, strict=True):
+        signature = signature_of(plan, step, launch)
+        image = _image(writing, wanted, signature, compiled[wanted], with_ptx)
+        if image not in images:
+            images.append(image)
+        positions.append(images.index(image))
+    return tuple(images), calls_of(plan, positions)
+
+
+def _image(
+    writing: _Writing,
+    wanted: offline.CompileRequest,
+    signature: tuple[str, ...],
+    compiled: Any,
+    with_ptx: bool,
+) -> Image:
+    metadata = compiled.metadata
+    needed = {
+        "descriptors": bool(getattr(metadata, "tensordesc_meta", None)),
+        "global scratch memory": bool(getattr(metadata, "global_scratch_size", 0)),
+        "profiling memory": bool(getattr(metadata, "profile_scratch_size", 0)),
+    }
+    for what, is_needed in needed.items():
+        if is_needed:
+            raise ArtifactError(
+                f"cannot save kernel {wanted.name}: it needs {what}, which a file cannot make "
+                "again; choose another configuration or forbid the fusion"
+            )
+    folder = f"kernels/sm_{wanted.capability}"
+    cubin = _keep(writing, folder, "cubin", bytes(compiled.asm["cubin"]))
+    code = str(compiled.asm["ptx"]).encode()
+    return Image(
+        entry=metadata.name,
+        cubin=cubin,
+        ptx=_keep(writing, folder, "ptx", code) if with_ptx else None,
+        signature=signature,
+        num_warps=metadata.num_warps,
+        num_ctas=metadata.num_ctas,
+        shared_bytes=metadata.shared,
+        cooperative=bool(metadata.launch_cooperative_grid),
+        programmatic=bool(metadata.launch_pdl),
+    )
+
+
+def signature_of(plan: Plan, step: KernelStep, launch: Launch) -> tuple[str, ...]:
+    """The types of a kernel's run-time arguments, in the order of `execute.parameters`."""
+    dtypes = dtype_of(plan, step)
+    return tuple(
+        "i32" if ref is None else POINTERS[dtypes(ref)] for ref in execute.parameters(launch)
+    )
+
+
+def _keep(writing: _Writing, folder: str, kind: str, code: bytes) -> str:
+    name = f"{folder}/{archive.digest([code])[:32]}.{kind}"
+    writing.kernels[name] = [code]
+    return name
+
+
+def calls_of(plan: Plan, images: Sequence[int]) -> tuple[Call, ...]:
+    """The launches of a plan as data; `images` says which kernel each one starts.
+
+    Raises: ArtifactError for a launch that is more than `Call` can say.
+    """
+    names = [step.name for step in plan.steps if isinstance(step, KernelStep)]
+    calls = []
+    for image, (step, launch) in zip(images, plan.kernels, strict=True):
+        grid = Grid(launch.rows, launch.block_rows, launch.columns, launch.batch)
+        for batch in {1, *(plan.batch or (1,))}:
+            wanted = (grid.programs_at(batch), 1, 1)
+            if launch.grid_at(batch) != wanted or launch.m_at(batch) != grid.rows_at(batch):
+                raise ArtifactError(
+                    f"cannot save step {step.name}: its grid for a batch of {batch} is "
+                    f"{launch.grid_at(batch)}, and a file can only say {wanted}"
+                )
+        arguments = tuple(
+            _argument(plan, step, launch, ref) for ref in execute.parameters(launch)
+        )
+        calls.append(Call(names.index(step.name), image, arguments, grid))
+    return tuple(calls)
+
+
+def _argument(plan: Plan, step: KernelStep, launch: Launch, ref: Ref | None) -> Argument:
+    if ref is None:
+        return Argument(program.ROWS)
+    name = step.buffers[ref]
+    if ref.kind == "scratch":
+        return Argument(program.SCRATCH, name)
+    kind = program.WRITE if ref.kind == "output" else program.READ
+    # A packed constant has not the shape that its operand says: the kernel reads all of it.
+    whole = plan.buffers[name].kind == "constant"
+    return Argument(kind, name, None if whole else _operand(step, ref))
+
+
+def _operand(step: KernelStep, ref: Ref) -> Operand:
+    problem = step.problem
+    groups = {
+        "input": problem.inputs,
+        "output": problem.outputs,
+        "operand": problem.operands,
+        "prologue": problem.prologue_operands,
+    }
+    return groups[ref.kind][ref.index]

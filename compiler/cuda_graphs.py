@@ -1,0 +1,125 @@
+"""Replays a list of launches as one CUDA graph per batch, whoever made the launches: kernels that
+were compiled in this process (`runtime.py`), or loaded from a file (`artifact/device.py`)."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol
+
+import torch
+
+from ..errors import KernelError
+from .interface import Port
+from .memory import Buffered, Memory
+
+GRAPHS_KEPT = 8
+"""CUDA graphs kept under a dynamic batch; the least recently used one goes first."""
+
+QUEUEING_CYCLES = 50_000_000
+"""About 30 ms: longer than the host takes to queue the launches of any network of the zoo."""
+
+Action = tuple[str, Callable[[], None]]
+"""The name of a step, and one of its launches as a call without arguments."""
+
+
+class Ported(Buffered, Protocol):
+    """A plan, or the program of a saved executable."""
+
+    @property
+    def inputs(self) -> tuple[Port, ...]: ...
+
+    @property
+    def outputs(self) -> tuple[Port, ...]: ...
+
+
+class GraphRunner:
+    """Runs a plan on this machine's GPU; `bind` gives its launches on some memory, in order."""
+
+    def __init__(
+        self,
+        plan: Ported,
+        constants: Mapping[str, torch.Tensor],
+        bind: Callable[[Memory], Sequence[Action]],
+    ) -> None:
+        self._plan, self._constants, self._bind = plan, constants, bind
+        self._graphs: OrderedDict[int, _CapturedPlan] = OrderedDict()
+
+    @property
+    def device(self) -> torch.device:
+        return torch.device("cuda", torch.cuda.current_device())
+
+    def run(self, inputs: Sequence[torch.Tensor], batch: int) -> list[torch.Tensor]:
+        captured = self._graphs.pop(batch, None) or self._capture(batch)
+        self._graphs[batch] = captured
+        while len(self._graphs) > GRAPHS_KEPT:
+            self._graphs.popitem(last=False)
+        return captured.replay(inputs)
+
+    def _capture(self, batch: int) -> _CapturedPlan:
+        """The plan in memory of its own for a batch.
+
+        Raises: KernelError where the GPU has not enough memory; what was taken is given back.
+        """
+        try:
+            memory = Memory(self._plan, self._constants, batch)
+            return _CapturedPlan(self._plan, self._bind(memory), memory)
+        except torch.OutOfMemoryError as error:
+            kept = len(self._graphs)
+            self._graphs.clear()
+            torch.cuda.empty_cache()
+            raise KernelError(
+                f"batch {batch} needs more GPU memory than there is: {error}; {kept} other batches "
+                "kept by this executable were dropped, call it again or with a smaller batch"
+            ) from error
+
+    def time_steps(self, inputs: Sequence[torch.Tensor], batch: int) -> list[tuple[str, float]]:
+        """(step, microseconds) for each step launched by itself, outside the CUDA graph."""
+        memory = Memory(self._plan, self._constants, batch)
+        fresh = _CapturedPlan(self._plan, self._bind(memory), memory)
+        return fresh.time_steps(inputs)
+
+
+class _CapturedPlan:
+    """A plan bound to memory, recorded into a CUDA graph."""
+
+    def __init__(self, plan: Ported, actions: Sequence[Action], memory: Memory) -> None:
+        self._plan, self._memory, self._actions = plan, memory, actions
+        stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        stream.wait_stream(torch.cuda.current_stream())
+        # Modules load, and torch ops of fallback steps warm up, outside the capture.
+        with torch.cuda.stream(stream):
+            for _, action in self._actions:
+                action()
+        torch.cuda.current_stream().wait_stream(stream)
+        torch.cuda.synchronize()
+        self._graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self._graph):
+            for _, action in self._actions:
+                action()
+
+    def _load(self, inputs: Sequence[torch.Tensor]) -> None:
+        for port, tensor in zip(self._plan.inputs, inputs, strict=True):
+            self._memory.view(port.place).copy_(tensor)
+
+    def replay(self, inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        self._load(inputs)
+        self._graph.replay()
+        return [self._memory.view(port.place).clone() for port in self._plan.outputs]
+
+    def time_steps(self, inputs: Sequence[torch.Tensor]) -> list[tuple[str, float]]:
+        self._load(inputs)
+        count = len(self._actions) + 1
+        make: Any = torch.cuda.Event
+        events = [make(enable_timing=True) for _ in range(count)]
+        # The GPU waits until every launch is queued: otherwise the host's own time is measured.
+        torch.cuda._sleep(QUEUEING_CYCLES)  # type: ignore[no-untyped-call]
+        events[0].record()
+        for (_, action), event in zip(self._actions, events[1:], strict=True):
+            action()
+            event.record()
+        torch.cuda.synchronize()
+        return [
+            (name, before.elapsed_time(after) * 1e3)
+            for (name, _), before, after in zip(self._actions, events, events[1:], strict=False)
+        ]
