@@ -5,7 +5,7 @@ y: (N, K, P, Q) NHWC. fp32 accumulation. The bias is an epilogue.
 
 Implicit GEMM (Chetlur et al., cuDNN, 2014): the rows of the product are output pixels, its inner
 dimension the filter taps and channels; the input matrix is never built. Five algorithms:
-- `gemm`: 1x1, stride 1, no padding: a plain matrix product (`gemm.py`);
+- `gemm`: 1x1, stride 1, no padding: a plain matrix product (`product.py`);
 - `depthwise`: one input channel per group: no matrix product at all (`depthwise.py`);
 - `grouped`: few channels per group: several groups in one product (`grouped.py`);
 - `rows`: 4 or 8 channels and no padding at the sides: whole filter rows at a time (`conv_rows.py`);
@@ -27,7 +27,7 @@ import triton
 import triton.language as tl
 
 from ..errors import InvalidInputError
-from . import conv_rows, depthwise, gemm, grouped
+from . import conv_rows, depthwise, gemm, grouped, product
 from . import split as split_k
 from .epilogue import Stage
 from .op import (
@@ -256,7 +256,7 @@ def launches(problem: Problem, tile: Config, target: Target) -> tuple[Launch, ..
     attributes = problem.attributes
     assert isinstance(attributes, Conv2d)
     if chosen == "gemm":
-        return (gemm.launch(problem, tile, problem.inputs[0], problem.output.shape[1]),)
+        return (product.launch(problem, tile),)
     if chosen == "depthwise":
         return (depthwise.launch(problem, tile),)
     if chosen == "rows":
@@ -341,6 +341,8 @@ def configs(problem: Problem, target: Target) -> Iterator[Config]:
         return conv_rows.configs(problem, target)
     if algorithm(problem) == "grouped":
         return grouped.configs(problem, target)
+    if algorithm(problem) == "gemm":
+        return product.configs(problem, target)
     return gemm.tile_configs(_size(problem), target)
 
 
@@ -349,6 +351,8 @@ def legal(problem: Problem, tile: Config, target: Target) -> str | None:
         return None
     if algorithm(problem) == "grouped":
         return grouped.legal(problem, tile, target)
+    if algorithm(problem) == "gemm":
+        return product.legal(problem, tile, target)
     size = _size(problem)
     return gemm.legal_for_taps(tile, size.taps) or gemm.legal_tile(size.dtype, tile, target)
 
@@ -360,6 +364,8 @@ def default(problem: Problem, target: Target) -> Config:
         return conv_rows.default(problem, target)
     if algorithm(problem) == "grouped":
         return grouped.default(problem, target)
+    if algorithm(problem) == "gemm":
+        return product.default(problem, target)
     return gemm.default_tile(_size(problem), target)
 
 

@@ -329,7 +329,7 @@ def default_tile(size: Size, target: Target) -> Config:
     gpu = machine.machine_for(target)
 
     def time_us(tile: Config) -> float:
-        return machine.launch_time_us(gpu, _outline(size, tile), size.flops, size.dtype)
+        return machine.launch_time_us(gpu, outline(size, tile), size.flops, size.dtype)
 
     candidates = tiles(size.dtype, target)
     if size.taps > 1:
@@ -348,7 +348,7 @@ def default_tile(size: Size, target: Target) -> Config:
     )
 
 
-def _outline(size: Size, tile: Config) -> Launch:
+def outline(size: Size, tile: Config) -> Launch:
     """What the cost model needs to know of the launch that a tile would become."""
     block_m, block_n, split = tile["BLOCK_M"], tile["BLOCK_N"], split_of(tile)
     steps = -(-size.steps(tile["BLOCK_K"]) // split)

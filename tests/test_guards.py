@@ -44,6 +44,7 @@ CUDA_CORES = {
     "softmax_kernel": "exponentials and a sum; no products",
     "copy_kernel": "moves elements",
     "lrn_kernel": "sums over neighbouring channels, which products would poison with NaN",
+    "gemv_kernel": "at most 8 rows: reading the weights decides, and tiles would be padding",
     "depthwise_kernel": "one product per tap and channel: tensor cores would multiply zeros",
 }
 """Kernels without matrix products, and why."""
