@@ -105,10 +105,9 @@ def test_streaming_is_refused_with_a_reason() -> None:
         (replace(good, blocks=(("ROWS", 4), ("BLOCK_N", 2), ("BLOCK_K", 512))), "4 warps load"),
     ):
         assert reason in str(op.legal(problem, tile, SM_90))
-    wide = config(4, 1, ROWS=4, BLOCK_N=4, BLOCK_K=1024)
-    half = replace(wide, blocks=(("ROWS", 4), ("BLOCK_N", 4), ("BLOCK_K", 512)), num_warps=2)
-    assert "128 sums" in str(op.legal(problem, wide, parse("cuda:sm_100")))
-    assert "spill on sm_100" in str(op.legal(linear(1, 512, 9), half, parse("cuda:sm_100")))
+    four = config(4, 1, ROWS=1, BLOCK_N=4, BLOCK_K=1024)
+    assert "spill on sm_100" in str(op.legal(linear(1, 512, 9), four, parse("cuda:sm_100")))
+    assert op.legal(linear(1, 512, 9), four, SM_90) is None
 
 
 @pytest.mark.parametrize("target", [t for t in GPU_TARGETS if t.capability % 10 == 0], ids=str)
