@@ -5,13 +5,14 @@ y: (N, K, P, Q) NHWC. fp32 accumulation. The bias is an epilogue.
 
 Implicit GEMM (Chetlur et al., cuDNN, 2014): the rows of the product are output pixels, its inner
 dimension the filter taps and channels; the input matrix is never built. Five algorithms:
-- `gemm`: 1x1, stride 1, no padding: a plain matrix product (`gemm.py`);
+- `gemm`: 1x1, stride 1, no padding: a plain matrix product (`product.py`);
 - `depthwise`: one input channel per group: no matrix product at all (`depthwise.py`);
 - `grouped`: few channels per group: several groups in one product (`grouped.py`);
 - `rows`: 4 or 8 channels and no padding at the sides: whole filter rows at a time (`conv_rows.py`);
 - `implicit`: everything else, one loop flattened over taps and channel blocks, which is what
   Triton's pipeliner turns into asynchronous copies. With few channels per group the flattened loop
-  runs over (tap, channel) pairs instead of whole channel blocks.
+  runs over (tap, channel) pairs instead of whole channel blocks. Where output tiles are few (batch
+  1), SPLIT programs share the sums of each (`split.py`).
 """
 
 from __future__ import annotations
@@ -26,7 +27,8 @@ import triton
 import triton.language as tl
 
 from ..errors import InvalidInputError
-from . import conv_rows, depthwise, gemm, grouped
+from . import conv_rows, depthwise, gemm, grouped, product
+from . import split as split_k
 from .epilogue import Stage
 from .op import (
     Attributes,
@@ -113,6 +115,8 @@ def conv2d_kernel(
     x,
     w,
     y,
+    parts,
+    tickets,
     extras,
     m,
     H: tl.constexpr,
@@ -143,11 +147,12 @@ def conv2d_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     GROUP_M: tl.constexpr,
+    SPLIT: tl.constexpr,
 ):
-    # C and K count the channels of one group.
+    # C and K count the channels of one group. Only sums by tap are split.
     group_tiles: tl.constexpr = (K + BLOCK_N - 1) // BLOCK_N
     row_tile, column_tile = gemm.tile_index(
-        tl.program_id(0), tl.cdiv(m, BLOCK_M), GROUPS * group_tiles, GROUP_M
+        tl.program_id(0) // SPLIT, tl.cdiv(m, BLOCK_M), GROUPS * group_tiles, GROUP_M
     )
     group = column_tile // group_tiles
     within = column_tile % group_tiles * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -168,10 +173,14 @@ def conv2d_kernel(
     x_corner = (corner * X_PITCH)[:, None]
     w_tile = w + (columns * (R * S * C))[:, None] + depth[None, :]
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    split = tl.program_id(0) % SPLIT
     if BY_TAP:
         blocks: tl.constexpr = (C + BLOCK_K - 1) // BLOCK_K
         x_tile = x_corner + depth[None, :]
-        for step in range(R * S * blocks):
+        first, stop = 0, R * S * blocks
+        if SPLIT > 1:
+            first, stop = gemm.share_of(split, R * S * blocks, SPLIT)
+        for step in range(first, stop):
             tap = step // blocks
             start = step % blocks * BLOCK_K
             r = tap // S * DILATION_H
@@ -211,10 +220,11 @@ def conv2d_kernel(
             b_mask = column_mask[:, None] & (index < R * S * C)[None, :]
             b = tl.load(w_tile + start, mask=b_mask, other=0.0)
             acc = tl.dot(a, b.T, acc, input_precision=PRECISION)
-    acc = EPILOGUE(acc, rows, columns, row_mask, column_mask, extras)
-    address = y + Y_OFFSET + (rows * Y_PITCH)[:, None] + columns[None, :]
-    mask = row_mask[:, None] & column_mask[None, :]
-    tl.store(address, acc.to(y.dtype.element_ty), mask=mask)
+    tile = row_tile * (GROUPS * group_tiles) + column_tile
+    gemm.finish_share(
+        acc, y, parts, tickets, tile, split, rows, columns, row_mask, column_mask, extras,
+        EPILOGUE, Y_PITCH, Y_OFFSET, SPLIT, BLOCK_M, BLOCK_N,
+    )  # fmt: skip
 
 
 def algorithm(problem: Problem) -> str:
@@ -246,7 +256,7 @@ def launches(problem: Problem, tile: Config, target: Target) -> tuple[Launch, ..
     attributes = problem.attributes
     assert isinstance(attributes, Conv2d)
     if chosen == "gemm":
-        return (gemm.launch(problem, tile, problem.inputs[0], problem.output.shape[1]),)
+        return (product.launch(problem, tile),)
     if chosen == "depthwise":
         return (depthwise.launch(problem, tile),)
     if chosen == "rows":
@@ -259,15 +269,19 @@ def launches(problem: Problem, tile: Config, target: Target) -> tuple[Launch, ..
     _, per_group, r, s = problem.inputs[1].shape
     groups = attributes.groups
     after, before = gemm.chains(problem)
+    size, split = _size(problem), gemm.split_of(tile)
+    tiles = size.tiles(tile["BLOCK_M"], tile["BLOCK_N"])
+    steps = -(-size.steps(tile["BLOCK_K"]) // split)
     launch = Launch(
         kernel=conv2d_kernel,
-        pointers={"x": X, "w": W, "y": Y},
+        pointers={"x": X, "w": W, "y": Y, **split_k.pointers(split)},
         extras=gemm.all_extras(problem),
         rows=n * p * q,
         batch=out.spec.batch,
         block_rows=tile["BLOCK_M"],
-        columns=groups * -(-(k // groups) // tile["BLOCK_N"]),
+        columns=groups * -(-(k // groups) // tile["BLOCK_N"]) * split,
         constexprs={
+            "SPLIT": 1,
             "H": h, "WIDTH": width, "C": per_group, "K": k // groups, "P": p, "Q": q,
             "R": r, "S": s,
             "STRIDE_H": attributes.stride[0], "STRIDE_W": attributes.stride[1],
@@ -284,8 +298,12 @@ def launches(problem: Problem, tile: Config, target: Target) -> tuple[Launch, ..
         },
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
-        l2_bytes=gemm.l2_bytes(problem, tile, per_group * r * s),
+        l2_bytes=gemm.l2_bytes(problem, tile, min(per_group * r * s, steps * tile["BLOCK_K"])),
         instructions=_gathering(problem, tile),
+        # Unsplit, it is compared with kernels of several ops, which tell none either.
+        steps=steps if split > 1 else 0,
+        combine_bytes=split_k.combine_bytes(split, tile["BLOCK_M"], tile["BLOCK_N"]),
+        scratch=split_k.scratch(tiles, split, tile["BLOCK_M"], tile["BLOCK_N"]),
     )  # fmt: skip
     return (launch,)
 
@@ -311,7 +329,9 @@ def _size(problem: Problem) -> gemm.Size:
     depth = per_group if by_tap else per_group * r * s
     dtype = problem.inputs[0].spec.dtype
     groups = attributes.groups
-    return gemm.Size(n * p * q, k // groups, depth, dtype, groups, not by_tap, taps=r * s)
+    return gemm.Size(
+        n * p * q, k // groups, depth, dtype, groups, not by_tap, taps=r * s, splits=by_tap
+    )
 
 
 def configs(problem: Problem, target: Target) -> Iterator[Config]:
@@ -321,6 +341,8 @@ def configs(problem: Problem, target: Target) -> Iterator[Config]:
         return conv_rows.configs(problem, target)
     if algorithm(problem) == "grouped":
         return grouped.configs(problem, target)
+    if algorithm(problem) == "gemm":
+        return product.configs(problem, target)
     return gemm.tile_configs(_size(problem), target)
 
 
@@ -329,6 +351,8 @@ def legal(problem: Problem, tile: Config, target: Target) -> str | None:
         return None
     if algorithm(problem) == "grouped":
         return grouped.legal(problem, tile, target)
+    if algorithm(problem) == "gemm":
+        return product.legal(problem, tile, target)
     size = _size(problem)
     return gemm.legal_for_taps(tile, size.taps) or gemm.legal_tile(size.dtype, tile, target)
 
@@ -340,6 +364,8 @@ def default(problem: Problem, target: Target) -> Config:
         return conv_rows.default(problem, target)
     if algorithm(problem) == "grouped":
         return grouped.default(problem, target)
+    if algorithm(problem) == "gemm":
+        return product.default(problem, target)
     return gemm.default_tile(_size(problem), target)
 
 

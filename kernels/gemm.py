@@ -78,6 +78,39 @@ def share_of(split, STEPS: tl.constexpr, SPLIT: tl.constexpr):
 
 
 @triton.jit
+def finish_share(
+    acc,
+    y,
+    parts,
+    tickets,
+    tile,
+    split,
+    rows,
+    columns,
+    row_mask,
+    column_mask,
+    extras,
+    EPILOGUE: tl.constexpr,
+    Y_PITCH: tl.constexpr,
+    Y_OFFSET: tl.constexpr,
+    SPLIT: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """The end of an output tile: at once where it has one program, else by the one that completes
+    it."""
+    if SPLIT == 1:
+        finish_tile(
+            acc, y, rows, columns, row_mask, column_mask, extras, EPILOGUE, Y_PITCH, Y_OFFSET
+        )
+    elif split_k.publish(acc, parts, tickets, tile, split, SPLIT, BLOCK_M, BLOCK_N):
+        acc = split_k.collect(parts, tickets, tile, SPLIT, BLOCK_M, BLOCK_N)
+        finish_tile(
+            acc, y, rows, columns, row_mask, column_mask, extras, EPILOGUE, Y_PITCH, Y_OFFSET
+        )
+
+
+@triton.jit
 def gemm_kernel(
     x,
     w,
@@ -136,17 +169,11 @@ def gemm_kernel(
             # Rows and channels outside the tensor must stay zero whatever the prologue adds.
             a = tl.where(row_mask[:, None] & in_channels[None, :], value, 0.0).to(a.dtype)
         acc = tl.dot(a, b.T, acc, input_precision=PRECISION)
-    if SPLIT == 1:
-        finish_tile(
-            acc, y, rows, columns, row_mask, column_mask, extras, EPILOGUE, Y_PITCH, Y_OFFSET
-        )
-    else:
-        tile = row_tile * column_tiles + column_tile
-        if split_k.publish(acc, parts, tickets, tile, split, SPLIT, BLOCK_M, BLOCK_N):
-            acc = split_k.collect(parts, tickets, tile, SPLIT, BLOCK_M, BLOCK_N)
-            finish_tile(
-                acc, y, rows, columns, row_mask, column_mask, extras, EPILOGUE, Y_PITCH, Y_OFFSET
-            )
+    tile = row_tile * column_tiles + column_tile
+    finish_share(
+        acc, y, parts, tickets, tile, split, rows, columns, row_mask, column_mask, extras,
+        EPILOGUE, Y_PITCH, Y_OFFSET, SPLIT, BLOCK_M, BLOCK_N,
+    )  # fmt: skip
 
 
 def dot_precision(problem: Problem, depth: int) -> str:
@@ -302,7 +329,7 @@ def default_tile(size: Size, target: Target) -> Config:
     gpu = machine.machine_for(target)
 
     def time_us(tile: Config) -> float:
-        return machine.launch_time_us(gpu, _outline(size, tile), size.flops, size.dtype)
+        return machine.launch_time_us(gpu, outline(size, tile), size.flops, size.dtype)
 
     candidates = tiles(size.dtype, target)
     if size.taps > 1:
@@ -321,7 +348,7 @@ def default_tile(size: Size, target: Target) -> Config:
     )
 
 
-def _outline(size: Size, tile: Config) -> Launch:
+def outline(size: Size, tile: Config) -> Launch:
     """What the cost model needs to know of the launch that a tile would become."""
     block_m, block_n, split = tile["BLOCK_M"], tile["BLOCK_N"], split_of(tile)
     steps = -(-size.steps(tile["BLOCK_K"]) // split)
@@ -336,6 +363,7 @@ def _outline(size: Size, tile: Config) -> Launch:
         num_stages=tile.num_stages,
         l2_bytes=elements * size.dtype.itemsize,
         steps=steps,
+        combine_bytes=split_k.combine_bytes(split, block_m, block_n),
         scratch=split_k.scratch(1, split, block_m, block_n),
     )
 
@@ -393,6 +421,7 @@ def launch(problem: Problem, tile: Config, x: Operand, columns: int) -> Launch:
         num_stages=tile.num_stages,
         l2_bytes=l2_bytes(problem, tile, min(depth, steps * tile["BLOCK_K"])),
         steps=steps,
+        combine_bytes=split_k.combine_bytes(split, tile["BLOCK_M"], tile["BLOCK_N"]),
         scratch=split_k.scratch(tiles, split, tile["BLOCK_M"], tile["BLOCK_N"]),
     )
 

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from ..errors import InvalidInputError
-from . import gemm
+from . import gemm, product
 from .epilogue import Stage
 from .op import Attributes, Builder, Config, Cost, Domain, Launch, Op, Problem, tensor_bytes
 from .spec import TensorSpec
@@ -38,20 +38,19 @@ def reference(attributes: Linear, x: torch.Tensor, w: torch.Tensor) -> torch.Ten
 
 
 def launches(problem: Problem, tile: Config, target: Target) -> tuple[Launch, ...]:
-    columns = gemm.problem_size(problem).columns
-    return (gemm.launch(problem, tile, problem.inputs[0], columns),)
+    return (product.launch(problem, tile),)
 
 
 def configs(problem: Problem, target: Target) -> Iterator[Config]:
-    return gemm.tile_configs(gemm.problem_size(problem), target)
+    return product.configs(problem, target)
 
 
 def legal(problem: Problem, tile: Config, target: Target) -> str | None:
-    return gemm.legal_tile(problem.inputs[0].spec.dtype, tile, target)
+    return product.legal(problem, tile, target)
 
 
 def default(problem: Problem, target: Target) -> Config:
-    return gemm.default_tile(gemm.problem_size(problem), target)
+    return product.default(problem, target)
 
 
 def cost(problem: Problem) -> Cost:

@@ -61,8 +61,12 @@ LANES = 128
 """Thread instructions that one multiprocessor issues per cycle."""
 LOAD_CYCLES = 350
 """From a load's issue to its data, out of the L2 cache (assumed)."""
-COMBINE_US = 1.5
-"""What adding up the parts of a split sum takes at the end of a launch (assumed)."""
+COMBINE_US = 1.0
+"""What the end of a split sum takes beside adding up: a fence, a ticket, the first load
+(assumed)."""
+COMBINE_BYTES = 32
+"""What one program reads per cycle while it adds up parts: half of what its multiprocessor could,
+two parts being under way at once (assumed)."""
 RESIDENT = 0.25
 """The part of the L2 cache in which a tensor surely survives until the next kernel reads it."""
 # fp32 by three tf32 products runs at a sixth of the half-precision rate, plain tf32 at a half.
@@ -90,7 +94,14 @@ def launch_time_us(machine: Machine, launch: Launch, flops: int, dtype: torch.dt
     waves = -(-programs // machine.multiprocessors)
     busy_us = waves * (max(products_us, cache_us, issue_us) + machine.start_us)
     waiting_us = launch.steps * step_us(machine, launch.num_stages) + machine.start_us
-    return max(busy_us, waiting_us) + (COMBINE_US if launch.scratch else 0.0)
+    return max(busy_us, waiting_us) + combine_us(machine, launch)
+
+
+def combine_us(machine: Machine, launch: Launch) -> float:
+    """What the last programs of split sums take to add them up, after all the others."""
+    if not launch.scratch:
+        return 0.0
+    return COMBINE_US + launch.combine_bytes / (COMBINE_BYTES * machine.clock_ghz * 1e3)
 
 
 def step_us(machine: Machine, num_stages: int) -> float:

@@ -134,7 +134,7 @@ class Launch:
     l2_bytes, instructions: for the cost model, of one program: what it moves between the L2 cache
     and its multiprocessor beyond writing its results, re-reads included; instructions of all its
     threads beside matrix products and their operand loads; steps of its main loop, one after the
-    other.
+    other. combine_bytes: what the program that adds up a split sum reads.
     """
 
     kernel: Any
@@ -150,6 +150,7 @@ class Launch:
     l2_bytes: int = 0
     instructions: int = 0
     steps: int = 0
+    combine_bytes: int = 0
     scratch: tuple[Scratch, ...] = ()
 
     def m_at(self, batch: int) -> int:

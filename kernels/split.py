@@ -17,6 +17,8 @@ import triton.language as tl
 
 from .op import Ref, Scratch, Y
 
+COLLECT_STAGES = tl.constexpr(3)
+
 
 @triton.jit
 def publish(
@@ -52,7 +54,8 @@ def collect(
     inside = tl.arange(0, BLOCK_M)[:, None] * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
     place = parts + tile.to(tl.int64) * SPLIT * (BLOCK_M * BLOCK_N)
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    for split in range(SPLIT):
+    # Pipelined: one program reads all the parts, and without copies on the way it waits for each.
+    for split in tl.range(0, SPLIT, num_stages=COLLECT_STAGES):
         # From the L2 cache: another multiprocessor wrote it, the L1 cache would not know.
         acc += tl.load(place + split * (BLOCK_M * BLOCK_N) + inside, cache_modifier=".cg")
     tl.store(tickets + tile, 0)
@@ -65,6 +68,11 @@ def pointers(split: int) -> dict[str, Ref]:
     if split == 1:
         return {"parts": Y, "tickets": Y}
     return {"parts": Ref("scratch", 0), "tickets": Ref("scratch", 1)}
+
+
+def combine_bytes(split: int, block_m: int, block_n: int) -> int:
+    """What the last program of a tile reads: all its parts."""
+    return 4 * split * block_m * block_n if split > 1 else 0
 
 
 def scratch(tiles: int, split: int, block_m: int, block_n: int) -> tuple[Scratch, ...]:

@@ -46,6 +46,7 @@ CUDA_CORES = {
     "lrn_kernel": "sums over neighbouring channels, which products would poison with NaN",
     "normalize_kernel": "means and deviations; no products",
     "upsample_kernel": "weighted means of two pixels per dimension; no products",
+    "gemv_kernel": "at most 8 rows: reading the weights decides, and tiles would be padding",
     "depthwise_kernel": "one product per tap and channel: tensor cores would multiply zeros",
 }
 """Kernels without matrix products, and why."""

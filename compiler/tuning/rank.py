@@ -158,8 +158,8 @@ def _launch_us(
         launch.instructions / (machines.LANES * machine.clock_ghz * 1e3),
     )
     chain = loop.steps * machines.step_us(machine, launch.num_stages)
-    combine = machines.COMBINE_US if launch.scratch else 0.0
-    return max(per_multiprocessor * work, waves * chain) + waves * machine.start_us + combine
+    busy = max(per_multiprocessor * work, waves * chain) + waves * machine.start_us
+    return busy + machines.combine_us(machine, launch)
 
 
 def resident(machine: Machine, launch: Launch, report: KernelReport | None) -> int:

@@ -1,0 +1,52 @@
+"""The plain product y = epilogue(x wᵀ) of linear layers and 1x1 convolutions, and who computes it.
+
+The configuration says which algorithm:
+- `gemm`: tiles on the tensor cores (`gemm.py`);
+- `gemv`: at most 8 rows, the weights streamed once (`gemv.py`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from . import gemm, gemv, machine
+from .op import Config, Launch, Problem, Target
+
+
+def launch(problem: Problem, tile: Config) -> Launch:
+    """The launch of the configuration's algorithm."""
+    x, columns = problem.inputs[0], gemm.problem_size(problem).columns
+    if gemv.is_one(tile):
+        return gemv.launch(problem, tile, x, columns)
+    return gemm.launch(problem, tile, x, columns)
+
+
+def configs(problem: Problem, target: Target) -> Iterator[Config]:
+    """The search space: every algorithm's."""
+    size = gemm.problem_size(problem)
+    yield from gemm.tile_configs(size, target)
+    yield from gemv.configs(size, target)
+
+
+def legal(problem: Problem, tile: Config, target: Target) -> str | None:
+    """Why a configuration cannot run on the target, or None."""
+    size = gemm.problem_size(problem)
+    if gemv.is_one(tile):
+        return gemv.legal(size, tile, target)
+    return gemm.legal_tile(size.dtype, tile, target)
+
+
+def default(problem: Problem, target: Target) -> Config:
+    """The configuration of least modelled time over both algorithms: with few rows, tiles are
+    mostly padding and take their steps one after the other, or share their sums at a cost."""
+    size = gemm.problem_size(problem)
+    tile = gemm.default_tile(size, target)
+    streamed = None if target.name == "interpreter" else gemv.default(size, target)
+    if streamed is None:
+        return tile
+    gpu = machine.machine_for(target)
+    times = {
+        tile: machine.launch_time_us(gpu, gemm.outline(size, tile), size.flops, size.dtype),
+        streamed: machine.launch_time_us(gpu, gemv.outline(size, streamed), size.flops, size.dtype),
+    }
+    return min(times, key=lambda each: times[each])

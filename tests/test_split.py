@@ -1,0 +1,136 @@
+"""Sums split among programs: right for every split, and the same bits whoever arrives last."""
+
+from __future__ import annotations
+
+import itertools
+import random
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+import torch
+from convloom.kernels import gemm, interpreter, machine, offline, registry, split
+from convloom.kernels.conv2d import Conv2d
+from convloom.kernels.epilogue import Stage
+from convloom.kernels.linear import Linear
+from convloom.kernels.op import Config, Problem
+from convloom.kernels.spec import Layout, TensorSpec
+from convloom.kernels.targets import GPU_TARGETS, parse
+
+from . import harness
+from .test_offline import conv, reports
+
+SM_90 = parse("cuda:sm_90")
+RESIDUAL = (Stage("add"), Stage("relu"))
+
+
+def image(n: int, c: int, size: int, batch: int | None = None) -> TensorSpec:
+    return TensorSpec((n, c, size, size), torch.float32, Layout.NHWC, batch)
+
+
+def problem(name: str, attributes: object, x: TensorSpec, w: TensorSpec) -> Problem:
+    op = registry.get(name)
+    (y,) = op.infer(attributes, (x, w))
+    return harness.problem_for(op, attributes, (x, w), RESIDUAL, (y,), pad=3)
+
+
+def weights(*shape: int) -> TensorSpec:
+    return TensorSpec(shape, torch.float32)
+
+
+PROBLEMS = {
+    "3x3": problem("conv2d", Conv2d(padding=(1,) * 4), image(2, 40, 5, 2), weights(48, 40, 3, 3)),
+    "1x1": problem("conv2d", Conv2d(), image(2, 300, 5, 2), weights(20, 300, 1, 1)),
+    "groups": problem(
+        "conv2d", Conv2d((2, 2), (1, 0, 1, 1), groups=2), image(2, 160, 5, 2), weights(36, 80, 3, 3)
+    ),
+    "linear": problem(
+        "linear", Linear(), TensorSpec((3, 600), torch.float32, batch=3), weights(40, 600)
+    ),
+}
+
+
+def split_configs(asked: Problem) -> list[Config]:
+    """The smallest tile of the search space for every split."""
+    found: dict[int, Config] = {}
+    for tile in registry.get(asked.op).configs(asked, SM_90):
+        found[gemm.split_of(tile)] = tile
+    return [found[count] for count in sorted(found)]
+
+
+def run(asked: Problem, tile: Config, batch: int) -> torch.Tensor:
+    op = registry.get(asked.op)
+    specs = [operand.spec for operand in asked.inputs]
+    tensors = tuple(harness.make_tensor(spec, at, -1, 1) for at, spec in enumerate(specs))
+    residual = harness.make_tensor(asked.output.spec, 9, -1, 1)
+    (result,) = harness.run_interpreted(op, asked, tensors, (residual,), tile, batch)
+    if batch == specs[0].batch:
+        harness.compare(op, asked, (result,), tensors, (residual,))
+    return result
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("name", PROBLEMS)
+def test_every_split_is_right_and_repeatable(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Programs run in another order: the parts must be added up in their own."""
+    asked = PROBLEMS[name]
+    batch = asked.inputs[0].spec.batch or 1
+    tiles = split_configs(asked)
+    assert len(tiles) > 1 and gemm.split_of(tiles[-1]) >= 2
+    inorder = {tile: run(asked, tile, batch) for tile in tiles}
+    smaller = {tile: run(asked, tile, batch - 1) for tile in tiles}
+    mixed = random.Random(name)
+
+    def shuffled(*ranges: range) -> list[tuple[int, ...]]:
+        every = list(itertools.product(*ranges))
+        return mixed.sample(every, len(every))
+
+    monkeypatch.setattr(interpreter, "itertools", SimpleNamespace(product=shuffled))
+    for tile in tiles:
+        assert torch.equal(run(asked, tile, batch), inorder[tile]), tile
+        # A call with fewer samples leaves the others alone, and the tickets as it found them.
+        now = run(asked, tile, batch - 1)
+        assert torch.equal(now.nan_to_num(7.0), smaller[tile].nan_to_num(7.0)), tile
+        assert now[batch - 1 :].isnan().all()
+
+
+def test_batch_1_splits_where_multiprocessors_would_idle() -> None:
+    """The deep 3x3 convolutions of ResNet-50, and not the wide ones; no model above batch 1."""
+    op = registry.get("conv2d")
+    deep, wide = conv(512, 512, 7, 3, n=1), conv(512, 512, 7, 3, n=256)
+    tile = op.default(deep, SM_90)
+    assert gemm.split_of(tile) > 1
+    assert gemm.split_of(op.default(wide, SM_90)) == 1
+    (launch,) = op.launches(deep, tile, SM_90)
+    unsplit = op.launches(deep, replace_split(tile, 1), SM_90)[0]
+    gpu = machine.machine_for(SM_90)
+    assert unsplit.grid_at(1)[0] < gpu.multiprocessors < 2 * launch.grid_at(1)[0]
+    # Half of the input is not read twice: the programs of a tile share its sums.
+    assert launch.l2_bytes < unsplit.l2_bytes
+    parts, tickets = launch.scratch
+    assert parts.elements * 4 == launch.combine_bytes * tickets.elements and tickets.zeroed
+
+
+def replace_split(tile: Config, count: int) -> Config:
+    return replace(tile, blocks=tuple({**dict(tile.blocks), "SPLIT": count}.items()))
+
+
+def test_adding_up_is_in_the_model() -> None:
+    """More parts of a larger tile take longer to add up."""
+    op, asked = registry.get("conv2d"), conv(512, 512, 7, 3, n=1)
+    tile = op.default(asked, SM_90)
+    gpu = machine.machine_for(SM_90)
+    times = [
+        machine.combine_us(gpu, op.launches(asked, replace_split(tile, count), SM_90)[0])
+        for count in (1, 2, 4, 8)
+    ]
+    assert times[0] == 0.0 and times == sorted(set(times))
+    assert split.combine_bytes(4, 64, 32) == 4 * 4 * 64 * 32
+
+
+@pytest.mark.parametrize("target", [t for t in GPU_TARGETS if t.capability % 10 == 0], ids=str)
+def test_split_convolutions_compile_without_spills(target: object) -> None:
+    (report,) = reports(conv(512, 512, 7, 3, n=1), target)  # type: ignore[arg-type]
+    assert isinstance(report, offline.KernelReport) and report.spill_bytes == 0
+    assert report.count("LDGSTS.128") and report.count("ATOMG")
+    assert not report.count("LDG.U16") and not report.count("LDGSTS.32")
