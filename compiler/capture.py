@@ -106,6 +106,11 @@ class _Builder:
     def spec(self, value: Value) -> TensorSpec:
         return self._state.graph.spec(value)
 
+    def constant(self, value: Value) -> torch.Tensor | None:
+        graph = self._state.graph
+        is_known = isinstance(value, Value) and graph.is_constant(value)
+        return graph.constant(value) if is_known else None
+
     def refuse(self, reason: str) -> NoReturn:
         raise _Refused(reason)
 
@@ -356,7 +361,8 @@ def _check_result(state: _State, node: Any, result: Any) -> None:
         if value is None:
             continue
         got, truth = state.graph.spec(value), _spec_of(state, tensor)
-        if got.dtype not in FLOAT_DTYPES:
+        # Constants of other types may be indices.
+        if got.dtype not in FLOAT_DTYPES and not state.graph.is_constant(value):
             raise _Refused(f"dtype {got.dtype} is not supported")
         if (got.shape, got.dtype) != (truth.shape, truth.dtype):
             raise CaptureError(f"{node.name} ({node.target}): inferred {got}, torch says {truth}")

@@ -224,6 +224,10 @@ class Builder(Protocol):
         """The spec of a value."""
         ...
 
+    def constant(self, value: Any) -> torch.Tensor | None:
+        """The tensor behind a value that is known at compile time, or None."""
+        ...
+
     def refuse(self, reason: str) -> Any:
         """Reports that this call is not supported (never returns)."""
         ...
