@@ -104,6 +104,11 @@ class _Builder:
         node = graph.node(value.node)
         return (node.op, node.attributes, graph.own_inputs(node)) if node.is_compute else None
 
+    def constant(self, value: Value) -> torch.Tensor | None:
+        graph = self._state.graph
+        is_known = isinstance(value, Value) and graph.is_constant(value)
+        return graph.constant(value) if is_known else None
+
     def refuse(self, reason: str) -> NoReturn:
         raise _Refused(reason)
 
@@ -374,9 +379,10 @@ def _check_result(state: _State, node: Any, result: Any) -> None:
         if value is None:
             continue
         got, truth = state.graph.spec(value), _spec_of(state, tensor)
+        # Constants of other types may be indices.
         maker = state.graph.node(value.node)
         whole = got.dtype is torch.int64 and maker.is_compute and maker.definition.integers
-        if got.dtype not in FLOAT_DTYPES and not whole:
+        if got.dtype not in FLOAT_DTYPES and not whole and not state.graph.is_constant(value):
             raise _Refused(f"dtype {got.dtype} is not supported")
         if (got.shape, got.dtype) != (truth.shape, truth.dtype):
             raise CaptureError(f"{node.name} ({node.target}): inferred {got}, torch says {truth}")

@@ -7,7 +7,7 @@ returns are written into the output buffers.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import torch
 
@@ -17,7 +17,7 @@ from ..kernels.op import Launch, Problem, Ref
 from ..kernels.spec import Operand, TensorSpec
 from ..kernels.targets import Target
 from . import wishes
-from .arena import Lifetime, allocate
+from .arena import place
 from .capture import TorchCall
 from .interface import Port
 from .ir import CONSTANT, INPUT, OUTPUT, TORCH, Graph, Node, Value
@@ -468,11 +468,7 @@ def _touched(step: Step) -> list[str]:
 
 
 def _place_in_arena(state: _Lowering) -> int:
-    """Assigns arena offsets by liveness; returns the arenas' size at the largest batch.
-
-    Under a dynamic batch, buffers that do not scale with it ("fixed") have an arena of their own,
-    so that offsets in the other one scale too.
-    """
+    """Assigns arena offsets by liveness; returns the arenas' size at the largest batch."""
     first: dict[str, int] = {}
     last: dict[str, int] = {}
     for position, step in enumerate(state.steps):
@@ -483,19 +479,4 @@ def _place_in_arena(state: _Lowering) -> int:
         name = _output_place(state, value, at).buffer
         first.setdefault(name, 0)
         last[name] = len(state.steps)
-    dynamic = any(buffer.batch is not None for buffer in state.buffers.values())
-    total = 0
-    for kind in ("arena", "fixed"):
-        members = [
-            buffer
-            for buffer in state.buffers.values()
-            if buffer.kind == "arena"
-            and ("fixed" if dynamic and buffer.batch is None else "arena") == kind
-        ]
-        lifetimes = {b.name: Lifetime(b.size_bytes, first[b.name], last[b.name]) for b in members}
-        offsets, size = allocate(lifetimes)
-        for buffer in members:
-            placed = replace(buffer, kind=kind, offset=offsets[buffer.name])
-            state.buffers[buffer.name] = placed
-        total += size
-    return total
+    return place(state.buffers, first, last)

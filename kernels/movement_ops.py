@@ -46,6 +46,7 @@ from .movement import (
     slice_,
 )
 from .op import Attributes, Builder, Capture, Domain, Op
+from .rearrange import Flip
 from .spec import Layout, TensorSpec
 
 
@@ -148,6 +149,104 @@ def _capture_stack(g: Builder, tensors: Any, dim: int = 0) -> Any:
     return _capture_cat(g, [_capture_unsqueeze(g, x, dim) for x in tensors], dim % rank)
 
 
+def _capture_unbind(g: Builder, x: Any, dim: int = 0) -> Any:
+    return [_capture_select(g, x, dim, index) for index in range(g.spec(x).shape[dim])]
+
+
+def _capture_glu(g: Builder, x: Any, dim: int = -1) -> Any:
+    """a · sigmoid(b), the halves of one dimension."""
+    half = g.spec(x).shape[dim] // 2
+    a, b = _cut(g, x, dim, 0, half), _cut(g, x, dim, half, 2 * half)
+    gate = g.apply("sigmoid", (b,), pointwise.Pointwise())
+    return g.apply("mul", (a, gate), pointwise.Pointwise())
+
+
+def _capture_roll(g: Builder, x: Any, shifts: Any, dims: Any = ()) -> Any:
+    """The end of each dimension in front of its beginning."""
+    if not dims:
+        return g.refuse("roll of the flattened tensor; pass dims")
+    for shift, dim in zip(shifts, dims, strict=True):
+        size = g.spec(x).shape[dim]
+        if start := -shift % size:
+            x = _capture_cat(g, [_cut(g, x, dim, start, size), _cut(g, x, dim, 0, start)], dim)
+    return x
+
+
+def _capture_repeat(g: Builder, x: Any, repeats: Any) -> Any:
+    for _ in range(len(repeats) - g.spec(x).rank):
+        if g.spec(x).batch is not None:
+            return g.refuse("repeat that moves the batch from dimension 0")
+        x = _capture_unsqueeze(g, x, 0)
+    if 0 in repeats:
+        return g.refuse("repeat zero times")
+    for dim, count in enumerate(repeats):
+        x = _capture_cat(g, [x] * count, dim)
+    return x
+
+
+def _capture_tile(g: Builder, x: Any, repeats: Any) -> Any:
+    missing = g.spec(x).rank - len(repeats)
+    return _capture_repeat(g, x, [*(1 for _ in range(missing)), *repeats])
+
+
+def _capture_repeat_interleave(
+    g: Builder, x: Any, count: int, dim: int | None = None, **_: Any
+) -> Any:
+    """Every element `count` times in a row."""
+    if dim is None or count < 1:
+        return g.refuse("repeat_interleave without a dimension, or zero times")
+    shape = g.spec(x).shape
+    dim %= len(shape)
+    wide = _capture_unsqueeze(g, x, dim + 1)
+    kept = (*(-1 for _ in range(dim + 1)), count, *(-1 for _ in shape[dim + 1 :]))
+    wide = g.apply("expand", (wide,), Expand(kept))
+    return _capture_view(g, wide, (*shape[:dim], shape[dim] * count, *shape[dim + 1 :]))
+
+
+MOST_RUNS = 16
+"""Pieces that an indexed tensor is put together from at most."""
+
+
+def _runs(indices: list[int]) -> list[tuple[int, int, int]]:
+    """Indices as (first, step, count) of arithmetic progressions."""
+    runs: list[tuple[int, int, int]] = []
+    for index in indices:
+        if runs:
+            first, step, count = runs[-1]
+            gap = index - (first + (count - 1) * step)
+            if gap and (count == 1 or gap == step):
+                runs[-1] = (first, gap, count + 1)
+                continue
+        runs.append((index, 1, 1))
+    return runs
+
+
+def _capture_index_select(g: Builder, x: Any, dim: int, index: Any) -> Any:
+    """Indices known at compile time, as slices and flipped slices joined together."""
+    known = g.constant(index)
+    if known is None or known.dim() != 1 or known.dtype not in (torch.int32, torch.int64):
+        return g.refuse("indices that are not a constant vector of whole numbers")
+    size = g.spec(x).shape[dim]
+    runs = _runs([int(value) % size for value in known])
+    if not 0 < len(runs) <= MOST_RUNS:
+        return g.refuse(f"{len(runs)} runs of indices; expected 1 to {MOST_RUNS}")
+    pieces = []
+    for first, step, count in runs:
+        last = first + (count - 1) * step
+        piece = _cut(g, x, dim, min(first, last), max(first, last) + 1, abs(step))
+        if step < 0:
+            piece = g.apply("flip", (piece,), Flip((dim % g.spec(x).rank,)))
+        pieces.append(piece)
+    return _capture_cat(g, pieces, dim)
+
+
+def _capture_index(g: Builder, x: Any, indices: Any) -> Any:
+    given = [dim for dim, index in enumerate(indices) if index is not None]
+    if len(given) != 1:
+        return g.refuse(f"indexing of {len(given)} dimensions at once; expected one")
+    return _capture_index_select(g, x, given[0], indices[given[0]])
+
+
 def _capture_cast(g: Builder, x: Any, **options: Any) -> Any:
     dtype = options.get("dtype") or g.spec(x).dtype
     if dtype is g.spec(x).dtype:
@@ -225,7 +324,10 @@ OPS = (
     ),
     _op(
         "expand", Expand, infer_expand, expand, build_expand,
-        {"aten.expand.default": _capture_expand},
+        {
+            "aten.expand.default": _capture_expand,
+            "aten.repeat_interleave.self_int": _capture_repeat_interleave,
+        },
         takes_epilogue=False,
     ),
     _op(
@@ -239,12 +341,22 @@ OPS = (
             "aten.split.Tensor": _capture_split,
             "aten.split_with_sizes.default": _capture_split,
             "aten.chunk.default": _capture_chunk,
+            "aten.unbind.int": _capture_unbind,
+            "aten.glu.default": _capture_glu,
+            "aten.index_select.default": _capture_index_select,
+            "aten.index.Tensor": _capture_index,
         },
         takes_epilogue=False,
     ),
     _op(
         "concat", Concat, infer_concat, concat, build_concat,
-        {"aten.cat.default": _capture_cat, "aten.stack.default": _capture_stack},
+        {
+            "aten.cat.default": _capture_cat,
+            "aten.stack.default": _capture_stack,
+            "aten.roll.default": _capture_roll,
+            "aten.repeat.default": _capture_repeat,
+            "aten.tile.default": _capture_tile,
+        },
         launches=launches_concat, takes_epilogue=False,
     ),
     _op(

@@ -238,6 +238,10 @@ class Builder(Protocol):
         what torch computes."""
         ...
 
+    def constant(self, value: Any) -> torch.Tensor | None:
+        """The tensor behind a value that is known at compile time, or None."""
+        ...
+
     def refuse(self, reason: str) -> Any:
         """Reports that this call is not supported (never returns)."""
         ...

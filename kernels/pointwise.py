@@ -269,6 +269,11 @@ def _unary(name: str, parameters: tuple[float, ...] = ()) -> Capture:
     return capture
 
 
+def _identity(g: Builder, x: Any, **_: Any) -> Any:
+    """Of indices, which no kernel reads, the indices themselves."""
+    return g.apply("identity", (x,), Pointwise()) if g.spec(x).dtype.is_floating_point else x
+
+
 def _is_value(value: Any) -> bool:
     return not isinstance(value, (int, float, bool)) and value is not None
 
@@ -403,7 +408,7 @@ def _captures() -> dict[str, dict[str, Capture]]:
     table["gelu"]["aten.gelu.default"] = _gelu
     table["softplus"]["aten.softplus.default"] = _softplus
     for name in ("clone", "detach", "alias", "contiguous", "lift_fresh_copy"):
-        table["identity"][f"aten.{name}.default"] = lambda g, x, **_: _unary("identity")(g, x)
+        table["identity"][f"aten.{name}.default"] = _identity
     return table
 
 

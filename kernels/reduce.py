@@ -42,6 +42,7 @@ from .op import (
     power_of_two,
     tensor_bytes,
 )
+from .pointwise import Pointwise
 from .scalars import NAN
 from .spec import MEMORY_FORMATS, Layout, TensorSpec
 from .targets import Target
@@ -319,6 +320,56 @@ def _capture(name: str) -> Capture:
     return capture
 
 
+def _literal(g: Builder, name: str, x: Any, value: float) -> Any:
+    return g.apply(name, (x,), Pointwise(literal=value))
+
+
+def _plain(g: Builder, name: str, *values: Any) -> Any:
+    return g.apply(name, values, Pointwise())
+
+
+def _capture_variance(deviation: bool, with_mean: bool) -> Capture:
+    """var and std, from the mean of the squared differences to the mean."""
+
+    def capture(
+        g: Builder, x: Any, dims: Any = None, unbiased: bool = True, keepdim: bool = False,
+        *, correction: Any = None,
+    ) -> Any:  # fmt: skip
+        spec = g.spec(x)
+        chosen = [dims] if isinstance(dims, int) else dims or range(spec.rank)
+        reduced = tuple(sorted({dim % spec.rank for dim in chosen}))
+        count = math.prod(spec.shape[dim] for dim in reduced)
+        less = float(unbiased if correction is None else correction)
+        if count <= less:
+            return g.refuse(f"the variance of {count} numbers with correction {less:g}")
+        mean = g.apply("mean", (x,), Reduce(reduced, keepdim=True))
+        squares = _plain(g, "square", _plain(g, "sub", x, mean))
+        result = g.apply("sum", (squares,), Reduce(reduced, keepdim))
+        result = _literal(g, "div", result, count - less)
+        result = _plain(g, "sqrt", result) if deviation else result
+        if not with_mean:
+            return result
+        return result, mean if keepdim else g.apply("mean", (x,), Reduce(reduced))
+
+    return capture
+
+
+def _capture_norm(
+    g: Builder, x: Any, order: float = 2, dims: Any = None, keepdim: bool = False, **_: Any
+) -> Any:
+    """The 1-, 2- and maximum norm of vectors."""
+    parts = {1: ("abs", "sum", None), 2: ("square", "sum", "sqrt"), math.inf: ("abs", "amax", None)}
+    if order not in parts:
+        return g.refuse(f"the {order}-norm; only the 1-, 2- and maximum norm are")
+    before, name, after = parts[order]
+    result = _capture(name)(g, _plain(g, before, x), dims, keepdim)
+    return result if after is None else _plain(g, after, result)
+
+
+def _capture_amin(g: Builder, x: Any, dims: Any = None, keepdim: bool = False) -> Any:
+    return _plain(g, "neg", _capture("amax")(g, _plain(g, "neg", x), dims, keepdim))
+
+
 def _op(
     name: str, reference: Any, captures: tuple[str, ...], interesting: tuple[Mapping[str, Any], ...]
 ) -> Op:
@@ -349,13 +400,32 @@ def _op(
             # Not centred on zero: an error relative to a sum that cancels means nothing.
             range=(-1.0, 3.0),
         ),
-        aten={f"aten.{capture}": _capture(name) for capture in captures},
+        aten={**{f"aten.{it}": _capture(name) for it in captures}, **COMPOSED[name]},
     )  # fmt: skip
 
 
 GLOBAL_AVERAGE_POOLING = {"shape": (3, 40, 14, 14), "dims": (2, 3), "keepdim": True, "nhwc": True}
 LONG_ROWS = {"shape": (5, 4500), "dims": (1,), "keepdim": False, "nhwc": False}
 INTERESTING = (GLOBAL_AVERAGE_POOLING, LONG_ROWS)
+
+COMPOSED: Mapping[str, Mapping[str, Capture]] = {
+    "sum": {"aten.linalg_vector_norm.default": _capture_norm},
+    "mean": {
+        "aten.var.correction": _capture_variance(deviation=False, with_mean=False),
+        "aten.var.dim": _capture_variance(deviation=False, with_mean=False),
+        "aten.var_mean.correction": _capture_variance(deviation=False, with_mean=True),
+        "aten.std.correction": _capture_variance(deviation=True, with_mean=False),
+        "aten.std.dim": _capture_variance(deviation=True, with_mean=False),
+    },
+    "amax": {
+        "aten.amin.default": _capture_amin,
+        "aten.min.default": _capture_amin,
+        # The values, and nothing for the indices: whoever uses those is not supported.
+        "aten.max.dim": lambda g, x, *rest: (_capture("amax")(g, x, *rest), None),
+        "aten.min.dim": lambda g, x, *rest: (_capture_amin(g, x, *rest), None),
+    },
+}
+"""Captures of what is put together from a reduction and pointwise ops, by the reduction."""
 
 OPS = (
     _op("sum", _sum, ("sum.dim_IntList", "sum.default"), INTERESTING),

@@ -9,10 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-import triton
 
 from ...errors import ArtifactError
-from ...kernels import execute, offline
+from ...kernels import execute, offline, sources
 from ...kernels.op import Launch, Operand, Ref
 from ..plan import KernelStep, Plan
 from ..runtime import compile_requests, dtype_of
@@ -97,7 +96,7 @@ def _versions() -> tuple[tuple[str, str], ...]:
     return (
         ("convloom", __version__),
         ("torch", torch.__version__),
-        ("triton", triton.__version__),
+        ("triton", sources.TRITON_VERSION),
     )
 
 
