@@ -17,6 +17,9 @@ from pathlib import Path
 
 from .errors import InvalidInputError
 
+VERSION = "0.1.0"
+"""Of convloom; `pyproject.toml` says the same (a test compares them)."""
+
 
 @dataclass(frozen=True)
 class Settings:

@@ -9,7 +9,9 @@ import sys
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+import convloom
 import pytest
 from convloom import settings
 from convloom.cli import main as cli
@@ -36,7 +38,7 @@ every_file = pytest.mark.parametrize("path", python_files(), ids=_ids)
 
 
 @pytest.fixture(scope="module")
-def project() -> dict[str, object]:
+def project() -> dict[str, Any]:
     return tomllib.loads((ROOT / "pyproject.toml").read_text())
 
 
@@ -63,6 +65,10 @@ def test_pyproject_ships_the_data_on_disk(project: dict[str, object]) -> None:
         if path.is_file() and path.suffix not in (".py", ".pyc")
     }
     assert data == shipped
+
+
+def test_one_version(project: dict[str, Any]) -> None:
+    assert project["project"]["version"] == settings.VERSION == convloom.__version__
 
 
 @every_file

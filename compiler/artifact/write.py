@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ... import settings
 from ...errors import ArtifactError
 from ...kernels import execute, offline, sources
 from ...kernels.op import Launch, Operand, Ref
@@ -91,10 +92,8 @@ def _oldest(executables: Sequence[Executable]) -> str | None:
 
 
 def _versions() -> tuple[tuple[str, str], ...]:
-    from ... import __version__
-
     return (
-        ("convloom", __version__),
+        ("convloom", settings.VERSION),
         ("torch", torch.__version__),
         ("triton", sources.TRITON_VERSION),
     )
