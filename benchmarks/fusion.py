@@ -33,7 +33,10 @@ MODELS = (
     "resnext50_32x4d", "mobilenet_v1", "mobilenet_v2", "densenet121",
 )  # fmt: skip
 BATCHES = (1, 32, 256)
-FUSIONS = ("choose_partition", "sink_prologues", "project_before_averaging", "fuse_stem")
+FUSIONS = (
+    "choose_partition", "sink_prologues", "project_before_averaging", "fuse_small_nets",
+    "fuse_stem",
+)  # fmt: skip
 EPILOGUES = tuple(name for name in NAMES if name not in FUSIONS)
 LEVELS: dict[str, str | tuple[str, ...]] = {
     "unfused": "none",

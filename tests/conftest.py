@@ -7,9 +7,12 @@ the next run.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
+from convloom.compiler.tuning import choose, store
 from hypothesis import HealthCheck, settings
 
 COMMON = {
@@ -27,4 +30,18 @@ def checked_passes() -> Iterator[None]:
     """Graphs are verified around every pass, whoever compiles."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("CONVLOOM_CHECK", "1")
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_records_of_the_user(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """What somebody has tuned on this machine changes no test; a test that names a cache folder
+    gets the records in it."""
+    empty = tmp_path_factory.mktemp("records")
+
+    def folder() -> Path:
+        return store.user_folder() if "CONVLOOM_CACHE_DIR" in os.environ else empty
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(choose, "user_folder", folder)
         yield
