@@ -16,7 +16,7 @@ import torch
 
 from ..errors import InvalidInputError, KernelError
 from . import epilogue as ep
-from . import pointwise
+from . import parts, pointwise
 from .op import (
     Attributes,
     Config,
@@ -330,6 +330,8 @@ def view_of(
             return None
         size = out.shape[attributes.dim]
         return slice_operand(x, attributes.dim, attributes.start, size)
+    if isinstance(attributes, parts.Rearrange):
+        return parts.view_of(attributes, x, out)
     candidate = Operand.dense(out)
     candidate = Operand(out, candidate.pitch, x.offset)
     is_whole = x.pitch == Operand.dense(x.spec).pitch

@@ -20,24 +20,9 @@ from ..errors import InvalidInputError
 from . import epilogue as ep
 from . import movement, pointwise
 from .op import Attributes, Builder, Config, Domain, Launch, Op, Problem, Ref, operand_refs
+from .parts import Rearrange, factors, parts_of
 from .spec import MEMORY_FORMATS, Layout, TensorSpec
 from .targets import Target
-
-
-@dataclass(frozen=True)
-class Rearrange(Attributes):
-    """split: the parts of x's dimensions; dims: their new order; shape: of the result.
-
-    With a batch, part 0 is dimension 0 and stays first."""
-
-    split: tuple[int, ...] = ()
-    dims: tuple[int, ...] = ()
-    shape: tuple[int, ...] = ()
-
-    @property
-    def parts(self) -> tuple[int, ...]:
-        """The sizes of the parts in their new order."""
-        return tuple(self.split[dim] for dim in self.dims)
 
 
 @dataclass(frozen=True)
@@ -45,28 +30,6 @@ class Flip(Attributes):
     """The dimensions whose order is reversed."""
 
     dims: tuple[int, ...] = ()
-
-
-def factors(shape: tuple[int, ...], parts: tuple[int, ...]) -> list[list[int]] | None:
-    """For each dimension of a shape the indices of the parts it consists of, in order, or None
-    where the parts do not split (or merge into) the dimensions of the shape."""
-    result: list[list[int]] = []
-    at = 0
-    for size in shape:
-        taken: list[int] = []
-        product = 1
-        while product != size or not taken:
-            if at == len(parts) or size % (product * max(parts[at], 1)):
-                return None
-            product *= parts[at]
-            taken.append(at)
-            at += 1
-        result.append(taken)
-    if any(size != 1 for size in parts[at:]) or (at < len(parts) and not result):
-        return None
-    if result:
-        result[-1].extend(range(at, len(parts)))
-    return result
 
 
 def infer_rearrange(
@@ -108,48 +71,27 @@ def flip(attributes: Flip, x: torch.Tensor) -> torch.Tensor:
     return x.flip(attributes.dims)
 
 
-def _spread(strides: tuple[int, ...], groups: list[list[int]], sizes: tuple[int, ...]) -> list[int]:
-    """The stride of every part, from those of the dimensions they make up."""
-    result = [0] * len(sizes)
-    for step, taken in zip(strides, groups, strict=True):
-        for part in reversed(taken):
-            result[part] = step
-            step *= sizes[part]
-    return result
-
-
 def launches(problem: Problem, tile: Config, target: Target) -> tuple[Launch, ...]:
     """One copy in the output's memory order."""
     attributes, x, out = problem.attributes, problem.inputs[0], problem.output
     assert isinstance(attributes, Rearrange)
-    before = factors(x.shape, attributes.split)
-    after = factors(out.shape, attributes.parts)
-    assert before is not None and after is not None
+    parts = parts_of(attributes, x, out.spec)
     order = out.spec.layout.order(out.spec.rank)
-    parts = [part for dim in order for part in after[dim]]
-
-    def in_order(strides: tuple[int, ...]) -> tuple[int, ...]:
-        """Strides by dimension of the output as strides of its parts in memory order."""
-        spread = _spread(strides, after, attributes.parts)
-        return tuple(spread[part] for part in parts)
 
     def of_operand(read: ep.Access) -> ep.Access:
-        by_dim = [0] * out.spec.rank
-        for dim, step in zip(order, read.strides, strict=True):
-            by_dim[dim] = step
-        return ep.Access(in_order(tuple(by_dim)), read.offset, read.label)
+        by_dim = dict(zip(order, read.strides, strict=True))
+        strides = parts.of_output([by_dim[dim] for dim in range(out.spec.rank)])
+        return ep.Access(strides, read.offset, read.label)
 
-    source = _spread(x.strides, before, attributes.split)
-    read = ep.Access(tuple(source[attributes.dims[part]] for part in parts), x.offset, str(x.spec))
-    operands = tuple(of_operand(ep.access(operand, out.spec)) for operand in problem.operands)
-    walk = pointwise.Walk(
-        tuple(attributes.parts[part] for part in parts),
-        ep.Access(in_order(out.strides), out.offset),
-        out.spec.batch,
+    reads = (
+        ep.Access(parts.read, x.offset, str(x.spec)),
+        *(of_operand(ep.access(operand, out.spec)) for operand in problem.operands),
     )
+    written = ep.Access(parts.of_output(out.strides), out.offset)
+    walk = pointwise.Walk(parts.sizes, written, out.spec.batch)
     stages = (pointwise.LOAD, *problem.epilogue)
     refs = (Ref("input", 0), *operand_refs(problem))
-    return (pointwise.launch_chain(problem, tile, walk, (read, *operands), stages, refs),)
+    return (pointwise.launch_chain(problem, tile, walk, reads, stages, refs),)
 
 
 def launches_flip(problem: Problem, tile: Config, target: Target) -> tuple[Launch, ...]:

@@ -18,7 +18,7 @@ from ..lower import CONCAT_LABEL, CONCAT_RULE
 from ..pattern import apply_rules
 from ..verify import verify
 from ..wishes import Labels
-from . import fuse, pool_order, siblings, small_nets, stem
+from . import fuse, pool_order, rearrangements, siblings, small_nets, stem
 from .clean import (
     drop_identities,
     eliminate_common_subexpressions,
@@ -46,8 +46,9 @@ def sink_prologues(graph: Graph, ledger: Ledger) -> Graph:
 
 
 def flatten_in_memory_order(graph: Graph, ledger: Ledger) -> Graph:
-    """Lets linear layers read flattened images as they lie in memory, without a transposition."""
-    return apply_rules(graph, FLATTEN_RULES, ledger)
+    """Lets linear layers read flattened images as they lie in memory, without a transposition, and
+    makes permutations with the reshapes around them one copy or a view."""
+    return apply_rules(graph, (*FLATTEN_RULES, *rearrangements.RULES), ledger)
 
 
 @dataclass(frozen=True)
@@ -91,6 +92,7 @@ LABELS = Labels(
     all={
         **{rule.name: rule.label for rule in (*EPILOGUE_RULES, *PROLOGUE_RULES, *FLATTEN_RULES)},
         **{rule.name: rule.label for rule in (*fuse.RULES, *pool_order.RULES, *small_nets.RULES)},
+        **{rule.name: rule.label for rule in rearrangements.RULES},
         **stem.LABELS,
         siblings.RULE: siblings.LABEL,
         CONCAT_RULE: CONCAT_LABEL,

@@ -1,0 +1,173 @@
+"""Permutations and the reshapes around them as one copy, or none.
+
+Pixel and channel shuffles, partitions into windows and tokens are written as reshape, permute,
+reshape. Taken one by one, each needs the dense layout and copies; together they are one `rearrange`
+in whatever layout there is, often a view. Products read permuted factors where they lie.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import torch.nn.functional as F
+from torch import nn
+
+from ...errors import InvalidInputError
+from ...kernels import bmm, rearrange
+from ...kernels.bmm import Bmm
+from ...kernels.movement import Permute
+from ...kernels.parts import Rearrange, permuted, rearrangement
+from ...kernels.spec import Operand
+from ..fusions import example
+from ..ir import Graph, Value
+from ..pattern import Call, Match, NearMiss, Rule, Var, absorb, replace_root
+
+X = Var("x")
+SIDES = ("left", "right")
+
+
+def _made(graph: Graph, found: Match) -> Rearrange | None:
+    """The rearrangement that a permutation, or another one, and what stands around it are."""
+    root, moved = found.root, found.nodes["moved"]
+    x = graph.spec(found.values["x"])
+    if isinstance(moved.attributes, Rearrange) and isinstance(root.attributes, Permute):
+        return permuted(moved.attributes, root.attributes.dims)
+    if isinstance(moved.attributes, Rearrange):
+        middle = moved.attributes.split
+    else:
+        assert isinstance(moved.attributes, Permute)
+        middle = graph.spec(graph.inputs(moved.name)[0]).shape
+    return rearrangement(x.shape, middle, moved.attributes.dims, root.spec.shape)
+
+
+def _guard(graph: Graph, found: Match) -> str | None:
+    if any(node.epilogue for node in found.nodes.values()):
+        return "the permutation has an epilogue"
+    made = _made(graph, found)
+    if made is None:
+        return "the reshapes cut across dimensions"
+    try:
+        rearrange.infer_rearrange(made, (graph.spec(found.values["x"]),))
+    except InvalidInputError as error:
+        return str(error)
+    return None
+
+
+def _rearrange(graph: Graph, found: Match) -> Value:
+    made = _made(graph, found)
+    assert made is not None
+    return replace_root(graph, found, "rearrange", (found.values["x"],), made)
+
+
+def _cut_across(m: Any, x: Any) -> Any:
+    return F.channel_shuffle(x, 2).reshape(2, 8, 3, 8) * 2
+
+
+def _rule(name: str, pattern: Call, make: Any, near_misses: tuple[NearMiss, ...] = ()) -> Rule:
+    return Rule(name, pattern, _rearrange, make, _guard, near_misses, label="rearrange")
+
+
+def _permutation(inner: Any) -> Call:
+    return Call("permute", inner, name="moved")
+
+
+def _as_rearrangement(graph: Graph, found: Match) -> Rearrange:
+    moved = found.nodes["moved"].attributes
+    if isinstance(moved, Rearrange):
+        return moved
+    assert isinstance(moved, Permute)
+    shape = graph.spec(found.values["x"]).shape
+    return Rearrange(shape, moved.dims, tuple(shape[dim] for dim in moved.dims))
+
+
+def _read_permuted(side: str, graph: Graph, found: Match) -> Value:
+    root = found.root
+    assert isinstance(root.attributes, Bmm)
+    inputs = list(graph.inputs(root.name))
+    inputs[SIDES.index(side)] = found.values["x"]
+    attributes = replace(root.attributes, **{side: _as_rearrangement(graph, found)})
+    return absorb(graph, found, root.name, tuple(inputs), attributes=attributes)
+
+
+def _bmm_guard(graph: Graph, found: Match) -> str | None:
+    if found.nodes["moved"].epilogue:
+        return "the permutation has an epilogue"
+    operand = Operand.dense(graph.spec(found.values["x"]))
+    if bmm.factor_of(_as_rearrangement(graph, found), operand) is None:
+        return "rows or columns of the factor have no single stride"
+    return None
+
+
+def _attention(side: str, name: str) -> Any:
+    """A product one of whose factors is permuted, or made by a channel shuffle."""
+
+    def run(m: Any, x: Any, r: Any) -> Any:
+        moved = x.transpose(2, 3) if name == "permute" else F.channel_shuffle(x, 2)
+        return moved @ r if side == "left" else r @ moved
+
+    return example(run, (2, 4, 6, 6), (2, 4, 6, 6))
+
+
+def _merged(side: str) -> Any:
+    """Rows and columns of a pixel shuffle's result are two dimensions of its input each."""
+
+    def run(m: Any, x: Any, r: Any) -> Any:
+        moved = F.pixel_shuffle(x, 2)
+        return moved @ r if side == "left" else r @ moved
+
+    return example(run, (2, 4, 3, 3), (2, 1, 6, 6))
+
+
+RULES = (
+    _rule(
+        "permute(reshape(x)) => rearrange(x)",
+        _permutation(Call("reshape", X, name="split")),
+        lambda: example(
+            lambda m, x: m["b"](m["a"](x).flatten(2).transpose(1, 2)),
+            (2, 6, 7, 5), a=nn.Conv2d(6, 8, 1), b=nn.Linear(8, 3),
+        ),
+    ),
+    _rule(
+        "reshape(permute(x)) => rearrange(x)",
+        Call("reshape", _permutation(X), name="root"),
+        lambda: example(
+            lambda m, x: m["b"](m["a"](x).transpose(1, 2).reshape(x.shape[0], 8, 7, 5)),
+            (2, 35, 6), a=nn.Linear(6, 8), b=nn.Conv2d(8, 3, 1),
+        ),
+    ),
+    _rule(
+        "reshape(rearrange(x)) => rearrange(x)",
+        Call("reshape", Call("rearrange", X, name="moved"), name="root"),
+        lambda: example(
+            lambda m, x: F.channel_shuffle(m["a"](x), 2).reshape(2, 2, 4, 35).sum(2),
+            (2, 6, 7, 5), a=nn.Conv2d(6, 8, 1),
+        ),
+        (NearMiss(lambda: example(_cut_across, (2, 8, 4, 6)), "cut across dimensions"),),
+    ),
+    _rule(
+        "permute(rearrange(x)) => rearrange(x)",
+        Call("permute", Call("rearrange", X, name="moved"), name="root"),
+        lambda: example(
+            lambda m, x: F.pixel_shuffle(m["a"](x), 2).permute(0, 2, 3, 1),
+            (2, 6, 7, 5), a=nn.Conv2d(6, 8, 1),
+        ),
+    ),
+    *(
+        Rule(
+            f"bmm({name}(a), b) => bmm(a, b, {side})",
+            Call("bmm", moved, Var("b"), name="root")
+            if side == "left"
+            else Call("bmm", Var("b"), moved, name="root"),
+            partial(_read_permuted, side),
+            partial(_attention, side, name),
+            _bmm_guard,
+            (NearMiss(partial(_merged, side), "no single stride"),) if name == "rearrange" else (),
+            label="rearrange",
+        )
+        for name in ("permute", "rearrange")
+        for moved in [Call(name, X, name="moved")]
+        for side in SIDES
+    ),
+)  # fmt: skip
