@@ -91,8 +91,9 @@ def border_conv(d: Draw) -> Drawn:
     x, w, sides = d.image(), torch.zeros(2, 2, *d.kernel), d.numbers(0, 9, 4)
     mode = d.data.draw(st.sampled_from(("reflect", "replicate", "circular")))
     attributes = BorderConv2d(d.stride, sides, d.dilation, 1, mode)
+    around = (*sides[2:], *sides[:2])
     return "border_conv2d", attributes, (x, w), lambda: F.conv2d(
-        F.pad(x, (*sides[2:], *sides[:2]), mode), w, None, d.stride, 0, d.dilation  # type: ignore[arg-type]
+        F.pad(x, around, mode), w, None, d.stride, 0, d.dilation  # type: ignore[arg-type]
     )
 
 
