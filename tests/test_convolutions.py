@@ -284,7 +284,8 @@ def convolutions(draw: Any) -> tuple[nn.Module, tuple[int, ...]]:
     bias = draw(st.booleans())
     if draw(st.booleans()):
         layer = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)[dims - 1]
-        more = tuple(draw(st.integers(0, max(s, d) - 1)) for s, d in zip(stride, dilation))
+        most = [max(pair) - 1 for pair in zip(stride, dilation, strict=True)]
+        more = tuple(draw(st.integers(0, high)) for high in most)
         made = layer(*channels, kernel, stride, each(0, 1), more, groups, bias, dilation)
         return made, (2, 6, *sizes)
     layer = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[dims - 1]  # type: ignore[assignment]
