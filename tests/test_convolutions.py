@@ -18,7 +18,7 @@ from convloom.kernels.op import Attributes
 from convloom.kernels.pad import Pad
 from convloom.kernels.pool_window import AdaptivePool3d, AvgPool3d, MaxPool3d
 from convloom.kernels.spec import Layout, TensorSpec
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
@@ -262,6 +262,52 @@ def test_phases_cover_every_pair_of_input_and_tap_once(
                     found.append((j * stride + phase, i, first + u * axis.every))
     assert len(found) == len(set(found))
     assert set(found) == {pair for pair in wanted if 0 <= pair[0] < outputs}
+
+
+# Any convolution.
+
+
+@st.composite
+def convolutions(draw: Any) -> tuple[nn.Module, tuple[int, ...]]:
+    """A convolution or transposed convolution in 1 to 3 dimensions, perhaps behind an asymmetric
+    pad, and the shape of an input that it fits."""
+    dims = draw(st.integers(1, 3))
+    groups = draw(st.sampled_from((1, 1, 2, 3, 6)))
+    per_group = draw(st.sampled_from((1, 2, 4)))
+
+    def each(low: int, high: int) -> tuple[int, ...]:
+        return tuple(draw(st.integers(low, high)) for _ in range(dims))
+
+    kernel, stride, dilation = each(1, 4 if dims < 3 else 3), each(1, 3), each(1, 2)
+    sizes = each(7, 9) if dims < 3 else each(5, 6)
+    channels = 6, groups * per_group
+    bias = draw(st.booleans())
+    if draw(st.booleans()):
+        layer = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)[dims - 1]
+        most = [max(pair) - 1 for pair in zip(stride, dilation, strict=True)]
+        more = tuple(draw(st.integers(0, high)) for high in most)
+        made = layer(*channels, kernel, stride, each(0, 1), more, groups, bias, dilation)
+        return made, (2, 6, *sizes)
+    layer = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[dims - 1]  # type: ignore[assignment]
+    padding: Any = draw(st.sampled_from(("valid", "same", "numbers")))
+    if padding == "same":
+        stride = (1,) * dims
+    padding = each(0, 2) if padding == "numbers" else padding
+    mode = draw(st.sampled_from(("zeros", "reflect", "replicate", "circular")))
+    made = layer(*channels, kernel, stride, padding, dilation, groups, bias, mode)
+    around = [draw(st.integers(0, 2)) for _ in range(2 * dims)]
+    pad = (nn.ConstantPad1d, nn.ConstantPad2d, nn.ConstantPad3d)[dims - 1]
+    front = pad(tuple(around), 0.0) if draw(st.booleans()) else nn.Identity()
+    return nn.Sequential(front, made), (2, 6, *sizes)
+
+
+@pytest.mark.interpreter
+@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths")
+@given(drawn=convolutions())
+@settings(max_examples=12)
+def test_any_convolution(drawn: tuple[nn.Module, tuple[int, ...]]) -> None:
+    layer, shape = drawn
+    compiled(through(layer, nn.ReLU()), shape)
 
 
 # Borders.
