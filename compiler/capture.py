@@ -394,7 +394,7 @@ def _check_constants(graph: Graph, made: Sequence[str]) -> None:
         for slot in node.definition.packs(node.attributes):
             value = graph.inputs(node.name)[slot]
             behind = {value.node, *nx.ancestors(graph.net, value.node)}
-            if any(graph.node(name).op in (INPUT, TORCH) for name in behind):
+            if any(graph.node(name).op == INPUT for name in behind):
                 raise _Refused(f"input {slot} of {node.op} is computed; it must be a constant")
 
 

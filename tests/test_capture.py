@@ -459,6 +459,38 @@ def test_a_computed_weight_needs_the_fallback(target: str) -> None:
 
 
 @pytest.mark.interpreter
+@pytest.mark.parametrize("target", ["reference", "interpreter"])
+def test_calls_on_parameters_alone_need_no_kernel(target: str) -> None:
+    """A weight made orthonormal, and standardised as weight-standardised convolutions do, in the
+    graph; and a matrix that follows from nothing."""
+
+    def function(m: Any, x: torch.Tensor) -> torch.Tensor:
+        square = torch.linalg.qr(m.conv.weight.flatten(1))[0] + torch.eye(6)
+        flat = m.last.weight.reshape(1, 4, -1)
+        standard = F.batch_norm(flat, None, None, training=True).reshape(4, 6, 3, 3)
+        return F.conv2d(F.conv2d(x, square[:, :, None, None]).relu(), standard, m.last.bias)
+
+    module, inputs = make(function, IMAGE, conv=conv(1), last=nn.Conv2d(6, 4, 3))
+    exe = convloom.compile(module, inputs, target=target)
+    assert exe.summary["torch_fallbacks"] == 0 and exe.summary["convs"] == 2
+    nets.check(exe(*inputs), module, inputs)
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("target", ["reference", "interpreter"])
+def test_whole_numbers_that_follow_from_parameters(target: str) -> None:
+    """Stay whole numbers: a call that stays a torch call picks channels by them."""
+
+    def function(m: Any, x: torch.Tensor) -> torch.Tensor:
+        return m.conv(x)[:, m.conv.bias.argsort()].relu()
+
+    module, inputs = make(function, IMAGE, conv=conv())
+    exe = convloom.compile(module, inputs, target=target, fallback="torch")
+    assert exe.summary["torch_fallbacks"] == 1
+    nets.check(exe(*inputs), module, inputs)
+
+
+@pytest.mark.interpreter
 def test_fallback_that_is_not_needed_changes_nothing() -> None:
     module, inputs = make(lambda m, x: m.conv(x), IMAGE, conv=conv())
     exe = convloom.compile(module, inputs, target="interpreter", fallback="torch")

@@ -9,6 +9,8 @@ import torch
 from ...kernels import movement
 from ...kernels.adaptive_pool import AdaptivePool2d
 from ...kernels.epilogue import apply_reference
+from ..capture import TorchCall
+from ..evaluate import call_torch
 from ..ir import CONSTANT, INPUT, OUTPUT, TORCH, Graph, Node, Value
 from ..ledger import Ledger
 from .squeezes import sink_squeezes
@@ -47,13 +49,17 @@ def _is_identity(graph: Graph, node: Node) -> bool:
 
 
 def fold_constants(graph: Graph, ledger: Ledger) -> Graph:
-    """Evaluates nodes that depend on constants only, in fp64.
+    """Evaluates nodes that depend on constants only, in fp64; calls without a kernel too, such as
+    the standardisation of a weight.
 
     After it every compute node depends on an input. A folded tensor keeps fp64 until it is packed.
     """
     known: dict[Any, Value] = {}
     for node in graph.nodes():
         values = graph.inputs(node.name)
+        if node.op == TORCH and all(map(graph.is_constant, values)):
+            _fold_call(graph, node, ledger)
+            continue
         if not node.is_compute or not values or not all(map(graph.is_constant, values)):
             continue
         # A layer called twice folds its weight once: equal nodes that read it are then still equal.
@@ -68,6 +74,21 @@ def fold_constants(graph: Graph, ledger: Ledger) -> Graph:
         graph.redirect(Value(node.name), folded)
         graph.remove([node.name])
     return eliminate_dead_nodes(graph, ledger)
+
+
+def _fold_call(graph: Graph, node: Node, ledger: Ledger) -> None:
+    """Replaces an ATen call on constants, or on nothing (`eye`), by its results."""
+    assert isinstance(node.attributes, TorchCall)
+    tensors = [graph.constant(value) for value in graph.inputs(node.name)]
+    exact = [tensor.double() if tensor.is_floating_point() else tensor for tensor in tensors]
+    for index, result in enumerate(call_torch(node.attributes, exact)):
+        value = Value(node.name, index)
+        if graph.uses(value):
+            folded = graph.add_constant(result, node.name, node.outputs[index].dtype)
+            graph.update(folded.node, origins=node.origins, module_path=node.module_path)
+            graph.redirect(value, folded)
+            ledger.accept("f(constants) => constant", [node], folded.node)
+    graph.remove([node.name])
 
 
 def evaluate_exactly(node: Node, tensors: tuple[torch.Tensor, ...]) -> torch.Tensor:
