@@ -1,11 +1,13 @@
-"""`convloom compile NAME`: what the compiler makes of a model, kernel by kernel."""
+"""`convloom compile NAME`: what the compiler makes of a model, kernel by kernel, or as a file."""
 
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from . import models, output
+from ..errors import InvalidInputError
+from . import files, models, output
 from .options import compile_options, json_option
 
 if TYPE_CHECKING:
@@ -22,17 +24,37 @@ def configure(commands: SubParsers) -> None:
         "compile",
         help="compile a model and list its kernels",
         description="Compiles a zoo model and lists its kernels; for a GPU generation (no GPU "
-        "needed) with the registers, memory and instructions that the machine code uses.",
-        parents=[compile_options(), json_option()],
+        "needed) with the registers, memory and instructions that the machine code uses. With -o "
+        "it writes a file that runs without being compiled again.",
+        parents=[compile_options(several=True), json_option()],
     )
     parser.add_argument("name", metavar="NAME", help=models.NAME_HELP)
+    parser.add_argument(
+        "-o",
+        "--output",
+        metavar="FILE",
+        type=Path,
+        help="write an executable (*.loom) of every target and batch, which `convloom run` takes",
+    )
+    parser.add_argument(
+        "--weights",
+        metavar="FILE",
+        help='a .safetensors or .pth file, or "digits" for lenet5 (default: random, seed 0)',
+    )
     parser.set_defaults(run=run)
 
 
 def run(options: argparse.Namespace) -> int:
-    """Compiles and prints the summary and the kernels."""
-    with output.working(f"compiling {options.name}"):
-        executable = models.compile_model(options, options.batch, weights=None)
+    """Compiles and prints the summary and the kernels, or writes the file."""
+    executables = _executables(options)
+    if options.output is not None:
+        return _write(options, executables)
+    if len(executables) > 1:
+        raise InvalidInputError(
+            "--target, --batch: expected one of each, or -o FILE to write all of them to"
+        )
+    executable = executables[0]
+    with output.working(f"reading the kernels of {options.name}"):
         shown = _answer(executable) if options.json else kernel_table(executable)
     if options.json:
         output.print_json(shown)
@@ -40,6 +62,36 @@ def run(options: argparse.Namespace) -> int:
     console = output.console()
     console.print(summary_text(executable))
     console.print(shown)
+    return 0
+
+
+def _executables(options: argparse.Namespace) -> list[Executable]:
+    """One per target and batch; where there are several batches, each is a range of its own."""
+    made = []
+    several = len(options.batch) > 1
+    for target in options.target or [None]:
+        for each in options.batch:
+            batch = (each, each) if several and isinstance(each, int) else each
+            one = argparse.Namespace(**{**vars(options), "target": target})
+            shown = "-".join(map(str, batch)) if isinstance(batch, tuple) else batch
+            with output.working(f"compiling {options.name} for {target or 'here'}, batch {shown}"):
+                made.append(models.compile_model(one, batch, options.weights))
+    return made
+
+
+def _write(options: argparse.Namespace, executables: list[Executable]) -> int:
+    from ..compiler.artifact.read import open_artifact
+
+    executables[0].save(options.output, *executables[1:], model=options.name)
+    found = files.facts(open_artifact(options.output))
+    if options.json:
+        output.print_json(found)
+        return 0
+    console = output.console()
+    for executable in executables:
+        console.print(summary_text(executable))
+    size = output.readable_size(options.output.stat().st_size)
+    console.print(f"wrote {options.output}: {size}, sha256 {found['sha256']}", markup=False)
     return 0
 
 

@@ -1,4 +1,5 @@
-"""`convloom doctor`: what this machine has, what is missing, and what that disables."""
+"""`convloom doctor`: what this machine has, what is missing, and what that disables; or whether a
+saved executable is what it says."""
 
 from __future__ import annotations
 
@@ -49,16 +50,23 @@ def configure(commands: SubParsers) -> None:
         "doctor",
         help="check this machine",
         description="Checks Python, the libraries, the GPU, the compiler's tools and the cache, "
-        "and tries a tiny model. Exits with 1 only where nothing could be compiled.",
+        "and tries a tiny model. Exits with 1 only where nothing could be compiled. With FILE it "
+        "checks a saved executable instead: every hash, every launch, and that its plan and its "
+        "machine code are what its graph gives when it is compiled again; exits with 1 otherwise.",
         parents=[json_option()],
     )
+    parser.add_argument("file", metavar="FILE", nargs="?", type=Path, help="a saved executable")
     parser.set_defaults(run=run)
 
 
 def run(options: argparse.Namespace) -> int:
     """Prints every check."""
-    checks = list(examine())
-    usable = not any(check.disables == EVERYTHING and check.status != OK for check in checks)
+    if options.file is not None:
+        checks = list(examine_file(options.file))
+        usable = all(check.status == OK for check in checks)
+    else:
+        checks = list(examine())
+        usable = not any(check.disables == EVERYTHING and check.status != OK for check in checks)
     if options.json:
         output.print_json({"ok": usable, "checks": [asdict(check) for check in checks]})
     else:
@@ -83,6 +91,31 @@ def examine() -> Iterator[Check]:
     if present == set(REQUIRED):
         yield _probe("interpreter", "interpreter", "target interpreter, which runs without a GPU")
         yield _probe("cross-compilation", "cuda:sm_90", "targets cuda and cuda:sm_*")
+
+
+def examine_file(path: Path) -> Iterator[Check]:
+    """What can be said of a saved executable without a GPU.
+
+    Raises: ArtifactError where it is none.
+    """
+    from ..compiler.artifact import rederive
+    from ..compiler.artifact.read import open_artifact
+    from . import files
+
+    artifact = open_artifact(path)
+    found = files.facts(artifact)
+    yield Check("file", OK, f"{found['model']}, sha256 {artifact.sha256}")
+    yield Check("programs", OK, artifact.holds())
+    yield Check("made with", OK, ", ".join(f"{k} {v}" for k, v in found["versions"].items()))
+    kinds = {"weights": "safetensors", "machine code": "cubin", "PTX": "ptx"}
+    sizes = [f"{w} {output.readable_size(artifact.size_bytes(k))}" for w, k in kinds.items()]
+    yield Check("sizes", OK, ", ".join(sizes))
+    with output.working(f"making the plan of {path} again"):
+        differing = rederive.differences(artifact)
+    code = rederive.compares_code(artifact)
+    compared = "plan and machine code" if code else "plan (another triton made its machine code)"
+    text = "; ".join(differing) if differing else f"{compared}: what its graph gives here"
+    yield Check("made again", BROKEN if differing else OK, text, "trust in what it computes")
 
 
 def _python() -> Check:

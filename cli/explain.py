@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import ArtifactError, InvalidInputError
-from . import models, output
+from . import files, models, output
 from .options import compile_options, json_option
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ def configure(commands: SubParsers) -> None:
         "draws it; or compares two compilations; or prints the code of one kernel.",
         parents=[compile_options(), json_option()],
     )
-    parser.add_argument("name", metavar="NAME", nargs="?", help=models.NAME_HELP)
+    parser.add_argument("name", metavar="NAME", nargs="?", help=files.NAME_HELP)
     parser.add_argument("--html", metavar="FILE", type=Path, help="a picture to look around in")
     parser.add_argument("--svg", metavar="FILE", type=Path, help="the same as a drawing")
     parser.add_argument(
@@ -61,6 +61,9 @@ def run(options: argparse.Namespace) -> int:
     _check(options)
     if options.diff:
         _compare(options)
+        return 0
+    if files.is_file(options.name):
+        _explain_file(options)
         return 0
     if options.kernel:
         kernel = _compiled(options).kernel(options.kernel)
@@ -133,17 +136,44 @@ def _measured(options: argparse.Namespace) -> _Planned:
 def _explain(planned: _Planned, options: argparse.Namespace) -> None:
     account = planned.account()
     if options.html or options.svg:
-        from ..compiler import picture
-
-        for path, drawn in ((options.html, picture.to_html), (options.svg, picture.to_svg)):
-            if path is not None:
-                _write(path, drawn(account))
+        _draw(options, account)
     if options.json:
         output.print_json(_answer(planned.plan, account))
     elif not (options.html or options.svg):
         from ..compiler.executable import explanation
 
         print(explanation(planned.name, planned.plan, planned.ledger), end="")
+
+
+def _explain_file(options: argparse.Namespace) -> None:
+    """The ledger that a saved executable carries; of `--target` where it has several."""
+    from ..compiler.artifact.load import explain, ledger_of
+    from ..compiler.artifact.read import open_artifact
+
+    files.refuse_choices(options)
+    if options.kernel or options.dot or options.measure:
+        raise InvalidInputError(
+            f"--kernel, --dot, --measure: expected a model of the zoo, got the file "
+            f"'{options.name}', which holds no sources"
+        )
+    artifact = open_artifact(options.name)
+    program = files.pick(artifact, options)
+    account = replace(ledger_of(artifact, program).account(), model=artifact.document.model)
+    if options.html or options.svg:
+        _draw(options, account)
+    if options.json:
+        output.print_json({**account.to_json(), "artifact": files.facts(artifact)})
+    elif not (options.html or options.svg):
+        print(f"{options.name} holds {artifact.holds()}; sha256 {artifact.sha256}\n")
+        print(explain(artifact, program), end="")
+
+
+def _draw(options: argparse.Namespace, account: Account) -> None:
+    from ..compiler import picture
+
+    for path, drawn in ((options.html, picture.to_html), (options.svg, picture.to_svg)):
+        if path is not None:
+            _write(path, drawn(account))
 
 
 def _write(path: Path, text: str) -> None:

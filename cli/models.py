@@ -8,6 +8,7 @@ from contextlib import redirect_stdout
 from typing import TYPE_CHECKING, Any
 
 from .. import zoo
+from ..errors import InvalidInputError
 from . import inputs, output
 from . import options as shared
 
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
+    from ..compiler.artifact.load import LoadedExecutable
     from ..compiler.executable import Executable
     from ..compiler.ir import Graph
     from ..compiler.ledger import Ledger
@@ -47,8 +49,10 @@ def warn_of_random_weights(name: str) -> None:
     )
 
 
-def compile_model(options: argparse.Namespace, batch: int, weights: str | None) -> Executable:
-    """The zoo model `options.name`, compiled for `batch` images.
+def compile_model(
+    options: argparse.Namespace, batch: int | tuple[int, int], weights: str | None
+) -> Executable:
+    """The zoo model `options.name`, compiled for `batch` images, or for any number in a range.
 
     Raises: ConvloomError for an unknown model, target or pass, or unusable weights.
     """
@@ -57,20 +61,27 @@ def compile_model(options: argparse.Namespace, batch: int, weights: str | None) 
     entry = zoo.entry(options.name)
     target = shared.target(options)
     model = build(entry.name, weights)
-    return compile_for(
-        model, torch.zeros(batch, *entry.input_shape), target=target, options=options
-    )
+    bounds = batch if isinstance(batch, tuple) else None
+    example = torch.zeros(batch[1] if isinstance(batch, tuple) else batch, *entry.input_shape)
+    return compile_for(model, example, target=target, options=options, dynamic_batch=bounds)
 
 
 def compile_for(
-    model: nn.Module, example: torch.Tensor, *, target: str, options: argparse.Namespace
+    model: nn.Module,
+    example: torch.Tensor,
+    *,
+    target: str,
+    options: argparse.Namespace,
+    dynamic_batch: tuple[int, int] | None = None,
 ) -> Executable:
-    """The model compiled for inputs like `example`."""
+    """The model compiled for inputs like `example`, or for a range of batches of such images."""
     from ..compiler.api import compile
 
     # Under CONVLOOM_DEBUG the compiler prints: never into the JSON that a command answers with.
     with redirect_stdout(sys.stderr):
-        return compile(model, (example,), target=target, **_choices(options))
+        return compile(
+            model, (example,), target=target, dynamic_batch=dynamic_batch, **_choices(options)
+        )
 
 
 def lower_model(options: argparse.Namespace, batch: int) -> tuple[Graph, Plan, Ledger]:
@@ -101,7 +112,12 @@ def _choices(options: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def run(executable: Executable, x: torch.Tensor) -> torch.Tensor:
+def run(executable: Executable | LoadedExecutable, x: torch.Tensor) -> torch.Tensor:
     """The executable's only output, on the CPU; moves the input to the GPU where it must be."""
-    y: torch.Tensor = executable(x.cuda() if executable.target.is_gpu else x)
+    import torch
+
+    on_gpu = executable.target.is_gpu
+    y = executable(x.cuda() if on_gpu else x)
+    if not isinstance(y, torch.Tensor):
+        raise InvalidInputError(f"expected a model of one output, got {type(y).__name__}")
     return y.cpu()

@@ -22,12 +22,16 @@ def json_option() -> argparse.ArgumentParser:
     return parent
 
 
-def compile_options(batch: bool = True) -> argparse.ArgumentParser:
-    """What decides how a model is compiled; `batch=False` where the input decides the batch."""
+def compile_options(batch: bool = True, several: bool = False) -> argparse.ArgumentParser:
+    """What decides how a model is compiled; `batch=False` where the input decides the batch.
+
+    several: more than one target and more than one batch or range of batches may be given.
+    """
     parent = argparse.ArgumentParser(add_help=False)
     group = parent.add_argument_group("compilation")
     group.add_argument(
         "--target",
+        nargs="+" if several else None,
         help="cuda | cuda:sm_80, sm_86, sm_89, sm_90, sm_100 | interpreter | reference "
         "(default: cuda where there is a GPU, else interpreter)",
     )
@@ -60,7 +64,15 @@ def compile_options(batch: bool = True) -> argparse.ArgumentParser:
             default=[],
             help=f'fusions to {what}: "conv-pool", "layer1.*", "conv-pool@layer1.*"',
         )
-    if batch:
+    if several:
+        group.add_argument(
+            "--batch",
+            type=_batches,
+            nargs="+",
+            default=[1],
+            help="images per call, or a range of them such as 1-32 (default: 1)",
+        )
+    elif batch:
         group.add_argument(
             "--batch", type=positive, default=1, help="images per call (default: 1)"
         )
@@ -72,6 +84,16 @@ def positive(text: str) -> int:
     if not text.isdigit() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"expected a positive integer, got {text!r}")
     return int(text)
+
+
+def _batches(text: str) -> int | tuple[int, int]:
+    low, dash, high = text.partition("-")
+    if not dash:
+        return _positive(text)
+    bounds = _positive(low), _positive(high)
+    if bounds[0] > bounds[1]:
+        raise argparse.ArgumentTypeError(f"expected LOWEST-HIGHEST, got {text!r}")
+    return bounds
 
 
 def passes(options: argparse.Namespace) -> str | tuple[str, ...]:

@@ -1,4 +1,5 @@
-"""`convloom run NAME INPUT`: one forward pass on a file, through the compiled kernels."""
+"""`convloom run NAME INPUT`: one forward pass on an image or an array, through the kernels of a
+model that is compiled now or was saved before."""
 
 from __future__ import annotations
 
@@ -7,12 +8,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .. import zoo
-from . import inputs, models, output
+from . import files, inputs, models, output
 from . import options as shared
 
 if TYPE_CHECKING:
     import torch
 
+    from ..compiler.artifact.load import LoadedExecutable
+    from ..compiler.executable import Executable
+    from ..zoo import ZooModel
     from .options import SubParsers
 
 TOP = 5
@@ -27,7 +31,7 @@ def configure(commands: SubParsers) -> None:
         "the five likeliest classes by index, or writes the output to a .npy file.",
         parents=[shared.compile_options(batch=False), shared.json_option()],
     )
-    parser.add_argument("name", metavar="NAME", help=models.NAME_HELP)
+    parser.add_argument("name", metavar="NAME", help=files.NAME_HELP)
     parser.add_argument("input", metavar="INPUT", type=Path, help="an image, or a .npy file")
     parser.add_argument(
         "--weights",
@@ -40,12 +44,7 @@ def configure(commands: SubParsers) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Runs the model and prints or writes its output."""
-    entry = zoo.entry(options.name)
-    target = shared.target(options)
-    x = inputs.read_input(options.input, entry)
-    model = models.build(entry.name, options.weights)
-    with output.working(f"compiling {entry.name} for {target}"):
-        executable = models.compile_for(model, x, target=target, options=options)
+    entry, x, executable = _loaded(options) if files.is_file(options.name) else _compiled(options)
     with output.working(f"running {entry.name}"):
         y = models.run(executable, x)
     if options.output is not None:
@@ -63,10 +62,31 @@ def run(options: argparse.Namespace) -> int:
             }
         )
         return 0
-    if options.weights is None:
+    if options.weights is None and not files.is_file(options.name):
         models.warn_of_random_weights(entry.name)
     _print_result(y, best, options.output)
     return 0
+
+
+def _compiled(options: argparse.Namespace) -> tuple[ZooModel, torch.Tensor, Executable]:
+    entry = zoo.entry(options.name)
+    target = shared.target(options)
+    x = inputs.read_input(options.input, entry)
+    model = models.build(entry.name, options.weights)
+    with output.working(f"compiling {entry.name} for {target}"):
+        return entry, x, models.compile_for(model, x, target=target, options=options)
+
+
+def _loaded(options: argparse.Namespace) -> tuple[ZooModel, torch.Tensor, LoadedExecutable]:
+    from ..compiler.artifact.load import load
+
+    files.refuse_choices(options)
+    device = files.device(options)
+    with output.working(f"loading {options.name} for {device}"):
+        executable = load(options.name, device)
+    entry = files.pictured(executable.artifact)
+    x = inputs.read_input(options.input, entry)
+    return entry, x.to(executable.plan.inputs[0].spec.dtype), executable
 
 
 def _save(file: Any, y: torch.Tensor) -> None:

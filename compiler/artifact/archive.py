@@ -73,13 +73,13 @@ def write(path: Path, members: Mapping[str, Content]) -> None:
     """
     names = sorted(members)
     entries = [Entry(name, _size(members[name]), _checksum(members[name])) for name in names]
-    spans, headers, directory = arrange(entries)
-    total = (spans[-1].offset + spans[-1].size if spans else 0) + len(directory)
-    if total > LARGEST_FILE or len(names) > MOST_MEMBERS:
+    if not _fits(entries):
         raise ArtifactError(
-            f"cannot write '{path}': expected at most {LARGEST_FILE:,} bytes in {MOST_MEMBERS:,} "
-            f"members, got {total:,} in {len(names):,}; save fewer targets or batch ranges"
+            f"cannot write '{path}': expected at most 4 GiB in {MOST_MEMBERS:,} members, got "
+            f"{sum(entry.size for entry in entries):,} bytes in {len(names):,}; save fewer targets "
+            "or batch ranges"
         )
+    _, headers, directory = arrange(entries)
     with _replacing(path) as file:
         for name, header in zip(names, headers, strict=True):
             file.write(header)
@@ -141,6 +141,13 @@ def digest(content: Content) -> str:
     for piece in content:
         hashed.update(piece)
     return hashed.hexdigest()
+
+
+def _fits(entries: Sequence[Entry]) -> bool:
+    """Whether members of these sizes fit into a zip, whatever lies around them."""
+    around = _LOCAL.size + _CENTRAL.size + 2 * LONGEST_NAME + 2 * ALIGNMENT
+    total = sum(entry.size + around for entry in entries) + _END.size
+    return total <= LARGEST_FILE and len(entries) <= MOST_MEMBERS
 
 
 def arrange(entries: Sequence[Entry]) -> tuple[list[Span], list[bytes], bytes]:
@@ -302,6 +309,8 @@ def _entries(path: Path, central: bytes) -> Iterator[Entry]:
 def _members(path: Path, file: IO[bytes], entries: Sequence[Entry]) -> dict[str, Span]:
     """Members by name, once everything around them is what `arrange` makes."""
     names = [entry.name for entry in entries]
+    if not _fits(entries):
+        raise damaged(path, "its members are larger than a zip can be")
     if names != sorted(set(names)):
         raise damaged(path, "its members are not each there once, in order")
     spans, headers, directory = arrange(entries)

@@ -1,25 +1,31 @@
-"""Whether a file's plan is what this convloom makes of its graph, in the file's configurations.
+"""Whether a file is what this convloom makes of its graph, in the file's configurations.
 
 The checks of a file prove that a plan harms nobody's memory, not that it computes its network: a
-plan and its manifest can be written anew by anyone. Here the plan is made again from the graph and
-compared, field by field; what remains on trust is the machine code and the weights. Takes Triton,
+plan and its manifest can be written anew by anyone. Here the plan is made again from the graph, and
+where the file was made with this version of Triton its machine code too, and all of it is compared.
+What remains on trust then is the graph and its weights, which no native code is in. Takes Triton,
 not a GPU; `convloom doctor FILE` does it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
-from typing import Any
+from dataclasses import fields, replace
+
+import triton
 
 from ...errors import ConvloomError
 from ...kernels import targets
-from ..plan import Plan
 from .graphs import lower_again, read_graph
-from .program import Program, nest_of
+from .program import Call, Program
 from .read import Artifact
 from .tensors import Pool
-from .write import calls_of, signature_of, steps_of
+from .write import program_of
+
+
+def compares_code(artifact: Artifact) -> bool:
+    """Whether machine code can be compared: another compiler would make other code."""
+    return bool(dict(artifact.document.versions).get("triton") == triton.__version__)
 
 
 def differences(artifact: Artifact) -> list[str]:
@@ -37,44 +43,28 @@ def _of_program(artifact: Artifact, program: Program) -> Iterator[str]:
     target = targets.parse(program.target)
     graph = read_graph(artifact.graphs[program.graph], artifact.tensors, target, artifact.path)
     plan = lower_again(graph, program, target, artifact.path)
-    images = [call.image for call in program.calls]
-    wanted = replace(
-        program,
-        inputs=plan.inputs,
-        outputs=plan.outputs,
-        arguments=nest_of(plan.structure.arguments),
-        result=nest_of(plan.structure.result),
-        buffer_list=tuple(plan.buffers.values()),
-        constants=_constants(plan),
-        steps=steps_of(plan),
-        calls=calls_of(plan, images) if len(images) == len(plan.kernels) else (),
-        summary=tuple(sorted(plan.summary().items())),
+    with_ptx = any(image.ptx is not None for image in program.images)
+    made = program_of(plan, Pool(), {}, with_ptx)
+    made = replace(made, graph=program.graph, account=program.account)
+    if not compares_code(artifact):
+        made, program = _without_code(made), _without_code(program)
+    for item in fields(Program):
+        if getattr(made, item.name) != getattr(program, item.name):
+            yield f"its {_SHOWN.get(item.name, item.name)} are not those of its graph"
+
+
+_SHOWN = {"calls": "launches", "images": "kernels", "buffer_list": "buffers"}
+
+
+def _without_code(program: Program) -> Program:
+    """The program with each launch's kernel by its name alone."""
+
+    def named(call: Call) -> Call:
+        return replace(call, image=0)
+
+    steps = tuple(
+        replace(step, line=f"{step.line} {[program.images[c.image].entry for c in calls]}")
+        for at, step in enumerate(program.steps)
+        for calls in [[call for call in program.calls if call.step == at]]
     )
-    for name in ("inputs", "outputs", "steps", "summary", "constants"):
-        if getattr(wanted, name) != getattr(program, name):
-            yield f"its {name} are not those of its graph"
-    if wanted.buffer_list != program.buffer_list:
-        yield "its buffers are not those of its graph"
-    if target.is_gpu and wanted.calls != program.calls:
-        yield "its launches are not those of its graph"
-    elif target.is_gpu:
-        yield from _of_images(program, plan)
-
-
-def _constants(plan: Plan) -> tuple[tuple[str, str], ...]:
-    pool = Pool()
-    return tuple(
-        (name, pool.add(plan.constants[name]))
-        for name, buffer in plan.buffers.items()
-        if buffer.kind == "constant"
-    )
-
-
-def _of_images(program: Program, plan: Plan) -> Iterator[str]:
-    """Whether the kernels are launched as those of the plan are; their code is not looked at."""
-    for call, (step, launch) in zip(program.calls, plan.kernels, strict=True):
-        image = program.images[call.image]
-        entry: Any = launch.kernel.fn.__name__
-        wanted = (entry, launch.num_warps, signature_of(plan, step, launch))
-        if (image.entry, image.num_warps, image.signature) != wanted:
-            yield f"step {step.name} runs {image.entry}, its graph asks for {entry}"
+    return replace(program, images=(), calls=tuple(map(named, program.calls)), steps=steps)

@@ -101,36 +101,42 @@ def _versions() -> tuple[tuple[str, str], ...]:
 
 def _add(writing: _Writing, executable: Executable, with_ptx: bool) -> None:
     """Adds one program. Packed constants go first: a graph's own tensors are then found there."""
-    plan = executable.plan
+    made = program_of(executable.plan, writing.pool, writing.kernels, with_ptx)
+    record = graphs.to_json(graphs.record_of(executable.graph, writing.pool))
+    ledger = replace(executable.ledger, measured={}, measured_on="").to_json()
+    graph, account = _index(writing.graphs, record), _index(writing.accounts, plain(ledger))
+    writing.programs.append(replace(made, graph=graph, account=account))
+
+
+def program_of(
+    plan: Plan, pool: tensors.Pool, kernels: dict[str, Content], with_ptx: bool
+) -> Program:
+    """The plan as data, of graph 0 and account 0; constants go to the pool, code to `kernels`."""
     constants = tuple(
-        (name, writing.pool.add(plan.constants[name]))
+        (name, pool.add(plan.constants[name]))
         for name, buffer in plan.buffers.items()
         if buffer.kind == "constant"
     )
-    images, calls = _kernels(writing, plan, with_ptx)
-    record = graphs.to_json(graphs.record_of(executable.graph, writing.pool))
-    ledger = replace(executable.ledger, measured={}, measured_on="").to_json()
+    images, calls = _compiled(kernels, plan, with_ptx)
     structure = plan.structure
-    writing.programs.append(
-        Program(
-            target=plan.target.name,
-            batch=plan.batch,
-            precision=plan.precision,
-            in_place=plan.in_place,
-            graph=_index(writing.graphs, record),
-            account=_index(writing.accounts, plain(ledger)),
-            inputs=plan.inputs,
-            outputs=plan.outputs,
-            arguments=nest_of(structure.arguments),
-            result=nest_of(structure.result),
-            results=structure.results,
-            buffer_list=tuple(plan.buffers.values()),
-            constants=constants,
-            steps=steps_of(plan),
-            images=images,
-            calls=calls,
-            summary=tuple(sorted(plan.summary().items())),
-        )
+    return Program(
+        target=plan.target.name,
+        batch=plan.batch,
+        precision=plan.precision,
+        in_place=plan.in_place,
+        graph=0,
+        account=0,
+        inputs=plan.inputs,
+        outputs=plan.outputs,
+        arguments=nest_of(structure.arguments),
+        result=nest_of(structure.result),
+        results=structure.results,
+        buffer_list=tuple(plan.buffers.values()),
+        constants=constants,
+        steps=_steps(plan),
+        images=images,
+        calls=calls,
+        summary=tuple(sorted(plan.summary().items())),
     )
 
 
@@ -141,7 +147,7 @@ def _index(known: list[Any], data: Any) -> int:
     return known.index(data)
 
 
-def steps_of(plan: Plan) -> tuple[ProgramStep, ...]:
+def _steps(plan: Plan) -> tuple[ProgramStep, ...]:
     """The kernel steps of a plan as data."""
     lines = plan.to_text().splitlines()
     return tuple(
@@ -162,8 +168,8 @@ def steps_of(plan: Plan) -> tuple[ProgramStep, ...]:
 # Kernels.
 
 
-def _kernels(
-    writing: _Writing, plan: Plan, with_ptx: bool
+def _compiled(
+    kernels: dict[str, Content], plan: Plan, with_ptx: bool
 ) -> tuple[tuple[Image, ...], tuple[Call, ...]]:
     """The machine code of a plan's launches, distinct ones once, and the launches."""
     if not plan.target.is_gpu:
@@ -177,16 +183,16 @@ def _kernels(
     images: list[Image] = []
     positions: list[int] = []
     for wanted, (step, launch) in zip(requests, plan.kernels, strict=True):
-        signature = signature_of(plan, step, launch)
-        image = _image(writing, wanted, signature, compiled[wanted], with_ptx)
+        signature = _signature(plan, step, launch)
+        image = _image(kernels, wanted, signature, compiled[wanted], with_ptx)
         if image not in images:
             images.append(image)
         positions.append(images.index(image))
-    return tuple(images), calls_of(plan, positions)
+    return tuple(images), _calls(plan, positions)
 
 
 def _image(
-    writing: _Writing,
+    kernels: dict[str, Content],
     wanted: offline.CompileRequest,
     signature: tuple[str, ...],
     compiled: Any,
@@ -205,12 +211,12 @@ def _image(
                 "again; choose another configuration or forbid the fusion"
             )
     folder = f"kernels/sm_{wanted.capability}"
-    cubin = _keep(writing, folder, "cubin", bytes(compiled.asm["cubin"]))
+    cubin = _keep(kernels, folder, "cubin", bytes(compiled.asm["cubin"]))
     code = str(compiled.asm["ptx"]).encode()
     return Image(
         entry=metadata.name,
         cubin=cubin,
-        ptx=_keep(writing, folder, "ptx", code) if with_ptx else None,
+        ptx=_keep(kernels, folder, "ptx", code) if with_ptx else None,
         signature=signature,
         num_warps=metadata.num_warps,
         num_ctas=metadata.num_ctas,
@@ -220,7 +226,7 @@ def _image(
     )
 
 
-def signature_of(plan: Plan, step: KernelStep, launch: Launch) -> tuple[str, ...]:
+def _signature(plan: Plan, step: KernelStep, launch: Launch) -> tuple[str, ...]:
     """The types of a kernel's run-time arguments, in the order of `execute.parameters`."""
     dtypes = dtype_of(plan, step)
     return tuple(
@@ -228,13 +234,13 @@ def signature_of(plan: Plan, step: KernelStep, launch: Launch) -> tuple[str, ...
     )
 
 
-def _keep(writing: _Writing, folder: str, kind: str, code: bytes) -> str:
+def _keep(kernels: dict[str, Content], folder: str, kind: str, code: bytes) -> str:
     name = f"{folder}/{archive.digest([code])[:32]}.{kind}"
-    writing.kernels[name] = [code]
+    kernels[name] = [code]
     return name
 
 
-def calls_of(plan: Plan, images: Sequence[int]) -> tuple[Call, ...]:
+def _calls(plan: Plan, images: Sequence[int]) -> tuple[Call, ...]:
     """The launches of a plan as data; `images` says which kernel each one starts.
 
     Raises: ArtifactError for a launch that is more than `Call` can say.

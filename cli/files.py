@@ -1,0 +1,107 @@
+"""Saved executables for the sub-commands: what is one, what goes with it, and its facts."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .. import zoo
+from ..errors import InvalidInputError
+from . import options as shared
+
+if TYPE_CHECKING:
+    from ..compiler.artifact.program import Program
+    from ..compiler.artifact.read import Artifact
+    from ..zoo import ZooModel
+
+SUFFIX = ".loom"
+NAME_HELP = f"a model of the zoo (see `convloom zoo`), or a file that compile -o wrote (*{SUFFIX})"
+CHOICES: dict[str, Any] = {
+    "dtype": None,
+    "precision": "ieee",
+    "passes": "default",
+    "fallback": "error",
+    "force": [],
+    "forbid": [],
+    "weights": None,
+    "batch": 1,
+}
+"""Options of a compilation, and what they are where nobody chose."""
+
+
+def is_file(name: str) -> bool:
+    """Whether a NAME is a saved executable rather than a model of the zoo."""
+    return Path(name).suffix == SUFFIX
+
+
+def refuse_choices(options: argparse.Namespace) -> None:
+    """Raises InvalidInputError for options that come too late: the file is compiled already."""
+    for name, usual in CHOICES.items():
+        if getattr(options, name, usual) != usual:
+            raise InvalidInputError(
+                f"--{name}: expected a model of the zoo, got the file '{options.name}', which is "
+                "compiled already"
+            )
+
+
+def device(options: argparse.Namespace) -> str:
+    """The device that `--target` means for a file; the GPU where there is one, else the CPU."""
+    target = shared.target(options)
+    return "cuda" if target.startswith("cuda") else target
+
+
+def pick(artifact: Artifact, options: argparse.Namespace) -> Program:
+    """The program of `--target`, or the file's first.
+
+    Raises: InvalidInputError where the file has none.
+    """
+    for program in artifact.programs:
+        if options.target in (None, program.target):
+            return program
+    raise InvalidInputError(
+        f"--target {options.target}: '{artifact.path}' holds {artifact.holds()}"
+    )
+
+
+def pictured(artifact: Artifact) -> ZooModel:
+    """What images have to become for the file's network: its model's, or any of that shape.
+
+    Raises: InvalidInputError where its only input is no image.
+    """
+    model = artifact.document.model
+    if model in zoo.names():
+        return zoo.entry(model)
+    inputs = artifact.programs[0].inputs
+    shape = inputs[0].spec.shape
+    if len(inputs) != 1 or len(shape) != 4:
+        raise InvalidInputError(
+            f"'{artifact.path}': expected a network of one image, it takes "
+            f"{', '.join(str(port.spec) for port in inputs)}; load it in Python"
+        )
+    return zoo.ZooModel(model, "", (shape[1], shape[2], shape[3]), 0, "")
+
+
+def facts(artifact: Artifact) -> dict[str, Any]:
+    """What a file says of itself."""
+    return {
+        "file": str(artifact.path),
+        "sha256": artifact.sha256,
+        "model": artifact.document.model,
+        "versions": dict(artifact.document.versions),
+        "programs": [
+            {
+                "target": program.target,
+                "batch": list(program.batch) if program.batch else None,
+                "inputs": [str(port.spec) for port in program.inputs],
+                "outputs": [str(port.spec) for port in program.outputs],
+                "kernels": len(program.images),
+                "launches": len(program.calls),
+                "summary": dict(program.summary),
+            }
+            for program in artifact.programs
+        ],
+        "weights_bytes": artifact.size_bytes("safetensors"),
+        "machine_code_bytes": artifact.size_bytes("cubin"),
+        "ptx_bytes": artifact.size_bytes("ptx"),
+    }

@@ -1,0 +1,159 @@
+"""Saved executables on the command line: compile -o, run, explain, doctor."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import convloom
+import numpy as np
+import pytest
+import torch
+from convloom import zoo
+from convloom.cli import main as cli
+from convloom.compiler.artifact import archive, rederive
+from convloom.compiler.artifact.read import open_artifact
+from convloom.compiler.typed import dump
+
+pytestmark = pytest.mark.interpreter
+
+
+@pytest.fixture
+def answer(capsys: pytest.CaptureFixture[str]) -> Callable[..., Any]:
+    """Runs a command that succeeds; its JSON, or its text."""
+
+    def run(*arguments: object, status: int = 0) -> Any:
+        assert cli.main([str(argument) for argument in arguments]) == status
+        text = capsys.readouterr().out
+        return json.loads(text) if "--json" in arguments else text
+
+    return run
+
+
+@pytest.fixture
+def refusal(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+    def run(*arguments: object) -> str:
+        assert cli.main([str(argument) for argument in arguments]) == cli.EXIT_ERROR
+        return capsys.readouterr().err
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("files") / "lenet5.loom"
+    command = ["compile", "lenet5", "--weights", "digits", "-o", str(path), "--batch", "1", "2-8",
+               "--target", "cuda:sm_80", "cuda:sm_90", "--dtype", "float16", "--json"]  # fmt: skip
+    assert cli.main(command) == 0
+    return path
+
+
+def test_compile_writes_every_target_and_batch(path: Path) -> None:
+    held = [(p.target, p.batches) for p in open_artifact(path).programs]
+    assert held == [
+        ("cuda:sm_80", (1, 1)),
+        ("cuda:sm_80", (2, 8)),
+        ("cuda:sm_90", (1, 1)),
+        ("cuda:sm_90", (2, 8)),
+    ]
+
+
+def test_compile_says_what_it_wrote(tmp_path: Path, answer: Callable[..., Any]) -> None:
+    text = answer("compile", "lenet5", "--target", "reference", "-o", tmp_path / "x.loom")
+    assert f"wrote {tmp_path / 'x.loom'}" in text and "sha256" in text
+
+
+def test_several_targets_without_a_file_are_refused(refusal: Callable[..., str]) -> None:
+    message = refusal("compile", "lenet5", "--target", "reference", "--batch", "1", "2")
+    assert "expected one of each, or -o FILE" in message
+
+
+@pytest.mark.parametrize("batch", ["4-1", "0", "1-", "x"])
+def test_a_batch_that_is_none_is_refused(batch: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        cli.main(["compile", "lenet5", "--batch", batch])
+    assert "expected" in capsys.readouterr().err
+
+
+def test_run_gives_the_models_answer(
+    path: Path, tmp_path: Path, answer: Callable[..., Any]
+) -> None:
+    x = np.random.default_rng(0).random((1, 1, 32, 32), np.float32)
+    np.save(tmp_path / "x.npy", x)
+    result = tmp_path / "y.npy"
+    shared = (tmp_path / "x.npy", "--target", "interpreter", "--output", result, "--json")
+    found = answer("run", path, *shared)
+    assert found["model"] == "lenet5" and found["target"] == "interpreter"
+    y = zoo.lenet5(weights="digits").eval()(torch.from_numpy(x))
+    np.testing.assert_allclose(np.load(result), y.detach().numpy(), rtol=0.02, atol=0.02)
+
+
+def test_a_file_of_no_zoo_model_takes_images_of_its_shape(
+    tmp_path: Path, answer: Callable[..., Any], refusal: Callable[..., str]
+) -> None:
+    module = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * 4 * 5, 7)).eval()
+    exe = convloom.compile(module, (torch.zeros(1, 3, 4, 5),), target="reference")
+    exe.save(tmp_path / "own.loom")
+    np.save(tmp_path / "x.npy", np.zeros((1, 3, 4, 5), np.float32))
+    given = tmp_path / "x.npy", "--target", "reference"
+    assert len(answer("run", tmp_path / "own.loom", *given, "--json")["top"][0]) == 5
+    flat = torch.nn.Linear(4, 4).eval()
+    convloom.compile(flat, (torch.zeros(1, 4),), target="reference").save(tmp_path / "flat.loom")
+    assert "expected a network of one image" in refusal("run", tmp_path / "flat.loom", *given)
+
+
+def test_options_of_a_compilation_come_too_late(path: Path, refusal: Callable[..., str]) -> None:
+    message = refusal("run", path, "x.npy", "--target", "interpreter", "--dtype", "float16")
+    assert "--dtype: expected a model of the zoo" in message and "compiled already" in message
+    assert "holds no sources" in refusal("explain", path, "--dot")
+
+
+def test_explain_a_file(path: Path, tmp_path: Path, answer: Callable[..., Any]) -> None:
+    text = answer("explain", path)
+    assert "cuda:sm_90 (batch 2 to 8)" in text and "lenet5 on cuda:sm_80: 2 convs" in text
+    found = answer("explain", path, "--target", "cuda:sm_90", "--json")
+    assert found["target"] == "cuda:sm_90" and found["model"] == "lenet5"
+    assert found["artifact"]["sha256"] == open_artifact(path).sha256
+    answer("explain", path, "--html", tmp_path / "x.html")
+    assert "<html" in (tmp_path / "x.html").read_text()
+
+
+def test_explain_names_what_the_file_holds(path: Path, refusal: Callable[..., str]) -> None:
+    assert "holds cuda:sm_80 (batch 1 to 1)" in refusal("explain", path, "--target", "cuda:sm_100")
+
+
+def test_doctor_makes_the_plan_again(path: Path, answer: Callable[..., Any]) -> None:
+    checks = {check["name"]: check for check in answer("doctor", path, "--json")["checks"]}
+    assert checks["made again"]["found"] == "plan and machine code: what its graph gives here"
+
+
+def test_doctor_finds_out_a_plan_that_is_not_its_graphs(
+    path: Path, tmp_path: Path, answer: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two kernels of equal arguments, exchanged: nothing but making the plan again notices."""
+    artifact = open_artifact(path)
+    members: dict[str, Any] = {name: [bytes(artifact.archive.view(name))]
+                               for name in artifact.archive.members}  # fmt: skip
+    plan = json.loads(members["plan.json"][0])
+    plan["programs"][0]["calls"][0]["grid"]["block_rows"] *= 2
+    members["plan.json"] = [dump(plan)]
+    del members["manifest.json"]
+    members["manifest.json"] = [dump({"members": archive.manifest_of(members)})]
+    archive.write(tmp_path / "other.loom", members)
+    found = answer("doctor", tmp_path / "other.loom", "--json", status=1)
+    assert "its launches are not those of its graph" in found["checks"][-1]["found"]
+    # Another compiler's machine code cannot be compared, the plan can.
+    monkeypatch.setattr(rederive, "compares_code", lambda artifact: False)
+    found = answer("doctor", tmp_path / "other.loom", "--json", status=1)
+    assert "its launches are not those of its graph" in found["checks"][-1]["found"]
+    found = answer("doctor", path, "--json")
+    assert "another triton made its machine code" in found["checks"][-1]["found"]
+
+
+def test_doctor_refuses_what_is_no_executable(
+    tmp_path: Path, refusal: Callable[..., str]
+) -> None:
+    (tmp_path / "x.loom").write_bytes(b"hello" * 9)
+    assert "no executable of convloom" in refusal("doctor", tmp_path / "x.loom")
