@@ -283,6 +283,13 @@ def test_faults_are_found(fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
         offline_checked(kernel)
 
 
+@pytest.mark.parametrize("copies", ["LDGSTS.128", "UTMALDG"])
+def test_copies_by_threads_and_by_tma_are_asynchronous(copies: str) -> None:
+    kernel = next(k for k in kernels_of("resnet18", 32) if k.name == "conv2d_kernel" and k.is_even)
+    assert not list(_loads(kernel, KernelReport(64, 0, 0, {"HGMMA": 4, copies: 6, "LDG.128": 8})))
+    assert list(_loads(kernel, KernelReport(64, 0, 0, {"HGMMA": 4, "LDG.128": 8})))
+
+
 def offline_checked(kernel: Kernel) -> None:
     """`assert_healthy` without compiling."""
     found = list(complaints(kernel))
