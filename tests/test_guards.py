@@ -171,9 +171,9 @@ def _loads(kernel: Kernel, report: KernelReport) -> Iterator[str]:
     if not kernel.is_even:
         return
     asynchronous = report.count("LDGSTS.128") + report.count("UTMALDG")
-    # A loop of one step has nothing to pipeline: its operands are loaded directly.
+    # A loop of one step has nothing to pipeline: its operands are loaded directly. (0: untold.)
     wide = asynchronous + report.count("LDG.128")
-    if not (wide if kernel.name in NARROW or kernel.launch.steps < 2 else asynchronous):
+    if not (wide if kernel.name in NARROW or kernel.launch.steps == 1 else asynchronous):
         yield f"no 16-byte asynchronous copies: {dict(report.instructions)}"
 
 
