@@ -10,14 +10,19 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .epilogue import GeneratedFunction
 from .op import Launch, Ref
 
 
 def bind(launch: Launch, tensor_of: Callable[[Ref], torch.Tensor], batch: int) -> dict[str, Any]:
-    """The kernel's run-time arguments by name: pointers, `extras` and `m`."""
+    """The kernel's run-time arguments by name: pointers, boxes, `extras` and `m`."""
     arguments: dict[str, Any] = {name: tensor_of(ref) for name, ref in launch.pointers.items()}
+    for name, box in launch.boxes.items():
+        base = tensor_of(box.ref)[box.offset :]
+        shape, strides = list(box.shape_at(batch)), list(box.strides)
+        arguments[name] = TensorDescriptor(base, shape, strides, list(box.box))
     arguments["extras"] = tuple(tensor_of(ref) for ref in launch.extras)
     arguments["m"] = launch.m_at(batch)
     return arguments

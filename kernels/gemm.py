@@ -134,7 +134,9 @@ def gemm_kernel(
     BLOCK_K: tl.constexpr,
     GROUP_M: tl.constexpr,
     SPLIT: tl.constexpr,
+    TMA: tl.constexpr,
 ):
+    # TMA: x and w are descriptors, whose boxes need neither addresses nor masks.
     column_tiles: tl.constexpr = (K + BLOCK_N - 1) // BLOCK_N
     row_tile, column_tile = tile_index(
         tl.program_id(0) // SPLIT, tl.cdiv(m, BLOCK_M), column_tiles, GROUP_M
@@ -146,8 +148,9 @@ def gemm_kernel(
     column_mask = columns < K
     if WIDE:
         rows = rows.to(tl.int64)
-    x_tile = x + X_OFFSET + (rows * X_PITCH)[:, None] + depth[None, :]
-    w_tile = w + (columns * C)[:, None] + depth[None, :]
+    if not TMA:
+        x_tile = x + X_OFFSET + (rows * X_PITCH)[:, None] + depth[None, :]
+        w_tile = w + (columns * C)[:, None] + depth[None, :]
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     split = tl.program_id(0) % SPLIT
     first, stop = 0, (C + BLOCK_K - 1) // BLOCK_K
@@ -155,7 +158,10 @@ def gemm_kernel(
         first, stop = share_of(split, (C + BLOCK_K - 1) // BLOCK_K, SPLIT)
     for step in range(first, stop):
         start = step * BLOCK_K
-        if C % BLOCK_K == 0:
+        if TMA:
+            a = x.load([row_tile * BLOCK_M, start])
+            b = w.load([column_tile * BLOCK_N, start])
+        elif C % BLOCK_K == 0:
             a = tl.load(x_tile + start, mask=row_mask[:, None], other=0.0)
             b = tl.load(w_tile + start, mask=column_mask[:, None], other=0.0)
         else:
@@ -295,15 +301,16 @@ def tile_configs(size: Size, target: Target) -> Iterator[Config]:
                 continue
             for stages in (2, 3, 4):
                 for split in splits(size, block_m, block_n, block_k) if stages == 3 else (1,):
-                    tile = _tile(size, (block_m, block_n, warps), block_k, stages, split)
+                    tile = config_of(size, (block_m, block_n, warps), block_k, stages, split)
                     reason = legal_for_taps(tile, size.taps)
                     if (reason or legal_tile(size.dtype, tile, target)) is None:
                         yield tile
 
 
-def _tile(
+def config_of(
     size: Size, block: tuple[int, int, int], block_k: int, stages: int, split: int
 ) -> Config:
+    """A configuration for a block of (rows, columns, warps)."""
     block_m, block_n, warps = block
     sizes = {"BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_K": block_k, "GROUP_M": 8}
     return config(warps, stages, **sizes, **({"SPLIT": split} if size.splits else {}))
@@ -340,7 +347,7 @@ def default_tile(size: Size, target: Target) -> Config:
     block_k = max(16, min(widest, power_of_two(size.depth)))
     return min(
         (
-            _tile(size, block, block_k, 3, split)
+            config_of(size, block, block_k, 3, split)
             for block in candidates
             for split in splits(size, block[0], block[1], block_k)
         ),
@@ -405,6 +412,7 @@ def launch(problem: Problem, tile: Config, x: Operand, columns: int) -> Launch:
         columns=-(-columns // tile["BLOCK_N"]) * split,
         constexprs={
             "SPLIT": 1,
+            "TMA": 0,
             "C": depth,
             "K": columns,
             "X_PITCH": x.pitch,

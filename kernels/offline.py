@@ -36,7 +36,7 @@ from .. import settings
 from ..errors import KernelError
 from .epilogue import GeneratedFunction
 from .execute import resolved
-from .op import Launch, Ref
+from .op import Box, Launch, Ref
 from .targets import Target
 
 POINTER_TYPES = {
@@ -51,7 +51,10 @@ ALIGNED = [["tt.divisibility", 16]]
 
 @dataclass(frozen=True)
 class CompileRequest:
-    """One kernel variant: function, argument types, compile-time constants, options, target."""
+    """One kernel variant: function, argument types, compile-time constants, options, target.
+
+    pointers: tensors by name, as pointers or as TMA descriptors of a box.
+    """
 
     kernel: str
     pointers: tuple[tuple[str, str], ...]
@@ -99,9 +102,16 @@ def request(
         known = launch.scratch[ref.index].dtype if ref.kind == "scratch" else dtype_of(ref)
         return POINTER_TYPES[known]
 
+    def descriptor(box: Box) -> str:
+        extents = ",".join(map(str, box.box))
+        return f"tensordesc<{pointer(box.ref).removeprefix('*')}[{extents}]>"
+
     return CompileRequest(
         kernel=f"{function.__module__}:{function.__name__}",
-        pointers=tuple((name, pointer(ref)) for name, ref in launch.pointers.items()),
+        pointers=(
+            *((name, pointer(ref)) for name, ref in launch.pointers.items()),
+            *((name, descriptor(box)) for name, box in launch.boxes.items()),
+        ),
         extras=tuple(pointer(ref) for ref in launch.extras),
         constexprs=tuple(sorted(launch.constexprs.items())),
         num_warps=launch.num_warps,
@@ -123,7 +133,7 @@ def _source(wanted: CompileRequest) -> ASTSource:
         surplus = [n for n in (*types, *constants) if n not in names]
         raise KernelError(f"kernel {name}: missing arguments {missing}, unknown {surplus}")
     attributes: dict[tuple[int, ...], Any] = {
-        (names.index(pointer),): ALIGNED for pointer, _ in wanted.pointers
+        (names.index(name),): ALIGNED for name, kind in wanted.pointers if kind.startswith("*")
     }
     at = names.index("extras")
     attributes |= {(at, index): ALIGNED for index in range(len(wanted.extras))}

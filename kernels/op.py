@@ -119,6 +119,29 @@ class Scratch:
     zeroed: bool = False
 
 
+@dataclass(frozen=True)
+class Box:
+    """A tensor argument that is read in boxes through a TMA descriptor (sm_90 and later).
+
+    shape, strides: in elements, of the tensor inside its buffer; the last stride is 1. box: what is
+    copied at a time, zero where it reaches outside. offset: of the first element. batch: the batch
+    for which `shape` holds, where dimension 0 scales with it.
+    """
+
+    ref: Ref
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    box: tuple[int, ...]
+    offset: int = 0
+    batch: int | None = None
+
+    def shape_at(self, batch: int) -> tuple[int, ...]:
+        """The shape when the batch is `batch`."""
+        if self.batch is None:
+            return self.shape
+        return (self.shape[0] // self.batch * batch, *self.shape[1:])
+
+
 X, W, Y = Ref("input", 0), Ref("input", 1), Ref("output", 0)
 
 
@@ -126,8 +149,8 @@ X, W, Y = Ref("input", 0), Ref("input", 1), Ref("output", 0)
 class Launch:
     """One kernel launch, before buffers have addresses.
 
-    The kernel takes the pointers by name, the tuple `extras`, the number of rows `m` (the only
-    size that may vary between calls) and compile-time constants. The grid is
+    The kernel takes the pointers and the boxes by name, the tuple `extras`, the number of rows `m`
+    (the only size that may vary between calls) and compile-time constants. The grid is
     `ceil(m / block_rows) * columns` programs in one dimension.
 
     rows: `m` at the largest batch; it scales with the batch when `batch` is not None.
@@ -152,6 +175,7 @@ class Launch:
     steps: int = 0
     combine_bytes: int = 0
     scratch: tuple[Scratch, ...] = ()
+    boxes: Mapping[str, Box] = field(default_factory=lambda: NONE)
 
     def m_at(self, batch: int) -> int:
         """The number of rows when the batch is `batch`."""
@@ -310,6 +334,7 @@ def tile_config(
 __all__ = [
     "NONE",
     "Attributes",
+    "Box",
     "Builder",
     "Capture",
     "Config",

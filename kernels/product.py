@@ -2,6 +2,7 @@
 
 The configuration says which algorithm:
 - `gemm`: tiles on the tensor cores (`gemm.py`);
+- `gemm_tma`: the same through descriptors, where memory is aligned (`gemm_tma.py`);
 - `gemv`: at most 8 rows, the weights streamed once (`gemv.py`).
 """
 
@@ -9,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from . import gemm, gemv, machine
+from . import gemm, gemm_tma, gemv, machine
 from .op import Config, Launch, Problem, Target
 
 
@@ -18,6 +19,8 @@ def launch(problem: Problem, tile: Config) -> Launch:
     x, columns = problem.inputs[0], gemm.problem_size(problem).columns
     if gemv.is_one(tile):
         return gemv.launch(problem, tile, x, columns)
+    if gemm_tma.is_one(tile):
+        return gemm_tma.launch(problem, tile, x, columns)
     return gemm.launch(problem, tile, x, columns)
 
 
@@ -25,6 +28,7 @@ def configs(problem: Problem, target: Target) -> Iterator[Config]:
     """The search space: every algorithm's."""
     size = gemm.problem_size(problem)
     yield from gemm.tile_configs(size, target)
+    yield from gemm_tma.configs(problem, target)
     yield from gemv.configs(size, target)
 
 
@@ -33,12 +37,17 @@ def legal(problem: Problem, tile: Config, target: Target) -> str | None:
     size = gemm.problem_size(problem)
     if gemv.is_one(tile):
         return gemv.legal(size, tile, target)
+    if gemm_tma.is_one(tile):
+        return gemm_tma.legal(problem, tile, target)
     return gemm.legal_tile(size.dtype, tile, target)
 
 
 def default(problem: Problem, target: Target) -> Config:
-    """The configuration of least modelled time over both algorithms: with few rows, tiles are
-    mostly padding and take their steps one after the other, or share their sums at a cost."""
+    """The configuration of least modelled time, of tiles and of streaming: with few rows, tiles are
+    mostly padding and take their steps one after the other, or share their sums at a cost.
+
+    Descriptors are left to the tuner: the model tells tiles apart, not how they are read.
+    """
     size = gemm.problem_size(problem)
     tile = gemm.default_tile(size, target)
     streamed = None if target.name == "interpreter" else gemv.default(size, target)
