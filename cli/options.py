@@ -89,8 +89,8 @@ def positive(text: str) -> int:
 def _batches(text: str) -> int | tuple[int, int]:
     low, dash, high = text.partition("-")
     if not dash:
-        return _positive(text)
-    bounds = _positive(low), _positive(high)
+        return positive(text)
+    bounds = positive(low), positive(high)
     if bounds[0] > bounds[1]:
         raise argparse.ArgumentTypeError(f"expected LOWEST-HIGHEST, got {text!r}")
     return bounds
