@@ -99,7 +99,7 @@ def launch_time_us(machine: Machine, launch: Launch, flops: int, dtype: torch.dt
 
 def combine_us(machine: Machine, launch: Launch) -> float:
     """What the last programs of split sums take to add them up, after all the others."""
-    if not launch.scratch:
+    if not launch.combine_bytes:
         return 0.0
     return COMBINE_US + launch.combine_bytes / (COMBINE_BYTES * machine.clock_ghz * 1e3)
 
