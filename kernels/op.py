@@ -251,6 +251,7 @@ class Op:
     packs(attributes): for inputs that must be constants, how their tensor lies in memory.
     takes_epilogue / takes_prologue: whether pointwise stages may be fused into the op.
     images: rank-4 tensors are NHWC for this op; False means it wants dense memory.
+    follows: its kernel reads tensors in any layout, and a result of rank 4 lies as the first input.
     """
 
     name: str
@@ -268,6 +269,7 @@ class Op:
     takes_epilogue: bool = True
     takes_prologue: bool = False
     images: bool = True
+    follows: bool = False
 
 
 def power_of_two(value: int) -> int:
