@@ -14,6 +14,7 @@ import torch
 from ..errors import KernelError, UnsupportedOpError
 from ..kernels import movement
 from ..kernels.op import Launch, Problem, Ref
+from ..kernels.parts import Rearrange
 from ..kernels.spec import Operand, TensorSpec
 from ..kernels.targets import Target
 from . import wishes
@@ -194,6 +195,7 @@ def is_movement(node: Node) -> bool:
             movement.Reshape,
             movement.FlattenPixels,
             movement.Permute,
+            Rearrange,
             movement.Slice,
             movement.Relayout,
             movement.Concat,

@@ -99,8 +99,8 @@ def infer(attributes: Bmm, inputs: tuple[TensorSpec, ...]) -> tuple[TensorSpec, 
         )
     if a.batch != b.batch or (a.batch is not None and len(left) < 3):
         raise InvalidInputError(
-            "bmm: both factors of each product must belong to one sample of the batch, got "
-            f"{a} and {b}"
+            "bmm: both factors of each product must belong to one sample of the batch, "
+            f"got {a} and {b}"
         )
     return (TensorSpec((*left[:-1], right[-1]), a.dtype, batch=a.batch),)
 
@@ -363,4 +363,5 @@ OP = Op(
         "aten.scaled_dot_product_attention.default": _capture_attention,
     },
     images=False,
+    follows=True,
 )  # fmt: skip

@@ -321,6 +321,7 @@ OPS = (
             "aten.transpose.int": _capture_transpose,
             "aten.t.default": lambda g, x: _capture_permute(g, x, (1, 0)),
         },
+        follows=True,
     ),
     _op(
         "expand", Expand, infer_expand, expand, build_expand,

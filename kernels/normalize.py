@@ -385,4 +385,5 @@ OP = Op(
         "aten.instance_norm.default": _capture_instance_norm,
         "aten._native_batch_norm_legit.no_stats": _capture_batch_statistics,
     },
+    follows=True,
 )  # fmt: skip

@@ -290,6 +290,7 @@ class Op:
     takes_epilogue / takes_prologue: whether pointwise stages may be fused into the op.
     images: rank-4 tensors are NHWC for this op; False means it wants dense memory.
     integers: results may be int64: the op makes whole numbers (below 2^24) or moves them.
+    follows: its kernel reads tensors in any layout, and a result of rank 4 lies as the first input.
     """
 
     name: str
@@ -308,6 +309,7 @@ class Op:
     takes_prologue: bool = False
     images: bool = True
     integers: bool = False
+    follows: bool = False
 
 
 def power_of_two(value: int) -> int:

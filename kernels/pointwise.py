@@ -426,6 +426,7 @@ def _make_ops() -> tuple[Op, ...]:
             cost=cost,
             domain=_domain(scalar),
             aten=captures[scalar.name],
+            follows=True,
         )
         for scalar in SCALARS
     )

@@ -173,6 +173,7 @@ def _op(name: str, attributes: type[Attributes], **functions: Any) -> Op:
         configs=pointwise.configs,
         default=pointwise.default,
         cost=movement.cost,
+        follows=True,
         **functions,
     )
 

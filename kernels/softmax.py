@@ -350,6 +350,7 @@ def _op(name: str, log: bool) -> Op:
             f"aten.{name}.int": _capture(name, half_to_float=False),
             f"aten._{name}.default": _capture(name, half_to_float=True),
         },
+        follows=True,
     )  # fmt: skip
 
 

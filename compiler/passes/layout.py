@@ -10,8 +10,10 @@ from __future__ import annotations
 
 import torch
 
-from ...kernels.movement import Relayout
-from ...kernels.spec import Layout, TensorSpec
+from ...kernels import movement
+from ...kernels.movement import Permute, Relayout
+from ...kernels.parts import Rearrange
+from ...kernels.spec import MEMORY_FORMATS, Layout, Operand, TensorSpec
 from ..ir import CONSTANT, INPUT, OUTPUT, TORCH, Graph, Node, Value
 from ..ledger import Ledger
 
@@ -81,8 +83,9 @@ def _convert_readers(graph: Graph, value: Value, attributes: Relayout) -> None:
 def choose_layout(graph: Graph, ledger: Ledger) -> Graph:
     """Makes every rank-4 activation NHWC, and inserts conversions where an op wants dense memory.
 
-    Postcondition: rank-4 results of compute nodes are NHWC unless their op works on dense memory,
-    and so are rank-5 results computed from volumes; graph inputs and outputs are dense.
+    Postcondition: rank-4 results of compute nodes are NHWC unless their op works on dense memory or
+    follows tensors that are dense, and so are rank-5 results computed from volumes; graph inputs
+    and outputs are dense.
     """
     converted: dict[tuple[Value, Layout], Value] = {}
     for node in graph.nodes():
@@ -120,6 +123,8 @@ def _lay_out(graph: Graph, node: Node, converted: dict[tuple[Value, Layout], Val
             outputs=(node.spec.with_(layout=layout),),
         )
         return
+    if node.is_compute and node.definition.follows and _lay_out_alike(graph, node, converted):
+        return
     ranks = _image_ranks(graph, node)
     packed = () if node.op == TORCH else tuple(node.definition.packs(node.attributes))
     values = []
@@ -130,6 +135,51 @@ def _lay_out(graph: Graph, node: Node, converted: dict[tuple[Value, Layout], Val
     graph.set_inputs(node.name, values)
     outputs = tuple(spec.with_(layout=_wanted(spec, ranks)) for spec in node.outputs)
     graph.update(node.name, outputs=outputs)
+
+
+def _lay_out_alike(graph: Graph, node: Node, converted: dict[tuple[Value, Layout], Value]) -> bool:
+    """Lays out a node that reads its inputs as they lie; False where it is to be as all others.
+
+    A permutation makes the layout in which it is a view, or the one its readers want; a product is
+    dense; anything else is dense where all its inputs of rank 4 are (tokens, attention).
+    """
+    own = graph.own_inputs(node)
+    if isinstance(node.attributes, (Permute, Rearrange)):
+        layout = _layout_of_permuted(graph, node, graph.spec(own[0]))
+    elif not node.definition.images:
+        layout = Layout.DENSE
+    else:
+        values = [value for value in graph.inputs(node.name) if not graph.is_constant(value)]
+        images = [value for value in values if graph.spec(value).rank == node.spec.rank]
+        inside = all(graph.node(value.node).op != INPUT for value in images)
+        dense = all(graph.spec(value).layout is Layout.DENSE for value in images)
+        if node.spec.rank != 4 or not (images and inside and dense):
+            return False
+        layout = Layout.DENSE
+    others = [
+        value
+        if graph.is_constant(value) or graph.spec(value).rank != node.spec.rank
+        else _as(graph, value, layout, converted)
+        for value in graph.inputs(node.name)[len(own) :]
+    ]
+    graph.set_inputs(node.name, (*own, *others))
+    outputs = tuple(spec.with_(layout=layout) for spec in node.outputs)
+    graph.update(node.name, outputs=outputs)
+    return True
+
+
+def _layout_of_permuted(graph: Graph, node: Node, x: TensorSpec) -> Layout:
+    """The layout of a permutation's result: where it is a view, else where it is read."""
+    rank = node.spec.rank
+    choices = (Layout.NHWC, Layout.DENSE) if rank in MEMORY_FORMATS else (Layout.DENSE,)
+    source = Operand.dense(x)
+    for layout in choices:
+        if movement.view_of(node.attributes, source, node.spec.with_(layout=layout)) is not None:
+            return layout
+    readers = [graph.node(reader) for reader, _ in graph.uses(Value(node.name))]
+    if any(rank in _image_ranks(graph, reader) for reader in readers):
+        return Layout.NHWC
+    return Layout.DENSE
 
 
 def _as(
