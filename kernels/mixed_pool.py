@@ -1,8 +1,8 @@
 """mixed_pool2d: a blend of the maximum and the average of every window.
 
-y[n,c,p,q] = a[c]·max(r,s) x[n,c,h,w] + b[c]·mean(r,s) x[n,c,h,w], h = p·sh + r and w = q·sw + s; with
-b = 1 − a the mixed pooling of C.-Y. Lee, P. Gallagher, Z. Tu, "Generalizing pooling functions in
-CNNs" (2016). NaN wins, as in both poolings.
+y[n,c,p,q] = a[c]·max(r,s) x[n,c,h,w] + b[c]·mean(r,s) x[n,c,h,w], h = p·sh + r and w = q·sw + s;
+with b = 1 − a the mixed pooling of C.-Y. Lee, P. Gallagher, Z. Tu, "Generalizing pooling functions
+in CNNs" (2016). NaN wins, as in both poolings.
 
 x: (N, C, H, W) NHWC in memory; a and b: one number, or one per channel as (C, 1, 1) or (1, C, 1, 1)
 -> y: (N, C, P, Q) NHWC; fp32 inside. One pass over the image instead of two, and neither pooled
