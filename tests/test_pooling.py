@@ -342,7 +342,25 @@ class MixedPool2d(nn.Module):
 @pytest.mark.interpreter
 @pytest.mark.parametrize("channels", [None, 8])
 def test_learned_mixtures_of_maximum_and_average(channels: int | None) -> None:
-    compiled(
+    exe = compiled(
         lambda m, x: torch.relu(m.pool(m.conv(x))), IMAGE,
         conv=nn.Conv2d(6, 8, 1), pool=MixedPool2d(3, 2, channels),
     )  # fmt: skip
+    assert ops(exe) == ["conv2d", "mixed_pool2d"], "mixing is one kernel, activation included"
+
+
+@pytest.mark.interpreter
+def test_mixtures_that_one_kernel_cannot_do_are_two_poolings() -> None:
+    """Padded windows have averages of fewer pixels; a gate computed from the image is no weight."""
+    exe = compiled(lambda m, x: 0.5 * F.max_pool2d(x, 3, 2, 1) + 0.5 * F.avg_pool2d(x, 3, 2, 1),
+                   IMAGE)  # fmt: skip
+    assert sorted(ops(exe)) == ["avg_pool2d", "max_pool2d"]
+    exe = compiled(
+        lambda m, x: (
+            torch.sigmoid(m.gate(x)) * F.max_pool2d(x, 2)
+            + (1 - torch.sigmoid(m.gate(x))) * F.avg_pool2d(x, 2)
+        ),
+        IMAGE,
+        gate=nn.Conv2d(6, 6, 2, 2, groups=6),
+    )
+    assert "mixed_pool2d" not in ops(exe)

@@ -1,21 +1,27 @@
 """Pooling that users and torch.export spell by other ops: rules of `recognise_composites`.
 
-The median of windows is written as `x.unfold(2, r, sh).unfold(3, s, sw)`, or as `F.unfold(x, r)`,
-flattened and given to `median`; the indices of a max pooling may be computed and never read.
+A mixture of maximum and average is two poolings, two products and a sum. The median of windows is
+written as `x.unfold(2, r, sh).unfold(3, s, sw)`, or as `F.unfold(x, r)`, flattened and given to
+`median`. The indices of a max pooling may be computed and never read.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 
 from ...kernels.median_pool import MOST_TAPS, MedianPool2d
+from ...kernels.mixed_pool import MixedPool2d, is_weight
 from ...kernels.movement import Reshape
 from ...kernels.pad import Pad
+from ...kernels.pointwise import Pointwise
+from ...kernels.pool_window import AvgPool2d, MaxPool2d
 from ..capture import TorchCall
 from ..fusions import IMAGE, example
 from ..ir import Graph, Node, Value
-from ..pattern import Call, Match, Rule, Var, replace_root
+from ..pattern import Call, Match, NearMiss, Rule, Var, replace_root
 
 X = Var("x")
 
@@ -122,10 +128,81 @@ def _columns(x: torch.Tensor) -> torch.Tensor:
     return columns.view(*x.shape[:2], 9, columns.shape[2]).median(dim=2).values
 
 
+# Mixtures.
+
+
+def _mixture_guard(graph: Graph, found: Match) -> str | None:
+    most, mean = found.nodes["most"].attributes, found.nodes["mean"].attributes
+    assert isinstance(most, MaxPool2d) and isinstance(mean, AvgPool2d)
+    if mean != AvgPool2d(most.kernel, most.stride) or most != MaxPool2d(most.kernel, most.stride):
+        return "the windows differ, overhang, are dilated or divided by another number"
+    channels = graph.spec(found.values["x"]).shape[1]
+    for value in _weights(graph, found):
+        if isinstance(value, Value) and not is_weight(graph.spec(value), channels):
+            return f"{value} {graph.spec(value)} is neither one number nor one per channel"
+    return None
+
+
+def _weights(graph: Graph, found: Match) -> list[Value | float]:
+    """What the maximum and the average are multiplied by."""
+    weights: list[Value | float] = []
+    for scaled, variable in (("by_a", "a"), ("by_b", "b")):
+        attributes = found.nodes[scaled].attributes
+        assert isinstance(attributes, Pointwise)
+        literal = attributes.literal
+        weights.append(found.values[variable] if literal is None else literal)
+    return weights
+
+
+def _make_mixture(graph: Graph, found: Match) -> Value:
+    window = found.nodes["most"].attributes
+    assert isinstance(window, MaxPool2d)
+    x = found.values["x"]
+    inputs = [
+        graph.add_constant(torch.tensor(weight), "mixture", graph.spec(x).dtype)
+        if isinstance(weight, float)
+        else weight
+        for weight in _weights(graph, found)
+    ]
+    attributes = MixedPool2d(window.kernel, window.stride)
+    return replace_root(graph, found, "mixed_pool2d", (x, *inputs), attributes)
+
+
+def _mixture_rule(learned: bool) -> Rule:
+    most, mean = Call("max_pool2d", X, name="most"), Call("avg_pool2d", X, name="mean")
+    if learned:
+        by_a = Call("mul", most, Var("a"), name="by_a", commutes=True)
+        by_b = Call("mul", mean, Var("b"), name="by_b", commutes=True)
+        name = "a·max_pool(x) + b·avg_pool(x) => mixed_pool2d(x, a, b)"
+    else:
+        by_a, by_b = Call("mul", most, name="by_a"), Call("mul", mean, name="by_b")
+        name = "0.5·max_pool(x) + 0.5·avg_pool(x) => mixed_pool2d(x, 0.5, 0.5)"
+
+    def blend(m: Any, x: torch.Tensor, padding: int = 0) -> torch.Tensor:
+        a, b = (torch.sigmoid(m.a.bias), m.a.bias) if learned else (0.25, 0.75)
+        return a * F.max_pool2d(x, 2, 2, padding) + b * F.avg_pool2d(x, 2, 2, padding)
+
+    return Rule(
+        name,
+        Call("add", by_a, by_b, commutes=True),
+        _make_mixture,
+        lambda: example(blend, IMAGE, a=torch.nn.Linear(1, 1)),
+        _mixture_guard,
+        near_misses=(
+            NearMiss(
+                lambda: example(lambda m, x: blend(m, x, 1), IMAGE, a=torch.nn.Linear(1, 1)),
+                "the windows differ",
+            ),
+        ),
+    )
+
+
 UNFOLD, IM2COL, MEDIAN = "aten.unfold.default", "aten.im2col.default", "aten.median.dim"
 DROP_INDICES = _drop_indices_rule()
 POOL_RULES = (
     DROP_INDICES,
+    _mixture_rule(learned=True),
+    _mixture_rule(learned=False),
     Rule(
         "median(flatten(unfold(unfold(x)))) => median_pool2d(x)",
         Call(
