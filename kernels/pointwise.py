@@ -307,6 +307,16 @@ def _div(g: Builder, a: Any, b: Any, rounding_mode: str | None = None) -> Any:
     return _binary("div")(g, a, b)
 
 
+def _addcmul(op: str) -> Capture:
+    """x + value * (a op b)."""
+
+    def capture(g: Builder, x: Any, a: Any, b: Any, *, value: float = 1.0) -> Any:
+        product = g.apply(op, (a, b), Pointwise())
+        return _binary("add")(g, x, product, alpha=value)
+
+    return capture
+
+
 def _pow(g: Builder, a: Any, b: Any) -> Any:
     shortcuts = {2.0: "square", 0.5: "sqrt", -0.5: "rsqrt", 1.0: "identity"}
     if not _is_value(b) and float(b) in shortcuts:
@@ -393,6 +403,8 @@ def _captures() -> dict[str, dict[str, Capture]]:
     table["div"]["aten.reciprocal.default"] = lambda g, x: _binary("div")(g, 1.0, x)
     for overload in ("Tensor_Scalar", "Tensor_Tensor", "Scalar"):
         table["pow"][f"aten.pow.{overload}"] = _pow
+    table["add"]["aten.addcmul.default"] = _addcmul("mul")
+    table["add"]["aten.addcdiv.default"] = _addcmul("div")
     table["square"]["aten.square.default"] = _unary("square")
     for name in ("clamp.default", "clamp.Tensor"):
         table["clamp"][f"aten.{name}"] = _clamp

@@ -11,7 +11,7 @@ import safetensors.torch
 import torch
 from convloom import zoo
 from convloom.errors import ArtifactError, ConvloomError
-from convloom.zoo import lenets
+from convloom.zoo import checkpoint, lenets
 from convloom.zoo.checkpoint import load_weights, read_notes
 from convloom.zoo.digits import load_digits_split
 
@@ -80,6 +80,24 @@ def test_digits_without_scikit_learn(monkeypatch):
     monkeypatch.setattr(builtins, "__import__", without_sklearn)
     with pytest.raises(ConvloomError, match=r"pip install 'convloom\[demo\]'"):
         load_digits_split()
+
+
+@pytest.mark.parametrize("name", zoo.names())
+def test_every_model_reads_its_weights(name, tmp_path, monkeypatch):
+    """Its own names fit, and those of another model are refused by name; on tensors without
+    storage, as the largest have half a gigabyte."""
+    state = {}
+    monkeypatch.setattr(checkpoint, "_read", lambda path, hint: dict(state))
+    with torch.device("meta"):
+        model = zoo.build(name)
+        state.update(model.state_dict())
+        loaded = zoo.build(name, weights=tmp_path / "own.pth")
+        assert list(loaded.state_dict()) == list(state)
+        first = next(iter(state))
+        state["another"] = state.pop(first)
+        with pytest.raises(ArtifactError, match=r"cannot load weights from .*own\.pth") as e:
+            zoo.build(name, weights=tmp_path / "own.pth")
+    assert f"missing: {first};" in str(e.value) and "unexpected: another;" in str(e.value)
 
 
 @pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
