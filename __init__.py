@@ -21,6 +21,7 @@ from .errors import (
     TargetUnavailableError,
     UnsupportedOpError,
 )
+from .settings import VERSION as __version__
 
 if TYPE_CHECKING:
     from . import zoo
@@ -28,7 +29,6 @@ if TYPE_CHECKING:
     from .compiler.artifact.load import LoadedExecutable, load
     from .compiler.executable import Executable
 
-__version__ = "0.1.0"
 _LAZY = {
     "compile": ("convloom.compiler.api", "compile"),
     "load": ("convloom.compiler.artifact.load", "load"),

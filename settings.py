@@ -17,6 +17,8 @@ from pathlib import Path
 
 from .errors import InvalidInputError
 
+VERSION = "0.1.0"
+
 
 @dataclass(frozen=True)
 class Settings:

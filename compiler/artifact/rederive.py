@@ -12,10 +12,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import fields, replace
 
-import triton
-
 from ...errors import ConvloomError
 from ...kernels import targets
+from ...kernels.sources import TRITON_VERSION
 from .graphs import lower_again, read_graph
 from .program import Call, Program
 from .read import Artifact
@@ -25,7 +24,7 @@ from .write import program_of
 
 def compares_code(artifact: Artifact) -> bool:
     """Whether machine code can be compared: another compiler would make other code."""
-    return bool(dict(artifact.document.versions).get("triton") == triton.__version__)
+    return dict(artifact.document.versions).get("triton") == TRITON_VERSION
 
 
 def differences(artifact: Artifact) -> list[str]:

@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-import triton
 
 from ...errors import ArtifactError
 from ...kernels import execute, offline
 from ...kernels.op import Launch, Operand, Ref
+from ...kernels.sources import TRITON_VERSION
+from ...settings import VERSION
 from ..plan import KernelStep, Plan
 from ..runtime import compile_requests, dtype_of
 from ..typed import dump, plain
@@ -92,12 +93,10 @@ def _oldest(executables: Sequence[Executable]) -> str | None:
 
 
 def _versions() -> tuple[tuple[str, str], ...]:
-    from ... import __version__
-
     return (
-        ("convloom", __version__),
+        ("convloom", VERSION),
         ("torch", torch.__version__),
-        ("triton", triton.__version__),
+        ("triton", TRITON_VERSION),
     )
 
 
