@@ -12,7 +12,8 @@ import sys
 import time
 import zipfile
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, NamedTuple
 
 import convloom
 import pytest
@@ -22,13 +23,18 @@ from convloom.compiler.artifact.graphs import lower_again, read_graph
 from convloom.compiler.artifact.read import open_artifact
 from convloom.compiler.executable import Executable
 from convloom.errors import ArtifactError, InvalidInputError, TargetUnavailableError
-from convloom.kernels import targets
+from convloom.kernels import offline, targets
 from safetensors import safe_open
 from torch import nn
 
 from .nets import make
 
 pytestmark = pytest.mark.interpreter
+
+
+class Pair(NamedTuple):
+    first: torch.Tensor
+    second: torch.Tensor
 
 
 def residual(m: Any, x: torch.Tensor) -> dict[str, Any]:
@@ -292,6 +298,40 @@ def test_a_grid_that_the_file_cannot_say_is_refused(
     exe = compiled("cuda:sm_90", dynamic_batch=(1, 4))
     monkeypatch.setattr(Launch, "grid_at", lambda self, batch: (batch * batch, 1, 1))
     with pytest.raises(ArtifactError, match="and a file can only say"):
+        exe.save(tmp_path / "net.loom")
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "what"),
+    [
+        ("global_scratch_size", 128, "global scratch memory"),
+        ("profile_scratch_size", 128, "profiling memory"),
+        ("tensordesc_meta", [{"swizzle": 3}], "descriptors"),
+    ],
+)
+def test_a_kernel_that_needs_more_than_pointers_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, field: str, value: Any, what: str
+) -> None:
+    compile_request = offline.compile_request
+
+    def changed(wanted: Any) -> Any:
+        made = compile_request(wanted)
+        metadata = SimpleNamespace(**{**made.metadata._asdict(), field: value})
+        return SimpleNamespace(metadata=metadata, asm=made.asm)
+
+    exe = small()
+    monkeypatch.setattr(offline, "compile_request", changed)
+    with pytest.raises(ArtifactError, match=f"needs {what}, which a file cannot make again"):
+        exe.save(tmp_path / "net.loom")
+
+
+def test_outputs_in_containers_of_their_own_are_refused(tmp_path: Path) -> None:
+    """A named tuple would have to be imported by the name that a file says."""
+    module, inputs = make(
+        lambda m, x: Pair(m.linear(x), torch.relu(x)), (2, 8), linear=nn.Linear(8, 8)
+    )
+    exe = convloom.compile(module, inputs, target="reference")
+    with pytest.raises(ArtifactError, match="nested in Pair; expected tuple, list, or dict"):
         exe.save(tmp_path / "net.loom")
 
 

@@ -3,6 +3,7 @@ none; on the CPU each launch is interpreted with the very addresses it was given
 
 from __future__ import annotations
 
+import pickle
 import subprocess
 import sys
 from dataclasses import replace
@@ -12,7 +13,7 @@ from typing import Any
 import convloom
 import pytest
 import torch
-from convloom.compiler import cuda_graphs, runtime
+from convloom.compiler import api, cuda_graphs, runtime
 from convloom.compiler.artifact import device as gpu
 from convloom.compiler.artifact import load as loading
 from convloom.compiler.artifact.program import Program
@@ -321,6 +322,28 @@ def test_a_call_goes_to_the_program_of_its_batch(
     assert used == [(3, 4), (1, 1), (3, 4)]
     with pytest.raises(convloom.InvalidInputError, match=r"\(1 to 1, 3 to 4\), got 2"):
         exe(x[:2])
+
+
+def test_a_graph_is_compiled_here_only_where_that_is_allowed(
+    tmp_path: Path, saved: tuple[Path, list[Executable]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "net.loom"
+    exe = compiled_for(saved[1], "cuda:sm_90", 4)
+    exe.save(path)
+    monkeypatch.setattr(targets, "local_capability", lambda: 86)
+    with pytest.raises(TargetUnavailableError, match="Save it for cuda:sm_86 too"):
+        convloom.load(path)
+    ran: list[str] = []
+
+    def runner_for(graph: Any, plan: Any, target: Any, name: str) -> runtime.Runner:
+        ran.append(name)
+        return runtime.InterpreterRunner(plan)
+
+    monkeypatch.setattr(api, "runner_for", runner_for)
+    loaded = convloom.load(path, recompile=True)
+    assert ran == ["cuda"] and loaded.target.name == "cuda:sm_86"
+    assert [each.plan.target.name for each in loaded.executables] == ["cuda:sm_86"]
+    assert pickle.loads(pickle.dumps(loaded)).target.name == "cuda:sm_86"
 
 
 def test_no_gpu_is_said(saved: tuple[Path, list[Executable]]) -> None:

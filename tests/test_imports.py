@@ -36,7 +36,8 @@ LIBRARIES = {
     "zoo": ("torch", "numpy", "safetensors", "sklearn"),
     "": (),
     "cli": ("torch", "triton", "numpy", "rich", "PIL", "sklearn"),
-    "benchmarks": ("torch", "triton", "numpy", "rich"),
+    # PIL and ray: the examples.
+    "benchmarks": ("torch", "triton", "numpy", "rich", "PIL", "ray"),
 }
 STANDARD_LIBRARY = frozenset(__import__("sys").stdlib_module_names)
 

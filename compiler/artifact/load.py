@@ -137,7 +137,7 @@ class LoadedExecutable:
         return part(*inputs)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _reload, (str(self.path), self.device)
+        return _reload, (str(self.path), self.device, bool(self.executables))
 
     @property
     def path(self) -> Path:
@@ -198,8 +198,8 @@ class LoadedExecutable:
         )
 
 
-def _reload(path: str, device: str) -> LoadedExecutable:
-    return load(path, device)
+def _reload(path: str, device: str, recompile: bool) -> LoadedExecutable:
+    return load(path, device, recompile=recompile)
 
 
 def ledger_of(artifact: Artifact, program: Program) -> Ledger:

@@ -13,7 +13,8 @@ from collections.abc import Iterator
 from dataclasses import fields, replace
 
 from ...errors import ConvloomError
-from ...kernels import sources, targets
+from ...kernels import targets
+from ...kernels.sources import TRITON_VERSION
 from .graphs import lower_again, read_graph
 from .program import Call, Program
 from .read import Artifact
@@ -23,7 +24,7 @@ from .write import program_of
 
 def compares_code(artifact: Artifact) -> bool:
     """Whether machine code can be compared: another compiler would make other code."""
-    return bool(dict(artifact.document.versions).get("triton") == sources.TRITON_VERSION)
+    return dict(artifact.document.versions).get("triton") == TRITON_VERSION
 
 
 def differences(artifact: Artifact) -> list[str]:

@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ... import settings
 from ...errors import ArtifactError
-from ...kernels import execute, offline, sources
+from ...kernels import execute, offline
 from ...kernels.op import Launch, Operand, Ref
+from ...kernels.sources import TRITON_VERSION
+from ...settings import VERSION
 from ..plan import KernelStep, Plan
 from ..runtime import compile_requests, dtype_of
 from ..typed import dump, plain
@@ -93,9 +94,9 @@ def _oldest(executables: Sequence[Executable]) -> str | None:
 
 def _versions() -> tuple[tuple[str, str], ...]:
     return (
-        ("convloom", settings.VERSION),
+        ("convloom", VERSION),
         ("torch", torch.__version__),
-        ("triton", sources.TRITON_VERSION),
+        ("triton", TRITON_VERSION),
     )
 
 
