@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -20,7 +21,8 @@ def row(time_us: float | None, ratio: float | None, **changes: object) -> Row:
         Result(targets.PEER, "ok", median_us=9_000.0, ratio=ratio),
     )
     plain = {"model": "resnet50", "batch": 256, "dtype": "float16", "target": "cuda"}
-    return Row(**{**plain, "device": "NVIDIA H200", "results": results, **changes})  # type: ignore[arg-type]
+    fields: dict[str, Any] = {**plain, "device": "NVIDIA H200", "results": results, **changes}
+    return Row(**fields)
 
 
 @pytest.mark.parametrize(
