@@ -40,7 +40,8 @@ def factors(shape: Sequence[int], parts: Sequence[int]) -> list[list[int]] | Non
     for size in shape:
         taken: list[int] = []
         product = 1
-        while product != size or not taken:
+        # A dimension of size one takes a part of size one where there is one.
+        while product != size or (not taken and at < len(parts) and parts[at] == 1):
             if at == len(parts) or size % (product * max(parts[at], 1)):
                 return None
             product *= parts[at]
@@ -56,7 +57,7 @@ def factors(shape: Sequence[int], parts: Sequence[int]) -> list[list[int]] | Non
 
 def refine(a: Sequence[int], b: Sequence[int]) -> tuple[int, ...] | None:
     """The coarsest parts that make up the dimensions of both shapes, or None where there are none.
-    Dimensions of size one are parts of their own."""
+    Dimensions of size one have no part."""
     if math.prod(a) != math.prod(b) or min((*a, *b), default=1) < 1:
         return None
     steps = {1}
