@@ -123,7 +123,7 @@ def main() -> None:
     """Measures, prints, and writes the results file."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--output", type=Path, default=RESULTS)
-    parser.add_argument("models", nargs="*", default=["resnet50", "resnet18", "mobilenet_v1"])
+    parser.add_argument("models", nargs="*", default=["resnet50"])
     options = parser.parse_args()
     rows = {name: measure(name) for name in options.models}
     for name, row in rows.items():

@@ -6,6 +6,7 @@ import json
 import multiprocessing
 import os
 import pickle
+import random
 import signal
 import subprocess
 import sys
@@ -18,12 +19,14 @@ from typing import Any, NamedTuple
 import convloom
 import pytest
 import torch
-from convloom.compiler.artifact import archive, rederive
+from convloom.compiler.artifact import archive, graphs, rederive
 from convloom.compiler.artifact.graphs import lower_again, read_graph
 from convloom.compiler.artifact.read import open_artifact
 from convloom.compiler.executable import Executable
+from convloom.compiler.typed import dump
 from convloom.errors import ArtifactError, InvalidInputError, TargetUnavailableError
-from convloom.kernels import offline, targets
+from convloom.kernels import offline, registry, targets
+from convloom.kernels.op import Attributes, Op
 from safetensors import safe_open
 from torch import nn
 
@@ -427,3 +430,25 @@ def test_four_processes_share_a_cache(
     assert [worker.exitcode for worker in workers] == [0] * 4
     assert len({path.read_bytes() for path in paths}) == 1
     convloom.load(paths[0], "reference")
+
+
+# Every op.
+
+
+@pytest.mark.parametrize("op", registry.OPS, ids=lambda op: op.name)
+def test_attributes_of_every_op_come_back(op: Op) -> None:
+    """New ops are held to it by being in the registry: classes, words and numbers must be known."""
+    drawn = random.Random(op.name)
+    draws = [*op.domain.interesting]
+    for _ in range(40):
+        draws.append({name: drawn.choice(list(each)) for name, each in op.domain.ranges.items()})
+    seen = 0
+    for draw in draws:
+        built = op.domain.build(draw)
+        if built is None:
+            continue
+        attributes = built[0]
+        data = json.loads(dump(graphs._tagged(attributes)))
+        assert graphs._GraphReader("test").read(Attributes, data, op.name) == attributes
+        seen += 1
+    assert seen
