@@ -12,11 +12,13 @@ dimension the filter taps and channels; the input matrix is never built. Five al
 - `implicit`: everything else, one loop flattened over taps and channel blocks, which is what
   Triton's pipeliner turns into asynchronous copies. With few channels per group the flattened loop
   runs over (tap, channel) pairs instead of whole channel blocks. Where output tiles are few (batch
-  1), SPLIT programs share the sums of each (`split.py`).
+  1), SPLIT programs share the sums of each (`split.py`). From sm_90 on its configurations may also
+  read boxes of pixels through descriptors (`conv_tma.py`).
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -27,7 +29,7 @@ import triton
 import triton.language as tl
 
 from ..errors import InvalidInputError
-from . import conv_rows, depthwise, gemm, grouped, product
+from . import conv_rows, conv_tma, depthwise, gemm, grouped, product
 from . import split as split_k
 from .epilogue import Stage
 from .op import (
@@ -263,6 +265,8 @@ def launches(problem: Problem, tile: Config, target: Target) -> tuple[Launch, ..
         return (conv_rows.launch(problem, tile),)
     if chosen == "grouped":
         return (grouped.launch(problem, tile),)
+    if conv_tma.is_one(tile):
+        return (conv_tma.launch(problem, tile),)
     x, out = problem.inputs[0], problem.output
     _, _, h, width = x.shape
     n, k, p, q = out.shape
@@ -343,7 +347,9 @@ def configs(problem: Problem, target: Target) -> Iterator[Config]:
         return grouped.configs(problem, target)
     if algorithm(problem) == "gemm":
         return product.configs(problem, target)
-    return gemm.tile_configs(_size(problem), target)
+    return itertools.chain(
+        gemm.tile_configs(_size(problem), target), conv_tma.configs(problem, target)
+    )
 
 
 def legal(problem: Problem, tile: Config, target: Target) -> str | None:
@@ -353,6 +359,8 @@ def legal(problem: Problem, tile: Config, target: Target) -> str | None:
         return grouped.legal(problem, tile, target)
     if algorithm(problem) == "gemm":
         return product.legal(problem, tile, target)
+    if conv_tma.is_one(tile):
+        return conv_tma.legal(problem, tile, target)
     size = _size(problem)
     return gemm.legal_for_taps(tile, size.taps) or gemm.legal_tile(size.dtype, tile, target)
 

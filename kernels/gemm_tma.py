@@ -61,7 +61,8 @@ def legal(problem: Problem, tile: Config, target: Target) -> str | None:
     if problem.prologue:
         return "TMA copies to shared memory; a prologue needs its elements in registers on the way"
     for what, elements in (
-        ("the start of x", x.offset), ("the pitch of x", x.pitch), ("the pitch of w", _depth(x)),
+        ("the start of x", x.offset), ("the pitch of x", x.pitch),
+        ("the pitch of w", problem.inputs[1].spec.numel // problem.inputs[1].shape[0]),
     ):  # fmt: skip
         if elements * itemsize % ALIGNMENT:
             return f"TMA: {what}, {elements * itemsize} bytes, is no multiple of {ALIGNMENT}"

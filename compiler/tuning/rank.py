@@ -197,6 +197,10 @@ def padding(launch: Launch, config: Config, problem: Problem) -> float:
     width = blocks.get("BLOCK_N")
     if width is None:
         return max(rows, 1.0)
+    if "BOX_W" in blocks:
+        # Boxes of pixels: rows are images, and a program has a part of each.
+        programs = launch.grid_at(launch.batch or 1)[0]
+        return programs * blocks["BLOCK_M"] * width / max(problem.output.spec.numel, 1)
     spec = problem.output.spec
     columns = spec.shape[spec.layout.order(spec.rank)[-1]] if spec.rank else 1
     tiles = launch.columns / blocks.get("SPLIT", 1)
