@@ -44,6 +44,10 @@ WORDS = (
     "circular",
     "softmax",
     "log_softmax",
+    "nearest",
+    "nearest-exact",
+    "linear",
+    "corners",
 )
 """Every text that an attribute may be: kernels and references choose by them."""
 MOST_NODES = 100_000
