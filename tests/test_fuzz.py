@@ -2,29 +2,28 @@
 
 from __future__ import annotations
 
-import random
+import re
 import runpy
-import subprocess
-import sys
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import convloom
 import pytest
 import torch
 from convloom.compiler.passes import PASSES, clean
-from convloom.kernels import registry, scalars
+from convloom.kernels import registry
 
 from . import nets
 from .fuzz import __main__ as command
-from .fuzz import contract, grammar, lines
+from .fuzz import contract, grammar
 from .fuzz.builder import Builder, UnsuitableError
 from .fuzz.contract import BrokenError, Case, check, check_many
 from .fuzz.grammar import GROUP, generate
 from .fuzz.program import Program, Statement, merged
 from .fuzz.shrink import candidates, shrink
 
-SEEDS, MORE_SEEDS = 500, 3000
+SEEDS, MORE_SEEDS, SOME = 500, 3000, 150
 PER_TEST = 2 * GROUP
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -65,13 +64,13 @@ def test_the_seeds_reach_every_op() -> None:
 
 
 def test_a_seed_decides_all() -> None:
-    assert [generate(seed).source() for seed in range(30)] == [
-        generate(seed).source() for seed in range(30)
+    assert [generate(seed).source() for seed in range(12)] == [
+        generate(seed).source() for seed in range(12)
     ]
 
 
 def test_programs_have_what_they_are_for() -> None:
-    cases = [generate(seed) for seed in range(SEEDS)]
+    cases = [generate(seed) for seed in range(SOME)]
     text = "\n".join(case.source() for case in cases)
     wanted = ("groups=2", "stride=2", "dilation=2", "padding='same'", "'circular'", "Conv1d",
               "Conv3d", "torch.cat", ".chunk(", "F.max_unpool2d", "+ x0", "size=")  # fmt: skip
@@ -79,10 +78,10 @@ def test_programs_have_what_they_are_for() -> None:
     programs = [case.program for case in cases]
     uses = [name for p in programs for s in p.statements for name in s.layers]
     assert len(uses) > len(set(uses)), "no layer is shared"
-    assert any(len(p.inputs) > 1 for p in programs) and any(len(p.results) > 2 for p in programs)
+    assert any(len(p.inputs) > 1 for p in programs) and any(len(p.results) > 1 for p in programs)
     assert any(p.pruned().statements != p.statements for p in programs), "no branch is dead"
     for flag in ("special", "strided", "full"):
-        assert 0.05 * SEEDS < sum(getattr(case, flag) for case in cases) < 0.6 * SEEDS, flag
+        assert 0.05 * SOME < sum(getattr(case, flag) for case in cases) < 0.6 * SOME, flag
     assert {case.dtype for case in cases} == {None, torch.float16, torch.bfloat16}
 
 
@@ -147,18 +146,113 @@ def test_a_planted_bug_is_found_and_shrunk(
     with pytest.raises(BrokenError, match="fused: value: result 0: element"):
         check(case)
     small = shrink(case)
-    assert [s.expression for s in small.program.statements] == ["torch.maximum(x0, x1)"] or [
-        s.expression for s in small.program.statements
-    ] == ["torch.maximum(x1, x0)"]
+    (statement,) = small.program.statements
+    assert re.fullmatch(r"torch\.maximum\(x\d, x\d\)", statement.expression)
     assert small.program.layers == ()
     assert all(size <= 2 for _, shape in small.program.inputs for size in shape)
-    # What is printed runs, and shows the bug as long as it is there.
+    # What is printed runs, and shows the bug for as long as it is there.
     file = tmp_path / "small.py"
     file.write_text(small.source())
     monkeypatch.syspath_prepend(str(ROOT))
-    with pytest.raises(AssertionError, match="value"):
+    with pytest.raises(AssertionError, match="fused: value"):
         runpy.run_path(str(file), run_name="__main__")
     monkeypatch.undo()
-    done = subprocess.run([sys.executable, str(file)], cwd=ROOT, capture_output=True, text=True,
-                          env={**__import__("os").environ, "PYTHONPATH": path_of_imports()})  # fmt: skip
-    assert done.returncode == 0, done.stderr
+    monkeypatch.syspath_prepend(str(ROOT))
+    runpy.run_path(str(file), run_name="__main__")
+
+
+def test_every_candidate_of_the_shrinker_is_smaller_or_other() -> None:
+    case = Case(PROGRAM, special=True, strided=True, dtype=torch.float16)
+    found = list(candidates(case))
+    assert len(found) == len({(c.source(), c.program.inputs) for c in found})
+    assert all(c != case for c in found)
+    assert any(len(c.program.inputs) > 2 for c in found), "no value became an input"
+    # Whatever fails the same way is taken: with a failure that never ends, one number is left.
+    assert shrink(case, lambda _: True, most=40).program.statements == ()
+
+
+class Broken:
+    """An executable of one promise less than it should keep."""
+
+    def __init__(self, exe: Any, how: str) -> None:
+        self.exe, self.how, self.plan, self.graph = exe, how, exe.plan, exe.graph
+        self.calls, self.kept = 0, None
+
+    def __call__(self, *inputs: torch.Tensor) -> Any:
+        self.calls += 1
+        results = self.exe(*inputs)
+        if self.how == "inputs changed":
+            inputs[0].add_(1.0)
+        elif self.how == "aliasing":
+            return (results[0], results[0].view(results[0].shape), *results[2:])
+        elif self.how == "other bits":
+            results[0].add_(1e-8 * self.calls)
+        elif self.how == "later calls":
+            self.kept = results if self.kept is None else self.kept
+            for kept, new in zip(self.kept, results, strict=True):
+                kept.copy_(new)
+            return self.kept
+        elif self.how == "dtype":
+            return tuple(result.double() for result in results)
+        elif self.how == "shape":
+            return (results[0][:1], *results[1:])
+        elif self.how == "NaN":
+            results[0].view(-1)[0] = float("nan")
+        return results
+
+
+@pytest.mark.parametrize(
+    ("how", "told"),
+    [
+        ("inputs changed", "inputs changed"), ("aliasing", "share memory"),
+        ("other bits", "other bits the second time"), ("later calls", "changed results"),
+        ("dtype", "is torch.float64"), ("shape", "shape"), ("NaN", "NaN pattern"),
+    ],
+)  # fmt: skip
+def test_every_broken_promise_is_told(
+    monkeypatch: pytest.MonkeyPatch, how: str, told: str
+) -> None:
+    case = Case(SUM, full=True, dynamic=False)
+    real = convloom.compile
+
+    def compile(module: Any, inputs: Any, **options: Any) -> Any:
+        return Broken(real(module, inputs, **{**options, "target": "reference"}), how)
+
+    monkeypatch.setattr(contract.convloom, "compile", compile)
+    with pytest.raises(BrokenError, match=told):
+        check(case)
+
+
+SUM = Program(
+    (("x0", (2, 3, 4)), ("x1", (2, 3, 4))),
+    (),
+    (Statement(("y2",), "x0 + x1"), Statement(("y3",), "x0 - x1")),
+    ("y2", "y3"),
+)
+
+
+def test_noise_excuses_only_what_is_ill_conditioned() -> None:
+    """The sign of nearly zero may be anything; a sum may not."""
+    x = torch.tensor([[1.0, 2.0, -3.0]])
+    for expression, excused in (("torch.sign((x0 * 3.7 + 1.1) - (x0 * 3.7 + 1.1))", True),
+                                ("x0 * 3.7 + 1.1", False)):  # fmt: skip
+        program = Program((("x0", (1, 3)),), (), (Statement(("y1",), expression),), ("y1",))
+        checks = contract._Checks(Case(program), program.build().eval())
+        (exact,) = nets.run(checks.module, (x,), torch.float64)
+        peer = checks.noisy((x,), 0, exact, torch.float32)
+        deviation = (peer.double() - exact).abs().max().item()
+        assert deviation > 0.5 if excused else deviation < 1e-4
+
+
+@pytest.mark.interpreter
+def test_the_command(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    assert command.main(["--seeds", "11:13"]) == 0
+    told = capsys.readouterr()
+    assert "2 of 2 networks, 0 broken" in told.err and told.out.startswith("2 networks in")
+    monkeypatch.setattr(grammar, "generate", lambda seed: Case(PROGRAM, seed=seed))
+    plant(monkeypatch, "minimum", "maximum")
+    assert command.main(["--seeds", "20:21", "--no-shrink"]) == 1
+    assert "# seed 20: fused: value" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        command.main(["--seeds", "5"])
+    assert "expected FIRST:LAST" in capsys.readouterr().err

@@ -25,9 +25,9 @@ from hypothesis import strategies as st
 from torch import nn
 
 from . import nets
-from .nets import Made, make
 from .fuzz.contract import together
 from .fuzz.grammar import generate
+from .nets import Made, make
 
 WIDE = (2, 8, 5, 4)
 

@@ -207,7 +207,8 @@ class _Checks:
         try:
             return exe(*inputs)
         except Exception as error:
-            raise BrokenError(f"{name}: call crashed: {type(error).__name__}", repr(error)) from error
+            kind = f"{name}: call crashed: {type(error).__name__}"
+            raise BrokenError(kind, repr(error)) from error
 
     def promises(self, exe: Any, inputs: tuple[torch.Tensor, ...], name: str) -> list[torch.Tensor]:
         """The results, when all that is promised of one executable holds."""
@@ -215,12 +216,13 @@ class _Checks:
         weights = [tensor.clone() for tensor in self.module.state_dict().values()]
         results = nets.tensors_of(self.call(exe, inputs, name))
         copies = [tensor.clone() for tensor in results]
-        self.value(name, copies, inputs)
+        same(f"{name}: inputs changed", inputs, kept)
         if len({tensor.untyped_storage().data_ptr() for tensor in results}) < len(results):
             raise BrokenError(f"{name}: aliasing", "two results share memory")
+        self.value(name, copies, inputs)
         for tensor in results:
             tensor.fill_(float("nan"))
-        same(f"{name}: inputs changed", inputs, kept)
+        same(f"{name}: inputs changed with results", inputs, kept)
         same(f"{name}: weights changed", list(self.module.state_dict().values()), weights)
         again = nets.tensors_of(self.call(exe, inputs, name))
         same(f"{name}: other bits the second time", again, copies)

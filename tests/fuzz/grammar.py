@@ -29,7 +29,7 @@ def generate(seed: int) -> Case:
     starts = (*LINES, *MOTIFS)
     first = starts[seed % len(starts)]
     if first in LINES or b.chance(0.3):
-        _inputs(b, 4 if first not in LINES else KINDS[(seed // len(starts)) % len(KINDS)])
+        _inputs(b, 4 if first not in LINES else KINDS[(seed // len(starts) + seed) % len(KINDS)])
     else:
         b.input(b.one(3, 8), b.one(6, 7), b.one(5, 8))
     _write(b, first)

@@ -71,8 +71,7 @@ def _runs(case: Case) -> bool:
 
 def candidates(case: Case) -> Iterator[Case]:
     """Smaller cases, the most promising first; not all of them run."""
-    for plain in _plainer(case):
-        yield plain
+    yield from _plainer(case)
     seen = {_key(case.program)}
     for program in _programs(case):
         program = program.pruned()
@@ -165,7 +164,7 @@ def _texts(program: Program) -> list[str]:
 def _with_texts(program: Program, texts: list[str]) -> Program:
     rest = iter(texts)
     inputs = tuple(
-        (name, tuple(int(size) for size in NUMBER.findall(next(rest)))) for name, _ in program.inputs
+        (name, tuple(map(int, NUMBER.findall(next(rest))))) for name, _ in program.inputs
     )
     layers = tuple((name, next(rest)) for name, _ in program.layers)
     statements = tuple(Statement(s.targets, next(rest)) for s in program.statements)
