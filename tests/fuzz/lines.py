@@ -26,7 +26,10 @@ BINARY = (
 
 
 def unary(b: Builder) -> None:
-    b.let(b.one(*UNARY).format(b.pick(2, *IMAGES)))
+    """One to three functions one behind the other."""
+    x = b.pick(2, *IMAGES)
+    for _ in range(b.one(1, 2, 3)):
+        x = b.let(b.one(*UNARY).format(x))
 
 
 def binary(b: Builder) -> None:
@@ -163,8 +166,8 @@ def pool(b: Builder) -> None:
         f"F.max_pool{n}d({window})", f"F.avg_pool{n}d({window})",
         f"F.avg_pool{n}d({window}, count_include_pad=False)",
         f"F.max_pool{n}d({x}, {r}, {stride}, {padding}, dilation=2)",
-        f"F.adaptive_avg_pool{n}d({x}, {b.one(1, 2, 3)})",
-        f"F.adaptive_max_pool{n}d({x}, {b.one(1, 2, 3)})",
+        *[f"F.adaptive_avg_pool{n}d({x}, {b.one(1, 2, 3)})"] * 2,
+        *[f"F.adaptive_max_pool{n}d({x}, {b.one(1, 2, 3)})"] * 2,
     )  # fmt: skip
     b.let(text)
 

@@ -179,10 +179,11 @@ def stem(b: Builder) -> None:
 
 
 def rows_of_a_stem(b: Builder) -> None:
-    """Filter rows that start at multiples of 128 bits: the image is padded and read in rows."""
+    """Filter rows that start at multiples of 128 bits, too many terms to be loaded one by one: the
+    image is padded and read in rows."""
     b.dtype = torch.float16
     x = b.input(3, 12, 12)
-    text = f"nn.Conv2d(3, 16, 7, stride=2, padding=3, bias={b.chance(0.5)})"
+    text = f"nn.Conv2d(3, 16, 11, stride=2, padding=5, bias={b.chance(0.5)})"
     y = b.let(f"{b.layer(text)}({x})")
     b.let(f"torch.relu({y})")
 
