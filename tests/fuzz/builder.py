@@ -29,7 +29,7 @@ class Builder:
     """
 
     def __init__(self, seed: int, batch: int) -> None:
-        self.random = random.Random(seed)
+        self.seed, self.random = seed, random.Random(seed)
         self.inputs: list[tuple[str, tuple[int, ...]]] = []
         self.layers: list[tuple[str, str]] = []
         self.statements: list[Statement] = []

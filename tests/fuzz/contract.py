@@ -40,7 +40,8 @@ class BrokenError(AssertionError):
 @dataclass(frozen=True)
 class Case:
     """A network and how it is called. special: NaN and Inf in the inputs; strided: inputs that are
-    not contiguous; full: the whole contract; dynamic: the batch may vary."""
+    not contiguous; full: the whole contract; dynamic: the batch may vary;
+    again: it is called a second time."""
 
     program: Program
     seed: int = 0
@@ -49,11 +50,13 @@ class Case:
     strided: bool = False
     full: bool = False
     dynamic: bool = True
+    again: bool = True
 
     def source(self) -> str:
         """A module that runs the case: `PYTHONPATH=. python FILE` in the root of the project."""
         options = (f"seed={self.seed}, dtype={self.dtype}, special={self.special}, "
-                   f"strided={self.strided}, full={self.full}, dynamic={self.dynamic}")  # fmt: skip
+                   f"strided={self.strided}, full={self.full}, dynamic={self.dynamic}, "
+                   f"again={self.again}")  # fmt: skip
         shapes = ", ".join(str(shape) for _, shape in self.program.inputs)
         return "\n".join(
             [
@@ -224,6 +227,8 @@ class _Checks:
             tensor.fill_(float("nan"))
         same(f"{name}: inputs changed with results", inputs, kept)
         same(f"{name}: weights changed", list(self.module.state_dict().values()), weights)
+        if not (self.case.again or self.case.full):
+            return copies
         again = nets.tensors_of(self.call(exe, inputs, name))
         same(f"{name}: other bits the second time", again, copies)
         return again

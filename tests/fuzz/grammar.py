@@ -33,7 +33,7 @@ def generate(seed: int) -> Case:
     else:
         b.input(b.one(3, 8), b.one(6, 7), b.one(5, 8))
     _write(b, first)
-    wanted = min(len(b.statements) + b.random.randint(1, 4), max(MOST_LINES, len(b.statements)))
+    wanted = min(len(b.statements) + b.random.randint(1, 3), max(MOST_LINES, len(b.statements)))
     for _ in range(TRIES):
         if len(b.statements) >= wanted:
             break
@@ -50,6 +50,7 @@ def generate(seed: int) -> Case:
         strided=seed % 3 == 0,
         full=seed // GROUP % 5 == 0,
         dynamic=b.dynamic,
+        again=seed // GROUP % 2 == 0,
     )
 
 

@@ -188,6 +188,14 @@ def rows_of_a_stem(b: Builder) -> None:
     b.let(f"torch.relu({y})")
 
 
+def volume(b: Builder) -> None:
+    """Pooling of three dimensions, in turn."""
+    x = b.input(b.one(1, 4), 4, b.one(3, 5), b.one(2, 4))
+    pools = ("F.max_pool3d({0}, 2, 1)", "F.avg_pool3d({0}, 2, 2)", "F.adaptive_avg_pool3d({0}, 2)",
+             "F.adaptive_max_pool3d({0}, 2)")  # fmt: skip
+    b.let(pools[b.seed // 7 % len(pools)].format(x))
+
+
 def padded_conv(b: Builder) -> None:
     x = _image(b, b.one(4, 8))
     mode = b.one("constant", "reflect", "replicate", "circular")
@@ -216,6 +224,6 @@ def preactivation(b: Builder) -> None:
 
 MOTIFS = (
     bottleneck, separable, shortcut, pooled_conv, conv_mean, conv_pool, pool_conv, averaged_branch,
-    dense_block, squeeze_excite, lrn_pool, head, small_net, stem, rows_of_a_stem, padded_conv,
-    normalised_conv, preactivation,
+    dense_block, squeeze_excite, lrn_pool, head, small_net, stem, rows_of_a_stem, volume,
+    padded_conv, normalised_conv, preactivation,
 )  # fmt: skip
