@@ -10,16 +10,18 @@ ROOMS := kernels compiler zoo cli
 KERNEL_TESTS := tests/test_ops.py tests/test_offline.py tests/test_guards.py
 READY := $(VENV)/.ready
 READY_DEV := $(VENV)/.ready-dev
+READY_COVERAGE := $(VENV)/.ready-coverage
 
 # Prints the version where the base Python already has a torch that convloom works with.
 INSTALLED_TORCH := import torch; v = tuple(map(int, torch.__version__.split(".")[:2])); \
   print(torch.__version__ if (2, 11) <= v < (2, 14) else "")
 
-.PHONY: help demo test gpu lint types clean
+.PHONY: help demo test coverage gpu lint types clean
 
 help:
 	@echo "make demo    compile, run and check real networks (about two minutes)"
 	@echo "make test    every test that needs no GPU"
+	@echo "make coverage  the same tests, and how much of compiler/ and kernels/ they run (slower)"
 	@echo "make gpu     on a machine with a GPU: tests, tuning, benchmark; call again until it is done"
 	@echo "make lint    ruff"
 	@echo "make types   mypy --strict"
@@ -36,6 +38,18 @@ test: $(READY)
 	$(BIN)/python -m pytest --durations=10 $(KERNEL_TESTS:%=--ignore=%); rest=$$?; \
 	wait $$kernels; first=$$?; \
 	cat $(VENV)/kernel-tests.log; \
+	exit $$((first + rest))
+
+# Tracing costs time that the tests are not to lose (Python 3.12 and newer could do without), so this
+# is a target of its own; branches included, at least 90%.
+coverage: $(READY_COVERAGE)
+	@rm -f .coverage .coverage.*; \
+	$(BIN)/python -m coverage run -m pytest -q $(KERNEL_TESTS) >$(VENV)/kernel-tests.log 2>&1 & \
+	kernels=$$!; \
+	$(BIN)/python -m coverage run -m pytest -q $(KERNEL_TESTS:%=--ignore=%); rest=$$?; \
+	wait $$kernels; first=$$?; \
+	cat $(VENV)/kernel-tests.log; \
+	$(BIN)/python -m coverage combine -q && $(BIN)/python -m coverage report || exit 1; \
 	exit $$((first + rest))
 
 # Needs no network and installs nothing: uses the torch and triton of $(PYTHON). One call takes at
@@ -69,4 +83,8 @@ $(READY): pyproject.toml
 
 $(READY_DEV): $(READY)
 	$(BIN)/python -m pip install --disable-pip-version-check --editable '.[dev]'
+	@touch $@
+
+$(READY_COVERAGE): $(READY)
+	$(BIN)/python -m pip install --disable-pip-version-check --editable '.[coverage]'
 	@touch $@

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,7 +11,6 @@ from ..errors import ConvloomError
 from . import inputs, models, output
 
 if TYPE_CHECKING:
-    import torch
     from rich.console import Console
 
     from ..compiler.executable import StepError
@@ -30,6 +28,7 @@ def show(console: Console, folder: Path) -> dict[str, Any]:
     """
     import torch
 
+    from ..compiler import parity
     from ..compiler.api import compile
 
     entry = zoo.entry("resnet18")
@@ -41,12 +40,14 @@ def show(console: Console, folder: Path) -> dict[str, Any]:
     with output.working("running it: compiled, eager and in float64"):
         rows = executable.errors(x)
         with torch.no_grad():
-            compiled, eager = executable(x), model(x)
-            exact = copy.deepcopy(model).double()(x.double())
+            compiled = executable(x)
+        truth = parity.truth_of_module(model, torch.float32)((x,))
     console.print(f"largest error of each step on {PHOTO}, relative to its output's rms")
     console.print(_table(rows))
-    ours, theirs = _error(compiled, exact), _error(eager, exact)
-    best, expected = (y[0].topk(5).indices.tolist() for y in (compiled, eager))
+    depth = parity.depth_of(executable.graph)
+    (result,) = parity.parity(("scores",), [compiled], truth, torch.float32, depth)
+    ours, theirs = result.compiled, result.eager
+    best, expected = (y[0].topk(5).indices.tolist() for y in (compiled, truth[1][0]))
     console.print(
         f"final error against float64: compiled {ours:.1e}, eager {theirs:.1e}\n"
         "five highest scores (seeded weights, so the classes mean nothing):\n"
@@ -75,11 +76,6 @@ def _photo() -> Any:
             f"the demo needs scikit-learn and Pillow ({error}): pip install 'convloom[demo]'"
         ) from error
     return Image.fromarray(load_sample_image(PHOTO))
-
-
-def _error(y: torch.Tensor, exact: torch.Tensor) -> float:
-    """Largest absolute error, relative to the rms of the exact output."""
-    return ((y.double() - exact).abs().max() / exact.square().mean().sqrt()).item()
 
 
 def _table(rows: Sequence[StepError]) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import threading
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
@@ -33,6 +34,8 @@ LOG = logging.getLogger("convloom")
 PRECISIONS = ("ieee", "tf32")
 TUNINGS = ("heuristic", "records", "search")
 FALLBACKS = ("error", "torch")
+CAPTURING = threading.Lock()
+"""torch.export keeps state for the whole process; all else about a compilation is its own."""
 
 
 def compile(
@@ -132,7 +135,8 @@ def lowered(
         got = "a tensor" if isinstance(example, torch.Tensor) else type(example).__name__
         raise InvalidInputError(f"example inputs: expected a tuple of tensors, got {got}")
     records = _records(tuning, chosen)
-    captured = capture(module, example, dynamic_batch, outputs)
+    with CAPTURING:
+        captured = capture(module, example, dynamic_batch, outputs)
     if slide is not None:
         captured = slide_classifier(captured, slide)
     wished = _names("force", force), _names("forbid", forbid)

@@ -3,8 +3,11 @@ were compiled in this process (`runtime.py`), or loaded from a file (`artifact/d
 
 from __future__ import annotations
 
+import threading
+import traceback
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, Protocol
 
 import torch
@@ -34,7 +37,12 @@ class Ported(Buffered, Protocol):
 
 
 class GraphRunner:
-    """Runs a plan on this machine's GPU; `bind` gives its launches on some memory, in order."""
+    """Runs a plan on this machine's GPU; `bind` gives its launches on some memory, in order.
+
+    One thread at a time, the others wait; and on the device a call waits for the one before, which
+    another thread may have queued on a stream of its own. After a fault of the device the runner is
+    dead: every CUDA call of the process fails from then on.
+    """
 
     def __init__(
         self,
@@ -44,40 +52,95 @@ class GraphRunner:
     ) -> None:
         self._plan, self._constants, self._bind = plan, constants, bind
         self._graphs: OrderedDict[int, _CapturedPlan] = OrderedDict()
+        self._lock = threading.Lock()
+        self._before: Any = None
+        self._dead = ""
 
     @property
     def device(self) -> torch.device:
         return torch.device("cuda", torch.cuda.current_device())
 
     def run(self, inputs: Sequence[torch.Tensor], batch: int) -> list[torch.Tensor]:
-        captured = self._graphs.pop(batch, None) or self._capture(batch)
-        self._graphs[batch] = captured
-        while len(self._graphs) > GRAPHS_KEPT:
-            self._graphs.popitem(last=False)
-        return captured.replay(inputs)
+        """The outputs, owned by the caller.
+
+        Raises: KernelError where the GPU has not enough memory (what was taken is given back, and
+        the next call may work), or where it has failed (none will).
+        """
+        with self._lock, self._watched(f"batch {batch}"):
+            if self._before is not None:
+                torch.cuda.current_stream().wait_event(self._before)
+            captured = self._graphs.pop(batch, None) or self._capture(batch)
+            self._graphs[batch] = captured
+            while len(self._graphs) > GRAPHS_KEPT:
+                self._graphs.popitem(last=False)
+            outputs = captured.replay(inputs)
+            self._before = torch.cuda.current_stream().record_event()
+            return outputs
 
     def _capture(self, batch: int) -> _CapturedPlan:
-        """The plan in memory of its own for a batch.
+        """The plan in memory of its own for a batch."""
+        memory = Memory(self._plan, self._constants, batch)
+        return _CapturedPlan(self._plan, self._bind(memory), memory)
 
-        Raises: KernelError where the GPU has not enough memory; what was taken is given back.
-        """
+    @contextmanager
+    def _watched(self, call: str) -> Iterator[None]:
+        """Turns what goes wrong on the device into a KernelError that says what to do."""
+        if self._dead:
+            raise KernelError(self._dead)
         try:
-            memory = Memory(self._plan, self._constants, batch)
-            return _CapturedPlan(self._plan, self._bind(memory), memory)
+            yield
         except torch.OutOfMemoryError as error:
             kept = len(self._graphs)
             self._graphs.clear()
+            # The frames of the failed call hold the memory that it had got.
+            traceback.clear_frames(error.__traceback__)
             torch.cuda.empty_cache()
             raise KernelError(
-                f"batch {batch} needs more GPU memory than there is: {error}; {kept} other batches "
+                f"{call} needs more GPU memory than there is: {error}; {kept} other batches "
                 "kept by this executable were dropped, call it again or with a smaller batch"
             ) from error
+        except RuntimeError as error:
+            if not _is_fault(error):
+                raise
+            where = f"in {error.step}" if isinstance(error, _StepError) else "in one of its kernels"
+            shapes = ", ".join(f"{port.name} {port.spec}" for port in self._plan.inputs)
+            self._dead = (
+                f"the GPU failed {where}, {call}, inputs {shapes}: {error}. Every CUDA call of "
+                "this process fails from now on: restart the process. This executable is dead"
+            )
+            self._graphs.clear()
+            raise KernelError(self._dead) from error
 
     def time_steps(self, inputs: Sequence[torch.Tensor], batch: int) -> list[tuple[str, float]]:
-        """(step, microseconds) for each step launched by itself, outside the CUDA graph."""
-        memory = Memory(self._plan, self._constants, batch)
-        fresh = _CapturedPlan(self._plan, self._bind(memory), memory)
-        return fresh.time_steps(inputs)
+        """(step, microseconds) for each step launched by itself, outside the CUDA graph.
+
+        Raises: KernelError as `run` does.
+        """
+        with self._lock, self._watched(f"batch {batch}"):
+            return self._capture(batch).time_steps(inputs)
+
+
+FAULTS = (
+    "illegal memory access", "illegal_address", "misaligned address", "misaligned_address",
+    "illegal instruction", "illegal_instruction", "invalid program counter", "device-side assert",
+    "unspecified launch failure", "launch_failed", "hardware stack error", "uncorrectable ecc",
+    "invalid address space", "mmu fault",
+)  # fmt: skip
+"""Words of the errors after which a CUDA context is of no more use, as torch, Triton and the driver
+tell them."""
+
+
+class _StepError(RuntimeError):
+    """A device error while one step ran by itself."""
+
+    def __init__(self, step: str, error: Exception) -> None:
+        super().__init__(str(error).strip().partition("\n")[0])
+        self.step = step
+
+
+def _is_fault(error: Exception) -> bool:
+    text = str(error).lower()
+    return any(words in text for words in FAULTS)
 
 
 class _CapturedPlan:
@@ -87,12 +150,20 @@ class _CapturedPlan:
         self._plan, self._memory, self._actions = plan, memory, actions
         stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         stream.wait_stream(torch.cuda.current_stream())
-        # Modules load, and torch ops of fallback steps warm up, outside the capture.
+        # Modules load, and torch ops of fallback steps warm up, outside the capture. Each launch is
+        # waited for, once: an error of the device is told by whatever waits for it.
         with torch.cuda.stream(stream):
-            for _, action in self._actions:
-                action()
+            for name, action in self._actions:
+                try:
+                    action()
+                    torch.cuda.synchronize()
+                except torch.OutOfMemoryError:
+                    raise
+                except (RuntimeError, KernelError) as error:
+                    if _is_fault(error):
+                        raise _StepError(name, error) from error
+                    raise
         torch.cuda.current_stream().wait_stream(stream)
-        torch.cuda.synchronize()
         self._graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self._graph):
             for _, action in self._actions:

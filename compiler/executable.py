@@ -85,6 +85,9 @@ class Executable:
 
     Weights are those of the moment of compilation. Inputs are not modified; outputs belong to the
     caller.
+
+    Any number of threads may call it: it has one set of buffers, so their calls run one after the
+    other (`runtime.py`; only the reference target, which has no buffers, runs them side by side).
     """
 
     def __init__(self, graph: Graph, plan: Plan, ledger: Ledger, runner: Runner) -> None:

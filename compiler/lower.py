@@ -13,7 +13,7 @@ import torch
 
 from ..errors import KernelError, UnsupportedOpError
 from ..kernels import movement
-from ..kernels.op import Launch, Problem, Ref
+from ..kernels.op import Config, Launch, Op, Problem, Ref
 from ..kernels.parts import Rearrange
 from ..kernels.spec import Operand, TensorSpec
 from ..kernels.targets import Target
@@ -295,7 +295,7 @@ def _add_step(
         raise KernelError(
             f"{node.name}: configuration {tile} ({choice.source}) is not legal: {reason}"
         )
-    launches = definition.launches(problem, tile, state.target)
+    launches = _launches(definition, problem, tile, state.target, node.name)
     buffers = buffers | _scratch(state, node, launches)
     step = KernelStep(
         node.name,
@@ -366,7 +366,7 @@ def _copy(state: _Lowering, node: Node, value: Value, destination: Place) -> Non
         "relayout",
         problem,
         choice.config,
-        op.launches(problem, choice.config, state.target),
+        _launches(op, problem, choice.config, state.target, node.name),
         buffers,
         node.module_path,
         node.origins,
@@ -374,6 +374,17 @@ def _copy(state: _Lowering, node: Node, value: Value, destination: Place) -> Non
     )
     state.steps.append(step)
     state.kernels[node.name] = step.name
+
+
+def _launches(
+    op: Op, problem: Problem, tile: Config, target: Target, name: str
+) -> tuple[Launch, ...]:
+    """Raises: KernelError where a tensor is too large to be indexed."""
+    launches = op.launches(problem, tile, target)
+    for reason in filter(None, (launch.too_large for launch in launches)):
+        specs = ", ".join(str(each.spec) for each in (*problem.inputs, *problem.outputs))
+        raise KernelError(f"{name}: {op.name} of {specs} has {reason}; make the batch smaller")
+    return launches
 
 
 def _becomes_view(state: _Lowering, node: Node) -> bool:

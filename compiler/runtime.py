@@ -3,10 +3,14 @@
 - reference: the graph, node by node, by torch ops;
 - interpreter: the plan's kernels on the CPU;
 - cuda: the plan's kernels compiled for this GPU, captured once per batch into a CUDA graph.
+
+Threads: runners that have buffers hold a lock while they run, rather than buffers for each thread:
+an arena is the memory that a network needs, and a GPU gains nothing from two of its calls at once.
 """
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, Protocol
@@ -48,7 +52,8 @@ def run_torch_step(step: TorchStep, memory: Memory) -> None:
 
 
 class ReferenceRunner:
-    """The optimised graph by torch ops, with a snapshot of the weights."""
+    """The optimised graph by torch ops, with a snapshot of the weights. Threads run side by side:
+    there is nothing that they share but constants."""
 
     def __init__(self, graph: Graph) -> None:
         self._graph = graph.copy()
@@ -66,10 +71,11 @@ class ReferenceRunner:
 
 
 class InterpreterRunner:
-    """The plan's kernels on the CPU."""
+    """The plan's kernels on the CPU; one thread at a time, the others wait."""
 
     def __init__(self, plan: Plan) -> None:
         self._plan = plan
+        self._lock = threading.Lock()
         self._constants = constants_on(plan, torch.device("cpu"))
         self._memory: Memory | None = None
 
@@ -77,6 +83,12 @@ class InterpreterRunner:
         self, inputs: Sequence[torch.Tensor], batch: int, observe: Observer | None = None
     ) -> list[torch.Tensor]:
         """The outputs; `observe` sees each step's first output right after it ran."""
+        with self._lock:
+            return self._run(inputs, batch, observe)
+
+    def _run(
+        self, inputs: Sequence[torch.Tensor], batch: int, observe: Observer | None
+    ) -> list[torch.Tensor]:
         plan = self._plan
         if self._memory is None or self._memory.batch != batch:
             self._memory = Memory(plan, self._constants, batch)

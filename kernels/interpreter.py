@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import inspect
 import itertools
-import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -33,8 +32,8 @@ from triton.runtime import interpreter as upstream
 from triton.runtime.jit import JITFunction
 
 from ..errors import KernelError
+from .offline import LANGUAGE
 
-_LOCK = threading.RLock()
 _REWRITTEN: dict[int, tuple[JITFunction[Any], Any]] = {}
 
 
@@ -88,7 +87,7 @@ def interpreting() -> Iterator[None]:
 
     One thread at a time: the patch is global to the process.
     """
-    with _LOCK:
+    with LANGUAGE:
         builder = upstream.interpreter_builder
         scope = upstream._patch_lang(_language_user)
         original_call = JITFunction.__call__

@@ -17,6 +17,7 @@ import re
 import subprocess
 import sys
 import tempfile
+import threading
 import types
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -47,6 +48,9 @@ POINTER_TYPES = {
     torch.int32: "*i32",
 }
 ALIGNED = [["tt.divisibility", 16]]
+LANGUAGE = threading.RLock()
+"""Held where Triton's language or settings are used or patched: they are global to the process, and
+what one thread interprets must not be what another one is compiling."""
 
 
 @dataclass(frozen=True)
@@ -170,7 +174,7 @@ def compile_request(wanted: CompileRequest) -> Any:
     Raises: KernelError naming the kernel, the target and the compiler's message.
     """
     options = {"num_warps": wanted.num_warps, "num_stages": wanted.num_stages}
-    with _cache(), triton.knobs.compilation.scope():
+    with LANGUAGE, _cache(), triton.knobs.compilation.scope():
         # The same machine code wherever the sources lie: what is saved must be reproducible.
         triton.knobs.compilation.disable_line_info = True
         try:

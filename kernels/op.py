@@ -142,6 +142,7 @@ class Box:
         return (self.shape[0] // self.batch * batch, *self.shape[1:])
 
 
+INT32_MAX = 2**31 - 1
 X, W, Y = Ref("input", 0), Ref("input", 1), Ref("output", 0)
 
 
@@ -176,6 +177,16 @@ class Launch:
     combine_bytes: int = 0
     scratch: tuple[Scratch, ...] = ()
     boxes: Mapping[str, Box] = field(default_factory=lambda: NONE)
+
+    @property
+    def too_large(self) -> str | None:
+        """Why no GPU can index it, in words: rows and programs are counted in 32 bits."""
+        tiles = -(-self.rows // self.block_rows)
+        if tiles * self.block_rows > INT32_MAX:
+            return f"{self.rows:,} rows in tiles of {self.block_rows}, at most {INT32_MAX:,}"
+        if tiles * self.columns > INT32_MAX:
+            return f"{tiles * self.columns:,} programs, at most {INT32_MAX:,}"
+        return None
 
     def m_at(self, batch: int) -> int:
         """The number of rows when the batch is `batch`."""

@@ -14,6 +14,7 @@ numbers (indices) must be equal.
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import torch
 
@@ -26,6 +27,22 @@ def bounds(dtype: torch.dtype, depth: int) -> tuple[float, float]:
     unit = UNIT_ROUNDOFF[dtype]
     accumulation = 4.0 * math.sqrt(max(depth, 1)) * UNIT_ROUNDOFF[torch.float32]
     return 4.0 * unit, 2.0 * unit + accumulation
+
+
+@dataclass(frozen=True)
+class Worst:
+    """The element of a result that is farthest off, measured by what is allowed there.
+
+    peer_error: the largest error of eager; wrong: how many elements are farther off than allowed.
+    """
+
+    index: tuple[int, ...]
+    got: float
+    expected: float
+    error: float
+    allowed: float
+    peer_error: float
+    wrong: int
 
 
 def compare(
@@ -41,28 +58,43 @@ def compare(
         return f"dtype {result.dtype}, expected {eager.dtype}"
     if not result.dtype.is_floating_point:
         return _whole_numbers(result, exact)
-    value, rounded = result.double(), exact.to(result.dtype).double()
-    if (problem := _special_values(value, rounded)) is not None:
+    if (problem := _special_values(result.double(), _rounded(exact, result))) is not None:
         return problem
-    finite = rounded.isfinite() & exact.isfinite()
+    found = worst(result, exact, eager, depth)
+    if found is None or not found.wrong:
+        return None
+    return (
+        f"element {found.index}: got {found.got:.9g}, expected {found.expected:.9g}; "
+        f"error {found.error:.3g} > {found.allowed:.3g} (eager's own worst "
+        f"{found.peer_error:.3g}, depth {depth}, {found.wrong} elements off)"
+    )
+
+
+def worst(
+    result: torch.Tensor, exact: torch.Tensor, eager: torch.Tensor, depth: int = 1
+) -> Worst | None:
+    """The worst element where the exact value is finite in the result's dtype; None where there is
+    none."""
+    finite = _rounded(exact, result).isfinite() & exact.isfinite()
     if not finite.any():
         return None
-    value, truth, peer = value[finite], exact[finite], eager.double()[finite]
+    value, truth, peer = result.double()[finite], exact[finite], eager.double()[finite]
     rtol, a = bounds(result.dtype, depth)
     peer_error = (peer - truth).abs().nan_to_num(0.0, 0.0, 0.0).max().item()
     rms = truth.square().mean().sqrt().item()
     smallest = torch.finfo(result.dtype).smallest_normal
     allowed = rtol * truth.abs() + a * rms + EAGER_FACTOR * peer_error + smallest
-    error = (value - truth).abs()
-    worst = int((error / allowed).argmax())
-    if error[worst] <= allowed[worst]:
-        return None
-    index = tuple(finite.nonzero()[worst].tolist())
-    return (
-        f"element {index}: got {value[worst].item():.9g}, expected {truth[worst].item():.9g}; "
-        f"error {error[worst].item():.3g} > {allowed[worst].item():.3g} (eager's own worst "
-        f"{peer_error:.3g}, depth {depth}, {int((error > allowed).sum())} elements off)"
-    )
+    error = (value - truth).abs().nan_to_num(torch.inf, torch.inf)
+    at = int((error / allowed).argmax())
+    return Worst(
+        tuple(finite.nonzero()[at].tolist()), value[at].item(), truth[at].item(),
+        error[at].item(), allowed[at].item(), peer_error, int((error > allowed).sum()),
+    )  # fmt: skip
+
+
+def _rounded(exact: torch.Tensor, result: torch.Tensor) -> torch.Tensor:
+    """The exact values as the result's dtype can hold them, in fp64."""
+    return exact.to(result.dtype).double()
 
 
 def _whole_numbers(result: torch.Tensor, exact: torch.Tensor) -> str | None:

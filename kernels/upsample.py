@@ -97,7 +97,9 @@ def positions(
         position = ((index + 0.5) * step - 0.5).clamp(min=0)
     low = position.to(torch.int64).clamp(max=size - 1)
     weight = (position - low).clamp(0, 1)
-    return low, (low + 1).clamp(max=size - 1), weight
+    # As in torch, a pixel that is kept as it is has no neighbour: 0 * NaN would be NaN.
+    high = low if outputs == size else (low + 1).clamp(max=size - 1)
+    return low, high, weight
 
 
 def reference(attributes: Upsample, x: torch.Tensor) -> torch.Tensor:
@@ -115,7 +117,9 @@ def reference(attributes: Upsample, x: torch.Tensor) -> torch.Tensor:
 
 
 @triton.jit
-def position(index, SIZE: tl.constexpr, STEP: tl.constexpr, RULE: tl.constexpr):
+def position(
+    index, SIZE: tl.constexpr, OUTPUTS: tl.constexpr, STEP: tl.constexpr, RULE: tl.constexpr
+):
     """Lower and upper input pixel of an output along one dimension, and the upper one's weight."""
     at = index.to(tl.float32)
     if RULE == "nearest" or RULE == "corners":
@@ -126,7 +130,10 @@ def position(index, SIZE: tl.constexpr, STEP: tl.constexpr, RULE: tl.constexpr):
         at = tl.maximum((at + 0.5) * STEP - 0.5, 0.0)
     low = tl.minimum(at.to(tl.int32), SIZE - 1)
     weight = tl.minimum(tl.maximum(at - low.to(tl.float32), 0.0), 1.0)
-    return low, tl.minimum(low + 1, SIZE - 1), weight
+    high = low
+    if OUTPUTS != SIZE:
+        high = tl.minimum(low + 1, SIZE - 1)
+    return low, high, weight
 
 
 @triton.jit
@@ -166,9 +173,10 @@ def upsample_kernel(
     mask = row_mask[:, None] & column_mask[None, :]
     if WIDE:
         rows = rows.to(tl.int64)
-    front, back, depth_weight = position((rows // (P * Q) % DEEP).to(tl.int32), D, STEP_D, RULE)
-    top, bottom, height_weight = position((rows // Q % P).to(tl.int32), H, STEP_H, RULE)
-    left, right, width_weight = position((rows % Q).to(tl.int32), WIDTH, STEP_W, RULE)
+    depth, height = (rows // (P * Q) % DEEP).to(tl.int32), (rows // Q % P).to(tl.int32)
+    front, back, depth_weight = position(depth, D, DEEP, STEP_D, RULE)
+    top, bottom, height_weight = position(height, H, P, STEP_H, RULE)
+    left, right, width_weight = position((rows % Q).to(tl.int32), WIDTH, Q, STEP_W, RULE)
     image = rows // (DEEP * P * Q)
     base = x + X_OFFSET + columns[None, :]
     if RULE == "nearest" or RULE == "nearest-exact":
@@ -252,12 +260,16 @@ def cost(problem: Problem) -> Cost:
     return Cost(2 * taps * problem.output.spec.numel, read, written)
 
 
-def step_of(size: int, outputs: int, corners: bool, scale: float | None) -> float:
+def step_of(size: int, outputs: int, rule: str, scale: float | None) -> float:
     """Input pixels between neighbouring outputs, rounded to fp32 as torch's own kernels do.
 
-    A scale that the caller gave counts exactly, not the ratio of the sizes it led to.
+    A scale that the caller gave counts exactly, not the ratio of the sizes it led to; but, again as
+    in torch, not where a dimension keeps its size (unless for `EXACT`) or doubles it (`NEAREST`).
     """
-    if corners:
+    kept = outputs == size and rule != EXACT
+    if kept or (outputs == 2 * size and rule == NEAREST):
+        scale = None
+    if rule == CORNERS:
         ratio = (size - 1) / (outputs - 1) if outputs > 1 else 0.0
     else:
         ratio = 1.0 / scale if scale else size / outputs
@@ -273,7 +285,7 @@ def _apply(g: Builder, name: str, x: Any, size: Any, scales: Any, rule: str, ran
         size = [math.floor(old * scale) for old, scale in zip(extents, scales, strict=True)]
     known: Sequence[float | None] = scales or [None] * len(extents)
     steps = [
-        step_of(old, int(new), rule == CORNERS, scale)
+        step_of(old, int(new), rule, scale)
         for old, new, scale in zip(extents, size, known, strict=True)
     ]
     size = tuple(int(new) for new in size)
@@ -306,7 +318,7 @@ def _build(name: str, draw: Mapping[str, Any]) -> tuple[Upsample, tuple[TensorSp
         if min(size) < 1:
             return None
     steps = tuple(
-        step_of(old, new, rule == CORNERS, scale) for old, new in zip(extents, size, strict=True)
+        step_of(old, new, rule, scale) for old, new in zip(extents, size, strict=True)
     )
     x = TensorSpec((draw["N"], draw["C"], *extents), torch.float32, Layout.NHWC)
     return Upsample(size, steps, rule), (x,)

@@ -151,6 +151,12 @@ def captured(
     return _EXPORTED[key][1].copy()
 
 
+def forget(module: nn.Module) -> None:
+    """Drops what is kept of a module that will not be compiled again."""
+    for key in [key for key in _EXPORTED if key[0] == id(module)]:
+        del _EXPORTED[key]
+
+
 @contextmanager
 def exporting_once() -> Iterator[None]:
     """Inside the block `convloom.compile`, too, captures each module once."""

@@ -46,6 +46,31 @@ def image(*shape: int) -> torch.Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(len(shape)))
 
 
+KEPT: tuple[tuple[dict[str, Any], tuple[int, ...]], ...] = (
+    ({"size": (3, 3)}, (3, 3)),
+    ({"size": (3, 5)}, (3, 3)),
+    ({"scale_factor": 1.2}, (3, 4)),
+    ({"scale_factor": (1.2, 2.3)}, (4, 3)),
+)
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize(("way", "size"), KEPT, ids=str)
+@pytest.mark.parametrize("mode", MODES)
+def test_a_dimension_that_keeps_its_size(
+    mode: str, way: dict[str, Any], size: tuple[int, int]
+) -> None:
+    """Its pixels stay, whatever scale led to the size, and a NaN does not reach its neighbour;
+    nearest pixels of a doubled dimension are each repeated once."""
+    x = image(1, 2, *size)
+    x[0, 0, 1, 1], x[0, 1, 2, 0] = float("nan"), float("inf")
+    model = Resize(mode, **way)
+    expected = model(x)
+    for target in ("reference", "interpreter"):
+        ours = convloom.compile(model, (x,), target=target)(x)
+        torch.testing.assert_close(ours, expected, rtol=1e-6, atol=2e-6, equal_nan=True)
+
+
 @pytest.mark.parametrize("way", WAYS, ids=str)
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("rank", [3, 4, 5])
@@ -87,7 +112,7 @@ def test_compiled_between_convolutions(mode: str, dtype: torch.dtype) -> None:
 @pytest.mark.interpreter
 def test_a_million_pixels_in_a_row_find_their_source() -> None:
     """Positions are fp32: what they lose is what torch's lose."""
-    step = step_of(1000, 1_000_000, False, None)
+    step = step_of(1000, 1_000_000, LINEAR, None)
     op = registry.get("upsample_nearest")
     spec = TensorSpec((1, 1, 1, 1000), torch.float32, Layout.NHWC)
     attributes = Upsample((1, 1_000_000), (1.0, step))

@@ -197,26 +197,28 @@ def _mixture_rule(learned: bool) -> Rule:
     )
 
 
+def _unfold_rule(name: str, copied: bool) -> Rule:
+    windows = Call(UNFOLD, Call(UNFOLD, X, name="inner"), name="outer")
+    flat = Call("reshape", Call("identity", windows) if copied else windows, name="flat")
+    shape = IMAGE if copied else (*IMAGE[:3], 3)
+    return Rule(
+        name,
+        Call(MEDIAN, flat),
+        _make_from_unfold,
+        lambda: example(lambda m, x: _unfolded(x), shape),
+        _unfold_guard,
+    )
+
+
 UNFOLD, IM2COL, MEDIAN = "aten.unfold.default", "aten.im2col.default", "aten.median.dim"
 DROP_INDICES = _drop_indices_rule()
 POOL_RULES = (
     DROP_INDICES,
     _mixture_rule(learned=True),
     _mixture_rule(learned=False),
-    Rule(
-        "median(flatten(unfold(unfold(x)))) => median_pool2d(x)",
-        Call(
-            MEDIAN,
-            Call(
-                "reshape",
-                Call("identity", Call(UNFOLD, Call(UNFOLD, X, name="inner"), name="outer")),
-                name="flat",
-            ),
-        ),
-        _make_from_unfold,
-        lambda: example(lambda m, x: _unfolded(x), IMAGE),
-        _unfold_guard,
-    ),
+    _unfold_rule("median(flatten(copy(unfold(unfold(x))))) => median_pool2d(x)", copied=True),
+    # Windows of one column lie in memory so that they are flattened without a copy.
+    _unfold_rule("median(flatten(unfold(unfold(x)))) => median_pool2d(x)", copied=False),
     Rule(
         "median(im2col(x)) => median_pool2d(x)",
         Call(MEDIAN, Call("reshape", Call(IM2COL, X, name="columns"), name="flat")),

@@ -1,0 +1,255 @@
+"""`convloom verify NAME|FILE`: layers and results against float64, for people and for CI."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .. import zoo
+from ..errors import ConvloomError, InvalidInputError
+from . import evaluate, inputs, models, output
+from . import options as shared
+
+if TYPE_CHECKING:
+    import torch
+
+    from ..compiler.executable import Executable, StepError
+    from ..compiler.parity import Agreement, OutputParity, Truth
+    from ..zoo import ZooModel
+    from .options import SubParsers
+
+SUFFIX = ".loom"
+EXIT_DIFFERS = 1
+BATCH = 1
+
+
+def configure(commands: SubParsers) -> None:
+    """Adds the sub-command."""
+    parser = commands.add_parser(
+        "verify",
+        help="compare a model or a file with float64, layer by layer",
+        description="Runs a zoo model or a saved executable on images or random numbers and prints "
+        "the error of every layer and of the result against float64, beside PyTorch's own error in "
+        "the same type; the worst element; and how often the likeliest classes agree. Exits with 0 "
+        "where every result is as exact as its type allows, with 1 where one is not.",
+        parents=[shared.compile_options(batch=False), shared.json_option()],
+    )
+    parser.add_argument("name", metavar="NAME|FILE",
+                        help=f"{models.NAME_HELP}, or a {SUFFIX} file")  # fmt: skip
+    parser.add_argument("--weights", metavar="FILE",
+                        help='a .safetensors or .pth file, or "digits" for lenet5 '
+                        "(default: random, seed 0)")  # fmt: skip
+    parser.add_argument(
+        "--data", metavar="FOLDER", type=Path,
+        help="one sub-folder of images per class (default: one random batch)",
+    )  # fmt: skip
+    parser.add_argument("--limit", metavar="N", type=shared.positive,
+                        help="at most so many images, evenly from the whole folder")  # fmt: skip
+    parser.add_argument("--batch", type=shared.positive, default=BATCH,
+                        help=f"images per call (default: {BATCH})")  # fmt: skip
+    parser.set_defaults(run=run)
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What is verified. steps: the executable whose steps can be watched, if any; entry: the zoo
+    model that says how images become inputs, if it is one."""
+
+    name: str
+    target: str
+    call: Callable[..., Any]
+    truth: Truth
+    dtype: torch.dtype
+    depth: int
+    outputs: tuple[str, ...]
+    steps: Executable | None
+    entry: ZooModel | None
+
+
+def run(options: argparse.Namespace) -> int:
+    """Verifies, prints, and says by its status whether all is right."""
+    is_file = Path(options.name).suffix == SUFFIX or Path(options.name).is_file()
+    subject = _file(options) if is_file else _model(options)
+    batches = _random(options) if options.data is None else _images(options, subject)
+    steps, rows, agreement = _verify(subject, batches)
+    passed = all(row.problem is None for row in rows)
+    if options.json:
+        output.print_json(_document(subject, steps, rows, agreement, passed))
+    else:
+        _print(subject, steps, rows, agreement, passed)
+    return 0 if passed else EXIT_DIFFERS
+
+
+def _model(options: argparse.Namespace) -> Subject:
+    import torch
+
+    from ..compiler import parity
+
+    entry, target = zoo.entry(options.name), shared.target(options)
+    model = models.build(entry.name, options.weights)
+    example = torch.zeros(options.batch, *entry.input_shape)
+    with output.working(f"compiling {entry.name} for {target}"):
+        executable = models.compile_for(model, example, target=target, options=options)
+    options.shapes = [tuple(example.shape)]
+    dtype = parity.dtype_of(executable.graph)
+    watched = executable if executable.target.name == "interpreter" else None
+    names = tuple(port.name for port in executable.plan.outputs)
+    depth = parity.depth_of(executable.graph)
+    truth = parity.truth_of_module(model, dtype)
+    return Subject(entry.name, executable.target.name, executable, truth, dtype, depth, names,
+                   watched, entry)  # fmt: skip
+
+
+def _file(options: argparse.Namespace) -> Subject:
+    from ..compiler import parity
+    from ..compiler.artifact.load import load
+
+    chosen = {"dtype": None, "precision": "ieee", "passes": "default", "fallback": "error",
+              "force": [], "forbid": [], "weights": None}  # fmt: skip
+    for name, default in chosen.items():
+        if getattr(options, name) != default:
+            raise InvalidInputError(
+                f"--{name}: '{options.name}' is compiled already; expected a model of the zoo"
+            )
+    target = shared.default_target() if options.target is None else options.target
+    with output.working(f"loading {options.name}"):
+        executable = load(options.name, target)
+        graph = load(options.name, "reference").executables[-1].graph
+    batches = [program.batches for program in executable.programs]
+    held = max(high for _, high in batches)
+    options.batch = min(options.batch, held)
+    options.shapes = [port.spec.at(options.batch) if port.spec.batch else port.spec.shape
+                      for port in executable.plan.inputs]  # fmt: skip
+    watched = executable.executables[-1] if target == "interpreter" else None
+    names = tuple(port.name for port in executable.plan.outputs)
+    model = executable.artifact.document.model
+    entry = zoo.entry(model) if model in zoo.names() else None
+    truth, dtype = parity.truth_of_graph(graph), parity.dtype_of(graph)
+    return Subject(options.name, executable.target.name, executable, truth, dtype,
+                   parity.depth_of(graph), names, watched, entry)  # fmt: skip
+
+
+def _random(options: argparse.Namespace) -> Iterator[tuple[torch.Tensor, ...]]:
+    """One batch of normally distributed numbers, always the same."""
+    import torch
+
+    generator = torch.Generator().manual_seed(models.SEED)
+    yield tuple(torch.randn(shape, generator=generator) for shape in options.shapes)
+
+
+def _images(options: argparse.Namespace, subject: Subject) -> Iterator[tuple[torch.Tensor, ...]]:
+    """The folder's images, batch by batch; the last one is filled up with its last image."""
+    import torch
+
+    if subject.entry is None:
+        raise InvalidInputError(
+            f"--data: '{options.name}' does not say which model of the zoo it is, so images cannot "
+            "be prepared for it; leave --data out"
+        )
+    folder = evaluate.read_folder(options.data, subject.entry.num_classes, options.limit)
+    for start in range(0, len(folder.files), options.batch):
+        files = [file for file, _ in folder.files[start : start + options.batch]]
+        crops = [inputs.evaluation_crops(inputs.read_image(f), subject.entry, 1) for f in files]
+        crops += crops[-1:] * (options.batch - len(crops))
+        yield (torch.cat(crops),)
+
+
+def _verify(
+    subject: Subject, batches: Iterator[tuple[torch.Tensor, ...]]
+) -> tuple[list[StepError], list[OutputParity], Agreement | None]:
+    """Steps on the first batch; of every output the worst batch; answers on all of them."""
+    from ..compiler import parity
+
+    steps: list[StepError] = []
+    rows: list[OutputParity] = []
+    agreement = parity.Agreement()
+    for at, x in enumerate(batches):
+        with output.working(f"batch {at + 1}: {subject.target}, eager and float64"):
+            results = _call(subject, x)
+            truth = subject.truth(x)
+            if at == 0 and subject.steps is not None:
+                steps = subject.steps.errors(*x)
+        new = parity.parity(subject.outputs, results, truth, subject.dtype, subject.depth)
+        rows = [max(pair, key=_badness) for pair in zip(rows, new, strict=True)] if rows else new
+        if results[0].dim() == 2:
+            agreement.add(results[0].double(), truth[1][0].double(), truth[0][0])
+    return steps, rows, agreement if agreement.images else None
+
+
+def _call(subject: Subject, x: tuple[torch.Tensor, ...]) -> list[torch.Tensor]:
+    from ..compiler.parity import tensors_of
+
+    on_gpu = subject.target.startswith("cuda")
+    try:
+        result = subject.call(*(each.cuda() if on_gpu else each for each in x))
+    except RuntimeError as error:
+        raise ConvloomError(f"{subject.name} failed on {subject.target}: {error}") from error
+    return [tensor.cpu() for tensor in tensors_of(result)]
+
+
+def _badness(row: OutputParity) -> tuple[bool, float]:
+    share = row.worst.error / row.worst.allowed if row.worst else 0.0
+    return row.problem is not None, share
+
+
+def _document(
+    subject: Subject,
+    steps: list[StepError],
+    rows: list[OutputParity],
+    agreement: Agreement | None,
+    passed: bool,
+) -> dict[str, Any]:
+    return {
+        "name": subject.name,
+        "target": subject.target,
+        "dtype": str(subject.dtype).removeprefix("torch."),
+        "passed": passed,
+        "outputs": [asdict(row) for row in rows],
+        "agreement": asdict(agreement) if agreement else None,
+        "steps": [asdict(step) for step in steps],
+    }
+
+
+def _print(
+    subject: Subject,
+    steps: list[StepError],
+    rows: list[OutputParity],
+    agreement: Agreement | None,
+    passed: bool,
+) -> None:
+    from rich.table import Table
+
+    console = output.console()
+    kind = str(subject.dtype).removeprefix("torch.")
+    table = Table("layer", "step", "compiled", "eager", title=f"largest error / rms, {kind}")
+    for column in table.columns[2:]:
+        column.justify = "right"
+    for step in steps:
+        table.add_row(step.module_path, step.step, f"{step.compiled:.1e}", f"{step.eager:.1e}")
+    for row in rows:
+        table.add_row("result", row.name, f"{row.compiled:.1e}", f"{row.eager:.1e}")
+    console.print(table)
+    if not steps:
+        console.print("layers are compared with --target interpreter", markup=False)
+    for row in rows:
+        if row.worst is not None:
+            console.print(
+                f"{row.name}: worst element {row.worst.index}: got {row.worst.got:.9g}, expected "
+                f"{row.worst.expected:.9g}; error {row.worst.error:.2g} of {row.worst.allowed:.2g} "
+                "allowed",
+                markup=False,
+            )
+    if agreement is not None:
+        count = agreement.images
+        console.print(
+            f"likeliest class as in float64: compiled {agreement.compiled_top1} of {count}, eager "
+            f"{agreement.eager_top1}; among float64's five: compiled {agreement.compiled_top5}, "
+            f"eager {agreement.eager_top5}",
+            markup=False,
+        )
+    problems = [f"{row.name}: {row.problem}" for row in rows if row.problem is not None]
+    console.print("\n".join(problems) if problems else "as exact as its type allows", markup=False)
+    assert passed is not bool(problems)

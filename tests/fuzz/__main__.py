@@ -1,0 +1,110 @@
+"""`python -m tests.fuzz --seeds 0:10000`: random networks, in the root of the project.
+
+Each broken promise is shrunk and printed as a module that shows it; exit status 1 where there is
+one. `--full` holds every network to the whole contract.
+"""
+
+from __future__ import annotations
+
+import argparse
+import multiprocessing
+import os
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from .contract import Case
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs the seeds; 1 where a network broke a promise."""
+    options = _parser().parse_args(arguments)
+    os.environ.setdefault("CONVLOOM_CHECK", "1")
+    work = [(group, options.full, not options.no_shrink) for group in _groups(*options.seeds)]
+    total, done, broken = options.seeds[1] - options.seeds[0], 0, 0
+    started = time.monotonic()
+    for count, reports in _results(work, options.jobs):
+        done += count
+        broken += len(reports)
+        for report in reports:
+            print(report, flush=True)
+        left = (time.monotonic() - started) / done * (total - done)
+        note = f"{done} of {total} networks, {broken} broken, {left:.0f} s left"
+        print(f"\r{note}   ", end="", file=sys.stderr, flush=True)
+    print(file=sys.stderr)
+    print(f"{done} networks in {time.monotonic() - started:.0f} s, {broken} broken")
+    return int(broken > 0)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m tests.fuzz", description=__doc__)
+    parser.add_argument("--seeds", type=_seeds, default=(0, 500), metavar="FIRST:LAST",
+                        help="the last one is not run (default: 0:500)")  # fmt: skip
+    parser.add_argument("--jobs", type=int, default=1, metavar="N", help="processes (default: 1)")
+    parser.add_argument("--full", action="store_true", help="the whole contract for every seed")
+    parser.add_argument("--no-shrink", action="store_true", help="print networks as they are")
+    return parser
+
+
+def _seeds(text: str) -> tuple[int, int]:
+    first, colon, last = text.partition(":")
+    if not (colon and first.isdecimal() and last.isdecimal() and int(first) < int(last)):
+        raise argparse.ArgumentTypeError(f"expected FIRST:LAST, such as 0:10000; got {text!r}")
+    return int(first), int(last)
+
+
+def _groups(first: int, last: int) -> Iterator[range]:
+    """Seeds that are checked as one network."""
+    from .grammar import GROUP
+
+    while first < last:
+        stop = min(last, (first // GROUP + 1) * GROUP)
+        yield range(first, stop)
+        first = stop
+
+
+def _results(
+    work: list[tuple[range, bool, bool]], jobs: int
+) -> Iterator[tuple[int, list[str]]]:
+    if jobs == 1:
+        yield from map(_run, work)
+        return
+    with multiprocessing.get_context("spawn").Pool(jobs) as pool:
+        yield from pool.imap_unordered(_run, work)
+
+
+def _run(job: tuple[range, bool, bool]) -> tuple[int, list[str]]:
+    """How many networks were run, and what is wrong with some of them."""
+    import torch
+
+    from .contract import BrokenError, check_many
+    from .grammar import generate
+
+    seeds, full, shrinks = job
+    torch.set_num_threads(1)
+    cases = [replace(case, full=full or case.full) for case in map(generate, seeds)]
+    try:
+        check_many(cases)
+        return len(cases), []
+    except BrokenError as error:
+        single = list(_broken(cases, shrinks))
+        return len(cases), single or [f"only together: {error}"]
+
+
+def _broken(cases: list[Case], shrinks: bool) -> Iterator[str]:
+    from .contract import BrokenError, check
+    from .shrink import shrink
+
+    for case in cases:
+        try:
+            check(case)
+        except BrokenError as error:
+            smallest = shrink(case) if shrinks else case
+            yield f"\n# seed {case.seed}: {error}\n{smallest.source()}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

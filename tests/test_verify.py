@@ -1,0 +1,148 @@
+"""`convloom verify`: its figures, what it prints, and the exit status that CI looks at."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import convloom
+import pytest
+import torch
+from convloom import zoo
+from convloom.cli.main import main
+from convloom.compiler import parity
+from convloom.compiler.executable import Executable
+from convloom.errors import InvalidInputError
+
+DIGITS = ("lenet5", "--weights", "digits", "--target", "reference")
+
+
+@pytest.fixture(scope="module")
+def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    model = zoo.lenet5(weights="digits").eval()
+    exe = convloom.compile(model, (torch.zeros(2, 1, 32, 32),), target="interpreter")
+    path = tmp_path_factory.mktemp("verify") / "digits.loom"
+    exe.save(path, model="lenet5")
+    return path
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Ten classes of one noisy image, and a second image in the first."""
+    from PIL import Image
+
+    generator = torch.Generator().manual_seed(0)
+    for name in (*(f"{digit}/0" for digit in range(10)), "0/1"):
+        path = tmp_path / "data" / f"{name}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        pixels = torch.randint(256, (32, 32), generator=generator, dtype=torch.uint8)
+        Image.fromarray(pixels.numpy()).save(path)
+    return tmp_path / "data"
+
+
+def told(capsys: pytest.CaptureFixture[str], *arguments: Any) -> tuple[int, dict[str, Any]]:
+    status = main(["verify", *map(str, arguments), "--json"])
+    return status, json.loads(capsys.readouterr().out)
+
+
+@pytest.mark.interpreter
+def test_a_file_layer_by_layer(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    status, found = told(capsys, file, "--target", "interpreter", "--batch", 9)
+    assert status == 0 and found["passed"] and found["dtype"] == "float32"
+    assert [step["module_path"] for step in found["steps"]] == ["conv1"]
+    assert 0 < found["steps"][0]["compiled"] < 1e-5 and 0 < found["steps"][0]["eager"] < 1e-5
+    (row,) = found["outputs"]
+    assert row["worst"]["error"] < row["worst"]["allowed"] and len(row["worst"]["index"]) == 2
+    assert found["agreement"] == {"images": 2, "compiled_top1": 2, "compiled_top5": 2,
+                                  "eager_top1": 2, "eager_top5": 2}  # fmt: skip
+
+
+def test_images_of_a_folder(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    status, found = told(capsys, *DIGITS, "--data", folder, "--batch", 4)
+    assert status == 0 and found["agreement"]["images"] == 12, "the last batch is filled up"
+    assert found["agreement"]["compiled_top1"] == 12
+    status, found = told(capsys, *DIGITS, "--data", folder, "--limit", 3, "--dtype", "bfloat16")
+    assert status == 0 and found["agreement"]["images"] == 3
+    assert found["outputs"][0]["eager"] > 1e-4, "eager's yardstick is of the same type"
+
+
+def test_text(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["verify", *DIGITS]) == 0
+    text = capsys.readouterr().out
+    assert "worst element (0, " in text and "as exact as its type allows" in text
+    assert "layers are compared with --target interpreter" in text
+    assert "likeliest class as in float64: compiled 1 of 1, eager 1" in text
+
+
+def test_a_wrong_pixel_is_status_1(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = Executable.__call__
+
+    def wrong(self: Executable, *inputs: torch.Tensor) -> Any:
+        y = real(self, *inputs)
+        y[0, 3] += 0.01
+        return y
+
+    monkeypatch.setattr(Executable, "__call__", wrong)
+    status, found = told(capsys, *DIGITS, "--batch", 2)
+    assert status == 1 and not found["passed"]
+    assert found["outputs"][0]["worst"]["index"] == [0, 3]
+    assert found["outputs"][0]["problem"].startswith("element (0, 3): got ")
+    assert main(["verify", *DIGITS]) == 1
+    assert "output0: element (0, 3)" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["no_such_model"], "unknown zoo model"),
+        (["missing.loom", "--target", "reference"], "cannot read 'missing.loom'"),
+        (["FILE", "--dtype", "float16"], "--dtype: 'FILE' is compiled already"),
+        (["FILE", "--forbid", "conv-pool"], "--forbid: 'FILE' is compiled already"),
+        (["lenet5", "--target", "reference", "--data", "missing"], "no such folder"),
+    ],
+)
+def test_mistakes_are_status_2(
+    file: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
+) -> None:
+    assert main(["verify", *(a.replace("FILE", str(file)) for a in arguments)]) == 2
+    assert message.replace("FILE", str(file)) in capsys.readouterr().err
+
+
+def test_a_file_of_no_zoo_model_takes_no_images(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    exe = convloom.compile(torch.nn.ReLU(), (torch.zeros(1, 2, 3, 3),), target="reference")
+    exe.save(tmp_path / "own.loom")
+    path = str(tmp_path / "own.loom")
+    assert main(["verify", path, "--target", "reference"]) == 0
+    assert main(["verify", path, "--target", "reference", "--data", str(folder)]) == 2
+    assert "does not say which model of the zoo it is" in capsys.readouterr().err
+
+
+def test_parity_of_odd_results() -> None:
+    exact = torch.tensor([[1.0, float("inf")]], dtype=torch.float64)
+    truth = ([exact], [exact.float()])
+    (row,) = parity.parity(("y",), [exact.float()], truth, torch.float32, 1)
+    assert row.problem is None and row.compiled == row.eager == 0.0
+    (row,) = parity.parity(("y",), [torch.full((1, 2), torch.inf)], truth, torch.float32, 1)
+    assert row.problem is not None and row.compiled == float("inf")
+    (row,) = parity.parity(("y",), [torch.ones(2)], truth, torch.float32, 1)
+    assert row.problem == "shape (2,), expected (1, 2)" and row.worst is None
+    infinite = torch.full((1, 2), torch.inf, dtype=torch.float64)
+    (row,) = parity.parity(("y",), [infinite.float()], ([infinite], [infinite.float()]),
+                           torch.float32, 1)  # fmt: skip
+    assert row.problem is None and row.worst is None
+    with pytest.raises(InvalidInputError, match="expected 1 to compare, got 2"):
+        parity.parity(("y",), [torch.ones(2)] * 2, truth, torch.float32, 1)
+
+
+def test_agreement_counts_answers() -> None:
+    agreement = parity.Agreement()
+    exact = torch.eye(7, dtype=torch.float64)[:2] + torch.arange(7) * 1e-3
+    flipped = exact.flip(1)
+    agreement.add(flipped, exact, exact)
+    assert (agreement.images, agreement.eager_top1, agreement.compiled_top1) == (2, 2, 0)
+    assert (agreement.eager_top5, agreement.compiled_top5) == (2, 2)
