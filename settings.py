@@ -7,6 +7,9 @@
 | CONVLOOM_CHECK      | 1 verifies the graph before and after every pass                      |
 | CONVLOOM_CACHE_DIR  | compiled kernels, their statistics, and tuning records (default       |
 |                     | ~/.cache/convloom)                                                    |
+| CONVLOOM_LAUNCH     | how kernels follow each other on a GPU, separated by commas; nothing  |
+|                     | by default: programmatic (the next one starts early, sm_90 and        |
+|                     | later), branches (independent ones run side by side)                  |
 """
 
 from __future__ import annotations
@@ -21,6 +24,9 @@ VERSION = "0.1.0"
 """Of convloom; `pyproject.toml` says the same (a test compares them)."""
 
 
+LAUNCH_OPTIONS = (PROGRAMMATIC, BRANCHES) = ("programmatic", "branches")
+
+
 @dataclass(frozen=True)
 class Settings:
     """What the environment asks for."""
@@ -28,19 +34,32 @@ class Settings:
     debug: int
     check: bool
     cache_dir: Path
+    launch: frozenset[str] = frozenset()
 
 
 def read() -> Settings:
     """The settings of this moment (read at each use, so that tests may change them).
 
-    Raises: InvalidInputError when CONVLOOM_DEBUG is not an integer.
+    Raises: InvalidInputError when CONVLOOM_DEBUG is not an integer, or CONVLOOM_LAUNCH unknown.
     """
     level = os.environ.get("CONVLOOM_DEBUG", "0")
     if not level.isdigit():
         raise InvalidInputError(f"CONVLOOM_DEBUG: expected an integer from 0 to 4, got {level!r}")
+    words = os.environ.get("CONVLOOM_LAUNCH", "").replace(" ", "").split(",")
+    launch = frozenset(filter(None, words))
+    if unknown := launch - set(LAUNCH_OPTIONS):
+        raise InvalidInputError(
+            f"CONVLOOM_LAUNCH: expected {' or '.join(LAUNCH_OPTIONS)}, got {', '.join(unknown)}"
+        )
+    if launch == set(LAUNCH_OPTIONS):
+        raise InvalidInputError(
+            "CONVLOOM_LAUNCH: programmatic and branches exclude each other: a kernel that starts "
+            "early behind another stream's event has not been tried; choose one"
+        )
     default = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "convloom"
     return Settings(
         debug=int(level),
         check=os.environ.get("CONVLOOM_CHECK", "0") not in ("", "0"),
         cache_dir=Path(os.environ.get("CONVLOOM_CACHE_DIR", default)),
+        launch=launch,
     )

@@ -11,12 +11,14 @@ from dataclasses import dataclass, field
 
 import torch
 
+from .. import settings
 from ..errors import KernelError, UnsupportedOpError
-from ..kernels import movement
+from ..kernels import dependent, movement
 from ..kernels.op import Config, Launch, Op, Problem, Ref
 from ..kernels.parts import Rearrange
 from ..kernels.spec import Operand, TensorSpec
 from ..kernels.targets import Target
+from ..settings import PROGRAMMATIC
 from . import wishes
 from .arena import place
 from .capture import TorchCall
@@ -44,6 +46,7 @@ class _Lowering:
     ledger: Ledger
     elide: bool
     choose: Chooser
+    launch: frozenset[str]
     places: dict[Value, Place] = field(default_factory=dict)
     buffers: dict[str, Buffer] = field(default_factory=dict)
     constants: dict[str, torch.Tensor] = field(default_factory=dict)
@@ -56,13 +59,15 @@ class _Lowering:
 @dataclass(frozen=True)
 class Options:
     """How to lower: target, fp32 precision, the dtype activations were cast to (None: as captured),
-    whether concatenations may be written in place, and who chooses configurations."""
+    whether concatenations may be written in place, who chooses configurations, and how kernels
+    follow each other (`settings.LAUNCH_OPTIONS`)."""
 
     target: Target
     precision: str = "ieee"
     dtype: torch.dtype | None = None
     elide_concats: bool = True
     choose: Chooser = heuristic
+    launch: frozenset[str] = field(default_factory=lambda: settings.read().launch)
 
 
 def lower(graph: Graph, captured: Graph, options: Options, ledger: Ledger) -> Plan:
@@ -73,8 +78,9 @@ def lower(graph: Graph, captured: Graph, options: Options, ledger: Ledger) -> Pl
     Raises: UnsupportedOpError where an op needs a constant and gets a computed tensor.
     """
     state = _Lowering(
-        graph, options.target, options.precision, ledger, options.elide_concats, options.choose
-    )
+        graph, options.target, options.precision, ledger, options.elide_concats, options.choose,
+        options.launch,
+    )  # fmt: skip
     for position, node in enumerate(graph.graph_inputs()):
         name = f"input{position}"
         state.buffers[name] = _buffer(name, "input", node.spec)
@@ -295,7 +301,7 @@ def _add_step(
         raise KernelError(
             f"{node.name}: configuration {tile} ({choice.source}) is not legal: {reason}"
         )
-    launches = _launches(definition, problem, tile, state.target, node.name)
+    launches = _launches(state, definition, problem, tile, node.name)
     buffers = buffers | _scratch(state, node, launches)
     step = KernelStep(
         node.name,
@@ -310,6 +316,22 @@ def _add_step(
     )
     state.steps.append(step)
     state.kernels[node.name] = node.name
+
+
+def _launches(
+    state: _Lowering, op: Op, problem: Problem, tile: Config, name: str
+) -> tuple[Launch, ...]:
+    """The op's launches, in the way that the options ask for.
+
+    Raises: KernelError where a tensor is too large to be indexed.
+    """
+    launches = op.launches(problem, tile, state.target)
+    for reason in filter(None, (launch.too_large for launch in launches)):
+        specs = ", ".join(str(each.spec) for each in (*problem.inputs, *problem.outputs))
+        raise KernelError(f"{name}: {op.name} of {specs} has {reason}; make the batch smaller")
+    if PROGRAMMATIC not in state.launch:
+        return launches
+    return tuple(dependent.programmatic(launch, state.target) for launch in launches)
 
 
 def _scratch(state: _Lowering, node: Node, launches: tuple[Launch, ...]) -> dict[Ref, str]:
@@ -366,7 +388,7 @@ def _copy(state: _Lowering, node: Node, value: Value, destination: Place) -> Non
         "relayout",
         problem,
         choice.config,
-        _launches(op, problem, choice.config, state.target, node.name),
+        _launches(state, op, problem, choice.config, node.name),
         buffers,
         node.module_path,
         node.origins,
@@ -374,17 +396,6 @@ def _copy(state: _Lowering, node: Node, value: Value, destination: Place) -> Non
     )
     state.steps.append(step)
     state.kernels[node.name] = step.name
-
-
-def _launches(
-    op: Op, problem: Problem, tile: Config, target: Target, name: str
-) -> tuple[Launch, ...]:
-    """Raises: KernelError where a tensor is too large to be indexed."""
-    launches = op.launches(problem, tile, target)
-    for reason in filter(None, (launch.too_large for launch in launches)):
-        specs = ", ".join(str(each.spec) for each in (*problem.inputs, *problem.outputs))
-        raise KernelError(f"{name}: {op.name} of {specs} has {reason}; make the batch smaller")
-    return launches
 
 
 def _becomes_view(state: _Lowering, node: Node) -> bool:

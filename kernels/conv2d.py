@@ -29,7 +29,7 @@ import triton
 import triton.language as tl
 
 from ..errors import InvalidInputError
-from . import conv_rows, conv_tma, depthwise, gemm, grouped, product
+from . import conv_rows, conv_tma, dependent, depthwise, gemm, grouped, product
 from . import split as split_k
 from .epilogue import Stage
 from .op import (
@@ -150,6 +150,7 @@ def conv2d_kernel(
     BLOCK_K: tl.constexpr,
     GROUP_M: tl.constexpr,
     SPLIT: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     # C and K count the channels of one group. Only sums by tap are split.
     group_tiles: tl.constexpr = (K + BLOCK_N - 1) // BLOCK_N
@@ -176,6 +177,7 @@ def conv2d_kernel(
     w_tile = w + (columns * (R * S * C))[:, None] + depth[None, :]
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     split = tl.program_id(0) % SPLIT
+    dependent.wait(PDL)
     if BY_TAP:
         blocks: tl.constexpr = (C + BLOCK_K - 1) // BLOCK_K
         x_tile = x_corner + depth[None, :]
@@ -222,6 +224,7 @@ def conv2d_kernel(
             b_mask = column_mask[:, None] & (index < R * S * C)[None, :]
             b = tl.load(w_tile + start, mask=b_mask, other=0.0)
             acc = tl.dot(a, b.T, acc, input_precision=PRECISION)
+    dependent.release(PDL)
     tile = row_tile * (GROUPS * group_tiles) + column_tile
     gemm.finish_share(
         acc, y, parts, tickets, tile, split, rows, columns, row_mask, column_mask, extras,
@@ -285,7 +288,7 @@ def launches(problem: Problem, tile: Config, target: Target) -> tuple[Launch, ..
         block_rows=tile["BLOCK_M"],
         columns=groups * -(-(k // groups) // tile["BLOCK_N"]) * split,
         constexprs={
-            "SPLIT": 1,
+            "SPLIT": 1, "PDL": False,
             "H": h, "WIDTH": width, "C": per_group, "K": k // groups, "P": p, "Q": q,
             "R": r, "S": s,
             "STRIDE_H": attributes.stride[0], "STRIDE_W": attributes.stride[1],

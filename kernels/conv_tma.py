@@ -22,7 +22,7 @@ from typing import Any
 import triton
 import triton.language as tl
 
-from . import gemm, gemm_tma
+from . import dependent, gemm, gemm_tma
 from .op import Box, Config, Launch, Problem, Target, W, X, Y, config, power_of_two
 
 TILES = ((128, 128), (128, 64), (64, 128), (64, 64))
@@ -62,6 +62,7 @@ def conv_tma_kernel(
     BOX_N: tl.constexpr,
     BOX_H: tl.constexpr,
     BOX_W: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     # m counts images. Programs of the same pixels follow each other: they find x in the L2 cache.
     column_tiles: tl.constexpr = (K + BLOCK_N - 1) // BLOCK_N
@@ -77,6 +78,7 @@ def conv_tma_kernel(
     rise: tl.constexpr = (TOP + 1) // 2 * 2
     drift: tl.constexpr = (LEFT + 1) // 2 * 2
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    dependent.wait(PDL)
     for step in range(R * S * blocks):
         tap = step // blocks
         start = step % blocks * BLOCK_K
@@ -91,6 +93,7 @@ def conv_tma_kernel(
             a = x.load([n0, half_row, (top + rise) % 2, half_column, inner])
         b = w.load([column, tap * C + start])
         acc = tl.dot(tl.reshape(a, (BLOCK_M, BLOCK_K)), b.T, acc, input_precision=PRECISION)
+    dependent.release(PDL)
     pixel = tl.arange(0, BLOCK_M)
     image = n0 + pixel // (BOX_H * BOX_W)
     p = p0 + pixel // BOX_W % BOX_H
@@ -204,7 +207,7 @@ def launch(problem: Problem, tile: Config) -> Launch:
             "X_PITCH": pitch, "Y_PITCH": out.pitch, "Y_OFFSET": out.offset,
             "EPILOGUE": gemm.chains(problem)[0],
             "PRECISION": gemm.dot_precision(problem, c * r * s),
-            "WIDE": problem.is_wide,
+            "WIDE": problem.is_wide, "PDL": False,
             **dict(tile.blocks),
         },
         num_warps=tile.num_warps,

@@ -16,8 +16,8 @@ import torch
 import triton
 import triton.language as tl
 
+from . import dependent, machine
 from . import epilogue as ep
-from . import machine
 from . import split as split_k
 from .op import Config, Launch, Problem, Ref, Target, W, X, Y, config, operand_refs, power_of_two
 from .spec import Operand
@@ -135,6 +135,7 @@ def gemm_kernel(
     GROUP_M: tl.constexpr,
     SPLIT: tl.constexpr,
     TMA: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     # TMA: x and w are descriptors, whose boxes need neither addresses nor masks.
     column_tiles: tl.constexpr = (K + BLOCK_N - 1) // BLOCK_N
@@ -156,6 +157,7 @@ def gemm_kernel(
     first, stop = 0, (C + BLOCK_K - 1) // BLOCK_K
     if SPLIT > 1:
         first, stop = share_of(split, (C + BLOCK_K - 1) // BLOCK_K, SPLIT)
+    dependent.wait(PDL)
     for step in range(first, stop):
         start = step * BLOCK_K
         if TMA:
@@ -175,6 +177,7 @@ def gemm_kernel(
             # Rows and channels outside the tensor must stay zero whatever the prologue adds.
             a = tl.where(row_mask[:, None] & in_channels[None, :], value, 0.0).to(a.dtype)
         acc = tl.dot(a, b.T, acc, input_precision=PRECISION)
+    dependent.release(PDL)
     tile = row_tile * column_tiles + column_tile
     finish_share(
         acc, y, parts, tickets, tile, split, rows, columns, row_mask, column_mask, extras,
@@ -413,6 +416,7 @@ def launch(problem: Problem, tile: Config, x: Operand, columns: int) -> Launch:
         constexprs={
             "SPLIT": 1,
             "TMA": 0,
+            "PDL": False,
             "C": depth,
             "K": columns,
             "X_PITCH": x.pitch,

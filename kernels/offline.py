@@ -35,6 +35,7 @@ from triton.compiler import ASTSource
 
 from .. import settings
 from ..errors import KernelError
+from .dependent import is_programmatic
 from .epilogue import GeneratedFunction
 from .execute import resolved
 from .op import Box, Launch, Ref
@@ -173,7 +174,9 @@ def compile_request(wanted: CompileRequest) -> Any:
 
     Raises: KernelError naming the kernel, the target and the compiler's message.
     """
-    options = {"num_warps": wanted.num_warps, "num_stages": wanted.num_stages}
+    options: dict[str, Any] = {"num_warps": wanted.num_warps, "num_stages": wanted.num_stages}
+    if is_programmatic(dict(wanted.constexprs)):
+        options["launch_pdl"] = True  # The launcher reads it from the compiled kernel.
     with LANGUAGE, _cache(), triton.knobs.compilation.scope():
         # The same machine code wherever the sources lie: what is saved must be reproducible.
         triton.knobs.compilation.disable_line_info = True

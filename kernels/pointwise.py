@@ -20,6 +20,7 @@ import triton
 import triton.language as tl
 
 from ..errors import InvalidInputError
+from . import dependent
 from . import epilogue as ep
 from .op import (
     Attributes,
@@ -64,6 +65,7 @@ def pointwise_kernel(
     WIDE: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     column_tiles: tl.constexpr = (COLUMNS + BLOCK_COLUMNS - 1) // BLOCK_COLUMNS
     program = tl.program_id(0)
@@ -75,7 +77,9 @@ def pointwise_kernel(
         rows = rows.to(tl.int64)
         columns = columns.to(tl.int64)
     acc = tl.zeros((BLOCK_ROWS, BLOCK_COLUMNS), tl.float32)
+    dependent.wait(PDL)
     acc = CHAIN(acc, rows, columns, row_mask, column_mask, extras)
+    dependent.release(PDL)
     acc = tl.broadcast_to(acc, (BLOCK_ROWS, BLOCK_COLUMNS))
     address = y + OFFSET + ROW_OFFSET(rows)[:, None] + (columns * COLUMN_STRIDE)[None, :]
     mask = row_mask[:, None] & column_mask[None, :]
@@ -142,6 +146,7 @@ def launch_chain(
             "ROW_OFFSET": ep.row_offset_function(sizes[:-1], strides[0][:-1]),
             "CHAIN": ep.generate(stages, reads, sizes, name="chain"),
             "WIDE": problem.is_wide,
+            "PDL": False,
             "BLOCK_ROWS": block_rows,
             "BLOCK_COLUMNS": block_columns,
         },

@@ -1,0 +1,54 @@
+"""Programmatic dependent launch (sm_90 and later): a kernel starts while the one before it ends.
+
+Such a kernel is launched as soon as every program of its predecessor has finished its main loop
+(`release`) or ended, so that its own start-up overlaps the predecessor's epilogue. Before it reads
+or writes anything of another kernel it waits until the predecessor is complete and its results are
+visible (`wait`); the predecessor waited in the same way, so that everything earlier is complete
+too.
+
+The wait stands before the main loop: loads are hoisted out of a pipelined loop, above a wait that
+stands inside it (triton issue 11905). `PDL` is a compile-time constant of the kernels that take
+part, and compiles out; it is off unless `settings.py` says otherwise: its value is not measured.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import triton
+import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from .op import Launch
+from .targets import Target
+
+FLAG = "PDL"
+LEAST_CAPABILITY = 90
+
+
+@triton.jit
+def wait(PDL: tl.constexpr):
+    """Everything that earlier kernels wrote is visible behind this line."""
+    if PDL:
+        gdc_wait()
+
+
+@triton.jit
+def release(PDL: tl.constexpr):
+    """The next kernel may start; it sees nothing of this one before this one is complete."""
+    if PDL:
+        gdc_launch_dependents()
+
+
+def is_programmatic(constexprs: Mapping[str, Any]) -> bool:
+    """Whether a kernel with these compile-time constants must be launched programmatically."""
+    return bool(constexprs.get(FLAG, False))
+
+
+def programmatic(launch: Launch, target: Target) -> Launch:
+    """The launch as a programmatic one, where its kernel and the target can; else as it is."""
+    if FLAG not in launch.constexprs or target.capability < LEAST_CAPABILITY:
+        return launch
+    return replace(launch, constexprs={**launch.constexprs, FLAG: True})

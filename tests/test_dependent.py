@@ -1,0 +1,176 @@
+"""Programmatic dependent launch: what the compiler makes of it, and who asks for it."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import convloom
+import pytest
+import torch
+from convloom import settings
+from convloom.compiler.api import lowered
+from convloom.compiler.artifact import device as gpu
+from convloom.compiler.artifact.read import open_artifact
+from convloom.compiler.memory import Memory
+from convloom.errors import InvalidInputError
+from convloom.kernels import conv_tma, dependent, gemm_tma, offline, registry
+from convloom.kernels.conv2d import Conv2d
+from convloom.kernels.epilogue import Stage
+from convloom.kernels.offline import CompileRequest
+from convloom.kernels.op import NONE, Config, Launch
+from convloom.kernels.pointwise import Pointwise
+from convloom.kernels.spec import Layout, TensorSpec
+from convloom.kernels.targets import Target, parse
+from torch import nn
+
+from . import harness, machine_code
+from .nets import make
+from .test_artifact_device import fake
+
+SM_80, SM_90 = parse("cuda:sm_80"), parse("cuda:sm_90")
+PROGRAMMATIC = "CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION"
+
+
+def launch_of(filters: int, tma: bool, target: Target = SM_90) -> Launch:
+    """A convolution over 256 channels with residual and ReLU; of a 0x0 filter, an addition."""
+    x = TensorSpec((4, 256, 14, 14), torch.float16, Layout.NHWC, batch=4)
+    if not filters:
+        asked = harness.problem_for(registry.get("add"), Pointwise(), (x, x))
+        op = registry.get("add")
+    else:
+        op = registry.get("conv2d")
+        w = TensorSpec((64, 256, filters, filters), torch.float16)
+        attributes = Conv2d(padding=(filters // 2,) * 4)
+        (y,) = op.infer(attributes, (x, w))
+        asked = harness.problem_for(op, attributes, (x, w), (Stage("add"), Stage("relu")), (y,))
+
+    def is_wanted(tile: Config) -> bool:
+        return not filters or (gemm_tma.is_one(tile) or conv_tma.is_one(tile)) == tma
+
+    tile = next(tile for tile in op.configs(asked, target) if is_wanted(tile))
+    (launch,) = op.launches(asked, tile, target)
+    return launch
+
+
+CASES = {
+    "gemm_kernel": (1, False), "gemm_kernel by TMA": (1, True), "conv2d_kernel": (3, False),
+    "conv_tma_kernel": (3, True), "pointwise_kernel": (0, False),
+}  # fmt: skip
+
+
+def request(launch: Launch, target: Target = SM_90) -> CompileRequest:
+    return offline.request(launch, lambda ref: torch.float16, target)
+
+
+@lru_cache(maxsize=8)
+def compiled(case: str) -> Any:
+    launch = launch_of(*CASES[case])
+    assert launch.kernel.fn.__name__ == case.split()[0]
+    return offline.compile_request(request(dependent.programmatic(launch, SM_90)))
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_programmatic_kernel_waits_before_it_touches_memory(case: str) -> None:
+    """Once, before the loop: a wait inside a pipelined loop would come after its first copies."""
+    sass = offline.disassembly(compiled(case))
+    opcodes = [found[2].split(".")[0] for found in machine_code.INSTRUCTION.finditer(sass)]
+    wait, release = opcodes.index("ACQBULK"), opcodes.index("PREEXIT")
+    touches = [at for at, name in enumerate(opcodes) if name in MEMORY]
+    stores = [at for at, name in enumerate(opcodes) if name in ("STG", "UTMASTG")]
+    assert opcodes.count("ACQBULK") == 1 and opcodes.count("PREEXIT") == 1
+    assert wait < min(touches) and wait < release < min(stores)
+    loop = machine_code.hot_loop(sass)
+    assert loop is not None or "conv" not in case, "short loops are unrolled, these are not"
+    assert loop is None or not loop.count("ACQBULK") + loop.count("PREEXIT")
+    assert compiled(case).metadata.launch_pdl, "Triton's launcher sets the attribute by this"
+
+
+MEMORY = ("LDG", "LDGSTS", "UTMALDG", "STG", "UTMASTG", "ATOMG", "RED")
+
+
+def test_the_flag_compiles_out() -> None:
+    launch = launch_of(3, tma=False)
+    assert not dependent.is_programmatic(launch.constexprs)
+    made = offline.compile_request(request(launch))
+    assert "griddepcontrol" not in made.asm["ptx"] and not made.metadata.launch_pdl
+    assert "griddepcontrol.wait" in compiled("conv2d_kernel").asm["ptx"]
+
+
+def test_only_kernels_and_targets_that_can_are_launched_so() -> None:
+    launch = launch_of(3, tma=False, target=SM_80)
+    assert dependent.programmatic(launch, SM_80) is launch
+    assert dependent.programmatic(launch, parse("interpreter")) is launch
+    other = replace(launch, constexprs=NONE)
+    assert dependent.programmatic(other, SM_90) is other
+    assert dependent.is_programmatic(dependent.programmatic(launch, SM_90).constexprs)
+
+
+# The option.
+
+
+def network() -> tuple[nn.Module, tuple[torch.Tensor, ...]]:
+    def forward(m: Any, x: torch.Tensor) -> torch.Tensor:
+        return torch.max_pool2d(torch.relu(m.second(torch.relu(m.first(x)))), 2)
+
+    return make(forward, (2, 16, 8, 8), first=nn.Conv2d(16, 16, 3), second=nn.Conv2d(16, 8, 1))
+
+
+@pytest.mark.parametrize(
+    ("launch", "target", "expected"),
+    [
+        ("", "cuda:sm_90", set()),
+        ("programmatic", "cuda:sm_90", {"gemm_kernel", "conv2d_kernel"}),
+        ("programmatic", "cuda:sm_80", set()),
+        ("programmatic", "interpreter", set()),
+    ],
+)
+def test_the_option_is_off_unless_asked_for(
+    monkeypatch: pytest.MonkeyPatch, launch: str, target: str, expected: set[str]
+) -> None:
+    monkeypatch.setenv("CONVLOOM_LAUNCH", launch)
+    module, inputs = network()
+    plan = lowered(module, inputs, target=target, dtype=torch.float16, passes=())[1]
+    found = {
+        each.kernel.fn.__name__
+        for _, each in plan.kernels
+        if dependent.is_programmatic(each.constexprs)
+    }
+    assert found - {"pointwise_kernel"} == expected
+
+
+def test_a_saved_file_launches_as_it_was_compiled(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("CONVLOOM_LAUNCH", "programmatic")
+    module, inputs = network()
+    exe = convloom.compile(module, inputs, target="cuda:sm_90", tuning="heuristic")
+    exe.save(tmp_path / "net.loom")
+    monkeypatch.delenv("CONVLOOM_LAUNCH")
+    artifact = open_artifact(tmp_path / "net.loom")
+    (program,) = artifact.programs
+    driver = fake(artifact, (program,))
+    kernels = gpu.load_kernels(driver, program, artifact.code, by_ptx=False)
+    memory = Memory(program, gpu.upload(program, artifact.tensors, torch.device("cpu")), 2)
+    for _, action in gpu.bind(driver, program, kernels, memory, lambda: 0):
+        action()
+    asked = [PROGRAMMATIC in dict(started.attributes) for started in driver.started]
+    expected = [dependent.is_programmatic(each.constexprs) for _, each in exe.plan.kernels]
+    assert asked == expected and True in asked and False in asked
+
+
+@pytest.mark.parametrize(
+    ("launch", "message"),
+    [
+        ("early", "CONVLOOM_LAUNCH: expected programmatic or branches, got early"),
+        ("branches, programmatic", "programmatic and branches exclude each other"),
+    ],
+)
+def test_wrong_words_are_refused(
+    monkeypatch: pytest.MonkeyPatch, launch: str, message: str
+) -> None:
+    monkeypatch.setenv("CONVLOOM_LAUNCH", launch)
+    with pytest.raises(InvalidInputError, match=message):
+        settings.read()
