@@ -370,7 +370,7 @@ def _check_result(state: _State, node: Any, result: Any) -> None:
 
 def _check_constants(graph: Graph, made: Sequence[str]) -> None:
     """Weights are packed when the plan is made: they must follow from parameters alone."""
-    for node in map(graph.node, made):
+    for node in filter(lambda node: node.is_compute, map(graph.node, made)):
         for slot in node.definition.packs(node.attributes):
             value = graph.inputs(node.name)[slot]
             behind = {value.node, *nx.ancestors(graph.net, value.node)}
