@@ -5,7 +5,7 @@ The exported program is functional ATen (`run_decompositions({})`): parameters b
 by the capture function that the op's file declares. Neither the module nor its buffers are changed.
 
 With a dynamic batch every shape is recorded at the largest batch; dimension 0 is the only one that
-may vary, as a multiple of the batch.
+may vary, as a multiple of the batch. Where it leaves that dimension for a while: `moved_batch.py`.
 """
 
 from __future__ import annotations
@@ -27,6 +27,8 @@ from ..kernels import registry
 from ..kernels.epilogue import Epilogue
 from ..kernels.op import Attributes
 from ..kernels.spec import FLOAT_DTYPES, TensorSpec
+from . import moved_batch
+from .example_inputs import check_example, check_module, check_range, two_samples
 from .features import observed
 from .interface import Structure
 from .ir import CONSTANT, INPUT, OUTPUT, TORCH, Graph, NoAttributes, Node, Value
@@ -109,6 +111,9 @@ class _Builder:
         is_known = isinstance(value, Value) and graph.is_constant(value)
         return graph.constant(value) if is_known else None
 
+    def add_constant(self, tensor: torch.Tensor, dtype: torch.dtype) -> Value:
+        return self._state.graph.add_constant(tensor, f"{self._name}_constant", dtype)
+
     def refuse(self, reason: str) -> NoReturn:
         raise _Refused(reason)
 
@@ -130,13 +135,13 @@ def capture(
     sense or unknown outputs; CaptureError when torch.export fails or the module would still train.
     """
     arguments = tuple(example)
-    leaves = _check_example(arguments)
+    leaves = check_example(arguments)
     batch = None
     if dynamic_batch is not None:
-        _check_range(dynamic_batch, leaves)
-        arguments = pytree.tree_map(_two_samples, arguments)
+        check_range(dynamic_batch, leaves)
+        arguments = pytree.tree_map(two_samples, arguments)
         batch = Dim("batch", min=1, max=max(dynamic_batch[1], 2))
-    _check_module(module)
+    check_module(module)
     with observed(module, outputs):
         program = _export(module, arguments, batch)
     _refuse_training(module, program)
@@ -151,52 +156,6 @@ def capture(
     _add_output(state, program)
     _remove_unused_constants(graph)
     return graph
-
-
-def _check_example(arguments: tuple[Any, ...]) -> list[torch.Tensor]:
-    leaves = pytree.tree_leaves(arguments)
-    if not leaves:
-        raise InvalidInputError("example inputs: expected a tuple of tensors, got nothing")
-    for at, leaf in enumerate(leaves):
-        if not isinstance(leaf, torch.Tensor):
-            raise InvalidInputError(
-                f"example input {at}: expected a tensor, got {type(leaf).__name__}"
-            )
-        if leaf.dtype not in FLOAT_DTYPES:
-            raise InvalidInputError(
-                f"example input {at}: expected float32, float16 or bfloat16, got {leaf.dtype}"
-            )
-        if leaf.numel() == 0:
-            raise InvalidInputError(
-                f"example input {at}: expected at least one element, got shape {tuple(leaf.shape)}"
-                "; for empty batches pass an example of one and dynamic_batch=(0, highest)"
-            )
-    return leaves
-
-
-def _check_range(bounds: tuple[int, int], leaves: list[torch.Tensor]) -> None:
-    pair = isinstance(bounds, (tuple, list)) and len(bounds) == 2
-    if not pair or not all(isinstance(value, int) for value in bounds):
-        raise InvalidInputError(f"dynamic_batch: expected (lowest, highest), got {bounds!r}")
-    low, high = bounds
-    if not 0 <= low <= high or high < 1:
-        raise InvalidInputError(
-            "dynamic_batch: expected 0 <= lowest <= highest and at least 1 as highest, got "
-            f"{bounds}"
-        )
-    for at, leaf in enumerate(leaves):
-        if leaf.dim() == 0:
-            raise InvalidInputError(f"example input {at}: a scalar has no batch dimension")
-
-
-def _two_samples(x: torch.Tensor) -> torch.Tensor:
-    # torch.export specialises a dimension of size 1: it must see at least 2.
-    return x[:1].expand(2, *x.shape[1:]).contiguous()
-
-
-def _check_module(module: Any) -> None:
-    if not isinstance(module, torch.nn.Module):
-        raise InvalidInputError(f"model: expected a torch.nn.Module, got {type(module).__name__}")
 
 
 def _export(module: torch.nn.Module, arguments: tuple[Any, ...], batch: Any) -> Any:
@@ -332,9 +291,17 @@ def _add_call(state: _State, node: Any) -> None:
     function = registry.CAPTURES.get(target)
     before = set(state.graph.net)
     try:
-        if function is None:
+        places = [_place_of(state, tensor) for tensor in _tensors(value)]
+        builder = _Builder(state, node.name, path)
+        if moved_batch.concerns(pytree.tree_leaves(arguments), places):
+            args, keywords = arguments
+            result = moved_batch.call(
+                builder, target, function, args, keywords, places, state.largest
+            )
+        elif function is None:
             raise _Refused(_why_unknown(target))
-        result = function(_Builder(state, node.name, path), *arguments[0], **arguments[1])
+        else:
+            result = function(builder, *arguments[0], **arguments[1])
         _check_result(state, node, result)
         _check_constants(state.graph, [name for name in state.graph.net if name not in before])
     except (_Refused, InvalidInputError) as refusal:
@@ -343,6 +310,19 @@ def _add_call(state: _State, node: Any) -> None:
         state.graph.remove(reversed(made))
         result = _add_torch_call(state, node, path, arguments, str(refusal))
     state.values[node.name] = result
+
+
+def _tensors(value: Any) -> Sequence[torch.Tensor]:
+    return value if isinstance(value, (list, tuple)) else [value]
+
+
+def _place_of(state: _State, tensor: torch.Tensor | None) -> moved_batch.Place | None:
+    """Where a result has its batch; None where it has none, or several."""
+    shape = () if tensor is None else tensor.shape
+    symbolic = [at for at, size in enumerate(shape) if isinstance(size, torch.SymInt)]
+    if len(symbolic) != 1:
+        return None
+    return moved_batch.Place(tuple(_number(state, size) for size in shape), symbolic[0])
 
 
 def _why_unknown(target: str) -> str:
@@ -376,7 +356,7 @@ def _check_result(state: _State, node: Any, result: Any) -> None:
     wanted = node.meta["val"]
     many = isinstance(result, (list, tuple))
     for value, tensor in zip(result, wanted, strict=False) if many else [(result, wanted)]:
-        if value is None:
+        if not isinstance(value, Value):
             continue
         got, truth = state.graph.spec(value), _spec_of(state, tensor)
         # Constants of other types may be indices.
@@ -390,7 +370,7 @@ def _check_result(state: _State, node: Any, result: Any) -> None:
 
 def _check_constants(graph: Graph, made: Sequence[str]) -> None:
     """Weights are packed when the plan is made: they must follow from parameters alone."""
-    for node in map(graph.node, made):
+    for node in filter(lambda node: node.is_compute, map(graph.node, made)):
         for slot in node.definition.packs(node.attributes):
             value = graph.inputs(node.name)[slot]
             behind = {value.node, *nx.ancestors(graph.net, value.node)}
@@ -409,12 +389,16 @@ def _add_torch_call(state: _State, node: Any, path: str, arguments: Any, reason:
         return Slot(len(inputs) - 1)
 
     args, kwargs = pytree.tree_map(slot, arguments)
-    wanted = node.meta["val"]
-    many = isinstance(wanted, (list, tuple))
+    many = isinstance(node.meta["val"], (list, tuple))
     try:
-        specs = tuple(_spec_of(state, x) for x in (wanted if many else [wanted]))
+        if any(isinstance(leaf, moved_batch.Moved) for leaf in pytree.tree_leaves((args, kwargs))):
+            raise _Refused(reason)
+        specs = tuple(_spec_of(state, x) for x in _tensors(node.meta["val"]))
     except _Refused as refusal:
-        raise CaptureError(f"{path}: {node.target}: {refusal}") from refusal
+        where = f"'{path}'" if path else "the top module"
+        raise UnsupportedOpError(
+            f"{where}: {node.target}: with a dynamic batch, {refusal}"
+        ) from None
     name = node.name if node.name not in state.graph else state.graph.fresh_name(node.name)
     attributes = TorchCall(node.target, args, tuple(kwargs.items()), reason)
     made = Node(name, TORCH, attributes, specs, module_path=path, origins=(name,))
@@ -432,6 +416,11 @@ def _add_output(state: _State, program: Any) -> None:
         if spec.kind is not OutputKind.USER_OUTPUT:
             continue  # What the module would write into its inputs: they are left as they are.
         value = _lookup(state, leaf)
+        if isinstance(value, moved_batch.Moved):
+            raise UnsupportedOpError(
+                f"output {len(results)}: with a dynamic batch, the batch must be in dimension 0, "
+                f"but is in dimension {value.at} of {value.shape}"
+            )
         if isinstance(value, Value):
             results.append(("tensor", len(outputs)))
             outputs.append(value)

@@ -302,6 +302,11 @@ def _capture_baddbmm(
     return _product(g, a, b, (*scale, Stage("add")), c)
 
 
+def _added(g: Builder, seen: torch.Tensor, dtype: torch.dtype) -> Any:
+    """A mask of what is seen as the numbers to add to scores: 0, or minus infinity."""
+    return g.add_constant(torch.zeros(seen.shape).masked_fill(~seen, -math.inf), dtype)
+
+
 def _capture_attention(
     g: Builder,
     q: Any,
@@ -316,16 +321,22 @@ def _capture_attention(
 ) -> Any:
     """softmax(q kᵀ · scale + mask) v."""
     spec = g.spec(q)
-    if dropout or is_causal or enable_gqa:
-        return g.refuse("attention with dropout, is_causal or enable_gqa")
-    if mask is not None and not g.spec(mask).dtype.is_floating_point:
-        return g.refuse("attention with a mask that is not added")
+    if dropout or enable_gqa:
+        return g.refuse("attention with dropout or enable_gqa")
     if not spec.rank == g.spec(k).rank == g.spec(v).rank >= 3:
         return g.refuse("attention of factors of different ranks, or without leading dimensions")
     dims = tuple(range(spec.rank))
     keys = g.apply("permute", (k,), Permute((*dims[:-2], dims[-1], dims[-2])))
     factor = 1 / math.sqrt(spec.shape[-1]) if scale is None else float(scale)
     stages: ep.Epilogue = (Stage("mul", literal=factor),)
+    if is_causal:
+        seen = torch.ones(spec.shape[-2], g.spec(k).shape[-2], dtype=torch.bool).tril()
+        mask = _added(g, seen, spec.dtype)
+    elif mask is not None and g.spec(mask).dtype is torch.bool:
+        seen = g.constant(mask)
+        if seen is None:
+            return g.refuse("attention with a mask of booleans that is computed; make it a buffer")
+        mask = _added(g, seen, spec.dtype)
     added = () if mask is None else (mask,)
     stages = (*stages, Stage("add")) if added else stages
     scores = _product(g, q, keys, stages, *added)

@@ -277,6 +277,10 @@ class Builder(Protocol):
         """The tensor behind a value that is known at compile time, or None."""
         ...
 
+    def add_constant(self, tensor: torch.Tensor, dtype: torch.dtype) -> Any:
+        """A new constant, which its readers see in `dtype`."""
+        ...
+
     def refuse(self, reason: str) -> Any:
         """Reports that this call is not supported (never returns)."""
         ...

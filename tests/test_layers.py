@@ -24,6 +24,7 @@ from torch import nn
 from . import nets
 
 X4, X3 = (2, 8, 6, 4), (2, 8, 6)
+SEEN = torch.arange(36).view(6, 6) % 4 != 1
 
 
 class Call(nn.Module):
@@ -146,6 +147,12 @@ PRODUCTS: dict[str, tuple[Callable[..., Any], tuple[tuple[int, ...], ...]]] = {
     "baddbmm": (
         lambda a, b, c: torch.baddbmm(c, a, b, alpha=0.5), ((3, 5, 4), (3, 4, 6), (3, 5, 6))
     ),
+    "attention, causal": (
+        lambda q, k: F.scaled_dot_product_attention(q, k, k, is_causal=True), (X4, (2, 8, 9, 4))
+    ),
+    "attention, seen": (
+        lambda q: F.scaled_dot_product_attention(q, q, q, SEEN), (X4,)
+    ),
     "attention, scaled and masked": (
         lambda q, mask: F.scaled_dot_product_attention(q, q, q, mask, scale=0.3),
         (X4, (2, 1, 6, 6)),
@@ -222,8 +229,11 @@ REFUSED: dict[str, tuple[Callable[..., Any], str]] = {
     "two indices": (lambda x: x[:, [0, 1], [2, 3]], "indexing of 2 dimensions"),
     "3-norm": (lambda x: x.norm(3, 1), "the 3"),
     "one number": (lambda x: x[:, :1].std(1), "the variance of 1 numbers"),
-    "causal": (
-        lambda x: F.scaled_dot_product_attention(x, x, x, is_causal=True), "is_causal"
+    "grouped queries": (
+        lambda x: F.scaled_dot_product_attention(x, x, x, enable_gqa=True), "enable_gqa"
+    ),
+    "computed mask": (
+        lambda x: F.scaled_dot_product_attention(x, x, x, torch.ones(6, 6).tril() > 0), "a buffer"
     ),
     "vector": (lambda x: x @ x[0, 0, 0], "products with vectors"),
 }  # fmt: skip

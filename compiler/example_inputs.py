@@ -1,0 +1,63 @@
+"""What a module's example inputs must be."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.utils import _pytree as pytree
+
+from ..errors import InvalidInputError
+from ..kernels.spec import FLOAT_DTYPES
+
+
+def check_example(arguments: tuple[Any, ...]) -> list[torch.Tensor]:
+    """The tensors of an example's arguments.
+
+    Raises: InvalidInputError where one is no tensor of floats with elements.
+    """
+    leaves = pytree.tree_leaves(arguments)
+    if not leaves:
+        raise InvalidInputError("example inputs: expected a tuple of tensors, got nothing")
+    for at, leaf in enumerate(leaves):
+        if not isinstance(leaf, torch.Tensor):
+            raise InvalidInputError(
+                f"example input {at}: expected a tensor, got {type(leaf).__name__}"
+            )
+        if leaf.dtype not in FLOAT_DTYPES:
+            raise InvalidInputError(
+                f"example input {at}: expected float32, float16 or bfloat16, got {leaf.dtype}"
+            )
+        if leaf.numel() == 0:
+            raise InvalidInputError(
+                f"example input {at}: expected at least one element, got shape {tuple(leaf.shape)}"
+                "; for empty batches pass an example of one and dynamic_batch=(0, highest)"
+            )
+    return leaves
+
+
+def check_range(bounds: tuple[int, int], leaves: list[torch.Tensor]) -> None:
+    """Raises: InvalidInputError for a range that makes no sense, or inputs without a batch."""
+    pair = isinstance(bounds, (tuple, list)) and len(bounds) == 2
+    if not pair or not all(isinstance(value, int) for value in bounds):
+        raise InvalidInputError(f"dynamic_batch: expected (lowest, highest), got {bounds!r}")
+    low, high = bounds
+    if not 0 <= low <= high or high < 1:
+        raise InvalidInputError(
+            "dynamic_batch: expected 0 <= lowest <= highest and at least 1 as highest, got "
+            f"{bounds}"
+        )
+    for at, leaf in enumerate(leaves):
+        if leaf.dim() == 0:
+            raise InvalidInputError(f"example input {at}: a scalar has no batch dimension")
+
+
+def two_samples(x: torch.Tensor) -> torch.Tensor:
+    """The input with a batch of two: torch.export specialises a dimension of size 1."""
+    return x[:1].expand(2, *x.shape[1:]).contiguous()
+
+
+def check_module(module: Any) -> None:
+    """Raises: InvalidInputError."""
+    if not isinstance(module, torch.nn.Module):
+        raise InvalidInputError(f"model: expected a torch.nn.Module, got {type(module).__name__}")
