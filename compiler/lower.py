@@ -26,6 +26,7 @@ from .interface import Port
 from .ir import CONSTANT, INPUT, OUTPUT, TORCH, Graph, Node, Value
 from .ledger import Ledger
 from .memory import ALIGNMENT, Buffer, Place
+from .packing import constant_place, packed_place
 from .plan import KernelStep, Plan, Step, TorchStep
 from .tuning.choose import Chooser, heuristic
 
@@ -224,7 +225,7 @@ def _plan_outputs(state: _Lowering) -> None:
 def _output_place(state: _Lowering, value: Value, at: int) -> Place:
     """Where the runtime finds output `at`: its own buffer, or wherever the value lies."""
     if state.graph.is_constant(value):
-        return _constant_place(state, value, state.graph.spec(value).dtype)
+        return constant_place(state, value, state.graph.spec(value).dtype)
     return state.places[value]
 
 
@@ -441,45 +442,12 @@ def _read(state: _Lowering, value: Value, node: Node, slot: int | None) -> Place
                 f"'{node.module_path}': {node.op} needs a constant as input {slot}, got the "
                 f"computed tensor {value} {state.graph.spec(value)}"
             )
-        return _packed_place(state, value, node, slot)
+        return packed_place(state, value, node, slot)
     if state.graph.is_constant(value):
         # Vectors of stages (bias, scale) stay fp32: they are few and read once.
         dtype = torch.float32 if node.op != TORCH else state.graph.spec(value).dtype
-        return _constant_place(state, value, dtype)
+        return constant_place(state, value, dtype)
     return state.places[value]
-
-
-def _constant_place(state: _Lowering, value: Value, dtype: torch.dtype) -> Place:
-    spec = state.graph.spec(value).with_(dtype=dtype)
-    short = str(dtype).removeprefix("torch.")
-    name = f"{value.node}.{short}"
-    if name not in state.buffers:
-        tensor = state.graph.constant(value).detach()
-        state.constants[name] = tensor.to(dtype).contiguous().reshape(-1).clone()
-        state.buffers[name] = Buffer(name, "constant", dtype, spec.size_bytes)
-    return Place(name, Operand.dense(spec))
-
-
-def _packed_place(state: _Lowering, value: Value, node: Node, slot: int) -> Place:
-    graph = state.graph
-    compute = graph.spec(value).dtype
-    short = str(compute).removeprefix("torch.")
-    tensor = graph.constant(value).detach()
-    pack = node.definition.packs(node.attributes)[slot]
-    packed = pack(node.attributes, tensor.to(compute))
-    # The order may depend on the attributes: nodes that share a weight may want it differently.
-    base = name = f"{value.node}.{node.op}{slot}.{short}"
-    copies = 1
-    while name in state.constants and not torch.equal(state.constants[name], packed):
-        copies += 1
-        name = f"{base}.{copies}"
-    if name not in state.buffers:
-        if packed.data_ptr() == tensor.data_ptr():
-            packed = packed.clone()
-        state.constants[name] = packed
-        size_bytes = packed.numel() * packed.element_size()
-        state.buffers[name] = Buffer(name, "constant", packed.dtype, size_bytes)
-    return Place(name, Operand.dense(graph.spec(value).with_(dtype=compute)))
 
 
 # Memory.

@@ -330,11 +330,10 @@ def _capture_attention(
     factor = 1 / math.sqrt(spec.shape[-1]) if scale is None else float(scale)
     stages: ep.Epilogue = (Stage("mul", literal=factor),)
     if is_causal:
-        seen = torch.ones(spec.shape[-2], g.spec(k).shape[-2], dtype=torch.bool).tril()
-        mask = _added(g, seen, spec.dtype)
+        triangle = torch.ones(spec.shape[-2], g.spec(k).shape[-2], dtype=torch.bool).tril()
+        mask = _added(g, triangle, spec.dtype)
     elif mask is not None and g.spec(mask).dtype is torch.bool:
-        seen = g.constant(mask)
-        if seen is None:
+        if (seen := g.constant(mask)) is None:
             return g.refuse("attention with a mask of booleans that is computed; make it a buffer")
         mask = _added(g, seen, spec.dtype)
     added = () if mask is None else (mask,)
