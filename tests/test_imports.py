@@ -127,7 +127,8 @@ def test_users_import_the_package_absolutely(path: Path) -> None:
         if isinstance(node, ast.ImportFrom) and node.level:
             assert node.level == 1, f"line {node.lineno} climbs out of {path.parent.name}/"
             beside = [node.module] if node.module else [alias.name for alias in node.names]
-            assert all((path.parent / f"{name}.py").exists() for name in beside)
+            files = [path.parent.joinpath(*name.split(".")) for name in beside]
+            assert all(file.is_dir() or file.with_suffix(".py").exists() for file in files)
 
 
 def test_the_reader_of_imports_sees_every_form() -> None:

@@ -290,7 +290,9 @@ class _Noise(torch.overrides.TorchFunctionMode):
         self.unit = ROUNDINGS * unit
         self.generator = torch.Generator().manual_seed(seed)
 
-    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None):  # type: ignore[no-untyped-def]
+    def __torch_function__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         result = function(*args, **(kwargs or {}))
         name = getattr(function, "__name__", "")
         is_number = isinstance(result, torch.Tensor) and result.dtype is torch.float64
