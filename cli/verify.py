@@ -107,8 +107,10 @@ def _file(options: argparse.Namespace) -> Subject:
     from ..compiler import parity
     from ..compiler.artifact.load import load
 
-    chosen: dict[str, Any] = {"dtype": None, "precision": "ieee", "passes": "default", "fallback": "error",
-              "force": [], "forbid": [], "weights": None}  # fmt: skip
+    chosen: dict[str, Any] = {
+        "dtype": None, "precision": "ieee", "passes": "default", "fallback": "error",
+        "force": [], "forbid": [], "weights": None,
+    }  # fmt: skip
     for name, default in chosen.items():
         if getattr(options, name) != default:
             raise InvalidInputError(

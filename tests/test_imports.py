@@ -128,8 +128,8 @@ def test_users_import_the_package_absolutely(path: Path) -> None:
         if isinstance(node, ast.ImportFrom) and node.level:
             assert node.level == 1, f"line {node.lineno} climbs out of {path.parent.name}/"
             beside = [node.module] if node.module else [alias.name for alias in node.names]
-            places = [path.parent / name.replace(".", "/") for name in beside]
-            assert all(place.is_dir() or place.with_suffix(".py").exists() for place in places)
+            files = [path.parent.joinpath(*name.split(".")) for name in beside]
+            assert all(file.is_dir() or file.with_suffix(".py").exists() for file in files)
 
 
 def test_the_reader_of_imports_sees_every_form() -> None:
