@@ -12,15 +12,13 @@ import torch
 from ..errors import KernelError
 from .interface import Port
 from .memory import Buffered, Memory
+from .streams import Action, Schedule, TorchStreams, play
 
 GRAPHS_KEPT = 8
 """CUDA graphs kept under a dynamic batch; the least recently used one goes first."""
 
 QUEUEING_CYCLES = 50_000_000
 """About 30 ms: longer than the host takes to queue the launches of any network of the zoo."""
-
-Action = tuple[str, Callable[[], None]]
-"""The name of a step, and one of its launches as a call without arguments."""
 
 
 class Ported(Buffered, Protocol):
@@ -34,15 +32,20 @@ class Ported(Buffered, Protocol):
 
 
 class GraphRunner:
-    """Runs a plan on this machine's GPU; `bind` gives its launches on some memory, in order."""
+    """Runs a plan on this machine's GPU; `bind` gives its launches on some memory, in order.
+
+    schedule: how they are spread over streams inside the CUDA graph; None: all in one.
+    """
 
     def __init__(
         self,
         plan: Ported,
         constants: Mapping[str, torch.Tensor],
         bind: Callable[[Memory], Sequence[Action]],
+        schedule: Schedule | None = None,
     ) -> None:
         self._plan, self._constants, self._bind = plan, constants, bind
+        self._schedule = schedule
         self._graphs: OrderedDict[int, _CapturedPlan] = OrderedDict()
 
     @property
@@ -63,7 +66,7 @@ class GraphRunner:
         """
         try:
             memory = Memory(self._plan, self._constants, batch)
-            return _CapturedPlan(self._plan, self._bind(memory), memory)
+            return _CapturedPlan(self._plan, self._bind(memory), memory, self._schedule)
         except torch.OutOfMemoryError as error:
             kept = len(self._graphs)
             self._graphs.clear()
@@ -83,7 +86,13 @@ class GraphRunner:
 class _CapturedPlan:
     """A plan bound to memory, recorded into a CUDA graph."""
 
-    def __init__(self, plan: Ported, actions: Sequence[Action], memory: Memory) -> None:
+    def __init__(
+        self,
+        plan: Ported,
+        actions: Sequence[Action],
+        memory: Memory,
+        schedule: Schedule | None = None,
+    ) -> None:
         self._plan, self._memory, self._actions = plan, memory, actions
         stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         stream.wait_stream(torch.cuda.current_stream())
@@ -95,6 +104,9 @@ class _CapturedPlan:
         torch.cuda.synchronize()
         self._graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self._graph):
+            if schedule is not None:
+                play(self._actions, schedule, TorchStreams(schedule.count))
+                return
             for _, action in self._actions:
                 action()
 
