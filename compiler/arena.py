@@ -7,10 +7,13 @@ time.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from .memory import Buffer
+
+Together = Callable[[str, str], bool]
+"""Whether two buffers must not share memory."""
 
 
 @dataclass(frozen=True)
@@ -22,31 +25,56 @@ class Lifetime:
     last: int
 
 
-def allocate(lifetimes: Mapping[str, Lifetime]) -> tuple[dict[str, int], int]:
-    """Offsets by name, and the size of the arena. Sizes must already be aligned."""
-    placed: list[tuple[int, int, Lifetime]] = []
+def allocate(
+    lifetimes: Mapping[str, Lifetime], together: Together | None = None
+) -> tuple[dict[str, int], int]:
+    """Offsets by name, and the size of the arena. Sizes must already be aligned.
+
+    together: for steps that do not follow each other in one line; else lifetimes tell.
+    """
+
+    def in_line(one: str, other: str) -> bool:
+        a, b = lifetimes[one], lifetimes[other]
+        return a.first <= b.last and b.first <= a.last
+
+    overlaps = together or in_line
+    placed: list[tuple[int, int, str]] = []
     offsets: dict[str, int] = {}
     order = sorted(lifetimes, key=lambda name: (-lifetimes[name].size, lifetimes[name].first, name))
     for name in order:
         wanted = lifetimes[name]
         offset = 0
         for start, end, other in placed:
-            overlaps = other.first <= wanted.last and wanted.first <= other.last
-            if overlaps and start < offset + wanted.size and offset < end:
+            if start < offset + wanted.size and offset < end and overlaps(name, other):
                 offset = end
         offsets[name] = offset
-        placed.append((offset, offset + wanted.size, wanted))
+        placed.append((offset, offset + wanted.size, name))
         placed.sort(key=lambda item: item[:2])
     total = max((offset + lifetimes[name].size for name, offset in offsets.items()), default=0)
     return offsets, total
 
 
-def place(buffers: dict[str, Buffer], first: Mapping[str, int], last: Mapping[str, int]) -> int:
+def place(
+    buffers: dict[str, Buffer],
+    steps: Sequence[Collection[str]],
+    kept: Collection[str],
+    together: Together | None = None,
+) -> int:
     """Gives the arena buffers their offsets; the size of all arenas at the largest batch.
 
-    first, last: the steps between which each is alive. Under a dynamic batch, buffers that do not
+    steps: the buffers that each touches, between the first and last of which a buffer is alive;
+    kept: those that are read afterwards. Under a dynamic batch, buffers that do not
     scale with it ("fixed") have an arena of their own, so that offsets in the other one scale too.
     """
+    first: dict[str, int] = {}
+    last: dict[str, int] = {}
+    for position, touched in enumerate(steps):
+        for name in touched:
+            first.setdefault(name, position)
+            last[name] = position
+    for name in kept:
+        first.setdefault(name, 0)
+        last[name] = len(steps)
     dynamic = any(buffer.batch is not None for buffer in buffers.values())
     total = 0
     for kind in ("arena", "fixed"):
@@ -57,7 +85,7 @@ def place(buffers: dict[str, Buffer], first: Mapping[str, int], last: Mapping[st
             and ("fixed" if dynamic and buffer.batch is None else "arena") == kind
         ]
         lifetimes = {b.name: Lifetime(b.size_bytes, first[b.name], last[b.name]) for b in members}
-        offsets, size = allocate(lifetimes)
+        offsets, size = allocate(lifetimes, together)
         for buffer in members:
             buffers[buffer.name] = replace(buffer, kind=kind, offset=offsets[buffer.name])
         total += size

@@ -15,15 +15,13 @@ import torch
 from ..errors import KernelError
 from .interface import Port
 from .memory import Buffered, Memory
+from .streams import Action, Schedule, TorchStreams, play
 
 GRAPHS_KEPT = 8
 """CUDA graphs kept under a dynamic batch; the least recently used one goes first."""
 
 QUEUEING_CYCLES = 50_000_000
 """About 30 ms: longer than the host takes to queue the launches of any network of the zoo."""
-
-Action = tuple[str, Callable[[], None]]
-"""The name of a step, and one of its launches as a call without arguments."""
 
 
 class Ported(Buffered, Protocol):
@@ -39,6 +37,8 @@ class Ported(Buffered, Protocol):
 class GraphRunner:
     """Runs a plan on this machine's GPU; `bind` gives its launches on some memory, in order.
 
+    schedule: how they are spread over streams inside the CUDA graph; None: all in one.
+
     One thread at a time, the others wait; and on the device a call waits for the one before, which
     another thread may have queued on a stream of its own. After a fault of the device the runner is
     dead: every CUDA call of the process fails from then on.
@@ -49,8 +49,10 @@ class GraphRunner:
         plan: Ported,
         constants: Mapping[str, torch.Tensor],
         bind: Callable[[Memory], Sequence[Action]],
+        schedule: Schedule | None = None,
     ) -> None:
         self._plan, self._constants, self._bind = plan, constants, bind
+        self._schedule = schedule
         self._graphs: OrderedDict[int, _CapturedPlan] = OrderedDict()
         self._lock = threading.Lock()
         self._before: Any = None
@@ -80,7 +82,7 @@ class GraphRunner:
     def _capture(self, batch: int) -> _CapturedPlan:
         """The plan in memory of its own for a batch."""
         memory = Memory(self._plan, self._constants, batch)
-        return _CapturedPlan(self._plan, self._bind(memory), memory)
+        return _CapturedPlan(self._plan, self._bind(memory), memory, self._schedule)
 
     @contextmanager
     def _watched(self, call: str) -> Iterator[None]:
@@ -146,7 +148,13 @@ def _is_fault(error: Exception) -> bool:
 class _CapturedPlan:
     """A plan bound to memory, recorded into a CUDA graph."""
 
-    def __init__(self, plan: Ported, actions: Sequence[Action], memory: Memory) -> None:
+    def __init__(
+        self,
+        plan: Ported,
+        actions: Sequence[Action],
+        memory: Memory,
+        schedule: Schedule | None = None,
+    ) -> None:
         self._plan, self._memory, self._actions = plan, memory, actions
         stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         stream.wait_stream(torch.cuda.current_stream())
@@ -166,6 +174,9 @@ class _CapturedPlan:
         torch.cuda.current_stream().wait_stream(stream)
         self._graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self._graph):
+            if schedule is not None:
+                play(self._actions, schedule, TorchStreams(schedule.count))
+                return
             for _, action in self._actions:
                 action()
 

@@ -18,8 +18,8 @@ from ..kernels.op import Config, Launch, Op, Problem, Ref
 from ..kernels.parts import Rearrange
 from ..kernels.spec import Operand, TensorSpec
 from ..kernels.targets import Target
-from ..settings import PROGRAMMATIC
-from . import wishes
+from ..settings import BRANCHES, PROGRAMMATIC
+from . import branches, wishes
 from .arena import place
 from .capture import TorchCall
 from .interface import Port
@@ -99,7 +99,7 @@ def lower(graph: Graph, captured: Graph, options: Options, ledger: Ledger) -> Pl
         Port(f"output{at}", graph.spec(value), _output_place(state, value, at))
         for at, value in enumerate(graph.outputs())
     )
-    arena_bytes = _place_in_arena(state)
+    arena_bytes, streams = _place_in_arena(state)
     ledger.close(captured, graph, state.kernels)
     batches = [node.spec.batch for node in graph.graph_inputs() if node.spec.batch is not None]
     return Plan(
@@ -117,6 +117,7 @@ def lower(graph: Graph, captured: Graph, options: Options, ledger: Ledger) -> Pl
         views=state.views,
         precision=options.precision,
         in_place=options.elide_concats,
+        streams=streams,
     )
 
 
@@ -336,11 +337,13 @@ def _launches(
 
 
 def _scratch(state: _Lowering, node: Node, launches: tuple[Launch, ...]) -> dict[Ref, str]:
-    """Buffers for what a step's programs exchange. All steps share what each leaves zeroed."""
+    """Buffers for what a step's programs exchange. All steps in one stream share what each leaves
+    zeroed."""
     buffers: dict[Ref, str] = {}
     for launch in launches:
         for index, wanted in enumerate(launch.scratch):
-            name = "zeroed" if wanted.zeroed else f"{node.name}.scratch{index}"
+            shared = wanted.zeroed and not _branches(state)
+            name = "zeroed" if shared else f"{node.name}.scratch{index}"
             size_bytes = _rounded(wanted.elements * wanted.dtype.itemsize, None)
             if name in state.buffers:
                 size_bytes = max(size_bytes, state.buffers[name].size_bytes)
@@ -453,22 +456,15 @@ def _read(state: _Lowering, value: Value, node: Node, slot: int | None) -> Place
 # Memory.
 
 
-def _touched(step: Step) -> list[str]:
-    if isinstance(step, TorchStep):
-        return [place.buffer for place in (*step.inputs, *step.outputs)]
-    return list(step.buffers.values())
+def _place_in_arena(state: _Lowering) -> tuple[int, tuple[int, ...]]:
+    """Assigns arena offsets; the arenas' size at the largest batch, and the steps' streams."""
+    outputs = enumerate(state.graph.outputs())
+    kept = [_output_place(state, value, at).buffer for at, value in outputs]
+    used = [[touch.buffer for touch in branches.touches(step)] for step in state.steps]
+    streams = branches.streams(state.steps) if _branches(state) else ()
+    together = branches.keep_apart(state.steps, streams, kept) if streams else None
+    return place(state.buffers, used, kept, together), streams
 
 
-def _place_in_arena(state: _Lowering) -> int:
-    """Assigns arena offsets by liveness; returns the arenas' size at the largest batch."""
-    first: dict[str, int] = {}
-    last: dict[str, int] = {}
-    for position, step in enumerate(state.steps):
-        for name in _touched(step):
-            first.setdefault(name, position)
-            last[name] = position
-    for at, value in enumerate(state.graph.outputs()):
-        name = _output_place(state, value, at).buffer
-        first.setdefault(name, 0)
-        last[name] = len(state.steps)
-    return place(state.buffers, first, last)
+def _branches(state: _Lowering) -> bool:
+    return BRANCHES in state.launch and state.target.is_gpu

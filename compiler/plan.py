@@ -57,7 +57,8 @@ class Plan:
     """Everything the runtime needs except the machine code.
 
     precision, in_place: of the `Options` it was lowered with; a file that is loaded for another
-    target is lowered with them again.
+    target is lowered with them again. streams: of each step, where independent ones may run side by
+    side (`branches.py`); empty where all run in one.
     """
 
     target: Target
@@ -75,6 +76,7 @@ class Plan:
     notes: Mapping[str, str] = field(default_factory=dict)
     precision: str = "ieee"
     in_place: bool = True
+    streams: tuple[int, ...] = ()
 
     @property
     def kernels(self) -> tuple[tuple[KernelStep, Launch], ...]:

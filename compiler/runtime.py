@@ -21,11 +21,13 @@ from ..errors import KernelError, TargetUnavailableError
 from ..kernels import execute, interpreter, offline
 from ..kernels.op import Launch, Ref
 from ..kernels.targets import Target
-from .cuda_graphs import Action, GraphRunner
+from .branches import schedule
+from .cuda_graphs import GraphRunner
 from .evaluate import call_torch, evaluate
 from .ir import Graph, Value
 from .memory import Memory, Place
 from .plan import KernelStep, Plan, Step, TorchStep
+from .streams import Action
 
 Observer = Callable[[Step, torch.Tensor], None]
 
@@ -139,7 +141,8 @@ class CudaRunner(GraphRunner):
         requests = compile_requests(plan, target)
         offline.compile_all(requests)
         compiled = [offline.compile_request(wanted) for wanted in requests]
-        super().__init__(plan, constants_on(plan, device), partial(bind_plan, plan, compiled))
+        bind = partial(bind_plan, plan, compiled)
+        super().__init__(plan, constants_on(plan, device), bind, schedule(plan))
 
 
 def bind_plan(plan: Plan, compiled: Sequence[Any], memory: Memory) -> list[Action]:

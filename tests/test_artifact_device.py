@@ -13,7 +13,7 @@ from typing import Any
 import convloom
 import pytest
 import torch
-from convloom.compiler import api, cuda_graphs, runtime
+from convloom.compiler import api, cuda_graphs, runtime, streams
 from convloom.compiler.artifact import device as gpu
 from convloom.compiler.artifact import load as loading
 from convloom.compiler.artifact.program import Program
@@ -305,7 +305,7 @@ def test_a_call_goes_to_the_program_of_its_batch(
     def runner(artifact: Artifact, program: Program, by_ptx: bool) -> CpuRunner:
         kernels = gpu.load_kernels(driver, program, artifact.code, by_ptx)
 
-        def bind(memory: Memory) -> list[cuda_graphs.Action]:
+        def bind(memory: Memory) -> list[streams.Action]:
             used.append(program.batches)
             return gpu.bind(driver, program, kernels, memory, lambda: 0)
 

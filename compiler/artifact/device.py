@@ -19,8 +19,9 @@ import torch
 
 from ...errors import KernelError, TargetUnavailableError
 from ...kernels import targets
-from ..cuda_graphs import Action, GraphRunner
+from ..cuda_graphs import GraphRunner
 from ..memory import Memory
+from ..streams import Action
 from .check import PROMISE
 from .program import ROWS, Call, Image, Program
 from .read import Artifact
