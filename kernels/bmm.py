@@ -333,10 +333,10 @@ def _capture_attention(
         seen = torch.ones(spec.shape[-2], g.spec(k).shape[-2], dtype=torch.bool).tril()
         mask = _added(g, seen, spec.dtype)
     elif mask is not None and g.spec(mask).dtype is torch.bool:
-        seen = g.constant(mask)
-        if seen is None:
+        known = g.constant(mask)
+        if known is None:
             return g.refuse("attention with a mask of booleans that is computed; make it a buffer")
-        mask = _added(g, seen, spec.dtype)
+        mask = _added(g, known, spec.dtype)
     added = () if mask is None else (mask,)
     stages = (*stages, Stage("add")) if added else stages
     scores = _product(g, q, keys, stages, *added)
