@@ -14,6 +14,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 import torch
@@ -50,7 +51,13 @@ SHAPES: dict[str, dict[str, Any]] = {
     "stem_input": {**STEM, "left": 3, "right": 3},
     "linear": {"C": 4096, "K": 1000},
     "head": {"C": 2048, "image": (7, 7), "widths": (1000,), "average": True},
+    "small_net": {
+        "C": 1, "image": (32, 32), "filters": (6, 16), "filter": (5, 5), "padding": (0, 0, 0, 0),
+        "average": True, "widths": (120, 84, 10),
+    },
+    "bmm": {"shape": (2, 8, 196, 64, 196), "read": ("heads", "heads")},
     "permute": {"seed": 3},
+    "flip": {"dims": (3,)},
     "slice": {"cut": 1},
     "concat": {"count": 2, "seed": 2},
     "max_pool2d": {"stride": (2, 2), "image": (112, 112)},
@@ -65,6 +72,8 @@ SHAPES: dict[str, dict[str, Any]] = {
     "adaptive_avg_pool3d": {"size": (2, 7, 7)},
     "adaptive_max_pool3d": {"size": (2, 7, 7)},
     "local_response_norm": {"size": 5},
+    "upsample_nearest": {"image": (28, 28), "scale": 2.0},
+    "upsample_linear": {"image": (28, 28), "scale": 2.0},
     "lrn_pool": {"size": 5, "stride": (2, 2), "padding": (0, 0)},
 }
 """Values that an op has of its own."""
@@ -73,6 +82,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "conv2d depthwise": ("conv2d", {"depthwise": True, "C": 128}),
 }
 """Further rows: ops whose kernel depends on the attributes."""
+LONGEST_PROBLEM = 240
 SMALL_MB = 10.0
 """Problems up to this size are counted as they are."""
 
@@ -183,14 +193,15 @@ def markdown(rows: list[Row]) -> str:
         "only rank. The least bytes touch every tensor once; reads and writes are multiples of "
         "that, counted on a smaller problem under the same configuration: reads above 1 are "
         "overlapping windows and operands that several programs share, and come from the L2 cache; "
-        "writes above 1 are the partial sums of split products.",
+        "writes above 1 are the partial sums of split products, and what the layers of a small "
+        "network hand on, which is much more than its input and output.",
         "",
         "| op | problem | least MB | reads | writes | modelled us | measured us |",
         "|---|---|---|---|---|---|---|",
     ]
     for r in rows:
         measured = "not measured" if r.measured_us is None else f"{r.measured_us:.1f}"
-        problem = r.problem.replace("|", "\\|")
+        problem = shorten(r.problem.replace("|", "\\|"), LONGEST_PROBLEM, placeholder=" ...")
         lines.append(
             f"| {r.op} | {problem} | {r.least_mb:.2f} | {r.reads:.2f} | {r.writes:.2f} "
             f"| {r.modelled_us:.1f} | {measured} |"

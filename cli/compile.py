@@ -26,7 +26,7 @@ def configure(commands: SubParsers) -> None:
         description="Compiles a zoo model and lists its kernels; for a GPU generation (no GPU "
         "needed) with the registers, memory and instructions that the machine code uses. With -o "
         "it writes a file that runs without being compiled again.",
-        parents=[compile_options(several=True), json_option()],
+        parents=[compile_options(several=True, slide=True), json_option()],
     )
     parser.add_argument("name", metavar="NAME", help=models.NAME_HELP)
     parser.add_argument(

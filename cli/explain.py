@@ -32,7 +32,7 @@ def configure(commands: SubParsers) -> None:
         description="Prints, for every captured op of a zoo model, the kernel that computes it, "
         "the rules that put it there, the rules that declined and why, and what that saves; or "
         "draws it; or compares two compilations; or prints the code of one kernel.",
-        parents=[compile_options(), json_option()],
+        parents=[compile_options(slide=True), json_option()],
     )
     parser.add_argument("name", metavar="NAME", nargs="?", help=files.NAME_HELP)
     parser.add_argument("--html", metavar="FILE", type=Path, help="a picture to look around in")
@@ -127,7 +127,7 @@ def _measured(options: argparse.Namespace) -> _Planned:
     from .. import zoo
 
     executable = _compiled(options)
-    x = torch.zeros(options.batch, *zoo.entry(options.name).input_shape)
+    x = torch.zeros(options.batch, *models.seen(zoo.entry(options.name), options).input_shape)
     with output.working(f"running {options.name} kernel by kernel"):
         executable.profile(x.cuda() if executable.target.is_gpu else x)
     return _Planned(options.name, executable.graph, executable.plan, executable.ledger)

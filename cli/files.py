@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +27,7 @@ CHOICES: dict[str, Any] = {
     "forbid": [],
     "weights": None,
     "batch": 1,
+    "slide": None,
 }
 """Options of a compilation, and what they are where nobody chose."""
 
@@ -70,8 +72,6 @@ def pictured(artifact: Artifact) -> ZooModel:
     Raises: InvalidInputError where its only input is no image.
     """
     model = artifact.document.model
-    if model in zoo.names():
-        return zoo.entry(model)
     inputs = artifact.programs[0].inputs
     shape = inputs[0].spec.shape
     if len(inputs) != 1 or len(shape) != 4:
@@ -79,7 +79,10 @@ def pictured(artifact: Artifact) -> ZooModel:
             f"'{artifact.path}': expected a network of one image, it takes "
             f"{', '.join(str(port.spec) for port in inputs)}; load it in Python"
         )
-    return zoo.ZooModel(model, "", (shape[1], shape[2], shape[3]), 0, "")
+    image = (shape[1], shape[2], shape[3])
+    if model in zoo.names():
+        return replace(zoo.entry(model), input_shape=image)  # Larger where it slides.
+    return zoo.ZooModel(model, "", image, 0, "")
 
 
 def facts(artifact: Artifact) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from contextlib import redirect_stdout
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from .. import zoo
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from ..compiler.ir import Graph
     from ..compiler.ledger import Ledger
     from ..compiler.plan import Plan
+    from ..zoo import ZooModel
 
 SEED = 0
 NAME_HELP = "a model of the zoo (see `convloom zoo`)"
@@ -109,7 +111,20 @@ def _choices(options: argparse.Namespace) -> dict[str, Any]:
         "fallback": options.fallback,
         "force": options.force,
         "forbid": options.forbid,
+        "slide": slide(options),
     }
+
+
+def slide(options: argparse.Namespace) -> tuple[int, int] | None:
+    """`--slide`, where the sub-command has it."""
+    size: tuple[int, int] | None = getattr(options, "slide", None)
+    return size
+
+
+def seen(entry: ZooModel, options: argparse.Namespace) -> ZooModel:
+    """The model with the images that it takes: larger ones than its own under `--slide`."""
+    size = slide(options)
+    return entry if size is None else replace(entry, input_shape=(entry.input_shape[0], *size))
 
 
 def run(executable: Executable | LoadedExecutable, x: torch.Tensor) -> torch.Tensor:

@@ -22,10 +22,13 @@ def json_option() -> argparse.ArgumentParser:
     return parent
 
 
-def compile_options(batch: bool = True, several: bool = False) -> argparse.ArgumentParser:
+def compile_options(
+    batch: bool = True, several: bool = False, slide: bool = False
+) -> argparse.ArgumentParser:
     """What decides how a model is compiled; `batch=False` where the input decides the batch.
 
     several: more than one target and more than one batch or range of batches may be given.
+    slide: whether the model may be made to slide over larger images.
     """
     parent = argparse.ArgumentParser(add_help=False)
     group = parent.add_argument_group("compilation")
@@ -64,6 +67,13 @@ def compile_options(batch: bool = True, several: bool = False) -> argparse.Argum
             default=[],
             help=f'fusions to {what}: "conv-pool", "layer1.*", "conv-pool@layer1.*"',
         )
+    if slide:
+        group.add_argument(
+            "--slide",
+            type=_height_and_width,
+            metavar="HxW",
+            help="take images of this size, larger than the model's own, and give a map of results",
+        )
     if several:
         group.add_argument(
             "--batch",
@@ -73,9 +83,7 @@ def compile_options(batch: bool = True, several: bool = False) -> argparse.Argum
             help="images per call, or a range of them such as 1-32 (default: 1)",
         )
     elif batch:
-        group.add_argument(
-            "--batch", type=positive, default=1, help="images per call (default: 1)"
-        )
+        group.add_argument("--batch", type=positive, default=1, help="images per call (default: 1)")
     return parent
 
 
@@ -84,6 +92,13 @@ def positive(text: str) -> int:
     if not text.isdigit() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"expected a positive integer, got {text!r}")
     return int(text)
+
+
+def _height_and_width(text: str) -> tuple[int, int]:
+    height, cross, width = text.lower().partition("x")
+    if not cross:
+        raise argparse.ArgumentTypeError(f"expected HEIGHTxWIDTH, such as 320x480, got {text!r}")
+    return positive(height), positive(width)
 
 
 def _batches(text: str) -> int | tuple[int, int]:

@@ -29,7 +29,7 @@ def configure(commands: SubParsers) -> None:
         help="run a model on an image or an array",
         description="Compiles a zoo model, runs it on an image file or a .npy array, and prints "
         "the five likeliest classes by index, or writes the output to a .npy file.",
-        parents=[shared.compile_options(batch=False), shared.json_option()],
+        parents=[shared.compile_options(batch=False, slide=True), shared.json_option()],
     )
     parser.add_argument("name", metavar="NAME", help=files.NAME_HELP)
     parser.add_argument("input", metavar="INPUT", type=Path, help="an image, or a .npy file")
@@ -69,12 +69,15 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _compiled(options: argparse.Namespace) -> tuple[ZooModel, torch.Tensor, Executable]:
+    import torch
+
     entry = zoo.entry(options.name)
     target = shared.target(options)
-    x = inputs.read_input(options.input, entry)
+    x = inputs.read_input(options.input, models.seen(entry, options))
     model = models.build(entry.name, options.weights)
+    example = torch.zeros(x.shape[0], *entry.input_shape)
     with output.working(f"compiling {entry.name} for {target}"):
-        return entry, x, models.compile_for(model, x, target=target, options=options)
+        return entry, x, models.compile_for(model, example, target=target, options=options)
 
 
 def _loaded(options: argparse.Namespace) -> tuple[ZooModel, torch.Tensor, LoadedExecutable]:

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 from typing import Any
 
 import convloom
+import numpy as np
 import pytest
 import torch
 from convloom import zoo
+from convloom.cli.main import main
 from convloom.errors import InvalidInputError, UnsupportedOpError
+from PIL import Image
 from torch import Tensor, nn
 
 from . import nets
@@ -125,6 +129,59 @@ def test_global_averages_become_windows(how: str) -> None:
     torch.testing.assert_close(slid(module, (3, 9, 9), x)(x), wanted, rtol=1e-4, atol=1e-5)
 
 
+class Upsampled(nn.Module):
+    """Layers that look at one pixel, or at its channels, after an enlargement."""
+
+    def __init__(self, **how: Any) -> None:
+        super().__init__()
+        self.enter, self.norm = nn.Conv2d(3, 8, 3, 2), nn.BatchNorm2d(8)
+        self.up, self.middle = nn.Upsample(**how), nn.Conv2d(8, 8, 2, groups=2)
+        self.head = nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = nn.functional.normalize(torch.relu(self.norm(self.enter(x))), dim=1)
+        y = self.up(y)
+        centred = y - y.mean(1, keepdim=True)
+        y = y + centred / (y.var(1, correction=0, keepdim=True) + 1e-5).sqrt()
+        result: Tensor = self.head(torch.relu(self.middle(y)).mean((2, 3)))
+        return result
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize(
+    "how", [{"scale_factor": 2}, {"scale_factor": 1.5}, {"size": (6, 8)}], ids=str
+)
+def test_upsampling_goes_on_by_its_scale(how: dict[str, Any]) -> None:
+    """A crop of 9x9 has 4x4 pixels after the first layer; two of them are whole ones again."""
+    module = nets.randomise(Upsampled(**how))
+    (x,) = nets.inputs_of((2, 3, 17, 13))
+    wanted, _ = crop_by_crop(module, x, (9, 9), step=4)
+    exe = slid(module, (3, 9, 9), x)
+    rows, columns = ({"1.5": 3, "2": 4}.get(str(how.get("scale_factor")), at) for at in (3, 4))
+    torch.testing.assert_close(exe(x)[:, :, ::rows, ::columns], wanted, rtol=1e-4, atol=1e-4)
+
+
+COMMAND = ("--target", "reference", "--slide", "36x40")
+
+
+def test_the_command_line_slides(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """compile, explain and run; LeNet-5 steps by four pixels."""
+    page = tmp_path / "page.png"
+    Image.new("L", (40, 36), 255).save(page)
+    written = tmp_path / "y.npy"
+    assert main(["compile", "lenet5", *COMMAND, "--json"]) == 0
+    assert main(["explain", "lenet5", *COMMAND]) == 0
+    assert "conv2d" in capsys.readouterr().out
+    assert main(["run", "lenet5", str(page), *COMMAND, "--output", str(written)]) == 0
+    assert np.load(written).shape == (1, 10, 2, 3)
+    small = ["compile", "lenet5", "--target", "reference", "--slide", "20x40"]
+    assert main(small) == 2
+    assert "expected a size of at least (32, 32)" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main([*small[:-1], "20"])
+    assert "expected HEIGHTxWIDTH" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("name", ["alexnet", "resnet18"])
 def test_models_of_the_zoo_slide(name: str) -> None:
     """AlexNet's classifier needs one image of 227x227; 291x323 hold 3 x 4 of its positions."""
@@ -159,6 +216,15 @@ def test_what_cannot_slide_is_refused() -> None:
     pools = nn.Sequential(nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(12, 2))
     message = refused(UnsupportedOpError, pools, (1, 3, 6, 6), (9, 9))
     assert re.match(r"slide: '0': adaptive_avg_pool2d\(.*only an average or maximum", message)
+    corners = nn.Upsample(scale_factor=2, mode="bilinear", align_corners=True)
+    message = refused(UnsupportedOpError, nn.Sequential(corners), (1, 3, 6, 6), (9, 9))
+    assert re.match(r"slide: '0': upsample_linear\(.*align_corners looks for", message)
+    half = nn.Upsample(scale_factor=1.5)
+    message = refused(UnsupportedOpError, nn.Sequential(half), (1, 3, 6, 6), (9, 9))
+    assert message.endswith("9 pixels do not become a whole number as 6 become 9")
+    for norm in (nn.GroupNorm(1, 3), nn.InstanceNorm2d(3), nn.LayerNorm((3, 6, 6))):
+        message = refused(UnsupportedOpError, nn.Sequential(norm), (1, 3, 6, 6), (9, 9))
+        assert re.match(r"slide: '0': normalize\(.*join pixels of the whole image", message)
     rows = nn.Sequential(nn.Flatten(2), nn.Linear(36, 2))
     message = refused(UnsupportedOpError, rows, (1, 3, 6, 6), (9, 9))
     assert re.match(r"slide: '0': reshape\(.*depends on the size of the image", message)

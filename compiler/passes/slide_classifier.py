@@ -20,13 +20,15 @@ from typing import NoReturn
 from ...errors import InvalidInputError, UnsupportedOpError
 from ...kernels.adaptive_pool import AdaptivePool2d
 from ...kernels.conv2d import Conv2d
-from ...kernels.movement import Concat, Permute, Reshape, Slice
+from ...kernels.movement import Concat, Expand, Permute, Reshape, Slice
+from ...kernels.normalize import Normalize
 from ...kernels.op import Attributes
 from ...kernels.pointwise import Pointwise
 from ...kernels.pool_window import AvgPool2d, MaxPool2d
 from ...kernels.reduce import Reduce
 from ...kernels.softmax import Softmax
 from ...kernels.spec import TensorSpec
+from ...kernels.upsample import CORNERS, Upsample, step_of
 from ..ir import CONSTANT, INPUT, OUTPUT, Graph, Node, Value
 from ..ledger import Ledger
 from .recognise import recognise_composites
@@ -172,14 +174,43 @@ def _of_images(state: _State, node: Node, given: list[_Slid]) -> None:
     across = isinstance(attributes, (Concat, Slice, Softmax)) and attributes.dim == 1
     if isinstance(attributes, Permute):  # Of the groups of a channel shuffle, say.
         across = attributes.dims[-2:] == (x.rank - 2, x.rank - 1)
+    if isinstance(attributes, Normalize):  # Over the channels of every pixel.
+        across = attributes.dims == (1,)
+    if isinstance(attributes, Expand):
+        across = attributes.shape[-2:] == (-1, -1)
+    if isinstance(attributes, Reduce):
+        across = attributes.dims == (1,) and attributes.keepdim
     if node.op in SLIDING or isinstance(attributes, Pointwise) or across:
         _as_it_is(state, node, given)
+    elif isinstance(attributes, Upsample):
+        _upsampled(state, node, given, x)
+    elif isinstance(attributes, Normalize):
+        _refuse(node, f"its statistics join pixels of the whole image {x}")
     elif isinstance(attributes, (AdaptivePool2d, Reduce)):
         _whole_image(state, node, given, x)
     elif isinstance(attributes, Reshape):
         _reshaped(state, node, given, x)
     else:
         _refuse(node, "its meaning depends on the size of the image")
+
+
+def _upsampled(state: _State, node: Node, given: list[_Slid], x: TensorSpec) -> None:
+    """Upsampling by a scale goes on by that scale, whose fp32 step a given size has as well."""
+    attributes = node.attributes
+    assert isinstance(attributes, Upsample)
+    if attributes.rule == CORNERS:
+        _refuse(node, "align_corners looks for the corners of the whole image")
+    size = []
+    now = state.new.spec(given[0].value).shape[2:]
+    for old, made, step, new in zip(
+        x.shape[2:], attributes.size, attributes.steps, now, strict=True
+    ):
+        if step != step_of(old, made, corners=False, scale=None) or new * made % old:
+            _refuse(node, f"{new} pixels do not become a whole number as {old} become {made}")
+        size.append(new * made // old)
+    resized = replace(attributes, size=tuple(size))
+    value = _add(state, node, node.op, [slid.value for slid in given], resized)
+    _know(state, node, value)
 
 
 def _whole_image(state: _State, node: Node, given: list[_Slid], x: TensorSpec) -> None:
@@ -233,8 +264,10 @@ def _of_vectors(state: _State, node: Node, given: list[_Slid]) -> None:
         _refuse(node, f"reads features {features} that no linear layer has made a vector of")
     elif isinstance(attributes, Reshape):
         _unflatten(state, node, given[0], features)
-    elif isinstance(attributes, Pointwise) or node.op == "batch_norm" or (
-        isinstance(attributes, (Concat, Slice, Softmax)) and attributes.dim == 1
+    elif (
+        isinstance(attributes, Pointwise)
+        or node.op == "batch_norm"
+        or (isinstance(attributes, (Concat, Slice, Softmax)) and attributes.dim == 1)
     ):
         inputs = [_per_channel(state, node, slid) for slid in given]
         value = _add(state, node, node.op, inputs, attributes)
