@@ -335,7 +335,7 @@ def _capture_attention(
     elif mask is not None and g.spec(mask).dtype is torch.bool:
         if (seen := g.constant(mask)) is None:
             return g.refuse("attention with a mask of booleans that is computed; make it a buffer")
-        mask = _added(g, known, spec.dtype)
+        mask = _added(g, seen, spec.dtype)
     added = () if mask is None else (mask,)
     stages = (*stages, Stage("add")) if added else stages
     scores = _product(g, q, keys, stages, *added)
