@@ -20,7 +20,7 @@ COMMON = {
     "print_blob": True,
     "suppress_health_check": [HealthCheck.too_slow, HealthCheck.filter_too_much],
 }
-settings.register_profile("quick", max_examples=8, **COMMON)
+settings.register_profile("quick", max_examples=5, **COMMON)
 settings.register_profile("thorough", max_examples=200, **COMMON)
 settings.load_profile("quick")
 

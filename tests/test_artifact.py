@@ -414,7 +414,7 @@ def _compile_and_save(path: str) -> None:
     small("cuda:sm_86").save(path)
 
 
-@pytest.mark.parametrize("method", ["spawn", "fork"])
+@pytest.mark.parametrize("method", [pytest.param("spawn", marks=pytest.mark.slow), "fork"])
 def test_four_processes_share_a_cache(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str
 ) -> None:
