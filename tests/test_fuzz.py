@@ -23,7 +23,8 @@ from .fuzz.grammar import GROUP, generate
 from .fuzz.program import Program, Statement, merged
 from .fuzz.shrink import candidates, shrink
 
-SEEDS, MORE_SEEDS, SOME = 500, 3000, 150
+FEW, SEEDS, MORE_SEEDS, SOME = 100, 500, 3000, 150
+"""Seeds of every run, those that reach every op, and those that are there for whoever has time."""
 ROOT = Path(__file__).resolve().parent.parent
 
 reached: dict[int, set[str]] = {}
@@ -34,18 +35,19 @@ def run(first: int) -> None:
 
 
 @pytest.mark.interpreter
-@pytest.mark.parametrize("first", range(0, SEEDS, GROUP))
+@pytest.mark.parametrize("first", range(0, FEW, GROUP))
 def test_random_networks_hold_the_contract(first: int) -> None:
     run(first)
 
 
 @pytest.mark.slow
 @pytest.mark.interpreter
-@pytest.mark.parametrize("first", range(SEEDS, MORE_SEEDS, GROUP))
+@pytest.mark.parametrize("first", range(FEW, MORE_SEEDS, GROUP))
 def test_more_random_networks_hold_the_contract(first: int) -> None:
     run(first)
 
 
+@pytest.mark.slow
 @pytest.mark.interpreter
 def test_the_seeds_reach_every_op() -> None:
     for first in range(0, SEEDS, GROUP):
