@@ -203,6 +203,8 @@ def test_an_interrupted_compilation_leaves_the_cache_right(
 ) -> None:
     monkeypatch.setenv("CONVLOOM_CACHE_DIR", str(tmp_path))
     before = triton.knobs.cache.dir
+    # What was read before in this process would not be read again.
+    offline.report.cache_clear()
     plan = plan_of(nn.ReLU(), 2, 3)
     (request,) = [
         offline.request(launch, lambda ref: torch.float32, targets.parse(SM_90))
