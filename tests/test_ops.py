@@ -90,6 +90,8 @@ def test_interesting_draws(name: str, draw: Any, dtype: torch.dtype) -> None:
     assert case is not None, f"{op.name} lists the impossible draw {draw}"
     problem = harness.problem_for(op, case.attributes, case.specs, pad=3)
     harness.check(op, problem, case.tensors())
+    if dtype is not torch.float16:
+        return  # Tiles differ in their indices, which no dtype changes; half types have most tiles.
     tiles = list(op.configs(problem, SM_90))
     for tile in {tiles[0], tiles[-1], op.default(problem, SM_90)}:
         harness.check(op, problem, case.tensors(), tile=tile)
