@@ -393,6 +393,7 @@ while True:
 """
 
 
+@pytest.mark.slow
 def test_kill_9_at_any_moment_leaves_a_whole_file(tmp_path: Path) -> None:
     path = tmp_path / "net.loom"
     small("reference").save(path)
