@@ -41,6 +41,8 @@ INTERPRETED_PROGRAM_US = 1_000.0
 """One program in the interpreter, whatever its tile holds (assumed; only the order matters)."""
 ALIKE = 3
 """Candidates with tiles of one size that are taken before other sizes have had theirs."""
+ALIKE_IN_KIND = 2
+"""Of these, those that read memory in the same way: the model does not tell descriptors apart."""
 WASTE_FACTOR = 2.0
 """A candidate may pad this many times as much as the one that pads least."""
 
@@ -179,15 +181,27 @@ def varied(
 ) -> list[Config]:
     """At most so many configurations, from the front but with few of the same tile size first: the
     model tells sizes apart better than what is tried within one."""
-    counts: Counter[tuple[tuple[int, int], ...]] = Counter()
+    sizes: Counter[object] = Counter()
+    kinds: Counter[object] = Counter()
     first: list[Config] = []
     rest: list[Config] = []
     for each in ranked:
-        launches = op.launches(problem, each.config, target)
-        tiles = tuple((launch.block_rows, launch.columns) for launch in launches)
-        counts[tiles] += 1
-        (first if counts[tiles] <= ALIKE else rest).append(each.config)
+        size = _tile_size(op, problem, target, each.config)
+        kind = size, dict(each.config.blocks).get("TMA", 0)
+        is_new = sizes[size] < ALIKE and kinds[kind] < ALIKE_IN_KIND
+        sizes[size] += is_new
+        kinds[kind] += is_new
+        (first if is_new else rest).append(each.config)
     return [*first, *rest][:most]
+
+
+def _tile_size(op: Op, problem: Problem, target: Target, config: Config) -> object:
+    """What configurations of one size have in common."""
+    blocks = dict(config.blocks)
+    if {"BLOCK_M", "BLOCK_N"} <= blocks.keys():
+        return blocks["BLOCK_M"], blocks["BLOCK_N"]
+    launches = op.launches(problem, config, target)
+    return tuple((launch.block_rows, launch.columns) for launch in launches)
 
 
 def padding(launch: Launch, config: Config, problem: Problem) -> float:
