@@ -9,6 +9,7 @@ from typing import Any
 import convloom
 import pytest
 import torch
+from convloom import zoo
 from convloom.compiler import partition, wishes
 from convloom.compiler.executable import Executable
 from convloom.compiler.ir import Goal
@@ -240,3 +241,13 @@ def test_a_sibling_that_another_fusion_needs_is_left_out() -> None:
     assert sizes == [3, 3, 3, 3, 4]
     after = choose_partition(graph, Ledger())
     assert sum(node.op == "conv2d" for node in after.compute_nodes()) == 1
+
+
+@pytest.mark.parametrize(("batch", "whole"), [(8, True), (9, False)])
+def test_the_interpreter_is_not_given_one_image_after_the_other(batch: int, whole: bool) -> None:
+    """A network in one kernel has a program for each image."""
+    exe = convloom.compile(
+        zoo.build("lenet5").eval(), (torch.zeros(batch, 1, 32, 32),), target="interpreter"
+    )
+    assert ("small_net" in kernels(exe)) == whole
+    assert ("9 images would be computed one after the other" in refusals(exe)) != whole

@@ -24,6 +24,8 @@ from ..pattern import Call, Fused, Match, NearMiss, Rule
 from .heads import LAYERS, as_head
 
 LABEL = "small-net"
+MOST_INTERPRETED = 8
+"""Images that the interpreter is given one after the other."""
 
 
 def _layers(found: Match) -> list[Node]:
@@ -52,6 +54,10 @@ def _guard(graph: Graph, found: Match) -> str | None:
     root = found.root
     if root.prologue:
         return f"{root.name} has a prologue"
+    if graph.goal is not None and not graph.goal.target.is_gpu:
+        images = root.spec.shape[0]
+        if images > MOST_INTERPRETED:
+            return f"off the GPU {images} images would be computed one after the other"
     attributes, inputs = _parts(graph, found)
     for link in attributes.head.parts((None, *inputs[-(attributes.head.inputs - 1) :])):
         if not graph.is_constant(link[0]):
