@@ -16,6 +16,7 @@ from torch.utils import _pytree as pytree
 
 from ..errors import InvalidInputError
 from ..kernels import tolerance
+from ..kernels.torch_convolution import SoundConvolutions
 from .evaluate import evaluate
 from .ir import Graph
 
@@ -77,7 +78,7 @@ def truth_of_module(module: torch.nn.Module, dtype: torch.dtype) -> Truth:
     exact, eager = (copy.deepcopy(module).to(each) for each in (torch.float64, dtype))
 
     def truth(inputs: Sequence[torch.Tensor]) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-        with torch.no_grad():
+        with torch.no_grad(), SoundConvolutions():
             return (
                 tensors_of(exact(*(x.double() for x in inputs))),
                 tensors_of(eager(*(x.to(dtype) for x in inputs))),

@@ -48,6 +48,7 @@ from .op import (
 )
 from .spec import Layout, TensorSpec
 from .targets import Target
+from .torch_convolution import convolve
 
 
 @dataclass(frozen=True)
@@ -91,8 +92,13 @@ def reference(attributes: Conv2d, x: torch.Tensor, w: torch.Tensor) -> torch.Ten
         x, padding = F.pad(x, (left, right, top, bottom)), (0, 0)
     else:
         padding = (top, left)
-    return F.conv2d(
-        x, w, None, attributes.stride, padding, attributes.dilation, attributes.groups
+    return convolve(
+        x,
+        w,
+        stride=attributes.stride,
+        padding=padding,
+        dilation=attributes.dilation,
+        groups=attributes.groups,
     )
 
 

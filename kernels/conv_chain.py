@@ -23,7 +23,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 
 from ..errors import InvalidInputError
 from . import conv2d, gemm, taps
@@ -44,6 +43,7 @@ from .op import (
 )
 from .spec import Layout, Operand, TensorSpec
 from .targets import Target
+from .torch_convolution import convolve
 
 
 @dataclass(frozen=True)
@@ -140,13 +140,13 @@ def reference(
     if attributes.front is not None:
         t = conv2d.reference(attributes.front, t, tensors[slots["w1"]])
         t = ep.apply_reference(attributes.after_front, t, _part(attributes, "front", tensors))
-    y = F.conv2d(t, tensors[slots["w2"]])
+    y = convolve(t, tensors[slots["w2"]])
     if attributes.shortcut is not None:
         y = y + conv2d.reference(attributes.shortcut, tensors[slots["s"]], tensors[slots["ws"]])
     y = ep.apply_reference(attributes.after_expand, y, _part(attributes, "expand", tensors))
     if not attributes.has_reduce:
         return y
-    z = F.conv2d(y, tensors[slots["w3"]])
+    z = convolve(y, tensors[slots["w3"]])
     z = ep.apply_reference(attributes.after_reduce, z, _part(attributes, "reduce", tensors))
     return y, z
 

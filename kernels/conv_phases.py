@@ -9,11 +9,11 @@ from dataclasses import dataclass
 from functools import cache
 
 import torch
-import torch.nn.functional as F
 
 from ..errors import InvalidInputError
 from .op import Attributes, Problem
 from .spec import Layout, TensorSpec
+from .torch_convolution import convolve_transposed
 
 
 @dataclass(frozen=True)
@@ -146,18 +146,15 @@ def infer(
 
 
 def reference(attributes: ConvTranspose, x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
-    function = {4: F.conv_transpose2d, 5: F.conv_transpose3d}[x.dim()]
-    result: torch.Tensor = function(
+    return convolve_transposed(
         x,
         w,
-        None,
-        attributes.stride,
-        attributes.padding,
-        attributes.output_padding,
-        attributes.groups,
-        attributes.dilation,
+        stride=attributes.stride,
+        padding=attributes.padding,
+        output_padding=attributes.output_padding,
+        groups=attributes.groups,
+        dilation=attributes.dilation,
     )
-    return result
 
 
 def pack(attributes: ConvTranspose, w: torch.Tensor) -> torch.Tensor:

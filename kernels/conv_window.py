@@ -13,6 +13,7 @@ from ..errors import InvalidInputError
 from .op import Attributes
 from .pad import check_border
 from .spec import Layout, TensorSpec
+from .torch_convolution import convolve
 
 BORDERS = ("reflect", "replicate", "circular")
 
@@ -80,14 +81,12 @@ def infer(name: str, attributes: ConvNd, inputs: tuple[TensorSpec, ...]) -> tupl
 
 def reference(attributes: ConvNd, x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
     pairs = [attributes.padding[at : at + 2] for at in range(0, len(attributes.padding), 2)]
-    convolve = {2: F.conv2d, 3: F.conv3d}[len(pairs)]
     if any(attributes.padding):
         sides = [width for pair in reversed(pairs) for width in pair]
         x = F.pad(x, sides, attributes.border)
-    result: torch.Tensor = convolve(
-        x, w, None, attributes.stride, 0, attributes.dilation, attributes.groups
+    return convolve(
+        x, w, stride=attributes.stride, dilation=attributes.dilation, groups=attributes.groups
     )
-    return result
 
 
 def pack(attributes: ConvNd, w: torch.Tensor) -> torch.Tensor:

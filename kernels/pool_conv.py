@@ -25,7 +25,6 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 import triton
 import triton.language as tl
 
@@ -53,6 +52,7 @@ from .op import (
 from .pool_window import AvgPool2d, MaxPool2d
 from .spec import Layout, Operand, TensorSpec
 from .targets import Target
+from .torch_convolution import convolve
 
 MOST_LOADS = 144
 """Elements that a thread reads for one block of pooled channels: 16 results of a 3x3 window take 98
@@ -121,7 +121,7 @@ def reference(
     else:
         t = pool_window.reference_avg(attributes.pool, x)
     t = ep.apply_reference(attributes.after_pool, t, after)
-    y = F.conv2d(ep.apply_reference(attributes.before_conv, t, before), w)
+    y = convolve(ep.apply_reference(attributes.before_conv, t, before), w)
     return (y, t) if attributes.keep else y
 
 

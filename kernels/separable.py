@@ -25,7 +25,6 @@ from functools import lru_cache
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 
 from ..errors import InvalidInputError
 from . import conv2d, depthwise, gemm, machine, separable_kernels, separable_tiles, taps
@@ -45,6 +44,7 @@ from .op import (
 from .separable_tiles import Block
 from .spec import Layout, TensorSpec
 from .targets import Target
+from .torch_convolution import convolve
 
 
 @dataclass(frozen=True)
@@ -134,7 +134,7 @@ def reference(
     made = []
     for part, weight in (("project", "w2"), ("expand", "w3"))[: len(attributes.parts) - 1]:
         stages = getattr(attributes, f"after_{part}")
-        value = F.conv2d(value, tensors[slots[weight]])
+        value = convolve(value, tensors[slots[weight]])
         value = ep.apply_reference(stages, value, attributes.operands(part, tensors))
         made.append(value)
     return tuple(made if attributes.keep else made[1:])

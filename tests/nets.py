@@ -22,6 +22,7 @@ from convloom.compiler.evaluate import evaluate
 from convloom.compiler.ir import INPUT, Graph, NoAttributes, Node, Value
 from convloom.kernels import tolerance
 from convloom.kernels.spec import TensorSpec
+from convloom.kernels.torch_convolution import SoundConvolutions
 from torch import nn
 from torch.utils import _pytree as pytree
 
@@ -83,7 +84,7 @@ def run(
     dtype on the CPU, its fp32 results rounded."""
     twin = copy.deepcopy(module).to(dtype)
     try:
-        with torch.no_grad():
+        with torch.no_grad(), SoundConvolutions():
             return tensors_of(twin(*(x.to(dtype) for x in inputs)))
     except NotImplementedError:
         return [tensor.to(dtype) for tensor in run(module, inputs, torch.float32)]
