@@ -89,9 +89,9 @@ def reach(
     front,
     top,
     left,
-    d,
-    h,
-    v,
+    number,
+    count_h,
+    count_w,
     first_d,
     first_h,
     first_w,
@@ -100,8 +100,12 @@ def reach(
     WIDTH: tl.constexpr,
     WIDE: tl.constexpr,
 ):
-    """Of taps number d, h, v of a phase: whether they read inside the input, how many pixels before
-    the first tap, and which taps of the filter they are."""
+    """Of a phase's taps, counted along the width first: whether they read inside, how many
+    pixels before the first tap, and which taps of the filter they are."""
+    # Filters one tap deep need no division: it cost a register too many in the loop.
+    d = 0 if DEPTH[TAPS] == 1 else number // (count_h * count_w)
+    h = number // count_w if DEPTH[TAPS] == 1 else number // count_w % count_h
+    v = number % count_w
     back_d = d * (DEPTH[DILATION] // DEPTH[SHARED])
     back_h = h * (HEIGHT[DILATION] // HEIGHT[SHARED])
     back_w = v * (WIDTH[DILATION] // WIDTH[SHARED])
@@ -197,9 +201,8 @@ def conv_transpose_kernel(
         for step in range(taps * blocks):
             number = step // blocks
             channels = step % blocks * BLOCK_K + depth
-            d, h, v = number // (count_h * count_w), number // count_w % count_h, number % count_w
             inside, back, tap = reach(
-                row_mask, front, top, left, d, h, v, first_d, first_h, first_w,
+                row_mask, front, top, left, number, count_h, count_w, first_d, first_h, first_w,
                 DEPTH, HEIGHT, WIDTH, WIDE,
             )  # fmt: skip
             a_mask = inside[:, None]
@@ -215,10 +218,10 @@ def conv_transpose_kernel(
             pair = start + depth
             live = pair < taps * C
             number = pair // C
-            d, h, v = number // (count_h * count_w), number // count_w % count_h, number % count_w
             inside, back, tap = reach(
                 row_mask[:, None], front[:, None], top[:, None], left[:, None],
-                d, h, v, first_d, first_h, first_w, DEPTH, HEIGHT, WIDTH, WIDE,
+                number, count_h, count_w, first_d, first_h, first_w,
+                DEPTH, HEIGHT, WIDTH, WIDE,
             )  # fmt: skip
             offset = pair % C - back * X_PITCH
             a = tl.load(x_corner + offset, mask=inside & live, other=0.0)
@@ -228,9 +231,8 @@ def conv_transpose_kernel(
     else:
         x_tile = x_corner + (columns // (K // C))[None, :]
         for number in range(taps):
-            d, h, v = number // (count_h * count_w), number // count_w % count_h, number % count_w
             inside, back, tap = reach(
-                row_mask, front, top, left, d, h, v, first_d, first_h, first_w,
+                row_mask, front, top, left, number, count_h, count_w, first_d, first_h, first_w,
                 DEPTH, HEIGHT, WIDTH, WIDE,
             )  # fmt: skip
             mask = inside[:, None] & column_mask[None, :]
