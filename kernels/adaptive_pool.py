@@ -25,7 +25,6 @@ import triton
 import triton.language as tl
 
 from ..errors import InvalidInputError
-from . import epilogue as ep
 from .op import (
     Attributes,
     Builder,
@@ -36,16 +35,14 @@ from .op import (
     Op,
     Problem,
     Target,
-    X,
-    Y,
     config,
-    operand_refs,
     power_of_two,
     tensor_bytes,
     tile_config,
 )
 from .pool import ENOUGH_PROGRAMS, MOST_UNROLLED_TAPS, channel_block, combine
 from .spec import Layout, TensorSpec
+from .tiles import tiled_launch, tiles_of
 
 
 @dataclass(frozen=True)
@@ -218,38 +215,24 @@ def algorithm(problem: Problem) -> str:
 def launches(name: str, problem: Problem, tile: Config, target: Target) -> tuple[Launch, ...]:
     """One launch of the algorithm's kernel."""
     x, out = problem.inputs[0], problem.output
-    n, c, p, q = out.shape
+    _, c, p, q = out.shape
     _, _, h, width = x.shape
     r, s = largest_windows(problem)
-    launch = Launch(
-        kernel=taps_kernel if algorithm(problem) == "taps" else region_kernel,
-        pointers={"x": X, "y": Y},
-        extras=operand_refs(problem),
-        rows=n * p * q,
-        batch=out.spec.batch,
-        block_rows=tile["BLOCK_ROWS"],
-        columns=-(-c // tile["BLOCK_COLUMNS"]),
-        constexprs={
+    return tiled_launch(
+        problem,
+        tile,
+        taps_kernel if algorithm(problem) == "taps" else region_kernel,
+        {
             "H": h, "WIDTH": width, "C": c, "P": p, "Q": q, "R": r, "S": s,
-            "X_PITCH": x.pitch, "X_OFFSET": x.offset,
-            "Y_PITCH": out.pitch, "Y_OFFSET": out.offset,
             "MAXIMUM": name == "adaptive_max_pool2d",
-            "EPILOGUE": ep.for_output(problem.epilogue, problem.operands, out.spec),
-            "WIDE": problem.is_wide,
-            **dict(tile.blocks),
         },
-        num_warps=tile.num_warps,
-        num_stages=tile.num_stages,
     )  # fmt: skip
-    return (launch,)
 
 
 def configs(problem: Problem, target: Target) -> Iterator[Config]:
     """Taps: 512 to 2048 results per program; region: 2048 to 16384 inputs at a time for one."""
     if algorithm(problem) == "taps":
-        for elements in (512, 1024, 2048):
-            for columns in (32, 64, 128):
-                yield config(4, 1, BLOCK_ROWS=elements // columns, BLOCK_COLUMNS=columns)
+        yield from tiles_of((512, 1024, 2048), (32, 64, 128))
         return
     for elements in (2048, 4096, 8192, 16384):
         for columns in (16, 32, 64, 128):

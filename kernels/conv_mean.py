@@ -23,9 +23,8 @@ import triton
 import triton.language as tl
 
 from ..errors import InvalidInputError
-from . import conv2d, conv_tile, gemm
+from . import conv_tile, gemm
 from . import epilogue as ep
-from .conv2d import Conv2d
 from .conv_tile import StagedConv
 from .op import (
     Config,
@@ -284,23 +283,10 @@ def cost(problem: Problem) -> Cost:
     return Cost(2 * _result(problem).numel * c * r * s, read, written)
 
 
-def _pack(attributes: ConvMean, w: torch.Tensor) -> torch.Tensor:
-    return conv2d.pack(attributes.conv, w)
-
-
 def _build(draw: Mapping[str, Any]) -> tuple[ConvMean, tuple[TensorSpec, ...]] | None:
-    n, (h, width), c, k = draw["N"], draw["image"], draw["C"], draw["K"]
-    conv = Conv2d(draw["stride"], draw["padding"], draw["dilation"])
-    before = (ep.Stage("mul"), ep.Stage("add"), ep.Stage("relu")) if draw["before"] else ()
-    attributes = ConvMean(conv, before, CHAINS[draw["stages"]], draw["keepdim"])
-    x = TensorSpec((n, c, h, width), torch.float32, Layout.NHWC)
-    w = TensorSpec((k, c, *draw["filter"]), torch.float32)
-    scale, bias = TensorSpec((c, 1, 1), torch.float32), TensorSpec((k, 1, 1), torch.float32)
+    attributes = ConvMean(*conv_tile.drawn_parts(draw), draw["keepdim"])
     try:
-        (result,) = conv2d.infer(conv, (x, w))
-        residual = (result,) if draw["stages"] == "residual" else ()
-        added = (*residual, bias) if attributes.stages else ()
-        inputs = (x, w, *((scale, scale) if before else ()), *added)
+        inputs = conv_tile.drawn_inputs(draw, attributes)
         infer(attributes, inputs)
     except InvalidInputError:
         return None
@@ -315,15 +301,6 @@ def _draw(**changes: Any) -> Mapping[str, Any]:
         "keepdim": True,
     }  # fmt: skip
     return {**plain, **changes}
-
-
-CHAINS: Mapping[str, ep.Epilogue] = {
-    "none": (),
-    "relu": (ep.Stage("add"), ep.Stage("relu")),
-    "silu": (ep.Stage("add"), ep.Stage("silu")),
-    "residual": (ep.Stage("add"), ep.Stage("add"), ep.Stage("relu")),
-}
-"""Chains between the convolution and the average that the tests draw."""
 
 
 OP = Op(
@@ -346,7 +323,7 @@ OP = Op(
             "stride": ((1, 1), (1, 1), (2, 1)),
             "padding": ((0, 0, 0, 0), (1, 1, 1, 1), (0, 1, 2, 0)),
             "dilation": ((1, 1), (1, 1), (2, 1)),
-            "stages": tuple(CHAINS),
+            "stages": ("none", "relu", "silu", "residual"),
             "before": (False, False, True),
             "keepdim": (True, False),
         },
@@ -361,5 +338,5 @@ OP = Op(
         # Mostly positive: an error relative to an average that cancels means nothing.
         range=(-1.0, 3.0),
     ),
-    packs=lambda attributes: {1: _pack},
+    packs=lambda attributes: {1: conv_tile.pack},
 )

@@ -24,9 +24,8 @@ import triton
 import triton.language as tl
 
 from ..errors import InvalidInputError
-from . import conv2d, conv_tile, gemm, pool_window
+from . import conv_tile, gemm, pool_window
 from . import epilogue as ep
-from .conv2d import Conv2d
 from .conv_tile import StagedConv
 from .op import (
     Config,
@@ -43,7 +42,7 @@ from .op import (
 )
 from .pool import combine
 from .pool_window import AvgPool2d, MaxPool2d
-from .spec import Layout, TensorSpec
+from .spec import TensorSpec
 from .targets import Target
 
 PAIR = (2, 2)
@@ -320,27 +319,14 @@ def cost(problem: Problem) -> Cost:
     return Cost(2 * 4 * problem.output.spec.numel * c * r * s, read, written)
 
 
-def _pack(attributes: ConvPool, w: torch.Tensor) -> torch.Tensor:
-    return conv2d.pack(attributes.conv, w)
-
-
 def _build(draw: Mapping[str, Any]) -> tuple[ConvPool, tuple[TensorSpec, ...]] | None:
-    n, (h, width), c, k = draw["N"], draw["image"], draw["C"], draw["K"]
-    (r, s), ceil = draw["filter"], draw["ceil"]
-    conv = Conv2d(draw["stride"], draw["padding"], draw["dilation"])
+    ceil = draw["ceil"]
     pool: MaxPool2d | AvgPool2d = MaxPool2d(PAIR, PAIR, ceil_mode=ceil)
     if draw["average"]:
         pool = AvgPool2d(PAIR, PAIR, ceil_mode=ceil, divisor_override=draw["divisor"])
-    before = (ep.Stage("mul"), ep.Stage("add"), ep.Stage("relu")) if draw["before"] else ()
-    attributes = ConvPool(conv, before, CHAINS[draw["stages"]], pool)
-    x = TensorSpec((n, c, h, width), torch.float32, Layout.NHWC)
-    w = TensorSpec((k, c, r, s), torch.float32)
-    scale, bias = TensorSpec((c, 1, 1), torch.float32), TensorSpec((k, 1, 1), torch.float32)
+    attributes = ConvPool(*conv_tile.drawn_parts(draw), pool)
     try:
-        (result,) = conv2d.infer(conv, (x, w))
-        residual = (result,) if draw["stages"] == "residual" else ()
-        added = (*residual, bias) if attributes.stages else ()
-        inputs = (x, w, *((scale, scale) if before else ()), *added)
+        inputs = conv_tile.drawn_inputs(draw, attributes)
         infer(attributes, inputs)
     except InvalidInputError:
         return None
@@ -355,18 +341,6 @@ def _draw(**changes: Any) -> Mapping[str, Any]:
         "divisor": None, "stages": "relu", "before": False,
     }  # fmt: skip
     return {**plain, **changes}
-
-
-CHAINS: Mapping[str, ep.Epilogue] = {
-    "none": (),
-    "relu": (ep.Stage("add"), ep.Stage("relu")),
-    "tanh": (ep.Stage("add"), ep.Stage("tanh")),
-    "silu": (ep.Stage("add"), ep.Stage("silu")),
-    "leaky": (ep.Stage("add"), ep.Stage("leaky_relu", (0.1,))),
-    "falling": (ep.Stage("add"), ep.Stage("leaky_relu", (-0.5,))),
-    "residual": (ep.Stage("add"), ep.Stage("add"), ep.Stage("relu")),
-}
-"""Chains between the convolution and the pooling that the tests draw."""
 
 
 OP = Op(
@@ -392,7 +366,7 @@ OP = Op(
             "ceil": (False, True),
             "average": (False, False, True),
             "divisor": (None, 3),
-            "stages": tuple(CHAINS),
+            "stages": tuple(conv_tile.CHAINS),
             "before": (False, False, True),
         },
         build=_build,
@@ -403,5 +377,5 @@ OP = Op(
             _draw(before=True, average=True, filter=(1, 1), padding=(0, 0, 0, 0)),
         ),
     ),
-    packs=lambda attributes: {1: _pack},
+    packs=lambda attributes: {1: conv_tile.pack},
 )

@@ -10,6 +10,7 @@ it wants them.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,7 +23,7 @@ from . import conv2d, gemm
 from . import epilogue as ep
 from .conv2d import Conv2d
 from .op import Attributes, Problem, Ref
-from .spec import TensorSpec
+from .spec import Layout, TensorSpec
 
 
 @dataclass(frozen=True)
@@ -247,3 +248,41 @@ def l2_bytes(problem: Problem, rows: int, columns: int, result: TensorSpec) -> i
     full = sum(operand.spec.numel == result.numel for operand in problem.inputs[2:])
     elements = c * r * s * (rows + columns) + full * rows * columns
     return elements * problem.inputs[0].spec.dtype.itemsize
+
+
+def pack(attributes: StagedConv, w: torch.Tensor) -> torch.Tensor:
+    """As conv2d packs it."""
+    return conv2d.pack(attributes.conv, w)
+
+
+# What tests draw.
+
+CHAINS: Mapping[str, ep.Epilogue] = {
+    "none": (),
+    "relu": (ep.Stage("add"), ep.Stage("relu")),
+    "tanh": (ep.Stage("add"), ep.Stage("tanh")),
+    "silu": (ep.Stage("add"), ep.Stage("silu")),
+    "leaky": (ep.Stage("add"), ep.Stage("leaky_relu", (0.1,))),
+    "falling": (ep.Stage("add"), ep.Stage("leaky_relu", (-0.5,))),
+    "residual": (ep.Stage("add"), ep.Stage("add"), ep.Stage("relu")),
+}
+"""Chains behind the convolution."""
+
+
+def drawn_parts(draw: Mapping[str, Any]) -> tuple[Conv2d, ep.Epilogue, ep.Epilogue]:
+    """A drawn convolution, the stages in front of it and those behind."""
+    before = (ep.Stage("mul"), ep.Stage("add"), ep.Stage("relu")) if draw["before"] else ()
+    conv = Conv2d(draw["stride"], draw["padding"], draw["dilation"])
+    return conv, before, CHAINS[draw["stages"]]
+
+
+def drawn_inputs(draw: Mapping[str, Any], attributes: StagedConv) -> tuple[TensorSpec, ...]:
+    """A drawn image, filter and operands. Raises: InvalidInputError where the filter does not
+    fit."""
+    c, k = draw["C"], draw["K"]
+    x = TensorSpec((draw["N"], c, *draw["image"]), torch.float32, Layout.NHWC)
+    w = TensorSpec((k, c, *draw["filter"]), torch.float32)
+    scale, bias = TensorSpec((c, 1, 1), torch.float32), TensorSpec((k, 1, 1), torch.float32)
+    result = conv2d.infer(attributes.conv, (x, w)) if draw["stages"] == "residual" else ()
+    first = (scale, scale) if attributes.before else ()
+    return (x, w, *first, *result, *((bias,) if attributes.stages else ()))

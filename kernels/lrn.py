@@ -26,7 +26,6 @@ import triton
 import triton.language as tl
 
 from ..errors import InvalidInputError
-from . import epilogue as ep
 from .op import (
     Attributes,
     Config,
@@ -36,14 +35,12 @@ from .op import (
     Op,
     Problem,
     Target,
-    X,
-    Y,
     config,
-    operand_refs,
     tensor_bytes,
     tile_config,
 )
 from .spec import Layout, TensorSpec
+from .tiles import tiled_launch
 
 
 @dataclass(frozen=True)
@@ -244,35 +241,19 @@ def launches(problem: Problem, tile: Config, target: Target) -> tuple[Launch, ..
     """One launch of the kernel that the tile's LANES chooses."""
     attributes = problem.attributes
     assert isinstance(attributes, LocalResponseNorm)
-    x, out = problem.inputs[0], problem.output
-    n, c, h, width = out.shape
-    launch = Launch(
-        kernel=shifted_kernel if tile["LANES"] == 1 else lanes_kernel,
-        pointers={"x": X, "y": Y},
-        extras=operand_refs(problem),
-        rows=n * h * width,
-        batch=out.spec.batch,
-        block_rows=tile["BLOCK_ROWS"],
-        columns=-(-c // tile["BLOCK_COLUMNS"]),
-        constexprs={
-            "C": c,
+    return tiled_launch(
+        problem,
+        tile,
+        shifted_kernel if tile["LANES"] == 1 else lanes_kernel,
+        {
+            "C": problem.output.shape[1],
             "BELOW": attributes.size // 2,
             "ABOVE": (attributes.size - 1) // 2,
             "ALPHA": attributes.alpha / attributes.size,
             "K": float(attributes.k),
             "BETA": float(attributes.beta),
-            "X_PITCH": x.pitch,
-            "X_OFFSET": x.offset,
-            "Y_PITCH": out.pitch,
-            "Y_OFFSET": out.offset,
-            "EPILOGUE": ep.for_output(problem.epilogue, problem.operands, out.spec),
-            "WIDE": problem.is_wide,
-            **dict(tile.blocks),
         },
-        num_warps=tile.num_warps,
-        num_stages=tile.num_stages,
     )
-    return (launch,)
 
 
 def configs(problem: Problem, target: Target) -> Iterator[Config]:

@@ -25,7 +25,6 @@ import triton
 import triton.language as tl
 
 from ..errors import InvalidInputError
-from . import epilogue as ep
 from . import lrn, pool, pool_window
 from .lrn import LocalResponseNorm
 from .op import (
@@ -36,16 +35,14 @@ from .op import (
     Launch,
     Op,
     Problem,
-    X,
-    Y,
     config,
-    operand_refs,
     tensor_bytes,
     tile_config,
 )
 from .pool_window import MaxPool2d
 from .spec import Layout, Operand, TensorSpec
 from .targets import Target
+from .tiles import tiled_launch
 
 NORMALISED, NORMALISED_ALONE, POOLED = 16, 58, 3
 """Thread instructions for one normalised element with neighbours in registers and without, and for
@@ -289,37 +286,19 @@ def launches(problem: Problem, tile: Config, target: Target) -> tuple[Launch, ..
     """One launch of the kernel that the tile's LANES chooses."""
     attributes, x, y = _attributes(problem), problem.inputs[0], problem.output
     norm, window = attributes.lrn, attributes.pool
-    _, _, h, width = x.shape
-    n, c, p, q = y.shape
-    launch = Launch(
-        kernel=shifted_kernel if tile["LANES"] == 1 else lanes_kernel,
-        pointers={"x": X, "y": Y},
-        extras=operand_refs(problem),
-        rows=n * p * q,
-        batch=y.spec.batch,
-        block_rows=tile["BLOCK_ROWS"],
-        columns=-(-c // tile["BLOCK_COLUMNS"]),
-        constexprs={
-            "H": h, "WIDTH": width, "C": c, "P": p, "Q": q,
-            "R": window.kernel[0], "S": window.kernel[1],
-            "STRIDE_H": window.stride[0], "STRIDE_W": window.stride[1],
-            "PADDING_H": window.padding[0], "PADDING_W": window.padding[1],
-            "DILATION_H": window.dilation[0], "DILATION_W": window.dilation[1],
+    return tiled_launch(
+        problem,
+        tile,
+        shifted_kernel if tile["LANES"] == 1 else lanes_kernel,
+        {
+            **pool_window.window_sizes(window, x, y),
             "BELOW": norm.size // 2, "ABOVE": (norm.size - 1) // 2,
             "ALPHA": norm.alpha / norm.size, "K": float(norm.k), "BETA": float(norm.beta),
             "LRN_FIRST": attributes.lrn_first,
-            "X_PITCH": x.pitch, "X_OFFSET": x.offset,
-            "Y_PITCH": y.pitch, "Y_OFFSET": y.offset,
-            "EPILOGUE": ep.for_output(problem.epilogue, problem.operands, y.spec),
-            "WIDE": problem.is_wide,
-            **dict(tile.blocks),
         },
-        num_warps=tile.num_warps,
-        num_stages=tile.num_stages,
         l2_bytes=_l2_bytes(problem, tile),
         instructions=_instructions(problem, tile),
     )  # fmt: skip
-    return (launch,)
 
 
 def _l2_bytes(problem: Problem, tile: Config) -> int:

@@ -23,7 +23,6 @@ import triton
 import triton.language as tl
 
 from ..errors import InvalidInputError
-from . import epilogue as ep
 from .conv_arguments import as_image, as_sequence
 from .op import (
     Builder,
@@ -38,14 +37,14 @@ from .op import (
     X,
     Y,
     config,
-    operand_refs,
     tensor_bytes,
     tile_config,
 )
 from .pool import MOST_UNROLLED_TAPS, channel_block, pair
-from .pool_window import MaxPool2d
+from .pool_window import MaxPool2d, window_sizes
 from .pool_window import infer as infer_window
 from .spec import Layout, TensorSpec
+from .tiles import tiled_launch, tiles_of
 
 NAME = "max_pool2d_with_indices"
 MOST_PIXELS = 2**24
@@ -177,42 +176,24 @@ def launches(problem: Problem, tile: Config, target: Target) -> tuple[Launch, ..
     attributes = problem.attributes
     assert isinstance(attributes, MaxPool2d)
     x, out, where = problem.inputs[0], problem.outputs[0], problem.outputs[1]
-    n, c, p, q = out.shape
-    launch = Launch(
-        kernel=max_pool_indices_kernel,
-        pointers={"x": X, "y": Y, "i": Ref("output", 1)},
-        extras=operand_refs(problem),
-        rows=n * p * q,
-        batch=out.spec.batch,
-        block_rows=tile["BLOCK_ROWS"],
-        columns=-(-c // tile["BLOCK_COLUMNS"]),
-        constexprs={
-            "H": x.shape[2], "WIDTH": x.shape[3], "C": c, "P": p, "Q": q,
-            "R": attributes.kernel[0], "S": attributes.kernel[1],
-            "STRIDE_H": attributes.stride[0], "STRIDE_W": attributes.stride[1],
-            "PADDING_H": attributes.padding[0], "PADDING_W": attributes.padding[1],
-            "DILATION_H": attributes.dilation[0], "DILATION_W": attributes.dilation[1],
-            "X_PITCH": x.pitch, "X_OFFSET": x.offset,
-            "Y_PITCH": out.pitch, "Y_OFFSET": out.offset,
+    return tiled_launch(
+        problem,
+        tile,
+        max_pool_indices_kernel,
+        {
+            **window_sizes(attributes, x, out),
             "I_PITCH": where.pitch, "I_OFFSET": where.offset,
-            "EPILOGUE": ep.for_output(problem.epilogue, problem.operands, out.spec),
-            "WIDE": problem.is_wide,
             "UNROLL": math.prod(attributes.kernel) <= MOST_UNROLLED_TAPS,
-            **dict(tile.blocks),
         },
-        num_warps=tile.num_warps,
-        num_stages=tile.num_stages,
+        pointers={"x": X, "y": Y, "i": Ref("output", 1)},
     )  # fmt: skip
-    return (launch,)
 
 
 def configs(problem: Problem, target: Target) -> Iterator[Config]:
     """256 to 1024 results per program: each costs a value, an index and, unrolled, its loads."""
-    for elements in (256, 512, 1024):
-        for columns in (16, 32, 64):
-            tile = config(4, 1, BLOCK_ROWS=elements // columns, BLOCK_COLUMNS=columns)
-            if legal(problem, tile, target) is None:
-                yield tile
+    for tile in tiles_of((256, 512, 1024), (16, 32, 64)):
+        if legal(problem, tile, target) is None:
+            yield tile
 
 
 def legal(problem: Problem, tile: Config, target: Target) -> str | None:

@@ -27,7 +27,6 @@ import triton
 import triton.language as tl
 
 from ..errors import InvalidInputError
-from . import epilogue as ep
 from . import max_pool_indices
 from .op import (
     Attributes,
@@ -43,13 +42,13 @@ from .op import (
     X,
     Y,
     config,
-    operand_refs,
     tensor_bytes,
     tile_config,
 )
 from .pool import channel_block
 from .pool_window import MaxPool2d, output_size
 from .spec import Layout, TensorSpec, as_layout
+from .tiles import tiled_launch, tiles_of
 
 MOST_HELD = 9
 """Candidates kept in registers: those of a 3x3 window with stride 1."""
@@ -244,41 +243,29 @@ def launches(problem: Problem, tile: Config, target: Target) -> tuple[Launch, ..
     pool, (cells_h, cells_w) = attributes.pool, attributes.cells
     (x, where), out = problem.inputs, problem.output
     n, c, h, w = out.shape
-    launch = Launch(
-        kernel=max_unpool_kernel,
-        pointers={"x": X, "i": Ref("input", 1), "y": Y},
-        extras=operand_refs(problem),
-        rows=n * cells_h * cells_w,
-        batch=out.spec.batch,
-        block_rows=tile["BLOCK_ROWS"],
-        columns=-(-c // tile["BLOCK_COLUMNS"]),
-        constexprs={
+    return tiled_launch(
+        problem,
+        tile,
+        max_unpool_kernel,
+        {
             "WIDTH": attributes.image[1], "PIXELS": h * w, "C": c,
             "P": x.shape[2], "Q": x.shape[3], "CELLS_H": cells_h, "CELLS_W": cells_w,
             "COUNT_H": attributes.candidates[0], "COUNT_W": attributes.candidates[1],
             "STRIDE_H": pool.stride[0], "STRIDE_W": pool.stride[1],
             "PADDING_H": pool.padding[0], "PADDING_W": pool.padding[1],
-            "X_PITCH": x.pitch, "X_OFFSET": x.offset,
             "I_PITCH": where.pitch, "I_OFFSET": where.offset,
-            "Y_PITCH": out.pitch, "Y_OFFSET": out.offset,
-            "EPILOGUE": ep.for_output(problem.epilogue, problem.operands, out.spec),
-            "WIDE": problem.is_wide,
             "HELD": math.prod(attributes.candidates) <= MOST_HELD,
-            **dict(tile.blocks),
         },
-        num_warps=tile.num_warps,
-        num_stages=tile.num_stages,
+        rows=n * cells_h * cells_w,
+        pointers={"x": X, "i": Ref("input", 1), "y": Y},
     )  # fmt: skip
-    return (launch,)
 
 
 def configs(problem: Problem, target: Target) -> Iterator[Config]:
     """128 to 1024 elements per program: each costs a value and an index per candidate."""
-    for elements in (128, 256, 512, 1024):
-        for columns in (16, 32, 64):
-            tile = config(4, 1, BLOCK_ROWS=elements // columns, BLOCK_COLUMNS=columns)
-            if legal(problem, tile, target) is None:
-                yield tile
+    for tile in tiles_of((128, 256, 512, 1024), (16, 32, 64)):
+        if legal(problem, tile, target) is None:
+            yield tile
 
 
 def legal(problem: Problem, tile: Config, target: Target) -> str | None:

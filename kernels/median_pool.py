@@ -25,7 +25,6 @@ import triton
 import triton.language as tl
 
 from ..errors import InvalidInputError
-from . import epilogue as ep
 from .epilogue import GeneratedFunction
 from .op import (
     Attributes,
@@ -36,15 +35,13 @@ from .op import (
     Op,
     Problem,
     Target,
-    X,
-    Y,
     config,
-    operand_refs,
     tensor_bytes,
     tile_config,
 )
 from .pool import channel_block
 from .spec import Layout, TensorSpec
+from .tiles import tiled_launch, tiles_of
 
 MOST_TAPS = 49
 """A 7x7 window: 27 elements at a time, for each result of a thread, stay in registers."""
@@ -186,39 +183,25 @@ def launches(problem: Problem, tile: Config, target: Target) -> tuple[Launch, ..
     """The one launch of the kernel."""
     attributes = _attributes(problem)
     x, out = problem.inputs[0], problem.output
-    n, c, p, q = out.shape
-    launch = Launch(
-        kernel=median_pool_kernel,
-        pointers={"x": X, "y": Y},
-        extras=operand_refs(problem),
-        rows=n * p * q,
-        batch=out.spec.batch,
-        block_rows=tile["BLOCK_ROWS"],
-        columns=-(-c // tile["BLOCK_COLUMNS"]),
-        constexprs={
+    _, c, p, q = out.shape
+    return tiled_launch(
+        problem,
+        tile,
+        median_pool_kernel,
+        {
             "H": x.shape[2], "WIDTH": x.shape[3], "C": c, "P": p, "Q": q,
             "R": attributes.kernel[0], "S": attributes.kernel[1],
             "STRIDE_H": attributes.stride[0], "STRIDE_W": attributes.stride[1],
-            "X_PITCH": x.pitch, "X_OFFSET": x.offset,
-            "Y_PITCH": out.pitch, "Y_OFFSET": out.offset,
             "MEDIAN": selection(math.prod(attributes.kernel)),
-            "EPILOGUE": ep.for_output(problem.epilogue, problem.operands, out.spec),
-            "WIDE": problem.is_wide,
-            **dict(tile.blocks),
         },
-        num_warps=tile.num_warps,
-        num_stages=tile.num_stages,
     )  # fmt: skip
-    return (launch,)
 
 
 def configs(problem: Problem, target: Target) -> Iterator[Config]:
     """128 to 1024 results per program: each holds its whole window in registers."""
-    for elements in (128, 256, 512, 1024):
-        for columns in (16, 32, 64):
-            tile = config(4, 1, BLOCK_ROWS=elements // columns, BLOCK_COLUMNS=columns)
-            if legal(problem, tile, target) is None:
-                yield tile
+    for tile in tiles_of((128, 256, 512, 1024), (16, 32, 64)):
+        if legal(problem, tile, target) is None:
+            yield tile
 
 
 def legal(problem: Problem, tile: Config, target: Target) -> str | None:

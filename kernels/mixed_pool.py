@@ -22,7 +22,6 @@ import triton
 import triton.language as tl
 
 from ..errors import InvalidInputError
-from . import epilogue as ep
 from . import scalars
 from .op import (
     Attributes,
@@ -38,7 +37,6 @@ from .op import (
     X,
     Y,
     config,
-    operand_refs,
     tensor_bytes,
     tile_config,
 )
@@ -46,6 +44,7 @@ from .pool import MOST_LOADS, MOST_UNROLLED_TAPS, channel_block
 from .pool_window import MaxPool2d
 from .pool_window import infer as infer_window
 from .spec import Layout, TensorSpec
+from .tiles import tiled_launch, tiles_of
 
 
 @dataclass(frozen=True)
@@ -166,40 +165,27 @@ def launches(problem: Problem, tile: Config, target: Target) -> tuple[Launch, ..
     """The one launch of the kernel."""
     attributes = _attributes(problem)
     (x, a, b), out = problem.inputs, problem.output
-    n, c, p, q = out.shape
-    launch = Launch(
-        kernel=mixed_pool_kernel,
-        pointers={"x": X, "a": Ref("input", 1), "b": Ref("input", 2), "y": Y},
-        extras=operand_refs(problem),
-        rows=n * p * q,
-        batch=out.spec.batch,
-        block_rows=tile["BLOCK_ROWS"],
-        columns=-(-c // tile["BLOCK_COLUMNS"]),
-        constexprs={
+    _, c, p, q = out.shape
+    return tiled_launch(
+        problem,
+        tile,
+        mixed_pool_kernel,
+        {
             "H": x.shape[2], "WIDTH": x.shape[3], "C": c, "P": p, "Q": q,
             "R": attributes.kernel[0], "S": attributes.kernel[1],
             "STRIDE_H": attributes.stride[0], "STRIDE_W": attributes.stride[1],
-            "X_PITCH": x.pitch, "X_OFFSET": x.offset,
             "A_STEP": _step(a), "A_OFFSET": a.offset, "B_STEP": _step(b), "B_OFFSET": b.offset,
-            "Y_PITCH": out.pitch, "Y_OFFSET": out.offset,
-            "EPILOGUE": ep.for_output(problem.epilogue, problem.operands, out.spec),
-            "WIDE": problem.is_wide,
             "UNROLL": math.prod(attributes.kernel) <= MOST_UNROLLED_TAPS,
-            **dict(tile.blocks),
         },
-        num_warps=tile.num_warps,
-        num_stages=tile.num_stages,
+        pointers={"x": X, "a": Ref("input", 1), "b": Ref("input", 2), "y": Y},
     )  # fmt: skip
-    return (launch,)
 
 
 def configs(problem: Problem, target: Target) -> Iterator[Config]:
     """256 to 2048 results per program, as far as their loads fit the registers."""
-    for elements in (256, 512, 1024, 2048):
-        for columns in (32, 64, 128):
-            tile = config(4, 1, BLOCK_ROWS=elements // columns, BLOCK_COLUMNS=columns)
-            if legal(problem, tile, target) is None:
-                yield tile
+    for tile in tiles_of((256, 512, 1024, 2048), (32, 64, 128)):
+        if legal(problem, tile, target) is None:
+            yield tile
 
 
 def legal(problem: Problem, tile: Config, target: Target) -> str | None:

@@ -37,10 +37,7 @@ from .op import (
     Op,
     Problem,
     Target,
-    X,
-    Y,
     config,
-    operand_refs,
     power_of_two,
     tensor_bytes,
     tile_config,
@@ -57,8 +54,10 @@ from .pool_window import (
     reference_avg,
     reference_lp,
     reference_max,
+    window_sizes,
 )
 from .spec import Layout, TensorSpec
+from .tiles import tiled_launch
 
 # Up to here the taps are unrolled: a loop over taps loses the packed half-precision maximum.
 MOST_UNROLLED_TAPS = 25
@@ -300,34 +299,19 @@ def launches(problem: Problem, tile: Config, target: Target) -> tuple[Launch, ..
     attributes, chosen = _attributes(problem), reduction(problem)
     divide = () if chosen.divisor is None else (ep.Stage("div", literal=float(chosen.divisor)),)
     x, out = problem.inputs[0], problem.output
-    _, _, h, width = x.shape
-    n, c, p, q = out.shape
-    launch = Launch(
-        kernel=pool_kernel,
-        pointers={"x": X, "y": Y},
-        extras=operand_refs(problem),
-        rows=n * -(-p // tile["TILE_ROWS"]) * q,
-        batch=out.spec.batch,
-        block_rows=tile["BLOCK_ROWS"],
-        columns=-(-c // tile["BLOCK_COLUMNS"]),
-        constexprs={
-            "H": h, "WIDTH": width, "C": c, "P": p, "Q": q,
-            "R": attributes.kernel[0], "S": attributes.kernel[1],
-            "STRIDE_H": attributes.stride[0], "STRIDE_W": attributes.stride[1],
-            "PADDING_H": attributes.padding[0], "PADDING_W": attributes.padding[1],
-            "DILATION_H": attributes.dilation[0], "DILATION_W": attributes.dilation[1],
-            "X_PITCH": x.pitch, "X_OFFSET": x.offset,
-            "Y_PITCH": out.pitch, "Y_OFFSET": out.offset,
+    n, _, p, q = out.shape
+    return tiled_launch(
+        problem,
+        tile,
+        pool_kernel,
+        {
+            **window_sizes(attributes, x, out),
             "MAXIMUM": chosen.maximum, "NORM": chosen.norm, "COUNT": chosen.count,
-            "EPILOGUE": ep.for_output((*divide, *problem.epilogue), problem.operands, out.spec),
-            "WIDE": problem.is_wide,
             "UNROLL": unrolls(attributes),
-            **dict(tile.blocks),
         },
-        num_warps=tile.num_warps,
-        num_stages=tile.num_stages,
+        rows=n * -(-p // tile["TILE_ROWS"]) * q,
+        before=divide,
     )  # fmt: skip
-    return (launch,)
 
 
 def channel_block(channels: int) -> int:

@@ -289,21 +289,16 @@ def launches(problem: Problem, tile: Config, target: Target) -> tuple[Launch, ..
     attributes, inner = _attributes(problem), pooling(problem)
     window, chosen = attributes.pool, pool.reduction(inner)
     x, y, t = problem.inputs[0], problem.output, problem.outputs[-1]
-    _, c, h, width = x.shape
-    _, k, p, q = y.shape
     functions, extras = _chains(problem, chosen.divisor)
     constants = {
-        "H": h, "WIDTH": width, "C": c, "K": k, "P": p, "Q": q,
-        "R": window.kernel[0], "S": window.kernel[1],
-        "STRIDE_H": window.stride[0], "STRIDE_W": window.stride[1],
-        "PADDING_H": window.padding[0], "PADDING_W": window.padding[1],
-        "DILATION_H": window.dilation[0], "DILATION_W": window.dilation[1],
+        **pool_window.window_sizes(window, x, y),
+        "K": y.shape[1],
         "X_PITCH": x.pitch, "X_OFFSET": x.offset,
         "Y_PITCH": y.pitch, "Y_OFFSET": y.offset,
         "T_PITCH": t.pitch, "T_OFFSET": t.offset,
         "MAXIMUM": chosen.maximum, "COUNT": chosen.count, "KEEP": attributes.keep,
         **functions,
-        "PRECISION": gemm.dot_precision(problem, c),
+        "PRECISION": gemm.dot_precision(problem, x.shape[1]),
         "WIDE": problem.is_wide,
         **dict(tile.blocks),
     }  # fmt: skip

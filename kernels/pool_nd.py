@@ -38,10 +38,7 @@ from .op import (
     Op,
     Problem,
     Target,
-    X,
-    Y,
     config,
-    operand_refs,
     tensor_bytes,
     tile_config,
 )
@@ -59,6 +56,7 @@ from .pool_window import (
     reference_max_3d,
 )
 from .spec import Layout, TensorSpec
+from .tiles import tiled_launch, tiles_of
 
 
 @triton.jit
@@ -232,44 +230,31 @@ def launches(problem: Problem, tile: Config, target: Target) -> tuple[Launch, ..
         ("DILATION_D", "DILATION_H", "DILATION_W"): asked.dilation,
     }
     loads = math.prod(asked.kernel) * tile["BLOCK_ROWS"] * tile["BLOCK_COLUMNS"]
-    launch = Launch(
-        kernel=pool_nd_kernel,
-        pointers={"x": X, "y": Y},
-        extras=operand_refs(problem),
-        rows=out.spec.numel // c,
-        batch=out.spec.batch,
-        block_rows=tile["BLOCK_ROWS"],
-        columns=-(-c // tile["BLOCK_COLUMNS"]),
-        constexprs={
+    return tiled_launch(
+        problem,
+        tile,
+        pool_nd_kernel,
+        {
             **{
                 name: value
                 for names, values in sizes.items()
                 for name, value in zip(names, values, strict=True)
             },
             "C": c,
-            "X_PITCH": x.pitch, "X_OFFSET": x.offset,
-            "Y_PITCH": out.pitch, "Y_OFFSET": out.offset,
             "ADAPTIVE": asked.adaptive, "MAXIMUM": asked.maximum, "COUNT": asked.count,
-            "EPILOGUE": ep.for_output((*divide, *problem.epilogue), problem.operands, out.spec),
-            "WIDE": problem.is_wide,
             "UNROLL": unrolls(problem),
-            **dict(tile.blocks),
         },
-        num_warps=tile.num_warps,
-        num_stages=tile.num_stages,
+        before=divide,
         l2_bytes=loads * x.spec.dtype.itemsize,
         instructions=3 * loads,
     )  # fmt: skip
-    return (launch,)
 
 
 def configs(problem: Problem, target: Target) -> Iterator[Config]:
     """512 to 2048 results per program."""
-    for elements in (512, 1024, 2048):
-        for columns in (32, 64, 128):
-            tile = config(4, 1, BLOCK_ROWS=elements // columns, BLOCK_COLUMNS=columns)
-            if legal(problem, tile, target) is None:
-                yield tile
+    for tile in tiles_of((512, 1024, 2048), (32, 64, 128)):
+        if legal(problem, tile, target) is None:
+            yield tile
 
 
 def legal(problem: Problem, tile: Config, target: Target) -> str | None:

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 
 from ..errors import InvalidInputError
 from .op import Attributes
-from .spec import Layout, TensorSpec
+from .spec import Layout, Operand, TensorSpec
 
 
 @dataclass(frozen=True)
@@ -196,3 +196,17 @@ def reference_lp(attributes: LpPool2d, x: torch.Tensor) -> torch.Tensor:
     return F.lp_pool2d(
         x, attributes.norm, attributes.kernel, attributes.stride, attributes.ceil_mode
     )
+
+
+def window_sizes(
+    pool: MaxPool2d | AvgPool2d | LpPool2d, x: TensorSpec | Operand, y: TensorSpec | Operand
+) -> dict[str, int]:
+    """The constants of a kernel that walks a pooling's windows."""
+    _, c, h, width = x.shape
+    return {
+        "H": h, "WIDTH": width, "C": c, "P": y.shape[2], "Q": y.shape[3],
+        "R": pool.kernel[0], "S": pool.kernel[1],
+        "STRIDE_H": pool.stride[0], "STRIDE_W": pool.stride[1],
+        "PADDING_H": pool.padding[0], "PADDING_W": pool.padding[1],
+        "DILATION_H": pool.dilation[0], "DILATION_W": pool.dilation[1],
+    }  # fmt: skip

@@ -27,7 +27,6 @@ import triton
 import triton.language as tl
 
 from ..errors import InvalidInputError
-from . import epilogue as ep
 from .conv_arguments import as_image, as_sequence
 from .op import (
     Attributes,
@@ -39,16 +38,14 @@ from .op import (
     Launch,
     Op,
     Problem,
-    X,
-    Y,
     config,
-    operand_refs,
     tensor_bytes,
     tile_config,
 )
 from .pool import channel_block
 from .spec import MEMORY_FORMATS, Layout, TensorSpec
 from .targets import Target
+from .tiles import tiled_launch, tiles_of
 
 NEAREST, EXACT, LINEAR, CORNERS = "nearest", "nearest-exact", "linear", "corners"
 RULES = {"upsample_nearest": (NEAREST, EXACT), "upsample_linear": (LINEAR, CORNERS)}
@@ -211,35 +208,21 @@ def launches(problem: Problem, tile: Config, target: Target) -> tuple[Launch, ..
     o, p, q = (1, *out.shape[2:]) if is_image else out.shape[2:]
     steps = (1.0, *attributes.steps) if is_image else attributes.steps
     c = out.shape[1]
-    launch = Launch(
-        kernel=upsample_kernel,
-        pointers={"x": X, "y": Y},
-        extras=operand_refs(problem),
-        rows=out.spec.numel // c,
-        batch=out.spec.batch,
-        block_rows=tile["BLOCK_ROWS"],
-        columns=-(-c // tile["BLOCK_COLUMNS"]),
-        constexprs={
+    return tiled_launch(
+        problem,
+        tile,
+        upsample_kernel,
+        {
             "D": d, "H": h, "WIDTH": width, "C": c, "DEEP": o, "P": p, "Q": q,
             "STEP_D": steps[0], "STEP_H": steps[1], "STEP_W": steps[2], "RULE": attributes.rule,
             "VOLUME": not is_image,
-            "X_PITCH": x.pitch, "X_OFFSET": x.offset,
-            "Y_PITCH": out.pitch, "Y_OFFSET": out.offset,
-            "EPILOGUE": ep.for_output(problem.epilogue, problem.operands, out.spec),
-            "WIDE": problem.is_wide,
-            **dict(tile.blocks),
         },
-        num_warps=tile.num_warps,
-        num_stages=tile.num_stages,
     )  # fmt: skip
-    return (launch,)
 
 
 def configs(problem: Problem, target: Target) -> Iterator[Config]:
     """512 to 2048 results per program."""
-    for elements in (512, 1024, 2048):
-        for columns in (16, 32, 64, 128):
-            yield config(4, 1, BLOCK_ROWS=elements // columns, BLOCK_COLUMNS=columns)
+    yield from tiles_of((512, 1024, 2048), (16, 32, 64, 128))
 
 
 def default(problem: Problem, target: Target) -> Config:
