@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import re
 import runpy
 from dataclasses import replace
@@ -80,7 +81,7 @@ def test_programs_have_what_they_are_for() -> None:
 
 
 def test_a_line_that_torch_refuses_is_not_written() -> None:
-    b = Builder(0, batch=2)
+    b = Builder(random.Random(0), batch=2)
     x = b.input(3, 4, 4)
     for line in (f"{x}.view(5, 5)", f"{x}[:, 3:]", f"{x}.sum(0)", f"{x}.repeat(1, 40, 2, 2)"):
         with pytest.raises(UnsuitableError):

@@ -24,12 +24,13 @@ class UnsuitableError(Exception):
 class Builder:
     """Grows a program. All choices come from `random`.
 
-    dtype: what a line asks to be computed in; special, dynamic: whether no line speaks against NaN
+    turn: while the first line is written, how many seeds before this one began with the same line;
+    its alternatives are then taken in turn. dtype: what a line asks to be computed in; special, dynamic: whether no line speaks against NaN
     in the inputs, against a batch that varies.
     """
 
-    def __init__(self, seed: int, batch: int) -> None:
-        self.seed, self.random = seed, random.Random(seed)
+    def __init__(self, chosen: random.Random, batch: int, turn: int | None = None) -> None:
+        self.random, self.turn = chosen, turn
         self.inputs: list[tuple[str, tuple[int, ...]]] = []
         self.layers: list[tuple[str, str]] = []
         self.statements: list[Statement] = []
@@ -110,6 +111,13 @@ class Builder:
 
     def one(self, *choices: Any) -> Any:
         return self.random.choice(choices)
+
+    def alternative(self, *choices: Any, of: int = 1, at: int = 0) -> Any:
+        """One of the forms of a line: in turn where the line is a program's first, so that some
+        hundred seeds have them all. of, at: a line that takes several forms, and which this is."""
+        if self.turn is None:
+            return self.random.choice(choices)
+        return choices[(self.turn * of + at) % len(choices)]
 
     def chance(self, share: float) -> bool:
         return self.random.random() < share

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import random
+from collections.abc import Callable
+
 import torch
 
 from .builder import Builder, UnsuitableError
@@ -15,6 +18,7 @@ that they can be checked as one network."""
 DTYPES = (None, None, None, torch.float16, None, None, torch.bfloat16)
 MOST_LINES = 7
 TRIES = 12
+MOST_BEGINNINGS = 200
 KINDS = (4, 4, 4, 5, 4, 4, 3, 5, 2, 4)
 """Ranks of the first input."""
 SIDES = (2, 4, 5, 6, 7)
@@ -23,23 +27,15 @@ SIDES = (2, 4, 5, 6, 7)
 def generate(seed: int) -> Case:
     """The network of a seed, and how it is called; always the same for the same seed.
 
-    Neighbouring seeds begin with different lines, so that some hundreds of them reach all.
+    Neighbouring seeds begin with different lines, and those that begin with the same one take its
+    alternatives in turn, so that some hundreds of them have all there are.
     """
-    b = Builder(seed, batch=seed // GROUP % 3 + 1)
-    starts = (*LINES, *MOTIFS)
-    first = starts[seed % len(starts)]
-    if first in LINES or b.chance(0.3):
-        _inputs(b, 4 if first not in LINES else KINDS[(seed // len(starts) + seed) % len(KINDS)])
-    else:
-        b.input(b.one(3, 8), b.one(6, 7), b.one(5, 8))
-    _write(b, first)
+    b = _begun(seed)
     wanted = min(len(b.statements) + b.random.randint(1, 3), max(MOST_LINES, len(b.statements)))
     for _ in range(TRIES):
         if len(b.statements) >= wanted:
             break
         _write(b, b.one(*LINES, b.one(*MOTIFS)))
-    if not b.statements:
-        b.let(f"torch.relu({b.inputs[0][0]})")
     _results(b)
     dtype = b.dtype or DTYPES[seed // GROUP % len(DTYPES)]
     return Case(
@@ -54,15 +50,34 @@ def generate(seed: int) -> Case:
     )
 
 
-def _write(b: Builder, line: object) -> None:
+def _begun(seed: int) -> Builder:
+    """The inputs and the first line; other inputs where the line does not suit them."""
+    starts = (*LINES, *MOTIFS)
+    rounds, place = divmod(seed, len(starts))
+    first = starts[place]
+    turn = rounds * starts.count(first) + starts[:place].count(first)
+    chosen = random.Random(seed)
+    for at in range(MOST_BEGINNINGS):
+        b = Builder(chosen, seed // GROUP % 3 + 1, turn)
+        if first in LINES or b.chance(0.3):
+            _inputs(b, KINDS[(rounds + seed + at) % len(KINDS)] if first in LINES else 4)
+        else:
+            b.input(b.one(3, 8), b.one(6, 7), b.one(5, 8))
+        if _write(b, first):
+            b.turn = None
+            return b
+    raise AssertionError(f"seed {seed}: no inputs suit {first}")
+
+
+def _write(b: Builder, line: Callable[[Builder], None]) -> bool:
     """Tries a line; what a motif had written before it failed stays."""
-    assert callable(line)
     for _ in range(3):
         try:
             line(b)
-            return
+            return True
         except UnsuitableError:
             continue
+    return False
 
 
 def _inputs(b: Builder, rank: int) -> None:

@@ -26,11 +26,11 @@ BINARY = (
 
 
 def unary(b: Builder) -> None:
-    """One to three functions one behind the other; the seed says which is the first, so that few
-    seeds reach all."""
-    x = b.let(UNARY[b.seed % len(UNARY)].format(b.pick(2, *IMAGES)))
-    for _ in range(b.one(0, 1, 2)):
-        x = b.let(b.one(*UNARY).format(x))
+    """Functions one behind the other."""
+    x = b.pick(2, *IMAGES)
+    count = 3 if b.turn is not None else b.one(1, 2, 3)
+    for at in range(count):
+        x = b.let(b.alternative(*UNARY, of=count, at=at).format(x))
 
 
 def binary(b: Builder) -> None:
@@ -38,21 +38,21 @@ def binary(b: Builder) -> None:
     first = b.pick(2, *IMAGES)
     pair = [first, b.like(first)]
     b.random.shuffle(pair)
-    b.let(b.one(*BINARY).format(*pair))
+    b.let(b.alternative(*BINARY).format(*pair))
 
 
 def broadcast(b: Builder) -> None:
     """One number per sample and channel, or per pixel, beside the whole."""
     x = b.pick(4)
     y = b.let(b.one(f"{x}.mean((2, 3), keepdim=True)", f"{x}.amax(1, keepdim=True)"))
-    b.let(b.one(f"{x} * torch.sigmoid({y})", f"{x} + {y}", f"{y} - {x}"))
+    b.let(b.alternative(f"{x} * torch.sigmoid({y})", f"{x} + {y}", f"{y} - {x}"))
 
 
 def constants(b: Builder) -> None:
     """Numbers per channel that belong to the module."""
     x = b.pick(4)
     table = b.layer(f"nn.Parameter(torch.zeros(1, {b.shape(x)[1]}, 1, 1))")
-    b.let(b.one(f"{x} + {table}", f"{table} - {x}", f"torch.relu({x} * {table})"))
+    b.let(b.alternative(f"{x} + {table}", f"{table} - {x}", f"torch.relu({x} * {table})"))
 
 
 def prelu(b: Builder) -> None:
@@ -68,10 +68,10 @@ def convolve(b: Builder) -> None:
     c, r = b.shape(x)[1], b.one(1, 2, 3, 3, 5)
     groups = b.one(*(g for g in (1, 1, 1, 2, c) if c % g == 0))
     k, stride, dilation = groups * b.one(1, 2, 3, 8), b.one(1, 1, 2), b.one(1, 1, 1, 2)
-    padding = b.one(0, r // 2 * dilation, 1)
-    mode = b.one(*["zeros"] * 5, "reflect", "replicate", "circular")
-    if stride == 1 and mode == "zeros" and b.chance(0.2):
-        padding = "'same'"
+    padding = b.alternative(0, r // 2 * dilation, 1, "'same'", r // 2 * dilation, 1)
+    mode = b.alternative("zeros", "reflect", "zeros", "replicate", "zeros", "circular", "zeros")
+    if padding == "'same'":
+        stride = 1
     options = (f"stride={stride}, padding={padding}, dilation={dilation}, groups={groups}, "
                f"bias={b.chance(0.6)}, padding_mode='{mode}'")  # fmt: skip
     b.let(f"{b.layer(f'nn.Conv{n}d({c}, {k}, {r}, {options})')}({x})")
@@ -90,6 +90,8 @@ def convolve_back(b: Builder) -> None:
 
 def share_a_layer(b: Builder) -> None:
     """A layer that already stands elsewhere, with the same weights."""
+    if not b.layers:
+        convolve(b)
     layers = [name for name, text in b.layers if not text.startswith("nn.Parameter")]
     if not layers:
         raise UnsuitableError("no layers yet")
@@ -107,7 +109,17 @@ def matmul(b: Builder) -> None:
     c, k = b.shape(x)[1], b.one(3, 8)
     weight = b.layer(f"nn.Parameter(torch.zeros({c}, {k}))")
     bias = b.layer(f"nn.Parameter(torch.zeros({k}))")
-    b.let(b.one(f"torch.addmm({bias}, {x}, {weight})", f"F.linear({x}, {weight}.t(), {bias})"))
+    b.let(b.alternative(f"torch.addmm({bias}, {x}, {weight})", f"F.linear({x}, {weight}.t(), {bias})"))
+
+
+def attend(b: Builder) -> None:
+    """Products of activations with each other: pixels compared, and mixed as they compare."""
+    x = b.pick(3)
+    scores = b.let(f"torch.bmm({x}.transpose(1, 2), {x})")
+    if b.alternative(True, False):
+        b.special = False
+        scores = b.let(f"F.softmax({scores}, -1)")
+    b.let(f"{x} @ {scores}")
 
 
 def batch_norm(b: Builder) -> None:
@@ -126,7 +138,7 @@ def normalise(b: Builder) -> None:
     x = b.pick(*IMAGES)
     c, *size = b.shape(x)[1:]
     groups = b.one(*(g for g in (1, 2, c) if c % g == 0))
-    text = b.one(
+    text = b.alternative(
         f"nn.GroupNorm({groups}, {c})", f"nn.LayerNorm({[c, *size]})", f"nn.LayerNorm({size[-1]})",
         f"nn.RMSNorm({size[-1]})", f"nn.InstanceNorm{len(size)}d({c}, affine=True)",
     )  # fmt: skip
@@ -140,7 +152,7 @@ def local_norm(b: Builder) -> None:
 def softmax(b: Builder) -> None:
     x = b.pick(2, *IMAGES)
     dim = b.random.randrange(1, len(b.shape(x)))
-    b.let(b.one(f"F.softmax({x}, {dim})", f"F.log_softmax({x}, {dim})"))
+    b.let(b.alternative(f"F.softmax({x}, {dim})", f"F.log_softmax({x}, {dim})"))
 
 
 def reduce(b: Builder) -> None:
@@ -148,7 +160,7 @@ def reduce(b: Builder) -> None:
     last = len(b.shape(x)) - 1
     dims = b.one((1,), tuple(range(2, last + 1)), (last,))
     keep = b.one(True, False) if last == 3 or dims != (1,) else True
-    text = b.one(
+    text = b.alternative(
         "{x}.sum({d}, keepdim={k})", "{x}.mean({d}, keepdim={k})", "{x}.amax({d}, keepdim={k})",
         "{x}.amin({d}, keepdim={k})", "{x}.max({e}, keepdim={k}).values",
         "{x}.min({e}, keepdim={k}).values", "torch.linalg.vector_norm({x}, 2, {d}, {k})",
@@ -163,7 +175,7 @@ def pool(b: Builder) -> None:
     n, r = len(b.shape(x)) - 2, b.one(2, 3)
     stride, padding, ceil = b.one(1, 2, 3), b.one(0, r // 2), b.chance(0.3)
     window = f"{x}, {r}, {stride}, {padding}, ceil_mode={ceil}"
-    text = b.one(
+    text = b.alternative(
         f"F.max_pool{n}d({window})", f"F.avg_pool{n}d({window})",
         f"F.avg_pool{n}d({window}, count_include_pad=False)",
         f"F.max_pool{n}d({x}, {r}, {stride}, {padding}, dilation=2)",
@@ -175,6 +187,15 @@ def pool(b: Builder) -> None:
 
 def power_pool(b: Builder) -> None:
     b.let(f"F.lp_pool2d({b.pick(4)}.abs() + 0.5, {b.one(2.0, 3.0)}, 2)")
+
+
+def mixed_pool(b: Builder) -> None:
+    """Part maximum, part average of one window."""
+    x = b.pick(4)
+    r = b.one(2, 3)
+    window = f"({x}, {r}, {b.one(1, 2)}, {b.one(0, r // 2)})"
+    first, second = b.alternative(("0.25 * ", "0.75 * "), ("0.5 * ", "0.5 * "))
+    b.let(f"{first}F.max_pool2d{window} + {second}F.avg_pool2d{window}")
 
 
 def median_pool(b: Builder) -> None:
@@ -199,14 +220,14 @@ def join(b: Builder) -> None:
     near = [name for name in b.values if b.shape(name)[2:] == rest and name[0] != "i"]
     near = [name for name in near if len(b.shape(name)) == len(b.shape(x))]
     parts = [x, *(b.one(*near) for _ in range(b.one(1, 2)))]
-    b.let(b.one(f"torch.cat([{', '.join(parts)}], 1)", f"torch.cat([{', '.join(parts)}, {x}], 1)"))
+    b.let(b.alternative(f"torch.cat([{', '.join(parts)}], 1)", f"torch.cat([{', '.join(parts)}, {x}], 1)"))
 
 
 def cut(b: Builder) -> None:
     x = b.pick(2, *IMAGES)
     c, last = b.shape(x)[1], b.shape(x)[-1]
     start = b.random.randrange(c)
-    text = b.one(
+    text = b.alternative(
         f"{x}[:, {start}:{b.random.randint(start + 1, c)}]", f"{x}[..., ::2]", f"{x}[:, 1:]",
         f"{x}.chunk(2, 1)[{b.one(0, 1)}]", f"{x}.narrow(-1, {last // 2}, {last - last // 2})",
         f"F.glu({x}, 1)", f"{x}.split([1, {c - 1}], 1)[1]", f"{x}.select(-1, 0).unsqueeze(-1)",
@@ -222,7 +243,7 @@ def move(b: Builder) -> None:
     x = b.pick(4)
     c, h, w = b.shape(x)[1:]
     two = 2 if c % 2 == 0 else 1
-    text = b.one(
+    text = b.alternative(
         f"{x}.flip({b.one(1, 2, 3)})", f"{x}.roll({b.one(1, 2)}, {b.one(2, 3)})",
         f"{x}.transpose(2, 3)", f"{x}.permute(0, 3, 1, 2)", f"F.pixel_unshuffle({x}, 2)",
         f"F.pixel_shuffle({x}, 2)", f"F.channel_shuffle({x}, {two})",
@@ -236,14 +257,14 @@ def move(b: Builder) -> None:
 
 def flatten(b: Builder) -> None:
     x = b.pick(*IMAGES)
-    b.let(b.one(f"{x}.flatten(1)", f"{x}.flatten(2)", f"{x}.flatten(2).transpose(1, 2)"))
+    b.let(b.alternative(f"{x}.flatten(1)", f"{x}.flatten(2)", f"{x}.flatten(2).transpose(1, 2)"))
 
 
 def surround(b: Builder) -> None:
     x = b.pick(*IMAGES)
     n = len(b.shape(x)) - 2
     sides = [b.one(0, 1, 2) for _ in range(2 * n)]
-    mode = b.one("constant", "constant", "reflect", "replicate", "circular")
+    mode = b.alternative("constant", "reflect", "constant", "replicate", "circular")
     value = ", value=0.5" if mode == "constant" and b.chance(0.5) else ""
     b.let(f"F.pad({x}, {sides}, mode='{mode}'{value})")
 
@@ -252,7 +273,7 @@ def resize(b: Builder) -> None:
     x = b.pick(*IMAGES)
     linear = {3: "linear", 4: "bilinear", 5: "trilinear"}[len(b.shape(x))]
     size = [b.one(2, 3, 7, 2 * side) for side in b.shape(x)[2:]]
-    b.let(b.one(
+    b.let(b.alternative(
         f"F.interpolate({x}, scale_factor=2, mode='nearest')",
         f"F.interpolate({x}, size={size}, mode='nearest-exact')",
         f"F.interpolate({x}, size={size}, mode='{linear}', align_corners={b.chance(0.5)})",
@@ -261,7 +282,7 @@ def resize(b: Builder) -> None:
 
 LINES = (
     convolve, convolve, convolve, unary, unary, unary, binary, binary, join, join, batch_norm,
-    pool, pool, cut, move, reduce, broadcast, constants, prelu, convolve_back, share_a_layer,
-    linear, matmul, normalise, local_norm, softmax, power_pool, median_pool, pool_and_back,
-    flatten, surround, resize,
+    pool, pool, cut, cut, move, move, reduce, broadcast, constants, prelu, convolve_back,
+    share_a_layer, linear, matmul, attend, normalise, local_norm, softmax, power_pool, mixed_pool,
+    median_pool, pool_and_back, flatten, surround, resize,
 )  # fmt: skip

@@ -182,7 +182,7 @@ def rows_of_a_stem(b: Builder) -> None:
     """Filter rows that start at multiples of 128 bits, too many terms to be loaded one by one: the
     image is padded and read in rows."""
     b.dtype = torch.float16
-    x = b.input(3, 12, 12)
+    x = b.input(3, 10, 10)
     text = f"nn.Conv2d(3, 16, 11, stride=2, padding=5, bias={b.chance(0.5)})"
     y = b.let(f"{b.layer(text)}({x})")
     b.let(f"torch.relu({y})")
@@ -193,12 +193,12 @@ def volume(b: Builder) -> None:
     x = b.input(b.one(1, 4), 4, b.one(3, 5), b.one(2, 4))
     pools = ("F.max_pool3d({0}, 2, 1)", "F.avg_pool3d({0}, 2, 2)", "F.adaptive_avg_pool3d({0}, 2)",
              "F.adaptive_max_pool3d({0}, 2)")  # fmt: skip
-    b.let(pools[b.seed // 7 % len(pools)].format(x))
+    b.let(b.alternative(*pools).format(x))
 
 
 def padded_conv(b: Builder) -> None:
     x = _image(b, b.one(4, 8))
-    mode = b.one("constant", "reflect", "replicate", "circular")
+    mode = b.alternative("constant", "reflect", "replicate", "circular")
     y = b.let(f"F.pad({x}, {b.one([1, 1, 1, 1], [0, 1, 2, 1], [1, 0, 0, 2])}, mode='{mode}')")
     b.let(f"{b.layer(f'nn.Conv2d({b.shape(x)[1]}, 8, 3)')}({y})")
 
