@@ -31,12 +31,13 @@ def generate(seed: int) -> Case:
     alternatives in turn, so that some hundreds of them have all there are.
     """
     b = _begun(seed)
+    leading = b.statements[-1].targets[0]
     wanted = min(len(b.statements) + b.random.randint(1, 3), max(MOST_LINES, len(b.statements)))
     for _ in range(TRIES):
         if len(b.statements) >= wanted:
             break
         _write(b, b.one(*LINES, b.one(*MOTIFS)))
-    _results(b)
+    _results(b, leading)
     dtype = b.dtype or DTYPES[seed // GROUP % len(DTYPES)]
     return Case(
         b.program(),
@@ -94,8 +95,12 @@ def _inputs(b: Builder, rank: int) -> None:
         b.input(*shape)
 
 
-def _results(b: Builder) -> None:
-    """The last value, what motifs wanted, and sometimes another one, an input even."""
+def _results(b: Builder, leading: str) -> None:
+    """The last value, what motifs wanted, and sometimes another one, an input even. What the first
+    line made is never dead: it is what the seed is for."""
     b.results.append(b.pick(2, 3, 4, 5) if b.chance(0.1) else b.statements[-1].targets[0])
     if b.chance(0.25):
         b.results.append(b.pick(2, 3, 4, 5))
+    needed = b.program().pruned().statements
+    if leading not in (name for statement in needed for name in statement.targets):
+        b.results.append(leading)
