@@ -28,7 +28,7 @@ from ..kernels.epilogue import Epilogue
 from ..kernels.op import Attributes
 from ..kernels.spec import FLOAT_DTYPES, TensorSpec
 from . import moved_batch
-from .example_inputs import check_example, check_module, check_range, two_samples
+from .example_inputs import check_example, check_module, check_range, stand_in, two_samples
 from .features import observed
 from .interface import Structure
 from .ir import CONSTANT, INPUT, OUTPUT, TORCH, Graph, NoAttributes, Node, Value
@@ -137,7 +137,9 @@ def capture(
     arguments = tuple(example)
     leaves = check_example(arguments)
     batch = None
-    if dynamic_batch is not None:
+    if dynamic_batch is None:
+        arguments = pytree.tree_map(stand_in, arguments)
+    else:
         check_range(dynamic_batch, leaves)
         arguments = pytree.tree_map(two_samples, arguments)
         batch = Dim("batch", min=1, max=max(dynamic_batch[1], 2))

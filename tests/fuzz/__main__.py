@@ -1,7 +1,7 @@
 """`python -m tests.fuzz --seeds 0:10000`: random networks, in the root of the project.
 
 Each broken promise is shrunk and printed as a module that shows it; exit status 1 where there is
-one. `--full` holds every network to the whole contract.
+one. `--full` holds every network to the whole contract, with all batches and with one.
 """
 
 from __future__ import annotations
@@ -85,13 +85,26 @@ def _run(job: tuple[range, bool, bool]) -> tuple[int, list[str]]:
 
     seeds, full, shrinks = job
     torch.set_num_threads(1)
-    cases = [replace(case, full=full or case.full) for case in map(generate, seeds)]
-    try:
-        check_many(cases)
-        return len(cases), []
-    except BrokenError as error:
-        single = list(_broken(cases, shrinks))
-        return len(cases), single or [f"only together: {error}"]
+    reports = []
+    for cases in _held(list(map(generate, seeds)), full):
+        try:
+            check_many(cases)
+        except BrokenError as error:
+            reports += list(_broken(cases, shrinks)) or [f"only together: {error}"]
+    return len(seeds), reports
+
+
+def _held(cases: list[Case], full: bool) -> list[list[Case]]:
+    """The cases as they are; or all with everything, compiled for one batch and for a range."""
+    from .contract import BATCHES, CHECKS, OPTIONAL
+    from .grammar import GROUP
+
+    if not full:
+        return [cases]
+    left = OPTIONAL[cases[0].seed // GROUP % len(OPTIONAL)]
+    rest = tuple(check for check in CHECKS if check != BATCHES)
+    ways = (rest, CHECKS)
+    return [[replace(case, checks=way, without=left) for case in cases] for way in ways]
 
 
 def _broken(cases: list[Case], shrinks: bool) -> Iterator[str]:

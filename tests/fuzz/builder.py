@@ -25,8 +25,8 @@ class Builder:
     """Grows a program. All choices come from `random`.
 
     turn: while the first line is written, how many seeds before this one began with the same line;
-    its alternatives are then taken in turn. dtype: what a line asks to be computed in; special, dynamic: whether no line speaks against NaN
-    in the inputs, against a batch that varies.
+    its alternatives are then taken in turn. dtype: what a line asks to be computed in; special,
+    dynamic: whether no line speaks against NaN in the inputs, against a batch that varies.
     """
 
     def __init__(self, chosen: random.Random, batch: int, turn: int | None = None) -> None:

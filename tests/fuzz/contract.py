@@ -1,9 +1,9 @@
 """What every executable promises, checked on one network.
 
 Always: shapes, dtypes, values and the places of NaN and Inf against fp64; inputs untouched; results
-that share no memory with inputs, weights, each other or later calls (they are overwritten, and all
-must stay as it was); the same bits again. In full: other inputs, a range of batches, no passes,
-and every pass but one.
+that share no memory with inputs, weights, each other or the executable (they are overwritten, and
+all must stay as it was). Besides, as the case says, one or several of CHECKS, and one pass left
+out. `grammar.py` says which share of the seeds is held to what.
 """
 
 from __future__ import annotations
@@ -15,7 +15,9 @@ from typing import Any
 
 import convloom
 import torch
-from convloom.compiler.passes import NAMES
+from convloom.compiler import api
+from convloom.compiler.ir import Graph
+from convloom.compiler.passes import PASSES
 from convloom.errors import ConvloomError
 from convloom.kernels import tolerance
 from torch import nn
@@ -23,7 +25,11 @@ from torch import nn
 from .. import nets
 from .program import Program, merged
 
-BATCHES = (1, 4)
+CHECKS = (AGAIN, OTHER, UNFUSED, BATCHES) = ("again", "other", "unfused", "batches")
+"""The same bits a second time; other inputs, which leave earlier results alone; the same values
+without passes; an executable for a range of batches, called with three of them."""
+OPTIONAL = tuple(step.name for step in PASSES if not step.required)
+BATCH_RANGE = (1, 4)
 NOISE_RUNS = 3
 ROUNDINGS = 4.0
 """Unit roundoffs of noise on every value, where a result is questioned."""
@@ -40,23 +46,23 @@ class BrokenError(AssertionError):
 @dataclass(frozen=True)
 class Case:
     """A network and how it is called. special: NaN and Inf in the inputs; strided: inputs that are
-    not contiguous; full: the whole contract; dynamic: the batch may vary;
-    again: it is called a second time."""
+    not contiguous; checks: of CHECKS; without: a pass that is also left out; dynamic: the batch may
+    vary."""
 
     program: Program
     seed: int = 0
     dtype: torch.dtype | None = None
     special: bool = False
     strided: bool = False
-    full: bool = False
+    checks: tuple[str, ...] = (AGAIN,)
+    without: str | None = None
     dynamic: bool = True
-    again: bool = True
 
     def source(self) -> str:
         """A module that runs the case: `PYTHONPATH=. python FILE` in the root of the project."""
         options = (f"seed={self.seed}, dtype={self.dtype}, special={self.special}, "
-                   f"strided={self.strided}, full={self.full}, dynamic={self.dynamic}, "
-                   f"again={self.again}")  # fmt: skip
+                   f"strided={self.strided}, checks={self.checks}, without={self.without!r}, "
+                   f"dynamic={self.dynamic}")  # fmt: skip
         shapes = ", ".join(str(shape) for _, shape in self.program.inputs)
         return "\n".join(
             [
@@ -82,6 +88,11 @@ class Case:
         """The tensors it is called with; other ones for every `again`."""
         shapes = [shape for _, shape in self.program.inputs]
         return make_inputs(shapes, self.seed + 7919 * again, self.special, self.strided)
+
+    @property
+    def range(self) -> tuple[int, int] | None:
+        """The batches it is compiled for."""
+        return BATCH_RANGE if BATCHES in self.checks and self.dynamic else None
 
 
 def make_inputs(
@@ -130,16 +141,21 @@ def together(cases: Sequence[Case]) -> Case:
                    dynamic=all(case.dynamic for case in cases))  # fmt: skip
 
 
+def grouped(cases: Iterable[Case]) -> list[list[Case]]:
+    """Cases of one batch and the same checks, as those that can be one network."""
+    groups: dict[Any, list[Case]] = {}
+    for case in cases:
+        groups.setdefault((case.dtype, case.special, case.range), []).append(case)
+    return list(groups.values())
+
+
 def check_many(cases: Iterable[Case]) -> set[str]:
     """`check` of many cases of one batch, as few networks; where one is broken, of each by itself.
 
     Raises: BrokenError with the network that breaks a promise, as a module.
     """
-    groups: dict[Any, list[Case]] = {}
-    for case in cases:
-        groups.setdefault((case.dtype, case.special), []).append(case)
     ops: set[str] = set()
-    for group in groups.values():
+    for group in grouped(cases):
         whole = together(group)
         try:
             ops |= check(whole)
@@ -166,44 +182,49 @@ def check_module(module: nn.Module, shapes: list[tuple[int, ...]], **options: An
 
 
 class _Checks:
-    """One network, its truth and its compilations."""
+    """One network, its truth and its compilations; torch.export runs once."""
 
     def __init__(self, case: Case, module: nn.Module) -> None:
         self.case, self.module = case, module
         self.ops: set[str] = set()
 
     def run(self) -> set[str]:
-        case, inputs = self.case, self.case.inputs()
+        inputs = self.case.inputs()
         try:
             with nets.exporting_once():
-                exe = self.compile(inputs)
-                if case.full:
-                    plain = self.compile(inputs, passes="none")
-                    left = NAMES[case.seed % len(NAMES)]
-                    some = tuple(name for name in NAMES if name != left)
-                    partial = self.compile(inputs, passes=some)
-            result = self.promises(exe, inputs, "fused")
-            if case.full:
-                self.value("passes='none'", plain(*inputs), inputs)
-                self.value(f"without {left}", partial(*inputs), inputs)
-                self.later_calls(exe, inputs, result)
-                if case.dynamic:
-                    self.batches(inputs)
+                exe, *others = [self.compile(inputs, passes) for _, passes in self.ways()]
         finally:
             nets.forget(self.module)
+        result = self.promises(exe, inputs, "fused")
+        if OTHER in self.case.checks:
+            self.later_calls(exe, result)
+        if self.case.range is not None:
+            self.batches(exe)
+        for (name, _), other in zip(self.ways()[1:], others, strict=True):
+            self.value(name, self.call(other, inputs, name), inputs)
         return self.ops
 
-    def compile(self, inputs: tuple[torch.Tensor, ...], **options: Any) -> Any:
-        options = {"dtype": self.case.dtype, "tuning": "heuristic", **options}
+    def ways(self) -> list[tuple[str, Any]]:
+        """How it is compiled: a name, and the passes."""
+        ways: list[tuple[str, Any]] = [("fused", "default")]
+        if UNFUSED in self.case.checks:
+            ways.append(("passes='none'", "none"))
+        if (left := self.case.without) is not None:
+            ways.append((f"without {left}", tuple(name for name in OPTIONAL if name != left)))
+        return ways
+
+    def compile(self, inputs: tuple[torch.Tensor, ...], passes: Any) -> Any:
+        options: dict[str, Any] = {"dtype": self.case.dtype, "dynamic_batch": self.case.range}
         try:
-            exe = convloom.compile(self.module, inputs, target="interpreter", **options)
+            exe = convloom.compile(self.module, inputs, target="interpreter", tuning="heuristic",
+                                   passes=passes, **options)  # fmt: skip
         except ConvloomError as error:
             raise BrokenError(f"compile: {type(error).__name__}", str(error)) from error
         except Exception as error:
             raise BrokenError(f"compile crashed: {type(error).__name__}", repr(error)) from error
         if exe.plan.summary()["torch_fallbacks"]:
             raise BrokenError("fallback", exe.explain())
-        self.ops |= {node.op for node in exe.graph.nodes()}
+        self.ops |= ops_of(exe.graph)
         return exe
 
     def call(self, exe: Any, inputs: tuple[torch.Tensor, ...], name: str) -> Any:
@@ -214,7 +235,7 @@ class _Checks:
             raise BrokenError(kind, repr(error)) from error
 
     def promises(self, exe: Any, inputs: tuple[torch.Tensor, ...], name: str) -> list[torch.Tensor]:
-        """The results, when all that is promised of one executable holds."""
+        """The results, overwritten, when all that is promised of one executable holds."""
         kept = [x.clone() for x in inputs]
         weights = [tensor.clone() for tensor in self.module.state_dict().values()]
         results = nets.tensors_of(self.call(exe, inputs, name))
@@ -227,24 +248,23 @@ class _Checks:
             tensor.fill_(float("nan"))
         same(f"{name}: inputs changed with results", inputs, kept)
         same(f"{name}: weights changed", list(self.module.state_dict().values()), weights)
-        if not (self.case.again or self.case.full):
-            return copies
+        if AGAIN not in self.case.checks:
+            return results
         again = nets.tensors_of(self.call(exe, inputs, name))
         same(f"{name}: other bits the second time", again, copies)
         return again
 
-    def later_calls(self, exe: Any, inputs: Any, result: list[torch.Tensor]) -> None:
+    def later_calls(self, exe: Any, result: list[torch.Tensor]) -> None:
         """Other inputs are computed rightly and leave earlier results alone."""
         copies = [tensor.clone() for tensor in result]
         others = replace(self.case, strided=not self.case.strided).inputs(again=1)
         self.value("other inputs", self.call(exe, others, "other inputs"), others)
         same("a later call changed results", result, copies)
 
-    def batches(self, inputs: tuple[torch.Tensor, ...]) -> None:
-        """One executable for a range of batches."""
-        exe = self.compile(inputs, dynamic_batch=BATCHES)
-        for batch in (BATCHES[1], BATCHES[0]):
-            shapes = [(batch, *x.shape[1:]) for x in inputs]
+    def batches(self, exe: Any) -> None:
+        """The largest and the smallest batch."""
+        for batch in reversed(BATCH_RANGE):
+            shapes = [(batch, *shape[1:]) for _, shape in self.case.program.inputs]
             images = make_inputs(shapes, self.case.seed + batch, self.case.special)
             self.value(f"batch {batch}", self.call(exe, images, f"batch {batch}"), images)
 
@@ -280,6 +300,28 @@ class _Checks:
                 got = nets.run(self.module, inputs, torch.float64)[at]
             worst = torch.maximum(worst, (got - exact).abs().nan_to_num(0.0, 0.0, 0.0))
         return (exact + worst).to(dtype)
+
+
+def ops_of(graph: Graph) -> set[str]:
+    """The ops of a graph, and the functions in their epilogues."""
+    nodes = list(graph.nodes())
+    stages = (stage.name for node in nodes for stage in (*node.prologue, *node.epilogue))
+    return {node.op for node in nodes} | set(stages)
+
+
+def ops_in(cases: Iterable[Case]) -> set[str]:
+    """What `check_many` of these cases returns, without running them."""
+    ops: set[str] = set()
+    for group in grouped(cases):
+        whole = together(group)
+        checks = _Checks(whole, whole.module())
+        with nets.exporting_once():
+            for _, passes in checks.ways():
+                graph, _, _ = api.lowered(checks.module, whole.inputs(), target="interpreter",
+                                          dtype=whole.dtype, passes=passes)  # fmt: skip
+                ops |= ops_of(graph)
+        nets.forget(checks.module)
+    return ops
 
 
 class _Noise(torch.overrides.TorchFunctionMode):

@@ -109,7 +109,8 @@ def matmul(b: Builder) -> None:
     c, k = b.shape(x)[1], b.one(3, 8)
     weight = b.layer(f"nn.Parameter(torch.zeros({c}, {k}))")
     bias = b.layer(f"nn.Parameter(torch.zeros({k}))")
-    b.let(b.alternative(f"torch.addmm({bias}, {x}, {weight})", f"F.linear({x}, {weight}.t(), {bias})"))
+    spelt = f"torch.addmm({bias}, {x}, {weight})", f"F.linear({x}, {weight}.t(), {bias})"
+    b.let(b.alternative(*spelt))
 
 
 def attend(b: Builder) -> None:
@@ -220,7 +221,7 @@ def join(b: Builder) -> None:
     near = [name for name in b.values if b.shape(name)[2:] == rest and name[0] != "i"]
     near = [name for name in near if len(b.shape(name)) == len(b.shape(x))]
     parts = [x, *(b.one(*near) for _ in range(b.one(1, 2)))]
-    b.let(b.alternative(f"torch.cat([{', '.join(parts)}], 1)", f"torch.cat([{', '.join(parts)}, {x}], 1)"))
+    b.let(f"torch.cat([{', '.join(b.alternative(parts, [*parts, x]))}], 1)")
 
 
 def cut(b: Builder) -> None:

@@ -68,7 +68,9 @@ def shortcut(b: Builder) -> None:
     """The first block of a stage: the shortcut is a convolution, too."""
     x = _image(b, b.one(6, 8))
     stride = b.one(1, 2)
-    a = b.let(_conv(b, x, 12, 3, stride=stride))
+    # Of the very same image, the two would be one convolution.
+    inner = _conv_act(b, x, 6, 1, "torch.relu({0})") if b.alternative(True, False) else x
+    a = b.let(_conv(b, inner, 12, 3, stride=stride))
     s = b.let(_conv(b, x, 12, 1, stride=stride))
     terms = [a, s]
     b.random.shuffle(terms)
@@ -146,10 +148,11 @@ def lrn_pool(b: Builder) -> None:
 
 
 def head(b: Builder) -> None:
-    """Linear layers one behind the other, behind an average, with a softmax."""
+    """Linear layers one behind the other, behind an average or a flattening, with a softmax."""
     x = b.pick(2, 4)
     if len(b.shape(x)) == 4:
-        x = b.let(b.one(f"{x}.mean((2, 3))", f"{x}.flatten(1)"))
+        ends = (f"{x}.mean((2, 3))", f"F.max_pool2d({x}, 2, 1).flatten(1)", f"{x}.flatten(1)")
+        x = b.let(b.alternative(*ends))
     for k in b.one((24, 16, 10), (16, 10), (10,)):
         x = b.let(f"torch.relu({_linear(b, x, k)})")
     x = _linear(b, x, 5)

@@ -85,7 +85,8 @@ def _key(program: Program) -> str:
 
 
 def _plainer(case: Case) -> Iterator[Case]:
-    for name, value in (("special", False), ("strided", False), ("full", False), ("dtype", None)):
+    plain = {"special": False, "strided": False, "checks": (), "without": None, "dtype": None}
+    for name, value in plain.items():
         if getattr(case, name) != value:
             yield replace(case, **{name: value})
 
