@@ -97,19 +97,19 @@ class InterpreterRunner:
         memory = self._memory
         for port, tensor in zip(plan.inputs, inputs, strict=True):
             memory.view(port.place).copy_(tensor)
-        for step in plan.steps:
-            self._run_step(step, memory)
-            if observe is not None:
-                observe(step, memory.view(first_output(step)).clone())
+        with interpreter.interpreting():
+            for step in plan.steps:
+                self._run_step(step, memory)
+                if observe is not None:
+                    observe(step, memory.view(first_output(step)).clone())
         return [memory.view(port.place).clone() for port in plan.outputs]
 
     def _run_step(self, step: Step, memory: Memory) -> None:
         if isinstance(step, TorchStep):
             run_torch_step(step, memory)
             return
-        with interpreter.interpreting():
-            for launch in step.launches:
-                execute.interpret(launch, _tensors_of(step, memory), memory.batch)
+        for launch in step.launches:
+            execute.interpret(launch, _tensors_of(step, memory), memory.batch)
 
 
 def first_output(step: Step) -> Place:

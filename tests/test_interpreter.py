@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.language import core
+from triton.runtime.interpreter import interpreter_builder
 from triton.runtime.jit import JITFunction
 
 pytestmark = pytest.mark.interpreter
@@ -122,7 +123,8 @@ def language() -> dict[str, Any]:
     """Everything that interpreting may replace."""
     members = {f"{module.__name__}.{name}": value for module in (tl, core, tl.tensor)
                for name, value in vars(module).items()}  # fmt: skip
-    return members | {"JITFunction.__call__": JITFunction.__call__}
+    rest = {"call": JITFunction.__call__, "options": interpreter_builder.options}
+    return members | rest
 
 
 def test_the_language_is_restored_after_an_exception() -> None:
