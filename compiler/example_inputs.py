@@ -54,7 +54,10 @@ def check_range(bounds: tuple[int, int], leaves: list[torch.Tensor]) -> None:
 
 def stand_in(x: torch.Tensor) -> torch.Tensor:
     """What torch.export sees of the input: its shape. Of a view it would make up a base with
-    symbolic strides, which takes 60 ms."""
+    symbolic strides, which takes 60 ms. Expanded tensors, which may be larger than any memory, are
+    shown as they are."""
+    if x.numel() * x.element_size() > x.untyped_storage().nbytes():
+        return x
     return torch.empty(x.shape, dtype=x.dtype, device=x.device)
 
 

@@ -109,6 +109,8 @@ def legal(block: Block, tile: Config, target: Target) -> str | None:
         return f"an fp32 expansion of a tile of {n} channels spills; at most {256 // share}"
     if last and target.capability < 90 and (pixels := _pixels(tile)) > 64 // share:
         return f"{pixels} pixels and an expansion spill on {target.name}"
+    if (reason := _spilling(block, tile, target)) is not None:
+        return reason
     if span and block.dtype is torch.float32:
         return "fp32 operands of all channels do not fit the registers"
     if span and block.widths[0] > MOST_BLOCKS * tile["BLOCK_K"]:
@@ -116,6 +118,19 @@ def legal(block: Block, tile: Config, target: Target) -> str | None:
     if (needed := shared_bytes(block, tile)) > target.shared_bytes:
         return f"needs {needed} bytes of shared memory; {target.name} has {target.shared_bytes}"
     return _registers(block, tile, share)
+
+
+def _spilling(block: Block, tile: Config, target: Target) -> str | None:
+    """Tiles that fit the registers by their counts, and of which ptxas still keeps two words in
+    memory to let one more program onto a multiprocessor."""
+    rows, warps = tile["TILE_ROWS"], tile.num_warps
+    if block.dtype is torch.float32 or tile["SPAN"] or rows < 4:
+        return None
+    if block.widths[2] and target.capability < 90 and warps == 4:
+        return f"{rows} rows, an expansion and {warps} warps spill on {target.name}"
+    if target.capability >= 100 and block.conv.stride[0] > 1 and _pixels(tile) == 128:
+        return f"{rows} rows of stride {block.conv.stride[0]} spill on {target.name}"
+    return None
 
 
 def _pixels(tile: Config) -> int:
