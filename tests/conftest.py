@@ -8,12 +8,15 @@ the next run.
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from convloom.compiler.tuning import choose, store
 from hypothesis import HealthCheck, settings
+
+from . import untraced
 
 COMMON = {
     "deadline": None,
@@ -30,6 +33,15 @@ def checked_passes() -> Iterator[None]:
     """Graphs are verified around every pass, whoever compiles."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("CONVLOOM_CHECK", "1")
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def traced_where_it_shows() -> Iterator[None]:
+    """Under coverage.py."""
+    with pytest.MonkeyPatch.context() as patch:
+        if sys.gettrace() is not None:
+            untraced.leave_out(patch)
         yield
 
 
