@@ -10,7 +10,7 @@ and a long inner dimension, SPLIT programs share the sums of a tile (`split.py`)
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import triton
@@ -37,6 +37,9 @@ TILES_BEFORE_SM90 = (
 TILES_FP32 = ((64, 64, 4), (64, 32, 4), (32, 64, 4), (32, 32, 4), (16, 64, 4), (16, 32, 2))
 MULTIPROCESSORS = 132
 MOST_WARPS_OVER_TAPS = 4
+# ptxas unrolls loops of so many steps. Over the taps of a 3x3 filter it then takes 56 registers for
+# a tile of 32x32 and keeps 8 bytes on the stack; with a fourth stage it takes 62 and keeps none.
+MOST_UNROLLED = 18
 
 
 @triton.jit
@@ -335,7 +338,7 @@ def default_tile(size: Size, target: Target) -> Config:
         candidates = tuple(tile for tile in candidates if tile[0] <= 64 and tile[1] <= 64)
     widest = 32 if size.gathers or size.dtype is torch.float32 else 64
     block_k = max(16, min(widest, power_of_two(size.depth)))
-    return min(
+    chosen = min(
         (
             config_of(size, block, block_k, 3, split)
             for block in candidates
@@ -343,6 +346,10 @@ def default_tile(size: Size, target: Target) -> Config:
         ),
         key=price,
     )
+    small = chosen["BLOCK_M"] == chosen["BLOCK_N"] == 32 and split_of(chosen) == 1
+    if small and size.taps > 1 and size.steps(block_k) <= MOST_UNROLLED:
+        return replace(chosen, num_stages=4)
+    return chosen
 
 
 def outline(size: Size, tile: Config) -> Launch:

@@ -221,7 +221,7 @@ def test_what_would_spill_is_refused() -> None:
          ("TMA", 1), (residual.BLOCK, residual.HOLD.value)), 4, 3,
     )  # fmt: skip
     op = registry.get("conv2d")
-    assert "64 accumulators per thread; beside more than 32" in str(op.legal(asked, tile, SM_90))
+    assert "64 accumulators per thread; beside more than 16" in str(op.legal(asked, tile, SM_90))
     (wanted,) = rank.requests(op, asked, op.launches(asked, tile, SM_90), SM_90)
     assert offline.report(wanted).spill_bytes
 
