@@ -29,9 +29,8 @@ import triton
 import triton.language as tl
 
 from ..errors import InvalidInputError
-from . import conv_rows, conv_tma, dependent, depthwise, gemm, grouped, product
+from . import conv_rows, conv_tma, dependent, depthwise, gemm, grouped, product, residual
 from . import split as split_k
-from .epilogue import Stage
 from .op import (
     Attributes,
     Builder,
@@ -147,6 +146,8 @@ def conv2d_kernel(
     Y_PITCH: tl.constexpr,
     Y_OFFSET: tl.constexpr,
     EPILOGUE: tl.constexpr,
+    RESIDUAL: tl.constexpr,
+    RESIDUAL_FIRST: tl.constexpr,
     PROLOGUE: tl.constexpr,
     PRECISION: tl.constexpr,
     WIDE: tl.constexpr,
@@ -181,9 +182,10 @@ def conv2d_kernel(
     x_group = x + X_OFFSET + group * C
     x_corner = (corner * X_PITCH)[:, None]
     w_tile = w + (columns * (R * S * C))[:, None] + depth[None, :]
-    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     split = tl.program_id(0) % SPLIT
     dependent.wait(PDL)
+    early = residual.load(rows, columns, row_mask, column_mask, extras, RESIDUAL)
+    acc = residual.begin(early, RESIDUAL_FIRST, BLOCK_M, BLOCK_N)
     if BY_TAP:
         blocks: tl.constexpr = (C + BLOCK_K - 1) // BLOCK_K
         x_tile = x_corner + depth[None, :]
@@ -231,6 +233,7 @@ def conv2d_kernel(
             b = tl.load(w_tile + start, mask=b_mask, other=0.0)
             acc = tl.dot(a, b.T, acc, input_precision=PRECISION)
     dependent.release(PDL)
+    acc = residual.end(acc, early, RESIDUAL_FIRST)
     tile = row_tile * (GROUPS * group_tiles) + column_tile
     gemm.finish_share(
         acc, y, parts, tickets, tile, split, rows, columns, row_mask, column_mask, extras,
@@ -267,7 +270,7 @@ def launches(problem: Problem, tile: Config, target: Target) -> tuple[Launch, ..
     attributes = problem.attributes
     assert isinstance(attributes, Conv2d)
     if chosen == "gemm":
-        return (product.launch(problem, tile),)
+        return (product.launch(problem, tile, target),)
     if chosen == "depthwise":
         return (depthwise.launch(problem, tile),)
     if chosen == "rows":
@@ -281,7 +284,6 @@ def launches(problem: Problem, tile: Config, target: Target) -> tuple[Launch, ..
     n, k, p, q = out.shape
     _, per_group, r, s = problem.inputs[1].shape
     groups = attributes.groups
-    after, before = gemm.chains(problem)
     size, split = _size(problem), gemm.split_of(tile)
     tiles = size.tiles(tile["BLOCK_M"], tile["BLOCK_N"])
     steps = -(-size.steps(tile["BLOCK_K"]) // split)
@@ -303,11 +305,10 @@ def launches(problem: Problem, tile: Config, target: Target) -> tuple[Launch, ..
             "GROUPS": groups,
             "X_PITCH": x.pitch, "X_OFFSET": x.offset,
             "Y_PITCH": out.pitch, "Y_OFFSET": out.offset,
-            "EPILOGUE": after, "PROLOGUE": before,
             "PRECISION": gemm.dot_precision(problem, per_group * r * s),
-            "WIDE": problem.is_wide,
-            "BY_TAP": runs_by_tap(per_group, r * s) or before is not None,
-            **dict(tile.blocks),
+            "WIDE": problem.is_wide, "PROLOGUE": gemm.prologue_of(problem),
+            "BY_TAP": runs_by_tap(per_group, r * s) or bool(problem.prologue),
+            **dict(tile.blocks), **residual.constants(problem, tile),
         },
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
@@ -356,9 +357,8 @@ def configs(problem: Problem, target: Target) -> Iterator[Config]:
         return grouped.configs(problem, target)
     if algorithm(problem) == "gemm":
         return product.configs(problem, target)
-    return itertools.chain(
-        gemm.tile_configs(_size(problem), target), conv_tma.configs(problem, target)
-    )
+    tiles = (*gemm.tile_configs(_size(problem), target), *conv_tma.configs(problem, target))
+    return itertools.chain(tiles, residual.variants(problem, tiles))
 
 
 def legal(problem: Problem, tile: Config, target: Target) -> str | None:
@@ -368,6 +368,8 @@ def legal(problem: Problem, tile: Config, target: Target) -> str | None:
         return grouped.legal(problem, tile, target)
     if algorithm(problem) == "gemm":
         return product.legal(problem, tile, target)
+    if (refused := residual.legal(problem, tile)) is not None:
+        return refused
     if conv_tma.is_one(tile):
         return conv_tma.legal(problem, tile, target)
     size = _size(problem)
@@ -450,12 +452,9 @@ def _capture(
     attributes = Conv2d(_pair(stride), sides, dilations, int(groups))
     if g.spec(x).rank != 4:
         return g.refuse("unbatched convolution; pass a batch dimension")
-    if b is None:
-        return g.apply("conv2d", (x, w), attributes)
-    from .movement import Reshape
+    from .conv_arguments import with_bias
 
-    bias = g.apply("reshape", (b,), Reshape((g.spec(b).shape[0], 1, 1)))
-    return g.apply("conv2d", (x, w, bias), attributes, (Stage("add"),))
+    return with_bias(g, "conv2d", x, w, b, attributes)
 
 
 OP = Op(

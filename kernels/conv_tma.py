@@ -22,7 +22,7 @@ from typing import Any
 import triton
 import triton.language as tl
 
-from . import dependent, gemm, gemm_tma
+from . import dependent, gemm, gemm_tma, residual
 from .op import Box, Config, Launch, Problem, Target, W, X, Y, config, power_of_two
 
 TILES = ((128, 128), (128, 64), (64, 128), (64, 64))
@@ -54,6 +54,8 @@ def conv_tma_kernel(
     Y_PITCH: tl.constexpr,
     Y_OFFSET: tl.constexpr,
     EPILOGUE: tl.constexpr,
+    RESIDUAL: tl.constexpr,
+    RESIDUAL_FIRST: tl.constexpr,
     PRECISION: tl.constexpr,
     WIDE: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -77,8 +79,19 @@ def conv_tma_kernel(
     # Even numbers that make the positions of all taps positive: division rounds towards zero.
     rise: tl.constexpr = (TOP + 1) // 2 * 2
     drift: tl.constexpr = (LEFT + 1) // 2 * 2
-    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    pixel = tl.arange(0, BLOCK_M)
+    image = n0 + pixel // (BOX_H * BOX_W)
+    p = p0 + pixel // BOX_W % BOX_H
+    q = q0 + pixel % BOX_W
+    row_mask = (image < m) & (p < P) & (q < Q)
+    if WIDE:
+        image = image.to(tl.int64)
+    rows = (image * P + p) * Q + q
+    columns = column + tl.arange(0, BLOCK_N)
+    column_mask = columns < K
     dependent.wait(PDL)
+    early = residual.load(rows, columns, row_mask, column_mask, extras, RESIDUAL)
+    acc = residual.begin(early, RESIDUAL_FIRST, BLOCK_M, BLOCK_N)
     for step in range(R * S * blocks):
         tap = step // blocks
         start = step % blocks * BLOCK_K
@@ -94,17 +107,9 @@ def conv_tma_kernel(
         b = w.load([column, tap * C + start])
         acc = tl.dot(tl.reshape(a, (BLOCK_M, BLOCK_K)), b.T, acc, input_precision=PRECISION)
     dependent.release(PDL)
-    pixel = tl.arange(0, BLOCK_M)
-    image = n0 + pixel // (BOX_H * BOX_W)
-    p = p0 + pixel // BOX_W % BOX_H
-    q = q0 + pixel % BOX_W
-    row_mask = (image < m) & (p < P) & (q < Q)
-    if WIDE:
-        image = image.to(tl.int64)
-    rows = (image * P + p) * Q + q
-    columns = column + tl.arange(0, BLOCK_N)
+    acc = residual.end(acc, early, RESIDUAL_FIRST)
     gemm.finish_tile(
-        acc, y, rows, columns, row_mask, columns < K, extras, EPILOGUE, Y_PITCH, Y_OFFSET
+        acc, y, rows, columns, row_mask, column_mask, extras, EPILOGUE, Y_PITCH, Y_OFFSET
     )
 
 
@@ -205,10 +210,9 @@ def launch(problem: Problem, tile: Config) -> Launch:
             "TOP": attributes.padding[0], "LEFT": attributes.padding[2],
             "DILATION_H": attributes.dilation[0], "DILATION_W": attributes.dilation[1],
             "X_PITCH": pitch, "Y_PITCH": out.pitch, "Y_OFFSET": out.offset,
-            "EPILOGUE": gemm.chains(problem)[0],
             "PRECISION": gemm.dot_precision(problem, c * r * s),
             "WIDE": problem.is_wide, "PDL": False,
-            **dict(tile.blocks),
+            **dict(tile.blocks), **residual.constants(problem, tile),
         },
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,

@@ -136,10 +136,11 @@ class Access:
     offset: int
     label: str = ""
 
-    @property
-    def is_full(self) -> bool:
-        """Whether the tensor has an element of its own for every point of the space."""
-        return 0 not in self.strides
+    def is_full(self, sizes: tuple[int, ...]) -> bool:
+        """Whether the tensor has an element of its own for every point of a space of those sizes:
+        a dimension of one, such as the batch of a plan for single images, repeats nothing."""
+        walked = zip(sizes, self.strides, strict=True)
+        return all(stride or size == 1 for size, stride in walked)
 
 
 def memory_sizes(output: TensorSpec) -> tuple[int, ...]:
@@ -220,8 +221,10 @@ def row_offset_function(sizes: tuple[int, ...], strides: tuple[int, ...]) -> Gen
     return GeneratedFunction("row_offset", source)
 
 
-def load_source(pointer: str, sizes: tuple[int, ...], read: Access) -> str:
-    """Triton source that loads a tensor's part of a tile as fp32.
+def load_source(
+    pointer: str, sizes: tuple[int, ...], read: Access, cast: str = ".to(tl.float32)"
+) -> str:
+    """Triton source that loads a tensor's part of a tile as fp32, or as another `cast` says.
 
     A result that does not depend on the rows (columns) has one row (column) and broadcasts.
     """
@@ -232,13 +235,13 @@ def load_source(pointer: str, sizes: tuple[int, ...], read: Access) -> str:
     if row and column:
         address = f"{base} + ({row})[:, None] + ({column})[None, :]"
         mask = "row_mask[:, None] & column_mask[None, :]"
-        return f"tl.load({address}, mask={mask}, other=0.0).to(tl.float32)"
+        return f"tl.load({address}, mask={mask}, other=0.0){cast}"
     if column:
         load = f"tl.load({base} + {column}, mask=column_mask, other=0.0)"
-        return f"{load}.to(tl.float32)[None, :]"
+        return f"{load}{cast}[None, :]"
     if row:
-        return f"tl.load({base} + {row}, mask=row_mask, other=0.0).to(tl.float32)[:, None]"
-    return f"tl.load({base}).to(tl.float32)"
+        return f"tl.load({base} + {row}, mask=row_mask, other=0.0){cast}[:, None]"
+    return f"tl.load({base}){cast}"
 
 
 def _literal(value: float) -> str:
@@ -246,7 +249,9 @@ def _literal(value: float) -> str:
     return f'float("{text}")' if text.lstrip("-") in ("inf", "nan") else text
 
 
-def _ordered(stages: Epilogue, reads: tuple[Access, ...]) -> list[tuple[Stage, int | None]]:
+def _ordered(
+    stages: Epilogue, reads: tuple[Access, ...], sizes: tuple[int, ...]
+) -> list[tuple[Stage, int | None]]:
     """Stages with the index of their operand; in a run of additions, full tensors come first.
 
     Residual before bias costs 104 registers at 128x128 and 8 warps, bias before residual 128.
@@ -261,7 +266,7 @@ def _ordered(stages: Epilogue, reads: tuple[Access, ...]) -> list[tuple[Stage, i
         stage, at = slot
         if stage.name != "add" or at is None or stage.channels is not None:
             return False
-        return reads[at].is_full is full
+        return reads[at].is_full(sizes) is full
 
     for position in range(1, len(slots)):
         at = position
@@ -277,14 +282,20 @@ def generate(
     sizes: tuple[int, ...],
     first: int = 0,
     name: str = "epilogue",
+    without: int | None = None,
 ) -> GeneratedFunction:
-    """The source of the chain over an iteration space; operand i is `extras[first + i]`."""
+    """The source of the chain over an iteration space; operand i is `extras[first + i]`.
+
+    without: an operand whose stage is left out, because the kernel applies it elsewhere.
+    """
     lines = [
         "@triton.jit",
         f"def {name}(acc, rows, columns, row_mask, column_mask, extras):",
     ]
     symbols = []
-    for stage, at in _ordered(stages, reads):
+    for stage, at in _ordered(stages, reads, sizes):
+        if at is not None and at == without:
+            continue
         function = stage.scalar.function.fn.__name__
         symbols.append(function)
         arguments = ["acc"]
@@ -306,6 +317,13 @@ def generate(
         lines.append(f"    acc = {result}")
     lines.append("    return acc")
     return GeneratedFunction(name, "\n".join(lines) + "\n", tuple(sorted(set(symbols))))
+
+
+def loader(name: str, index: int, sizes: tuple[int, ...], read: Access) -> GeneratedFunction:
+    """A function that loads a tile's part of `extras[index]` and leaves it in its dtype."""
+    load = load_source(f"extras[{index}]", sizes, read, cast="")
+    head = f"@triton.jit\ndef {name}(rows, columns, row_mask, column_mask, extras):"
+    return GeneratedFunction(name, f"{head}\n    return {load}\n")
 
 
 def for_output(

@@ -10,13 +10,13 @@ and a long inner dimension, SPLIT programs share the sums of a tile (`split.py`)
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import triton
 import triton.language as tl
 
-from . import dependent, machine
+from . import dependent, gemm_loop, machine, residual
 from . import epilogue as ep
 from . import split as split_k
 from .op import Config, Launch, Problem, Ref, Target, W, X, Y, config, operand_refs, power_of_two
@@ -37,6 +37,9 @@ TILES_BEFORE_SM90 = (
 TILES_FP32 = ((64, 64, 4), (64, 32, 4), (32, 64, 4), (32, 32, 4), (16, 64, 4), (16, 32, 2))
 MULTIPROCESSORS = 132
 MOST_WARPS_OVER_TAPS = 4
+# ptxas unrolls loops of so many steps. Over the taps of a 3x3 filter it then takes 56 registers for
+# a tile of 32x32 and keeps 8 bytes on the stack; with a fourth stage it takes 62 and keeps none.
+MOST_UNROLLED = 18
 
 
 @triton.jit
@@ -126,6 +129,8 @@ def gemm_kernel(
     Y_PITCH: tl.constexpr,
     Y_OFFSET: tl.constexpr,
     EPILOGUE: tl.constexpr,
+    RESIDUAL: tl.constexpr,
+    RESIDUAL_FIRST: tl.constexpr,
     PROLOGUE: tl.constexpr,
     PRECISION: tl.constexpr,
     WIDE: tl.constexpr,
@@ -137,47 +142,26 @@ def gemm_kernel(
     TMA: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    # TMA: x and w are descriptors, whose boxes need neither addresses nor masks.
     column_tiles: tl.constexpr = (K + BLOCK_N - 1) // BLOCK_N
     row_tile, column_tile = tile_index(
         tl.program_id(0) // SPLIT, tl.cdiv(m, BLOCK_M), column_tiles, GROUP_M
     )
-    rows = row_tile * BLOCK_M + tl.arange(0, BLOCK_M)
-    columns = column_tile * BLOCK_N + tl.arange(0, BLOCK_N)
-    depth = tl.arange(0, BLOCK_K)
-    row_mask = rows < m
-    column_mask = columns < K
-    if WIDE:
-        rows = rows.to(tl.int64)
-    if not TMA:
-        x_tile = x + X_OFFSET + (rows * X_PITCH)[:, None] + depth[None, :]
-        w_tile = w + (columns * C)[:, None] + depth[None, :]
-    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    rows, columns, row_mask, column_mask = gemm_loop.places(
+        row_tile, column_tile, m, K, WIDE, BLOCK_M, BLOCK_N
+    )
     split = tl.program_id(0) % SPLIT
     first, stop = 0, (C + BLOCK_K - 1) // BLOCK_K
     if SPLIT > 1:
         first, stop = share_of(split, (C + BLOCK_K - 1) // BLOCK_K, SPLIT)
     dependent.wait(PDL)
-    for step in range(first, stop):
-        start = step * BLOCK_K
-        if TMA:
-            a = x.load([row_tile * BLOCK_M, start])
-            b = w.load([column_tile * BLOCK_N, start])
-        elif C % BLOCK_K == 0:
-            a = tl.load(x_tile + start, mask=row_mask[:, None], other=0.0)
-            b = tl.load(w_tile + start, mask=column_mask[:, None], other=0.0)
-        else:
-            inside = (depth + start < C)[None, :]
-            a = tl.load(x_tile + start, mask=row_mask[:, None] & inside, other=0.0)
-            b = tl.load(w_tile + start, mask=column_mask[:, None] & inside, other=0.0)
-        if PROLOGUE is not None:
-            channels = depth + start
-            in_channels = channels < C
-            value = PROLOGUE(a.to(tl.float32), rows, channels, row_mask, in_channels, extras)
-            # Rows and channels outside the tensor must stay zero whatever the prologue adds.
-            a = tl.where(row_mask[:, None] & in_channels[None, :], value, 0.0).to(a.dtype)
-        acc = tl.dot(a, b.T, acc, input_precision=PRECISION)
+    early = residual.load(rows, columns, row_mask, column_mask, extras, RESIDUAL)
+    acc = gemm_loop.add_products(
+        residual.begin(early, RESIDUAL_FIRST, BLOCK_M, BLOCK_N), x, w, row_tile, column_tile,
+        rows, columns, row_mask, column_mask, first, stop, extras, C, X_PITCH, X_OFFSET, PROLOGUE,
+        PRECISION, BLOCK_M, BLOCK_N, BLOCK_K, TMA,
+    )  # fmt: skip
     dependent.release(PDL)
+    acc = residual.end(acc, early, RESIDUAL_FIRST)
     tile = row_tile * column_tiles + column_tile
     finish_share(
         acc, y, parts, tickets, tile, split, rows, columns, row_mask, column_mask, extras,
@@ -196,15 +180,19 @@ def dot_precision(problem: Problem, depth: int) -> str:
 def chains(problem: Problem) -> tuple[ep.GeneratedFunction, ep.GeneratedFunction | None]:
     """The problem's epilogue, and its prologue over the first input's channels."""
     after = ep.for_output(problem.epilogue, problem.operands, problem.output.spec)
+    return after, prologue_of(problem)
+
+
+def prologue_of(problem: Problem) -> ep.GeneratedFunction | None:
+    """The problem's prologue over the first input's channels, if it has one."""
     if not problem.prologue:
-        return after, None
+        return None
     spec = problem.inputs[0].spec
     reads = tuple(ep.access(operand, spec) for operand in problem.prologue_operands)
     sizes = ep.memory_sizes(spec)
-    before = ep.generate(
+    return ep.generate(
         problem.prologue, reads, sizes, first=len(problem.operands), name="prologue"
     )
-    return after, before
 
 
 def all_extras(problem: Problem) -> tuple[Ref, ...]:
@@ -350,7 +338,7 @@ def default_tile(size: Size, target: Target) -> Config:
         candidates = tuple(tile for tile in candidates if tile[0] <= 64 and tile[1] <= 64)
     widest = 32 if size.gathers or size.dtype is torch.float32 else 64
     block_k = max(16, min(widest, power_of_two(size.depth)))
-    return min(
+    chosen = min(
         (
             config_of(size, block, block_k, 3, split)
             for block in candidates
@@ -358,6 +346,10 @@ def default_tile(size: Size, target: Target) -> Config:
         ),
         key=price,
     )
+    small = chosen["BLOCK_M"] == chosen["BLOCK_N"] == 32 and split_of(chosen) == 1
+    if small and size.taps > 1 and size.steps(block_k) <= MOST_UNROLLED:
+        return replace(chosen, num_stages=4)
+    return chosen
 
 
 def outline(size: Size, tile: Config) -> Launch:
@@ -402,7 +394,6 @@ def launch(problem: Problem, tile: Config, x: Operand, columns: int) -> Launch:
     """The product of `x` seen as a matrix of its innermost dimension with the packed weight."""
     out = problem.output
     depth = ep.memory_sizes(x.spec)[-1]
-    after, before = chains(problem)
     rows, split = out.spec.numel // columns, split_of(tile)
     size = Size(rows, columns, depth, x.spec.dtype)
     tiles = size.tiles(tile["BLOCK_M"], tile["BLOCK_N"])
@@ -425,11 +416,11 @@ def launch(problem: Problem, tile: Config, x: Operand, columns: int) -> Launch:
             "X_OFFSET": x.offset,
             "Y_PITCH": out.pitch,
             "Y_OFFSET": out.offset,
-            "EPILOGUE": after,
-            "PROLOGUE": before,
             "PRECISION": dot_precision(problem, depth),
             "WIDE": problem.is_wide,
+            "PROLOGUE": prologue_of(problem),
             **dict(tile.blocks),
+            **residual.constants(problem, tile),
         },
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,

@@ -38,7 +38,7 @@ def reference(attributes: Linear, x: torch.Tensor, w: torch.Tensor) -> torch.Ten
 
 
 def launches(problem: Problem, tile: Config, target: Target) -> tuple[Launch, ...]:
-    return (product.launch(problem, tile),)
+    return (product.launch(problem, tile, target),)
 
 
 def configs(problem: Problem, target: Target) -> Iterator[Config]:

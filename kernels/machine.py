@@ -84,14 +84,14 @@ def launch_time_us(machine: Machine, launch: Launch, flops: int, dtype: torch.dt
     A tile takes as long as the slowest of its matrix products, its traffic with the L2 cache and
     its other instructions; no program is faster than its loads follow each other.
     """
-    programs = launch.grid_at(launch.batch or 1)[0]
+    tiles = launch.tiles_at(launch.batch or 1)
     rows = max(launch.rows, 1)
     padded = -(-rows // launch.block_rows) * launch.block_rows / rows
     rate = machine.tensor_tflops * 1e6 * RATE[dtype] / machine.multiprocessors
-    products_us = flops * padded / programs / rate
+    products_us = flops * padded / tiles / rate
     cache_us = launch.l2_bytes * machine.multiprocessors / (machine.cache_gbps * 1e3)
     issue_us = launch.instructions / (LANES * machine.clock_ghz * 1e3)
-    waves = -(-programs // machine.multiprocessors)
+    waves = -(-tiles // machine.multiprocessors)
     busy_us = waves * (max(products_us, cache_us, issue_us) + machine.start_us)
     waiting_us = launch.steps * step_us(machine, launch.num_stages) + machine.start_us
     return max(busy_us, waiting_us) + combine_us(machine, launch)

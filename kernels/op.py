@@ -152,7 +152,8 @@ class Launch:
 
     The kernel takes the pointers and the boxes by name, the tuple `extras`, the number of rows `m`
     (the only size that may vary between calls) and compile-time constants. The grid is
-    `ceil(m / block_rows) * columns` programs in one dimension.
+    `ceil(m / block_rows) * columns` programs in one dimension, one for each tile; with
+    `most_programs` at most so many, which compute more than one tile then.
 
     rows: `m` at the largest batch; it scales with the batch when `batch` is not None.
     l2_bytes, instructions: for the cost model, of one program: what it moves between the L2 cache
@@ -177,6 +178,7 @@ class Launch:
     combine_bytes: int = 0
     scratch: tuple[Scratch, ...] = ()
     boxes: Mapping[str, Box] = field(default_factory=lambda: NONE)
+    most_programs: int | None = None
 
     @property
     def too_large(self) -> str | None:
@@ -192,9 +194,14 @@ class Launch:
         """The number of rows when the batch is `batch`."""
         return self.rows if self.batch is None else self.rows // self.batch * batch
 
+    def tiles_at(self, batch: int) -> int:
+        """The number of tiles when the batch is `batch`."""
+        return -(-self.m_at(batch) // self.block_rows) * self.columns
+
     def grid_at(self, batch: int) -> tuple[int, int, int]:
         """The launch grid when the batch is `batch`."""
-        return (-(-self.m_at(batch) // self.block_rows) * self.columns, 1, 1)
+        tiles = self.tiles_at(batch)
+        return (tiles if self.most_programs is None else min(tiles, self.most_programs), 1, 1)
 
 
 def operand_refs(problem: Problem) -> tuple[Ref, ...]:

@@ -3,6 +3,8 @@
 The configuration says which algorithm:
 - `gemm`: tiles on the tensor cores (`gemm.py`);
 - `gemm_tma`: the same through descriptors, where memory is aligned (`gemm_tma.py`);
+- both of them by programs that stay and compute tile after tile (`gemm_persistent.py`), or with the
+  residual read before the loop (`residual.py`);
 - `gemv`: at most 8 rows, the weights streamed once (`gemv.py`).
 """
 
@@ -10,25 +12,29 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from . import gemm, gemm_tma, gemv, machine
+from . import gemm, gemm_persistent, gemm_tma, gemv, machine, residual
 from .op import Config, Launch, Problem, Target
 
 
-def launch(problem: Problem, tile: Config) -> Launch:
+def launch(problem: Problem, tile: Config, target: Target) -> Launch:
     """The launch of the configuration's algorithm."""
     x, columns = problem.inputs[0], gemm.problem_size(problem).columns
     if gemv.is_one(tile):
         return gemv.launch(problem, tile, x, columns)
-    if gemm_tma.is_one(tile):
-        return gemm_tma.launch(problem, tile, x, columns)
-    return gemm.launch(problem, tile, x, columns)
+    of_tiles = gemm_tma.launch if gemm_tma.is_one(tile) else gemm.launch
+    made = of_tiles(problem, tile, x, columns)
+    if gemm_persistent.resident_of(tile):
+        return gemm_persistent.staying(made, tile, target)
+    return made
 
 
 def configs(problem: Problem, target: Target) -> Iterator[Config]:
     """The search space: every algorithm's."""
     size = gemm.problem_size(problem)
-    yield from gemm.tile_configs(size, target)
-    yield from gemm_tma.configs(problem, target)
+    tiles = (*gemm.tile_configs(size, target), *gemm_tma.configs(problem, target))
+    yield from tiles
+    yield from residual.variants(problem, tiles)
+    yield from gemm_persistent.variants(problem, tiles, target)
     yield from gemv.configs(size, target)
 
 
@@ -37,6 +43,9 @@ def legal(problem: Problem, tile: Config, target: Target) -> str | None:
     size = gemm.problem_size(problem)
     if gemv.is_one(tile):
         return gemv.legal(size, tile, target)
+    refused = residual.legal(problem, tile) or gemm_persistent.legal(problem, tile, target)
+    if refused is not None:
+        return refused
     if gemm_tma.is_one(tile):
         return gemm_tma.legal(problem, tile, target)
     return gemm.legal_tile(size.dtype, tile, target)

@@ -260,11 +260,17 @@ def configs(problem: Problem, target: Target) -> Iterator[Config]:
     half = problem.output.spec.dtype is not torch.float32
     for warps in (4, 2, 1):
         for block_n in (16, 32, 64) if half else (16, 32):
-            yield config(warps, 1, BLOCK_M=32 * warps, BLOCK_N=block_n, BLOCK_K=BLOCK)
+            tile = config(warps, 1, BLOCK_M=32 * warps, BLOCK_N=block_n, BLOCK_K=BLOCK)
+            if legal(problem, tile, target) is None:
+                yield tile
 
 
 def legal(problem: Problem, tile: Config, target: Target) -> str | None:
     """Why a tile cannot run on the target, or None."""
+    single_step = terms(problem.inputs[1].spec) <= BLOCK
+    if target.capability >= 90 and single_step and (tile.num_warps, tile["BLOCK_N"]) == (2, 64):
+        # A 3x3 filter over 3 channels: ptxas stops at 80 registers.
+        return f"2 warps with 64 columns in a single step spill 8 bytes on {target.name}"
     return gemm.legal_tile(problem.output.spec.dtype, tile, target)
 
 
@@ -279,7 +285,10 @@ def default(problem: Problem, target: Target) -> Config:
     block_n = min(64 if half else 32, max(16, power_of_two(k)))
     tiles = -(-k // block_n) * n * p * q // 128
     warps = 4 if tiles >= gemm.MULTIPROCESSORS else 2 if 2 * tiles >= gemm.MULTIPROCESSORS else 1
-    return config(warps, 1, BLOCK_M=32 * warps, BLOCK_N=block_n, BLOCK_K=BLOCK)
+    tile = config(warps, 1, BLOCK_M=32 * warps, BLOCK_N=block_n, BLOCK_K=BLOCK)
+    if legal(problem, tile, target) is None:
+        return tile
+    return config(4, 1, BLOCK_M=128, BLOCK_N=block_n, BLOCK_K=BLOCK)
 
 
 def cost(problem: Problem) -> Cost:

@@ -237,7 +237,7 @@ def change(plan: Any, place: str, value: Any) -> None:
 
 P = "programs.0."
 ABSURD = {
-    "version": ("version", 2, "this convloom reads version 1"),
+    "version": ("version", 1, "this convloom reads version 2"),
     "format": ("format", "zip", "no plan of convloom"),
     "no programs": ("programs", [], "it has no programs"),
     "unknown field": (P + "more", 1, "expected no field 'more'"),
@@ -285,6 +285,7 @@ ABSURD = {
     "no rows": (P + "calls.0.grid.rows", 0, "0 rows"),
     "block": (P + "calls.0.grid.block_rows", 0, "in blocks of 0"),
     "columns": (P + "calls.0.grid.columns", 2**30, "programs for"),
+    "no blocks": (P + "calls.0.grid.most", 0, "at most 0 programs"),
     "grid batch": (P + "calls.0.grid.batch", 3, "rows for 3 images"),
     "no launches": (P + "calls", [], "0 launches of"),
 }  # fmt: skip

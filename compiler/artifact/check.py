@@ -313,6 +313,8 @@ class _Checker:
             self.refuse(
                 f"{where}: {grid.rows} rows in blocks of {grid.block_rows}, {grid.columns} columns"
             )
+        if grid.most is not None and grid.most < 1:
+            self.refuse(f"{where}: at most {grid.most} programs")
         static = self.program.batch is None
         if grid.batch is not None and (static or grid.batch != high or grid.rows % grid.batch):
             self.refuse(f"{where}: {grid.rows} rows for {grid.batch} images")

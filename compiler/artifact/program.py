@@ -15,7 +15,7 @@ from ..interface import Interface, Port, Structure
 from ..memory import Buffer
 from ..typed import Reader
 
-FORMAT, VERSION = "convloom-executable", 1
+FORMAT, VERSION = "convloom-executable", 2
 DEEPEST, MOST_LEAVES = 16, 4096
 READ, WRITE, SCRATCH, ROWS = "read", "write", "scratch", "rows"
 
@@ -56,13 +56,15 @@ class Argument:
 class Grid:
     """How many rows a kernel is told of, and how many programs are started, for any batch.
 
-    `rows` are those of the largest batch, which is `batch`, or of any where that is None.
+    `rows` are those of the largest batch, which is `batch`, or of any where that is None. most: of
+    programs, where each may compute more than one tile; None where there is one for each.
     """
 
     rows: int
     block_rows: int
     columns: int
     batch: int | None
+    most: int | None
 
     def rows_at(self, batch: int) -> int:
         """The number of rows when the batch is `batch`."""
@@ -70,7 +72,8 @@ class Grid:
 
     def programs_at(self, batch: int) -> int:
         """The number of programs when the batch is `batch`."""
-        return -(-self.rows_at(batch) // self.block_rows) * self.columns
+        tiles = -(-self.rows_at(batch) // self.block_rows) * self.columns
+        return tiles if self.most is None else min(tiles, self.most)
 
 
 @dataclass(frozen=True)

@@ -249,7 +249,9 @@ def _calls(plan: Plan, images: Sequence[int]) -> tuple[Call, ...]:
     names = [step.name for step in plan.steps if isinstance(step, KernelStep)]
     calls = []
     for image, (step, launch) in zip(images, plan.kernels, strict=True):
-        grid = Grid(launch.rows, launch.block_rows, launch.columns, launch.batch)
+        grid = Grid(
+            launch.rows, launch.block_rows, launch.columns, launch.batch, launch.most_programs
+        )
         for batch in {1, *(plan.batch or (1,))}:
             wanted = (grid.programs_at(batch), 1, 1)
             if launch.grid_at(batch) != wanted or launch.m_at(batch) != grid.rows_at(batch):

@@ -16,14 +16,13 @@ nothing.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 
+from ...kernels import gemm_persistent, offline, registry, residual
 from ...kernels import machine as machines
-from ...kernels import offline, registry
 from ...kernels.machine import Machine
 from ...kernels.offline import CompileRequest, KernelReport
 from ...kernels.op import Config, Launch, Op, Problem, Ref
@@ -39,10 +38,12 @@ ASSUMED_RESIDENT = 2
 """Blocks held at a time where no report tells."""
 INTERPRETED_PROGRAM_US = 1_000.0
 """One program in the interpreter, whatever its tile holds (assumed; only the order matters)."""
-ALIKE = 3
-"""Candidates with tiles of one size that are taken before other sizes have had theirs."""
-ALIKE_IN_KIND = 2
-"""Of these, those that read memory in the same way: the model does not tell descriptors apart."""
+ALIKE = 4
+"""Candidates with tiles of one size that are taken before other sizes have had theirs; of each kind
+one."""
+KINDS = (gemm_persistent.BLOCK, residual.BLOCK, "BOX_W", "TMA")
+"""Blocks of which the first that a configuration has is its kind: the model does not tell programs
+that stay, residuals that are read first and descriptors from what is usual."""
 WASTE_FACTOR = 2.0
 """A candidate may pad this many times as much as the one that pads least."""
 
@@ -138,7 +139,7 @@ def _loop(launch: Launch, config: Config, problem: Problem, flops: float) -> _Lo
     if not {"BLOCK_M", "BLOCK_N", "BLOCK_K"} <= blocks.keys():
         return _Loop(launch.l2_bytes, launch.steps)
     m, n, k = blocks["BLOCK_M"], blocks["BLOCK_N"], blocks["BLOCK_K"]
-    depth = flops / launch.grid_at(launch.batch or 1)[0] / (2 * m * n)
+    depth = flops / launch.tiles_at(launch.batch or 1) / (2 * m * n)
     moved = launch.l2_bytes or (m + n) * depth * problem.inputs[0].spec.dtype.itemsize
     return _Loop(moved, launch.steps or max(1.0, depth / k))
 
@@ -151,11 +152,11 @@ def _launch_us(
     report: KernelReport | None,
 ) -> float:
     """products_us: of all tiles on the whole machine."""
-    programs = launch.grid_at(launch.batch or 1)[0]
-    per_multiprocessor = -(-programs // machine.multiprocessors)
+    tiles = launch.tiles_at(launch.batch or 1)
+    per_multiprocessor = -(-tiles // machine.multiprocessors)
     waves = -(-per_multiprocessor // resident(machine, launch, report))
     work = loop.steps * machine.loop_us + max(
-        products_us / programs * machine.multiprocessors,
+        products_us / tiles * machine.multiprocessors,
         loop.moved * machine.multiprocessors / (machine.cache_gbps * 1e3),
         launch.instructions / (machines.LANES * machine.clock_ghz * 1e3),
     )
@@ -181,18 +182,13 @@ def varied(
 ) -> list[Config]:
     """At most so many configurations, from the front but with few of the same tile size first: the
     model tells sizes apart better than what is tried within one."""
-    sizes: Counter[object] = Counter()
-    kinds: Counter[object] = Counter()
-    first: list[Config] = []
-    rest: list[Config] = []
+    sizes: dict[object, dict[object, Config]] = {}
     for each in ranked:
-        size = _tile_size(op, problem, target, each.config)
-        kind = size, dict(each.config.blocks).get("TMA", 0)
-        is_new = sizes[size] < ALIKE and kinds[kind] < ALIKE_IN_KIND
-        sizes[size] += is_new
-        kinds[kind] += is_new
-        (first if is_new else rest).append(each.config)
-    return [*first, *rest][:most]
+        blocks = dict(each.config.blocks)
+        kinds = sizes.setdefault(_tile_size(op, problem, target, each.config), {})
+        kinds.setdefault(next((block for block in KINDS if blocks.get(block)), ""), each.config)
+    first = [config for kinds in sizes.values() for config in list(kinds.values())[:ALIKE]]
+    return list(dict.fromkeys([*first, *(each.config for each in ranked)]))[:most]
 
 
 def _tile_size(op: Op, problem: Problem, target: Target, config: Config) -> object:
@@ -213,8 +209,8 @@ def padding(launch: Launch, config: Config, problem: Problem) -> float:
         return max(rows, 1.0)
     if "BOX_W" in blocks:
         # Boxes of pixels: rows are images, and a program has a part of each.
-        programs = launch.grid_at(launch.batch or 1)[0]
-        return programs * blocks["BLOCK_M"] * width / max(problem.output.spec.numel, 1)
+        computed = launch.tiles_at(launch.batch or 1) * blocks["BLOCK_M"] * width
+        return computed / max(problem.output.spec.numel, 1)
     spec = problem.output.spec
     columns = spec.shape[spec.layout.order(spec.rank)[-1]] if spec.rank else 1
     tiles = launch.columns / blocks.get("SPLIT", 1)
