@@ -126,8 +126,8 @@ def _spilling(block: Block, tile: Config, target: Target) -> str | None:
     rows, warps = tile["TILE_ROWS"], tile.num_warps
     if block.dtype is torch.float32 or tile["SPAN"] or rows < 4:
         return None
-    if block.widths[2] and target.capability < 90 and warps == 4:
-        return f"{rows} rows, an expansion and {warps} warps spill on {target.name}"
+    if target.capability < 90 and warps == 4:
+        return f"{rows} rows and {warps} warps spill on {target.name}"
     if target.capability >= 100 and block.conv.stride[0] > 1 and _pixels(tile) == 128:
         return f"{rows} rows of stride {block.conv.stride[0]} spill on {target.name}"
     return None
