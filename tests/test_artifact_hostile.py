@@ -287,6 +287,7 @@ ABSURD = {
     "columns": (P + "calls.0.grid.columns", 2**30, "programs for"),
     "no blocks": (P + "calls.0.grid.most", 0, "at most 0 programs"),
     "grid batch": (P + "calls.0.grid.batch", 3, "rows for 3 images"),
+    "streams": (P + "streams", [9], "steps are in streams from 9 to 9; expected every step"),
     "no launches": (P + "calls", [], "0 launches of"),
 }  # fmt: skip
 

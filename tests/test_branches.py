@@ -7,13 +7,19 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
+import convloom
 import pytest
 import torch
-from convloom.compiler import branches, streams
+from convloom.compiler import branches, hazards, streams
 from convloom.compiler.api import lowered
-from convloom.compiler.branches import Touch
+from convloom.compiler.artifact import device, rederive
+from convloom.compiler.artifact.read import open_artifact
+from convloom.compiler.artifact.tensors import Pool
+from convloom.compiler.artifact.write import program_of
+from convloom.compiler.hazards import Touch
 from convloom.compiler.plan import Plan
 from convloom.compiler.runtime import InterpreterRunner
 from convloom.compiler.streams import Schedule
@@ -112,10 +118,10 @@ def must_be_ordered(one: tuple[Touch, ...], other: tuple[Touch, ...]) -> bool:
 def test_every_order_that_events_allow_is_right(
     steps: list[tuple[Touch, ...]], most: int, seed: int
 ) -> None:
-    before = branches.dependencies(steps, branches.overlap_in_buffer)
+    before = hazards.dependencies(steps, hazards.overlap_in_buffer)
     chosen = branches.assign(before, most)
     launches = tuple(at % 3 for at in range(len(steps)))
-    schedule = Schedule(chosen, branches.waits(before, chosen), launches)
+    schedule = Schedule(chosen, hazards.waits(before, chosen), launches)
     assert schedule.count <= most
     found = played(schedule).linearised(random.Random(seed))
     assert sorted(found) == [(at, n) for at, count in enumerate(launches) for n in range(count)]
@@ -130,13 +136,13 @@ def test_parts_that_alternate_in_memory_are_apart() -> None:
     left, right, both = Operand(spec, 24, 0), Operand(spec, 24, 8), Operand(spec, 24, 4)
 
     def overlap(one: Operand | None, other: Operand | None) -> bool:
-        return branches.overlap_in_buffer(Touch("x", True, one), Touch("x", True, other))
+        return hazards.overlap_in_buffer(Touch("x", True, one), Touch("x", True, other))
 
     assert not overlap(left, right) and overlap(left, both) and overlap(right, both)
     assert overlap(left, None) and overlap(left, left)
     assert overlap(left, Operand(spec, 32, 8)), "other pitches may meet anywhere"
     assert not overlap(left, Operand(spec, 32, left.extent))
-    assert not branches.overlap_in_buffer(Touch("x", True), Touch("y", True))
+    assert not hazards.overlap_in_buffer(Touch("x", True), Touch("y", True))
 
 
 def test_no_event_is_superfluous() -> None:
@@ -144,7 +150,7 @@ def test_no_event_is_superfluous() -> None:
     before = (0b0, 0b1, 0b1, 0b111, 0b1111)
     chosen = branches.assign(before)
     assert chosen == (0, 0, 1, 1, 1)
-    assert branches.waits(before, chosen) == ((), (), (0,), (1,), ())
+    assert hazards.waits(before, chosen) == ((), (), (0,), (1,), ())
 
 
 # Plans of networks.
@@ -190,8 +196,8 @@ def test_branches_of_a_network_run_side_by_side() -> None:
     writers = [at for at, step in enumerate(plan.steps) if step.name.startswith("conv2d")]
     assert len({stream[names[at]] for at in writers}) >= 2
     assert sum(map(len, made.waits)) < 2 * len(plan.steps)
-    before = branches.dependencies(
-        [branches.touches(step) for step in plan.steps], branches.overlap_in_memory(plan.buffers)
+    before = hazards.dependencies(
+        [branches.touches(step) for step in plan.steps], hazards.overlap_in_memory(plan.buffers)
     )
     independent = [
         (a, b) for b in range(len(names)) for a in range(b) if not before[b] >> a & 1
@@ -213,9 +219,9 @@ def test_memory_that_is_shared_orders_steps() -> None:
     found = [
         sum(
             before.bit_count()
-            for before in branches.dependencies(
+            for before in hazards.dependencies(
                 [branches.touches(step) for step in plan.steps],
-                branches.overlap_in_memory(plan.buffers),
+                hazards.overlap_in_memory(plan.buffers),
             )
         )
         for plan in (apart, tight)
@@ -246,3 +252,41 @@ def check_every_order(plan: Plan) -> set[tuple[int, ...]]:
         (y,) = InterpreterRunner(shuffled).run(inputs, inputs[0].shape[0])
         torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-4)
     return orders
+
+
+# Files.
+
+
+def test_a_file_keeps_the_streams(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And waits as the plan does; doctor makes the same plan again, whatever is asked for there."""
+    module, inputs = inception()
+    monkeypatch.setenv("CONVLOOM_LAUNCH", "branches")
+    exe = convloom.compile(module, inputs, target="cuda:sm_90", dtype=torch.float16)
+    exe.save(tmp_path / "net.loom")
+    monkeypatch.delenv("CONVLOOM_LAUNCH")
+    artifact = open_artifact(tmp_path / "net.loom")
+    (program,) = artifact.programs
+    made = device.schedule_of(program)
+    assert program.streams == exe.plan.streams and made is not None and made.count >= 3
+    assert made == branches.schedule(exe.plan)
+    assert not rederive.differences(artifact)
+    assert device.schedule_of(replace(program, streams=())) is None
+
+
+def test_a_file_cannot_forget_to_wait(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Streams that a file mixes up are slow, not wrong: what touches the same memory is ordered."""
+    module, inputs = inception()
+    monkeypatch.setenv("CONVLOOM_LAUNCH", "branches")
+    plan = lowered(module, inputs, target="cuda:sm_90", dtype=torch.float16)[1]
+    program = program_of(plan, Pool(), {}, with_ptx=False)
+    mixed = replace(program, streams=tuple(at % 4 for at in range(len(program.steps))))
+    made = device.schedule_of(mixed)
+    assert made is not None
+    places = {
+        step: at
+        for at, step in enumerate(what[0] for what in played(made).linearised(random.Random(3)))
+    }
+    every = [branches.touches(step) for step in plan.steps]
+    before = hazards.dependencies(every, hazards.overlap_in_memory(plan.buffers))
+    for step, earlier in enumerate(before):
+        assert all(places[at] < places[step] for at in range(step) if earlier >> at & 1)

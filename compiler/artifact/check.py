@@ -17,6 +17,7 @@ import torch
 from ...errors import ArtifactError
 from ...kernels import targets
 from ...kernels.spec import MEMORY_FORMATS, Layout, Operand, TensorSpec
+from ..hazards import MOST_STREAMS
 from ..interface import Port
 from ..memory import Buffer
 from .program import READ, ROWS, SCRATCH, WRITE, Argument, Call, Document, Image, Program
@@ -111,6 +112,7 @@ class _Checker:
         for image in program.images:
             self._check_image(image, names[program.target])
         self._check_calls()
+        self._check_streams()
         self._check_lifetimes()
 
     @staticmethod
@@ -281,6 +283,15 @@ class _Checker:
             for argument, wanted in zip(call.arguments, signature, strict=True):
                 self._check_argument(argument, wanted, where)
             self._check_grid(call, where)
+
+    def _check_streams(self) -> None:
+        streams, steps = self.program.streams, len(self.program.steps)
+        known = all(0 <= stream < MOST_STREAMS for stream in streams)
+        if streams and (not self.program.calls or len(streams) != steps or not known):
+            self.refuse(
+                f"{len(streams)} of {steps} steps are in streams from {min(streams)} to "
+                f"{max(streams)}; expected every step of a GPU in one of {MOST_STREAMS}"
+            )
 
     def _on_gpu(self) -> bool:
         return self.program.architecture > 0

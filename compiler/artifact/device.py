@@ -20,10 +20,11 @@ import torch
 from ...errors import KernelError, TargetUnavailableError
 from ...kernels import targets
 from ..cuda_graphs import GraphRunner
+from ..hazards import Touch, scheduled
 from ..memory import Memory
-from ..streams import Action
+from ..streams import Action, Schedule
 from .check import PROMISE
-from .program import ROWS, Call, Image, Program
+from .program import READ, ROWS, Call, Image, Program
 from .read import Artifact
 
 STATIC_SHARED_BYTES = 48 * 1024
@@ -250,7 +251,24 @@ def runner(artifact: Artifact, program: Program, by_ptx: bool) -> GraphRunner:
     constants = upload(program, artifact.tensors, device)
     torch.cuda.current_stream()
     kernels = load_kernels(driver, program, artifact.code, by_ptx)
-    return GraphRunner(program, constants, partial(_bind_here, driver, program, kernels))
+    bind_here = partial(_bind_here, driver, program, kernels)
+    return GraphRunner(program, constants, bind_here, schedule_of(program))
+
+
+def schedule_of(program: Program) -> Schedule | None:
+    """How the streams of a program wait for each other, from what its launches touch; None where
+    there is one. A file only says which step is in which stream: it cannot forget to wait."""
+    touched: list[list[Touch]] = [[] for _ in program.steps]
+    launches = [0] * len(program.steps)
+    for each in program.calls:
+        launches[each.step] += 1
+        touched[each.step] += (
+            Touch(argument.buffer, argument.kind != READ, argument.operand)
+            for argument in each.arguments
+            if argument.kind != ROWS
+        )
+    every = [tuple(touches) for touches in touched]
+    return scheduled(program.streams, every, program.buffers, tuple(launches))
 
 
 def _bind_here(

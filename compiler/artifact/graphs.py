@@ -25,6 +25,7 @@ from ...kernels.op import Attributes, Config, Op, Problem
 from ...kernels.scalars import BY_NAME
 from ...kernels.spec import MEMORY_FORMATS, Layout, TensorSpec
 from ...kernels.targets import Target
+from ...settings import BRANCHES, PROGRAMMATIC
 from ..ir import CONSTANT, INPUT, OUTPUT, TORCH, Goal, Graph, NoAttributes, Node, Value
 from ..ledger import Ledger
 from ..lower import Options, lower
@@ -273,15 +274,18 @@ def _check_spec(spec: TensorSpec, where: str) -> None:
 
 
 def lower_again(graph: Graph, program: Program, target: Target, source: Path | str) -> Plan:
-    """The plan of a program's graph for a target; in the program's own configurations where the
-    target is the program's.
+    """The plan of a program's graph for a target; in the program's own configurations and ways of
+    launching where the target is the program's.
 
     Raises: ArtifactError where the graph cannot be what the program was made of.
     """
     goal = graph.goal
     options = Options(target, program.precision, goal.dtype if goal else None, program.in_place)
     if target.name == program.target:
-        options = replace(options, choose=_Recorded(program).choose)
+        launch = {PROGRAMMATIC for image in program.images if image.programmatic}
+        launch |= {BRANCHES} if program.streams else set()
+        choose = _Recorded(program).choose
+        options = replace(options, choose=choose, launch=frozenset(launch))
     try:
         plan = lower(graph, graph, options, Ledger())
     except ConvloomError as error:

@@ -125,8 +125,9 @@ class Program:
     """One target and one range of batches.
 
     graph, account: positions in graph.json and ledger.json. constants: buffers and the tensors they
-    hold. results: for each leaf of the result, an output's position or a literal. summary: the
-    counts of `Plan.summary`.
+    hold. results: for each leaf of the result, an output's position or a literal. streams: of each
+    step, where independent ones may run side by side; how they wait for each other follows from
+    what their calls touch. summary: the counts of `Plan.summary`.
     """
 
     target: str
@@ -145,6 +146,7 @@ class Program:
     steps: tuple[ProgramStep, ...]
     images: tuple[Image, ...]
     calls: tuple[Call, ...]
+    streams: tuple[int, ...]
     summary: tuple[tuple[str, int], ...]
 
     @cached_property

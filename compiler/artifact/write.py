@@ -137,6 +137,7 @@ def program_of(
         steps=_steps(plan),
         images=images,
         calls=calls,
+        streams=plan.streams,
         summary=tuple(sorted(plan.summary().items())),
     )
 
