@@ -9,8 +9,9 @@ memory with anything. Of the groups of GROUP seeds, one in every
     4  is compiled for a range of batches, and called with three of them;
 
 two of 5 are called with strided inputs, two of 5 with NaN and Inf (in fp32, and where no line
-spreads them), and two of 7 compute in half precision. The periods have no common factor, so that
-some hundreds of seeds have the pairs, too; 500 leave out every pass.
+spreads them), two of 7 compute in half precision, and batches are 1, 2 and 3 in turn. The periods
+4, 5, 7 and 3 have no common factor, so that all combinations come up; 500 seeds leave out every
+pass.
 """
 
 from __future__ import annotations
