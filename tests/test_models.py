@@ -7,6 +7,7 @@ structure); as published under `slow`. Weights and batch-norm statistics are ran
 
 from __future__ import annotations
 
+import copy
 from functools import cache
 
 import convloom
@@ -164,13 +165,14 @@ OTHERS = [name for name in zoo.names() if name not in (*SIDES, "unet")]
 """The rest of the zoo, but for U-Net, whose smallest image is large."""
 
 
-OVERFLOWING = ("resnet101", "resnet152")
-"""Their residual sums of random weights leave the range of fp16, in eager too."""
+OVERFLOWING = ("resnet101", "resnet152", "resnext50_32x4d")
+"""Their residual sums of random weights leave the range of fp16, in eager too, unless each
+normalisation makes them smaller."""
 
 
 @pytest.mark.slow
 @pytest.mark.interpreter
-@pytest.mark.parametrize("name", [n for n in (*SIDES, *OTHERS) if n not in OVERFLOWING])
+@pytest.mark.parametrize("name", (*SIDES, *OTHERS))
 def test_fused_in_half_precision(name: str) -> None:
     """Many fusions are for half types only: with and without them the network is the same."""
     if name in SIDES:
@@ -178,6 +180,11 @@ def test_fused_in_half_precision(name: str) -> None:
     else:
         module = nets.randomise(zoo.build(name, num_classes=10), seed=1)
         x = image_of(name, min(zoo.entry(name).input_shape[1], 96))
+    if name in OVERFLOWING:
+        module = copy.deepcopy(module)
+        for layer in module.modules():
+            if isinstance(layer, nn.BatchNorm2d):
+                layer.weight.data *= 0.7
     truth = nets.Truth(module, (x,), torch.float16)
     with nets.exporting_once():
         fused, plain = (
