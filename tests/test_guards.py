@@ -97,7 +97,7 @@ LEAST_ROWS, LEAST_COLUMNS = 128, 64
 LOOP_BARRIERS = 3
 LOOP_BARRIERS_OF = {
     "conv_chain_kernel": (12, "each of two products waits for the tile of the other"),
-    "accumulate_kernel": (6, "each step's depthwise result goes through shared memory"),
+    "accumulate_kernel": (4, "each step's depthwise result goes through shared memory"),
     "resident_kernel": (4, "each step stores results, which go through shared memory in two parts"),
     "pool_conv_kernel": (8, "each step's pooled windows go through shared memory"),
 }
