@@ -132,6 +132,7 @@ def gemm_kernel(
     RESIDUAL: tl.constexpr,
     RESIDUAL_FIRST: tl.constexpr,
     PROLOGUE: tl.constexpr,
+    FINITE: tl.constexpr,
     PRECISION: tl.constexpr,
     WIDE: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -158,7 +159,7 @@ def gemm_kernel(
     acc = gemm_loop.add_products(
         residual.begin(early, RESIDUAL_FIRST, BLOCK_M, BLOCK_N), x, w, row_tile, column_tile,
         rows, columns, row_mask, column_mask, first, stop, extras, C, X_PITCH, X_OFFSET, PROLOGUE,
-        PRECISION, BLOCK_M, BLOCK_N, BLOCK_K, TMA,
+        FINITE, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K, TMA,
     )  # fmt: skip
     dependent.release(PDL)
     acc = residual.end(acc, early, RESIDUAL_FIRST)
@@ -193,6 +194,16 @@ def prologue_of(problem: Problem) -> ep.GeneratedFunction | None:
     return ep.generate(
         problem.prologue, reads, sizes, first=len(problem.operands), name="prologue"
     )
+
+
+def is_finite_at_zero(problem: Problem) -> bool:
+    """Whether the prologue makes finite numbers of what is loaded beyond the last channel: zeros of
+    x, and of operands that have a number per channel. Others may hold anything."""
+    spec = problem.inputs[0].spec
+    reads = [ep.access(operand, spec) for operand in problem.prologue_operands]
+    zeros = tuple(torch.zeros(1) for _ in reads)
+    made = ep.apply_reference(problem.prologue, torch.zeros(1), zeros).to(spec.dtype)
+    return all(read.strides[-1] for read in reads) and bool(made.isfinite().all())
 
 
 def all_extras(problem: Problem) -> tuple[Ref, ...]:
@@ -419,6 +430,7 @@ def launch(problem: Problem, tile: Config, x: Operand, columns: int) -> Launch:
             "PRECISION": dot_precision(problem, depth),
             "WIDE": problem.is_wide,
             "PROLOGUE": prologue_of(problem),
+            "FINITE": is_finite_at_zero(problem),
             **dict(tile.blocks),
             **residual.constants(problem, tile),
         },

@@ -44,6 +44,7 @@ def add_products(
     X_PITCH: tl.constexpr,
     X_OFFSET: tl.constexpr,
     PROLOGUE: tl.constexpr,
+    FINITE: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -52,7 +53,8 @@ def add_products(
 ):
     """acc [BLOCK_M, BLOCK_N] with the products of the steps from `first` to `stop` added.
 
-    TMA: x and w are descriptors, whose boxes need neither addresses nor masks.
+    FINITE: what the prologue makes of channels outside the tensor is finite. TMA: x and w are
+    descriptors, whose boxes need neither addresses nor masks.
     """
     depth = tl.arange(0, BLOCK_K)
     if not TMA:
@@ -74,7 +76,11 @@ def add_products(
             channels = depth + start
             in_channels = channels < C
             value = PROLOGUE(a.to(tl.float32), rows, channels, row_mask, in_channels, extras)
-            # Rows and channels outside the tensor must stay zero whatever the prologue adds.
-            a = tl.where(row_mask[:, None] & in_channels[None, :], value, 0.0).to(a.dtype)
+            # Channels outside the tensor meet weights of zero: they only must be finite. Rows need
+            # not: a row of the product depends on no other row of x, and those are not stored.
+            # (Selecting by both costs 209 of 543 instructions at 128x64x64 with 4 warps.)
+            if C % BLOCK_K != 0 and not FINITE:
+                value = tl.where(in_channels[None, :], value, 0.0)
+            a = value.to(a.dtype)
         acc = tl.dot(a, b.T, acc, input_precision=PRECISION)
     return acc

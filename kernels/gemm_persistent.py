@@ -47,6 +47,7 @@ def persistent_kernel(
     Y_OFFSET: tl.constexpr,
     EPILOGUE: tl.constexpr,
     PROLOGUE: tl.constexpr,
+    FINITE: tl.constexpr,
     PRECISION: tl.constexpr,
     WIDE: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -69,7 +70,7 @@ def persistent_kernel(
         acc = gemm_loop.add_products(
             tl.zeros((BLOCK_M, BLOCK_N), tl.float32), x, w, row_tile, column_tile, rows, columns,
             row_mask, column_mask, 0, (C + BLOCK_K - 1) // BLOCK_K, extras, C, X_PITCH, X_OFFSET,
-            PROLOGUE, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K, TMA,
+            PROLOGUE, FINITE, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K, TMA,
         )  # fmt: skip
         gemm.finish_tile(
             acc, y, rows, columns, row_mask, column_mask, extras, EPILOGUE, Y_PITCH, Y_OFFSET

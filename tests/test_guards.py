@@ -47,6 +47,7 @@ CUDA_CORES = {
     "lrn_kernel": "sums over neighbouring channels, which products would poison with NaN",
     "normalize_kernel": "means and deviations; no products",
     "upsample_kernel": "weighted means of two pixels per dimension; no products",
+    "stem_input_kernel": "rearranges the pixels of an image",
     "gemv_kernel": "at most 8 rows: reading the weights decides, and tiles would be padding",
     "depthwise_kernel": "one product per tap and channel: tensor cores would multiply zeros",
     "lanes_kernel": "sums of squares over neighbouring channels, and maxima of what they scale",
@@ -82,22 +83,24 @@ ISSUE_LIMITS = {
 SPLIT_LIMIT = 0.75
 """Where programs share a sum: that the first and last step are known at run time only costs 13
 predicates in each step (184 instructions at 128x64x64 with 4 warps where one program takes 171)."""
+PROLOGUE_LIMIT = 1.5
+"""Where stages are applied to every element of an operand on its way to the tensor cores: scaling,
+shifting and clamping take 190 instructions in each step of 128x64x64 with 4 warps."""
+SHALLOW_LIMIT = 1.0
+"""Where a step is less than 64 channels deep: as many masks and barriers for half the products."""
 MASKED_LIMIT = 0.9
 """Where channels do not fill the last step of BLOCK_K: its masks are in the loop."""
+DEEP = 64
 LEAST_ROWS, LEAST_COLUMNS = 128, 64
 """Smaller tiles are chosen where few pixels leave multiprocessors idle: there latency decides."""
 
 LOOP_BARRIERS = 3
 LOOP_BARRIERS_OF = {
     "conv_chain_kernel": (12, "each of two products waits for the tile of the other"),
-    "accumulate_kernel": (6, "each step's depthwise result goes through shared memory"),
+    "accumulate_kernel": (4, "each step's depthwise result goes through shared memory"),
     "resident_kernel": (4, "each step stores results, which go through shared memory in two parts"),
     "pool_conv_kernel": (8, "each step's pooled windows go through shared memory"),
 }
-PROLOGUE_BARRIERS = 4
-"""Where stages are applied to an operand on its way: it goes through shared memory once more, and
-so do the stages' own operands, a number per channel. Halves are loaded without asynchronous copies:
-these move 4 bytes at least, and a thread has one of them."""
 
 
 @dataclass(frozen=True)
@@ -207,12 +210,11 @@ def has_one_step(kernel: Kernel) -> bool:
 
 def _loop(kernel: Kernel, loop: machine_code.Loop) -> Iterator[str]:
     """The hot loop issues little beside its products, waits rarely, and loads no elements."""
-    problem = kernel.step.problem
-    single = loop.count("LDG.E.U16") - len(problem.prologue_operands)
+    # A prologue's halves, one per channel, are two bytes per thread: less than a copy's least, 4.
+    single = loop.count("LDG.E.U16") - len(kernel.step.problem.prologue_operands)
     if kernel.is_even and single > 0:
         yield f"{single} two-byte loads in the hot loop"
-    usual = PROLOGUE_BARRIERS if problem.prologue else LOOP_BARRIERS
-    allowed = LOOP_BARRIERS_OF.get(kernel.name, (usual,))[0]
+    allowed = LOOP_BARRIERS_OF.get(kernel.name, (LOOP_BARRIERS,))[0]
     if loop.count("BAR") > allowed:
         yield f"{loop.count('BAR')} barriers in the hot loop, allowed {allowed}"
     limit = issue_limit(kernel)
@@ -225,13 +227,20 @@ def _loop(kernel: Kernel, loop: machine_code.Loop) -> Iterator[str]:
 
 def issue_limit(kernel: Kernel) -> float | None:
     """Instructions per tensor-core cycle that the kernel's hot loop may take."""
-    if kernel.name in ISSUE_LIMITS:
-        return ISSUE_LIMITS[kernel.name][0]
+    problem = kernel.step.problem
+    stages = problem.prologue or getattr(problem.attributes, "before", ())
+    usual = ISSUE_LIMITS.get(kernel.name, (ISSUE_LIMIT,))[0]
+    if usual is None or (kernel.name in ISSUE_LIMITS and not stages):
+        return usual
     blocks = dict(kernel.step.config.blocks)
     if blocks.get("BLOCK_M", 0) < LEAST_ROWS or blocks.get("BLOCK_N", 0) < LEAST_COLUMNS:
         return None
     if not kernel.is_even:
         return None
+    if stages:
+        return PROLOGUE_LIMIT
+    if blocks.get("BLOCK_K", 0) < DEEP:
+        return SHALLOW_LIMIT
     if kernel.channels % blocks.get("BLOCK_K", 1):
         return MASKED_LIMIT
     return SPLIT_LIMIT if blocks.get("SPLIT", 1) > 1 else ISSUE_LIMIT
