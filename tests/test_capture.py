@@ -556,3 +556,24 @@ def test_lookalikes_are_left_alone(name: str) -> None:
     after = recognise_composites(before.copy(), Ledger())
     assert text.to_text(after) == text.to_text(before)
     nets.check(convloom.compile(module, inputs, target="interpreter")(*inputs), module, inputs)
+
+
+def test_views_are_captured_as_tensors_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch.export is told of shapes only; an example larger than its memory stays as it is."""
+    seen: list[torch.Tensor] = []
+    real = torch.export.export
+
+    def export(module: Any, arguments: Any, **options: Any) -> Any:
+        seen.extend(arguments)
+        return real(module, arguments, **options)
+
+    monkeypatch.setattr(torch.export, "export", export)
+    whole = torch.zeros(3, 2, 6, 7)
+    plain, expanded = torch.zeros(2, 7, 6), torch.zeros(1).expand(2, 7, 6)
+    for view in (whole[1], plain, plain.transpose(1, 2), expanded, whole[1, :, :, 1::2]):
+        capture(nn.ReLU(), (view,))
+        (got,) = seen
+        assert got.shape == view.shape
+        assert (got is view) == (view is plain or view is expanded)
+        assert got is view or (got.is_contiguous() and not got._is_view())
+        seen.clear()
