@@ -13,7 +13,7 @@ TESTS_compiler := $(wildcard tests/test_[a-f]*.py)
 TESTS_offline := tests/test_offline.py tests/test_guards.py
 TESTED := $(TESTS_ops) $(TESTS_compiler) $(TESTS_offline)
 TESTS_rest := $(filter-out $(TESTED),$(wildcard tests/test_*.py))
-PARTS := ops compiler rest offline
+PARTS := rest compiler ops offline
 READY := $(VENV)/.ready
 READY_DEV := $(VENV)/.ready-dev
 
