@@ -173,14 +173,15 @@ normalisation makes them smaller."""
 
 @pytest.mark.slow
 @pytest.mark.interpreter
-@pytest.mark.parametrize("name", (*SIDES, *OTHERS))
+@pytest.mark.parametrize("name", zoo.names())
 def test_fused_in_half_precision(name: str) -> None:
     """Many fusions are for half types only: with and without them the network is the same."""
     if name in SIDES:
         module, x = small(name), image_of(name, SIDES[name])
     else:
         module = nets.randomise(zoo.build(name, num_classes=10), seed=1)
-        x = image_of(name, min(zoo.entry(name).input_shape[1], 96))
+        least = 188 if name == "unet" else 96
+        x = image_of(name, min(zoo.entry(name).input_shape[1], least))
     if name in OVERFLOWING:
         module = copy.deepcopy(module)
         for layer in module.modules():
