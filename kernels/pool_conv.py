@@ -382,8 +382,6 @@ def legal(problem: Problem, tile: Config, target: Target) -> str | None:
     loads = pooled * math.prod(_attributes(problem).pool.kernel)
     if loads > most:
         return f"{loads} loads per thread and block of channels; more than {most} spill"
-    if target.capability >= 100 and tile["BLOCK_N"] == 16 and pooled >= 16:
-        return f"{pooled} pooled values per thread for 16 columns spill on {target.name}"
     held = tile["BLOCK_N"] * tile["BLOCK_K"] * x.spec.dtype.itemsize // threads
     if held > MOST_WEIGHTS:
         return f"{held} bytes of weights per thread; more than {MOST_WEIGHTS} spill"

@@ -18,7 +18,7 @@ from convloom.kernels.conv2d import Conv2d
 from convloom.kernels.epilogue import Stage, apply_reference
 from convloom.kernels.head import Head
 from convloom.kernels.lrn_pool import LrnPool
-from convloom.kernels.op import Attributes, Problem, Ref
+from convloom.kernels.op import Attributes, Problem, Ref, config
 from convloom.kernels.pool_conv import PoolConv
 from convloom.kernels.pool_window import AvgPool2d, MaxPool2d
 from convloom.kernels.spec import Layout, TensorSpec
@@ -107,6 +107,19 @@ def test_what_does_not_fit_a_tile_is_refused() -> None:
     for problem, reason in ((wide, "more than"), (gate, "at most 4096"), (window, "more than")):
         op = registry.get(problem.op)
         assert reason in str(op.legal(problem, op.default(problem, SM_90), SM_90))
+
+
+def test_few_columns_of_a_pooled_product_are_refused_where_they_spill() -> None:
+    op = registry.get("pool_conv")
+    problem = harness.problem_for(
+        op,
+        PoolConv(MaxPool2d((3, 3))),
+        (image(1, 64, 9, 9, dtype=HALF), dense(16, 64, 1, 1, dtype=HALF)),
+    )
+    tile = config(8, 1, BLOCK_M=64, BLOCK_N=16, BLOCK_K=64)
+    assert "144 loads per thread and block of channels; more than 72 spill" in str(
+        op.legal(problem, tile, SM_90)
+    )
 
 
 # One number per image and channel in a prologue.

@@ -110,7 +110,7 @@ def test_few_pixels_are_split_by_columns() -> None:
     assert one.columns > 1 and one.grid_at(1)[0] > 30
 
 
-SM_86 = targets.parse("cuda:sm_86")
+SM_86, SM_100 = targets.parse("cuda:sm_86"), targets.parse("cuda:sm_100")
 REFUSED: dict[str, tuple[Problem, Config, Target]] = {
     "needs all 320 channels of the projection in one tile, not 256": (
         problem(960, 320, 7, last=64), tile(4, 16, 32, 256, warps=8), SM_90),
@@ -119,6 +119,9 @@ REFUSED: dict[str, tuple[Problem, Config, Target]] = {
     "one row per program": (problem(64, 64, 14), tile(1, 64, 32, 64), SM_90),
     "128 pixels and an expansion spill": (
         problem(96, 24, 14, last=64), tile(4, 32, 32, 32, warps=8), SM_80),
+    "4 rows and 4 warps spill": (problem(960, 64, 7), tile(4, 16, 32, 64), SM_80),
+    "4 rows of stride 2 spill": (
+        problem(64, 64, 56, stride=2), tile(4, 32, 32, 64, warps=8), SM_100),
     "an fp32 expansion of a tile of 256 channels": (
         problem(64, 160, 7, last=64, dtype=torch.float32), tile(4, 8, 32, 256, warps=8), SM_90),
     "fp32 operands of all channels": (
