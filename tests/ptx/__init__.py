@@ -1,0 +1,19 @@
+"""An emulator of PTX: runs compiled kernels with no GPU, and checks what a GPU would not tell.
+
+Triton's interpreter runs the source of a kernel; this runs what the compiler made of it: layouts,
+software pipelines, asynchronous copies, matrix fragments, swizzled shared memory, barriers. All
+threads of several blocks advance together, an instruction at a time, as arrays of NumPy; groups
+that branched apart run one after the other. Beside computing, it looks for what goes wrong only
+sometimes on a device: reads and writes outside a tensor, misaligned addresses, races between the
+warps of a block, results of asynchronous copies and products used before they have arrived.
+
+What it cannot show: what the assembler (ptxas) and the hardware make of the PTX; the exact rounding
+of matrix products and approximate functions; time. Source: NVIDIA, Parallel Thread Execution ISA.
+"""
+
+from __future__ import annotations
+
+from .launch import run
+from .memory import Fault
+
+__all__ = ["Fault", "run"]

@@ -1,0 +1,219 @@
+"""Global and shared memory, and what can go wrong with them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+Array = np.ndarray[Any, Any]
+BASE = 0x7F3A_0000_0000
+"""No address of a tensor fits into 32 bits: an offset that lost its upper half is noticed."""
+GUARD = 512
+"""Bytes between tensors that belong to none."""
+POISON = 0xFF
+"""What memory holds before it is written: NaN in every floating-point format."""
+ALIGNMENT = 16
+GRAIN = 2
+"""Bytes that races are told apart by: the smallest element in shared memory."""
+SEVERAL = -2
+"""Stands for more than one warp."""
+
+
+class Fault(RuntimeError):
+    """What a device would fault at, or what it might get wrong: the instruction, and what."""
+
+
+class Global:
+    """The tensors of one launch, at addresses of 64 bits."""
+
+    def __init__(self, tensors: Sequence[torch.Tensor]) -> None:
+        """tensors: flat buffers, each a whole storage; the same tensor twice is one buffer."""
+        self.starts: dict[int, int] = {}
+        self._tensors = {tensor.data_ptr(): tensor for tensor in tensors}
+        size = GUARD
+        for pointer, tensor in self._tensors.items():
+            self.starts[pointer] = size
+            # Aligned as Triton was told, and no better.
+            size += -(-tensor.nbytes // 32) * 32 + GUARD + ALIGNMENT
+        self.bytes = np.full(-(-size // 32) * 32, POISON, np.uint8)
+        self.valid = np.zeros(self.bytes.size, bool)
+        for pointer, tensor in self._tensors.items():
+            at = self.starts[pointer]
+            self.bytes[at : at + tensor.nbytes] = _bytes_of(tensor)
+            self.valid[at : at + tensor.nbytes] = True
+
+    def address(self, tensor: torch.Tensor) -> int:
+        return BASE + self.starts[tensor.data_ptr()]
+
+    def copy_back(self) -> None:
+        """Into the tensors, what the kernel wrote."""
+        for pointer, tensor in self._tensors.items():
+            at = self.starts[pointer]
+            _bytes_of(tensor)[:] = self.bytes[at : at + tensor.nbytes]
+
+    def locate(self, address: Array, size: int) -> Array:
+        """Positions of `size` bytes each in `bytes`.
+
+        Raises: Fault for an address outside all tensors, or no multiple of the size.
+        """
+        at = (address - np.uint64(BASE)).view(np.int64)
+        inside = (at >= 0) & (at <= self.bytes.size - size)
+        inside &= self.valid[np.where(inside, at, 0)]
+        inside &= self.valid[np.where(inside, at + size - 1, 0)]
+        if not inside.all():
+            bad = int(at[~inside][0])
+            raise Fault(f"an access of {size} bytes outside every tensor{self._near(bad)}")
+        if (at % size).any():
+            raise Fault(f"an access of {size} bytes at an address that is no multiple of it")
+        return at
+
+    def _near(self, at: int) -> str:
+        """Where the position lies, from the tensor that is nearest in front of it."""
+        before = [(start, pointer) for pointer, start in self.starts.items() if start <= at]
+        if not before:
+            return ""
+        start, pointer = max(before)
+        number = list(self.starts).index(pointer)
+        return f": byte {at - start} of tensor {number}, which has {self._tensors[pointer].nbytes}"
+
+
+def _bytes_of(tensor: torch.Tensor) -> Array:
+    """Raises: RuntimeError for a tensor that is not contiguous."""
+    return tensor.view(-1).view(torch.uint8).numpy()
+
+
+class Shared:
+    """The shared memory of several blocks, and who touched it last.
+
+    A place that one warp wrote may be touched by another one only behind a barrier. What an
+    asynchronous copy writes is in nobody's hands between its start and the wait for it.
+    """
+
+    def __init__(self, blocks: int, size: int, threads: int) -> None:
+        self.size = -(-max(size, 16) // 16) * 16
+        self.bytes = np.full(blocks * self.size, POISON, np.uint8)
+        lanes = np.arange(blocks * threads)
+        self.origin = lanes // threads * self.size
+        self.block = lanes // threads
+        self.warp = (lanes % threads // 32).astype(np.int16)
+        self.epoch = np.zeros(blocks, np.int32)
+        grains = self.bytes.size // GRAIN
+        self.write_epoch = np.full(grains, -1, np.int32)
+        self.write_warp = np.full(grains, -1, np.int16)
+        self.read_epoch = np.full(grains, -1, np.int32)
+        self.read_warp = np.full(grains, -1, np.int16)
+        self.in_flight = np.zeros(grains, bool)
+        self.unfenced = np.zeros(grains, bool)
+        self.multiplied = np.zeros(grains, np.int32)
+
+    def barrier(self, blocks: Array) -> None:
+        self.epoch[blocks] += 1
+
+    def locate(self, address: Array, size: int, lanes: Array) -> Array:
+        """Positions of `size` bytes each in `bytes`.
+
+        Raises: Fault for an address outside the block's memory, or no multiple of the size.
+        """
+        at = address.astype(np.int64)
+        if (at + size > self.size).any():
+            raise Fault(f"an access of {size} bytes at {int(at.max())} of {self.size} shared bytes")
+        if (at % size).any():
+            raise Fault(f"a shared access of {size} bytes at an address that is no multiple of it")
+        return np.asarray(at + self.origin[lanes])
+
+    def _grains(self, at: Array, size: int, lanes: Array) -> tuple[Array, Array, Array]:
+        """(places, warp, epoch) of accesses of `size` bytes each, flattened."""
+        count = max(size // GRAIN, 1)
+        places = (at[:, None] // GRAIN + np.arange(count)).ravel()
+        warp = np.repeat(self.warp[lanes], count)
+        return places, warp, np.repeat(self.epoch[self.block[lanes]], count)
+
+    def note_read(self, at: Array, size: int, lanes: Array) -> None:
+        """Raises: Fault where another warp may still be writing, or nothing was written."""
+        places, warp, epoch = self._grains(at, size, lanes)
+        self._check_read(places, warp, epoch)
+        several = (self.read_epoch[places] == epoch) & (self.read_warp[places] != warp)
+        self.read_warp[places] = np.where(several, SEVERAL, warp)
+        self.read_epoch[places] = epoch
+        # Of several warps that read in this very instruction the last one's name has stayed.
+        self.read_warp[places[self.read_warp[places] != warp]] = SEVERAL
+
+    def _check_read(self, places: Array, warp: Array, epoch: Array) -> None:
+        if self.in_flight[places].any():
+            raise Fault("shared memory is read before the asynchronous copy into it was waited for")
+        written = self.write_epoch[places]
+        if (written < 0).any():
+            raise Fault("shared memory is read that nothing was written to")
+        if ((written == epoch) & (self.write_warp[places] != warp)).any():
+            raise Fault("shared memory is read that another warp wrote since the last barrier")
+
+    def start_product(self, at: Array, lanes: Array) -> Array:
+        """Tensor cores begin to read elements of `GRAIN` bytes, for all warps; the places read.
+
+        Raises: Fault where what they read may not be there yet.
+        """
+        places = np.unique(at // GRAIN)
+        epoch = self.epoch[np.unique(self.block[lanes])]
+        if epoch.size > 1 and (epoch != epoch[0]).any():
+            raise Fault("blocks that have met different numbers of barriers multiply together")
+        self._check_read(places, np.int16(SEVERAL), epoch[0])
+        if self.unfenced[places].any():
+            raise Fault("tensor cores read shared memory that no fence.proxy.async made visible")
+        self.multiplied[places] += 1
+        return places
+
+    def end_product(self, places: Array, lanes: Array) -> None:
+        """The product was waited for: its operands may be overwritten behind a barrier."""
+        self.multiplied[places] -= 1
+        self.read_epoch[places] = self.epoch[self.block[lanes]].max()
+        self.read_warp[places] = SEVERAL
+
+    def note_write(self, at: Array, size: int, lanes: Array) -> None:
+        """Raises: Fault where another warp may still be reading or writing."""
+        places, warp, epoch = self._grains(at, size, lanes)
+        if self.in_flight[places].any():
+            raise Fault("shared memory is written while an asynchronous copy into it is under way")
+        if self.multiplied[places].any():
+            raise Fault("shared memory is written that a product under way reads")
+        if ((self.write_epoch[places] == epoch) & (self.write_warp[places] != warp)).any():
+            raise Fault("shared memory is written that another warp wrote since the last barrier")
+        if ((self.read_epoch[places] == epoch) & (self.read_warp[places] != warp)).any():
+            raise Fault("shared memory is written that another warp read since the last barrier")
+        self.write_epoch[places], self.write_warp[places] = epoch, warp
+        self.unfenced[places] = True
+
+    def start_copy(self, at: Array, size: int, lanes: Array) -> None:
+        """An asynchronous copy begins: the places may change from now on."""
+        self.note_write(at, size, lanes)
+        self.in_flight[self._grains(at, size, lanes)[0]] = True
+
+    def end_copy(self, at: Array, size: int, lanes: Array) -> None:
+        """The copy was waited for by the thread that began it."""
+        places, warp, epoch = self._grains(at, size, lanes)
+        self.in_flight[places] = False
+        self.write_epoch[places], self.write_warp[places] = epoch, warp
+
+    def fence(self) -> None:
+        """What is written and has arrived is visible to tensor cores."""
+        self.unfenced &= self.in_flight
+
+
+def gather(memory: Array, at: Array, width: int, count: int) -> list[Array]:
+    """`count` neighbouring elements of `width` bytes from each position, as unsigned integers."""
+    elements = memory.view(f"u{width}")
+    first = at // width
+    return [elements[first + index] for index in range(count)]
+
+
+def scatter(memory: Array, at: Array, width: int, values: Sequence[Array]) -> None:
+    """Raises: Fault where two threads write different values to one place at once."""
+    elements = memory.view(f"u{width}")
+    first = at // width
+    for index, value in enumerate(values):
+        elements[first + index] = value
+    for index, value in enumerate(values):
+        if (elements[first + index] != value).any():
+            raise Fault("two threads write different values to the same place at once")
