@@ -15,7 +15,7 @@ from .. import settings
 from ..errors import InvalidInputError
 from ..kernels import targets
 from ..kernels.spec import FLOAT_DTYPES
-from ..kernels.targets import INTERPRETER, REFERENCE, Target
+from ..kernels.targets import EMULATOR, INTERPRETER, REFERENCE, Target
 from . import wishes
 from .capture import capture
 from .executable import Executable
@@ -25,7 +25,14 @@ from .lower import Options, lower
 from .passes import LABELS, run_passes, select
 from .passes.slide_classifier import slide_classifier
 from .plan import Plan
-from .runtime import CrossCompiledRunner, CudaRunner, InterpreterRunner, ReferenceRunner, Runner
+from .runtime import (
+    CrossCompiledRunner,
+    CudaRunner,
+    EmulatorRunner,
+    InterpreterRunner,
+    ReferenceRunner,
+    Runner,
+)
 from .tuning.choose import Records, heuristic, local_device
 from .tuning.search import problems_of, search, works_for
 from .tuning.timings import Timings
@@ -193,11 +200,14 @@ def _with_bounds(plan: Plan, bounds: tuple[int, int]) -> Plan:
 
 
 def runner_for(graph: Graph, plan: Plan, chosen: Target, target: str) -> Runner:
-    """What runs a plan; `target` is the user's word for `chosen`: "cuda" means this machine's."""
+    """What runs a plan; `target` is the user's word for `chosen`: "cuda" means this machine's GPU,
+    "emulator:sm_90" a GPU that is emulated."""
     if chosen is REFERENCE:
         return ReferenceRunner(graph)
     if chosen is INTERPRETER:
         return InterpreterRunner(plan)
+    if target.startswith(EMULATOR):
+        return EmulatorRunner(plan)
     capability = targets.local_capability()
     here = capability is not None and targets.nearest(capability) is chosen
     if target == "cuda" or here:

@@ -14,7 +14,7 @@ from ..errors import InvalidInputError, KernelError, near_names
 from ..kernels import offline
 from ..kernels.epilogue import GeneratedFunction
 from ..kernels.op import Launch
-from ..kernels.targets import INTERPRETER, Target
+from ..kernels.targets import Target
 from .evaluate import evaluate
 from .interface import Interface, empty_outputs
 from .ir import Graph
@@ -22,8 +22,8 @@ from .ledger import Ledger
 from .plan import KernelStep, Plan, Step
 from .runtime import (
     CudaRunner,
-    InterpreterRunner,
     Runner,
+    StepRunner,
     compile_requests,
 )
 
@@ -174,8 +174,8 @@ class Executable:
     def profile(self, *inputs: Any) -> list[tuple[str, float]]:
         """(step, microseconds) in order; each step is run by itself once. The ledger keeps them.
 
-        On a GPU by CUDA events outside the CUDA graph; in the interpreter by the wall clock, where
-        it says what the interpreter costs and nothing about a GPU.
+        On a GPU by CUDA events outside the CUDA graph; in the interpreter and the emulator by the
+        wall clock, where it says what these cost and nothing about a GPU.
         """
         tensors = self._interface.flatten(inputs)
         batch = self._interface.check(tensors, self._device(), at_least=1)
@@ -183,8 +183,10 @@ class Executable:
         summed: dict[str, float] = {}
         for name, us in times:
             summed[name] = summed.get(name, 0.0) + us
-        on_gpu = isinstance(self._runner, CudaRunner)
-        where = torch.cuda.get_device_name() if on_gpu else "the interpreter, not a GPU"
+        if isinstance(self._runner, StepRunner):
+            where = f"the {self._runner.by}, not a GPU"
+        else:
+            where = torch.cuda.get_device_name()
         if self.plan.batch is not None:
             where += f", batch {batch}"
         self.ledger = self.ledger.with_measured(summed, where)
@@ -193,7 +195,7 @@ class Executable:
     def _time_steps(self, tensors: list[torch.Tensor], batch: int) -> list[tuple[str, float]]:
         if isinstance(self._runner, CudaRunner):
             return self._runner.time_steps(tensors, batch)
-        if not isinstance(self._runner, InterpreterRunner):
+        if not isinstance(self._runner, StepRunner):
             raise KernelError(f"target {self.target.name} has no steps that could be timed")
         times: list[tuple[str, float]] = []
         last = [time.perf_counter()]
@@ -209,13 +211,13 @@ class Executable:
     def errors(self, *inputs: Any) -> list[StepError]:
         """Per step: the kernels' and torch's own largest error against fp64, relative to the rms.
 
-        The kernels run in the interpreter; torch evaluates the same fused graph in the plan's
+        The kernels run in the interpreter or the emulator; torch evaluates the same fused graph in the plan's
         dtype.
         """
         tensors = self._interface.flatten(inputs)
         batch = self._interface.check(tensors, self._device(), at_least=1)
-        if self.target is not INTERPRETER or not isinstance(self._runner, InterpreterRunner):
-            raise KernelError("errors per step are measured with target='interpreter'")
+        if not isinstance(self._runner, StepRunner):
+            raise KernelError("errors per step are measured in the interpreter and the emulator")
         with torch.no_grad():
             exact = evaluate(self.graph, tensors, torch.float64)
             eager = evaluate(self.graph, tensors)

@@ -2,6 +2,7 @@
 
 - reference: the graph, node by node, by torch ops;
 - interpreter: the plan's kernels on the CPU;
+- emulator: what the plan's kernels are compiled to, on the CPU;
 - cuda: the plan's kernels compiled for this GPU, captured once per batch into a CUDA graph.
 
 Threads: runners that have buffers hold a lock while they run, rather than buffers for each thread:
@@ -11,16 +12,18 @@ an arena is the memory that a network needs, and a GPU gains nothing from two of
 from __future__ import annotations
 
 import threading
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any, Protocol
 
 import torch
 
 from ..errors import KernelError, TargetUnavailableError
-from ..kernels import execute, interpreter, offline
+from ..kernels import emulator, execute, interpreter, offline
 from ..kernels.op import Launch, Ref
-from ..kernels.targets import Target
+from ..kernels.targets import EMULATOR, Target
 from .branches import schedule
 from .cuda_graphs import GraphRunner
 from .evaluate import call_torch, evaluate
@@ -72,8 +75,11 @@ class ReferenceRunner:
             return evaluate(self._graph, inputs)[Value(node)]
 
 
-class InterpreterRunner:
-    """The plan's kernels on the CPU; one thread at a time, the others wait."""
+class StepRunner(ABC):
+    """The plan's kernels on the CPU, step by step; one thread at a time, the others wait."""
+
+    by: str
+    """What runs them, in a word."""
 
     def __init__(self, plan: Plan) -> None:
         self._plan = plan
@@ -97,7 +103,7 @@ class InterpreterRunner:
         memory = self._memory
         for port, tensor in zip(plan.inputs, inputs, strict=True):
             memory.view(port.place).copy_(tensor)
-        with interpreter.interpreting():
+        with self._running():
             for step in plan.steps:
                 self._run_step(step, memory)
                 if observe is not None:
@@ -109,7 +115,40 @@ class InterpreterRunner:
             run_torch_step(step, memory)
             return
         for launch in step.launches:
-            execute.interpret(launch, _tensors_of(step, memory), memory.batch)
+            self._launch(launch, _tensors_of(step, memory), memory.batch)
+
+    def _running(self) -> AbstractContextManager[None]:
+        """Around all steps of a call."""
+        return nullcontext()
+
+    @abstractmethod
+    def _launch(self, launch: Launch, tensor_of: Callable[[Ref], torch.Tensor], batch: int) -> None:
+        """Runs one launch."""
+
+
+class InterpreterRunner(StepRunner):
+    """Interprets the source of the kernels."""
+
+    by = "interpreter"
+
+    def _running(self) -> AbstractContextManager[None]:
+        return interpreter.interpreting()
+
+    def _launch(self, launch: Launch, tensor_of: Callable[[Ref], torch.Tensor], batch: int) -> None:
+        execute.interpret(launch, tensor_of, batch)
+
+
+class EmulatorRunner(StepRunner):
+    """Compiles the kernels for a GPU and emulates what they became (`kernels/emulator/`)."""
+
+    by = "emulator"
+
+    def __init__(self, plan: Plan) -> None:
+        super().__init__(plan)
+        offline.compile_all(compile_requests(plan, plan.target))
+
+    def _launch(self, launch: Launch, tensor_of: Callable[[Ref], torch.Tensor], batch: int) -> None:
+        emulator.run(launch, tensor_of, batch, self._plan.target)
 
 
 def first_output(step: Step) -> Place:
@@ -191,5 +230,6 @@ class CrossCompiledRunner:
     def run(self, inputs: Sequence[torch.Tensor], batch: int) -> list[torch.Tensor]:
         raise TargetUnavailableError(
             f"this executable was compiled for {self._target.name} and cannot run here: no such "
-            "GPU. Compile with target='interpreter' to run the same kernels on the CPU"
+            "GPU. Compile with target='interpreter' to run the same kernels on the CPU, or with "
+            f"target='{EMULATOR}sm_90' to run what they are compiled to"
         )

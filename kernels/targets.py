@@ -38,17 +38,24 @@ GPU_TARGETS = (
     Target("cuda:sm_90", 90, 232_448),
     Target("cuda:sm_100", 100, 232_448),
 )
-NAMES = ("reference", "interpreter", "cuda", *(target.name for target in GPU_TARGETS))
+EMULATOR = "emulator:"
+"""In front of a generation: its machine code is emulated on the CPU."""
+EMULATED = tuple(
+    EMULATOR + target.name.removeprefix("cuda:") for target in GPU_TARGETS if target.capability < 100
+)
+NAMES = ("reference", "interpreter", "cuda", *(target.name for target in GPU_TARGETS), *EMULATED)
 
 
 def parse(name: str) -> Target:
-    """The target of that name; "cuda" is the GPU of this machine.
+    """The target of that name; "cuda" is the GPU of this machine, "emulator:sm_90" is compiled for
+    as "cuda:sm_90" is.
 
     Raises: TargetUnavailableError for an unknown name, or for "cuda" where there is no GPU or one
     of an unsupported generation.
     """
+    wanted = name.replace(EMULATOR, "cuda:") if name in EMULATED else name
     for target in (REFERENCE, INTERPRETER, *GPU_TARGETS):
-        if target.name == name:
+        if target.name == wanted:
             return target
     if name != "cuda":
         raise TargetUnavailableError(f"unknown target {name!r}; {near_names(str(name), NAMES)}")

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from . import values
-from .arithmetic import Unsupported
-from .memory import Array, Fault, gather, scatter
+from .arithmetic import UnsupportedPtxError
+from .memory import Array, FaultError, gather, scatter
 from .source import Instruction
 from .values import BITS
 
@@ -58,7 +58,7 @@ def fragment_c(columns: int) -> tuple[Array, Array]:
 
 
 def decode(machine: Machine, instruction: Instruction) -> Action:
-    """Raises: Unsupported."""
+    """Raises: UnsupportedPtxError."""
     root, *words = instruction.opcode
     if root == "mma":
         return _warp_product(machine, instruction)
@@ -77,10 +77,10 @@ def decode(machine: Machine, instruction: Instruction) -> Action:
 def whole(lanes: Array, size: int) -> Array:
     """The lanes in groups that must take part together.
 
-    Raises: Fault where some do not.
+    Raises: FaultError where some do not.
     """
     if lanes.size % size or (lanes[::size] % size).any():
-        raise Fault(f"not all {size} threads take part")
+        raise FaultError(f"not all {size} threads take part")
     return lanes.reshape(-1, size)
 
 
@@ -108,7 +108,7 @@ def _warp_product(machine: Machine, instruction: Instruction) -> Action:
     shape = next(found for word in words if (found := SHAPE.fullmatch(word)))
     depth, kinds = int(shape[3]), [word for word in words if word in BITS]
     if (shape[1], shape[2]) != ("16", "8") or kinds[0] != "f32":
-        raise Unsupported(instruction.text)
+        raise UnsupportedPtxError(instruction.text)
     goal, a, b, c = instruction.operands
     assert isinstance(goal, tuple) and isinstance(a, tuple) and isinstance(b, tuple)
     assert isinstance(c, tuple)
@@ -147,7 +147,7 @@ def _matrices(machine: Machine, instruction: Instruction) -> Action:
     names, source = instruction.operands if loads else instruction.operands[::-1]
     assert isinstance(names, tuple)
     if "m8n8" not in words or words[-1] != "b16":
-        raise Unsupported(instruction.text)
+        raise UnsupportedPtxError(instruction.text)
     address = machine.address(source, "b32")
     # The elements of each register: (matrix, lane, 2) -> (row of the matrix, column).
     row, column = np.broadcast_arrays(ROW[:, None], 2 * COLUMN[:, None] + np.arange(2))
@@ -217,9 +217,9 @@ class Pending:
         self.under_way: dict[str, Array] = {}
 
     def check(self, name: str, lanes: Array) -> None:
-        """Raises: Fault for a register that a product under way will write."""
+        """Raises: FaultError for a register that a product under way will write."""
         if (pending := self.under_way.get(name)) is not None and pending[lanes].any():
-            raise Fault(f"{name} is used before the product that writes it was waited for")
+            raise FaultError(f"{name} is used before the product that writes it was waited for")
 
     def current(self, name: str, lanes: Array) -> Array:
         """What a register holds, or will hold when the products under way have arrived."""
@@ -251,7 +251,7 @@ class Pending:
                 left.append(product)
                 continue
             if not done.all():
-                raise Fault("some threads wait for a product that others do not wait for")
+                raise FaultError("some threads wait for a product that others do not wait for")
             self.machine.shared.end_product(product.places, product.lanes)
             for name in product.names:
                 pending = self.under_way[name]
@@ -277,9 +277,9 @@ class Descriptor:
 
     @classmethod
     def read(cls, bits: int) -> Descriptor:
-        """Raises: Unsupported for a pattern that does not begin where it repeats."""
+        """Raises: UnsupportedPtxError for a pattern that does not begin where it repeats."""
         if bits >> 49 & 7:
-            raise Unsupported("a matrix descriptor with a base offset")
+            raise UnsupportedPtxError("a matrix descriptor with a base offset")
         field = [(bits >> at & 0x3FFF) << 4 for at in (0, 16, 32)]
         return cls(*field, SWIZZLE_BYTES[bits >> 62])
 
@@ -311,7 +311,7 @@ def _warpgroup_product(machine: Machine, instruction: Instruction) -> Action:
     assert isinstance(goal, tuple)
     signs, transposed = rest[:2], [text != "0" for text in rest[2:]]
     if kinds[0] != "f32" or signs != ["1", "1"]:
-        raise Unsupported(instruction.text)
+        raise UnsupportedPtxError(instruction.text)
     kind, size = kinds[1], BITS[kinds[1]] // 8
     pack = PER_REGISTER[kind]
     keep = machine.getter(scale, "pred")
@@ -328,10 +328,10 @@ def _warpgroup_product(machine: Machine, instruction: Instruction) -> Action:
         """(values (extent, depth), places) of an operand in shared memory."""
         found = Descriptor.read(int(bits[0]))
         if (bits != bits[0]).any():
-            raise Fault("threads of a warpgroup multiply different matrices")
+            raise FaultError("threads of a warpgroup multiply different matrices")
         at = found.places(np.arange(extent)[:, None], np.arange(depth)[None, :], size, across)
         if at.max() + size > machine.shared.size:
-            raise Fault(f"a product reads at {int(at.max())} of {machine.shared.size} shared bytes")
+            raise FaultError(f"a product reads at {int(at.max())} of {machine.shared.size} shared bytes")
         at = at + machine.shared.origin[group[0]]
         raw = gather(machine.shared.bytes, at, size, 1)[0]
         grains = (at.ravel()[:, None] + np.arange(0, size, 2)).ravel()

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from ...errors import KernelError
 from .memory import Array
 from .values import BITS, FLOATS, NUMPY, rounded_tf32
 
@@ -22,7 +23,7 @@ HARMLESS = {
 }  # fmt: skip
 
 
-class Unsupported(NotImplementedError):
+class UnsupportedPtxError(KernelError):
     """An instruction, or a form of it, that the emulator does not know."""
 
 
@@ -38,7 +39,7 @@ class Meaning:
 def function_of(opcode: tuple[str, ...], operands: int) -> Meaning:
     """What an instruction with so many operands, the result included, computes.
 
-    Raises: Unsupported.
+    Raises: UnsupportedPtxError.
     """
     root, *modifiers = opcode
     kinds = [word for word in modifiers if word in BITS]
@@ -46,11 +47,11 @@ def function_of(opcode: tuple[str, ...], operands: int) -> Meaning:
     if root == "setp":
         return _setp(rest, kinds, operands)
     if unknown := [word for word in rest if word not in HARMLESS]:
-        raise Unsupported(f"{'.'.join(opcode)}: {unknown}")
+        raise UnsupportedPtxError(f"{'.'.join(opcode)}: {unknown}")
     if root == "cvt":
         return _cvt(rest, kinds)
     if not kinds:
-        raise Unsupported(".".join(opcode))
+        raise UnsupportedPtxError(".".join(opcode))
     kind = kinds[-1]
     if root in ("mul", "mad") and kind not in FLOATS:
         return _product(root, rest, kind)
@@ -66,7 +67,7 @@ def function_of(opcode: tuple[str, ...], operands: int) -> Meaning:
         return _bitwise(root, rest, kind)
     table: Mapping[str, Function] = _FLOAT if kind in FLOATS else _INTEGER
     if root not in table:
-        raise Unsupported(".".join(opcode))
+        raise UnsupportedPtxError(".".join(opcode))
     if "sat" in rest:
         return Meaning((kind,) * (operands - 1), kind, _saturated(table[root]))
     return Meaning((kind,) * (operands - 1), kind, table[root])
@@ -119,7 +120,7 @@ _FLOAT: Mapping[str, Function] = {
 
 def _fma(kind: str) -> Function:
     if kind == "f64":
-        raise Unsupported("fma.f64")
+        raise UnsupportedPtxError("fma.f64")
     return _single(lambda a, b, c: a * b + c)
 
 
@@ -173,7 +174,7 @@ def _bitwise(root: str, rest: list[str], kind: str) -> Meaning:
 
         def extract(a: Array, position: Array, length: Array) -> Array:
             if int(length.max()) + int(position.max()) > bits or (length == 0).any():
-                raise Unsupported("bfe beyond the register")
+                raise UnsupportedPtxError("bfe beyond the register")
             up = (bits - position - length).astype(a.dtype)
             return np.asarray((a << up) >> (bits - length).astype(a.dtype))
 
@@ -206,7 +207,7 @@ def _bitwise(root: str, rest: list[str], kind: str) -> Meaning:
         return Meaning((kind,), "u32", leading)
     if root == "prmt":
         if rest:
-            raise Unsupported(f"prmt.{rest}")
+            raise UnsupportedPtxError(f"prmt.{rest}")
         return Meaning(("b32",) * 3, "b32", _permute_bytes)
     return Meaning(("b32",) * 4, "b32", _lop3)
 
@@ -249,7 +250,7 @@ def _setp(rest: list[str], kinds: list[str], operands: int) -> Meaning:
     compare, kind = rest[0], kinds[-1]
     combine = _COMBINE[rest[1]] if len(rest) > 1 else None
     if (operands == 4) != (combine is not None):
-        raise Unsupported(f"setp.{'.'.join(rest)} of {operands - 1} operands")
+        raise UnsupportedPtxError(f"setp.{'.'.join(rest)} of {operands - 1} operands")
 
     def decide(a: Array, b: Array, *third: Array) -> Array:
         if kind in FLOATS:
@@ -278,13 +279,13 @@ _ROUND: Mapping[str, Function] = {
 def _cvt(rest: list[str], kinds: list[str]) -> Meaning:
     to, source = kinds
     if "relu" in rest or ("rz" in rest and to in FLOATS and source in FLOATS):
-        raise Unsupported(f"cvt.{rest}.{kinds}")
+        raise UnsupportedPtxError(f"cvt.{rest}.{kinds}")
     if to.endswith("x2"):
         # The first operand is the upper half.
         return Meaning((source, source), to, lambda a, b: _rounded(np.stack([b, a], 1), to))
     if to == "tf32":
         if "rna" not in rest:
-            raise Unsupported(f"cvt.{rest}.tf32")
+            raise UnsupportedPtxError(f"cvt.{rest}.tf32")
         return Meaning((source,), "f32", rounded_tf32)
     integral = next((_ROUND[word] for word in rest if word in _ROUND), None)
 

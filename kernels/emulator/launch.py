@@ -6,10 +6,10 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
-from convloom.kernels import execute, offline
-from convloom.kernels.op import Launch, Ref
-from convloom.kernels.targets import Target
 
+from .. import execute, offline
+from ..op import Launch, Ref
+from ..targets import Target
 from . import source
 from .machine import Machine
 from .memory import Global
@@ -28,7 +28,7 @@ def run(
     """Runs what the launch is compiled to for the target on CPU tensors, as `execute.interpret`.
 
     seed: of the order in which blocks begin and atomic operations happen.
-    Raises: Fault for what a device would fault at or might get wrong; Unsupported.
+    Raises: FaultError for what a device would fault at or might get wrong; UnsupportedPtxError.
     """
     wanted = offline.request(launch, lambda ref: tensor_of(ref).dtype, target)
     compiled = offline.compile_request(wanted)

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
+
+from ...errors import KernelError
 
 Array = np.ndarray[Any, Any]
 BASE = 0x7F3A_0000_0000
@@ -22,7 +25,7 @@ SEVERAL = -2
 """Stands for more than one warp."""
 
 
-class Fault(RuntimeError):
+class FaultError(KernelError):
     """What a device would fault at, or what it might get wrong: the instruction, and what."""
 
 
@@ -30,34 +33,42 @@ class Global:
     """The tensors of one launch, at addresses of 64 bits."""
 
     def __init__(self, tensors: Sequence[torch.Tensor]) -> None:
-        """tensors: flat buffers, each a whole storage; the same tensor twice is one buffer."""
-        self.starts: dict[int, int] = {}
-        self._tensors = {tensor.data_ptr(): tensor for tensor in tensors}
+        """tensors: contiguous; those that share memory share it here."""
+        self._areas = [Area(*span) for span in _merged(tensors)]
         size = GUARD
-        for pointer, tensor in self._tensors.items():
-            self.starts[pointer] = size
-            # Aligned as Triton was told, and no better.
-            size += -(-tensor.nbytes // 32) * 32 + GUARD + ALIGNMENT
+        for area in self._areas:
+            area.start = size
+            # Aligned as the compiler was told, and no better.
+            size += -(-area.size // 32) * 32 + GUARD + ALIGNMENT
         self.bytes = np.full(-(-size // 32) * 32, POISON, np.uint8)
         self.valid = np.zeros(self.bytes.size, bool)
-        for pointer, tensor in self._tensors.items():
-            at = self.starts[pointer]
-            self.bytes[at : at + tensor.nbytes] = _bytes_of(tensor)
-            self.valid[at : at + tensor.nbytes] = True
+        for area in self._areas:
+            self.valid[area.start : area.start + area.size] = True
+        self._tensors = [tensor for tensor in tensors if tensor.numel()]
+        for tensor in self._tensors:
+            self._place(tensor)[:] = _bytes_of(tensor)
+
+    def _place(self, tensor: torch.Tensor) -> Array:
+        at = self.address(tensor) - BASE
+        return self.bytes[at : at + tensor.nbytes]
 
     def address(self, tensor: torch.Tensor) -> int:
-        return BASE + self.starts[tensor.data_ptr()]
+        """Of the first element; an empty tensor has none, and what it points to is nowhere."""
+        pointer = tensor.data_ptr()
+        for area in self._areas:
+            if area.pointer <= pointer < area.pointer + area.size:
+                return BASE + area.start + pointer - area.pointer
+        return BASE
 
     def copy_back(self) -> None:
         """Into the tensors, what the kernel wrote."""
-        for pointer, tensor in self._tensors.items():
-            at = self.starts[pointer]
-            _bytes_of(tensor)[:] = self.bytes[at : at + tensor.nbytes]
+        for tensor in self._tensors:
+            _bytes_of(tensor)[:] = self._place(tensor)
 
     def locate(self, address: Array, size: int) -> Array:
         """Positions of `size` bytes each in `bytes`.
 
-        Raises: Fault for an address outside all tensors, or no multiple of the size.
+        Raises: FaultError for an address outside all tensors, or no multiple of the size.
         """
         at = (address - np.uint64(BASE)).view(np.int64)
         inside = (at >= 0) & (at <= self.bytes.size - size)
@@ -65,19 +76,38 @@ class Global:
         inside &= self.valid[np.where(inside, at + size - 1, 0)]
         if not inside.all():
             bad = int(at[~inside][0])
-            raise Fault(f"an access of {size} bytes outside every tensor{self._near(bad)}")
+            raise FaultError(f"an access of {size} bytes outside every tensor{self._near(bad)}")
         if (at % size).any():
-            raise Fault(f"an access of {size} bytes at an address that is no multiple of it")
+            raise FaultError(f"an access of {size} bytes at an address that is no multiple of it")
         return at
 
     def _near(self, at: int) -> str:
-        """Where the position lies, from the tensor that is nearest in front of it."""
-        before = [(start, pointer) for pointer, start in self.starts.items() if start <= at]
+        """Where the position lies, from the memory that is nearest in front of it."""
+        before = [area for area in self._areas if area.start <= at]
         if not before:
             return ""
-        start, pointer = max(before)
-        number = list(self.starts).index(pointer)
-        return f": byte {at - start} of tensor {number}, which has {self._tensors[pointer].nbytes}"
+        return f": byte {at - before[-1].start} of memory of {before[-1].size} bytes"
+
+
+@dataclass
+class Area:
+    """Host memory from `pointer`, and its position in the emulated memory."""
+
+    pointer: int
+    size: int
+    start: int = 0
+
+
+def _merged(tensors: Sequence[torch.Tensor]) -> list[tuple[int, int]]:
+    """(address, bytes) of the memory that the tensors lie in; what overlaps is one."""
+    spans: list[tuple[int, int]] = []
+    for start, size in sorted((t.data_ptr(), t.nbytes) for t in tensors if t.numel()):
+        if spans and start < sum(spans[-1]):
+            first, length = spans[-1]
+            spans[-1] = first, max(length, start + size - first)
+        else:
+            spans.append((start, size))
+    return spans
 
 
 def _bytes_of(tensor: torch.Tensor) -> Array:
@@ -115,13 +145,13 @@ class Shared:
     def locate(self, address: Array, size: int, lanes: Array) -> Array:
         """Positions of `size` bytes each in `bytes`.
 
-        Raises: Fault for an address outside the block's memory, or no multiple of the size.
+        Raises: FaultError for an address outside the block's memory, or no multiple of the size.
         """
         at = address.astype(np.int64)
         if (at + size > self.size).any():
-            raise Fault(f"an access of {size} bytes at {int(at.max())} of {self.size} shared bytes")
+            raise FaultError(f"an access of {size} bytes at {int(at.max())} of {self.size} shared bytes")
         if (at % size).any():
-            raise Fault(f"a shared access of {size} bytes at an address that is no multiple of it")
+            raise FaultError(f"a shared access of {size} bytes at an address that is no multiple of it")
         return np.asarray(at + self.origin[lanes])
 
     def _grains(self, at: Array, size: int, lanes: Array) -> tuple[Array, Array, Array]:
@@ -132,7 +162,7 @@ class Shared:
         return places, warp, np.repeat(self.epoch[self.block[lanes]], count)
 
     def note_read(self, at: Array, size: int, lanes: Array) -> None:
-        """Raises: Fault where another warp may still be writing, or nothing was written."""
+        """Raises: FaultError where another warp may still be writing, or nothing was written."""
         places, warp, epoch = self._grains(at, size, lanes)
         self._check_read(places, warp, epoch)
         several = (self.read_epoch[places] == epoch) & (self.read_warp[places] != warp)
@@ -143,25 +173,25 @@ class Shared:
 
     def _check_read(self, places: Array, warp: Array, epoch: Array) -> None:
         if self.in_flight[places].any():
-            raise Fault("shared memory is read before the asynchronous copy into it was waited for")
+            raise FaultError("shared memory is read before the asynchronous copy into it was waited for")
         written = self.write_epoch[places]
         if (written < 0).any():
-            raise Fault("shared memory is read that nothing was written to")
+            raise FaultError("shared memory is read that nothing was written to")
         if ((written == epoch) & (self.write_warp[places] != warp)).any():
-            raise Fault("shared memory is read that another warp wrote since the last barrier")
+            raise FaultError("shared memory is read that another warp wrote since the last barrier")
 
     def start_product(self, at: Array, lanes: Array) -> Array:
         """Tensor cores begin to read elements of `GRAIN` bytes, for all warps; the places read.
 
-        Raises: Fault where what they read may not be there yet.
+        Raises: FaultError where what they read may not be there yet.
         """
         places = np.unique(at // GRAIN)
         epoch = self.epoch[np.unique(self.block[lanes])]
         if epoch.size > 1 and (epoch != epoch[0]).any():
-            raise Fault("blocks that have met different numbers of barriers multiply together")
+            raise FaultError("blocks that have met different numbers of barriers multiply together")
         self._check_read(places, np.int16(SEVERAL), epoch[0])
         if self.unfenced[places].any():
-            raise Fault("tensor cores read shared memory that no fence.proxy.async made visible")
+            raise FaultError("tensor cores read shared memory that no fence.proxy.async made visible")
         self.multiplied[places] += 1
         return places
 
@@ -172,16 +202,16 @@ class Shared:
         self.read_warp[places] = SEVERAL
 
     def note_write(self, at: Array, size: int, lanes: Array) -> None:
-        """Raises: Fault where another warp may still be reading or writing."""
+        """Raises: FaultError where another warp may still be reading or writing."""
         places, warp, epoch = self._grains(at, size, lanes)
         if self.in_flight[places].any():
-            raise Fault("shared memory is written while an asynchronous copy into it is under way")
+            raise FaultError("shared memory is written while an asynchronous copy into it is under way")
         if self.multiplied[places].any():
-            raise Fault("shared memory is written that a product under way reads")
+            raise FaultError("shared memory is written that a product under way reads")
         if ((self.write_epoch[places] == epoch) & (self.write_warp[places] != warp)).any():
-            raise Fault("shared memory is written that another warp wrote since the last barrier")
+            raise FaultError("shared memory is written that another warp wrote since the last barrier")
         if ((self.read_epoch[places] == epoch) & (self.read_warp[places] != warp)).any():
-            raise Fault("shared memory is written that another warp read since the last barrier")
+            raise FaultError("shared memory is written that another warp read since the last barrier")
         self.write_epoch[places], self.write_warp[places] = epoch, warp
         self.unfenced[places] = True
 
@@ -209,11 +239,11 @@ def gather(memory: Array, at: Array, width: int, count: int) -> list[Array]:
 
 
 def scatter(memory: Array, at: Array, width: int, values: Sequence[Array]) -> None:
-    """Raises: Fault where two threads write different values to one place at once."""
+    """Raises: FaultError where two threads write different values to one place at once."""
     elements = memory.view(f"u{width}")
     first = at // width
     for index, value in enumerate(values):
         elements[first + index] = value
     for index, value in enumerate(values):
         if (elements[first + index] != value).any():
-            raise Fault("two threads write different values to the same place at once")
+            raise FaultError("two threads write different values to the same place at once")

@@ -14,6 +14,6 @@ of matrix products and approximate functions; time. Source: NVIDIA, Parallel Thr
 from __future__ import annotations
 
 from .launch import run
-from .memory import Fault
+from .memory import FaultError
 
-__all__ = ["Fault", "run"]
+__all__ = ["FaultError", "run"]

@@ -11,8 +11,8 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from . import arithmetic, asynchronous, products, values
-from .arithmetic import Unsupported
-from .memory import POISON, Array, Fault, Global, Shared, gather, scatter
+from .arithmetic import UnsupportedPtxError
+from .memory import POISON, Array, FaultError, Global, Shared, gather, scatter
 from .source import Address, Instruction, Kernel, Operand
 from .values import BITS, UNSIGNED
 
@@ -91,7 +91,7 @@ class Machine:
             try:
                 width = self.kernel.width(name)
             except KeyError:
-                raise Unsupported(f"what is {name}?") from None
+                raise UnsupportedPtxError(f"what is {name}?") from None
             filled = np.full(self.count * max(width // 8, 1), POISON, np.uint8)
             self.registers[name] = filled.view(UNSIGNED[width]) if width > 1 else filled != POISON
         return self.registers[name]
@@ -132,7 +132,7 @@ class Machine:
     def run(self) -> None:
         """Until every thread has returned.
 
-        Raises: Fault, naming the instruction; Unsupported.
+        Raises: FaultError, naming the instruction; UnsupportedPtxError.
         """
         where = np.zeros(self.count, np.int64)
         waiting = np.zeros(self.count, bool)
@@ -141,7 +141,7 @@ class Machine:
             at = int(ready.min())
             if at == FINISHED:
                 if waiting.any():
-                    raise Fault(f"{self.kernel.name}: threads wait at a barrier others never reach")
+                    raise FaultError(f"{self.kernel.name}: threads wait at a barrier others never reach")
                 return
             others = ready[ready > at]
             lanes = np.flatnonzero(ready == at)
@@ -170,7 +170,7 @@ class Machine:
                 continue
             if root in ("bar", "barrier") and instruction.opcode[1] != "warp":
                 if instruction.operands != ("0",):
-                    raise Unsupported(instruction.text)
+                    raise UnsupportedPtxError(instruction.text)
                 where[lanes], waiting[lanes] = at + 1, True
                 self._release(waiting, where)
                 if lanes is not self.everyone or waiting.any():
@@ -178,8 +178,8 @@ class Machine:
             elif active.size:
                 try:
                     self._action(at)(active)
-                except Fault as fault:
-                    raise Fault(f"{self.kernel.name}: {instruction.text}: {fault}") from None
+                except FaultError as fault:
+                    raise FaultError(f"{self.kernel.name}: {instruction.text}: {fault}") from None
             at += 1
         where[lanes] = at
 
@@ -228,7 +228,7 @@ class Machine:
         result, *operands = instruction.operands
         meaning = arithmetic.function_of(instruction.opcode, len(instruction.operands))
         if len(operands) != len(meaning.kinds):
-            raise Unsupported(instruction.text)
+            raise UnsupportedPtxError(instruction.text)
         read = [
             self.getter(op, kind) for op, kind in zip(operands, meaning.kinds, strict=True)
         ]
@@ -239,13 +239,14 @@ class Machine:
         return lambda lanes: write(lanes, function(*(each(lanes) for each in read)))
 
     def _both(self, goals: str, decide: Callable[[Lanes], Array]) -> Action:
-        """setp p|q: a condition and its opposite."""
+        """setp p|q: a condition and its opposite, or the conditions of a pair's halves."""
         writers = [self.setter(name, "pred") for name in goals.split("|")]
 
         def store(lanes: Lanes) -> None:
             found = decide(lanes)
-            writers[0](lanes, found)
-            writers[1](lanes, ~found)
+            first, second = found.T if found.ndim == 2 else (found, ~found)
+            writers[0](lanes, first)
+            writers[1](lanes, second)
 
         return store
 
@@ -281,7 +282,7 @@ class Machine:
     def _convert_address(self, instruction: Instruction) -> Action:
         """Only what addresses tensors is: shared memory is addressed from zero."""
         if "global" not in instruction.opcode:
-            raise Unsupported(instruction.text)
+            raise UnsupportedPtxError(instruction.text)
         read = self.getter(instruction.operands[1], "b64")
         write = self.setter(instruction.operands[0], "b64")
         return lambda lanes: write(lanes, read(lanes))
@@ -296,15 +297,15 @@ class Machine:
     def _elements(self, instruction: Instruction) -> tuple[str, int]:
         """(type, bytes) of each element that is loaded or stored.
 
-        Raises: Unsupported for a space or a modifier that is not known.
+        Raises: UnsupportedPtxError for a space or a modifier that is not known.
         """
         *words, kind = instruction.opcode[1:]
         vectors = {"v2", "v4", "v8"}
         hints = ("L1::", "L2::")
         if odd := [w for w in words if w not in LOAD_WORDS | vectors and not w.startswith(hints)]:
-            raise Unsupported(f"{instruction.text}: {odd}")
+            raise UnsupportedPtxError(f"{instruction.text}: {odd}")
         if "local" in words:
-            raise Unsupported(instruction.text)
+            raise UnsupportedPtxError(instruction.text)
         return kind, BITS[kind] // 8
 
     def _load(self, instruction: Instruction) -> Action:
@@ -366,7 +367,7 @@ class Machine:
         kind, width = words[-1], BITS[words[-1]] // 8
         name = next(w for w in words if w in ("add", "max", "min", "exch", "cas", "or", "and", "inc"))
         if "shared" in words or name not in ("add", "exch", "max", "min"):
-            raise Unsupported(instruction.text)
+            raise UnsupportedPtxError(instruction.text)
         goal, address, *sources = instruction.operands if root == "atom" else (
             "_", *instruction.operands)  # fmt: skip
         where = self.address(address, "b64")
@@ -414,7 +415,7 @@ class Machine:
             valid = other >= highest if mode == "up" else other <= highest
             source_lane = lanes - lane + np.where(valid, other, lane)
             if not present[source_lane].all():
-                raise Fault("a warp shuffle reads a thread that does not take part")
+                raise FaultError("a warp shuffle reads a thread that does not take part")
             write(lanes, value[source_lane])
             if write_flag:
                 write_flag(lanes, valid)
