@@ -193,9 +193,8 @@ def _check_scores(executable: Executable, entry: ZooModel) -> None:
 
 def _eager(model: torch.nn.Module, executable: Executable) -> Network:
     """PyTorch's own answers in the model's dtype, on the device of the executable."""
-    device = "cuda" if executable.target.is_gpu else "cpu"
-    model = model.to(device)
-    return lambda x: model(x.to(device)).cpu()
+    model = model.to(executable.place)
+    return lambda x: model(x.to(executable.place)).cpu()
 
 
 def _compiled(executable: Executable, batch: int) -> Network:

@@ -129,7 +129,7 @@ def _measured(options: argparse.Namespace) -> _Planned:
     executable = _compiled(options)
     x = torch.zeros(options.batch, *models.seen(zoo.entry(options.name), options).input_shape)
     with output.working(f"running {options.name} kernel by kernel"):
-        executable.profile(x.cuda() if executable.target.is_gpu else x)
+        executable.profile(x.to(executable.place))
     return _Planned(options.name, executable.graph, executable.plan, executable.ledger)
 
 

@@ -131,8 +131,7 @@ def run(executable: Executable | LoadedExecutable, x: torch.Tensor) -> torch.Ten
     """The executable's only output, on the CPU; moves the input to the GPU where it must be."""
     import torch
 
-    on_gpu = executable.target.is_gpu
-    y = executable(x.cuda() if on_gpu else x)
+    y = executable(x.to(executable.place))
     if not isinstance(y, torch.Tensor):
         raise InvalidInputError(f"expected a model of one output, got {type(y).__name__}")
     return y.cpu()

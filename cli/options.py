@@ -35,7 +35,8 @@ def compile_options(
     group.add_argument(
         "--target",
         nargs="+" if several else None,
-        help="cuda | cuda:sm_80, sm_86, sm_89, sm_90, sm_100 | interpreter | reference "
+        help="cuda | cuda:sm_80, sm_86, sm_89, sm_90, sm_100 | interpreter | reference | "
+        "emulator:sm_80, sm_86, sm_89, sm_90 "
         "(default: cuda where there is a GPU, else interpreter)",
     )
     group.add_argument("--dtype", choices=DTYPES, help="compute in this type (default: float32)")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +16,7 @@ from . import options as shared
 if TYPE_CHECKING:
     import torch
 
+    from ..compiler.artifact.load import LoadedExecutable
     from ..compiler.executable import Executable, StepError
     from ..compiler.parity import Agreement, OutputParity, Truth
     from ..zoo import ZooModel
@@ -60,7 +61,7 @@ class Subject:
 
     name: str
     target: str
-    call: Callable[..., Any]
+    call: Executable | LoadedExecutable
     truth: Truth
     dtype: torch.dtype
     depth: int
@@ -95,11 +96,11 @@ def _model(options: argparse.Namespace) -> Subject:
         executable = models.compile_for(model, example, target=target, options=options)
     options.shapes = [tuple(example.shape)]
     dtype = parity.dtype_of(executable.graph)
-    watched = executable if executable.target.name == "interpreter" else None
+    watched = executable if executable.has_steps else None
     names = tuple(port.name for port in executable.plan.outputs)
     depth = parity.depth_of(executable.graph)
     truth = parity.truth_of_module(model, dtype)
-    return Subject(entry.name, executable.target.name, executable, truth, dtype, depth, names,
+    return Subject(entry.name, target, executable, truth, dtype, depth, names,
                    watched, entry)  # fmt: skip
 
 
@@ -125,12 +126,13 @@ def _file(options: argparse.Namespace) -> Subject:
     options.batch = min(options.batch, held)
     options.shapes = [port.spec.at(options.batch) if port.spec.batch else port.spec.shape
                       for port in executable.plan.inputs]  # fmt: skip
-    watched = executable.executables[-1] if target == "interpreter" else None
+    last = executable.executables[-1] if target != "cuda" else None
+    watched = last if last is not None and last.has_steps else None
     names = tuple(port.name for port in executable.plan.outputs)
     model = executable.artifact.document.model
     entry = zoo.entry(model) if model in zoo.names() else None
     truth, dtype = parity.truth_of_graph(graph), parity.dtype_of(graph)
-    return Subject(options.name, executable.target.name, executable, truth, dtype,
+    return Subject(options.name, target, executable, truth, dtype,
                    parity.depth_of(graph), names, watched, entry)  # fmt: skip
 
 
@@ -184,9 +186,8 @@ def _verify(
 def _call(subject: Subject, x: tuple[torch.Tensor, ...]) -> list[torch.Tensor]:
     from ..compiler.parity import tensors_of
 
-    on_gpu = subject.target.startswith("cuda")
     try:
-        result = subject.call(*(each.cuda() if on_gpu else each for each in x))
+        result = subject.call(*(each.to(subject.call.place) for each in x))
     except RuntimeError as error:
         raise ConvloomError(f"{subject.name} failed on {subject.target}: {error}") from error
     return [tensor.cpu() for tensor in tensors_of(result)]
@@ -235,7 +236,7 @@ def _print(
         table.add_row("result", row.name, f"{row.compiled:.1e}", f"{row.eager:.1e}")
     console.print(table)
     if not steps:
-        console.print("layers are compared with --target interpreter", markup=False)
+        console.print("layers are compared with --target interpreter or emulator:sm_90", markup=False)
     for row in rows:
         if row.worst is not None:
             console.print(

@@ -103,16 +103,18 @@ class Executable:
         TargetUnavailableError where the target is not this machine.
         """
         tensors = self._interface.flatten(inputs)
-        batch = self._interface.check(tensors, self._device())
+        batch = self._interface.check(tensors, self.place)
         if batch == 0:
-            return self._interface.unflatten(empty_outputs(self.plan.outputs, self._device()))
+            return self._interface.unflatten(empty_outputs(self.plan.outputs, self.place))
         return self._interface.unflatten(self._runner.run(tensors, batch))
 
     @property
     def target(self) -> Target:
         return self.plan.target
 
-    def _device(self) -> torch.device:
+    @property
+    def place(self) -> torch.device:
+        """Where inputs must be and outputs are."""
         runner = self._runner
         return runner.device if isinstance(runner, CudaRunner) else torch.device("cpu")
 
@@ -130,6 +132,11 @@ class Executable:
         save(path, (self, *others), model)
 
     # Inspection.
+
+    @property
+    def has_steps(self) -> bool:
+        """Whether steps can be watched one by one: in the interpreter and the emulator."""
+        return isinstance(self._runner, StepRunner)
 
     @property
     def summary(self) -> dict[str, int]:
@@ -178,7 +185,7 @@ class Executable:
         wall clock, where it says what these cost and nothing about a GPU.
         """
         tensors = self._interface.flatten(inputs)
-        batch = self._interface.check(tensors, self._device(), at_least=1)
+        batch = self._interface.check(tensors, self.place, at_least=1)
         times = self._time_steps(tensors, batch)
         summed: dict[str, float] = {}
         for name, us in times:
@@ -215,7 +222,7 @@ class Executable:
         dtype.
         """
         tensors = self._interface.flatten(inputs)
-        batch = self._interface.check(tensors, self._device(), at_least=1)
+        batch = self._interface.check(tensors, self.place, at_least=1)
         if not isinstance(self._runner, StepRunner):
             raise KernelError("errors per step are measured in the interpreter and the emulator")
         with torch.no_grad():

@@ -313,7 +313,7 @@ def test_a_call_goes_to_the_program_of_its_batch(
 
     monkeypatch.setattr(gpu, "runner", runner)
     monkeypatch.setattr(targets, "local_capability", lambda: capability)
-    monkeypatch.setattr(loading.LoadedExecutable, "_device", lambda self: CPU)
+    monkeypatch.setattr(loading.LoadedExecutable, "place", CPU)
     exe = convloom.load(saved[0])
     assert exe.device == "cuda" and exe.target.name == "cuda:sm_80" and not exe.executables
     _, (x,) = network()

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from ..executable import Executable
     from ..ledger import Ledger
 
-DEVICES = ("cuda", INTERPRETER.name, REFERENCE.name)
+DEVICES = ("cuda", INTERPRETER.name, REFERENCE.name, *targets.EMULATED)
 Part = tuple[Program, "GraphRunner | Executable"]
 
 
@@ -31,8 +31,8 @@ def load(
 ) -> LoadedExecutable:
     """The executable in a file that `Executable.save` or `convloom compile -o` wrote.
 
-    device: "cuda" runs the file's machine code on this machine's GPU; "interpreter" and "reference"
-    plan its graph again and run it on the CPU. None is what the file was made for: "cuda" where it
+    device: "cuda" runs the file's machine code on this machine's GPU; "interpreter", "reference"
+    and "emulator:sm_90" plan (and the last one compiles) its graph again and run it on the CPU. None is what the file was made for: "cuda" where it
     holds machine code, else the interpreter or the reference. recompile: where the file has no code
     for this GPU, its graph is compiled here (takes Triton).
 
@@ -49,9 +49,10 @@ def load(
     chosen = device or _made_for(artifact)
     if chosen == "cuda":
         return _on_gpu(artifact, recompile)
-    target = INTERPRETER if chosen == INTERPRETER.name else REFERENCE
+    target = targets.parse(chosen)
     parts: list[Part] = [
-        (program, _planned(artifact, program, target)) for program in _sources(artifact, chosen)
+        (program, _planned(artifact, program, target, chosen))
+        for program in _sources(artifact, target.name)
     ]
     return LoadedExecutable(artifact, chosen, target, parts)
 
@@ -70,8 +71,8 @@ def _sources(artifact: Artifact, device: str) -> list[Program]:
     return own or [program for program in artifact.programs if program.target == first]
 
 
-def _planned(artifact: Artifact, program: Program, target: Target) -> Executable:
-    """A program's graph, planned for a target without machine code or for this machine's GPU."""
+def _planned(artifact: Artifact, program: Program, target: Target, device: str) -> Executable:
+    """A program's graph, planned for a target and run on a device."""
     from ..api import runner_for
     from ..executable import Executable
     from .graphs import lower_again, read_graph
@@ -79,8 +80,7 @@ def _planned(artifact: Artifact, program: Program, target: Target) -> Executable
     graph = read_graph(artifact.graphs[program.graph], artifact.tensors, target, artifact.path)
     plan = lower_again(graph, program, target, artifact.path)
     ledger = ledger_of(artifact, program)
-    name = "cuda" if target.is_gpu else target.name
-    return Executable(graph, plan, ledger, runner_for(graph, plan, target, name))
+    return Executable(graph, plan, ledger, runner_for(graph, plan, target, device))
 
 
 def _on_gpu(artifact: Artifact, recompile: bool) -> LoadedExecutable:
@@ -92,7 +92,7 @@ def _on_gpu(artifact: Artifact, recompile: bool) -> LoadedExecutable:
             raise
         target = targets.nearest(capability)
         parts: list[Part] = [
-            (program, _planned(artifact, program, target))
+            (program, _planned(artifact, program, target, "cuda"))
             for program in _sources(artifact, target.name)
         ]
         return LoadedExecutable(artifact, "cuda", target, parts)
@@ -128,10 +128,10 @@ class LoadedExecutable:
         a batch that the file has no program for.
         """
         tensors = self.interface.flatten(inputs)
-        batch = self.interface.check(tensors, self._device())
+        batch = self.interface.check(tensors, self.place)
         _, part = self._part(batch)
         if batch == 0:
-            return self.interface.unflatten(empty_outputs(self.plan.outputs, self._device()))
+            return self.interface.unflatten(empty_outputs(self.plan.outputs, self.place))
         if isinstance(part, GraphRunner):
             return self.interface.unflatten(part.run(tensors, batch))
         return part(*inputs)
@@ -176,13 +176,15 @@ class LoadedExecutable:
     def profile(self, *inputs: Any) -> list[tuple[str, float]]:
         """(step, microseconds) in order; each step is run by itself once."""
         tensors = self.interface.flatten(inputs)
-        batch = self.interface.check(tensors, self._device(), at_least=1)
+        batch = self.interface.check(tensors, self.place, at_least=1)
         _, part = self._part(batch)
         if isinstance(part, GraphRunner):
             return part.time_steps(tensors, batch)
         return part.profile(*inputs)
 
-    def _device(self) -> torch.device:
+    @property
+    def place(self) -> torch.device:
+        """Where inputs must be and outputs are."""
         if self.device == "cuda":
             return torch.device("cuda", torch.cuda.current_device())
         return torch.device("cpu")

@@ -13,7 +13,9 @@ of matrix products and approximate functions; time. Source: NVIDIA, Parallel Thr
 
 from __future__ import annotations
 
-from .launch import run
+from .arithmetic import UnsupportedPtxError
+from .launch import emulate, run
 from .memory import FaultError
+from .source import parse
 
-__all__ = ["FaultError", "run"]
+__all__ = ["FaultError", "UnsupportedPtxError", "emulate", "parse", "run"]

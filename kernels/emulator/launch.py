@@ -1,8 +1,9 @@
-"""Runs a launch of convloom through the emulator."""
+"""Runs launches, and any PTX, through the emulator."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -11,7 +12,7 @@ from .. import execute, offline
 from ..op import Launch, Ref
 from ..targets import Target
 from . import source
-from .machine import Machine
+from .machine import WARP, Machine
 from .memory import Global
 
 MOST_THREADS = 8_192
@@ -31,29 +32,47 @@ def run(
     Raises: FaultError for what a device would fault at or might get wrong; UnsupportedPtxError.
     """
     wanted = offline.request(launch, lambda ref: tensor_of(ref).dtype, target)
-    compiled = offline.compile_request(wanted)
-    kernel = source.parse(compiled.asm["ptx"])
+    kernel, shared_bytes = _compiled(wanted)
+    rows = launch.m_at(batch)
     refs = execute.parameters(launch)
-    tensors = [tensor_of(ref) for ref in refs if ref is not None]
-    memory = Global(tensors)
-    arguments = [
-        np.int32(launch.m_at(batch)).tobytes()
-        if ref is None
-        else np.uint64(memory.address(tensor_of(ref))).tobytes()
-        for ref in refs
-    ]
-    # Triton adds pointers to scratch memory of its own, which our kernels do not use.
-    arguments += [bytes(8)] * (len(kernel.parameters) - len(arguments))
+    arguments = [rows if ref is None else tensor_of(ref) for ref in refs]
     blocks = launch.grid_at(batch)[0]
-    threads = 32 * launch.num_warps
+    emulate(kernel, arguments, blocks, WARP * launch.num_warps, shared_bytes, seed)
+
+
+@lru_cache(maxsize=256)
+def _compiled(wanted: offline.CompileRequest) -> tuple[source.Kernel, int]:
+    """(kernel, bytes of shared memory)"""
+    compiled = offline.compile_request(wanted)
+    return source.parse(compiled.asm["ptx"]), compiled.metadata.shared
+
+
+def emulate(
+    kernel: source.Kernel,
+    arguments: Sequence[torch.Tensor | int],
+    blocks: int,
+    threads: int,
+    shared_bytes: int = 0,
+    seed: int = 0,
+) -> None:
+    """Runs a kernel: tensors are passed by address and may be written, numbers have 32 bits.
+
+    Parameters beyond the arguments are null: Triton adds pointers to scratch memory of its own,
+    which our kernels do not use.
+    """
+    memory = Global([each for each in arguments if isinstance(each, torch.Tensor)])
+    raw = [
+        np.uint64(memory.address(each)).tobytes()
+        if isinstance(each, torch.Tensor)
+        else np.int32(each).tobytes()
+        for each in arguments
+    ]
+    raw += [bytes(8)] * (len(kernel.parameters) - len(raw))
     order = np.random.default_rng(seed)
     numbers = order.permutation(blocks)
     together = max(1, MOST_THREADS // threads)
     with np.errstate(all="ignore"):
         for at in range(0, blocks, together):
             part = numbers[at : at + together].tolist()
-            machine = Machine(
-                kernel, memory, arguments, part, blocks, threads, compiled.metadata.shared, order
-            )
-            machine.run()
+            Machine(kernel, memory, raw, part, blocks, threads, shared_bytes, order).run()
     memory.copy_back()

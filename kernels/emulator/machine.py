@@ -59,6 +59,7 @@ class Machine:
         self.parameters = dict(zip(kernel.parameters, parameters, strict=False))
         self.copies = asynchronous.Copies(self.shared, self.count)
         self.products = products.Pending(self)
+        self._special = self._special_registers()
         self._made: dict[int, Action] = {}
 
     # Registers.
@@ -68,7 +69,7 @@ class Machine:
         assert isinstance(operand, str), operand
         negated = operand.startswith("!")
         name = operand.lstrip("!")
-        if (special := self._special(name)) is not None:
+        if (special := self._special.get(name)) is not None:
             fixed = values.from_bits(special, kind)
             return lambda lanes: fixed[lanes]
         if name in self.kernel.arrays:
@@ -114,18 +115,17 @@ class Machine:
 
         return write
 
-    def _special(self, name: str) -> Array | None:
-        """What a special register holds in every thread."""
+    def _special_registers(self) -> dict[str, Array]:
+        """What special registers hold in every thread."""
         zero = np.zeros(self.count, np.uint32)
-        block = np.repeat(self.blocks, self.threads)
-        known = {
+        one = zero + np.uint32(1)
+        return {
             "%tid.x": self.thread, "%tid.y": zero, "%tid.z": zero,
-            "%ctaid.x": block, "%ctaid.y": zero, "%ctaid.z": zero,
-            "%ntid.x": zero + np.uint32(self.threads), "%nctaid.x": zero + np.uint32(self.grid),
-            "%nctaid.y": zero + np.uint32(1), "%nctaid.z": zero + np.uint32(1),
+            "%ctaid.x": np.repeat(self.blocks, self.threads), "%ctaid.y": zero, "%ctaid.z": zero,
+            "%ntid.x": one * np.uint32(self.threads), "%ntid.y": one, "%ntid.z": one,
+            "%nctaid.x": one * np.uint32(self.grid), "%nctaid.y": one, "%nctaid.z": one,
             "%laneid": self.thread % np.uint32(WARP), "%cluster_ctarank": zero,
         }  # fmt: skip
-        return known.get(name)
 
     # Control.
 
