@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from convloom.kernels import execute, interpreter, tolerance
+from convloom.kernels import emulator, execute, interpreter, tolerance
 from convloom.kernels.epilogue import Epilogue, Stage, apply_reference
 from convloom.kernels.op import Attributes, Config, Launch, Op, Problem, Ref
 from convloom.kernels.scalars import BY_NAME
 from convloom.kernels.spec import FLOAT_DTYPES, Layout, Operand, TensorSpec, as_layout
-from convloom.kernels.targets import INTERPRETER
+from convloom.kernels.targets import INTERPRETER, Target
 from hypothesis import strategies as st
 
 # ---------------------------------------------------------------------------------- drawing
@@ -212,7 +213,46 @@ def run_interpreted(
 
     Also asserts that nothing outside the outputs was written.
     """
+
+    def interpret(launch: Launch, tensor_of: Callable[[Ref], torch.Tensor]) -> None:
+        with interpreter.interpreting():
+            execute.interpret(launch, tensor_of, batch)
+
+    placed = buffers_for(op, problem, tensors, operands, before)
     tile = tile or op.default(problem, INTERPRETER)
+    launches = op.launches(problem, tile, INTERPRETER)
+    return run_with(interpret, problem, [widened(x) for x in launches] if wide else launches, placed)
+
+
+def run_emulated(
+    op: Op,
+    problem: Problem,
+    tensors: tuple[torch.Tensor, ...],
+    target: Target,
+    operands: tuple[torch.Tensor, ...] = (),
+    tile: Config | None = None,
+    batch: int = 1,
+    before: tuple[torch.Tensor, ...] = (),
+    seed: int = 0,
+) -> tuple[torch.Tensor, ...]:
+    """As `run_interpreted`, by what the kernels are compiled to for a GPU, in the emulator."""
+
+    def emulate(launch: Launch, tensor_of: Callable[[Ref], torch.Tensor]) -> None:
+        emulator.run(launch, tensor_of, batch, target, seed)
+
+    placed = buffers_for(op, problem, tensors, operands, before)
+    launches = op.launches(problem, tile or op.default(problem, target), target)
+    return run_with(emulate, problem, launches, placed)
+
+
+def buffers_for(
+    op: Op,
+    problem: Problem,
+    tensors: tuple[torch.Tensor, ...],
+    operands: tuple[torch.Tensor, ...] = (),
+    before: tuple[torch.Tensor, ...] = (),
+) -> dict[Ref, torch.Tensor]:
+    """Inputs, packed where the op packs them, operands and outputs, each in a buffer of its own."""
     buffers: dict[Ref, torch.Tensor] = {}
     for index, (operand, tensor) in enumerate(zip(problem.inputs, tensors, strict=True)):
         if (pack := op.packs(problem.attributes).get(index)) is not None:
@@ -226,18 +266,26 @@ def run_interpreted(
     ):
         for index, (operand, value) in enumerate(zip(placed, given, strict=True)):
             buffers[Ref(kind, index)] = buffer_for(operand, value)
-    with interpreter.interpreting():
-        for launch in op.launches(problem, tile, INTERPRETER):
-            launch = widened(launch) if wide else launch
-            exchanged = execute.scratch(launch)
-            for _ in range(2 if exchanged else 1):  # What must be left zeroed is used again.
-                execute.interpret(launch, {**buffers, **exchanged}.__getitem__, batch)
+    return buffers
+
+
+def run_with(
+    run: Callable[[Launch, Callable[[Ref], torch.Tensor]], None],
+    problem: Problem,
+    launches: Sequence[Launch],
+    buffers: dict[Ref, torch.Tensor],
+) -> tuple[torch.Tensor, ...]:
+    """The outputs after `run` ran every launch. Also asserts that nothing outside was written."""
+    for launch in launches:
+        exchanged = execute.scratch(launch)
+        for _ in range(2 if exchanged else 1):  # What must be left zeroed is used again.
+            run(launch, {**buffers, **exchanged}.__getitem__)
     results = []
     for index, operand in enumerate(problem.outputs):
         buffer = buffers[Ref("output", index)]
         result = view_of(buffer, operand).clone()
         view_of(buffer, operand).fill_(tolerance.untouched(buffer.dtype))
-        assert tolerance.is_untouched(buffer).all(), f"{op.name} wrote outside its output"
+        assert tolerance.is_untouched(buffer).all(), f"{launch.kernel} wrote outside its output"
         results.append(result)
     return tuple(results)
 

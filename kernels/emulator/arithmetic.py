@@ -62,7 +62,7 @@ def function_of(opcode: tuple[str, ...], operands: int) -> Meaning:
     if root == "selp":
         return Meaning((kind, kind, "pred"), kind, lambda a, b, p: np.where(_as(p, a), a, b))
     if root == "fma" or (root == "mad" and kind in FLOATS):
-        return Meaning((kind,) * 3, kind, _fma(kind))
+        return Meaning((kind,) * 3, kind, _single(lambda a, b, c: a * b + c))
     if root in ("bfe", "bfi", "shf", "popc", "clz", "prmt", "lop3"):
         return _bitwise(root, rest, kind)
     table: Mapping[str, Function] = _FLOAT if kind in FLOATS else _INTEGER
@@ -87,8 +87,14 @@ def _saturated(function: Function) -> Function:
 
 
 def _single(function: Function) -> Function:
-    """Computed in float64 and rounded once: as exact as the instruction or better."""
-    return lambda *values: function(*(v.astype(np.float64) for v in values)).astype(values[0].dtype)
+    """Computed in a wider type and rounded once: as exact as the instruction or better."""
+
+    def rounded(*values: Array) -> Array:
+        dtype = values[0].dtype
+        wide = np.longdouble if dtype == np.float64 else np.float64
+        return np.asarray(function(*(value.astype(wide) for value in values)).astype(dtype))
+
+    return rounded
 
 
 def _divide(a: Array, b: Array) -> Array:
@@ -116,12 +122,6 @@ _FLOAT: Mapping[str, Function] = {
     "sin": _single(np.sin), "cos": _single(np.cos), "tanh": _single(np.tanh),
     "copysign": lambda a, b: np.copysign(b, a),
 }  # fmt: skip
-
-
-def _fma(kind: str) -> Function:
-    if kind == "f64":
-        raise UnsupportedPtxError("fma.f64")
-    return _single(lambda a, b, c: a * b + c)
 
 
 def _product(root: str, rest: list[str], kind: str) -> Meaning:
