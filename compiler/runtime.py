@@ -231,5 +231,5 @@ class CrossCompiledRunner:
         raise TargetUnavailableError(
             f"this executable was compiled for {self._target.name} and cannot run here: no such "
             "GPU. Compile with target='interpreter' to run the same kernels on the CPU, or with "
-            f"target='{EMULATOR}sm_90' to run what they are compiled to"
+            f"target='{EMULATOR}{self._target.name.removeprefix('cuda:')}' to run what they became"
         )

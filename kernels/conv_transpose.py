@@ -173,6 +173,10 @@ def conv_transpose_kernel(
     count_h = count_h if HEIGHT[COUNT] is None else HEIGHT[COUNT]
     count_w = count_w if WIDTH[COUNT] is None else WIDTH[COUNT]
     taps = count_d * count_h * count_w
+    # Loads are prepared for before it is known whether the loop is entered at all, and after a
+    # division by zero the compiler may assume anything: it took phases without taps for others.
+    count_h = tl.maximum(count_h, 1) if HEIGHT[COUNT] is None else count_h
+    count_w = tl.maximum(count_w, 1) if WIDTH[COUNT] is None else count_w
     index = row_tile * BLOCK_M + tl.arange(0, BLOCK_M)
     row_mask = index < m
     if WIDE:

@@ -47,11 +47,11 @@ def function_of(opcode: tuple[str, ...], operands: int) -> Meaning:
     if root == "setp":
         return _setp(rest, kinds, operands)
     if unknown := [word for word in rest if word not in HARMLESS]:
-        raise UnsupportedPtxError(f"{'.'.join(opcode)}: {unknown}")
+        raise UnsupportedPtxError(", ".join(unknown))
     if root == "cvt":
         return _cvt(rest, kinds)
     if not kinds:
-        raise UnsupportedPtxError(".".join(opcode))
+        raise UnsupportedPtxError("this operation")
     kind = kinds[-1]
     if root in ("mul", "mad") and kind not in FLOATS:
         return _product(root, rest, kind)
@@ -67,7 +67,7 @@ def function_of(opcode: tuple[str, ...], operands: int) -> Meaning:
         return _bitwise(root, rest, kind)
     table: Mapping[str, Function] = _FLOAT if kind in FLOATS else _INTEGER
     if root not in table:
-        raise UnsupportedPtxError(".".join(opcode))
+        raise UnsupportedPtxError("this operation")
     if "sat" in rest:
         return Meaning((kind,) * (operands - 1), kind, _saturated(table[root]))
     return Meaning((kind,) * (operands - 1), kind, table[root])
@@ -207,7 +207,7 @@ def _bitwise(root: str, rest: list[str], kind: str) -> Meaning:
         return Meaning((kind,), "u32", leading)
     if root == "prmt":
         if rest:
-            raise UnsupportedPtxError(f"prmt.{rest}")
+            raise UnsupportedPtxError(", ".join(rest))
         return Meaning(("b32",) * 3, "b32", _permute_bytes)
     return Meaning(("b32",) * 4, "b32", _lop3)
 
@@ -250,7 +250,7 @@ def _setp(rest: list[str], kinds: list[str], operands: int) -> Meaning:
     compare, kind = rest[0], kinds[-1]
     combine = _COMBINE[rest[1]] if len(rest) > 1 else None
     if (operands == 4) != (combine is not None):
-        raise UnsupportedPtxError(f"setp.{'.'.join(rest)} of {operands - 1} operands")
+        raise UnsupportedPtxError(f"{operands - 1} operands")
 
     def decide(a: Array, b: Array, *third: Array) -> Array:
         if kind in FLOATS:
@@ -279,13 +279,13 @@ _ROUND: Mapping[str, Function] = {
 def _cvt(rest: list[str], kinds: list[str]) -> Meaning:
     to, source = kinds
     if "relu" in rest or ("rz" in rest and to in FLOATS and source in FLOATS):
-        raise UnsupportedPtxError(f"cvt.{rest}.{kinds}")
+        raise UnsupportedPtxError("this rounding")
     if to.endswith("x2"):
         # The first operand is the upper half.
         return Meaning((source, source), to, lambda a, b: _rounded(np.stack([b, a], 1), to))
     if to == "tf32":
         if "rna" not in rest:
-            raise UnsupportedPtxError(f"cvt.{rest}.tf32")
+            raise UnsupportedPtxError("this rounding")
         return Meaning((source,), "f32", rounded_tf32)
     integral = next((_ROUND[word] for word in rest if word in _ROUND), None)
 

@@ -43,7 +43,7 @@ class Copies:
     def _decode(self, machine: Machine, instruction: Instruction) -> Action:
         words = instruction.opcode[2:]
         if instruction.opcode[1] != "async" or "bulk" in words or "mbarrier" in words:
-            raise UnsupportedPtxError(instruction.text)
+            raise UnsupportedPtxError("this form")
         if words == ("commit_group",):
             return self._commit
         if words == ("wait_group",):
@@ -64,7 +64,7 @@ class Copies:
             taken = np.broadcast_to(read_size(lanes), lanes.shape) if read_size else None
             whole = np.ones(lanes.size, bool) if taken is None else taken == size
             if taken is not None and ((taken != 0) & ~whole).any():
-                raise UnsupportedPtxError(f"{instruction.text}: part of an element")
+                raise UnsupportedPtxError("a part of an element")
             found = machine.memory.locate(address(lanes)[whole], size)
             data[whole] = machine.memory.bytes.reshape(-1, size)[found // size]
             at = self.shared.locate(shared(lanes), size, lanes)

@@ -92,7 +92,7 @@ class Machine:
             try:
                 width = self.kernel.width(name)
             except KeyError:
-                raise UnsupportedPtxError(f"what is {name}?") from None
+                raise UnsupportedPtxError(f"{name} is no register") from None
             filled = np.full(self.count * max(width // 8, 1), POISON, np.uint8)
             self.registers[name] = filled.view(UNSIGNED[width]) if width > 1 else filled != POISON
         return self.registers[name]
@@ -141,7 +141,10 @@ class Machine:
             at = int(ready.min())
             if at == FINISHED:
                 if waiting.any():
-                    raise FaultError(f"{self.kernel.name}: threads wait at a barrier others never reach")
+                    raise FaultError(
+                        f"{self.kernel.name}: some threads wait at a barrier that other threads of "
+                        "their block never reach"
+                    )
                 return
             others = ready[ready > at]
             lanes = np.flatnonzero(ready == at)
@@ -170,7 +173,7 @@ class Machine:
                 continue
             if root in ("bar", "barrier") and instruction.opcode[1] != "warp":
                 if instruction.operands != ("0",):
-                    raise UnsupportedPtxError(instruction.text)
+                    raise self._unknown(instruction, "only barrier 0")
                 where[lanes], waiting[lanes] = at + 1, True
                 self._release(waiting, where)
                 if lanes is not self.everyone or waiting.any():
@@ -180,8 +183,16 @@ class Machine:
                     self._action(at)(active)
                 except FaultError as fault:
                     raise FaultError(f"{self.kernel.name}: {instruction.text}: {fault}") from None
+                except UnsupportedPtxError as error:
+                    raise self._unknown(instruction, str(error)) from None
             at += 1
         where[lanes] = at
+
+    def _unknown(self, instruction: Instruction, why: str) -> UnsupportedPtxError:
+        return UnsupportedPtxError(
+            f"{self.kernel.name}: the emulator does not know `{instruction.text}` ({why}); "
+            "target='interpreter' runs the kernel's source"
+        )
 
     def _guarded(self, instruction: Instruction, lanes: Lanes) -> Lanes:
         """Those of the lanes whose guard lets them execute."""
@@ -193,11 +204,14 @@ class Machine:
         return lanes if chosen.all() else lanes[chosen]
 
     def _release(self, waiting: Array, where: Array) -> None:
-        """Lets the blocks go on of which every thread that still runs has reached the barrier."""
-        arrived = (waiting | (where == FINISHED)).reshape(-1, self.threads).all(1)
-        arrived &= waiting.reshape(-1, self.threads).any(1)
+        """Lets the blocks go on of which every thread has reached the barrier."""
+        by_block = waiting.reshape(-1, self.threads)
+        arrived = by_block.all(1)
+        places = where.reshape(-1, self.threads)[arrived]
+        if (places != places[:, :1]).any():
+            raise FaultError(f"{self.kernel.name}: threads of one block wait at different barriers")
         self.shared.barrier(np.flatnonzero(arrived))
-        waiting.reshape(-1, self.threads)[arrived] = False
+        by_block[arrived] = False
 
     # Instructions.
 
@@ -228,7 +242,7 @@ class Machine:
         result, *operands = instruction.operands
         meaning = arithmetic.function_of(instruction.opcode, len(instruction.operands))
         if len(operands) != len(meaning.kinds):
-            raise UnsupportedPtxError(instruction.text)
+            raise UnsupportedPtxError("this form")
         read = [
             self.getter(op, kind) for op, kind in zip(operands, meaning.kinds, strict=True)
         ]
@@ -282,7 +296,7 @@ class Machine:
     def _convert_address(self, instruction: Instruction) -> Action:
         """Only what addresses tensors is: shared memory is addressed from zero."""
         if "global" not in instruction.opcode:
-            raise UnsupportedPtxError(instruction.text)
+            raise UnsupportedPtxError("this form")
         read = self.getter(instruction.operands[1], "b64")
         write = self.setter(instruction.operands[0], "b64")
         return lambda lanes: write(lanes, read(lanes))
@@ -303,9 +317,9 @@ class Machine:
         vectors = {"v2", "v4", "v8"}
         hints = ("L1::", "L2::")
         if odd := [w for w in words if w not in LOAD_WORDS | vectors and not w.startswith(hints)]:
-            raise UnsupportedPtxError(f"{instruction.text}: {odd}")
+            raise UnsupportedPtxError(", ".join(odd))
         if "local" in words:
-            raise UnsupportedPtxError(instruction.text)
+            raise UnsupportedPtxError("this form")
         return kind, BITS[kind] // 8
 
     def _load(self, instruction: Instruction) -> Action:
@@ -367,7 +381,7 @@ class Machine:
         kind, width = words[-1], BITS[words[-1]] // 8
         name = next(w for w in words if w in ("add", "max", "min", "exch", "cas", "or", "and", "inc"))
         if "shared" in words or name not in ("add", "exch", "max", "min"):
-            raise UnsupportedPtxError(instruction.text)
+            raise UnsupportedPtxError("this form")
         goal, address, *sources = instruction.operands if root == "atom" else (
             "_", *instruction.operands)  # fmt: skip
         where = self.address(address, "b64")

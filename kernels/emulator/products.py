@@ -108,7 +108,7 @@ def _warp_product(machine: Machine, instruction: Instruction) -> Action:
     shape = next(found for word in words if (found := SHAPE.fullmatch(word)))
     depth, kinds = int(shape[3]), [word for word in words if word in BITS]
     if (shape[1], shape[2]) != ("16", "8") or kinds[0] != "f32":
-        raise UnsupportedPtxError(instruction.text)
+        raise UnsupportedPtxError("this form")
     goal, a, b, c = instruction.operands
     assert isinstance(goal, tuple) and isinstance(a, tuple) and isinstance(b, tuple)
     assert isinstance(c, tuple)
@@ -147,7 +147,7 @@ def _matrices(machine: Machine, instruction: Instruction) -> Action:
     names, source = instruction.operands if loads else instruction.operands[::-1]
     assert isinstance(names, tuple)
     if "m8n8" not in words or words[-1] != "b16":
-        raise UnsupportedPtxError(instruction.text)
+        raise UnsupportedPtxError("this form")
     address = machine.address(source, "b32")
     # The elements of each register: (matrix, lane, 2) -> (row of the matrix, column).
     row, column = np.broadcast_arrays(ROW[:, None], 2 * COLUMN[:, None] + np.arange(2))
@@ -311,7 +311,7 @@ def _warpgroup_product(machine: Machine, instruction: Instruction) -> Action:
     assert isinstance(goal, tuple)
     signs, transposed = rest[:2], [text != "0" for text in rest[2:]]
     if kinds[0] != "f32" or signs != ["1", "1"]:
-        raise UnsupportedPtxError(instruction.text)
+        raise UnsupportedPtxError("this form")
     kind, size = kinds[1], BITS[kinds[1]] // 8
     pack = PER_REGISTER[kind]
     keep = machine.getter(scale, "pred")

@@ -6,6 +6,8 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
+from ...errors import KernelError
+
 WIDTHS = {"pred": 1, "b8": 8, "b16": 16, "b32": 32, "b64": 64, "f32": 32, "f64": 64}
 COMMENT = re.compile(r"//[^\n]*|/\*.*?\*/", re.DOTALL)
 ENTRY = re.compile(r"\.entry\s+([\w$.]+)\s*\((.*?)\)[^{]*\{", re.DOTALL)
@@ -63,12 +65,12 @@ class Kernel:
 def parse(text: str) -> Kernel:
     """The only entry of a module.
 
-    Raises: ValueError where there is none, or functions beside it.
+    Raises: KernelError where there is none, or functions beside it.
     """
     text = COMMENT.sub("", text)
     entry = ENTRY.search(text)
     if entry is None or ".func" in text:
-        raise ValueError("the module is not one entry without functions")
+        raise KernelError("the emulator runs modules of one entry without functions")
     arrays = {name: ("shared", 0) for _, name, _ in ARRAY.findall(text[: entry.start()])}
     registers: dict[str, int] = {}
     labels: dict[str, int] = {}
