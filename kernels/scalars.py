@@ -148,7 +148,14 @@ def rsqrt(v):
 
 @triton.jit
 def exp(v):
-    return tl.exp(v)
+    # A GPU computes 2^(v log2 e), where the rounding of a large product is a relative error of the
+    # result. Here 2^n 2^r: with |r| <= 1/2 it is none, and v - n ln 2 is exact in two parts (Cody
+    # and Waite), the first of which has few enough bits for every n.
+    v = clamp(v, -104.0, 89.0)
+    n = tl.floor(v * 1.4426950408889634 + 0.5)
+    rest = v - n * 0.693145751953125 - n * 1.4286068203094172e-6
+    # In two factors: 2^128 is no number, though results that it is a factor of are.
+    return tl.exp2(rest * 1.4426950408889634) * tl.exp2(n - 1.0) * 2.0
 
 
 @triton.jit

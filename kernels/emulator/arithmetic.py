@@ -68,9 +68,13 @@ def function_of(opcode: tuple[str, ...], operands: int) -> Meaning:
     table: Mapping[str, Function] = _FLOAT if kind in FLOATS else _INTEGER
     if root not in table:
         raise UnsupportedPtxError("this operation")
+    function = table[root]
+    if root in _INEXACT and kind in FLOATS:
+        inexact = kind == "f32" and ("approx" in rest or "full" in rest)
+        function = _approximate(root, function) if inexact else _single(function)
     if "sat" in rest:
-        return Meaning((kind,) * (operands - 1), kind, _saturated(table[root]))
-    return Meaning((kind,) * (operands - 1), kind, table[root])
+        function = _saturated(function)
+    return Meaning((kind,) * (operands - 1), kind, function)
 
 
 def _as(condition: Array, like: Array) -> Array:
@@ -109,6 +113,31 @@ def _remainder(a: Array, b: Array) -> Array:
     return a - _divide(a, b) * b
 
 
+# Largest errors of the approximate functions, by the manual: relative, and absolute.
+_INEXACT: Mapping[str, tuple[float, float]] = {
+    "ex2": (2**-22, 0.0), "lg2": (2**-22, 2**-22), "rcp": (2**-23, 0.0), "sqrt": (2**-23, 0.0),
+    "rsqrt": (2**-22.4, 0.0), "sin": (0.0, 2**-20.5), "cos": (0.0, 2**-20.5),
+    "tanh": (2**-11, 0.0), "div": (2**-22, 0.0),
+}  # fmt: skip
+
+
+def _approximate(root: str, function: Function) -> Function:
+    """The function with errors as large as a device's may be: a kernel that is right with them is
+    right with the device's. What float32 holds exactly stays exact."""
+    relative, absolute = _INEXACT[root]
+
+    def approximate(*values: Array) -> Array:
+        exact = function(*(value.astype(np.float64) for value in values))
+        nearest = exact.astype(np.float32)
+        # Between -1 and 1, different for neighbouring values, the same in every run.
+        bits = nearest.view(np.uint32) * np.uint32(2654435761)
+        wrong = bits.astype(np.float64) / 2**31 - 1
+        off = exact + wrong * (np.abs(exact) * relative + absolute)
+        return np.where((exact == nearest) | ~np.isfinite(exact), nearest, off).astype(np.float32)
+
+    return approximate
+
+
 _INTEGER: Mapping[str, Function] = {
     "add": operator.add, "sub": operator.sub, "and": operator.and_, "or": operator.or_,
     "xor": operator.xor, "not": operator.invert, "neg": lambda a: (-a).astype(a.dtype),
@@ -117,9 +146,8 @@ _INTEGER: Mapping[str, Function] = {
 _FLOAT: Mapping[str, Function] = {
     "add": operator.add, "sub": operator.sub, "mul": operator.mul, "div": operator.truediv,
     "neg": operator.neg, "abs": np.abs, "mov": lambda a: a,
-    "ex2": _single(np.exp2), "lg2": _single(np.log2), "sqrt": _single(np.sqrt),
-    "rcp": _single(lambda a: 1 / a), "rsqrt": _single(lambda a: 1 / np.sqrt(a)),
-    "sin": _single(np.sin), "cos": _single(np.cos), "tanh": _single(np.tanh),
+    "ex2": np.exp2, "lg2": np.log2, "sqrt": np.sqrt, "rcp": lambda a: 1 / a,
+    "rsqrt": lambda a: 1 / np.sqrt(a), "sin": np.sin, "cos": np.cos, "tanh": np.tanh,
     "copysign": lambda a, b: np.copysign(b, a),
 }  # fmt: skip
 

@@ -78,7 +78,7 @@ def parse(text: str) -> Kernel:
     for statement in _statements(text[entry.end() :]):
         while label := LABEL.match(statement):
             labels[label[1]] = len(instructions)
-            statement = statement[label.end() :].strip()
+            statement = _unscoped(statement[label.end() :])
         if declared := REGISTERS.match(statement):
             for name in declared[2].split(","):
                 registers[name.strip().partition("<")[0]] = WIDTHS[declared[1]]
@@ -92,15 +92,18 @@ def parse(text: str) -> Kernel:
 
 
 def _statements(body: str) -> Iterator[str]:
-    """What stands between semicolons; a brace that opens or closes a scope is dropped."""
+    """What stands between semicolons, without the braces of scopes."""
     for part in body.split(";"):
         # Braces of vectors have operands in front of them in the same statement.
-        statement = part.strip()
-        while statement[:1] in ("{", "}"):
-            statement = statement[1:].strip()
+        statement = _unscoped(part)
         # Directives that end with the line, not with a semicolon.
         lines = [line for line in statement.splitlines() if not line.strip().startswith(".loc")]
         yield " ".join(line.strip() for line in lines).strip()
+
+
+def _unscoped(statement: str) -> str:
+    """Without the braces that it begins with."""
+    return statement.lstrip("{} \t\n")
 
 
 def _instruction(statement: str) -> Instruction:
