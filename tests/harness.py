@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -11,7 +12,7 @@ from convloom.kernels.epilogue import Epilogue, Stage, apply_reference
 from convloom.kernels.op import Attributes, Config, Launch, Op, Problem, Ref
 from convloom.kernels.scalars import BY_NAME
 from convloom.kernels.spec import FLOAT_DTYPES, Layout, Operand, TensorSpec, as_layout
-from convloom.kernels.targets import INTERPRETER
+from convloom.kernels.targets import INTERPRETER, Target
 from hypothesis import strategies as st
 
 # ---------------------------------------------------------------------------------- drawing
@@ -194,7 +195,33 @@ def view_of(buffer: torch.Tensor, operand: Operand) -> torch.Tensor:
     return torch.as_strided(buffer, operand.shape, operand.strides, operand.offset)
 
 
+class Interpreter:
+    """Where launches run: here in the interpreter. `gpu_device.py` has the others."""
+
+    name = "interpreter"
+    """As `convloom.compile` calls it."""
+    target: Target = INTERPRETER
+    """What configurations are chosen for."""
+    place = torch.device("cpu")
+
+    def run(self, launch: Launch, tensor_of: Callable[[Ref], torch.Tensor], batch: int) -> None:
+        """One launch on tensors of `place`, to its end."""
+        with interpreter.interpreting():
+            execute.interpret(launch, tensor_of, batch)
+
+
+INTERPRETED = Interpreter()
+
+
 def run_interpreted(
+    op: Op, problem: Problem, tensors: tuple[torch.Tensor, ...], *others: Any, **more: Any
+) -> tuple[torch.Tensor, ...]:
+    """`run_on` the interpreter."""
+    return run_on(INTERPRETED, op, problem, tensors, *others, **more)
+
+
+def run_on(
+    device: Interpreter,
     op: Op,
     problem: Problem,
     tensors: tuple[torch.Tensor, ...],
@@ -204,7 +231,7 @@ def run_interpreted(
     wide: bool = False,
     before: tuple[torch.Tensor, ...] = (),
 ) -> tuple[torch.Tensor, ...]:
-    """The problem's outputs by its own kernels in the interpreter.
+    """The problem's outputs by its own kernels on a device, in memory of the CPU.
 
     batch: of this call, where the problem has one; all of the output is returned, NaN where nothing
     was written. wide: with 64-bit offsets even though the tensors are small. before: the operands
@@ -212,7 +239,30 @@ def run_interpreted(
 
     Also asserts that nothing outside the outputs was written.
     """
-    tile = tile or op.default(problem, INTERPRETER)
+    tile = tile or op.default(problem, device.target)
+    buffers = {
+        ref: tensor.to(device.place)
+        for ref, tensor in buffers_for(op, problem, tensors, operands, before).items()
+    }
+    for launch in op.launches(problem, tile, device.target):
+        launch = widened(launch) if wide else launch
+        exchanged = execute.scratch(launch, device.place)
+        for _ in range(2 if exchanged else 1):  # What must be left zeroed is used again.
+            device.run(launch, {**buffers, **exchanged}.__getitem__, batch)
+    return tuple(
+        written(op, operand, buffers[Ref("output", index)].cpu())
+        for index, operand in enumerate(problem.outputs)
+    )
+
+
+def buffers_for(
+    op: Op,
+    problem: Problem,
+    tensors: tuple[torch.Tensor, ...],
+    operands: tuple[torch.Tensor, ...] = (),
+    before: tuple[torch.Tensor, ...] = (),
+) -> dict[Ref, torch.Tensor]:
+    """Flat buffers of every tensor argument, on the CPU."""
     buffers: dict[Ref, torch.Tensor] = {}
     for index, (operand, tensor) in enumerate(zip(problem.inputs, tensors, strict=True)):
         if (pack := op.packs(problem.attributes).get(index)) is not None:
@@ -226,20 +276,15 @@ def run_interpreted(
     ):
         for index, (operand, value) in enumerate(zip(placed, given, strict=True)):
             buffers[Ref(kind, index)] = buffer_for(operand, value)
-    with interpreter.interpreting():
-        for launch in op.launches(problem, tile, INTERPRETER):
-            launch = widened(launch) if wide else launch
-            exchanged = execute.scratch(launch)
-            for _ in range(2 if exchanged else 1):  # What must be left zeroed is used again.
-                execute.interpret(launch, {**buffers, **exchanged}.__getitem__, batch)
-    results = []
-    for index, operand in enumerate(problem.outputs):
-        buffer = buffers[Ref("output", index)]
-        result = view_of(buffer, operand).clone()
-        view_of(buffer, operand).fill_(tolerance.untouched(buffer.dtype))
-        assert tolerance.is_untouched(buffer).all(), f"{op.name} wrote outside its output"
-        results.append(result)
-    return tuple(results)
+    return buffers
+
+
+def written(op: Op, operand: Operand, buffer: torch.Tensor) -> torch.Tensor:
+    """The output in its buffer, beyond which nothing may have been written."""
+    result = view_of(buffer, operand).clone()
+    view_of(buffer, operand).fill_(tolerance.untouched(buffer.dtype))
+    assert tolerance.is_untouched(buffer).all(), f"{op.name} wrote outside its output"
+    return result
 
 
 def widened(launch: Launch) -> Launch:
@@ -300,14 +345,39 @@ def compare(
     results: tuple[torch.Tensor, ...],
     tensors: tuple[torch.Tensor, ...],
     operands: tuple[torch.Tensor, ...] = (),
+    peers: tuple[torch.Tensor, ...] | None = None,
 ) -> None:
-    """Asserts that results agree with the fp64 reference within the tolerance."""
+    """Asserts that results agree with the fp64 reference within the tolerance.
+
+    peers: what stands for PyTorch's own results.
+    """
     exact = expected(op, problem, tensors, operands)
-    peers = eager(op, problem, tensors, operands)
+    peers = peers or own_results(op, problem, tensors, operands)
     depth = reduction_length(op, problem)
     for result, truth, peer in zip(results, exact, peers, strict=True):
         report = tolerance.compare(result, truth, peer, depth)
         assert report is None, f"{op.name}({problem.attributes}): {report}"
+
+
+def own_results(
+    op: Op, problem: Problem, tensors: tuple[torch.Tensor, ...], operands: tuple[torch.Tensor, ...]
+) -> tuple[torch.Tensor, ...]:
+    """PyTorch's in the problem's precision; in TF32, its fp32 ones for operands cut to that."""
+    if problem.precision == "tf32":
+        return expected(op, problem, tuple(map(as_tf32, tensors)), operands, torch.float32)
+    return eager(op, problem, tensors, operands)
+
+
+TF32_MASK = -0x2000
+"""As an int32: all but the 13 bits of an fp32 mantissa that TF32 has not."""
+
+
+def as_tf32(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor as tensor cores see a TF32 operand: cut, not rounded."""
+    if tensor.dtype is not torch.float32:
+        return tensor
+    kept = (tensor.view(torch.int32) & TF32_MASK).view(torch.float32)
+    return torch.where(tensor.isfinite(), kept, tensor)
 
 
 def reduction_length(op: Op, problem: Problem) -> int:
