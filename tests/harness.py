@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -12,7 +12,7 @@ from convloom.kernels.epilogue import Epilogue, Stage, apply_reference
 from convloom.kernels.op import Attributes, Config, Launch, Op, Problem, Ref
 from convloom.kernels.scalars import BY_NAME
 from convloom.kernels.spec import FLOAT_DTYPES, Layout, Operand, TensorSpec, as_layout
-from convloom.kernels.targets import INTERPRETER, Target
+from convloom.kernels.targets import EMULATOR, INTERPRETER, Target, parse
 from hypothesis import strategies as st
 
 # ---------------------------------------------------------------------------------- drawing
@@ -195,7 +195,48 @@ def view_of(buffer: torch.Tensor, operand: Operand) -> torch.Tensor:
     return torch.as_strided(buffer, operand.shape, operand.strides, operand.offset)
 
 
+class Interpreter:
+    """Where launches run: here in the interpreter. `gpu_device.py` has the GPU."""
+
+    name = "interpreter"
+    """As `convloom.compile` calls it."""
+    target: Target = INTERPRETER
+    """What configurations are chosen for."""
+    place = torch.device("cpu")
+
+    def run(self, launch: Launch, tensor_of: Callable[[Ref], torch.Tensor], batch: int) -> None:
+        """One launch on tensors of `place`, to its end."""
+        with interpreter.interpreting():
+            execute.interpret(launch, tensor_of, batch)
+
+
+class Emulator(Interpreter):
+    """What launches are compiled to for a generation of GPUs, on the CPU.
+
+    seed: of the order in which blocks run.
+    """
+
+    def __init__(self, generation: str, seed: int = 0) -> None:
+        self.name = EMULATOR + generation
+        self.target = parse(self.name)
+        self.seed = seed
+
+    def run(self, launch: Launch, tensor_of: Callable[[Ref], torch.Tensor], batch: int) -> None:
+        emulator.run(launch, tensor_of, batch, self.target, self.seed)
+
+
+INTERPRETED = Interpreter()
+
+
 def run_interpreted(
+    op: Op, problem: Problem, tensors: tuple[torch.Tensor, ...], *others: Any, **more: Any
+) -> tuple[torch.Tensor, ...]:
+    """`run_on` the interpreter."""
+    return run_on(INTERPRETED, op, problem, tensors, *others, **more)
+
+
+def run_on(
+    device: Interpreter,
     op: Op,
     problem: Problem,
     tensors: tuple[torch.Tensor, ...],
@@ -205,7 +246,7 @@ def run_interpreted(
     wide: bool = False,
     before: tuple[torch.Tensor, ...] = (),
 ) -> tuple[torch.Tensor, ...]:
-    """The problem's outputs by its own kernels in the interpreter.
+    """The problem's outputs by its own kernels on a device, in memory of the CPU.
 
     batch: of this call, where the problem has one; all of the output is returned, NaN where nothing
     was written. wide: with 64-bit offsets even though the tensors are small. before: the operands
@@ -213,36 +254,20 @@ def run_interpreted(
 
     Also asserts that nothing outside the outputs was written.
     """
-
-    def interpret(launch: Launch, tensor_of: Callable[[Ref], torch.Tensor]) -> None:
-        with interpreter.interpreting():
-            execute.interpret(launch, tensor_of, batch)
-
-    placed = buffers_for(op, problem, tensors, operands, before)
-    tile = tile or op.default(problem, INTERPRETER)
-    launches = op.launches(problem, tile, INTERPRETER)
-    return run_with(interpret, problem, [widened(x) for x in launches] if wide else launches, placed)
-
-
-def run_emulated(
-    op: Op,
-    problem: Problem,
-    tensors: tuple[torch.Tensor, ...],
-    target: Target,
-    operands: tuple[torch.Tensor, ...] = (),
-    tile: Config | None = None,
-    batch: int = 1,
-    before: tuple[torch.Tensor, ...] = (),
-    seed: int = 0,
-) -> tuple[torch.Tensor, ...]:
-    """As `run_interpreted`, by what the kernels are compiled to for a GPU, in the emulator."""
-
-    def emulate(launch: Launch, tensor_of: Callable[[Ref], torch.Tensor]) -> None:
-        emulator.run(launch, tensor_of, batch, target, seed)
-
-    placed = buffers_for(op, problem, tensors, operands, before)
-    launches = op.launches(problem, tile or op.default(problem, target), target)
-    return run_with(emulate, problem, launches, placed)
+    tile = tile or op.default(problem, device.target)
+    buffers = {
+        ref: tensor.to(device.place)
+        for ref, tensor in buffers_for(op, problem, tensors, operands, before).items()
+    }
+    for launch in op.launches(problem, tile, device.target):
+        launch = widened(launch) if wide else launch
+        exchanged = execute.scratch(launch, device.place)
+        for _ in range(2 if exchanged else 1):  # What must be left zeroed is used again.
+            device.run(launch, {**buffers, **exchanged}.__getitem__, batch)
+    return tuple(
+        written(op, operand, buffers[Ref("output", index)].cpu())
+        for index, operand in enumerate(problem.outputs)
+    )
 
 
 def buffers_for(
@@ -252,7 +277,7 @@ def buffers_for(
     operands: tuple[torch.Tensor, ...] = (),
     before: tuple[torch.Tensor, ...] = (),
 ) -> dict[Ref, torch.Tensor]:
-    """Inputs, packed where the op packs them, operands and outputs, each in a buffer of its own."""
+    """Flat buffers of every tensor argument, on the CPU."""
     buffers: dict[Ref, torch.Tensor] = {}
     for index, (operand, tensor) in enumerate(zip(problem.inputs, tensors, strict=True)):
         if (pack := op.packs(problem.attributes).get(index)) is not None:
@@ -269,25 +294,12 @@ def buffers_for(
     return buffers
 
 
-def run_with(
-    run: Callable[[Launch, Callable[[Ref], torch.Tensor]], None],
-    problem: Problem,
-    launches: Sequence[Launch],
-    buffers: dict[Ref, torch.Tensor],
-) -> tuple[torch.Tensor, ...]:
-    """The outputs after `run` ran every launch. Also asserts that nothing outside was written."""
-    for launch in launches:
-        exchanged = execute.scratch(launch)
-        for _ in range(2 if exchanged else 1):  # What must be left zeroed is used again.
-            run(launch, {**buffers, **exchanged}.__getitem__)
-    results = []
-    for index, operand in enumerate(problem.outputs):
-        buffer = buffers[Ref("output", index)]
-        result = view_of(buffer, operand).clone()
-        view_of(buffer, operand).fill_(tolerance.untouched(buffer.dtype))
-        assert tolerance.is_untouched(buffer).all(), f"{launch.kernel} wrote outside its output"
-        results.append(result)
-    return tuple(results)
+def written(op: Op, operand: Operand, buffer: torch.Tensor) -> torch.Tensor:
+    """The output in its buffer, beyond which nothing may have been written."""
+    result = view_of(buffer, operand).clone()
+    view_of(buffer, operand).fill_(tolerance.untouched(buffer.dtype))
+    assert tolerance.is_untouched(buffer).all(), f"{op.name} wrote outside its output"
+    return result
 
 
 def widened(launch: Launch) -> Launch:
@@ -348,14 +360,39 @@ def compare(
     results: tuple[torch.Tensor, ...],
     tensors: tuple[torch.Tensor, ...],
     operands: tuple[torch.Tensor, ...] = (),
+    peers: tuple[torch.Tensor, ...] | None = None,
 ) -> None:
-    """Asserts that results agree with the fp64 reference within the tolerance."""
+    """Asserts that results agree with the fp64 reference within the tolerance.
+
+    peers: what stands for PyTorch's own results.
+    """
     exact = expected(op, problem, tensors, operands)
-    peers = eager(op, problem, tensors, operands)
+    peers = peers or own_results(op, problem, tensors, operands)
     depth = reduction_length(op, problem)
     for result, truth, peer in zip(results, exact, peers, strict=True):
         report = tolerance.compare(result, truth, peer, depth)
         assert report is None, f"{op.name}({problem.attributes}): {report}"
+
+
+def own_results(
+    op: Op, problem: Problem, tensors: tuple[torch.Tensor, ...], operands: tuple[torch.Tensor, ...]
+) -> tuple[torch.Tensor, ...]:
+    """PyTorch's in the problem's precision; in TF32, its fp32 ones for operands cut to that."""
+    if problem.precision == "tf32":
+        return expected(op, problem, tuple(map(as_tf32, tensors)), operands, torch.float32)
+    return eager(op, problem, tensors, operands)
+
+
+TF32_MASK = -0x2000
+"""As an int32: all but the 13 bits of an fp32 mantissa that TF32 has not."""
+
+
+def as_tf32(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor as tensor cores see a TF32 operand: cut, not rounded."""
+    if tensor.dtype is not torch.float32:
+        return tensor
+    kept = (tensor.view(torch.int32) & TF32_MASK).view(torch.float32)
+    return torch.where(tensor.isfinite(), kept, tensor)
 
 
 def reduction_length(op: Op, problem: Problem) -> int:

@@ -1,105 +1,190 @@
-"""The same checks on a real GPU: every op of the registry, and whole models through CUDA graphs.
+"""The same checks on a real GPU: what `gpu_checks.py`, `gpu_stress.py` and `gpu_model_checks.py`
+ask, in the order in which the answers tell most.
 
-Run with `pytest -m gpu` on a machine that has one; nothing here needs the interpreter.
+Run with `pytest -m gpu` on a machine that has one, or with `make gpu`, which runs them in parallel
+groups, each in a process of its own, and goes on where it stopped. `test_gpu_checks.py` rehearses
+the checks without a GPU.
 """
 
 from __future__ import annotations
 
-import convloom
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
 import pytest
 import torch
 from convloom import zoo
-from convloom.kernels import execute, offline, registry, targets, tolerance
-from convloom.kernels.op import Op, Problem, Ref
-from hypothesis import given
-from hypothesis import strategies as st
+from convloom.kernels import offline, registry
 
-from . import harness
+from . import gpu_checks, gpu_model_checks, gpu_sample, gpu_stress, test_fusions
+from .gpu_checks import PRECISIONS
+from .gpu_device import Gpu
+from .gpu_model_checks import RUNS, Run
 
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU"),
 ]
+ROOT = Path(__file__).resolve().parent.parent
+OPS = sorted(registry.BY_NAME)
+FUZZ_SEEDS, FUZZ_GROUP = 200, 5
+RULES = [pytest.param(name, id=f"rule{at}") for at, name in enumerate(test_fusions.RULES)]
+"""Names of rules are equations, which no command line takes; the messages tell them."""
+BENCHMARKED = ("resnet50", "mobilenet_v2", "inception_v3", "googlenet", "resnet18")
+ALL_PRECISIONS = (*RUNS, Run("tf32", (1,)))
+Note = Callable[[str, Any], None]
 
 
-def run_on_gpu(
-    op: Op, problem: Problem, tensors: tuple[torch.Tensor, ...]
-) -> tuple[torch.Tensor, ...]:
-    """The problem's outputs by its compiled kernels, in the default configuration."""
-    target = targets.parse("cuda")
-    packs = op.packs(problem.attributes)
-    buffers: dict[Ref, torch.Tensor] = {}
-    for index, (operand, tensor) in enumerate(zip(problem.inputs, tensors, strict=True)):
-        pack = packs.get(index)
-        flat = harness.buffer_for(operand, tensor) if pack is None else None
-        packed = flat if pack is None else pack(problem.attributes, tensor)
-        assert packed is not None
-        buffers[Ref("input", index)] = packed.cuda()
-    for index, operand in enumerate(problem.outputs):
-        buffers[Ref("output", index)] = harness.buffer_for(operand, None).cuda()
+@pytest.fixture(scope="module")
+def gpu() -> Gpu:
+    return Gpu()
 
-    def dtype_of(ref: Ref) -> torch.dtype:
-        return buffers[ref].dtype
 
-    for launch in op.launches(problem, op.default(problem, target), target):
-        wanted = offline.request(launch, dtype_of, target)
-        everything = {**buffers, **execute.scratch(launch, "cuda")}
-        arguments = execute.bind(launch, everything.__getitem__, 1) | dict(launch.constexprs)
-        start = offline.compile_request(wanted)[launch.grid_at(1)]
-        start(*(arguments[name] for name in launch.kernel.arg_names))
-    torch.cuda.synchronize()
-    return tuple(
-        harness.view_of(buffers[Ref("output", index)].cpu(), operand)
-        for index, operand in enumerate(problem.outputs)
+@pytest.fixture(autouse=True)
+def compiling_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Many of these processes run side by side: none starts others to compile."""
+    compile_all = offline.compile_all
+    monkeypatch.setattr(offline, "compile_all", lambda wanted, workers=None: compile_all(wanted, 1))
+
+
+@pytest.fixture
+def note(record_property: Callable[[str, object], None]) -> Note:
+    """Keeps a finding: `benchmarks/gpu_tests.py` puts all of them into findings.json."""
+    return lambda name, value: record_property(name, json.dumps(value))
+
+
+# One of everything, so that what is broken everywhere shows at once.
+
+
+def test_a_kernel_runs(gpu: Gpu) -> None:
+    assert gpu_checks.check_op(gpu, "relu", "float32") and gpu_checks.check_op(
+        gpu, "conv2d", "float16"
     )
 
 
-@pytest.mark.parametrize("name", sorted(registry.BY_NAME))
-@given(data=st.data(), seed=harness.seeds, pad=harness.pads)
-def test_op_agrees_with_its_reference(name: str, data: st.DataObject, seed: int, pad: int) -> None:
-    op = registry.get(name)
-    case = data.draw(harness.cases(op, data.draw(harness.dtypes)))
-    problem = harness.problem_for(op, case.attributes, case.specs, pad=pad)
-    tensors = case.tensors(seed)
-    harness.compare(op, problem, run_on_gpu(op, problem, tensors), tensors)
+def test_a_model_replays(gpu: Gpu) -> None:
+    gpu_model_checks.check_replay(gpu)
 
 
-@pytest.mark.parametrize("name", sorted(registry.BY_NAME))
-@given(data=st.data(), seed=harness.seeds)
-def test_op_keeps_nan_and_infinity(name: str, data: st.DataObject, seed: int) -> None:
-    op = registry.get(name)
-    case = data.draw(harness.cases(op))
-    problem = harness.problem_for(op, case.attributes, case.specs)
-    packs = op.packs(case.attributes)
-    tensors = tuple(
-        tensor if index in packs else harness.with_special_values(tensor, seed + index)
-        for index, tensor in enumerate(case.tensors(seed))
-    )
-    harness.compare(op, problem, run_on_gpu(op, problem, tensors), tensors)
+def test_a_module_that_is_there_already(gpu: Gpu) -> None:
+    gpu_model_checks.check_module_there(gpu)
 
 
-@pytest.mark.parametrize("dtype", [None, torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("batch", [1, 8])
-@pytest.mark.parametrize("name", ["lenet5", "resnet18", "resnet50", "googlenet", "mobilenet_v2"])
-def test_model_agrees_with_fp64(name: str, batch: int, dtype: torch.dtype | None) -> None:
-    torch.manual_seed(0)
-    model = zoo.build(name).eval()
-    x = torch.randn(batch, *zoo.entry(name).input_shape)
-    exe = convloom.compile(model, (x.cuda(),), target="cuda", dtype=dtype)
-    result = exe(x.cuda()).cpu()
-    with torch.no_grad():
-        exact = model.double()(x.double())
-        peer = model.to(dtype or torch.float32).cuda()(x.to(dtype or torch.float32).cuda())
-    worst = tolerance.compare(result.to(peer.dtype), exact, peer.cpu(), depth=4096)
-    assert worst is None, worst
+@pytest.mark.parametrize("name", ["lenet5", "resnet18", "googlenet"])
+def test_a_file_built_without_the_gpu(gpu: Gpu, name: str, tmp_path: Path) -> None:
+    built_for = gpu.target.name
+    assert built_for.startswith("cuda:sm_")
+    gpu_model_checks.check_saved(gpu, tmp_path, name, built_for, (1, 8))
 
 
-def test_replay_follows_its_inputs_and_is_repeatable() -> None:
-    model = zoo.lenet5(weights="digits").eval()
-    images = [torch.rand(batch, 1, 32, 32, device="cuda") for batch in (1, 3, 8, 3)]
-    exe = convloom.compile(model, (images[0],), target="cuda", dynamic_batch=(1, 8))
-    first = [exe(image) for image in images]
-    second = [exe(image) for image in images]
-    for a, b in zip(first, second, strict=True):
-        assert torch.equal(a, b)
-    assert not torch.equal(first[1], first[3])
+# Every op, every rule.
+
+
+@pytest.mark.parametrize("name", OPS)
+@pytest.mark.parametrize("precision", PRECISIONS)  # Varies slowest.
+def test_op(gpu: Gpu, precision: str, name: str) -> None:
+    if gpu_checks.check_op(gpu, name, precision) == 0:
+        pytest.skip("computes no products: TF32 changes nothing")
+
+
+@pytest.mark.parametrize("name", RULES)
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_rule(gpu: Gpu, precision: str, name: str, note: Note) -> None:
+    if not gpu_model_checks.check_rule(gpu, name, precision):
+        note("rule that did not fire", [name, precision])
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_op_keeps_nan_and_infinity(gpu: Gpu, name: str) -> None:
+    for precision in ("float16", "float32"):
+        gpu_checks.check_special_values(gpu, name, precision)
+
+
+@pytest.mark.parametrize("name", [op.name for op in registry.OPS if op.takes_epilogue])
+def test_epilogue(gpu: Gpu, name: str) -> None:
+    gpu_checks.check_epilogue(gpu, name, "float16")
+
+
+@pytest.mark.parametrize("name", [op.name for op in registry.OPS if op.takes_prologue])
+def test_prologue(gpu: Gpu, name: str) -> None:
+    gpu_checks.check_prologue(gpu, name, "float16")
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_smaller_batch(gpu: Gpu, name: str) -> None:
+    if not gpu_checks.check_smaller_batch(gpu, name):
+        pytest.skip("no draw of its domain has a batch")
+
+
+# Semaphores, launches, warps.
+
+
+@pytest.mark.parametrize("at", range(len(gpu_stress.SPLIT_LAYERS)))
+def test_split_sums_ten_thousand_times(gpu: Gpu, at: int, note: Note) -> None:
+    tiles = gpu_stress.check_repeatable(gpu, gpu_stress.SPLIT_LAYERS[at], torch.float16)
+    note("stressed", tiles)
+
+
+@pytest.mark.parametrize("mode", ["programmatic", "branches"])
+@pytest.mark.parametrize("name", ["googlenet", "resnet50", "mobilenet_v2"])
+def test_launch_mode(gpu: Gpu, name: str, mode: str) -> None:
+    gpu_model_checks.check_launch_mode(gpu, mode, name)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("at", range(len(gpu_stress.TAPPED_LAYERS)))
+def test_eight_warps_over_taps(gpu: Gpu, at: int, dtype: torch.dtype, note: Note) -> None:
+    """A finding, whatever comes out: these configurations are refused (pytorch issue 173068)."""
+    found = list(gpu_stress.eight_warps(gpu, gpu_stress.TAPPED_LAYERS[at], dtype))
+    assert found
+    note("eight warps over taps", found)
+
+
+# Whole networks.
+
+
+@pytest.mark.parametrize(
+    "name", [*BENCHMARKED, *(name for name in zoo.names() if name not in BENCHMARKED)]
+)
+def test_model(gpu: Gpu, name: str, note: Note) -> None:
+    runs = ALL_PRECISIONS if name in BENCHMARKED else RUNS
+    found = list(gpu_model_checks.check_model(gpu, name, runs))
+    note("model", found)
+    wrong = [each for each in found if each["problem"] is not None]
+    assert not wrong, "\n".join(map(str, wrong))
+
+
+@pytest.mark.parametrize("first", range(0, FUZZ_SEEDS, FUZZ_GROUP))
+def test_random_networks(gpu: Gpu, first: int) -> None:
+    gpu_model_checks.check_seeds(gpu, range(first, first + FUZZ_GROUP))
+
+
+# The interpreter, and a tool that watches.
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_interpreter_says_the_same(gpu: Gpu, name: str) -> None:
+    if (reason := gpu_stress.interpreter_fails()) is not None:
+        pytest.skip(f"nothing can be interpreted here: {reason}")
+    gpu_stress.check_against_interpreter(gpu, name, "float16")
+
+
+@pytest.mark.parametrize("name", gpu_sample.OPS)
+@pytest.mark.parametrize("tool", ["memcheck", "racecheck"])
+def test_sanitizer(tool: str, name: str) -> None:
+    program = shutil.which("compute-sanitizer")
+    if program is None:
+        pytest.skip("compute-sanitizer is not on the PATH")
+    sample = [sys.executable, "-m", "tests.gpu_sample", "cuda", name]
+    # Each allocation by itself: inside PyTorch's own pool nothing is out of bounds.
+    environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    subprocess.run(sample, cwd=ROOT, env=environment, check=True, capture_output=True)
+    command = [program, "--tool", tool, "--error-exitcode", "99", *sample]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, (done.stdout + done.stderr)[-3_000:]

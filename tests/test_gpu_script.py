@@ -209,33 +209,100 @@ def test_a_dry_run_ends_in_every_file(tmp_path: Path) -> None:
 # Tests in groups.
 
 
-def test_what_passed_is_not_run_again_and_what_failed_is_run_alone(tmp_path: Path) -> None:
+def test_what_passed_is_not_run_again_and_what_a_fault_failed_is_run_alone(tmp_path: Path) -> None:
     groups: list[list[str]] = []
-    poisoned = {"test_b"}
+    poisoned = {"test_b[1]"}
 
-    def group(names: Any) -> dict[str, str]:
+    def group(names: Any) -> gpu_tests.Answer:
         """After a fault of the device everything in its process fails."""
         groups.append(list(names))
         at = next((i for i, name in enumerate(names) if name in poisoned), len(names))
-        return {n: "passed" if i < at else "failed: fault" for i, n in enumerate(names)}
+        fault = "failed: CUDA error: an illegal memory access"
+        return gpu_tests.Answer(
+            {n: "passed" if i < at else fault for i, n in enumerate(names)},
+            {names[0]: [("model", {"error": 1.5})], names[-1]: []},
+        )
 
-    names = ["test_a", "test_b", "test_c"]
+    def told(text: str) -> None:
+        assert text.endswith(("3 tests in all", "1 tests in all"))
+
+    names = ["test_b[0]", "test_b[1]", "test_b[2]"]
     path = tmp_path / "tests.json"
-    found = gpu_tests.run(path, names, lambda text: None, group)
-    assert found == {"test_a": "passed", "test_b": "failed: fault", "test_c": "passed"}
-    assert groups == [names, ["test_b"], ["test_c"]]
+    found = gpu_tests.run(path, names, told, group, workers=1)
+    assert [outcome[:6] for outcome in found.values()] == ["passed", "failed", "passed"]
+    assert groups == [names, ["test_b[1]"], ["test_b[2]"]]
+    findings = json.loads((tmp_path / "findings.json").read_text())
+    assert findings["test_b[0]"] == [["model", {"error": 1.5}]]
     groups.clear()
     poisoned.clear()
-    assert set(gpu_tests.run(path, names, lambda text: None, group).values()) == {"passed"}
-    assert groups == [["test_b"]]
+    assert set(gpu_tests.run(path, names, told, group).values()) == {"passed"}
+    assert groups == [["test_b[1]"]]
     path.write_text("{")
+    assert gpu_tests.read(path) == {}
+    path.write_text("[]")
     assert gpu_tests.read(path) == {}
 
 
-def test_a_group_is_run_in_a_process() -> None:
-    name = "test_replay_follows_its_inputs_and_is_repeatable"
-    found = gpu_tests.run_group([name])
-    assert found == {name: "passed" if torch.cuda.is_available() else "skipped"}
+def test_a_wrong_result_is_not_computed_again(tmp_path: Path) -> None:
+    groups: list[list[str]] = []
+
+    def group(names: Any) -> gpu_tests.Answer:
+        groups.append(list(names))
+        return gpu_tests.Answer({name: "failed: element (0, 1): got 1" for name in names})
+
+    gpu_tests.run(tmp_path / "tests.json", ["test_a[0]", "test_a[1]"], lambda text: None, group)
+    assert groups == [["test_a[0]", "test_a[1]"]]
+
+
+def test_groups_are_of_one_function_and_long_tests_stand_alone() -> None:
+    names = [*(f"test_op[{at}]" for at in range(20)), "test_rule[0]", "test_model[a]",
+             "test_model[b]", "test_x"]  # fmt: skip
+    found = [[*group] for group in gpu_tests.groups_of(names)]
+    assert [len(group) for group in found] == [16, 4, 1, 1, 1, 1]
+    assert [name for group in found for name in group] == names
+
+
+def test_a_group_is_run_in_a_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    names = gpu_tests.collected()
+    assert names[0] == "test_a_kernel_runs" and {*gpu_tests.ALONE} <= {
+        name.partition("[")[0] for name in names
+    }
+    found = gpu_tests.run_group(names[:1])
+    if not torch.cuda.is_available():
+        assert found.outcomes == {names[0]: "skipped: needs an NVIDIA GPU"}
+
+
+TESTS = '''
+import json, os, time
+import pytest
+pytestmark = pytest.mark.gpu
+def test_right(record_property): record_property("model", json.dumps({"error": 0.5}))
+@pytest.mark.parametrize("name", ["a b"])
+def test_also_right(name): pass
+def test_wrong(): assert 1 == 2, "other numbers"
+def test_fatal(): END
+def test_after(): pass
+'''
+
+
+@pytest.mark.parametrize(
+    ("end", "told"), [("os._exit(7)", "exit status 7"), ("time.sleep(60)", "no end after")]
+)
+def test_what_passed_before_the_end_of_a_process_has_passed(
+    end: str, told: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "test_some.py"
+    file.write_text(TESTS.replace("END", end))
+    monkeypatch.setattr(gpu_tests, "FILE", str(file))
+    names = gpu_tests.collected()
+    found = gpu_tests.run_group(names, 5.0)
+    outcomes = [found.outcomes[name].partition(": the")[0] for name in names]
+    assert outcomes[:2] == ["passed", "passed"] and told in found.outcomes["test_fatal"]
+    assert all(found.outcomes[name].startswith("failed: ") for name in names[2:])
+    answer = gpu_tests.run_group(names[:3])
+    assert answer.findings["test_right"] == [("model", {"error": 0.5})]
+    assert "other numbers" in answer.outcomes["test_wrong"]
+    assert not gpu_tests.FAULT.search(answer.outcomes["test_wrong"])
 
 
 # Constants.

@@ -23,6 +23,7 @@ from convloom.kernels import tolerance
 from torch import nn
 
 from .. import nets
+from ..harness import INTERPRETED, Interpreter
 from .program import Program, merged
 
 CHECKS = (AGAIN, OTHER, UNFUSED, BATCHES) = ("again", "other", "unfused", "batches")
@@ -124,12 +125,12 @@ def _strided(x: torch.Tensor, way: int) -> torch.Tensor:
     return whole[1]
 
 
-def check(case: Case) -> set[str]:
+def check(case: Case, device: Interpreter = INTERPRETED) -> set[str]:
     """The ops that the case's graphs hold, captured and fused.
 
     Raises: BrokenError for the first promise that is not kept.
     """
-    return _Checks(case, case.module()).run()
+    return _Checks(case, case.module(), device).run()
 
 
 def together(cases: Sequence[Case]) -> Case:
@@ -149,7 +150,7 @@ def grouped(cases: Iterable[Case]) -> list[list[Case]]:
     return list(groups.values())
 
 
-def check_many(cases: Iterable[Case]) -> set[str]:
+def check_many(cases: Iterable[Case], device: Interpreter = INTERPRETED) -> set[str]:
     """`check` of many cases of one batch, as few networks; where one is broken, of each by itself.
 
     Raises: BrokenError with the network that breaks a promise, as a module.
@@ -158,18 +159,18 @@ def check_many(cases: Iterable[Case]) -> set[str]:
     for group in grouped(cases):
         whole = together(group)
         try:
-            ops |= check(whole)
+            ops |= check(whole, device)
         except BrokenError as error:
             for case in group:
-                check_one(case)
+                check_one(case, device)
             raise BrokenError(error.kind, f"{error}\n{whole.source()}") from error
     return ops
 
 
-def check_one(case: Case) -> set[str]:
+def check_one(case: Case, device: Interpreter = INTERPRETED) -> set[str]:
     """`check`, telling the seed and the module."""
     try:
-        return check(case)
+        return check(case, device)
     except BrokenError as error:
         raise BrokenError(error.kind, f"seed {case.seed}: {error}\n{case.source()}") from error
 
@@ -184,17 +185,20 @@ def check_module(module: nn.Module, shapes: list[tuple[int, ...]], **options: An
 class _Checks:
     """One network, its truth and its compilations; torch.export runs once."""
 
-    def __init__(self, case: Case, module: nn.Module) -> None:
-        self.case, self.module = case, module
+    def __init__(
+        self, case: Case, module: nn.Module, device: Interpreter = INTERPRETED
+    ) -> None:
+        self.case, self.module, self.device = case, module, device
         self.ops: set[str] = set()
 
     def run(self) -> set[str]:
-        inputs = self.case.inputs()
+        example = self.case.inputs()
         try:
             with nets.exporting_once():
-                exe, *others = [self.compile(inputs, passes) for _, passes in self.ways()]
+                exe, *others = [self.compile(example, passes) for _, passes in self.ways()]
         finally:
             nets.forget(self.module)
+        inputs = self.placed(example)
         result = self.promises(exe, inputs, "fused")
         if OTHER in self.case.checks:
             self.later_calls(exe, result)
@@ -203,6 +207,16 @@ class _Checks:
         for (name, _), other in zip(self.ways()[1:], others, strict=True):
             self.value(name, self.call(other, inputs, name), inputs)
         return self.ops
+
+    def placed(self, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+        """The inputs on the device, with their strides."""
+        where = self.device.place
+        if where.type == "cpu":
+            return inputs
+        return tuple(
+            torch.empty_strided(x.size(), x.stride(), dtype=x.dtype, device=where).copy_(x)
+            for x in inputs
+        )
 
     def ways(self) -> list[tuple[str, Any]]:
         """How it is compiled: a name, and the passes."""
@@ -216,8 +230,8 @@ class _Checks:
     def compile(self, inputs: tuple[torch.Tensor, ...], passes: Any) -> Any:
         options: dict[str, Any] = {"dtype": self.case.dtype, "dynamic_batch": self.case.range}
         try:
-            exe = convloom.compile(self.module, inputs, target="interpreter", tuning="heuristic",
-                                   passes=passes, **options)  # fmt: skip
+            exe = convloom.compile(self.module, inputs, target=self.device.name,
+                                   tuning="heuristic", passes=passes, **options)  # fmt: skip
         except ConvloomError as error:
             raise BrokenError(f"compile: {type(error).__name__}", str(error)) from error
         except Exception as error:
@@ -257,7 +271,7 @@ class _Checks:
     def later_calls(self, exe: Any, result: list[torch.Tensor]) -> None:
         """Other inputs are computed rightly and leave earlier results alone."""
         copies = [tensor.clone() for tensor in result]
-        others = replace(self.case, strided=not self.case.strided).inputs(again=1)
+        others = self.placed(replace(self.case, strided=not self.case.strided).inputs(again=1))
         self.value("other inputs", self.call(exe, others, "other inputs"), others)
         same("a later call changed results", result, copies)
 
@@ -266,11 +280,13 @@ class _Checks:
         for batch in reversed(BATCH_RANGE):
             shapes = [(batch, *shape[1:]) for _, shape in self.case.program.inputs]
             images = make_inputs(shapes, self.case.seed + batch, self.case.special)
+            images = self.placed(images)
             self.value(f"batch {batch}", self.call(exe, images, f"batch {batch}"), images)
 
     def value(self, name: str, result: Any, inputs: tuple[torch.Tensor, ...]) -> None:
         """Shapes, dtypes, values, NaN and Inf. Boundaries keep the module's dtype."""
-        results = nets.tensors_of(result)
+        results = [tensor.cpu() for tensor in nets.tensors_of(result)]
+        inputs = tuple(x.cpu() for x in inputs)
         truth = nets.Truth(self.module, inputs, self.case.dtype)
         if len(results) != len(truth.exact):
             raise BrokenError(f"{name}: results", f"{len(results)}, not {len(truth.exact)}")
@@ -296,7 +312,7 @@ class _Checks:
         the sign of nearly zero)."""
         worst = torch.zeros_like(exact)
         for seed in range(NOISE_RUNS):
-            with _Noise(tolerance.UNIT_ROUNDOFF[dtype], seed):
+            with Noise(tolerance.UNIT_ROUNDOFF[dtype], seed):
                 got = nets.run(self.module, inputs, torch.float64)[at]
             worst = torch.maximum(worst, (got - exact).abs().nan_to_num(0.0, 0.0, 0.0))
         return (exact + worst).to(dtype)
@@ -324,7 +340,7 @@ def ops_in(cases: Iterable[Case]) -> set[str]:
     return ops
 
 
-class _Noise(torch.overrides.TorchFunctionMode):
+class Noise(torch.overrides.TorchFunctionMode):
     """Multiplies and shifts what every torch function returns by a few roundings."""
 
     def __init__(self, unit: float, seed: int) -> None:

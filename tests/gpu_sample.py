@@ -1,0 +1,42 @@
+"""`python -m tests.gpu_sample cuda conv2d softmax`: one draw of each op in half precision, for a
+tool that watches a whole process (compute-sanitizer). Says what it ran; fails as the check does."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+from convloom.kernels import targets
+
+from . import gpu_checks, gpu_stress
+from .gpu_device import Gpu, Rehearsed
+
+SPLIT = "split"
+"""Stands for a product whose sums are shared among programs."""
+OPS = (
+    "conv2d", "linear", SPLIT, "separable", "max_pool2d", "conv_pool", "softmax", "head",
+    "normalize", "concat", "stem",
+)  # fmt: skip
+"""One of each kind of kernel: loops over taps, semaphores, windows, reductions, copies."""
+
+
+def run(device: Gpu, name: str) -> None:
+    """One draw of the op by its default configuration."""
+    if name != SPLIT:
+        gpu_checks.check_op(device, name, "float16", count=1, tiles=False)
+        return
+    layer = gpu_stress.SMALL_SPLIT
+    gpu_stress.check_repeatable(device, layer, gpu_checks.dtype_of("float16"), times=2, most=1)
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Runs the ops of the arguments, after the device."""
+    where, *names = arguments
+    device = Gpu() if where == "cuda" else Rehearsed(targets.parse(where))
+    for name in names or OPS:
+        run(device, name)
+        print(f"{name}: right", flush=True)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
