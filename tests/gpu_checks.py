@@ -115,13 +115,14 @@ def _noisy(
 
 
 def check_op(
-    device: Interpreter, name: str, precision: str, count: int = DRAWS, tiles: bool = True
-) -> int:
+    device: Interpreter, name: str, precision: str, count: int = DRAWS, tiles: bool = True,
+    interesting: int = 2,
+) -> int:  # fmt: skip
     """Draws by the default configuration; in half precision each by another configuration too, and
     one with 64-bit offsets, bit for bit. The number of problems that were run."""
     op = registry.get(name)
     ran = 0
-    for at, case in enumerate(drawn(op, precision, count)):
+    for at, case in enumerate(drawn(op, precision, count, interesting)):
         problem = problem_of(case, precision, pad=3 * (at % 2))
         if precision == "tf32" and not uses_precision(op, problem, device):
             continue

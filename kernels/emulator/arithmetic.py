@@ -17,9 +17,9 @@ from .memory import Array
 from .values import BITS, FLOATS, NUMPY, rounded_tf32
 
 Function = Callable[..., Array]
-HARMLESS = {
+KNOWN = {
     "rn", "approx", "full", "ftz", "lo", "hi", "wide", "NaN", "uni", "clamp", "wrap", "l", "r",
-    "rna", "rzi", "rmi", "rpi", "rni", "rz", "sat", "relu", "b4e",
+    "rna", "rzi", "rmi", "rpi", "rni", "sat",
 }  # fmt: skip
 
 
@@ -46,7 +46,7 @@ def function_of(opcode: tuple[str, ...], operands: int) -> Meaning:
     rest = [word for word in modifiers if word not in BITS]
     if root == "setp":
         return _setp(rest, kinds, operands)
-    if unknown := [word for word in rest if word not in HARMLESS]:
+    if unknown := [word for word in rest if word not in KNOWN]:
         raise UnsupportedPtxError(", ".join(unknown))
     if root == "cvt":
         return _cvt(rest, kinds)
@@ -306,8 +306,6 @@ _ROUND: Mapping[str, Function] = {
 
 def _cvt(rest: list[str], kinds: list[str]) -> Meaning:
     to, source = kinds
-    if "relu" in rest or ("rz" in rest and to in FLOATS and source in FLOATS):
-        raise UnsupportedPtxError("this rounding")
     if to.endswith("x2"):
         # The first operand is the upper half.
         return Meaning((source, source), to, lambda a, b: _rounded(np.stack([b, a], 1), to))
