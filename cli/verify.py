@@ -236,7 +236,7 @@ def _print(
         table.add_row("result", row.name, f"{row.compiled:.1e}", f"{row.eager:.1e}")
     console.print(table)
     if not steps:
-        console.print("layers are compared with --target interpreter or emulator:sm_90", markup=False)
+        console.print("--target interpreter or emulator:sm_90 compares layers", markup=False)
     for row in rows:
         if row.worst is not None:
             console.print(

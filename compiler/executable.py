@@ -218,8 +218,8 @@ class Executable:
     def errors(self, *inputs: Any) -> list[StepError]:
         """Per step: the kernels' and torch's own largest error against fp64, relative to the rms.
 
-        The kernels run in the interpreter or the emulator; torch evaluates the same fused graph in the plan's
-        dtype.
+        The kernels run in the interpreter or the emulator; torch evaluates the same fused graph in
+        the plan's dtype.
         """
         tensors = self._interface.flatten(inputs)
         batch = self._interface.check(tensors, self.place, at_least=1)

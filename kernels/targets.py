@@ -41,7 +41,7 @@ GPU_TARGETS = (
 EMULATOR = "emulator:"
 """In front of a generation: its machine code is emulated on the CPU."""
 EMULATED = tuple(
-    EMULATOR + target.name.removeprefix("cuda:") for target in GPU_TARGETS if target.capability < 100
+    target.name.replace("cuda:", EMULATOR) for target in GPU_TARGETS if target.capability < 100
 )
 NAMES = ("reference", "interpreter", "cuda", *(target.name for target in GPU_TARGETS), *EMULATED)
 

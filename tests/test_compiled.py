@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import pytest
-import torch
 from convloom.kernels import registry
 
-from . import gpu_checks, gpu_model_checks, gpu_stress, harness, test_fusions
+from . import gpu_checks, gpu_model_checks, test_fusions
 from .gpu_model_checks import Run
 from .harness import Emulator
 

@@ -102,7 +102,8 @@ def test_float_arithmetic(a: float, b: float) -> None:
     for opcode, value in expected.items():
         got = emulate(f"ld.global.b32 %r4, [%rd4]; {opcode} %r9, %r4, %r1; {store()}",
                       floats(a), bits)  # fmt: skip
-        assert torch.equal(got.view(torch.float32)[0].nan_to_num(7.0), value.nan_to_num(7.0)), opcode
+        result = got.view(torch.float32)[0]
+        assert torch.equal(result.nan_to_num(7.0), value.nan_to_num(7.0)), opcode
     for compare, truth in (("lt", ours < theirs), ("neu", (ours != theirs) | nan), ("nan", nan)):
         got = emulate(
             f"ld.global.b32 %r4, [%rd4]; setp.{compare}.f32 %p1, %r4, %r1; "
@@ -237,7 +238,7 @@ def test_matrix_layouts_place_every_element_once(width: int) -> None:
 COPY = "cp.async.ca.shared.global [%r3], [%rd4], 4; cp.async.commit_group;"
 LATER = "add.s32 %r4, %r3, 128; and.b32 %r4, %r4, 255;"
 FAULTS = {
-    "reads behind a tensor": ("ld.global.b32 %r9, [%rd4+256];", "outside every tensor: byte 256 of"),
+    "reads behind a tensor": ("ld.global.b32 %r9, [%rd4+256];", "every tensor: byte 256 of"),
     "writes in front of one": ("st.global.b32 [%rd5+-4], %r2;", "outside every tensor"),
     "an address of 32 bits": (
         "cvt.u32.u64 %r4, %rd4; cvt.u64.u32 %rd6, %r4; ld.global.b32 %r9, [%rd6];",
@@ -249,28 +250,28 @@ FAULTS = {
     "nothing was written": ("ld.shared.b32 %r9, [%r3];", "nothing was written to"),
     "read behind a write": (
         f"st.shared.b32 [%r3], %r2; {LATER} ld.shared.b32 %r9, [%r4];",
-        "read that another warp wrote since the last barrier",
+        "read of what another warp wrote since",
     ),
     "write behind a read": (
         f"st.shared.b32 [%r3], %r2; bar.sync 0; ld.shared.b32 %r9, [%r3]; {LATER} "
         "st.shared.b32 [%r4], %r2;",
-        "written that another warp read since the last barrier",
+        "overwritten what another warp read since",
     ),
     "write behind a write": (
         f"st.shared.b32 [%r3], %r2; {LATER} st.shared.b32 [%r4], %r2;",
-        "written that another warp wrote since the last barrier",
+        "overwritten what another warp wrote since",
     ),
     "two values at once": ("st.shared.b32 [global_smem], %r2;", "different values"),
     "two values in a tensor": ("st.global.b32 [%rd2], %r2;", "different values"),
     "a copy not waited for": (
         f"{COPY} bar.sync 0; ld.shared.b32 %r9, [%r3];",
-        "before the asynchronous copy into it was waited for",
+        "before the copy into it was waited for",
     ),
     "too few copies waited for": (
         f"{COPY} cp.async.wait_group 1; bar.sync 0; ld.shared.b32 %r9, [%r3];",
-        "before the asynchronous copy",
+        "before the copy into it was waited for",
     ),
-    "a copy over what is copied": (f"{COPY} {COPY}", "while an asynchronous copy into it"),
+    "a copy over what is copied": (f"{COPY} {COPY}", "while a copy into it is under way"),
     "waited, but no barrier": (
         f"{COPY} cp.async.wait_group 0; {LATER} ld.shared.b32 %r9, [%r4];",
         "another warp wrote since the last barrier",
@@ -359,7 +360,7 @@ def test_the_target_is_compiled_for_and_run_on_the_cpu() -> None:
     assert found.target.name == "cuda:sm_90" and found.has_steps
     assert "mma" in "".join(kernel.ptx() for kernel in found.kernels)
     assert torch.allclose(found(x), layer(x), atol=2e-2)
-    assert [step.compiled < 1e-2 for step in found.errors(x)] == [True]
+    assert all(step.compiled < 1e-2 for step in found.errors(x))
     with pytest.raises(TargetUnavailableError, match="emulator:sm_90"):
         convloom.compile(layer, (x,), target="emulator:sm_100")
 

@@ -71,7 +71,7 @@ def test_text(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["verify", *DIGITS]) == 0
     text = capsys.readouterr().out
     assert "worst element (0, " in text and "as exact as its type allows" in text
-    assert "layers are compared with --target interpreter" in text
+    assert "--target interpreter or emulator:sm_90 compares layers" in text
     assert "likeliest class as in float64: compiled 1 of 1, eager 1" in text
 
 

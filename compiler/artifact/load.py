@@ -32,9 +32,10 @@ def load(
     """The executable in a file that `Executable.save` or `convloom compile -o` wrote.
 
     device: "cuda" runs the file's machine code on this machine's GPU; "interpreter", "reference"
-    and "emulator:sm_90" plan (and the last one compiles) its graph again and run it on the CPU. None is what the file was made for: "cuda" where it
-    holds machine code, else the interpreter or the reference. recompile: where the file has no code
-    for this GPU, its graph is compiled here (takes Triton).
+    and "emulator:sm_90" plan its graph again, the last one compiles it too, and run it on the CPU.
+    None is what the file was made for: "cuda" where it holds machine code, else the interpreter or
+    the reference. recompile: where the file has no code for this GPU, its graph is compiled here
+    (takes Triton).
 
     The result can be pickled: the path and the device are, and whoever unpickles it loads the file.
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -55,16 +56,21 @@ def function_of(opcode: tuple[str, ...], operands: int) -> Meaning:
     kind = kinds[-1]
     if root in ("mul", "mad") and kind not in FLOATS:
         return _product(root, rest, kind)
+    if root in _BITWISE:
+        return _BITWISE[root](rest, kind)
+    return _plain(root, rest, kind, operands)
+
+
+def _plain(root: str, rest: list[str], kind: str, operands: int) -> Meaning:
+    """Operands and result of one type, but for a condition or a number of places."""
     if root in ("shl", "shr"):
         return Meaning((kind, "u32"), kind, _shift(root, BITS[kind]))
     if root in ("min", "max"):
         return Meaning((kind, kind), kind, _extremum(root, kind, rest))
     if root == "selp":
-        return Meaning((kind, kind, "pred"), kind, lambda a, b, p: np.where(_as(p, a), a, b))
-    if root == "fma" or (root == "mad" and kind in FLOATS):
+        return Meaning((kind, kind, "pred"), kind, _select)
+    if root in ("fma", "mad"):
         return Meaning((kind,) * 3, kind, _single(lambda a, b, c: a * b + c))
-    if root in ("bfe", "bfi", "shf", "popc", "clz", "prmt", "lop3"):
-        return _bitwise(root, rest, kind)
     table: Mapping[str, Function] = _FLOAT if kind in FLOATS else _INTEGER
     if root not in table:
         raise UnsupportedPtxError("this operation")
@@ -77,15 +83,15 @@ def function_of(opcode: tuple[str, ...], operands: int) -> Meaning:
     return Meaning((kind,) * (operands - 1), kind, function)
 
 
-def _as(condition: Array, like: Array) -> Array:
-    """A condition per thread, for values that may be pairs."""
-    return condition[:, None] if like.ndim == 2 else condition
+def _select(a: Array, b: Array, condition: Array) -> Array:
+    """Values may be pairs; a condition is one for both."""
+    return np.where(condition[:, None] if a.ndim == 2 else condition, a, b)
 
 
 def _saturated(function: Function) -> Function:
     def saturated(*values: Array) -> Array:
         found = function(*values)
-        return np.where(np.isnan(found), 0, np.clip(found, 0, 1)).astype(found.dtype)
+        return np.asarray(np.where(np.isnan(found), 0, np.clip(found, 0, 1)), found.dtype)
 
     return saturated
 
@@ -110,7 +116,7 @@ def _divide(a: Array, b: Array) -> Array:
 
 
 def _remainder(a: Array, b: Array) -> Array:
-    return a - _divide(a, b) * b
+    return np.asarray(a - _divide(a, b) * b)
 
 
 # Largest errors of the approximate functions, by the manual: relative, and absolute.
@@ -164,7 +170,7 @@ def _product(root: str, rest: list[str], kind: str) -> Meaning:
 
         return Meaning((kind, kind, *((result,) if root == "mad" else ())), result, widely)
     if "hi" in rest:
-        big = object if bits == 64 else np.dtype(f"{dtype.kind}{bits // 4}")
+        big: Any = object if bits == 64 else np.dtype(f"{dtype.kind}{bits // 4}")
 
         def highly(a: Array, b: Array, c: Array | int = 0) -> Array:
             high = (a.astype(big) * b.astype(big)) >> (bits if big is object else big.type(bits))
@@ -196,48 +202,62 @@ def _extremum(root: str, kind: str, rest: list[str]) -> Function:
     return np.minimum if root == "min" else np.maximum
 
 
-def _bitwise(root: str, rest: list[str], kind: str) -> Meaning:
+def _extract(rest: list[str], kind: str) -> Meaning:
     bits = BITS[kind]
-    if root == "bfe":
 
-        def extract(a: Array, position: Array, length: Array) -> Array:
-            if int(length.max()) + int(position.max()) > bits or (length == 0).any():
-                raise UnsupportedPtxError("bfe beyond the register")
-            up = (bits - position - length).astype(a.dtype)
-            return np.asarray((a << up) >> (bits - length).astype(a.dtype))
+    def extract(a: Array, position: Array, length: Array) -> Array:
+        if int(length.max()) + int(position.max()) > bits or (length == 0).any():
+            raise UnsupportedPtxError("beyond the register")
+        up = (bits - position - length).astype(a.dtype)
+        return np.asarray((a << up) >> (bits - length).astype(a.dtype))
 
-        return Meaning((kind, "u32", "u32"), kind, extract)
-    if root == "bfi":
+    return Meaning((kind, "u32", "u32"), kind, extract)
 
-        def insert(a: Array, b: Array, position: Array, length: Array) -> Array:
-            mask = ((1 << length.astype(np.uint64)) - 1).astype(a.dtype)
-            at = position.astype(a.dtype)
-            return np.asarray((b & ~(mask << at)) | ((a & mask) << at))
 
-        return Meaning((kind, kind, "u32", "u32"), kind, insert)
-    if root == "shf":
-        left = "l" in rest
+def _insert(rest: list[str], kind: str) -> Meaning:
+    def insert(a: Array, b: Array, position: Array, length: Array) -> Array:
+        mask = ((1 << length.astype(np.uint64)) - 1).astype(a.dtype)
+        at = position.astype(a.dtype)
+        return np.asarray((b & ~(mask << at)) | ((a & mask) << at))
 
-        def funnel(low: Array, high: Array, by: Array) -> Array:
-            amount = (np.minimum(by, 32) if "clamp" in rest else by & 31).astype(np.uint64)
-            both = (high.astype(np.uint64) << np.uint64(32)) | low
-            moved = (both << amount) >> np.uint64(32) if left else both >> amount
-            return moved.astype(np.uint32)
+    return Meaning((kind, kind, "u32", "u32"), kind, insert)
 
-        return Meaning(("b32", "b32", "u32"), "b32", funnel)
-    if root == "popc":
-        return Meaning((kind,), "u32", lambda a: np.bitwise_count(a).astype(np.uint32))
-    if root == "clz":
 
-        def leading(a: Array) -> Array:
-            return np.array([bits - int(v).bit_length() for v in a], np.uint32)
+def _funnel(rest: list[str], kind: str) -> Meaning:
+    def funnel(low: Array, high: Array, by: Array) -> Array:
+        amount = (np.minimum(by, 32) if "clamp" in rest else by & 31).astype(np.uint64)
+        both = (high.astype(np.uint64) << np.uint64(32)) | low
+        moved = (both << amount) >> np.uint64(32) if "l" in rest else both >> amount
+        return moved.astype(np.uint32)
 
-        return Meaning((kind,), "u32", leading)
-    if root == "prmt":
-        if rest:
-            raise UnsupportedPtxError(", ".join(rest))
-        return Meaning(("b32",) * 3, "b32", _permute_bytes)
+    return Meaning(("b32", "b32", "u32"), "b32", funnel)
+
+
+def _leading_zeros(rest: list[str], kind: str) -> Meaning:
+    def count(a: Array) -> Array:
+        return np.array([BITS[kind] - int(value).bit_length() for value in a], np.uint32)
+
+    return Meaning((kind,), "u32", count)
+
+
+def _ones(rest: list[str], kind: str) -> Meaning:
+    return Meaning((kind,), "u32", lambda a: np.bitwise_count(a).astype(np.uint32))
+
+
+def _permutation(rest: list[str], kind: str) -> Meaning:
+    if rest:
+        raise UnsupportedPtxError(", ".join(rest))
+    return Meaning(("b32",) * 3, "b32", _permute_bytes)
+
+
+def _truth_table(rest: list[str], kind: str) -> Meaning:
     return Meaning(("b32",) * 4, "b32", _lop3)
+
+
+_BITWISE: Mapping[str, Callable[[list[str], str], Meaning]] = {
+    "bfe": _extract, "bfi": _insert, "shf": _funnel, "popc": _ones, "clz": _leading_zeros,
+    "prmt": _permutation, "lop3": _truth_table,
+}  # fmt: skip
 
 
 def _permute_bytes(a: Array, b: Array, selector: Array) -> Array:
@@ -281,10 +301,8 @@ def _setp(rest: list[str], kinds: list[str], operands: int) -> Meaning:
         raise UnsupportedPtxError(f"{operands - 1} operands")
 
     def decide(a: Array, b: Array, *third: Array) -> Array:
-        if kind in FLOATS:
-            found = _compare_floats(compare, a, b)
-        else:
-            found = _COMPARE[compare](a, b)
+        by = partial(_compare_floats, compare) if kind in FLOATS else _COMPARE[compare]
+        found = by(a, b)
         return combine(found, *third) if combine else found
 
     return Meaning((kind, kind, *(("pred",) if combine else ())), "pred", decide)

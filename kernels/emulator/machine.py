@@ -7,6 +7,7 @@ meets the next one, which brings structured code together again where its branch
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -221,7 +222,7 @@ class Machine:
         return self._made[at]
 
     def _decode(self, instruction: Instruction) -> Action:
-        root, *words = instruction.opcode
+        root = instruction.opcode[0]
         if root in IGNORED or instruction.opcode[:2] == ("bar", "warp"):
             if instruction.opcode[:3] == ("fence", "proxy", "async"):
                 return lambda lanes: self.shared.fence()
@@ -379,16 +380,17 @@ class Machine:
         """One thread after the other, in any order."""
         root, *words = instruction.opcode
         kind, width = words[-1], BITS[words[-1]] // 8
-        name = next(w for w in words if w in ("add", "max", "min", "exch", "cas", "or", "and", "inc"))
-        if "shared" in words or name not in ("add", "exch", "max", "min"):
+        name = next((w for w in words if w in ("add", "max", "min", "exch")), None)
+        if "shared" in words or name is None:
             raise UnsupportedPtxError("this form")
         goal, address, *sources = instruction.operands if root == "atom" else (
             "_", *instruction.operands)  # fmt: skip
         where = self.address(address, "b64")
         read, write = self.getter(sources[0], kind), self.setter(goal, kind)
-        function = {
+        functions: dict[str, Callable[[Any, Any], Any]] = {
             "add": np.add, "max": np.maximum, "min": np.minimum, "exch": lambda old, new: new,
-        }[name]  # fmt: skip
+        }  # fmt: skip
+        function = functions[name]
 
         def atomic(lanes: Lanes) -> None:
             at = self.memory.locate(where(lanes), width)

@@ -76,9 +76,11 @@ class Global:
         inside &= self.valid[np.where(inside, at + size - 1, 0)]
         if not inside.all():
             bad = int(at[~inside][0])
-            raise FaultError(f"an access of {size} bytes outside every tensor{self._near(bad)}")
+            raise FaultError(
+                f"an access of {size} bytes outside every tensor{self._near(bad)}"
+            )
         if (at % size).any():
-            raise FaultError(f"an access of {size} bytes at an address that is no multiple of it")
+            raise FaultError(f"an access of {size} bytes at an address that is no multiple")
         return at
 
     def _near(self, at: int) -> str:
@@ -149,9 +151,10 @@ class Shared:
         """
         at = address.astype(np.int64)
         if (at + size > self.size).any():
-            raise FaultError(f"an access of {size} bytes at {int(at.max())} of {self.size} shared bytes")
+            reached = int(at.max())
+            raise FaultError(f"an access of {size} bytes at {reached} of {self.size} shared bytes")
         if (at % size).any():
-            raise FaultError(f"a shared access of {size} bytes at an address that is no multiple of it")
+            raise FaultError(f"a shared access of {size} bytes at an address that is no multiple")
         return np.asarray(at + self.origin[lanes])
 
     def _grains(self, at: Array, size: int, lanes: Array) -> tuple[Array, Array, Array]:
@@ -173,12 +176,12 @@ class Shared:
 
     def _check_read(self, places: Array, warp: Array, epoch: Array) -> None:
         if self.in_flight[places].any():
-            raise FaultError("shared memory is read before the asynchronous copy into it was waited for")
+            raise FaultError("shared memory is read before the copy into it was waited for")
         written = self.write_epoch[places]
         if (written < 0).any():
             raise FaultError("shared memory is read that nothing was written to")
         if ((written == epoch) & (self.write_warp[places] != warp)).any():
-            raise FaultError("shared memory is read that another warp wrote since the last barrier")
+            raise FaultError("read of what another warp wrote since the last barrier")
 
     def start_product(self, at: Array, lanes: Array) -> Array:
         """Tensor cores begin to read elements of `GRAIN` bytes, for all warps; the places read.
@@ -189,9 +192,9 @@ class Shared:
         epoch = self.epoch[np.unique(self.block[lanes])]
         if epoch.size > 1 and (epoch != epoch[0]).any():
             raise FaultError("blocks that have met different numbers of barriers multiply together")
-        self._check_read(places, np.int16(SEVERAL), epoch[0])
+        self._check_read(places, np.full(1, SEVERAL, np.int16), epoch[:1])
         if self.unfenced[places].any():
-            raise FaultError("tensor cores read shared memory that no fence.proxy.async made visible")
+            raise FaultError("tensor cores read what no fence.proxy.async made visible")
         self.multiplied[places] += 1
         return places
 
@@ -205,13 +208,13 @@ class Shared:
         """Raises: FaultError where another warp may still be reading or writing."""
         places, warp, epoch = self._grains(at, size, lanes)
         if self.in_flight[places].any():
-            raise FaultError("shared memory is written while an asynchronous copy into it is under way")
+            raise FaultError("shared memory is written while a copy into it is under way")
         if self.multiplied[places].any():
             raise FaultError("shared memory is written that a product under way reads")
         if ((self.write_epoch[places] == epoch) & (self.write_warp[places] != warp)).any():
-            raise FaultError("shared memory is written that another warp wrote since the last barrier")
+            raise FaultError("overwritten what another warp wrote since the last barrier")
         if ((self.read_epoch[places] == epoch) & (self.read_warp[places] != warp)).any():
-            raise FaultError("shared memory is written that another warp read since the last barrier")
+            raise FaultError("overwritten what another warp read since the last barrier")
         self.write_epoch[places], self.write_warp[places] = epoch, warp
         self.unfenced[places] = True
 

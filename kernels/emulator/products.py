@@ -280,8 +280,8 @@ class Descriptor:
         """Raises: UnsupportedPtxError for a pattern that does not begin where it repeats."""
         if bits >> 49 & 7:
             raise UnsupportedPtxError("a matrix descriptor with a base offset")
-        field = [(bits >> at & 0x3FFF) << 4 for at in (0, 16, 32)]
-        return cls(*field, SWIZZLE_BYTES[bits >> 62])
+        start, leading, stride = ((bits >> at & 0x3FFF) << 4 for at in (0, 16, 32))
+        return cls(start, leading, stride, SWIZZLE_BYTES[bits >> 62])
 
     def places(self, major: Array, depth: Array, size: int, transposed: bool) -> Array:
         """Positions of elements of `size` bytes.
@@ -331,7 +331,8 @@ def _warpgroup_product(machine: Machine, instruction: Instruction) -> Action:
             raise FaultError("threads of a warpgroup multiply different matrices")
         at = found.places(np.arange(extent)[:, None], np.arange(depth)[None, :], size, across)
         if at.max() + size > machine.shared.size:
-            raise FaultError(f"a product reads at {int(at.max())} of {machine.shared.size} shared bytes")
+            held = machine.shared.size
+            raise FaultError(f"a product reads at {int(at.max())} of {held} shared bytes")
         at = at + machine.shared.origin[group[0]]
         raw = gather(machine.shared.bytes, at, size, 1)[0]
         grains = (at.ravel()[:, None] + np.arange(0, size, 2)).ravel()

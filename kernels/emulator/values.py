@@ -94,11 +94,10 @@ def immediate(text: str, kind: str) -> Array:
     width = BITS[kind]
     if text[:2].lower() in ("0f", "0d"):
         raw = int(text[2:], 16)
-        dtype: type = np.float32 if text[1] in "fF" else np.float64
-        number = np.array([raw], np.uint32 if dtype is np.float32 else np.uint64).view(dtype)
-        if NUMPY.get(kind) == number.dtype or kind.startswith(("b", "u")):
-            return from_bits(number.view(UNSIGNED[8 * number.itemsize]), kind)
-        raise ValueError(f"{text} is no {kind}")
+        held = 32 if text[1] in "fF" else 64
+        if width != held:
+            raise ValueError(f"{text} is no {kind}")
+        return from_bits(np.array([raw], UNSIGNED[held]), kind)
     raw = int(text.rstrip("U"), 0)
     if kind == "pred":
         return np.array([raw != 0])

@@ -16,14 +16,22 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from ..harness import Interpreter
     from .contract import Case
+
+Job = tuple[range, bool, bool, str | None]
+"""Seeds; whether to hold them to everything, whether to shrink; a generation to emulate."""
+GENERATIONS = ("sm_80", "sm_86", "sm_89", "sm_90")
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Runs the seeds; 1 where a network broke a promise."""
     options = _parser().parse_args(arguments)
     os.environ.setdefault("CONVLOOM_CHECK", "1")
-    work = [(group, options.full, not options.no_shrink) for group in _groups(*options.seeds)]
+    work = [
+        (group, options.full, not options.no_shrink, options.emulate)
+        for group in _groups(*options.seeds)
+    ]
     total, done, broken = options.seeds[1] - options.seeds[0], 0, 0
     started = time.monotonic()
     for count, reports in _results(work, options.jobs):
@@ -45,6 +53,9 @@ def _parser() -> argparse.ArgumentParser:
                         help="the last one is not run (default: 0:500)")  # fmt: skip
     parser.add_argument("--jobs", type=int, default=1, metavar="N", help="processes (default: 1)")
     parser.add_argument("--full", action="store_true", help="the whole contract for every seed")
+    parser.add_argument("--emulate", metavar="GENERATION", choices=GENERATIONS,
+                        help="compile for these GPUs and emulate them: " + ", ".join(GENERATIONS)
+                        + " (default: interpret)")  # fmt: skip
     parser.add_argument("--no-shrink", action="store_true", help="print networks as they are")
     return parser
 
@@ -67,7 +78,7 @@ def _groups(first: int, last: int) -> Iterator[range]:
 
 
 def _results(
-    work: list[tuple[range, bool, bool]], jobs: int
+    work: list[Job], jobs: int
 ) -> Iterator[tuple[int, list[str]]]:
     if jobs == 1:
         yield from map(_run, work)
@@ -76,21 +87,23 @@ def _results(
         yield from pool.imap_unordered(_run, work)
 
 
-def _run(job: tuple[range, bool, bool]) -> tuple[int, list[str]]:
+def _run(job: Job) -> tuple[int, list[str]]:
     """How many networks were run, and what is wrong with some of them."""
     import torch
 
+    from ..harness import INTERPRETED, Emulator
     from .contract import BrokenError, check_many
     from .grammar import generate
 
-    seeds, full, shrinks = job
+    seeds, full, shrinks, generation = job
+    device = Emulator(generation) if generation else INTERPRETED
     torch.set_num_threads(1)
     reports = []
     for cases in _held(list(map(generate, seeds)), full):
         try:
-            check_many(cases)
+            check_many(cases, device)
         except BrokenError as error:
-            reports += list(_broken(cases, shrinks)) or [f"only together: {error}"]
+            reports += list(_broken(cases, shrinks, device)) or [f"only together: {error}"]
     return len(seeds), reports
 
 
@@ -107,15 +120,15 @@ def _held(cases: list[Case], full: bool) -> list[list[Case]]:
     return [[replace(case, checks=way, without=left) for case in cases] for way in ways]
 
 
-def _broken(cases: list[Case], shrinks: bool) -> Iterator[str]:
+def _broken(cases: list[Case], shrinks: bool, device: Interpreter) -> Iterator[str]:
     from .contract import BrokenError, check
     from .shrink import shrink
 
     for case in cases:
         try:
-            check(case)
+            check(case, device)
         except BrokenError as error:
-            smallest = shrink(case) if shrinks else case
+            smallest = shrink(case, device=device) if shrinks else case
             yield f"\n# seed {case.seed}: {error}\n{smallest.source()}"
 
 

@@ -14,6 +14,7 @@ from itertools import count
 
 import torch
 
+from ..harness import INTERPRETED, Interpreter
 from .contract import BrokenError, Case, check
 from .program import Program, Statement, floats, fresh
 
@@ -23,12 +24,15 @@ MOST_CHECKS = 400
 Fails = Callable[[Case], bool]
 
 
-def shrink(case: Case, fails: Fails | None = None, most: int = MOST_CHECKS) -> Case:
+def shrink(
+    case: Case, fails: Fails | None = None, most: int = MOST_CHECKS,
+    device: Interpreter = INTERPRETED,
+) -> Case:  # fmt: skip
     """The smallest case found that fails as this one does, after at most `most` checks.
 
-    fails: by default, whether `check` raises a BrokenError of the same kind.
+    fails: by default, whether `check` on the device raises a BrokenError of the same kind.
     """
-    fails = fails or _same_failure(case)
+    fails = fails or _same_failure(case, device)
     checks = count(1)
     progress = True
     while progress:
@@ -42,18 +46,18 @@ def shrink(case: Case, fails: Fails | None = None, most: int = MOST_CHECKS) -> C
     return case
 
 
-def _same_failure(case: Case) -> Fails:
-    kind = _kind(case)
+def _same_failure(case: Case, device: Interpreter) -> Fails:
+    kind = _kind(case, device)
 
     def fails(smaller: Case) -> bool:
-        return kind is not None and _kind(smaller) == kind
+        return kind is not None and _kind(smaller, device) == kind
 
     return fails
 
 
-def _kind(case: Case) -> str | None:
+def _kind(case: Case, device: Interpreter) -> str | None:
     try:
-        check(case)
+        check(case, device)
     except BrokenError as error:
         return error.kind
     return None
