@@ -12,6 +12,7 @@ from convloom.errors import KernelError, TargetUnavailableError
 from convloom.kernels import emulator
 from convloom.kernels.emulator import FaultError, UnsupportedPtxError
 from convloom.kernels.emulator.products import Descriptor, fragment_a, fragment_b, fragment_c
+from convloom.kernels.emulator.tma import TensorMap
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -337,6 +338,61 @@ def test_products_of_warpgroups() -> None:
 def test_faults_of_products_are_seen(body: str, message: str) -> None:
     with pytest.raises(FaultError, match=message):
         emulate(body, threads=128)
+
+
+# A box of 2 x 8 words of a tensor of 3 x 10 of them, from (2, 4) on, to the beginning of shared
+# memory; its barrier lies at 1024.
+BOX = """
+  .reg .pred first; setp.eq.u32 first, %r2, 0; mov.b32 %r20, 1024; mov.b32 %r21, 0;
+  mov.b64 %rd6, p0; cvta.param.u64 %rd7, %rd6; mov.b32 %r22, 4; mov.b32 %r23, 2;
+  @first mbarrier.init.shared::cta.b64 [%r20], 1;
+  bar.sync 0;
+"""
+TOLD = "@first mbarrier.arrive.expect_tx.shared::cta.b64 _, [%r20], 64;"
+STARTED = """
+  @first cp.async.bulk.tensor.2d.shared::cta.global.mbarrier::complete_tx::bytes
+    [%r21], [%rd7, {%r22, %r23}], [%r20];
+"""
+ARRIVED = """
+  { .reg .pred complete;
+  waitLoop: mbarrier.try_wait.parity.shared::cta.b64 complete, [%r20], 0;
+  @!complete bra.uni waitLoop; }
+"""
+TAKEN = "setp.lt.u32 %p1, %r2, 16; @%p1 ld.shared.b32 %r9, [%r3]; @%p1 st.global.b32 [%rd5], %r9;"
+
+
+def copied(body: str) -> torch.Tensor:
+    """What a kernel makes of the tensor map, a word per thread."""
+    x = torch.arange(30, dtype=torch.int32).reshape(3, 10) + 1
+    y = torch.zeros(THREADS, dtype=torch.int32)
+    head = HEAD.replace("ld.param.b64 %rd1, [p0];", "mov.b64 %rd1, 0;")
+    kernel = emulator.parse(f"{head} {body} ret; }}")
+    box = TensorMap(x.view(-1), (3, 10), (10, 1), (2, 8), 16)
+    emulator.emulate(kernel, [box, y, 0], 1, THREADS, 2048)
+    return y
+
+
+def test_boxes_are_copied_with_zeros_around() -> None:
+    found = copied(BOX + TOLD + STARTED + ARRIVED + TAKEN)[:16].reshape(2, 8)
+    assert found.tolist() == [[25, 26, 27, 28, 29, 30, 0, 0], [0] * 8]
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        (BOX + TOLD + STARTED + TAKEN, "before the copy into it was waited for"),
+        (BOX + TOLD + ARRIVED, "nothing under way will end"),
+        (BOX + TOLD.replace("64;", "128;") + STARTED + ARRIVED, "nothing under way will end"),
+        (BOX + TOLD.replace("64;", "32;") + STARTED + ARRIVED, "more bytes are copied"),
+        (BOX + TOLD + TOLD, "more threads arrive"),
+        (TOLD.replace("@first ", "mov.b32 %r20, 8; "), "no mbarrier was made here"),
+        (BOX + TOLD + STARTED.replace("[%r21]", "[%r22]"), "no multiple of 128"),
+        (BOX + TOLD + STARTED.replace("[%rd7,", "[%rd6+256,"), "what is no tensor map"),
+    ],
+)  # fmt: skip
+def test_faults_of_boxes_are_seen(body: str, message: str) -> None:
+    with pytest.raises(FaultError, match=message):
+        copied(body)
 
 
 @pytest.mark.parametrize(

@@ -42,6 +42,8 @@ class Copies:
 
     def _decode(self, machine: Machine, instruction: Instruction) -> Action:
         words = instruction.opcode[2:]
+        if instruction.opcode[1:4] == ("async", "bulk", "tensor"):
+            return machine.boxes.decode(instruction)
         if instruction.opcode[1] != "async" or "bulk" in words or "mbarrier" in words:
             raise UnsupportedPtxError("this form")
         if words == ("commit_group",):

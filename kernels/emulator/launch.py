@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 import torch
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .. import execute, offline
 from ..op import Launch, Ref
@@ -14,6 +16,9 @@ from ..targets import Target
 from . import source
 from .machine import WARP, Machine
 from .memory import Global
+from .tma import MAP_BYTES, MAPS, SWIZZLE_BYTES, TensorMap
+
+Argument = torch.Tensor | int | TensorMap
 
 MOST_THREADS = 8_192
 """That advance together: more take more memory for little less time."""
@@ -32,41 +37,64 @@ def run(
     Raises: FaultError for what a device would fault at or might get wrong; UnsupportedPtxError.
     """
     wanted = offline.request(launch, lambda ref: tensor_of(ref).dtype, target)
-    kernel, shared_bytes = _compiled(wanted)
-    rows = launch.m_at(batch)
-    refs = execute.parameters(launch)
-    arguments = [rows if ref is None else tensor_of(ref) for ref in refs]
+    kernel, shared_bytes, maps = _compiled(wanted)
+    arguments = list(_arguments(launch, execute.bind(launch, tensor_of, batch), iter(maps)))
     blocks = launch.grid_at(batch)[0]
     emulate(kernel, arguments, blocks, WARP * launch.num_warps, shared_bytes, seed)
 
 
 @lru_cache(maxsize=256)
-def _compiled(wanted: offline.CompileRequest) -> tuple[source.Kernel, int]:
-    """(kernel, bytes of shared memory)"""
+def _compiled(wanted: offline.CompileRequest) -> tuple[source.Kernel, int, list[dict[str, Any]]]:
+    """(kernel, bytes of shared memory, what the compiler says of every tensor map)"""
     compiled = offline.compile_request(wanted)
-    return source.parse(compiled.asm["ptx"]), compiled.metadata.shared
+    maps = getattr(compiled.metadata, "tensordesc_meta", None) or []
+    return source.parse(compiled.asm["ptx"]), compiled.metadata.shared, list(maps)
+
+
+def _arguments(
+    launch: Launch, bound: dict[str, Any], maps: Iterator[dict[str, Any]]
+) -> Iterator[Argument]:
+    """In the kernel's order: tensors, numbers, tensor maps with sizes and strides behind them."""
+    for name in launch.kernel.arg_names:
+        value = bound.get(name)
+        if isinstance(value, TensorDescriptor):
+            made = next(maps)
+            shape, strides = tuple(value.shape), tuple(value.strides)
+            box = tuple(made["block_size"])
+            width = SWIZZLE_BYTES[made["swizzle"]]
+            yield TensorMap(value.base, shape, strides, box, width)
+            yield from (*shape, *strides)
+        elif isinstance(value, tuple):
+            yield from value
+        elif value is not None:
+            yield value
 
 
 def emulate(
     kernel: source.Kernel,
-    arguments: Sequence[torch.Tensor | int],
+    arguments: Sequence[Argument],
     blocks: int,
     threads: int,
     shared_bytes: int = 0,
     seed: int = 0,
 ) -> None:
-    """Runs a kernel: tensors are passed by address and may be written, numbers have 32 bits.
+    """Runs a kernel: tensors are passed by address and may be written.
 
     Parameters beyond the arguments are null: Triton adds pointers to scratch memory of its own,
     which our kernels do not use.
     """
-    memory = Global([each for each in arguments if isinstance(each, torch.Tensor)])
-    raw = [
-        np.uint64(memory.address(each)).tobytes()
-        if isinstance(each, torch.Tensor)
-        else np.int32(each).tobytes()
-        for each in arguments
-    ]
+    tensors = [each.tensor if isinstance(each, TensorMap) else each for each in arguments]
+    memory = Global([each for each in tensors if isinstance(each, torch.Tensor)])
+    maps: dict[int, TensorMap] = {}
+    raw = []
+    for argument, size in zip(arguments, kernel.parameters.values(), strict=False):
+        if isinstance(argument, torch.Tensor):
+            raw.append(np.uint64(memory.address(argument)).tobytes())
+        elif isinstance(argument, TensorMap):
+            maps[MAPS + MAP_BYTES * len(maps)] = argument
+            raw.append(np.uint64(max(maps)).tobytes())
+        else:
+            raw.append(int(argument).to_bytes(size, "little", signed=True))
     raw += [bytes(8)] * (len(kernel.parameters) - len(raw))
     order = np.random.default_rng(seed)
     numbers = order.permutation(blocks)
@@ -74,5 +102,8 @@ def emulate(
     with np.errstate(all="ignore"):
         for at in range(0, blocks, together):
             part = numbers[at : at + together].tolist()
-            Machine(kernel, memory, raw, part, blocks, threads, shared_bytes, order).run()
+            machine = Machine(
+                kernel, memory, raw, part, blocks, threads, shared_bytes, order, maps
+            )
+            machine.run()
     memory.copy_back()

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from . import arithmetic, asynchronous, products, values
+from . import arithmetic, asynchronous, products, tma, values
 from .arithmetic import UnsupportedPtxError
 from .memory import POISON, Array, FaultError, Global, Shared, gather, scatter
 from .source import Address, Instruction, Kernel, Operand
@@ -36,7 +36,8 @@ class Machine:
     """The state of several blocks of one launch: registers, shared memory, where threads are.
 
     blocks: their numbers in the grid; parameters: bytes of each of the kernel's; order: in which
-    the atomic operations of an instruction happen.
+    the atomic operations of an instruction happen; maps: tensor maps by address, which is what a
+    parameter that is one holds.
     """
 
     def __init__(
@@ -49,6 +50,7 @@ class Machine:
         threads: int,
         shared_bytes: int,
         order: np.random.Generator,
+        maps: dict[int, tma.TensorMap] | None = None,
     ) -> None:
         self.kernel, self.memory, self.order = kernel, memory, order
         self.threads, self.blocks, self.grid = threads, np.array(blocks, np.uint32), grid
@@ -60,6 +62,7 @@ class Machine:
         self.parameters = dict(zip(kernel.parameters, parameters, strict=False))
         self.copies = asynchronous.Copies(self.shared, self.count)
         self.products = products.Pending(self)
+        self.boxes = tma.Boxes(self, maps or {})
         self._special = self._special_registers()
         self._made: dict[int, Action] = {}
 
@@ -73,6 +76,9 @@ class Machine:
         if (special := self._special.get(name)) is not None:
             fixed = values.from_bits(special, kind)
             return lambda lanes: fixed[lanes]
+        if name in self.parameters:
+            where = np.frombuffer(self.parameters[name][:8], np.uint64)
+            return lambda lanes: where
         if name in self.kernel.arrays:
             start = np.zeros(1, UNSIGNED[BITS[kind]])
             return lambda lanes: start
@@ -166,7 +172,7 @@ class Machine:
             if root in ("bra", "ret", "exit"):
                 goal = FINISHED
                 if root == "bra":
-                    goal = self.kernel.labels[str(instruction.operands[0])]
+                    goal = self.kernel.target(str(instruction.operands[0]), at)
                 if 0 < active.size < lanes.size:
                     where[lanes], where[active] = at + 1, goal
                     return
@@ -231,7 +237,7 @@ class Machine:
             "ld": self._load, "st": self._store, "atom": self._atomic, "red": self._atomic,
             "shfl": self._shuffle, "cp": self.copies.decoder(self), "mov": self._move,
             "cvta": self._convert_address, "elect": self._elect,
-            "redux": self._reduce,
+            "redux": self._reduce, "mbarrier": self.boxes.decode,
         }  # fmt: skip
         if root in makers:
             return makers[root](instruction)
@@ -295,8 +301,8 @@ class Machine:
         return lambda lanes: store(lanes, one(lanes))
 
     def _convert_address(self, instruction: Instruction) -> Action:
-        """Only what addresses tensors is: shared memory is addressed from zero."""
-        if "global" not in instruction.opcode:
+        """Of tensors and parameters, which stay: shared memory is addressed from zero."""
+        if not {"global", "param"} & {*instruction.opcode}:
             raise UnsupportedPtxError("this form")
         read = self.getter(instruction.operands[1], "b64")
         write = self.setter(instruction.operands[0], "b64")

@@ -223,15 +223,24 @@ class Shared:
         self.note_write(at, size, lanes)
         self.in_flight[self._grains(at, size, lanes)[0]] = True
 
-    def end_copy(self, at: Array, size: int, lanes: Array) -> None:
-        """The copy was waited for by the thread that began it."""
+    def end_copy(self, at: Array, size: int, lanes: Array, told: bool = False) -> None:
+        """The copy was waited for: by the thread that began it, whose warp has written it then, or
+        by everybody (`told`), as behind a barrier."""
         places, warp, epoch = self._grains(at, size, lanes)
         self.in_flight[places] = False
-        self.write_epoch[places], self.write_warp[places] = epoch, warp
+        self.write_epoch[places], self.write_warp[places] = epoch - told, warp
+        if told:
+            self.unfenced[places] = False
 
     def fence(self) -> None:
         """What is written and has arrived is visible to tensor cores."""
         self.unfenced &= self.in_flight
+
+
+def swizzled(place: Array, width: int) -> Array:
+    """Where the byte at a place goes in a pattern whose rows have `width` bytes: pieces of 16 bytes
+    are exchanged by exclusive or with the number of the row of 128 bytes."""
+    return np.asarray(place ^ ((place >> 7 & (width // 16 - 1)) << 4))
 
 
 def gather(memory: Array, at: Array, width: int, count: int) -> list[Array]:

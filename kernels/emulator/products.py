@@ -16,7 +16,7 @@ import numpy as np
 
 from . import values
 from .arithmetic import UnsupportedPtxError
-from .memory import Array, FaultError, gather, scatter
+from .memory import Array, FaultError, gather, scatter, swizzled
 from .source import Instruction
 from .values import BITS
 
@@ -287,8 +287,7 @@ class Descriptor:
         """Positions of elements of `size` bytes.
 
         major: row of A or column of B; depth: along the sum. transposed: not the sum's dimension is
-        the contiguous one. Layouts: canonical layouts of the warpgroup instructions; the pattern's
-        rows of `width` bytes are exchanged in pieces of 16 bytes by exclusive or.
+        the contiguous one. Layouts: the canonical ones of the warpgroup instructions.
         """
         row, along = (depth, major) if transposed else (major, depth)
         at = along * size
@@ -297,8 +296,7 @@ class Descriptor:
             next_row, next_piece = next_piece, next_row
         place = self.start + row % 8 * self.width + row // 8 * next_row
         place = place + at % self.width + at // self.width * next_piece
-        # 128 bytes: bits 4 to 6 with bits 7 to 9; 64: 4, 5 with 7, 8; 32: 4 with 7.
-        return np.asarray(place ^ ((place >> 7 & (self.width // 16 - 1)) << 4))
+        return swizzled(place, self.width)
 
 
 def _warpgroup_product(machine: Machine, instruction: Instruction) -> Action:

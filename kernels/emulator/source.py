@@ -11,7 +11,7 @@ from ...errors import KernelError
 WIDTHS = {"pred": 1, "b8": 8, "b16": 16, "b32": 32, "b64": 64, "f32": 32, "f64": 64}
 COMMENT = re.compile(r"//[^\n]*|/\*.*?\*/", re.DOTALL)
 ENTRY = re.compile(r"\.entry\s+([\w$.]+)\s*\((.*?)\)[^{]*\{", re.DOTALL)
-PARAMETER = re.compile(r"\.param\s+\.([a-z]+)(\d+)[^,]*?([\w$]+)(?:\[(\d+)\])?\s*(?:,|$)")
+PARAMETER = re.compile(r"\.[busf](\d+)\s.*?([\w$]+)(?:\[(\d+)\])?$")
 REGISTERS = re.compile(r"\.reg\s+\.(\w+)\s+(.*)")
 ARRAY = re.compile(r"\.align\s+(\d+)\s+\.b8\s+([\w$]+)\[(\d*)\]")
 LABEL = re.compile(r"^([\w$]+):")
@@ -44,13 +44,14 @@ class Instruction:
 @dataclass(frozen=True)
 class Kernel:
     """One entry. parameters: name -> bytes, in order; registers: bits by name or by prefix;
-    labels: number of the instruction behind; arrays: (space, bytes) by name."""
+    labels: numbers of the instructions behind, several where a scope has its own; arrays: (space,
+    bytes) by name."""
 
     name: str
     parameters: dict[str, int]
     registers: dict[str, int]
     instructions: tuple[Instruction, ...]
-    labels: dict[str, int]
+    labels: dict[str, list[int]]
     arrays: dict[str, tuple[str, int]] = field(default_factory=dict)
 
     def width(self, register: str) -> int:
@@ -60,6 +61,12 @@ class Kernel:
         """
         known = self.registers.get(register)
         return known if known is not None else self.registers[register.rstrip("0123456789")]
+
+    def target(self, label: str, at: int) -> int:
+        """Where a branch at an instruction leads to: of several labels in scopes of their own the
+        last one in front of it."""
+        first, *others = self.labels[label]
+        return max((place for place in others if place <= at), default=first)
 
 
 def parse(text: str) -> Kernel:
@@ -73,11 +80,11 @@ def parse(text: str) -> Kernel:
         raise KernelError("the emulator runs modules of one entry without functions")
     arrays = {name: ("shared", 0) for _, name, _ in ARRAY.findall(text[: entry.start()])}
     registers: dict[str, int] = {}
-    labels: dict[str, int] = {}
+    labels: dict[str, list[int]] = {}
     instructions: list[Instruction] = []
     for statement in _statements(text[entry.end() :]):
         while label := LABEL.match(statement):
-            labels[label[1]] = len(instructions)
+            labels.setdefault(label[1], []).append(len(instructions))
             statement = _unscoped(statement[label.end() :])
         if declared := REGISTERS.match(statement):
             for name in declared[2].split(","):
@@ -86,8 +93,11 @@ def parse(text: str) -> Kernel:
             arrays[array[2]] = (statement[1:].split()[0], int(array[3] or 0))
         elif statement and not statement.startswith("."):
             instructions.append(_instruction(statement))
-    parameters = {name: int(bits) // 8 * int(count or 1)
-                  for _, bits, name, count in PARAMETER.findall(entry[2])}  # fmt: skip
+    parameters = {
+        name: int(bits) // 8 * int(count or 1)
+        for each in entry[2].split(",")
+        for bits, name, count in PARAMETER.findall(each.strip())
+    }
     return Kernel(entry[1], parameters, registers, tuple(instructions), labels, arrays)
 
 
