@@ -72,8 +72,9 @@ def test_a_model_replays(gpu: Gpu) -> None:
     gpu_model_checks.check_replay(gpu)
 
 
-def test_a_module_that_is_there_already(gpu: Gpu) -> None:
-    gpu_model_checks.check_module_there(gpu)
+def test_modules_and_examples_lie_anywhere(gpu: Gpu) -> None:
+    gpu_model_checks.check_places(gpu)
+    gpu_model_checks.check_without_weights(gpu)
 
 
 @pytest.mark.parametrize("name", ["lenet5", "resnet18", "googlenet"])
