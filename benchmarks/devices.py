@@ -156,7 +156,7 @@ class Cuda:
         return (torch.cuda.max_memory_allocated() - self._before) / 1e6
 
     def kernels_of(self, call: Call) -> int | None:
-        """Counted by the profiler where it works; copies and fills by the driver are not kernels."""
+        """Counted by the profiler where it works; the driver's copies and fills are no kernels."""
         from torch.profiler import ProfilerActivity, profile
 
         try:

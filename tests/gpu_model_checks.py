@@ -9,7 +9,6 @@ from __future__ import annotations
 import copy
 import itertools
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ import convloom
 import pytest
 import torch
 from convloom import settings, zoo
+from convloom.benchmarks.measure import products
 from convloom.compiler import parity
 from convloom.compiler.executable import Executable
 from convloom.compiler.passes import PASSES
@@ -37,21 +37,6 @@ from .test_models import OVERFLOWING
 TF32_UNIT = 2.0**-11
 MODEL_SEED = 1
 """Seed 0 draws an EfficientNet-B0 that magnifies rounding ten thousand times, in eager too."""
-
-
-@contextmanager
-def products(tf32: bool) -> Iterator[None]:
-    """PyTorch computes fp32 products and convolutions in TF32, or not."""
-    backends: Any = torch.backends
-    owners = backends.cuda.matmul, backends.cudnn
-    before = [owner.allow_tf32 for owner in owners]
-    try:
-        for owner in owners:
-            owner.allow_tf32 = tf32
-        yield
-    finally:
-        for owner, value in zip(owners, before, strict=True):
-            owner.allow_tf32 = value
 
 
 # Fused rules.

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from convloom.benchmarks import measure
 from convloom.compiler.executable import Executable
 from convloom.kernels import registry, targets
 from convloom.kernels.op import Op
@@ -152,7 +153,7 @@ def test_a_model_in_every_precision() -> None:
     ]  # fmt: skip
     assert all(each["problem"] is None and 0 < each["compiled"] < 0.1 for each in found)
     allowed = torch.backends.cuda.matmul.allow_tf32
-    with gpu_model_checks.products(tf32=not allowed):
+    with measure.products(tf32=not allowed):
         assert torch.backends.cudnn.allow_tf32 != allowed
     assert torch.backends.cuda.matmul.allow_tf32 == allowed
 
