@@ -26,7 +26,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -54,13 +54,15 @@ FOR_TESTS = ("pytest", "hypothesis", "sklearn", "PIL")
 @dataclass(frozen=True)
 class Stage:
     """One process. arguments: of this Python; key: when it changes, the stage runs again.
-    timed: takes `--budget`; skip: why the stage cannot run here."""
+    timed: takes `--budget`; skip: why the stage cannot run here; answer: the report that what it
+    prints is."""
 
     name: str
     arguments: tuple[str, ...]
     key: str
     timed: bool = False
     skip: str = ""
+    answer: str = ""
 
 
 @dataclass(frozen=True)
@@ -92,7 +94,8 @@ def stages(options: argparse.Namespace, output: Path) -> Iterator[Stage]:
     for model, batch in _profiled(options.profiled, batches):
         name = f"profile-{model}-{batch}"
         command = ["profile", model, "--batch", batch, *common, "--json"]
-        yield _stage(name, [*_program(), *command, "--trace", str(output / f"{name}.trace.json")])
+        command += ["--trace", str(output / f"{name}.trace.json")]
+        yield replace(_stage(name, [*_program(), *command]), answer=f"{name}.json")
     yield _stage("correlation", [*own, "--stage", "correlation"])
     for model in options.models:
         yield from _figures(options, output, model, options.dtype)
@@ -209,6 +212,8 @@ def run_stage(stage: Stage, left_s: float, output: Path, before: Entry | None) -
         return Entry(FAILED, stage.key, spent, attempts + 1, f"exit status {status}\n{reason}")
     if stage.timed and _out_of_time(answer):
         return Entry(UNFINISHED, stage.key, spent, attempts, "its budget is spent")
+    if stage.answer:
+        (output / stage.answer).write_text(answer)
     return Entry(DONE, stage.key, spent, attempts + 1)
 
 

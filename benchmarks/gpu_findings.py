@@ -1,4 +1,5 @@
-"""What the tests on a GPU found, as a page: correctness.md, from tests*.json and findings.json."""
+"""What was found on a GPU, as pages: correctness.md from tests*.json and findings.json, profiles.md
+from profile-*.json."""
 
 from __future__ import annotations
 
@@ -10,17 +11,39 @@ from typing import Any
 from . import gpu_tests
 from .report import write_text
 
+SLOWEST = 12
+"""Steps of a profile that are shown."""
 FILES = ("tests.json", "tests-networks.json")
 
 
 def write(folder: Path) -> None:
-    """Writes the page beside the files, where there is something to say."""
+    """Writes the pages beside the files, where there is something to say."""
     outcomes: dict[str, str] = {}
     for file in FILES:
         outcomes |= gpu_tests.read(folder / file)
     if outcomes:
         findings = gpu_tests.read(folder / "findings.json")
         write_text(folder / "correctness.md", "\n".join(_page(outcomes, findings)) + "\n")
+    profiles = [gpu_tests.read(path) for path in sorted(folder.glob("profile-*.json"))]
+    profiles = [profile for profile in profiles if "kernels" in profile]
+    if profiles:
+        lines = ["# Where the time goes", *(line for each in profiles for line in _profile(each))]
+        write_text(folder / "profiles.md", "\n".join(lines) + "\n")
+
+
+def _profile(found: dict[str, Any]) -> Iterator[str]:
+    """The slowest steps of one model at one batch."""
+    slowest = sorted(found["kernels"], key=lambda each: -each["time_us"])[:SLOWEST]
+    rows = [
+        (each["name"], each["op"], each["config"], f"{each['time_us']:,.1f}",
+         f"{each['share']:.1%}", f"{each['gbps']:,.0f}", f"{each['tflops']:,.1f}",
+         "-" if each["of_bound"] is None else f"{each['of_bound']:.0%}")
+        for each in slowest
+    ]  # fmt: skip
+    heading = f"{found['model']}, batch {found['batch']}: {found['total_us']:,.1f} us in "
+    heading += f"{len(found['kernels'])} steps ({found['timed_on']})"
+    columns = ("kernel", "op", "configuration", "us", "share", "GB/s", "TFLOP/s", "of bound")
+    yield from _table(heading, columns, rows)
 
 
 def _page(outcomes: dict[str, str], findings: dict[str, Any]) -> Iterator[str]:

@@ -37,7 +37,7 @@ ALONE = ("test_model", "test_random_networks", "test_launch_mode", "test_sanitiz
 """Tests of minutes, or such as may fault: each has a process of its own."""
 LONG = ("test_model", "test_random_networks", "test_interpreter_says_the_same", "test_sanitizer")
 """Tests of whole networks and by other tools: they can wait until constants are measured."""
-GROUP_S = 240.0
+GROUP_S = 300.0
 MOST_WORKERS = 12
 """Processes side by side: each has a CUDA context of its own and compiles with one core."""
 FAULT = re.compile(

@@ -129,9 +129,8 @@ class Run:
     batches: tuple[int, ...]
 
 
-RUNS = (
-    Run("float16", (1,)), Run("float16", (8,)), Run("float32", (1, 8)), Run("bfloat16", (8, 1)),
-)  # fmt: skip
+RUNS = (Run("float16", (1,)), Run("float16", (8,)), Run("float32", (1, 8)))
+MORE_RUNS = (*RUNS, Run("bfloat16", (8, 1)), Run("tf32", (1,)))
 
 
 def check_model(

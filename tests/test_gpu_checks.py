@@ -127,6 +127,24 @@ def test_the_sample(capsys: pytest.CaptureFixture[str]) -> None:
     assert {*gpu_sample.OPS} - {gpu_sample.SPLIT} <= {*registry.BY_NAME}
 
 
+@pytest.mark.parametrize(
+    ("does", "told"),
+    [('shift 4; exec "$@"', None), ("echo 'Device not supported'; exit 1", "Device not supported"),
+     ("echo 'Invalid __global__ write'; exit 99", "Invalid __global__ write")],
+)  # fmt: skip
+def test_a_tool_watches_the_sample(does: str, told: str | None, tmp_path: Path) -> None:
+    program = tmp_path / "compute-sanitizer"
+    program.write_text(f"#!/bin/sh\n{does}\n")
+    program.chmod(0o755)
+    arguments = str(program), "memcheck", "cuda:sm_90", "softmax"
+    if told is not None and "Invalid" in told:
+        with pytest.raises(AssertionError, match=told):
+            gpu_sample.watched(*arguments)
+        return
+    refusal = gpu_sample.watched(*arguments)
+    assert refusal is None if told is None else told in str(refusal)
+
+
 # Executables.
 
 

@@ -114,6 +114,25 @@ def test_findings_become_a_page(tmp_path: Path) -> None:
         assert line in page.splitlines()
 
 
+def test_profiles_become_a_page(tmp_path: Path) -> None:
+    kernels = [
+        {"name": name, "op": "conv2d", "config": "warps=4", "time_us": us, "share": us / 30,
+         "gbps": 1234.5, "tflops": 6.78, "of_bound": bound}
+        for name, us, bound in (("fast", 10.0, 0.5), ("slow", 20.0, None))
+    ]  # fmt: skip
+    found = {"model": "m", "batch": 8, "timed_on": "GPU", "total_us": 30.0, "kernels": kernels}
+    stage = replace(python(f"print({json.dumps(json.dumps(found))})"), answer="profile-m-8.json")
+    assert gpu.run_stage(stage, 60.0, tmp_path, None).status == gpu.DONE
+    (tmp_path / "profile-broken-1.json").write_text("{")
+    gpu_findings.write(tmp_path)
+    page = (tmp_path / "profiles.md").read_text().splitlines()
+    assert "## m, batch 8: 30.0 us in 2 steps (GPU)" in page
+    slow = "| slow | conv2d | warps=4 | 20.0 | 66.7% | 1,234 | 6.8 | - |"
+    assert page.index(slow) < page.index(
+        "| fast | conv2d | warps=4 | 10.0 | 33.3% | 1,234 | 6.8 | 50% |"
+    )
+
+
 def test_a_file_is_built_apart_loaded_and_compared(tmp_path: Path) -> None:
     rows = saved.measure_all(
         ["lenet5", "no_such_model"], "interpreter", "float16", (1, 2), devices.Cpu(), calls=1
@@ -279,8 +298,9 @@ def test_a_dry_run_ends_in_every_file(tmp_path: Path) -> None:
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     names = {path.name for path in tmp_path.iterdir()}
-    wanted = {"constants.json", "correctness.md", "correlation.json", "records", "saved.json",
-              "tests.json", "tests-networks.json", "tf32", "zoo.json", "zoo.md"}  # fmt: skip
+    wanted = {"constants.json", "correctness.md", "correlation.json", "profile-lenet5-1.json",
+              "profiles.md", "records", "saved.json", "tests.json", "tests-networks.json", "tf32",
+              "zoo.json", "zoo.md"}  # fmt: skip
     assert wanted <= names
     found = json.loads((tmp_path / "correlation.json").read_text())
     assert found["configurations"] == 4 and not found["wrong_or_failed"]
