@@ -29,6 +29,7 @@ ROOT = Path(__file__).resolve().parent.parent
 FILE = "tests/test_gpu.py"
 PYTEST = (
     sys.executable, "-m", "pytest", "-m", "gpu", "--color=no", "-p", "no:cacheprovider",
+    "-o", "junit_family=xunit1",
 )  # fmt: skip
 PASSED, FAILED, SKIPPED = "passed", "failed", "skipped"
 GROUP = 16

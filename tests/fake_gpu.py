@@ -3,6 +3,8 @@ interpreted where machine code would run.
 
 What runs on it is the code that runs on a GPU: where tensors lie is checked at every call of torch,
 as PyTorch does, and `torch.cuda` is `FakeCuda`'s. What it cannot show is what a GPU computes.
+
+`python -m pytest -p tests.fake_gpu -m gpu tests/test_gpu.py` has one from beginning to end.
 """
 
 from __future__ import annotations
@@ -225,3 +227,10 @@ def fake_gpu() -> Iterator[FakePlaces]:
         patch.setattr(capture, "_export", places.exporting(capture._export))
         with places:
             yield places
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """As a plugin: there is a GPU before the first test is read."""
+    found = fake_gpu()
+    found.__enter__()
+    config.add_cleanup(lambda: found.__exit__(None, None, None))

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from convloom.benchmarks import constants, gpu
+from convloom.benchmarks import constants, gpu, gpu_tests
 from convloom.cli.main import main
 from convloom.compiler.tuning import cuda, judges
 from convloom.compiler.tuning.judges import cuda_handler
@@ -87,6 +87,19 @@ def test_a_tensor_on_the_cpu_does_not_reach_a_kernel(device: Gpu) -> None:
     lost = torch.zeros(1 << 16, dtype=torch.float16)
     with pytest.raises(ValueError, match="cpu tensor"):
         device.run(launch, lambda ref: lost, 1)
+
+
+def test_the_tests_of_a_gpu_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One of each kind, as `make gpu` runs them."""
+    monkeypatch.setenv("PYTEST_ADDOPTS", "-p tests.fake_gpu")
+    names = ["test_op[float16-add]", "test_op[tf32-add]", "test_rule[float16-rule0]",
+             "test_op_keeps_nan_and_infinity[max_pool2d]", "test_epilogue[linear]",
+             "test_prologue[conv2d]", "test_smaller_batch[linear]", "test_model[lenet5]"]  # fmt: skip
+    found = gpu_tests.run_group(names)
+    skipped = "skipped: computes no products: TF32 changes nothing"
+    assert found.outcomes == dict.fromkeys(names, "passed") | {"test_op[tf32-add]": skipped}
+    ((kind, rows),) = found.findings["test_model[lenet5]"]
+    assert kind == "model" and [row["batch"] for row in rows] == [1, 8, 1, 8]
 
 
 def test_configurations_are_timed(device: Gpu, few_launches: None) -> None:
