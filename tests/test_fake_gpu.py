@@ -94,7 +94,8 @@ def test_the_tests_of_a_gpu_run(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYTEST_ADDOPTS", "-p tests.fake_gpu")
     names = ["test_op[float16-add]", "test_op[tf32-add]", "test_rule[float16-rule0]",
              "test_op_keeps_nan_and_infinity[max_pool2d]", "test_epilogue[linear]",
-             "test_prologue[conv2d]", "test_smaller_batch[linear]", "test_model[lenet5]"]  # fmt: skip
+             "test_prologue[conv2d]", "test_smaller_batch[linear]",
+             "test_model[lenet5]"]  # fmt: skip
     found = gpu_tests.run_group(names)
     skipped = "skipped: computes no products: TF32 changes nothing"
     assert found.outcomes == dict.fromkeys(names, "passed") | {"test_op[tf32-add]": skipped}
