@@ -13,7 +13,7 @@ import json
 import math
 import statistics
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -27,8 +27,8 @@ from convloom.compiler.tuning import rank
 from convloom.compiler.tuning.children import ChildError
 from convloom.compiler.tuning.judges import measuring
 from convloom.compiler.tuning.search import Work, problems_of, works_for
-from convloom.errors import ConvloomError
-from convloom.kernels import machine
+from convloom.errors import ConvloomError, KernelError
+from convloom.kernels import machine, offline
 from convloom.kernels.machine import Machine
 from convloom.kernels.op import Config
 from convloom.kernels.targets import Target
@@ -168,6 +168,7 @@ class Trials:
         self, works: Sequence[Work], per_problem: int, target: Target, tell: Callable[[str], None]
     ) -> Iterator[Trial]:
         """The default and some other configurations of each problem, verified and timed."""
+        _compile_ahead(works, per_problem, target)
         judge = measuring(target)
         judge.open()
         try:
@@ -185,6 +186,20 @@ class Trials:
             self._known[key] = known = [found.time_us, found.wrong]
             write_text(self._path, json.dumps(self._known, indent=1) + "\n")
         return Trial(name, work, config, known[0], known[1])
+
+
+def _compile_ahead(works: Sequence[Work], per_problem: int, target: Target) -> None:
+    """Side by side, what would otherwise be compiled one after the other; what does not compile is
+    told by its trial."""
+    if not target.is_gpu:
+        return
+    wanted = []
+    for work in works:
+        for config in _spaced(work, per_problem):
+            launches = work.op.launches(work.problem, config, target)
+            wanted += rank.requests(work.op, work.problem, launches, target)
+    with suppress(KernelError):
+        offline.compile_all(wanted)
 
 
 def _spaced(work: Work, count: int) -> list[Config]:

@@ -1,8 +1,9 @@
 """Everything a machine with a GPU is needed for: `make gpu`, or `python -m benchmarks.gpu`.
 
-Runs the tests that need a GPU, measures the cost model's constants and how well it ranks, profiles
-ResNet-50, tunes the zoo and runs the benchmark. Each stage is a process of its own: one that fails,
-faults or hangs is recorded with the end of its output, and the next goes on. A call ends within its
+Runs the tests that need a GPU, measures the cost model's constants and how well it ranks, loads
+files that were built without a GPU, profiles three networks, tunes the zoo and runs the benchmark.
+Each stage is a process of its own: one that fails, faults or hangs is recorded with the end of its
+output, and the next goes on (`--only NAME` runs some of them). A call ends within its
 budget, and the next one goes on where it stopped (state.json in the output folder; `--restart`
 after the sources changed). Needs no network and no installation, only torch, triton and what
 convloom itself imports.
@@ -25,10 +26,12 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
+
+from . import gpu_findings
 
 ROOT = Path(__file__).resolve().parent.parent
 RECORDS = ROOT / "kernels" / "records"
@@ -41,6 +44,9 @@ ATTEMPTS = 2
 TAIL_LINES = 40
 DONE, FAILED, UNFINISHED, SKIPPED = "done", "failed", "unfinished", "skipped"
 EXIT_DONE, EXIT_FAILED, EXIT_UNFINISHED = 0, 1, 3
+PROFILED = ("resnet50", "mobilenet_v2", "inception_v3")
+SAVED = ("resnet50", "mobilenet_v2", "lenet5")
+SAVED_BATCH = 32
 NEEDED = ("torch", "triton", "numpy", "networkx", "safetensors", "rich")
 FOR_TESTS = ("pytest", "hypothesis", "sklearn", "PIL")
 
@@ -48,13 +54,15 @@ FOR_TESTS = ("pytest", "hypothesis", "sklearn", "PIL")
 @dataclass(frozen=True)
 class Stage:
     """One process. arguments: of this Python; key: when it changes, the stage runs again.
-    timed: takes `--budget`; skip: why the stage cannot run here."""
+    timed: takes `--budget`; skip: why the stage cannot run here; answer: the report that what it
+    prints is."""
 
     name: str
     arguments: tuple[str, ...]
     key: str
     timed: bool = False
     skip: str = ""
+    answer: str = ""
 
 
 @dataclass(frozen=True)
@@ -69,7 +77,8 @@ class Entry:
 
 
 def stages(options: argparse.Namespace, output: Path) -> Iterator[Stage]:
-    """The stages, in order: correctness, constants, profiles, records, figures."""
+    """The stages, in order: correctness, constants, profiles, then records and figures model by
+    model, so that what was tuned has been measured when time runs out."""
     batches = [str(batch) for batch in options.batch]
     common = ["--dtype", options.dtype, "--target", options.target]
     missing = _missing(FOR_TESTS)
@@ -77,23 +86,45 @@ def stages(options: argparse.Namespace, output: Path) -> Iterator[Stage]:
     own = ["-m", "convloom.benchmarks.gpu", "--output", str(output), *common]
     own += ["--models", *options.models, "--batch", *batches]
     own += ["--per-problem", str(options.per_problem), "--problems", str(options.problems)]
-    own += ["--tests", str(options.tests)]
+    own += ["--tests", str(options.tests), "--saved", *options.saved]
     yield _stage("tests", [*own, "--stage", "tests"], skip=skip)
     yield _stage("constants", [*own, "--stage", "constants"])
-    for batch in dict.fromkeys((batches[0], batches[-1])):
-        name = f"profile-{options.models[0]}-{batch}"
-        command = ["profile", options.models[0], "--batch", batch, *common, "--json"]
-        yield _stage(name, [*_program(), *command, "--trace", str(output / f"{name}.trace.json")])
+    yield _stage("saved", [*own, "--stage", "saved"])
+    yield _stage("tests-networks", [*own, "--stage", "tests-networks"], skip=skip)
+    for model, batch in _profiled(options.profiled, batches):
+        name = f"profile-{model}-{batch}"
+        command = ["profile", model, "--batch", batch, *common, "--json"]
+        command += ["--trace", str(output / f"{name}.trace.json")]
+        yield replace(_stage(name, [*_program(), *command]), answer=f"{name}.json")
     yield _stage("correlation", [*own, "--stage", "correlation"])
+    for model in options.models:
+        yield from _figures(options, output, model, options.dtype)
+    for kind in options.precisions:
+        yield from _figures(options, output, options.models[0], kind)
+
+
+def _profiled(models: Sequence[str], batches: Sequence[str]) -> Iterator[tuple[str, str]]:
+    """The models at the smallest and the largest batch."""
+    for model in models:
+        for batch in dict.fromkeys((batches[0], batches[-1])):
+            yield model, batch
+
+
+def _figures(
+    options: argparse.Namespace, output: Path, model: str, kind: str
+) -> Iterator[Stage]:
+    """Tuning and the benchmark of a model; kind: a dtype, or "tf32". Another than the run's own has
+    a table of its own."""
+    dtype, precision = ("float32", "tf32") if kind == "tf32" else (kind, "ieee")
+    suffix, folder = ("", output) if kind == options.dtype else (f"-{kind}", output / kind)
+    common = ["--batch", *map(str, options.batch), "--dtype", dtype, "--precision", precision]
+    common += ["--target", options.target, "--json"]
     records = str(output / "records" if options.dry_run else RECORDS)
-    for model in options.models:
-        command = ["tune", model, "--batch", *batches, *common, "--json", "--to", records]
-        command += ["--candidates", str(options.candidates)]
-        yield _stage(f"tune-{model}", [*_program(), *command], timed=True)
-    for model in options.models:
-        command = ["bench", model, "--batch", *batches, *common, "--against", options.against]
-        command += ["--seconds", str(options.seconds), "--output", str(output), "--resume"]
-        yield _stage(f"bench-{model}", [*_program(), *command, "--json"])
+    tune = ["tune", model, *common, "--to", records, "--candidates", str(options.candidates)]
+    yield _stage(f"tune-{model}{suffix}", [*_program(), *tune], timed=True)
+    bench = ["bench", model, *common, "--against", options.against]
+    bench += ["--seconds", str(options.seconds), "--output", str(folder), "--resume"]
+    yield _stage(f"bench-{model}{suffix}", [*_program(), *bench])
 
 
 def _program() -> list[str]:
@@ -181,6 +212,8 @@ def run_stage(stage: Stage, left_s: float, output: Path, before: Entry | None) -
         return Entry(FAILED, stage.key, spent, attempts + 1, f"exit status {status}\n{reason}")
     if stage.timed and _out_of_time(answer):
         return Entry(UNFINISHED, stage.key, spent, attempts, "its budget is spent")
+    if stage.answer:
+        (output / stage.answer).write_text(answer)
     return Entry(DONE, stage.key, spent, attempts + 1)
 
 
@@ -231,7 +264,10 @@ def run_all(
     entries = {} if options.restart else read_state(path)
     deadline = time.monotonic() + options.budget
     left: list[str] = []
+    restore_records(options, output)
     for stage in stages(options, output):
+        if options.only and not stage.name.startswith(tuple(options.only)):
+            continue
         if not is_open(stage, entries.get(stage.name)):
             continue
         remaining = deadline - time.monotonic()
@@ -242,12 +278,26 @@ def run_all(
         entry = runner(stage, remaining, output, entries.get(stage.name))
         entries[stage.name] = entry
         write_state(path, entries)
+        keep_records(options, output)
         print(f"{stage.name}: {entry.status} ({entry.seconds:.0f} s)", file=sys.stderr, flush=True)
         if entry.status == UNFINISHED:
             left.append(stage.name)
-    if not options.dry_run and not output.is_relative_to(ROOT) and RECORDS.exists():
-        shutil.copytree(RECORDS, output / "records", dirs_exist_ok=True)
+    gpu_findings.write(output)
     return _conclude(entries, left, output)
+
+
+def keep_records(options: argparse.Namespace, output: Path) -> None:
+    """The records are also with the reports where those are not part of the repository: a machine
+    that is lent forgets the repository between calls."""
+    if not options.dry_run and options.output is not None and RECORDS.exists():
+        shutil.copytree(RECORDS, output / "records", dirs_exist_ok=True)
+
+
+def restore_records(options: argparse.Namespace, output: Path) -> None:
+    """Those of an earlier call are there again."""
+    kept = output / "records"
+    if not options.dry_run and options.output is not None and kept.exists():
+        shutil.copytree(kept, RECORDS, dirs_exist_ok=True)
 
 
 def _conclude(entries: dict[str, Entry], left: Sequence[str], output: Path) -> int:
@@ -269,12 +319,14 @@ def _conclude(entries: dict[str, Entry], left: Sequence[str], output: Path) -> i
 
 
 def run_tests(options: argparse.Namespace, output: Path) -> None:
-    """Writes tests.json; exits with 1 where a test failed."""
+    """Writes tests.json, or tests-networks.json, and findings.json; exits with 1 where a test
+    failed."""
     from . import gpu_tests
 
-    names = gpu_tests.collected()
+    long = options.stage == "tests-networks"
+    names = [name for name in gpu_tests.collected() if gpu_tests.is_long(name) == long]
     names = names[: options.tests] if options.tests else names
-    found = gpu_tests.run(output / "tests.json", names, _tell)
+    found = gpu_tests.run(output / f"{options.stage}.json", names, _tell)
     counts = Counter(outcome.partition(":")[0] for outcome in found.values())
     print(", ".join(f"{count} {outcome}" for outcome, count in counts.items()))
     if failed := [name for name in names if found[name].startswith(gpu_tests.FAILED)]:
@@ -296,6 +348,24 @@ def measure_constants(options: argparse.Namespace, output: Path) -> None:
     print(json.dumps(answer, indent=1))
 
 
+def measure_saved(options: argparse.Namespace, output: Path) -> None:
+    """Writes saved.json; exits with 1 where a file gave other bits, or failed."""
+    from . import measure, report, saved
+
+    device = measure.device_for(options.target)
+    batches = (1, SAVED_BATCH) if device.kind == "cuda" else (1, 2)
+    calls = saved.CALLS if device.kind == "cuda" else 1
+    rows = saved.measure_all(
+        options.saved, options.target, options.dtype, batches, device, calls
+    )
+    text = json.dumps({"device": device.name, "models": rows}, indent=1)
+    report.write_text(output / "saved.json", text + "\n")
+    print(text)
+    wrong = [row for row in rows if "failed" in row or not all(row["equal"].values())]
+    if wrong:
+        raise SystemExit(f"files that do not give the same bits, or fail: {wrong}")
+
+
 def measure_correlation(options: argparse.Namespace, output: Path) -> None:
     """Writes correlation.json: every configuration, modelled and measured, and what to change."""
     import torch
@@ -308,7 +378,7 @@ def measure_correlation(options: argparse.Namespace, output: Path) -> None:
     dtype = getattr(torch, options.dtype)
     batches = tuple(dict.fromkeys((options.batch[0], options.batch[-1])))
     works = constants.problems(options.models, batches, dtype, target.name)
-    works = works[: options.problems]
+    works = works[:: max(1, len(works) // options.problems)][: options.problems]
     trials = constants.Trials(output / "trials.json")
     timed = list(trials.of(works, options.per_problem, target, _tell))
     answer = constants.summary(timed, target, constants.read(output / "constants.json"))
@@ -331,7 +401,10 @@ def _tell(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-STAGES = {"tests": run_tests, "constants": measure_constants, "correlation": measure_correlation}
+STAGES = {
+    "tests": run_tests, "tests-networks": run_tests, "constants": measure_constants,
+    "saved": measure_saved, "correlation": measure_correlation,
+}  # fmt: skip
 
 
 # The program.
@@ -357,6 +430,15 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--candidates", type=int, default=12, help="per kernel when tuning")
     made.add_argument("--per-problem", type=int, default=4, help="configurations to rank")
     made.add_argument("--problems", type=int, default=40, help="to rank configurations of")
+    made.add_argument("--profiled", nargs="+", default=list(PROFILED), help="models to profile")
+    made.add_argument("--saved", nargs="+", default=list(SAVED), help="models to save and load")
+    made.add_argument(
+        "--precisions", nargs="*", choices=(*DTYPES, "tf32"), default=["float32", "tf32"],
+        help="in which the first model is tuned and measured too",
+    )  # fmt: skip
+    made.add_argument(
+        "--only", nargs="+", metavar="NAME", help="stages whose names begin like this"
+    )
     made.add_argument("--tests", type=int, default=0, help="only the first so many (default: all)")
     made.add_argument("--restart", action="store_true", help="forget what earlier calls did")
     made.add_argument(
@@ -369,7 +451,7 @@ def parser() -> argparse.ArgumentParser:
 TINY: dict[str, Any] = {
     "models": ["lenet5"], "batch": [1], "dtype": "float32", "target": "interpreter",
     "against": "eager", "seconds": 0.1, "candidates": 2, "per_problem": 2, "problems": 2,
-    "tests": 2,
+    "tests": 2, "profiled": ["lenet5"], "saved": ["lenet5"], "precisions": ["tf32"],
 }  # fmt: skip
 
 

@@ -29,13 +29,16 @@ ROOT = Path(__file__).resolve().parent.parent
 FILE = "tests/test_gpu.py"
 PYTEST = (
     sys.executable, "-m", "pytest", "-m", "gpu", "--color=no", "-p", "no:cacheprovider",
+    "-o", "junit_family=xunit1",
 )  # fmt: skip
 PASSED, FAILED, SKIPPED = "passed", "failed", "skipped"
 GROUP = 16
 ALONE = ("test_model", "test_random_networks", "test_launch_mode", "test_sanitizer",
          "test_eight_warps_over_taps", "test_split_sums_ten_thousand_times")  # fmt: skip
 """Tests of minutes, or such as may fault: each has a process of its own."""
-GROUP_S = 240.0
+LONG = ("test_model", "test_random_networks", "test_interpreter_says_the_same", "test_sanitizer")
+"""Tests of whole networks and by other tools: they can wait until constants are measured."""
+GROUP_S = 300.0
 MOST_WORKERS = 12
 """Processes side by side: each has a CUDA context of its own and compiles with one core."""
 FAULT = re.compile(
@@ -68,6 +71,11 @@ def collected() -> list[str]:
     if done.returncode or not names:
         raise RuntimeError(f"pytest collects nothing:\n{done.stdout}\n{done.stderr}")
     return names
+
+
+def is_long(name: str) -> bool:
+    """Whether a test is one of those that can wait."""
+    return name.partition("[")[0] in LONG
 
 
 def groups_of(names: Sequence[str]) -> Iterator[list[str]]:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import copy
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -35,7 +36,8 @@ REFERENCE_PEER = "eager"
 
 @dataclass(frozen=True)
 class Choices:
-    """What is measured. seconds: timing of one model at one batch, all contenders together."""
+    """What is measured. seconds: timing of one model at one batch, all contenders together;
+    precision: how all of them compute float32 products, "ieee" or "tf32"."""
 
     batches: tuple[int, ...]
     dtype: torch.dtype
@@ -43,6 +45,13 @@ class Choices:
     against: tuple[str, ...]
     tuning: str = "records"
     seconds: float = 10.0
+    precision: str = "ieee"
+
+    @property
+    def kind(self) -> str:
+        """The dtype as tables call it."""
+        plain = str(self.dtype).removeprefix("torch.")
+        return self.precision if plain == "float32" and self.precision == "tf32" else plain
 
 
 @dataclass(frozen=True)
@@ -162,9 +171,33 @@ def measured(
 
     A contender that fails is a row that says so; nothing is raised for it.
     """
+    with products(tf32=choices.kind == "tf32"):
+        return _measured(name, batch, choices, device, tell)
+
+
+@contextmanager
+def products(tf32: bool) -> Iterator[None]:
+    """PyTorch computes fp32 products and convolutions in TF32, or not."""
+    backends: Any = torch.backends
+    owners = backends.cuda.matmul, backends.cudnn
+    before = [owner.allow_tf32 for owner in owners]
+    try:
+        for owner in owners:
+            owner.allow_tf32 = tf32
+        yield
+    finally:
+        for owner, value in zip(owners, before, strict=True):
+            owner.allow_tf32 = value
+
+
+def _measured(
+    name: str, batch: int, choices: Choices, device: Device, tell: Callable[[str], None]
+) -> Row:
     model, x = subject(name, batch, choices.dtype, device.place)
     prepare: dict[str, Callable[[], Entrant]] = {
-        OURS: partial(ours, model, x, device, choices.target, choices.tuning),
+        OURS: partial(
+            ours, model, x, device, choices.target, choices.tuning, choices.precision
+        ),
         **{each: partial(peer, each, model, x, device) for each in choices.against},
     }
     field: list[Entrant | Absentee] = []
@@ -187,7 +220,7 @@ def measured(
     row = Row(
         name,
         batch,
-        str(choices.dtype).removeprefix("torch."),
+        choices.kind,
         choices.target,
         device.name,
         results,

@@ -11,6 +11,7 @@ BATCHES = (1, 8, 32, 256)
 AGAINST = ("eager", "eager-nhwc-graph", "inductor", "inductor-max")
 TUNINGS = ("heuristic", "records", "search")
 DTYPES = ("float16", "bfloat16", "float32")
+PRECISIONS = ("ieee", "tf32")
 SECONDS = 10.0
 
 
@@ -31,6 +32,10 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--dtype", choices=DTYPES, default=DTYPES[0], help=f"(default: {DTYPES[0]})"
     )
+    parser.add_argument(
+        "--precision", choices=PRECISIONS, default=PRECISIONS[0],
+        help="of float32 products, everybody's (default: ieee)",
+    )  # fmt: skip
     parser.add_argument(
         "--target", default="cuda", help="cuda | interpreter | reference (default: cuda)"
     )

@@ -95,7 +95,9 @@ def check_names(names: Sequence[str]) -> None:
 # Ours.
 
 
-def ours(model: nn.Module, x: torch.Tensor, device: Device, target: str, tuning: str) -> Entrant:
+def ours(
+    model: nn.Module, x: torch.Tensor, device: Device, target: str, tuning: str, precision: str
+) -> Entrant:
     """convloom for a target that runs on the device.
 
     With tuning="search" the search is timed apart: the second compilation finds its records.
@@ -103,10 +105,11 @@ def ours(model: nn.Module, x: torch.Tensor, device: Device, target: str, tuning:
     tuning_s = None
     if tuning == "search":
         start = time.perf_counter()
-        convloom.compile(model, (x,), target=target, tuning="search")
+        convloom.compile(model, (x,), target=target, tuning="search", precision=precision)
         tuning_s, tuning = time.perf_counter() - start, "records"
     start = time.perf_counter()
-    exe: Executable = convloom.compile(model, (x,), target=target, tuning=tuning)
+    options: dict[str, Any] = {"tuning": tuning, "precision": precision}
+    exe: Executable = convloom.compile(model, (x,), target=target, **options)
     exe(x)
     compile_s = time.perf_counter() - start
     summary = exe.summary

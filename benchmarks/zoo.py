@@ -64,8 +64,8 @@ def _fits(row: Row, choices: Choices, device: str) -> bool:
     """Whether a row may stand in one table with what is measured now."""
     # Records and reports are files of the repository: writing them makes it differ from its commit.
     had = (row.dtype, row.target, row.device, row.tuning, row.git.removesuffix("-dirty"))
-    dtype, commit = str(choices.dtype).removeprefix("torch."), git_hash().removesuffix("-dirty")
-    asked = (dtype, choices.target, device, choices.tuning, commit)
+    commit = git_hash().removesuffix("-dirty")
+    asked = (choices.kind, choices.target, device, choices.tuning, commit)
     return had == asked and tuple(each.name for each in row.results[1:]) == choices.against
 
 
@@ -78,6 +78,7 @@ def choices_of(options: argparse.Namespace) -> Choices:
         peers_of(options.against),
         options.tuning,
         options.seconds,
+        options.precision,
     )
 
 

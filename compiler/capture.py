@@ -14,6 +14,7 @@ import operator
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, NoReturn
 
 import networkx as nx
@@ -28,7 +29,14 @@ from ..kernels.epilogue import Epilogue
 from ..kernels.op import Attributes
 from ..kernels.spec import FLOAT_DTYPES, TensorSpec
 from . import moved_batch
-from .example_inputs import check_example, check_module, check_range, stand_in, two_samples
+from .example_inputs import (
+    check_example,
+    check_module,
+    check_range,
+    place_of,
+    stand_in,
+    two_samples,
+)
 from .features import observed
 from .interface import Structure
 from .ir import CONSTANT, INPUT, OUTPUT, TORCH, Graph, NoAttributes, Node, Value
@@ -136,14 +144,15 @@ def capture(
     """
     arguments = tuple(example)
     leaves = check_example(arguments)
+    check_module(module)
+    place = place_of(module, leaves)
     batch = None
     if dynamic_batch is None:
-        arguments = pytree.tree_map(stand_in, arguments)
+        arguments = pytree.tree_map(partial(stand_in, place=place), arguments)
     else:
         check_range(dynamic_batch, leaves)
-        arguments = pytree.tree_map(two_samples, arguments)
+        arguments = pytree.tree_map(partial(two_samples, place=place), arguments)
         batch = Dim("batch", min=1, max=max(dynamic_batch[1], 2))
-    check_module(module)
     with observed(module, outputs):
         program = _export(module, arguments, batch)
     _refuse_training(module, program)
@@ -262,7 +271,8 @@ def _add_sources(state: _State, program: Any, leaves: list[torch.Tensor]) -> Non
                 raise CaptureError(f"'{path}' has no data (device meta): initialise the module")
             key = (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype, tensor.numel())
             if tensor.numel() == 0 or key not in known:
-                graph.tensors[node.name] = tensor
+                # Plans are made on the CPU, wherever the weights lie: alike everywhere.
+                graph.tensors[node.name] = tensor.cpu()
                 spec = TensorSpec(tuple(tensor.shape), tensor.dtype)
                 made = Node(node.name, CONSTANT, NoAttributes(), (spec,), module_path=path)
                 known[key] = graph.insert(made)

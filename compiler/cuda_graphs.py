@@ -81,7 +81,8 @@ class GraphRunner:
 
     def _capture(self, batch: int) -> _CapturedPlan:
         """The plan in memory of its own for a batch."""
-        memory = Memory(self._plan, self._constants, batch)
+        device = None if self._constants else self.device
+        memory = Memory(self._plan, self._constants, batch, device)
         return _CapturedPlan(self._plan, self._bind(memory), memory, self._schedule)
 
     @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import torch
@@ -52,19 +53,28 @@ def check_range(bounds: tuple[int, int], leaves: list[torch.Tensor]) -> None:
             raise InvalidInputError(f"example input {at}: a scalar has no batch dimension")
 
 
-def stand_in(x: torch.Tensor) -> torch.Tensor:
+def place_of(module: torch.nn.Module, leaves: list[torch.Tensor]) -> torch.device:
+    """Where torch.export is to find everything: beside the module's weights, wherever the example
+    lies; beside the example where there are none."""
+    held = itertools.chain(module.parameters(), module.buffers(), leaves)
+    return next(held).device
+
+
+def stand_in(x: torch.Tensor, place: torch.device) -> torch.Tensor:
     """What torch.export sees of the input: of a view, a tensor of its shape with memory of its own.
     For a view it would make up a base with symbolic strides, which takes 60 ms. What is larger than
     its memory (an expanded example of an absurd shape) stays as it is."""
+    if x.device != place:
+        return torch.empty(x.shape, dtype=x.dtype, device=place)
     is_plain = x.is_contiguous() and not x._is_view()
     if is_plain or x.untyped_storage().nbytes() < x.numel() * x.element_size():
         return x
     return torch.empty(x.shape, dtype=x.dtype, device=x.device)
 
 
-def two_samples(x: torch.Tensor) -> torch.Tensor:
+def two_samples(x: torch.Tensor, place: torch.device) -> torch.Tensor:
     """The input with a batch of two: torch.export specialises a dimension of size 1."""
-    return x[:1].expand(2, *x.shape[1:]).contiguous()
+    return x[:1].expand(2, *x.shape[1:]).contiguous().to(place)
 
 
 def check_module(module: Any) -> None:

@@ -66,11 +66,20 @@ class Buffered(Protocol):
 
 
 class Memory:
-    """Every buffer of a plan as a flat tensor, for one batch on one device."""
+    """Every buffer of a plan as a flat tensor, for one batch on one device.
 
-    def __init__(self, plan: Buffered, constants: Mapping[str, torch.Tensor], batch: int) -> None:
+    device: where it is, if there are no constants to tell.
+    """
+
+    def __init__(
+        self,
+        plan: Buffered,
+        constants: Mapping[str, torch.Tensor],
+        batch: int,
+        device: torch.device | None = None,
+    ) -> None:
         self.batch = batch
-        device = next(iter(constants.values())).device if constants else torch.device("cpu")
+        device = next((tensor.device for tensor in constants.values()), device)
         self._flat: dict[str, torch.Tensor] = {}
         arenas = {
             kind: torch.empty(

@@ -7,8 +7,8 @@ results beside it are computed there too, without TF32.
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ import convloom
 import pytest
 import torch
 from convloom import settings, zoo
+from convloom.benchmarks.measure import products
 from convloom.compiler import parity
 from convloom.compiler.executable import Executable
 from convloom.compiler.passes import PASSES
@@ -36,21 +37,6 @@ from .test_models import OVERFLOWING
 TF32_UNIT = 2.0**-11
 MODEL_SEED = 1
 """Seed 0 draws an EfficientNet-B0 that magnifies rounding ten thousand times, in eager too."""
-
-
-@contextmanager
-def products(tf32: bool) -> Iterator[None]:
-    """PyTorch computes fp32 products and convolutions in TF32, or not."""
-    backends: Any = torch.backends
-    owners = backends.cuda.matmul, backends.cudnn
-    before = [owner.allow_tf32 for owner in owners]
-    try:
-        for owner in owners:
-            owner.allow_tf32 = tf32
-        yield
-    finally:
-        for owner, value in zip(owners, before, strict=True):
-            owner.allow_tf32 = value
 
 
 # Fused rules.
@@ -143,9 +129,8 @@ class Run:
     batches: tuple[int, ...]
 
 
-RUNS = (
-    Run("float16", (1,)), Run("float16", (8,)), Run("float32", (1, 8)), Run("bfloat16", (8, 1)),
-)  # fmt: skip
+RUNS = (Run("float16", (1,)), Run("float16", (8,)), Run("float32", (1, 8)))
+MORE_RUNS = (*RUNS, Run("bfloat16", (8, 1)), Run("tf32", (1,)))
 
 
 def check_model(
@@ -246,12 +231,26 @@ def check_replay(
         same("a transposed input", [exe(across)], [result])
 
 
-def check_module_there(device: Interpreter, name: str = "lenet5") -> None:
-    """A module and an example that are on the device already, as users have them."""
+def check_places(device: Interpreter, name: str = "lenet5") -> None:
+    """A module, an example, or both may lie on the device already, as users have them: what comes
+    of it is the same, bit for bit."""
     module = nets.randomise(zoo.build(name))
     (x,) = nets.inputs_of((2, *zoo.entry(name).input_shape))
-    twin = copy.deepcopy(module).to(device.place)
-    exe = convloom.compile(twin, (x.to(device.place),), target=device.name)
+    there = copy.deepcopy(module).to(device.place), x.to(device.place)
+    expected = None
+    for model, example in itertools.product((module, there[0]), (x, there[1])):
+        for batches in (None, (1, 2)):
+            exe = convloom.compile(model, (example,), target=device.name, dynamic_batch=batches)
+            result = exe(there[1])
+            nets.check(result.cpu(), module, (x,))
+            expected = result if expected is None else expected
+            same("wherever module and example lie", [result], [expected])
+
+
+def check_without_weights(device: Interpreter) -> None:
+    """A network that has no constants."""
+    module, (x,) = nets.make(lambda m, x: torch.relu(x) * x.mean((2, 3), keepdim=True), nets.IMAGE)
+    exe = convloom.compile(module, (x,), target=device.name)
     nets.check(exe(x.to(device.place)).cpu(), module, (x,))
 
 
@@ -292,7 +291,8 @@ def check_saved(
     x = nets.inputs_of((batches[1], *shape))[0]
     path = folder / f"{name}.loom"
     with nets.exporting_once():
-        convloom.compile(module, (x,), target=built_for, **options).save(path)
+        there = copy.deepcopy(module).to(device.place)  # Wherever the weights come from.
+        convloom.compile(there, (x,), target=built_for, **options).save(path)
         here = convloom.compile(module, (x,), target=device.name, **options)
     loaded = convloom.load(path, device.name)
     for batch in batches:

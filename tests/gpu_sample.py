@@ -3,14 +3,20 @@ tool that watches a whole process (compute-sanitizer). Says what it ran; fails a
 
 from __future__ import annotations
 
+import os
+import subprocess
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from convloom.kernels import targets
 
 from . import gpu_checks, gpu_stress
 from .gpu_device import Gpu, Rehearsed
 
+ROOT = Path(__file__).resolve().parent.parent
+REFUSAL = "Device not supported"
+"""What compute-sanitizer says on machines that hide their GPU's debugger."""
 SPLIT = "split"
 """Stands for a product whose sums are shared among programs."""
 OPS = (
@@ -27,6 +33,25 @@ def run(device: Gpu, name: str) -> None:
         return
     layer = gpu_stress.SMALL_SPLIT
     gpu_stress.check_repeatable(device, layer, gpu_checks.dtype_of("float16"), times=2, most=1)
+
+
+def watched(program: str, tool: str, where: str, name: str) -> str | None:
+    """Runs the sample of one op under a tool of compute-sanitizer; why it refuses to, or None.
+
+    The same is run without it first: that compiles, and shows what is not the tool's doing.
+    """
+    sample = [sys.executable, "-m", "tests.gpu_sample", where, name]
+    # Each allocation by itself: inside PyTorch's own pool nothing is out of bounds.
+    environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    said = ""
+    for command in (sample, [program, "--tool", tool, "--error-exitcode", "99", *sample]):
+        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+        said = done.stdout + done.stderr
+        if REFUSAL in said:
+            return said[-300:]
+        assert done.returncode == 0, f"{' '.join(command)}: {said[-3_000:]}"
+    assert f"{name}: right" in said, said[-3_000:]
+    return None
 
 
 def main(arguments: Sequence[str]) -> None:

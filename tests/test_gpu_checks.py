@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from convloom.benchmarks import measure
 from convloom.compiler.executable import Executable
 from convloom.kernels import registry, targets
 from convloom.kernels.op import Op
@@ -126,6 +127,24 @@ def test_the_sample(capsys: pytest.CaptureFixture[str]) -> None:
     assert {*gpu_sample.OPS} - {gpu_sample.SPLIT} <= {*registry.BY_NAME}
 
 
+@pytest.mark.parametrize(
+    ("does", "told"),
+    [('shift 4; exec "$@"', None), ("echo 'Device not supported'; exit 1", "Device not supported"),
+     ("echo 'Invalid __global__ write'; exit 99", "Invalid __global__ write")],
+)  # fmt: skip
+def test_a_tool_watches_the_sample(does: str, told: str | None, tmp_path: Path) -> None:
+    program = tmp_path / "compute-sanitizer"
+    program.write_text(f"#!/bin/sh\n{does}\n")
+    program.chmod(0o755)
+    arguments = str(program), "memcheck", "cuda:sm_90", "softmax"
+    if told is not None and "Invalid" in told:
+        with pytest.raises(AssertionError, match=told):
+            gpu_sample.watched(*arguments)
+        return
+    refusal = gpu_sample.watched(*arguments)
+    assert refusal is None if told is None else told in str(refusal)
+
+
 # Executables.
 
 
@@ -152,7 +171,7 @@ def test_a_model_in_every_precision() -> None:
     ]  # fmt: skip
     assert all(each["problem"] is None and 0 < each["compiled"] < 0.1 for each in found)
     allowed = torch.backends.cuda.matmul.allow_tf32
-    with gpu_model_checks.products(tf32=not allowed):
+    with measure.products(tf32=not allowed):
         assert torch.backends.cudnn.allow_tf32 != allowed
     assert torch.backends.cuda.matmul.allow_tf32 == allowed
 
@@ -161,9 +180,5 @@ def test_random_networks() -> None:
     gpu_model_checks.check_seeds(INTERPRETED, range(2))
 
 
-def test_executables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    gpu_model_checks.check_replay(INTERPRETED, batches=(1, 2, 1))
-    gpu_model_checks.check_module_there(INTERPRETED)
+def test_saved_executables(tmp_path: Path) -> None:
     gpu_model_checks.check_saved(INTERPRETED, tmp_path, "lenet5", "interpreter", (1, 2))
-    for mode in ("programmatic", "branches"):
-        assert gpu_model_checks.check_launch_mode(INTERPRETED, mode, "lenet5", 1, 2)

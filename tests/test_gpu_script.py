@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 import torch
-from convloom.benchmarks import constants, devices, gpu, gpu_tests
+from convloom.benchmarks import constants, devices, gpu, gpu_findings, gpu_tests, saved
 from convloom.benchmarks.gpu import Entry, Stage
 from convloom.kernels import machine, targets
 
@@ -39,15 +39,115 @@ def python(code: str, name: str = "stage", **more: Any) -> Stage:
 def test_the_order_is_correctness_first(tmp_path: Path) -> None:
     found = [stage.name for stage in gpu.stages(options(models=["resnet50", "vgg_d"]), tmp_path)]
     assert found == [
-        "tests", "constants", "profile-resnet50-1", "correlation",
-        "tune-resnet50", "tune-vgg_d", "bench-resnet50", "bench-vgg_d",
+        "tests", "constants", "saved", "tests-networks", "profile-lenet5-1", "correlation",
+        "tune-resnet50", "bench-resnet50", "tune-vgg_d", "bench-vgg_d",
+        "tune-resnet50-tf32", "bench-resnet50-tf32",
     ]  # fmt: skip
     real = gpu.parser().parse_args([])
     stages = {stage.name: stage for stage in gpu.stages(real, tmp_path)}
-    assert {"profile-resnet50-1", "profile-resnet50-256"} <= set(stages)
+    profiles = {
+        f"profile-{model}-{batch}"
+        for model in ("resnet50", "mobilenet_v2", "inception_v3")
+        for batch in (1, 256)
+    }
+    assert profiles == {name for name in stages if name.startswith("profile")}
     tune = stages["tune-resnet50"].arguments
     assert tune[tune.index("--to") + 1] == str(ROOT / "kernels" / "records")
-    assert real.budget < 600
+    assert real.budget < 600 and real.problems * real.per_problem >= 100
+    for kind, dtype, precision in (("float32", "float32", "ieee"), ("tf32", "float32", "tf32")):
+        bench = stages[f"bench-resnet50-{kind}"].arguments
+        for option, value in (("--dtype", dtype), ("--precision", precision)):
+            assert bench[bench.index(option) + 1] == value
+        assert bench[bench.index("--output") + 1] == str(tmp_path / kind)
+
+
+def test_only_some_stages_are_run(tmp_path: Path) -> None:
+    seen: list[str] = []
+
+    def watched(stage: Stage, *rest: Any) -> Entry:
+        seen.append(stage.name)
+        return Entry(gpu.DONE, stage.key)
+
+    assert gpu.run_all(options(only=["tests", "saved"]), tmp_path, watched) == gpu.EXIT_DONE
+    assert seen == ["tests", "saved", "tests-networks"]
+
+
+def test_records_are_kept_beside_the_reports(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A repository that is laid anew between two calls has them again."""
+    records, output = tmp_path / "records", tmp_path / "output"
+    monkeypatch.setattr(gpu, "RECORDS", records)
+    records.mkdir()
+
+    def tunes(stage: Stage, *rest: Any) -> Entry:
+        (records / "H200.json").write_text("{}")
+        return Entry(gpu.DONE, stage.key)
+
+    asked = options(dry_run=False, output=output, only=["tune-lenet5"])
+    gpu.run_all(asked, output, tunes)
+    (records / "H200.json").unlink()
+    gpu.run_all(options(dry_run=False, output=output, only=["none"]), output, tunes)
+    assert (records / "H200.json").read_text() == "{}"
+
+
+def test_findings_become_a_page(tmp_path: Path) -> None:
+    gpu_findings.write(tmp_path)
+    assert not (tmp_path / "correctness.md").exists()
+    told = {"test_op[a]": "passed", "test_op[b]": "failed: got | 1", "test_x": "skipped: no tool"}
+    (tmp_path / "tests.json").write_text(json.dumps(told))
+    (tmp_path / "tests-networks.json").write_text(json.dumps({"test_model[m]": "passed"}))
+    row = {"model": "m", "precision": "tf32", "batch": 8, "compiled": 0.0012, "eager": 0.002,
+           "kernels": 7, "problem": None}  # fmt: skip
+    warps = {"layer": "conv2d", "dtype": "float16", "configuration": "warps=8", "right": False,
+             "said": "element (0,)"}  # fmt: skip
+    findings = {
+        "test_model[m]": [["model", [row]]], "test_rule[r]": [["rule that did not fire", "r"]],
+        "test_eight_warps_over_taps[0]": [["eight warps over taps", [warps]]],
+    }  # fmt: skip
+    (tmp_path / "findings.json").write_text(json.dumps(findings))
+    gpu_findings.write(tmp_path)
+    page = (tmp_path / "correctness.md").read_text()
+    for line in ("| test_op | 1 | 1 | 0 |", "| test_op[b] | failed: got / 1 |", "- r",
+                 "| m | tf32 | 8 | 7 | 0.0012 | 0.002 | right |",
+                 "| conv2d | float16 | warps=8 | element (0,) |"):  # fmt: skip
+        assert line in page.splitlines()
+
+
+def test_profiles_become_a_page(tmp_path: Path) -> None:
+    kernels = [
+        {"name": name, "op": "conv2d", "config": "warps=4", "time_us": us, "share": us / 30,
+         "gbps": 1234.5, "tflops": 6.78, "of_bound": bound}
+        for name, us, bound in (("fast", 10.0, 0.5), ("slow", 20.0, None))
+    ]  # fmt: skip
+    found = {"model": "m", "batch": 8, "timed_on": "GPU", "total_us": 30.0, "kernels": kernels}
+    stage = replace(python(f"print({json.dumps(json.dumps(found))})"), answer="profile-m-8.json")
+    assert gpu.run_stage(stage, 60.0, tmp_path, None).status == gpu.DONE
+    (tmp_path / "profile-broken-1.json").write_text("{")
+    gpu_findings.write(tmp_path)
+    page = (tmp_path / "profiles.md").read_text().splitlines()
+    assert "## m, batch 8: 30.0 us in 2 steps (GPU)" in page
+    slow = "| slow | conv2d | warps=4 | 20.0 | 66.7% | 1,234 | 6.8 | - |"
+    assert page.index(slow) < page.index(
+        "| fast | conv2d | warps=4 | 10.0 | 33.3% | 1,234 | 6.8 | 50% |"
+    )
+
+
+def test_a_file_is_built_apart_loaded_and_compared(tmp_path: Path) -> None:
+    rows = saved.measure_all(
+        ["lenet5", "no_such_model"], "interpreter", "float16", (1, 2), devices.Cpu(), calls=1
+    )
+    assert rows[0]["equal"] == {"1": True, "2": True} and rows[0]["load_s"] > 0
+    assert rows[0]["host_us"]["loaded"].keys() == rows[0]["host_us"]["compiled"].keys()
+    assert "no_such_model" in rows[1]["failed"]
+
+
+def test_a_file_is_not_built_where_there_is_a_gpu(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    with pytest.raises(RuntimeError, match="sees a GPU"):
+        saved.build("lenet5", "cuda:sm_90", "float16", (1, 2), tmp_path / "x.loom")
 
 
 def test_every_command_is_understood(tmp_path: Path) -> None:
@@ -198,7 +298,9 @@ def test_a_dry_run_ends_in_every_file(tmp_path: Path) -> None:
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     names = {path.name for path in tmp_path.iterdir()}
-    wanted = {"constants.json", "correlation.json", "tests.json", "zoo.json", "zoo.md", "records"}
+    wanted = {"constants.json", "correctness.md", "correlation.json", "profile-lenet5-1.json",
+              "profiles.md", "records", "saved.json", "tests.json", "tests-networks.json", "tf32",
+              "zoo.json", "zoo.md"}  # fmt: skip
     assert wanted <= names
     found = json.loads((tmp_path / "correlation.json").read_text())
     assert found["configurations"] == 4 and not found["wrong_or_failed"]
