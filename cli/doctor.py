@@ -193,8 +193,7 @@ def _probe(name: str, target: str, disables: str) -> Check:
     try:
         return Check(name, OK, _PROBES[target](), disables)
     except Exception as error:  # Whatever it is, it is the finding.
-        found = f"{type(error).__name__}: {_first_line(error)}{_known_cause()}"
-        return Check(name, BROKEN, found, disables)
+        return Check(name, BROKEN, f"{type(error).__name__}: {_first_line(error)}", disables)
 
 
 def _probe_interpreter() -> str:
@@ -228,22 +227,6 @@ def _tiny_model() -> tuple[torch.nn.Module, torch.Tensor]:
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(2, 8, generator=generator)
     return torch.nn.Linear(8, 8).eval().requires_grad_(False), x
-
-
-def _known_cause() -> str:
-    """What is known to break the versions installed here."""
-    import numpy
-    import triton
-
-    old_triton = _numbers(triton.__version__) < (3, 7)
-    if old_triton and _numbers(numpy.__version__) >= (2, 4):
-        return "; Triton 3.6 interprets nothing with numpy 2.4 or newer: pip install 'numpy<2.4'"
-    return ""
-
-
-def _numbers(version: str) -> tuple[int, int]:
-    major, minor = version.split(".")[:2]
-    return int(major), int(minor)
 
 
 def _first_line(error: Exception) -> str:
