@@ -58,7 +58,7 @@ def product_kernel(a, b, y, N: tl.constexpr):
 
 @triton.jit
 def chosen_kernel(x, y, extras, m, BLOCK: tl.constexpr):
-    """Adds up `extras`, the program's own twice: indexed by scalars of one dimension and of none."""
+    """The program's own of the extras, and as many of them as `x` has numbers that are not zero."""
     at = tl.arange(0, BLOCK)
     nonzero = tl.sum((tl.load(x + at, mask=at < m, other=0.0) != 0).to(tl.int32), axis=0)
     value = tl.load(extras[tl.program_id(0)])
@@ -132,8 +132,8 @@ def test_functions_cannot_be_called_outside_the_block() -> None:
 
 @pytest.mark.filterwarnings("error")
 def test_scalars_are_indices() -> None:
-    """Of tuples and of ranges; some numpy converts an array of one dimension no more, and others
-    warn of it."""
+    """Of tuples and of ranges: since 2.4 numpy converts an array of one dimension no more, and
+    before it warned."""
     x, y = torch.tensor([3.0, 0.0, 2.0, 1.0]), torch.zeros(3)
     extras = tuple(torch.tensor([value]) for value in (1.0, 10.0, 100.0))
     arguments = {"x": x, "y": y, "extras": extras, "m": 4}
