@@ -119,6 +119,8 @@ REFUSED: dict[str, tuple[Problem, Config, Target]] = {
     "one row per program": (problem(64, 64, 14), tile(1, 64, 32, 64), SM_90),
     "128 pixels and an expansion spill": (
         problem(96, 24, 14, last=64), tile(4, 32, 32, 32, warps=8), SM_80),
+    "2 rows, an expansion and a shortcut spill": (
+        problem(144, 24, 56, last=144, residual=True), tile(2, 32, 32, 32), SM_80),
     "4 rows and 4 warps spill": (problem(960, 64, 7), tile(4, 16, 32, 64), SM_80),
     "4 rows of stride 2 spill": (
         problem(64, 64, 56, stride=2), tile(4, 32, 32, 64, warps=8), SM_100),
