@@ -8,6 +8,7 @@ import importlib
 import platform
 import shutil
 import sys
+import sysconfig
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
@@ -163,10 +164,17 @@ def _gpu() -> Check:
 
 
 def _c_compiler() -> Check:
-    """Triton builds the small function that launches a kernel with the C compiler."""
+    """Triton builds the small function that launches a kernel with it and Python's headers."""
     disables = "target cuda, whose kernels are launched through a compiled function"
-    found = next((path for name in ("cc", "gcc", "clang") if (path := shutil.which(name))), None)
-    return Check("C compiler", OK if found else MISSING, found or "no cc, gcc, clang", disables)
+    names = ("gcc", "clang")
+    found = next((path for name in names if (path := shutil.which(name))), None)
+    if found is None:
+        return Check("C compiler", MISSING, f"no {', '.join(names)}", disables)
+    header = Path(sysconfig.get_path("include")) / "Python.h"
+    if not header.is_file():
+        text = f"{found}, but no {header}: install Python's development files (python3-dev)"
+        return Check("C compiler", MISSING, text, disables)
+    return Check("C compiler", OK, found, disables)
 
 
 def _tool(name: str, disables: str) -> Check:
