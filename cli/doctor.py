@@ -8,6 +8,7 @@ import importlib
 import platform
 import shutil
 import sys
+import sysconfig
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
@@ -163,10 +164,17 @@ def _gpu() -> Check:
 
 
 def _c_compiler() -> Check:
-    """Triton builds the small function that launches a kernel with the C compiler."""
+    """Triton builds the small function that launches a kernel with it and Python's headers."""
     disables = "target cuda, whose kernels are launched through a compiled function"
-    found = next((path for name in ("cc", "gcc", "clang") if (path := shutil.which(name))), None)
-    return Check("C compiler", OK if found else MISSING, found or "no cc, gcc, clang", disables)
+    names = ("gcc", "clang")
+    found = next((path for name in names if (path := shutil.which(name))), None)
+    if found is None:
+        return Check("C compiler", MISSING, f"no {', '.join(names)}", disables)
+    header = Path(sysconfig.get_path("include")) / "Python.h"
+    if not header.is_file():
+        text = f"{found}, but no {header}: install Python's development files (python3-dev)"
+        return Check("C compiler", MISSING, text, disables)
+    return Check("C compiler", OK, found, disables)
 
 
 def _tool(name: str, disables: str) -> Check:
@@ -193,8 +201,7 @@ def _probe(name: str, target: str, disables: str) -> Check:
     try:
         return Check(name, OK, _PROBES[target](), disables)
     except Exception as error:  # Whatever it is, it is the finding.
-        found = f"{type(error).__name__}: {_first_line(error)}{_known_cause()}"
-        return Check(name, BROKEN, found, disables)
+        return Check(name, BROKEN, f"{type(error).__name__}: {_first_line(error)}", disables)
 
 
 def _probe_interpreter() -> str:
@@ -228,22 +235,6 @@ def _tiny_model() -> tuple[torch.nn.Module, torch.Tensor]:
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(2, 8, generator=generator)
     return torch.nn.Linear(8, 8).eval().requires_grad_(False), x
-
-
-def _known_cause() -> str:
-    """What is known to break the versions installed here."""
-    import numpy
-    import triton
-
-    old_triton = _numbers(triton.__version__) < (3, 7)
-    if old_triton and _numbers(numpy.__version__) >= (2, 4):
-        return "; Triton 3.6 interprets nothing with numpy 2.4 or newer: pip install 'numpy<2.4'"
-    return ""
-
-
-def _numbers(version: str) -> tuple[int, int]:
-    major, minor = version.split(".")[:2]
-    return int(major), int(minor)
 
 
 def _first_line(error: Exception) -> str:

@@ -5,7 +5,7 @@ so out of the box one process does one or the other. Here a compiled `JITFunctio
 demand: its source is rewritten by Triton's own `InterpretedFunction`, the language is patched for
 the duration of one `interpreting()` block, and restored afterwards.
 
-Six things differ from upstream, on purpose:
+Seven things differ from upstream, on purpose:
 - calls of nested jit functions (the standard library's too) are routed through
   `JITFunction.__call__` and do not patch the language again: upstream patches at every such call
   and never restores it;
@@ -14,7 +14,9 @@ Six things differ from upstream, on purpose:
 - tensors are used in place, where upstream copies every storage to the host and back;
 - integer sums are not computed a second time in int64 for an assertion that upstream's default
   options then leave out: that was a third of the time;
-- types of blocks and shapes of tensors are made once and shared: a fifth of the rest.
+- types of blocks and shapes of tensors are made once and shared: a fifth of the rest;
+- a scalar is an index with any numpy: Triton 3.6 leaves the conversion to numpy, which refuses it
+  for arrays of one dimension since 2.4.
 
 What it proves is index arithmetic and fp32/fp16 maths only; see the README for the known gaps.
 """
@@ -106,6 +108,11 @@ def _with_element_type(kind: Any, element: Any) -> Any:
     return known[key]
 
 
+def _index(tensor: Any) -> int:
+    """`tl.tensor.__index__`: a scalar is an array of one element, with one dimension or none."""
+    return int(tensor.handle.data.item())
+
+
 @contextmanager
 def interpreting() -> Iterator[None]:
     """Inside the block jit functions are interpreted; compilation works again after it.
@@ -120,6 +127,7 @@ def interpreting() -> Iterator[None]:
         builder.options = replace(original_options, sanitize_overflow=False)
         builder.create_dot, builder.cast_impl = _dot, _cast
         scope.set_attr(core.tensor, "__init__", _make_tensor)
+        scope.set_attr(core.tensor, "__index__", _index)
         scope.set_attr(core.block_type, "with_element_ty", _with_element_type)
         scope.set_attr(core.block_type, "to_ir", lambda kind, builder: kind)
         JITFunction.__call__ = _call_nested

@@ -6,6 +6,7 @@ a program keeps the whole depthwise result of its pixels as operands, for SPAN o
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -121,10 +122,22 @@ def legal(block: Block, tile: Config, target: Target) -> str | None:
 
 
 def _spilling(block: Block, tile: Config, target: Target) -> str | None:
-    """Tiles that fit the registers by their counts, and of which ptxas still keeps two words in
+    """Tiles that fit the registers by their counts, and of which ptxas still keeps a few words in
     memory to let one more program onto a multiprocessor."""
     rows, warps = tile["TILE_ROWS"], tile.num_warps
-    if block.dtype is torch.float32 or tile["SPAN"] or rows < 4:
+    if block.dtype is torch.float32:
+        taps, each = math.prod(block.filter), _pixels(tile) * tile["BLOCK_K"] // (32 * warps)
+        # By Triton 3.6 alone: 2x3 filters of 72 channels, 33 columns: 8 bytes, 2x2 up to 24.
+        if target.capability >= 100 and taps < 9 and max(block.conv.stride) > 1 and each > 4:
+            return f"{each} sums per thread of {taps} taps of a stride spill on {target.name}"
+        return None
+    if tile["SPAN"]:
+        return None
+    if rows < 4:
+        # By Triton 3.6 alone: 144 -> 24 -> 144 channels and a shortcut, 4 and 8 warps.
+        held = block.widths[2] and block.operands[1] and tile["BLOCK_K"] == 32
+        if held and target.capability == 80:
+            return f"{rows} rows, an expansion and a shortcut spill on {target.name}"
         return None
     if target.capability < 90 and warps == 4:
         return f"{rows} rows and {warps} warps spill on {target.name}"

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+import sysconfig
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from convloom import zoo
-from convloom.cli import inputs, models, output
+from convloom.cli import doctor, inputs, models, output
 from convloom.cli import zoo as zoo_command
 from convloom.cli.main import main
 from convloom.errors import ArtifactError, ConvloomError, InvalidInputError
@@ -543,6 +545,19 @@ def test_doctor_notices_a_cache_that_cannot_be_written(
     monkeypatch.setenv("CONVLOOM_CACHE_DIR", str(file / "cache"))
     checks = {check["name"]: check for check in answer("doctor", "--json")["checks"]}
     assert checks["cache"]["status"] == "broken" and "file" in checks["cache"]["found"]
+
+
+def test_doctor_tells_what_launching_needs(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(sysconfig, "get_path", lambda name: str(tmp_path))
+    monkeypatch.setattr(shutil, "which", lambda name: f"/usr/bin/{name}")
+    assert doctor._c_compiler().status == "missing"
+    assert "but no " + str(tmp_path / "Python.h") in doctor._c_compiler().found
+    (tmp_path / "Python.h").touch()
+    assert doctor._c_compiler().status == "ok"
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    assert doctor._c_compiler().found == "no gcc, clang"
 
 
 @pytest.mark.interpreter

@@ -267,7 +267,7 @@ def parts() -> Iterator[Any]:
 
 
 @pytest.mark.interpreter
-@pytest.mark.parametrize("function", parts())
+@pytest.mark.parametrize("function", list(parts()))
 def test_parts_without_elements_are_as_in_torch(function: Callable[..., Any]) -> None:
     module, inputs = nets.make(function, IMAGE, conv=nn.Conv2d(6, 4, 1))
     exe = convloom.compile(module, inputs, target="interpreter")

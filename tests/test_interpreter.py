@@ -57,6 +57,17 @@ def product_kernel(a, b, y, N: tl.constexpr):
 
 
 @triton.jit
+def chosen_kernel(x, y, extras, m, BLOCK: tl.constexpr):
+    """The program's own of the extras, and as many of them as `x` has numbers that are not zero."""
+    at = tl.arange(0, BLOCK)
+    nonzero = tl.sum((tl.load(x + at, mask=at < m, other=0.0) != 0).to(tl.int32), axis=0)
+    value = tl.load(extras[tl.program_id(0)])
+    for each in range(nonzero):
+        value += tl.load(extras[each])
+    tl.store(y + tl.program_id(0), value)
+
+
+@triton.jit
 def failing_kernel(y, extras, m):
     # There are two extras: the third program fails.
     tl.store(y + tl.program_id(0), tl.load(extras[tl.program_id(0)]))
@@ -117,6 +128,18 @@ def test_functions_cannot_be_called_outside_the_block() -> None:
     row_sums(torch.ones(1, 4))
     with pytest.raises(RuntimeError, match="outside of the scope of a kernel"):
         twice(1)
+
+
+@pytest.mark.filterwarnings("error")
+def test_scalars_are_indices() -> None:
+    """Of tuples and of ranges: since 2.4 numpy converts an array of one dimension no more, and
+    before it warned."""
+    x, y = torch.tensor([3.0, 0.0, 2.0, 1.0]), torch.zeros(3)
+    extras = tuple(torch.tensor([value]) for value in (1.0, 10.0, 100.0))
+    arguments = {"x": x, "y": y, "extras": extras, "m": 4}
+    with interpreter.interpreting():
+        interpreter.run(chosen_kernel, (3, 1, 1), arguments, {"BLOCK": 8})
+    assert y.tolist() == [112.0, 121.0, 211.0]
 
 
 def language() -> dict[str, Any]:

@@ -217,6 +217,21 @@ def test_norms_of_windows_of_either_sign(dims: int, norm: float) -> None:
 
 
 @pytest.mark.interpreter
+@pytest.mark.parametrize("norm", [float("inf"), -3.0])
+@pytest.mark.parametrize("dims", [1, 2])
+def test_powers_that_are_no_norm_are_computed_as_written(dims: int, norm: float) -> None:
+    """Torch 2.11 writes the infinite norm as any other: a power of infinity, its root one of 0."""
+    pool = {1: F.avg_pool1d, 2: F.avg_pool2d}[dims]
+
+    def written(m: Any, x: Tensor) -> Tensor:
+        mean = pool(x.pow(norm), 2)
+        return (torch.sign(mean) * torch.relu(torch.abs(mean))).mul(2.0**dims).pow(1.0 / norm)
+
+    exe = compiled(written, {1: SEQUENCE, 2: IMAGE}[dims])
+    assert "lp_pool2d" not in ops(exe)
+
+
+@pytest.mark.interpreter
 @pytest.mark.parametrize("norm", [1.0, 3.0])
 def test_norms_of_windows_that_overhang(norm: float) -> None:
     pool = nn.LPPool2d(norm, 3, stride=2, ceil_mode=True)

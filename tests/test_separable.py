@@ -119,9 +119,13 @@ REFUSED: dict[str, tuple[Problem, Config, Target]] = {
     "one row per program": (problem(64, 64, 14), tile(1, 64, 32, 64), SM_90),
     "128 pixels and an expansion spill": (
         problem(96, 24, 14, last=64), tile(4, 32, 32, 32, warps=8), SM_80),
+    "2 rows, an expansion and a shortcut spill": (
+        problem(144, 24, 56, last=144, residual=True), tile(2, 32, 32, 32), SM_80),
     "4 rows and 4 warps spill": (problem(960, 64, 7), tile(4, 16, 32, 64), SM_80),
     "4 rows of stride 2 spill": (
         problem(64, 64, 56, stride=2), tile(4, 32, 32, 64, warps=8), SM_100),
+    "8 sums per thread of 4 taps of a stride spill on cuda:sm_100": (
+        problem(72, 33, 8, r=2, stride=2, dtype=torch.float32), tile(2, 16, 32, 64), SM_100),
     "an fp32 expansion of a tile of 256 channels": (
         problem(64, 160, 7, last=64, dtype=torch.float32), tile(4, 8, 32, 256, warps=8), SM_90),
     "fp32 operands of all channels": (

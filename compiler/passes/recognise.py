@@ -108,8 +108,10 @@ def _exponent(found: Match, name: str) -> float | None:
 
 def _lp_root_guard(graph: Graph, found: Match) -> str | None:
     p, root = _exponent(found, "power"), _exponent(found, "root")
-    if p is None or root is None or abs(root * p - 1) > 1e-6:
+    if p is None or root is None or not abs(root * p - 1) <= 1e-6:
         return "the root does not undo the power"
+    if p < 0:
+        return f"the power {p} is negative"
     return _lp_guard(graph, found)
 
 
