@@ -121,7 +121,9 @@ class Shared:
     """The shared memory of several blocks, and who touched it last.
 
     A place that one warp wrote may be touched by another one only behind a barrier. What an
-    asynchronous copy writes is in nobody's hands between its start and the wait for it.
+    asynchronous copy writes is in nobody's hands between its start and the wait for it. What threads
+    store must be fenced before tensor cores read it; by the letter of the manual so must what
+    `cp.async` brings, but Triton before 3.7 never did that, and its products are right.
     """
 
     def __init__(self, blocks: int, size: int, threads: int) -> None:
@@ -221,7 +223,9 @@ class Shared:
     def start_copy(self, at: Array, size: int, lanes: Array) -> None:
         """An asynchronous copy begins: the places may change from now on."""
         self.note_write(at, size, lanes)
-        self.in_flight[self._grains(at, size, lanes)[0]] = True
+        places, _, _ = self._grains(at, size, lanes)
+        self.in_flight[places] = True
+        self.unfenced[places] = False
 
     def end_copy(self, at: Array, size: int, lanes: Array, told: bool = False) -> None:
         """The copy was waited for: by the thread that began it, whose warp has written it then, or
@@ -229,8 +233,6 @@ class Shared:
         places, warp, epoch = self._grains(at, size, lanes)
         self.in_flight[places] = False
         self.write_epoch[places], self.write_warp[places] = epoch - told, warp
-        if told:
-            self.unfenced[places] = False
 
     def fence(self) -> None:
         """What is written and has arrived is visible to tensor cores."""
