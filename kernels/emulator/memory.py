@@ -122,8 +122,8 @@ class Shared:
 
     A place that one warp wrote may be touched by another one only behind a barrier. What an
     asynchronous copy writes is in nobody's hands between its start and the wait for it. What threads
-    store must be fenced before tensor cores read it; by the letter of the manual so must what
-    `cp.async` brings, but Triton before 3.7 never did that, and its products are right.
+    store must be fenced before warpgroups multiply it. By the letter of the manual so must what
+    `cp.async` brings; Triton before 3.7 does without, so that is not asked for here.
     """
 
     def __init__(self, blocks: int, size: int, threads: int) -> None:
