@@ -121,8 +121,8 @@ class Shared:
     """The shared memory of several blocks, and who touched it last.
 
     A place that one warp wrote may be touched by another one only behind a barrier. What an
-    asynchronous copy writes is in nobody's hands between its start and the wait for it. What threads
-    store must be fenced before warpgroups multiply it. By the letter of the manual so must what
+    asynchronous copy writes is in nobody's hands between its start and the wait for it. What is
+    stored must be fenced before warpgroups multiply it. By the letter of the manual so must what
     `cp.async` brings; Triton before 3.7 does without, so that is not asked for here.
     """
 
