@@ -1,4 +1,4 @@
-"""How long compiling takes, and the interpreter: `python -m benchmarks.speed`.
+"""How long compiling, the interpreter and the emulator take: `python -m benchmarks.speed`.
 
 Every figure is the median of several runs on this machine's CPU; nothing here says anything about a
 GPU. Results go to benchmarks/results/cpu/speed.json.
@@ -37,6 +37,7 @@ LIMITS_S = {
     "cross-compile resnet50 sm_90, warm": 5.0,
     "interpreter resnet18 224x224": 8.0,
     "interpreter resnet50 224x224": 15.0,
+    "emulator resnet18 224x224 sm_90": 120.0,
 }
 CROSS_COMPILE = """
 import time, torch, convloom
@@ -115,6 +116,13 @@ def interpreter(name: str) -> float:
     return seconds(lambda: exe(x), 3)
 
 
+def emulator(name: str) -> float:
+    """One image through what the kernels are compiled to for sm_90 in fp16."""
+    model, x = example(name)
+    exe = convloom.compile(model, (x,), target="emulator:sm_90", dtype=torch.float16)
+    return seconds(lambda: exe(x), 1)
+
+
 def arena_ratio(name: str) -> float:
     """The activation arena over the sum of all activations."""
     model, x = example(name)
@@ -133,6 +141,7 @@ def measure() -> dict[str, float]:
         found["cross-compile resnet50 sm_90, warm"] = cross_compile(cache)
     for name in ("resnet18", "resnet50"):
         found[f"interpreter {name} 224x224"] = interpreter(name)
+    found["emulator resnet18 224x224 sm_90"] = emulator("resnet18")
     return found
 
 

@@ -1,4 +1,4 @@
-"""`convloom demo`: a real network compiled, explained, run and checked, in three parts."""
+"""`convloom demo`: a real network compiled, explained, run and checked, in four parts."""
 
 from __future__ import annotations
 
@@ -7,13 +7,16 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from . import demo_digits, demo_gpu_code, demo_photo, output
+from . import demo_digits, demo_emulator, demo_gpu_code, demo_photo, output
 from .options import json_option
 
 if TYPE_CHECKING:
     from .options import SubParsers
 
-PARTS = {"digits": demo_digits, "photo": demo_photo, "gpu-code": demo_gpu_code}
+PARTS = {
+    "digits": demo_digits, "photo": demo_photo, "gpu-code": demo_gpu_code,
+    "emulator": demo_emulator,
+}  # fmt: skip
 
 
 def configure(commands: SubParsers) -> None:
@@ -22,7 +25,8 @@ def configure(commands: SubParsers) -> None:
         "demo",
         help="compile, run and check real networks (about two minutes)",
         description="digits: LeNet-5 reads handwritten digits. photo: ResNet-18 on a photograph, "
-        "its errors layer by layer. gpu-code: ResNet-50 for an H100, with no GPU at hand.",
+        "its errors layer by layer. gpu-code: ResNet-50 for an H100, with no GPU here. emulator: "
+        "LeNet-5 as an H100 would run it.",
         parents=[json_option()],
     )
     parser.add_argument("parts", metavar="PART", nargs="*", help=f"of {', '.join(PARTS)}")

@@ -569,5 +569,10 @@ def test_demo_reads_digits(tmp_path: Path, answer: Callable[..., Any]) -> None:
         assert picture.format == "PNG" and picture.width > picture.height > 100
 
 
+def test_demo_emulates_a_gpu(tmp_path: Path, answer: Callable[..., Any]) -> None:
+    found = answer("demo", "emulator", "--json", "--output-dir", tmp_path)["parts"]["emulator"]
+    assert found == {"as_expected": True, "images": 16, "agreeing": 16}
+
+
 def test_demo_refuses_unknown_parts(refusal: Callable[..., str]) -> None:
     assert "digits" in refusal("demo", "digit")
