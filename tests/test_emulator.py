@@ -273,6 +273,11 @@ FAULTS = {
         "before the copy into it was waited for",
     ),
     "a copy over what is copied": (f"{COPY} {COPY}", "while a copy into it is under way"),
+    "a copy of nothing from far away": (
+        "mov.b32 %r5, -4; mul.wide.u32 %rd6, %r5, 4; add.s64 %rd6, %rd1, %rd6; mov.b32 %r6, 0;"
+        "cp.async.ca.shared.global [%r3], [%rd6], 4, %r6;",
+        "far from every tensor",
+    ),
     "waited, but no barrier": (
         f"{COPY} cp.async.wait_group 0; {LATER} ld.shared.b32 %r9, [%r4];",
         "another warp wrote since the last barrier",

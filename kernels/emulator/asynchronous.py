@@ -67,7 +67,9 @@ class Copies:
             whole = np.ones(lanes.size, bool) if taken is None else taken == size
             if taken is not None and ((taken != 0) & ~whole).any():
                 raise UnsupportedPtxError("a part of an element")
-            found = machine.memory.locate(address(lanes)[whole], size)
+            given = address(lanes)
+            machine.memory.check_near(given)
+            found = machine.memory.locate(given[whole], size)
             data[whole] = machine.memory.bytes.reshape(-1, size)[found // size]
             at = self.shared.locate(shared(lanes), size, lanes)
             self.shared.start_copy(at, size, lanes)

@@ -16,6 +16,7 @@ BASE = 0x7F3A_0000_0000
 """No address of a tensor fits into 32 bits: an offset that lost its upper half is noticed."""
 GUARD = 512
 """Bytes between tensors that belong to none."""
+FAR = 1 << 31
 POISON = 0xFF
 """What memory holds before it is written: NaN in every floating-point format."""
 ALIGNMENT = 16
@@ -82,6 +83,16 @@ class Global:
         if (at % size).any():
             raise FaultError(f"an access of {size} bytes at an address that is no multiple")
         return at
+
+    def check_near(self, address: Array) -> None:
+        """Copies of nothing may have any address by the manual, but an sm_100 has faulted at one
+        that a lost sign had sent 16 GiB away (pytorch pull request 186440).
+
+        Raises: FaultError for an address as far as that.
+        """
+        at = (address - np.uint64(BASE)).view(np.int64)
+        if ((at < -FAR) | (at > self.bytes.size + FAR)).any():
+            raise FaultError("a copy, of nothing perhaps, from an address far from every tensor")
 
     def _near(self, at: int) -> str:
         """Where the position lies, from the memory that is nearest in front of it."""
