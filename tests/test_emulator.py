@@ -191,6 +191,11 @@ def test_branches_come_together_again() -> None:
     assert emulate(body + store()).tolist() == expected
 
 
+def test_sums_of_warps() -> None:
+    got = emulate(f"redux.sync.add.s32 %r9, %r2, -1; {store()}").tolist()
+    assert got == [sum(range(32))] * 32 + [sum(range(32, 64))] * 32
+
+
 def test_shuffles() -> None:
     body = "shfl.sync.bfly.b32 %r4, %r2, 5, 31, -1; shfl.sync.idx.b32 %r5, %r2, 3, 31, -1;"
     got = emulate(f"{body} mad.lo.s32 %r9, %r5, 1000, %r4; {store()}")
@@ -338,6 +343,8 @@ def test_products_of_warpgroups() -> None:
         (f"{OPERANDS} {SEEN} {PRODUCT} bar.sync 0; st.shared.b32 [%r3], %r5;",
          "a product under way reads"),
         (f"{OPERANDS} {SEEN} @%p1 {PRODUCT}", "not all 128 threads take part"),
+        ("setp.gt.u32 %p1, %r2, 15; setp.lt.u32 %p2, %r2, 48; and.pred %p1, %p1, %p2;"
+         "@%p1 redux.sync.add.s32 %r9, %r2, -1;", "not all 32 threads take part"),
     ],
 )  # fmt: skip
 def test_faults_of_products_are_seen(body: str, message: str) -> None:
@@ -401,9 +408,16 @@ def test_faults_of_boxes_are_seen(body: str, message: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "body", ["sad.u32 %r9, %r2, %r2, %r2;", "add.rz.f32 %r9, %r2, %r2;", "mov.u32 %r9, %clock;",
-             "bar.sync 1;", "ld.local.b32 %r9, [%rd1];"],
-)  # fmt: skip
+    "body",
+    [
+        "mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%r9}, {%r9}, {%r9}, {%r9};",
+        "sad.u32 %r9, %r2, %r2, %r2;",
+        "add.rz.f32 %r9, %r2, %r2;",
+        "mov.u32 %r9, %clock;",
+        "bar.sync 1;",
+        "ld.local.b32 %r9, [%rd1];",
+    ],
+)
 def test_what_is_not_known_is_refused_by_name(body: str) -> None:
     with pytest.raises(UnsupportedPtxError, match="the emulator does not know `"):
         emulate(body)

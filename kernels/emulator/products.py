@@ -79,9 +79,11 @@ def whole(lanes: Array, size: int) -> Array:
 
     Raises: FaultError where some do not.
     """
-    if lanes.size % size or (lanes[::size] % size).any():
-        raise FaultError(f"not all {size} threads take part")
-    return lanes.reshape(-1, size)
+    if lanes.size % size == 0:
+        groups = lanes.reshape(-1, size)
+        if (groups == groups[:, :1] // size * size + np.arange(size)).all():
+            return groups
+    raise FaultError(f"not all {size} threads take part")
 
 
 def _unpacked(
@@ -107,7 +109,7 @@ def _warp_product(machine: Machine, instruction: Instruction) -> Action:
     words = instruction.opcode
     shape = next(found for word in words if (found := SHAPE.fullmatch(word)))
     depth, kinds = int(shape[3]), [word for word in words if word in BITS]
-    if (shape[1], shape[2]) != ("16", "8") or kinds[0] != "f32":
+    if (shape[1], shape[2]) != ("16", "8") or kinds[0] != "f32" or kinds[1] not in PER_REGISTER:
         raise UnsupportedPtxError("this form")
     goal, a, b, c = instruction.operands
     assert isinstance(goal, tuple) and isinstance(a, tuple) and isinstance(b, tuple)
@@ -155,15 +157,15 @@ def _matrices(machine: Machine, instruction: Instruction) -> Action:
         row, column = column, row
     shared = machine.shared
 
-    def places(lanes: Array) -> tuple[Array, Array]:
-        """(of each element: (register, lane, 2); of each row: (warp, matrix, row))"""
+    def places(lanes: Array) -> Array:
+        """Of each element: (register, lane, 2)."""
         warps = whole(lanes, WARP).shape[0]
         used = np.arange(lanes.size).reshape(warps, WARP)[:, : 8 * count]
         pointing = lanes[used.ravel()]
         start = shared.locate(address(lanes)[used.ravel()], 16, pointing)
         rows = start.reshape(warps, count, 8)
         spread = rows[:, :, row] + 2 * column
-        return spread.transpose(1, 0, 2, 3).reshape(count, lanes.size, 2), rows
+        return spread.transpose(1, 0, 2, 3).reshape(count, lanes.size, 2)
 
     def note(lanes: Array, spread: Array, record: Callable[[Array, int, Array], None]) -> None:
         for each in spread:
@@ -173,7 +175,7 @@ def _matrices(machine: Machine, instruction: Instruction) -> Action:
         writers = [machine.setter(name, "b32") for name in names]
 
         def load(lanes: Array) -> None:
-            spread, _ = places(lanes)
+            spread = places(lanes)
             note(lanes, spread, shared.note_read)
             for each, write in zip(spread, writers, strict=True):
                 halves = gather(shared.bytes, each, 2, 1)[0]
@@ -183,7 +185,7 @@ def _matrices(machine: Machine, instruction: Instruction) -> Action:
     read = [machine.getter(name, "b32") for name in names]
 
     def store(lanes: Array) -> None:
-        spread, _ = places(lanes)
+        spread = places(lanes)
         note(lanes, spread, shared.note_write)
         for each, value in zip(spread, read, strict=True):
             halves = np.ascontiguousarray(value(lanes)).view(np.uint16).reshape(-1, 2)
@@ -308,7 +310,7 @@ def _warpgroup_product(machine: Machine, instruction: Instruction) -> Action:
     goal, a, b, scale, *rest = instruction.operands
     assert isinstance(goal, tuple)
     signs, transposed = rest[:2], [text != "0" for text in rest[2:]]
-    if kinds[0] != "f32" or signs != ["1", "1"]:
+    if kinds[0] != "f32" or kinds[1] not in PER_REGISTER or signs != ["1", "1"]:
         raise UnsupportedPtxError("this form")
     kind, size = kinds[1], BITS[kinds[1]] // 8
     pack = PER_REGISTER[kind]
