@@ -165,7 +165,7 @@ def _matrices(machine: Machine, instruction: Instruction) -> Action:
         start = shared.locate(address(lanes)[used.ravel()], 16, pointing)
         rows = start.reshape(warps, count, 8)
         spread = rows[:, :, row] + 2 * column
-        return spread.transpose(1, 0, 2, 3).reshape(count, lanes.size, 2)
+        return np.asarray(spread.transpose(1, 0, 2, 3).reshape(count, lanes.size, 2))
 
     def note(lanes: Array, spread: Array, record: Callable[[Array, int, Array], None]) -> None:
         for each in spread:
