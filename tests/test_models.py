@@ -83,8 +83,14 @@ def check(exe: Executable, name: str, module: nn.Module, x: torch.Tensor) -> Non
     assert not any(step.op == "batch_norm" for step in exe.plan.steps), "an unfolded batch norm"
 
 
+LONG = ("resnet101", "resnet152")
+"""ResNet-50 is built alike, and takes a fraction of the time."""
+
+
 @pytest.mark.interpreter
-@pytest.mark.parametrize("name", SIDES)
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=pytest.mark.slow) if n in LONG else n for n in SIDES]
+)
 def test_network(name: str) -> None:
     x = image_of(name, SIDES[name])
     with nets.exporting_once():
@@ -171,11 +177,8 @@ OVERFLOWING = ("resnet101", "resnet152", "resnext50_32x4d", "cifar_resnet56", "c
 normalisation makes them smaller."""
 
 
-@pytest.mark.slow
-@pytest.mark.interpreter
-@pytest.mark.parametrize("name", zoo.names())
-def test_fused_in_half_precision(name: str) -> None:
-    """Many fusions are for half types only: with and without them the network is the same."""
+def half_case(name: str) -> tuple[nn.Module, torch.Tensor, nets.Truth]:
+    """A network, small images for it, and what fp16 makes of them."""
     if name in SIDES:
         module, x = small(name), image_of(name, SIDES[name])
     else:
@@ -189,6 +192,15 @@ def test_fused_in_half_precision(name: str) -> None:
                 layer.weight.data *= 0.7
     truth = nets.Truth(module, (x,), torch.float16)
     assert truth.eager[0].isfinite().all(), "these weights overflow in fp16"
+    return module, x, truth
+
+
+@pytest.mark.slow
+@pytest.mark.interpreter
+@pytest.mark.parametrize("name", zoo.names())
+def test_fused_in_half_precision(name: str) -> None:
+    """Many fusions are for half types only: with and without them the network is the same."""
+    module, x, truth = half_case(name)
     with nets.exporting_once():
         fused, plain = (
             convloom.compile(
@@ -199,6 +211,16 @@ def test_fused_in_half_precision(name: str) -> None:
     assert len(fused.kernels) < len(plain.kernels)
     truth.check(fused(x))
     truth.check(plain(x))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", ["emulator:sm_80", "emulator:sm_90"])
+@pytest.mark.parametrize("name", zoo.names())
+def test_compiled_in_half_precision(name: str, target: str) -> None:
+    """What a GPU would run."""
+    module, x, truth = half_case(name)
+    exe = convloom.compile(module, (x,), target=target, dtype=torch.float16, tuning="heuristic")
+    truth.check(exe(x))
 
 
 @pytest.mark.slow
