@@ -31,10 +31,10 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from . import gpu_findings
-
 ROOT = Path(__file__).resolve().parent.parent
 RECORDS = ROOT / "kernels" / "records"
+INSTALLED = importlib.util.find_spec("convloom") is not None
+"""Whether this process and those it starts find the package by its name."""
 BUDGET_S = 540.0
 LEAST_S = 20.0
 """A stage is not started with less time left than this."""
@@ -242,7 +242,7 @@ def environment() -> dict[str, str]:
     """The environment of stages: where convloom is not installed, this repository is made to be
     found under its name."""
     found = dict(os.environ)
-    if importlib.util.find_spec("convloom") is None:
+    if not INSTALLED:
         paths = [_linked().name, found.get("PYTHONPATH", "")]
         found["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
     return found
@@ -282,8 +282,17 @@ def run_all(
         print(f"{stage.name}: {entry.status} ({entry.seconds:.0f} s)", file=sys.stderr, flush=True)
         if entry.status == UNFINISHED:
             left.append(stage.name)
-    gpu_findings.write(output)
+    _write_findings(output)
     return _conclude(entries, left, output)
+
+
+def _write_findings(output: Path) -> None:
+    """What the stages found, as pages."""
+    if not INSTALLED:
+        sys.path.insert(0, _linked().name)
+    from convloom.benchmarks import gpu_findings
+
+    gpu_findings.write(output)
 
 
 def keep_records(options: argparse.Namespace, output: Path) -> None:

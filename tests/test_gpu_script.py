@@ -281,7 +281,7 @@ def test_without_a_gpu_it_says_what_works(
 def test_the_package_is_found_where_it_is_not_installed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(gpu.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(gpu, "INSTALLED", False)
     for _ in range(2):
         found = gpu.environment()
     first = found["PYTHONPATH"].split(os.pathsep)[0]
@@ -290,6 +290,23 @@ def test_the_package_is_found_where_it_is_not_installed(
         [sys.executable, "-S", "-c", code], env=found, cwd=tmp_path, capture_output=True, text=True
     )
     assert done.stdout.strip() == str(Path(first) / "convloom" / "__init__.py"), done.stderr
+
+
+def test_the_program_runs_where_the_package_is_not_installed(tmp_path: Path) -> None:
+    """As on a machine that is lent: the folder of the repository has another name, and nothing of
+    it is installed."""
+    program = (
+        "import importlib.util as util, sys; real = util.find_spec; "
+        "sys.meta_path[:] = [f for f in sys.meta_path if 'editable' not in repr(f).lower()]; "
+        "assert real('convloom') is None; from benchmarks import gpu; "
+        f"sys.exit(gpu.main(['--dry-run', '--only', 'constants', '--output', {str(tmp_path)!r}]))"
+    )
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert "constants: done" in done.stderr and (tmp_path / "constants.json").exists()
 
 
 @pytest.mark.slow
