@@ -124,7 +124,9 @@ def position(
     elif RULE == "nearest-exact":
         at = (at + 0.5) * STEP
     else:
-        at = tl.maximum((at + 0.5) * STEP - 0.5, 0.0)
+        # max(s - 1/2, 0), so written that product and difference stay two roundings, as in torch:
+        # a GPU would make them one.
+        at = tl.maximum((at + 0.5) * STEP, 0.5) - 0.5
     low = tl.minimum(at.to(tl.int32), SIZE - 1)
     weight = tl.minimum(tl.maximum(at - low.to(tl.float32), 0.0), 1.0)
     high = low
