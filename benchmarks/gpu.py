@@ -26,10 +26,22 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
+
+from .gpu_state import (
+    DONE,
+    FAILED,
+    SKIPPED,
+    UNFINISHED,
+    Entry,
+    Stage,
+    is_open,
+    read_state,
+    write_state,
+)
 
 ROOT = Path(__file__).resolve().parent.parent
 RECORDS = ROOT / "kernels" / "records"
@@ -40,40 +52,13 @@ LEAST_S = 20.0
 """A stage is not started with less time left than this."""
 MARGIN_S = 15.0
 """Of a tuning stage, for what it does after its own budget is spent."""
-ATTEMPTS = 2
 TAIL_LINES = 40
-DONE, FAILED, UNFINISHED, SKIPPED = "done", "failed", "unfinished", "skipped"
 EXIT_DONE, EXIT_FAILED, EXIT_UNFINISHED = 0, 1, 3
 PROFILED = ("resnet50", "mobilenet_v2", "inception_v3")
 SAVED = ("resnet50", "mobilenet_v2", "lenet5")
 SAVED_BATCH = 32
 NEEDED = ("torch", "triton", "numpy", "networkx", "safetensors", "rich")
 FOR_TESTS = ("pytest", "hypothesis", "sklearn", "PIL")
-
-
-@dataclass(frozen=True)
-class Stage:
-    """One process. arguments: of this Python; key: when it changes, the stage runs again.
-    timed: takes `--budget`; skip: why the stage cannot run here; answer: the report that what it
-    prints is."""
-
-    name: str
-    arguments: tuple[str, ...]
-    key: str
-    timed: bool = False
-    skip: str = ""
-    answer: str = ""
-
-
-@dataclass(frozen=True)
-class Entry:
-    """What became of a stage."""
-
-    status: str
-    key: str
-    seconds: float = 0.0
-    attempts: int = 0
-    reason: str = ""
 
 
 def stages(options: argparse.Namespace, output: Path) -> Iterator[Stage]:
@@ -137,39 +122,6 @@ def _stage(name: str, arguments: Sequence[str], timed: bool = False, skip: str =
 
 def _missing(names: Sequence[str]) -> list[str]:
     return [name for name in names if importlib.util.find_spec(name) is None]
-
-
-# State.
-
-
-def read_state(path: Path) -> dict[str, Entry]:
-    """What earlier calls did; nothing where the file is missing or damaged."""
-    try:
-        stored = json.loads(path.read_text())["stages"]
-        return {name: Entry(**entry) for name, entry in stored.items()}
-    except FileNotFoundError:
-        return {}
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-        print(f"{path} is not readable ({error}); starting anew", file=sys.stderr)
-        return {}
-
-
-def write_state(path: Path, entries: dict[str, Entry]) -> None:
-    """Whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    plain = {"stages": {name: asdict(entry) for name, entry in entries.items()}}
-    temporary.write_text(json.dumps(plain, indent=1) + "\n")
-    temporary.replace(path)
-
-
-def is_open(stage: Stage, entry: Entry | None) -> bool:
-    """Whether a stage is to run: never ran, was cut off, changed, or failed for the first time."""
-    if entry is None or entry.key != stage.key:
-        return True
-    if entry.status == FAILED:
-        return entry.attempts < ATTEMPTS
-    return entry.status == UNFINISHED or (entry.status == SKIPPED and not stage.skip)
 
 
 # Running.

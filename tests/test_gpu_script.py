@@ -15,8 +15,8 @@ from typing import Any
 
 import pytest
 import torch
-from convloom.benchmarks import constants, devices, gpu, gpu_findings, gpu_tests, saved
-from convloom.benchmarks.gpu import Entry, Stage
+from convloom.benchmarks import constants, devices, gpu, gpu_findings, gpu_state, gpu_tests, saved
+from convloom.benchmarks.gpu_state import Entry, Stage
 from convloom.kernels import machine, targets
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -66,7 +66,7 @@ def test_only_some_stages_are_run(tmp_path: Path) -> None:
 
     def watched(stage: Stage, *rest: Any) -> Entry:
         seen.append(stage.name)
-        return Entry(gpu.DONE, stage.key)
+        return Entry(gpu_state.DONE, stage.key)
 
     assert gpu.run_all(options(only=["tests", "saved"]), tmp_path, watched) == gpu.EXIT_DONE
     assert seen == ["tests", "saved", "tests-networks"]
@@ -82,7 +82,7 @@ def test_records_are_kept_beside_the_reports(
 
     def tunes(stage: Stage, *rest: Any) -> Entry:
         (records / "H200.json").write_text("{}")
-        return Entry(gpu.DONE, stage.key)
+        return Entry(gpu_state.DONE, stage.key)
 
     asked = options(dry_run=False, output=output, only=["tune-lenet5"])
     gpu.run_all(asked, output, tunes)
@@ -122,7 +122,7 @@ def test_profiles_become_a_page(tmp_path: Path) -> None:
     ]  # fmt: skip
     found = {"model": "m", "batch": 8, "timed_on": "GPU", "total_us": 30.0, "kernels": kernels}
     stage = replace(python(f"print({json.dumps(json.dumps(found))})"), answer="profile-m-8.json")
-    assert gpu.run_stage(stage, 60.0, tmp_path, None).status == gpu.DONE
+    assert gpu.run_stage(stage, 60.0, tmp_path, None).status == gpu_state.DONE
     (tmp_path / "profile-broken-1.json").write_text("{")
     gpu_findings.write(tmp_path)
     page = (tmp_path / "profiles.md").read_text().splitlines()
@@ -168,20 +168,20 @@ def test_tests_are_skipped_where_they_cannot_run(
     monkeypatch.setattr(gpu, "FOR_TESTS", ("pytest", "no_such_module"))
     first = next(gpu.stages(options(), tmp_path))
     entry = gpu.run_stage(first, 10.0, tmp_path, None)
-    assert (entry.status, entry.reason) == (gpu.SKIPPED, "not installed: no_such_module")
-    assert not gpu.is_open(first, entry) and gpu.is_open(replace(first, skip=""), entry)
+    assert (entry.status, entry.reason) == (gpu_state.SKIPPED, "not installed: no_such_module")
+    assert not gpu_state.is_open(first, entry) and gpu_state.is_open(replace(first, skip=""), entry)
 
 
 def test_a_failing_stage_is_recorded_with_its_traceback(tmp_path: Path) -> None:
     stage = python("print('so far'); raise ValueError('broken here')")
     entry = gpu.run_stage(stage, 60.0, tmp_path, None)
-    assert entry.status == gpu.FAILED and entry.attempts == 1
+    assert entry.status == gpu_state.FAILED and entry.attempts == 1
     assert "Traceback" in entry.reason and "ValueError: broken here" in entry.reason
     assert "so far" in entry.reason
-    assert gpu.is_open(stage, entry)
+    assert gpu_state.is_open(stage, entry)
     again = gpu.run_stage(stage, 60.0, tmp_path, entry)
-    assert again.attempts == gpu.ATTEMPTS and not gpu.is_open(stage, again)
-    assert gpu.is_open(replace(stage, key="other"), again)
+    assert again.attempts == gpu_state.ATTEMPTS and not gpu_state.is_open(stage, again)
+    assert gpu_state.is_open(replace(stage, key="other"), again)
 
 
 def test_a_stage_that_hangs_is_ended_with_what_it_started(tmp_path: Path) -> None:
@@ -193,7 +193,7 @@ def test_a_stage_that_hangs_is_ended_with_what_it_started(tmp_path: Path) -> Non
     )
     started = time.monotonic()
     entry = gpu.run_stage(python(code), 4.0, tmp_path, None)
-    assert entry.status == gpu.UNFINISHED and time.monotonic() - started < 30
+    assert entry.status == gpu_state.UNFINISHED and time.monotonic() - started < 30
     pid = int((tmp_path / "pid").read_text())
     for _ in range(50):
         if not Path(f"/proc/{pid}").exists() or "Z" in _state(pid):
@@ -212,11 +212,11 @@ def _state(pid: int) -> str:
 def test_tuning_goes_on_until_it_is_done(tmp_path: Path) -> None:
     code = "import json, sys; print(json.dumps({'out_of_time': True, 'argv': sys.argv[1:]}))"
     entry = gpu.run_stage(python(code, timed=True), 60.0, tmp_path, None)
-    assert (entry.status, entry.reason) == (gpu.UNFINISHED, "its budget is spent")
+    assert (entry.status, entry.reason) == (gpu_state.UNFINISHED, "its budget is spent")
     assert '"--budget", "45s"' in (tmp_path / "logs" / "stage.out").read_text()
     finished = python("print('{\"out_of_time\": false}')", timed=True)
     done = gpu.run_stage(finished, 60.0, tmp_path, entry)
-    assert done.status == gpu.DONE
+    assert done.status == gpu_state.DONE
 
 
 # A call.
@@ -226,7 +226,7 @@ def statuses(given: dict[str, list[str]]) -> Any:
     """A runner that gives each stage its statuses, one per call."""
 
     def run(stage: Stage, left_s: float, output: Path, before: Entry | None) -> Entry:
-        status = given.get(stage.name, [gpu.DONE])
+        status = given.get(stage.name, [gpu_state.DONE])
         attempts = (before.attempts if before else 0) + 1
         return Entry(status.pop(0) if len(status) > 1 else status[0], stage.key, 1.0, attempts, "x")
 
@@ -236,7 +236,12 @@ def statuses(given: dict[str, list[str]]) -> Any:
 def test_calls_go_on_where_the_last_one_stopped(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    run = statuses({"constants": [gpu.FAILED], "tune-lenet5": [gpu.UNFINISHED, gpu.DONE]})
+    run = statuses(
+        {
+            "constants": [gpu_state.FAILED],
+            "tune-lenet5": [gpu_state.UNFINISHED, gpu_state.DONE],
+        }
+    )
     assert gpu.run_all(options(), tmp_path, run) == gpu.EXIT_UNFINISHED
     assert "call again: tune-lenet5" in capsys.readouterr().err
     seen: list[str] = []
@@ -262,9 +267,9 @@ def test_no_stage_starts_after_the_budget(tmp_path: Path) -> None:
 def test_a_damaged_state_is_started_anew(text: str, tmp_path: Path) -> None:
     path = tmp_path / "state.json"
     path.write_text(text)
-    assert gpu.read_state(path) == {}
-    gpu.write_state(path, {"tests": Entry(gpu.DONE, "key")})
-    assert gpu.read_state(path) == {"tests": Entry(gpu.DONE, "key")}
+    assert gpu_state.read_state(path) == {}
+    gpu_state.write_state(path, {"tests": Entry(gpu_state.DONE, "key")})
+    assert gpu_state.read_state(path) == {"tests": Entry(gpu_state.DONE, "key")}
 
 
 def test_without_a_gpu_it_says_what_works(
@@ -322,8 +327,8 @@ def test_a_dry_run_ends_in_every_file(tmp_path: Path) -> None:
     found = json.loads((tmp_path / "correlation.json").read_text())
     # The network is one kernel: two configurations of one problem.
     assert found["configurations"] == 2 and not found["wrong_or_failed"]
-    stages = gpu.read_state(tmp_path / "state.json")
-    assert {entry.status for entry in stages.values()} == {gpu.DONE}
+    stages = gpu_state.read_state(tmp_path / "state.json")
+    assert {entry.status for entry in stages.values()} == {gpu_state.DONE}
 
 
 # Tests in groups.
