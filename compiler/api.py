@@ -64,7 +64,8 @@ def compile(
     """The module compiled for inputs like `example` (a tuple of float tensors).
 
     target: "cuda" (this machine's GPU), "cuda:sm_80|86|89|90|100" (compiled, not run),
-    "interpreter" (the same kernels on the CPU) or "reference" (torch ops, node by node).
+    "interpreter" (the same kernels on the CPU), "emulator:sm_90" (what they are compiled to, on the
+    CPU) or "reference" (torch ops, node by node).
     dtype: computes in float16 or bfloat16; inputs and outputs keep the module's own dtype.
     precision: fp32 products are fp32-accurate ("ieee") or "tf32". dynamic_batch: (lo, hi).
     tuning: where configurations come from: "heuristic" (needs nothing, and is the same in every

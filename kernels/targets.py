@@ -39,7 +39,7 @@ GPU_TARGETS = (
     Target("cuda:sm_100", 100, 232_448),
 )
 EMULATOR = "emulator:"
-"""In front of a generation: its machine code is emulated on the CPU."""
+"""In front of a generation: the PTX that is compiled for it is emulated on the CPU."""
 EMULATED = tuple(
     target.name.replace("cuda:", EMULATOR) for target in GPU_TARGETS if target.capability < 100
 )

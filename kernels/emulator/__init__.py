@@ -7,8 +7,9 @@ that branched apart run one after the other. Beside computing, it looks for what
 sometimes on a device: reads and writes outside a tensor, misaligned addresses, races between the
 warps of a block, results of asynchronous copies and products used before they have arrived.
 
-What it cannot show: what the assembler (ptxas) and the hardware make of the PTX; the exact rounding
-of matrix products and approximate functions; time. Source: NVIDIA, Parallel Thread Execution ISA.
+What it cannot show: races within a warp or between blocks; what the assembler (ptxas) and the
+hardware make of the PTX; the exact rounding of matrix products and approximate functions; time.
+Source: NVIDIA, Parallel Thread Execution ISA.
 """
 
 from __future__ import annotations

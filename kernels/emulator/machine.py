@@ -329,6 +329,19 @@ class Machine:
             raise UnsupportedPtxError("this form")
         return kind, BITS[kind] // 8
 
+    def _place(
+        self, operand: Operand, size: int, is_global: bool
+    ) -> Callable[[Lanes], tuple[Array, Array]]:
+        """(positions, the memory they are in) of accesses of `size` bytes."""
+        address = self.address(operand, "b64" if is_global else "b32")
+
+        def place(lanes: Lanes) -> tuple[Array, Array]:
+            if is_global:
+                return self.memory.locate(address(lanes), size), self.memory.bytes
+            return self.shared.locate(address(lanes), size, lanes), self.shared.bytes
+
+        return place
+
     def _load(self, instruction: Instruction) -> Action:
         if "param" in instruction.opcode:
             return self._load_parameter(instruction)
@@ -338,13 +351,11 @@ class Machine:
         writers = [self.setter(each, kind) for each in goals]
         size = width * len(goals)
         is_global = "global" in instruction.opcode
-        address = self.address(source, "b64" if is_global else "b32")
+        place = self._place(source, size, is_global)
 
         def load(lanes: Lanes) -> None:
-            if is_global:
-                at, memory = self.memory.locate(address(lanes), size), self.memory.bytes
-            else:
-                at, memory = self.shared.locate(address(lanes), size, lanes), self.shared.bytes
+            at, memory = place(lanes)
+            if not is_global:
                 self.shared.note_read(at, size, lanes)
             for write, part in zip(writers, gather(memory, at, width, len(goals)), strict=True):
                 write(lanes, values.from_bits(part, kind))
@@ -367,16 +378,14 @@ class Machine:
         read = [self.getter(each, kind) for each in sources]
         size = width * len(sources)
         is_global = "global" in instruction.opcode
-        address = self.address(goal, "b64" if is_global else "b32")
+        place = self._place(goal, size, is_global)
 
         def store(lanes: Lanes) -> None:
             parts = [
                 np.broadcast_to(values.to_bits(each(lanes), kind), lanes.shape) for each in read
             ]
-            if is_global:
-                at, memory = self.memory.locate(address(lanes), size), self.memory.bytes
-            else:
-                at, memory = self.shared.locate(address(lanes), size, lanes), self.shared.bytes
+            at, memory = place(lanes)
+            if not is_global:
                 self.shared.note_write(at, size, lanes)
             scatter(memory, at, width, parts)
 

@@ -174,9 +174,11 @@ class Boxes:
         self.under_way = left
 
     def _copy(self, instruction: Instruction) -> Action:
+        goal_space, source_space, *words = instruction.opcode[5:]
+        known = {"tile", "mbarrier::complete_tx::bytes"}
+        if not goal_space.startswith("shared::") or source_space != "global" or {*words} - known:
+            raise UnsupportedPtxError("only boxes to shared memory")
         goal, source, barrier = instruction.operands[:3]
-        if "global" not in instruction.opcode or instruction.opcode.index("global") < 5:
-            raise UnsupportedPtxError("this direction")
         assert isinstance(source, Address) and len(source.more) == 1
         shared = self.machine.address(goal, "b32")
         which = self.machine.address(source, "b64")
