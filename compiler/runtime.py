@@ -23,7 +23,7 @@ import torch
 from ..errors import KernelError, TargetUnavailableError
 from ..kernels import emulator, execute, interpreter, offline
 from ..kernels.op import Launch, Ref
-from ..kernels.targets import EMULATOR, Target
+from ..kernels.targets import EMULATED, EMULATOR, Target
 from .branches import schedule
 from .cuda_graphs import GraphRunner
 from .evaluate import call_torch, evaluate
@@ -228,8 +228,10 @@ class CrossCompiledRunner:
         offline.compile_all(compile_requests(plan, plan.target))
 
     def run(self, inputs: Sequence[torch.Tensor], batch: int) -> list[torch.Tensor]:
+        emulated = self._target.name.replace("cuda:", EMULATOR)
+        more = f", or with target='{emulated}' to run what they became"
         raise TargetUnavailableError(
             f"this executable was compiled for {self._target.name} and cannot run here: no such "
-            "GPU. Compile with target='interpreter' to run the same kernels on the CPU, or with "
-            f"target='{EMULATOR}{self._target.name.removeprefix('cuda:')}' to run what they became"
+            "GPU. Compile with target='interpreter' to run the same kernels on the CPU"
+            f"{more if emulated in EMULATED else ''}"
         )

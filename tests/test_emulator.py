@@ -446,6 +446,8 @@ def test_what_is_for_another_machine_says_how_to_run_it() -> None:
     x = torch.randn(1, 3, 4, 4)
     with pytest.raises(TargetUnavailableError, match="emulator:sm_80"):
         convloom.compile(layer, (x,), target="cuda:sm_80")(x)
+    with pytest.raises(TargetUnavailableError, match=r"on the CPU$"):
+        convloom.compile(layer, (x,), target="cuda:sm_100")(x)
 
 
 def test_a_file_is_run_by_the_emulator(tmp_path: Path) -> None:
