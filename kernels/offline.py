@@ -8,6 +8,7 @@ inside the triton package, and kept beside the cache.
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import importlib
 import json
@@ -26,7 +27,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import triton
@@ -80,16 +81,25 @@ class CompileRequest:
 
 
 @dataclass(frozen=True)
-class KernelReport:
-    """What the compiler made of a request.
+class Resources:
+    """What a compiled kernel needs of a multiprocessor.
 
     registers: per thread; spill_bytes: stack per thread (0 when nothing spilled); shared_bytes: per
-    block; instructions: SASS opcodes by count, memory opcodes with their width (`LDG.128`).
+    block.
     """
 
     registers: int
     spill_bytes: int
     shared_bytes: int
+
+
+@dataclass(frozen=True)
+class KernelReport(Resources):
+    """What the compiler made of a request.
+
+    instructions: SASS opcodes by count, memory opcodes with their width (`LDG.128`).
+    """
+
     instructions: Mapping[str, int] = field(default_factory=dict)
 
     def count(self, prefix: str) -> int:
@@ -212,39 +222,57 @@ def check_tensor_memory(wanted: CompileRequest, columns: int) -> None:
 
 
 @lru_cache(maxsize=4096)
-def report(wanted: CompileRequest) -> KernelReport:
+def report(request: CompileRequest) -> KernelReport:
     """Registers, spills, shared memory and instruction mix of the compiled kernel.
 
-    A report that is on disk is returned without compiling anything.
+    Disassembling takes as long as compiling: who needs no instructions asks for `resources`. A
+    report that is on disk is returned without compiling anything.
     """
-    path = _report_path(wanted)
-    if (known := _stored_report(path)) is not None:
-        return known
-    made = _disassemble(compile_request(wanted))
+    return _stored_or_made(KernelReport, request, _disassemble)
+
+
+@lru_cache(maxsize=4096)
+def resources(request: CompileRequest) -> Resources:
+    """Registers, spills and shared memory; from disk where they are known, without compiling."""
+    return _stored_or_made(Resources, request, _resources)
+
+
+def known_resources(request: CompileRequest) -> Resources | None:
+    """The resources where they are on disk already; compiles nothing."""
+    return _stored(Resources, _path_of(Resources, request))
+
+
+FOLDERS: Mapping[type[Resources], str] = {Resources: "resources", KernelReport: "reports"}
+"""Where what is known of kernels lies in the cache folder, by kind."""
+Kind = TypeVar("Kind", bound=Resources)
+
+
+def _stored_or_made(
+    kind: type[Kind], request: CompileRequest, make: Callable[[Any], Kind]
+) -> Kind:
+    path = _path_of(kind, request)
+    if (stored := _stored(kind, path)) is not None:
+        return stored
+    result = make(compile_request(request))
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(dir=path.parent)
     with os.fdopen(handle, "w") as file:
-        json.dump(asdict(made), file, sort_keys=True)
+        json.dump(asdict(result), file, sort_keys=True)
     os.replace(name, path)
-    return made
+    return result
 
 
-def known_report(wanted: CompileRequest) -> KernelReport | None:
-    """The report where it is on disk already; compiles nothing."""
-    return _stored_report(_report_path(wanted))
-
-
-def _report_path(wanted: CompileRequest) -> Path:
+def _path_of(kind: type[Resources], request: CompileRequest) -> Path:
     """Named by everything the machine code depends on, the sources of all functions included."""
-    options = (wanted.num_warps, wanted.num_stages, wanted.capability, triton.__version__)
-    key = hashlib.sha256(f"{_source(wanted).hash()} {options}".encode()).hexdigest()
-    return settings.read().cache_dir / "reports" / f"{key}.json"
+    options = (request.num_warps, request.num_stages, request.capability, triton.__version__)
+    key = hashlib.sha256(f"{_source(request).hash()} {options}".encode()).hexdigest()
+    return settings.read().cache_dir / FOLDERS[kind] / f"{key}.json"
 
 
-def _stored_report(path: Path) -> KernelReport | None:
-    """None where there is no report yet, or one cut off by a crash."""
+def _stored(kind: type[Kind], path: Path) -> Kind | None:
+    """None where nothing is stored yet, or what a crash cut off."""
     try:
-        return KernelReport(**json.loads(path.read_text()))
+        return kind(**json.loads(path.read_text()))
     except (OSError, ValueError, TypeError):
         return None
 
@@ -268,18 +296,17 @@ def _run_on_cubin(compiled: Any, tool: str, option: str) -> str:
     return done.stdout
 
 
-def _disassemble(compiled: Any) -> KernelReport:
+def _resources(compiled: Any) -> Resources:
     usage = _run_on_cubin(compiled, _tool("cuobjdump"), "-res-usage")
     registers = re.search(r"REG:(\d+)", usage)
     stack = re.search(r"STACK:(\d+)", usage)
     assert registers and stack, usage
+    return Resources(int(registers[1]), int(stack[1]), compiled.metadata.shared)
+
+
+def _disassemble(compiled: Any) -> KernelReport:
     counts = Counter(_opcodes(disassembly(compiled)))
-    return KernelReport(
-        registers=int(registers[1]),
-        spill_bytes=int(stack[1]),
-        shared_bytes=compiled.metadata.shared,
-        instructions=dict(sorted(counts.items())),
-    )
+    return KernelReport(**asdict(_resources(compiled)), instructions=dict(sorted(counts.items())))
 
 
 MEMORY_OPCODES = ("LDG", "STG", "LDGSTS", "LDS", "STS", "LDL", "STL")
@@ -296,31 +323,63 @@ def _opcodes(sass: str) -> Iterator[str]:
         yield f"{opcode}.{width}"
 
 
-def compile_all(requests: Sequence[CompileRequest], workers: int | None = None) -> None:
+def compile_all(
+    requests: Sequence[CompileRequest],
+    workers: int | None = None,
+    kind: type[Resources] = Resources,
+) -> None:
     """Compiles the distinct requests that are not in the cache yet, in worker processes.
+
+    kind: what will be asked of them later, and is read from the machine code at once.
 
     Raises: KernelError for the first request that does not compile.
     """
-    distinct = [
-        wanted
-        for wanted in dict.fromkeys(requests)
-        if known_report(wanted) is None
+    read = report if kind is KernelReport else resources
+    missing = [
+        request
+        for request in dict.fromkeys(requests)
+        if _stored(kind, _path_of(kind, request)) is None
     ]
-    workers = min(workers or os.cpu_count() or 1, len(distinct))
-    # A worker pays about two seconds for importing torch: it must have enough to do.
-    if workers < 2 or len(distinct) < 4:
-        for wanted in distinct:
-            report(wanted)
+    workers = min(workers or os.cpu_count() or 1, len(missing))
+    # The first workers of a process wait two seconds for torch: they must have enough to do.
+    if workers < 2 or len(missing) < 4:
+        for request in missing:
+            read(request)
         return
-    context = multiprocessing.get_context("spawn")
-    with _blank_main(), ProcessPoolExecutor(workers, mp_context=context) as pool:
-        for wanted, made in zip(distinct, pool.map(_work, distinct), strict=True):
-            assert made is not None, wanted
+    cache_dir = settings.read().cache_dir
+    with _blank_main(), ProcessPoolExecutor(
+        workers, mp_context=_fork_server(), initializer=_prepare_worker, initargs=(cache_dir,)
+    ) as pool:
+        list(pool.map(read, missing))
+
+
+def _fork_server() -> multiprocessing.context.ForkServerContext:
+    """Starts workers that have imported this room already, once for all of them: a process of its
+    own does, of which they are forks. It ends with this process."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__, f"{__package__}.registry"])
+    return context
+
+
+def _prepare_worker(cache_dir: Path) -> None:
+    """In the worker, whose environment is that in which the first one was started."""
+    os.environ["CONVLOOM_CACHE_DIR"] = str(cache_dir)
+    torch.set_num_threads(1)
+    gc.freeze()  # What torch and triton hold is not worth looking through again and again.
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    """A worker whose parent was killed would wait for work for ever."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
 
 
 @contextmanager
 def _blank_main() -> Iterator[None]:
-    """Spawned workers import the main module: a script without a `__main__` guard would run again.
+    """Workers import the main module: a script without a `__main__` guard would run again.
 
     Nothing that is sent to them lives there.
     """
@@ -330,8 +389,3 @@ def _blank_main() -> Iterator[None]:
         yield
     finally:
         sys.modules["__main__"] = main
-
-
-def _work(wanted: CompileRequest) -> KernelReport:
-    torch.set_num_threads(1)
-    return report(wanted)

@@ -45,7 +45,7 @@ def gpu() -> Gpu:
 def compiling_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     """Many of these processes run side by side: none starts others to compile."""
     compile_all = offline.compile_all
-    monkeypatch.setattr(offline, "compile_all", lambda wanted, workers=None: compile_all(wanted, 1))
+    monkeypatch.setattr(offline, "compile_all", lambda wanted: compile_all(wanted, 1))
 
 
 @pytest.fixture

@@ -168,7 +168,7 @@ def sample() -> tuple[Kernel, ...]:
             if kernel.name not in best or work > best[kernel.name][0]:
                 best[kernel.name] = work, kernel
     found = tuple(kernel for _, kernel in best.values())
-    offline.compile_all([kernel.request for kernel in found])
+    offline.compile_all([kernel.request for kernel in found], kind=KernelReport)
     return found
 
 
@@ -254,7 +254,7 @@ def issue_limit(kernel: Kernel) -> float | None:
 
 
 def assert_healthy(kernels: list[Kernel]) -> None:
-    offline.compile_all([kernel.request for kernel in kernels])
+    offline.compile_all([kernel.request for kernel in kernels], kind=KernelReport)
     found = [f"{kernel}: {reason}" for kernel in kernels for reason in complaints(kernel)]
     assert not found, "\n".join(found)
 

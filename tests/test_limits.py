@@ -204,7 +204,7 @@ def test_an_interrupted_compilation_leaves_the_cache_right(
     monkeypatch.setenv("CONVLOOM_CACHE_DIR", str(tmp_path))
     before = triton.knobs.cache.dir
     # What was read before in this process would not be read again.
-    offline.report.cache_clear()
+    offline.resources.cache_clear()
     plan = plan_of(nn.ReLU(), 2, 3)
     (request,) = [
         offline.request(launch, lambda ref: torch.float32, targets.parse(SM_90))
@@ -214,13 +214,13 @@ def test_an_interrupted_compilation_leaves_the_cache_right(
     def interrupt(*arguments: Any) -> Any:
         raise KeyboardInterrupt
 
-    for name in ("_source", "check_tensor_memory", "_disassemble"):
+    for name in ("_source", "check_tensor_memory", "_resources"):
         with monkeypatch.context() as patch:
             patch.setattr(offline, name, interrupt)
             with pytest.raises(KeyboardInterrupt):
-                offline.report(request)
+                offline.resources(request)
         assert triton.knobs.cache.dir == before
-        assert offline.known_report(request) is None
+        assert offline.known_resources(request) is None
         assert not list(tmp_path.rglob("*.tmp*"))
-    report = offline.report(request)
-    assert offline.known_report(request) == report
+    resources = offline.resources(request)
+    assert offline.known_resources(request) == resources

@@ -153,7 +153,7 @@ def compiled_in_parallel() -> None:
         for target in GENERATIONS:
             if definition.legal(problem, definition.default(problem, target), target) is None:
                 requests += [wanted for _, wanted in launch_requests(problem, target)]
-    offline.compile_all(requests)
+    offline.compile_all(requests, kind=offline.KernelReport)
 
 
 @pytest.mark.parametrize("target", GENERATIONS, ids=lambda target: target.name)
@@ -214,7 +214,7 @@ def test_every_op_compiles(target: Target) -> None:
     requests = [
         wanted for _, problem in problems for _, wanted in launch_requests(problem, target)
     ]
-    offline.compile_all(requests)
+    offline.compile_all(requests, kind=offline.KernelReport)
     for _, problem in problems:
         assert_healthy(problem, target)
 
@@ -243,7 +243,7 @@ def test_a_damaged_report_is_read_from_the_machine_code_again(
     (_, wanted), *_ = launch_requests(PRODUCTS["linear 4096"], targets.parse("cuda:sm_90"))
     offline.report.cache_clear()
     first = offline.report(wanted)
-    path = offline._report_path(wanted)
+    path = offline._path_of(offline.KernelReport, wanted)
     assert json.loads(path.read_text())["registers"] == first.registers
     path.write_text(path.read_text()[:20])
     offline.report.cache_clear()

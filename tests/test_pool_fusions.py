@@ -350,9 +350,10 @@ def request_of(problem: Problem, target: Target) -> offline.CompileRequest:
 @pytest.fixture(scope="module")
 def compiled() -> None:
     """Everything below, by worker processes: one after the other takes twice as long."""
-    offline.compile_all(
-        [request_of(problem, target) for problem in COMPILED.values() for target in GENERATIONS]
-    )
+    requests = [
+        request_of(problem, target) for problem in COMPILED.values() for target in GENERATIONS
+    ]
+    offline.compile_all(requests, kind=offline.KernelReport)
 
 
 needs_compiler = pytest.mark.usefixtures("compiled")

@@ -32,9 +32,9 @@ def check(model: str, target: str) -> None:
     found = fused_requests(model, target)
     offline.compile_all(list(found))
     spilling = {
-        where: report.spill_bytes
+        where: resources.spill_bytes
         for request, where in found.items()
-        if (report := offline.report(request)).spill_bytes
+        if (resources := offline.resources(request)).spill_bytes
     }
     assert not spilling, f"bytes of registers in memory: {spilling}"
 

@@ -10,7 +10,7 @@ import torch
 
 from ...errors import KernelError, TargetUnavailableError
 from ...kernels import offline, registry
-from ...kernels.offline import KernelReport
+from ...kernels.offline import Resources
 from ...kernels.op import Config, Problem
 from ...kernels.targets import INTERPRETER, Target
 from . import rank
@@ -39,7 +39,7 @@ class Judge(Protocol):
         ...
 
     def trial(
-        self, problem: Problem, config: Config, reports: Sequence[KernelReport], timeout_s: float
+        self, problem: Problem, config: Config, reports: Sequence[Resources], timeout_s: float
     ) -> Trial:
         """What the configuration does; raises ChildError where it fails."""
         ...
@@ -64,7 +64,7 @@ class Model:
         """Nothing to do."""
 
     def trial(
-        self, problem: Problem, config: Config, reports: Sequence[KernelReport], timeout_s: float
+        self, problem: Problem, config: Config, reports: Sequence[Resources], timeout_s: float
     ) -> Trial:
         """The modelled time; results are not verified."""
         op = registry.get(problem.op)
@@ -102,7 +102,7 @@ class Measured:
             raise TargetUnavailableError(f"cannot measure here: {error}") from error
 
     def trial(
-        self, problem: Problem, config: Config, reports: Sequence[KernelReport], timeout_s: float
+        self, problem: Problem, config: Config, reports: Sequence[Resources], timeout_s: float
     ) -> Trial:
         """The verdict and the times.
 
@@ -147,7 +147,7 @@ def cuda_handler() -> Handler:
 def compiler_handler() -> Handler:
     """Compiles requests and reads the machine code (in the child)."""
     torch.set_num_threads(1)
-    return offline.report
+    return offline.resources
 
 
 def can_measure(target: Target) -> bool:

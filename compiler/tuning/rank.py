@@ -24,7 +24,7 @@ import torch
 from ...kernels import gemm_persistent, offline, registry, residual
 from ...kernels import machine as machines
 from ...kernels.machine import Machine
-from ...kernels.offline import CompileRequest, KernelReport
+from ...kernels.offline import CompileRequest, Resources
 from ...kernels.op import Config, Launch, Op, Problem, Ref
 from ...kernels.targets import Target
 
@@ -76,7 +76,7 @@ def rank(
     problem: Problem,
     target: Target,
     configs: Iterable[Config],
-    reports: Mapping[Config, Sequence[KernelReport]] | None = None,
+    reports: Mapping[Config, Sequence[Resources]] | None = None,
 ) -> list[Ranked]:
     """The configurations by modelled time, the fastest first; equal ones keep their order.
 
@@ -95,7 +95,7 @@ def modelled_us(
     problem: Problem,
     target: Target,
     config: Config,
-    reports: Sequence[KernelReport] | None = None,
+    reports: Sequence[Resources] | None = None,
 ) -> float:
     """Microseconds of a problem in a configuration; in the interpreter the number of programs
     counts and nothing else."""
@@ -149,7 +149,7 @@ def _launch_us(
     launch: Launch,
     products_us: float,
     loop: _Loop,
-    report: KernelReport | None,
+    report: Resources | None,
 ) -> float:
     """products_us: of all tiles on the whole machine."""
     tiles = launch.tiles_at(launch.batch or 1)
@@ -165,7 +165,7 @@ def _launch_us(
     return busy + machines.combine_us(machine, launch)
 
 
-def resident(machine: Machine, launch: Launch, report: KernelReport | None) -> int:
+def resident(machine: Machine, launch: Launch, report: Resources | None) -> int:
     """Blocks of the launch that one multiprocessor holds at a time; at least 1."""
     threads = 32 * launch.num_warps
     limit = min(machine.blocks, machine.threads // threads)
@@ -234,7 +234,7 @@ def wasteful(
 
 
 def refused(
-    target: Target, launches: Sequence[Launch], reports: Sequence[KernelReport]
+    target: Target, launches: Sequence[Launch], reports: Sequence[Resources]
 ) -> tuple[str, str] | None:
     """(stage, reason) where compiled code cannot run on the target or uses the stack."""
     for launch, report in zip(launches, reports, strict=True):

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 
 from ...errors import ArtifactError, ConvloomError, KernelError
 from ...kernels import offline, registry
-from ...kernels.offline import CompileRequest, KernelReport
+from ...kernels.offline import CompileRequest, Resources
 from ...kernels.op import Config, Op, Problem
 from ...kernels.targets import Target
 from ..plan import KernelStep, Plan
@@ -116,8 +116,8 @@ class _State:
     work: Work
     selected: list[Config] = field(default_factory=list)
     rejected: dict[Config, Rejected] = field(default_factory=dict)
-    futures: dict[Config, list[Future[KernelReport]]] = field(default_factory=dict)
-    reports: dict[Config, list[KernelReport]] = field(default_factory=dict)
+    futures: dict[Config, list[Future[Resources]]] = field(default_factory=dict)
+    reports: dict[Config, list[Resources]] = field(default_factory=dict)
     times: dict[Config, Trial] = field(default_factory=dict)
     kept: Record | None = None
     previous: Record | None = None
@@ -428,11 +428,11 @@ def search(records: Records, target: Target, works: Sequence[Work]) -> None:
     Tuner(records, judge).run(works)
 
 
-def _report(crew: Crew, request: CompileRequest) -> Future[KernelReport]:
+def _report(crew: Crew, request: CompileRequest) -> Future[Resources]:
     """The report of a request, from disk where it is known."""
-    known = offline.known_report(request)
+    known = offline.known_resources(request)
     if known is None:
         return crew.submit(request)
-    future: Future[KernelReport] = Future()
+    future: Future[Resources] = Future()
     future.set_result(known)
     return future
