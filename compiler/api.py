@@ -33,7 +33,8 @@ from .runtime import (
     ReferenceRunner,
     Runner,
 )
-from .tuning.choose import Records, heuristic, local_device
+from .tuning.choose import Chooser, Records, heuristic, local_device
+from .tuning.fit import fitted
 from .tuning.search import problems_of, search, works_for
 from .tuning.timings import Timings
 
@@ -101,6 +102,7 @@ def compile(
         forbid=forbid,
         slide=slide,
         outputs=outputs,
+        compiled=True,
     )
     executable = Executable(graph, plan, ledger, runner_for(graph, plan, plan.target, target))
     LOG.info("%s: %s", graph.name, executable.summary_line())
@@ -124,8 +126,12 @@ def lowered(
     slide: tuple[int, int] | None = None,
     known: Timings | None = None,
     outputs: Sequence[str] | None = None,
+    compiled: bool = False,
 ) -> tuple[Graph, Plan, Ledger]:
     """What `compile` makes before there is code: the optimised graph, its plan and the ledger.
+
+    compiled: the kernels for a GPU are compiled, and configurations that spill or do not fit give
+    way to others (`tuning/fit.py`).
 
     known: where the times of alternative fusions are looked up, and what is missing is kept;
     otherwise in the records, if `tuning` allows.
@@ -162,7 +168,9 @@ def lowered(
             graph, ledger = optimise()
         search(records, chosen, works_for(problems_of(lower(graph, captured, options, Ledger()))))
     choose = records.choose if records else heuristic
-    plan = lower(graph, captured, replace(options, choose=choose), ledger)
+    lowering = partial(_lowered_with, graph, captured, options, ledger)
+    fits = compiled and chosen.is_gpu
+    plan, ledger = fitted(lowering, choose) if fits else lowering(choose)
     wishes.check_forced(captured, captured.goal.force, ledger, LABELS)
     if dynamic_batch is not None:
         plan = _with_bounds(plan, dynamic_batch)
@@ -174,6 +182,14 @@ def _optimised(
 ) -> tuple[Graph, Ledger]:
     ledger = Ledger()
     return run_passes(captured, ledger, passes, fallback), ledger
+
+
+def _lowered_with(
+    graph: Graph, captured: Graph, options: Options, ledger: Ledger, choose: Chooser
+) -> tuple[Plan, Ledger]:
+    """The plan by one chooser; the ledger of the passes stays as it is for the next one."""
+    ledger = ledger.copy()
+    return lower(graph, captured, replace(options, choose=choose), ledger), ledger
 
 
 def _records(tuning: str, target: Target) -> Records | None:

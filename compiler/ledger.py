@@ -100,6 +100,12 @@ class Ledger:
             self._refused.add(event)
             self.events.append(event)
 
+    def copy(self) -> Ledger:
+        """The same events, to go on with apart."""
+        ledger = replace(self, events=list(self.events))
+        ledger._refused = set(self._refused)
+        return ledger
+
     def close(self, captured: Graph, final: Graph, kernels: Mapping[str, str]) -> None:
         """Takes what decides the fates. `kernels` maps final nodes to what runs them ("view" where
         it does not)."""

@@ -20,7 +20,7 @@ import pytest
 import torch
 from convloom.compiler import capture
 from convloom.kernels import dependent, execute, interpreter, offline
-from convloom.kernels.offline import CompileRequest
+from convloom.kernels.offline import CompileRequest, Resources
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
@@ -224,6 +224,7 @@ def fake_gpu() -> Iterator[FakePlaces]:
         patch.setattr(torch, "Generator", _Generator)
         patch.setattr(offline, "compile_request", lambda wanted: Kernel(wanted, cuda, places))
         patch.setattr(offline, "compile_all", _nothing)
+        patch.setattr(offline, "resources", lambda wanted: Resources(32, 0, 0))
         patch.setattr(capture, "_export", places.exporting(capture._export))
         with places:
             yield places

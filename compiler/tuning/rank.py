@@ -247,7 +247,10 @@ def refused(
         if report.registers * 32 * launch.num_warps > REGISTERS:
             return "resources", f"{name} needs {report.registers} registers in every thread"
         if report.spill_bytes:
-            return "spills", f"{name} keeps {report.spill_bytes} bytes per thread on the stack"
+            return "spills", (
+                f"{name} keeps {report.spill_bytes} bytes per thread on the stack, beside "
+                f"{report.registers} registers of {target.registers_per_thread}"
+            )
     return None
 
 

@@ -1,0 +1,124 @@
+"""Configurations that the compiler's report refuses give way to the next best.
+
+An op's `legal` tells by rules of thumb what will not fit; only the compiler knows. A plan is
+compiled, and where a kernel keeps registers on the stack or needs more than the target has, its
+problem gets the next configuration by the model, until all of them fit. The plan says so
+(`chosen_by`), and a file of it keeps the configuration.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+from ...errors import KernelError
+from ...kernels import offline
+from ...kernels.op import Config, Op, Problem
+from ...kernels.targets import Target
+from ..plan import KernelStep, Plan
+from ..runtime import compile_requests
+from . import rank
+from .choose import HEURISTIC, Choice, Chooser
+
+LOG = logging.getLogger("convloom")
+CANDIDATES = 16
+"""Configurations of one problem that are compiled at most, sizes of tiles as different as can be:
+where all of these spill, so do others."""
+
+Lowered = TypeVar("Lowered", bound=tuple[Plan, object])
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """Why a compiled configuration was passed over. spill_bytes: of all its kernels, per thread; 0
+    where it does not fit at all."""
+
+    reason: str
+    spill_bytes: int
+
+
+@dataclass
+class Fitting:
+    """A chooser that knows what was refused. settled: problems for which nothing fits."""
+
+    choose: Chooser
+    refused: dict[Problem, dict[Config, Refusal]] = field(default_factory=dict)
+    settled: dict[Problem, Choice] = field(default_factory=dict)
+
+    def __call__(self, op: Op, problem: Problem, target: Target) -> Choice:
+        if problem in self.settled:
+            return self.settled[problem]
+        choice = self.choose(op, problem, target)
+        refused = self.refused.get(problem, {})
+        if choice.config not in refused:
+            return choice
+        reason = refused[choice.config].reason
+        if choice.source != HEURISTIC and len(refused) == 1:
+            LOG.warning("%s is not used: %s", choice.source, reason)
+        for config in candidates(op, problem, target):
+            if config not in refused:
+                return Choice(config, f"next by the model; {choice.source} refused: {reason}")
+        return self._settle(op, problem)
+
+    def _settle(self, op: Op, problem: Problem) -> Choice:
+        """The configuration that spills least.
+
+        Raises: KernelError where none fits the target.
+        """
+        refused = self.refused[problem]
+        running = {config: each for config, each in refused.items() if each.spill_bytes}
+        if not running:
+            reasons = "; ".join(sorted({each.reason for each in refused.values()})[:3])
+            raise KernelError(f"no configuration of {op.name} for {problem.output.spec}: {reasons}")
+        config = min(running, key=lambda each: running[each].spill_bytes)
+        reason = running[config].reason
+        LOG.warning(
+            "%s of %s: every configuration tried spills (%d); the least is taken: %s",
+            op.name, problem.output.spec, len(refused), reason,
+        )  # fmt: skip
+        self.settled[problem] = Choice(config, f"least spilling of {len(refused)}: {reason}")
+        return self.settled[problem]
+
+    def learn(self, plan: Plan) -> bool:
+        """Compiles the plan's kernels; whether one of them was refused that was not before."""
+        requests = compile_requests(plan, plan.target)
+        offline.compile_all(requests)
+        remaining, learnt = iter(requests), False
+        for step in plan.steps:
+            if not isinstance(step, KernelStep):
+                continue
+            reports = [offline.resources(next(remaining)) for _ in step.launches]
+            refusal = rank.refused(plan.target, step.launches, reports)
+            if refusal is None or step.problem in self.settled:
+                continue
+            stage, reason = refusal
+            spilled = sum(each.spill_bytes for each in reports) if stage == "spills" else 0
+            self.refused.setdefault(step.problem, {})[step.config] = Refusal(reason, spilled)
+            learnt = True
+        return learnt
+
+
+def candidates(op: Op, problem: Problem, target: Target) -> list[Config]:
+    """What may stand in for a refused default, the best by the model first."""
+    legal = [
+        config
+        for config in rank.space(op, problem, target)
+        if op.legal(problem, config, target) is None
+    ]
+    wasteful = rank.wasteful(op, problem, target, legal)
+    ranked = rank.rank(op, problem, target, (c for c in legal if c not in wasteful))
+    return rank.varied(op, problem, target, ranked, CANDIDATES)
+
+
+def fitted(lower: Callable[[Chooser], Lowered], choose: Chooser) -> Lowered:
+    """What `lower` makes of a chooser like `choose` whose every configuration fits.
+
+    Raises: KernelError where a problem has none that fits.
+    """
+    fitting = Fitting(choose)
+    while True:
+        lowered = lower(fitting)
+        if not fitting.learn(lowered[0]):
+            return lowered

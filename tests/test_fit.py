@@ -1,0 +1,148 @@
+"""Configurations that spill or do not fit give way to the next best; the plan and its file say so."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from pathlib import Path
+
+import convloom
+import pytest
+import torch
+from convloom.compiler.artifact import read, rederive
+from convloom.compiler.plan import KernelStep
+from convloom.compiler.tuning import choose, fit
+from convloom.compiler.tuning.choose import Choice
+from convloom.errors import KernelError
+from convloom.kernels import offline, registry
+from convloom.kernels.offline import CompileRequest, Resources
+from convloom.kernels.op import Config, Op, Problem
+from convloom.kernels.targets import Target
+from torch import nn
+
+X = torch.zeros(2, 16)
+FITS = Resources(40, 0, 0)
+Said = Callable[[CompileRequest], Resources]
+
+
+@pytest.fixture
+def compiler(monkeypatch: pytest.MonkeyPatch) -> Callable[[Said], None]:
+    """Makes the compiler's reports up; nothing is compiled."""
+
+    def says(said: Said) -> None:
+        monkeypatch.setattr(offline, "compile_all", lambda requests: None)
+        monkeypatch.setattr(offline, "resources", said)
+
+    return says
+
+
+def step_of(net: nn.Module, tuning: str = "heuristic") -> KernelStep:
+    exe = convloom.compile(net.eval(), (X,), target="cuda:sm_90", tuning=tuning)
+    (step,) = exe.plan.steps
+    assert isinstance(step, KernelStep)
+    return step
+
+
+def default_of(step: KernelStep, target: Target) -> Config:
+    return registry.get(step.op).default(step.problem, target)
+
+
+def warps_spill(count: int, spill_bytes: int = 8) -> Said:
+    """Kernels of so many warps spill."""
+    return lambda request: Resources(255, spill_bytes * (request.num_warps == count), 0)
+
+
+def test_the_next_by_the_model_is_taken(
+    compiler: Callable[[Said], None], tmp_path: Path
+) -> None:
+    compiler(lambda request: FITS)
+    default = step_of(nn.Linear(16, 40))
+    assert default.chosen_by == "heuristic"
+    compiler(warps_spill(default.config.num_warps))
+    step = step_of(nn.Linear(16, 40))
+    assert step.config.num_warps != default.config.num_warps
+    assert step.chosen_by.startswith("next by the model; heuristic refused: ")
+    assert "keeps 8 bytes per thread on the stack, beside 255 registers of 255" in step.chosen_by
+
+
+def test_what_does_not_fit_gives_way_too(compiler: Callable[[Said], None]) -> None:
+    compiler(lambda request: FITS)
+    warps = step_of(nn.Linear(16, 40)).config.num_warps
+    compiler(lambda request: Resources(40, 0, 1 << (20 if request.num_warps == warps else 10)))
+    step = step_of(nn.Linear(16, 40))
+    assert step.config.num_warps != warps and "of shared memory" in step.chosen_by
+
+
+def test_where_all_spill_the_least_spilling_is_taken_and_said(
+    compiler: Callable[[Said], None], caplog: pytest.LogCaptureFixture
+) -> None:
+    spilled: list[int] = []
+
+    def said(request: CompileRequest) -> Resources:
+        block_m = dict(request.constexprs).get("BLOCK_M", 512)
+        spilled.append(8 * block_m)
+        return Resources(255, spilled[-1], 0)
+
+    compiler(said)
+    with caplog.at_level(logging.WARNING, "convloom"):
+        step = step_of(nn.Linear(16, 40))
+    assert 8 * dict(step.config.blocks)["BLOCK_M"] == min(spilled)
+    assert step.chosen_by.startswith("least spilling of ")
+    assert "linear of float32[2, 40]: every configuration tried spills" in caplog.text
+
+
+def test_where_nothing_fits_it_is_an_error(compiler: Callable[[Said], None]) -> None:
+    compiler(lambda request: Resources(40, 0, 1 << 20))
+    message = r"no configuration of linear for float32\[2, 40\]: gemm_kernel needs 1048576 bytes"
+    with pytest.raises(KernelError, match=message):
+        step_of(nn.Linear(16, 40))
+
+
+def test_a_record_that_spills_is_not_used(
+    compiler: Callable[[Said], None],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    compiler(lambda request: FITS)
+    default = step_of(nn.Linear(16, 40)).config
+
+    def of_record(self: choose.Records, op: Op, problem: Problem, target: Target) -> Choice:
+        others = fit.candidates(op, problem, target)
+        return Choice(next(c for c in others if c.num_warps != default.num_warps), "record: mine")
+
+    monkeypatch.setattr(choose.Records, "choose", of_record)
+    recorded = step_of(nn.Linear(16, 40), "records").config
+    compiler(warps_spill(recorded.num_warps))
+    with caplog.at_level(logging.WARNING, "convloom"):
+        step = step_of(nn.Linear(16, 40), "records")
+    assert step.config.num_warps != recorded.num_warps
+    assert "record: mine is not used: " in caplog.text and "8 bytes per thread" in caplog.text
+
+
+def test_a_file_keeps_what_was_chosen(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    resources, default = offline.resources, step_of(nn.Linear(16, 40)).config
+
+    def said(request: CompileRequest) -> Resources:
+        spills = request.num_warps == default.num_warps
+        return Resources(255, 8, 0) if spills else resources(request)
+
+    monkeypatch.setattr(offline, "resources", said)
+    exe = convloom.compile(nn.Linear(16, 40).eval(), (X,), target="cuda:sm_90", tuning="heuristic")
+    exe.save(tmp_path / "net.loom")
+    artifact = read.open_artifact(tmp_path / "net.loom")
+    (program,) = artifact.programs
+    assert program.steps[0].tile.num_warps != default.num_warps
+    assert "refused" in program.steps[0].chosen_by
+    assert rederive.differences(artifact) == []
+
+
+def test_the_ledger_tells_it_once(compiler: Callable[[Said], None]) -> None:
+    """Lowering once more records no refusal or view a second time."""
+    compiler(lambda request: FITS)
+    net = nn.Sequential(nn.Linear(16, 40), nn.Flatten(0), nn.ReLU())
+    first = convloom.compile(net, (X,), target="cuda:sm_90", tuning="heuristic")
+    warps = first.kernels[0].launch.num_warps
+    compiler(warps_spill(warps))
+    second = convloom.compile(net, (X,), target="cuda:sm_90", tuning="heuristic")
+    assert second.kernels[0].launch.num_warps != warps
+    assert first.ledger.events == second.ledger.events
