@@ -1,4 +1,4 @@
-"""Configurations that spill or do not fit give way to the next best; the plan and its file say so."""
+"""What spills or does not fit gives way to the next best; the plan and its file say so."""
 
 from __future__ import annotations
 
