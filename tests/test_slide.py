@@ -222,6 +222,9 @@ def test_what_cannot_slide_is_refused() -> None:
     half = nn.Upsample(scale_factor=1.5)
     message = refused(UnsupportedOpError, nn.Sequential(half), (1, 3, 6, 6), (9, 9))
     assert message.endswith("9 pixels do not become a whole number as 6 become 9")
+    cut = nn.Upsample(scale_factor=1.4)  # 8 of 8.4 rows: the crops beside it would begin elsewhere.
+    message = refused(UnsupportedOpError, nn.Sequential(cut), (1, 3, 6, 6), (9, 9))
+    assert message.endswith("9 pixels do not become a whole number as 6 become 8")
     for norm in (nn.GroupNorm(1, 3), nn.InstanceNorm2d(3), nn.LayerNorm((3, 6, 6))):
         message = refused(UnsupportedOpError, nn.Sequential(norm), (1, 3, 6, 6), (9, 9))
         assert re.match(r"slide: '0': normalize\(.*join pixels of the whole image", message)
