@@ -160,7 +160,8 @@ class _CapturedPlan:
         stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         stream.wait_stream(torch.cuda.current_stream())
         # Modules load, and torch ops of fallback steps warm up, outside the capture. Each launch is
-        # waited for, once: an error of the device is told by whatever waits for it.
+        # waited for, once: an error of the device is told by whatever waits for it, and nothing of
+        # the stream is left to wait for.
         with torch.cuda.stream(stream):
             for name, action in self._actions:
                 try:
@@ -172,7 +173,6 @@ class _CapturedPlan:
                     if _is_fault(error):
                         raise _StepError(name, error) from error
                     raise
-        torch.cuda.current_stream().wait_stream(stream)
         self._graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self._graph):
             if schedule is not None:

@@ -196,7 +196,12 @@ def _activation_example() -> Any:
 
 
 def _prologue_example() -> Any:
-    return example(lambda m, x: m["conv"](torch.relu(x)), IMAGE, conv=_conv(1))
+    """Of a chain whose first operand is not the image."""
+
+    def run(m: Any, x: torch.Tensor, g: torch.Tensor) -> Any:
+        return m["conv"](torch.tanh(g - x))
+
+    return example(run, IMAGE, (2, 6, 1, 1), conv=_conv(1))
 
 
 def _enlarging() -> Any:
@@ -212,8 +217,8 @@ def _grouped() -> Any:
     return example(lambda m, x: m["conv"](torch.relu(x)), IMAGE, conv=conv)
 
 
-def _strided_gate() -> Any:
-    conv = nn.Conv2d(IMAGE[1], 8, 1, stride=2)
+def _gate(**options: Any) -> Any:
+    conv = nn.Conv2d(IMAGE[1], 8, 1, **options)
     return example(lambda m, x, g: m["conv"](x * g), IMAGE, (2, 6, 1, 1), conv=conv)
 
 
@@ -291,7 +296,6 @@ EPILOGUE_RULES = (
 )
 
 
-
 def _flatten_guard(graph: Graph, found: Match) -> str | None:
     """Permuting the weight's columns is free unless someone else reads them in the old order."""
     weight = found.values["w"]
@@ -331,6 +335,17 @@ def _partly_flattened() -> Any:
     return example(lambda m, x: m["fc"](m["pool"](x).flatten(2)), IMAGE, **layers)
 
 
+def _flattened_groups() -> Any:
+    """The groups of a channel shuffle are no volume: channels are not innermost in memory."""
+    layers = {"pool": nn.MaxPool2d(2, 1), "fc": nn.Linear(6 * 6 * 4, 4)}
+
+    def run(m: Any, x: torch.Tensor) -> Any:
+        groups = m["pool"](x).reshape(-1, 2, 3, 6, 4)
+        return m["fc"]((groups * groups.sum(2, keepdim=True)).flatten(1))
+
+    return example(run, IMAGE, **layers)
+
+
 def _flattened_input() -> Any:
     return example(lambda m, x: m["fc"](x.flatten(1)), IMAGE, fc=nn.Linear(6 * 7 * 5, 4))
 
@@ -352,6 +367,7 @@ FLATTEN_RULES = (
         _flatten_guard,
         (
             NearMiss(_partly_flattened, "one row per sample"),
+            NearMiss(_flattened_groups, "does not flatten an image"),
             NearMiss(_flattened_input, "a view already"),
             NearMiss(_shared_weight, "is shared"),
         ),
@@ -374,7 +390,8 @@ PROLOGUE_RULES = (
             NearMiss(_recomputing, "taps"),
             NearMiss(_grouped, "grouped"),
             NearMiss(_not_channelwise, "per channel"),
-            NearMiss(_strided_gate, "per channel for all images"),
+            NearMiss(lambda: _gate(stride=2), "per channel for all images"),
+            NearMiss(lambda: _gate(padding=1), "per channel for all images"),
         ),
         label="prologue",
     ),

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import hashlib
 import linecache
+import math
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -27,6 +28,14 @@ import triton.language as tl
 
 from . import scalars
 from .spec import Operand, TensorSpec
+
+
+def same_numbers(
+    ours: tuple[float | None, ...], theirs: tuple[float | None, ...]
+) -> bool:
+    """Whether two lists of numbers are equal, with the signs of zeros: x / 0.0 is not x / -0.0."""
+    signs = [[math.copysign(1, x) for x in each if x is not None] for each in (ours, theirs)]
+    return ours == theirs and signs[0] == signs[1]
 
 
 @dataclass(frozen=True)
@@ -44,6 +53,15 @@ class Stage:
     literal: float | None = None
     reverse: bool = False
     channels: tuple[int, int] | None = None
+
+    def __eq__(self, other: object) -> bool:
+        """Unlike numbers, zeros of different signs differ."""
+        if not isinstance(other, Stage):
+            return NotImplemented
+        rest = (self.name, self.reverse, self.channels)
+        return rest == (other.name, other.reverse, other.channels) and (
+            same_numbers((*self.parameters, self.literal), (*other.parameters, other.literal))
+        )
 
     @property
     def scalar(self) -> scalars.Scalar:
@@ -249,6 +267,13 @@ def _literal(value: float) -> str:
     return f'float("{text}")' if text.lstrip("-") in ("inf", "nan") else text
 
 
+def _full(value: float) -> str:
+    """A literal as a tensor; Triton makes 0.0 of -0.0 where it is given as a number."""
+    if value == 0 and math.copysign(1, value) < 0:
+        return "tl.full((1, 1), -0x80000000, tl.int32).to(tl.float32, bitcast=True)"
+    return f"tl.full((1, 1), {_literal(value)}, tl.float32)"
+
+
 def _ordered(
     stages: Epilogue, reads: tuple[Access, ...], sizes: tuple[int, ...]
 ) -> list[tuple[Stage, int | None]]:
@@ -305,7 +330,7 @@ def generate(
             lines.append(f"    operand{at} = {load}")
             arguments.append(f"operand{at}")
         elif stage.literal is not None:
-            arguments.append(f"tl.full((1, 1), {_literal(stage.literal)}, tl.float32)")
+            arguments.append(_full(stage.literal))
         if stage.reverse:
             arguments.reverse()
         arguments += [_literal(value) for value in stage.parameters]

@@ -51,6 +51,14 @@ class Pointwise(Attributes):
     literal: float | None = None
     reverse: bool = False
 
+    def __eq__(self, other: object) -> bool:
+        """Unlike numbers, zeros of different signs differ."""
+        if not isinstance(other, Pointwise):
+            return NotImplemented
+        return self.reverse == other.reverse and ep.same_numbers(
+            (*self.parameters, self.literal), (*other.parameters, other.literal)
+        )
+
 
 @triton.jit
 def pointwise_kernel(

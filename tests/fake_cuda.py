@@ -1,5 +1,6 @@
 """torch.cuda as far as `compiler/cuda_graphs.py` uses it, on the CPU: launches run at once, a graph
-runs again what was launched while it was recorded, streams and events are written down."""
+runs again what was launched while it was recorded, events are written down, and a launch outside of
+the current stream must come after what that stream was given."""
 
 from __future__ import annotations
 
@@ -26,14 +27,19 @@ class FakeCuda:
         self.waits: list[Any] = []
         self.emptied = 0
         self.synchronize_error: Exception | None = None
+        self.first: Any = None
+        self.stream: Any = None
 
     def install(self, patch: pytest.MonkeyPatch) -> None:
         """Puts it in the place of torch.cuda."""
         cuda = self
 
         class Stream:
+            def __init__(self) -> None:
+                self.waited: list[Any] = []
+
             def wait_stream(self, other: Any) -> None:
-                pass
+                self.waited.append(other)
 
             def wait_event(self, event: Any) -> None:
                 cuda.waits.append(event)
@@ -57,10 +63,15 @@ class FakeCuda:
 
         @contextmanager
         def stream(chosen: Stream) -> Iterator[None]:
-            yield
+            before, cuda.stream = cuda.stream, chosen
+            try:
+                yield
+            finally:
+                cuda.stream = before
 
+        self.stream = self.first = Stream()
         names = {"Stream": Stream, "CUDAGraph": Graph, "graph": graph, "stream": stream,
-                 "current_stream": Stream, "synchronize": self._synchronize,
+                 "current_stream": lambda: self.stream, "synchronize": self._synchronize,
                  "empty_cache": self._empty}  # fmt: skip
         for name, value in names.items():
             patch.setattr(torch.cuda, name, value)
@@ -84,8 +95,10 @@ class FakeCuda:
     def _launch(self, action: Callable[[], None]) -> None:
         if self.recorded is not None:
             self.recorded.append(action)
-        else:
-            action()
+            return
+        # The memory that it finds was prepared in the first stream.
+        assert self.stream is self.first or self.first in self.stream.waited, "not ordered"
+        action()
 
 
 def _interpret(step: KernelStep, launch: Any, memory: Memory) -> None:

@@ -75,16 +75,18 @@ def normalised() -> Made:
 
 
 def unfoldable() -> Made:
-    """Every reason not to fold: a shared result, a shared weight, a stage between, no layer."""
+    """Every reason not to fold: a shared result, a shared weight, a stage between, no layer, and
+    channels that are not the last dimension, though there are as many."""
 
     def function(m: Any, x: torch.Tensor) -> Any:
         a = m.a(x)
         b = m.norm_b(m.b(x)) + m.b(x + 1.0)
         c = m.norm_c(m.c(x).relu())
-        return m.norm_a(a) + a, b, c, m.norm_x(x)
+        d = m.norm_d(m.d(x.flatten(2)))
+        return m.norm_a(a) + a, b, c, d, m.norm_x(x)
 
-    layers = {name: conv() for name in "abc"}
-    return make(function, IMAGE, **layers, **{f"norm_{name}": norm() for name in "abcx"})
+    layers = {name: conv() for name in "abc"} | {f"norm_{name}": norm() for name in "abcx"}
+    return make(function, IMAGE, **layers, d=nn.Linear(35, 6), norm_d=nn.BatchNorm1d(6))
 
 
 def residual_block() -> Made:

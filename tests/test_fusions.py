@@ -19,7 +19,7 @@ import torch
 from convloom.compiler import fusions, partition, text
 from convloom.compiler.capture import capture
 from convloom.compiler.fusions import BINARY, HEAVY, UNARY
-from convloom.compiler.ir import OUTPUT, Graph, NoAttributes, Node, Value
+from convloom.compiler.ir import INPUT, OUTPUT, Graph, NoAttributes, Node, Value
 from convloom.compiler.ledger import Event, Ledger
 from convloom.compiler.passes import (
     PASSES,
@@ -264,18 +264,20 @@ def image(graph: Graph, name: str, shape: tuple[int, ...]) -> Value:
 
 
 def start(op: str) -> tuple[Graph, Value]:
-    """A graph with one product of the inputs `x` and the constants `w` and `b`."""
+    """A graph with one product of the inputs `x` and the constants `w` and `b`, or with an image
+    of as many channels."""
     graph = Graph()
     generator = torch.Generator().manual_seed(3)
-    if op == "conv2d":
-        x, attributes = image(graph, "x", (2, 3, 5, 4)), Conv2d(padding=(1, 1, 1, 1))
+    if op in ("conv2d", INPUT):
+        channels = 3 if op == "conv2d" else 4
+        x, attributes = image(graph, "x", (2, channels, 5, 4)), Conv2d(padding=(1, 1, 1, 1))
         w, b = (4, 3, 3, 3), (4, 1, 1)
     else:
         x, attributes = image(graph, "x", (2, 3)), None
         w, b = (4, 3), (4,)
     weight = graph.add_constant(torch.randn(w, generator=generator), "w", torch.float32)
     graph.add_constant(torch.randn(b, generator=generator), "b", torch.float32)
-    return graph, graph.add(op, (x, weight), attributes)
+    return graph, x if op == INPUT else graph.add(op, (x, weight), attributes)
 
 
 def finish(graph: Graph, *values: Value) -> Graph:
@@ -360,11 +362,10 @@ def chained(op: str, chain: list[Link]) -> Graph:
     return finish(graph, y, *returned)
 
 
-def prologued(chain: list[Link]) -> Graph:
-    """The same chain before a padded 1x1 convolution instead of after a product."""
-    graph = chained("conv2d", chain)
+def prologued(chain: list[Link], attributes: Conv2d) -> Graph:
+    """The same chain of an image, before a 1x1 convolution instead of after a product."""
+    graph = chained(INPUT, chain)
     weight = graph.add_constant(torch.ones(2, 4, 1, 1), "v", torch.float32)
-    attributes = Conv2d(padding=(1, 1, 0, 1), stride=(2, 1))
     last, *rest = graph.outputs()
     y = graph.add("conv2d", (last, weight), attributes)
     graph.set_inputs(OUTPUT, (y, *rest))
@@ -376,9 +377,14 @@ def test_random_chains_keep_their_meaning(chain: list[Link], op: str) -> None:
     check_fused(chained(op, chain))
 
 
-@given(chain=st.lists(links, min_size=1, max_size=5))
-def test_random_chains_before_a_convolution_keep_their_meaning(chain: list[Link]) -> None:
-    check_fused(prologued(chain))
+@given(
+    chain=st.lists(links, min_size=1, max_size=5),
+    attributes=st.sampled_from((Conv2d(), Conv2d(padding=(1, 1, 0, 1), stride=(2, 1)))),
+)
+def test_random_chains_before_a_convolution_keep_their_meaning(
+    chain: list[Link], attributes: Conv2d
+) -> None:
+    check_fused(prologued(chain, attributes))
 
 
 def check_fused(graph: Graph) -> None:

@@ -132,6 +132,26 @@ def test_out_of_memory_for_the_results(
     assert torch.equal(exe(X), expected)
 
 
+@pytest.mark.interpreter
+def test_the_graph_that_was_not_used_for_longest_goes_first(
+    exe: Executable, cuda: FakeCuda, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cuda_graphs, "GRAPHS_KEPT", 2)
+    runner: Any = exe._runner
+    captured: list[int] = []
+    real = runner._bind
+
+    def bind(memory: Memory) -> Any:
+        captured.append(memory.batch)
+        return real(memory)
+
+    runner._bind = bind
+    images = {batch: X[:1].expand(batch, -1, -1, -1) for batch in (1, 2, 3)}
+    for batch in (1, 2, 1, 3, 1, 2):
+        assert exe(images[batch]).shape[0] == batch
+    assert captured == [1, 2, 3, 2]
+
+
 FAULTS: tuple[Callable[[], Exception], ...] = (
     lambda: RuntimeError("CUDA error: an illegal memory access was encountered\nhints ..."),
     lambda: RuntimeError("Triton Error [CUDA]: misaligned address"),

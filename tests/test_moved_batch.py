@@ -68,11 +68,22 @@ class LengthFirst(nn.Module):
         return joined.unsqueeze(0).squeeze(0).reshape(3, n * 4).view(3, n, 4).permute(1, 2, 0)
 
 
+class Merged(nn.Module):
+    """Positions and samples in one dimension, while others change their places."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        n, length, c = x.shape
+        halves = x.transpose(0, 1).reshape(length * n, 2, c // 2).permute(1, 0, 2)
+        turned = torch.tanh(halves).permute(1, 0, 2)
+        return turned.reshape(length, n, c).transpose(0, 1)
+
+
 MODULES: dict[str, Callable[[], nn.Module]] = {
     "joined": Joined,
     "batch first": lambda: Torchs(batch_first=True, weights=False),
     "length first, with weights": lambda: Torchs(batch_first=False, weights=True),
     "other ops": LengthFirst,
+    "merged": Merged,
 }
 
 
@@ -106,7 +117,17 @@ def test_moving_the_batch_alone_copies_nothing() -> None:
     assert [step.op for step in exe.plan.steps] == ["linear"]
 
 
+def leading(x: Tensor) -> Tensor:
+    """The first four positions, in front of the batch."""
+    return x[:, :4].transpose(0, 1)
+
+
 REFUSED: dict[str, tuple[Callable[[Tensor], Tensor], str]] = {
+    "met in another order": (
+        lambda x: leading(x).reshape(4 * x.shape[0], 16)
+        + x[:, :4].reshape(-1, 2, 2, 16).transpose(0, 1).reshape(4 * x.shape[0], 16),
+        "whose batch is elsewhere",
+    ),
     "summed": (lambda x: x.transpose(0, 1).sum(1), "its batch is not in dimension 0"),
     "selected": (lambda x: x.transpose(0, 1)[:, 0], "joins samples"),
     "sliced": (lambda x: x.transpose(0, 1)[:, :1].transpose(0, 1), "joins samples"),

@@ -262,6 +262,35 @@ def test_constants_are_folded_in_fp64() -> None:
     torch.testing.assert_close(graph.constant(folded), weight * scale, rtol=1e-14, atol=1e-14)
 
 
+@pytest.mark.interpreter
+def test_all_results_of_constants_are_folded() -> None:
+    def function(m: Any, x: torch.Tensor) -> Any:
+        largest, places = F.max_pool2d(m.weight, 2, return_indices=True)
+        return x + largest, places + 1
+
+    module, inputs = make(function, (2, 6, 3, 2))
+    module.register_buffer("weight", nets.inputs_of((1, 6, 6, 4))[0])
+    for target in ("reference", "interpreter"):
+        for ours, theirs in zip(
+            convloom.compile(module, inputs, target=target)(*inputs), module(*inputs), strict=True
+        ):
+            assert torch.equal(ours, theirs)
+
+
+@pytest.mark.interpreter
+def test_zeros_of_different_signs_are_different_numbers() -> None:
+    """In equal nodes, and in the stages of siblings."""
+
+    def function(m: Any, x: torch.Tensor) -> Any:
+        return x / 0.0, x / -0.0, m.a(x) / 0.0, m.b(x) / -0.0
+
+    module, inputs = make(function, IMAGE, a=conv(1, k=8), b=conv(1, k=8))
+    for target in ("reference", "interpreter"):
+        results = convloom.compile(module, inputs, target=target)(*inputs)
+        for ours, theirs in zip(results, module(*inputs), strict=True):
+            assert torch.equal(ours, theirs)
+
+
 def test_equal_nodes_become_one() -> None:
     graph = after("eliminate_common_subexpressions", equal_nodes)
     assert ops(graph).count("conv2d") == 2, "one of each input"
@@ -296,13 +325,14 @@ def test_batch_norm_is_not_folded_into_what_others_read() -> None:
     reasons = {graph.node(e.nodes[-1]).module_path: e.reason for e in ledger.events}
     assert "is also read by" in reasons["norm_a"]
     assert reasons["norm_b"].startswith("the weight is shared by")
-    assert reasons.keys() == {"norm_a", "norm_b"}, "the others have no layer right before them"
+    assert reasons["norm_d"] == "the channels of linear are not its last dimension"
+    assert reasons.keys() == {"norm_a", "norm_b", "norm_d"}, "others have no layer before them"
 
 
 def test_what_cannot_be_folded_is_lowered_to_two_stages() -> None:
     graph = after("lower_batch_norm", unfoldable)
     assert "batch_norm" not in ops(graph)
-    assert ops(graph).count("mul") == 4
+    assert ops(graph).count("mul") == 5
 
 
 def test_a_residual_block_is_two_kernels() -> None:

@@ -199,6 +199,17 @@ def test_the_native_size_gives_a_map_of_one_position() -> None:
     torch.testing.assert_close(exe(x)[:, :, 0, 0], module(x), rtol=1e-4, atol=1e-5)
 
 
+def test_a_layer_that_reads_features_of_two_shapes_has_two_filters() -> None:
+    def run(m: Any, x: Tensor) -> tuple[Tensor, ...]:
+        shapes = ((3, 2), (2, 3))
+        return tuple(m.head(nn.functional.avg_pool2d(x, shape).flatten(1)) for shape in shapes)
+
+    module, (x,) = nets.make(run, (2, 3, 6, 6), head=nn.Linear(18, 4))
+    exe = slid(module, (3, 6, 6), x, target="reference")
+    for ours, theirs in zip(exe(x), module(x), strict=True):
+        torch.testing.assert_close(ours[:, :, 0, 0], theirs, rtol=1e-4, atol=1e-5)
+
+
 def refused(error: type[Exception], module: nn.Module, shape: tuple[int, ...], size: Any) -> str:
     with pytest.raises(error) as raised:
         (x,) = nets.inputs_of(shape)
@@ -216,12 +227,18 @@ def test_what_cannot_slide_is_refused() -> None:
     pools = nn.Sequential(nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(12, 2))
     message = refused(UnsupportedOpError, pools, (1, 3, 6, 6), (9, 9))
     assert re.match(r"slide: '0': adaptive_avg_pool2d\(.*only an average or maximum", message)
+    rows = nets.Net(lambda m, x: x.mean(3, keepdim=True))
+    message = refused(UnsupportedOpError, rows, (1, 3, 6, 6), (9, 9))
+    assert "only an average or maximum of the whole image slides" in message
     corners = nn.Upsample(scale_factor=2, mode="bilinear", align_corners=True)
     message = refused(UnsupportedOpError, nn.Sequential(corners), (1, 3, 6, 6), (9, 9))
     assert re.match(r"slide: '0': upsample_linear\(.*align_corners looks for", message)
     half = nn.Upsample(scale_factor=1.5)
     message = refused(UnsupportedOpError, nn.Sequential(half), (1, 3, 6, 6), (9, 9))
     assert message.endswith("9 pixels do not become a whole number as 6 become 9")
+    cut = nn.Upsample(scale_factor=1.4)  # 8 of 8.4 rows: the crops beside it would begin elsewhere.
+    message = refused(UnsupportedOpError, nn.Sequential(cut), (1, 3, 6, 6), (9, 9))
+    assert message.endswith("9 pixels do not become a whole number as 6 become 8")
     for norm in (nn.GroupNorm(1, 3), nn.InstanceNorm2d(3), nn.LayerNorm((3, 6, 6))):
         message = refused(UnsupportedOpError, nn.Sequential(norm), (1, 3, 6, 6), (9, 9))
         assert re.match(r"slide: '0': normalize\(.*join pixels of the whole image", message)

@@ -9,13 +9,18 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from convloom.compiler import api
+from convloom.compiler.memory import ALIGNMENT
+from convloom.compiler.plan import KernelStep
+from convloom.compiler.tuning.choose import Choice, heuristic
 from convloom.kernels import gemm, interpreter, machine, offline, registry, split
 from convloom.kernels.conv2d import Conv2d
 from convloom.kernels.epilogue import Stage
 from convloom.kernels.linear import Linear
-from convloom.kernels.op import Config, Problem
+from convloom.kernels.op import Config, Op, Problem
 from convloom.kernels.spec import Layout, TensorSpec
-from convloom.kernels.targets import GPU_TARGETS, parse
+from convloom.kernels.targets import GPU_TARGETS, Target, parse
+from torch import nn
 
 from . import harness
 from .test_offline import conv, reports
@@ -113,6 +118,36 @@ def test_batch_1_splits_where_multiprocessors_would_idle() -> None:
 
 def replace_split(tile: Config, count: int) -> Config:
     return replace(tile, blocks=tuple({**dict(tile.blocks), "SPLIT": count}.items()))
+
+
+def test_the_tickets_that_steps_share_are_enough_for_each(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first of two split convolutions has more tiles than the second."""
+
+    def most_tiles(op: Op, problem: Problem, target: Target) -> Choice:
+        if op.name != "conv2d":
+            return heuristic(op, problem, target)
+        tiles = [tile for tile in op.configs(problem, target) if gemm.split_of(tile) == 2]
+        return Choice(min(tiles, key=lambda tile: tile["BLOCK_M"] * tile["BLOCK_N"]))
+
+    monkeypatch.setattr(api, "heuristic", most_tiles)
+    layers = nn.Sequential(nn.Conv2d(256, 1024, 3, padding=1), nn.Conv2d(1024, 256, 3, padding=1))
+    plan = api.lowered(
+        layers.eval(), (torch.zeros(1, 256, 7, 7),), target="cuda:sm_90", dtype=torch.float16
+    )[1]
+    asked = [
+        (launch.scratch[ref.index], plan.buffers[name])
+        for step in plan.steps
+        if isinstance(step, KernelStep)
+        for launch in step.launches
+        for ref, name in step.buffers.items()
+        if ref.kind == "scratch"
+    ]
+    tickets = [4 * wanted.elements for wanted, _ in asked if wanted.zeroed]
+    assert len(tickets) == 2 and tickets[0] > ALIGNMENT > tickets[1]
+    for wanted, buffer in asked:
+        assert (buffer.kind == "zeroed") == (buffer.name == "zeroed") == wanted.zeroed
+        assert buffer.dtype is wanted.dtype
+        assert buffer.size_bytes >= wanted.elements * wanted.dtype.itemsize
 
 
 def test_adding_up_is_in_the_model() -> None:

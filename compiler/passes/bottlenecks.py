@@ -199,12 +199,15 @@ def _bottleneck(*, front: bool, reduce: bool, **changes: Any) -> Any:
     return module, inputs
 
 
-def _x_chain() -> Any:
+def _x_chain(before: Any = None, between: Any = None, beside: bool = False) -> Any:
+    """An expansion and the reduction behind it; before, between: what else their inputs pass."""
     layers = {"c": nn.Conv2d(16, 32, 1), "d": nn.Conv2d(32, 16, 1)}
 
     def run(m: Any, t: torch.Tensor, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        y = torch.relu(m["c"](t) + x)
-        return y, torch.relu(m["d"](y))
+        y = m["c"](before(t) if before else t) + x
+        y = y if between else torch.relu(y)
+        z = m["d"](between(y) if between else y)
+        return y, torch.relu(z + t if beside else z)
 
     module, inputs = example(run, (2, 16, 6, 5), (2, 32, 6, 5), **layers)
     return module.half(), tuple(x.half() for x in inputs)
@@ -282,7 +285,12 @@ RULES = (
         "conv1x1(y = conv1x1(t)) => conv_chain(t) giving y and the reduction",
         Links(False, True),
         example=_x_chain,
-        near_misses=(NearMiss(_wide_chain, "do not fit one tile"),),
+        near_misses=(
+            NearMiss(_wide_chain, "do not fit one tile"),
+            NearMiss(lambda: _x_chain(before=torch.tanh), "has a prologue"),
+            NearMiss(lambda: _x_chain(between=torch.tanh), "has a prologue"),
+            NearMiss(lambda: _x_chain(beside=True), "adds the computed tensor"),
+        ),
     ),
     _rule(
         "expand-reduce",

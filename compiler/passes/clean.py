@@ -54,7 +54,7 @@ def fold_constants(graph: Graph, ledger: Ledger) -> Graph:
 
     After it every compute node depends on an input. A folded tensor keeps fp64 until it is packed.
     """
-    known: dict[Any, Value] = {}
+    known: dict[Any, tuple[Value, ...]] = {}
     for node in graph.nodes():
         values = graph.inputs(node.name)
         if node.op == TORCH and all(map(graph.is_constant, values)):
@@ -65,13 +65,16 @@ def fold_constants(graph: Graph, ledger: Ledger) -> Graph:
         # A layer called twice folds its weight once: equal nodes that read it are then still equal.
         key = (node.op, node.attributes, node.epilogue, values)
         if key not in known:
-            result = evaluate_exactly(node, tuple(graph.constant(value) for value in values))
-            known[key] = graph.add_constant(result, node.name, node.spec.dtype)
-        folded = known[key]
-        origins = (*graph.node(folded.node).origins, *node.origins)
-        graph.update(folded.node, origins=origins, module_path=node.module_path)
-        ledger.accept("f(constants) => constant", [node], folded.node)
-        graph.redirect(Value(node.name), folded)
+            results = evaluate_exactly(node, tuple(graph.constant(value) for value in values))
+            known[key] = tuple(
+                graph.add_constant(result, node.name, spec.dtype)
+                for result, spec in zip(results, node.outputs, strict=True)
+            )
+        for index, folded in enumerate(known[key]):
+            origins = (*graph.node(folded.node).origins, *node.origins)
+            graph.update(folded.node, origins=origins, module_path=node.module_path)
+            graph.redirect(Value(node.name, index), folded)
+        ledger.accept("f(constants) => constant", [node], known[key][0].node)
         graph.remove([node.name])
     return eliminate_dead_nodes(graph, ledger)
 
@@ -91,8 +94,10 @@ def _fold_call(graph: Graph, node: Node, ledger: Ledger) -> None:
     graph.remove([node.name])
 
 
-def evaluate_exactly(node: Node, tensors: tuple[torch.Tensor, ...]) -> torch.Tensor:
-    """The node's first output on fp64 copies of the tensors."""
+def evaluate_exactly(
+    node: Node, tensors: tuple[torch.Tensor, ...]
+) -> tuple[torch.Tensor, ...]:
+    """The node's outputs on fp64 copies of the tensors."""
     from ...kernels.epilogue import operand_count
 
     exact = tuple(tensor.double() for tensor in tensors)
@@ -101,8 +106,8 @@ def evaluate_exactly(node: Node, tensors: tuple[torch.Tensor, ...]) -> torch.Ten
         value = exact[0]
     else:
         value = node.definition.reference(node.attributes, *exact[:own])
-    value = value[0] if isinstance(value, tuple) else value
-    return apply_reference(node.epilogue, value, exact[own:])
+    values = value if isinstance(value, tuple) else (value,)
+    return (apply_reference(node.epilogue, values[0], exact[own:]), *values[1:])
 
 
 def eliminate_common_subexpressions(graph: Graph, ledger: Ledger) -> Graph:

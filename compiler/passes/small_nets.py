@@ -11,6 +11,7 @@ from functools import partial
 from itertools import pairwise
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ...kernels import small_net
@@ -88,8 +89,11 @@ def _equation(layers: int) -> str:
 class _Net(nn.Module):
     """LeNet-like: convolutions, each with its pooling, and two linear layers."""
 
-    def __init__(self, layers: int, channels: int = 8, hidden: int = 12) -> None:
+    def __init__(
+        self, layers: int, channels: int = 8, hidden: int = 12, after: Any = None
+    ) -> None:
         super().__init__()
+        self.after = after
         widths = [1, *(channels for _ in range(layers))]
         self.convs = nn.ModuleList(nn.Conv2d(*pair, 3, padding=1) for pair in pairwise(widths))
         pixels = (16 >> layers) ** 2
@@ -98,6 +102,7 @@ class _Net(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         for conv in self.convs:
             x = nn.functional.max_pool2d(conv(x).relu(), 2)
+            x = self.after(x) if self.after else x
         result: Tensor = self.fc2(self.fc1(x.flatten(1)).relu())
         return result
 
@@ -126,6 +131,7 @@ RULES = (
         (
             NearMiss(lambda: _example(2, channels=72), "do not fit one tile"),
             NearMiss(lambda: _example(2, channels=64, hidden=500), "do not fit a multiprocessor"),
+            NearMiss(lambda: _example(2, after=torch.tanh), "goes on after its pooling"),
         ),
     ),
     _rule(1),
