@@ -32,7 +32,7 @@ settings.load_profile("quick")
 def checked_passes() -> Iterator[None]:
     """Graphs are verified around every pass, whoever compiles."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("CONVLOOM_CHECK", "1")
+        patch.setenv("CONVLOOM_CHECK", "2")
         yield
 
 

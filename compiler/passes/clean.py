@@ -26,9 +26,9 @@ def drop_identities(graph: Graph, ledger: Ledger) -> Graph:
     for node in graph.nodes():
         if node.is_compute and not node.epilogue and _is_identity(graph, node):
             (source,) = graph.inputs(node.name)
-            ledger.accept("identity(x) => x", [node], source.node)
             graph.redirect(Value(node.name), source)
             graph.remove([node.name])
+            ledger.accept("identity(x) => x", [node], source.node)
     return graph
 
 
@@ -70,9 +70,9 @@ def fold_constants(graph: Graph, ledger: Ledger) -> Graph:
         folded = known[key]
         origins = (*graph.node(folded.node).origins, *node.origins)
         graph.update(folded.node, origins=origins, module_path=node.module_path)
-        ledger.accept("f(constants) => constant", [node], folded.node)
         graph.redirect(Value(node.name), folded)
         graph.remove([node.name])
+        ledger.accept("f(constants) => constant", [node], folded.node)
     return eliminate_dead_nodes(graph, ledger)
 
 
