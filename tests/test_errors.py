@@ -333,6 +333,15 @@ def test_settings_are_read_at_each_use(monkeypatch: pytest.MonkeyPatch, tmp_path
     assert settings.read().cache_dir == tmp_path / "home" / "convloom"
 
 
+def test_an_unknown_check_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    for value, level in (("", 0), ("2", 2)):
+        monkeypatch.setenv("CONVLOOM_CHECK", value)
+        assert settings.read().check == level
+    for value in ("3", "-1", "yes"):
+        monkeypatch.setenv("CONVLOOM_CHECK", value)
+        refused(InvalidInputError, f"CONVLOOM_CHECK: expected 0, 1 or 2, got {value!r}")
+
+
 def test_checking_finds_a_pass_that_breaks_the_graph(monkeypatch: pytest.MonkeyPatch) -> None:
     from convloom.compiler import passes
 
