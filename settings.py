@@ -4,7 +4,8 @@
 |---------------------|-----------------------------------------------------------------------|
 | CONVLOOM_DEBUG      | 0 silent; 1 the plan; 2 + refusals; 3 + the graph after each pass;    |
 |                     | 4 + generated source                                                  |
-| CONVLOOM_CHECK      | 1 verifies the graph before and after every pass                      |
+| CONVLOOM_CHECK      | 0 nothing; 1 verifies the graph before and after every pass; 2 + that |
+|                     | it computes the same, in fp64 on one draw of its inputs               |
 | CONVLOOM_CACHE_DIR  | compiled kernels, their statistics, and tuning records (default       |
 |                     | ~/.cache/convloom)                                                    |
 | CONVLOOM_LAUNCH     | how kernels follow each other on a GPU, separated by commas; nothing  |
@@ -24,6 +25,8 @@ VERSION = "0.1.0"
 """Of convloom; `pyproject.toml` says the same (a test compares them)."""
 
 
+CHECKS = (NOTHING, LAWS, MEANING) = (0, 1, 2)
+"""What CONVLOOM_CHECK asks for, each with all before it."""
 LAUNCH_OPTIONS = (PROGRAMMATIC, BRANCHES) = ("programmatic", "branches")
 
 
@@ -32,7 +35,7 @@ class Settings:
     """What the environment asks for."""
 
     debug: int
-    check: bool
+    check: int
     cache_dir: Path
     launch: frozenset[str] = frozenset()
 
@@ -40,11 +43,15 @@ class Settings:
 def read() -> Settings:
     """The settings of this moment (read at each use, so that tests may change them).
 
-    Raises: InvalidInputError when CONVLOOM_DEBUG is not an integer, or CONVLOOM_LAUNCH unknown.
+    Raises: InvalidInputError when CONVLOOM_DEBUG is not an integer, or CONVLOOM_CHECK or
+    CONVLOOM_LAUNCH unknown.
     """
     level = os.environ.get("CONVLOOM_DEBUG", "0")
     if not level.isdigit():
         raise InvalidInputError(f"CONVLOOM_DEBUG: expected an integer from 0 to 4, got {level!r}")
+    check = os.environ.get("CONVLOOM_CHECK") or "0"
+    if check not in map(str, CHECKS):
+        raise InvalidInputError(f"CONVLOOM_CHECK: expected 0, 1 or 2, got {check!r}")
     words = os.environ.get("CONVLOOM_LAUNCH", "").replace(" ", "").split(",")
     launch = frozenset(filter(None, words))
     if unknown := launch - set(LAUNCH_OPTIONS):
@@ -59,7 +66,7 @@ def read() -> Settings:
     default = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "convloom"
     return Settings(
         debug=int(level),
-        check=os.environ.get("CONVLOOM_CHECK", "0") not in ("", "0"),
+        check=int(check),
         cache_dir=Path(os.environ.get("CONVLOOM_CACHE_DIR", default)),
         launch=launch,
     )

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from ..compiler.ir import Graph
     from ..compiler.ledger import Ledger
     from ..compiler.plan import Plan
+    from ..compiler.validate import Validation
     from ..zoo import ZooModel
 
 SEED = 0
@@ -93,13 +94,28 @@ def lower_model(options: argparse.Namespace, batch: int) -> tuple[Graph, Plan, L
     """
     import torch
 
-    from ..compiler.api import lowered
-
     entry = zoo.entry(options.name)
     target = shared.target(options)
     example = torch.zeros(batch, *entry.input_shape)
+    return lower_for(build(entry.name), example, target=target, options=options)
+
+
+def lower_for(
+    model: nn.Module,
+    example: torch.Tensor,
+    *,
+    target: str,
+    options: argparse.Namespace,
+    validation: Validation | None = None,
+) -> tuple[Graph, Plan, Ledger]:
+    """The model as it would be compiled for inputs like `example`, without code; `validation`
+    watches the passes."""
+    from ..compiler.api import lowered
+
     with redirect_stdout(sys.stderr):
-        return lowered(build(entry.name), (example,), target=target, **_choices(options))
+        return lowered(
+            model, (example,), target=target, validation=validation, **_choices(options)
+        )
 
 
 def _choices(options: argparse.Namespace) -> dict[str, Any]:

@@ -13,6 +13,8 @@ if TYPE_CHECKING:
 DTYPES = ("float32", "float16", "bfloat16")
 PRECISIONS = ("ieee", "tf32")
 FALLBACKS = ("error", "torch")
+CHECKED = "checked"
+"""`--passes` without a value."""
 
 
 def json_option() -> argparse.ArgumentParser:
@@ -23,12 +25,13 @@ def json_option() -> argparse.ArgumentParser:
 
 
 def compile_options(
-    batch: bool = True, several: bool = False, slide: bool = False
+    batch: bool = True, several: bool = False, slide: bool = False, checked: bool = False
 ) -> argparse.ArgumentParser:
     """What decides how a model is compiled; `batch=False` where the input decides the batch.
 
     several: more than one target and more than one batch or range of batches may be given.
-    slide: whether the model may be made to slide over larger images.
+    slide: whether the model may be made to slide over larger images. checked: whether `--passes`
+    may stand alone, as `CHECKED`.
     """
     parent = argparse.ArgumentParser(add_help=False)
     group = parent.add_argument_group("compilation")
@@ -48,8 +51,12 @@ def compile_options(
     )
     group.add_argument(
         "--passes",
+        nargs="?" if checked else None,
+        const=CHECKED if checked else None,
         default="default",
-        help='"default", "none", or names separated by commas (default: all)',
+        help='"default", "none", or names separated by commas (default: all)'
+        + ("; alone: compare what the graph computes after each pass, and nothing else"
+           if checked else ""),
     )
     group.add_argument(
         "--fallback",

@@ -1,12 +1,13 @@
-"""`convloom verify NAME|FILE`: layers and results against float64, for people and for CI."""
+"""`convloom verify NAME|FILE`: passes, layers and results against float64, for people and for CI.
+"""
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from .. import zoo
 from ..errors import ConvloomError, InvalidInputError
@@ -18,9 +19,12 @@ if TYPE_CHECKING:
 
     from ..compiler.artifact.load import LoadedExecutable
     from ..compiler.executable import Executable, StepError
-    from ..compiler.parity import Agreement, OutputParity, Truth
+    from ..compiler.parity import Agreement, LayerParity, OutputParity, Truth
+    from ..compiler.validate import PassCheck
     from ..zoo import ZooModel
     from .options import SubParsers
+
+    Step: TypeAlias = StepError | LayerParity
 
 SUFFIX = ".loom"
 EXIT_DIFFERS = 1
@@ -34,11 +38,13 @@ def configure(commands: SubParsers) -> None:
         help="compare a model or a file with float64, layer by layer",
         description="Runs a zoo model or a saved executable on images or random numbers and prints "
         "the error of every layer and of the result against float64, beside PyTorch's own error in "
-        "the same type; the worst element; and how often the likeliest classes agree. Exits with 0 "
-        "where every result is as exact as its type allows, with 1 where one is not.",
-        parents=[shared.compile_options(batch=False), shared.json_option()],
+        "the same type; the worst element; and how often the likeliest classes agree. The layers "
+        "of a zoo model are compared with what its modules return, on random numbers, and what it "
+        "computes before every pass with what it computes after. Exits with 0 where everything is "
+        "as exact as its type allows, with 1 where something is not.",
+        parents=[shared.compile_options(batch=False, checked=True), shared.json_option()],
     )
-    parser.add_argument("name", metavar="NAME|FILE",
+    parser.add_argument("name", metavar="NAME|FILE", nargs="?",
                         help=f"{models.NAME_HELP}, or a {SUFFIX} file")  # fmt: skip
     parser.add_argument("--weights", metavar="FILE",
                         help='a .safetensors or .pth file, or "digits" for lenet5 '
@@ -56,8 +62,9 @@ def configure(commands: SubParsers) -> None:
 
 @dataclass(frozen=True)
 class Subject:
-    """What is verified. steps: the executable whose steps can be watched, if any; entry: the zoo
-    model that says how images become inputs, if it is one."""
+    """What is verified. steps: the errors of its steps, from inputs, if they can be watched;
+    entry: the zoo model that says how images become inputs, if it is one; passes: what became of
+    the network, where that was watched."""
 
     name: str
     target: str
@@ -66,42 +73,106 @@ class Subject:
     dtype: torch.dtype
     depth: int
     outputs: tuple[str, ...]
-    steps: Executable | None
+    steps: Callable[[tuple[torch.Tensor, ...]], list[Step]] | None
     entry: ZooModel | None
+    passes: tuple[PassCheck, ...] = ()
 
 
 def run(options: argparse.Namespace) -> int:
     """Verifies, prints, and says by its status whether all is right."""
+    if options.name is None:  # `verify --passes NAME`
+        if options.passes in ("default", shared.CHECKED):
+            raise InvalidInputError("verify: expected a model of the zoo or a file, got none")
+        options.name, options.passes = options.passes, shared.CHECKED
     is_file = Path(options.name).suffix == SUFFIX or Path(options.name).is_file()
+    if options.passes == shared.CHECKED and not is_file:
+        return _run_passes(options)
     subject = _file(options) if is_file else _model(options)
     batches = _random(options) if options.data is None else _images(options, subject)
     steps, rows, agreement = _verify(subject, batches)
-    passed = all(row.problem is None for row in rows)
+    problems = [check.problem for check in subject.passes if check.problem is not None]
+    problems += _first_wrong_layer(steps)
+    problems += [f"{row.name}: {row.problem}" for row in rows if row.problem is not None]
     if options.json:
-        output.print_json(_document(subject, steps, rows, agreement, passed))
+        output.print_json(_document(subject, steps, rows, agreement, not problems))
     else:
-        _print(subject, steps, rows, agreement, passed)
+        _print(subject, steps, rows, agreement, problems)
+    return EXIT_DIFFERS if problems else 0
+
+
+def _run_passes(options: argparse.Namespace) -> int:
+    """Compares what a zoo model computes before and after every pass."""
+    import torch
+    from rich.table import Table
+
+    from ..compiler.validate import Validation
+
+    entry, target = zoo.entry(options.name), shared.target(options)
+    options.passes = "default"
+    model, validation = models.build(entry.name, options.weights), Validation(strict=False)
+    example = torch.zeros(options.batch, *entry.input_shape)
+    with output.working(f"running the passes on {entry.name} for {target}"):
+        models.lower_for(model, example, target=target, options=options, validation=validation)
+    checks = validation.checks
+    passed = all(check.problem is None for check in checks)
+    if options.json:
+        output.print_json({"name": entry.name, "target": target, "passed": passed,
+                           "passes": [asdict(check) for check in checks]})  # fmt: skip
+        return 0 if passed else EXIT_DIFFERS
+    table = Table("pass", "changed nodes", "largest error", "", title="before and after, float64")
+    for check in checks:
+        verdict = "ok" if check.problem is None else "WRONG"
+        table.add_row(check.name, str(check.changed), f"{check.error:.1e}", verdict)
+    console = output.console()
+    console.print(table)
+    for check in checks:
+        if check.problem is not None:
+            console.print(check.problem, markup=False)
     return 0 if passed else EXIT_DIFFERS
+
+
+def _first_wrong_layer(steps: list[Step]) -> list[str]:
+    """Where the first layer that is not what its module returns is worst, in words."""
+    from ..compiler.parity import LayerParity
+
+    for step in steps:
+        if isinstance(step, LayerParity) and step.problem is not None:
+            layer = f"'{step.layer}'" if step.layer else f"what '{step.module_path}' ends with"
+            border = "on the border of the image" if step.border else "not on a border"
+            return [f"first wrong layer: {layer}, step {step.step}: {step.problem}; {border}"]
+    return []
 
 
 def _model(options: argparse.Namespace) -> Subject:
     import torch
 
     from ..compiler import parity
+    from ..compiler.api import runner_for
+    from ..compiler.executable import Executable
+    from ..compiler.validate import Validation
 
     entry, target = zoo.entry(options.name), shared.target(options)
     model = models.build(entry.name, options.weights)
-    example = torch.zeros(options.batch, *entry.input_shape)
+    options.shapes = [(options.batch, *entry.input_shape)]
+    (x,) = _random(options)
+    validation = Validation([each.double() for each in x], strict=False)
     with output.working(f"compiling {entry.name} for {target}"):
-        executable = models.compile_for(model, example, target=target, options=options)
-    options.shapes = [tuple(example.shape)]
-    dtype = parity.dtype_of(executable.graph)
-    watched = executable if executable.has_steps else None
-    names = tuple(port.name for port in executable.plan.outputs)
-    depth = parity.depth_of(executable.graph)
-    truth = parity.truth_of_module(model, dtype)
+        graph, plan, ledger = models.lower_for(
+            model, torch.zeros_like(x[0]), target=target, options=options, validation=validation
+        )
+        runner = runner_for(graph, plan, plan.target, target)
+        executable = Executable(graph, plan, ledger, runner)
+    dtype = parity.dtype_of(graph)
+
+    def steps(_: tuple[torch.Tensor, ...]) -> list[Step]:
+        layers = parity.layers_of(model, dtype, x)
+        return list(parity.layer_parity(executable, validation, layers, x, dtype))
+
+    names = tuple(port.name for port in plan.outputs)
+    truth, depth = parity.truth_of_module(model, dtype), parity.depth_of(graph)
     return Subject(entry.name, target, executable, truth, dtype, depth, names,
-                   watched, entry)  # fmt: skip
+                   steps if executable.has_steps else None, entry,
+                   tuple(validation.checks))  # fmt: skip
 
 
 def _file(options: argparse.Namespace) -> Subject:
@@ -128,12 +199,16 @@ def _file(options: argparse.Namespace) -> Subject:
                       for port in executable.plan.inputs]  # fmt: skip
     last = executable.executables[-1] if target != "cuda" else None
     watched = last if last is not None and last.has_steps else None
+
+    def steps(x: tuple[torch.Tensor, ...]) -> list[Step]:
+        return list(watched.errors(*x)) if watched is not None else []
+
     names = tuple(port.name for port in executable.plan.outputs)
     model = executable.artifact.document.model
     entry = zoo.entry(model) if model in zoo.names() else None
     truth, dtype = parity.truth_of_graph(graph), parity.dtype_of(graph)
     return Subject(options.name, target, executable, truth, dtype,
-                   parity.depth_of(graph), names, watched, entry)  # fmt: skip
+                   parity.depth_of(graph), names, steps if watched else None, entry)  # fmt: skip
 
 
 def _random(options: argparse.Namespace) -> Iterator[tuple[torch.Tensor, ...]]:
@@ -163,11 +238,11 @@ def _images(options: argparse.Namespace, subject: Subject) -> Iterator[tuple[tor
 
 def _verify(
     subject: Subject, batches: Iterator[tuple[torch.Tensor, ...]]
-) -> tuple[list[StepError], list[OutputParity], Agreement | None]:
+) -> tuple[list[Step], list[OutputParity], Agreement | None]:
     """Steps on the first batch; of every output the worst batch; answers on all of them."""
     from ..compiler import parity
 
-    steps: list[StepError] = []
+    steps: list[Step] = []
     rows: list[OutputParity] = []
     agreement = parity.Agreement()
     for at, x in enumerate(batches):
@@ -175,7 +250,7 @@ def _verify(
             results = _call(subject, x)
             truth = subject.truth(x)
             if at == 0 and subject.steps is not None:
-                steps = subject.steps.errors(*x)
+                steps = subject.steps(x)
         new = parity.parity(subject.outputs, results, truth, subject.dtype, subject.depth)
         rows = [max(pair, key=_badness) for pair in zip(rows, new, strict=True)] if rows else new
         if results[0].dim() == 2:
@@ -200,7 +275,7 @@ def _badness(row: OutputParity) -> tuple[bool, float]:
 
 def _document(
     subject: Subject,
-    steps: list[StepError],
+    steps: list[Step],
     rows: list[OutputParity],
     agreement: Agreement | None,
     passed: bool,
@@ -213,15 +288,16 @@ def _document(
         "outputs": [asdict(row) for row in rows],
         "agreement": asdict(agreement) if agreement else None,
         "steps": [asdict(step) for step in steps],
+        "passes": [asdict(check) for check in subject.passes],
     }
 
 
 def _print(
     subject: Subject,
-    steps: list[StepError],
+    steps: list[Step],
     rows: list[OutputParity],
     agreement: Agreement | None,
-    passed: bool,
+    problems: list[str],
 ) -> None:
     from rich.table import Table
 
@@ -231,7 +307,8 @@ def _print(
     for column in table.columns[2:]:
         column.justify = "right"
     for step in steps:
-        table.add_row(step.module_path, step.step, f"{step.compiled:.1e}", f"{step.eager:.1e}")
+        layer = getattr(step, "layer", "") or step.module_path
+        table.add_row(layer, step.step, f"{step.compiled:.1e}", f"{step.eager:.1e}")
     for row in rows:
         table.add_row("result", row.name, f"{row.compiled:.1e}", f"{row.eager:.1e}")
     console.print(table)
@@ -253,6 +330,4 @@ def _print(
             f"eager {agreement.eager_top5}",
             markup=False,
         )
-    problems = [f"{row.name}: {row.problem}" for row in rows if row.problem is not None]
     console.print("\n".join(problems) if problems else "as exact as its type allows", markup=False)
-    assert passed is not bool(problems)

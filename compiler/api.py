@@ -37,6 +37,7 @@ from .tuning.choose import Chooser, Records, heuristic, local_device
 from .tuning.fit import fitted
 from .tuning.search import problems_of, search, works_for
 from .tuning.timings import Timings
+from .validate import Validation
 
 LOG = logging.getLogger("convloom")
 PRECISIONS = ("ieee", "tf32")
@@ -127,14 +128,14 @@ def lowered(
     known: Timings | None = None,
     outputs: Sequence[str] | None = None,
     compiled: bool = False,
+    validation: Validation | None = None,
 ) -> tuple[Graph, Plan, Ledger]:
     """What `compile` makes before there is code: the optimised graph, its plan and the ledger.
 
-    compiled: the kernels for a GPU are compiled, and configurations that spill or do not fit give
-    way to others (`tuning/fit.py`).
-
     known: where the times of alternative fusions are looked up, and what is missing is kept;
-    otherwise in the records, if `tuning` allows.
+    otherwise in the records, if `tuning` allows. compiled: the kernels for a GPU are compiled, and
+    configurations that spill or do not fit give way to others (`tuning/fit.py`). validation:
+    watches the passes.
     """
     _check_choice("precision", precision, PRECISIONS)
     _check_choice("tuning", tuning, TUNINGS)
@@ -159,7 +160,7 @@ def lowered(
         known = Timings(records, chosen)
     captured.goal = Goal(chosen, dtype, *wished, precision, known)
     options = Options(chosen, precision, dtype, elide_concats=passes != "none")
-    optimise = partial(_optimised, captured, passes, fallback)
+    optimise = partial(_optimised, captured, passes, fallback, validation)
     graph, ledger = optimise()
     if records and tuning == "search":
         # Fusions that are better than modelled show others, which must be timed in their turn.
@@ -178,10 +179,13 @@ def lowered(
 
 
 def _optimised(
-    captured: Graph, passes: str | tuple[str, ...], fallback: str
+    captured: Graph,
+    passes: str | tuple[str, ...],
+    fallback: str,
+    validation: Validation | None,
 ) -> tuple[Graph, Ledger]:
     ledger = Ledger()
-    return run_passes(captured, ledger, passes, fallback), ledger
+    return run_passes(captured, ledger, passes, fallback, validation), ledger
 
 
 def _lowered_with(

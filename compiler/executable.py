@@ -22,6 +22,7 @@ from .ledger import Ledger
 from .plan import KernelStep, Plan, Step
 from .runtime import (
     CudaRunner,
+    Observer,
     Runner,
     StepRunner,
     compile_requests,
@@ -221,10 +222,7 @@ class Executable:
         The kernels run in the interpreter or the emulator; torch evaluates the same fused graph in
         the plan's dtype.
         """
-        tensors = self._interface.flatten(inputs)
-        batch = self._interface.check(tensors, self.place, at_least=1)
-        if not isinstance(self._runner, StepRunner):
-            raise KernelError("errors per step are measured in the interpreter and the emulator")
+        tensors, _, _ = self._watched(inputs)
         with torch.no_grad():
             exact = evaluate(self.graph, tensors, torch.float64)
             eager = evaluate(self.graph, tensors)
@@ -241,8 +239,23 @@ class Executable:
             theirs = ((eager_by_name[step.name].double() - truth).abs().max() / rms).item()
             rows.append(StepError(step.name, step.module_path, ours, theirs))
 
-        self._runner.run(tensors, batch, observe)
+        self.watch(inputs, observe)
         return rows
+
+    def watch(self, inputs: Sequence[Any], observe: Observer) -> None:
+        """Runs, and shows every step with its first output right after it ran.
+
+        Raises: InvalidInputError as a call does; KernelError where the target has no steps.
+        """
+        tensors, batch, runner = self._watched(inputs)
+        runner.run(tensors, batch, observe)
+
+    def _watched(self, inputs: Sequence[Any]) -> tuple[list[torch.Tensor], int, StepRunner]:
+        tensors = self._interface.flatten(tuple(inputs))
+        batch = self._interface.check(tensors, self.place, at_least=1)
+        if not isinstance(self._runner, StepRunner):
+            raise KernelError("errors per step are measured in the interpreter and the emulator")
+        return tensors, batch, self._runner
 
 
 def summary_line(plan: Plan) -> str:

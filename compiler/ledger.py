@@ -90,7 +90,8 @@ class Ledger:
     def accept(
         self, rule: str, nodes: Iterable[Node], into: str, bytes_saved: int = 0, **figures: Any
     ) -> None:
-        """Records a rewrite; `figures` are further fields of `Event`."""
+        """Records a rewrite that the graph has just been through; `figures` are further fields of
+        `Event`."""
         self.events.append(Event(rule, _origins(nodes), True, "", into, bytes_saved, **figures))
 
     def refuse(self, rule: str, nodes: Iterable[Node], reason: str, **figures: Any) -> None:

@@ -9,7 +9,8 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.utils import _pytree as pytree
@@ -18,9 +19,15 @@ from ..errors import InvalidInputError
 from ..kernels import tolerance
 from ..kernels.torch_convolution import SoundConvolutions
 from .evaluate import evaluate
-from .ir import Graph
+from .ir import Graph, Value
+from .plan import Step
+from .validate import Validation, agree
+
+if TYPE_CHECKING:
+    from .executable import Executable
 
 TOP = 5
+IMAGE_RANKS = (4, 5)
 Truth = Callable[[Sequence[torch.Tensor]], tuple[list[torch.Tensor], list[torch.Tensor]]]
 """From inputs: the results in fp64, and PyTorch's own in the dtype that is computed in."""
 
@@ -34,6 +41,31 @@ class OutputParity:
     compiled: float
     eager: float
     worst: tolerance.Worst | None
+    problem: str | None
+
+
+@dataclass(frozen=True)
+class Layer:
+    """What one call of a module inside of a network returned: in fp64, and in another dtype."""
+
+    path: str
+    exact: torch.Tensor
+    eager: torch.Tensor
+
+
+@dataclass(frozen=True)
+class LayerParity:
+    """One step, as `OutputParity` an output; layer: the module whose own result it was compared
+    with, empty where no module returns what the step computes; border: whether the worst element
+    lies on the border of the image."""
+
+    step: str
+    module_path: str
+    layer: str
+    compiled: float
+    eager: float
+    worst: tolerance.Worst | None
+    border: bool
     problem: str | None
 
 
@@ -85,6 +117,74 @@ def truth_of_module(module: torch.nn.Module, dtype: torch.dtype) -> Truth:
             )
 
     return truth
+
+
+def layers_of(
+    module: torch.nn.Module, dtype: torch.dtype, inputs: Sequence[torch.Tensor]
+) -> list[Layer]:
+    """What the modules inside of a module return, call by call, in fp64 and in `dtype`."""
+    exact, eager = (_called(copy.deepcopy(module), each, inputs) for each in (torch.float64, dtype))
+    return [
+        Layer(path, true, peer)
+        for (path, true), (_, peer) in zip(exact, eager, strict=True)
+        if true.shape == peer.shape
+    ]
+
+
+def _called(
+    module: torch.nn.Module, dtype: torch.dtype, inputs: Sequence[torch.Tensor]
+) -> list[tuple[str, torch.Tensor]]:
+    """Every submodule's path and result, inner ones first; what changes it later changes a copy."""
+    results: list[tuple[str, torch.Tensor]] = []
+
+    def note(path: str, _: Any, __: Any, result: Any) -> None:
+        results.extend((path, tensor.clone()) for tensor in tensors_of(result))
+
+    for path, layer in module.to(dtype).named_modules():
+        if path:
+            layer.register_forward_hook(partial(note, path))
+    with torch.no_grad(), SoundConvolutions():
+        module(*(x.to(dtype) for x in inputs))
+    return results
+
+
+def layer_parity(
+    executable: Executable,
+    validation: Validation,
+    layers: Sequence[Layer],
+    inputs: Sequence[torch.Tensor],
+    dtype: torch.dtype,
+) -> list[LayerParity]:
+    """Every step of a call compared with what the network had there before any pass: with a
+    module's own result where one returns it.
+
+    validation: has watched the passes, on `inputs`.
+    """
+    with torch.no_grad():
+        peers = evaluate(executable.graph, inputs)
+    depth, rows = depth_of(executable.graph), []
+
+    def observe(step: Step, output: torch.Tensor) -> None:
+        true = validation.truth(step.name)
+        if true is None or true.shape != output.shape:
+            return
+        layer = next((one for one in layers if agree(one.exact, true)), None)
+        path = layer.path if layer else ""
+        exact, peer = (layer.exact, layer.eager) if layer else (true, peers[Value(step.name)])
+        (row,) = parity((step.name,), [output], ([exact], [peer]), dtype, depth)
+        border = row.worst is not None and is_on_border(row.worst.index, exact.shape)
+        rows.append(LayerParity(step.name, step.module_path, path, row.compiled, row.eager,
+                                row.worst, border, row.problem))  # fmt: skip
+
+    executable.watch(inputs, observe)
+    return rows
+
+
+def is_on_border(index: Sequence[int], shape: Sequence[int]) -> bool:
+    """Whether an element lies on the border of the image, (N, C, H, W) or (N, C, D, H, W)."""
+    if len(shape) not in IMAGE_RANKS:
+        return False
+    return any(at in (0, size - 1) for at, size in zip(index[2:], shape[2:], strict=True))
 
 
 def truth_of_graph(graph: Graph) -> Truth:

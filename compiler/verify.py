@@ -5,7 +5,7 @@ from __future__ import annotations
 import networkx as nx
 import torch
 
-from ..errors import GraphError
+from ..errors import GraphError, InvalidInputError
 from ..kernels.epilogue import operand_count
 from ..kernels.spec import TensorSpec
 from .ir import CONSTANT, INPUT, OUTPUT, TORCH, Graph, Node
@@ -55,7 +55,10 @@ def _verify_compute(graph: Graph, node: Node) -> None:
     if node.prologue and not definition.takes_prologue:
         raise GraphError(f"{node.name}: {node.op} takes no prologue")
     specs = tuple(graph.spec(value) for value in graph.own_inputs(node))
-    inferred = definition.infer(node.attributes, specs)
+    try:
+        inferred = definition.infer(node.attributes, specs)
+    except InvalidInputError as error:
+        raise GraphError(f"{node.name}: {error}") from error
     if [_logical(spec) for spec in inferred] != [_logical(spec) for spec in node.outputs]:
         raise GraphError(
             f"{node.name}: {node.op} of {', '.join(map(str, specs))} gives "

@@ -30,9 +30,9 @@ settings.load_profile("quick")
 
 @pytest.fixture(scope="session", autouse=True)
 def checked_passes() -> Iterator[None]:
-    """Graphs are verified around every pass, whoever compiles."""
+    """Graphs are verified, and what they compute compared, around every pass, whoever compiles."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("CONVLOOM_CHECK", "1")
+        patch.setenv("CONVLOOM_CHECK", "2")
         yield
 
 

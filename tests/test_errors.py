@@ -325,12 +325,21 @@ def test_debug_output(
 def test_settings_are_read_at_each_use(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
     monkeypatch.setenv("CONVLOOM_CACHE_DIR", str(tmp_path))
     monkeypatch.setenv("CONVLOOM_CHECK", "0")
-    assert settings.read() == settings.Settings(debug=0, check=False, cache_dir=tmp_path)
+    assert settings.read() == settings.Settings(debug=0, check=0, cache_dir=tmp_path)
     monkeypatch.setenv("CONVLOOM_CHECK", "1")
-    assert settings.read().check
+    assert settings.read().check == 1
     monkeypatch.delenv("CONVLOOM_CACHE_DIR")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
     assert settings.read().cache_dir == tmp_path / "home" / "convloom"
+
+
+def test_an_unknown_check_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    for value, level in (("", 0), ("2", 2)):
+        monkeypatch.setenv("CONVLOOM_CHECK", value)
+        assert settings.read().check == level
+    for value in ("3", "-1", "yes"):
+        monkeypatch.setenv("CONVLOOM_CHECK", value)
+        refused(InvalidInputError, f"CONVLOOM_CHECK: expected 0, 1 or 2, got {value!r}")
 
 
 def test_checking_finds_a_pass_that_breaks_the_graph(monkeypatch: pytest.MonkeyPatch) -> None:

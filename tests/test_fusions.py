@@ -32,6 +32,7 @@ from convloom.compiler.passes import (
 from convloom.compiler.pattern import NearMiss, Rule, always, apply_rules, match
 from convloom.compiler.verify import verify
 from convloom.kernels.conv2d import Conv2d
+from convloom.kernels.epilogue import Stage
 from convloom.kernels.pointwise import Pointwise
 from convloom.kernels.scalars import BY_NAME
 from hypothesis import given
@@ -416,3 +417,30 @@ def test_a_chain_without_other_readers_becomes_one_kernel() -> None:
     assert [str(stage) for stage in conv.epilogue] == [
         "add", "mul(0.5)", "add", "relu", "rsub(2)", "tanh", "mul", "clamp(-1, 1)",
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["relu", "sub", "reversed"])
+def test_stages_of_the_root_follow_its_own(name: str) -> None:
+    """Here the chain behind the root was fused into it before it reached the product."""
+    graph, y = start("conv2d")
+    r = image(graph, "r", (2, 4, 5, 4))
+    pair = (r, y) if name == "reversed" else (y,) if name == "relu" else (y, r)
+    stages = (Stage("sub", literal=0.25), Stage("square"))
+    root = graph.add(name if name == "relu" else "sub", pair, Pointwise(), epilogue=stages)
+    finish(graph, root)
+    after = fuse_epilogues(graph.copy(), Ledger())
+    assert len(after.compute_nodes()) == 1
+    nets.assert_same_meaning(graph, after, nets.inputs_for(graph))
+
+
+def test_a_prologue_is_not_replaced_by_a_second_one() -> None:
+    module, inputs = nets.make(
+        lambda m, x: m.conv(torch.relu(torch.sigmoid(x) - 0.5)), nets.IMAGE, conv=nn.Conv2d(6, 8, 1)
+    )
+    graph = nets.captured(module, inputs)
+    after, ledger = graph.copy(), Ledger()
+    sink_prologues(after, ledger)  # The chain is no single node: nothing was fused before.
+    (conv,) = (node for node in after.compute_nodes() if node.op == "conv2d")
+    assert [str(stage) for stage in conv.prologue] == ["relu"]
+    assert any("already has a prologue" in event.reason for event in ledger.events)
+    nets.assert_same_meaning(graph, after, inputs)

@@ -10,11 +10,11 @@ import convloom
 import pytest
 import torch
 from convloom import zoo
-from convloom.compiler import partition, wishes
+from convloom.compiler import partition, text, wishes
 from convloom.compiler.executable import Executable
-from convloom.compiler.ir import Goal
+from convloom.compiler.ir import OUTPUT, Goal, Value
 from convloom.compiler.ledger import Ledger
-from convloom.compiler.passes import LABELS, PASSES, choose_partition
+from convloom.compiler.passes import LABELS, PASSES, choose_partition, fuse
 from convloom.errors import InvalidInputError
 from convloom.kernels import targets
 from hypothesis import given
@@ -60,6 +60,19 @@ def test_equal_totals_keep_the_earlier_choice() -> None:
 def test_a_long_chain_of_overlaps_is_solved_without_recursion() -> None:
     sets = [frozenset((str(at), str(at + 1))) for at in range(3000)]
     assert len(partition.best_disjoint([1.0] * len(sets), sets)) == 1500
+
+
+def test_a_proposal_is_not_made_where_its_rule_refuses_by_then() -> None:
+    """What was chosen before it has rewritten its surroundings."""
+    graph = nets.captured(Bottlenecks(32, 16).eval().half(), (torch.zeros(1, 32, 14, 14).half(),))
+    for step in PASSES[: [step.name for step in PASSES].index("choose_partition")]:
+        graph = step.run(graph, Ledger())
+    (proposal, *_) = partition.propose_matches(fuse.RULES, graph, Ledger())
+    inner = proposal.nodes[0]
+    graph.set_inputs(OUTPUT, (*graph.outputs(), Value(inner.name)))
+    before = text.to_text(graph)
+    assert not proposal.make(graph, Ledger())
+    assert text.to_text(graph) == before
 
 
 # Whole compilations.

@@ -10,10 +10,16 @@ import convloom
 import pytest
 import torch
 from convloom import zoo
+from convloom.cli import models
 from convloom.cli.main import main
-from convloom.compiler import parity
+from convloom.compiler import parity, runtime
 from convloom.compiler.executable import Executable
+from convloom.compiler.passes import NAMES
 from convloom.errors import InvalidInputError
+from torch import nn
+
+from . import nets
+from .test_validate import lose_residuals
 
 DIGITS = ("lenet5", "--weights", "digits", "--target", "reference")
 
@@ -94,9 +100,91 @@ def test_a_wrong_pixel_is_status_1(
     assert "output0: element (0, 3)" in capsys.readouterr().out
 
 
+# Layers are compared with the module's own, and passes with the graph before them.
+
+
+def residual_network(*_: Any) -> nn.Module:
+    """For the images of lenet5."""
+
+    def function(m: Any, x: torch.Tensor) -> Any:
+        y = m.act1(m.conv1(x))
+        y = m.act2(m.conv2(y) + y)
+        return m.head(m.act3(m.conv3(y)).mean((2, 3)))
+
+    convs = {"conv1": nn.Conv2d(1, 4, 3, 4), "conv2": nn.Conv2d(4, 4, 3, padding=1)}
+    convs["conv3"] = nn.Conv2d(4, 4, 3)
+    acts = {f"act{at}": nn.ReLU() for at in (1, 2, 3)}
+    return nets.make(function, (1, 1, 32, 32), **convs, **acts, head=nn.Linear(4, 10))[0]
+
+
+@pytest.mark.interpreter
+def test_layers_are_those_of_the_module(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(models, "build", residual_network)
+    status, found = told(capsys, "lenet5", "--target", "interpreter")
+    assert status == 0 and found["passed"]
+    layers = [(step["module_path"], step["layer"]) for step in found["steps"]]
+    assert ("conv2", "act2") in layers and layers[-1] == ("head", "head")
+    assert len(found["passes"]) == len(NAMES) + 1, "and the choice of a dtype"
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize(("place", "where"), [
+    ((0, 3, 0, 2), "on the border of the image"), ((0, 1, 2, 3), "not on a border"),
+])  # fmt: skip
+def test_a_wrong_pixel_of_a_layer_is_shown(
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    place: tuple[int, ...],
+    where: str,
+) -> None:
+    real = runtime.StepRunner._run_step
+
+    def wrong(self: Any, step: Any, memory: Any) -> None:
+        real(self, step, memory)
+        if step.module_path == "conv2":
+            memory.view(runtime.first_output(step))[place] += 1.0
+
+    monkeypatch.setattr(runtime.StepRunner, "_run_step", wrong)
+    monkeypatch.setattr(models, "build", residual_network)
+    assert main(["verify", "lenet5", "--target", "interpreter"]) == 1
+    text = " ".join(capsys.readouterr().out.split())
+    assert f"first wrong layer: 'act2', step conv2d_1_3: element {place}: got " in text
+    assert where in text and "'act3'" not in text
+
+
+@pytest.mark.interpreter
+def test_a_lost_residual_is_a_wrong_layer_and_a_wrong_pass(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Kernels do as the fused graph says: only the module knows better."""
+    monkeypatch.setattr(models, "build", residual_network)
+    lose_residuals(monkeypatch)
+    assert main(["verify", "lenet5", "--target", "interpreter"]) == 1
+    text = " ".join(capsys.readouterr().out.split())
+    assert "pass 'fuse_epilogues' changes what Net computes; rule" in text
+    assert "first wrong layer: 'act2', step conv2d_1" in text
+    monkeypatch.setattr(runtime.StepRunner, "_run_step", None)
+    status, found = told(capsys, "--passes", "lenet5", "--target", "interpreter")
+    assert status == 1 and not found["passed"], "nothing is run for the passes alone"
+    wrong = [check["name"] for check in found["passes"] if check["problem"] is not None]
+    assert wrong == ["fuse_epilogues"]
+
+
+def test_passes_alone(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["verify", "lenet5", "--target", "reference", "--passes"]) == 0
+    rows = [line.split() for line in capsys.readouterr().out.splitlines()]
+    row = next(row for row in rows if "fuse_epilogues" in row)
+    assert row[1::2] == ["fuse_epilogues", "4", "0.0e+00", "ok"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        ([], "verify: expected a model of the zoo or a file, got none"),
+        (["--passes"], "verify: expected a model of the zoo or a file, got none"),
+        (["FILE", "--passes"], "--passes: 'FILE' is compiled already"),
         (["no_such_model"], "unknown zoo model"),
         (["missing.loom", "--target", "reference"], "cannot read 'missing.loom'"),
         (["FILE", "--dtype", "float16"], "--dtype: 'FILE' is compiled already"),

@@ -16,6 +16,7 @@ from ..ir import Graph
 from ..ledger import Ledger
 from ..lower import CONCAT_LABEL, CONCAT_RULE
 from ..pattern import apply_rules
+from ..validate import Validation
 from ..verify import verify
 from ..wishes import Labels
 from . import fuse, pool_order, rearrangements, siblings, small_nets, stem
@@ -49,6 +50,10 @@ def flatten_in_memory_order(graph: Graph, ledger: Ledger) -> Graph:
     """Lets linear layers read flattened images as they lie in memory, without a transposition, and
     makes permutations with the reshapes around them one copy or a view."""
     return apply_rules(graph, (*FLATTEN_RULES, *rearrangements.RULES), ledger)
+
+
+def _compute_in_goal_dtype(graph: Graph, ledger: Ledger) -> Graph:
+    return choose_dtype(graph, graph.goal.dtype if graph.goal else None)
 
 
 @dataclass(frozen=True)
@@ -125,27 +130,41 @@ def run_passes(
     ledger: Ledger,
     passes: str | tuple[str, ...] = "default",
     fallback: str = "error",
+    validation: Validation | None = None,
 ) -> Graph:
     """The optimised graph; the given one is not changed.
 
     The goal's dtype is chosen before the layout, so that one conversion at the boundary does both.
+    validation: compares what the graph computes before and after every pass; one of its own where
+    CONVLOOM_CHECK is 2.
 
     Raises: UnsupportedOpError when calls without a kernel are left and fallback is "error".
     """
     environment = settings.read()
     graph = graph.copy()
-    if environment.check:
+    if environment.check >= settings.LAWS:
         verify(graph)
+    if validation is None and environment.check >= settings.MEANING:
+        validation = Validation()
+    if validation is not None:
+        validation.begin(graph)
+
+    def run(name: str, rewrite: Callable[[Graph, Ledger], Graph]) -> Graph:
+        started = time.perf_counter()
+        result = rewrite(graph, ledger)
+        elapsed_ms = (time.perf_counter() - started) * 1e3
+        if validation is not None:
+            validation.check(name, rewrite, result)
+        elif environment.check >= settings.LAWS:
+            verify(result)
+        if environment.debug >= 3:
+            print(f"# after {name} ({elapsed_ms:.1f} ms)\n{text.to_text(result, False)}")
+        return result
+
     for step in select(passes):
         if step.run is choose_layout:
             if fallback == "error":
                 refuse_unsupported(graph)
-            graph = choose_dtype(graph, graph.goal.dtype if graph.goal else None)
-        started = time.perf_counter()
-        graph = step.run(graph, ledger)
-        if environment.check:
-            verify(graph)
-        if environment.debug >= 3:
-            elapsed_ms = (time.perf_counter() - started) * 1e3
-            print(f"# after {step.name} ({elapsed_ms:.1f} ms)\n{text.to_text(graph, False)}")
+            graph = run("choose_dtype", _compute_in_goal_dtype)
+        graph = run(step.name, step.run)
     return graph

@@ -26,9 +26,9 @@ def drop_identities(graph: Graph, ledger: Ledger) -> Graph:
     for node in graph.nodes():
         if node.is_compute and not node.epilogue and _is_identity(graph, node):
             (source,) = graph.inputs(node.name)
-            ledger.accept("identity(x) => x", [node], source.node)
             graph.redirect(Value(node.name), source)
             graph.remove([node.name])
+            ledger.accept("identity(x) => x", [node], source.node)
     return graph
 
 
@@ -74,8 +74,8 @@ def fold_constants(graph: Graph, ledger: Ledger) -> Graph:
             origins = (*graph.node(folded.node).origins, *node.origins)
             graph.update(folded.node, origins=origins, module_path=node.module_path)
             graph.redirect(Value(node.name, index), folded)
-        ledger.accept("f(constants) => constant", [node], known[key][0].node)
         graph.remove([node.name])
+        ledger.accept("f(constants) => constant", [node], known[key][0].node)
     return eliminate_dead_nodes(graph, ledger)
 
 
@@ -90,7 +90,7 @@ def _fold_call(graph: Graph, node: Node, ledger: Ledger) -> None:
             folded = graph.add_constant(result, node.name, node.outputs[index].dtype)
             graph.update(folded.node, origins=node.origins, module_path=node.module_path)
             graph.redirect(value, folded)
-            ledger.accept("f(constants) => constant", [node], folded.node)
+            ledger.accept("f(constants) => constant", [node], known[key][0].node)
     graph.remove([node.name])
 
 

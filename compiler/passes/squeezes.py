@@ -86,12 +86,12 @@ def _merge(graph: Graph, node: Node, ledger: Ledger) -> bool:
         return False
     (x,) = graph.inputs(source.name)
     if graph.spec(x).shape == node.spec.shape:
-        ledger.accept(MERGE, [source, node], x.node)
         graph.redirect(Value(node.name), x)
         graph.remove([node.name])
+        ledger.accept(MERGE, [source, node], x.node)
     else:
-        ledger.accept(MERGE, [source, node], node.name)
         graph.set_inputs(node.name, [x])
+        ledger.accept(MERGE, [source, node], node.name)
     _drop_unused(graph, source)
     return True
 
@@ -111,9 +111,9 @@ def _lift(graph: Graph, node: Node, ledger: Ledger) -> bool:
     if image is None:
         image = graph.add("reshape", (x,), Reshape(_as_row(graph.spec(x))), like=[node])
     made = graph.add("pad", (image,), _on_rows(pad.attributes), like=[pad])
-    ledger.accept(LIFT, [pad, node], made.node)
     graph.redirect(Value(node.name), made)
     graph.remove([node.name, pad.name])
+    ledger.accept(LIFT, [pad, node], made.node)
     return True
 
 
@@ -134,9 +134,9 @@ def _sink(graph: Graph, node: Node, ledger: Ledger) -> bool:
     kept = made
     if node.spec.rank == 3:
         kept = graph.add("reshape", (made,), Reshape(node.spec.shape), like=squeezes[:1])
-    ledger.accept(SINK, [*squeezes, node], made.node)
     graph.redirect(Value(node.name), kept)
     graph.remove([node.name])
+    ledger.accept(SINK, [*squeezes, node], made.node)
     for squeeze in squeezes:
         if squeeze.name in graph:
             _drop_unused(graph, squeeze)

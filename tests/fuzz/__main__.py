@@ -27,7 +27,7 @@ GENERATIONS = ("sm_80", "sm_86", "sm_89", "sm_90")
 def main(arguments: list[str] | None = None) -> int:
     """Runs the seeds; 1 where a network broke a promise."""
     options = _parser().parse_args(arguments)
-    os.environ.setdefault("CONVLOOM_CHECK", "1")
+    os.environ.setdefault("CONVLOOM_CHECK", "2")
     work = [
         (group, options.full, not options.no_shrink, options.emulate)
         for group in _groups(*options.seeds)
