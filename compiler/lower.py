@@ -29,6 +29,7 @@ from .memory import ALIGNMENT, Buffer, Place
 from .packing import constant_place, packed_place
 from .plan import KernelStep, Plan, Step, TorchStep
 from .tuning.choose import Chooser, heuristic
+from .verify import verify
 
 CONCAT_RULE = "concat(f(x), ...) => f writes its slice"
 CONCAT_LABEL = "concat"
@@ -76,8 +77,10 @@ def lower(graph: Graph, captured: Graph, options: Options, ledger: Ledger) -> Pl
 
     captured: the graph before any pass, for the account of what was saved.
 
-    Raises: UnsupportedOpError where an op needs a constant and gets a computed tensor.
+    Raises: UnsupportedOpError where an op needs a constant and gets a computed tensor; GraphError
+    for a graph that breaks a law, whose kernels would read memory that is not theirs.
     """
+    verify(graph)
     state = _Lowering(
         graph, options.target, options.precision, ledger, options.elide_concats, options.choose,
         options.launch,

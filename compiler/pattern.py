@@ -21,11 +21,13 @@ from typing import Any
 import networkx as nx
 import torch
 
+from ..errors import GraphError, InvalidInputError
 from ..kernels.epilogue import Epilogue
 from ..kernels.op import Attributes
 from . import estimate, wishes
 from .ir import TORCH, Graph, Node, Value
 from .ledger import Ledger
+from .verify import verify_node
 
 
 @dataclass(frozen=True)
@@ -351,9 +353,18 @@ def _try_rules(
             continue
         saved, consumed = bytes_saved(found), found.consumed
         value = rule.apply(graph, found)
+        _verify(rule, graph, value)
         ledger.accept(rule.name, consumed, value.node, saved)
         return value.node
     return None
+
+
+def _verify(rule: Rule, graph: Graph, value: Value) -> None:
+    """A rule that changes what a node computes must leave it the shapes that its readers know."""
+    try:
+        verify_node(graph, graph.node(value.node))
+    except (GraphError, InvalidInputError) as error:
+        raise GraphError(f"rule {rule.name!r} made a wrong node: {error}") from error
 
 
 def replace_by(graph: Graph, found: Match, fused: Fused, rule: str) -> Value:

@@ -1,4 +1,5 @@
-"""The laws of a graph, checked before and after every pass in tests and under CONVLOOM_CHECK."""
+"""The laws of a graph, checked before and after every pass in tests and under CONVLOOM_CHECK; always
+of a node that a rule has made, and of the whole graph before it is lowered."""
 
 from __future__ import annotations
 
@@ -19,13 +20,14 @@ def verify(graph: Graph) -> None:
     if outputs != [OUTPUT]:
         raise GraphError(f"expected one output node named {OUTPUT!r}, got {outputs}")
     for name in graph.net:
-        _verify_node(graph, graph.node(name))
+        verify_node(graph, graph.node(name))
     unused = set(graph.tensors) - {n.name for n in graph.nodes() if n.op == CONSTANT}
     if unused:
         raise GraphError(f"tensors of constants that are not in the graph: {sorted(unused)}")
 
 
-def _verify_node(graph: Graph, node: Node) -> None:
+def verify_node(graph: Graph, node: Node) -> None:
+    """Raises GraphError where one node breaks a law."""
     slots = sorted(slot for _, _, slot in graph.net.in_edges(node.name, keys=True))
     if slots != list(range(len(slots))):
         raise GraphError(f"{node.name}: input slots {slots} are not 0..n-1")

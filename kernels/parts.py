@@ -92,12 +92,25 @@ def rearrangement(
     return Rearrange(split, tuple(places[piece] for piece in range(len(last))), result)
 
 
-def permuted(made: Rearrange, dims: tuple[int, ...]) -> Rearrange:
-    """A rearrangement whose result is permuted."""
-    groups = factors(made.shape, made.parts)
-    assert groups is not None
-    order = tuple(made.dims[part] for dim in dims for part in groups[dim])
-    return Rearrange(made.split, order, tuple(made.shape[dim] for dim in dims))
+def permutation(shape: tuple[int, ...], dims: tuple[int, ...]) -> Rearrange:
+    """A permutation of the dimensions of a shape, as a rearrangement."""
+    return Rearrange(shape, dims, tuple(shape[dim] for dim in dims))
+
+
+def composed(first: Rearrange, second: Rearrange) -> Rearrange | None:
+    """The second rearrangement of the first one's result as one, or None where their parts cut
+    across each other."""
+    pieces = refine(first.parts, second.split)
+    if pieces is None:
+        return None
+    before, after = factors(first.parts, pieces), factors(second.split, pieces)
+    if before is None or after is None:
+        return None
+    # The first one's part `part` is at `place` of its result.
+    places = sorted(range(len(first.dims)), key=first.dims.__getitem__)
+    order = [piece for place in places for piece in before[place]]
+    dims = [order.index(piece) for part in second.dims for piece in after[part]]
+    return Rearrange(tuple(pieces[piece] for piece in order), tuple(dims), second.shape)
 
 
 def spread(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import convloom
@@ -14,10 +14,10 @@ from convloom.errors import InvalidInputError, UnsupportedOpError
 from convloom.kernels import registry
 from convloom.kernels.bmm import Bmm
 from convloom.kernels.op import Attributes
-from convloom.kernels.parts import Rearrange, permuted, rearrangement
-from convloom.kernels.rearrange import Flip
+from convloom.kernels.parts import Rearrange, composed, permutation, rearrangement
+from convloom.kernels.rearrange import Flip, rearrange
 from convloom.kernels.spec import TensorSpec
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from torch import nn
 
@@ -189,11 +189,28 @@ def test_any_reshape_permute_reshape(shape: list[int], data: st.DataObject) -> N
         return
     ours = x.reshape(made.split).permute(made.dims).reshape(made.shape)
     assert torch.equal(ours, truth)
-    again = permuted(made, tuple(reversed(range(len(result)))))
-    assert torch.equal(
-        x.reshape(again.split).permute(again.dims).reshape(again.shape),
-        truth.permute(*reversed(range(len(result)))),
-    )
+    again = composed(made, permutation(made.shape, tuple(reversed(range(len(result))))))
+    assert again is not None
+    assert torch.equal(rearrange(again, x), truth.permute(*reversed(range(len(result)))))
+
+
+@given(data=st.data())
+def test_two_rearrangements_are_one(data: st.DataObject) -> None:
+    """Where two of them compose, it is to what torch makes of one after the other."""
+    shape: Sequence[int] = data.draw(shapes)
+    steps = []
+    for _ in range(2):
+        middle = data.draw(st.permutations(shape))
+        dims = tuple(data.draw(st.permutations(range(len(shape)))))
+        result = data.draw(st.permutations(shape))
+        step = rearrangement(tuple(shape), tuple(middle), dims, tuple(result))
+        assume(step is not None)
+        steps.append(step)
+        shape = result
+    both = composed(*steps)
+    if both is not None:
+        x = draw(*both.split)
+        assert torch.equal(rearrange(both, x), rearrange(steps[1], rearrange(steps[0], x)))
 
 
 def spec(*shape: int, batch: int | None = None) -> TensorSpec:

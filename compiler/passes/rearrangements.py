@@ -18,7 +18,7 @@ from ...errors import InvalidInputError
 from ...kernels import bmm, rearrange
 from ...kernels.bmm import Bmm
 from ...kernels.movement import Permute
-from ...kernels.parts import Rearrange, permuted, rearrangement
+from ...kernels.parts import Rearrange, composed, permutation, rearrangement
 from ...kernels.spec import Operand
 from ..fusions import example
 from ..ir import Graph, Value
@@ -33,7 +33,7 @@ def _made(graph: Graph, found: Match) -> Rearrange | None:
     root, moved = found.root, found.nodes["moved"]
     x = graph.spec(found.values["x"])
     if isinstance(moved.attributes, Rearrange) and isinstance(root.attributes, Permute):
-        return permuted(moved.attributes, root.attributes.dims)
+        return composed(moved.attributes, permutation(moved.spec.shape, root.attributes.dims))
     if isinstance(moved.attributes, Rearrange):
         middle = moved.attributes.split
     else:
@@ -73,13 +73,16 @@ def _permutation(inner: Any) -> Call:
     return Call("permute", inner, name="moved")
 
 
-def _as_rearrangement(graph: Graph, found: Match) -> Rearrange:
-    moved = found.nodes["moved"].attributes
-    if isinstance(moved, Rearrange):
-        return moved
-    assert isinstance(moved, Permute)
-    shape = graph.spec(found.values["x"]).shape
-    return Rearrange(shape, moved.dims, tuple(shape[dim] for dim in moved.dims))
+def _factor(side: str, graph: Graph, found: Match) -> Rearrange | None:
+    """How the product's factor is made of what the movement reads: by the movement, and then by
+    what the product does to its factor already."""
+    moved, root = found.nodes["moved"].attributes, found.root.attributes
+    assert isinstance(root, Bmm)
+    if isinstance(moved, Permute):
+        moved = permutation(graph.spec(found.values["x"]).shape, moved.dims)
+    assert isinstance(moved, Rearrange)
+    own: Rearrange | None = getattr(root, side)
+    return moved if own is None else composed(moved, own)
 
 
 def _read_permuted(side: str, graph: Graph, found: Match) -> Value:
@@ -87,15 +90,22 @@ def _read_permuted(side: str, graph: Graph, found: Match) -> Value:
     assert isinstance(root.attributes, Bmm)
     inputs = list(graph.inputs(root.name))
     inputs[SIDES.index(side)] = found.values["x"]
-    attributes = replace(root.attributes, **{side: _as_rearrangement(graph, found)})
+    attributes = replace(root.attributes, **{side: _factor(side, graph, found)})
     return absorb(graph, found, root.name, tuple(inputs), attributes=attributes)
 
 
-def _bmm_guard(graph: Graph, found: Match) -> str | None:
+def _bmm_guard(side: str, graph: Graph, found: Match) -> str | None:
     if found.nodes["moved"].epilogue:
         return "the permutation has an epilogue"
-    operand = Operand.dense(graph.spec(found.values["x"]))
-    if bmm.factor_of(_as_rearrangement(graph, found), operand) is None:
+    factor = _factor(side, graph, found)
+    if factor is None:
+        return "the movements of the factor cut across each other's dimensions"
+    x = graph.spec(found.values["x"])
+    try:
+        rearrange.infer_rearrange(factor, (x,))
+    except InvalidInputError as error:
+        return str(error)
+    if bmm.factor_of(factor, Operand.dense(x)) is None:
         return "rows or columns of the factor have no single stride"
     return None
 
@@ -162,7 +172,7 @@ RULES = (
             else Call("bmm", Var("b"), moved, name="root"),
             partial(_read_permuted, side),
             partial(_attention, side, name),
-            _bmm_guard,
+            partial(_bmm_guard, side),
             (NearMiss(partial(_merged, side), "no single stride"),) if name == "rearrange" else (),
             label="rearrange",
         )

@@ -21,11 +21,12 @@ from collections.abc import Callable
 
 import torch
 
+from . import motifs, tokens
 from .builder import Builder, UnsuitableError
 from .contract import AGAIN, BATCHES, OPTIONAL, OTHER, UNFUSED, Case
 from .lines import LINES
-from .motifs import MOTIFS
 
+MOTIFS = (*motifs.MOTIFS, *tokens.MOTIFS)
 GROUP = 20
 """Seeds side by side that share their batch, their dtype and how thoroughly they are checked, so
 that they can be checked as one network."""

@@ -22,7 +22,7 @@ def _conv_act(b: Builder, x: str, k: int, r: int = 1, act: str = "", **options: 
     return y if act == "{0}" else b.let(act.format(y))
 
 
-def _linear(b: Builder, x: str, k: int) -> str:
+def linear(b: Builder, x: str, k: int) -> str:
     return b.let(f"{b.layer(f'nn.Linear({b.shape(x)[-1]}, {k})')}({x})")
 
 
@@ -132,8 +132,8 @@ def squeeze_excite(b: Builder) -> None:
         gate = b.let(f"torch.sigmoid({b.let(_conv(b, t, 16))})")
     else:
         s = b.let(f"{x}.mean((2, 3))")
-        t = b.let(f"torch.relu({_linear(b, s, 6)})")
-        gate = b.let(f"torch.sigmoid({_linear(b, t, 16)}).view(-1, 16, 1, 1)")
+        t = b.let(f"torch.relu({linear(b, s, 6)})")
+        gate = b.let(f"torch.sigmoid({linear(b, t, 16)}).view(-1, 16, 1, 1)")
     b.let(f"{x} * {gate}")
     _also_read(b, s)
 
@@ -154,8 +154,8 @@ def head(b: Builder) -> None:
         ends = (f"{x}.mean((2, 3))", f"F.max_pool2d({x}, 2, 1).flatten(1)", f"{x}.flatten(1)")
         x = b.let(b.alternative(*ends))
     for k in b.one((24, 16, 10), (16, 10), (10,)):
-        x = b.let(f"torch.relu({_linear(b, x, k)})")
-    x = _linear(b, x, 5)
+        x = b.let(f"torch.relu({linear(b, x, k)})")
+    x = linear(b, x, 5)
     if b.chance(0.5):
         b.let(b.one(f"F.softmax({x}, 1)", f"F.log_softmax({x}, 1)"))
 
@@ -166,8 +166,8 @@ def small_net(b: Builder) -> None:
     for _ in range(b.one(1, 2)):
         y = b.let(f"torch.relu({b.let(_conv(b, x, 4, 3))})")
         x = b.let(f"F.max_pool2d({y}, 2)")
-    x = _linear(b, b.let(f"{x}.flatten(1)"), 12)
-    _linear(b, b.let(f"torch.relu({x})"), 10)
+    x = linear(b, b.let(f"{x}.flatten(1)"), 12)
+    linear(b, b.let(f"torch.relu({x})"), 10)
     b.special = False
 
 
