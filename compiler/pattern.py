@@ -21,7 +21,7 @@ from typing import Any
 import networkx as nx
 import torch
 
-from ..errors import GraphError, InvalidInputError
+from ..errors import GraphError
 from ..kernels.epilogue import Epilogue
 from ..kernels.op import Attributes
 from . import estimate, wishes
@@ -363,7 +363,7 @@ def _verify(rule: Rule, graph: Graph, value: Value) -> None:
     """A rule that changes what a node computes must leave it the shapes that its readers know."""
     try:
         verify_node(graph, graph.node(value.node))
-    except (GraphError, InvalidInputError) as error:
+    except GraphError as error:
         raise GraphError(f"rule {rule.name!r} made a wrong node: {error}") from error
 
 

@@ -90,7 +90,7 @@ def _fold_call(graph: Graph, node: Node, ledger: Ledger) -> None:
             folded = graph.add_constant(result, node.name, node.outputs[index].dtype)
             graph.update(folded.node, origins=node.origins, module_path=node.module_path)
             graph.redirect(value, folded)
-            ledger.accept("f(constants) => constant", [node], known[key][0].node)
+            ledger.accept("f(constants) => constant", [node], folded.node)
     graph.remove([node.name])
 
 
