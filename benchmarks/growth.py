@@ -2,12 +2,14 @@
 
 Five shapes of network, each with N = 100, 300 and 1000 of what it has many of. What is timed is
 everything between torch.export and the plan ("passes", "lowering"), and the account that `explain`
-shows; all on this machine's CPU. Beside the seconds stands how many times more three times as many
-cost (of N log N: 3.6 times from 100 to 300, 4.0 times from 300 to 1000).
+shows, in CPU seconds, which other work on the machine does not lengthen much. Beside them stands
+how many times more the next size costs (of N log N: 3.7 times from 100 to 300, 4.0 times from 300
+to 1000).
 
 Results go to benchmarks/results/cpu/growth.json, under --label: "after" for this tree, "before" for
 the commit that it is compared with, run on a checkout of that commit
-(`PYTHONPATH=checkout python -m benchmarks.growth --label before`).
+(`PYTHONPATH=checkout python -m benchmarks.growth --label before`). Of that, 1000 siblings are left
+out: the partition alone runs for many minutes.
 """
 
 from __future__ import annotations
