@@ -244,10 +244,13 @@ def _names_of_nodes(account: Account) -> re.Pattern[str]:
     their names only; the first of each op is called like the op, which may stand for itself."""
     names = {record.node for record in account.nodes} | {place.name for place in account.places}
     names |= {event.into for event in account.events} - {""}
-    numbered = sorted((name for name in names if name[-1].isdigit()), key=len, reverse=True)
-    bare = sorted(names.difference(numbered), key=len, reverse=True)
     made = r"(?!sm_)[a-z][a-z0-9_]*_[0-9]+"
-    several = "|".join([*map(re.escape, numbered), made])
+    numbered = {name for name in names if name[-1].isdigit()}
+    bare = sorted(names - numbered, key=len, reverse=True)
+    # Few names are of another form; all of them as alternatives would be tried at every letter.
+    formed = re.compile(rf"{made}(?:\.{made})?")
+    others = sorted((n for n in numbered if not formed.fullmatch(n)), key=len, reverse=True)
+    several = "|".join([*map(re.escape, others), formed.pattern])
     first = "|".join(map(re.escape, bare)) or "(?!)"
     before, output = r"(?:%|^|(?<=\bby )|(?<=\bat ))", r"\b(?:\.\d+\b)?"
     return re.compile(rf"%?\b(?:{several}){output}|{before}(?:{first}){output}(?![-\w])")

@@ -33,25 +33,35 @@ def allocate(
     together: for steps that do not follow each other in one line; else lifetimes tell.
     """
 
-    def in_line(one: str, other: str) -> bool:
-        a, b = lifetimes[one], lifetimes[other]
-        return a.first <= b.last and b.first <= a.last
-
-    overlaps = together or in_line
-    placed: list[tuple[int, int, str]] = []
+    neighbours = {} if together else _alive_together(lifetimes)
     offsets: dict[str, int] = {}
     order = sorted(lifetimes, key=lambda name: (-lifetimes[name].size, lifetimes[name].first, name))
     for name in order:
-        wanted = lifetimes[name]
-        offset = 0
-        for start, end, other in placed:
-            if start < offset + wanted.size and offset < end and overlaps(name, other):
-                offset = end
+        if together is None:
+            near = (other for other in neighbours[name] if other in offsets)
+        else:
+            near = (other for other in offsets if together(name, other))
+        size, offset = lifetimes[name].size, 0
+        for start, other_size in sorted((offsets[other], lifetimes[other].size) for other in near):
+            if start >= offset + size:
+                break
+            offset = max(offset, start + other_size)
         offsets[name] = offset
-        placed.append((offset, offset + wanted.size, name))
-        placed.sort(key=lambda item: item[:2])
     total = max((offset + lifetimes[name].size for name, offset in offsets.items()), default=0)
     return offsets, total
+
+
+def _alive_together(lifetimes: Mapping[str, Lifetime]) -> dict[str, list[str]]:
+    """For each buffer those that are alive at some step at which it is."""
+    found: dict[str, list[str]] = {name: [] for name in lifetimes}
+    alive: list[str] = []
+    for name in sorted(lifetimes, key=lambda name: lifetimes[name].first):
+        alive = [other for other in alive if lifetimes[other].last >= lifetimes[name].first]
+        for other in alive:
+            found[name].append(other)
+            found[other].append(name)
+        alive.append(name)
+    return found
 
 
 def place(

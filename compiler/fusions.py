@@ -24,6 +24,8 @@ from .pattern import Call, Constant, Match, NearMiss, Rule, Var, absorb
 HEAVY = ("conv2d", "linear")
 PRODUCTS = (*HEAVY, "conv3d", "conv_transpose2d", "conv_transpose3d")
 """Matrix products: what reads them is fused into them, not into what stands beside them."""
+MOST_STAGES = 64
+"""Of one epilogue: each may read a tensor, and a launch takes 4 kB of pointers and sizes."""
 UNARY = tuple(s.name for s in SCALARS if s.operands == 1 and s.name != "identity")
 BINARY = tuple(s.name for s in SCALARS if s.operands == 2)
 
@@ -46,6 +48,8 @@ def _same_output(graph: Graph, found: Match) -> str | None:
         return f"{root.name} broadcasts {anchor.spec} to {root.spec}"
     if anchor.spec.dtype is not root.spec.dtype:
         return f"{root.name} changes the dtype from {anchor.spec.dtype} to {root.spec.dtype}"
+    if len(anchor.epilogue) + 1 + len(root.epilogue) > MOST_STAGES:
+        return f"with {root.name} the chain of {anchor.name} has more than {MOST_STAGES} stages"
     return None
 
 

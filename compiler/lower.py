@@ -7,6 +7,7 @@ returns are written into the output buffers.
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass, field
 
 import torch
@@ -161,9 +162,13 @@ def _plan_concats(state: _Lowering) -> None:
         if not isinstance(node.attributes, movement.Concat):
             continue
         start, dim = 0, node.attributes.dim
-        for value in graph.inputs(node.name):
+        values = graph.inputs(node.name)
+        times = Counter(values)
+        for value in values:
             size = graph.spec(value).shape[dim]
             reason = _why_not_in_place(state, node, value, start, dim)
+            if reason is None and times[value] > 1:
+                reason = f"{value} is joined twice"
             source = graph.node(value.node)
             reason = reason or wishes.of(graph.goal, CONCAT_LABEL, [source, node]).refusal
             if reason is None:
@@ -185,8 +190,6 @@ def _why_not_in_place(
         return f"{value} is not computed by a kernel"
     if value in state.destinations:
         return f"{value} already lies in another concatenation"
-    if graph.inputs(concat.name).count(value) > 1:
-        return f"{value} is joined twice"
     if graph.spec(value).dtype is not concat.spec.dtype:
         return f"{value} has another dtype"
     whole = Operand.dense(concat.spec)

@@ -19,6 +19,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 from ..kernels.op import Problem
 from . import estimate, wishes
@@ -26,8 +27,9 @@ from .ir import Graph, Node
 from .ledger import Ledger
 from .pattern import Rule, by_root, bytes_saved, match, rules_for
 
-FORCED_US = 1e9
-"""What a forced proposal is worth: more than any that is not."""
+FORCED_US, FORCED_NODE_US = 1e12, 1e6
+"""What a forced proposal is worth, and each of its nodes: more than any that is not forced, and of
+two forced ones over the same nodes the larger more, whatever else could be made of the rest."""
 MOST_STATES = 4096
 """Partial choices kept while proposals are walked; beyond it the best ones are."""
 
@@ -64,12 +66,14 @@ def choose(
     while proposals := _worthwhile(graph, everyone, ledger):
         worths = [proposal.worth_us for proposal in proposals]
         chosen = best_disjoint(worths, [proposal.names for proposal in proposals])
+        winners = {name: at for at in chosen for name in proposals[at].names}
         made = 0
         for at, proposal in enumerate(proposals):
             if at in chosen:
                 made += proposal.make(graph, ledger)
-            else:
-                _refuse_loser(proposal, [proposals[other] for other in sorted(chosen)], ledger)
+                continue
+            rivals = sorted({winners[name] for name in proposal.names if name in winners})
+            _refuse_loser(proposal, [proposals[other] for other in rivals], ledger)
         if not made:
             break
     return graph
@@ -116,7 +120,7 @@ def _worthwhile(graph: Graph, everyone: Sequence[Proposer], ledger: Ledger) -> l
             wish = wishes.of(graph.goal, proposal.label, proposal.nodes)
             worth_us, reason = _worth(graph, proposal)
             if wish.force is not None:
-                worth_us, reason = FORCED_US, None
+                worth_us, reason = FORCED_US + FORCED_NODE_US * len(proposal.nodes), None
             reason = wish.refusal or reason
             if reason is not None:
                 ledger.refuse(proposal.rule, proposal.nodes, reason)
@@ -138,9 +142,8 @@ def _worth(graph: Graph, proposal: Proposal) -> tuple[float, str | None]:
     return 0.0, f"{status} {together_us:.1f} us together, {apart_us:.1f} us apart on {machine}"
 
 
-def _refuse_loser(proposal: Proposal, winners: Sequence[Proposal], ledger: Ledger) -> None:
+def _refuse_loser(proposal: Proposal, rivals: Sequence[Proposal], ledger: Ledger) -> None:
     """Says which chosen proposals stood in the way, unless one of them is the same, only larger."""
-    rivals = [winner for winner in winners if winner.names & proposal.names]
     if any(rival.label == proposal.label and rival.names > proposal.names for rival in rivals):
         return
     shown = ", ".join(f"{rival.label} at {rival.nodes[-1].name}" for rival in rivals)
@@ -148,27 +151,48 @@ def _refuse_loser(proposal: Proposal, winners: Sequence[Proposal], ledger: Ledge
     ledger.refuse(proposal.rule, proposal.nodes, reason)
 
 
+Picks = tuple[int, Any] | None
+"""A chosen index and the picks before it, which other states share."""
+
+
 def best_disjoint(worths: Sequence[float], sets: Sequence[frozenset[str]]) -> frozenset[int]:
     """Indices of pairwise disjoint sets with the largest total worth.
 
-    Walks the sets in order and keeps, for every set of names that later ones could still clash
-    with, the best choice so far; equal totals keep the earlier choice. Exact while there are at
-    most MOST_STATES such sets of names, which overlaps along a network do not exceed.
+    Walks the sets in order and keeps, for every group of later sets that a choice rules out, the
+    best choice so far; equal totals keep the earlier choice. Exact while there are at most
+    MOST_STATES such groups, which overlaps along a network do not exceed.
     """
-    last = {name: at for at, names in enumerate(sets) for name in names}
-    states: dict[frozenset[str], tuple[float, tuple[int, ...]]] = {frozenset(): (0.0, ())}
-    for at, names in enumerate(sets):
-        following: dict[frozenset[str], tuple[float, tuple[int, ...]]] = {}
-        for taken, (worth, chosen) in states.items():
-            options = [(taken, worth, chosen)]
-            if not taken & names:
-                options.insert(0, (taken | names, worth + worths[at], (*chosen, at)))
-            for held, total, picks in options:
-                open_names = frozenset(name for name in held if last[name] > at)
-                if open_names not in following or total > following[open_names][0]:
-                    following[open_names] = (total, picks)
+    # Bit i of a key says that the set i places further on is ruled out.
+    states: dict[int, tuple[float, Picks]] = {0: (0.0, None)}
+    for at, clashes in enumerate(_later_clashes(sets)):
+        following: dict[int, tuple[float, Picks]] = {}
+        for ruled_out, (worth, picks) in states.items():
+            options = [(ruled_out >> 1, worth, picks)]
+            if not ruled_out & 1:
+                options.insert(0, (ruled_out >> 1 | clashes, worth + worths[at], (at, picks)))
+            for key, total, chosen in options:
+                if key not in following or total > following[key][0]:
+                    following[key] = (total, chosen)
         if len(following) > MOST_STATES:
             ranked = sorted(following.items(), key=lambda item: -item[1][0])
             following = dict(ranked[:MOST_STATES])
         states = following
-    return frozenset(max(states.values(), key=lambda state: state[0])[1])
+    best = max(states.values(), key=lambda state: state[0])[1]
+    chosen_indices = []
+    while best is not None:
+        at, best = best
+        chosen_indices.append(at)
+    return frozenset(chosen_indices)
+
+
+def _later_clashes(sets: Sequence[frozenset[str]]) -> list[int]:
+    """For each set the later ones that share a name with it: bit i for the one i + 1 further on."""
+    found = [0] * len(sets)
+    holders: dict[str, int] = {}  # Of each name, the later sets that hold it, as bits.
+    for at in reversed(range(len(sets))):
+        clashes = 0
+        for name in sets[at]:
+            clashes |= holders.get(name, 0)
+            holders[name] = holders.get(name, 0) | 1 << at
+        found[at] = clashes >> at + 1
+    return found

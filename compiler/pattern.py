@@ -293,14 +293,25 @@ class Rule:
 
 def _cycle(graph: Graph, found: Match, fused: Fused) -> str | None:
     """A fused node may not read what is computed from one of its own results."""
-    if not found.kept:
-        return None
     names = {node.name for node in found.consumed}
-    later = set().union(*(nx.descendants(graph.net, name) for name in found.kept)) - names
-    for value in (*fused.inputs, *fused.operands):
-        if value.node in later:
-            return f"{value} is computed from a result of the fused kernel"
+    for kept in found.kept:
+        # What the kept result is made of does not follow from it: mostly that is all there is.
+        before = _read_for(graph, found, kept)
+        for value in (*fused.inputs, *fused.operands):
+            if value.node in before or not graph.net.pred[value.node]:
+                continue
+            if value.node in nx.descendants(graph.net, kept) - names:
+                return f"{value} is computed from a result of the fused kernel"
     return None
+
+
+def _read_for(graph: Graph, found: Match, kept: str) -> set[str]:
+    """The nodes that a consumed one, and those it is computed from inside the match, read."""
+    names = {kept}
+    for node in reversed(found.consumed):
+        if node.name in names:
+            names.update(graph.net.pred[node.name])
+    return names
 
 
 def bytes_saved(found: Match) -> int:

@@ -70,9 +70,10 @@ def find_places(closing: Closing, plan: Plan) -> Places:
         if holder is not None and holder.name in kept:
             place_of[name] = holder.name
         kernel_of[name] = _kernel_of(holder, steps_of, closing.kernels)
+    placed = {**place_of, **_ports(captured)}
     for name in names:
         if name not in place_of:
-            place_of[name] = _nearest(captured, name, {**place_of, **_ports(captured)})
+            place_of[name] = placed[name] = _nearest(captured, name, placed)
     members: dict[str, list[str]] = {}
     for name in names:
         members.setdefault(place_of[name], []).append(name)
@@ -95,11 +96,11 @@ def find_places(closing: Closing, plan: Plan) -> Places:
 def _steps_by_node(final: Graph, plan: Plan) -> dict[str, tuple[Step, ...]]:
     """The steps of each final node; a concatenation has one for each input that must be copied,
     named "node.input"."""
-    found: dict[str, tuple[Step, ...]] = {}
+    found: dict[str, list[Step]] = {}
     for step in plan.steps:
         name = step.name if step.name in final else step.name.rpartition(".")[0]
-        found[name] = (*found.get(name, ()), step)
-    return found
+        found.setdefault(name, []).append(step)
+    return {name: tuple(steps) for name, steps in found.items()}
 
 
 def _is_place(node: Node, steps_of: Mapping[str, tuple[Step, ...]]) -> bool:

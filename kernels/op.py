@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
+from functools import cached_property
 from types import MappingProxyType
 from typing import Any, Protocol
 
@@ -69,7 +70,7 @@ class Problem:
     def output(self) -> Operand:
         return self.outputs[0]
 
-    @property
+    @cached_property
     def is_wide(self) -> bool:
         """Whether some tensor cannot be indexed by 32-bit offsets."""
         everything = (*self.inputs, *self.outputs, *self.operands, *self.prologue_operands)

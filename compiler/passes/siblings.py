@@ -24,7 +24,7 @@ from ...kernels.epilogue import Epilogue, Stage
 from ...kernels.movement import Concat, Slice
 from ...kernels.op import Problem
 from ...kernels.spec import TensorSpec
-from .. import estimate
+from .. import estimate, wishes
 from ..ir import Graph, Node, Value
 from ..ledger import Ledger
 from ..partition import Proposal
@@ -35,6 +35,11 @@ CONCAT_RULE = "concat(slice(wide), ...) => slice(concat(wide, ...))"
 BIAS = Stage("add")
 VECTOR = 8
 """Slices start at multiples of this many channels, so that 128-bit accesses stay possible."""
+MOST_STAGES = 32
+"""Of the different chains that are merged, together: each is computed for all channels."""
+LEAVE_OUT = 6
+"""Groups of up to this many members are also proposed less one of them, which another fusion may
+want. Of larger groups all or none are merged: what the others save weighs more than one member."""
 
 
 @dataclass(frozen=True)
@@ -57,10 +62,10 @@ class _Wide:
 
 
 def propose_siblings(graph: Graph, ledger: Ledger) -> list[Proposal]:
-    """Every group of at least two siblings, and every group less one of its members.
+    """Every group of at least two siblings, and every small group less one of its members.
 
     Refused where a weight is shared, a stage reads something other than one constant per channel,
-    or the channels do not come in eights.
+    the channels do not come in eights, or the user forbids it.
     """
     groups: dict[_Kind, list[Node]] = {}
     for node in graph.nodes():
@@ -70,16 +75,43 @@ def propose_siblings(graph: Graph, ledger: Ledger) -> list[Proposal]:
     for members in groups.values():
         allowed = []
         for node in members if len(members) > 1 else ():
-            reason = _why_not(graph, node)
+            reason = wishes.of(graph.goal, LABEL, [node]).refusal or _why_not(graph, node)
             if reason is None:
                 allowed.append(node)
             else:
                 ledger.refuse(RULE, [node], reason)
-        subsets = [allowed]
-        if len(allowed) > 2:
-            subsets += [[n for n in allowed if n is not left_out] for left_out in allowed]
-        proposals += [_propose(graph, subset) for subset in subsets if len(subset) > 1]
+        for subset in _with_few_ends(allowed, ledger):
+            subsets = [subset]
+            if 2 < len(subset) <= LEAVE_OUT:
+                subsets += [[n for n in subset if n is not left_out] for left_out in subset]
+            proposals += [_propose(graph, subset) for subset in subsets if len(subset) > 1]
     return proposals
+
+
+def _with_few_ends(members: list[Node], ledger: Ledger) -> list[list[Node]]:
+    """The members in groups of which each merges into a chain that is not too long."""
+    groups: list[list[Node]] = [[]]
+    ends: set[Epilogue] = set()
+    for node in _by_end(members):
+        if node.epilogue not in ends:
+            stages = sum(map(len, ends)) + len(node.epilogue)
+            if stages > MOST_STAGES and groups[-1]:
+                reason = f"with the ends of its siblings a chain has {stages} stages"
+                ledger.refuse(RULE, [node], f"{reason}, more than {MOST_STAGES}")
+                groups.append([])
+                ends.clear()
+            ends.add(node.epilogue)
+        groups[-1].append(node)
+    return groups
+
+
+def _by_end(members: list[Node]) -> list[Node]:
+    """Members with equal chains side by side, in the order of the first of each: their stages are
+    then one range of channels."""
+    groups: dict[Epilogue, list[Node]] = {}
+    for node in members:
+        groups.setdefault(node.epilogue, []).append(node)
+    return [node for group in groups.values() for node in group]
 
 
 def _propose(graph: Graph, members: list[Node]) -> Proposal:
@@ -148,7 +180,8 @@ def _joint_epilogue(graph: Graph, members: list[Node]) -> tuple[Epilogue, list[l
     """One chain for all members, and the parts of each of its operands.
 
     What all begin with is done once (a missing bias is a bias of zeros); the rest of each chain is
-    limited to the channels of the members it belongs to.
+    limited to the channels of the members it belongs to. Of a member that was merged before, stages
+    are limited already: their channels move to where the member's lie.
     """
     widths = [node.spec.shape[1] for node in members]
     chains = [list(zip(node.epilogue, _operands(graph, node), strict=True)) for node in members]
@@ -157,7 +190,7 @@ def _joint_epilogue(graph: Graph, members: list[Node]) -> tuple[Epilogue, list[l
         chains = [c if has else [(BIAS, None), *c] for c, has in zip(chains, biased, strict=True)]
     stages: list[Stage] = []
     parts: list[list[Part]] = []
-    while all(chains) and len({chain[0][0] for chain in chains}) == 1:
+    while all(chains) and _is_common([chain[0][0] for chain in chains]):
         heads = [chain.pop(0) for chain in chains]
         stages.append(heads[0][0])
         if heads[0][0].takes_operand:
@@ -165,12 +198,19 @@ def _joint_epilogue(graph: Graph, members: list[Node]) -> tuple[Epilogue, list[l
     bounds = [sum(widths[:at]) for at in range(len(widths) + 1)]
     for first, last in _runs([[stage for stage, _ in chain] for chain in chains]):
         for depth, (stage, _) in enumerate(chains[first]):
-            stages.append(replace(stage, channels=(bounds[first], bounds[last + 1])))
+            start, stop = stage.channels or (0, bounds[last + 1] - bounds[first])
+            channels = (bounds[first] + start, bounds[first] + stop)
+            stages.append(replace(stage, channels=channels))
             if stage.takes_operand:
                 mine = [chain[depth][1] for chain in chains[first : last + 1]]
                 values = [None] * first + mine + [None] * (len(members) - last - 1)
                 parts.append(list(zip(values, widths, strict=True)))
     return tuple(stages), parts
+
+
+def _is_common(stages: list[Stage]) -> bool:
+    """Whether members' stages are one stage of all channels."""
+    return stages[0].channels is None and all(stage == stages[0] for stage in stages)
 
 
 def _operands(graph: Graph, node: Node) -> list[Value | None]:
@@ -180,10 +220,12 @@ def _operands(graph: Graph, node: Node) -> list[Value | None]:
 
 
 def _runs(chains: list[list[Stage]]) -> list[tuple[int, int]]:
-    """First and last index of every run of neighbours with equal chains."""
+    """First and last index of every run of neighbours with equal chains, none of them limited to
+    some channels."""
     runs: list[tuple[int, int]] = []
     for at, chain in enumerate(chains):
-        if runs and chains[runs[-1][0]] == chain:
+        limited = any(stage.channels for stage in chain)
+        if runs and chains[runs[-1][0]] == chain and not limited:
             runs[-1] = (runs[-1][0], at)
         else:
             runs.append((at, at))
@@ -204,12 +246,11 @@ def _joined(graph: Graph, parts: list[Part], like: torch.Tensor, stem: str) -> V
 
 
 def _merge(graph: Graph, members: list[Node], ledger: Ledger) -> None:
-    concat, first = _find_concat(graph, members)
-    if concat is not None:
+    joint = _find_concat(graph, members)
+    if joint is not None:
         # The concatenation's own part goes to the side where the rest of it follows.
-        partner = next(node for node in members if _feeds(graph, node, concat, first))
-        others = [node for node in members if node is not partner]
-        members = [*others, partner] if first else [partner, *others]
+        others = [node for node in members if node is not joint.partner]
+        members = [*others, joint.partner] if joint.first else [joint.partner, *others]
     x = graph.own_inputs(members[0])[0]
     weights = [graph.own_inputs(node)[1] for node in members]
     widths = [node.spec.shape[1] for node in members]
@@ -236,25 +277,36 @@ def _merge(graph: Graph, members: list[Node], ledger: Ledger) -> None:
     saved = (len(members) - 1) * graph.spec(x).size_bytes
     ledger.accept(RULE, members, wide.node, saved)
     graph.remove(node.name for node in members)
-    if concat is not None:
-        _widen_concat(graph, graph.node(concat.name), wide, first, ledger)
+    if joint is not None:
+        _widen_concat(graph, joint, wide, ledger)
 
 
-def _feeds(graph: Graph, node: Node, concat: Node, first: bool) -> bool:
-    return graph.inputs(concat.name)[0 if first else -1] == Value(node.name)
+@dataclass(frozen=True)
+class _Joint:
+    """A concatenation that begins (first) or ends with a member, its partner."""
+
+    concat: Node
+    partner: Node
+    first: bool
 
 
-def _find_concat(graph: Graph, members: list[Node]) -> tuple[Node | None, bool]:
-    """A concatenation that begins (True) or ends (False) with a member and can be widened."""
+def _find_concat(graph: Graph, members: list[Node]) -> _Joint | None:
+    """The first concatenation that begins or ends with a member and can be widened."""
+    partners = {node.name: node for node in members}
+    seen = set()
     for node in members:
         for reader, _ in graph.uses(Value(node.name)):
+            if reader in seen:
+                continue
+            seen.add(reader)
             concat = graph.node(reader)
             if concat.attributes != Concat(1) or not _can_widen(graph, concat):
                 continue
-            for first in (True, False):
-                if _feeds(graph, node, concat, first):
-                    return concat, first
-    return None, True
+            inputs = graph.inputs(reader)
+            for value, first in ((inputs[0], True), (inputs[-1], False)):
+                if value.node in partners:
+                    return _Joint(concat, partners[value.node], first)
+    return None
 
 
 def _can_widen(graph: Graph, concat: Node) -> bool:
@@ -266,19 +318,15 @@ def _can_widen(graph: Graph, concat: Node) -> bool:
     return all(width % VECTOR == 0 for width in widths) and not nested and not returned
 
 
-def _widen_concat(graph: Graph, concat: Node, wide: Value, first: bool, ledger: Ledger) -> None:
+def _widen_concat(graph: Graph, joint: _Joint, wide: Value, ledger: Ledger) -> None:
+    concat = joint.concat
     inputs = list(graph.inputs(concat.name))
-    inputs[0 if first else -1] = wide
-    total = graph.spec(wide).shape[1] - _part(graph, concat, first)
+    inputs[0 if joint.first else -1] = wide
     widened = graph.add("concat", inputs, Concat(1), like=[concat])
-    start = total if first else 0
+    others = graph.spec(wide).shape[1] - joint.partner.spec.shape[1]
+    start = others if joint.first else 0
     view = graph.add("slice", (widened,), Slice(1, start, start + concat.spec.shape[1]))
     graph.update(view.node, module_path=concat.module_path)
     graph.redirect(Value(concat.name), view)
     ledger.accept(CONCAT_RULE, [concat], widened.node)
     graph.remove([concat.name])
-
-
-def _part(graph: Graph, concat: Node, first: bool) -> int:
-    """Channels of the concatenation's own part of the wide result."""
-    return graph.spec(graph.inputs(concat.name)[0 if first else -1]).shape[1]
