@@ -180,7 +180,7 @@ def _literal_example() -> Any:
 
 
 def _residual_example() -> Any:
-    return example(lambda m, x, r: m["conv"](x) - r, IMAGE, (2, 8, 7, 5), conv=_conv())
+    return example(lambda m, x, r: m["conv"](x) + r, IMAGE, (2, 8, 7, 5), conv=_conv())
 
 
 def _reversed_example() -> Any:
@@ -188,7 +188,7 @@ def _reversed_example() -> Any:
 
 
 def _pointwise_example() -> Any:
-    return example(lambda m, x, r: torch.tanh(x).mul(r), IMAGE, IMAGE)
+    return example(lambda m, x, r: torch.tanh(x) - r, IMAGE, IMAGE)
 
 
 def _pointwise_reversed_example() -> Any:

@@ -21,7 +21,7 @@ from typing import Any, Protocol
 import torch
 
 from ..errors import KernelError, TargetUnavailableError
-from ..kernels import emulator, execute, interpreter, offline
+from ..kernels import emulator, execute, interpreter, offline, registry
 from ..kernels.op import Launch, Ref
 from ..kernels.targets import EMULATED, EMULATOR, Target
 from .branches import schedule
@@ -115,15 +115,15 @@ class StepRunner(ABC):
             run_torch_step(step, memory)
             return
         for launch in step.launches:
-            self._launch(launch, _tensors_of(step, memory), memory.batch)
+            self._launch(step, launch, memory)
 
     def _running(self) -> AbstractContextManager[None]:
         """Around all steps of a call."""
         return nullcontext()
 
     @abstractmethod
-    def _launch(self, launch: Launch, tensor_of: Callable[[Ref], torch.Tensor], batch: int) -> None:
-        """Runs one launch."""
+    def _launch(self, step: KernelStep, launch: Launch, memory: Memory) -> None:
+        """Runs one launch of a step."""
 
 
 class InterpreterRunner(StepRunner):
@@ -134,8 +134,8 @@ class InterpreterRunner(StepRunner):
     def _running(self) -> AbstractContextManager[None]:
         return interpreter.interpreting()
 
-    def _launch(self, launch: Launch, tensor_of: Callable[[Ref], torch.Tensor], batch: int) -> None:
-        execute.interpret(launch, tensor_of, batch)
+    def _launch(self, step: KernelStep, launch: Launch, memory: Memory) -> None:
+        execute.interpret(launch, _tensors_of(step, memory), memory.batch)
 
 
 class EmulatorRunner(StepRunner):
@@ -147,8 +147,9 @@ class EmulatorRunner(StepRunner):
         super().__init__(plan)
         offline.compile_all(compile_requests(plan, plan.target))
 
-    def _launch(self, launch: Launch, tensor_of: Callable[[Ref], torch.Tensor], batch: int) -> None:
-        emulator.run(launch, tensor_of, batch, self._plan.target)
+    def _launch(self, step: KernelStep, launch: Launch, memory: Memory) -> None:
+        tensor_of, places = _tensors_of(step, memory), registry.get(step.op).places(step.problem)
+        emulator.run(launch, tensor_of, memory.batch, self._plan.target, places)
 
 
 def first_output(step: Step) -> Place:

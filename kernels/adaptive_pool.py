@@ -316,6 +316,8 @@ DOMAIN = Domain(
         {"N": 1, "C": 8, "image": (1, 1), "size": (7, 7)},
         {"N": 2, "C": 3, "image": (23, 19), "size": (3, 1)},
         {"N": 2, "C": 3, "image": (23, 19), "size": (1, 3)},
+        # Windows of different sizes, which overlap.
+        {"N": 2, "C": 8, "image": (8, 11), "size": (5, 4)},
     ),
 )
 

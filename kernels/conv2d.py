@@ -488,12 +488,12 @@ OP = Op(
             # Blocks of groups, the last of them not full.
             {**_rows_draw(4, (3, 3), (1, 1)), "K": 4, "groups": 9},
             {**_rows_draw(3, (3, 3), (2, 2)), "K": 5, "groups": 7},
+            # Depthwise, with a border on every side, each of another width.
+            {**_rows_draw(20, (3, 3), (1, 1)), "padding": (1, 2, 2, 1), "depthwise": True},
+            {**_rows_draw(33, (5, 5), (2, 2)), "padding": (2, 2, 2, 2), "depthwise": True},
         ),
     ),
-    aten={
-        "aten.conv2d.default": _capture,
-        "aten.conv2d.padding": _capture,
-    },
+    aten={"aten.conv2d.default": _capture, "aten.conv2d.padding": _capture},
     packs=lambda attributes: {1: _pack_for_algorithm},
     takes_prologue=True,
 )

@@ -49,8 +49,10 @@ def collect(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """The sum of a tile's parts, in order; gives the tickets back."""
-    tl.debug_barrier()
+    """The sum of a tile's parts, in order; gives the tickets back.
+
+    Every thread has its ticket behind a barrier, in shared memory from the one that took it.
+    """
     inside = tl.arange(0, BLOCK_M)[:, None] * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
     place = parts + tile.to(tl.int64) * SPLIT * (BLOCK_M * BLOCK_N)
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)

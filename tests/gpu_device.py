@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from convloom.compiler.runtime import bind_launch
 from convloom.kernels import execute, interpreter, offline, targets
 from convloom.kernels.offline import CompileRequest
-from convloom.kernels.op import Launch, Ref
+from convloom.kernels.op import NONE, Launch, Operand, Ref
 from convloom.kernels.targets import Target
 
 from .harness import Interpreter
@@ -28,7 +28,13 @@ class Gpu(Interpreter):
         self.place = torch.device("cuda", torch.cuda.current_device())
         self._side: Any = None
 
-    def run(self, launch: Launch, tensor_of: Callable[[Ref], torch.Tensor], batch: int) -> None:
+    def run(
+        self,
+        launch: Launch,
+        tensor_of: Callable[[Ref], torch.Tensor],
+        batch: int,
+        places: Mapping[Ref, Operand] = NONE,
+    ) -> None:
         self.bound(launch, tensor_of, batch)()
         self.wait()
 

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from convloom.kernels import emulator, execute, interpreter, tolerance
 from convloom.kernels.epilogue import Epilogue, Stage, apply_reference
-from convloom.kernels.op import Attributes, Config, Launch, Op, Problem, Ref
+from convloom.kernels.op import NONE, Attributes, Config, Launch, Op, Problem, Ref
 from convloom.kernels.scalars import BY_NAME
 from convloom.kernels.spec import FLOAT_DTYPES, Layout, Operand, TensorSpec, as_layout
 from convloom.kernels.targets import EMULATOR, INTERPRETER, Target, parse
@@ -204,8 +204,14 @@ class Interpreter:
     """What configurations are chosen for."""
     place = torch.device("cpu")
 
-    def run(self, launch: Launch, tensor_of: Callable[[Ref], torch.Tensor], batch: int) -> None:
-        """One launch on tensors of `place`, to its end."""
+    def run(
+        self,
+        launch: Launch,
+        tensor_of: Callable[[Ref], torch.Tensor],
+        batch: int,
+        places: Mapping[Ref, Operand] = NONE,
+    ) -> None:
+        """One launch on tensors of `place`, to its end. places: where they lie in their buffers."""
         with interpreter.interpreting():
             execute.interpret(launch, tensor_of, batch)
 
@@ -221,8 +227,14 @@ class Emulator(Interpreter):
         self.target = parse(self.name)
         self.seed = seed
 
-    def run(self, launch: Launch, tensor_of: Callable[[Ref], torch.Tensor], batch: int) -> None:
-        emulator.run(launch, tensor_of, batch, self.target, self.seed)
+    def run(
+        self,
+        launch: Launch,
+        tensor_of: Callable[[Ref], torch.Tensor],
+        batch: int,
+        places: Mapping[Ref, Operand] = NONE,
+    ) -> None:
+        emulator.run(launch, tensor_of, batch, self.target, places, self.seed)
 
 
 INTERPRETED = Interpreter()
@@ -263,7 +275,9 @@ def run_on(
         launch = widened(launch) if wide else launch
         exchanged = execute.scratch(launch, device.place)
         for _ in range(2 if exchanged else 1):  # What must be left zeroed is used again.
-            device.run(launch, {**buffers, **exchanged}.__getitem__, batch)
+            device.run(
+                launch, {**buffers, **exchanged}.__getitem__, batch, op.places(problem)
+            )
     return tuple(
         written(op, operand, buffers[Ref("output", index)].cpu())
         for index, operand in enumerate(problem.outputs)

@@ -416,7 +416,7 @@ def test_faults_of_boxes_are_seen(body: str, message: str) -> None:
         "mov.u32 %r9, %clock;",
         "bar.sync 1;",
         "cp.async.bulk.tensor.2d.global.shared::cta.bulk_group [%rd1, {%r2, %r2}], [%r3];",
-        "ld.local.b32 %r9, [%rd1];",
+        "ld.tensor.b32 %r9, [%rd1];",
     ],
 )
 def test_what_is_not_known_is_refused_by_name(body: str) -> None:

@@ -98,6 +98,29 @@ def test_interesting_draws(name: str, draw: Any, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.interpreter
+@pytest.mark.parametrize("first", ["negative", "positive"])
+@pytest.mark.parametrize(("name", "draw"), INTERESTING)
+def test_what_stands_for_no_element_is_not_seen(name: str, draw: Any, first: str) -> None:
+    """A border or the end of a tile must not win a maximum: the first input is of one sign, all
+    others are negative, and so is what a convolution of positive pixels makes of them."""
+    op = registry.get(name)
+    case = harness.case_of(op, draw)
+    low, high = op.domain.range
+    if case is None or low >= 0:
+        return
+    drawn = [
+        harness.make_tensor(spec, at, low, low / 4) for at, spec in enumerate(case.specs)
+    ]
+    if first == "positive":
+        drawn[0] = harness.make_tensor(case.specs[0], 0, high / 4, high)
+    tensors = op.domain.prepare(case.attributes, tuple(drawn))
+    # Rows that lie apart and rows that do not may take different kernels.
+    for pad in (3, 0):
+        problem = harness.problem_for(op, case.attributes, case.specs, pad=pad)
+        harness.check(op, problem, tensors, tile=None if pad else op.default(problem, SM_90))
+
+
+@pytest.mark.interpreter
 @every_op
 @given(data=st.data(), seed=harness.seeds, pad=harness.pads)
 def test_gpu_configurations_agree_with_reference(

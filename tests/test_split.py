@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import itertools
 import random
+import re
 from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 import torch
+import triton
+import triton.language as tl
 from convloom.compiler import api
 from convloom.compiler.memory import ALIGNMENT
 from convloom.compiler.plan import KernelStep
 from convloom.compiler.tuning.choose import Choice, heuristic
-from convloom.kernels import gemm, interpreter, machine, offline, registry, split
+from convloom.kernels import emulator, gemm, interpreter, machine, offline, registry, split
 from convloom.kernels.conv2d import Conv2d
+from convloom.kernels.emulator import FaultError
 from convloom.kernels.epilogue import Stage
 from convloom.kernels.linear import Linear
 from convloom.kernels.op import Config, Op, Problem
@@ -97,6 +101,58 @@ def test_every_split_is_right_and_repeatable(name: str, monkeypatch: pytest.Monk
         now = run(asked, tile, batch - 1)
         assert torch.equal(now.nan_to_num(7.0), smaller[tile].nan_to_num(7.0)), tile
         assert now[batch - 1 :].isnan().all()
+
+
+@triton.jit
+def exchange_kernel(parts, tickets, y, extras, m, SPLIT: tl.constexpr, SIZE: tl.constexpr):
+    """The sum of what programs hold in registers: no product's barriers are in between."""
+    part = tl.program_id(0)
+    acc = tl.zeros((SIZE, SIZE), tl.float32) + (part + 1).to(tl.float32)
+    if split.publish(acc, parts, tickets, part * 0, part, SPLIT, SIZE, SIZE):
+        acc = split.collect(parts, tickets, part * 0, SPLIT, SIZE, SIZE)
+        tl.store(y + tl.arange(0, SIZE)[:, None] * SIZE + tl.arange(0, SIZE)[None, :], acc)
+
+
+SPLIT, SIZE, WARPS = 3, 32, 4
+
+
+def exchanged(ptx: str, shared_bytes: int, seed: int) -> torch.Tensor:
+    """What a compiled `exchange_kernel` leaves; its tickets are zero again."""
+    parts, tickets = torch.full((SPLIT * SIZE**2,), torch.nan), torch.zeros(1, dtype=torch.int32)
+    y = torch.full((SIZE, SIZE), torch.nan)
+    emulator.emulate(
+        emulator.parse(ptx), [parts, tickets, y, 1], SPLIT, 32 * WARPS, shared_bytes, seed
+    )
+    assert int(tickets) == 0
+    return y
+
+
+@pytest.mark.parametrize("generation", [80, 90])
+def test_the_ticket_is_taken_behind_every_part(generation: int) -> None:
+    """Every barrier up to the first part that is read back is needed, and missed where it is not
+    there: the one in front of the ticket, and the one behind which all threads know it."""
+    compiled = offline.compile_request(
+        offline.CompileRequest(
+            kernel=f"{__name__}:exchange_kernel",
+            pointers=(("parts", "*fp32"), ("tickets", "*i32"), ("y", "*fp32")),
+            extras=(),
+            constexprs=(("SPLIT", SPLIT), ("SIZE", SIZE)),
+            num_warps=WARPS,
+            num_stages=1,
+            capability=generation,
+        )
+    )
+    ptx, shared_bytes = compiled.asm["ptx"], compiled.metadata.shared
+    for seed in range(4):
+        assert (exchanged(ptx, shared_bytes, seed) == sum(range(1, SPLIT + 1))).all()
+    read = re.search(r"cp\.async\.cg|ld\.global\.cg", ptx)
+    assert read is not None
+    barriers = [found.span() for found in re.finditer(r"bar\.sync\s+0;", ptx[: read.start()])]
+    atomic = ptx.index("atom.global")
+    assert any(end < atomic for _, end in barriers) and any(end > atomic for _, end in barriers)
+    for start, end in barriers:
+        with pytest.raises(FaultError, match=r"lie between|since the last barrier"):
+            exchanged(ptx[:start] + ptx[end:], shared_bytes, 0)
 
 
 def test_batch_1_splits_where_multiprocessors_would_idle() -> None:

@@ -53,7 +53,7 @@ def lose_residuals(patch: pytest.MonkeyPatch) -> None:
 
 
 def permute_once(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(rearrangements, "permuted", lambda moved, dims: moved)
+    patch.setattr(rearrangements, "composed", lambda first, second: first)
 
 
 def shift_stages(patch: pytest.MonkeyPatch) -> None:

@@ -4,11 +4,15 @@ Triton's interpreter runs the source of a kernel; this runs what the compiler ma
 software pipelines, asynchronous copies, matrix fragments, swizzled shared memory, barriers. All
 threads of several blocks advance together, an instruction at a time, as arrays of NumPy; groups
 that branched apart run one after the other. Beside computing, it looks for what goes wrong only
-sometimes on a device: reads and writes outside a tensor, misaligned addresses, races between the
-warps of a block, results of asynchronous copies and products used before they have arrived.
+sometimes on a device: reads and writes outside what a launch may touch of a buffer, misaligned
+addresses, stack frames read before they are written, races between the warps of a block, words read
+that another block wrote and did not release, results of asynchronous copies and products used
+before they have arrived.
 
-What it cannot show: races within a warp or between blocks; what the assembler (ptxas) and the
-hardware make of the PTX; the exact rounding of matrix products and approximate functions; time.
+What it cannot show: races within a warp; blocks that write to one place after each other; what a
+masked load without `other=` leaves in a register, where the compiler makes a copy of it that fills
+zeros (`tests/test_loads.py` asks for `other=` instead); what the assembler (ptxas) and the hardware
+make of the PTX; the exact rounding of matrix products and approximate functions; time.
 Source: NVIDIA, Parallel Thread Execution ISA.
 """
 

@@ -70,6 +70,7 @@ class Copies:
             given = address(lanes)
             machine.memory.check_near(given)
             found = machine.memory.locate(given[whole], size)
+            machine.everywhere.note_read(found, size, lanes[whole])
             data[whole] = machine.memory.bytes.reshape(-1, size)[found // size]
             at = self.shared.locate(shared(lanes), size, lanes)
             self.shared.start_copy(at, size, lanes)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -12,10 +12,11 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .. import execute, offline
 from ..op import Launch, Ref
+from ..spec import Operand
 from ..targets import Target
 from . import source
 from .machine import WARP, Machine
-from .memory import Global
+from .memory import Array, Bounded, Global
 from .tma import MAP_BYTES, MAPS, SWIZZLE_BYTES, TensorMap
 
 Argument = torch.Tensor | int | TensorMap
@@ -29,18 +30,39 @@ def run(
     tensor_of: Callable[[Ref], torch.Tensor],
     batch: int,
     target: Target,
+    places: Mapping[Ref, Operand],
     seed: int = 0,
 ) -> None:
     """Runs what the launch is compiled to for the target on CPU tensors, as `execute.interpret`.
 
-    seed: of the order in which blocks begin and atomic operations happen.
+    places: where tensors lie in their buffers, of which the launch may touch nothing else; those
+    that are not named are whole buffers. Outputs and scratch may be written. seed: of the order in
+    which blocks begin and atomic operations happen.
     Raises: FaultError for what a device would fault at or might get wrong; UnsupportedPtxError.
     """
     wanted = offline.request(launch, lambda ref: tensor_of(ref).dtype, target)
     kernel, shared_bytes, maps = _compiled(wanted)
     arguments = list(_arguments(launch, execute.bind(launch, tensor_of, batch), iter(maps)))
+    bounds = [
+        _bounded(ref, tensor_of(ref), places.get(ref), batch)
+        for ref in dict.fromkeys(
+            (*launch.pointers.values(), *(box.ref for box in launch.boxes.values()), *launch.extras)
+        )
+    ]
     blocks = launch.grid_at(batch)[0]
-    emulate(kernel, arguments, blocks, WARP * launch.num_warps, shared_bytes, seed)
+    emulate(kernel, arguments, blocks, WARP * launch.num_warps, shared_bytes, seed, bounds)
+
+
+def _bounded(ref: Ref, buffer: torch.Tensor, place: Operand | None, batch: int) -> Bounded:
+    """A buffer, of which the launch may touch the samples of this call at a place."""
+    touchable: Array | None = None
+    if place is not None:
+        held = torch.zeros(buffer.numel(), dtype=torch.bool)
+        shape = place.spec.at(batch)
+        if 0 not in shape:
+            torch.as_strided(held, shape, place.strides, place.offset).fill_(True)
+        touchable = held.numpy()
+    return Bounded(buffer, touchable, ref.kind in ("output", "scratch"))
 
 
 @lru_cache(maxsize=256)
@@ -77,14 +99,19 @@ def emulate(
     threads: int,
     shared_bytes: int = 0,
     seed: int = 0,
+    bounds: Sequence[Bounded] | None = None,
 ) -> None:
-    """Runs a kernel: tensors are passed by address and may be written.
+    """Runs a kernel: tensors are passed by address.
 
+    bounds: of all memory that the arguments lie in, what may be done to it; anything to the tensors
+    themselves where there are none.
     Parameters beyond the arguments are null: Triton adds pointers to scratch memory of its own,
     which our kernels do not use.
     """
     tensors = [each.tensor if isinstance(each, TensorMap) else each for each in arguments]
-    memory = Global([each for each in tensors if isinstance(each, torch.Tensor)])
+    if bounds is None:
+        bounds = [Bounded(each) for each in tensors if isinstance(each, torch.Tensor)]
+    memory = Global(bounds)
     maps: dict[int, TensorMap] = {}
     raw = []
     for argument, size in zip(arguments, kernel.parameters.values(), strict=False):

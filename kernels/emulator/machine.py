@@ -7,14 +7,16 @@ meets the next one, which brings structured code together again where its branch
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import numpy as np
 
 from . import arithmetic, asynchronous, products, tma, values
+from .accesses import Accesses
 from .arithmetic import UnsupportedPtxError
-from .memory import POISON, Array, FaultError, Global, Shared, gather, scatter
+from .exchange import Exchange
+from .memory import POISON, Array, FaultError, Global, Shared
 from .source import Address, Instruction, Kernel, Operand
+from .stack import Stack
 from .values import BITS, UNSIGNED
 
 Lanes = Array
@@ -24,10 +26,6 @@ WARP = 32
 IGNORED = {
     "fence", "membar", "griddepcontrol", "setmaxnreg", "prefetch", "discard", "nanosleep",
     "createpolicy", "pragma",
-}  # fmt: skip
-LOAD_WORDS = {
-    "global", "shared", "local", "relaxed", "acquire", "release", "acq_rel", "gpu", "sys", "cta",
-    "volatile", "weak", "nc", "ca", "cg", "cs", "cv", "wb", "wt", "shared::cta",
 }  # fmt: skip
 FINISHED = np.iinfo(np.int64).max
 
@@ -58,10 +56,13 @@ class Machine:
         self.everyone = np.arange(self.count)
         self.thread = (self.everyone % threads).astype(np.uint32)
         self.shared = Shared(len(blocks), shared_bytes, threads)
+        self.everywhere = Exchange(memory, self.shared, self.blocks)
+        self.stack = Stack(kernel, self.count)
         self.registers: dict[str, Array] = {}
         self.parameters = dict(zip(kernel.parameters, parameters, strict=False))
         self.copies = asynchronous.Copies(self.shared, self.count)
         self.products = products.Pending(self)
+        self.accesses = Accesses(self)
         self.boxes = tma.Boxes(self, maps or {})
         self._special = self._special_registers()
         self._made: dict[int, Action] = {}
@@ -80,7 +81,7 @@ class Machine:
             where = np.frombuffer(self.parameters[name][:8], np.uint64)
             return lambda lanes: where
         if name in self.kernel.arrays:
-            start = np.zeros(1, UNSIGNED[BITS[kind]])
+            start = np.array([self.stack.starts.get(name, 0)], UNSIGNED[BITS[kind]])
             return lambda lanes: start
         if name[0].isdigit() or name[0] == "-":
             constant = values.immediate(name, kind)
@@ -234,9 +235,10 @@ class Machine:
                 return lambda lanes: self.shared.fence()
             return lambda lanes: None
         makers: dict[str, Callable[[Instruction], Action]] = {
-            "ld": self._load, "st": self._store, "atom": self._atomic, "red": self._atomic,
+            "ld": self.accesses.load, "st": self.accesses.store,
+            "atom": self.accesses.atomic, "red": self.accesses.atomic,
             "shfl": self._shuffle, "cp": self.copies.decoder(self), "mov": self._move,
-            "cvta": self._convert_address, "elect": self._elect,
+            "cvta": self.accesses.convert_address, "elect": self._elect,
             "redux": self._reduce, "mbarrier": self.boxes.decode,
         }  # fmt: skip
         if root in makers:
@@ -300,125 +302,12 @@ class Machine:
         store = self.setter(goal, kind)
         return lambda lanes: store(lanes, one(lanes))
 
-    def _convert_address(self, instruction: Instruction) -> Action:
-        """Of tensors and parameters, which stay: shared memory is addressed from zero."""
-        if not {"global", "param"} & {*instruction.opcode}:
-            raise UnsupportedPtxError("this form")
-        read = self.getter(instruction.operands[1], "b64")
-        write = self.setter(instruction.operands[0], "b64")
-        return lambda lanes: write(lanes, read(lanes))
-
     def address(self, operand: Operand, kind: str) -> Callable[[Lanes], Array]:
         """The addresses that `[base + offset]` stands for."""
         assert isinstance(operand, Address), operand
         read = self.getter(operand.base, kind)
         offset = np.array([operand.offset], np.int64).astype(UNSIGNED[BITS[kind]])
         return lambda lanes: np.broadcast_to(read(lanes) + offset, lanes.shape)
-
-    def _elements(self, instruction: Instruction) -> tuple[str, int]:
-        """(type, bytes) of each element that is loaded or stored.
-
-        Raises: UnsupportedPtxError for a space or a modifier that is not known.
-        """
-        *words, kind = instruction.opcode[1:]
-        vectors = {"v2", "v4", "v8"}
-        hints = ("L1::", "L2::")
-        if odd := [w for w in words if w not in LOAD_WORDS | vectors and not w.startswith(hints)]:
-            raise UnsupportedPtxError(", ".join(odd))
-        if "local" in words:
-            raise UnsupportedPtxError("this form")
-        return kind, BITS[kind] // 8
-
-    def _place(
-        self, operand: Operand, size: int, is_global: bool
-    ) -> Callable[[Lanes], tuple[Array, Array]]:
-        """(positions, the memory they are in) of accesses of `size` bytes."""
-        address = self.address(operand, "b64" if is_global else "b32")
-
-        def place(lanes: Lanes) -> tuple[Array, Array]:
-            if is_global:
-                return self.memory.locate(address(lanes), size), self.memory.bytes
-            return self.shared.locate(address(lanes), size, lanes), self.shared.bytes
-
-        return place
-
-    def _load(self, instruction: Instruction) -> Action:
-        if "param" in instruction.opcode:
-            return self._load_parameter(instruction)
-        kind, width = self._elements(instruction)
-        goal, source = instruction.operands[:2]
-        goals = goal if isinstance(goal, tuple) else (goal,)
-        writers = [self.setter(each, kind) for each in goals]
-        size = width * len(goals)
-        is_global = "global" in instruction.opcode
-        place = self._place(source, size, is_global)
-
-        def load(lanes: Lanes) -> None:
-            at, memory = place(lanes)
-            if not is_global:
-                self.shared.note_read(at, size, lanes)
-            for write, part in zip(writers, gather(memory, at, width, len(goals)), strict=True):
-                write(lanes, values.from_bits(part, kind))
-
-        return load
-
-    def _load_parameter(self, instruction: Instruction) -> Action:
-        goal, source = instruction.operands
-        assert isinstance(source, Address)
-        kind = instruction.opcode[-1]
-        raw = self.parameters[source.base][source.offset :][: BITS[kind] // 8]
-        value = values.from_bits(np.frombuffer(raw, UNSIGNED[BITS[kind]]), kind)
-        write = self.setter(goal, kind)
-        return lambda lanes: write(lanes, value)
-
-    def _store(self, instruction: Instruction) -> Action:
-        kind, width = self._elements(instruction)
-        goal, source = instruction.operands[:2]
-        sources = source if isinstance(source, tuple) else (source,)
-        read = [self.getter(each, kind) for each in sources]
-        size = width * len(sources)
-        is_global = "global" in instruction.opcode
-        place = self._place(goal, size, is_global)
-
-        def store(lanes: Lanes) -> None:
-            parts = [
-                np.broadcast_to(values.to_bits(each(lanes), kind), lanes.shape) for each in read
-            ]
-            at, memory = place(lanes)
-            if not is_global:
-                self.shared.note_write(at, size, lanes)
-            scatter(memory, at, width, parts)
-
-        return store
-
-    def _atomic(self, instruction: Instruction) -> Action:
-        """One thread after the other, in any order."""
-        root, *words = instruction.opcode
-        kind, width = words[-1], BITS[words[-1]] // 8
-        name = next((w for w in words if w in ("add", "max", "min", "exch")), None)
-        if "shared" in words or name is None:
-            raise UnsupportedPtxError("this form")
-        goal, address, *sources = instruction.operands if root == "atom" else (
-            "_", *instruction.operands)  # fmt: skip
-        where = self.address(address, "b64")
-        read, write = self.getter(sources[0], kind), self.setter(goal, kind)
-        functions: dict[str, Callable[[Any, Any], Any]] = {
-            "add": np.add, "max": np.maximum, "min": np.minimum, "exch": lambda old, new: new,
-        }  # fmt: skip
-        function = functions[name]
-
-        def atomic(lanes: Lanes) -> None:
-            at = self.memory.locate(where(lanes), width)
-            cells = self.memory.bytes.view(values.NUMPY[kind])
-            new = np.broadcast_to(read(lanes), lanes.shape)
-            old = np.empty_like(new)
-            for index in self.order.permutation(lanes.size):
-                cell = at[index] // width
-                old[index] = cells[cell]
-                cells[cell] = function(cells[cell], new[index])
-            write(lanes, old)
-
-        return atomic
 
     def _shuffle(self, instruction: Instruction) -> Action:
         mode = instruction.opcode[2]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,24 +30,54 @@ class FaultError(KernelError):
     """What a device would fault at, or what it might get wrong: the instruction, and what."""
 
 
-class Global:
-    """The tensors of one launch, at addresses of 64 bits."""
+@dataclass(frozen=True)
+class Bounded:
+    """A contiguous tensor and what a launch may do to it. touchable: its elements that it may
+    access, all where there is none; writable: whether it may write them."""
 
-    def __init__(self, tensors: Sequence[torch.Tensor]) -> None:
-        """tensors: contiguous; those that share memory share it here."""
-        self._areas = [Area(*span) for span in _merged(tensors)]
+    tensor: torch.Tensor
+    touchable: Array | None = None
+    writable: bool = True
+
+
+READ, WRITE = 1, 2
+Moment = tuple[int, int]
+"""(a warp of a block, barriers that it had met)."""
+Moments = dict[int, list[Moment]]
+"""By block."""
+
+
+class Global:
+    """The tensors of one launch, at addresses of 64 bits. What launches remember of each other's
+    writes (`exchange.py`) is kept here as well: it outlives the blocks that advance together."""
+
+    grain = GRAIN
+
+    def __init__(self, arguments: Sequence[Bounded]) -> None:
+        """arguments: tensors that share memory share it here; what one of them may do to an element
+        the launch may."""
+        arguments = [each for each in arguments if each.tensor.numel()]
+        self._areas = [Area(*span) for span in _merged([each.tensor for each in arguments])]
         size = GUARD
         for area in self._areas:
             area.start = size
             # Aligned as the compiler was told, and no better.
             size += -(-area.size // 32) * 32 + GUARD + ALIGNMENT
         self.bytes = np.full(-(-size // 32) * 32, POISON, np.uint8)
-        self.valid = np.zeros(self.bytes.size, bool)
-        for area in self._areas:
-            self.valid[area.start : area.start + area.size] = True
-        self._tensors = [tensor for tensor in tensors if tensor.numel()]
-        for tensor in self._tensors:
-            self._place(tensor)[:] = _bytes_of(tensor)
+        self.access = np.zeros(self.bytes.size, np.uint8)
+        self.writers = np.zeros(self.bytes.size // GRAIN, np.int64)
+        self.released: dict[int, Moments] = {}
+        self.acquired: dict[int, list[tuple[Moment, Moments]]] = {}
+        self._tensors = [each.tensor for each in arguments]
+        for each in arguments:
+            self._place(each.tensor)[:] = _bytes_of(each.tensor)
+            allowed = np.full(each.tensor.numel(), True) if each.touchable is None else (
+                each.touchable)  # fmt: skip
+            code = np.where(allowed, READ | WRITE * each.writable, 0).astype(np.uint8)
+            at = self.address(each.tensor) - BASE
+            self.access[at : at + each.tensor.nbytes] |= np.repeat(
+                code, each.tensor.element_size()
+            )
 
     def _place(self, tensor: torch.Tensor) -> Array:
         at = self.address(tensor) - BASE
@@ -69,12 +99,12 @@ class Global:
     def locate(self, address: Array, size: int) -> Array:
         """Positions of `size` bytes each in `bytes`.
 
-        Raises: FaultError for an address outside all tensors, or no multiple of the size.
+        Raises: FaultError for an address that the launch may not touch, or no multiple of the size.
         """
         at = (address - np.uint64(BASE)).view(np.int64)
         inside = (at >= 0) & (at <= self.bytes.size - size)
-        inside &= self.valid[np.where(inside, at, 0)]
-        inside &= self.valid[np.where(inside, at + size - 1, 0)]
+        inside &= self.access[np.where(inside, at, 0)] > 0
+        inside &= self.access[np.where(inside, at + size - 1, 0)] > 0
         if not inside.all():
             bad = int(at[~inside][0])
             raise FaultError(
@@ -83,6 +113,26 @@ class Global:
         if (at % size).any():
             raise FaultError(f"an access of {size} bytes at an address that is no multiple")
         return at
+
+    def is_writable(self, at: Array) -> Array:
+        """Of positions, whether the launch may write there."""
+        return np.asarray(self.access[at] & WRITE > 0)
+
+    def check_writable(self, at: Array) -> None:
+        """Raises: FaultError for a position in what the launch only reads."""
+        if not (held := self.is_writable(at)).all():
+            where = self._near(int(at[~held][0]))
+            raise FaultError(f"a write to what the launch may only read{where}")
+
+    def alike(self, at: Array, old: Array, new: Array) -> Array:
+        """Whether two values that threads write to a position at once are one: both NaN, in the
+        format of the tensor."""
+        result = np.zeros(at.shape, bool)
+        for tensor in self._tensors:
+            start = self.address(tensor) - BASE
+            held = (at >= start) & (at < start + tensor.nbytes)
+            result[held] = alike(old[held], new[held], tensor.dtype)
+        return result
 
     def check_near(self, address: Array) -> None:
         """Copies of nothing may have any address by the manual, but an sm_100 has faulted at one
@@ -156,6 +206,10 @@ class Shared:
 
     def barrier(self, blocks: Array) -> None:
         self.epoch[blocks] += 1
+
+    def alike(self, at: Array, old: Array, new: Array) -> Array:
+        """Whether two values that threads write to a place at once are one: both NaN perhaps."""
+        return alike_by_width(old, new)
 
     def locate(self, address: Array, size: int, lanes: Array) -> Array:
         """Positions of `size` bytes each in `bytes`.
@@ -263,12 +317,52 @@ def gather(memory: Array, at: Array, width: int, count: int) -> list[Array]:
     return [elements[first + index] for index in range(count)]
 
 
-def scatter(memory: Array, at: Array, width: int, values: Sequence[Array]) -> None:
-    """Raises: FaultError where two threads write different values to one place at once."""
+NAN_FROM = {torch.float16: 0x7C00, torch.bfloat16: 0x7F80, torch.float32: 0x7F80_0000,
+            torch.float64: 0x7FF0_0000_0000_0000}  # fmt: skip
+"""Bits above which, without the sign, a number is NaN."""
+
+
+def alike(old: Array, new: Array, dtype: torch.dtype) -> Array:
+    """Whether the floats that unsigned integers hold, one or several of them, are equal or NaN, of
+    whatever bits: which of two NaNs a place keeps nobody can tell, and nobody asks."""
+    if dtype not in NAN_FROM or dtype.itemsize > old.itemsize:
+        return np.zeros(old.shape, bool)
+    unsigned, bits = np.dtype(f"u{dtype.itemsize}"), 8 * dtype.itemsize
+    shape = (*old.shape, old.itemsize // unsigned.itemsize)
+    first, second = (
+        np.ascontiguousarray(each).view(unsigned).reshape(shape) for each in (old, new)
+    )
+    magnitude = unsigned.type((1 << bits - 1) - 1)
+    nan = (first & magnitude > NAN_FROM[dtype]) & (second & magnitude > NAN_FROM[dtype])
+    return np.asarray((nan | (first == second)).all(-1))
+
+
+def alike_by_width(old: Array, new: Array) -> Array:
+    """`alike` in some format: for memory whose types are not known. A NaN of bfloat16 is also one
+    of float16."""
+    formats = (torch.float16, torch.float32, torch.float64)
+    return np.asarray(np.logical_or.reduce([alike(old, new, dtype) for dtype in formats]))
+
+
+Alike = Callable[[Array, Array, Array], Array]
+"""For positions, the values there and other ones, whether these are the same."""
+
+
+def scatter(
+    memory: Array, at: Array, width: int, values: Sequence[Array], same: Alike | None = None
+) -> None:
+    """Stores neighbouring elements of `width` bytes at each position.
+
+    Raises: FaultError where two threads write to one place at once what is not the same.
+    """
     elements = memory.view(f"u{width}")
     first = at // width
     for index, value in enumerate(values):
         elements[first + index] = value
     for index, value in enumerate(values):
-        if (elements[first + index] != value).any():
+        kept = elements[first + index]
+        if not (lost := kept != value).any():
+            continue
+        places = at[lost] + index * width
+        if same is None or not same(places, kept[lost], np.asarray(value)[lost]).all():
             raise FaultError("two threads write different values to the same place at once")

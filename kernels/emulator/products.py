@@ -189,7 +189,7 @@ def _matrices(machine: Machine, instruction: Instruction) -> Action:
         note(lanes, spread, shared.note_write)
         for each, value in zip(spread, read, strict=True):
             halves = np.ascontiguousarray(value(lanes)).view(np.uint16).reshape(-1, 2)
-            scatter(shared.bytes, each, 2, [halves])
+            scatter(shared.bytes, each, 2, [halves], shared.alike)
 
     return store
 

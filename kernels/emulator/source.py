@@ -107,7 +107,7 @@ def _statements(body: str) -> Iterator[str]:
         # Braces of vectors have operands in front of them in the same statement.
         statement = _unscoped(part)
         # Directives that end with the line, not with a semicolon.
-        lines = [line for line in statement.splitlines() if not line.strip().startswith(".loc")]
+        lines = [line for line in statement.splitlines() if line.split()[:1] != [".loc"]]
         yield " ".join(line.strip() for line in lines).strip()
 
 

@@ -215,7 +215,9 @@ class Boxes:
             offset = offset + axis * stride * size
         address = np.uint64(memory.address(found.tensor)) + offset[inside].astype(np.uint64)
         data = np.zeros(found.box, f"u{size}")
-        data[inside] = memory.bytes.view(f"u{size}")[memory.locate(address, size) // size]
+        read = memory.locate(address, size)
+        self.machine.everywhere.note_read(read, size, np.repeat(lane, read.size))
+        data[inside] = memory.bytes.view(f"u{size}")[read // size]
         if goal % 128:
             raise FaultError("a box is copied to a place that is no multiple of 128 bytes")
         at = swizzled(goal + np.arange(data.size) * size, found.width)
