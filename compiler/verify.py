@@ -1,5 +1,5 @@
-"""The laws of a graph, checked before and after every pass in tests and under CONVLOOM_CHECK; always
-of a node that a rule has made, and of the whole graph before it is lowered."""
+"""The laws of a graph: checked around every pass in tests and under CONVLOOM_CHECK, and always of a
+node that a rule has made and of the whole graph before it is lowered."""
 
 from __future__ import annotations
 

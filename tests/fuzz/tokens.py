@@ -18,7 +18,7 @@ MOST_MOVES = 4
 def _tokens(b: Builder) -> str:
     """A sequence (N, L, C): one that is there, or an input."""
     try:
-        return b.pick(3, where=lambda shape: 2 <= shape[1] and 4 <= shape[2] <= 16)
+        return b.pick(3, where=lambda shape: shape[1] >= 2 and 4 <= shape[2] <= 16)
     except UnsuitableError:
         return b.input(b.one(*TOKENS), b.one(*WIDTH))
 
