@@ -343,7 +343,11 @@ def _op(name: str, log: bool) -> Op:
             },
             build=_build,
             # Longer than one tile of the smallest looping configuration.
-            interesting=({"shape": (3, 1500), "dim": 1, "nhwc": False},),
+            interesting=(
+                {"shape": (3, 1500), "dim": 1, "nhwc": False},
+                # Read in several pieces, the last one not full.
+                {"shape": (2, WHOLE_ROW + 809), "dim": 1, "nhwc": False},
+            ),
             range=(-8.0, 8.0),
         ),
         aten={
