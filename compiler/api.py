@@ -18,6 +18,7 @@ from ..kernels.spec import FLOAT_DTYPES
 from ..kernels.targets import EMULATOR, INTERPRETER, REFERENCE, Target
 from . import wishes
 from .capture import capture
+from .example_inputs import bounds_of
 from .executable import Executable
 from .ir import Goal, Graph
 from .ledger import Ledger
@@ -142,9 +143,10 @@ def lowered(
     if not isinstance(example, (tuple, list)):
         got = "a tensor" if isinstance(example, torch.Tensor) else type(example).__name__
         raise InvalidInputError(f"example inputs: expected a tuple of tensors, got {got}")
+    bounds = None if dynamic_batch is None else bounds_of(dynamic_batch)
     records = _records(tuning, chosen)
     with CAPTURING:
-        captured = capture(module, example, dynamic_batch, outputs)
+        captured = capture(module, example, bounds, outputs)
     if slide is not None:
         captured = slide_classifier(captured, slide)
     wished = _names("force", force), _names("forbid", forbid)
@@ -164,8 +166,8 @@ def lowered(
     choose = records.choose if records else heuristic
     plan = lower(graph, captured, replace(options, choose=choose), ledger)
     wishes.check_forced(captured, captured.goal.force, ledger, LABELS)
-    if dynamic_batch is not None:
-        plan = _with_bounds(plan, dynamic_batch)
+    if bounds is not None:
+        plan = _with_bounds(plan, bounds)
     return graph, plan, ledger
 
 

@@ -66,7 +66,8 @@ def fold_constants(graph: Graph, ledger: Ledger) -> Graph:
         key = (node.op, node.attributes, node.epilogue, values)
         if key not in known:
             result = evaluate_exactly(node, tuple(graph.constant(value) for value in values))
-            known[key] = graph.add_constant(result, node.name, node.spec.dtype)
+            spec = node.spec
+            known[key] = graph.add_constant(result, node.name, spec.dtype, spec.batch)
         folded = known[key]
         origins = (*graph.node(folded.node).origins, *node.origins)
         graph.update(folded.node, origins=origins, module_path=node.module_path)
@@ -84,7 +85,8 @@ def _fold_call(graph: Graph, node: Node, ledger: Ledger) -> None:
     for index, result in enumerate(call_torch(node.attributes, exact)):
         value = Value(node.name, index)
         if graph.uses(value):
-            folded = graph.add_constant(result, node.name, node.outputs[index].dtype)
+            spec = node.outputs[index]
+            folded = graph.add_constant(result, node.name, spec.dtype, spec.batch)
             graph.update(folded.node, origins=node.origins, module_path=node.module_path)
             graph.redirect(value, folded)
             ledger.accept("f(constants) => constant", [node], folded.node)
