@@ -168,7 +168,7 @@ def capture(
     sense or unknown outputs; CaptureError when torch.export fails or the module would still train.
     """
     arguments = tuple(example)
-    leaves = check_example(arguments)
+    leaves = check_example(arguments, dynamic_batch is not None)
     check_module(module)
     place = place_of(module, leaves)
     highest = None

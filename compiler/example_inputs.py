@@ -13,8 +13,8 @@ from ..errors import InvalidInputError
 from ..kernels.spec import FLOAT_DTYPES
 
 
-def check_example(arguments: tuple[Any, ...]) -> list[torch.Tensor]:
-    """The tensors of an example's arguments.
+def check_example(arguments: tuple[Any, ...], dynamic: bool = False) -> list[torch.Tensor]:
+    """The tensors of an example's arguments. dynamic: the batch varies, and may be none.
 
     Raises: InvalidInputError where one is no tensor of floats with elements.
     """
@@ -30,10 +30,11 @@ def check_example(arguments: tuple[Any, ...]) -> list[torch.Tensor]:
             raise InvalidInputError(
                 f"example input {at}: expected float32, float16 or bfloat16, got {leaf.dtype}"
             )
-        if leaf.numel() == 0:
+        samples = leaf.shape[1:] if dynamic else leaf.shape
+        if 0 in samples:
             raise InvalidInputError(
                 f"example input {at}: expected at least one element, got shape {tuple(leaf.shape)}"
-                "; for empty batches pass an example of one and dynamic_batch=(0, highest)"
+                "; for empty batches pass dynamic_batch=(0, highest)"
             )
     return leaves
 
@@ -89,6 +90,8 @@ def stand_in(x: torch.Tensor, place: torch.device) -> torch.Tensor:
 
 def two_samples(x: torch.Tensor, place: torch.device) -> torch.Tensor:
     """The input with a batch of two: torch.export specialises a dimension of size 1."""
+    if x.shape[0] == 0:
+        return torch.empty(2, *x.shape[1:], dtype=x.dtype, device=place)
     return x[:1].expand(2, *x.shape[1:]).contiguous().to(place)
 
 

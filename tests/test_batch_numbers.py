@@ -197,7 +197,7 @@ def test_numbers_are_refused_by_name_and_run_by_torch(place: str, target: str) -
 
     with pytest.raises(UnsupportedOpError) as caught:
         compiled(function)
-    parts = ("the top module: aten.", "test_batch_numbers.py:", "its argument '", "is N", "torch")
+    parts = ("the top module: aten.", "nets.py:", "its argument '", "is N", "torch")
     assert [part for part in parts if part not in str(caught.value)] == []
     exe = hold(function, target=target, fallback="torch")
     assert exe.summary["torch_fallbacks"] == 1
@@ -266,6 +266,17 @@ def test_ranks_that_differ_at_a_batch_of_one_are_refused(function: Function, fal
     with pytest.raises(UnsupportedOpError, match="drops dimension 0 where the batch is 1"):
         compiled(function, fallback=fallback)
     hold(function, (2, 5), bounds=(2, 5))
+
+
+def test_examples_without_samples() -> None:
+    module, _ = make(lambda m, x: m.layer(x), SHAPE, layer=nn.Linear(6, 3))
+    for dtype in (torch.float32, torch.bfloat16):
+        example = torch.empty(0, 6, dtype=dtype)
+        exe = convloom.compile(module.to(dtype), (example,), target="reference",
+                               dynamic_batch=(0, 4))  # fmt: skip
+        assert exe(example).shape == (0, 3)
+        x = torch.ones(3, 6, dtype=dtype)
+        torch.testing.assert_close(exe(x), module(x), rtol=0.02, atol=0.02)
 
 
 def test_refusals_are_of_one_family() -> None:

@@ -41,7 +41,7 @@ def test_random_numbers_in_evaluation() -> None:
         (lambda m, x: F.dropout(x), "aten.native_dropout.default"),
         (lambda m, x: x + torch.randn(6), "aten.randn.default"),
     ):
-        parts = ("draws random numbers", "in evaluation mode", "the module: ", "test_refusals.py:")
+        parts = ("draws random numbers", "in evaluation mode", "the module: ", "nets.py:")
         refused(CaptureError, net(function), *parts, call, "self.training")
 
 
