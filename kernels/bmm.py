@@ -287,7 +287,7 @@ def cost(problem: Problem) -> Cost:
 def _build(draw: Mapping[str, Any]) -> tuple[Bmm, tuple[TensorSpec, ...]]:
     *leading, rows, depth, columns = draw["shape"]
     shapes = [(*leading, rows, depth), (*leading, depth, columns)]
-    if (shared := draw["shared"]) is not None:
+    if leading and (shared := draw["shared"]) is not None:
         shapes[shared] = (1, *shapes[shared][1:])
     made = [_read_as(kind, shape) for kind, shape in zip(draw["read"], shapes, strict=True)]
     (left, a), (right, b) = made
