@@ -18,6 +18,7 @@ from ..kernels.spec import FLOAT_DTYPES
 from ..kernels.targets import EMULATOR, INTERPRETER, REFERENCE, Target
 from . import wishes
 from .capture import capture
+from .example_inputs import bounds_of
 from .executable import Executable
 from .ir import Goal, Graph
 from .ledger import Ledger
@@ -149,9 +150,10 @@ def lowered(
     if not isinstance(example, (tuple, list)):
         got = "a tensor" if isinstance(example, torch.Tensor) else type(example).__name__
         raise InvalidInputError(f"example inputs: expected a tuple of tensors, got {got}")
+    bounds = None if dynamic_batch is None else bounds_of(dynamic_batch)
     records = _records(tuning, chosen)
     with CAPTURING:
-        captured = capture(module, example, dynamic_batch, outputs)
+        captured = capture(module, example, bounds, outputs)
     if slide is not None:
         captured = slide_classifier(captured, slide)
     wished = _names("force", force), _names("forbid", forbid)
@@ -173,8 +175,8 @@ def lowered(
     fits = compiled and chosen.is_gpu
     plan, ledger = fitted(lowering, choose) if fits else lowering(choose)
     wishes.check_forced(captured, captured.goal.force, ledger, LABELS)
-    if dynamic_batch is not None:
-        plan = _with_bounds(plan, dynamic_batch)
+    if bounds is not None:
+        plan = _with_bounds(plan, bounds)
     return graph, plan, ledger
 
 

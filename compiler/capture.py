@@ -11,15 +11,12 @@ may vary, as a multiple of the batch. Where it leaves that dimension for a while
 from __future__ import annotations
 
 import operator
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, NoReturn
 
-import networkx as nx
 import torch
-from torch.export import Dim, ShapesCollection
 from torch.export.graph_signature import OutputKind
 from torch.utils import _pytree as pytree
 
@@ -29,6 +26,13 @@ from ..kernels.epilogue import Epilogue
 from ..kernels.op import Attributes
 from ..kernels.spec import FLOAT_DTYPES, TensorSpec
 from . import moved_batch
+from .batch_numbers import (
+    SYMBOLIC,
+    Batch,
+    BatchNumber,
+    follows_from_values,
+    in_words,
+)
 from .example_inputs import (
     check_example,
     check_module,
@@ -37,24 +41,36 @@ from .example_inputs import (
     stand_in,
     two_samples,
 )
+from .export import export, path_of, source_of
 from .features import observed
 from .interface import Structure
 from .ir import CONSTANT, INPUT, OUTPUT, TORCH, Graph, NoAttributes, Node, Value
-
-TRAINING_OPS = ("native_dropout", "bernoulli", "rand_like", "randn_like", "rand", "randn", "rrelu")
+from .refusals import (
+    Refused,
+    line_in_words,
+    module_in_words,
+    refuse_branches,
+    refuse_numbers,
+    refuse_unbounded,
+    results_of,
+    why_unknown,
+)
 
 
 @dataclass(frozen=True)
 class TorchCall(Attributes):
     """An ATen call kept as it is: `arguments` with `Slot`s where its tensors go.
 
-    reason: why convloom has no kernel for it.
+    reason: why convloom has no kernel for it; source: the user's line. rows: where arguments are
+    `BatchNumber`s, the slot of a tensor that tells the batch, and how many of its rows a sample is.
     """
 
     target: Any = None
     arguments: tuple[Any, ...] = ()
     keywords: tuple[tuple[str, Any], ...] = ()
     reason: str = ""
+    source: str = ""
+    rows: tuple[int, int] = (0, 0)
 
     def __str__(self) -> str:
         return str(self.target)
@@ -67,18 +83,24 @@ class Slot:
     index: int
 
 
-class _Refused(Exception):
-    """A capture function declined; carries the reason."""
-
-
 @dataclass
 class _State:
-    """What one capture run accumulates."""
+    """What one capture run accumulates.
+
+    computed: the nodes that depend on an input; added: those of the call that is captured.
+    """
 
     graph: Graph
+    batch: Batch | None = None
     values: dict[str, Any] = field(default_factory=dict)
-    symbol: Any = None
-    largest: int = 1
+    computed: set[str] = field(default_factory=set)
+    added: list[str] = field(default_factory=list)
+
+    def note(self, name: str, inputs: Sequence[Value] = ()) -> None:
+        """Tells of a node that has been added."""
+        self.added.append(name)
+        if any(value.node in self.computed for value in inputs):
+            self.computed.add(name)
 
 
 class _Builder:
@@ -101,6 +123,7 @@ class _Builder:
         name = graph.fresh_name(self._name) if taken else self._name
         value = graph.add(op, inputs, attributes, epilogue=epilogue, name=name)
         graph.update(value.node, module_path=self._path, origins=(value.node,))
+        self._state.note(value.node, inputs)
         return value
 
     def spec(self, value: Value) -> TensorSpec:
@@ -120,10 +143,12 @@ class _Builder:
         return graph.constant(value) if is_known else None
 
     def add_constant(self, tensor: torch.Tensor, dtype: torch.dtype) -> Value:
-        return self._state.graph.add_constant(tensor, f"{self._name}_constant", dtype)
+        value = self._state.graph.add_constant(tensor, f"{self._name}_constant", dtype)
+        self._state.note(value.node)
+        return value
 
     def refuse(self, reason: str) -> NoReturn:
-        raise _Refused(reason)
+        raise Refused(reason)
 
 
 def capture(
@@ -143,82 +168,39 @@ def capture(
     sense or unknown outputs; CaptureError when torch.export fails or the module would still train.
     """
     arguments = tuple(example)
-    leaves = check_example(arguments)
+    leaves = check_example(arguments, dynamic_batch is not None)
     check_module(module)
     place = place_of(module, leaves)
-    batch = None
+    highest = None
     if dynamic_batch is None:
         arguments = pytree.tree_map(partial(stand_in, place=place), arguments)
     else:
-        check_range(dynamic_batch, leaves)
+        highest = check_range(dynamic_batch, leaves)[1]
         arguments = pytree.tree_map(partial(two_samples, place=place), arguments)
-        batch = Dim("batch", min=1, max=max(dynamic_batch[1], 2))
     with observed(module, outputs):
-        program = _export(module, arguments, batch)
-    _refuse_training(module, program)
+        program, decisions = export(module, arguments, highest)
     graph = Graph(name=type(module).__name__)
     state = _State(graph)
     if dynamic_batch is not None:
-        _find_symbol(state, program, dynamic_batch[1])
+        state.batch = _batch(program, dynamic_batch)
+        refuse_branches(module, decisions, state.batch)
     _add_sources(state, program, leaves)
     for node in program.graph.nodes:
-        if node.op == "call_function":
+        if node.op == "get_attr":
+            state.values[node.name] = node.target
+        elif node.op == "call_function":
             _add_call(state, node)
     _add_output(state, program)
     _remove_unused_constants(graph)
     return graph
 
 
-def _export(module: torch.nn.Module, arguments: tuple[Any, ...], batch: Any) -> Any:
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            # By tensor, not by argument: `forward(self, *images)` has one argument, a tuple.
-            shapes: Any = ShapesCollection()  # type: ignore[no-untyped-call]
-            for leaf in pytree.tree_leaves(arguments) if batch is not None else ():
-                shapes[leaf] = {0: batch}
-            program = torch.export.export(module, arguments, dynamic_shapes=shapes)
-            return program.run_decompositions({})
-    except Exception as error:
-        lines = [line for line in str(error).strip().splitlines() if line.strip()]
-        reason = " ".join(lines[:3]) or repr(error)
-        hint = " (with a dynamic batch)" if batch is not None else ""
-        raise CaptureError(
-            f"torch.export could not capture {type(module).__name__}{hint}: {reason}"
-        ) from error
-
-
-def _path_of(node: Any) -> str:
-    stack = node.meta.get("nn_module_stack") or {}
-    return str(list(stack.values())[-1][0]) if stack else ""
-
-
-def _refuse_training(module: torch.nn.Module, program: Any) -> None:
-    offenders = []
-    for node in program.graph.nodes:
-        if node.op != "call_function" or not hasattr(node.target, "_schema"):
-            continue
-        short = node.target._schema.name.rpartition("::")[2]
-        if short in TRAINING_OPS or short == "_native_batch_norm_legit_functional":
-            offenders.append(f"{_path_of(node) or 'the module'} ({node.target})")
-    if offenders or program.graph_signature.buffers_to_mutate:
-        listed = "; ".join(offenders) or ", ".join(
-            program.graph_signature.buffers_to_mutate.values()
-        )
-        raise CaptureError(
-            f"{type(module).__name__} would still train: batch statistics, active dropout or "
-            f"updated buffers at {listed}. Call .eval() on the module first"
-        )
-
-
-def _find_symbol(state: _State, program: Any, largest: int) -> None:
-    state.largest = largest
+def _batch(program: Any, bounds: tuple[int, int]) -> Batch:
     for node in program.graph.nodes:
         if node.op == "placeholder" and isinstance(node.meta.get("val"), torch.Tensor):
             for size in node.meta["val"].shape:
                 if isinstance(size, torch.SymInt):
-                    state.symbol = size.node.expr
-                    return
+                    return Batch(size.node.expr, *bounds)
     raise CaptureError("torch.export fixed the batch: the module's code depends on its value")
 
 
@@ -226,12 +208,9 @@ def _number(state: _State, value: Any) -> Any:
     """A size at the largest batch."""
     if not isinstance(value, torch.SymInt):
         return value
-    size = value.node.expr
-    if state.symbol is not None:
-        size = size.subs(state.symbol, state.largest)
-    if not size.is_Integer:
-        raise CaptureError(f"the shape depends on the values of a tensor: a size is {value}")
-    return int(size)
+    if state.batch is None or follows_from_values(value, state.batch):
+        raise Refused("how large its result is depends on the values of a tensor")
+    return BatchNumber(value.node.expr, state.batch.symbol).at(state.batch.highest)
 
 
 def _batch_of(state: _State, shape: Sequence[Any]) -> int | None:
@@ -239,10 +218,13 @@ def _batch_of(state: _State, shape: Sequence[Any]) -> int | None:
     symbolic = [at for at, size in enumerate(shape) if isinstance(size, torch.SymInt)]
     if not symbolic:
         return None
-    multiple = shape[0].node.expr / state.symbol if symbolic == [0] else None
+    assert state.batch is not None
+    multiple = shape[0].node.expr / state.batch.symbol if symbolic == [0] else None
     if multiple is None or not multiple.is_Integer:
-        raise _Refused(f"the batch must stay in dimension 0, got shape {tuple(shape)}")
-    return state.largest
+        raise Refused(
+            f"the batch N must stay in dimension 0, got shape {in_words(tuple(shape))}"
+        )
+    return state.batch.highest
 
 
 def _spec_of(state: _State, value: torch.Tensor) -> TensorSpec:
@@ -281,6 +263,7 @@ def _add_sources(state: _State, program: Any, leaves: list[torch.Tensor]) -> Non
             spec = _spec_of(state, node.meta["val"])
             made = Node(node.name, INPUT, NoAttributes(), (spec,))
             state.values[node.name] = graph.insert(made)
+            state.computed.add(node.name)
             count += 1
     if count != len(leaves):
         raise CaptureError(
@@ -290,42 +273,60 @@ def _add_sources(state: _State, program: Any, leaves: list[torch.Tensor]) -> Non
 
 def _add_call(state: _State, node: Any) -> None:
     value = node.meta.get("val")
-    if isinstance(value, (int, float, bool, torch.SymInt)):
-        state.values[node.name] = _number(state, value)
+    if isinstance(value, (int, float, bool, *SYMBOLIC)):
+        state.values[node.name] = _literal(state, value)
         return
     if value is None and not node.users:
         return  # An assertion of torch.export.
     if node.target is operator.getitem:
         _add_getitem(state, node)
         return
-    path, target = _path_of(node), str(node.target)
+    refuse_unbounded(node, state.batch)
     arguments = pytree.tree_map(lambda x: _lookup(state, x), (node.args, node.kwargs))
-    function = registry.CAPTURES.get(target)
-    before = set(state.graph.net)
+    state.added.clear()
     try:
-        places = [_place_of(state, tensor) for tensor in _tensors(value)]
-        builder = _Builder(state, node.name, path)
-        if moved_batch.concerns(pytree.tree_leaves(arguments), places):
-            args, keywords = arguments
-            result = moved_batch.call(
-                builder, target, function, args, keywords, places, state.largest
-            )
-        elif function is None:
-            raise _Refused(_why_unknown(target))
-        else:
-            result = function(builder, *arguments[0], **arguments[1])
-        _check_result(state, node, result)
-        _check_constants(state.graph, [name for name in state.graph.net if name not in before])
-    except (_Refused, InvalidInputError) as refusal:
+        result = _captured(state, node, _sized(state, node, *arguments))
+    except (Refused, InvalidInputError) as refusal:
         # Whatever the capture function had built before it declined goes again.
-        made = [name for name in state.graph.net if name not in before]
-        state.graph.remove(reversed(made))
-        result = _add_torch_call(state, node, path, arguments, str(refusal))
+        state.graph.remove(reversed(state.added))
+        state.computed.difference_update(state.added)
+        result = _add_torch_call(state, node, path_of(node), arguments, str(refusal))
     state.values[node.name] = result
 
 
-def _tensors(value: Any) -> Sequence[torch.Tensor]:
-    return value if isinstance(value, (list, tuple)) else [value]
+def _captured(state: _State, node: Any, arguments: Any) -> Any:
+    """What the call becomes in the graph. Raises: Refused, InvalidInputError."""
+    target, (args, keywords) = str(node.target), arguments
+    leaves = pytree.tree_leaves(arguments)
+    function = registry.CAPTURES.get(target)
+    refuse_numbers(node, args, keywords)
+    places = [_place_of(state, tensor) for tensor in results_of(node.meta["val"])]
+    builder = _Builder(state, node.name, path_of(node))
+    if moved_batch.concerns(leaves, places):
+        assert state.batch is not None
+        highest = state.batch.highest
+        result = moved_batch.call(builder, target, function, args, keywords, places, highest)
+    elif function is None:
+        raise Refused(why_unknown(target))
+    else:
+        result = function(builder, *args, **keywords)
+    _check_result(state, node, result)
+    _check_constants(state)
+    return result
+
+
+def _literal(state: _State, value: Any) -> Any:
+    """A number of the program, or one that depends on the batch."""
+    if not isinstance(value, SYMBOLIC) or follows_from_values(value, state.batch):
+        return value
+    assert state.batch is not None
+    return state.batch.number(value)
+
+
+def _sized(state: _State, node: Any, args: Any, keywords: Any) -> tuple[Any, Any]:
+    """The arguments of a call, with numbers in its shape at the largest batch."""
+    batch = state.batch
+    return args if batch is None else batch.sized(str(node.target), args), keywords
 
 
 def _place_of(state: _State, tensor: torch.Tensor | None) -> moved_batch.Place | None:
@@ -337,15 +338,6 @@ def _place_of(state: _State, tensor: torch.Tensor | None) -> moved_batch.Place |
     return moved_batch.Place(tuple(_number(state, size) for size in shape), symbolic[0])
 
 
-def _why_unknown(target: str) -> str:
-    if target.startswith("aten.fft_"):
-        return (
-            "no kernel for Fourier transforms; of a fixed size they are products with constant "
-            "matrices of cosines and sines, which torch.nn.functional.linear computes"
-        )
-    return "no kernel for this op"
-
-
 def _add_getitem(state: _State, node: Any) -> None:
     source, index = node.args
     result = state.values[source.name]
@@ -353,7 +345,7 @@ def _add_getitem(state: _State, node: Any) -> None:
     if picked is None:
         arguments = pytree.tree_map(lambda x: _lookup(state, x), (source.args, source.kwargs))
         reason = f"its result {index} is not computed by convloom"
-        picked = _add_torch_call(state, source, _path_of(source), arguments, reason)[index]
+        picked = _add_torch_call(state, source, path_of(source), arguments, reason)[index]
     state.values[node.name] = picked
 
 
@@ -375,19 +367,22 @@ def _check_result(state: _State, node: Any, result: Any) -> None:
         maker = state.graph.node(value.node)
         whole = got.dtype is torch.int64 and maker.is_compute and maker.definition.integers
         if got.dtype not in FLOAT_DTYPES and not whole and not state.graph.is_constant(value):
-            raise _Refused(f"dtype {got.dtype} is not supported")
+            raise Refused(f"dtype {got.dtype} is not supported")
+        if (got.shape, got.batch) != (truth.shape, truth.batch) and got.shape == truth.shape:
+            raise Refused(f"its result {got} does not depend on the batch as torch's {truth} does")
         if (got.shape, got.dtype) != (truth.shape, truth.dtype):
             raise CaptureError(f"{node.name} ({node.target}): inferred {got}, torch says {truth}")
 
 
-def _check_constants(graph: Graph, made: Sequence[str]) -> None:
+def _check_constants(state: _State) -> None:
     """Weights are packed when the plan is made: they must follow from parameters alone."""
-    for node in filter(lambda node: node.is_compute, map(graph.node, made)):
+    for node in filter(lambda node: node.is_compute, map(state.graph.node, state.added)):
         for slot in node.definition.packs(node.attributes):
-            value = graph.inputs(node.name)[slot]
-            behind = {value.node, *nx.ancestors(graph.net, value.node)}
-            if any(graph.node(name).op == INPUT for name in behind):
-                raise _Refused(f"input {slot} of {node.op} is computed; it must be a constant")
+            value = state.graph.inputs(node.name)[slot]
+            if value.node in state.computed:
+                raise Refused(f"input {slot} of {node.op} is computed; it must be a constant")
+            if state.graph.spec(value).batch is not None:
+                raise Refused(f"input {slot} of {node.op} depends on the batch")
 
 
 def _add_torch_call(state: _State, node: Any, path: str, arguments: Any, reason: str) -> Any:
@@ -400,23 +395,45 @@ def _add_torch_call(state: _State, node: Any, path: str, arguments: Any, reason:
         inputs.append(leaf)
         return Slot(len(inputs) - 1)
 
+    leaves = pytree.tree_leaves(arguments)
     args, kwargs = pytree.tree_map(slot, arguments)
     many = isinstance(node.meta["val"], (list, tuple))
     try:
-        if any(isinstance(leaf, moved_batch.Moved) for leaf in pytree.tree_leaves((args, kwargs))):
-            raise _Refused(reason)
-        specs = tuple(_spec_of(state, x) for x in _tensors(node.meta["val"]))
-    except _Refused as refusal:
-        where = f"'{path}'" if path else "the top module"
-        raise UnsupportedOpError(
-            f"{where}: {node.target}: with a dynamic batch, {refusal}"
-        ) from None
+        if any(isinstance(leaf, moved_batch.Moved) for leaf in leaves):
+            raise Refused(reason)
+        specs = tuple(_spec_of(state, x) for x in results_of(node.meta["val"]))
+    except Refused as refusal:
+        also = "" if str(refusal) == reason else f"; torch cannot run it either: {refusal}"
+        called = f"{module_in_words(path)}: {node.target}{line_in_words(source_of(node))}"
+        raise UnsupportedOpError(f"{called}: with a dynamic batch, {reason}{also}") from None
+    if not any(value.node in state.computed for value in inputs):
+        # Of a call on constants the result at the largest batch is kept.
+        args, kwargs = _sized(state, node, args, kwargs)
+    depends = any(isinstance(leaf, BatchNumber) for leaf in pytree.tree_leaves((args, kwargs)))
+    rows = _rows(state, inputs) if depends else (0, 0)
     name = node.name if node.name not in state.graph else state.graph.fresh_name(node.name)
-    attributes = TorchCall(node.target, args, tuple(kwargs.items()), reason)
+    attributes = TorchCall(
+        node.target, args, tuple(kwargs.items()), reason, source_of(node), rows
+    )
     made = Node(name, TORCH, attributes, specs, module_path=path, origins=(name,))
     state.graph.insert(made, inputs)
+    state.note(name, inputs)
     values = [Value(name, index) for index in range(len(specs))]
     return values if many else values[0]
+
+
+def _rows(state: _State, inputs: list[Value]) -> tuple[int, int]:
+    """The input of a torch call that tells the batch, and how many of its rows a sample is; an
+    input of the graph where the call has none of its own."""
+    batched = (node.name for node in state.graph.graph_inputs() if node.spec.batch is not None)
+    given = [value for value in inputs if value.node in state.computed]
+    for value in (*given, Value(next(batched))):
+        spec = state.graph.spec(value)
+        if spec.batch is not None:
+            if value not in inputs:
+                inputs.append(value)
+            return inputs.index(value), spec.shape[0] // spec.batch
+    raise AssertionError("a batch without an input that has it")
 
 
 def _add_output(state: _State, program: Any) -> None:
@@ -432,6 +449,11 @@ def _add_output(state: _State, program: Any) -> None:
             raise UnsupportedOpError(
                 f"output {len(results)}: with a dynamic batch, the batch must be in dimension 0, "
                 f"but is in dimension {value.at} of {value.shape}"
+            )
+        if isinstance(value, (BatchNumber, *SYMBOLIC)):
+            raise UnsupportedOpError(
+                f"output {len(results)} is the number {in_words(value)} (N is the batch), which an "
+                "executable does not compute: return tensors only, and take it from their shapes"
             )
         if isinstance(value, Value):
             results.append(("tensor", len(outputs)))
@@ -459,14 +481,16 @@ def refuse_unsupported(graph: Graph) -> None:
     listed = []
     for node in graph.nodes():
         if isinstance(node.attributes, TorchCall):
-            where = f"'{node.module_path}'" if node.module_path else "the top module"
+            call = node.attributes
             specs = ", ".join(str(graph.spec(value)) for value in graph.inputs(node.name))
-            listed.append(f"{where}: {node.attributes}({specs}): {node.attributes.reason}")
+            line = line_in_words(call.source)
+            where = module_in_words(node.module_path)
+            listed.append(f"{where}: {call}({specs}){line}: {call.reason}")
     if not listed:
         return
-    supported = ", ".join(sorted(op.name for op in registry.OPS))
     nodes = "\n  ".join(listed)
     raise UnsupportedOpError(
         f"{graph.name} has {len(listed)} unsupported node(s):\n  {nodes}\n"
-        f"supported ops: {supported}. Pass fallback='torch' to run these nodes as torch ops"
+        "Pass fallback='torch' to run these nodes as torch ops. convloom.kernels.registry.CAPTURES "
+        f"has the {len(registry.CAPTURES)} calls that have kernels"
     )

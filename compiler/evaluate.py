@@ -10,6 +10,8 @@ from torch.utils import _pytree as pytree
 
 from ..kernels.epilogue import apply_reference
 from ..kernels.movement import Relayout
+from ..kernels.spec import TensorSpec
+from .batch_numbers import BatchNumber
 from .capture import Slot, TorchCall
 from .ir import CONSTANT, INPUT, OUTPUT, Graph, Node, Value
 
@@ -18,6 +20,9 @@ def call_torch(call: TorchCall, tensors: Sequence[torch.Tensor]) -> tuple[torch.
     """Runs a kept ATen call on its tensors."""
 
     def fill(leaf: Any) -> Any:
+        if isinstance(leaf, BatchNumber):
+            slot, rows = call.rows
+            return leaf.at(tensors[slot].shape[0] // rows)
         return tensors[leaf.index] if isinstance(leaf, Slot) else leaf
 
     arguments, keywords = pytree.tree_map(fill, (call.arguments, dict(call.keywords)))
@@ -54,16 +59,30 @@ def evaluate(
     """
     known: dict[Value, torch.Tensor] = {}
     arguments = iter(inputs)
+    batch = _batch(graph, inputs)
     for node in graph.nodes():
         if node.op == OUTPUT:
             continue
         if node.op in (INPUT, CONSTANT):
             tensor = next(arguments) if node.op == INPUT else graph.tensors[node.name].detach()
-            known[Value(node.name)] = tensor.to(dtype or node.spec.dtype)
+            known[Value(node.name)] = _rows(tensor.to(dtype or node.spec.dtype), node.spec, batch)
             continue
         tensors = tuple(known[value] for value in graph.inputs(node.name))
         results = evaluate_node(node, tensors, graph, keep_dtype=dtype is not None)
         for index, result in enumerate(results):
             stored = result if dtype is not None else result.to(node.outputs[index].dtype)
-            known[Value(node.name, index)] = stored
+            known[Value(node.name, index)] = _rows(stored, node.outputs[index], batch)
     return known
+
+
+def _batch(graph: Graph, inputs: Sequence[torch.Tensor]) -> int:
+    """The batch of a call (1 where it is fixed)."""
+    for node, tensor in zip(graph.graph_inputs(), inputs, strict=True):
+        if node.spec.batch is not None:
+            return tensor.shape[0] * node.spec.batch // node.spec.shape[0]
+    return 1
+
+
+def _rows(tensor: torch.Tensor, spec: TensorSpec, batch: int) -> torch.Tensor:
+    """A tensor at the batch of a call: what follows from constants is that of the largest."""
+    return tensor if spec.batch is None else tensor[: spec.at(batch)[0]]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -12,8 +13,8 @@ from ..errors import InvalidInputError
 from ..kernels.spec import FLOAT_DTYPES
 
 
-def check_example(arguments: tuple[Any, ...]) -> list[torch.Tensor]:
-    """The tensors of an example's arguments.
+def check_example(arguments: tuple[Any, ...], dynamic: bool = False) -> list[torch.Tensor]:
+    """The tensors of an example's arguments. dynamic: the batch varies, and may be none.
 
     Raises: InvalidInputError where one is no tensor of floats with elements.
     """
@@ -29,28 +30,43 @@ def check_example(arguments: tuple[Any, ...]) -> list[torch.Tensor]:
             raise InvalidInputError(
                 f"example input {at}: expected float32, float16 or bfloat16, got {leaf.dtype}"
             )
-        if leaf.numel() == 0:
+        samples = leaf.shape[1:] if dynamic else leaf.shape
+        if 0 in samples:
             raise InvalidInputError(
                 f"example input {at}: expected at least one element, got shape {tuple(leaf.shape)}"
-                "; for empty batches pass an example of one and dynamic_batch=(0, highest)"
+                "; for empty batches pass dynamic_batch=(0, highest)"
             )
     return leaves
 
 
-def check_range(bounds: tuple[int, int], leaves: list[torch.Tensor]) -> None:
-    """Raises: InvalidInputError for a range that makes no sense, or inputs without a batch."""
-    pair = isinstance(bounds, (tuple, list)) and len(bounds) == 2
-    if not pair or not all(isinstance(value, int) for value in bounds):
-        raise InvalidInputError(f"dynamic_batch: expected (lowest, highest), got {bounds!r}")
-    low, high = bounds
+def bounds_of(bounds: Any) -> tuple[int, int]:
+    """The lowest and the highest batch of a range.
+
+    Raises: InvalidInputError for what is no pair of whole numbers, or makes no sense.
+    """
+    pair = tuple(bounds) if isinstance(bounds, (tuple, list)) else ()
+    whole = [value for value in pair if isinstance(value, Integral) and not isinstance(value, bool)]
+    if len(pair) != 2 or len(whole) != 2:
+        raise InvalidInputError(
+            f"dynamic_batch: expected (lowest, highest), got {bounds!r}; both are whole numbers"
+        )
+    low, high = map(int, pair)
     if not 0 <= low <= high or high < 1:
         raise InvalidInputError(
             "dynamic_batch: expected 0 <= lowest <= highest and at least 1 as highest, got "
             f"{bounds}"
         )
+    return low, high
+
+
+def check_range(bounds: Any, leaves: list[torch.Tensor]) -> tuple[int, int]:
+    """The range. Raises: InvalidInputError for one that makes no sense, or inputs without a
+    batch."""
+    found = bounds_of(bounds)
     for at, leaf in enumerate(leaves):
         if leaf.dim() == 0:
             raise InvalidInputError(f"example input {at}: a scalar has no batch dimension")
+    return found
 
 
 def place_of(module: torch.nn.Module, leaves: list[torch.Tensor]) -> torch.device:
@@ -66,7 +82,7 @@ def stand_in(x: torch.Tensor, place: torch.device) -> torch.Tensor:
     its memory (an expanded example of an absurd shape) stays as it is."""
     if x.device != place:
         return torch.empty(x.shape, dtype=x.dtype, device=place)
-    is_plain = x.is_contiguous() and not x._is_view()
+    is_plain = x.is_contiguous() and not x._is_view() and not x.is_inference()
     if is_plain or x.untyped_storage().nbytes() < x.numel() * x.element_size():
         return x
     return torch.empty(x.shape, dtype=x.dtype, device=x.device)
@@ -74,6 +90,8 @@ def stand_in(x: torch.Tensor, place: torch.device) -> torch.Tensor:
 
 def two_samples(x: torch.Tensor, place: torch.device) -> torch.Tensor:
     """The input with a batch of two: torch.export specialises a dimension of size 1."""
+    if x.shape[0] == 0:
+        return torch.empty(2, *x.shape[1:], dtype=x.dtype, device=place)
     return x[:1].expand(2, *x.shape[1:]).contiguous().to(place)
 
 

@@ -6,11 +6,11 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 
-from ..errors import InvalidInputError, KernelError, near_names
+from ..errors import ArtifactError, InvalidInputError, KernelError, near_names
 from ..kernels import offline
 from ..kernels.epilogue import GeneratedFunction
 from ..kernels.op import Launch
@@ -108,6 +108,22 @@ class Executable:
         if batch == 0:
             return self._interface.unflatten(empty_outputs(self.plan.outputs, self.place))
         return self._interface.unflatten(self._runner.run(tensors, batch))
+
+    def __copy__(self) -> Executable:
+        """The same plan, weights and buffers: nothing of them is the caller's to change."""
+        twin = object.__new__(type(self))
+        twin.__dict__.update(self.__dict__)
+        return twin
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Executable:
+        return self.__copy__()
+
+    def __reduce__(self) -> NoReturn:
+        raise ArtifactError(
+            f"the executable of {self.graph.name} cannot be pickled, or sent to another process: "
+            "it holds kernels and buffers of this one. Save it, exe.save('net.loom'), and call "
+            "convloom.load('net.loom') there; what that returns can be pickled"
+        )
 
     @property
     def target(self) -> Target:

@@ -236,11 +236,16 @@ class Graph:
         )
         return self.insert(node, inputs)
 
-    def add_constant(self, tensor: torch.Tensor, stem: str, dtype: torch.dtype) -> Value:
-        """Adds a constant. `dtype` is the dtype its readers see; the tensor may be more precise."""
+    def add_constant(
+        self, tensor: torch.Tensor, stem: str, dtype: torch.dtype, batch: int | None = None
+    ) -> Value:
+        """Adds a constant. `dtype` is the dtype its readers see; the tensor may be more precise.
+
+        batch: its rows are the samples of the largest batch, of which others have the first.
+        """
         name = self.fresh_name(stem)
         self.tensors[name] = tensor
-        spec = TensorSpec(tuple(tensor.shape), dtype)
+        spec = TensorSpec(tuple(tensor.shape), dtype, batch=batch)
         node = Node(name, CONSTANT, NoAttributes(), (spec,), module_path=stem)
         return self.insert(node)
 

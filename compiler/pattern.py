@@ -403,7 +403,8 @@ def _sum_of(graph: Graph, values: tuple[Value, ...]) -> Value:
     """The sum of constants as one constant, added up in fp64."""
     total = sum(graph.constant(value).double() for value in values)
     assert isinstance(total, torch.Tensor)
-    return graph.add_constant(total, values[0].node, graph.spec(values[0]).dtype)
+    spec = graph.spec(values[0])
+    return graph.add_constant(total, values[0].node, spec.dtype, spec.batch)
 
 
 def absorb(

@@ -1,6 +1,7 @@
 """bmm: y[..., i, j] = sum_k a[..., i, k] b[..., k, j], products of pairs of activations.
 
-a: (..., M, K), b: (..., K, N), equal leading dimensions -> y: (..., M, N), dense; fp32 sums.
+a: (..., M, K), b: (..., K, N) -> y: (..., M, N), dense; fp32 sums. Leading dimensions are equal, or
+1 in a factor that is the same all along it: a learned matrix for every sample.
 Attributes rearrange the factors first, so that heads of attention and transposed factors are read
 where they lie, in any layout: the kernel takes one stride for each dimension of a product, and for
 each part that the products' number is made of.
@@ -13,7 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -24,7 +25,7 @@ from ..errors import InvalidInputError
 from . import epilogue as ep
 from . import gemm
 from .epilogue import Stage
-from .movement import Expand, Permute
+from .movement import Expand, Permute, Reshape
 from .op import (
     Attributes,
     Builder,
@@ -71,11 +72,17 @@ class Factor:
     columns: int
 
 
-def factor_of(attributes: Rearrange | None, operand: Operand) -> Factor | None:
-    """How a factor is read, or None where its rows or columns have no single stride."""
+def factor_of(
+    attributes: Rearrange | None, operand: Operand, leading: tuple[int, ...] | None = None
+) -> Factor | None:
+    """How a factor is read, or None where its rows or columns have no single stride.
+
+    leading: the product's leading dimensions, where a factor of 1 is read again and again.
+    """
     if attributes is None:
-        *leading, rows, columns = operand.strides
-        return Factor(operand.shape[:-2], tuple(leading), rows, columns)
+        *steps, rows, columns = operand.strides
+        sizes = operand.shape[:-2]
+        return _repeated(Factor(sizes, tuple(steps), rows, columns), sizes, leading)
     out = infer_rearrange(attributes, (operand.spec,))[0].with_(layout=Layout.DENSE)
     parts = parts_of(attributes, operand, out)
     single = []
@@ -85,24 +92,55 @@ def factor_of(attributes: Rearrange | None, operand: Operand) -> Factor | None:
             return None
         single.append(steps[0] if steps else 0)
     count = sum(len(taken) for taken in parts.groups[:-2])
-    return Factor(parts.sizes[:count], parts.read[:count], single[0], single[1])
+    read = Factor(parts.sizes[:count], parts.read[:count], single[0], single[1])
+    return _repeated(read, out.shape[:-2], leading)
+
+
+def _repeated(read: Factor, own: tuple[int, ...], leading: tuple[int, ...] | None) -> Factor:
+    """The factor read along leading dimensions, some of which it has not."""
+    if leading in (None, own):
+        return read
+    assert leading is not None
+    if math.prod(own) == 1:
+        return replace(read, sizes=leading, leading=(0,) * len(leading))
+    # Parts of one element tell nothing; of the others each dimension has those that fill it.
+    parts = [part for part in zip(read.sizes, read.leading, strict=True) if part[0] != 1]
+    sizes: list[int] = []
+    steps: list[int] = []
+    for size, wanted in zip(own, leading, strict=True):
+        if size == 1:
+            sizes.append(wanted)
+            steps.append(0)
+        while size > 1:
+            part, step = parts.pop(0)
+            size //= part
+            sizes.append(part)
+            steps.append(step)
+    return replace(read, sizes=tuple(sizes), leading=tuple(steps))
 
 
 def infer(attributes: Bmm, inputs: tuple[TensorSpec, ...]) -> tuple[TensorSpec, ...]:
     """(..., M, K) and (..., K, N) give (..., M, N)."""
     a, b = inputs
     left, right = factor(attributes.left, a).shape, factor(attributes.right, b).shape
-    agree = len(left) == len(right) > 1 and left[:-2] == right[:-2] and left[-1] == right[-2]
+    agree = len(left) == len(right) > 1 and left[-1] == right[-2] and all(
+        m == n or 1 in (m, n) for m, n in zip(left[:-2], right[:-2], strict=True)
+    )
     if not agree:
         raise InvalidInputError(
             f"bmm: expected (..., M, K) and (..., K, N), got {left} and {right} of {a} and {b}"
         )
-    if a.batch != b.batch or (a.batch is not None and len(left) < 3):
+    leading = tuple(map(max, left[:-2], right[:-2]))
+    batch = a.batch or b.batch
+    firsts = [shape[0] for spec, shape in ((a, left), (b, right)) if spec.batch is None]
+    shared = all(first == 1 for first in firsts)
+    apart = not shared or (not firsts and left[0] != right[0])
+    if batch is not None and (len(left) < 3 or apart):
         raise InvalidInputError(
-            "bmm: both factors of each product must belong to one sample of the batch, "
-            f"got {a} and {b}"
+            "bmm: both factors of each product must belong to one sample of the batch, or one of "
+            f"them to all, got {a} and {b}"
         )
-    return (TensorSpec((*left[:-1], right[-1]), a.dtype, batch=a.batch),)
+    return (TensorSpec((*leading, left[-2], right[-1]), a.dtype, batch=batch),)
 
 
 def reference(attributes: Bmm, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
@@ -195,7 +233,9 @@ def launches(problem: Problem, tile: Config, target: Target) -> tuple[Launch, ..
     attributes, (a, b), out = problem.attributes, problem.inputs, problem.output
     assert isinstance(attributes, Bmm)
     size = size_of(problem)
-    left, right = factor_of(attributes.left, a), factor_of(attributes.right, b)
+    leading = out.shape[:-2]
+    left = factor_of(attributes.left, a, leading)
+    right = factor_of(attributes.right, b, leading)
     assert left is not None and right is not None
     block_m, block_n = tile["BLOCK_M"], tile["BLOCK_N"]
 
@@ -246,7 +286,9 @@ def cost(problem: Problem) -> Cost:
 
 def _build(draw: Mapping[str, Any]) -> tuple[Bmm, tuple[TensorSpec, ...]]:
     *leading, rows, depth, columns = draw["shape"]
-    shapes = (*leading, rows, depth), (*leading, depth, columns)
+    shapes = [(*leading, rows, depth), (*leading, depth, columns)]
+    if leading and (shared := draw["shared"]) is not None:
+        shapes[shared] = (1, *shapes[shared][1:])
     made = [_read_as(kind, shape) for kind, shape in zip(draw["read"], shapes, strict=True)]
     (left, a), (right, b) = made
     return Bmm(left, right), (TensorSpec(a, torch.float32), TensorSpec(b, torch.float32))
@@ -275,6 +317,11 @@ def _product(g: Builder, a: Any, b: Any, stages: ep.Epilogue = (), *operands: An
     if right.rank == 2 and g.constant(b) is not None:
         weight = g.apply("permute", (b,), Permute((1, 0)))
         return g.apply("linear", (a, weight, *operands), epilogue=stages)
+    if (left.batch is None) != (right.batch is None):
+        # What all samples share is read again for each; the batch is not expanded to.
+        rank = max(left.rank, right.rank)
+        a, b = (_of_rank(g, value, rank) for value in (a, b))
+        return g.apply("bmm", (a, b, *operands), Bmm(), stages)
     leading = tuple(torch.broadcast_shapes(left.shape[:-2], right.shape[:-2]))
     factors = []
     for value, spec in ((a, left), (b, right)):
@@ -286,6 +333,13 @@ def _product(g: Builder, a: Any, b: Any, stages: ep.Epilogue = (), *operands: An
             value = g.apply("expand", (value,), Expand((*new, *tail)))
         factors.append(value)
     return g.apply("bmm", (*factors, *operands), Bmm(), stages)
+
+
+def _of_rank(g: Builder, x: Any, rank: int) -> Any:
+    """A tensor with leading dimensions of 1 up to a rank."""
+    shape = g.spec(x).shape
+    missing = rank - len(shape)
+    return g.apply("reshape", (x,), Reshape((*(1,) * missing, *shape))) if missing else x
 
 
 def _capture_matmul(g: Builder, a: Any, b: Any) -> Any:
@@ -362,8 +416,13 @@ OP = Op(
                 ("plain", "plain"), ("transposed", "plain"), ("plain", "transposed"),
                 ("heads", "heads"), ("heads", "transposed"),
             ),
+            "shared": (None, 0, 1),
         },
         build=_build,
+        interesting=(
+            {"shape": (2, 3, 7, 5, 6), "read": ("heads", "plain"), "shared": 1},
+            {"shape": (2, 3, 7, 5, 6), "read": ("transposed", "heads"), "shared": 0},
+        ),
     ),
     aten={
         "aten.bmm.default": _capture_matmul,

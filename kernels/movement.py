@@ -52,9 +52,14 @@ class Permute(Attributes):
 
 @dataclass(frozen=True)
 class Expand(Attributes):
-    """The shape to broadcast to; -1 keeps the input's extent, which may be the batch of a call."""
+    """The shape to broadcast to; -1 keeps the input's extent, which may be the batch of a call.
+
+    batch: of a constant, whose rows become those of the batch: dimension 0 is that of the largest,
+    a smaller one has the first rows.
+    """
 
     shape: tuple[int, ...] = ()
+    batch: int | None = None
 
 
 @dataclass(frozen=True)
@@ -134,9 +139,11 @@ def infer_expand(attributes: Expand, inputs: tuple[TensorSpec, ...]) -> tuple[Te
     )
     if any(old not in (1, new) for old, new in zip(aligned, shape, strict=True)):
         raise InvalidInputError(f"expand: {x} does not broadcast to {attributes.shape}")
-    if x.batch is not None and (missing or attributes.shape[0] != -1):
+    if x.batch is not None and (missing or attributes.shape[0] != -1 or attributes.batch):
         raise InvalidInputError(f"expand: the batch of {x} must stay as it is in dimension 0")
-    batch = x.batch if len(shape) == x.rank else None
+    batch = attributes.batch or x.batch
+    if batch is not None and shape[0] % batch:
+        raise InvalidInputError(f"expand: {shape} has no batch of {batch} in dimension 0")
     return (TensorSpec(shape, x.dtype, _layout_for(shape, x), batch),)
 
 

@@ -45,14 +45,14 @@ from .movement import (
     reshape,
     slice_,
 )
-from .op import Attributes, Builder, Capture, Domain, Op
+from .op import Attributes, BatchExtent, Builder, Capture, Domain, Op
 from .rearrange import Flip
-from .spec import Layout, TensorSpec
+from .spec import FLOAT_DTYPES, Layout, TensorSpec
 
 
 def _capture_view(g: Builder, x: Any, shape: Any) -> Any:
     known = math.prod(size for size in shape if size != -1)
-    full = (g.spec(x).numel // max(known, 1) if size == -1 else size for size in shape)
+    full = (g.spec(x).numel // max(known, 1) if size == -1 else int(size) for size in shape)
     return g.apply("reshape", (x,), Reshape(tuple(full)))
 
 
@@ -93,9 +93,33 @@ def _capture_transpose(g: Builder, x: Any, a: int, b: int) -> Any:
 
 def _capture_expand(g: Builder, x: Any, size: Any, implicit: bool = False) -> Any:
     shape = g.spec(x).shape
+    if _rows_of_batch(g, x, size[0] if size else 0):
+        full = tuple(
+            int(new) if new != -1 else shape[at - len(size)] for at, new in enumerate(size)
+        )
+        return g.apply("expand", (x,), Expand(full, size[0].batch))
     aligned = (*(None for _ in range(len(size) - len(shape))), *shape)
-    kept = (-1 if new == old else new for old, new in zip(aligned, size, strict=True))
+    kept = (-1 if new == old else int(new) for old, new in zip(aligned, size, strict=True))
     return g.apply("expand", (x,), Expand(tuple(kept)))
+
+
+def _rows_of_batch(g: Builder, x: Any, size: Any) -> bool:
+    """Whether a size makes what follows from constants a tensor of samples."""
+    return isinstance(size, BatchExtent) and g.spec(x).batch is None
+
+
+def _capture_full(g: Builder, x: Any, size: Any, value: Any, dtype: Any = None, **_: Any) -> Any:
+    """A tensor of one number."""
+    dtype = dtype or g.spec(x).dtype
+    if dtype not in FLOAT_DTYPES:
+        return g.refuse(f"dtype {dtype} is not supported")
+    return _capture_expand(g, g.add_constant(torch.tensor(float(value)), dtype), tuple(size))
+
+
+def _capture_full_like(g: Builder, x: Any, value: Any, **options: Any) -> Any:
+    spec = g.spec(x)
+    rows = spec.shape[:1] if spec.batch is None else (BatchExtent(spec.shape[0], spec.batch),)
+    return _capture_full(g, x, (*rows, *spec.shape[1:]), value, **options)
 
 
 def _cut(g: Builder, x: Any, dim: int, start: int, stop: int, step: int = 1) -> Any:
@@ -110,6 +134,11 @@ def _cut(g: Builder, x: Any, dim: int, start: int, stop: int, step: int = 1) -> 
 def _capture_slice(
     g: Builder, x: Any, dim: int = 0, start: Any = None, end: Any = None, step: int = 1
 ) -> Any:
+    if isinstance(end, BatchExtent):
+        if not _rows_of_batch(g, x, end):
+            return x
+        piece = _cut(g, x, 0, 0, end)
+        return _capture_expand(g, piece, (end, *g.spec(piece).shape[1:]))
     return _cut(g, x, dim, start, end, step)
 
 
@@ -173,6 +202,11 @@ def _capture_roll(g: Builder, x: Any, shifts: Any, dims: Any = ()) -> Any:
 
 
 def _capture_repeat(g: Builder, x: Any, repeats: Any) -> Any:
+    if repeats and _rows_of_batch(g, x, repeats[0]):
+        x = _capture_repeat(g, x, (1, *repeats[1:]))
+        rows, *rest = g.spec(x).shape
+        many = _capture_expand(g, _capture_unsqueeze(g, x, 0), (repeats[0], rows, *rest))
+        return _capture_view(g, many, (repeats[0] * rows, *rest))
     for _ in range(len(repeats) - g.spec(x).rank):
         if g.spec(x).batch is not None:
             return g.refuse("repeat that moves the batch from dimension 0")
@@ -328,6 +362,20 @@ OPS = (
         {
             "aten.expand.default": _capture_expand,
             "aten.repeat_interleave.self_int": _capture_repeat_interleave,
+            "aten.new_zeros.default": lambda g, x, size, **options: _capture_full(
+                g, x, size, 0, **options
+            ),
+            "aten.new_ones.default": lambda g, x, size, **options: _capture_full(
+                g, x, size, 1, **options
+            ),
+            "aten.new_full.default": _capture_full,
+            "aten.zeros_like.default": lambda g, x, **options: _capture_full_like(
+                g, x, 0, **options
+            ),
+            "aten.ones_like.default": lambda g, x, **options: _capture_full_like(
+                g, x, 1, **options
+            ),
+            "aten.full_like.default": _capture_full_like,
         },
         takes_epilogue=False,
     ),

@@ -143,6 +143,17 @@ class Box:
         return (self.shape[0] // self.batch * batch, *self.shape[1:])
 
 
+class BatchExtent(int):
+    """A size at the largest batch that is another one at smaller batches. batch: the largest."""
+
+    batch: int
+
+    def __new__(cls, size: int, batch: int) -> BatchExtent:
+        extent = super().__new__(cls, size)
+        extent.batch = batch
+        return extent
+
+
 INT32_MAX = 2**31 - 1
 X, W, Y = Ref("input", 0), Ref("input", 1), Ref("output", 0)
 
@@ -373,6 +384,7 @@ def tile_config(
 __all__ = [
     "NONE",
     "Attributes",
+    "BatchExtent",
     "Box",
     "Builder",
     "Capture",

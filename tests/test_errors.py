@@ -7,6 +7,7 @@ from functools import cache
 from typing import Any
 
 import convloom
+import numpy as np
 import pytest
 import torch
 from convloom import settings
@@ -91,6 +92,9 @@ def test_near_names() -> None:
         ("dynamic_batch", (4,), "expected (lowest, highest), got (4,)"),
         ("dynamic_batch", (1, 2, 3), "expected (lowest, highest), got (1, 2, 3)"),
         ("dynamic_batch", (1.0, 4.0), "expected (lowest, highest), got (1.0, 4.0)"),
+        ("dynamic_batch", (True, 3), "got (True, 3); both are whole numbers"),
+        ("dynamic_batch", (1, np.bool_(True)), "both are whole numbers"),
+        ("dynamic_batch", (1, torch.tensor(3)), "both are whole numbers"),
         ("dynamic_batch", (-1, 4), "at least 1 as highest, got (-1, 4)"),
         ("dynamic_batch", (0, 0), "at least 1 as highest, got (0, 0)"),
         ("dynamic_batch", (4, 1), "expected 0 <= lowest <= highest and"),
@@ -188,8 +192,7 @@ class Raises(nn.Module):
 @pytest.mark.parametrize(
     ("module", "reason"),
     [
-        (Branches(), "data-dependent"),
-        (Selects(), "the shape depends on the values of a tensor"),
+        (Branches(), "decides by the values of a tensor at test_errors.py:"),
         (Raises(), "torch.export could not capture Raises: not today"),
         (nn.Conv2d(3, 4, 3, device="meta"), "'weight' has no data"),
         (nn.Dropout(), "Dropout would still train"),
@@ -198,6 +201,12 @@ class Raises(nn.Module):
 )
 def test_modules_that_cannot_be_captured(module: nn.Module, reason: str) -> None:
     refused(CaptureError, reason, module=module)
+
+
+def test_results_of_unknown_size() -> None:
+    parts = ("the top module: aten.index.Tensor at test_errors.py:", "the values of a tensor")
+    refused(UnsupportedOpError, *parts, module=Selects())
+    refused(UnsupportedOpError, *parts, module=Selects(), dynamic_batch=(1, 4), fallback="torch")
 
 
 def test_failures_under_a_dynamic_batch_say_so() -> None:

@@ -67,7 +67,7 @@ def fold_constants(graph: Graph, ledger: Ledger) -> Graph:
         if key not in known:
             results = evaluate_exactly(node, tuple(graph.constant(value) for value in values))
             known[key] = tuple(
-                graph.add_constant(result, node.name, spec.dtype)
+                graph.add_constant(result, node.name, spec.dtype, spec.batch)
                 for result, spec in zip(results, node.outputs, strict=True)
             )
         for index, folded in enumerate(known[key]):
@@ -87,7 +87,8 @@ def _fold_call(graph: Graph, node: Node, ledger: Ledger) -> None:
     for index, result in enumerate(call_torch(node.attributes, exact)):
         value = Value(node.name, index)
         if graph.uses(value):
-            folded = graph.add_constant(result, node.name, node.outputs[index].dtype)
+            spec = node.outputs[index]
+            folded = graph.add_constant(result, node.name, spec.dtype, spec.batch)
             graph.update(folded.node, origins=node.origins, module_path=node.module_path)
             graph.redirect(value, folded)
             ledger.accept("f(constants) => constant", [node], folded.node)

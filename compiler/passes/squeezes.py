@@ -155,7 +155,7 @@ def _image_of(graph: Graph, node: Node, slot: int, value: Value) -> Callable[[],
     if graph.is_constant(value):
         shape = (*spec.shape[:-1], 1, spec.shape[-1])
         tensor = graph.constant(value).reshape(shape)
-        return lambda: graph.add_constant(tensor, value.node, spec.dtype)
+        return lambda: graph.add_constant(tensor, value.node, spec.dtype, spec.batch)
     return None
 
 
@@ -179,7 +179,8 @@ def _on_rows(attributes: Any) -> Any:
         rows = over_length or attributes.keepdim
         return replace(attributes, dims=tuple(sorted(dims))) if rows else None
     if isinstance(attributes, Expand) and len(attributes.shape) == ROW + 1:
-        return Expand((*attributes.shape[:ROW], 1, *attributes.shape[ROW:]))
+        shape = attributes.shape
+        return replace(attributes, shape=(*shape[:ROW], 1, *shape[ROW:]))
     if isinstance(attributes, Pad):
         before, after = attributes.before, attributes.after
         return replace(
