@@ -18,7 +18,7 @@ from ..kernels.spec import FLOAT_DTYPES
 from ..kernels.targets import EMULATOR, INTERPRETER, REFERENCE, Target
 from . import wishes
 from .capture import capture
-from .example_inputs import bounds_of
+from .example_inputs import bounds_of, has_no_samples
 from .executable import Executable
 from .ir import Goal, Graph
 from .ledger import Ledger
@@ -70,7 +70,8 @@ def compile(
     "interpreter" (the same kernels on the CPU), "emulator:sm_90" (what they are compiled to, on the
     CPU) or "reference" (torch ops, node by node).
     dtype: computes in float16 or bfloat16; inputs and outputs keep the module's own dtype.
-    precision: fp32 products are fp32-accurate ("ieee") or "tf32". dynamic_batch: (lo, hi).
+    precision: fp32 products are fp32-accurate ("ieee") or "tf32". dynamic_batch: (lo, hi); (0, 1)
+    for an example without samples.
     tuning: where configurations come from: "heuristic" (needs nothing, and is the same in every
     process), "records" (what was tuned before, else the heuristic), "search" (tunes what has no
     measured record first; minutes). passes: "default", "none", or names. fallback: "torch" runs
@@ -151,6 +152,8 @@ def lowered(
         got = "a tensor" if isinstance(example, torch.Tensor) else type(example).__name__
         raise InvalidInputError(f"example inputs: expected a tuple of tensors, got {got}")
     bounds = None if dynamic_batch is None else bounds_of(dynamic_batch)
+    if dynamic_batch is None and has_no_samples(example):
+        dynamic_batch = (0, 1)  # No plan has a batch of none alone.
     records = _records(tuning, chosen)
     with CAPTURING:
         captured = capture(module, example, bounds, outputs)

@@ -39,6 +39,13 @@ def check_example(arguments: tuple[Any, ...], dynamic: bool = False) -> list[tor
     return leaves
 
 
+def has_no_samples(arguments: Any) -> bool:
+    """Whether each tensor of an example is an empty batch."""
+    leaves = pytree.tree_leaves(arguments)
+    shapes = [leaf.shape for leaf in leaves if isinstance(leaf, torch.Tensor)]
+    return bool(shapes) and len(shapes) == len(leaves) and all(s[:1] == (0,) for s in shapes)
+
+
 def bounds_of(bounds: Any) -> tuple[int, int]:
     """The lowest and the highest batch of a range.
 
