@@ -10,7 +10,7 @@ from typing import Any
 import networkx as nx
 import pytest
 import torch
-from convloom.compiler import arena, estimate, pattern, places
+from convloom.compiler import arena, estimate, pattern
 from convloom.compiler.arena import Lifetime
 from convloom.compiler.ir import INPUT, OUTPUT, Goal, Graph, NoAttributes, Node, Value
 from convloom.compiler.ledger import Ledger
@@ -136,13 +136,11 @@ WORK: dict[str, tuple[Callable[[int], Graph], Callable[[Counter], None]]] = {
     "problems of siblings": (siblings, lambda c: c.watch(estimate, "problem_of")),
     "operands of a concatenation": (branches, watch_extents),
     "inputs of a concatenation": (branches, watch_inputs),
-    "inputs along a chain": (residual_chain, watch_inputs),
     "inputs of a long epilogue": (pointwise_chain, watch_inputs),
     "descendants of a kept result": (
         residual_chain,
         lambda c: c.watch(nx, "descendants", lambda net, name: len(net)),
     ),
-    "ports of removed nodes": (siblings, lambda c: c.watch(places, "_ports", lambda g: len(g.net))),
 }
 
 
