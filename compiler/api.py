@@ -151,9 +151,9 @@ def lowered(
     if not isinstance(example, (tuple, list)):
         got = "a tensor" if isinstance(example, torch.Tensor) else type(example).__name__
         raise InvalidInputError(f"example inputs: expected a tuple of tensors, got {got}")
-    bounds = None if dynamic_batch is None else bounds_of(dynamic_batch)
     if dynamic_batch is None and has_no_samples(example):
         dynamic_batch = (0, 1)  # No plan has a batch of none alone.
+    bounds = None if dynamic_batch is None else bounds_of(dynamic_batch)
     records = _records(tuning, chosen)
     with CAPTURING:
         captured = capture(module, example, bounds, outputs)

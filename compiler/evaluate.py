@@ -59,23 +59,23 @@ def evaluate(
     """
     known: dict[Value, torch.Tensor] = {}
     arguments = iter(inputs)
-    batch = _batch(graph, inputs)
+    batch = batch_of(graph, inputs)
     for node in graph.nodes():
         if node.op == OUTPUT:
             continue
         if node.op in (INPUT, CONSTANT):
             tensor = next(arguments) if node.op == INPUT else graph.tensors[node.name].detach()
-            known[Value(node.name)] = _rows(tensor.to(dtype or node.spec.dtype), node.spec, batch)
+            known[Value(node.name)] = rows_of(tensor.to(dtype or node.spec.dtype), node.spec, batch)
             continue
         tensors = tuple(known[value] for value in graph.inputs(node.name))
         results = evaluate_node(node, tensors, graph, keep_dtype=dtype is not None)
         for index, result in enumerate(results):
             stored = result if dtype is not None else result.to(node.outputs[index].dtype)
-            known[Value(node.name, index)] = _rows(stored, node.outputs[index], batch)
+            known[Value(node.name, index)] = rows_of(stored, node.outputs[index], batch)
     return known
 
 
-def _batch(graph: Graph, inputs: Sequence[torch.Tensor]) -> int:
+def batch_of(graph: Graph, inputs: Sequence[torch.Tensor]) -> int:
     """The batch of a call (1 where it is fixed)."""
     for node, tensor in zip(graph.graph_inputs(), inputs, strict=True):
         if node.spec.batch is not None:
@@ -83,6 +83,6 @@ def _batch(graph: Graph, inputs: Sequence[torch.Tensor]) -> int:
     return 1
 
 
-def _rows(tensor: torch.Tensor, spec: TensorSpec, batch: int) -> torch.Tensor:
+def rows_of(tensor: torch.Tensor, spec: TensorSpec, batch: int) -> torch.Tensor:
     """A tensor at the batch of a call: what follows from constants is that of the largest."""
     return tensor if spec.batch is None else tensor[: spec.at(batch)[0]]

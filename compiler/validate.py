@@ -24,7 +24,7 @@ from typing import Any
 import torch
 
 from ..errors import ConvloomError, GraphError
-from .evaluate import evaluate_node
+from .evaluate import batch_of, evaluate_node, rows_of
 from .ir import CONSTANT, INPUT, OUTPUT, TORCH, Graph, Node, Value
 from .ledger import Ledger
 from .verify import verify
@@ -253,6 +253,7 @@ class Validation:
         """
         numbers: dict[Value, int] = {}
         inputs = iter(self._inputs)
+        batch = batch_of(graph, self._inputs)
         for node in graph.nodes():
             if node.op == OUTPUT:
                 continue
@@ -265,6 +266,8 @@ class Validation:
                     results = [graph.tensors[node.name].detach()]
                 else:
                     results = self._results(graph, node, sources)
+                specs = zip(results, node.outputs, strict=True)
+                results = [rows_of(result, spec, batch) for result, spec in specs]
                 self._known[key] = self._numbers(results, sources, list(before.candidates(node)))
             if trusted:
                 self._known[key] = tuple(self._trusted(n, node, before) for n in self._known[key])

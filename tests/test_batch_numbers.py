@@ -10,7 +10,7 @@ import convloom
 import pytest
 import torch
 import torch.nn.functional as F
-from convloom.errors import CaptureError, ConvloomError, UnsupportedOpError
+from convloom.errors import CaptureError, ConvloomError, InvalidInputError, UnsupportedOpError
 from torch import Tensor, nn
 
 from . import nets
@@ -277,6 +277,17 @@ def test_examples_without_samples() -> None:
         assert exe(example).shape == (0, 3)
         x = torch.ones(3, 6, dtype=dtype)
         torch.testing.assert_close(exe(x), module(x), rtol=0.02, atol=0.02)
+
+
+def test_an_example_that_is_an_empty_batch() -> None:
+    """It is enough to compile for it, and for one sample."""
+    module, _ = make(lambda m, x: torch.relu(m.layer(x)), SHAPE, layer=nn.Conv2d(3, 4, 3))
+    empty = torch.empty(0, 3, 6, 5)
+    exe = convloom.compile(module, (empty,), target="interpreter")
+    for x in (empty, torch.ones(1, 3, 6, 5)):
+        torch.testing.assert_close(exe(x), module(x))
+    with pytest.raises(InvalidInputError, match="expected at least one element"):
+        convloom.compile(nn.ReLU(), (torch.empty(2, 0, 4),), target="interpreter")
 
 
 def test_refusals_are_of_one_family() -> None:
