@@ -12,6 +12,7 @@ from typing import Protocol
 
 import torch
 
+from .. import settings
 from ..kernels.spec import Operand
 
 ALIGNMENT = 256
@@ -65,6 +66,13 @@ class Buffered(Protocol):
     def buffers(self) -> Mapping[str, Buffer]: ...
 
 
+def _unwritten(size_bytes: int, device: torch.device | None) -> torch.Tensor:
+    """New memory, in bytes; under CONVLOOM_CHECK a number that nobody has written is NaN, whatever
+    was there before."""
+    memory = torch.empty(size_bytes, dtype=torch.uint8, device=device)
+    return memory.fill_(0xFF) if settings.read().check else memory
+
+
 class Memory:
     """Every buffer of a plan as a flat tensor, for one batch on one device.
 
@@ -82,9 +90,7 @@ class Memory:
         device = next((tensor.device for tensor in constants.values()), device)
         self._flat: dict[str, torch.Tensor] = {}
         arenas = {
-            kind: torch.empty(
-                arena_bytes_at(plan.buffers, kind, batch), dtype=torch.uint8, device=device
-            )
+            kind: _unwritten(arena_bytes_at(plan.buffers, kind, batch), device)
             for kind in ("arena", "fixed")
         }
         for name, buffer in plan.buffers.items():
@@ -95,9 +101,8 @@ class Memory:
                 piece = arenas[buffer.kind][start : start + buffer.bytes_at(batch)]
                 self._flat[name] = piece.view(buffer.dtype)
             else:
-                count = buffer.bytes_at(batch) // buffer.dtype.itemsize
-                make = torch.zeros if buffer.kind == "zeroed" else torch.empty
-                self._flat[name] = make(count, dtype=buffer.dtype, device=device)
+                whole = _unwritten(buffer.bytes_at(batch), device).view(buffer.dtype)
+                self._flat[name] = whole.zero_() if buffer.kind == "zeroed" else whole
 
     def flat(self, name: str) -> torch.Tensor:
         """The whole buffer."""

@@ -13,6 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from convloom.compiler.executable import Executable
+from convloom.compiler.memory import Memory
 from convloom.compiler.plan import KernelStep
 from convloom.errors import InvalidInputError, KernelError, TargetUnavailableError
 from convloom.kernels.spec import FLOAT_DTYPES
@@ -425,3 +426,16 @@ def test_a_cross_compiled_plan_is_explained(cross_compiled: tuple[Executable, Ma
     exe, _ = cross_compiled
     assert f"Net on {exe.target.name}: 1 convs -> 3 kernels" in exe.explain()
     assert json.loads(json.dumps(exe.plan.to_json()))["target"] == exe.target.name
+
+
+def test_memory_that_nobody_wrote_is_nan_where_it_is_checked() -> None:
+    """A kernel that reads more than was written shows, whatever lay there before."""
+    net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 3)).eval()
+    for dtype in (torch.float32, torch.float16, torch.bfloat16):
+        plan = convloom.compile(
+            net, (torch.zeros(1, 3, 8, 8),), target="interpreter", dtype=dtype
+        ).plan
+        memory = Memory(plan, plan.constants, 1)
+        unwritten = [name for name, each in plan.buffers.items() if each.kind != "constant"]
+        assert any(plan.buffers[name].kind == "arena" for name in unwritten)
+        assert all(memory.flat(name).isnan().all() for name in unwritten)
