@@ -374,4 +374,5 @@ OP = Op(
     },
     images=False,
     follows=True,
+    factors=(0, 1),
 )  # fmt: skip
