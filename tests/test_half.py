@@ -98,3 +98,64 @@ def test_learned_factors_in_other_types_and_targets(name: str) -> None:
 @pytest.mark.interpreter
 def test_learned_factors_compile_for_a_gpu() -> None:
     check(PRODUCTS["left"], "emulator:sm_90")
+
+
+# What torch sums in fp32.
+
+REDUCTIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "var": lambda x: x.var((2, 3), unbiased=False),
+    "std": lambda x: x.std(1, keepdim=True),
+    "var_mean": lambda x: torch.cat(torch.var_mean(x, (2, 3))),
+    "norm": lambda x: x.norm(dim=1),
+    "1-norm": lambda x: x[:, :2].norm(p=1, dim=1),
+    "norm of pixels": lambda x: torch.linalg.vector_norm(x, dim=(2, 3)),
+    "normalize": lambda x: nn.functional.normalize(x, dim=1),
+    "standardised": lambda x: (x - x.mean((2, 3), keepdim=True)) / x.std((2, 3), keepdim=True),
+}
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("name", REDUCTIONS)
+@pytest.mark.parametrize(("target", "passes"), RUNS)
+def test_squares_neither_overflow_nor_vanish(name: str, target: str, passes: str) -> None:
+    """Above 256 and below 2.4e-4 they do in half precision."""
+    for scale in (100.0, 500.0, 1e-4):
+        if scale == 500.0 and name.startswith("var"):
+            continue  # The variance itself overflows.
+        module, (x,) = make(lambda m, x: REDUCTIONS[name](x), (2, 8, 8, 8))
+        check((module, (x * scale,)), target, passes)
+
+
+def test_the_variance_of_large_numbers_does_not_cancel() -> None:
+    module, (x,) = make(lambda m, x: (x.var((2, 3)), x.std(1)), (2, 8, 8, 8))
+    exe = convloom.compile(module, (x,), target="interpreter", tuning="heuristic")
+    for got, wanted in zip(exe(x + 1000), module((x + 1000).double()), strict=True):
+        torch.testing.assert_close(got.double(), wanted, rtol=1e-4, atol=0)
+
+
+PASSES = [*(passes for _, passes in RUNS[:2]), ("lower_batch_norm",), ("fold_batch_norm",)]
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("passes", PASSES, ids=str)
+@pytest.mark.parametrize("target", ["interpreter", "reference"])
+@pytest.mark.parametrize("folds", [True, False])
+def test_running_variances_above_the_largest_half(target: str, passes: Any, folds: bool) -> None:
+    """As of images of 14 bits."""
+    module, (x,) = make(
+        lambda m, x: torch.relu(m.norm(m.conv(x) if folds else torch.cat((x, x), 1))),
+        (2, 4, 8, 8),
+        conv=nn.Conv2d(4, 8, 3, bias=False),
+        norm=nn.BatchNorm2d(8),
+    )
+    x = x.abs().mul(16383).clamp(max=60000)
+    with torch.no_grad():
+        y = module.conv(x) if folds else torch.cat((x, x), 1)
+        module.norm.running_mean.copy_(y.mean((0, 2, 3)))
+        module.norm.running_var.copy_(y.var((0, 2, 3)))
+        truth = copy.deepcopy(module).double()(x.double())
+    assert module.norm.running_var.min() > torch.finfo(HALF).max
+    exe = convloom.compile(
+        module, (x,), target=target, passes=passes, dtype=HALF, tuning="heuristic"
+    )
+    assert error(exe(x), truth) < 1e-2

@@ -11,8 +11,10 @@ from __future__ import annotations
 import torch
 
 from ...kernels import movement
+from ...kernels.batch_norm import BatchNorm
 from ...kernels.movement import Permute, Relayout
 from ...kernels.parts import Rearrange
+from ...kernels.pointwise import Pointwise
 from ...kernels.spec import MEMORY_FORMATS, Layout, Operand, TensorSpec
 from ..ir import CONSTANT, INPUT, OUTPUT, TORCH, Graph, Node, Value
 from ..ledger import Ledger
@@ -21,7 +23,8 @@ from ..ledger import Ledger
 def choose_dtype(graph: Graph, dtype: torch.dtype | None) -> Graph:
     """Computes in `dtype`; inputs are cast after they enter and outputs back before they leave.
 
-    Whole numbers stay what they are. None leaves the graph as it is.
+    Whole numbers stay what they are, and so do constants that kernels read as fp32 in any case:
+    rounded, a large running variance would be infinite. None leaves the graph as it is.
     """
     if dtype is None or all(
         spec.dtype is dtype for node in graph.nodes() for spec in node.outputs if _is_float(spec)
@@ -29,7 +32,7 @@ def choose_dtype(graph: Graph, dtype: torch.dtype | None) -> Graph:
         return graph
     outputs = [(value, graph.spec(value).dtype) for value in graph.outputs()]
     for node in graph.nodes():
-        if node.op == INPUT:
+        if node.op == INPUT or (node.op == CONSTANT and _is_of_stages(graph, Value(node.name))):
             continue
         specs = tuple(s.with_(dtype=dtype) if _is_float(s) else s for s in node.outputs)
         changes: dict[str, object] = {"outputs": specs}
@@ -52,6 +55,20 @@ def choose_dtype(graph: Graph, dtype: torch.dtype | None) -> Graph:
         returned.append(value)
     graph.set_inputs(OUTPUT, returned)
     return graph
+
+
+def _is_of_stages(graph: Graph, constant: Value) -> bool:
+    """Whether only pointwise stages and batch normalisations read a constant."""
+
+    def is_stage(reader: str, slot: int) -> bool:
+        node = graph.node(reader)
+        if not node.is_compute:
+            return False
+        pointwise = isinstance(node.attributes, Pointwise)
+        statistic = isinstance(node.attributes, BatchNorm) and slot > 0
+        return pointwise or statistic or slot >= len(graph.own_inputs(node))
+
+    return all(is_stage(reader, slot) for reader, slot in graph.uses(constant))
 
 
 def _is_float(spec: TensorSpec) -> bool:
