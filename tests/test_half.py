@@ -159,3 +159,43 @@ def test_running_variances_above_the_largest_half(target: str, passes: Any, fold
         module, (x,), target=target, passes=passes, dtype=HALF, tuning="heuristic"
     )
     assert error(exe(x), truth) < 1e-2
+
+
+# Calls of torch that are several ops here.
+
+COMPOSITES: dict[str, tuple[Callable[..., torch.Tensor], tuple[tuple[int, ...], ...]]] = {
+    "addcmul": (lambda x, a, b: torch.addcmul(x, a, b, value=0.01), ((2, 8), (2, 8), (2, 8))),
+    "addcmul of rows": (lambda x, a, b: torch.addcmul(x, a, b, value=0.01), ((2, 8), (8,), (1, 8))),
+    "addcdiv": (
+        lambda x, a, b: torch.addcdiv(x, a, b.abs() * 1e-5 + 1e-3, value=1e-3),
+        ((2, 8), (2, 8), (2, 1)),
+    ),
+    "baddbmm": (
+        lambda c, a, b: torch.baddbmm(c, a, b, alpha=1e-3),
+        ((2, 4, 4), (2, 4, 8), (2, 8, 4)),
+    ),
+}
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("name", COMPOSITES)
+@pytest.mark.parametrize(("target", "passes"), RUNS)
+def test_what_is_one_call_in_torch_is_rounded_once(name: str, target: str, passes: str) -> None:
+    function, shapes = COMPOSITES[name]
+    module, inputs = make(lambda m, *tensors: function(*tensors), *shapes)
+    check((module, tuple(x * 1000 for x in inputs)), target, passes)
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_addcmul_of_what_has_no_batch(first: bool) -> None:
+    def function(m: Any, x: torch.Tensor) -> torch.Tensor:
+        row, column = torch.arange(6.0), torch.arange(5.0).reshape(5, 1)
+        a, b = (x[:, :1], row) if first else (column, row)
+        return torch.addcmul(x, a, b, value=2)
+
+    module, (x,) = make(function, (4, 5, 6))
+    exe = convloom.compile(
+        module, (x,), target="interpreter", dynamic_batch=(1, 4), tuning="heuristic"
+    )
+    for batch in (4, 1, 3):
+        torch.testing.assert_close(exe(x[:batch]), module(x[:batch]))
