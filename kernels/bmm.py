@@ -49,10 +49,15 @@ from .targets import Target
 
 @dataclass(frozen=True)
 class Bmm(Attributes):
-    """What is done to the factors before they are multiplied; None leaves them alone."""
+    """What is done to the factors before they are multiplied; None leaves them alone.
+
+    wide: products stay fp32, whatever the factors are: scores of attention in half precision would
+    overflow, and torch never stores them.
+    """
 
     left: Rearrange | None = None
     right: Rearrange | None = None
+    wide: bool = False
 
 
 def factor(attributes: Rearrange | None, spec: TensorSpec) -> TensorSpec:
@@ -102,10 +107,13 @@ def infer(attributes: Bmm, inputs: tuple[TensorSpec, ...]) -> tuple[TensorSpec, 
             "bmm: both factors of each product must belong to one sample of the batch, "
             f"got {a} and {b}"
         )
-    return (TensorSpec((*left[:-1], right[-1]), a.dtype, batch=a.batch),)
+    dtype = torch.float32 if attributes.wide else a.dtype
+    return (TensorSpec((*left[:-1], right[-1]), dtype, batch=a.batch),)
 
 
 def reference(attributes: Bmm, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    if attributes.wide and a.dtype is not torch.float64:
+        a, b = a.float(), b.float()
     a = a if attributes.left is None else rearrange(attributes.left, a)
     return a @ (b if attributes.right is None else rearrange(attributes.right, b))
 
@@ -249,7 +257,8 @@ def _build(draw: Mapping[str, Any]) -> tuple[Bmm, tuple[TensorSpec, ...]]:
     shapes = (*leading, rows, depth), (*leading, depth, columns)
     made = [_read_as(kind, shape) for kind, shape in zip(draw["read"], shapes, strict=True)]
     (left, a), (right, b) = made
-    return Bmm(left, right), (TensorSpec(a, torch.float32), TensorSpec(b, torch.float32))
+    specs = TensorSpec(a, torch.float32), TensorSpec(b, torch.float32)
+    return Bmm(left, right, draw["wide"]), specs
 
 
 def _read_as(kind: str, shape: tuple[int, ...]) -> tuple[Rearrange | None, tuple[int, ...]]:
@@ -267,7 +276,9 @@ def _read_as(kind: str, shape: tuple[int, ...]) -> tuple[Rearrange | None, tuple
     return None, shape
 
 
-def _product(g: Builder, a: Any, b: Any, stages: ep.Epilogue = (), *operands: Any) -> Any:
+def _product(
+    g: Builder, a: Any, b: Any, stages: ep.Epilogue = (), *operands: Any, wide: bool = False
+) -> Any:
     """The product of factors whose leading dimensions broadcast; a constant factor is a weight."""
     left, right = g.spec(a), g.spec(b)
     if left.rank < 2 or right.rank < 2:
@@ -285,7 +296,7 @@ def _product(g: Builder, a: Any, b: Any, stages: ep.Epilogue = (), *operands: An
             tail = spec.shape[-2:] if not kept else (-1, -1)
             value = g.apply("expand", (value,), Expand((*new, *tail)))
         factors.append(value)
-    return g.apply("bmm", (*factors, *operands), Bmm(), stages)
+    return g.apply("bmm", (*factors, *operands), Bmm(wide=wide), stages)
 
 
 def _capture_matmul(g: Builder, a: Any, b: Any) -> Any:
@@ -338,8 +349,9 @@ def _capture_attention(
         mask = _added(g, seen, spec.dtype)
     added = () if mask is None else (mask,)
     stages = (*stages, Stage("add")) if added else stages
-    scores = _product(g, q, keys, stages, *added)
-    return _product(g, g.apply("softmax", (scores,), Softmax(dims[-1])), v)
+    scores = _product(g, q, keys, stages, *added, wide=True)
+    weights = g.apply("softmax", (scores,), Softmax(dims[-1], spec.dtype))
+    return _product(g, weights, v)
 
 
 OP = Op(
@@ -362,6 +374,7 @@ OP = Op(
                 ("plain", "plain"), ("transposed", "plain"), ("plain", "transposed"),
                 ("heads", "heads"), ("heads", "transposed"),
             ),
+            "wide": (False, True),
         },
         build=_build,
     ),

@@ -178,6 +178,20 @@ COMPOSITES: dict[str, tuple[Callable[..., torch.Tensor], tuple[tuple[int, ...], 
 
 
 @pytest.mark.interpreter
+@pytest.mark.parametrize(("target", "passes"), RUNS)
+def test_scores_of_attention_may_be_larger_than_halves(target: str, passes: str) -> None:
+    module, (x,) = make(
+        lambda m, x: nn.functional.scaled_dot_product_attention(x, x, x), (2, 4, 16)
+    )
+    x = x * 100
+    assert (x @ x.transpose(1, 2)).max() / 4 > torch.finfo(HALF).max
+    check((module, (x,)), target, passes)
+    exe = convloom.compile(module, (x.half(),), target=target, passes=passes, tuning="heuristic")
+    with torch.no_grad():
+        assert error(exe(x.half()), module(x.double())) < 4e-3
+
+
+@pytest.mark.interpreter
 @pytest.mark.parametrize("name", COMPOSITES)
 @pytest.mark.parametrize(("target", "passes"), RUNS)
 def test_what_is_one_call_in_torch_is_rounded_once(name: str, target: str, passes: str) -> None:

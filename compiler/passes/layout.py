@@ -8,13 +8,17 @@ Conversions that turn out to move nothing (one channel, one pixel) become views 
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 
 from ...kernels import movement
 from ...kernels.batch_norm import BatchNorm
+from ...kernels.bmm import Bmm
 from ...kernels.movement import Permute, Relayout
 from ...kernels.parts import Rearrange
 from ...kernels.pointwise import Pointwise
+from ...kernels.softmax import Softmax
 from ...kernels.spec import MEMORY_FORMATS, Layout, Operand, TensorSpec
 from ..ir import CONSTANT, INPUT, OUTPUT, TORCH, Graph, Node, Value
 from ..ledger import Ledger
@@ -38,6 +42,10 @@ def choose_dtype(graph: Graph, dtype: torch.dtype | None) -> Graph:
         changes: dict[str, object] = {"outputs": specs}
         if isinstance(node.attributes, Relayout) and _is_float(node.spec):
             changes["attributes"] = Relayout(node.attributes.layout, dtype)
+        elif isinstance(node.attributes, Softmax) and node.attributes.dtype is not None:
+            changes["attributes"] = replace(node.attributes, dtype=dtype)
+        elif isinstance(node.attributes, Bmm) and node.attributes.wide:
+            continue
         graph.update(node.name, **changes)
     for node in graph.graph_inputs():
         if node.spec.dtype is not dtype:
