@@ -253,8 +253,8 @@ def _add_sources(state: _State, program: Any, leaves: list[torch.Tensor]) -> Non
                 raise CaptureError(f"'{path}' has no data (device meta): initialise the module")
             key = (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype, tensor.numel())
             if tensor.numel() == 0 or key not in known:
-                # Plans are made on the CPU, wherever the weights lie: alike everywhere.
-                graph.tensors[node.name] = tensor.cpu()
+                # A copy: the module may go on training. On the CPU: plans are alike everywhere.
+                graph.tensors[node.name] = tensor.to("cpu", copy=True)
                 spec = TensorSpec(tuple(tensor.shape), tensor.dtype)
                 made = Node(node.name, CONSTANT, NoAttributes(), (spec,), module_path=path)
                 known[key] = graph.insert(made)

@@ -15,6 +15,8 @@ from .batch_numbers import BatchNumber
 from .capture import Slot, TorchCall
 from .ir import CONSTANT, INPUT, OUTPUT, Graph, Node, Value
 
+HALVES = (torch.float16, torch.bfloat16)
+
 
 def call_torch(call: TorchCall, tensors: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
     """Runs a kept ATen call on its tensors."""
@@ -33,9 +35,13 @@ def call_torch(call: TorchCall, tensors: Sequence[torch.Tensor]) -> tuple[torch.
 def evaluate_node(
     node: Node, tensors: tuple[torch.Tensor, ...], graph: Graph, keep_dtype: bool = False
 ) -> tuple[torch.Tensor, ...]:
-    """The node's outputs from its inputs; `keep_dtype` ignores casts (for fp64 evaluation)."""
+    """The node's outputs from its inputs; `keep_dtype` ignores casts (for fp64 evaluation).
+
+    As in kernels, halves are computed with in fp32: the caller rounds what is stored, once.
+    """
     if isinstance(node.attributes, TorchCall):
         return call_torch(node.attributes, tensors)
+    tensors = tuple(t.float() if t.dtype in HALVES else t for t in tensors)
     own = len(graph.own_inputs(node))
     after = own + len(graph.operands(node))
     inputs = list(tensors[:own])

@@ -454,7 +454,8 @@ def _read(state: _Lowering, value: Value, node: Node, slot: int | None) -> Place
         return packed_place(state, value, node, slot)
     if state.graph.is_constant(value):
         # Vectors of stages (bias, scale) stay fp32: they are few and read once.
-        dtype = torch.float32 if node.op != TORCH else state.graph.spec(value).dtype
+        as_is = node.op == TORCH or slot in node.definition.factors
+        dtype = state.graph.spec(value).dtype if as_is else torch.float32
         return constant_place(state, value, dtype)
     return state.places[value]
 

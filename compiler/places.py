@@ -24,7 +24,7 @@ KINDS = (
     ("pooling", ("pool", "unpool")),
     ("linear", ("linear", "matmul", "mm")),
     ("normalisation", ("norm", "softmax")),
-    ("reduction", ("mean", "sum", "amax", "amin", "norm")),
+    ("reduction", ("mean", "sum", "amax", "amin", "norm", "var", "std")),
     ("movement", ("reshape", "flatten", "permute", "expand", "slice", "concat", "relayout",
                   "cast", "pad", "upsample")),
 )  # fmt: skip

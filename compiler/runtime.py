@@ -57,12 +57,11 @@ def run_torch_step(step: TorchStep, memory: Memory) -> None:
 
 
 class ReferenceRunner:
-    """The optimised graph by torch ops, with a snapshot of the weights. Threads run side by side:
-    there is nothing that they share but constants."""
+    """The optimised graph by torch ops. Threads run side by side: there is nothing that they share
+    but constants."""
 
     def __init__(self, graph: Graph) -> None:
-        self._graph = graph.copy()
-        self._graph.tensors = {name: t.detach().clone() for name, t in graph.tensors.items()}
+        self._graph = graph
 
     def run(self, inputs: Sequence[torch.Tensor], batch: int) -> list[torch.Tensor]:
         with torch.no_grad():

@@ -50,10 +50,15 @@ from .targets import Target
 
 @dataclass(frozen=True)
 class Bmm(Attributes):
-    """What is done to the factors before they are multiplied; None leaves them alone."""
+    """What is done to the factors before they are multiplied; None leaves them alone.
+
+    wide: products stay fp32, whatever the factors are: scores of attention in half precision would
+    overflow, and torch never stores them.
+    """
 
     left: Rearrange | None = None
     right: Rearrange | None = None
+    wide: bool = False
 
 
 def factor(attributes: Rearrange | None, spec: TensorSpec) -> TensorSpec:
@@ -140,10 +145,13 @@ def infer(attributes: Bmm, inputs: tuple[TensorSpec, ...]) -> tuple[TensorSpec, 
             "bmm: both factors of each product must belong to one sample of the batch, or one of "
             f"them to all, got {a} and {b}"
         )
-    return (TensorSpec((*leading, left[-2], right[-1]), a.dtype, batch=batch),)
+    dtype = torch.float32 if attributes.wide else a.dtype
+    return (TensorSpec((*leading, left[-2], right[-1]), dtype, batch=batch),)
 
 
 def reference(attributes: Bmm, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    if attributes.wide and a.dtype is not torch.float64:
+        a, b = a.float(), b.float()
     a = a if attributes.left is None else rearrange(attributes.left, a)
     return a @ (b if attributes.right is None else rearrange(attributes.right, b))
 
@@ -291,7 +299,13 @@ def _build(draw: Mapping[str, Any]) -> tuple[Bmm, tuple[TensorSpec, ...]]:
         shapes[shared] = (1, *shapes[shared][1:])
     made = [_read_as(kind, shape) for kind, shape in zip(draw["read"], shapes, strict=True)]
     (left, a), (right, b) = made
-    return Bmm(left, right), (TensorSpec(a, torch.float32), TensorSpec(b, torch.float32))
+    specs = TensorSpec(a, torch.float32), TensorSpec(b, torch.float32)
+    return Bmm(left, right, draw["wide"]), specs
+
+
+def _shared_draw(shared: int, read: tuple[str, str], wide: bool) -> dict[str, Any]:
+    """A problem one of whose factors all samples share."""
+    return {"shape": (2, 3, 7, 5, 6), "read": read, "shared": shared, "wide": wide}
 
 
 def _read_as(kind: str, shape: tuple[int, ...]) -> tuple[Rearrange | None, tuple[int, ...]]:
@@ -309,7 +323,9 @@ def _read_as(kind: str, shape: tuple[int, ...]) -> tuple[Rearrange | None, tuple
     return None, shape
 
 
-def _product(g: Builder, a: Any, b: Any, stages: ep.Epilogue = (), *operands: Any) -> Any:
+def _product(
+    g: Builder, a: Any, b: Any, stages: ep.Epilogue = (), *operands: Any, wide: bool = False
+) -> Any:
     """The product of factors whose leading dimensions broadcast; a constant factor is a weight."""
     left, right = g.spec(a), g.spec(b)
     if left.rank < 2 or right.rank < 2:
@@ -321,7 +337,7 @@ def _product(g: Builder, a: Any, b: Any, stages: ep.Epilogue = (), *operands: An
         # What all samples share is read again for each; the batch is not expanded to.
         rank = max(left.rank, right.rank)
         a, b = (_of_rank(g, value, rank) for value in (a, b))
-        return g.apply("bmm", (a, b, *operands), Bmm(), stages)
+        return g.apply("bmm", (a, b, *operands), Bmm(wide=wide), stages)
     leading = tuple(torch.broadcast_shapes(left.shape[:-2], right.shape[:-2]))
     factors = []
     for value, spec in ((a, left), (b, right)):
@@ -332,7 +348,7 @@ def _product(g: Builder, a: Any, b: Any, stages: ep.Epilogue = (), *operands: An
             tail = spec.shape[-2:] if not kept else (-1, -1)
             value = g.apply("expand", (value,), Expand((*new, *tail)))
         factors.append(value)
-    return g.apply("bmm", (*factors, *operands), Bmm(), stages)
+    return g.apply("bmm", (*factors, *operands), Bmm(wide=wide), stages)
 
 
 def _of_rank(g: Builder, x: Any, rank: int) -> Any:
@@ -392,8 +408,9 @@ def _capture_attention(
         mask = _added(g, seen, spec.dtype)
     added = () if mask is None else (mask,)
     stages = (*stages, Stage("add")) if added else stages
-    scores = _product(g, q, keys, stages, *added)
-    return _product(g, g.apply("softmax", (scores,), Softmax(dims[-1])), v)
+    scores = _product(g, q, keys, stages, *added, wide=True)
+    weights = g.apply("softmax", (scores,), Softmax(dims[-1], spec.dtype))
+    return _product(g, weights, v)
 
 
 OP = Op(
@@ -417,11 +434,12 @@ OP = Op(
                 ("heads", "heads"), ("heads", "transposed"),
             ),
             "shared": (None, 0, 1),
+            "wide": (False, True),
         },
         build=_build,
         interesting=(
-            {"shape": (2, 3, 7, 5, 6), "read": ("heads", "plain"), "shared": 1},
-            {"shape": (2, 3, 7, 5, 6), "read": ("transposed", "heads"), "shared": 0},
+            _shared_draw(1, ("heads", "plain"), wide=False),
+            _shared_draw(0, ("transposed", "heads"), wide=True),
         ),
     ),
     aten={
@@ -433,4 +451,5 @@ OP = Op(
     },
     images=False,
     follows=True,
+    factors=(0, 1),
 )  # fmt: skip

@@ -321,6 +321,8 @@ class Op:
     configs / default / legal: the tuning space, its no-search choice, and why a config is refused.
     launches(problem, config, target): the kernels to run, in order.
     packs(attributes): for inputs that must be constants, how their tensor lies in memory.
+    factors: inputs that its matrix products take as they are: constants among them keep their
+    dtype, where any other that is not packed is read as fp32.
     takes_epilogue / takes_prologue: whether pointwise stages may be fused into the op.
     images: rank-4 tensors are NHWC for this op; False means it wants dense memory.
     integers: results may be int64: the op makes whole numbers (below 2^24) or moves them.
@@ -339,6 +341,7 @@ class Op:
     legal: Callable[[Problem, Config, Target], str | None] = lambda problem, config, target: None
     aten: Mapping[str, Capture] = field(default_factory=lambda: NONE)
     packs: Callable[[Any], Mapping[int, Pack]] = lambda attributes: {}
+    factors: tuple[int, ...] = ()
     takes_epilogue: bool = True
     takes_prologue: bool = False
     images: bool = True

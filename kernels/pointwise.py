@@ -321,11 +321,22 @@ def _div(g: Builder, a: Any, b: Any, rounding_mode: str | None = None) -> Any:
 
 
 def _addcmul(op: str) -> Capture:
-    """x + value * (a op b)."""
+    """x + value * (a op b), rounded once: the product of halves may overflow where the sum does
+    not."""
 
     def capture(g: Builder, x: Any, a: Any, b: Any, *, value: float = 1.0) -> Any:
-        product = g.apply(op, (a, b), Pointwise())
-        return _binary("add")(g, x, product, alpha=value)
+        factors, batch = [a, b], g.spec(x).batch
+        shapes = [g.spec(factor).shape for factor in factors]
+        shape = tuple(torch.broadcast_shapes(*shapes, g.spec(x).shape))
+        if torch.broadcast_shapes(*shapes) != shape:
+            # Stages do not enlarge a tensor, and a batch cannot be expanded to.
+            wide = [at for at, factor in enumerate(factors) if g.spec(factor).batch == batch]
+            if not wide:
+                product = g.apply(op, factors, Pointwise())
+                return _binary("add")(g, x, product, alpha=value)
+            factors[wide[0]] = _expand(g, factors[wide[0]], shape)
+        scale = (ep.Stage("mul", literal=float(value)),) if value != 1 else ()
+        return g.apply(op, (*factors, x), Pointwise(), (*scale, ep.Stage("add")))
 
     return capture
 
@@ -369,6 +380,16 @@ def _reshape(shape: Sequence[int]) -> Attributes:
     from .movement import Reshape
 
     return Reshape(tuple(shape))
+
+
+def _expand(g: Builder, x: Any, shape: tuple[int, ...]) -> Any:
+    from .movement import Expand
+
+    old = g.spec(x).shape
+    missing = len(shape) - len(old)
+    new = (-1 if at >= missing and old[at - missing] == size else size
+           for at, size in enumerate(shape))  # fmt: skip
+    return g.apply("expand", (x,), Expand(tuple(new)))
 
 
 def _elu(

@@ -1,7 +1,9 @@
-"""sum, mean, amax: y = the sum, average or maximum of x over a set of dimensions.
+"""sum, mean, amax, norm, var, std: y = the sum, average, maximum, Euclidean norm, variance or
+standard deviation of x over a set of dimensions.
 
 x: any rank, dense or NHWC; y: the kept dimensions (the reduced ones stay as 1 with `keepdim`).
-fp32 accumulation.
+fp32 accumulation, and of squares too: in half precision they would overflow above 256. Variances
+take two passes, because E[x²] − E[x]² cancels where the mean is large.
 
 One kernel. Its tile is (rows, reduced elements, columns), where rows and columns are those of the
 output in memory; the offsets of all three are generated from the input's strides. Which of them is
@@ -56,6 +58,13 @@ class Reduce(Attributes):
     keepdim: bool = False
 
 
+@dataclass(frozen=True)
+class Variance(Reduce):
+    """correction: what is subtracted from the count before the squared differences are divided."""
+
+    correction: float = 1.0
+
+
 def infer(name: str, attributes: Reduce, inputs: tuple[TensorSpec, ...]) -> tuple[TensorSpec, ...]:
     """The kept dimensions. Images stay as they are; a rank 4 made of another rank is NHWC."""
     (x,) = inputs
@@ -66,6 +75,12 @@ def infer(name: str, attributes: Reduce, inputs: tuple[TensorSpec, ...]) -> tupl
         raise InvalidInputError(
             f"{name}: dimension 0 of {x} is the batch; its samples must stay apart"
         )
+    if isinstance(attributes, Variance):
+        count, less = math.prod(x.shape[dim] for dim in dims), attributes.correction
+        if count <= less:
+            raise InvalidInputError(
+                f"{name}: the variance of {count} numbers with correction {less:g} does not exist"
+            )
     if attributes.keepdim:
         shape = tuple(1 if dim in dims else size for dim, size in enumerate(x.shape))
     else:
@@ -88,6 +103,19 @@ def _amax(attributes: Reduce, x: torch.Tensor) -> torch.Tensor:
     return x.amax(attributes.dims, attributes.keepdim)
 
 
+def _norm(attributes: Reduce, x: torch.Tensor) -> torch.Tensor:
+    norm: torch.Tensor = torch.linalg.vector_norm(x, 2, attributes.dims, attributes.keepdim)
+    return norm
+
+
+def _var(attributes: Variance, x: torch.Tensor) -> torch.Tensor:
+    return x.var(attributes.dims, correction=attributes.correction, keepdim=attributes.keepdim)
+
+
+def _std(attributes: Variance, x: torch.Tensor) -> torch.Tensor:
+    return x.std(attributes.dims, correction=attributes.correction, keepdim=attributes.keepdim)
+
+
 @triton.jit
 def reduce_kernel(
     x,
@@ -104,6 +132,9 @@ def reduce_kernel(
     Y_ROW: tl.constexpr,
     Y_COLUMN_STRIDE: tl.constexpr,
     IS_MAXIMUM: tl.constexpr,
+    IS_CENTRED: tl.constexpr,
+    IS_SQUARED: tl.constexpr,
+    IS_ROOT: tl.constexpr,
     DIVISOR: tl.constexpr,
     EPILOGUE: tl.constexpr,
     WIDE: tl.constexpr,
@@ -126,15 +157,29 @@ def reduce_kernel(
     base = x + X_OFFSET + X_ROW(rows)[:, None] + (columns * X_COLUMN_STRIDE)[None, :]
     base = base[:, None, :]
     neutral: tl.constexpr = float("-inf") if IS_MAXIMUM else 0.0
+    if IS_CENTRED:
+        total = tl.full((BLOCK_ROWS, BLOCK_LENGTH, BLOCK_COLUMNS), 0.0, tl.float32)
+        for start in range(0, LENGTH, BLOCK_LENGTH):
+            reduced = start + lanes
+            live = mask[:, None, :] & (reduced < LENGTH)[None, :, None]
+            value = tl.load(base + X_REDUCED(reduced)[None, :, None], mask=live, other=0.0)
+            total += value.to(tl.float32)
+        mean = tl.sum(total, axis=1)
+        mean = tl.div_rn(mean, tl.full(mean.shape, LENGTH, tl.float32))[:, None, :]
     partial = tl.full((BLOCK_ROWS, BLOCK_LENGTH, BLOCK_COLUMNS), neutral, tl.float32)
     for start in range(0, LENGTH, BLOCK_LENGTH):
         reduced = start + lanes
         live = mask[:, None, :] & (reduced < LENGTH)[None, :, None]
         value = tl.load(base + X_REDUCED(reduced)[None, :, None], mask=live, other=neutral)
+        value = value.to(tl.float32)
+        if IS_CENTRED:
+            value = tl.where(live, value - mean, 0.0)
         if IS_MAXIMUM:
-            partial = tl.maximum(partial, value.to(tl.float32), propagate_nan=NAN)
+            partial = tl.maximum(partial, value, propagate_nan=NAN)
+        elif IS_SQUARED:
+            partial += value * value
         else:
-            partial += value.to(tl.float32)
+            partial += value
     if IS_MAXIMUM:
         # tl.max drops NaN on a GPU.
         is_nan = partial != partial
@@ -144,6 +189,8 @@ def reduce_kernel(
         acc = tl.sum(partial, axis=1)
     if DIVISOR != 1:
         acc = tl.div_rn(acc, tl.full(acc.shape, DIVISOR, tl.float32))
+    if IS_ROOT:
+        acc = tl.sqrt_rn(acc)
     acc = EPILOGUE(acc, rows, columns, row_mask, column_mask, extras)
     address = y + Y_OFFSET + Y_ROW(rows)[:, None] + (columns * Y_COLUMN_STRIDE)[None, :]
     tl.store(address, acc.to(y.dtype.element_ty), mask=mask)
@@ -212,8 +259,15 @@ def walk_of(problem: Problem) -> Walk:
     )
 
 
+def _divisor(name: str, attributes: Reduce, length: int) -> float:
+    if isinstance(attributes, Variance):
+        return length - attributes.correction
+    return length if name == "mean" else 1
+
+
 def _launches(name: str, problem: Problem, tile: Config, target: Target) -> tuple[Launch, ...]:
-    walk = walk_of(problem)
+    walk, attributes = walk_of(problem), problem.attributes
+    assert isinstance(attributes, Reduce)
     x, out = problem.inputs[0], problem.output
     reads = tuple(
         ep.Access(strides, operand.offset, str(operand.spec))
@@ -238,7 +292,10 @@ def _launches(name: str, problem: Problem, tile: Config, target: Target) -> tupl
             "Y_ROW": ep.row_offset_function(walk.sizes[:-1], walk.written[:-1]),
             "Y_COLUMN_STRIDE": walk.written[-1],
             "IS_MAXIMUM": name == "amax",
-            "DIVISOR": walk.length if name == "mean" else 1,
+            "IS_CENTRED": name in ("var", "std"),
+            "IS_SQUARED": name in ("var", "std", "norm"),
+            "IS_ROOT": name in ("std", "norm"),
+            "DIVISOR": _divisor(name, attributes, walk.length),
             "EPILOGUE": ep.generate(problem.epilogue, reads, walk.sizes),
             "WIDE": problem.is_wide,
             **dict(tile.blocks),
@@ -290,18 +347,22 @@ def default(problem: Problem, target: Target) -> Config:
 
 
 def cost(problem: Problem) -> Cost:
-    """One operation per input element."""
+    """One operation per input element, four where its squared difference to the mean is summed."""
     read, written = tensor_bytes(problem)
-    return Cost(problem.inputs[0].spec.numel, read, written)
+    operations = 4 if isinstance(problem.attributes, Variance) else 1
+    return Cost(operations * problem.inputs[0].spec.numel, read, written)
 
 
-def _build(draw: Mapping[str, Any]) -> tuple[Reduce, tuple[TensorSpec, ...]] | None:
+def _build(
+    kind: type[Reduce], draw: Mapping[str, Any]
+) -> tuple[Reduce, tuple[TensorSpec, ...]] | None:
     shape = tuple(draw["shape"])
     dims = tuple(dim for dim in draw["dims"] if dim < len(shape))
-    if not dims:
+    alone = math.prod(shape[dim] for dim in dims) == 1
+    if not dims or (alone and kind is Variance):
         return None
     layout = Layout.NHWC if len(shape) in MEMORY_FORMATS and draw["nhwc"] else Layout.DENSE
-    return Reduce(dims, draw["keepdim"]), (TensorSpec(shape, torch.float32, layout),)
+    return kind(dims, draw["keepdim"]), (TensorSpec(shape, torch.float32, layout),)
 
 
 def _capture(name: str) -> Capture:
@@ -320,62 +381,50 @@ def _capture(name: str) -> Capture:
     return capture
 
 
-def _literal(g: Builder, name: str, x: Any, value: float) -> Any:
-    return g.apply(name, (x,), Pointwise(literal=value))
-
-
 def _plain(g: Builder, name: str, *values: Any) -> Any:
     return g.apply(name, values, Pointwise())
 
 
-def _capture_variance(deviation: bool, with_mean: bool) -> Capture:
-    """var and std, from the mean of the squared differences to the mean."""
-
+def _capture_variance(name: str, with_mean: bool = False) -> Capture:
     def capture(
         g: Builder, x: Any, dims: Any = None, unbiased: bool = True, keepdim: bool = False,
         *, correction: Any = None,
     ) -> Any:  # fmt: skip
-        spec = g.spec(x)
-        chosen = [dims] if isinstance(dims, int) else dims or range(spec.rank)
-        reduced = tuple(sorted({dim % spec.rank for dim in chosen}))
-        count = math.prod(spec.shape[dim] for dim in reduced)
+        rank = g.spec(x).rank
+        chosen = [dims] if isinstance(dims, int) else dims or range(rank)
+        reduced = tuple(sorted({dim % rank for dim in chosen}))
         less = float(unbiased if correction is None else correction)
-        if count <= less:
-            return g.refuse(f"the variance of {count} numbers with correction {less:g}")
-        mean = g.apply("mean", (x,), Reduce(reduced, keepdim=True))
-        squares = _plain(g, "square", _plain(g, "sub", x, mean))
-        result = g.apply("sum", (squares,), Reduce(reduced, keepdim))
-        result = _literal(g, "div", result, count - less)
-        result = _plain(g, "sqrt", result) if deviation else result
-        if not with_mean:
-            return result
-        return result, mean if keepdim else g.apply("mean", (x,), Reduce(reduced))
+        result = g.apply(name, (x,), Variance(reduced, keepdim, less))
+        return (result, g.apply("mean", (x,), Reduce(reduced, keepdim))) if with_mean else result
 
     return capture
 
 
 def _capture_norm(
-    g: Builder, x: Any, order: float = 2, dims: Any = None, keepdim: bool = False, **_: Any
-) -> Any:
-    """The 1-, 2- and maximum norm of vectors."""
-    parts = {1: ("abs", "sum", None), 2: ("square", "sum", "sqrt"), math.inf: ("abs", "amax", None)}
-    if order not in parts:
+    g: Builder, x: Any, order: float = 2, dims: Any = None, keepdim: bool = False,
+    *, dtype: Any = None,
+) -> Any:  # fmt: skip
+    """The 1-, 2- and maximum norm of vectors; the first and the last are exact in any dtype until
+    they are summed."""
+    names = {1: "sum", 2: "norm", math.inf: "amax"}
+    if order not in names:
         return g.refuse(f"the {order}-norm; only the 1-, 2- and maximum norm are")
-    before, name, after = parts[order]
-    result = _capture(name)(g, _plain(g, before, x), dims, keepdim)
-    return result if after is None else _plain(g, after, result)
+    if dtype not in (None, g.spec(x).dtype):
+        return g.refuse(f"a norm that changes the dtype from {g.spec(x).dtype} to {dtype}")
+    if order != 2 or g.spec(x).rank == 0:
+        x = _plain(g, "abs", x)
+    return _capture(names[order])(g, x, dims, keepdim)
 
 
 def _capture_amin(g: Builder, x: Any, dims: Any = None, keepdim: bool = False) -> Any:
     return _plain(g, "neg", _capture("amax")(g, _plain(g, "neg", x), dims, keepdim))
 
 
-def _op(
-    name: str, reference: Any, captures: tuple[str, ...], interesting: tuple[Mapping[str, Any], ...]
-) -> Op:
+def _op(name: str, reference: Any, captures: Mapping[str, Capture]) -> Op:
+    kind = Variance if name in ("var", "std") else Reduce
     return Op(
         name=name,
-        attributes=Reduce,
+        attributes=kind,
         infer=partial(infer, name),
         reference=reference,
         launches=partial(_launches, name),
@@ -395,12 +444,12 @@ def _op(
                 "keepdim": (False, True),
                 "nhwc": (True, True, False),
             },
-            build=_build,
-            interesting=interesting,
+            build=partial(_build, kind),
+            interesting=INTERESTING,
             # Not centred on zero: an error relative to a sum that cancels means nothing.
             range=(-1.0, 3.0),
         ),
-        aten={**{f"aten.{it}": _capture(name) for it in captures}, **COMPOSED[name]},
+        aten={f"aten.{overload}": capture for overload, capture in captures.items()},
     )  # fmt: skip
 
 
@@ -408,27 +457,41 @@ GLOBAL_AVERAGE_POOLING = {"shape": (3, 40, 14, 14), "dims": (2, 3), "keepdim": T
 LONG_ROWS = {"shape": (5, 4500), "dims": (1,), "keepdim": False, "nhwc": False}
 INTERESTING = (GLOBAL_AVERAGE_POOLING, LONG_ROWS)
 
-COMPOSED: Mapping[str, Mapping[str, Capture]] = {
-    "sum": {"aten.linalg_vector_norm.default": _capture_norm},
-    "mean": {
-        "aten.var.correction": _capture_variance(deviation=False, with_mean=False),
-        "aten.var.dim": _capture_variance(deviation=False, with_mean=False),
-        "aten.var_mean.correction": _capture_variance(deviation=False, with_mean=True),
-        "aten.std.correction": _capture_variance(deviation=True, with_mean=False),
-        "aten.std.dim": _capture_variance(deviation=True, with_mean=False),
-    },
-    "amax": {
-        "aten.amin.default": _capture_amin,
-        "aten.min.default": _capture_amin,
-        # The values, and nothing for the indices: whoever uses those is not supported.
-        "aten.max.dim": lambda g, x, *rest: (_capture("amax")(g, x, *rest), None),
-        "aten.min.dim": lambda g, x, *rest: (_capture_amin(g, x, *rest), None),
-    },
-}
-"""Captures of what is put together from a reduction and pointwise ops, by the reduction."""
-
 OPS = (
-    _op("sum", _sum, ("sum.dim_IntList", "sum.default"), INTERESTING),
-    _op("mean", _mean, ("mean.dim", "mean.default"), INTERESTING),
-    _op("amax", _amax, ("amax.default", "max.default"), INTERESTING),
+    _op("sum", _sum, {name: _capture("sum") for name in ("sum.dim_IntList", "sum.default")}),
+    _op(
+        "mean",
+        _mean,
+        {
+            "mean.dim": _capture("mean"),
+            "mean.default": _capture("mean"),
+            "var_mean.correction": _capture_variance("var", with_mean=True),
+            "var_mean.dim": _capture_variance("var", with_mean=True),
+        },
+    ),
+    _op(
+        "amax",
+        _amax,
+        {
+            "amax.default": _capture("amax"),
+            "max.default": _capture("amax"),
+            "amin.default": _capture_amin,
+            "min.default": _capture_amin,
+            # The values, and nothing for the indices: whoever uses those is not supported.
+            "max.dim": lambda g, x, *rest: (_capture("amax")(g, x, *rest), None),
+            "min.dim": lambda g, x, *rest: (_capture_amin(g, x, *rest), None),
+        },
+    ),
+    _op("norm", _norm, {"linalg_vector_norm.default": _capture_norm}),
+    *(
+        _op(
+            name,
+            reference,
+            {
+                f"{name}.correction": _capture_variance(name),
+                f"{name}.dim": _capture_variance(name),
+            },
+        )
+        for name, reference in (("var", _var), ("std", _std))
+    ),
 )

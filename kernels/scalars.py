@@ -59,13 +59,13 @@ def expm1(v):
 @triton.jit
 def elu(v, alpha, scale, input_scale):
     # A positive v never reaches exp: overflow there would be inf * 0 in the other branch.
-    negative = tl.minimum(v, 0.0, propagate_nan=NAN) * input_scale
+    negative = tl.where(v > 0, 0.0, v) * input_scale
     return scale * tl.where(v > 0, v, alpha * expm1(negative))
 
 
 @triton.jit
 def celu(v, alpha):
-    negative = tl.minimum(v, 0.0, propagate_nan=NAN)
+    negative = tl.where(v > 0, 0.0, v)
     return tl.where(v > 0, v, alpha * expm1(negative / alpha))
 
 
@@ -91,6 +91,8 @@ def silu(v):
 
 @triton.jit
 def gelu(v):
+    # Infinity stays infinite, as in torch on a GPU or in fp64; torch's vectorised code for CPUs
+    # gives NaN.
     return 0.5 * v * (1.0 + tl.erf(v * 0.7071067811865476))
 
 
@@ -170,7 +172,8 @@ def absolute(v):
 
 @triton.jit
 def negate(v):
-    return -v
+    # Triton's -v is 0 - v, which is +0 for +0.
+    return v * -1.0
 
 
 @triton.jit
@@ -223,7 +226,9 @@ def power(a, b):
     magnitude = tl.where(tl.abs(base) == 1.0, 1.0, magnitude.to(tl.float32))
     whole = tl.floor(exponent) == exponent
     odd = whole & (tl.floor(exponent * 0.5) != exponent * 0.5)
-    result = tl.where((base < 0) & odd, -magnitude, magnitude)
+    # By its sign bit: -0 is not less than 0. And -x is 0 - x in Triton, +0 for +0.
+    is_negative = base.to(tl.int32, bitcast=True) < 0
+    result = tl.where(is_negative & odd, magnitude * -1.0, magnitude)
     complex_root = (base < 0) & (tl.abs(base) != float("inf")) & (whole == 0)
     result = tl.where(complex_root, float("nan"), result)
     return tl.where((exponent == 0.0) | (base == 1.0), 1.0, result)

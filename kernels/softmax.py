@@ -53,9 +53,11 @@ WHOLE_ROW = 8192
 
 @dataclass(frozen=True)
 class Softmax(Attributes):
-    """The (non-negative) dimension that is normalised."""
+    """dim: the (non-negative) dimension that is normalised. dtype: the result's, where it is not
+    the input's."""
 
     dim: int = 0
+    dtype: torch.dtype | None = None
 
 
 def infer(name: str, attributes: Softmax, inputs: tuple[TensorSpec, ...]) -> tuple[TensorSpec, ...]:
@@ -65,7 +67,7 @@ def infer(name: str, attributes: Softmax, inputs: tuple[TensorSpec, ...]) -> tup
         raise InvalidInputError(f"{name}: {x} has no dimension {attributes.dim}")
     if x.batch is not None and attributes.dim == 0:
         raise InvalidInputError(f"{name}: cannot normalise over the batch dimension of {x}")
-    return (x,)
+    return (x.with_(dtype=attributes.dtype or x.dtype),)
 
 
 def reference(attributes: Softmax, x: torch.Tensor) -> torch.Tensor:

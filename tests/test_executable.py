@@ -6,6 +6,7 @@ import json
 import logging
 from collections.abc import Iterator
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import convloom
@@ -84,6 +85,34 @@ def test_weights_are_those_of_the_moment_of_compilation(target: str, passes: str
     assert same(exe(*inputs), before)
     module.conv1 = None
     assert same(exe(*inputs), before)
+
+
+@pytest.mark.interpreter
+def test_whatever_reads_the_weights_later_sees_those_of_compilation(tmp_path: Path) -> None:
+    module, inputs = small()
+    exe, rebuilt = (convloom.compile(module, inputs, target="interpreter") for _ in range(2))
+    before = exe(*inputs)
+    exe.save(tmp_path / "before.loom")
+    with torch.no_grad():
+        for tensor in (*module.parameters(), *module.buffers()):
+            tensor.mul_(3).add_(1)
+    rebuilt.save(tmp_path / "after.loom")
+    files = [(tmp_path / name).read_bytes() for name in ("before.loom", "after.loom")]
+    assert files[0] == files[1]
+    for target in RUNNABLE:
+        for got, wanted in zip(
+            convloom.load(tmp_path / "after.loom", device=target)(*inputs), before, strict=True
+        ):
+            torch.testing.assert_close(got, wanted)
+    assert max(row.compiled for row in exe.errors(*inputs)) < 1e-4
+
+
+def test_shared_weights_are_one_constant() -> None:
+    fc = nn.Linear(4, 4)
+    module, inputs = make(lambda m, x: m.b(torch.relu(m.a(x))), (3, 4), a=fc, b=nn.Linear(4, 4))
+    module.b.weight = fc.weight
+    exe = convloom.compile(module, inputs, target="reference")
+    assert len(exe.graph.tensors) == 3
 
 
 @pytest.mark.interpreter

@@ -8,11 +8,17 @@ Conversions that turn out to move nothing (one channel, one pixel) become views 
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 
 from ...kernels import movement
+from ...kernels.batch_norm import BatchNorm
+from ...kernels.bmm import Bmm
 from ...kernels.movement import Permute, Relayout
 from ...kernels.parts import Rearrange
+from ...kernels.pointwise import Pointwise
+from ...kernels.softmax import Softmax
 from ...kernels.spec import MEMORY_FORMATS, Layout, Operand, TensorSpec
 from ..ir import CONSTANT, INPUT, OUTPUT, TORCH, Graph, Node, Value
 from ..ledger import Ledger
@@ -21,7 +27,8 @@ from ..ledger import Ledger
 def choose_dtype(graph: Graph, dtype: torch.dtype | None) -> Graph:
     """Computes in `dtype`; inputs are cast after they enter and outputs back before they leave.
 
-    Whole numbers stay what they are. None leaves the graph as it is.
+    Whole numbers stay what they are, and so do constants that kernels read as fp32 in any case:
+    rounded, a large running variance would be infinite. None leaves the graph as it is.
     """
     if dtype is None or all(
         spec.dtype is dtype for node in graph.nodes() for spec in node.outputs if _is_float(spec)
@@ -29,12 +36,16 @@ def choose_dtype(graph: Graph, dtype: torch.dtype | None) -> Graph:
         return graph
     outputs = [(value, graph.spec(value).dtype) for value in graph.outputs()]
     for node in graph.nodes():
-        if node.op == INPUT:
+        if node.op == INPUT or (node.op == CONSTANT and _is_of_stages(graph, Value(node.name))):
             continue
         specs = tuple(s.with_(dtype=dtype) if _is_float(s) else s for s in node.outputs)
         changes: dict[str, object] = {"outputs": specs}
         if isinstance(node.attributes, Relayout) and _is_float(node.spec):
             changes["attributes"] = Relayout(node.attributes.layout, dtype)
+        elif isinstance(node.attributes, Softmax) and node.attributes.dtype is not None:
+            changes["attributes"] = replace(node.attributes, dtype=dtype)
+        elif isinstance(node.attributes, Bmm) and node.attributes.wide:
+            continue
         graph.update(node.name, **changes)
     for node in graph.graph_inputs():
         if node.spec.dtype is not dtype:
@@ -52,6 +63,20 @@ def choose_dtype(graph: Graph, dtype: torch.dtype | None) -> Graph:
         returned.append(value)
     graph.set_inputs(OUTPUT, returned)
     return graph
+
+
+def _is_of_stages(graph: Graph, constant: Value) -> bool:
+    """Whether only pointwise stages and batch normalisations read a constant."""
+
+    def is_stage(reader: str, slot: int) -> bool:
+        node = graph.node(reader)
+        if not node.is_compute:
+            return False
+        pointwise = isinstance(node.attributes, Pointwise)
+        statistic = isinstance(node.attributes, BatchNorm) and slot > 0
+        return pointwise or statistic or slot >= len(graph.own_inputs(node))
+
+    return all(is_stage(reader, slot) for reader, slot in graph.uses(constant))
 
 
 def _is_float(spec: TensorSpec) -> bool:

@@ -90,7 +90,8 @@ def _read_permuted(side: str, graph: Graph, found: Match) -> Value:
     assert isinstance(root.attributes, Bmm)
     inputs = list(graph.inputs(root.name))
     inputs[SIDES.index(side)] = found.values["x"]
-    attributes = replace(root.attributes, **{side: _factor(side, graph, found)})
+    changes: dict[str, Any] = {side: _factor(side, graph, found)}
+    attributes = replace(root.attributes, **changes)
     return absorb(graph, found, root.name, tuple(inputs), attributes=attributes)
 
 

@@ -1,0 +1,118 @@
+"""Pointwise functions of numbers that are none, infinite, zeros of either sign, or extreme: NaN,
+infinities and the signs of zeros are those of torch."""
+
+from __future__ import annotations
+
+import math
+
+import convloom
+import pytest
+import torch
+from convloom.kernels import registry
+from convloom.kernels.pointwise import Pointwise
+from convloom.kernels.scalars import BY_NAME, SCALARS, Scalar
+from convloom.kernels.spec import TensorSpec
+
+from . import harness, nets
+
+INFINITY = math.inf
+VALUES = (
+    -INFINITY, -1e10, -1000.0, -3.0, -2.0, -1.5, -1.0, -0.5, -1e-30, -0.0,
+    INFINITY, 1e10, 1000.0, 3.0, 2.0, 1.5, 1.0, 0.5, 1e-30, 0.0, math.nan,
+)  # fmt: skip
+LITERALS = (-INFINITY, -3.0, -2.0, -1.0, -0.5, 0.0, 0.5, 1.0, 1.5, 2.0, 3.0, INFINITY, math.nan)
+UNARY = [scalar for scalar in SCALARS if scalar.operands == 1]
+EITHER_ZERO = ("relu", "clamp", "maximum", "minimum")
+"""The larger and the smaller of two zeros is either: with torch it depends on the instructions that
+a tensor of that size is computed by."""
+BINARY = [scalar for scalar in SCALARS if scalar.operands == 2]
+
+
+def check(
+    scalar: Scalar,
+    attributes: Pointwise,
+    *tensors: torch.Tensor,
+    device: harness.Interpreter = harness.INTERPRETED,
+) -> None:
+    op = registry.get(scalar.name)
+    specs = tuple(TensorSpec(tuple(tensor.shape), tensor.dtype) for tensor in tensors)
+    problem = harness.problem_for(op, attributes, specs)
+    (got,) = harness.run_on(device, op, problem, tensors)
+    # Vectorised for CPUs, torch's gelu of infinity is NaN in fp32.
+    exact = torch.float64 if scalar.name == "gelu" else torch.float32
+    (truth,) = harness.expected(op, problem, tensors, dtype=exact)
+    signed = scalar.name not in EITHER_ZERO
+    assert not (wrong := differences(got, truth.to(got.dtype), tensors, signed)), wrong[:5]
+
+
+def differences(
+    got: torch.Tensor, truth: torch.Tensor, tensors: tuple[torch.Tensor, ...], signed: bool
+) -> list[str]:
+    """What comes out as another kind of number, in words; signed: with the sign of zeros."""
+    same = got.isnan() == truth.isnan()
+    edge = (truth == 0) | truth.isinf()
+    same &= ~edge | (got == truth)
+    if signed:
+        same &= ~edge | (got.signbit() == truth.signbit())
+    return [
+        f"f({', '.join(str(t.flatten()[at].item()) for t in tensors)}): "
+        f"expected {truth.flatten()[at].item()}, got {got.flatten()[at].item()}"
+        for at in (~same).flatten().nonzero().flatten().tolist()
+    ]
+
+
+def values(dtype: torch.dtype) -> torch.Tensor:
+    return torch.tensor([VALUES]).to(dtype)
+
+
+both = pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+
+
+@pytest.mark.interpreter
+@both
+@pytest.mark.parametrize("scalar", UNARY, ids=lambda scalar: scalar.name)
+def test_of_one_number(scalar: Scalar, dtype: torch.dtype) -> None:
+    for parameters in scalar.examples:
+        check(scalar, Pointwise(parameters), values(dtype))
+
+
+@pytest.mark.interpreter
+@both
+@pytest.mark.parametrize("scalar", BINARY, ids=lambda scalar: scalar.name)
+def test_of_two_numbers(scalar: Scalar, dtype: torch.dtype) -> None:
+    first, second = torch.broadcast_tensors(values(dtype), values(dtype).T)
+    check(scalar, Pointwise(), first.contiguous(), second.contiguous())
+
+
+@pytest.mark.interpreter
+@both
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize("scalar", BINARY, ids=lambda scalar: scalar.name)
+def test_of_a_number_and_a_literal(scalar: Scalar, reverse: bool, dtype: torch.dtype) -> None:
+    for literal in LITERALS:
+        if scalar.name == "pow" and not reverse and abs(literal) == 0.5:
+            continue  # Captured as sqrt and rsqrt, which torch computes too.
+        check(scalar, Pointwise(literal=literal, reverse=reverse), values(dtype))
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("name", ["pow", "neg", "elu", "gelu", "gelu_tanh"])
+def test_as_compiled_for_a_gpu(name: str) -> None:
+    scalar = BY_NAME[name]
+    device = harness.Emulator("sm_90")
+    if scalar.operands == 1:
+        check(scalar, Pointwise(scalar.examples[0]), values(torch.float32), device=device)
+        return
+    first, second = torch.broadcast_tensors(values(torch.float32), values(torch.float32).T)
+    check(scalar, Pointwise(), first.contiguous(), second.contiguous(), device=device)
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("exponent", [-3, -2, -1, -0.5, 0, 0.5, 1, 1.5, 2, 3, 1e10, INFINITY])
+def test_powers_as_captured(exponent: float) -> None:
+    module, _ = nets.make(lambda m, x: (x**exponent, exponent**x), (1, 1))
+    x = values(torch.float32)
+    for target in ("interpreter", "reference"):
+        exe = convloom.compile(module, (x,), target=target, tuning="heuristic")
+        for got, truth in zip(exe(x), module(x), strict=True):
+            assert not (wrong := differences(got, truth, (x,), signed=True)), wrong
