@@ -8,15 +8,18 @@ from __future__ import annotations
 
 import hashlib
 import json
+import sqlite3
 import time
 from collections import Counter, defaultdict
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import coverage
 import pytest
+from coverage.numbits import numbits_to_nums
 
 from . import judge
 from .mutant import Mutant
@@ -28,8 +31,15 @@ NO_JUDGES = {
 }
 """Test files that judge no mutant, and why."""
 MAP_LIMIT_S = 3600
-FILES_AT_FIRST = 5
+FILES_AT_FIRST, SECONDS_AT_FIRST = 3, 10.0
 """See `Map.judges`."""
+LEAST_S = 0.05
+"""What pytest takes for a test that does nothing."""
+LINES = """
+    SELECT context.context, file.path, line_bits.numbits FROM line_bits
+    JOIN context ON context.id = line_bits.context_id JOIN file ON file.id = line_bits.file_id
+"""
+"""Of coverage.py's data file (its schema is documented)."""
 
 
 class Covering(judge.Chosen):
@@ -41,6 +51,7 @@ class Covering(judge.Chosen):
         self.tree = tree
         self.data_file = data_file
         self.tests: dict[str, dict[str, Any]] = {}
+        self.fixtures: dict[str, float] = {}
         self.failed: set[str] = set()
         self.context = ""
 
@@ -74,12 +85,14 @@ class Covering(judge.Chosen):
     def pytest_fixture_setup(self, fixturedef: pytest.FixtureDef[Any]) -> Iterator[None]:
         if fixturedef.scope == "function":
             return (yield)
-        before = self.context
-        self._switch(_context(fixturedef))
+        before, context = self.context, _context(fixturedef)
+        started = time.process_time()
+        self._switch(context)
         try:
             return (yield)
         finally:
             self._switch(before)
+            self.fixtures[context] = round(time.process_time() - started, 3)
 
     def _switch(self, context: str) -> None:
         self.context = context
@@ -94,7 +107,12 @@ class Covering(judge.Chosen):
         self.coverage.stop()
         self.coverage.save()
         kept = {name: test for name, test in self.tests.items() if name not in self.failed}
-        summary = {"tree": self.tree, "tests": kept, "failed": sorted(self.failed)}
+        summary = {
+            "tree": self.tree,
+            "tests": kept,
+            "fixtures": self.fixtures,
+            "failed": sorted(self.failed),
+        }
         self.data_file.with_suffix(".json").write_text(json.dumps(summary))
 
 
@@ -151,60 +169,61 @@ class Map:
 
     def __init__(self, folder: Path, judging: str) -> None:
         self.seconds: dict[str, float] = {}
-        self._sharing: dict[str, list[str]] = defaultdict(list)
-        self._data: list[coverage.CoverageData] = []
+        """What each test takes, fixtures that it shares included."""
+        self._lines: dict[str, dict[str, set[int]]] = defaultdict(lambda: defaultdict(set))
+        """The lines of each file, by test."""
+        self._sizes: Counter[str] = Counter()
+        """How many lines each test runs."""
         for path in _judging_files(judging):
-            summary = json.loads((folder / f"{path.stem}.json").read_text())
-            for name, test in summary["tests"].items():
-                self.seconds[name] = test["seconds"]
-                for fixture in test["fixtures"]:
-                    self._sharing[fixture].append(name)
-            data = coverage.CoverageData(basename=str(folder / f"{path.stem}.data"))
-            data.read()
-            self._data.append(data)
-        self._tests = Counter(map(_file, self.seconds))
-        """How many tests a file has."""
+            self._add(folder / path.stem)
+
+    def _add(self, stem: Path) -> None:
+        summary = json.loads(stem.with_suffix(".json").read_text())
+        sharing: dict[str, list[str]] = defaultdict(list)
+        for name, test in summary["tests"].items():
+            setup = (summary["fixtures"].get(fixture, 0.0) for fixture in test["fixtures"])
+            self.seconds[name] = test["seconds"] + sum(setup)
+            sharing[name].append(name)
+            for fixture in test["fixtures"]:
+                sharing[fixture].append(name)
+        with closing(sqlite3.connect(stem.with_suffix(".data"))) as database:
+            for context, file, lines in database.execute(LINES):
+                numbers = numbits_to_nums(lines)
+                for name in sharing[context]:
+                    self._lines[file][name].update(numbers)
+                    self._sizes[name] += len(numbers)
 
     def judges(self, mutant: Mutant, budget_s: float) -> Iterator[list[str]]:
-        """Tests that run its lines, or its file where the lines run at import only: the fastest of
-        every test function first, then the next ones, as far as the budget goes. Those of the
-        files that are most about these lines come first, since collecting a file takes time."""
-        chosen = self._chosen(mutant, budget_s)
-        counts = Counter(map(_file, chosen))
-        share = {file: count / self._tests[file] for file, count in counts.items()}
-        near = set(sorted(counts, key=lambda file: share[file])[-FILES_AT_FIRST:])
-        for is_near in (True, False):
-            if group := [name for name in chosen if (_file(name) in near) is is_near]:
-                yield group
-
-    def _chosen(self, mutant: Mutant, budget_s: float) -> list[str]:
-        first, last = mutant.lines
-        lines = self._lines(mutant.judges_of)
-        names = {name for line in range(first, last + 1) for name in lines.get(line, ())}
-        if not names:
-            names = set().union(*lines.values())
-        rounds: dict[str, list[str]] = defaultdict(list)
-        stem = Path(mutant.judges_of).stem
-        for name in sorted(names, key=lambda name: (stem not in name, self.seconds[name], name)):
-            rounds[name.partition("[")[0]].append(name)
-        order = sorted(
-            (index, self.seconds[name], name)
-            for group in rounds.values()
-            for index, name in enumerate(group)
-        )
+        """Tests that run its lines, or its file where the lines run at import only: of every test
+        function first the one that is quickest and most about the file, then the next ones, as far
+        as the budget goes. In two groups, as most mutants are killed soon and collecting a file
+        takes time: the first has tests of few files."""
         chosen, left = [], budget_s
-        for _, seconds, name in order:
-            if seconds <= left:
-                left -= seconds
+        for name in self._ordered(mutant):
+            if self.seconds[name] <= left:
+                left -= self.seconds[name]
                 chosen.append(name)
-        return chosen
+        near = set(list(dict.fromkeys(map(_file, chosen)))[:FILES_AT_FIRST])
+        first, left = [], SECONDS_AT_FIRST
+        for name in chosen:
+            if _file(name) in near and self.seconds[name] <= left:
+                left -= self.seconds[name]
+                first.append(name)
+        yield from filter(None, (first, [name for name in chosen if name not in first]))
 
-    def _lines(self, file: str) -> dict[int, set[str]]:
-        """The tests that run each line of a file."""
-        tests: dict[int, set[str]] = defaultdict(set)
-        for data in self._data:
-            for line, contexts in data.contexts_by_lineno(file).items():
-                for context in contexts:
-                    names = self._sharing.get(context, [context])
-                    tests[line] |= {name for name in names if name in self.seconds}
-        return tests
+    def _ordered(self, mutant: Mutant) -> list[str]:
+        tests = self._lines[mutant.judges_of]
+        first, last = mutant.lines
+        span = set(range(first, last + 1))
+        names = [name for name, lines in tests.items() if lines & span] or list(tests)
+        cost = {
+            name: (self.seconds[name] + LEAST_S) * self._sizes[name] / len(tests[name])
+            for name in names
+        }
+        rounds: Counter[str] = Counter()
+        order = []
+        for name in sorted(names, key=lambda name: (cost[name], name)):
+            function = name.partition("[")[0]
+            order.append((rounds[function], cost[name], name))
+            rounds[function] += 1
+        return [name for _, _, name in sorted(order)]

@@ -30,11 +30,9 @@ import triton  # noqa: F401
 from .mutant import Mutant
 
 ROOT = Path(__file__).resolve().parents[2]
-SLACK_S, SLOWDOWN = 30.0, 3.0
+SLACK_S, SLOWDOWN, LEAST_WAITING = 30.0, 3.0, 6.0
 """A run may take so many processor seconds, for imports and collection, and so many times what its
-tests take in an unchanged copy."""
-WAITING = 6.0
-"""Seconds of the clock for one of the processor: other work shares the machine."""
+tests take in an unchanged copy. LEAST_WAITING: see `_waiting`."""
 
 
 @dataclass(frozen=True)
@@ -125,12 +123,18 @@ def run(copy: Path, arguments: list[str], chosen: Chosen, limit_s: float) -> Ver
     child = os.fork()
     if child == 0:
         _in_child(copy, arguments, chosen, limit_s, report)
-    hurried = _wait(child, WAITING * limit_s)
+    hurried = _wait(child, _waiting() * limit_s)
     seconds = round(time.monotonic() - started, 1)
     if not report.exists():
         reason = "hangs" if hurried else "the process died, or its processor time was used up"
         return Verdict("stopped", reason=reason, seconds=seconds)
     return Verdict(**{**json.loads(report.read_text()), "seconds": seconds})
+
+
+def _waiting() -> float:
+    """Seconds of the clock for one of the processor, more where other work shares the machine: only
+    what waits for ever shall run out of them."""
+    return max(LEAST_WAITING, 4 * os.getloadavg()[0] / (os.cpu_count() or 1))
 
 
 def _wait(child: int, limit_s: float) -> bool:
