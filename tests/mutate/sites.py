@@ -59,10 +59,11 @@ NO_ANSWER_NAMES = {
     **dict.fromkeys(("*TILES*", "RESIDENT", "ENOUGH_*", "GROUP_*"), _SPACE),
     **dict.fromkeys(("*cost*", "*_bytes", "*instructions*", "steps", "_steps", "*_us"), _COST),
     **dict.fromkeys(("*draw*", "*build_*", "_build", "_domain*"), _DRAWN),
-    **dict.fromkeys(("*INTERESTING*", "*DOMAIN*", "Domain", "*example*"), _DRAWN),
-    **dict.fromkeys(("__str__", "__repr__", "describe*", "show*", "explain*"), _TEXT),
+    **dict.fromkeys(("*INTERESTING*", "*DOMAIN*", "Domain", "*example*", "_module"), _DRAWN),
+    **dict.fromkeys(("__str__", "__repr__", "describe*", "show*", "explain*", "_debug"), _TEXT),
+    **dict.fromkeys(("MOST_*", "*SHORTEST_*"), "where another way, as right, begins"),
     "*ledger.*": _TEXT,
-    "*TIMEOUT*": "how long to wait for what does not answer",
+    **dict.fromkeys(("*TIMEOUT*", "QUEUEING_*"), "how long to wait for what does not answer"),
     "strict": "an assertion",
 }
 """Names of functions, tables, fields, arguments and calls that compute none either."""
@@ -223,7 +224,9 @@ def _name(node: Any) -> str:
 def _annotations(node: Any) -> list[Any]:
     if node.type == "annassign":
         return [node.children[1]]
-    if node.type in ("param", "funcdef"):
+    if node.type == "tfpdef":
+        return [node.children[2]]
+    if node.type == "funcdef":
         return [node.annotation]
     return []
 
