@@ -65,6 +65,8 @@ FUNCTIONS: dict[str, tuple[Callable[[torch.Tensor], Any], tuple[int, ...]]] = {
     "norms": (lambda x: (x.norm(1, 2), x.norm(float("inf"), 1)), X4),
     "extremes": (lambda x: (x.amin(1), x.max(2).values, x.min(3, keepdim=True).values), X4),
     "softmax over rows": (lambda x: x.softmax(2), X4),
+    "pools of lines": (lambda x: (F.max_pool1d(x, 2), F.avg_pool1d(x, 2)), (2, 4, 7)),
+    "pools of volumes": (lambda x: (F.max_pool3d(x, 2), F.avg_pool3d(x, 2)), (2, 4, 5, 5, 7)),
 }
 
 

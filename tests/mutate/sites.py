@@ -61,7 +61,7 @@ NO_ANSWER_NAMES = {
     **dict.fromkeys(("*draw*", "*build_*", "_build", "_domain*"), _DRAWN),
     **dict.fromkeys(("*INTERESTING*", "*DOMAIN*", "Domain", "*example*", "_module"), _DRAWN),
     **dict.fromkeys(("__str__", "__repr__", "describe*", "show*", "explain*", "_debug"), _TEXT),
-    **dict.fromkeys(("MOST_*", "*SHORTEST_*"), "where another way, as right, begins"),
+    **dict.fromkeys(("MOST_*", "*SHORTEST_*", "LONGEST_*"), "a bound; either side of it is right"),
     "*ledger.*": _TEXT,
     **dict.fromkeys(("*TIMEOUT*", "QUEUEING_*"), "how long to wait for what does not answer"),
     "strict": "an assertion",
