@@ -487,7 +487,7 @@ OP = Op(
             _rows_draw(8, (5, 5), (2, 1)),
             # Blocks of groups, the last of them not full.
             {**_rows_draw(4, (3, 3), (1, 1)), "K": 4, "groups": 9},
-            {**_rows_draw(3, (3, 3), (2, 2)), "K": 5, "groups": 7},
+            {**_rows_draw(3, (3, 3), (2, 2)), "K": 5, "groups": 7, "dilation": (1, 2)},
             # Depthwise, with a border on every side, each of another width.
             {**_rows_draw(20, (3, 3), (1, 1)), "padding": (1, 2, 2, 1), "depthwise": True},
             {**_rows_draw(33, (5, 5), (2, 2)), "padding": (2, 2, 2, 2), "depthwise": True},

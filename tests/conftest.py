@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 from convloom.compiler.tuning import choose, store
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, Phase, settings
 
 from . import untraced
 
@@ -25,6 +25,9 @@ COMMON = {
 }
 settings.register_profile("quick", max_examples=5, **COMMON)
 settings.register_profile("thorough", max_examples=200, **COMMON)
+settings.register_profile(  # of `tests.mutate`: that it fails is enough
+    "judge", max_examples=5, phases=(Phase.explicit, Phase.generate), database=None, **COMMON
+)
 settings.load_profile("quick")
 
 

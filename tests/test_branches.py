@@ -145,6 +145,11 @@ def test_parts_that_alternate_in_memory_are_apart() -> None:
     assert not hazards.overlap_in_buffer(Touch("x", True), Touch("y", True))
 
 
+def test_what_shares_no_memory_is_not_ordered() -> None:
+    steps = [(Touch("x", True),), (Touch("y", True),), (Touch("x", False),)]
+    assert hazards.dependencies(steps, hazards.overlap_in_buffer) == (0b0, 0b0, 0b1)
+
+
 def test_no_event_is_superfluous() -> None:
     """0 -> {1, 2} -> 3 -> 4: one event to fork, one to join."""
     before = (0b0, 0b1, 0b1, 0b111, 0b1111)

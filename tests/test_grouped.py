@@ -17,11 +17,13 @@ from .test_offline import conv
 SPECIAL = (float("nan"), float("inf"), float("-inf"))
 
 
-def case(groups: int, c: int, k: int, dtype: torch.dtype) -> harness.Case:
+def case(
+    groups: int, c: int, k: int, dtype: torch.dtype, dilation: tuple[int, int]
+) -> harness.Case:
     """A padded 3x3 convolution with c and k channels per group."""
     x = TensorSpec((2, groups * c, 5, 6), dtype, Layout.NHWC)
     w = TensorSpec((groups * k, c, 3, 3), dtype)
-    return harness.Case(conv2d.OP, Conv2d((1, 1), (1,) * 4, (1, 1), groups), (x, w))
+    return harness.Case(conv2d.OP, Conv2d((1, 1), (1,) * 4, dilation, groups), (x, w))
 
 
 @pytest.mark.interpreter
@@ -32,12 +34,19 @@ def case(groups: int, c: int, k: int, dtype: torch.dtype) -> harness.Case:
     k=st.sampled_from((1, 4, 8, 16)),
     where=st.integers(0, 10_000),
     value=st.sampled_from(SPECIAL),
+    dilation=st.sampled_from(((1, 1), (1, 2), (2, 1))),
 )
 def test_what_is_not_finite_stays_in_its_group(
-    dtype: torch.dtype, groups: int, c: int, k: int, where: int, value: float
+    dtype: torch.dtype,
+    groups: int,
+    c: int,
+    k: int,
+    where: int,
+    value: float,
+    dilation: tuple[int, int],
 ) -> None:
     """One such input among zeros of the packed weights: the other groups of the block are exact."""
-    drawn = case(groups, c, k, dtype)
+    drawn = case(groups, c, k, dtype, dilation)
     x, w = drawn.tensors(where)
     channel = where % (groups * c)
     x[where % 2, channel, where % 5, where % 6] = value

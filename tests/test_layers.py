@@ -57,7 +57,7 @@ FUNCTIONS: dict[str, tuple[Callable[[torch.Tensor], Any], tuple[int, ...]]] = {
     "index": (lambda x: x[:, [5, 3, 1, 0, 2, 7]], X4),
     "index_select": (lambda x: x.index_select(2, torch.tensor([5, 5, -1 + 1])), X4),
     "strided slice": (lambda x: x[:, ::3, 1:5:2, -1], X4),
-    "glu": (lambda x: F.glu(x, 1), X4),
+    "glu": (lambda x: (F.glu(x, 1), F.glu(x)), X4),
     "rsub": (lambda x: torch.rsub(x, x * 3, alpha=2), X4),
     "std": (lambda x: x.std((2, 3)), X4),
     "var_mean": (lambda x: torch.var_mean(x, 1, correction=0, keepdim=True), X4),
@@ -65,6 +65,8 @@ FUNCTIONS: dict[str, tuple[Callable[[torch.Tensor], Any], tuple[int, ...]]] = {
     "norms": (lambda x: (x.norm(1, 2), x.norm(float("inf"), 1)), X4),
     "extremes": (lambda x: (x.amin(1), x.max(2).values, x.min(3, keepdim=True).values), X4),
     "softmax over rows": (lambda x: x.softmax(2), X4),
+    "pools of lines": (lambda x: (F.max_pool1d(x, 2), F.avg_pool1d(x, 2)), (2, 4, 7)),
+    "pools of volumes": (lambda x: (F.max_pool3d(x, 2), F.avg_pool3d(x, 2)), (2, 4, 5, 5, 7)),
 }
 
 

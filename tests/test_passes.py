@@ -329,6 +329,21 @@ def test_batch_norm_is_not_folded_into_what_others_read() -> None:
     assert reasons.keys() == {"norm_a", "norm_b", "norm_d"}, "others have no layer before them"
 
 
+def test_batch_norm_is_not_folded_past_a_stage() -> None:
+    """A constant factor in the epilogue is no bias, whoever fused it so early."""
+
+    def net() -> Made:
+        factor = torch.rand(6, 1, 1)
+        layers = {"conv": conv(bias=False), "norm": norm()}
+        return make(lambda m, x: m.norm(m.conv(x) * factor), IMAGE, **layers)
+
+    graph, inputs = captured(net)
+    fused = STEPS["fuse_epilogues"].run(graph.copy(), Ledger())
+    folded = STEPS["fold_batch_norm"].run(fused, Ledger())
+    assert "batch_norm" in ops(folded)
+    nets.assert_same_meaning(graph, folded, inputs)
+
+
 def test_what_cannot_be_folded_is_lowered_to_two_stages() -> None:
     graph = after("lower_batch_norm", unfoldable)
     assert "batch_norm" not in ops(graph)
