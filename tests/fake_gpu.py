@@ -225,7 +225,7 @@ def fake_gpu() -> Iterator[FakePlaces]:
         patch.setattr(offline, "compile_request", lambda wanted: Kernel(wanted, cuda, places))
         patch.setattr(offline, "compile_all", _nothing)
         patch.setattr(offline, "resources", lambda wanted: Resources(32, 0, 0))
-        patch.setattr(capture, "_export", places.exporting(capture._export))
+        patch.setattr(capture, "export", places.exporting(capture.export))
         with places:
             yield places
 

@@ -148,7 +148,7 @@ def test_not_a_module(module: Any, got: str) -> None:
         ((X, None), "example input 1: expected a tensor, got NoneType"),
         ((X.long(),), "example input 0: expected float32, float16 or bfloat16, got torch.int64"),
         ((X.double(),), "example input 0: expected float32, float16 or bfloat16, got torch.float"),
-        ((X[:0],), "example input 0: expected at least one element, got shape (0, 3, 8, 8)"),
+        ((X[:, :0],), "example input 0: expected at least one element, got shape "),
     ],
     ids=[str(at) for at in range(10)],
 )
