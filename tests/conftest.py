@@ -35,7 +35,7 @@ settings.load_profile("quick")
 def checked_passes() -> Iterator[None]:
     """Graphs are verified, and what they compute compared, around every pass, whoever compiles."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("CONVLOOM_CHECK", "2")
+        patch.setenv("CONVLOOM_CHECK", "1")
         yield
 
 
@@ -60,3 +60,18 @@ def no_records_of_the_user(tmp_path_factory: pytest.TempPathFactory) -> Iterator
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(choose, "user_folder", folder)
         yield
+
+
+VALIDATED = (
+    "test_capture", "test_fusions", "test_fuzz", "test_half", "test_models", "test_partition",
+    "test_passes", "test_siblings", "test_spellings", "test_validate", "test_verify",
+)  # fmt: skip
+"""Files whose compilations also compare what every pass computes: rules, random networks and whole
+models. Elsewhere networks may be too large to be evaluated, and are only planned."""
+
+
+@pytest.fixture(autouse=True)
+def validated_passes(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What graphs compute is compared around every pass."""
+    if request.path.stem in VALIDATED:
+        monkeypatch.setenv("CONVLOOM_CHECK", "2")
