@@ -62,6 +62,7 @@ ABSURD = {
     "buffer batch": (P + "buffer_list.0.batch", 3, "is of batch 3, the program of 4"),
     "a bool": (P + "buffer_list.0.size_bytes", True, "a value of type int"),
     "beyond 64 bits": (P + "buffer_list.0.size_bytes", 10**400, "expected a number below"),
+    "the first below": (P + "buffer_list.0.size_bytes", -(2**62), "expected a number below"),
     "constant": (P + "constants.0.1", "0" * 32, "the file has no tensor"),
     "constants": (P + "constants", [], "are not its constant buffers"),
     "input shape": (P + "inputs.0.spec.shape", [4, 3, 4, 4000], "outside and"),

@@ -74,6 +74,8 @@ class FakeStreams:
             elif kind == "record":
                 recorded.add(what)
         for stream, done in self.given.items():
+            begins = done[0] == ("wait", self.given[0][0][1]) and self.given[0][0][0] == "record"
+            assert not stream or begins, "every stream waits for the start"
             ends = ("wait", done[-1][1]) in self.given[0] and done[-1][0] == "record"
             assert not stream or ends, "the end waits for every stream"
         return found

@@ -9,7 +9,7 @@ import convloom
 import pytest
 import torch
 from convloom.errors import InvalidInputError
-from convloom.kernels import conv_mean, conv_pool, offline, registry, targets
+from convloom.kernels import conv_mean, conv_pool, conv_tile, offline, registry, targets
 from convloom.kernels.conv2d import Conv2d
 from convloom.kernels.conv_mean import ConvMean
 from convloom.kernels.conv_pool import ConvPool, is_monotone, split_stages
@@ -164,6 +164,10 @@ def test_averaging_does_not_spill(target: Target) -> None:
     made = report(averaged(512, 2048, 7), target)
     assert made.spill_bytes == 0 and made.registers <= 160
     assert made.count("LDGSTS") == made.count("LDGSTS.128") > 0
+
+
+def test_many_channels_are_summed_tap_by_tap() -> None:
+    assert conv_tile.runs_by_tap(pooled(64, 64, 7)) and not conv_tile.runs_by_tap(pooled(3, 8, 7))
 
 
 def test_one_image_is_averaged_by_many_programs() -> None:

@@ -465,6 +465,8 @@ def test_output_padding_that_export_lets_through_is_refused(
         (nn.Conv3d(4, 8, 3), VOLUME[1:]),
         (nn.ConvTranspose2d(6, 8, 3), IMAGE[1:]),
         (nn.MaxPool3d(2), VOLUME[1:]),
+        (nn.AdaptiveAvgPool1d(2), (6, 19)),
+        (nn.AdaptiveMaxPool3d(2), VOLUME[1:]),
     ],
     ids=lambda value: str(value)[:40],
 )

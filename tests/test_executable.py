@@ -398,6 +398,13 @@ def test_errors_per_step() -> None:
     assert max(row.compiled for row in half.errors(*inputs)) > 1e-5
 
 
+def test_errors_are_relative() -> None:
+    module, x = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU()).eval(), torch.randn(1, 3, 6, 6)
+    exe = convloom.compile(module, (x,), target="interpreter")
+    for row in exe.errors(x * 1e6):
+        assert 0 < row.compiled < 1e-5 and 0 < row.eager < 1e-5, row
+
+
 @pytest.mark.parametrize("ask", ["profile", "errors"])
 def test_what_only_some_targets_can_tell(ask: str) -> None:
     exe, (_, inputs) = compiled("reference")

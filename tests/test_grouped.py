@@ -83,6 +83,11 @@ def test_depthwise_is_not_grouped() -> None:
     assert not grouped.applies(Conv2d(groups=8), (8, 1, 3, 3))
 
 
+def test_one_channel_in_one_group_is_a_product() -> None:
+    assert conv2d.algorithm(conv(1, 20, 28, 5)) != "depthwise"
+    assert conv2d.algorithm(conv(8, 8, 28, 5, groups=8)) == "depthwise"
+
+
 def test_what_is_known_to_spill_is_refused() -> None:
     sm_80, sm_90 = parse("cuda:sm_80"), parse("cuda:sm_90")
     problem = conv(128, 128, 56, 3, groups=32)

@@ -192,6 +192,11 @@ def test_bfloat16_rounds_to_nearest_even(values: list[float]) -> None:
     assert torch.equal(got[number].view(torch.int16), want[number].view(torch.int16))
 
 
+def test_a_nan_of_any_bits_stays_one_in_bfloat16() -> None:
+    bits = torch.tensor([0x7F800001, 0x7FFFFFFF, -0x7FFFFF, -1], dtype=torch.int32)
+    assert copied(bits.view(torch.float32), torch.bfloat16).isnan().all()
+
+
 def test_every_bfloat16_converts_exactly() -> None:
     x = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(torch.bfloat16)
     for dtype in (torch.float32, torch.bfloat16):

@@ -83,6 +83,14 @@ def test_functions_are_torchs(name: str) -> None:
         nets.check(exe(x[:1]), module, (x[:1],), dtype)
 
 
+@pytest.mark.interpreter
+def test_dimensions_in_front_of_the_batch() -> None:
+    """Of one batch: a range of batches stays in front."""
+    module = Call(lambda x: (torch.stack((x, -x)), x.repeat(2, 1, 3, 1), x.tile(2, 1, 1, 1)))
+    x = draw(*X3)
+    nets.check(convloom.compile(module, (x,), target="interpreter")(x), module, (x,))
+
+
 class Attention(nn.Module):
     """Self-attention of an image's pixels between two convolutions."""
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 from convloom import zoo
 from convloom.compiler import partition, text, wishes
+from convloom.compiler.capture import capture
 from convloom.compiler.executable import Executable
 from convloom.compiler.ir import OUTPUT, Goal, Value
 from convloom.compiler.ledger import Ledger
@@ -150,6 +151,7 @@ def test_forcing_overrides_the_cost_model() -> None:
     refused = compiled("cuda:sm_90", **big)
     assert "conv_chain" not in kernels(refused)
     assert "us apart on cuda:sm_90" in refusals(refused)
+    assert "conv_chain" in kernels(compiled("reference", **big)), "no GPU, no model of its times"
     forced = compiled("cuda:sm_90", **big, force=["expand-reduce@layer1.*"])
     assert kernels(forced).count("conv_chain") == 1
 
@@ -189,6 +191,18 @@ def test_a_forced_fusion_that_matches_nothing_says_so() -> None:
         convloom.compile(
             module, (torch.randn(1, 3, 8, 8),), target="reference", force=["rotated-bottleneck"]
         )
+
+
+def test_a_forced_fusion_that_is_made_may_be_refused_elsewhere() -> None:
+    graph, ledger = capture(Bottlenecks(32, 16).eval(), (torch.zeros(1, 32, 6, 5),)), Ledger()
+    rule = next(name for name, label in LABELS.all.items() if label == "rotated-bottleneck")
+    first, *_, last = graph.compute_nodes()
+    ledger.refuse(rule, [first], "too large")
+    with pytest.raises(InvalidInputError, match="too large"):
+        wishes.check_forced(graph, ("rotated-bottleneck",), ledger, LABELS)
+    ledger.accept(rule, [first], first.name)
+    ledger.refuse(rule, [last], "too large")
+    wishes.check_forced(graph, ("rotated-bottleneck",), ledger, LABELS)
 
 
 def test_every_fusion_has_a_label_of_its_own_kind() -> None:

@@ -11,7 +11,10 @@ import torch
 import torch.nn.functional as F
 from convloom.compiler.ledger import Ledger
 from convloom.compiler.passes.recognise import recognise_composites
-from convloom.errors import UnsupportedOpError
+from convloom.errors import InvalidInputError, UnsupportedOpError
+from convloom.kernels import pool, registry
+from convloom.kernels.pool_window import LpPool2d, MaxPool2d
+from convloom.kernels.spec import Layout, TensorSpec
 from torch import Tensor, nn
 
 from . import nets
@@ -217,6 +220,22 @@ def test_norms_of_windows_of_either_sign(dims: int, norm: float) -> None:
 
 
 @pytest.mark.interpreter
+def test_taps_are_unrolled_where_there_are_few() -> None:
+    small, large = ((5, 5), (2, 2)), ((5, 6), (2, 2))
+    assert pool.unrolls(MaxPool2d(*small)) and not pool.unrolls(MaxPool2d(*large))
+    powers = {2.0: True, 16.0: True, 17.0: False, 1.5: False}
+    for norm, is_unrolled in powers.items():
+        assert pool.unrolls(LpPool2d(norm, *small)) is is_unrolled
+
+
+@pytest.mark.parametrize("norm", [0.0, -3.0, float("inf"), float("nan")])
+def test_a_norm_is_a_positive_number(norm: float) -> None:
+    x = TensorSpec((1, 2, 4, 4), torch.float32, Layout.NHWC)
+    attributes = LpPool2d(norm, (2, 2), (2, 2))
+    with pytest.raises(InvalidInputError, match="norm"):
+        registry.get("lp_pool2d").infer(attributes, (x,))
+
+
 @pytest.mark.parametrize("norm", [float("inf"), -3.0])
 @pytest.mark.parametrize("dims", [1, 2])
 def test_powers_that_are_no_norm_are_computed_as_written(dims: int, norm: float) -> None:

@@ -23,6 +23,7 @@ from convloom.kernels.conv2d import Conv2d
 from convloom.kernels.epilogue import Stage
 from convloom.kernels.op import Config, Problem
 from convloom.kernels.separable import RELU6, Separable
+from convloom.kernels.separable_tiles import Block
 from convloom.kernels.separable_tiles import make_tile as tile
 from convloom.kernels.spec import Layout, TensorSpec
 from convloom.kernels.targets import Target
@@ -100,6 +101,14 @@ def test_operands_stay_where_many_channels_come_out() -> None:
     assert chosen(problem(256, 512, 28, stride=2, n=32))["SPAN"] >= 256
     assert chosen(problem(960, 160, 7, last=960))["SPAN"] == 0
     assert chosen(problem(1024, 1024, 7))["SPAN"] == 0
+
+
+def test_rows_under_a_band_overlap() -> None:
+    conv = Conv2d((2, 2), (2,) * 4, (1, 3), groups=8)
+    block = Block(conv, (5, 3), (8, 8, 0), (0, 0, 0), 9, torch.float16)
+    assert block.rows_read(1) == 5 and block.rows_read(3) == 9
+    tall = replace(block, conv=replace(conv, dilation=(3, 1)))
+    assert tall.rows_read(1) == 13
 
 
 def test_few_pixels_are_split_by_columns() -> None:

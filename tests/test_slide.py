@@ -210,6 +210,40 @@ def test_a_layer_that_reads_features_of_two_shapes_has_two_filters() -> None:
         torch.testing.assert_close(ours[:, :, 0, 0], theirs, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.interpreter
+def test_vectors_may_be_looked_at_as_pixels() -> None:
+    """(N, C) as (N, C, 1, 1) for a convolution, and as itself for a linear layer."""
+
+    def run(m: Any, x: Tensor) -> Tensor:
+        vector = m.first(x.flatten(1))
+        n, c = vector.shape
+        pixels = m.middle(vector.view(n, c, 1, 1) + 1.0)
+        result: Tensor = m.last(torch.relu(vector).view(n, c)) + m.last(pixels.flatten(1))
+        return result
+
+    layers = {"first": nn.Linear(18, 4), "middle": nn.Conv2d(4, 4, 1), "last": nn.Linear(4, 3)}
+    module, _ = nets.make(run, (2, 2, 3, 3), **layers)
+    (x,) = nets.inputs_of((2, 2, 4, 5))
+    wanted, _ = crop_by_crop(module, x, (3, 3), step=1)
+    torch.testing.assert_close(slid(module, (2, 3, 3), x)(x), wanted, rtol=1e-4, atol=1e-5)
+
+
+ROW = torch.arange(4.0).reshape(1, 4)
+
+
+@pytest.mark.parametrize(
+    ("after", "reason"),
+    [
+        (lambda y: y + ROW, r"joins features with float32\[1, 4\], which is no vector"),
+        (lambda y: y.view(-1, 2, 2), "takes a vector of 4 features apart"),
+        (lambda y: y.amax(1), "cannot be done at every position of a map"),
+    ],
+)
+def test_what_vectors_cannot_do_on_a_map_is_refused(after: Any, reason: str) -> None:
+    module = nets.Net(lambda m, x: after(m.fc(x.flatten(1))), fc=nn.Linear(18, 4))
+    assert re.search(reason, refused(UnsupportedOpError, module, (1, 2, 3, 3), (4, 5)))
+
+
 def refused(error: type[Exception], module: nn.Module, shape: tuple[int, ...], size: Any) -> str:
     with pytest.raises(error) as raised:
         (x,) = nets.inputs_of(shape)

@@ -46,9 +46,9 @@ class Covering(judge.Chosen):
     """A pytest plugin: collects the lines, durations and failures of every test of a run. Those
     that fail in an unchanged copy judge nothing."""
 
-    def __init__(self, data_file: Path, tree: str) -> None:
+    def __init__(self, data_file: Path, digest: str) -> None:
         super().__init__(())
-        self.tree = tree
+        self.digest = digest
         self.data_file = data_file
         self.tests: dict[str, dict[str, Any]] = {}
         self.fixtures: dict[str, float] = {}
@@ -108,7 +108,7 @@ class Covering(judge.Chosen):
         self.coverage.save()
         kept = {name: test for name, test in self.tests.items() if name not in self.failed}
         summary = {
-            "tree": self.tree,
+            "digest": self.digest,
             "tests": kept,
             "fixtures": self.fixtures,
             "failed": sorted(self.failed),
@@ -124,20 +124,20 @@ def collect(folder: Path, judging: str, jobs: int) -> Iterator[str]:
     """Runs the test files that judge, each in a process of its own; what was made of this tree
     stays. Tells of each file what came of it."""
     folder.mkdir(parents=True, exist_ok=True)
-    tree = _digest()
-    files = [path for path in _judging_files(judging) if not _is_fresh(folder, path, tree)]
-    if not files:
+    digests = _digests(_judging_files(judging))
+    stale = [path for path, digest in digests.items() if not _is_fresh(folder, path, digest)]
+    if not stale:
         return
     with judge.copies(jobs) as free, ThreadPoolExecutor(jobs) as pool:
 
         def run(path: Path) -> str:
             copy = free.get()
-            plugin = Covering(folder.resolve() / f"{path.stem}.data", tree)
+            plugin = Covering(folder.resolve() / f"{path.stem}.data", digests[path])
             verdict = judge.run(copy, [f"tests/{path.name}"], plugin, MAP_LIMIT_S)
             free.put(copy)
             return f"{path.name}: {verdict.outcome} in {verdict.seconds} s; {verdict.reason}"
 
-        for task in as_completed(pool.submit(run, path) for path in files):
+        for task in as_completed(pool.submit(run, path) for path in stale):
             yield task.result()
 
 
@@ -147,17 +147,16 @@ def _judging_files(pattern: str) -> list[Path]:
     return sorted(paths, key=lambda path: path.name != "test_ops.py")  # the longest first
 
 
-def _digest() -> str:
-    """Of the source whose lines the map names."""
-    paths = (path for room in ("compiler", "kernels") for path in (judge.ROOT / room).rglob("*.py"))
-    return hashlib.sha256(b"".join(path.read_bytes() for path in sorted(paths))).hexdigest()
+def _digests(paths: list[Path]) -> dict[Path, str]:
+    """Of each test file together with the source whose lines the map names."""
+    rooms = (path for room in ("compiler", "kernels") for path in (judge.ROOT / room).rglob("*.py"))
+    source = b"".join(path.read_bytes() for path in sorted(rooms))
+    return {path: hashlib.sha256(source + path.read_bytes()).hexdigest() for path in paths}
 
 
-def _is_fresh(folder: Path, path: Path, tree: str) -> bool:
+def _is_fresh(folder: Path, path: Path, digest: str) -> bool:
     summary = folder / f"{path.stem}.json"
-    if not summary.exists() or summary.stat().st_mtime < path.stat().st_mtime:
-        return False
-    return bool(json.loads(summary.read_text())["tree"] == tree)
+    return summary.exists() and bool(json.loads(summary.read_text())["digest"] == digest)
 
 
 def _file(test: str) -> str:

@@ -58,6 +58,7 @@ NO_ANSWER_NAMES = {
     **dict.fromkeys(("*configs", "*default", "variants", "*tiles", "*_tile", "*_block"), _SPACE),
     **dict.fromkeys(("*TILES*", "RESIDENT", "ENOUGH_*", "GROUP_*"), _SPACE),
     **dict.fromkeys(("*cost*", "*_bytes", "*instructions*", "steps", "_steps", "*_us"), _COST),
+    "_together": _COST,
     **dict.fromkeys(("*draw*", "*build_*", "_build", "_domain*"), _DRAWN),
     **dict.fromkeys(("*INTERESTING*", "*DOMAIN*", "Domain", "*example*", "_module"), _DRAWN),
     **dict.fromkeys(("__str__", "__repr__", "describe*", "show*", "explain*", "_debug"), _TEXT),
