@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from ... import settings
-from ...errors import InvalidInputError, near_names
+from ...errors import GraphError, InvalidInputError, near_names
 from .. import text
 from ..capture import refuse_unsupported
 from ..fusions import EPILOGUE_RULES, FLATTEN_RULES, PROLOGUE_RULES
@@ -125,6 +125,17 @@ def select(passes: str | tuple[str, ...]) -> tuple[Pass, ...]:
     return tuple(step for step in PASSES if step.required or step.name in wanted)
 
 
+def _begin(validation: Validation, graph: Graph, fallback: str) -> None:
+    """Evaluates the captured graph. A call without a kernel that torch itself cannot run is refused
+    as such, not as a fault of the check."""
+    try:
+        validation.begin(graph)
+    except GraphError:
+        if fallback == "error":
+            refuse_unsupported(graph)
+        raise
+
+
 def run_passes(
     graph: Graph,
     ledger: Ledger,
@@ -147,7 +158,7 @@ def run_passes(
     if validation is None and environment.check >= settings.MEANING:
         validation = Validation()
     if validation is not None:
-        validation.begin(graph)
+        _begin(validation, graph, fallback)
 
     def run(name: str, rewrite: Callable[[Graph, Ledger], Graph]) -> Graph:
         started = time.perf_counter()
