@@ -4,8 +4,9 @@
 |---------------------|-----------------------------------------------------------------------|
 | CONVLOOM_DEBUG      | 0 silent; 1 the plan; 2 + refusals; 3 + the graph after each pass;    |
 |                     | 4 + generated source                                                  |
-| CONVLOOM_CHECK      | 0 nothing; 1 verifies the graph before and after every pass; 2 + that |
-|                     | it computes the same, in fp64 on one draw of its inputs               |
+| CONVLOOM_CHECK      | 0 nothing; 1 verifies the graph before and after every pass, and      |
+|                     | memory that nobody has written holds NaN; 2 + that the graph computes |
+|                     | the same, in fp64 on one draw of its inputs                           |
 | CONVLOOM_CACHE_DIR  | compiled kernels, their statistics, and tuning records (default       |
 |                     | ~/.cache/convloom)                                                    |
 | CONVLOOM_LAUNCH     | how kernels follow each other on a GPU, separated by commas; nothing  |

@@ -76,15 +76,18 @@ def compile_for(
     target: str,
     options: argparse.Namespace,
     dynamic_batch: tuple[int, int] | None = None,
+    validation: Validation | None = None,
 ) -> Executable:
-    """The model compiled for inputs like `example`, or for a range of batches of such images."""
-    from ..compiler.api import compile
+    """The model compiled for inputs like `example`, or for a range of batches of such images;
+    `validation` watches the passes."""
+    from ..compiler.api import executable_for
 
     # Under CONVLOOM_DEBUG the compiler prints: never into the JSON that a command answers with.
     with redirect_stdout(sys.stderr):
-        return compile(
-            model, (example,), target=target, dynamic_batch=dynamic_batch, **_choices(options)
-        )
+        return executable_for(
+            model, (example,), target=target, dynamic_batch=dynamic_batch, validation=validation,
+            **_choices(options),
+        )  # fmt: skip
 
 
 def lower_model(options: argparse.Namespace, batch: int) -> tuple[Graph, Plan, Ledger]:

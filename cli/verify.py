@@ -147,8 +147,6 @@ def _model(options: argparse.Namespace) -> Subject:
     import torch
 
     from ..compiler import parity
-    from ..compiler.api import runner_for
-    from ..compiler.executable import Executable
     from ..compiler.validate import Validation
 
     entry, target = zoo.entry(options.name), shared.target(options)
@@ -157,19 +155,17 @@ def _model(options: argparse.Namespace) -> Subject:
     (x,) = _random(options)
     validation = Validation([each.double() for each in x], strict=False)
     with output.working(f"compiling {entry.name} for {target}"):
-        graph, plan, ledger = models.lower_for(
+        executable = models.compile_for(
             model, torch.zeros_like(x[0]), target=target, options=options, validation=validation
         )
-        runner = runner_for(graph, plan, plan.target, target)
-        executable = Executable(graph, plan, ledger, runner)
-    dtype = parity.dtype_of(graph)
+    dtype = parity.dtype_of(executable.graph)
 
     def steps(_: tuple[torch.Tensor, ...]) -> list[Step]:
         layers = parity.layers_of(model, dtype, x)
         return list(parity.layer_parity(executable, validation, layers, x, dtype))
 
-    names = tuple(port.name for port in plan.outputs)
-    truth, depth = parity.truth_of_module(model, dtype), parity.depth_of(graph)
+    names = tuple(port.name for port in executable.plan.outputs)
+    truth, depth = parity.truth_of_module(model, dtype), parity.depth_of(executable.graph)
     return Subject(entry.name, target, executable, truth, dtype, depth, names,
                    steps if executable.has_steps else None, entry,
                    tuple(validation.checks))  # fmt: skip

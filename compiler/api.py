@@ -91,7 +91,7 @@ def compile(
     Raises: InvalidInputError, TargetUnavailableError, CaptureError, UnsupportedOpError,
     KernelError.
     """
-    graph, plan, ledger = lowered(
+    return executable_for(
         module,
         example,
         target=target,
@@ -105,8 +105,23 @@ def compile(
         forbid=forbid,
         slide=slide,
         outputs=outputs,
-        compiled=True,
     )
+
+
+def executable_for(
+    module: torch.nn.Module,
+    example: Sequence[Any],
+    *,
+    target: str,
+    tuning: str = "records",
+    validation: Validation | None = None,
+    **options: Any,
+) -> Executable:
+    """What `compile` returns; `validation` watches the passes, `options` are those of `compile`."""
+    graph, plan, ledger = lowered(
+        module, example, target=target, tuning=tuning, validation=validation, compiled=True,
+        **options,
+    )  # fmt: skip
     executable = Executable(graph, plan, ledger, runner_for(graph, plan, plan.target, target))
     LOG.info("%s: %s", graph.name, executable.summary_line())
     _debug(executable)

@@ -51,7 +51,8 @@ def collect(
 ):
     """The sum of a tile's parts, in order; gives the tickets back.
 
-    Every thread has its ticket behind a barrier, in shared memory from the one that took it.
+    No barrier stands here: every thread reads its ticket behind the one that Triton sets (seen in
+    the PTX of 3.6.0 and 3.7.1; a test demands it), from shared memory and the one that took it.
     """
     inside = tl.arange(0, BLOCK_M)[:, None] * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
     place = parts + tile.to(tl.int64) * SPLIT * (BLOCK_M * BLOCK_N)

@@ -33,7 +33,7 @@ settings.load_profile("quick")
 
 @pytest.fixture(scope="session", autouse=True)
 def checked_passes() -> Iterator[None]:
-    """Graphs are verified, and what they compute compared, around every pass, whoever compiles."""
+    """Graphs are verified around every pass, whoever compiles, and unwritten memory is NaN."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("CONVLOOM_CHECK", "1")
         yield

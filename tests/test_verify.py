@@ -12,9 +12,10 @@ import torch
 from convloom import zoo
 from convloom.cli import models
 from convloom.cli.main import main
-from convloom.compiler import parity, runtime
+from convloom.compiler import api, parity, runtime
 from convloom.compiler.executable import Executable
 from convloom.compiler.passes import NAMES
+from convloom.compiler.tuning import choose
 from convloom.errors import InvalidInputError
 from torch import nn
 
@@ -127,6 +128,35 @@ def test_layers_are_those_of_the_module(
     layers = [(step["module_path"], step["layer"]) for step in found["steps"]]
     assert ("conv2", "act2") in layers and layers[-1] == ("head", "head")
     assert len(found["passes"]) == len(NAMES) + 1, "and the choice of a dtype"
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize(
+    ("target", "expected"),
+    [("interpreter", {"record"}), ("emulator:sm_90", {"record", "fit"})],
+)
+def test_what_is_verified_is_what_compile_makes(
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    target: str,
+    expected: set[str],
+) -> None:
+    """In the configurations of tuning records, and in those that fit."""
+    asked: set[str] = set()
+    choices, fitted = choose.Records.choose, api.fitted
+
+    def recorded(self: choose.Records, *arguments: Any) -> choose.Choice:
+        asked.add("record")
+        return choices(self, *arguments)
+
+    def fitting(*arguments: Any) -> Any:
+        asked.add("fit")
+        return fitted(*arguments)
+
+    monkeypatch.setattr(choose.Records, "choose", recorded)
+    monkeypatch.setattr(api, "fitted", fitting)
+    status, _ = told(capsys, "lenet5", "--weights", "digits", "--target", target)
+    assert status == 0 and asked == expected
 
 
 @pytest.mark.interpreter
