@@ -1,9 +1,10 @@
 """Measures what the cost model assumes of a machine, and fits what cannot be measured by itself.
 
 Measured: what a dependent kernel adds inside a CUDA graph, with and without programmatic dependent
-launch; copies within the L2 cache and through DRAM; a large matrix product. Fitted, to the times of
-many configurations: `start_us` and `loop_us`, which no simple experiment shows. Nothing is written
-into `kernels/machine.py`: `constants.json` says what should stand there.
+launch; reads out of the L2 cache, by pointers and in boxes; copies through DRAM; a large matrix
+product. Fitted, to the times of many configurations: `fill_cycles`, `end_cycles` and `store_bytes`,
+which no simple experiment shows. Nothing is written
+into `kernels/cost_model.py`: `constants.json` says what should stand there.
 """
 
 from __future__ import annotations
@@ -28,8 +29,8 @@ from convloom.compiler.tuning.children import ChildError
 from convloom.compiler.tuning.judges import measuring
 from convloom.compiler.tuning.search import Work, problems_of, works_for
 from convloom.errors import ConvloomError, KernelError
-from convloom.kernels import machine, offline
-from convloom.kernels.machine import Machine
+from convloom.kernels import cost_model, offline
+from convloom.kernels.cost_model import Machine
 from convloom.kernels.op import Config
 from convloom.kernels.targets import Target
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
@@ -41,8 +42,9 @@ GAP_LAUNCHES = 1_000
 NEAR_BYTES, FAR_BYTES = 8 << 20, 1 << 30
 PRODUCT = 8_192
 REPLAYS = 20
-START_US = (0.3, 0.45, 0.6, 0.8, 1.0, 1.4, 2.0)
-LOOP_US = (0.0, 0.01, 0.02, 0.03, 0.05, 0.08)
+FILL_CYCLES = (500.0, 1_000.0, 2_000.0, 3_000.0, 4_500.0)
+END_CYCLES = (200.0, 400.0, 800.0)
+STORE_BYTES = (11.0, 16.0, 22.0, 32.0)
 TRIAL_S = 60.0
 
 
@@ -95,6 +97,53 @@ def graph_us(work: Callable[[], Any]) -> tuple[float, int]:
     return statistics.median(times[3:]), len(times)
 
 
+READ_ROWS, READ_COLUMNS, READ_ROUNDS = 64, 64, 200
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _read_kernel(  # type: ignore[no-untyped-def]
+    x, y, rows, ROUNDS: tl.constexpr, BOXES: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr
+):
+    """Every program reads tiles of x [rows, COLUMNS] round and round, from a place of its own."""
+    total = tl.zeros((ROWS, COLUMNS), tl.float32)
+    for each in range(ROUNDS):
+        first = (tl.program_id(0) + each) * ROWS % rows
+        if BOXES:
+            tile = x.load([first, 0])
+        else:
+            offsets = (first + tl.arange(0, ROWS))[:, None] * COLUMNS
+            tile = tl.load(x + offsets + tl.arange(0, COLUMNS)[None, :])
+        total += tile.to(tl.float32)
+    tl.store(y + tl.program_id(0), tl.sum(total))
+
+
+def read_gbps(size_bytes: int, boxes: bool) -> float:
+    """Bytes per second that all multiprocessors read of a tensor that stays in the L2 cache.
+
+    Raises: RuntimeError where the sums show that something else was read.
+    """
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
+    rows = size_bytes // (2 * READ_COLUMNS)
+    x = torch.ones(rows, READ_COLUMNS, dtype=torch.float16, device="cuda")
+    programs = 8 * torch.cuda.get_device_properties(0).multi_processor_count
+    y = torch.zeros(programs, device="cuda")
+    block = [READ_ROWS, READ_COLUMNS]
+    source = TensorDescriptor(x, list(x.shape), list(x.stride()), block) if boxes else x
+
+    def launch() -> None:
+        _read_kernel[(programs,)](
+            source, y, rows, READ_ROUNDS, boxes, READ_ROWS, READ_COLUMNS, num_warps=4, num_stages=4
+        )
+
+    launch()
+    time_us, _ = graph_us(launch)
+    expected = READ_ROUNDS * READ_ROWS * READ_COLUMNS
+    if not bool((y == expected).all()):
+        raise RuntimeError(f"sums of {expected} ones came out as {y.unique().tolist()[:4]}")
+    return programs * expected * 2 / time_us / 1e3
+
+
 def copy_gbps(size_bytes: int, device: Device, rounds: int) -> float:
     """Bytes read and written per second by copies of so many bytes."""
     source = torch.zeros(size_bytes, dtype=torch.uint8, device=device.place)
@@ -119,16 +168,17 @@ def _median_us(work: Callable[[], Any], device: Device) -> float:
 def measure(device: Device) -> tuple[dict[str, float], dict[str, str]]:
     """(constants, why others are missing). On a CPU only small versions, to try the program."""
     on_gpu = device.kind == "cuda"
-    near, far = (NEAR_BYTES, FAR_BYTES) if on_gpu else (1 << 16, 1 << 22)
+    near, far = NEAR_BYTES, FAR_BYTES if on_gpu else 1 << 22
     size, dtype = (PRODUCT, torch.float16) if on_gpu else (256, torch.float32)
     wanted: dict[str, Callable[[], float]] = {
-        "cache_gbps": lambda: copy_gbps(near, device, 50),
         "memory_gbps": lambda: copy_gbps(far, device, 1),
         "tensor_tflops": lambda: product_tflops(size, dtype, device),
     }
     if on_gpu:
+        wanted["cache_gbps"] = lambda: read_gbps(near, boxes=False)
         wanted["launch_us"] = lambda: gap_us(early=False)
         if torch.cuda.get_device_capability()[0] >= 9:
+            wanted["cache_by_boxes_gbps"] = lambda: read_gbps(near, boxes=True)
             wanted["programmatic_launch_us"] = lambda: gap_us(early=True)
     found: dict[str, float] = {}
     missing: dict[str, str] = {}
@@ -272,7 +322,7 @@ class Fit:
 
 
 def quality(timed: Sequence[Trial], target: Target) -> Fit:
-    """The model, as `machine.MACHINES` has it now, against what was measured."""
+    """The model, as `cost_model.MACHINES` has it now, against what was measured."""
     pairs: dict[str, list[tuple[float, float]]] = {}
     for each in timed:
         if each.time_us is not None:
@@ -293,24 +343,24 @@ def quality(timed: Sequence[Trial], target: Target) -> Fit:
 @contextmanager
 def assuming(target: Target, what: Machine) -> Iterator[None]:
     """The target's machine is another one inside the block."""
-    before = machine.machine_for(target)
-    machine.MACHINES[target.capability] = what
+    before = cost_model.machine_for(target)
+    cost_model.MACHINES[target.capability] = what
     try:
         yield
     finally:
-        machine.MACHINES[target.capability] = before
+        cost_model.MACHINES[target.capability] = before
 
 
 def fit(timed: Sequence[Trial], target: Target, found: dict[str, float]) -> tuple[Machine, Fit]:
-    """The machine with its measured constants, and the start_us and loop_us that leave the model
-    least off; and how good that is."""
+    """The machine with its measured constants, and those cycles and bytes of a tile's ends that
+    leave the model least off; and how good that is."""
     known: dict[str, Any] = {
         name: value for name, value in found.items() if name in Machine.__dataclass_fields__
     }
-    base = replace(machine.machine_for(target), **known)
+    base = replace(cost_model.machine_for(target), **known)
     best: tuple[Machine, Fit] | None = None
-    for start_us, loop_us in itertools.product(START_US, LOOP_US):
-        tried = replace(base, start_us=start_us, loop_us=loop_us)
+    for fill, end, store in itertools.product(FILL_CYCLES, END_CYCLES, STORE_BYTES):
+        tried = replace(base, fill_cycles=fill, end_cycles=end, store_bytes=store)
         with assuming(target, tried):
             now = quality(timed, target)
         if best is None or now.off < best[1].off:

@@ -2,8 +2,9 @@
 
 fp16, sm_90, heuristic configurations, no GPU needed: kernels launched (input conversion included),
 bytes that the kernels read and write if every tensor is touched once, and the modelled time
-(`kernels/machine.py`; a ranking, not a promise), beside the bounds of `bounds.py`. Measured times
-stay empty until a GPU measured them. Results go to benchmarks/results/fusion.json and fusion.md.
+(`kernels/cost_model.py`; a ranking, not a promise), beside the bounds of `bounds.py`. Measured
+times stay empty until a GPU measured them. Results go to benchmarks/results/fusion.json and
+fusion.md.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from convloom.compiler.ledger import Event, Ledger
 from convloom.compiler.lower import Options, lower
 from convloom.compiler.passes import LABELS, NAMES, run_passes
 from convloom.compiler.plan import KernelStep, Plan
-from convloom.kernels import machine, registry, targets
+from convloom.kernels import cost_model, registry, targets
 from convloom.kernels.op import X, Y
 from convloom.kernels.pool_conv import PoolConv
 
@@ -118,7 +119,7 @@ def row(name: str, batch: int, level: str, plan: Plan) -> Row:
         assert isinstance(step, KernelStep), step
         op = registry.get(step.op)
         memory += op.cost(step.problem).size_bytes
-        time_us += machine.modelled_time_us(op, step.problem, plan.target)
+        time_us += cost_model.problem_us(op, step.problem, plan.target)
     count, memory_mb = len(plan.kernels), round(memory / 1e6, 2)
     return Row(name, batch, level, count, memory_mb, round(time_us, 1), pools=pools_of(plan))
 

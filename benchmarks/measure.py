@@ -15,7 +15,7 @@ import torch
 from convloom import zoo
 from convloom.compiler.plan import KernelStep, Plan
 from convloom.errors import ConvloomError, InvalidInputError, TargetUnavailableError
-from convloom.kernels import machine, registry, targets, tolerance
+from convloom.kernels import cost_model, registry, targets, tolerance
 from torch import nn
 
 from .bounds import BOUNDS
@@ -393,7 +393,7 @@ def roofline_us(step: KernelStep, plan: Plan) -> float:
     """The longer of a step's products and its traffic with DRAM, at full rate, on the plan's
     machine (the H200 where the plan's target is no GPU)."""
     cost = registry.get(step.op).cost(step.problem)
-    what = machine.machine_for(plan.target)
+    what = cost_model.machine_for(plan.target)
     dtype = step.problem.output.spec.dtype
-    rate = what.tensor_tflops * 1e6 * machine.RATE.get(dtype, 1.0)
+    rate = what.tensor_tflops * 1e6 * cost_model.RATE.get(dtype, 1.0)
     return max(cost.flops / rate, cost.size_bytes / (what.memory_gbps * 1e3))

@@ -3,8 +3,8 @@
 fp16, sm_90, default configurations. Bytes: the least that must be moved, every tensor touched once,
 and how many times that the programs really fetch through the L2 cache and write, counted in the
 interpreter (`traffic.py`) on a smaller problem under the same configuration. Times are modelled
-(`kernels/machine.py`: a ranking, no promise); the measured column is filled where a GPU is present.
-Results go to benchmarks/results/ops.json and ops.md.
+(`kernels/cost_model.py`: a ranking, no promise); the measured column is filled where a GPU is
+present. Results go to benchmarks/results/ops.json and ops.md.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 from convloom.compiler.tuning.cuda import CudaBackend
-from convloom.kernels import machine, registry, targets
+from convloom.kernels import cost_model, registry, targets
 from convloom.kernels.op import Config, Op, Operand, Problem
 
 from .machine_info import git_hash
@@ -176,7 +176,7 @@ def row(name: str, backend: Any = None) -> Row:
     return Row(
         name,
         f"{shown}; {problem.attributes}".strip("; "),
-        round(machine.modelled_time_us(op, problem, TARGET), 1),
+        round(cost_model.problem_us(op, problem, TARGET), 1),
         measured,
         round(op.cost(problem).size_bytes / 1e6, 2),
         round(fetched_bytes(touched, READ) / max(least.bytes_read, 1), 2),

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from convloom.errors import ArtifactError
-from convloom.kernels import machine
+from convloom.kernels import cost_model
 
 from .charts import roofline, speed_ups
 from .devices import gpu_state
@@ -309,7 +309,7 @@ def roofline_plot(rows: Sequence[Row]) -> str:
             label = f"{row.model} {row.batch}"
             points.append((label, row.flops / row.size_bytes, row.flops / time_us / 1e6))
     first = rows[0]
-    what = machine.MACHINES[90]
+    what = cost_model.MACHINES[90]
     known = what.name in first.device
     tflops, gbps = (what.tensor_tflops, what.memory_gbps) if known else (None, None)
     return roofline(f"Roofline, {first.dtype}, {first.device}", points, tflops, gbps)

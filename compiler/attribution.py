@@ -1,7 +1,7 @@
 """Ledger, graphs and plan -> `Account`: what every captured node costs alone and in its kernel.
 
 "Alone" is the network without fusion: the required passes only, every op in a kernel of its own in
-its default configuration. Both networks are modelled by the same machine (`kernels/machine.py`);
+its default configuration. Both networks are modelled by the same machine (`kernels/cost_model.py`);
 where the target is no GPU, by that of sm_90. A node is charged for the tensors it reads and writes;
 what it is spared is what no kernel touches any more:
 
@@ -21,7 +21,7 @@ from dataclasses import dataclass, replace
 import networkx as nx
 import torch
 
-from ..kernels import machine, movement, registry
+from ..kernels import cost_model, movement, registry
 from ..kernels.op import Problem
 from ..kernels.spec import Operand
 from ..kernels.targets import Target
@@ -143,7 +143,7 @@ def _in_a_kernel(
         precision=precision,
     )
     launches = op.launches(problem, op.default(problem, target), target)
-    us = machine.modelled_time_us(op, problem, target)
+    us = cost_model.problem_us(op, problem, target)
     return Alone(node, len(launches), op.cost(problem).size_bytes, us)
 
 
@@ -151,7 +151,7 @@ def step_time_us(step: Step, target: Target) -> float | None:
     """Modelled time of a step; None for a torch fallback, which has no model."""
     if not isinstance(step, KernelStep):
         return None
-    return machine.modelled_time_us(registry.get(step.op), step.problem, target)
+    return cost_model.problem_us(registry.get(step.op), step.problem, target)
 
 
 def _step_bytes(step: Step) -> int:
@@ -162,7 +162,7 @@ def _step_bytes(step: Step) -> int:
 
 def _machine_name(target: Target) -> str:
     capability = target.name.removeprefix("cuda:")
-    name = machine.machine_for(target).name
+    name = cost_model.machine_for(target).name
     if target.is_gpu:
         return f"{name} ({capability})"
     return f"{name} ({ASSUMED.removeprefix('cuda:')}; {target.name} is no GPU)"

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import torch
 
-from ..kernels import machine, registry, targets
+from ..kernels import cost_model, registry, targets
 from ..kernels.epilogue import Epilogue
 from ..kernels.op import Attributes, Problem
 from ..kernels.spec import Layout, Operand, TensorSpec
@@ -134,4 +134,4 @@ def problem_time_us(graph: Graph, asked: Problem) -> float:
 @lru_cache(REMEMBERED)
 def _modelled_us(asked: Problem, target: Target) -> float:
     """Networks repeat their layers, and every alternative is asked for again in every round."""
-    return machine.modelled_time_us(registry.get(asked.op), asked, target)
+    return cost_model.problem_us(registry.get(asked.op), asked, target)

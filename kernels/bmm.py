@@ -271,6 +271,7 @@ def launches(problem: Problem, tile: Config, target: Target) -> tuple[Launch, ..
         num_stages=tile.num_stages,
         l2_bytes=gemm.l2_bytes(problem, tile, size.depth),
         steps=size.steps(tile["BLOCK_K"]),
+        step_instructions=gemm.step_instructions(tile, size.dtype, taps=1),
     )  # fmt: skip
     return (launch,)
 
@@ -280,7 +281,7 @@ def configs(problem: Problem, target: Target) -> Iterator[Config]:
 
 
 def legal(problem: Problem, tile: Config, target: Target) -> str | None:
-    return gemm.legal_tile(problem.inputs[0].spec.dtype, tile, target)
+    return gemm.legal(size_of(problem), tile, target)
 
 
 def default(problem: Problem, target: Target) -> Config:

@@ -19,13 +19,14 @@ registers: CUTLASS example 13.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Any
 
 import torch
 
 from ..errors import InvalidInputError
-from . import conv2d, gemm, taps
+from . import conv2d, cost_model, gemm, taps
 from . import conv_chain_tiles as tiles
 from . import epilogue as ep
 from .conv2d import Conv2d
@@ -178,7 +179,8 @@ def launches(problem: Problem, tile: Config, target: Target) -> tuple[Launch, ..
     last = attributes.has_reduce
     front, shortcut = _geometries(problem)
     sizes = _sizes(problem)
-    launch = Launch(
+    launch = replace(
+        outline(problem, tile),
         kernel=conv_chain_kernel,
         pointers={
             # Absent links are compiled out; their pointers are never read.
@@ -190,10 +192,7 @@ def launches(problem: Problem, tile: Config, target: Target) -> tuple[Launch, ..
             "z": Ref("output", 1 if last else 0),
         },
         extras=tuple(refs),
-        rows=y.spec.numel // y.shape[1],
         batch=y.spec.batch,
-        block_rows=tile["BLOCK_M"],
-        columns=1,
         constexprs={
             "GEOMETRY": front, "SHORTCUT": shortcut, "MIDDLE": t.shape[1],
             "WIDE_CHANNELS": y.shape[1], "NARROW": z.shape[1] if last else 1,
@@ -208,11 +207,14 @@ def launches(problem: Problem, tile: Config, target: Target) -> tuple[Launch, ..
             "BLOCK_SHORTCUT": 16,
             **dict(tile.blocks),
         },
-        num_warps=tile.num_warps,
-        num_stages=tile.num_stages,
-        l2_bytes=_l2_bytes(problem, tile),
     )  # fmt: skip
     return (launch,)
+
+
+def outline(problem: Problem, tile: Config) -> Launch:
+    """What the cost model needs to know of the launch that a configuration would become."""
+    wide = problem.outputs[0].shape[1]
+    return tiles.outline(_sizes(problem), tile, wide, _l2_bytes(problem, tile))
 
 
 def _l2_bytes(problem: Problem, tile: Config) -> int:
@@ -271,8 +273,19 @@ def legal(problem: Problem, tile: Config, target: Target) -> str | None:
     return tiles.legal(_sizes(problem), tile, target)
 
 
+@lru_cache(maxsize=4096)
 def default(problem: Problem, target: Target) -> Config:
-    return tiles.default(_sizes(problem), target)
+    """The fastest by the model; where none is legal any, of which `legal` tells why."""
+    sizes = _sizes(problem)
+    if target.name == "interpreter":
+        return tiles.interpreter_tile(sizes)
+    gpu, flops = cost_model.machine_for(target), cost(problem).flops
+    dtype, ends = sizes.dtype, cost_model.end_bytes(problem)
+    return min(
+        tiles.configs(sizes, target),
+        key=lambda tile: cost_model.launch_us(gpu, outline(problem, tile), flops, dtype, ends),
+        default=tiles.any_tile(sizes),
+    )
 
 
 def cost(problem: Problem) -> Cost:

@@ -13,9 +13,16 @@ from dataclasses import dataclass
 import torch
 
 from . import gemm
-from .op import Config, config, power_of_two
+from .cost_model import Block, product_traffic
+from .op import Config, Launch, config, power_of_two
 from .targets import Target
 
+PER_RESULT = 6
+"""Instructions of a thread for each wide channel of a pixel: stages, conversion, store
+(estimated)."""
+BESIDE_TILES = 60
+"""Registers of a thread beside its parts of tiles: 3x3 64 -> 256 -> 64 channels take 140 on sm_90
+for 80 of tiles, 128 -> 512 -> 128 with a shortcut 190 for 128."""
 MOST_SHORTCUT_CHANNELS = 256
 """Channels of s that stay in shared memory: with 512, 104 bytes spill on sm_90."""
 
@@ -64,10 +71,11 @@ def _tile(m: int, n: int, k: int, warps: int, stages: int, inner: int, beside: i
 
 def configs(sizes: Sizes, target: Target) -> Iterator[Config]:
     """All warps lie along the rows (BLOCK_M = 16 or 32 per warp), so that t stays in registers."""
+    block_k = max(16, min(64, power_of_two(sizes.channels)))
     for (block_m, warps), block_n, stages, inner, beside in itertools.product(
-        ((64, 4), (128, 8), (128, 4)), (32, 64), (2, 3, 4), (1, 2), shortcut_blocks(sizes)
+        ((64, 4), (128, 8), (128, 4)), (32, 64), (3, 4, 2), (1, 2), shortcut_blocks(sizes)
     ):
-        tile = _tile(block_m, block_n, 64, warps, stages, inner, beside)
+        tile = _tile(block_m, block_n, block_k, warps, stages, inner, beside)
         if legal(sizes, tile, target) is None:
             yield tile
 
@@ -76,8 +84,6 @@ def legal(sizes: Sizes, tile: Config, target: Target) -> str | None:
     """Shared memory for the pipelined operands, and registers for both accumulators and t."""
     if target.name == "interpreter":
         return None
-    if (reason := gemm.legal_for_taps(tile, sizes.taps)) is not None:
-        return reason
     needed = _shared_bytes(sizes, tile)
     if needed > target.shared_bytes:
         return f"needs {needed} bytes of shared memory; {target.name} has {target.shared_bytes}"
@@ -122,34 +128,58 @@ def _register_limit(sizes: Sizes, tile: Config, target: Target) -> int:
     return 192 if sizes.shortcut or (target.capability >= 100 and tile.num_warps == 4) else 208
 
 
-def default(sizes: Sizes, target: Target) -> Config:
-    """16 pixels per warp; the expansion in steps of 64 channels, or of 32 where registers are
-    short; the first legal configuration where that needs more shared memory than there is.
+def outline(sizes: Sizes, tile: Config, wide: int, l2_bytes: int) -> Launch:
+    """What the cost model needs to know of a launch with so many wide channels.
 
-    32 pixels per warp where they fit and are enough for the machine: behind a 3x3 over 64 channels
-    they move 30% less between L2 and the multiprocessors, which is what bounds it.
-
-    Registers, none spilled, on sm_80 / 90 / 100: 3x3 64 -> 1x1 256 -> 1x1 64, 16 pixels per warp
-    186 / 140 / 96, with a shortcut over 64 channels 188 / 138 / 86; 3x3 128 -> 512 -> 128 with one
-    over 256 channels 168 / 190 / 156; without the 3x3, two stages need fewer than one: 128 -> 512
-    -> 128 203 instead of 232 on sm_80.
+    The pixels of t, and of the wide channels on their way into the reduction, are operands in
+    registers; only weights are copied for them.
     """
-    beside = shortcut_blocks(sizes)[0]
-    if target.name == "interpreter":
-        block_m = max(16, min(4096, power_of_two(sizes.rows)))
-        block_k = max(16, min(128, power_of_two(sizes.channels)))
-        return _tile(block_m, 256, block_k, 1, 1, 1, beside)
-    block_k = max(16, min(64, power_of_two(sizes.channels)))
-    block_n = 64 if max(sizes.middle, sizes.narrow) <= 64 else 32
-    if sizes.taps > 1:
-        warps = gemm.MOST_WARPS_OVER_TAPS
-        wanted = [_tile(16 * warps, block_n, block_k, warps, 3, 1, beside)]
-        if sizes.rows >= 2 * gemm.MULTIPROCESSORS * 32 * warps:
-            wanted.insert(0, _tile(32 * warps, 32, block_k, warps, 3, 1, beside))
-    else:
-        block_n = 32 if beside else block_n
-        wanted = [_tile(128, block_n, block_k, 8, 3, inner, beside) for inner in (2, 1)]
-    for tile in wanted:
-        if legal(sizes, tile, target) is None:
-            return tile
-    return next(configs(sizes, target), wanted[-1])
+    m, n, k, warps = tile["BLOCK_M"], tile["BLOCK_N"], tile["BLOCK_K"], tile.num_warps
+    dtype, middle, narrow = sizes.dtype, sizes.block_middle, sizes.block_narrow
+    inner_steps = -(-wide // n)
+    traffic = inner_steps * product_traffic(Block(m, n, middle), warps, dtype, rows_held=True)
+    traffic += 2 * m * wide * dtype.itemsize  # Results change their places on the way out.
+    if sizes.narrow:
+        block = Block(m, narrow, n)
+        traffic += inner_steps * product_traffic(block, warps, dtype, rows_held=True)
+    if sizes.shortcut:
+        block = Block(m, n, power_of_two(sizes.shortcut))
+        traffic += inner_steps * product_traffic(block, warps, dtype)
+    issued = PER_RESULT * m * wide
+    front_steps = 0
+    if sizes.taps:
+        front_steps = sizes.taps * -(-sizes.channels // k)
+        block = Block(m, middle, k)
+        traffic += front_steps * product_traffic(block, warps, dtype)
+        copied = config(warps, tile.num_stages, BLOCK_M=m, BLOCK_N=middle, BLOCK_K=k)
+        per_step = gemm.step_instructions(copied, dtype, sizes.taps)
+        issued += 32 * warps * front_steps * per_step
+    per_row = narrow * bool(sizes.narrow) + n + middle // 2
+    return Launch(
+        kernel=None,
+        pointers={},
+        rows=sizes.rows,
+        block_rows=m,
+        columns=1,
+        constexprs={},
+        num_warps=warps,
+        num_stages=tile.num_stages,
+        l2_bytes=l2_bytes,
+        shared_traffic=traffic,
+        shared_held=_shared_bytes(sizes, tile),
+        registers=m * per_row // (32 * warps) + BESIDE_TILES,
+        instructions=issued,
+        steps=front_steps + inner_steps,
+    )
+
+
+def interpreter_tile(sizes: Sizes) -> Config:
+    """Few, large programs: the interpreter pays per tile operation."""
+    block_m = max(16, min(4096, power_of_two(sizes.rows)))
+    block_k = max(16, min(128, power_of_two(sizes.channels)))
+    return _tile(block_m, 256, block_k, 1, 1, 1, shortcut_blocks(sizes)[0])
+
+
+def any_tile(sizes: Sizes) -> Config:
+    """A configuration, legal or not."""
+    return _tile(128, 32, 64, 8, 3, 1, shortcut_blocks(sizes)[0])

@@ -196,20 +196,19 @@ def launches(problem: Problem, tile: Config, target: Target) -> tuple[Launch, ..
         num_stages=tile.num_stages,
         l2_bytes=conv_tile.l2_bytes(problem, images * p * q, tile["BLOCK_N"], result),
         instructions=2 * tile["BLOCK_M"] * tile["BLOCK_N"],
+        step_instructions=conv_tile.step_instructions(problem, tile),
     )  # fmt: skip
     return (launch,)
 
 
 def _tiles(problem: Problem, target: Target) -> Iterator[tuple[int, int, int]]:
-    """The tiles that hold whole images, with as many accumulators per thread as do not spill."""
+    """The tiles worth trying that hold whole images."""
     size, pixels = _size(problem), _pixels(problem)
     for block_m, block_n, warps in TILES:
-        # sm_86, 3x3 behind a prologue: 252 registers at 64 accumulators and 4 warps.
+        # sm_86, 3x3 behind a prologue, 64 accumulators and 4 warps: 252 registers.
         short = size.dtype is torch.float32 or (target.capability < 90 and warps <= 4)
-        most = 32 if short else 64
-        if block_m % pixels or block_m * block_n // (32 * warps) > most:
-            continue
-        if size.taps == 1 or warps <= gemm.MOST_WARPS_OVER_TAPS:
+        is_large = block_m * block_n // (32 * warps) > (32 if short else 64)
+        if block_m % pixels == 0 and not is_large:
             yield block_m, block_n, warps
 
 
@@ -250,11 +249,11 @@ def legal(problem: Problem, tile: Config, target: Target) -> str | None:
     size, pixels = _size(problem), _pixels(problem)
     if tile["BLOCK_M"] % pixels:
         return f"tiles of {tile['BLOCK_M']} rows cut images of {pixels} rows"
-    return gemm.legal_for_taps(tile, size.taps) or gemm.legal_tile(size.dtype, tile, target)
+    return gemm.legal(size, tile, target)
 
 
 def default(problem: Problem, target: Target) -> Config:
-    """The least modelled time over whole waves of the machine, as `gemm.default_tile` has it."""
+    """The fastest by the model."""
     size, pixels = _size(problem), _pixels(problem)
     if target.name == "interpreter":
         block_m = max(16, pixels, min(4096, power_of_two(size.rows)))
@@ -262,18 +261,13 @@ def default(problem: Problem, target: Target) -> Config:
         room = max(128, (1 << 19) // max(block_m, block_n))
         return _tile(block_m, block_n, max(16, min(room, power_of_two(size.depth))), 1, 1)
 
-    def time(tile: tuple[int, int, int]) -> float:
-        block_m, block_n, _ = tile
-        count = -(-size.rows // block_m) * -(-size.columns // block_n)
-        waves = -(-count // gemm.MULTIPROCESSORS)
-        return waves * (block_m * block_n + 48 * (block_m + block_n) + 1024)
-
-    block_m, block_n, warps = min(_tiles(problem, target), key=time)
-    tile = _tile(block_m, block_n, _deepest(size, block_m), warps, 3)
-    if legal(problem, tile, target) is None:
-        return tile
-    # Three stages of 256 rows are more than sm_86 has of shared memory.
-    return _tile(block_m, block_n, _deepest(size, block_m), warps, 2)
+    tiles = (
+        _tile(block_m, block_n, _deepest(size, block_m), warps, stages)
+        for block_m, block_n, warps in _tiles(problem, target)
+        for stages in (3, 2)  # Three of 256 rows are more than sm_86 has of shared memory.
+    )
+    fitting = (tile for tile in tiles if legal(problem, tile, target) is None)
+    return gemm.fastest(size, fitting, target)
 
 
 def cost(problem: Problem) -> Cost:

@@ -304,6 +304,8 @@ def launches(problem: Problem, tile: Config, target: Target) -> tuple[Launch, ..
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
         l2_bytes=steps * area * x.spec.dtype.itemsize,
+        steps=steps,
+        step_instructions=gemm.step_instructions(tile, size.dtype, taps),
     )  # fmt: skip
     return (launch,)
 
@@ -313,8 +315,7 @@ def configs(problem: Problem, target: Target) -> Iterator[Config]:
 
 
 def legal(problem: Problem, tile: Config, target: Target) -> str | None:
-    size = _size(problem)
-    return gemm.legal_for_taps(tile, size.taps) or gemm.legal_tile(size.dtype, tile, target)
+    return gemm.legal(_size(problem), tile, target)
 
 
 def default(problem: Problem, target: Target) -> Config:

@@ -289,6 +289,7 @@ def launches(problem: Problem, tile: Config, target: Target) -> tuple[Launch, ..
         num_stages=tile.num_stages,
         l2_bytes=conv_tile.l2_bytes(problem, tile["BLOCK_M"], tile["BLOCK_N"], result),
         instructions=tile["BLOCK_M"] * tile["BLOCK_N"],
+        step_instructions=conv_tile.step_instructions(problem, tile),
     )  # fmt: skip
     return (launch,)
 
@@ -304,8 +305,7 @@ def configs(problem: Problem, target: Target) -> Iterator[Config]:
 
 
 def legal(problem: Problem, tile: Config, target: Target) -> str | None:
-    size = _size(problem)
-    return gemm.legal_for_taps(tile, size.taps) or gemm.legal_tile(size.dtype, tile, target)
+    return gemm.legal(_size(problem), tile, target)
 
 
 def default(problem: Problem, target: Target) -> Config:

@@ -158,6 +158,7 @@ def launches(problem: Problem, tile: Config, target: Target) -> tuple[Launch, ..
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
         l2_bytes=gemm.l2_bytes(problem, tile, _terms(problem)),
+        step_instructions=gemm.step_instructions(tile, out.spec.dtype, _size(problem).taps),
     )
     return (launch,)
 
@@ -185,7 +186,7 @@ def _has_loops(problem: Problem, tile: Config) -> bool:
 
 def legal(problem: Problem, tile: Config, target: Target) -> str | None:
     size = _size(problem)
-    reason = gemm.legal_for_taps(tile, size.taps) or gemm.legal_tile(size.dtype, tile, target)
+    reason = gemm.legal(size, tile, target)
     if reason is not None or not target.is_gpu:
         return reason
     accumulators = tile["BLOCK_M"] * tile["BLOCK_N"] // (32 * tile.num_warps)

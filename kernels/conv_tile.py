@@ -22,7 +22,7 @@ from ..errors import InvalidInputError
 from . import conv2d, gemm
 from . import epilogue as ep
 from .conv2d import Conv2d
-from .op import Attributes, Problem, Ref
+from .op import Attributes, Config, Problem, Ref
 from .spec import Layout, TensorSpec
 
 
@@ -238,6 +238,12 @@ def size_of(problem: Problem, rows: int) -> gemm.Size:
     depth = c if by_tap else c * r * s
     dtype = problem.inputs[0].spec.dtype
     return gemm.Size(rows, k, depth, dtype, gathers=not by_tap, taps=r * s)
+
+
+def step_instructions(problem: Problem, tile: Config) -> int:
+    """What a warp issues in a step beside the products; as `gemm` counts it."""
+    _, _, r, s = problem.inputs[1].shape
+    return gemm.step_instructions(tile, problem.inputs[0].spec.dtype, r * s)
 
 
 def l2_bytes(problem: Problem, rows: int, columns: int, result: TensorSpec) -> int:

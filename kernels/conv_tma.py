@@ -25,8 +25,13 @@ import triton.language as tl
 from . import dependent, gemm, gemm_tma, residual
 from .op import Box, Config, Launch, Problem, Target, W, X, Y, config, power_of_two
 
-TILES = ((128, 128), (128, 64), (64, 128), (64, 64))
-"""Pixels and output channels of a program, with the 4 warps that loops over taps may have."""
+TILES = (
+    (128, 256, 8), (256, 128, 8), (128, 128, 8), (128, 128, 4), (256, 64, 8), (128, 64, 4),
+    (64, 128, 4), (64, 64, 4),
+)  # fmt: skip
+"""Pixels and output channels of a program, and its warps."""
+STEP_INSTRUCTIONS = 130
+"""Of a warp beside the products (127 to 138 from 128x128 to 256x128)."""
 MOST_WASTE = 1.5
 BOXES_TRIED = 2
 """Of each number of pixels, those that pad least."""
@@ -90,8 +95,9 @@ def conv_tma_kernel(
     columns = column + tl.arange(0, BLOCK_N)
     column_mask = columns < K
     dependent.wait(PDL)
-    early = residual.load(rows, columns, row_mask, column_mask, extras, RESIDUAL)
-    acc = residual.begin(early, RESIDUAL_FIRST, BLOCK_M, BLOCK_N)
+    acc = residual.begin(
+        rows, columns, row_mask, column_mask, extras, RESIDUAL, RESIDUAL_FIRST, BLOCK_M, BLOCK_N
+    )
     for step in range(R * S * blocks):
         tap = step // blocks
         start = step % blocks * BLOCK_K
@@ -107,7 +113,6 @@ def conv_tma_kernel(
         b = w.load([column, tap * C + start])
         acc = tl.dot(tl.reshape(a, (BLOCK_M, BLOCK_K)), b.T, acc, input_precision=PRECISION)
     dependent.release(PDL)
-    acc = residual.end(acc, early, RESIDUAL_FIRST)
     gemm.finish_tile(
         acc, y, rows, columns, row_mask, column_mask, extras, EPILOGUE, Y_PITCH, Y_OFFSET
     )
@@ -145,13 +150,13 @@ def configs(problem: Problem, target: Target) -> Iterator[Config]:
     x = problem.inputs[0].spec
     widest = 128 // x.dtype.itemsize
     block_k = next((k for k in (widest, widest // 2, widest // 4) if x.shape[1] % k == 0), widest)
-    for pixels, columns in TILES:
+    for pixels, columns, warps in TILES:
         if columns > max(64, power_of_two(problem.output.shape[1])):
             continue
         for box in boxes(problem, pixels):
             for stages in (3, 4):
                 tile = config(
-                    4, stages, BLOCK_M=pixels, BLOCK_N=columns, BLOCK_K=block_k,
+                    warps, stages, BLOCK_M=pixels, BLOCK_N=columns, BLOCK_K=block_k,
                     BOX_N=box[0], BOX_H=box[1], BOX_W=box[2],
                 )  # fmt: skip
                 if legal(problem, tile, target) is None:
@@ -172,8 +177,7 @@ def legal(problem: Problem, tile: Config, target: Target) -> str | None:
         return f"TMA: {c} channels are no multiple of BLOCK_K={tile['BLOCK_K']}"
     if tile["BOX_N"] * tile["BOX_H"] * tile["BOX_W"] != tile["BLOCK_M"]:
         return f"the box does not hold BLOCK_M={tile['BLOCK_M']} pixels"
-    taps = problem.inputs[1].shape[2] * problem.inputs[1].shape[3]
-    return gemm.legal_for_taps(tile, taps) or gemm_tma.legal(problem, tile, target)
+    return gemm_tma.legal(problem, tile, target)
 
 
 def launch(problem: Problem, tile: Config) -> Launch:
@@ -217,4 +221,6 @@ def launch(problem: Problem, tile: Config) -> Launch:
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
         l2_bytes=gemm.l2_bytes(problem, tile, c * r * s),
+        steps=r * s * c // tile["BLOCK_K"],
+        step_instructions=STEP_INSTRUCTIONS,
     )  # fmt: skip

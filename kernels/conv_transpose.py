@@ -297,12 +297,14 @@ def launches(problem: Problem, tile: Config, target: Target) -> tuple[Launch, ..
     channels, blocks = _per_group(problem), dict(tile.blocks)
     steps = -(-size.depth // blocks.get("BLOCK_K", 1)) * (1 if size.gathers else size.taps)
     moved = steps * blocks.get("BLOCK_K", 1) * (blocks["BLOCK_M"] + blocks["BLOCK_N"])
-    instructions = 0
+    instructions, issued = 0, 0
     if chosen == "depthwise":
         channels, columns, groups = x.shape[1], out.shape[1], 1
         moved = size.taps * blocks["BLOCK_M"] * blocks["BLOCK_N"]
         instructions = 3 * moved
         blocks |= {"BLOCK_K": 1, "GROUP_M": 8}
+    else:
+        issued = gemm.step_instructions(tile, size.dtype, size.taps)
     launch = Launch(
         kernel=conv_transpose_kernel,
         pointers={"x": X, "w": W, "y": Y},
@@ -326,6 +328,7 @@ def launches(problem: Problem, tile: Config, target: Target) -> tuple[Launch, ..
         num_stages=tile.num_stages,
         l2_bytes=moved * x.spec.dtype.itemsize,
         instructions=instructions,
+        step_instructions=issued,
     )  # fmt: skip
     return (launch,)
 
@@ -343,8 +346,7 @@ def configs(problem: Problem, target: Target) -> Iterator[Config]:
 def legal(problem: Problem, tile: Config, target: Target) -> str | None:
     if method(problem) == "depthwise":
         return None
-    size = _size(problem)
-    return gemm.legal_for_taps(tile, size.taps) or gemm.legal_tile(size.dtype, tile, target)
+    return gemm.legal(_size(problem), tile, target)
 
 
 def default(problem: Problem, target: Target) -> Config:

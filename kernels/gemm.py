@@ -9,37 +9,51 @@ and a long inner dimension, SPLIT programs share the sums of a tile (`split.py`)
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 import triton
 import triton.language as tl
 
-from . import dependent, gemm_loop, machine, residual
+from . import cost_model, dependent, gemm_loop, residual
 from . import epilogue as ep
 from . import split as split_k
 from .op import Config, Launch, Problem, Ref, Target, W, X, Y, config, operand_refs, power_of_two
 from .spec import Operand
 
-# Tiles (BLOCK_M, BLOCK_N, warps) that compile without spills with a residual epilogue: at most 64
-# accumulators per thread (3x3 over 64 channels, 128x64 w4: 192 registers on sm_90).
+# (BLOCK_M, BLOCK_N, warps), the largest first. What a tile of 128x256 reads out of L2 serves twice
+# the products of one of 128x64; small ones are for small results. Where 255 registers are not
+# enough for one of them and an epilogue, the compiler's report says so, and the next is taken.
 TILES = (
-    (128, 128, 8), (128, 64, 4), (64, 128, 4), (64, 64, 4), (64, 32, 4), (32, 64, 4),
-    (32, 32, 4), (16, 64, 4), (16, 32, 2),
+    (128, 256, 8), (256, 128, 8), (128, 128, 8), (128, 128, 4), (256, 64, 8), (64, 256, 4),
+    (128, 64, 4), (64, 128, 4), (64, 64, 4), (64, 32, 4), (32, 64, 4), (32, 32, 4), (16, 64, 4),
+    (16, 32, 2),
 )  # fmt: skip
+# On sm_100 256x128 keeps 72 bytes on the stack where a pooling follows.
+TILES_SM100 = tuple(tile for tile in TILES if tile != (256, 128, 8))
 # mma.sync keeps both operands in registers: 128x64 w4 spills 88 bytes on sm_80, w8 needs 136.
 TILES_BEFORE_SM90 = (
-    (128, 128, 8), (128, 64, 8), (64, 128, 8), (64, 64, 4), (64, 32, 4), (32, 64, 4),
-    (32, 32, 4), (16, 64, 4), (16, 32, 2),
+    (128, 256, 8), (256, 128, 8), (128, 128, 8), (128, 64, 8), (64, 128, 8), (64, 64, 4),
+    (64, 32, 4), (32, 64, 4), (32, 32, 4), (16, 64, 4), (16, 32, 2),
 )  # fmt: skip
 # fp32 by three tf32 products keeps each operand twice in registers, so the tiles are smaller.
 TILES_FP32 = ((64, 64, 4), (64, 32, 4), (32, 64, 4), (32, 32, 4), (16, 64, 4), (16, 32, 2))
 MULTIPROCESSORS = 132
-MOST_WARPS_OVER_TAPS = 4
-# ptxas unrolls loops of so many steps. Over the taps of a 3x3 filter it then takes 56 registers for
-# a tile of 32x32 and keeps 8 bytes on the stack; with a fourth stage it takes 62 and keeps none.
-MOST_UNROLLED = 18
+STAGES = (3, 4, 5, 2)
+DEPTHS = (64, 32, 128, 16)
+"""Terms of a step; of equal configurations by the model the first is tried first."""
+DEFAULT_STAGES = (4, 3)
+LARGE = 128 * 256
+"""Elements of a tile whose operands are taken 32 terms at a time before sm_90, where they are held
+in registers (128x256x32 with 8 warps: 213 to 240 there)."""
+FEWEST_TERMS = 16
+"""Terms of a sum of fp32 numbers from which tensor cores multiply it; shorter ones are left to
+FMAs ("ieee")."""
+MOST_WARPS_OF_FMAS = 4
+MOST_GATHERED = 64
+"""Rows and columns of a default tile whose rows are gathered element by element."""
 
 
 @triton.jit
@@ -155,14 +169,14 @@ def gemm_kernel(
     if SPLIT > 1:
         first, stop = share_of(split, (C + BLOCK_K - 1) // BLOCK_K, SPLIT)
     dependent.wait(PDL)
-    early = residual.load(rows, columns, row_mask, column_mask, extras, RESIDUAL)
+    acc = residual.begin(
+        rows, columns, row_mask, column_mask, extras, RESIDUAL, RESIDUAL_FIRST, BLOCK_M, BLOCK_N
+    )
     acc = gemm_loop.add_products(
-        residual.begin(early, RESIDUAL_FIRST, BLOCK_M, BLOCK_N), x, w, row_tile, column_tile,
-        rows, columns, row_mask, column_mask, first, stop, extras, C, X_PITCH, X_OFFSET, PROLOGUE,
-        FINITE, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K, TMA,
+        acc, x, w, row_tile, column_tile, rows, columns, row_mask, column_mask, first, stop,
+        extras, C, X_PITCH, X_OFFSET, PROLOGUE, FINITE, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K, TMA,
     )  # fmt: skip
     dependent.release(PDL)
-    acc = residual.end(acc, early, RESIDUAL_FIRST)
     tile = row_tile * column_tiles + column_tile
     finish_share(
         acc, y, parts, tickets, tile, split, rows, columns, row_mask, column_mask, extras,
@@ -175,7 +189,7 @@ def dot_precision(problem: Problem, depth: int) -> str:
     FMAs; short sums (depth < 16) stay with FMAs."""
     if problem.precision == "tf32":
         return "tf32"
-    return "tf32x3" if depth >= 16 else "ieee"
+    return "tf32x3" if depth >= FEWEST_TERMS else "ieee"
 
 
 def chains(problem: Problem) -> tuple[ep.GeneratedFunction, ep.GeneratedFunction | None]:
@@ -213,30 +227,41 @@ def all_extras(problem: Problem) -> tuple[Ref, ...]:
 
 
 def l2_bytes(problem: Problem, tile: Config, terms: int) -> int:
-    """What one program reads: both operand tiles for all terms of its sums, and its part of the
-    tensors that the epilogue reads in full."""
-    block_m, block_n = tile["BLOCK_M"], tile["BLOCK_N"]
-    full = sum(operand.spec.numel == problem.output.spec.numel for operand in problem.operands)
-    elements = terms * (block_m + block_n) + full * block_m * block_n
+    """What the loop of one program reads: both operand tiles for all terms of its sums."""
+    elements = terms * (tile["BLOCK_M"] + tile["BLOCK_N"])
     return elements * problem.inputs[0].spec.dtype.itemsize
 
 
+def step_instructions(tile: Config, dtype: torch.dtype, taps: int) -> int:
+    """What each warp issues in a step of the loop beside the products.
+
+    Counted in sm_90 code: for every 16 bytes that a thread copies of x 12 over filter taps (masks
+    and addresses) and 8 over plain rows, of w 2 and 3, and 70 or 51 for the step: within 5 of 11
+    tiles from 128x64 to 256x128.
+    """
+    copied = 32 * tile.num_warps * cost_model.COPY_BYTES // dtype.itemsize
+    of_x = tile["BLOCK_M"] * tile["BLOCK_K"] / copied
+    of_w = tile["BLOCK_N"] * tile["BLOCK_K"] / copied
+    count = 70 + 12 * of_x + 2 * of_w if taps > 1 else 51 + 8 * of_x + 3 * of_w
+    return round(count)
+
+
 def shared_bytes(tile: Config, dtype: torch.dtype) -> int:
-    """Shared memory of a pipelined matrix product: one A and one B tile per stage."""
+    """Shared memory of a pipelined matrix product: one A and one B tile per stage; or of two parts
+    of a split sum that change their places, in fp32."""
     area = (tile["BLOCK_M"] + tile["BLOCK_N"]) * tile["BLOCK_K"]
-    return tile.num_stages * area * dtype.itemsize
+    parts = 2 * 4 * tile["BLOCK_M"] * tile["BLOCK_N"] if split_of(tile) > 1 else 0
+    return max(tile.num_stages * area * dtype.itemsize, parts)
 
 
 def legal_tile(dtype: torch.dtype, tile: Config, target: Target) -> str | None:
-    """Why a matrix-product tile cannot run on the target, or None."""
+    """Why a matrix-product tile cannot run on the target, or None; whether it fits registers only
+    the compiler tells."""
     if target.name == "interpreter":
         return None
     needed = shared_bytes(tile, dtype)
     if needed > target.shared_bytes:
         return f"needs {needed} bytes of shared memory; {target.name} has {target.shared_bytes}"
-    accumulators = tile["BLOCK_M"] * tile["BLOCK_N"] // (32 * tile.num_warps)
-    if accumulators > 64:
-        return f"{accumulators} accumulators per thread; more than 64 spill"
     return None
 
 
@@ -244,6 +269,8 @@ def tiles(dtype: torch.dtype, target: Target) -> tuple[tuple[int, int, int], ...
     """The (BLOCK_M, BLOCK_N, warps) worth trying."""
     if dtype is torch.float32:
         return TILES_FP32
+    if target.capability >= 100:
+        return TILES_SM100
     return TILES if target.capability >= 90 else TILES_BEFORE_SM90
 
 
@@ -266,9 +293,13 @@ class Size:
     splits: bool = False
 
     @property
+    def terms(self) -> int:
+        """Products that are added up for one result."""
+        return self.depth * (1 if self.gathers else self.taps)
+
+    @property
     def flops(self) -> int:
-        terms = self.depth * (1 if self.gathers else self.taps)
-        return 2 * self.rows * self.columns * self.groups * terms
+        return 2 * self.rows * self.columns * self.groups * self.terms
 
     def tiles(self, block_m: int, block_n: int) -> int:
         """Output tiles."""
@@ -279,33 +310,34 @@ class Size:
         return -(-self.depth // block_k) * (1 if self.gathers else self.taps)
 
 
-def legal_for_taps(tile: Config, taps: int) -> str | None:
-    """Why a loop flattened over filter taps may not use a configuration, or None.
+def legal(size: Size, tile: Config, target: Target) -> str | None:
+    """Why a product cannot use a configuration on the target, or None.
 
-    Triton gave wrong results for such loops with 8 warps (pytorch issue 173068, open when this was
-    written); the interpreter cannot see it, so the choice is refused until a device has shown it
-    right.
+    Inductor's tests have found loops over filter taps that were wrong with 8 warps (pytorch issue
+    173068): fp32 products by FMAs, for a reason that nobody has found. Those keep to 4; tensor
+    cores do not (what Hopper needs with two groups of warps, a barrier behind each wait for
+    products, is checked in what is compiled: `offline.check_barriers`).
     """
-    if taps > 1 and tile.num_warps > MOST_WARPS_OVER_TAPS:
+    by_fmas = size.dtype is torch.float32 and size.terms < FEWEST_TERMS
+    if target.is_gpu and by_fmas and size.taps > 1 and tile.num_warps > MOST_WARPS_OF_FMAS:
         return (
-            f"{tile.num_warps} warps: a loop flattened over {taps} filter taps is known to be "
-            f"miscompiled with more than {MOST_WARPS_OVER_TAPS} (pytorch issue 173068)"
+            f"{tile.num_warps} warps: fp32 sums over {size.taps} filter taps by FMAs have come out "
+            f"wrong with more than {MOST_WARPS_OF_FMAS} (pytorch issue 173068)"
         )
-    return None
+    return legal_tile(size.dtype, tile, target)
 
 
 def tile_configs(size: Size, target: Target) -> Iterator[Config]:
     """The search space of a matrix product."""
-    widest = 32 if size.dtype is torch.float32 else 64
-    for block_m, block_n, warps in tiles(size.dtype, target):
-        for block_k in (16, 32, 64):
+    widest = 32 if size.dtype is torch.float32 else 128
+    for block in tiles(size.dtype, target):
+        for block_k in DEPTHS:
             if block_k > max(16, min(widest, power_of_two(size.depth))):
                 continue
-            for stages in (2, 3, 4):
-                for split in splits(size, block_m, block_n, block_k) if stages == 3 else (1,):
-                    tile = config_of(size, (block_m, block_n, warps), block_k, stages, split)
-                    reason = legal_for_taps(tile, size.taps)
-                    if (reason or legal_tile(size.dtype, tile, target)) is None:
+            for stages in STAGES:
+                for split in splits(size, block[0], block[1], block_k) if stages == 3 else (1,):
+                    tile = config_of(size, block, block_k, stages, split)
+                    if legal(size, tile, target) is None:
                         yield tile
 
 
@@ -331,36 +363,49 @@ def splits(size: Size, block_m: int, block_n: int, block_k: int) -> tuple[int, .
     )
 
 
+@lru_cache(maxsize=1 << 14)
 def default_tile(size: Size, target: Target) -> Config:
-    """A tile without search: the least modelled time (`machine.launch_time_us`), and of equals the
-    one with the fewest columns of zeros, which only cost registers."""
+    """A tile without search: the fastest by the model."""
     if target.name == "interpreter":
         return interpreter_tile(size)
-    gpu = machine.machine_for(target)
+    candidates = [
+        tile
+        for block in tiles(size.dtype, target)
+        if not size.gathers or max(block[:2]) <= MOST_GATHERED
+        for split in splits(size, block[0], block[1], default_depth(size, block, target))
+        for stages in (DEFAULT_STAGES if split == 1 else (3,))
+        if legal(size, tile := _default_of(size, block, stages, split, target), target) is None
+    ]
+    return fastest(size, candidates, target)
 
-    def price(tile: Config) -> tuple[float, int]:
-        time_us = machine.launch_time_us(gpu, outline(size, tile), size.flops, size.dtype)
-        return time_us, -size.columns % tile["BLOCK_N"]
 
-    candidates = tiles(size.dtype, target)
-    if size.taps > 1:
-        candidates = tuple(tile for tile in candidates if tile[2] <= MOST_WARPS_OVER_TAPS)
-    if size.gathers:
-        candidates = tuple(tile for tile in candidates if tile[0] <= 64 and tile[1] <= 64)
-    widest = 32 if size.gathers or size.dtype is torch.float32 else 64
-    block_k = max(16, min(widest, power_of_two(size.depth)))
-    chosen = min(
-        (
-            config_of(size, block, block_k, 3, split)
-            for block in candidates
-            for split in splits(size, block[0], block[1], block_k)
-        ),
-        key=price,
+def fastest(size: Size, candidates: Iterable[Config], target: Target) -> Config:
+    """The configuration of least modelled time; of equals the one with the fewest columns of zeros,
+    which only cost registers, and of those the first."""
+    gpu = cost_model.machine_for(target)
+    return min(
+        candidates,
+        key=lambda tile: (outlined_us(gpu, size, tile), -size.columns % tile["BLOCK_N"]),
     )
-    small = chosen["BLOCK_M"] == chosen["BLOCK_N"] == 32 and split_of(chosen) == 1
-    if small and size.taps > 1 and size.steps(block_k) <= MOST_UNROLLED:
-        return replace(chosen, num_stages=4)
-    return chosen
+
+
+def _default_of(
+    size: Size, block: tuple[int, int, int], stages: int, split: int, target: Target
+) -> Config:
+    return config_of(size, block, default_depth(size, block, target), stages, split)
+
+
+def default_depth(size: Size, block: tuple[int, int, int], target: Target) -> int:
+    """Terms of a step: 128 bytes of a row where registers allow it."""
+    large = target.capability < 90 and block[0] * block[1] >= LARGE
+    widest = 32 if size.gathers or size.dtype is torch.float32 or large else 64
+    return max(16, min(widest, power_of_two(size.depth)))
+
+
+def outlined_us(gpu: cost_model.Machine, size: Size, tile: Config) -> float:
+    """Modelled time of the launch that a tile would become."""
+    results = size.rows * size.columns * size.groups * size.dtype.itemsize
+    return cost_model.launch_us(gpu, outline(size, tile), size.flops, size.dtype, results)
 
 
 def outline(size: Size, tile: Config) -> Launch:
@@ -374,10 +419,12 @@ def outline(size: Size, tile: Config) -> Launch:
         rows=size.rows,
         block_rows=block_m,
         columns=-(-size.columns // block_n) * size.groups * split,
-        constexprs={},
+        constexprs=dict(tile.blocks),
+        num_warps=tile.num_warps,
         num_stages=tile.num_stages,
         l2_bytes=elements * size.dtype.itemsize,
         steps=steps,
+        step_instructions=step_instructions(tile, size.dtype, size.taps),
         combine_bytes=split_k.combine_bytes(split, block_m, block_n),
         scratch=split_k.scratch(1, split, block_m, block_n),
     )
@@ -438,6 +485,7 @@ def launch(problem: Problem, tile: Config, x: Operand, columns: int) -> Launch:
         num_stages=tile.num_stages,
         l2_bytes=l2_bytes(problem, tile, min(depth, steps * tile["BLOCK_K"])),
         steps=steps,
+        step_instructions=step_instructions(tile, x.spec.dtype, taps=1),
         combine_bytes=split_k.combine_bytes(split, tile["BLOCK_M"], tile["BLOCK_N"]),
         scratch=split_k.scratch(tiles, split, tile["BLOCK_M"], tile["BLOCK_N"]),
     )

@@ -19,7 +19,7 @@ from dataclasses import replace
 import triton
 import triton.language as tl
 
-from . import dependent, gemm, gemm_loop, gemm_tma, machine, residual
+from . import cost_model, dependent, gemm, gemm_loop, residual
 from .op import Config, Launch, Problem, Target
 
 BLOCK = "PERSISTENT"
@@ -27,9 +27,6 @@ RESIDENT = (1, 2)
 """Programs on one multiprocessor."""
 STAGES = 3
 """Of the configurations that are also tried so."""
-FEW_ON_SM_100 = 32
-"""Accumulators of one thread, or fewer, for which ptxas stops at 72 registers there and keeps 8
-bytes on the stack (64x64x64 by descriptors with a residual, 4 warps)."""
 
 
 @triton.jit
@@ -85,25 +82,22 @@ def resident_of(tile: Config) -> int:
 
 def programs(tile: Config, target: Target) -> int:
     """How many programs a persistent configuration starts."""
-    return machine.machine_for(target).multiprocessors * resident_of(tile)
+    return cost_model.machine_for(target).multiprocessors * resident_of(tile)
 
 
 def legal(problem: Problem, tile: Config, target: Target) -> str | None:
     """Why programs of a configuration cannot stay, or None; also where they are not to."""
-    resident, gpu = resident_of(tile), machine.machine_for(target)
+    resident, gpu = resident_of(tile), cost_model.machine_for(target)
     if not resident:
         return None
     if gemm.split_of(tile) > 1:
         return f"{BLOCK}: {gemm.split_of(tile)} programs share each tile, because there are few"
-    if residual.way_of(tile):
+    if residual.comes_first(tile):
         return f"{BLOCK}: what waits for the residual already copies the next tile meanwhile"
     size = gemm.problem_size(problem)
     tiles, started = size.tiles(tile["BLOCK_M"], tile["BLOCK_N"]), programs(tile, target)
     if tiles <= started:
         return f"{BLOCK}: {tiles} tiles for {started} programs; none would have a second one"
-    sums = tile["BLOCK_M"] * tile["BLOCK_N"] // (32 * tile.num_warps)
-    if target.capability >= 100 and gemm_tma.is_one(tile) and sums <= FEW_ON_SM_100:
-        return f"{BLOCK}: {sums} accumulators per thread by descriptors spill on {target.name}"
     needed = resident * gemm.shared_bytes(tile, size.dtype)
     if target.is_gpu and needed > gpu.shared_kb * 1024:
         return (

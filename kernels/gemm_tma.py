@@ -3,7 +3,7 @@
 One thread asks the copy engine for a whole box; addresses, masks and the swizzle of shared memory
 cost no instructions, and the products read both operands where the boxes land. On sm_90 a step of
 the loop has 84 instructions where pointers take 96 (128x128x64, 8 warps), 96 of 126 (128x64x64, 4
-warps), and the copies hold no registers, so that half-precision tiles may be twice as large.
+warps), and the copies hold no registers.
 
 Descriptors are made on the host at the launch and become constants of a CUDA graph.
 """
@@ -13,8 +13,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 
-import torch
-
 from . import epilogue as ep
 from . import gemm
 from .op import Box, Config, Launch, Problem, Target, W, X, power_of_two
@@ -22,13 +20,11 @@ from .spec import Operand
 
 # Warp groups multiply 64 rows at a time: lower tiles would fall back to the older instructions.
 TILES = (
-    (128, 256, 8), (256, 128, 8), (128, 128, 8), (128, 64, 4), (64, 128, 4), (64, 64, 4),
+    (128, 256, 8), (256, 128, 8), (128, 128, 8), (256, 64, 8), (128, 64, 4), (64, 128, 4),
+    (64, 64, 4),
 )  # fmt: skip
-MOST_ACCUMULATORS = 128
-MOST_WITH_MORE = 64
-"""Accumulators of one thread that has more to hold: operands twice (fp32 by three tf32 products:
-128 spill 216 bytes), the parts of a split sum, or on sm_100 all accumulators as they leave the
-tensor memory (with a residual 128 spill 8 bytes)."""
+STEP_INSTRUCTIONS = 88
+"""Of a warp beside the products (84 to 98 from 128x128 to 256x128)."""
 ALIGNMENT = 16
 """Bytes: of the first element and of every pitch."""
 BARRIERS = 1_024
@@ -73,13 +69,6 @@ def legal(problem: Problem, tile: Config, target: Target) -> str | None:
     needed = gemm.shared_bytes(tile, x.spec.dtype) + BARRIERS
     if needed > target.shared_bytes:
         return f"needs {needed} bytes of shared memory; {target.name} has {target.shared_bytes}"
-    accumulators = tile["BLOCK_M"] * tile["BLOCK_N"] // (32 * tile.num_warps)
-    has_more = (
-        x.spec.dtype is torch.float32 or gemm.split_of(tile) > 1 or target.capability >= 100
-    )
-    most = MOST_WITH_MORE if has_more else MOST_ACCUMULATORS
-    if accumulators > most:
-        return f"{accumulators} accumulators per thread; more than {most} spill"
     return None
 
 
@@ -97,4 +86,4 @@ def launch(problem: Problem, tile: Config, x: Operand, columns: int) -> Launch:
         "w": Box(W, (columns, depth), (depth, 1), (tile["BLOCK_N"], block_k)),
     }
     pointers = {name: ref for name, ref in made.pointers.items() if name not in boxes}
-    return replace(made, pointers=pointers, boxes=boxes)
+    return replace(made, pointers=pointers, boxes=boxes, step_instructions=STEP_INSTRUCTIONS)

@@ -15,8 +15,8 @@ from collections.abc import Iterator
 import triton
 import triton.language as tl
 
+from . import cost_model, gemm
 from . import epilogue as ep
-from . import gemm, machine
 from .op import Config, Launch, Problem, Target, W, X, Y, config, power_of_two
 from .spec import Operand
 
@@ -140,14 +140,16 @@ def legal(size: gemm.Size, tile: Config, target: Target) -> str | None:
 
 def default(size: gemm.Size, target: Target) -> Config | None:
     """The configuration of least modelled time; None for more rows than are worth it."""
-    gpu = machine.machine_for(target)
+    gpu = cost_model.machine_for(target)
     return min(
-        configs(size, target),
-        key=lambda tile: machine.launch_time_us(
-            gpu, outline(size, tile), size.flops, size.dtype
-        ),
-        default=None,
+        configs(size, target), key=lambda tile: outlined_us(gpu, size, tile), default=None
     )
+
+
+def outlined_us(gpu: cost_model.Machine, size: gemm.Size, tile: Config) -> float:
+    """Modelled time of the launch that a configuration would become."""
+    results = size.rows * size.columns * size.dtype.itemsize
+    return cost_model.launch_us(gpu, outline(size, tile), size.flops, size.dtype, results)
 
 
 def outline(size: gemm.Size, tile: Config) -> Launch:

@@ -215,6 +215,8 @@ def launch(problem: Problem, tile: Config) -> Launch:
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
         l2_bytes=gemm.l2_bytes(problem, tile, together * per_group * r * s),
+        steps=r * s,
+        step_instructions=gemm.step_instructions(tile, x.spec.dtype, r * s),
     )  # fmt: skip
 
 
@@ -241,9 +243,8 @@ def configs(problem: Problem, target: Target) -> Iterator[Config]:
 
 def legal(problem: Problem, tile: Config, target: Target) -> str | None:
     """Shared memory, and registers beside those that the second loop needs."""
-    r, s = problem.inputs[1].shape[2:]
     dtype = problem.inputs[0].spec.dtype
-    reason = gemm.legal_for_taps(tile, r * s) or gemm.legal_tile(dtype, tile, target)
+    reason = gemm.legal_tile(dtype, tile, target)
     if reason is not None or not target.is_gpu:
         return reason
     # 128x32, 4 warps, sm_80: up to 16 bytes spilled, fp32 56; fp32 on sm_90: 244 registers.

@@ -36,6 +36,7 @@ from triton.compiler import ASTSource
 
 from .. import settings
 from ..errors import KernelError
+from . import barriers
 from .dependent import is_programmatic
 from .epilogue import GeneratedFunction
 from .execute import resolved
@@ -195,6 +196,7 @@ def compile_request(wanted: CompileRequest) -> Any:
                 _source(wanted), target=GPUTarget("cuda", wanted.capability, 32), options=options
             )
             check_tensor_memory(wanted, getattr(compiled.metadata, "tmem_size", 0))
+            check_barriers(wanted, compiled.asm["ptx"])
             return compiled
         except KernelError:
             raise
@@ -218,6 +220,22 @@ def check_tensor_memory(wanted: CompileRequest, columns: int) -> None:
         raise KernelError(
             f"kernel {wanted.name} needs {columns} columns of tensor memory on "
             f"sm_{wanted.capability}, which has {TENSOR_MEMORY}; use smaller tiles"
+        )
+
+
+WARPS_OF_A_PRODUCT = 4
+
+
+def check_barriers(wanted: CompileRequest, ptx: str) -> None:
+    """Raises KernelError for a kernel in which one group of warps may overwrite what another one's
+    products still read."""
+    if wanted.num_warps <= WARPS_OF_A_PRODUCT:
+        return
+    if (write := barriers.unordered_write(ptx, 32 * wanted.num_warps)) is not None:
+        raise KernelError(
+            f"kernel {wanted.name} for sm_{wanted.capability}, {wanted.num_warps} warps: no "
+            f"barrier between {barriers.WAIT} and {write.split()[0]!r} (triton issue 11047, triton "
+            f"{triton.__version__}); use {WARPS_OF_A_PRODUCT} warps"
         )
 
 

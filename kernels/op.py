@@ -169,9 +169,12 @@ class Launch:
 
     rows: `m` at the largest batch; it scales with the batch when `batch` is not None.
     l2_bytes, instructions: for the cost model, of one program: what it moves between the L2 cache
-    and its multiprocessor beyond writing its results, re-reads included; instructions of all its
-    threads beside matrix products and their operand loads; steps of its main loop, one after the
-    other. combine_bytes: what the program that adds up a split sum reads.
+    and its multiprocessor in its loop, re-reads included; instructions of all its threads beside
+    matrix products and their operand loads; steps of its main loop, one after the other;
+    step_instructions: what each warp issues in a step beside the products. combine_bytes: what the
+    program that adds up a split sum reads. Where a kernel multiplies other blocks than its tile's:
+    shared_traffic: bytes of shared memory that products read and copies write; shared_held,
+    registers: what a program holds of it, and a thread of those.
     """
 
     kernel: Any
@@ -187,6 +190,10 @@ class Launch:
     l2_bytes: int = 0
     instructions: int = 0
     steps: int = 0
+    step_instructions: int = 0
+    shared_traffic: int = 0
+    shared_held: int = 0
+    registers: int = 0
     combine_bytes: int = 0
     scratch: tuple[Scratch, ...] = ()
     boxes: Mapping[str, Box] = field(default_factory=lambda: NONE)

@@ -29,7 +29,7 @@ import triton
 import triton.language as tl
 
 from ..errors import InvalidInputError
-from . import conv2d, gemm, machine, pool, pool_window
+from . import conv2d, cost_model, gemm, pool, pool_window
 from . import epilogue as ep
 from .conv2d import Conv2d
 from .op import (
@@ -399,7 +399,7 @@ def default(problem: Problem, target: Target) -> Config:
         tile = gemm.interpreter_tile(gemm.Size(rows, k, c, problem.inputs[0].spec.dtype))
         names = ("BLOCK_M", "BLOCK_N", "BLOCK_K")
         return config(1, 1, **{name: tile[name] for name in names})
-    gpu, work = machine.machine_for(target), cost(problem).flops
+    gpu, work = cost_model.machine_for(target), cost(problem).flops
     dtype = problem.inputs[0].spec.dtype
 
     def time_us(tile: Config) -> float:
@@ -407,7 +407,8 @@ def default(problem: Problem, target: Target) -> Config:
         # to 186 registers (sm_80 to sm_100), 64x256x32 112 to 158.
         threads = 32 * tile.num_warps
         crowded = tile["BLOCK_M"] * (tile["BLOCK_K"] + tile["BLOCK_N"]) > 72 * threads
-        time = machine.launch_time_us(gpu, _outline(problem, tile), work, dtype)
+        ends = cost_model.end_bytes(problem)
+        time = cost_model.launch_us(gpu, _outline(problem, tile), work, dtype, ends)
         return time * 2 if crowded else time
 
     return min(configs(problem, target), key=time_us, default=_tile(16, 16, 16, 4))

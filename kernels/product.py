@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from . import gemm, gemm_persistent, gemm_tma, gemv, machine, residual
+from . import cost_model, gemm, gemm_persistent, gemm_tma, gemv, residual
 from .op import Config, Launch, Problem, Target
 
 
@@ -62,9 +62,6 @@ def default(problem: Problem, target: Target) -> Config:
     streamed = None if target.name == "interpreter" else gemv.default(size, target)
     if streamed is None:
         return tile
-    gpu = machine.machine_for(target)
-    times = {
-        tile: machine.launch_time_us(gpu, gemm.outline(size, tile), size.flops, size.dtype),
-        streamed: machine.launch_time_us(gpu, gemv.outline(size, streamed), size.flops, size.dtype),
-    }
-    return min(times, key=lambda each: times[each])
+    gpu = cost_model.machine_for(target)
+    is_faster = gemv.outlined_us(gpu, size, streamed) < gemm.outlined_us(gpu, size, tile)
+    return streamed if is_faster else tile

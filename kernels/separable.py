@@ -27,7 +27,7 @@ from typing import Any
 import torch
 
 from ..errors import InvalidInputError
-from . import conv2d, depthwise, gemm, machine, separable_kernels, separable_tiles, taps
+from . import conv2d, cost_model, depthwise, gemm, separable_kernels, separable_tiles, taps
 from . import epilogue as ep
 from .conv2d import Conv2d
 from .op import (
@@ -208,6 +208,9 @@ def launches(problem: Problem, tile: Config, target: Target) -> tuple[Launch, ..
         num_stages=tile.num_stages,
         l2_bytes=separable_tiles.l2_bytes(block, tile),
         instructions=separable_tiles.instructions(block, tile),
+        shared_traffic=separable_tiles.shared_traffic(block, tile),
+        shared_held=separable_tiles.shared_bytes(block, tile),
+        registers=separable_tiles.registers(block, tile),
     )
     return (launch,)
 
@@ -265,7 +268,8 @@ def time_us(problem: Problem, tile: Config, target: Target) -> float:
     """Modelled time of a configuration, memory and launch aside: they are the same for all."""
     (launch,) = launches(problem, tile, target)
     flops, dtype = cost(problem).flops, problem.inputs[0].spec.dtype
-    return machine.launch_time_us(machine.machine_for(target), launch, flops, dtype)
+    gpu, ends = cost_model.machine_for(target), cost_model.end_bytes(problem)
+    return cost_model.launch_us(gpu, launch, flops, dtype, ends)
 
 
 def cost(problem: Problem) -> Cost:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from . import cost_model
 from .op import Config, config, power_of_two
 from .targets import Target
 
@@ -92,11 +93,7 @@ def resident(block: Block) -> Iterator[Config]:
 
 
 def legal(block: Block, tile: Config, target: Target) -> str | None:
-    """What the algorithm cannot express, then shared memory and registers.
-
-    Eight warps are allowed: the miscompilation that `gemm.legal_for_taps` guards against is of
-    loops flattened over taps, and here taps are unrolled.
-    """
+    """What the algorithm cannot express, then shared memory and registers."""
     _, results, last = block.widths
     n, span = tile["BLOCK_N"], tile["SPAN"]
     if last and (span or n < results):
@@ -201,6 +198,33 @@ def l2_bytes(block: Block, tile: Config) -> int:
     columns = zip(block.operands, (channels, span, last), strict=True)
     operands = _pixels(tile) * sum(count * each for count, each in columns)
     return (inputs + weights + operands) * size + 4 * taps
+
+
+def shared_traffic(block: Block, tile: Config) -> int:
+    """Bytes of shared memory that products read and copies write, of one program: the depthwise
+    sums become operands there, results change their places on the way out."""
+    channels, results, last = block.widths
+    n, k, pixels = tile["BLOCK_N"], tile["BLOCK_K"], _pixels(tile)
+    steps = -(-channels // k)
+    columns = min(results, tile["SPAN"]) if tile["SPAN"] else n
+    traffic = 2 * steps * pixels * k * block.dtype.itemsize
+    product = cost_model.Block(pixels, n, k)
+    for _ in range(-(-columns // n)):
+        traffic += steps * cost_model.product_traffic(product, tile.num_warps, block.dtype, True)
+    if last:
+        wide = cost_model.Block(pixels, BLOCK_LAST, n)
+        each = cost_model.product_traffic(wide, tile.num_warps, block.dtype, True)
+        traffic += -(-last // BLOCK_LAST) * each
+    return traffic + 2 * pixels * (columns + last) * block.dtype.itemsize
+
+
+def registers(block: Block, tile: Config) -> int:
+    """Of one thread, as the cost model assumes them: sums of both kinds, and half of the loads of a
+    block under way (144 -> 24 channels, 3x3, on sm_90: 118 with 16 depthwise sums)."""
+    threads, pixels, k = 32 * tile.num_warps, _pixels(tile), tile["BLOCK_K"]
+    width = tile["BLOCK_M"] * k * block.dtype.itemsize // threads
+    loads = block.rows_read(tile["TILE_ROWS"]) * block.filter[1] * width // 4
+    return min(255, pixels * (tile["BLOCK_N"] + k) // threads + loads // 2 + 60)
 
 
 PER_STEP, PER_SUM, PER_RESULT = 60, 4.3, 6

@@ -298,10 +298,6 @@ def legal(problem: Problem, tile: Config, target: Target) -> str | None:
     if (reason := head.legal(alone, tile, target)) is not None:
         return reason
     parts = _attributes(problem).parts(problem.inputs)[:-1]
-    if any(conv2d.runs_by_tap(p[0].shape[1], p[0].shape[2] * p[0].shape[3]) for p in parts):
-        taps = max(p[0].shape[2] * p[0].shape[3] for p in parts)
-        if (reason := gemm.legal_for_taps(tile, taps)) is not None:
-            return reason
     widest = max(max(16, power_of_two(p[0].shape[0])) for p in parts)
     # Gathered operands take registers for addresses and masks.
     elements = tile["BLOCK_PIXELS"] * max(widest, tile["BLOCK_DEPTH"]) // (32 * tile.num_warps)

@@ -145,7 +145,7 @@ def test_constants_and_correlation(
     for stage in ("constants", "correlation"):
         assert gpu.main(["--stage", stage, "--output", str(tmp_path), *wanted]) == 0
     found = json.loads((tmp_path / "constants.json").read_text())
-    assert {"cache_gbps", "memory_gbps", "tensor_tflops"} == found["measured"].keys()
+    assert {"memory_gbps", "tensor_tflops"} == found["measured"].keys()
     # What is launched by Triton's own hand needs a driver.
     assert {"launch_us", "programmatic_launch_us"} == found["missing"].keys()
     found = json.loads((tmp_path / "correlation.json").read_text())

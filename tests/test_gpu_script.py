@@ -17,7 +17,7 @@ import pytest
 import torch
 from convloom.benchmarks import constants, devices, gpu, gpu_findings, gpu_state, gpu_tests, saved
 from convloom.benchmarks.gpu_state import Entry, Stage
-from convloom.kernels import machine, targets
+from convloom.kernels import cost_model, targets
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -435,7 +435,7 @@ def test_what_passed_before_the_end_of_a_process_has_passed(
 
 def test_constants_of_a_cpu() -> None:
     found, missing = constants.measure(devices.Cpu())
-    assert not missing and set(found) == {"cache_gbps", "memory_gbps", "tensor_tflops"}
+    assert not missing and set(found) == {"memory_gbps", "tensor_tflops"}
     assert all(value > 0 for value in found.values())
 
 
@@ -445,7 +445,7 @@ def test_an_experiment_that_fails_hides_no_other(monkeypatch: pytest.MonkeyPatch
 
     monkeypatch.setattr(constants, "product_tflops", broken)
     found, missing = constants.measure(devices.Cpu())
-    assert "cache_gbps" in found and "too large" in missing["tensor_tflops"]
+    assert "memory_gbps" in found and "too large" in missing["tensor_tflops"]
 
 
 @pytest.mark.parametrize("early", [False, True])
@@ -475,7 +475,8 @@ def test_fitting_finds_the_machine_that_made_the_times() -> None:
     """Times are those of the model itself with other constants: fitting must find them."""
     target = targets.parse("cuda:sm_90")
     works = constants.problems(["lenet5"], [32], torch.float16, target.name)
-    truth = replace(machine.machine_for(target), start_us=1.4, loop_us=0.05, launch_us=3.0)
+    changes = {"fill_cycles": 4_500.0, "store_bytes": 11.0, "launch_us": 3.0}
+    truth = replace(cost_model.machine_for(target), **changes)
     configs = [(work, config) for work in works for config in constants._spaced(work, 6)]
     with constants.assuming(target, truth):
         timed = [
@@ -489,6 +490,6 @@ def test_fitting_finds_the_machine_that_made_the_times() -> None:
     found = constants.summary([*timed, failed], target, {"launch_us": 3.0, "unknown": 1.0})
     assert found["before"]["off"] > 1.2 and found["after"]["off"] == pytest.approx(1.0, abs=0.02)
     assert found["after"]["correlation"] > 0.95
-    assert found["proposed"]["start_us"] == 1.4 and found["proposed"]["launch_us"] == 3.0
+    assert found["proposed"]["fill_cycles"] == 4_500.0 and found["proposed"]["launch_us"] == 3.0
     assert [each["reason"] for each in found["wrong_or_failed"]] == ["wrong"]
-    assert machine.machine_for(target).launch_us != 3.0
+    assert cost_model.machine_for(target).launch_us != 3.0

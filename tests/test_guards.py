@@ -24,7 +24,7 @@ from convloom.compiler.api import lowered
 from convloom.compiler.plan import KernelStep, Plan
 from convloom.compiler.runtime import compile_requests
 from convloom.compiler.tuning import rank
-from convloom.kernels import machine, offline, registry, targets
+from convloom.kernels import cost_model, offline, registry, targets
 from convloom.kernels.offline import CompileRequest, KernelReport
 from convloom.kernels.op import Launch
 
@@ -396,7 +396,7 @@ def steps_of(plan: Plan) -> list[KernelStep]:
 TOTALS: dict[str, Callable[[Plan], float]] = {
     "tuner": lambda plan: sum(modelled_us(plan, step) for step in steps_of(plan)),
     "fusions": lambda plan: sum(
-        machine.modelled_time_us(registry.get(step.op), step.problem, plan.target)
+        cost_model.problem_us(registry.get(step.op), step.problem, plan.target)
         for step in steps_of(plan)
     ),
 }
@@ -417,4 +417,4 @@ def test_no_modelled_time_is_below_the_roofline(model: str, batch: int) -> None:
         bound = roofline_us(step, plan)
         assert modelled_us(plan, step) >= bound, (step.name, bound)
         op = registry.get(step.op)
-        assert machine.modelled_time_us(op, step.problem, plan.target) >= bound, step.name
+        assert cost_model.problem_us(op, step.problem, plan.target) >= bound, step.name

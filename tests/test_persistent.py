@@ -14,16 +14,16 @@ from convloom.compiler.artifact import rederive
 from convloom.compiler.artifact.read import open_artifact
 from convloom.compiler.tuning import rank
 from convloom.kernels import (
+    cost_model,
     dependent,
     gemm_persistent,
     gemm_tma,
-    machine,
     offline,
     product,
     registry,
 )
+from convloom.kernels.cost_model import Machine
 from convloom.kernels.epilogue import Stage
-from convloom.kernels.machine import Machine
 from convloom.kernels.op import Config, Launch, Problem
 from convloom.kernels.spec import FLOAT_DTYPES, TensorSpec
 from convloom.kernels.targets import GPU_TARGETS, INTERPRETER, Target, parse
@@ -31,7 +31,7 @@ from torch import nn
 
 from . import harness, machine_code
 from .nets import make
-from .test_offline import conv
+from .test_offline import conv, sums_of
 from .test_residual import CHAIN, problem, tensors_of
 
 SM_90 = parse("cuda:sm_90")
@@ -42,8 +42,8 @@ LARGE = conv(64, 256, 56, 1, n=32)
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch) -> Machine:
     """A GPU of two multiprocessors, so that small problems have more tiles than it has programs."""
-    gpu = replace(machine.DEFAULT, multiprocessors=2)
-    monkeypatch.setattr(machine, "machine_for", lambda target: gpu)
+    gpu = replace(cost_model.DEFAULT, multiprocessors=2)
+    monkeypatch.setattr(cost_model, "machine_for", lambda target: gpu)
     return gpu
 
 
@@ -147,7 +147,7 @@ def test_the_grid_follows_from_the_target(target: Target) -> None:
     for tile in staying(batched, target):
         launch = launch_of(batched, tile, target)
         resident = gemm_persistent.resident_of(tile)
-        assert launch.grid_at(256)[0] == machine.machine_for(target).multiprocessors * resident
+        assert launch.grid_at(256)[0] == cost_model.machine_for(target).multiprocessors * resident
         assert launch.grid_at(1)[0] == min(launch.tiles_at(1), launch.grid_at(256)[0])
         plain = replace(tile, blocks=tile.blocks[:-1])
         assert launch_of(batched, plain, target).grid_at(256)[0] == launch.tiles_at(256)
@@ -169,14 +169,12 @@ def test_it_is_refused_with_a_reason() -> None:
     sm_86 = parse("cuda:sm_86")
     sizes = {"BLOCK_M": 128, "BLOCK_N": 64, "BLOCK_K": 64, "PERSISTENT": 2}
     assert "2 programs need 147456 bytes of shared memory" in reason(target=sm_86, **sizes)
-    sm_100 = parse("cuda:sm_100")
-    sizes = {"BLOCK_M": 64, "BLOCK_N": 128, "TMA": 1}
-    assert "32 accumulators per thread by descriptors spill" in reason(target=sm_100, **sizes)
 
 
 @pytest.mark.parametrize("target", GPU_TARGETS, ids=lambda target: target.name)
 def test_it_is_never_a_default(target: Target) -> None:
-    """The model cannot tell: programs that stay take as long as others, and come behind them."""
+    """By the model programs that stay are no slower, and faster where one fills a multiprocessor;
+    only the tuner may take them."""
     op = registry.get("conv2d")
     assert gemm_persistent.resident_of(op.default(LARGE, target)) == 0
     tiles = staying(LARGE, target)
@@ -184,14 +182,14 @@ def test_it_is_never_a_default(target: Target) -> None:
     for tile in tiles:
         plain = replace(tile, blocks=tile.blocks[:-1])
         times = [rank.modelled_us(op, LARGE, target, each) for each in (tile, plain)]
-        assert times[0] == times[1]
-        assert rank.padding(launch_of(LARGE, tile, target), tile, LARGE) == rank.padding(
-            launch_of(LARGE, plain, target), plain, LARGE
-        )
+        assert times[0] <= times[1]
+        assert cost_model.padding(
+            launch_of(LARGE, tile, target), tile, LARGE
+        ) == cost_model.padding(launch_of(LARGE, plain, target), plain, LARGE)
     ranked = rank.rank(op, LARGE, target, rank.space(op, LARGE, target))
     tried = rank.varied(op, LARGE, target, ranked, 12)
-    assert not gemm_persistent.resident_of(tried[0])
     assert any(map(gemm_persistent.resident_of, tried))
+    assert not all(map(gemm_persistent.resident_of, tried))
 
 
 # Machine code.
@@ -209,7 +207,7 @@ def test_the_largest_tiles_copy_asynchronously_and_do_not_spill(
 ) -> None:
     """Also tiles of a single step, which have nothing to pipeline where programs do not stay."""
     asked = conv(depth, 256, 56, 1, n=32)
-    tiles = [tile for tile in _largest(asked, target) if tile["BLOCK_K"] == 64]
+    tiles = list(_largest(asked, target))
     assert len(tiles) == (2 if target.capability >= 90 else 1)
     for tile in tiles:
         report = offline.report(compiled(launch_of(asked, tile, target), asked, target))
@@ -219,11 +217,13 @@ def test_the_largest_tiles_copy_asynchronously_and_do_not_spill(
 
 
 def _largest(asked: Problem, target: Target) -> Iterator[Config]:
+    """Of each kind of copies, among those of at most 64 sums per thread."""
     for tma in (False, True):
         tiles = [
             tile
             for tile in registry.get("conv2d").configs(asked, target)
             if gemm_persistent.resident_of(tile) and gemm_tma.is_one(tile) is tma
+            if sums_of(tile) <= 64 and tile["BLOCK_K"] == 64
         ]
         if tiles:
             yield max(

@@ -16,7 +16,7 @@ from convloom.compiler import api
 from convloom.compiler.memory import ALIGNMENT
 from convloom.compiler.plan import KernelStep
 from convloom.compiler.tuning.choose import Choice, heuristic
-from convloom.kernels import emulator, gemm, interpreter, machine, offline, registry, split
+from convloom.kernels import cost_model, emulator, gemm, interpreter, offline, registry, split
 from convloom.kernels.conv2d import Conv2d
 from convloom.kernels.emulator import FaultError
 from convloom.kernels.epilogue import Stage
@@ -164,7 +164,7 @@ def test_batch_1_splits_where_multiprocessors_would_idle() -> None:
     assert gemm.split_of(op.default(wide, SM_90)) == 1
     (launch,) = op.launches(deep, tile, SM_90)
     unsplit = op.launches(deep, replace_split(tile, 1), SM_90)[0]
-    gpu = machine.machine_for(SM_90)
+    gpu = cost_model.machine_for(SM_90)
     assert unsplit.grid_at(1)[0] < gpu.multiprocessors < 2 * launch.grid_at(1)[0]
     # Half of the input is not read twice: the programs of a tile share its sums.
     assert launch.l2_bytes < unsplit.l2_bytes
@@ -210,9 +210,9 @@ def test_adding_up_is_in_the_model() -> None:
     """More parts of a larger tile take longer to add up."""
     op, asked = registry.get("conv2d"), conv(512, 512, 7, 3, n=1)
     tile = op.default(asked, SM_90)
-    gpu = machine.machine_for(SM_90)
+    gpu = cost_model.machine_for(SM_90)
     times = [
-        machine.combine_us(gpu, op.launches(asked, replace_split(tile, count), SM_90)[0])
+        cost_model.combine_us(gpu, op.launches(asked, replace_split(tile, count), SM_90)[0])
         for count in (1, 2, 4, 8)
     ]
     assert times[0] == 0.0 and times == sorted(set(times))

@@ -24,7 +24,7 @@ from convloom.compiler.tuning.keys import key_of
 from convloom.compiler.tuning.search import Options, Outcome, Tuner, Work
 from convloom.compiler.tuning.store import Store
 from convloom.errors import KernelError, TargetUnavailableError
-from convloom.kernels import machine, registry
+from convloom.kernels import cost_model, registry
 from convloom.kernels.epilogue import Stage
 from convloom.kernels.linear import Linear
 from convloom.kernels.offline import KernelReport
@@ -344,7 +344,8 @@ def test_the_model_prefers_what_the_guide_says() -> None:
         return rank.modelled_us(op, problem, SM_90, made, report and [report])
 
     assert time_us() < time_us(BLOCK_M=16), "small tiles read their operands more often"
-    assert time_us() < time_us(BLOCK_K=16), "short steps cost more of them"
+    small = {"BLOCK_M": 32, "BLOCK_N": 32}
+    assert time_us(**small) < time_us(BLOCK_K=16, **small), "short steps cost more of them"
     assert time_us() < time_us(BLOCK_N=256), "half the tile would be padding"
     small = KernelReport(128, 0, 70_000)
     large = KernelReport(128, 0, 140_000)
@@ -352,7 +353,7 @@ def test_the_model_prefers_what_the_guide_says() -> None:
 
 
 def test_occupancy_is_the_least_of_all_limits() -> None:
-    hopper = machine.MACHINES[90]
+    hopper = cost_model.MACHINES[90]
     (launch,) = registry.get("conv2d").launches(
         conv(), registry.get("conv2d").default(conv(), SM_90), SM_90
     )
@@ -360,8 +361,10 @@ def test_occupancy_is_the_least_of_all_limits() -> None:
     limits = {(32, 0): 16, (255, 0): 2, (168, 0): 3, (32, 100_000): 2, (32, 227_000): 1}
     for (registers, shared), blocks in limits.items():
         report = KernelReport(registers, 0, shared)
-        assert rank.resident(hopper, four_warps, report) == blocks, (registers, shared)
-    assert rank.resident(machine.MACHINES[86], four_warps, KernelReport(32, 0, 0)) == 12
+        held = cost_model.resident(hopper, four_warps, torch.float16, report)
+        assert held == blocks, (registers, shared)
+    ampere = cost_model.MACHINES[86]
+    assert cost_model.resident(ampere, four_warps, torch.float16, KernelReport(32, 0, 0)) == 12
 
 
 def test_padding_and_spills_are_refused() -> None:
@@ -391,7 +394,7 @@ def test_sharing_a_sum_among_programs_is_no_padding() -> None:
     for tile in split:
         if tile["BLOCK_M"] == 16:
             (launch,) = op.launches(problem, tile, SM_90)
-            assert rank.padding(launch, tile, problem) == 1.0
+            assert cost_model.padding(launch, tile, problem) == 1.0
 
 
 def test_candidates_have_tiles_of_several_sizes() -> None:

@@ -1,0 +1,278 @@
+"""Two groups of warps that multiply out of one shared memory: whether a barrier stands between a
+wait for products and the next write to what they read, looked up in the PTX.
+
+`wgmma.wait_group` waits for the products of its own group of four warps only. Triton's analysis has
+taken it for a barrier of the whole block (triton issue 11047): with more than four warps one group
+would then overwrite what the other still reads. Every kernel that is compiled is looked at, on all
+its paths. Addresses are followed as intervals from the start of the shared memory; one that cannot
+be followed may lie anywhere.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+WAIT = "wgmma.wait_group"
+PRODUCT = re.compile(r"wgmma\.mma_async\S*\.m64n(\d+)k\d+\.\S*\s")
+WRITE = re.compile(
+    r"(st\.(?:volatile\.)?shared(?:::cta)?(?:\.v(?P<count>\d))?\.\w(?P<bits>\d+)|stmatrix\.\S+"
+    r"|cp\.async\.c[ag]\.shared\S*|cp\.async\.bulk\S*\.shared::cluster\S*|(?:red|atom)\.\S*shared\S*)"
+    r"\s[^\[]*\[\s*(?P<address>%\w+)(?:\s*\+\s*(?P<offset>-?\d+))?"
+)
+BARRIER = re.compile(r"(bar|barrier|barrier\.cta)\.sync\b")
+LABEL = re.compile(r"^(\$[\w$]+):")
+BRANCH = re.compile(r"^(@!?%\w+\s+)?bra(?:\.uni)?\s+(\$[\w$]+)")
+RETURN = re.compile(r"^(ret|exit|trap)\b")
+PREDICATE = re.compile(r"^@!?%\w+\s+")
+DEFINITION = re.compile(r"^([\w.:]+)\s+(%\w+),\s*(.*);")
+FAR = 1 << 32
+SWIZZLES = {0: 16, 1: 128, 2: 64, 3: 32}
+"""Bytes of a row of an operand, by the top two bits of its descriptor."""
+
+
+class Interval(NamedTuple):
+    """Values from `low` to `high`. in_shared: counted from the start of the shared memory; row: of
+    a descriptor, the bytes of one row of its operand."""
+
+    low: int
+    high: int
+    in_shared: bool = False
+    row: int = 0
+
+
+ANYWHERE = (0, FAR)
+Span = tuple[int, int]
+"""Bytes of shared memory: the first and the one past the last."""
+
+
+@dataclass
+class _Block:
+    """Instructions between two labels or branches, and where it goes on.
+
+    events: in order ("product", what it reads), ("wait", ()) for all products, ("wait for some",
+    ()), ("barrier", ()) or (an instruction that writes, (its span,)).
+    """
+
+    events: list[tuple[str, tuple[Span, ...]]] = field(default_factory=list)
+    next: list[str] = field(default_factory=list)
+
+
+class _State(NamedTuple):
+    """What products under way read, and what those read that were waited for without a barrier."""
+
+    issued: frozenset[Span]
+    waited: frozenset[Span]
+
+
+def unordered_write(ptx: str, threads: int) -> str | None:
+    """The first write that some path reaches from a wait for products, without a barrier between
+    them, to shared memory that those products read; None where there is none."""
+    if WAIT not in ptx:
+        return None
+    lines = [line.split("//")[0].strip() for line in ptx.splitlines()]
+    blocks = _blocks(lines, _Addresses(lines, threads))
+    reached: dict[str, _State] = {"": _State(frozenset(), frozenset())}
+    pending = [""]
+    while pending:
+        name = pending.pop()
+        state = reached[name]
+        for kind, spans in blocks[name].events:
+            if kind == "product":
+                state = state._replace(issued=state.issued | set(spans))
+            elif kind in ("wait", "wait for some"):
+                left = frozenset() if kind == "wait" else state.issued
+                state = _State(left, state.waited | state.issued)
+            elif kind == "barrier":
+                state = state._replace(waited=frozenset())
+            elif any(_meet(span, read) for span in spans for read in state.waited):
+                return kind
+        for following in blocks[name].next:
+            before = reached.get(following)
+            joined = state if before is None else _State(
+                before.issued | state.issued, before.waited | state.waited
+            )
+            if joined != before:
+                reached[following] = joined
+                pending.append(following)
+    return None
+
+
+def _meet(a: Span, b: Span) -> bool:
+    return a[0] < b[1] and b[0] < a[1]
+
+
+def _blocks(lines: Sequence[str], addresses: _Addresses) -> dict[str, _Block]:
+    """The function's blocks by label; those without one by the number of their line."""
+    name, blocks = "", {"": _Block()}
+    for number, line in enumerate(lines):
+        if (label := LABEL.match(line)) is not None:
+            blocks.setdefault(label[1], _Block())
+            blocks[name].next.append(label[1])
+            name = label[1]
+        elif (branch := BRANCH.match(line)) is not None:
+            blocks.setdefault(branch[2], _Block())
+            blocks[str(number)] = _Block()
+            blocks[name].next += [branch[2], *([str(number)] if branch[1] else [])]
+            name = str(number)
+        elif RETURN.match(line):
+            name = str(number)
+            blocks[name] = _Block()
+        elif (event := _event(PREDICATE.sub("", line), addresses)) is not None:
+            blocks[name].events.append(event)
+    return blocks
+
+
+def _event(line: str, addresses: _Addresses) -> tuple[str, tuple[Span, ...]] | None:
+    """What an instruction does to shared memory or to who waits for whom."""
+    if line.startswith(WAIT):
+        return "wait" if line.rstrip(";").split()[-1] == "0" else "wait for some", ()
+    if BARRIER.match(line):
+        return "barrier", ()
+    if (product := PRODUCT.match(line)) is not None:
+        # Sums in braces; then x, in braces too where it is in registers, and w.
+        operands = re.sub(r"\{[^}]*\}", "{}", line).split(",")[1:3]
+        rows = (64, int(product[1]))
+        given = [(x.strip(), count) for x, count in zip(operands, rows, strict=True)]
+        return "product", tuple(addresses.operand(x, n) for x, n in given if x != "{}")
+    if (write := WRITE.match(line)) is not None:
+        size = int(write["count"] or 1) * int(write["bits"] or 128) // 8
+        if "bulk" in write[1]:
+            size = FAR
+        return line, (addresses.span(write["address"], int(write["offset"] or 0), size),)
+    return None
+
+
+class _Addresses:
+    """Where registers may point, by what defines them."""
+
+    def __init__(self, lines: Sequence[str], threads: int) -> None:
+        self._threads = threads
+        self._definitions: dict[str, list[tuple[str, str]]] = {}
+        for line in lines:
+            if (found := DEFINITION.match(line)) is not None:
+                self._definitions.setdefault(found[2], []).append((found[1], found[3]))
+        self._known: dict[str, Interval | None] = {}
+
+    def span(self, register: str, offset: int, size: int) -> Span:
+        """The bytes that an access of `size` bytes may touch."""
+        value = self._value(register)
+        if value is None or not value.in_shared:
+            return ANYWHERE
+        return value.low + offset, value.high + offset + size
+
+    def operand(self, register: str, rows: int) -> Span:
+        """The bytes that a product reads by a descriptor."""
+        value = self._value(register)
+        if value is None or not value.row:
+            return ANYWHERE
+        return value.low, value.high + rows * value.row
+
+    def _value(self, text: str) -> Interval | None:
+        """The interval of a register or a literal; None where it is not known."""
+        if text == "global_smem":
+            return Interval(0, 0, in_shared=True)
+        if text == "%tid.x":
+            return Interval(0, self._threads - 1)
+        if not text.startswith("%"):
+            try:
+                return Interval(int(text, 0), int(text, 0))
+            except ValueError:
+                return None
+        if text not in self._known:
+            self._known[text] = None  # While it is looked up: a cycle is not known.
+            definitions = self._definitions.get(text, [])
+            if len(definitions) == 1:
+                self._known[text] = self._computed(*definitions[0])
+        return self._known[text]
+
+    def _computed(self, opcode: str, operands: str) -> Interval | None:
+        name = opcode.split(".")[0]
+        values = [self._value(text.strip()) for text in operands.split(",")]
+        compute: Callable[..., Interval | None] | None = {
+            "mov": _same, "cvt": _same, "shfl": _same, "add": _add, "and": _and, "or": _or,
+            "xor": _or, "shl": _shl, "shr": _shr, "bfe": _bfe, "mul": _mul, "mad": _mad,
+            "selp": _either,
+        }.get(name)  # fmt: skip
+        needed = values[: {"shfl": 1, "selp": 2}.get(name, len(values))]
+        if compute is None or any(value is None for value in needed):
+            return None
+        return compute(*(value for value in needed if value is not None))
+
+
+def _same(x: Interval) -> Interval:
+    return x
+
+
+def _add(x: Interval, y: Interval) -> Interval | None:
+    if x.row or y.row:
+        return _described(x, y)
+    if x.in_shared and y.in_shared:
+        return None
+    return Interval(x.low + y.low, x.high + y.high, x.in_shared or y.in_shared)
+
+
+def _described(x: Interval, y: Interval) -> Interval | None:
+    """A descriptor with a literal added: its low 14 bits count 16 bytes, its top two are the kind
+    of rows."""
+    descriptor, literal = (x, y) if x.row else (y, x)
+    if literal.low != literal.high:
+        return None
+    bits = literal.low & ((1 << 64) - 1)
+    moved = 16 * (bits & 0x3FFF)
+    row = SWIZZLES[bits >> 62] if bits >> 62 else descriptor.row
+    return Interval(descriptor.low + moved, descriptor.high + moved, True, row)
+
+
+def _and(x: Interval, y: Interval) -> Interval | None:
+    if x.row or y.row:  # A descriptor keeps its 14 bits.
+        return x if x.row else y
+    masks = [each.high for each in (x, y) if each.low >= 0 and not each.in_shared]
+    return Interval(0, min(masks)) if masks else None
+
+
+def _or(x: Interval, y: Interval) -> Interval | None:
+    if x.row or y.row:
+        return _described(x, y)
+    if x.in_shared or y.in_shared or min(x.low, y.low) < 0:
+        return None
+    return Interval(0, (1 << max(x.high, y.high).bit_length()) - 1)
+
+
+def _shl(x: Interval, y: Interval) -> Interval | None:
+    return _mul(x, Interval(1 << y.low, 1 << y.low)) if y.low == y.high else None
+
+
+def _shr(x: Interval, y: Interval) -> Interval | None:
+    if y.low != y.high or x.low < 0:
+        return None
+    if x.in_shared:
+        return x._replace(row=SWIZZLES[0]) if y.low == 4 else None
+    return Interval(x.low >> y.low, x.high >> y.low)
+
+
+def _bfe(x: Interval, start: Interval, length: Interval) -> Interval | None:
+    if x.in_shared:
+        is_descriptor = (start.low, length.low) == (4, 14)
+        return x._replace(row=SWIZZLES[0]) if is_descriptor else None
+    return Interval(0, (1 << length.high) - 1)
+
+
+def _mul(x: Interval, y: Interval) -> Interval | None:
+    if x.in_shared or y.in_shared:
+        return None
+    corners = [a * b for a in x[:2] for b in y[:2]]
+    return Interval(min(corners), max(corners))
+
+
+def _mad(x: Interval, y: Interval, z: Interval) -> Interval | None:
+    product = _mul(x, y)
+    return None if product is None else _add(product, z)
+
+
+def _either(x: Interval, y: Interval) -> Interval | None:
+    if x.in_shared != y.in_shared or x.row != y.row:
+        return None
+    return Interval(min(x.low, y.low), max(x.high, y.high), x.in_shared, x.row)
