@@ -8,8 +8,12 @@ rank (`kernels/cost_model.py`). Writes results/targets.md.
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
+
+from convloom.compiler.plan import KernelStep, Plan
+from convloom.kernels import cost_model, registry
 
 from . import fusion, report
 from .bounds import BOUNDS
@@ -103,7 +107,60 @@ def markdown(rows: list[Row]) -> str:
             f"{BOUNDS[goal.model].at(goal.batch)['T']:.3g}",
         )  # fmt: skip
         lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
+    return "\n".join([*lines, *_where_time_goes()]) + "\n"
+
+
+MODELLED_LIMITS_MS = {"vgg_d": 14.5, "resnet18": 2.1, "resnet50": 5.3}
+"""Milliseconds that the plan at batch 256 may take by the model."""
+SHOWN = 4
+"""Kernels of a model that are named, those that take longest."""
+
+
+def _where_time_goes() -> list[str]:
+    """For each model at batch 256 what bounds its kernels by the model: where the next millisecond
+    is."""
+    lines = [
+        "",
+        "## Where the time goes (batch 256, by the model)",
+        "",
+        "What the slowest part of the machine is for each kernel, in microseconds of all of them: "
+        "tensor cores, L2 (tiles read out of it), shared memory, instructions, memory (DRAM), "
+        "latency, ends of tiles, launch.",
+        "",
+        "| model | kernels | modelled ms | at most | of which, us | longest kernels |",
+        "|---|--:|--:|--:|---|---|",
+    ]
+    for model in dict.fromkeys(goal.model for goal in GOALS):
+        plan = fusion.plan_at(fusion.captured_model(model, 256), "default")
+        kernels = [_Kernel.of(step, plan) for step in plan.steps if isinstance(step, KernelStep)]
+        bounds: Counter[str] = Counter()
+        for kernel in kernels:
+            bounds[kernel.bound] += round(kernel.time_us)
+        longest = sorted(kernels, key=lambda kernel: -kernel.time_us)[:SHOWN]
+        limit = MODELLED_LIMITS_MS.get(model)
+        cells = (
+            model, str(len(kernels)), f"{sum(k.time_us for k in kernels) / 1e3:.2f}",
+            str(limit or "-"), ", ".join(f"{name} {us}" for name, us in bounds.most_common()),
+            ", ".join(f"{k.module} {k.time_us:.0f} ({k.bound})" for k in longest),
+        )  # fmt: skip
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
+@dataclass(frozen=True)
+class _Kernel:
+    """A kernel of a plan with its modelled time."""
+
+    module: str
+    time_us: float
+    bound: str
+
+    @staticmethod
+    def of(step: KernelStep, plan: Plan) -> _Kernel:
+        op = registry.get(step.op)
+        time_us = cost_model.problem_us(op, step.problem, plan.target, step.config)
+        bound = cost_model.bound(op, step.problem, plan.target, step.config)
+        return _Kernel(step.name, time_us, bound)
 
 
 def main() -> None:

@@ -191,11 +191,7 @@ class _Addresses:
     def _computed(self, opcode: str, operands: str) -> Interval | None:
         name = opcode.split(".")[0]
         values = [self._value(text.strip()) for text in operands.split(",")]
-        compute: Callable[..., Interval | None] | None = {
-            "mov": _same, "cvt": _same, "shfl": _same, "add": _add, "and": _and, "or": _or,
-            "xor": _or, "shl": _shl, "shr": _shr, "bfe": _bfe, "mul": _mul, "mad": _mad,
-            "selp": _either,
-        }.get(name)  # fmt: skip
+        compute = COMPUTED.get(name)
         needed = values[: {"shfl": 1, "selp": 2}.get(name, len(values))]
         if compute is None or any(value is None for value in needed):
             return None
@@ -276,3 +272,10 @@ def _either(x: Interval, y: Interval) -> Interval | None:
     if x.in_shared != y.in_shared or x.row != y.row:
         return None
     return Interval(min(x.low, y.low), max(x.high, y.high), x.in_shared, x.row)
+
+
+COMPUTED: dict[str, Callable[..., Interval | None]] = {
+    "mov": _same, "cvt": _same, "shfl": _same, "add": _add, "and": _and, "or": _or, "xor": _or,
+    "shl": _shl, "shr": _shr, "bfe": _bfe, "mul": _mul, "mad": _mad, "selp": _either,
+}  # fmt: skip
+"""How the interval of a result follows from those of the operands, by opcode."""

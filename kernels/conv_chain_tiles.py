@@ -72,8 +72,10 @@ def _tile(m: int, n: int, k: int, warps: int, stages: int, inner: int, beside: i
 def configs(sizes: Sizes, target: Target) -> Iterator[Config]:
     """All warps lie along the rows (BLOCK_M = 16 or 32 per warp), so that t stays in registers."""
     block_k = max(16, min(64, power_of_two(sizes.channels)))
+    # Behind a convolution its copies keep the multiprocessor busy; alone the expansion's must.
+    inner_stages = (1, 2) if sizes.taps else (2, 1)
     for (block_m, warps), block_n, stages, inner, beside in itertools.product(
-        ((64, 4), (128, 8), (128, 4)), (32, 64), (3, 4, 2), (1, 2), shortcut_blocks(sizes)
+        ((64, 4), (128, 8), (128, 4)), (32, 64), (3, 4, 2), inner_stages, shortcut_blocks(sizes)
     ):
         tile = _tile(block_m, block_n, block_k, warps, stages, inner, beside)
         if legal(sizes, tile, target) is None:

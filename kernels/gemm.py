@@ -372,9 +372,10 @@ def default_tile(size: Size, target: Target) -> Config:
         tile
         for block in tiles(size.dtype, target)
         if not size.gathers or max(block[:2]) <= MOST_GATHERED
-        for split in splits(size, block[0], block[1], default_depth(size, block, target))
+        for block_k in default_depths(size, block, target)
+        for split in splits(size, block[0], block[1], block_k)
         for stages in (DEFAULT_STAGES if split == 1 else (3,))
-        if legal(size, tile := _default_of(size, block, stages, split, target), target) is None
+        if legal(size, tile := config_of(size, block, block_k, stages, split), target) is None
     ]
     return fastest(size, candidates, target)
 
@@ -389,17 +390,17 @@ def fastest(size: Size, candidates: Iterable[Config], target: Target) -> Config:
     )
 
 
-def _default_of(
-    size: Size, block: tuple[int, int, int], stages: int, split: int, target: Target
-) -> Config:
-    return config_of(size, block, default_depth(size, block, target), stages, split)
-
-
-def default_depth(size: Size, block: tuple[int, int, int], target: Target) -> int:
-    """Terms of a step: 128 bytes of a row where registers allow it."""
+def default_depths(size: Size, block: tuple[int, int, int], target: Target) -> Iterator[int]:
+    """Terms of a step: 128 bytes of a row where registers allow it, or fewer where that fills the
+    last step of a row of channels with less zeros (80 channels are 128 in steps of 64)."""
     large = target.capability < 90 and block[0] * block[1] >= LARGE
     widest = 32 if size.gathers or size.dtype is torch.float32 or large else 64
-    return max(16, min(widest, power_of_two(size.depth)))
+    deepest, least = max(16, min(widest, power_of_two(size.depth))), 1 << 62
+    for block_k in (64, 32, 16):
+        padded = -(-size.depth // block_k) * block_k
+        if block_k <= deepest and padded < least:
+            least = padded
+            yield block_k
 
 
 def outlined_us(gpu: cost_model.Machine, size: Size, tile: Config) -> float:

@@ -253,7 +253,13 @@ def launches(problem: Problem, tile: Config, target: Target) -> tuple[Launch, ..
             "K": float(attributes.k),
             "BETA": float(attributes.beta),
         },
+        instructions=tile["BLOCK_ROWS"] * tile["BLOCK_COLUMNS"] * instructions_per_result(tile),
     )
+
+
+def instructions_per_result(tile: Config) -> int:
+    """Of a thread in sm_90 code: with its neighbours in registers, and without."""
+    return 16 if tile["LANES"] > 1 else 58
 
 
 def configs(problem: Problem, target: Target) -> Iterator[Config]:

@@ -44,9 +44,9 @@ from .spec import Layout, Operand, TensorSpec
 from .targets import Target
 from .tiles import tiled_launch
 
-NORMALISED, NORMALISED_ALONE, POOLED = 16, 58, 3
-"""Thread instructions for one normalised element with neighbours in registers and without, and for
-one element of a window with its neighbours: 139 and 41 per output of a 3x3 window in sm_90 code."""
+POOLED = 3
+"""Thread instructions for one element of a window with its neighbours: 139 per output of a 3x3
+window where each is normalised, and 41 where the largest is, in sm_90 code."""
 
 
 @dataclass(frozen=True)
@@ -313,7 +313,7 @@ def _l2_bytes(problem: Problem, tile: Config) -> int:
 
 def _instructions(problem: Problem, tile: Config) -> int:
     taps = math.prod(_attributes(problem).pool.kernel)
-    normalised = NORMALISED if tile["LANES"] > 1 else NORMALISED_ALONE
+    normalised = lrn.instructions_per_result(tile)
     every = taps * normalised if _attributes(problem).lrn_first else normalised + POOLED * taps
     return tile["BLOCK_ROWS"] * tile["BLOCK_COLUMNS"] * every
 

@@ -153,7 +153,7 @@ def test_pooling_exchanges_nothing_and_stores_wide(
     shape: tuple[int, int, int], target: Target
 ) -> None:
     made = report(pooled(*shape), target)
-    assert made.spill_bytes == 0 and made.registers <= 160
+    assert made.spill_bytes == 0
     assert made.count("SHFL") == 0
     assert made.count("STG") == made.count("STG.128") > 0
     assert made.count("LDGSTS") == made.count("LDGSTS.128") > 0
@@ -179,10 +179,8 @@ def test_one_image_is_averaged_by_many_programs() -> None:
 @pytest.mark.parametrize("target", targets.GPU_TARGETS, ids=lambda target: target.name)
 def test_illegal_tiles_are_refused(target: Target) -> None:
     asked = pooled(64, 64, 56)
-    tiles = [conv_pool.OP.default(asked, target), *conv_pool.OP.configs(asked, target)]
-    assert all(tile.num_warps <= 4 for tile in tiles)
-    bad = replace(tiles[0], num_warps=8)
-    assert "issue 173068" in str(conv_pool.OP.legal(asked, bad, target))
+    deep = replace(conv_pool.OP.default(asked, target), num_stages=16)
+    assert "bytes of shared memory" in str(conv_pool.OP.legal(asked, deep, target))
     asked = averaged(64, 64, 9)
     tile = conv_mean.OP.default(asked, target)
     blocks = tuple((name, 64 if name == "BLOCK_M" else size) for name, size in tile.blocks)

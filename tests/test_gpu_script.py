@@ -17,7 +17,8 @@ import pytest
 import torch
 from convloom.benchmarks import constants, devices, gpu, gpu_findings, gpu_state, gpu_tests, saved
 from convloom.benchmarks.gpu_state import Entry, Stage
-from convloom.kernels import cost_model, targets
+from convloom.kernels import cost_model, interpreter, targets
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -460,6 +461,22 @@ def test_the_chain_of_kernels_compiles_for_a_gpu_that_is_not_here(early: bool) -
         source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 1, "launch_pdl": early}
     )
     assert ("griddepcontrol.wait" in compiled.asm["ptx"]) == early
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("boxes", [False, True])
+def test_the_reads_of_the_cache_read_every_byte(boxes: bool) -> None:
+    """Three tiles read round and round by two programs: each adds up what it says it does."""
+    x = torch.arange(192 * 64).reshape(192, 64).to(torch.float16).remainder(7)
+    y = torch.zeros(2)
+    source = TensorDescriptor(x, [192, 64], [64, 1], [64, 64]) if boxes else x
+    sizes = {"ROUNDS": 4, "BOXES": boxes, "ROWS": 64, "COLUMNS": 64}
+    with interpreter.interpreting():
+        interpreter.run(
+            constants._read_kernel, (2, 1, 1), {"x": source, "y": y, "rows": 192}, sizes
+        )
+    tiles = x.float().reshape(3, -1).sum(1)
+    assert y.tolist() == [float(tiles.sum() + tiles[at]) for at in (0, 1)]
 
 
 def test_rank_correlation() -> None:
