@@ -201,14 +201,14 @@ def launches(problem: Problem, tile: Config, target: Target) -> tuple[Launch, ..
     return (launch,)
 
 
-def _tiles(problem: Problem, target: Target) -> Iterator[tuple[int, int, int]]:
-    """The tiles worth trying that hold whole images."""
+def _default_tiles(problem: Problem, target: Target) -> Iterator[tuple[int, int, int]]:
+    """The tiles that hold whole images, without those that may take more registers than there are
+    (sm_86, 3x3 behind a prologue, 64 sums per thread and 4 warps: 252)."""
     size, pixels = _size(problem), _pixels(problem)
+    short = size.dtype is torch.float32 or target.capability < 90
     for block_m, block_n, warps in TILES:
-        # sm_86, 3x3 behind a prologue, 64 accumulators and 4 warps: 252 registers.
-        short = size.dtype is torch.float32 or (target.capability < 90 and warps <= 4)
-        is_large = block_m * block_n // (32 * warps) > (32 if short else 64)
-        if block_m % pixels == 0 and not is_large:
+        most = 32 if short and (warps <= 4 or size.dtype is torch.float32) else 64
+        if block_m % pixels == 0 and block_m * block_n // (32 * warps) <= most:
             yield block_m, block_n, warps
 
 
@@ -224,9 +224,9 @@ def _size(problem: Problem) -> gemm.Size:
 def configs(problem: Problem, target: Target) -> Iterator[Config]:
     """Tiles of whole images."""
     size = _size(problem)
-    for block_m, block_n, warps in _tiles(problem, target):
-        for block_k in (16, 32, 64):
-            for stages in (2, 3, 4):
+    for block_m, block_n, warps in TILES:
+        for block_k in (64, 32, 16):
+            for stages in (3, 4, 2):
                 tile = _tile(block_m, block_n, block_k, warps, stages)
                 if block_k <= _deepest(size, block_m) and legal(problem, tile, target) is None:
                     yield tile
@@ -263,7 +263,7 @@ def default(problem: Problem, target: Target) -> Config:
 
     tiles = (
         _tile(block_m, block_n, _deepest(size, block_m), warps, stages)
-        for block_m, block_n, warps in _tiles(problem, target)
+        for block_m, block_n, warps in _default_tiles(problem, target)
         for stages in (3, 2)  # Three of 256 rows are more than sm_86 has of shared memory.
     )
     fitting = (tile for tile in tiles if legal(problem, tile, target) is None)

@@ -173,9 +173,7 @@ def _size(problem: Problem) -> gemm.Size:
 
 
 def configs(problem: Problem, target: Target) -> Iterator[Config]:
-    for tile in gemm.tile_configs(_size(problem), target):
-        if legal(problem, tile, target) is None:
-            yield tile
+    return gemm.tile_configs(_size(problem), target)
 
 
 def _has_loops(problem: Problem, tile: Config) -> bool:
@@ -185,16 +183,7 @@ def _has_loops(problem: Problem, tile: Config) -> bool:
 
 
 def legal(problem: Problem, tile: Config, target: Target) -> str | None:
-    size = _size(problem)
-    reason = gemm.legal(size, tile, target)
-    if reason is not None or not target.is_gpu:
-        return reason
-    accumulators = tile["BLOCK_M"] * tile["BLOCK_N"] // (32 * tile.num_warps)
-    # sm_80, 64 + 64 channels in one step each, 128x128 w8: 255 registers and 8 bytes spilled.
-    in_registers = tile["BLOCK_K"] > 32 and not _has_loops(problem, tile)
-    if target.capability < 90 and accumulators > 32 and in_registers:
-        return f"{accumulators} accumulators per thread beside four operands in registers spill"
-    return None
+    return gemm.legal(_size(problem), tile, target)
 
 
 def default(problem: Problem, target: Target) -> Config:

@@ -242,20 +242,13 @@ def configs(problem: Problem, target: Target) -> Iterator[Config]:
 
 
 def legal(problem: Problem, tile: Config, target: Target) -> str | None:
-    """Shared memory, and registers beside those that the second loop needs."""
-    dtype = problem.inputs[0].spec.dtype
-    reason = gemm.legal_tile(dtype, tile, target)
-    if reason is not None or not target.is_gpu:
-        return reason
-    # 128x32, 4 warps, sm_80: up to 16 bytes spilled, fp32 56; fp32 on sm_90: 244 registers.
-    if tile["BLOCK_M"] > 64 and (target.capability < 90 or dtype is torch.float32):
-        return f"{tile['BLOCK_M']} pixels by a block of groups spill on {target.name} in {dtype}"
-    return None
+    return gemm.legal_tile(problem.inputs[0].spec.dtype, tile, target)
 
 
 def default(problem: Problem, target: Target) -> Config:
     """128 pixels by one block of groups (118 registers on sm_90 for 32 groups of 4); 64 where that
-    does not fit or leaves multiprocessors without work."""
+    leaves multiprocessors without work, before sm_90, where it spills up to 16 bytes, and in fp32
+    (56 bytes on sm_80, 244 registers on sm_90)."""
     n, _, p, q = problem.output.shape
     rows = n * p * q
     if target.name == "interpreter":
@@ -264,4 +257,5 @@ def default(problem: Problem, target: Target) -> Config:
     blocks = -(-attributes.groups // _sizes(problem)[2])
     tile = _tile(problem, 128, 4, 4)
     enough = rows // 128 * blocks >= gemm.MULTIPROCESSORS
-    return tile if enough and legal(problem, tile, target) is None else _tile(problem, 64, 4, 4)
+    fits = target.capability >= 90 and problem.inputs[0].spec.dtype is not torch.float32
+    return tile if enough and fits else _tile(problem, 64, 4, 4)
