@@ -21,12 +21,13 @@ READY_DEV := $(VENV)/.ready-dev
 INSTALLED_TORCH := import torch; v = tuple(map(int, torch.__version__.split(".")[:2])); \
   print(torch.__version__ if (2, 11) <= v < (2, 14) else "")
 
-.PHONY: help demo test gpu lint types clean $(PARTS:%=test-%)
+.PHONY: help demo test gpu gate lint types clean $(PARTS:%=test-%)
 
 help:
 	@echo "make demo    compile, run and check real networks (about two minutes)"
 	@echo "make test    every test that needs no GPU, and how much of compiler/ and kernels/ they run"
 	@echo "make gpu     on a machine with a GPU: tests, tuning, benchmark; call again until it is done"
+	@echo "make gate    what changed in the machine code of every op since the committed snapshot"
 	@echo "make lint    ruff"
 	@echo "make types   mypy --strict"
 	@echo "make clean   remove .venv and what tools left behind"
@@ -50,6 +51,10 @@ $(PARTS:%=test-%): test-%: $(READY)
 # most ten minutes; `make gpu ARGS=--dry-run` tries every stage on a CPU.
 gpu:
 	$(PYTHON) -m benchmarks.gpu $(ARGS)
+
+# Before and after a change that should leave machine code alone; ARGS=--update takes a snapshot.
+gate: $(READY)
+	$(BIN)/python -m benchmarks.gate $(ARGS)
 
 lint: $(READY_DEV)
 	$(BIN)/ruff check .
