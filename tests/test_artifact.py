@@ -72,6 +72,9 @@ def small(target: str = "cuda:sm_80") -> Executable:
     return convloom.compile(module, inputs, target=target, tuning="heuristic")
 
 
+leaves = torch.utils._pytree.tree_leaves
+
+
 def assert_same(one: Any, other: Any) -> None:
     flat, spec = torch.utils._pytree.tree_flatten(one)
     others, other_spec = torch.utils._pytree.tree_flatten(other)
@@ -266,6 +269,31 @@ def test_ranges_of_batches_lie_side_by_side(tmp_path: Path) -> None:
     assert_same(loaded(x[:1]), made[1](x[:1]))
     with pytest.raises(InvalidInputError, match=r"compiled for \(1 to 1, 3 to 4\), got 2"):
         loaded(x[:2])
+
+
+@pytest.mark.parametrize("target", ["interpreter", "reference", "cuda:sm_80"])
+@pytest.mark.parametrize("highest", [None, 4])
+def test_empty_batches_are_in_the_range_of_a_file(
+    tmp_path: Path, target: str, highest: int | None
+) -> None:
+    """Ranges from 0, and examples without a sample, which stand for the range (0, 1)."""
+    module, (x,) = network()
+    example, batches = (x, (0, highest)) if highest else (x[:0], None)
+    exe = convloom.compile(
+        module, (example,), target=target, dynamic_batch=batches, tuning="heuristic"
+    )
+    exe.save(tmp_path / "net.loom")
+    artifact = open_artifact(tmp_path / "net.loom")
+    assert [program.batches for program in artifact.programs] == [(0, highest or 1)]
+    assert rederive.differences(artifact) == []
+    loaded = convloom.load(tmp_path / "net.loom", "interpreter" if exe.target.is_gpu else target)
+    with torch.no_grad():
+        assert_same(loaded(x[:0]), module(x[:0]))
+        full = torch.cat([x, x])[: highest or 1]
+        for got, wanted in zip(leaves(loaded(full)), leaves(module(full)), strict=True):
+            torch.testing.assert_close(got, wanted)
+    with pytest.raises(InvalidInputError, match=f"expected a batch from 0 to {highest or 1}, got"):
+        loaded(torch.cat([x, x]))
 
 
 # What cannot be saved.

@@ -51,6 +51,8 @@ ABSURD = {
     "target": (P + "target", "cuda:sm_42", "unknown target"),
     "another target": (P + "target", "cuda:sm_90", "expected a cubin in kernels/sm_90/"),
     "batch": (P + "batch", [4, 1], "batches 4 to 1"),
+    "negative batch": (P + "batch", [-1, 4], "batches -1 to 4; expected a range within 0 to"),
+    "only empty batches": (P + "batch", [0, 0], "that ends at 1 or above"),
     "huge batch": (P + "batch", [1, 2**40], "batches 1 to"),
     "graph": (P + "graph", 1, "graph 1 of 1"),
     "account": (P + "account", -1, "account -1 of 1"),
