@@ -166,6 +166,21 @@ def test_more_rows_than_elements_are_refused(members: dict[str, bytes], mutant: 
     assert "starts 1 programs for 1,048,576 rows on tensors" in refused(mutant)
 
 
+def test_more_rows_than_elements_of_parts_are_refused(
+    members: dict[str, bytes], mutant: Path
+) -> None:
+    """What a launch may touch counts, not the buffers that its parts lie in."""
+    plan, program = program_of(members)
+    call = program["calls"][0]
+    parts = [argument["operand"] for argument in call["arguments"] if argument["operand"]]
+    assert all(len(part["spec"]["shape"]) == 4 for part in parts)
+    for part in parts:
+        part["spec"]["shape"][2:] = [1, 1]
+    call["grid"] |= {"rows": 400, "block_rows": 400, "columns": 1}
+    write(mutant, {**members, "plan.json": dump(plan)})
+    assert "starts 1 programs for 400 rows on tensors" in refused(mutant)
+
+
 def test_more_programs_than_a_gpu_counts_are_refused(
     members: dict[str, bytes], mutant: Path
 ) -> None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import convloom
 import pytest
 import torch
 from convloom.kernels import emulator
 from convloom.kernels.emulator import FaultError
 from convloom.kernels.emulator.memory import Bounded, alike, alike_by_width
+from torch import nn
 
 from .test_emulator import HEAD, THREADS, emulate, store
 
@@ -214,6 +216,28 @@ def launched(body: str, blocks: int, seed: int = 0) -> torch.Tensor:
     kernel = emulator.parse(f"{HEAD} {body} ret; }}")
     emulator.emulate(kernel, [tickets, words, 0], blocks, THREADS, 16, seed)
     return words
+
+
+ODD = {
+    "depthwise": nn.Conv2d(5, 5, 3, padding=1, groups=5),
+    "grouped": nn.Conv2d(9, 6, 3, padding=1, groups=3),
+    "transposed": nn.ConvTranspose2d(5, 3, 3, 2, 1),
+    "transposed depthwise": nn.ConvTranspose2d(5, 5, 3, 2, 1, groups=5),
+    "transposed, few channels": nn.ConvTranspose2d(6, 6, 4, 2, groups=2),
+    "pooled": nn.MaxPool2d(3, 2, 1),
+    "pooled by powers": nn.LPPool2d(4, 2),
+    "upsampled": nn.Upsample(scale_factor=2, mode="bilinear"),
+    "normalised": nn.InstanceNorm2d(5),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ODD)
+def test_no_kernel_reads_beside_channels_that_fill_no_tile(name: str) -> None:
+    layer = ODD[name].eval()
+    x = torch.randn(1, getattr(layer, "in_channels", 5), 4, 5)
+    exe = convloom.compile(layer, (x,), target="emulator:sm_80", tuning="heuristic")
+    with torch.no_grad():
+        torch.testing.assert_close(exe(x), layer(x), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("seed", range(5))
