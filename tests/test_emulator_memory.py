@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import convloom
 import pytest
 import torch
@@ -10,6 +12,7 @@ from convloom.kernels.emulator import FaultError
 from convloom.kernels.emulator.memory import Bounded, alike, alike_by_width
 from torch import nn
 
+from . import nets
 from .test_emulator import HEAD, THREADS, emulate, store
 
 # ----------------------------------------------------------------------------- stack frames
@@ -127,6 +130,26 @@ def test_nan_of_two_words() -> None:
     )
     assert alike(first, second, torch.float64).all() and alike_by_width(first, second).all()
     assert not alike(first, second, torch.float32).any()
+
+
+@pytest.mark.parametrize(
+    "compute",
+    [
+        lambda x: x.amax((2, 3)),
+        lambda x: x.amin((2, 3)),
+        lambda x: nn.functional.max_pool2d(x, 2),
+        lambda x: nn.functional.adaptive_max_pool2d(x, 2),
+        lambda x: nn.functional.interpolate(torch.relu(x).clamp(-1.0, 2.0), scale_factor=2.0),
+        lambda x: torch.maximum(x, -x) + torch.minimum(x.flip(3), x),
+        lambda x: x.softmax(1),
+    ],
+)
+def test_what_the_compiler_makes_of_extremes_keeps_nan(compute: Any) -> None:
+    """A GPU's own maximum drops NaN; the interpreter's does not."""
+    module, (x,) = nets.make(lambda m, x: compute(x), (2, 3, 4, 4))
+    x[0, 0, 1, 2], x[1, 2, 3, 3], x[1, 1, 0, 0] = torch.nan, torch.inf, -torch.inf
+    exe = convloom.compile(module, (x,), target="emulator:sm_80", tuning="heuristic")
+    nets.check(exe(x), module, (x,))
 
 
 # ---------------------------------------------------------------------------------- bounds
