@@ -88,7 +88,7 @@ def compile_options(
             type=_batches,
             nargs="+",
             default=[1],
-            help="images per call, or a range of them such as 1-32 (default: 1)",
+            help="images per call, or a range of them such as 1-32 or 0-32 (default: 1)",
         )
     elif batch:
         group.add_argument("--batch", type=positive, default=1, help="images per call (default: 1)")
@@ -113,7 +113,7 @@ def _batches(text: str) -> int | tuple[int, int]:
     low, dash, high = text.partition("-")
     if not dash:
         return positive(text)
-    bounds = positive(low), positive(high)
+    bounds = 0 if low == "0" else positive(low), positive(high)
     if bounds[0] > bounds[1]:
         raise argparse.ArgumentTypeError(f"expected LOWEST-HIGHEST, got {text!r}")
     return bounds

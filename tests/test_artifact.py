@@ -72,6 +72,9 @@ def small(target: str = "cuda:sm_80") -> Executable:
     return convloom.compile(module, inputs, target=target, tuning="heuristic")
 
 
+leaves = torch.utils._pytree.tree_leaves
+
+
 def assert_same(one: Any, other: Any) -> None:
     flat, spec = torch.utils._pytree.tree_flatten(one)
     others, other_spec = torch.utils._pytree.tree_flatten(other)
@@ -127,12 +130,14 @@ def test_a_file_for_gpus_runs_on_a_cpu(tmp_path: Path) -> None:
 
 def test_the_graph_comes_back_as_it_was(tmp_path: Path) -> None:
     """The same nodes in the same order, and so the same plan for any target."""
-    exe = compiled("cuda:sm_90", dynamic_batch=(2, 6))
+    options = {"dtype": torch.float16, "forbid": ["epilogue@grouped"]}
+    exe = compiled("cuda:sm_90", dynamic_batch=(2, 6), **options)
     exe.save(tmp_path / "net.loom")
     artifact = open_artifact(tmp_path / "net.loom")
     program = artifact.programs[0]
     target = targets.parse("cuda:sm_90")
     graph = read_graph(artifact.graphs[0], artifact.tensors, target, "net.loom")
+    assert graph.goal == exe.graph.goal
     kept = [name for name in exe.graph.net if name in graph]
     assert [graph.node(name) for name in graph.net] == [exe.graph.node(name) for name in kept]
     assert all(graph.inputs(name) == exe.graph.inputs(name) for name in kept)
@@ -266,6 +271,31 @@ def test_ranges_of_batches_lie_side_by_side(tmp_path: Path) -> None:
     assert_same(loaded(x[:1]), made[1](x[:1]))
     with pytest.raises(InvalidInputError, match=r"compiled for \(1 to 1, 3 to 4\), got 2"):
         loaded(x[:2])
+
+
+@pytest.mark.parametrize("target", ["interpreter", "reference", "cuda:sm_80"])
+@pytest.mark.parametrize("highest", [None, 4])
+def test_empty_batches_are_in_the_range_of_a_file(
+    tmp_path: Path, target: str, highest: int | None
+) -> None:
+    """Ranges from 0, and examples without a sample, which stand for the range (0, 1)."""
+    module, (x,) = network()
+    example, batches = (x, (0, highest)) if highest else (x[:0], None)
+    exe = convloom.compile(
+        module, (example,), target=target, dynamic_batch=batches, tuning="heuristic"
+    )
+    exe.save(tmp_path / "net.loom")
+    artifact = open_artifact(tmp_path / "net.loom")
+    assert [program.batches for program in artifact.programs] == [(0, highest or 1)]
+    assert rederive.differences(artifact) == []
+    loaded = convloom.load(tmp_path / "net.loom", "interpreter" if exe.target.is_gpu else target)
+    with torch.no_grad():
+        assert_same(loaded(x[:0]), module(x[:0]))
+        full = torch.cat([x, x])[: highest or 1]
+        for got, wanted in zip(leaves(loaded(full)), leaves(module(full)), strict=True):
+            torch.testing.assert_close(got, wanted)
+    with pytest.raises(InvalidInputError, match=f"expected a batch from 0 to {highest or 1}, got"):
+        loaded(torch.cat([x, x]))
 
 
 # What cannot be saved.

@@ -65,12 +65,18 @@ def test_compile_says_what_it_wrote(tmp_path: Path, answer: Callable[..., Any]) 
     assert f"wrote {tmp_path / 'x.loom'}" in text and "sha256" in text
 
 
+def test_a_range_may_begin_with_empty_batches(tmp_path: Path, answer: Callable[..., Any]) -> None:
+    path = tmp_path / "x.loom"
+    answer("compile", "lenet5", "--target", "reference", "-o", path, "--batch", "0-2")
+    assert "reference (batch 0 to 2)" in answer("doctor", path)
+
+
 def test_several_targets_without_a_file_are_refused(refusal: Callable[..., str]) -> None:
     message = refusal("compile", "lenet5", "--target", "reference", "--batch", "1", "2")
     assert "expected one of each, or -o FILE" in message
 
 
-@pytest.mark.parametrize("batch", ["4-1", "0", "1-", "x"])
+@pytest.mark.parametrize("batch", ["4-1", "0", "0-0", "-1-2", "1-", "x"])
 def test_a_batch_that_is_none_is_refused(batch: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         cli.main(["compile", "lenet5", "--batch", batch])

@@ -51,6 +51,8 @@ ABSURD = {
     "target": (P + "target", "cuda:sm_42", "unknown target"),
     "another target": (P + "target", "cuda:sm_90", "expected a cubin in kernels/sm_90/"),
     "batch": (P + "batch", [4, 1], "batches 4 to 1"),
+    "negative batch": (P + "batch", [-1, 4], "batches -1 to 4; expected a range within 0 to"),
+    "only empty batches": (P + "batch", [0, 0], "that ends at 1 or above"),
     "huge batch": (P + "batch", [1, 2**40], "batches 1 to"),
     "graph": (P + "graph", 1, "graph 1 of 1"),
     "account": (P + "account", -1, "account -1 of 1"),
@@ -162,6 +164,21 @@ def test_more_rows_than_elements_are_refused(members: dict[str, bytes], mutant: 
     program["calls"][0]["grid"] |= {"rows": 1 << 20, "block_rows": 1 << 20, "columns": 1}
     write(mutant, {**members, "plan.json": dump(plan)})
     assert "starts 1 programs for 1,048,576 rows on tensors" in refused(mutant)
+
+
+def test_more_rows_than_elements_of_parts_are_refused(
+    members: dict[str, bytes], mutant: Path
+) -> None:
+    """What a launch may touch counts, not the buffers that its parts lie in."""
+    plan, program = program_of(members)
+    call = program["calls"][0]
+    parts = [argument["operand"] for argument in call["arguments"] if argument["operand"]]
+    assert all(len(part["spec"]["shape"]) == 4 for part in parts)
+    for part in parts:
+        part["spec"]["shape"][2:] = [1, 1]
+    call["grid"] |= {"rows": 400, "block_rows": 400, "columns": 1}
+    write(mutant, {**members, "plan.json": dump(plan)})
+    assert "starts 1 programs for 400 rows on tensors" in refused(mutant)
 
 
 def test_more_programs_than_a_gpu_counts_are_refused(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -24,7 +25,7 @@ from convloom.compiler.plan import Plan
 from convloom.compiler.runtime import InterpreterRunner
 from convloom.compiler.streams import Schedule
 from convloom.kernels.spec import Layout, Operand, TensorSpec
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
@@ -143,8 +144,33 @@ def test_parts_that_alternate_in_memory_are_apart() -> None:
     assert not overlap(left, right) and overlap(left, both) and overlap(right, both)
     assert overlap(left, None) and overlap(left, left)
     assert overlap(left, Operand(spec, 32, 8)), "other pitches may meet anywhere"
-    assert not overlap(left, Operand(spec, 32, left.extent))
+    behind = Operand(spec, 32, left.extent)
+    assert not overlap(left, behind) and not overlap(behind, left)
+    second = Operand(spec.with_(shape=(1, 8, 3, 3)), 24, 9 * 24 + 8)
+    assert not overlap(left, second), "the right part of the second image"
     assert not hazards.overlap_in_buffer(Touch("x", True), Touch("y", True))
+
+
+@st.composite
+def parts(draw: Any) -> Operand:
+    """Images with channels innermost, in rows that may be wider than they are."""
+    shape = tuple(draw(st.integers(1, size)) for size in (2, 3, 2, 2))
+    spec = TensorSpec(shape, torch.float16, Layout.NHWC)
+    return Operand(spec, shape[1] + draw(st.integers(0, 4)), draw(st.integers(0, 12)))
+
+
+def places(part: Operand) -> set[int]:
+    """The elements of its buffer that a part covers."""
+    steps = zip(part.shape, part.strides, strict=True)
+    walks = ([at * step for at in range(size)] for size, step in steps)
+    return {part.offset + sum(at) for at in itertools.product(*walks)}
+
+
+@settings(max_examples=400)
+@given(one=parts(), other=parts())
+def test_parts_that_share_an_element_overlap(one: Operand, other: Operand) -> None:
+    if places(one) & places(other):
+        assert hazards.overlap_in_buffer(Touch("x", True, one), Touch("x", True, other))
 
 
 def test_what_shares_no_memory_is_not_ordered() -> None:

@@ -10,6 +10,9 @@ from typing import Any
 import convloom
 import pytest
 import torch
+from convloom.compiler.ir import Value
+from convloom.compiler.ledger import Ledger
+from convloom.compiler.passes.squeezes import sink_squeezes
 from convloom.errors import CaptureError, InvalidInputError, UnsupportedOpError
 from convloom.kernels import registry
 from convloom.kernels.conv_phases import Axis, ConvTranspose2d, ConvTranspose3d
@@ -134,6 +137,14 @@ def test_a_squeeze_that_others_read_stays() -> None:
             return self.b(torch.relu(y)), y.transpose(1, 2)
 
     compiled(Both, SEQUENCE)
+
+
+def test_squeezes_that_have_sunk_are_gone() -> None:
+    module = nn.Sequential(nn.Conv1d(6, 8, 3), nn.ReLU(), nn.Conv1d(8, 8, 3), nn.ReLU()).eval()
+    graph = sink_squeezes(nets.captured(module, nets.inputs_of(SEQUENCE)), Ledger())
+    fed = [node for node in graph.compute_nodes() if node.name in graph.fed()]
+    assert [node.op for node in fed].count("reshape") == 2
+    assert all(graph.uses(Value(node.name)) for node in fed)
 
 
 @pytest.mark.interpreter

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import convloom
 import pytest
 import torch
 from convloom.kernels import emulator
 from convloom.kernels.emulator import FaultError
 from convloom.kernels.emulator.memory import Bounded, alike, alike_by_width
+from torch import nn
 
+from . import nets
 from .test_emulator import HEAD, THREADS, emulate, store
 
 # ----------------------------------------------------------------------------- stack frames
@@ -127,6 +132,26 @@ def test_nan_of_two_words() -> None:
     assert not alike(first, second, torch.float32).any()
 
 
+@pytest.mark.parametrize(
+    "compute",
+    [
+        lambda x: x.amax((2, 3)),
+        lambda x: x.amin((2, 3)),
+        lambda x: nn.functional.max_pool2d(x, 2),
+        lambda x: nn.functional.adaptive_max_pool2d(x, 2),
+        lambda x: nn.functional.interpolate(torch.relu(x).clamp(-1.0, 2.0), scale_factor=2.0),
+        lambda x: torch.maximum(x, -x) + torch.minimum(x.flip(3), x),
+        lambda x: x.softmax(1),
+    ],
+)
+def test_what_the_compiler_makes_of_extremes_keeps_nan(compute: Any) -> None:
+    """A GPU's own maximum drops NaN; the interpreter's does not."""
+    module, (x,) = nets.make(lambda m, x: compute(x), (2, 3, 4, 4))
+    x[0, 0, 1, 2], x[1, 2, 3, 3], x[1, 1, 0, 0] = torch.nan, torch.inf, -torch.inf
+    exe = convloom.compile(module, (x,), target="emulator:sm_80", tuning="heuristic")
+    nets.check(exe(x), module, (x,))
+
+
 # ---------------------------------------------------------------------------------- bounds
 
 
@@ -214,6 +239,28 @@ def launched(body: str, blocks: int, seed: int = 0) -> torch.Tensor:
     kernel = emulator.parse(f"{HEAD} {body} ret; }}")
     emulator.emulate(kernel, [tickets, words, 0], blocks, THREADS, 16, seed)
     return words
+
+
+ODD = {
+    "depthwise": nn.Conv2d(5, 5, 3, padding=1, groups=5),
+    "grouped": nn.Conv2d(9, 6, 3, padding=1, groups=3),
+    "transposed": nn.ConvTranspose2d(5, 3, 3, 2, 1),
+    "transposed depthwise": nn.ConvTranspose2d(5, 5, 3, 2, 1, groups=5),
+    "transposed, few channels": nn.ConvTranspose2d(6, 6, 4, 2, groups=2),
+    "pooled": nn.MaxPool2d(3, 2, 1),
+    "pooled by powers": nn.LPPool2d(4, 2),
+    "upsampled": nn.Upsample(scale_factor=2, mode="bilinear"),
+    "normalised": nn.InstanceNorm2d(5),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ODD)
+def test_no_kernel_reads_beside_channels_that_fill_no_tile(name: str) -> None:
+    layer = ODD[name].eval()
+    x = torch.randn(1, getattr(layer, "in_channels", 5), 4, 5)
+    exe = convloom.compile(layer, (x,), target="emulator:sm_80", tuning="heuristic")
+    with torch.no_grad():
+        torch.testing.assert_close(exe(x), layer(x), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("seed", range(5))

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from convloom.compiler.executable import Executable
 from convloom.compiler.memory import Memory
 from convloom.compiler.plan import KernelStep
+from convloom.compiler.runtime import bind_launch
 from convloom.errors import InvalidInputError, KernelError, TargetUnavailableError
 from convloom.kernels.spec import FLOAT_DTYPES
 from torch import nn
@@ -396,6 +397,18 @@ def test_errors_per_step() -> None:
         assert 0 <= row.compiled < 1e-5 and 0 <= row.eager < 1e-5, row
     half, _ = compiled(dtype=torch.float16)
     assert max(row.compiled for row in half.errors(*inputs)) > 1e-5
+
+
+def test_a_launch_on_a_tensor_that_is_not_aligned_is_refused() -> None:
+    """Kernels are compiled for addresses that are multiples of 16 bytes."""
+    module, inputs = make(lambda m, x: m.linear(x), (4, 16), linear=nn.Linear(16, 16))
+    plan = convloom.compile(module, inputs, target="cuda:sm_80", tuning="heuristic").plan
+    ((_, launch),) = plan.kernels
+    memory = torch.zeros(1024)
+    aligned = bind_launch(launch, {launch.grid_at(1): "code"}, lambda ref: memory, 1)
+    assert callable(aligned)
+    with pytest.raises(KernelError, match=r"kernel: argument \w+ is not aligned to 16 bytes"):
+        bind_launch(launch, {}, lambda ref: memory[1:], 1)
 
 
 def test_errors_are_relative() -> None:

@@ -65,6 +65,40 @@ def test_the_next_by_the_model_is_taken(
     assert "keeps 8 bytes per thread on the stack, beside 255 registers of 255" in step.chosen_by
 
 
+class Summed(nn.Module):
+    """Two layers with a torch op between them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(16, 40), nn.Linear(40, 24)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y: torch.Tensor = self.second(torch.cumsum(self.first(x), 1))
+        return y
+
+
+def test_every_step_is_looked_at(compiler: Callable[[Said], None]) -> None:
+    """Behind a step that fits, and behind a torch op."""
+
+    def steps() -> list[KernelStep]:
+        exe = convloom.compile(
+            Summed().eval(), (X,), target="cuda:sm_90", tuning="heuristic", fallback="torch"
+        )
+        return [step for step in exe.plan.steps if isinstance(step, KernelStep)]
+
+    compiler(lambda request: FITS)
+    spilling = steps()[1].config.num_warps
+
+    def said(request: CompileRequest) -> Resources:
+        is_second = dict(request.constexprs)["C"] == 40
+        return Resources(255, 8 * (is_second and request.num_warps == spilling), 0)
+
+    compiler(said)
+    first, second = steps()
+    assert first.chosen_by == "heuristic"
+    assert second.config.num_warps != spilling
+
+
 def test_what_does_not_fit_gives_way_too(compiler: Callable[[Said], None]) -> None:
     compiler(lambda request: FITS)
     warps = step_of(nn.Linear(16, 40)).config.num_warps

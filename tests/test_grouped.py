@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from convloom.kernels import conv2d, grouped
@@ -96,3 +98,9 @@ def test_what_is_known_to_spill_is_no_default() -> None:
     assert grouped.default(problem, sm_80)["BLOCK_M"] == 64
     single = conv(128, 128, 56, 3, groups=32, dtype=torch.float32)
     assert grouped.default(single, sm_90)["BLOCK_M"] == 64
+
+
+def test_what_does_not_fit_shared_memory_is_refused() -> None:
+    problem, sm_90 = conv(128, 128, 56, 3, groups=32), parse("cuda:sm_90")
+    deep = replace(grouped.default(problem, sm_90), num_stages=64)
+    assert "shared memory" in str(grouped.legal(problem, deep, sm_90))

@@ -84,9 +84,14 @@ def test_functions_are_torchs(name: str) -> None:
 
 
 @pytest.mark.interpreter
-def test_dimensions_in_front_of_the_batch() -> None:
-    """Of one batch: a range of batches stays in front."""
-    module = Call(lambda x: (torch.stack((x, -x)), x.repeat(2, 1, 3, 1), x.tile(2, 1, 1, 1)))
+def test_what_one_batch_can_do_and_a_range_cannot() -> None:
+    """Dimensions in front of the batch, and one number of all samples."""
+    module = Call(
+        lambda x: (
+            torch.stack((x, -x)), x.repeat(2, 1, 3, 1), x.tile(2, 1, 1, 1),
+            torch.linalg.vector_norm(x), x.amax(),
+        )
+    )  # fmt: skip
     x = draw(*X3)
     nets.check(convloom.compile(module, (x,), target="interpreter")(x), module, (x,))
 

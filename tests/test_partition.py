@@ -270,6 +270,21 @@ def test_a_sibling_that_another_fusion_needs_is_left_out() -> None:
     assert sum(node.op == "conv2d" for node in after.compute_nodes()) == 1
 
 
+@pytest.mark.parametrize("layers", [1, 2, 3])
+def test_a_small_network_of_up_to_three_layers_is_one_kernel(layers: int) -> None:
+    def run(m: Any, x: torch.Tensor) -> torch.Tensor:
+        for conv in m.convs:
+            x = nn.functional.max_pool2d(torch.relu(conv(x)), 2)
+        return m.last(torch.relu(m.hidden(x.flatten(1))))
+
+    convs = nn.ModuleList(nn.Conv2d(4, 4, 3, padding=1) for _ in range(layers))
+    hidden = nn.Linear(4 * (16 >> layers) ** 2, 12)
+    last = nn.Linear(12, 5)
+    module, inputs = nets.make(run, (2, 4, 16, 16), convs=convs, hidden=hidden, last=last)
+    exe = convloom.compile(module, inputs, target="reference")
+    assert kernels(exe) == ["relayout", "small_net"]
+
+
 @pytest.mark.parametrize(("batch", "whole"), [(8, True), (9, False)])
 def test_the_interpreter_is_not_given_one_image_after_the_other(batch: int, whole: bool) -> None:
     """A network in one kernel has a program for each image."""

@@ -391,6 +391,16 @@ def test_one_conversion_serves_all_readers() -> None:
     assert [graph.node(reader).op for reader, _ in graph.uses(Value(x.name))] == ["relayout"]
 
 
+def test_a_view_of_five_dimensions_of_an_image_is_copied_once() -> None:
+    """It is dense for what computes with it: it is no volume, though it comes from an image."""
+    module, inputs = make(
+        lambda m, x: m.conv(x).view(2, 2, 3, 9, 7).sum(1), (2, 6, 9, 7), conv=conv()
+    )
+    exe = convloom.compile(module, inputs, target="interpreter", tuning="heuristic")
+    assert [step.op for step in exe.plan.steps].count("relayout") == 3  # in, dense, out
+    nets.check(exe(*inputs), module, inputs)
+
+
 def test_choosing_the_same_dtype_changes_nothing() -> None:
     graph = before(STEPS["choose_layout"], mixed_layouts)
     for dtype in (None, torch.float32):

@@ -228,6 +228,21 @@ def test_taps_are_unrolled_where_there_are_few() -> None:
         assert pool.unrolls(LpPool2d(norm, *small)) is is_unrolled
 
 
+@pytest.mark.parametrize(
+    ("attributes", "unrolled"),
+    [
+        (MaxPool2d((5, 5), (1, 1)), True),
+        (MaxPool2d((2, 13), (1, 1)), False),
+        (LpPool2d(16.0, (2, 2), (2, 2)), True),
+        (LpPool2d(17.0, (2, 2), (2, 2)), False),
+        (LpPool2d(2.5, (2, 2), (2, 2)), False),
+    ],
+)
+def test_windows_of_25_cheap_taps_are_unrolled(attributes: pool.Pool2d, unrolled: bool) -> None:
+    """The power of a tap is not cheap where it takes logarithms in fp64."""
+    assert pool.unrolls(attributes) is unrolled
+
+
 @pytest.mark.parametrize("norm", [0.0, -3.0, float("inf"), float("nan")])
 def test_a_norm_is_a_positive_number(norm: float) -> None:
     x = TensorSpec((1, 2, 4, 4), torch.float32, Layout.NHWC)

@@ -115,13 +115,17 @@ class Averaged(nn.Module):
             "pool": lambda: self.pool(y).flatten(1),
             "mean": lambda: y.mean((2, 3)),
             "max": lambda: y.amax((2, 3), keepdim=True).reshape(n, c),
+            "pool, then a layer": lambda: torch.relu(self.middle(self.pool(y))).flatten(1),
+            "mean, then a layer": lambda: self.middle(y.mean((2, 3), keepdim=True)).flatten(1),
         }[self.how]()
         result: Tensor = self.head(vector) * 2.0
         return result
 
 
 @pytest.mark.interpreter
-@pytest.mark.parametrize("how", ["pool", "mean", "max"])
+@pytest.mark.parametrize(
+    "how", ["pool", "mean", "max", "pool, then a layer", "mean, then a layer"]
+)
 def test_global_averages_become_windows(how: str) -> None:
     module = nets.randomise(Averaged(how))
     (x,) = nets.inputs_of((2, 3, 13, 17))

@@ -407,6 +407,16 @@ def test_rows_of_odd_strides_are_refused_where_they_are_not_aligned() -> None:
     assert steps(compiled(made, "stem-rows"))[0] == "stem_input", "fp32 pixels are 128 bits"
 
 
+@pytest.mark.parametrize(("channels", "copies"), [(3, 1), (1, 0)])
+def test_the_traffic_that_a_stem_saves(channels: int, copies: int) -> None:
+    """Of the copy to channels innermost, written and read; one channel is not copied."""
+    made = made_of(plain, (2, channels, 16, 12))
+    exe = compiled(made, "stem-loads")
+    accepted = (event for event in exe.ledger.events if event.accepted)
+    (event,) = (event for event in accepted if event.rule == RULES["stem-loads"])
+    assert event.bytes_saved == copies * 2 * made[1][0].nbytes
+
+
 def test_what_is_computed_first_is_no_stem() -> None:
     def body(m: Any, x: torch.Tensor) -> Any:
         return m.conv(F.max_pool2d(x, 2)), m.conv(x * x.mean((2, 3))[..., None, None])

@@ -195,6 +195,38 @@ def test_a_wrong_whole_number_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     assert re.search(r"%output \(output\), result 0, element \(.*\): expected \d+, got \d+ ", told)
 
 
+def test_a_result_of_another_shape_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    def unflatten(graph: Graph, ledger: Ledger) -> Graph:
+        (value,) = graph.outputs()
+        graph.set_inputs("output", graph.inputs(value.node))
+        return graph
+
+    planted_pass(monkeypatch, unflatten)
+    told = refusal(make(lambda m, x: x.flatten(2), (2, 3, 4, 5)))
+    assert "%output (output), result 0: expected shape (2, 3, 20), got (2, 3, 4, 5)" in told
+
+
+def test_results_agree_but_for_roundings() -> None:
+    exact = torch.tensor([0.0, 1.0, -3.0, torch.nan, torch.inf], dtype=torch.float64)
+    assert validate.agree(exact * (1 + 1e-15), exact) and not validate.agree(exact[1:], exact)
+    for at in range(len(exact)):
+        other = exact.clone()
+        other[at] = 0.5
+        assert not validate.agree(other, exact) and not validate.agree(exact, other)
+    zeros = torch.zeros(3, dtype=torch.float64)
+    assert validate.agree(zeros, -zeros) and not validate.agree(zeros + 1e-9, zeros)
+
+
+def test_how_far_a_right_pass_is_off_is_told() -> None:
+    """Folding rounds in another order, in fp64."""
+    validation = Validation()
+    graph = nets.captured(*make(lambda m, x: m.norm(m.conv(x)), IMAGE, norm=nn.BatchNorm2d(4),
+                                conv=nn.Conv2d(IMAGE[1], 4, 3)))  # fmt: skip
+    passes.run_passes(graph, Ledger(), validation=validation)
+    errors = {check.name: check.error for check in validation.checks}
+    assert 0 < errors["fold_batch_norm"] <= RELATIVE and errors["drop_identities"] == 0
+
+
 @pytest.mark.parametrize(
     "function",
     [

@@ -99,8 +99,11 @@ class _Checker:
         if program.target not in names:
             self.refuse(f"unknown target; this convloom knows {', '.join(names)}")
         low, high = program.batches
-        if not 1 <= low <= high <= LARGEST_BATCH:
-            self.refuse(f"batches {low} to {high}; expected 1 to {LARGEST_BATCH:,}")
+        if not 0 <= low <= high <= LARGEST_BATCH or high < 1:
+            self.refuse(
+                f"batches {low} to {high}; expected a range within 0 to {LARGEST_BATCH:,} that "
+                "ends at 1 or above"
+            )
         indices = ((program.graph, counts[0], "graph"), (program.account, counts[1], "account"))
         for index, count, what in indices:
             if not 0 <= index < count:
@@ -187,7 +190,8 @@ class _Checker:
             self.refuse(f"{where} has pitch {operand.pitch} and offset {operand.offset}")
         if spec.dtype is not buffer.dtype:
             self.refuse(f"{where} is of {spec.dtype}, its buffer of {buffer.dtype}")
-        for batch in self.program.batches:
+        low, high = self.program.batches
+        for batch in (max(low, 1), high):  # nothing is launched for an empty batch
             placed = Operand(spec.with_(shape=spec.at(batch)), operand.pitch, operand.offset)
             needed = placed.extent * spec.dtype.itemsize
             if needed > buffer.bytes_at(batch):
