@@ -156,9 +156,18 @@ STEMS = {
     "alexnet in rows": ("stem-rows", (3, 96, 227, 11, 4, 0)),
 }
 
+QUICK = ("vgg", "resnet in rows")
+"""One of each form, for every capability."""
 
-@pytest.mark.parametrize("capability", [80, 90, 100])
-@pytest.mark.parametrize("name", STEMS)
+
+@pytest.mark.parametrize(
+    ("name", "capability"),
+    [
+        pytest.param(name, at, marks=() if at == 90 or name in QUICK else pytest.mark.slow)
+        for name in STEMS
+        for at in (80, 90, 100)
+    ],
+)
 def test_stems_compile_to_coalesced_loads_without_spills(name: str, capability: int) -> None:
     """Neither do the accumulators of an unrolled product exceed sm_100's tensor memory: Triton then
     emits an empty kernel."""
