@@ -144,6 +144,7 @@ WORK: dict[str, tuple[Callable[[int], Graph], Callable[[Counter], None]]] = {
 }
 
 
+@pytest.mark.untraced
 @pytest.mark.parametrize("what", WORK)
 def test_the_work_of_compiling_and_explaining_grows_as_the_network(what: str) -> None:
     build, watch = WORK[what]

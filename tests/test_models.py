@@ -87,6 +87,7 @@ LONG = ("vgg_b", "vgg_c", "vgg_e", "resnet34", "resnet101", "resnet152")
 """Others are built alike: VGG-A and VGG-D, ResNet-18 and ResNet-50."""
 
 
+@pytest.mark.untraced
 @pytest.mark.interpreter
 @pytest.mark.parametrize(
     "name", [pytest.param(n, marks=pytest.mark.slow) if n in LONG else n for n in SIDES]
