@@ -1,5 +1,6 @@
 """Leaves to coverage.py only what it reports: tracing every call inside torch.export, Triton's
-compiler, interpreted kernels and comparisons would make the tests slower by half, and shows nothing of ours."""
+compiler, interpreted kernels and comparisons would make the tests slower by half, and shows nothing
+of ours."""
 
 from __future__ import annotations
 
