@@ -5,7 +5,7 @@ filter rows beside values that are not finite, which convolutions the pass takes
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import convloom
@@ -37,6 +37,12 @@ FORMS = tuple(LABELS.values())
 RULES = {label: rule for rule, label in LABELS.items()}
 MEAN, SCALE = (0.485, 0.456, 0.406), (4.367, 4.464, 4.444)
 SHAPE = (2, 3, 13, 18)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def exporting_once() -> Iterator[None]:
+    with nets.exporting_once():
+        yield
 
 
 # ------------------------------------------------------------------------------- the kernels
