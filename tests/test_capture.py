@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import copy
-import gc
 from typing import Any
 
 import convloom
 import pytest
 import torch
 import torch.nn.functional as F
-from convloom.compiler import api, text
+from convloom.compiler import text
 from convloom.compiler.capture import capture, refuse_unsupported
 from convloom.compiler.ir import CONSTANT, TORCH, Graph
 from convloom.compiler.ledger import Ledger
@@ -578,26 +577,3 @@ def test_views_are_captured_as_tensors_of_their_own(monkeypatch: pytest.MonkeyPa
         assert (got is view) == (view is plain or view is expanded)
         assert got is view or (got.is_contiguous() and not got._is_view())
         seen.clear()
-
-
-@pytest.mark.parametrize("enabled", [True, False])
-def test_garbage_is_collected_afterwards_if_it_was(
-    enabled: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Not during the capture, and whether it succeeds or not."""
-    during = []
-
-    def captured(module: nn.Module, *rest: Any) -> Graph:
-        during.append(gc.isenabled())
-        return capture(module, *rest)
-
-    monkeypatch.setattr(api, "capture", captured)
-    (gc.enable if enabled else gc.disable)()
-    try:
-        convloom.compile(nn.ReLU(), (torch.zeros(1, 2),), target="reference")
-        assert gc.isenabled() is enabled
-        with pytest.raises(CaptureError):
-            convloom.compile(nn.ReLU(), (torch.zeros(1, 2), torch.zeros(1)), target="reference")
-        assert gc.isenabled() is enabled and during == [False, False]
-    finally:
-        gc.enable()
