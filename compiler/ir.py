@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from heapq import heappop, heappush
 from typing import TYPE_CHECKING, Any
 
 import networkx as nx
@@ -125,24 +126,42 @@ class Graph:
 
     def nodes(self) -> list[Node]:
         """All nodes in an order where sources come first; ties keep the order of insertion."""
-        position = {name: at for at, name in enumerate(self.net.nodes)}
-        order = nx.lexicographical_topological_sort(self.net, key=position.__getitem__)
-        return [self.node(name) for name in order]
+        # As nx.lexicographical_topological_sort, on the dictionaries behind the views of networkx:
+        # every pass asks several times.
+        nodes, readers = self.net._node, self.net._succ
+        position = {name: at for at, name in enumerate(nodes)}
+        waiting = {name: len(sources) for name, sources in self.net._pred.items()}
+        ready = [at for name, at in position.items() if not waiting[name]]
+        names, order = list(nodes), []
+        while ready:
+            name = names[heappop(ready)]
+            order.append(nodes[name]["node"])
+            for reader in readers[name]:
+                waiting[reader] -= 1
+                if not waiting[reader]:
+                    heappush(ready, position[reader])
+        if len(order) < len(nodes):
+            raise GraphError(f"the graph has a cycle: {nx.find_cycle(self.net)}")
+        return order
 
     def inputs(self, name: str) -> tuple[Value, ...]:
         """The values that feed a node, by slot."""
         slots = {
             slot: Value(source, data["index"])
-            for source, edges in self.net.pred[name].items()
+            for source, edges in self.net._pred[name].items()
             for slot, data in edges.items()
         }
         return tuple(slots[slot] for slot in sorted(slots))
+
+    def slots(self, name: str) -> list[int]:
+        """The slots of a node that are fed, in order; a slot that is fed twice is there twice."""
+        return sorted(slot for edges in self.net._pred[name].values() for slot in edges)
 
     def uses(self, value: Value) -> list[tuple[str, int]]:
         """(node, slot) pairs that read the value; the output node counts as a reader."""
         return [
             (target, slot)
-            for target, edges in self.net.succ[value.node].items()
+            for target, edges in self.net._succ[value.node].items()
             for slot, data in edges.items()
             if data["index"] == value.index
         ]

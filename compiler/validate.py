@@ -136,6 +136,7 @@ class Validation:
         self._state = _State(Graph(), {})
         self._known: dict[tuple[Any, ...], tuple[int, ...]] = {}
         self._tensors: dict[int, torch.Tensor] = {}
+        self._scales: dict[int, float] = {}
         self._count = 0
         self._error = 0.0
 
@@ -298,7 +299,7 @@ class Validation:
         self, results: Sequence[torch.Tensor], sources: tuple[int, ...], candidates: list[int]
     ) -> tuple[int, ...]:
         """A candidate's number for each result that agrees with it, and a new one for others."""
-        scale = max((_rms(self._tensor(number)) for number in sources), default=0.0)
+        scale = max(map(self._scale, sources), default=0.0) if candidates else 0.0
         numbers = []
         for result in results:
             number = next((n for n in candidates if self._agrees(result, n, scale)), None)
@@ -328,6 +329,11 @@ class Validation:
         if (left := len(node.origins) - MOST_NAMES) > 0:
             shown.append(f"{left} more")
         return f"%{name} ({node.op} of {', '.join(shown)})" if shown else f"%{name} ({node.op})"
+
+    def _scale(self, number: int) -> float:
+        if number not in self._scales:
+            self._scales[number] = _rms(self._tensor(number))
+        return self._scales[number]
 
     def _tensor(self, number: int) -> torch.Tensor:
         """A value in fp64, unless it is whole numbers."""
@@ -365,8 +371,12 @@ def _key(graph: Graph, node: Node, sources: tuple[int, ...]) -> tuple[Any, ...]:
 
 
 def _rms(tensor: torch.Tensor) -> float:
-    finite = tensor[tensor.isfinite()].double()
-    return finite.square().mean().sqrt().item() if finite.numel() else 0.0
+    """Of what is finite; looking for the rest takes longer than summing."""
+    mean = tensor.double().square().mean()
+    if not mean.isfinite():
+        finite = tensor[tensor.isfinite()].double()
+        mean = finite.square().sum() / max(finite.numel(), 1)
+    return mean.sqrt().item()
 
 
 def agree(got: torch.Tensor, expected: torch.Tensor) -> bool:

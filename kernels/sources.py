@@ -13,6 +13,7 @@ import hashlib
 import textwrap
 import types
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import triton
@@ -88,7 +89,7 @@ def _code_names(code: types.CodeType) -> Iterator[str]:
 
 
 def _named_by_kernel(function: JITFunction[Any]) -> Iterator[Any]:
-    return _resolved(set(_kernel_names(_tree(function))), function.fn.__globals__)
+    return _resolved(_parsed(function.src).mentioned, function.fn.__globals__)
 
 
 def _kernel_names(tree: ast.AST) -> Iterator[str]:
@@ -111,23 +112,36 @@ def _resolved(names: Iterable[str], space: Mapping[str, Any]) -> Iterator[Any]:
             yield value
 
 
-def _tree(function: JITFunction[Any]) -> ast.FunctionDef:
-    (tree,) = ast.parse(textwrap.dedent(function.src)).body
+@dataclass(frozen=True)
+class _Parsed:
+    """A kernel's source. mentioned: the names in all of it; names: those in its text, which is
+    without comments, docstring and decorators."""
+
+    mentioned: frozenset[str]
+    names: tuple[str, ...]
+    text: str
+
+
+@functools.cache
+def _parsed(source: str) -> _Parsed:
+    """Once for all ops that share a function: that was most of what planning a network took."""
+    (tree,) = ast.parse(textwrap.dedent(source)).body
     assert isinstance(tree, ast.FunctionDef)
-    return tree
+    mentioned = frozenset(_kernel_names(tree))
+    tree.decorator_list = []
+    if ast.get_docstring(tree) is not None:
+        tree.body = tree.body[1:] or [ast.Pass()]
+    return _Parsed(mentioned, tuple(sorted(set(_kernel_names(tree)))), ast.unparse(tree))
 
 
 def normalised(function: JITFunction[Any]) -> str:
     """The function's source without comments, docstring and decorators, and the plain global
     constants that it reads."""
-    tree = _tree(function)
-    tree.decorator_list = []
-    if ast.get_docstring(tree) is not None:
-        tree.body = tree.body[1:] or [ast.Pass()]
+    parsed = _parsed(function.src)
     space = function.fn.__globals__
     constants = {
         name: repr(getattr(space[name], "value", space[name]))
-        for name in sorted(set(_kernel_names(tree)))
+        for name in parsed.names
         if isinstance(getattr(space.get(name), "value", space.get(name)), (int, float, str))
     }
-    return "\n".join([*(f"{n} = {v}" for n, v in constants.items()), ast.unparse(tree)])
+    return "\n".join([*(f"{n} = {v}" for n, v in constants.items()), parsed.text])

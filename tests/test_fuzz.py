@@ -51,6 +51,7 @@ def run(first: int) -> None:
     reached[first] = check_many(group(first))
 
 
+@pytest.mark.untraced
 @pytest.mark.interpreter
 @pytest.mark.parametrize("first", range(0, SEEDS, GROUP))
 def test_random_networks_hold_the_contract(first: int) -> None:

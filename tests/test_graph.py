@@ -17,6 +17,8 @@ from convloom.kernels.epilogue import Stage
 from convloom.kernels.movement import Concat, Slice
 from convloom.kernels.pointwise import Pointwise
 from convloom.kernels.spec import TensorSpec
+from hypothesis import given
+from hypothesis import strategies as st
 
 
 def source(shape: tuple[int, ...], name: str = "x", batch: int | None = None) -> Node:
@@ -39,6 +41,20 @@ def small() -> Graph:
 
 def test_a_sound_graph_is_accepted() -> None:
     verify(small())
+
+
+@given(edges=st.lists(st.tuples(st.integers(0, 7), st.integers(0, 7), st.integers(0, 3))))
+def test_nodes_are_in_the_order_of_networkx(edges: list[tuple[int, int, int]]) -> None:
+    """Names are inserted in another order than that of their edges; some edges are there twice."""
+    graph = Graph()
+    inserted = [f"n{at}" for at in (3, 0, 6, 1, 7, 2, 5, 4)]
+    for name in inserted:
+        graph.insert(source((1,), name))
+    for first, second, slot in edges:
+        if first < second:
+            graph.net.add_edge(f"n{first}", f"n{second}", key=slot, index=0)
+    order = nx.lexicographical_topological_sort(graph.net, key=inserted.index)
+    assert [node.name for node in graph.nodes()] == list(order)
 
 
 # Laws, one by one.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import convloom
@@ -40,6 +40,12 @@ class Call(nn.Module):
 
 def draw(*shape: int) -> torch.Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def exporting_once() -> Iterator[None]:
+    with nets.exporting_once():
+        yield
 
 
 # What torch offers to move, select and reduce; fp32, fp16 and a range of batches.

@@ -83,10 +83,11 @@ def check(exe: Executable, name: str, module: nn.Module, x: torch.Tensor) -> Non
     assert not any(step.op == "batch_norm" for step in exe.plan.steps), "an unfolded batch norm"
 
 
-LONG = ("resnet101", "resnet152")
-"""ResNet-50 is built alike, and takes a fraction of the time."""
+LONG = ("vgg_b", "vgg_c", "vgg_e", "resnet34", "resnet101", "resnet152")
+"""Others are built alike: VGG-A and VGG-D, ResNet-18 and ResNet-50."""
 
 
+@pytest.mark.untraced
 @pytest.mark.interpreter
 @pytest.mark.parametrize(
     "name", [pytest.param(n, marks=pytest.mark.slow) if n in LONG else n for n in SIDES]

@@ -5,7 +5,7 @@ filter rows beside values that are not finite, which convolutions the pass takes
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import convloom
@@ -37,6 +37,12 @@ FORMS = tuple(LABELS.values())
 RULES = {label: rule for rule, label in LABELS.items()}
 MEAN, SCALE = (0.485, 0.456, 0.406), (4.367, 4.464, 4.444)
 SHAPE = (2, 3, 13, 18)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def exporting_once() -> Iterator[None]:
+    with nets.exporting_once():
+        yield
 
 
 # ------------------------------------------------------------------------------- the kernels
@@ -156,9 +162,18 @@ STEMS = {
     "alexnet in rows": ("stem-rows", (3, 96, 227, 11, 4, 0)),
 }
 
+QUICK = ("vgg", "resnet in rows")
+"""One of each form, for every capability."""
 
-@pytest.mark.parametrize("capability", [80, 90, 100])
-@pytest.mark.parametrize("name", STEMS)
+
+@pytest.mark.parametrize(
+    ("name", "capability"),
+    [
+        pytest.param(name, at, marks=() if at == 90 or name in QUICK else pytest.mark.slow)
+        for name in STEMS
+        for at in (80, 90, 100)
+    ],
+)
 def test_stems_compile_to_coalesced_loads_without_spills(name: str, capability: int) -> None:
     """Neither do the accumulators of an unrolled product exceed sm_100's tensor memory: Triton then
     emits an empty kernel."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import json
 import multiprocessing
@@ -15,7 +16,11 @@ from typing import Any
 import convloom
 import pytest
 import torch
+from convloom.compiler import api
+from convloom.compiler.capture import capture
 from convloom.compiler.executable import Executable
+from convloom.compiler.ir import Graph
+from convloom.errors import CaptureError
 from convloom.kernels import offline
 from convloom.kernels.interpreter import interpreting
 from torch import nn
@@ -163,3 +168,26 @@ def test_repeats_and_saved_files_have_the_same_bits(tmp_path: Path) -> None:
     again = compiled(dynamic_batch=(1, 3))
     assert again.plan.to_json() == exe.plan.to_json()
     assert digest(again(images(2))) == expected
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+def test_garbage_is_collected_afterwards_if_it_was(
+    enabled: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not during the capture, and whether it succeeds or not."""
+    during = []
+
+    def captured(module: nn.Module, *rest: Any) -> Graph:
+        during.append(gc.isenabled())
+        return capture(module, *rest)
+
+    monkeypatch.setattr(api, "capture", captured)
+    (gc.enable if enabled else gc.disable)()
+    try:
+        convloom.compile(nn.ReLU(), (torch.zeros(1, 2),), target="reference")
+        assert gc.isenabled() is enabled
+        with pytest.raises(CaptureError):
+            convloom.compile(nn.ReLU(), (torch.zeros(1, 2), torch.zeros(1)), target="reference")
+        assert gc.isenabled() is enabled and during == [False, False]
+    finally:
+        gc.enable()

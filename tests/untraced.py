@@ -1,11 +1,13 @@
 """Leaves to coverage.py only what it reports: tracing every call inside torch.export, Triton's
-compiler and interpreted kernels would make the tests slower by half, and shows nothing of ours."""
+compiler, interpreted kernels and comparisons would make the tests slower by half, and shows nothing
+of ours."""
 
 from __future__ import annotations
 
 import functools
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -20,6 +22,7 @@ def leave_out(patch: pytest.MonkeyPatch) -> None:
     program = torch.export.ExportedProgram
     patch.setattr(program, "run_decompositions", untraced(program.run_decompositions))
     patch.setattr(triton, "compile", untraced(triton.compile))
+    patch.setattr(torch.testing, "assert_close", untraced(torch.testing.assert_close))
     rewritten = interpreter._rewritten
     patch.setattr(interpreter, "_rewritten", lambda function: untraced(rewritten(function)))
 
@@ -29,13 +32,18 @@ def untraced(function: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
-        tracer = sys.gettrace()
-        if tracer is None:
+        with paused():
             return function(*args, **kwargs)
-        sys.settrace(None)
-        try:
-            return function(*args, **kwargs)
-        finally:
-            sys.settrace(tracer)
 
     return call
+
+
+@contextmanager
+def paused() -> Iterator[None]:
+    """Without a trace function."""
+    tracer = sys.gettrace()
+    sys.settrace(None)
+    try:
+        yield
+    finally:
+        sys.settrace(tracer)
