@@ -27,13 +27,13 @@ if TYPE_CHECKING:
     from . import zoo
     from .compiler.api import compile
     from .compiler.artifact.load import LoadedExecutable, load
-    from .compiler.executable import Executable
+    from .compiler.run.executable import Executable
 
 _LAZY = {
     "compile": ("convloom.compiler.api", "compile"),
     "load": ("convloom.compiler.artifact.load", "load"),
     "LoadedExecutable": ("convloom.compiler.artifact.load", "LoadedExecutable"),
-    "Executable": ("convloom.compiler.executable", "Executable"),
+    "Executable": ("convloom.compiler.run.executable", "Executable"),
     "zoo": ("convloom.zoo", None),
 }
 

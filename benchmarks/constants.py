@@ -4,7 +4,7 @@ Measured: what a dependent kernel adds inside a CUDA graph, with and without pro
 launch; reads out of the L2 cache, by pointers and in boxes; copies through DRAM; a large matrix
 product. Fitted, to the times of many configurations: `fill_cycles`, `end_cycles` and `store_bytes`,
 which no simple experiment shows. Nothing is written
-into `kernels/cost_model.py`: `constants.json` says what should stand there.
+into `kernels/contract/cost_model.py`: `constants.json` says what should stand there.
 """
 
 from __future__ import annotations
@@ -24,15 +24,16 @@ import triton
 import triton.language as tl
 from convloom import zoo
 from convloom.compiler.api import lowered
-from convloom.compiler.tuning import rank
+from convloom.compiler.records import rank
 from convloom.compiler.tuning.children import ChildError
 from convloom.compiler.tuning.judges import measuring
 from convloom.compiler.tuning.search import Work, problems_of, works_for
 from convloom.errors import ConvloomError, KernelError
-from convloom.kernels import cost_model, offline
-from convloom.kernels.cost_model import Machine
-from convloom.kernels.op import Config
-from convloom.kernels.targets import Target
+from convloom.kernels.contract import cost_model
+from convloom.kernels.contract.cost_model import Machine
+from convloom.kernels.contract.op import Config
+from convloom.kernels.contract.targets import Target
+from convloom.kernels.devices import offline
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from .devices import Device

@@ -13,14 +13,14 @@ from types import ModuleType
 from typing import Any
 
 import torch
-from convloom.compiler.capture import TorchCall, capture
-from convloom.compiler.executable import Executable
-from convloom.compiler.ir import Goal, Graph
-from convloom.compiler.ledger import Ledger
-from convloom.compiler.lower import Options, lower
+from convloom.compiler.capture.capture import TorchCall, capture
+from convloom.compiler.graph.ir import Goal, Graph
+from convloom.compiler.graph.ledger import Ledger
 from convloom.compiler.passes import run_passes
-from convloom.compiler.runtime import InterpreterRunner, ReferenceRunner
-from convloom.kernels import targets, tolerance
+from convloom.compiler.plan.lower import Options, lower
+from convloom.compiler.run.executable import Executable
+from convloom.compiler.run.runtime import InterpreterRunner, ReferenceRunner
+from convloom.kernels.contract import targets, tolerance
 from torch import nn
 
 # Families of architectures; the kernels are interpreted for the first member of each.

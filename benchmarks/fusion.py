@@ -2,9 +2,9 @@
 
 fp16, sm_90, heuristic configurations, no GPU needed: kernels launched (input conversion included),
 bytes that the kernels read and write if every tensor is touched once, and the modelled time
-(`kernels/cost_model.py`; a ranking, not a promise), beside the bounds of `bounds.py`. Measured
-times stay empty until a GPU measured them. Results go to benchmarks/results/fusion.json and
-fusion.md.
+(`kernels/contract/cost_model.py`; a ranking, not a promise), beside the bounds of `bounds.py`.
+Measured times stay empty until a GPU measured them. Results go to benchmarks/results/fusion.json
+and fusion.md.
 """
 
 from __future__ import annotations
@@ -18,15 +18,16 @@ from pathlib import Path
 
 import torch
 from convloom import zoo
-from convloom.compiler.capture import capture
-from convloom.compiler.ir import Goal, Graph
-from convloom.compiler.ledger import Event, Ledger
-from convloom.compiler.lower import Options, lower
+from convloom.compiler.capture.capture import capture
+from convloom.compiler.graph.ir import Goal, Graph
+from convloom.compiler.graph.ledger import Event, Ledger
 from convloom.compiler.passes import LABELS, NAMES, run_passes
-from convloom.compiler.plan import KernelStep, Plan
-from convloom.kernels import cost_model, registry, targets
-from convloom.kernels.op import X, Y
-from convloom.kernels.pool_conv import PoolConv
+from convloom.compiler.plan.lower import Options, lower
+from convloom.compiler.plan.plan import KernelStep, Plan
+from convloom.kernels import registry
+from convloom.kernels.contract import cost_model, targets
+from convloom.kernels.contract.op import X, Y
+from convloom.kernels.fused.pool_conv import PoolConv
 
 from .bounds import BOUNDS
 from .machine_info import git_hash

@@ -18,10 +18,12 @@ from typing import Any
 
 import torch
 import triton
-from convloom.compiler.tuning import rank
-from convloom.kernels import offline, registry, targets
-from convloom.kernels.offline import CompileRequest
-from convloom.kernels.op import Op, Operand, Problem
+from convloom.compiler.records import rank
+from convloom.kernels import registry
+from convloom.kernels.contract import targets
+from convloom.kernels.contract.op import Op, Operand, Problem
+from convloom.kernels.devices import offline
+from convloom.kernels.devices.offline import CompileRequest
 
 from . import ops, report
 

@@ -330,8 +330,8 @@ def measure_saved(options: argparse.Namespace, output: Path) -> None:
 def measure_correlation(options: argparse.Namespace, output: Path) -> None:
     """Writes correlation.json: every configuration, modelled and measured, and what to change."""
     import torch
-    from convloom.compiler.tuning import rank
-    from convloom.kernels import targets
+    from convloom.compiler.records import rank
+    from convloom.kernels.contract import targets
 
     from . import constants, report
 

@@ -22,14 +22,14 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
-from convloom.compiler.ir import INPUT, OUTPUT, Goal, Graph, NoAttributes, Node, Value
-from convloom.compiler.ledger import Ledger
-from convloom.compiler.lower import Options, lower
+from convloom.compiler.graph.ir import INPUT, OUTPUT, Goal, Graph, NoAttributes, Node, Value
+from convloom.compiler.graph.ledger import Ledger
 from convloom.compiler.passes import run_passes
-from convloom.kernels import targets
-from convloom.kernels.conv2d import Conv2d
-from convloom.kernels.movement import Concat
-from convloom.kernels.spec import Layout, TensorSpec
+from convloom.compiler.plan.lower import Options, lower
+from convloom.kernels.contract import targets
+from convloom.kernels.contract.spec import Layout, TensorSpec
+from convloom.kernels.convolution.conv2d import Conv2d
+from convloom.kernels.movement.movement import Concat
 
 from .machine_info import describe
 

@@ -13,9 +13,10 @@ from typing import Any
 
 import torch
 from convloom import zoo
-from convloom.compiler.plan import KernelStep, Plan
+from convloom.compiler.plan.plan import KernelStep, Plan
 from convloom.errors import ConvloomError, InvalidInputError, TargetUnavailableError
-from convloom.kernels import cost_model, registry, targets, tolerance
+from convloom.kernels import registry
+from convloom.kernels.contract import cost_model, targets, tolerance
 from torch import nn
 
 from .bounds import BOUNDS

@@ -3,8 +3,8 @@
 fp16, sm_90, default configurations. Bytes: the least that must be moved, every tensor touched once,
 and how many times that the programs really fetch through the L2 cache and write, counted in the
 interpreter (`traffic.py`) on a smaller problem under the same configuration. Times are modelled
-(`kernels/cost_model.py`: a ranking, no promise); the measured column is filled where a GPU is
-present. Results go to benchmarks/results/ops.json and ops.md.
+(`kernels/contract/cost_model.py`: a ranking, no promise); the measured column is filled where a GPU
+is present. Results go to benchmarks/results/ops.json and ops.md.
 """
 
 from __future__ import annotations
@@ -19,8 +19,9 @@ from typing import Any
 
 import torch
 from convloom.compiler.tuning.cuda import CudaBackend
-from convloom.kernels import cost_model, registry, targets
-from convloom.kernels.op import Config, Op, Operand, Problem
+from convloom.kernels import registry
+from convloom.kernels.contract import cost_model, targets
+from convloom.kernels.contract.op import Config, Op, Operand, Problem
 
 from .machine_info import git_hash
 from .traffic import READ, WRITE, fetched_bytes, traffic

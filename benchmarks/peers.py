@@ -20,7 +20,7 @@ from typing import Any
 
 import convloom
 import torch
-from convloom.compiler.executable import Executable
+from convloom.compiler.run.executable import Executable
 from convloom.errors import InvalidInputError, near_names
 from torch import nn
 

@@ -10,11 +10,11 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from convloom.compiler.executable import Executable
-from convloom.compiler.plan import KernelStep, Plan
-from convloom.compiler.tuning import rank
+from convloom.compiler.plan.plan import KernelStep, Plan
+from convloom.compiler.records import rank
+from convloom.compiler.run.executable import Executable
 from convloom.kernels import registry
-from convloom.kernels.targets import INTERPRETER
+from convloom.kernels.contract.targets import INTERPRETER
 
 from .measure import roofline_us
 

@@ -1,8 +1,8 @@
 """The model of time beside what others measured: `python -m benchmarks.public_figures`.
 
 Half-precision products on H100 and H200 whose tiles, programs and rates are public. The model
-(`kernels/cost_model.py`) is given the same tiles; part of its constants was fitted to these
-figures, so that agreement shows that it can be right about all of them at once, not that it
+(`kernels/contract/cost_model.py`) is given the same tiles; part of its constants was fitted to
+these figures, so that agreement shows that it can be right about all of them at once, not that it
 predicts others. Writes results/public_figures.md.
 """
 
@@ -12,8 +12,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from convloom.kernels import cost_model, targets
-from convloom.kernels.op import Launch
+from convloom.kernels.contract import cost_model, targets
+from convloom.kernels.contract.op import Launch
 
 from . import report
 from .machine_info import git_hash

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from convloom.errors import ArtifactError
-from convloom.kernels import cost_model
+from convloom.kernels.contract import cost_model
 
 from .charts import roofline, speed_ups
 from .devices import gpu_state

@@ -20,7 +20,7 @@ from typing import Any
 import convloom
 import torch
 from convloom import zoo
-from convloom.kernels import targets
+from convloom.kernels.contract import targets
 from torch import nn
 
 from .devices import Device

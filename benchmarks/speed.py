@@ -21,12 +21,12 @@ from typing import Any
 import convloom
 import torch
 from convloom import zoo
-from convloom.compiler.capture import capture
-from convloom.compiler.ir import Goal
-from convloom.compiler.ledger import Ledger
-from convloom.compiler.lower import Options, lower
+from convloom.compiler.capture.capture import capture
+from convloom.compiler.graph.ir import Goal
+from convloom.compiler.graph.ledger import Ledger
 from convloom.compiler.passes import run_passes
-from convloom.kernels import targets
+from convloom.compiler.plan.lower import Options, lower
+from convloom.kernels.contract import targets
 
 from .machine_info import describe
 

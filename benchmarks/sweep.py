@@ -3,8 +3,8 @@
 The convolutional families of torchvision and timm, with random weights at a small resolution: each
 network is captured, lowered, and its fused graph run by torch ops (`reference`) and, for one member
 of each family, by the kernels in the interpreter; results are held to the module in fp64 as
-everywhere (`kernels/tolerance.py`). A name is all that is known of a network here: what compiles
-does so because its ops are there.
+everywhere (`kernels/contract/tolerance.py`). A name is all that is known of a network here: what
+compiles does so because its ops are there.
 
 Each network has a process and a time limit of its own, and what is done is kept, so that the sweep
 can be called again and goes on; results lie in benchmarks/results/foreign.json and foreign.md.

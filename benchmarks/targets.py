@@ -3,7 +3,7 @@
 fp16. A goal is a ratio to torch.compile with max-autotune at batch 256, or microseconds at batch 1,
 on an H200. Measured figures are those of the reports below `results/` (`python -m benchmarks.zoo`
 on a GPU), with the device they were measured on; until then a cell says so. Modelled times only
-rank (`kernels/cost_model.py`). Writes results/targets.md.
+rank (`kernels/contract/cost_model.py`). Writes results/targets.md.
 """
 
 from __future__ import annotations
@@ -12,8 +12,9 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
-from convloom.compiler.plan import KernelStep, Plan
-from convloom.kernels import cost_model, registry
+from convloom.compiler.plan.plan import KernelStep, Plan
+from convloom.kernels import registry
+from convloom.kernels.contract import cost_model
 
 from . import fusion, report
 from .bounds import BOUNDS

@@ -15,9 +15,10 @@ from typing import Any
 import numpy as np
 import torch
 from convloom.compiler.tuning.bench import Bench
-from convloom.kernels import execute, interpreter, registry
-from convloom.kernels.op import Config, Problem, Ref
-from convloom.kernels.targets import Target
+from convloom.kernels import registry
+from convloom.kernels.contract.op import Config, Problem, Ref
+from convloom.kernels.contract.targets import Target
+from convloom.kernels.devices import execute, interpreter
 from triton.runtime import interpreter as upstream
 
 READ, WRITE = "read", "write"

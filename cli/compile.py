@@ -13,8 +13,8 @@ from .options import compile_options, json_option
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from ..compiler.executable import Executable, Kernel
-    from ..kernels.offline import KernelReport
+    from ..compiler.run.executable import Executable, Kernel
+    from ..kernels.devices.offline import KernelReport
     from .options import SubParsers
 
 

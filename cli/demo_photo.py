@@ -13,7 +13,7 @@ from . import inputs, models, output
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from ..compiler.executable import StepError
+    from ..compiler.run.executable import StepError
 
 TITLE = "ResNet-18 on a photograph, held against float64"
 PHOTO = "china.jpg"
@@ -28,8 +28,8 @@ def show(console: Console, folder: Path) -> dict[str, Any]:
     """
     import torch
 
-    from ..compiler import parity
     from ..compiler.api import compile
+    from ..compiler.explain import parity
 
     entry = zoo.entry("resnet18")
     x = inputs.image_tensor(_photo(), entry)

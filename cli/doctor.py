@@ -149,7 +149,7 @@ def _gpu() -> Check:
     import torch
 
     from ..errors import TargetUnavailableError
-    from ..kernels import targets
+    from ..kernels.contract import targets
 
     disables = "target cuda; cuda:sm_* compiles all the same, and the interpreter runs"
     if not torch.cuda.is_available():

@@ -18,7 +18,7 @@ from . import options as shared
 if TYPE_CHECKING:
     import torch
 
-    from ..compiler.executable import Executable
+    from ..compiler.run.executable import Executable
     from ..zoo import ZooModel
     from ..zoo.accuracy import Errors
     from .options import SubParsers

@@ -14,11 +14,11 @@ from . import files, models, output
 from .options import compile_options, json_option
 
 if TYPE_CHECKING:
-    from ..compiler.account import Account
-    from ..compiler.executable import Executable, Kernel
-    from ..compiler.ir import Graph
-    from ..compiler.ledger import Ledger
-    from ..compiler.plan import Plan
+    from ..compiler.explain.account import Account
+    from ..compiler.graph.ir import Graph
+    from ..compiler.graph.ledger import Ledger
+    from ..compiler.plan.plan import Plan
+    from ..compiler.run.executable import Executable, Kernel
     from .options import SubParsers
 
 CODE = ("source", "ptx", "sass")
@@ -140,7 +140,7 @@ def _explain(planned: _Planned, options: argparse.Namespace) -> None:
     if options.json:
         output.print_json(_answer(planned.plan, account))
     elif not (options.html or options.svg):
-        from ..compiler.executable import explanation
+        from ..compiler.run.executable import explanation
 
         print(explanation(planned.name, planned.plan, planned.ledger), end="")
 
@@ -169,7 +169,7 @@ def _explain_file(options: argparse.Namespace) -> None:
 
 
 def _draw(options: argparse.Namespace, account: Account) -> None:
-    from ..compiler import picture
+    from ..compiler.explain import picture
 
     for path, drawn in ((options.html, picture.to_html), (options.svg, picture.to_svg)):
         if path is not None:
@@ -183,7 +183,7 @@ def _write(path: Path, text: str) -> None:
 
 def _answer(plan: Plan, account: Account) -> dict[str, Any]:
     """The account, which `--diff` reads back, and beside it what can be looked up in it."""
-    from ..compiler.account_text import refusals_by_reason
+    from ..compiler.explain.account_text import refusals_by_reason
 
     refusals = [
         {"count": count, "rule": rule, "reason": reason}
@@ -206,7 +206,7 @@ def _compare(options: argparse.Namespace) -> None:
             f"--diff: expected two compilations, A and B, got {len(options.diff)}: "
             f"{' '.join(options.diff)}"
         )
-    from ..compiler import diff
+    from ..compiler.explain import diff
 
     before, after = (_side(word, options) for word in options.diff)
     difference = diff.compare(before, after, tuple(options.diff))
@@ -236,7 +236,7 @@ def read_account(path: Path) -> Account:
 
     Raises: ArtifactError where there is no file, or it is no such JSON.
     """
-    from ..compiler.account import from_json
+    from ..compiler.explain.account import from_json
 
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
@@ -250,7 +250,7 @@ def read_account(path: Path) -> Account:
 
 
 def _dot(graph: Graph) -> str:
-    from ..compiler import text
+    from ..compiler.graph import text
 
     return text.to_dot(graph)
 

@@ -18,11 +18,11 @@ if TYPE_CHECKING:
     from torch import nn
 
     from ..compiler.artifact.load import LoadedExecutable
-    from ..compiler.executable import Executable
-    from ..compiler.ir import Graph
-    from ..compiler.ledger import Ledger
-    from ..compiler.plan import Plan
-    from ..compiler.validate import Validation
+    from ..compiler.graph.ir import Graph
+    from ..compiler.graph.ledger import Ledger
+    from ..compiler.plan.plan import Plan
+    from ..compiler.run.executable import Executable
+    from ..compiler.run.validate import Validation
     from ..zoo import ZooModel
 
 SEED = 0

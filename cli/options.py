@@ -140,7 +140,7 @@ def target(options: argparse.Namespace) -> str:
 
     Raises: TargetUnavailableError for an unknown target, or for one this machine lacks.
     """
-    from ..kernels import targets
+    from ..kernels.contract import targets
 
     if options.target is None:
         return default_target()
@@ -151,7 +151,7 @@ def target(options: argparse.Namespace) -> str:
 
 def default_target() -> str:
     """What models run on here: "cuda" where there is a supported GPU, else "interpreter"."""
-    from ..kernels import targets
+    from ..kernels.contract import targets
 
     capability = targets.local_capability()
     runnable = capability is not None and capability >= targets.GPU_TARGETS[0].capability

@@ -71,7 +71,7 @@ def _profile(options: argparse.Namespace) -> Profile:
 
     from ..benchmarks import profile
     from ..compiler.tuning.judges import can_measure
-    from ..kernels import targets
+    from ..kernels.contract import targets
 
     entry = zoo.entry(options.name)
     target = targets.parse(shared.target(options))

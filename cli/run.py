@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     import torch
 
     from ..compiler.artifact.load import LoadedExecutable
-    from ..compiler.executable import Executable
+    from ..compiler.run.executable import Executable
     from ..zoo import ZooModel
     from .options import SubParsers
 

@@ -19,12 +19,12 @@ from . import options as shared
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from ..compiler.tuning.choose import Listed, Records
+    from ..compiler.records.choose import Listed, Records
+    from ..compiler.records.store import Merged
     from ..compiler.tuning.judges import Judge
     from ..compiler.tuning.search import Outcome, Progress, Tuner, Work
-    from ..compiler.tuning.store import Merged
-    from ..kernels.op import Problem
-    from ..kernels.targets import Target
+    from ..kernels.contract.op import Problem
+    from ..kernels.contract.targets import Target
     from .options import SubParsers
 
 EVERY_MODEL = "all"
@@ -124,7 +124,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _tune(options: argparse.Namespace) -> int:
-    from ..compiler.tuning.choose import Records, local_device
+    from ..compiler.records.choose import Records, local_device
     from ..compiler.tuning.search import Options, Tuner
 
     started = time.monotonic()
@@ -162,7 +162,7 @@ def _target(options: argparse.Namespace) -> Target:
     Raises: TargetUnavailableError where there is no GPU and no target, and for targets that have
     nothing to tune.
     """
-    from ..kernels import targets
+    from ..kernels.contract import targets
 
     if options.target is None and targets.local_capability() is None:
         raise TargetUnavailableError(
@@ -193,8 +193,8 @@ def _works(
     import torch
 
     from ..compiler.api import lowered
+    from ..compiler.records.timings import Timings
     from ..compiler.tuning.search import problems_of, works_for
-    from ..compiler.tuning.timings import Timings
 
     known = Timings(records, target)
     wanted: list[tuple[Problem, Target]] = []
@@ -270,7 +270,7 @@ def _summary(tuner: Tuner, records: Records) -> str:
 
 
 def _answer(tuner: Tuner, records: Records) -> dict[str, Any]:
-    from ..compiler.tuning.records import to_json
+    from ..compiler.records.records import to_json
 
     return {
         "records": str(records.own.folder),
@@ -293,14 +293,14 @@ def _answer(tuner: Tuner, records: Records) -> dict[str, Any]:
 
 
 def _records(options: argparse.Namespace) -> Records:
-    from ..compiler.tuning.choose import Records
+    from ..compiler.records.choose import Records
 
     return Records.here(options.to)
 
 
 def _show(options: argparse.Namespace) -> int:
-    from ..compiler.tuning.choose import listed
-    from ..compiler.tuning.records import to_json
+    from ..compiler.records.choose import listed
+    from ..compiler.records.records import to_json
 
     found = listed(_records(options), options.show or None)
     if options.json:
@@ -335,7 +335,7 @@ def _record_table(found: Sequence[Listed]) -> Table:
 
 
 def _merge(options: argparse.Namespace) -> int:
-    from ..compiler.tuning.store import merge
+    from ..compiler.records.store import merge
 
     results = merge(_records(options).own, options.merge)
     _print_merged(results, options.json)
@@ -350,7 +350,7 @@ def _merge(options: argparse.Namespace) -> int:
 
 
 def _prune(options: argparse.Namespace) -> int:
-    from ..compiler.tuning.store import prune
+    from ..compiler.records.store import prune
 
     _print_merged(prune(_records(options).own), options.json)
     return 0

@@ -21,7 +21,7 @@ from .options import json_option
 if TYPE_CHECKING:
     from torch import nn
 
-    from ..compiler.ir import Graph
+    from ..compiler.graph.ir import Graph
     from .options import SubParsers
 
 FIGURES = Path(__file__).with_name("zoo_figures.json")
@@ -80,7 +80,7 @@ def figures(names: Sequence[str], measured: bool) -> list[dict[str, Any]]:
 
 def measure(name: str) -> dict[str, Any]:
     """One row, from the graph captured at batch 1 in float32."""
-    from ..compiler.lower import activation_bytes
+    from ..compiler.plan.lower import activation_bytes
 
     model, graph = _captured(name)
     return {
@@ -105,7 +105,7 @@ def layers(name: str) -> list[dict[str, Any]]:
 def _captured(name: str) -> tuple[nn.Module, Graph]:
     import torch
 
-    from ..compiler.capture import capture
+    from ..compiler.capture.capture import capture
 
     with torch.device("meta"):
         model = models.build(name)

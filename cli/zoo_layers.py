@@ -11,7 +11,7 @@ from . import output
 if TYPE_CHECKING:
     from torch import nn
 
-    from ..compiler.ir import Graph, Node
+    from ..compiler.graph.ir import Graph, Node
 
 PRODUCTS = ("conv2d", "conv3d", "conv_transpose2d", "conv_transpose3d", "linear")
 VIEWS = ("identity", "reshape")
@@ -25,7 +25,7 @@ def layers(graph: Graph, model: nn.Module) -> list[dict[str, Any]]:
     is that of its last op. Ops that move nothing (flatten, dropout at inference) are no layers.
     A parameter is counted where it is first read.
     """
-    from ..compiler.ledger import Ledger
+    from ..compiler.graph.ledger import Ledger
     from ..compiler.passes.recognise import recognise_composites
 
     graph = recognise_composites(graph.copy(), Ledger())
@@ -59,7 +59,7 @@ def _op(node: Node) -> str:
 
 def _parameters(graph: Graph, model: nn.Module, fed: set[str]) -> dict[str, int]:
     """How many parameters each node is the first to read."""
-    from ..compiler.ir import CONSTANT
+    from ..compiler.graph.ir import CONSTANT
 
     sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
     position = {node.name: at for at, node in enumerate(graph.nodes())}
@@ -88,8 +88,8 @@ def _readers(graph: Graph, constant: str, fed: set[str]) -> set[str]:
 
 def macs(graph: Graph, node: Node) -> int:
     """Multiply-accumulates of a convolution or linear layer, 0 for anything else."""
-    from ..kernels.op import Problem
-    from ..kernels.spec import Operand
+    from ..kernels.contract.op import Problem
+    from ..kernels.contract.spec import Operand
 
     if node.op not in PRODUCTS:
         return 0

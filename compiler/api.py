@@ -15,20 +15,22 @@ import torch
 
 from .. import settings
 from ..errors import InvalidInputError
-from ..kernels import targets
-from ..kernels.spec import FLOAT_DTYPES
-from ..kernels.targets import EMULATOR, INTERPRETER, REFERENCE, Target
-from . import wishes
-from .capture import capture
-from .example_inputs import bounds_of, has_no_samples
-from .executable import Executable
-from .ir import Goal, Graph
-from .ledger import Ledger
-from .lower import Options, lower
+from ..kernels.contract import targets
+from ..kernels.contract.spec import FLOAT_DTYPES
+from ..kernels.contract.targets import EMULATOR, INTERPRETER, REFERENCE, Target
+from .capture.capture import capture
+from .capture.example_inputs import bounds_of, has_no_samples
+from .fusion import overrides as wishes
+from .graph.ir import Goal, Graph
+from .graph.ledger import Ledger
 from .passes import LABELS, run_passes, select
 from .passes.slide_classifier import slide_classifier
-from .plan import Plan
-from .runtime import (
+from .plan.lower import Options, lower
+from .plan.plan import Plan
+from .records.choose import Chooser, Records, heuristic, local_device
+from .records.timings import Timings
+from .run.executable import Executable
+from .run.runtime import (
     CrossCompiledRunner,
     CudaRunner,
     EmulatorRunner,
@@ -36,11 +38,9 @@ from .runtime import (
     ReferenceRunner,
     Runner,
 )
-from .tuning.choose import Chooser, Records, heuristic, local_device
+from .run.validate import Validation
 from .tuning.fit import fitted
 from .tuning.search import problems_of, search, works_for
-from .tuning.timings import Timings
-from .validate import Validation
 
 LOG = logging.getLogger("convloom")
 PRECISIONS = ("ieee", "tf32")

@@ -6,44 +6,36 @@ The table is complete when this module has been imported and never changes after
 from __future__ import annotations
 
 from ..errors import UnsupportedOpError, near_names
-from . import (
-    adaptive_pool,
-    adaptive_pool_nd,
-    batch_norm,
-    bmm,
-    conv2d,
+from .contract.op import Capture, Op
+from .convolution import conv2d, conv_nd, conv_transpose
+from .fused import (
     conv_chain,
     conv_mean,
-    conv_nd,
     conv_pool,
     conv_sum,
-    conv_transpose,
     head,
-    linear,
-    lrn,
     lrn_pool,
+    pool_conv,
+    separable,
+    small_net,
+    squeeze_excite,
+    stem,
+    stem_input,
+)
+from .movement import movement_ops, pad, pointwise, rearrange
+from .normalisation import batch_norm, lrn, normalize, reduce, softmax
+from .pooling import (
+    adaptive_pool,
+    adaptive_pool_nd,
     max_pool_indices,
     max_unpool,
     median_pool,
     mixed_pool,
-    movement_ops,
-    normalize,
-    pad,
-    pointwise,
     pool,
-    pool_conv,
     pool_nd,
-    rearrange,
-    reduce,
-    separable,
-    small_net,
-    softmax,
-    squeeze_excite,
-    stem,
-    stem_input,
     upsample,
 )
-from .op import Capture, Op
+from .products import bmm, linear
 
 OPS: tuple[Op, ...] = (
     conv2d.OP,

@@ -12,7 +12,7 @@ import pytest
 import torch
 from convloom.compiler.artifact import archive
 from convloom.compiler.artifact.read import open_artifact
-from convloom.compiler.typed import dump
+from convloom.compiler.graph.typed import dump
 from convloom.errors import ArtifactError
 from torch import nn
 

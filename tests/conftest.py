@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from convloom.compiler.tuning import choose, store
+from convloom.compiler.records import choose, store
 from hypothesis import HealthCheck, Phase, settings
 
 from . import untraced

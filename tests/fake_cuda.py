@@ -1,6 +1,6 @@
-"""torch.cuda as far as `compiler/cuda_graphs.py` uses it, on the CPU: launches run at once, a graph
-runs again what was launched while it was recorded, events are written down, and a launch outside of
-the current stream must come after what that stream was given."""
+"""torch.cuda as far as `compiler/run/cuda_graphs.py` uses it, on the CPU: launches run at once, a
+graph runs again what was launched while it was recorded, events are written down, and a launch
+outside of the current stream must come after what that stream was given."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from typing import Any
 
 import pytest
 import torch
-from convloom.compiler import runtime
-from convloom.compiler.cuda_graphs import Action, GraphRunner
-from convloom.compiler.executable import Executable
-from convloom.compiler.memory import Memory
-from convloom.compiler.plan import KernelStep, Plan
-from convloom.kernels import execute, interpreter
+from convloom.compiler.graph.memory import Memory
+from convloom.compiler.plan.plan import KernelStep, Plan
+from convloom.compiler.run import runtime
+from convloom.compiler.run.cuda_graphs import Action, GraphRunner
+from convloom.compiler.run.executable import Executable
+from convloom.kernels.devices import execute, interpreter
 
 
 class FakeCuda:

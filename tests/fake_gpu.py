@@ -18,9 +18,10 @@ from typing import Any
 
 import pytest
 import torch
-from convloom.compiler import capture
-from convloom.kernels import dependent, execute, interpreter, offline
-from convloom.kernels.offline import CompileRequest, Resources
+from convloom.compiler.capture import capture
+from convloom.kernels.contract import programmatic_launch as dependent
+from convloom.kernels.devices import execute, interpreter, offline
+from convloom.kernels.devices.offline import CompileRequest, Resources
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 

@@ -12,10 +12,11 @@ from typing import Any
 
 import torch
 from convloom.errors import InvalidInputError
-from convloom.kernels import registry, tolerance
-from convloom.kernels.epilogue import Stage, apply_reference
-from convloom.kernels.op import Config, Op, Problem
-from convloom.kernels.spec import TensorSpec
+from convloom.kernels import registry
+from convloom.kernels.contract import tolerance
+from convloom.kernels.contract.epilogue import Stage, apply_reference
+from convloom.kernels.contract.op import Config, Op, Problem
+from convloom.kernels.contract.spec import TensorSpec
 
 from . import harness
 from .fuzz.contract import NOISE_RUNS, Noise, same

@@ -6,11 +6,12 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from convloom.compiler.runtime import bind_launch
-from convloom.kernels import execute, interpreter, offline, targets
-from convloom.kernels.offline import CompileRequest
-from convloom.kernels.op import NONE, Launch, Operand, Ref
-from convloom.kernels.targets import Target
+from convloom.compiler.run.runtime import bind_launch
+from convloom.kernels.contract import targets
+from convloom.kernels.contract.op import NONE, Launch, Operand, Ref
+from convloom.kernels.contract.targets import Target
+from convloom.kernels.devices import execute, interpreter, offline
+from convloom.kernels.devices.offline import CompileRequest
 
 from .harness import Interpreter
 

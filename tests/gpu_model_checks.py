@@ -18,13 +18,13 @@ import pytest
 import torch
 from convloom import settings, zoo
 from convloom.benchmarks.measure import products
-from convloom.compiler import parity
-from convloom.compiler.executable import Executable
+from convloom.compiler.explain import parity
+from convloom.compiler.fusion.pattern import Rule
 from convloom.compiler.passes import PASSES
-from convloom.compiler.pattern import Rule
+from convloom.compiler.run.executable import Executable
 from convloom.errors import InvalidInputError
-from convloom.kernels import tolerance
-from convloom.kernels.torch_convolution import SoundConvolutions
+from convloom.kernels.contract import tolerance
+from convloom.kernels.tile.torch_convolution import SoundConvolutions
 from torch import nn
 
 from . import nets, test_fusions

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from convloom.kernels import targets
+from convloom.kernels.contract import targets
 
 from . import gpu_checks, gpu_stress
 from .gpu_device import Gpu, Rehearsed

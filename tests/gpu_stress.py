@@ -11,11 +11,13 @@ from typing import Any
 
 import torch
 from convloom.errors import ConvloomError
-from convloom.kernels import execute, registry, tolerance
-from convloom.kernels.conv2d import Conv2d
-from convloom.kernels.linear import Linear
-from convloom.kernels.op import Attributes, Config, Op, Problem, Ref
-from convloom.kernels.spec import Layout, TensorSpec
+from convloom.kernels import registry
+from convloom.kernels.contract import tolerance
+from convloom.kernels.contract.op import Attributes, Config, Op, Problem, Ref
+from convloom.kernels.contract.spec import Layout, TensorSpec
+from convloom.kernels.convolution.conv2d import Conv2d
+from convloom.kernels.devices import execute
+from convloom.kernels.products.linear import Linear
 
 from . import harness
 from .gpu_checks import drawn, problem_of

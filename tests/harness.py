@@ -7,12 +7,13 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from convloom.kernels import emulator, execute, interpreter, tolerance
-from convloom.kernels.epilogue import Epilogue, Stage, apply_reference
-from convloom.kernels.op import NONE, Attributes, Config, Launch, Op, Problem, Ref
-from convloom.kernels.scalars import BY_NAME
-from convloom.kernels.spec import FLOAT_DTYPES, Layout, Operand, TensorSpec, as_layout
-from convloom.kernels.targets import EMULATOR, INTERPRETER, Target, parse
+from convloom.kernels.contract import tolerance
+from convloom.kernels.contract.epilogue import Epilogue, Stage, apply_reference
+from convloom.kernels.contract.op import NONE, Attributes, Config, Launch, Op, Problem, Ref
+from convloom.kernels.contract.scalars import BY_NAME
+from convloom.kernels.contract.spec import FLOAT_DTYPES, Layout, Operand, TensorSpec, as_layout
+from convloom.kernels.contract.targets import EMULATOR, INTERPRETER, Target, parse
+from convloom.kernels.devices import emulator, execute, interpreter
 from hypothesis import strategies as st
 
 # ---------------------------------------------------------------------------------- drawing

@@ -19,10 +19,14 @@ from typing import Any
 
 import torch
 import triton
-from convloom.compiler import api, runtime
-from convloom.compiler.tuning import rank
-from convloom.kernels import dependent, offline, registry, targets
-from convloom.kernels.op import Config, Launch, Problem, Ref
+from convloom.compiler import api
+from convloom.compiler.records import rank
+from convloom.compiler.run import runtime
+from convloom.kernels import registry
+from convloom.kernels.contract import programmatic_launch as dependent
+from convloom.kernels.contract import targets
+from convloom.kernels.contract.op import Config, Launch, Problem, Ref
+from convloom.kernels.devices import offline
 from torch import nn
 from triton.runtime import driver
 

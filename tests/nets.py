@@ -17,12 +17,12 @@ from typing import Any
 import pytest
 import torch
 from convloom.compiler import api
-from convloom.compiler.capture import capture
-from convloom.compiler.evaluate import evaluate
-from convloom.compiler.ir import INPUT, Graph, NoAttributes, Node, Value
-from convloom.kernels import tolerance
-from convloom.kernels.spec import TensorSpec
-from convloom.kernels.torch_convolution import SoundConvolutions
+from convloom.compiler.capture.capture import capture
+from convloom.compiler.graph.ir import INPUT, Graph, NoAttributes, Node, Value
+from convloom.compiler.run.evaluate import evaluate
+from convloom.kernels.contract import tolerance
+from convloom.kernels.contract.spec import TensorSpec
+from convloom.kernels.tile.torch_convolution import SoundConvolutions
 from torch import nn
 from torch.utils import _pytree as pytree
 

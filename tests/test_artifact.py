@@ -22,11 +22,13 @@ import torch
 from convloom.compiler.artifact import archive, graphs, rederive
 from convloom.compiler.artifact.graphs import lower_again, read_graph
 from convloom.compiler.artifact.read import open_artifact
-from convloom.compiler.executable import Executable
-from convloom.compiler.typed import dump
+from convloom.compiler.graph.typed import dump
+from convloom.compiler.run.executable import Executable
 from convloom.errors import ArtifactError, InvalidInputError, TargetUnavailableError
-from convloom.kernels import offline, registry, targets
-from convloom.kernels.op import Attributes, Op
+from convloom.kernels import registry
+from convloom.kernels.contract import targets
+from convloom.kernels.contract.op import Attributes, Op
+from convloom.kernels.devices import offline
 from safetensors import safe_open
 from torch import nn
 
@@ -326,7 +328,7 @@ def test_overlapping_ranges_are_refused(tmp_path: Path) -> None:
 def test_a_grid_that_the_file_cannot_say_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from convloom.kernels.op import Launch
+    from convloom.kernels.contract.op import Launch
 
     exe = compiled("cuda:sm_90", dynamic_batch=(1, 4))
     monkeypatch.setattr(Launch, "grid_at", lambda self, batch: (batch * batch, 1, 1))

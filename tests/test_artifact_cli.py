@@ -15,7 +15,7 @@ from convloom import zoo
 from convloom.cli import main as cli
 from convloom.compiler.artifact import archive, rederive
 from convloom.compiler.artifact.read import open_artifact
-from convloom.compiler.typed import dump
+from convloom.compiler.graph.typed import dump
 
 pytestmark = pytest.mark.interpreter
 

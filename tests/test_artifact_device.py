@@ -13,15 +13,18 @@ from typing import Any
 import convloom
 import pytest
 import torch
-from convloom.compiler import api, cuda_graphs, runtime, streams
+from convloom.compiler import api
 from convloom.compiler.artifact import device as gpu
 from convloom.compiler.artifact import load as loading
 from convloom.compiler.artifact.program import Program
 from convloom.compiler.artifact.read import Artifact, open_artifact
-from convloom.compiler.executable import Executable
-from convloom.compiler.memory import Memory
+from convloom.compiler.graph.memory import Memory
+from convloom.compiler.plan import streams
+from convloom.compiler.run import cuda_graphs, runtime
+from convloom.compiler.run.executable import Executable
 from convloom.errors import KernelError, TargetUnavailableError
-from convloom.kernels import execute, interpreter, targets
+from convloom.kernels.contract import targets
+from convloom.kernels.devices import execute, interpreter
 from torch import nn
 
 from .fake_driver import FakeDriver, Started

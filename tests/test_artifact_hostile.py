@@ -19,7 +19,7 @@ import torch
 from convloom.compiler.artifact import archive, rederive
 from convloom.compiler.artifact.program import Program
 from convloom.compiler.artifact.read import Artifact, open_artifact
-from convloom.compiler.typed import dump
+from convloom.compiler.graph.typed import dump
 from convloom.errors import ArtifactError
 
 from .artifact_files import members_of, refused, rewrite, save_small, write

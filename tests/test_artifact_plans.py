@@ -9,7 +9,7 @@ from typing import Any
 
 import convloom
 import pytest
-from convloom.compiler.typed import dump
+from convloom.compiler.graph.typed import dump
 from convloom.errors import ArtifactError
 
 from .artifact_files import members_of, refused, rewrite, save_small, write

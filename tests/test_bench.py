@@ -26,14 +26,9 @@ from convloom.benchmarks.devices import Sample
 from convloom.benchmarks.measure import Choices, Result, Row
 from convloom.benchmarks.peers import Absentee, Entrant, UnavailableError
 from convloom.cli.main import main
-from convloom.compiler import runtime
-from convloom.errors import (
-    ArtifactError,
-    ConvloomError,
-    InvalidInputError,
-    TargetUnavailableError,
-)
-from convloom.kernels import targets
+from convloom.compiler.run import runtime
+from convloom.errors import ArtifactError, ConvloomError, InvalidInputError, TargetUnavailableError
+from convloom.kernels.contract import targets
 from torch import nn
 
 SVG = "{http://www.w3.org/2000/svg}"

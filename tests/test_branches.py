@@ -14,17 +14,17 @@ from typing import Any
 import convloom
 import pytest
 import torch
-from convloom.compiler import branches, hazards, streams
 from convloom.compiler.api import lowered
 from convloom.compiler.artifact import device, rederive
 from convloom.compiler.artifact.read import open_artifact
 from convloom.compiler.artifact.tensors import Pool
 from convloom.compiler.artifact.write import program_of
-from convloom.compiler.hazards import Touch
-from convloom.compiler.plan import Plan
-from convloom.compiler.runtime import InterpreterRunner
-from convloom.compiler.streams import Schedule
-from convloom.kernels.spec import Layout, Operand, TensorSpec
+from convloom.compiler.plan import branches, hazards, streams
+from convloom.compiler.plan.hazards import Touch
+from convloom.compiler.plan.plan import Plan
+from convloom.compiler.plan.streams import Schedule
+from convloom.compiler.run.runtime import InterpreterRunner
+from convloom.kernels.contract.spec import Layout, Operand, TensorSpec
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn

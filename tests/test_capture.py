@@ -9,12 +9,12 @@ import convloom
 import pytest
 import torch
 import torch.nn.functional as F
-from convloom.compiler import text
-from convloom.compiler.capture import capture, refuse_unsupported
-from convloom.compiler.ir import CONSTANT, TORCH, Graph
-from convloom.compiler.ledger import Ledger
+from convloom.compiler.capture.capture import capture, refuse_unsupported
+from convloom.compiler.graph import text
+from convloom.compiler.graph.ir import CONSTANT, TORCH, Graph
+from convloom.compiler.graph.ledger import Ledger
+from convloom.compiler.graph.verify import verify
 from convloom.compiler.passes.recognise import recognise_composites
-from convloom.compiler.verify import verify
 from convloom.errors import CaptureError, UnsupportedOpError
 from torch import nn
 

@@ -6,13 +6,16 @@ from dataclasses import replace
 
 import pytest
 import torch
-from convloom.compiler.tuning import rank
-from convloom.kernels import conv_tma, cost_model, execute, offline, registry
-from convloom.kernels.conv2d import Conv2d
-from convloom.kernels.epilogue import Stage
-from convloom.kernels.op import Config, Problem, Ref, config
-from convloom.kernels.spec import FLOAT_DTYPES, Layout, TensorSpec
-from convloom.kernels.targets import Target, parse
+from convloom.compiler.records import rank
+from convloom.kernels import registry
+from convloom.kernels.contract import cost_model
+from convloom.kernels.contract.epilogue import Stage
+from convloom.kernels.contract.op import Config, Problem, Ref, config
+from convloom.kernels.contract.spec import FLOAT_DTYPES, Layout, TensorSpec
+from convloom.kernels.contract.targets import Target, parse
+from convloom.kernels.convolution import conv_tma
+from convloom.kernels.convolution.conv2d import Conv2d
+from convloom.kernels.devices import execute, offline
 
 from . import harness
 from .test_offline import sums_of

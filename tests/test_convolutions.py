@@ -10,17 +10,17 @@ from typing import Any
 import convloom
 import pytest
 import torch
-from convloom.compiler.ir import Value
-from convloom.compiler.ledger import Ledger
+from convloom.compiler.graph.ir import Value
+from convloom.compiler.graph.ledger import Ledger
 from convloom.compiler.passes.squeezes import sink_squeezes
 from convloom.errors import CaptureError, InvalidInputError, UnsupportedOpError
 from convloom.kernels import registry
-from convloom.kernels.conv_phases import Axis, ConvTranspose2d, ConvTranspose3d
-from convloom.kernels.conv_window import BorderConv2d, Conv3d
-from convloom.kernels.op import Attributes
-from convloom.kernels.pad import Pad
-from convloom.kernels.pool_window import AdaptivePool3d, AvgPool3d, MaxPool3d
-from convloom.kernels.spec import Layout, TensorSpec
+from convloom.kernels.contract.op import Attributes
+from convloom.kernels.contract.spec import Layout, TensorSpec
+from convloom.kernels.convolution.conv_phases import Axis, ConvTranspose2d, ConvTranspose3d
+from convloom.kernels.convolution.conv_window import BorderConv2d, Conv3d
+from convloom.kernels.movement.pad import Pad
+from convloom.kernels.pooling.pool_window import AdaptivePool3d, AvgPool3d, MaxPool3d
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn

@@ -14,16 +14,20 @@ from convloom import settings
 from convloom.compiler.api import lowered
 from convloom.compiler.artifact import device as gpu
 from convloom.compiler.artifact.read import open_artifact
-from convloom.compiler.memory import Memory
+from convloom.compiler.graph.memory import Memory
 from convloom.errors import InvalidInputError
-from convloom.kernels import conv_tma, dependent, gemm_tma, offline, registry
-from convloom.kernels.conv2d import Conv2d
-from convloom.kernels.epilogue import Stage
-from convloom.kernels.offline import CompileRequest
-from convloom.kernels.op import NONE, Config, Launch
-from convloom.kernels.pointwise import Pointwise
-from convloom.kernels.spec import Layout, TensorSpec
-from convloom.kernels.targets import Target, parse
+from convloom.kernels import registry
+from convloom.kernels.contract import programmatic_launch as dependent
+from convloom.kernels.contract.epilogue import Stage
+from convloom.kernels.contract.op import NONE, Config, Launch
+from convloom.kernels.contract.spec import Layout, TensorSpec
+from convloom.kernels.contract.targets import Target, parse
+from convloom.kernels.convolution import conv_tma
+from convloom.kernels.convolution.conv2d import Conv2d
+from convloom.kernels.devices import offline
+from convloom.kernels.devices.offline import CompileRequest
+from convloom.kernels.movement.pointwise import Pointwise
+from convloom.kernels.products import gemm_tma
 from torch import nn
 
 from . import harness, machine_code

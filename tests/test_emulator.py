@@ -9,10 +9,15 @@ import numpy as np
 import pytest
 import torch
 from convloom.errors import KernelError, TargetUnavailableError
-from convloom.kernels import emulator
-from convloom.kernels.emulator import FaultError, UnsupportedPtxError
-from convloom.kernels.emulator.products import Descriptor, fragment_a, fragment_b, fragment_c
-from convloom.kernels.emulator.tma import TensorMap
+from convloom.kernels.devices import emulator
+from convloom.kernels.devices.emulator import FaultError, UnsupportedPtxError
+from convloom.kernels.devices.emulator.products import (
+    Descriptor,
+    fragment_a,
+    fragment_b,
+    fragment_c,
+)
+from convloom.kernels.devices.emulator.tma import TensorMap
 from hypothesis import given
 from hypothesis import strategies as st
 

@@ -7,9 +7,9 @@ from typing import Any
 import convloom
 import pytest
 import torch
-from convloom.kernels import emulator
-from convloom.kernels.emulator import FaultError
-from convloom.kernels.emulator.memory import Bounded, alike, alike_by_width
+from convloom.kernels.devices import emulator
+from convloom.kernels.devices.emulator import FaultError
+from convloom.kernels.devices.emulator.memory import Bounded, alike, alike_by_width
 from torch import nn
 
 from . import nets

@@ -10,9 +10,9 @@ import pytest
 import torch
 import triton
 import triton.language as tl
-from convloom.kernels import epilogue as ep
-from convloom.kernels.epilogue import Access, Stage
-from convloom.kernels.spec import Layout, Operand, TensorSpec
+from convloom.kernels.contract import epilogue as ep
+from convloom.kernels.contract.epilogue import Access, Stage
+from convloom.kernels.contract.spec import Layout, Operand, TensorSpec
 from hypothesis import assume, given
 from hypothesis import strategies as st
 from triton.backends.compiler import GPUTarget

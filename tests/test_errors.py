@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from convloom import settings
-from convloom.compiler.executable import Executable
+from convloom.compiler.run.executable import Executable
 from convloom.errors import (
     ArtifactError,
     CaptureError,
@@ -23,7 +23,7 @@ from convloom.errors import (
     UnsupportedOpError,
     near_names,
 )
-from convloom.kernels import targets
+from convloom.kernels.contract import targets
 from torch import nn
 
 from . import nets

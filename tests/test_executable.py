@@ -13,12 +13,12 @@ import convloom
 import pytest
 import torch
 import torch.nn.functional as F
-from convloom.compiler.executable import Executable
-from convloom.compiler.memory import Memory
-from convloom.compiler.plan import KernelStep
-from convloom.compiler.runtime import bind_launch
+from convloom.compiler.graph.memory import Memory
+from convloom.compiler.plan.plan import KernelStep
+from convloom.compiler.run.executable import Executable
+from convloom.compiler.run.runtime import bind_launch
 from convloom.errors import InvalidInputError, KernelError, TargetUnavailableError
-from convloom.kernels.spec import FLOAT_DTYPES
+from convloom.kernels.contract.spec import FLOAT_DTYPES
 from torch import nn
 
 from . import nets

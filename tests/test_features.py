@@ -9,7 +9,7 @@ import convloom
 import pytest
 import torch
 from convloom import zoo
-from convloom.compiler import features
+from convloom.compiler.capture import features
 from convloom.errors import CaptureError, InvalidInputError
 from convloom.zoo.digits import load_digits_split
 from torch import nn

@@ -10,14 +10,16 @@ import convloom
 import pytest
 import torch
 from convloom.compiler.artifact import read, rederive
-from convloom.compiler.plan import KernelStep
-from convloom.compiler.tuning import choose, fit
-from convloom.compiler.tuning.choose import Choice
+from convloom.compiler.plan.plan import KernelStep
+from convloom.compiler.records import choose
+from convloom.compiler.records.choose import Choice
+from convloom.compiler.tuning import fit
 from convloom.errors import KernelError
-from convloom.kernels import offline, registry
-from convloom.kernels.offline import CompileRequest, Resources
-from convloom.kernels.op import Config, Op, Problem
-from convloom.kernels.targets import Target
+from convloom.kernels import registry
+from convloom.kernels.contract.op import Config, Op, Problem
+from convloom.kernels.contract.targets import Target
+from convloom.kernels.devices import offline
+from convloom.kernels.devices.offline import CompileRequest, Resources
 from torch import nn
 
 X = torch.zeros(2, 16)

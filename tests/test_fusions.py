@@ -16,11 +16,15 @@ import convloom
 import convloom.compiler
 import pytest
 import torch
-from convloom.compiler import fusions, partition, text
-from convloom.compiler.capture import capture
-from convloom.compiler.fusions import BINARY, HEAVY, UNARY
-from convloom.compiler.ir import INPUT, OUTPUT, Graph, NoAttributes, Node, Value
-from convloom.compiler.ledger import Event, Ledger
+from convloom.compiler.capture.capture import capture
+from convloom.compiler.fusion import partition
+from convloom.compiler.fusion import rules as fusions
+from convloom.compiler.fusion.pattern import NearMiss, Rule, always, apply_rules, match
+from convloom.compiler.fusion.rules import BINARY, HEAVY, UNARY
+from convloom.compiler.graph import text
+from convloom.compiler.graph.ir import INPUT, OUTPUT, Graph, NoAttributes, Node, Value
+from convloom.compiler.graph.ledger import Event, Ledger
+from convloom.compiler.graph.verify import verify
 from convloom.compiler.passes import (
     PASSES,
     Pass,
@@ -29,12 +33,10 @@ from convloom.compiler.passes import (
     recognise_pools,
     sink_prologues,
 )
-from convloom.compiler.pattern import NearMiss, Rule, always, apply_rules, match
-from convloom.compiler.verify import verify
-from convloom.kernels.conv2d import Conv2d
-from convloom.kernels.epilogue import Stage
-from convloom.kernels.pointwise import Pointwise
-from convloom.kernels.scalars import BY_NAME
+from convloom.kernels.contract.epilogue import Stage
+from convloom.kernels.contract.scalars import BY_NAME
+from convloom.kernels.convolution.conv2d import Conv2d
+from convloom.kernels.movement.pointwise import Pointwise
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn

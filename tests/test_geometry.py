@@ -13,15 +13,16 @@ import torch
 import torch.nn.functional as F
 from convloom.errors import CaptureError, InvalidInputError, UnsupportedOpError
 from convloom.kernels import registry
-from convloom.kernels.adaptive_pool import AdaptivePool2d
-from convloom.kernels.conv2d import Conv2d
-from convloom.kernels.conv_phases import ConvTranspose2d, ConvTranspose3d
-from convloom.kernels.conv_window import BorderConv2d, Conv3d
-from convloom.kernels.max_unpool import MaxUnpool2d
-from convloom.kernels.median_pool import MedianPool2d
-from convloom.kernels.op import Attributes
-from convloom.kernels.pad import Pad
-from convloom.kernels.pool_window import (
+from convloom.kernels.contract.op import Attributes
+from convloom.kernels.contract.spec import MEMORY_FORMATS, Layout, TensorSpec
+from convloom.kernels.convolution.conv2d import Conv2d
+from convloom.kernels.convolution.conv_phases import ConvTranspose2d, ConvTranspose3d
+from convloom.kernels.convolution.conv_window import BorderConv2d, Conv3d
+from convloom.kernels.movement.pad import Pad
+from convloom.kernels.pooling.adaptive_pool import AdaptivePool2d
+from convloom.kernels.pooling.max_unpool import MaxUnpool2d
+from convloom.kernels.pooling.median_pool import MedianPool2d
+from convloom.kernels.pooling.pool_window import (
     AdaptivePool3d,
     AvgPool2d,
     AvgPool3d,
@@ -29,7 +30,6 @@ from convloom.kernels.pool_window import (
     MaxPool2d,
     MaxPool3d,
 )
-from convloom.kernels.spec import MEMORY_FORMATS, Layout, TensorSpec
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn

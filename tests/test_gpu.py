@@ -17,7 +17,8 @@ from typing import Any
 import pytest
 import torch
 from convloom import zoo
-from convloom.kernels import offline, registry
+from convloom.kernels import registry
+from convloom.kernels.devices import offline
 
 from . import gpu_checks, gpu_model_checks, gpu_sample, gpu_stress, test_fusions
 from .gpu_checks import PRECISIONS

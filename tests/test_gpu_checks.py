@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 import torch
 from convloom.benchmarks import measure
-from convloom.compiler.executable import Executable
-from convloom.kernels import registry, targets
-from convloom.kernels.op import Op
+from convloom.compiler.run.executable import Executable
+from convloom.kernels import registry
+from convloom.kernels.contract import targets
+from convloom.kernels.contract.op import Op
 
 from . import gpu_checks, gpu_model_checks, gpu_sample, gpu_stress, harness, test_fusions
 from .gpu_device import Rehearsed

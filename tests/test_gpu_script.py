@@ -17,7 +17,8 @@ import pytest
 import torch
 from convloom.benchmarks import constants, devices, gpu, gpu_findings, gpu_state, gpu_tests, saved
 from convloom.benchmarks.gpu_state import Entry, Stage
-from convloom.kernels import cost_model, interpreter, targets
+from convloom.kernels.contract import cost_model, targets
+from convloom.kernels.devices import interpreter
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -8,15 +8,15 @@ from dataclasses import replace
 import networkx as nx
 import pytest
 import torch
-from convloom.compiler import text
-from convloom.compiler.ir import CONSTANT, INPUT, OUTPUT, Graph, NoAttributes, Node, Value
-from convloom.compiler.verify import verify
+from convloom.compiler.graph import text
+from convloom.compiler.graph.ir import CONSTANT, INPUT, OUTPUT, Graph, NoAttributes, Node, Value
+from convloom.compiler.graph.verify import verify
 from convloom.errors import GraphError, InvalidInputError, UnsupportedOpError
-from convloom.kernels.conv2d import Conv2d
-from convloom.kernels.epilogue import Stage
-from convloom.kernels.movement import Concat, Slice
-from convloom.kernels.pointwise import Pointwise
-from convloom.kernels.spec import TensorSpec
+from convloom.kernels.contract.epilogue import Stage
+from convloom.kernels.contract.spec import TensorSpec
+from convloom.kernels.convolution.conv2d import Conv2d
+from convloom.kernels.movement.movement import Concat, Slice
+from convloom.kernels.movement.pointwise import Pointwise
 from hypothesis import given
 from hypothesis import strategies as st
 

@@ -6,10 +6,10 @@ from dataclasses import replace
 
 import pytest
 import torch
-from convloom.kernels import conv2d, grouped
-from convloom.kernels.conv2d import Conv2d
-from convloom.kernels.spec import FLOAT_DTYPES, Layout, TensorSpec
-from convloom.kernels.targets import parse
+from convloom.kernels.contract.spec import FLOAT_DTYPES, Layout, TensorSpec
+from convloom.kernels.contract.targets import parse
+from convloom.kernels.convolution import conv2d, grouped
+from convloom.kernels.convolution.conv2d import Conv2d
 from hypothesis import given
 from hypothesis import strategies as st
 

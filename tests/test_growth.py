@@ -10,18 +10,19 @@ from typing import Any
 import networkx as nx
 import pytest
 import torch
-from convloom.compiler import arena, estimate, pattern
-from convloom.compiler.arena import Lifetime
-from convloom.compiler.ir import INPUT, OUTPUT, Goal, Graph, NoAttributes, Node, Value
-from convloom.compiler.ledger import Ledger
-from convloom.compiler.lower import Options, lower
+from convloom.compiler.fusion import estimate, pattern
+from convloom.compiler.graph.ir import INPUT, OUTPUT, Goal, Graph, NoAttributes, Node, Value
+from convloom.compiler.graph.ledger import Ledger
+from convloom.compiler.graph.verify import verify
 from convloom.compiler.passes import run_passes
 from convloom.compiler.passes.concats import nest_concatenations
-from convloom.compiler.verify import verify
-from convloom.kernels import targets
-from convloom.kernels.conv2d import Conv2d
-from convloom.kernels.movement import Concat
-from convloom.kernels.spec import Layout, Operand, TensorSpec
+from convloom.compiler.plan import arena
+from convloom.compiler.plan.arena import Lifetime
+from convloom.compiler.plan.lower import Options, lower
+from convloom.kernels.contract import targets
+from convloom.kernels.contract.spec import Layout, Operand, TensorSpec
+from convloom.kernels.convolution.conv2d import Conv2d
+from convloom.kernels.movement.movement import Concat
 from hypothesis import given
 from hypothesis import strategies as st
 

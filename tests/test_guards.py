@@ -21,12 +21,14 @@ import torch
 from convloom import zoo
 from convloom.benchmarks.measure import roofline_us
 from convloom.compiler.api import lowered
-from convloom.compiler.plan import KernelStep, Plan
-from convloom.compiler.runtime import compile_requests
-from convloom.compiler.tuning import rank
-from convloom.kernels import cost_model, offline, registry, targets
-from convloom.kernels.offline import CompileRequest, KernelReport
-from convloom.kernels.op import Launch
+from convloom.compiler.plan.plan import KernelStep, Plan
+from convloom.compiler.records import rank
+from convloom.compiler.run.runtime import compile_requests
+from convloom.kernels import registry
+from convloom.kernels.contract import cost_model, targets
+from convloom.kernels.contract.op import Launch
+from convloom.kernels.devices import offline
+from convloom.kernels.devices.offline import CompileRequest, KernelReport
 
 from . import machine_code
 

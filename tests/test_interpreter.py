@@ -10,7 +10,7 @@ import torch
 import triton
 import triton.language as tl
 from convloom.errors import KernelError
-from convloom.kernels import interpreter
+from convloom.kernels.devices import interpreter
 from hypothesis import given
 from hypothesis import strategies as st
 from triton.backends.compiler import GPUTarget

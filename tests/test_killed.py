@@ -12,8 +12,8 @@ from pathlib import Path
 import convloom
 import pytest
 import torch
-from convloom.compiler.tuning.store import Store, user_folder
-from convloom.kernels import offline
+from convloom.compiler.records.store import Store, user_folder
+from convloom.kernels.devices import offline
 from torch import nn
 
 CHILD = """

@@ -14,17 +14,18 @@ import pytest
 import torch
 from convloom import zoo
 from convloom.compiler import api
-from convloom.compiler.plan import KernelStep
-from convloom.compiler.tuning import rank
-from convloom.compiler.tuning.choose import Choice, heuristic
-from convloom.kernels import epilogue as ep
-from convloom.kernels import gemm, registry
-from convloom.kernels.conv2d import Conv2d
-from convloom.kernels.epilogue import Stage
-from convloom.kernels.linear import Linear
-from convloom.kernels.op import Attributes, Config, Op, Problem
-from convloom.kernels.spec import Layout, TensorSpec
-from convloom.kernels.targets import Target
+from convloom.compiler.plan.plan import KernelStep
+from convloom.compiler.records import rank
+from convloom.compiler.records.choose import Choice, heuristic
+from convloom.kernels import registry
+from convloom.kernels.contract import epilogue as ep
+from convloom.kernels.contract.epilogue import Stage
+from convloom.kernels.contract.op import Attributes, Config, Op, Problem
+from convloom.kernels.contract.spec import Layout, TensorSpec
+from convloom.kernels.contract.targets import Target
+from convloom.kernels.convolution.conv2d import Conv2d
+from convloom.kernels.products import gemm
+from convloom.kernels.products.linear import Linear
 
 from . import harness
 

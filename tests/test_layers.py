@@ -12,11 +12,11 @@ import torch
 import torch.nn.functional as F
 from convloom.errors import InvalidInputError, UnsupportedOpError
 from convloom.kernels import registry
-from convloom.kernels.bmm import Bmm
-from convloom.kernels.op import Attributes
-from convloom.kernels.parts import Rearrange, composed, permutation, rearrangement
-from convloom.kernels.rearrange import Flip, rearrange
-from convloom.kernels.spec import TensorSpec
+from convloom.kernels.contract.op import Attributes
+from convloom.kernels.contract.spec import TensorSpec
+from convloom.kernels.movement.rearrange import Flip, rearrange
+from convloom.kernels.movement.rearrangement import Rearrange, composed, permutation, rearrangement
+from convloom.kernels.products.bmm import Bmm
 from hypothesis import assume, given
 from hypothesis import strategies as st
 from torch import nn

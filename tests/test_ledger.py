@@ -14,11 +14,11 @@ import convloom
 import pytest
 import torch
 from convloom import zoo
-from convloom.compiler import account as acc
-from convloom.compiler import account_text, diff
-from convloom.compiler.account import Account, Place, Record, from_json
 from convloom.compiler.api import lowered
-from convloom.compiler.ledger import Event, Ledger
+from convloom.compiler.explain import account as acc
+from convloom.compiler.explain import account_text, diff
+from convloom.compiler.explain.account import Account, Place, Record, from_json
+from convloom.compiler.graph.ledger import Event, Ledger
 from convloom.errors import ArtifactError, GraphError, InvalidInputError
 from torch import nn
 from torch.nn import functional as F

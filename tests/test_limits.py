@@ -12,13 +12,14 @@ import convloom
 import pytest
 import torch
 import triton
-from convloom.compiler import cuda_graphs
 from convloom.compiler.api import lowered
-from convloom.compiler.arena import Lifetime, allocate
-from convloom.compiler.executable import Executable
-from convloom.compiler.memory import Memory
+from convloom.compiler.graph.memory import Memory
+from convloom.compiler.plan.arena import Lifetime, allocate
+from convloom.compiler.run import cuda_graphs
+from convloom.compiler.run.executable import Executable
 from convloom.errors import KernelError
-from convloom.kernels import offline, targets
+from convloom.kernels.contract import targets
+from convloom.kernels.devices import offline
 from torch import nn
 
 from .fake_cuda import FakeCuda, on_fake_cuda

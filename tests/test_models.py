@@ -14,8 +14,8 @@ import convloom
 import pytest
 import torch
 from convloom import zoo
-from convloom.compiler.executable import Executable
-from convloom.kernels.tolerance import bounds
+from convloom.compiler.run.executable import Executable
+from convloom.kernels.contract.tolerance import bounds
 from torch import nn
 
 from . import nets

@@ -8,7 +8,7 @@ import convloom
 import pytest
 import torch
 import torch.nn.functional as F
-from convloom.compiler.capture import capture
+from convloom.compiler.capture.capture import capture
 from convloom.errors import UnsupportedOpError
 from torch import Tensor, nn
 

@@ -9,11 +9,12 @@ import convloom
 import pytest
 import torch
 from convloom.errors import InvalidInputError
-from convloom.kernels import normalize, registry
-from convloom.kernels.normalize import Normalize
-from convloom.kernels.op import Problem
-from convloom.kernels.spec import Layout, TensorSpec
-from convloom.kernels.targets import GPU_TARGETS, parse
+from convloom.kernels import registry
+from convloom.kernels.contract.op import Problem
+from convloom.kernels.contract.spec import Layout, TensorSpec
+from convloom.kernels.contract.targets import GPU_TARGETS, parse
+from convloom.kernels.normalisation import normalize
+from convloom.kernels.normalisation.normalize import Normalize
 from torch import nn
 
 from . import harness, nets

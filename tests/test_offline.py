@@ -12,16 +12,19 @@ from pathlib import Path
 
 import pytest
 import torch
-from convloom.compiler.tuning import rank
+from convloom.compiler.records import rank
 from convloom.errors import KernelError
-from convloom.kernels import barriers, gemm, offline, registry, targets
-from convloom.kernels.conv2d import Conv2d
-from convloom.kernels.conv_chain import ConvChain
-from convloom.kernels.epilogue import Stage
-from convloom.kernels.linear import Linear
-from convloom.kernels.op import Attributes, Config, Launch, Problem, Ref
-from convloom.kernels.spec import Layout, TensorSpec
-from convloom.kernels.targets import Target
+from convloom.kernels import registry
+from convloom.kernels.contract import targets
+from convloom.kernels.contract.epilogue import Stage
+from convloom.kernels.contract.op import Attributes, Config, Launch, Problem, Ref
+from convloom.kernels.contract.spec import Layout, TensorSpec
+from convloom.kernels.contract.targets import Target
+from convloom.kernels.convolution.conv2d import Conv2d
+from convloom.kernels.devices import barriers, offline
+from convloom.kernels.fused.conv_chain import ConvChain
+from convloom.kernels.products import gemm
+from convloom.kernels.products.linear import Linear
 
 from . import harness
 

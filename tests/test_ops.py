@@ -10,18 +10,18 @@ import pytest
 import torch
 from convloom.errors import InvalidInputError
 from convloom.kernels import registry
-from convloom.kernels.batch_norm import BatchNorm
-from convloom.kernels.conv2d import Conv2d
-from convloom.kernels.epilogue import Stage, apply_reference
-from convloom.kernels.linear import Linear
-from convloom.kernels.movement import Concat, Expand, Permute, Relayout, Reshape, Slice
-from convloom.kernels.op import Attributes
-from convloom.kernels.pointwise import Pointwise
-from convloom.kernels.reduce import Reduce
-from convloom.kernels.softmax import Softmax
-from convloom.kernels.spec import FLOAT_DTYPES, Layout, TensorSpec
-from convloom.kernels.targets import GPU_TARGETS, parse
-from convloom.kernels.tolerance import is_untouched
+from convloom.kernels.contract.epilogue import Stage, apply_reference
+from convloom.kernels.contract.op import Attributes
+from convloom.kernels.contract.spec import FLOAT_DTYPES, Layout, TensorSpec
+from convloom.kernels.contract.targets import GPU_TARGETS, parse
+from convloom.kernels.contract.tolerance import is_untouched
+from convloom.kernels.convolution.conv2d import Conv2d
+from convloom.kernels.movement.movement import Concat, Expand, Permute, Relayout, Reshape, Slice
+from convloom.kernels.movement.pointwise import Pointwise
+from convloom.kernels.normalisation.batch_norm import BatchNorm
+from convloom.kernels.normalisation.reduce import Reduce
+from convloom.kernels.normalisation.softmax import Softmax
+from convloom.kernels.products.linear import Linear
 from hypothesis import assume, given
 from hypothesis import strategies as st
 

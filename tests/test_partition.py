@@ -10,15 +10,18 @@ import convloom
 import pytest
 import torch
 from convloom import zoo
-from convloom.compiler import api, partition, text, wishes
-from convloom.compiler.capture import capture
-from convloom.compiler.executable import Executable
-from convloom.compiler.ir import OUTPUT, Goal, Value
-from convloom.compiler.ledger import Ledger
+from convloom.compiler import api
+from convloom.compiler.capture.capture import capture
+from convloom.compiler.fusion import overrides as wishes
+from convloom.compiler.fusion import partition
+from convloom.compiler.graph import text
+from convloom.compiler.graph.ir import OUTPUT, Goal, Value
+from convloom.compiler.graph.ledger import Ledger
 from convloom.compiler.passes import LABELS, PASSES, choose_partition, fuse
-from convloom.compiler.runtime import ReferenceRunner
+from convloom.compiler.run.executable import Executable
+from convloom.compiler.run.runtime import ReferenceRunner
 from convloom.errors import InvalidInputError
-from convloom.kernels import targets
+from convloom.kernels.contract import targets
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn

@@ -18,16 +18,16 @@ import networkx as nx
 import pytest
 import torch
 import torch.nn.functional as F
-from convloom.compiler import text
-from convloom.compiler.capture import capture
-from convloom.compiler.evaluate import evaluate
-from convloom.compiler.fusions import HEAVY
-from convloom.compiler.ir import CONSTANT, INPUT, OUTPUT, Graph, Value
-from convloom.compiler.ledger import Ledger
+from convloom.compiler.capture.capture import capture
+from convloom.compiler.fusion.rules import HEAVY
+from convloom.compiler.graph import text
+from convloom.compiler.graph.ir import CONSTANT, INPUT, OUTPUT, Graph, Value
+from convloom.compiler.graph.ledger import Ledger
+from convloom.compiler.graph.verify import verify
 from convloom.compiler.passes import NAMES, PASSES, Pass, run_passes, select
 from convloom.compiler.passes.layout import choose_dtype, choose_layout
-from convloom.compiler.verify import verify
-from convloom.kernels.spec import Layout
+from convloom.compiler.run.evaluate import evaluate
+from convloom.kernels.contract.spec import Layout
 
 from . import nets
 from .nets import IMAGE, Made, make

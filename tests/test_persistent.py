@@ -12,21 +12,17 @@ import pytest
 import torch
 from convloom.compiler.artifact import rederive
 from convloom.compiler.artifact.read import open_artifact
-from convloom.compiler.tuning import rank
-from convloom.kernels import (
-    cost_model,
-    dependent,
-    gemm_persistent,
-    gemm_tma,
-    offline,
-    product,
-    registry,
-)
-from convloom.kernels.cost_model import Machine
-from convloom.kernels.epilogue import Stage
-from convloom.kernels.op import Config, Launch, Problem
-from convloom.kernels.spec import FLOAT_DTYPES, TensorSpec
-from convloom.kernels.targets import GPU_TARGETS, INTERPRETER, Target, parse
+from convloom.compiler.records import rank
+from convloom.kernels import registry
+from convloom.kernels.contract import cost_model
+from convloom.kernels.contract import programmatic_launch as dependent
+from convloom.kernels.contract.cost_model import Machine
+from convloom.kernels.contract.epilogue import Stage
+from convloom.kernels.contract.op import Config, Launch, Problem
+from convloom.kernels.contract.spec import FLOAT_DTYPES, TensorSpec
+from convloom.kernels.contract.targets import GPU_TARGETS, INTERPRETER, Target, parse
+from convloom.kernels.devices import offline
+from convloom.kernels.products import gemm_persistent, gemm_tma, product
 from torch import nn
 
 from . import harness, machine_code

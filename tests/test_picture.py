@@ -13,10 +13,10 @@ from xml.etree import ElementTree
 
 import networkx as nx
 import pytest
-from convloom.compiler import account as acc
-from convloom.compiler import picture
-from convloom.compiler.account import Account
-from convloom.compiler.layers import Drawing, crossings, draw, layers_of, spread
+from convloom.compiler.explain import account as acc
+from convloom.compiler.explain import picture
+from convloom.compiler.explain.account import Account
+from convloom.compiler.explain.layers import Drawing, crossings, draw, layers_of, spread
 from hypothesis import given
 from hypothesis import strategies as st
 

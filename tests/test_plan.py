@@ -12,14 +12,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 from convloom import zoo
-from convloom.compiler.arena import Lifetime, allocate
-from convloom.compiler.executable import Executable
-from convloom.compiler.lower import CONCAT_RULE, VIEW_RULE
-from convloom.compiler.memory import ALIGNMENT, Place
+from convloom.compiler.graph.memory import ALIGNMENT, Place
 from convloom.compiler.passes import NAMES
-from convloom.compiler.plan import KernelStep, Plan, Step, TorchStep
-from convloom.kernels.op import Ref
-from convloom.kernels.spec import Operand
+from convloom.compiler.plan.arena import Lifetime, allocate
+from convloom.compiler.plan.lower import CONCAT_RULE, VIEW_RULE
+from convloom.compiler.plan.plan import KernelStep, Plan, Step, TorchStep
+from convloom.compiler.run.executable import Executable
+from convloom.kernels.contract.op import Ref
+from convloom.kernels.contract.spec import Operand
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn

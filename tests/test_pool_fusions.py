@@ -13,17 +13,19 @@ import convloom
 import pytest
 import torch
 from convloom.errors import InvalidInputError
-from convloom.kernels import offline, registry, targets
-from convloom.kernels.conv2d import Conv2d
-from convloom.kernels.epilogue import Stage, apply_reference
-from convloom.kernels.head import Head
-from convloom.kernels.lrn_pool import LrnPool
-from convloom.kernels.op import Attributes, Problem, Ref, config
-from convloom.kernels.pool_conv import PoolConv
-from convloom.kernels.pool_window import AvgPool2d, MaxPool2d
-from convloom.kernels.spec import Layout, TensorSpec
-from convloom.kernels.squeeze_excite import SqueezeExcite
-from convloom.kernels.targets import Target
+from convloom.kernels import registry
+from convloom.kernels.contract import targets
+from convloom.kernels.contract.epilogue import Stage, apply_reference
+from convloom.kernels.contract.op import Attributes, Problem, Ref, config
+from convloom.kernels.contract.spec import Layout, TensorSpec
+from convloom.kernels.contract.targets import Target
+from convloom.kernels.convolution.conv2d import Conv2d
+from convloom.kernels.devices import offline
+from convloom.kernels.fused.head import Head
+from convloom.kernels.fused.lrn_pool import LrnPool
+from convloom.kernels.fused.pool_conv import PoolConv
+from convloom.kernels.fused.squeeze_excite import SqueezeExcite
+from convloom.kernels.pooling.pool_window import AvgPool2d, MaxPool2d
 from torch import Tensor, nn
 
 from . import harness, nets

@@ -9,12 +9,13 @@ import convloom
 import pytest
 import torch
 import torch.nn.functional as F
-from convloom.compiler.ledger import Ledger
+from convloom.compiler.graph.ledger import Ledger
 from convloom.compiler.passes.recognise import recognise_composites
 from convloom.errors import InvalidInputError, UnsupportedOpError
-from convloom.kernels import pool, registry
-from convloom.kernels.pool_window import LpPool2d, MaxPool2d
-from convloom.kernels.spec import Layout, TensorSpec
+from convloom.kernels import registry
+from convloom.kernels.contract.spec import Layout, TensorSpec
+from convloom.kernels.pooling import pool
+from convloom.kernels.pooling.pool_window import LpPool2d, MaxPool2d
 from torch import Tensor, nn
 
 from . import nets

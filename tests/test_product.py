@@ -6,25 +6,19 @@ from dataclasses import replace
 
 import pytest
 import torch
-from convloom.compiler.runtime import bind_launch
-from convloom.compiler.tuning import rank
-from convloom.kernels import (
-    cost_model,
-    execute,
-    gemm,
-    gemm_persistent,
-    gemm_tma,
-    gemv,
-    offline,
-    registry,
-)
-from convloom.kernels import epilogue as ep
-from convloom.kernels.conv2d import Conv2d
-from convloom.kernels.epilogue import Stage
-from convloom.kernels.linear import Linear
-from convloom.kernels.op import Config, Launch, Problem, Ref, config
-from convloom.kernels.spec import FLOAT_DTYPES, Layout, TensorSpec
-from convloom.kernels.targets import GPU_TARGETS, INTERPRETER, Target, parse
+from convloom.compiler.records import rank
+from convloom.compiler.run.runtime import bind_launch
+from convloom.kernels import registry
+from convloom.kernels.contract import cost_model
+from convloom.kernels.contract import epilogue as ep
+from convloom.kernels.contract.epilogue import Stage
+from convloom.kernels.contract.op import Config, Launch, Problem, Ref, config
+from convloom.kernels.contract.spec import FLOAT_DTYPES, Layout, TensorSpec
+from convloom.kernels.contract.targets import GPU_TARGETS, INTERPRETER, Target, parse
+from convloom.kernels.convolution.conv2d import Conv2d
+from convloom.kernels.devices import execute, offline
+from convloom.kernels.products import gemm, gemm_persistent, gemm_tma, gemv
+from convloom.kernels.products.linear import Linear
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from . import harness, machine_code

@@ -17,18 +17,19 @@ from typing import Any
 
 import pytest
 import torch
-from convloom.compiler.tuning import choose, keys, rank, records, store
-from convloom.compiler.tuning.keys import key_of
-from convloom.compiler.tuning.records import Record, Rejected
-from convloom.compiler.tuning.store import Store
+from convloom.compiler.records import choose, keys, rank, records, store
+from convloom.compiler.records.keys import key_of
+from convloom.compiler.records.records import Record, Rejected
+from convloom.compiler.records.store import Store
 from convloom.errors import ArtifactError, InvalidInputError
-from convloom.kernels import registry, sources
-from convloom.kernels.conv2d import Conv2d
-from convloom.kernels.epilogue import Stage
-from convloom.kernels.op import Config, Problem, config
-from convloom.kernels.pointwise import Pointwise
-from convloom.kernels.spec import Layout, Operand, TensorSpec
-from convloom.kernels.targets import INTERPRETER, REFERENCE, parse
+from convloom.kernels import registry
+from convloom.kernels.contract.epilogue import Stage
+from convloom.kernels.contract.op import Config, Problem, config
+from convloom.kernels.contract.spec import Layout, Operand, TensorSpec
+from convloom.kernels.contract.targets import INTERPRETER, REFERENCE, parse
+from convloom.kernels.convolution.conv2d import Conv2d
+from convloom.kernels.devices import kernel_hash as sources
+from convloom.kernels.movement.pointwise import Pointwise
 
 from . import harness
 

@@ -6,14 +6,18 @@ from dataclasses import replace
 
 import pytest
 import torch
-from convloom.compiler.tuning import rank
-from convloom.kernels import conv_tma, gemm, gemm_tma, offline, registry, residual
-from convloom.kernels.conv2d import Conv2d
-from convloom.kernels.epilogue import Stage
-from convloom.kernels.linear import Linear
-from convloom.kernels.op import Config, Problem
-from convloom.kernels.spec import FLOAT_DTYPES, Layout, Operand, TensorSpec
-from convloom.kernels.targets import GPU_TARGETS, Target, parse
+from convloom.compiler.records import rank
+from convloom.kernels import registry
+from convloom.kernels.contract.epilogue import Stage
+from convloom.kernels.contract.op import Config, Problem
+from convloom.kernels.contract.spec import FLOAT_DTYPES, Layout, Operand, TensorSpec
+from convloom.kernels.contract.targets import GPU_TARGETS, Target, parse
+from convloom.kernels.convolution import conv_tma
+from convloom.kernels.convolution.conv2d import Conv2d
+from convloom.kernels.devices import offline
+from convloom.kernels.products import gemm, gemm_tma
+from convloom.kernels.products.linear import Linear
+from convloom.kernels.tile import residual
 
 from . import harness, machine_code
 from .test_offline import GENERATIONS, conv, sums_of

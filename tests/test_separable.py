@@ -13,20 +13,22 @@ import convloom
 import pytest
 import torch
 from convloom import zoo
-from convloom.compiler.capture import capture
-from convloom.compiler.ir import Goal
-from convloom.compiler.ledger import Ledger
+from convloom.compiler.capture.capture import capture
+from convloom.compiler.graph.ir import Goal
+from convloom.compiler.graph.ledger import Ledger
 from convloom.compiler.passes import run_passes
 from convloom.errors import InvalidInputError
-from convloom.kernels import registry, separable, targets
-from convloom.kernels.conv2d import Conv2d
-from convloom.kernels.epilogue import Stage
-from convloom.kernels.op import Config, Problem
-from convloom.kernels.separable import RELU6, Separable
-from convloom.kernels.separable_tiles import Block
-from convloom.kernels.separable_tiles import make_tile as tile
-from convloom.kernels.spec import Layout, TensorSpec
-from convloom.kernels.targets import Target
+from convloom.kernels import registry
+from convloom.kernels.contract import targets
+from convloom.kernels.contract.epilogue import Stage
+from convloom.kernels.contract.op import Config, Problem
+from convloom.kernels.contract.spec import Layout, TensorSpec
+from convloom.kernels.contract.targets import Target
+from convloom.kernels.convolution.conv2d import Conv2d
+from convloom.kernels.fused import separable
+from convloom.kernels.fused.separable import RELU6, Separable
+from convloom.kernels.fused.separable_tiles import Block
+from convloom.kernels.fused.separable_tiles import make_tile as tile
 from torch import nn
 
 from . import harness, nets

@@ -8,20 +8,22 @@ from typing import Any
 import convloom
 import pytest
 import torch
-from convloom.compiler.ir import Graph, Node
-from convloom.compiler.ledger import Ledger
+from convloom.compiler.fusion.pattern import apply_rules, leak, match
+from convloom.compiler.graph.ir import Graph, Node
+from convloom.compiler.graph.ledger import Ledger
+from convloom.compiler.graph.verify import verify
 from convloom.compiler.passes import NAMES, PASSES, bottlenecks, shortcuts
-from convloom.compiler.pattern import apply_rules, leak, match
-from convloom.compiler.verify import verify
 from convloom.errors import InvalidInputError
-from convloom.kernels import conv_chain, conv_sum, registry, targets
-from convloom.kernels import conv_chain_tiles as tiles
-from convloom.kernels.conv2d import Conv2d
-from convloom.kernels.conv_chain import ConvChain
-from convloom.kernels.conv_sum import ConvSum
-from convloom.kernels.epilogue import Stage
-from convloom.kernels.op import Attributes, Problem, config
-from convloom.kernels.spec import Layout, TensorSpec
+from convloom.kernels import registry
+from convloom.kernels.contract import targets
+from convloom.kernels.contract.epilogue import Stage
+from convloom.kernels.contract.op import Attributes, Problem, config
+from convloom.kernels.contract.spec import Layout, TensorSpec
+from convloom.kernels.convolution.conv2d import Conv2d
+from convloom.kernels.fused import conv_chain, conv_sum
+from convloom.kernels.fused import conv_chain_tiles as tiles
+from convloom.kernels.fused.conv_chain import ConvChain
+from convloom.kernels.fused.conv_sum import ConvSum
 from convloom.zoo import resnets
 from torch import nn
 

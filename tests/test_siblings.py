@@ -11,16 +11,16 @@ import convloom
 import pytest
 import torch
 import torch.nn.functional as F
-from convloom.compiler import partition
 from convloom.compiler.api import lowered
-from convloom.compiler.estimate import Timed
-from convloom.compiler.ir import INPUT, OUTPUT, Goal, Graph, NoAttributes, Node
-from convloom.compiler.ledger import Ledger
+from convloom.compiler.fusion import partition
+from convloom.compiler.fusion.estimate import Timed
+from convloom.compiler.graph.ir import INPUT, OUTPUT, Goal, Graph, NoAttributes, Node
+from convloom.compiler.graph.ledger import Ledger
+from convloom.compiler.graph.verify import verify
 from convloom.compiler.passes import PASSES, choose_partition, run_passes, siblings
-from convloom.compiler.verify import verify
-from convloom.kernels import targets
-from convloom.kernels.conv2d import Conv2d
-from convloom.kernels.op import Problem
+from convloom.kernels.contract import targets
+from convloom.kernels.contract.op import Problem
+from convloom.kernels.convolution.conv2d import Conv2d
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn

@@ -9,9 +9,9 @@ import convloom
 import pytest
 import torch
 from convloom.kernels import registry
-from convloom.kernels.pointwise import Pointwise
-from convloom.kernels.scalars import BY_NAME, SCALARS, Scalar
-from convloom.kernels.spec import TensorSpec
+from convloom.kernels.contract.scalars import BY_NAME, SCALARS, Scalar
+from convloom.kernels.contract.spec import TensorSpec
+from convloom.kernels.movement.pointwise import Pointwise
 
 from . import harness, nets
 

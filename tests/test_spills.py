@@ -6,8 +6,10 @@ import pytest
 import torch
 from convloom import zoo
 from convloom.compiler.api import lowered
-from convloom.compiler.runtime import compile_requests
-from convloom.kernels import offline, registry, targets
+from convloom.compiler.run.runtime import compile_requests
+from convloom.kernels import registry
+from convloom.kernels.contract import targets
+from convloom.kernels.devices import offline
 
 TARGETS = ("cuda:sm_80", "cuda:sm_90", "cuda:sm_100")
 BATCH = 32

@@ -13,17 +13,21 @@ import torch
 import triton
 import triton.language as tl
 from convloom.compiler import api
-from convloom.compiler.memory import ALIGNMENT
-from convloom.compiler.plan import KernelStep
-from convloom.compiler.tuning.choose import Choice, heuristic
-from convloom.kernels import cost_model, emulator, gemm, interpreter, offline, registry, split
-from convloom.kernels.conv2d import Conv2d
-from convloom.kernels.emulator import FaultError
-from convloom.kernels.epilogue import Stage
-from convloom.kernels.linear import Linear
-from convloom.kernels.op import Config, Op, Problem
-from convloom.kernels.spec import Layout, TensorSpec
-from convloom.kernels.targets import GPU_TARGETS, Target, parse
+from convloom.compiler.graph.memory import ALIGNMENT
+from convloom.compiler.plan.plan import KernelStep
+from convloom.compiler.records.choose import Choice, heuristic
+from convloom.kernels import registry
+from convloom.kernels.contract import cost_model
+from convloom.kernels.contract.epilogue import Stage
+from convloom.kernels.contract.op import Config, Op, Problem
+from convloom.kernels.contract.spec import Layout, TensorSpec
+from convloom.kernels.contract.targets import GPU_TARGETS, Target, parse
+from convloom.kernels.convolution.conv2d import Conv2d
+from convloom.kernels.devices import emulator, interpreter, offline
+from convloom.kernels.devices.emulator import FaultError
+from convloom.kernels.products import gemm
+from convloom.kernels.products.linear import Linear
+from convloom.kernels.tile import split_k as split
 from torch import nn
 
 from . import harness

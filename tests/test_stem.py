@@ -12,21 +12,24 @@ import convloom
 import pytest
 import torch
 import torch.nn.functional as F
-from convloom.compiler import text
-from convloom.compiler.executable import Executable
-from convloom.compiler.ir import Graph
-from convloom.compiler.ledger import Ledger
+from convloom.compiler.graph import text
+from convloom.compiler.graph.ir import Graph
+from convloom.compiler.graph.ledger import Ledger
+from convloom.compiler.graph.verify import verify
 from convloom.compiler.passes import PASSES, run_passes
 from convloom.compiler.passes.stem import CHANNELS, LABELS, fuse_stem, padded_width
-from convloom.compiler.verify import verify
+from convloom.compiler.run.executable import Executable
 from convloom.errors import InvalidInputError
-from convloom.kernels import offline, registry, stem, targets, tolerance
-from convloom.kernels.conv2d import Conv2d
-from convloom.kernels.epilogue import Stage
-from convloom.kernels.op import Attributes, Problem, Ref
-from convloom.kernels.spec import FLOAT_DTYPES, Layout, TensorSpec
-from convloom.kernels.stem import Stem
-from convloom.kernels.stem_input import StemInput
+from convloom.kernels import registry
+from convloom.kernels.contract import targets, tolerance
+from convloom.kernels.contract.epilogue import Stage
+from convloom.kernels.contract.op import Attributes, Problem, Ref
+from convloom.kernels.contract.spec import FLOAT_DTYPES, Layout, TensorSpec
+from convloom.kernels.convolution.conv2d import Conv2d
+from convloom.kernels.devices import offline
+from convloom.kernels.fused import stem
+from convloom.kernels.fused.stem import Stem
+from convloom.kernels.fused.stem_input import StemInput
 from torch import nn
 
 from . import harness, nets

@@ -17,12 +17,12 @@ import convloom
 import pytest
 import torch
 from convloom.compiler import api
-from convloom.compiler.capture import capture
-from convloom.compiler.executable import Executable
-from convloom.compiler.ir import Graph
+from convloom.compiler.capture.capture import capture
+from convloom.compiler.graph.ir import Graph
+from convloom.compiler.run.executable import Executable
 from convloom.errors import CaptureError
-from convloom.kernels import offline
-from convloom.kernels.interpreter import interpreting
+from convloom.kernels.devices import offline
+from convloom.kernels.devices.interpreter import interpreting
 from torch import nn
 
 from . import nets

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from convloom.kernels import tolerance
-from convloom.kernels.spec import FLOAT_DTYPES
+from convloom.kernels.contract import tolerance
+from convloom.kernels.contract.spec import FLOAT_DTYPES
 from hypothesis import given
 from hypothesis import strategies as st
 

@@ -7,11 +7,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from convloom.kernels.torch_convolution import (
-    SoundConvolutions,
-    convolve,
-    convolve_transposed,
-)
+from convloom.kernels.tile.torch_convolution import SoundConvolutions, convolve, convolve_transposed
 from torch import nn
 
 HALF = pytest.mark.parametrize("dtype", (torch.float16, torch.bfloat16), ids=str)

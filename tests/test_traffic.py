@@ -7,16 +7,17 @@ import pytest
 import torch
 from convloom.benchmarks import ops, traffic
 from convloom.benchmarks.traffic import READ, WRITE, Traffic
-from convloom.kernels import registry, targets
-from convloom.kernels.batch_norm import BatchNorm
-from convloom.kernels.conv2d import Conv2d
-from convloom.kernels.epilogue import Stage
-from convloom.kernels.max_unpool import MaxUnpool2d
-from convloom.kernels.op import Attributes, Ref
-from convloom.kernels.pointwise import Pointwise
-from convloom.kernels.pool_window import AvgPool2d, LpPool2d, MaxPool2d
-from convloom.kernels.softmax import Softmax
-from convloom.kernels.spec import Layout, TensorSpec
+from convloom.kernels import registry
+from convloom.kernels.contract import targets
+from convloom.kernels.contract.epilogue import Stage
+from convloom.kernels.contract.op import Attributes, Ref
+from convloom.kernels.contract.spec import Layout, TensorSpec
+from convloom.kernels.convolution.conv2d import Conv2d
+from convloom.kernels.movement.pointwise import Pointwise
+from convloom.kernels.normalisation.batch_norm import BatchNorm
+from convloom.kernels.normalisation.softmax import Softmax
+from convloom.kernels.pooling.max_unpool import MaxUnpool2d
+from convloom.kernels.pooling.pool_window import AvgPool2d, LpPool2d, MaxPool2d
 
 from . import harness
 

@@ -15,22 +15,24 @@ from typing import Any
 import convloom
 import pytest
 import torch
-from convloom.compiler.plan import KernelStep
-from convloom.compiler.tuning import bench, choose, rank, search
+from convloom.compiler.plan.plan import KernelStep
+from convloom.compiler.records import choose, rank
+from convloom.compiler.records.keys import key_of
+from convloom.compiler.records.store import Store
+from convloom.compiler.tuning import bench, search
 from convloom.compiler.tuning.bench import Bench, InterpreterBackend, Trial
 from convloom.compiler.tuning.children import Child, ChildError, Crew
 from convloom.compiler.tuning.judges import Measured, Model
-from convloom.compiler.tuning.keys import key_of
 from convloom.compiler.tuning.search import Options, Outcome, Tuner, Work
-from convloom.compiler.tuning.store import Store
 from convloom.errors import KernelError, TargetUnavailableError
-from convloom.kernels import cost_model, registry
-from convloom.kernels.epilogue import Stage
-from convloom.kernels.linear import Linear
-from convloom.kernels.offline import KernelReport
-from convloom.kernels.op import Config, Problem
-from convloom.kernels.spec import TensorSpec
-from convloom.kernels.targets import GPU_TARGETS, INTERPRETER, Target
+from convloom.kernels import registry
+from convloom.kernels.contract import cost_model
+from convloom.kernels.contract.epilogue import Stage
+from convloom.kernels.contract.op import Config, Problem
+from convloom.kernels.contract.spec import TensorSpec
+from convloom.kernels.contract.targets import GPU_TARGETS, INTERPRETER, Target
+from convloom.kernels.devices.offline import KernelReport
+from convloom.kernels.products.linear import Linear
 from torch import nn
 
 from . import harness

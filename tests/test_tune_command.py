@@ -12,16 +12,17 @@ import pytest
 import torch
 from convloom.cli.main import EXIT_ERROR, EXIT_INTERRUPTED, main
 from convloom.compiler import api
-from convloom.compiler.tuning import choose, cuda, judges, records, search
+from convloom.compiler.records import choose, records
+from convloom.compiler.records.store import Store
+from convloom.compiler.tuning import cuda, judges, search
 from convloom.compiler.tuning.bench import Bench
 from convloom.compiler.tuning.children import PoisonedError
 from convloom.compiler.tuning.cuda import CudaBackend
 from convloom.compiler.tuning.search import Options, Tuner, Work
-from convloom.compiler.tuning.store import Store
 from convloom.errors import InvalidInputError, KernelError, TargetUnavailableError
-from convloom.kernels import targets
-from convloom.kernels.op import config
-from convloom.kernels.targets import GPU_TARGETS, INTERPRETER, Target
+from convloom.kernels.contract import targets
+from convloom.kernels.contract.op import config
+from convloom.kernels.contract.targets import GPU_TARGETS, INTERPRETER, Target
 from torch import nn
 
 from .nets import make

@@ -11,9 +11,9 @@ import torch
 import torch.nn.functional as F
 from convloom.errors import InvalidInputError, UnsupportedOpError
 from convloom.kernels import registry
-from convloom.kernels.op import Attributes
-from convloom.kernels.spec import Layout, TensorSpec
-from convloom.kernels.upsample import LINEAR, Upsample, step_of
+from convloom.kernels.contract.op import Attributes
+from convloom.kernels.contract.spec import Layout, TensorSpec
+from convloom.kernels.pooling.upsample import LINEAR, Upsample, step_of
 from torch import nn
 
 from . import harness

@@ -10,14 +10,16 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from convloom.compiler import fusions, passes, validate
-from convloom.compiler.ir import Goal, Graph, Value
-from convloom.compiler.ledger import Ledger
+from convloom.compiler import passes
+from convloom.compiler.fusion import rules as fusions
+from convloom.compiler.fusion.pattern import Match, absorb
+from convloom.compiler.graph.ir import Goal, Graph, Value
+from convloom.compiler.graph.ledger import Ledger
 from convloom.compiler.passes import pads, rearrangements, siblings
-from convloom.compiler.pattern import Match, absorb
-from convloom.compiler.validate import RELATIVE, Validation
+from convloom.compiler.run import validate
+from convloom.compiler.run.validate import RELATIVE, Validation
 from convloom.errors import GraphError
-from convloom.kernels import targets
+from convloom.kernels.contract import targets
 from torch import nn
 
 from . import nets, pass_nets

@@ -12,10 +12,12 @@ import torch
 from convloom import zoo
 from convloom.cli import models
 from convloom.cli.main import main
-from convloom.compiler import api, parity, runtime
-from convloom.compiler.executable import Executable
+from convloom.compiler import api
+from convloom.compiler.explain import parity
 from convloom.compiler.passes import NAMES
-from convloom.compiler.tuning import choose
+from convloom.compiler.records import choose
+from convloom.compiler.run import runtime
+from convloom.compiler.run.executable import Executable
 from convloom.errors import InvalidInputError
 from torch import nn
 

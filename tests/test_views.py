@@ -9,10 +9,11 @@ from typing import Any
 import convloom
 import pytest
 import torch
-from convloom.kernels import movement, registry
-from convloom.kernels.op import Op
-from convloom.kernels.rearrange import Rearrange
-from convloom.kernels.spec import MEMORY_FORMATS, Layout, Operand, TensorSpec
+from convloom.kernels import registry
+from convloom.kernels.contract.op import Op
+from convloom.kernels.contract.spec import MEMORY_FORMATS, Layout, Operand, TensorSpec
+from convloom.kernels.movement import movement
+from convloom.kernels.movement.rearrange import Rearrange
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn

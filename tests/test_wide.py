@@ -13,9 +13,10 @@ from dataclasses import replace
 import pytest
 import torch
 from convloom.errors import InvalidInputError
-from convloom.kernels import execute, registry
-from convloom.kernels.op import Op, Problem, Ref
-from convloom.kernels.spec import Operand, rows_and_columns
+from convloom.kernels import registry
+from convloom.kernels.contract.op import Op, Problem, Ref
+from convloom.kernels.contract.spec import Operand, rows_and_columns
+from convloom.kernels.devices import execute
 
 from . import gpu_checks, harness
 from .harness import INTERPRETED, Case

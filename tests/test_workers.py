@@ -11,11 +11,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from convloom.compiler.tuning import rank
-from convloom.kernels import offline, registry, targets
-from convloom.kernels.linear import Linear
-from convloom.kernels.offline import CompileRequest, KernelReport, Resources
-from convloom.kernels.spec import TensorSpec
+from convloom.compiler.records import rank
+from convloom.kernels import registry
+from convloom.kernels.contract import targets
+from convloom.kernels.contract.spec import TensorSpec
+from convloom.kernels.devices import offline
+from convloom.kernels.devices.offline import CompileRequest, KernelReport, Resources
+from convloom.kernels.products.linear import Linear
 
 from . import harness
 

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 import triton
-from convloom.kernels import interpreter
+from convloom.kernels.devices import interpreter
 
 
 def leave_out(patch: pytest.MonkeyPatch) -> None:

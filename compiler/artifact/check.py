@@ -15,11 +15,11 @@ from typing import NoReturn
 import torch
 
 from ...errors import ArtifactError
-from ...kernels import targets
-from ...kernels.spec import MEMORY_FORMATS, Layout, Operand, TensorSpec
-from ..hazards import MOST_STREAMS
-from ..interface import Port
-from ..memory import Buffer
+from ...kernels.contract import targets
+from ...kernels.contract.spec import MEMORY_FORMATS, Layout, Operand, TensorSpec
+from ..graph.interface import Port
+from ..graph.memory import Buffer
+from ..plan.hazards import MOST_STREAMS
 from .program import READ, ROWS, SCRATCH, WRITE, Argument, Call, Document, Image, Program
 from .program import check_nest as count_leaves
 

@@ -18,11 +18,11 @@ from typing import Any
 import torch
 
 from ...errors import KernelError, TargetUnavailableError
-from ...kernels import targets
-from ..cuda_graphs import GraphRunner
-from ..hazards import Touch, scheduled
-from ..memory import Memory
-from ..streams import Action, Schedule
+from ...kernels.contract import targets
+from ..graph.memory import Memory
+from ..plan.hazards import Touch, scheduled
+from ..plan.streams import Action, Schedule
+from ..run.cuda_graphs import GraphRunner
 from .check import PROMISE
 from .program import READ, ROWS, Call, Image, Program
 from .read import Artifact

@@ -20,19 +20,19 @@ import torch
 
 from ...errors import ArtifactError, ConvloomError
 from ...kernels import registry
-from ...kernels.epilogue import Epilogue, Stage
-from ...kernels.op import Attributes, Config, Op, Problem
-from ...kernels.scalars import BY_NAME
-from ...kernels.spec import MEMORY_FORMATS, Layout, TensorSpec
-from ...kernels.targets import Target
+from ...kernels.contract.epilogue import Epilogue, Stage
+from ...kernels.contract.op import Attributes, Config, Op, Problem
+from ...kernels.contract.scalars import BY_NAME
+from ...kernels.contract.spec import MEMORY_FORMATS, Layout, TensorSpec
+from ...kernels.contract.targets import Target
 from ...settings import BRANCHES, PROGRAMMATIC
-from ..ir import CONSTANT, INPUT, OUTPUT, TORCH, Goal, Graph, NoAttributes, Node, Value
-from ..ledger import Ledger
-from ..lower import Options, lower
-from ..plan import Plan
-from ..tuning.choose import Choice, heuristic
-from ..typed import Reader, plain
-from ..verify import verify
+from ..graph.ir import CONSTANT, INPUT, OUTPUT, TORCH, Goal, Graph, NoAttributes, Node, Value
+from ..graph.ledger import Ledger
+from ..graph.typed import Reader, plain
+from ..graph.verify import verify
+from ..plan.lower import Options, lower
+from ..plan.plan import Plan
+from ..records.choose import Choice, heuristic
 from .check import LARGEST_EXTENT, LARGEST_MEMORY, MOST_DIMENSIONS
 from .program import Program
 from .tensors import Pool, Stored, logical

@@ -10,17 +10,17 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ...errors import ArtifactError, InvalidInputError, TargetUnavailableError
-from ...kernels import targets
-from ...kernels.targets import INTERPRETER, REFERENCE, Target
-from ..cuda_graphs import GraphRunner
-from ..interface import Interface, empty_outputs
+from ...kernels.contract import targets
+from ...kernels.contract.targets import INTERPRETER, REFERENCE, Target
+from ..graph.interface import Interface, empty_outputs
+from ..run.cuda_graphs import GraphRunner
 from . import device as gpu
 from .program import Program
 from .read import Artifact, open_artifact
 
 if TYPE_CHECKING:
-    from ..executable import Executable
-    from ..ledger import Ledger
+    from ..graph.ledger import Ledger
+    from ..run.executable import Executable
 
 DEVICES = ("cuda", INTERPRETER.name, REFERENCE.name, *targets.EMULATED)
 Part = tuple[Program, "GraphRunner | Executable"]
@@ -75,7 +75,7 @@ def _sources(artifact: Artifact, device: str) -> list[Program]:
 def _planned(artifact: Artifact, program: Program, target: Target, device: str) -> Executable:
     """A program's graph, planned for a target and run on a device."""
     from ..api import runner_for
-    from ..executable import Executable
+    from ..run.executable import Executable
     from .graphs import lower_again, read_graph
 
     graph = read_graph(artifact.graphs[program.graph], artifact.tensors, target, artifact.path)
@@ -210,7 +210,7 @@ def ledger_of(artifact: Artifact, program: Program) -> Ledger:
 
     Raises: ArtifactError where it is none.
     """
-    from ..ledger import Ledger
+    from ..graph.ledger import Ledger
 
     return Ledger.from_json(artifact.ledgers[program.account], f"ledger of {artifact.path}")
 

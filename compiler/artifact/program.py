@@ -10,10 +10,10 @@ from typing import Any
 from torch.utils import _pytree as pytree
 
 from ...errors import ArtifactError
-from ...kernels.spec import Operand
-from ..interface import Interface, Port, Structure
-from ..memory import Buffer
-from ..typed import Reader
+from ...kernels.contract.spec import Operand
+from ..graph.interface import Interface, Port, Structure
+from ..graph.memory import Buffer
+from ..graph.typed import Reader
 
 FORMAT, VERSION = "convloom-executable", 2
 DEEPEST, MOST_LEAVES = 16, 4096

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from ...errors import ArtifactError, InvalidInputError
-from ..typed import Reader, dump, parse
+from ..graph.typed import Reader, dump, parse
 from . import archive, tensors
 from .archive import Archive
 from .check import check_document

@@ -13,8 +13,8 @@ from collections.abc import Iterator
 from dataclasses import fields, replace
 
 from ...errors import ConvloomError
-from ...kernels import targets
-from ...kernels.sources import TRITON_VERSION
+from ...kernels.contract import targets
+from ...kernels.devices.kernel_hash import TRITON_VERSION
 from .graphs import lower_again, read_graph
 from .program import Call, Program
 from .read import Artifact

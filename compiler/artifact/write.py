@@ -11,20 +11,20 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ...errors import ArtifactError
-from ...kernels import execute, offline
-from ...kernels.op import Launch, Operand, Ref
-from ...kernels.sources import TRITON_VERSION
+from ...kernels.contract.op import Launch, Operand, Ref
+from ...kernels.devices import execute, offline
+from ...kernels.devices.kernel_hash import TRITON_VERSION
 from ...settings import VERSION
-from ..plan import KernelStep, Plan
-from ..runtime import compile_requests, dtype_of
-from ..typed import dump, plain
+from ..graph.typed import dump, plain
+from ..plan.plan import KernelStep, Plan
+from ..run.runtime import compile_requests, dtype_of
 from . import archive, graphs, program, tensors
 from .archive import Content
 from .check import POINTERS, check_document
 from .program import Argument, Call, Document, Grid, Image, Program, ProgramStep, Tile, nest_of
 
 if TYPE_CHECKING:
-    from ..executable import Executable
+    from ..run.executable import Executable
 
 _PORTABLE = re.compile(r"^\.target sm_[0-9]+\s*$", re.MULTILINE)
 

@@ -16,12 +16,12 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from ...kernels.conv2d import Conv2d
-from ...kernels.conv_chain import ConvChain
-from .. import estimate
-from ..fusions import example
-from ..ir import Graph, Node, Value
-from ..pattern import Call, Fused, Match, NearMiss, Rule, Var
+from ...kernels.convolution.conv2d import Conv2d
+from ...kernels.fused.conv_chain import ConvChain
+from ..fusion import estimate
+from ..fusion.pattern import Call, Fused, Match, NearMiss, Rule, Var
+from ..fusion.rules import example
+from ..graph.ir import Graph, Node, Value
 from .shortcuts import Joined, adder_of, adds_only_constants, join, sum_reason
 
 LARGEST = 256

@@ -6,13 +6,13 @@ from typing import Any
 
 import torch
 
-from ...kernels import movement
-from ...kernels.adaptive_pool import AdaptivePool2d
-from ...kernels.epilogue import apply_reference
-from ..capture import TorchCall
-from ..evaluate import call_torch
-from ..ir import CONSTANT, INPUT, OUTPUT, TORCH, Graph, Node, Value
-from ..ledger import Ledger
+from ...kernels.contract.epilogue import apply_reference
+from ...kernels.movement import movement
+from ...kernels.pooling.adaptive_pool import AdaptivePool2d
+from ..capture.capture import TorchCall
+from ..graph.ir import CONSTANT, INPUT, OUTPUT, TORCH, Graph, Node, Value
+from ..graph.ledger import Ledger
+from ..run.evaluate import call_torch
 from .squeezes import sink_squeezes
 
 
@@ -99,7 +99,7 @@ def evaluate_exactly(
     node: Node, tensors: tuple[torch.Tensor, ...]
 ) -> tuple[torch.Tensor, ...]:
     """The node's outputs on fp64 copies of the tensors."""
-    from ...kernels.epilogue import operand_count
+    from ...kernels.contract.epilogue import operand_count
 
     exact = tuple(tensor.double() for tensor in tensors)
     own = len(exact) - operand_count(node.epilogue)

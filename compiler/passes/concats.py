@@ -11,9 +11,9 @@ from __future__ import annotations
 from collections import deque
 from dataclasses import dataclass, field
 
-from ...kernels.movement import Concat
-from ..ir import Graph, Node, Value
-from ..ledger import Ledger
+from ...kernels.movement.movement import Concat
+from ..graph.ir import Graph, Node, Value
+from ..graph.ledger import Ledger
 
 RULE = "concat(a, b), concat(a, b, c) => u = concat(a, b), concat(u, c)"
 

@@ -10,13 +10,13 @@ from __future__ import annotations
 
 import torch
 
-from ...kernels.batch_norm import BatchNorm
-from ...kernels.conv_phases import ConvTranspose2d, ConvTranspose3d
-from ...kernels.epilogue import Stage
-from ...kernels.pointwise import Pointwise
-from ..ir import Graph, Node, Value
-from ..ledger import Ledger
-from ..pattern import Call, Match, leak, match
+from ...kernels.contract.epilogue import Stage
+from ...kernels.convolution.conv_phases import ConvTranspose2d, ConvTranspose3d
+from ...kernels.movement.pointwise import Pointwise
+from ...kernels.normalisation.batch_norm import BatchNorm
+from ..fusion.pattern import Call, Match, leak, match
+from ..graph.ir import Graph, Node, Value
+from ..graph.ledger import Ledger
 
 PRODUCTS = ("conv2d", "linear", "conv3d", "conv_transpose2d", "conv_transpose3d")
 FOLD = "batch_norm(heavy(x, w) + b) => heavy(x, s*w) + (s*b + t)"

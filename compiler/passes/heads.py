@@ -13,11 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...kernels.head import MOST_LINKS, Head
-from ...kernels.softmax import Softmax
-from ..fusions import example
-from ..ir import Graph, Node, Value
-from ..pattern import Call, Constant, Fused, Match, NearMiss, Rule
+from ...kernels.fused.head import MOST_LINKS, Head
+from ...kernels.normalisation.softmax import Softmax
+from ..fusion.pattern import Call, Constant, Fused, Match, NearMiss, Rule
+from ..fusion.rules import example
+from ..graph.ir import Graph, Node, Value
 from .pool_fusions import AVERAGE
 
 LAYERS = ("linear", "head")

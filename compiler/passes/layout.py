@@ -12,16 +12,16 @@ from dataclasses import replace
 
 import torch
 
-from ...kernels import movement
-from ...kernels.batch_norm import BatchNorm
-from ...kernels.bmm import Bmm
-from ...kernels.movement import Permute, Relayout
-from ...kernels.parts import Rearrange
-from ...kernels.pointwise import Pointwise
-from ...kernels.softmax import Softmax
-from ...kernels.spec import MEMORY_FORMATS, Layout, Operand, TensorSpec
-from ..ir import CONSTANT, INPUT, OUTPUT, TORCH, Graph, Node, Value
-from ..ledger import Ledger
+from ...kernels.contract.spec import MEMORY_FORMATS, Layout, Operand, TensorSpec
+from ...kernels.movement import movement
+from ...kernels.movement.movement import Permute, Relayout
+from ...kernels.movement.pointwise import Pointwise
+from ...kernels.movement.rearrangement import Rearrange
+from ...kernels.normalisation.batch_norm import BatchNorm
+from ...kernels.normalisation.softmax import Softmax
+from ...kernels.products.bmm import Bmm
+from ..graph.ir import CONSTANT, INPUT, OUTPUT, TORCH, Graph, Node, Value
+from ..graph.ledger import Ledger
 
 
 def choose_dtype(graph: Graph, dtype: torch.dtype | None) -> Graph:

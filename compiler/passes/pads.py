@@ -14,12 +14,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ...kernels.conv2d import Conv2d
-from ...kernels.conv_window import BorderConv2d, Conv3d
-from ...kernels.pad import Pad
-from ..fusions import IMAGE, example
-from ..ir import Graph, Node
-from ..pattern import Call, Fused, Match, NearMiss, Rule, Var
+from ...kernels.convolution.conv2d import Conv2d
+from ...kernels.convolution.conv_window import BorderConv2d, Conv3d
+from ...kernels.movement.pad import Pad
+from ..fusion.pattern import Call, Fused, Match, NearMiss, Rule, Var
+from ..fusion.rules import IMAGE, example
+from ..graph.ir import Graph, Node
 
 LABEL = "pad-into-conv"
 

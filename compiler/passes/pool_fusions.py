@@ -11,17 +11,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...kernels.adaptive_pool import AdaptivePool2d
-from ...kernels.conv2d import Conv2d
-from ...kernels.lrn import LocalResponseNorm
-from ...kernels.lrn_pool import LrnPool
-from ...kernels.pool_conv import PoolConv
-from ...kernels.pool_window import AvgPool2d, MaxPool2d
-from ...kernels.reduce import Reduce
-from ...kernels.squeeze_excite import SqueezeExcite
-from ..fusions import example
-from ..ir import Graph, Node, Value
-from ..pattern import Call, Constant, Fused, Match, NearMiss, Rule, Var
+from ...kernels.convolution.conv2d import Conv2d
+from ...kernels.fused.lrn_pool import LrnPool
+from ...kernels.fused.pool_conv import PoolConv
+from ...kernels.fused.squeeze_excite import SqueezeExcite
+from ...kernels.normalisation.lrn import LocalResponseNorm
+from ...kernels.normalisation.reduce import Reduce
+from ...kernels.pooling.adaptive_pool import AdaptivePool2d
+from ...kernels.pooling.pool_window import AvgPool2d, MaxPool2d
+from ..fusion.pattern import Call, Constant, Fused, Match, NearMiss, Rule, Var
+from ..fusion.rules import example
+from ..graph.ir import Graph, Node, Value
 
 AVERAGES = ("adaptive_avg_pool2d", "mean", "avg_pool2d")
 

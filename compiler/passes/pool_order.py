@@ -12,12 +12,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from ...kernels.conv2d import Conv2d
-from ...kernels.pool_window import AvgPool2d
-from ..fusions import example
-from ..ir import Graph, Node, Value
-from ..ledger import Ledger
-from ..pattern import Call, Match, NearMiss, Rule, Var, apply_rules
+from ...kernels.convolution.conv2d import Conv2d
+from ...kernels.pooling.pool_window import AvgPool2d
+from ..fusion.pattern import Call, Match, NearMiss, Rule, Var, apply_rules
+from ..fusion.rules import example
+from ..graph.ir import Graph, Node, Value
+from ..graph.ledger import Ledger
 
 
 def _is_projection(graph: Graph, node: Node) -> bool:

@@ -10,15 +10,15 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ...kernels import conv_mean, conv_pool
-from ...kernels.conv2d import Conv2d
-from ...kernels.conv_mean import ConvMean
-from ...kernels.conv_pool import ConvPool
-from ...kernels.pool_window import AvgPool2d, MaxPool2d
-from ...kernels.reduce import Reduce
-from ..fusions import example
-from ..ir import Graph, Node, Value
-from ..pattern import Call, Fused, Match, NearMiss, Rule, Var
+from ...kernels.convolution.conv2d import Conv2d
+from ...kernels.fused import conv_mean, conv_pool
+from ...kernels.fused.conv_mean import ConvMean
+from ...kernels.fused.conv_pool import ConvPool
+from ...kernels.normalisation.reduce import Reduce
+from ...kernels.pooling.pool_window import AvgPool2d, MaxPool2d
+from ..fusion.pattern import Call, Fused, Match, NearMiss, Rule, Var
+from ..fusion.rules import example
+from ..graph.ir import Graph, Node, Value
 from .pool_fusions import averages_all
 
 

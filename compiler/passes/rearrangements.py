@@ -15,14 +15,15 @@ import torch.nn.functional as F
 from torch import nn
 
 from ...errors import InvalidInputError
-from ...kernels import bmm, rearrange
-from ...kernels.bmm import Bmm
-from ...kernels.movement import Permute
-from ...kernels.parts import Rearrange, composed, permutation, rearrangement
-from ...kernels.spec import Operand
-from ..fusions import example
-from ..ir import Graph, Value
-from ..pattern import Call, Match, NearMiss, Rule, Var, absorb, replace_root
+from ...kernels.contract.spec import Operand
+from ...kernels.movement import rearrange
+from ...kernels.movement.movement import Permute
+from ...kernels.movement.rearrangement import Rearrange, composed, permutation, rearrangement
+from ...kernels.products import bmm
+from ...kernels.products.bmm import Bmm
+from ..fusion.pattern import Call, Match, NearMiss, Rule, Var, absorb, replace_root
+from ..fusion.rules import example
+from ..graph.ir import Graph, Value
 
 X = Var("x")
 SIDES = ("left", "right")

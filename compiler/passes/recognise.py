@@ -14,15 +14,15 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ...kernels.lrn import LocalResponseNorm
-from ...kernels.movement import Reshape
-from ...kernels.pad import Pad
-from ...kernels.pointwise import Pointwise
-from ...kernels.pool_window import AvgPool2d, AvgPool3d, LpPool2d
-from ..fusions import IMAGE, example
-from ..ir import Graph, Value
-from ..ledger import Ledger
-from ..pattern import Call, Match, Rule, Var, apply_rules, replace_root
+from ...kernels.movement.movement import Reshape
+from ...kernels.movement.pad import Pad
+from ...kernels.movement.pointwise import Pointwise
+from ...kernels.normalisation.lrn import LocalResponseNorm
+from ...kernels.pooling.pool_window import AvgPool2d, AvgPool3d, LpPool2d
+from ..fusion.pattern import Call, Match, Rule, Var, apply_rules, replace_root
+from ..fusion.rules import IMAGE, example
+from ..graph.ir import Graph, Value
+from ..graph.ledger import Ledger
 from .recognise_pools import POOL_RULES
 
 X = Var("x")

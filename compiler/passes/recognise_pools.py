@@ -12,16 +12,16 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from ...kernels.median_pool import MOST_TAPS, MedianPool2d
-from ...kernels.mixed_pool import MixedPool2d, is_weight
-from ...kernels.movement import Reshape
-from ...kernels.pad import Pad
-from ...kernels.pointwise import Pointwise
-from ...kernels.pool_window import AvgPool2d, MaxPool2d
-from ..capture import TorchCall
-from ..fusions import IMAGE, example
-from ..ir import Graph, Node, Value
-from ..pattern import Call, Match, NearMiss, Rule, Var, replace_root
+from ...kernels.movement.movement import Reshape
+from ...kernels.movement.pad import Pad
+from ...kernels.movement.pointwise import Pointwise
+from ...kernels.pooling.median_pool import MOST_TAPS, MedianPool2d
+from ...kernels.pooling.mixed_pool import MixedPool2d, is_weight
+from ...kernels.pooling.pool_window import AvgPool2d, MaxPool2d
+from ..capture.capture import TorchCall
+from ..fusion.pattern import Call, Match, NearMiss, Rule, Var, replace_root
+from ..fusion.rules import IMAGE, example
+from ..graph.ir import Graph, Node, Value
 
 X = Var("x")
 

@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from ...kernels.conv2d import Conv2d
-from ...kernels.separable import Separable
-from ..fusions import example
-from ..ir import Graph, Node, Value
-from ..pattern import Call, Constant, Fused, Match, NearMiss, Rule, Var
+from ...kernels.convolution.conv2d import Conv2d
+from ...kernels.fused.separable import Separable
+from ..fusion.pattern import Call, Constant, Fused, Match, NearMiss, Rule, Var
+from ..fusion.rules import example
+from ..graph.ir import Graph, Node, Value
 
 
 def _is_depthwise(graph: Graph, node: Node) -> bool:

@@ -15,12 +15,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from ...kernels.conv2d import Conv2d
-from ...kernels.conv_sum import ConvSum
-from ...kernels.epilogue import Epilogue, Stage
-from ..fusions import example
-from ..ir import Graph, Node, Value
-from ..pattern import Call, Fused, Match, NearMiss, Rule, Var
+from ...kernels.contract.epilogue import Epilogue, Stage
+from ...kernels.convolution.conv2d import Conv2d
+from ...kernels.fused.conv_sum import ConvSum
+from ..fusion.pattern import Call, Fused, Match, NearMiss, Rule, Var
+from ..fusion.rules import example
+from ..graph.ir import Graph, Node, Value
 
 
 @dataclass(frozen=True)

@@ -19,15 +19,16 @@ from typing import Any
 
 import torch
 
-from ...kernels.conv2d import Conv2d
-from ...kernels.epilogue import Epilogue, Stage
-from ...kernels.movement import Concat, Slice
-from ...kernels.op import Problem
-from ...kernels.spec import TensorSpec
-from .. import estimate, wishes
-from ..ir import Graph, Node, Value
-from ..ledger import Ledger
-from ..partition import Proposal
+from ...kernels.contract.epilogue import Epilogue, Stage
+from ...kernels.contract.op import Problem
+from ...kernels.contract.spec import TensorSpec
+from ...kernels.convolution.conv2d import Conv2d
+from ...kernels.movement.movement import Concat, Slice
+from ..fusion import estimate
+from ..fusion import overrides as wishes
+from ..fusion.partition import Proposal
+from ..graph.ir import Graph, Node, Value
+from ..graph.ledger import Ledger
 
 LABEL = "siblings"
 RULE = "conv(x, w1), conv(x, w2), ... => slices of conv(x, [w1 w2 ...])"

@@ -18,19 +18,19 @@ from dataclasses import dataclass, field, replace
 from typing import NoReturn
 
 from ...errors import InvalidInputError, UnsupportedOpError
-from ...kernels.adaptive_pool import AdaptivePool2d
-from ...kernels.conv2d import Conv2d
-from ...kernels.movement import Concat, Expand, Permute, Reshape, Slice
-from ...kernels.normalize import Normalize
-from ...kernels.op import Attributes
-from ...kernels.pointwise import Pointwise
-from ...kernels.pool_window import AvgPool2d, MaxPool2d
-from ...kernels.reduce import Reduce
-from ...kernels.softmax import Softmax
-from ...kernels.spec import TensorSpec
-from ...kernels.upsample import CORNERS, Upsample, step_of
-from ..ir import CONSTANT, INPUT, OUTPUT, Graph, Node, Value
-from ..ledger import Ledger
+from ...kernels.contract.op import Attributes
+from ...kernels.contract.spec import TensorSpec
+from ...kernels.convolution.conv2d import Conv2d
+from ...kernels.movement.movement import Concat, Expand, Permute, Reshape, Slice
+from ...kernels.movement.pointwise import Pointwise
+from ...kernels.normalisation.normalize import Normalize
+from ...kernels.normalisation.reduce import Reduce
+from ...kernels.normalisation.softmax import Softmax
+from ...kernels.pooling.adaptive_pool import AdaptivePool2d
+from ...kernels.pooling.pool_window import AvgPool2d, MaxPool2d
+from ...kernels.pooling.upsample import CORNERS, Upsample, step_of
+from ..graph.ir import CONSTANT, INPUT, OUTPUT, Graph, Node, Value
+from ..graph.ledger import Ledger
 from .recognise import recognise_composites
 
 SLIDING = frozenset((

@@ -14,14 +14,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...kernels import small_net
-from ...kernels.conv_pool import ConvPool
-from ...kernels.small_net import SmallNet
-from .. import partition
-from ..fusions import example
-from ..ir import Graph, Node, Value
-from ..ledger import Ledger
-from ..pattern import Call, Fused, Match, NearMiss, Rule
+from ...kernels.fused import small_net
+from ...kernels.fused.conv_pool import ConvPool
+from ...kernels.fused.small_net import SmallNet
+from ..fusion import partition
+from ..fusion.pattern import Call, Fused, Match, NearMiss, Rule
+from ..fusion.rules import example
+from ..graph.ir import Graph, Node, Value
+from ..graph.ledger import Ledger
 from .heads import LAYERS, as_head
 
 LABEL = "small-net"

@@ -12,16 +12,16 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-from ...kernels.batch_norm import BatchNorm
-from ...kernels.movement import Concat, Expand, Reshape, Slice
-from ...kernels.normalize import Normalize
-from ...kernels.pad import Pad
-from ...kernels.pointwise import Pointwise
-from ...kernels.reduce import Reduce
-from ...kernels.softmax import Softmax
-from ...kernels.spec import TensorSpec
-from ..ir import Graph, Node, Value
-from ..ledger import Ledger
+from ...kernels.contract.spec import TensorSpec
+from ...kernels.movement.movement import Concat, Expand, Reshape, Slice
+from ...kernels.movement.pad import Pad
+from ...kernels.movement.pointwise import Pointwise
+from ...kernels.normalisation.batch_norm import BatchNorm
+from ...kernels.normalisation.normalize import Normalize
+from ...kernels.normalisation.reduce import Reduce
+from ...kernels.normalisation.softmax import Softmax
+from ..graph.ir import Graph, Node, Value
+from ..graph.ledger import Ledger
 
 MERGE = "reshape(reshape(x)) => reshape(x)"
 SINK = "f(squeeze(x)) => squeeze(f(x))"

@@ -1,7 +1,7 @@
 """A problem with tensors to run it on, its exact result, and the verdict on a configuration's.
 
 A configuration is verified before it may win: against the op's reference in fp64, by the tolerance
-that the tests use (`kernels/tolerance.py`); and it may write nothing outside its outputs.
+that the tests use (`kernels/contract/tolerance.py`); and it may write nothing outside its outputs.
 """
 
 from __future__ import annotations
@@ -16,11 +16,13 @@ from typing import Any, Protocol
 import torch
 
 from ...errors import KernelError
-from ...kernels import execute, interpreter, registry, tolerance
-from ...kernels.epilogue import apply_reference
-from ...kernels.op import Config, Launch, Problem, Ref
-from ...kernels.spec import Operand, TensorSpec, as_layout
-from ...kernels.targets import INTERPRETER
+from ...kernels import registry
+from ...kernels.contract import tolerance
+from ...kernels.contract.epilogue import apply_reference
+from ...kernels.contract.op import Config, Launch, Problem, Ref
+from ...kernels.contract.spec import Operand, TensorSpec, as_layout
+from ...kernels.contract.targets import INTERPRETER
+from ...kernels.devices import execute, interpreter
 
 SLACK = 64
 """Elements after the end of each buffer, where nothing may be written."""

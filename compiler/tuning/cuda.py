@@ -16,10 +16,11 @@ from typing import Any
 import torch
 
 from ...errors import KernelError
-from ...kernels import offline, targets
-from ...kernels.op import Config, Launch, Problem
-from ..runtime import bind_launch
-from . import rank
+from ...kernels.contract import targets
+from ...kernels.contract.op import Config, Launch, Problem
+from ...kernels.devices import offline
+from ..records import rank
+from ..run.runtime import bind_launch
 from .bench import Bench, Buffers, Trial, runs_to_verify
 from .children import PoisonedError
 

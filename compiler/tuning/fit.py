@@ -14,13 +14,13 @@ from dataclasses import dataclass, field
 from typing import TypeVar
 
 from ...errors import KernelError
-from ...kernels import offline
-from ...kernels.op import Config, Op, Problem
-from ...kernels.targets import Target
-from ..plan import KernelStep, Plan
-from ..runtime import compile_requests
-from . import rank
-from .choose import HEURISTIC, Choice, Chooser
+from ...kernels.contract.op import Config, Op, Problem
+from ...kernels.contract.targets import Target
+from ...kernels.devices import offline
+from ..plan.plan import KernelStep, Plan
+from ..records import rank
+from ..records.choose import HEURISTIC, Choice, Chooser
+from ..run.runtime import compile_requests
 
 LOG = logging.getLogger("convloom")
 CANDIDATES = 16

@@ -9,15 +9,16 @@ from typing import Any, Protocol
 import torch
 
 from ...errors import KernelError, TargetUnavailableError
-from ...kernels import offline, registry
-from ...kernels.offline import Resources
-from ...kernels.op import Config, Problem
-from ...kernels.targets import INTERPRETER, Target
-from . import rank
+from ...kernels import registry
+from ...kernels.contract.op import Config, Problem
+from ...kernels.contract.targets import INTERPRETER, Target
+from ...kernels.devices import offline
+from ...kernels.devices.offline import Resources
+from ..records import rank
+from ..records.choose import local_device
+from ..records.records import MEASURED, MODELLED
 from .bench import InterpreterBackend, Trial, handler_of
 from .children import Child, ChildError, Handler
-from .choose import local_device
-from .records import MEASURED, MODELLED
 
 TRIAL_TIMEOUT_S = 180.0
 """One configuration, the exact result included; what takes longer hangs."""

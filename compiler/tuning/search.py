@@ -17,18 +17,19 @@ from concurrent.futures import TimeoutError as FutureTimeout
 from dataclasses import dataclass, field
 
 from ...errors import ArtifactError, ConvloomError, KernelError
-from ...kernels import offline, registry
-from ...kernels.offline import CompileRequest, Resources
-from ...kernels.op import Config, Op, Problem
-from ...kernels.targets import Target
-from ..plan import KernelStep, Plan
-from . import rank
+from ...kernels import registry
+from ...kernels.contract.op import Config, Op, Problem
+from ...kernels.contract.targets import Target
+from ...kernels.devices import offline
+from ...kernels.devices.offline import CompileRequest, Resources
+from ..plan.plan import KernelStep, Plan
+from ..records import rank
+from ..records.choose import Records
+from ..records.keys import Key, key_of
+from ..records.records import MEASURED, Record, Rejected, now, rounded, shortened
 from .bench import Trial
 from .children import ChildError, Crew
-from .choose import Records
 from .judges import TRIAL_TIMEOUT_S, Judge, Model, can_measure, compiler_handler, measuring
-from .keys import Key, key_of
-from .records import MEASURED, Record, Rejected, now, rounded, shortened
 
 LOG = logging.getLogger("convloom")
 FIRST_LOOK = 3

@@ -16,10 +16,10 @@ from typing import Any
 import convloom
 import torch
 from convloom.compiler import api
-from convloom.compiler.ir import Graph
+from convloom.compiler.graph.ir import Graph
 from convloom.compiler.passes import PASSES
 from convloom.errors import ConvloomError
-from convloom.kernels import tolerance
+from convloom.kernels.contract import tolerance
 from torch import nn
 
 from .. import nets

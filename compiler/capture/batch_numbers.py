@@ -1,0 +1,181 @@
+"""Numbers that depend on the batch of a call, and what the module's code decides by the batch.
+
+torch.export hands on `x.shape[0]` and what is computed from it as expressions of a symbol. In a
+shape they are sizes, which executables scale with the batch of each call. Anywhere else (a divisor,
+a bound, an index) a kernel would need the number itself: such calls are refused by name, or run as
+torch ops, which are given it call by call (`BatchNumber.at`).
+
+torch.export also takes for granted that a batch is not 1: code that decides by it is traced for
+larger batches, without a guard. `watched` notes what is decided, so that it can be held to 1.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils import _pytree as pytree
+
+from ...kernels.contract.op import BatchExtent
+
+SYMBOLIC = (torch.SymInt, torch.SymFloat, torch.SymBool)
+GENERATED = ("<string>", "<eval_with_key>")
+LIBRARIES = (str(Path(torch.__file__).parent), str(Path(__file__).parents[1]), *GENERATED)
+"""How the names of files begin whose code is torch's or ours, not the user's."""
+
+SIZES = {
+    "aten.view.default": 1, "aten.reshape.default": 1, "aten._unsafe_view.default": 1,
+    "aten.expand.default": 1, "aten.repeat.default": 1,
+    "aten.new_zeros.default": 1, "aten.new_ones.default": 1, "aten.new_full.default": 1,
+    "aten.zeros.default": 0, "aten.ones.default": 0, "aten.full.default": 0,
+    "aten.arange.default": 0, "aten.arange.start": 1, "aten.arange.start_step": 1,
+}  # fmt: skip
+"""Calls that have, at a smaller batch, the first rows of their result at the largest; and which of
+their arguments says how many."""
+DROPPING: dict[str, Callable[[Any], Sequence[int]]] = {
+    "aten.squeeze.default": lambda dims: (),
+    "aten.squeeze.dim": lambda dim: (dim,),
+    "aten.squeeze.dims": lambda dims: dims,
+}
+"""Calls whose result has another rank where a dimension is 1, and the dimensions they name."""
+
+
+def in_words(expression: Any) -> str:
+    """An expression, or a shape, in terms of the batch N; torch names its symbol s and a number."""
+    return re.sub(r"\bs\d+\b", "N", str(expression))
+
+
+@dataclass(frozen=True)
+class BatchNumber:
+    """A number that follows from the batch, the value of `symbol` in a sympy `expression`."""
+
+    expression: Any
+    symbol: Any
+
+    def at(self, batch: int) -> Any:
+        """The int, float or bool that it is for a batch."""
+        value = self.expression.subs(self.symbol, batch)
+        if value.is_Boolean:
+            return bool(value)
+        return int(value) if value.is_Integer else float(value)
+
+    def __str__(self) -> str:
+        return in_words(self.expression)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """The batch as torch.export knows it, and the range that calls take it from."""
+
+    symbol: Any
+    lowest: int
+    highest: int
+
+    def number(self, value: Any) -> Any:
+        """A symbolic number as a `BatchNumber`, or as a plain one where there is one batch only."""
+        number = BatchNumber(value.node.expr, self.symbol)
+        return number.at(self.highest) if self.lowest == self.highest else number
+
+    def size(self, number: Any) -> Any:
+        """A number inside a shape: what it is at the largest batch."""
+        if not isinstance(number, BatchNumber):
+            return number
+        return BatchExtent(number.at(self.highest), self.highest)
+
+    def sized(self, target: str, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+        """The arguments of a call, with `BatchNumber`s in its shape as sizes."""
+        slot = SIZES.get(target)
+        if target == "aten.slice.Tensor" and _takes_first_rows(*arguments):
+            slot = 3
+        if slot is None or slot >= len(arguments):
+            return arguments
+        sizes = pytree.tree_map(self.size, arguments[slot])
+        return (*arguments[:slot], sizes, *arguments[slot + 1 :])
+
+    def may_drop(self, target: str, shape: Sequence[Any], arguments: Sequence[Any]) -> int | None:
+        """A dimension of size 1 at a batch of 1 only, which a call would drop then."""
+        if target not in DROPPING or self.lowest > 1:
+            return None
+        named = DROPPING[target](*arguments) if arguments else range(len(shape))
+        for dim in (dim % len(shape) for dim in named):
+            size = shape[dim]
+            if isinstance(size, torch.SymInt) and size.node.expr.subs(self.symbol, 1) == 1:
+                return dim
+        return None
+
+
+def _takes_first_rows(x: Any, dim: int = 0, start: Any = 0, end: Any = None, step: int = 1) -> bool:
+    return (dim, start or 0, step) == (0, 0, 1)
+
+
+def follows_from_values(value: Any, batch: Batch | None) -> bool:
+    """Whether a symbolic number depends on what is in a tensor."""
+    if not isinstance(value, SYMBOLIC):
+        return False
+    symbols = value.node.expr.free_symbols
+    return bool(symbols - {batch.symbol} if batch else symbols)
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What the module's code asked of a symbolic number: its truth, or to be a plain number.
+
+    result: the answer; None where torch.export had none. line: where, in words.
+    """
+
+    expression: Any
+    result: Any
+    line: str
+
+    @property
+    def question(self) -> str:
+        """The number or condition, in terms of the batch N."""
+        return in_words(self.expression)
+
+    def differs_at_one(self, symbol: Any) -> bool:
+        """Whether the answer is another one for a batch of 1."""
+        if self.expression.free_symbols != {symbol}:
+            return False
+        answer = BatchNumber(self.expression, symbol).at(1)
+        return bool(answer) != self.result if isinstance(self.result, bool) else False
+
+
+@contextmanager
+def watched() -> Iterator[list[Decision]]:
+    """The decisions that code outside torch takes by symbolic numbers inside the block."""
+    decisions: list[Decision] = []
+    originals = [
+        (kind, name, vars(kind)[name])
+        for kind in SYMBOLIC
+        for name in ("__bool__", "__int__", "__index__", "__float__")
+        if name in vars(kind)
+    ]
+    for kind, name, original in originals:
+        setattr(kind, name, _noting(original, decisions))
+    try:
+        yield decisions
+    finally:
+        for kind, name, original in originals:
+            setattr(kind, name, original)
+
+
+def _noting(original: Callable[[Any], Any], decisions: list[Decision]) -> Callable[[Any], Any]:
+    def ask(number: Any) -> Any:
+        code, line = sys._getframe(1).f_code, sys._getframe(1).f_lineno
+        if code.co_filename.startswith(LIBRARIES):
+            return original(number)
+        expression, result = number.node.expr, None
+        try:
+            result = original(number)
+            return result
+        finally:
+            where = f"{Path(code.co_filename).name}:{line}"
+            decisions.append(Decision(expression, result, where))
+
+    return ask

@@ -1,0 +1,108 @@
+"""What a module's example inputs must be."""
+
+from __future__ import annotations
+
+import itertools
+from numbers import Integral
+from typing import Any
+
+import torch
+from torch.utils import _pytree as pytree
+
+from ...errors import InvalidInputError
+from ...kernels.contract.spec import FLOAT_DTYPES
+
+
+def check_example(arguments: tuple[Any, ...], dynamic: bool = False) -> list[torch.Tensor]:
+    """The tensors of an example's arguments. dynamic: the batch varies, and may be none.
+
+    Raises: InvalidInputError where one is no tensor of floats with elements.
+    """
+    leaves = pytree.tree_leaves(arguments)
+    if not leaves:
+        raise InvalidInputError("example inputs: expected a tuple of tensors, got nothing")
+    for at, leaf in enumerate(leaves):
+        if not isinstance(leaf, torch.Tensor):
+            raise InvalidInputError(
+                f"example input {at}: expected a tensor, got {type(leaf).__name__}"
+            )
+        if leaf.dtype not in FLOAT_DTYPES:
+            raise InvalidInputError(
+                f"example input {at}: expected float32, float16 or bfloat16, got {leaf.dtype}"
+            )
+        samples = leaf.shape[1:] if dynamic else leaf.shape
+        if 0 in samples:
+            raise InvalidInputError(
+                f"example input {at}: expected at least one element, got shape {tuple(leaf.shape)}"
+                "; for empty batches pass dynamic_batch=(0, highest)"
+            )
+    return leaves
+
+
+def has_no_samples(arguments: Any) -> bool:
+    """Whether each tensor of an example is an empty batch."""
+    leaves = pytree.tree_leaves(arguments)
+    shapes = [leaf.shape for leaf in leaves if isinstance(leaf, torch.Tensor)]
+    return bool(shapes) and len(shapes) == len(leaves) and all(s[:1] == (0,) for s in shapes)
+
+
+def bounds_of(bounds: Any) -> tuple[int, int]:
+    """The lowest and the highest batch of a range.
+
+    Raises: InvalidInputError for what is no pair of whole numbers, or makes no sense.
+    """
+    pair = tuple(bounds) if isinstance(bounds, (tuple, list)) else ()
+    whole = [value for value in pair if isinstance(value, Integral) and not isinstance(value, bool)]
+    if len(pair) != 2 or len(whole) != 2:
+        raise InvalidInputError(
+            f"dynamic_batch: expected (lowest, highest), got {bounds!r}; both are whole numbers"
+        )
+    low, high = map(int, pair)
+    if not 0 <= low <= high or high < 1:
+        raise InvalidInputError(
+            "dynamic_batch: expected 0 <= lowest <= highest and at least 1 as highest, got "
+            f"{bounds}"
+        )
+    return low, high
+
+
+def check_range(bounds: Any, leaves: list[torch.Tensor]) -> tuple[int, int]:
+    """The range. Raises: InvalidInputError for one that makes no sense, or inputs without a
+    batch."""
+    found = bounds_of(bounds)
+    for at, leaf in enumerate(leaves):
+        if leaf.dim() == 0:
+            raise InvalidInputError(f"example input {at}: a scalar has no batch dimension")
+    return found
+
+
+def place_of(module: torch.nn.Module, leaves: list[torch.Tensor]) -> torch.device:
+    """Where torch.export is to find everything: beside the module's weights, wherever the example
+    lies; beside the example where there are none."""
+    held = itertools.chain(module.parameters(), module.buffers(), leaves)
+    return next(held).device
+
+
+def stand_in(x: torch.Tensor, place: torch.device) -> torch.Tensor:
+    """What torch.export sees of the input: of a view, a tensor of its shape with memory of its own.
+    For a view it would make up a base with symbolic strides, which takes 60 ms. What is larger than
+    its memory (an expanded example of an absurd shape) stays as it is."""
+    if x.device != place:
+        return torch.empty(x.shape, dtype=x.dtype, device=place)
+    is_plain = x.is_contiguous() and not x._is_view() and not x.is_inference()
+    if is_plain or x.untyped_storage().nbytes() < x.numel() * x.element_size():
+        return x
+    return torch.empty(x.shape, dtype=x.dtype, device=x.device)
+
+
+def two_samples(x: torch.Tensor, place: torch.device) -> torch.Tensor:
+    """The input with a batch of two: torch.export specialises a dimension of size 1."""
+    if x.shape[0] == 0:
+        return torch.empty(2, *x.shape[1:], dtype=x.dtype, device=place)
+    return x[:1].expand(2, *x.shape[1:]).contiguous().to(place)
+
+
+def check_module(module: Any) -> None:
+    """Raises: InvalidInputError."""
+    if not isinstance(module, torch.nn.Module):
+        raise InvalidInputError(f"model: expected a torch.nn.Module, got {type(module).__name__}")

@@ -1,0 +1,202 @@
+"""Calls between which the batch has left dimension 0: attention as it is usually written.
+
+`qkv.permute(2, 0, 3, 1, 4)` of a vision transformer and `nn.MultiheadAttention`, which computes on
+(length, batch, features), bring the batch back before the heads are done. Such a tensor is kept as
+a graph value with the batch in front, and what torch takes its shape to be: permutations then move
+the other parts only, reshapes nothing at all. Elements before the batch, in torch's order, are
+counted, so that a dimension of length · batch is told from one of batch · length.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from ...kernels.contract.op import Builder
+from ...kernels.movement import pointwise
+from ...kernels.movement.movement import Permute, Reshape
+from ..graph.ir import Value
+
+VIEWS = frozenset((
+    "aten.view.default", "aten.reshape.default", "aten._unsafe_view.default",
+    "aten.flatten.using_ints", "aten.squeeze.dim", "aten.squeeze.dims", "aten.unsqueeze.default",
+))  # fmt: skip
+ALONG = {
+    "aten.select.int": 1, "aten.slice.Tensor": 1, "aten.unbind.int": 1, "aten.split.Tensor": 2,
+    "aten.split_with_sizes.default": 2, "aten.chunk.default": 2, "aten.softmax.int": 1,
+}  # fmt: skip
+"""Calls along one dimension, and which of their arguments says which; 0 where it is left out."""
+LAST = {"aten.linear.default": 1, "aten.layer_norm.default": None}
+"""Calls that compute along the last dimensions, and how many; None: as many as argument 1 has."""
+POINTWISE = frozenset(target for op in pointwise.OPS for target in op.aten)
+
+
+@dataclass(frozen=True)
+class Moved:
+    """A tensor whose batch is not in front.
+
+    value: the graph's, (batch, parts in front of it, parts behind it) in any split of the parts.
+    shape: torch's, at the largest batch; at: the dimension that the batch is in, perhaps with
+    others; before: elements in front of the batch, its dimension's own included.
+    """
+
+    value: Value
+    shape: tuple[int, ...]
+    at: int
+    before: int
+
+    def sizes(self, batch: int) -> tuple[tuple[int, ...], ...]:
+        """What each dimension consists of, without the batch."""
+        front = self.before // math.prod(self.shape[: self.at])
+        behind = self.shape[self.at] // (front * batch)
+        split = [(size,) for size in self.shape]
+        return (*split[: self.at], (front, behind), *split[self.at + 1 :])
+
+
+@dataclass(frozen=True)
+class Place:
+    """A result's shape at the largest batch, and the dimension that the batch is in."""
+
+    shape: tuple[int, ...]
+    at: int
+
+
+def concerns(arguments: Sequence[Any], places: Sequence[Place | None]) -> bool:
+    """Whether a call reads or makes a tensor whose batch is not in front."""
+    made = any(place is not None and place.at != 0 for place in places)
+    return made or any(isinstance(argument, Moved) for argument in arguments)
+
+
+def call(
+    g: Builder,
+    target: str,
+    function: Callable[..., Any] | None,
+    arguments: tuple[Any, ...],
+    keywords: Mapping[str, Any],
+    places: Sequence[Place | None],
+    batch: int,
+) -> Any:
+    """What an ATen call makes of tensors some of which are `Moved`: one value or several.
+
+    function: the call's capture function; places: of its results. Refuses what it does not know.
+    """
+    x = _moved(g, arguments[0])
+    place = places[0]
+    if x is None or place is None or function is None:
+        return g.refuse("it joins samples of the batch, or its batch is not in dimension 0")
+    if target in VIEWS:
+        front = math.prod(place.shape[: place.at])
+        if x.before % front or place.shape[place.at] % (x.before // front * batch):
+            return g.refuse(f"{x.shape} -> {place.shape} splits the batch")
+        return _settled(g, replace(x, shape=place.shape, at=place.at), batch)
+    if target in ("aten.permute.default", "aten.transpose.int"):
+        return _permuted(g, x, _dims(target, arguments, len(x.shape)), batch)
+    if target in ALONG:
+        given = (_apart(g, x, batch), *arguments[1:])
+        result = function(g, *_along(g, target, x, given, batch), **keywords)
+    elif target in LAST:
+        count = LAST[target] or len(arguments[1])
+        if x.at >= len(x.shape) - count:
+            return g.refuse(f"the batch is among the last {count} dimensions of {x.shape}")
+        result = function(g, _apart(g, x, batch), *arguments[1:], **keywords)
+    elif target in POINTWISE:
+        result = function(g, *(_alike(g, x, it, batch) for it in arguments), **keywords)
+    else:
+        return g.refuse("its batch is not in dimension 0")
+    if isinstance(result, (list, tuple)):
+        return [_like(g, x, one, at, batch) for one, at in zip(result, places, strict=True)]
+    return _like(g, x, result, place, batch)
+
+
+def _moved(g: Builder, x: Any) -> Moved | None:
+    """An argument, whose batch may also be in front."""
+    if isinstance(x, Moved) or not isinstance(x, Value) or g.spec(x).batch is None:
+        return x if isinstance(x, Moved) else None
+    return Moved(x, g.spec(x).shape, 0, 1)
+
+
+def _reshaped(g: Builder, value: Value, shape: tuple[int, ...]) -> Value:
+    if g.spec(value).shape == shape:
+        return value
+    made: Value = g.apply("reshape", (value,), Reshape(shape))
+    return made
+
+
+def _apart(g: Builder, x: Moved, batch: int) -> Value:
+    """The graph's value with one dimension for each of torch's; those beside the batch in its own
+    dimension only where there are such."""
+    beside = [part for part in x.sizes(batch)[x.at] if part != 1]
+    return _reshaped(g, x.value, (batch, *x.shape[: x.at], *beside, *x.shape[x.at + 1 :]))
+
+
+def _settled(g: Builder, x: Moved, batch: int) -> Value | Moved:
+    """The tensor, as a plain value where its batch is in front again."""
+    return _reshaped(g, x.value, x.shape) if (x.at, x.before) == (0, 1) else x
+
+
+def _dims(target: str, arguments: tuple[Any, ...], rank: int) -> list[int]:
+    """The order that a permutation brings dimensions into."""
+    if target == "aten.permute.default":
+        return [dim % rank for dim in arguments[1]]
+    dims = list(range(rank))
+    a, b = arguments[1:]
+    dims[a], dims[b] = dims[b], dims[a]
+    return dims
+
+
+def _permuted(g: Builder, x: Moved, dims: list[int], batch: int) -> Value | Moved:
+    sizes = x.sizes(batch)
+    starts = [1 + sum(map(len, sizes[:dim])) for dim in range(len(sizes))]
+    order = [starts[dim] + part for dim in dims for part in range(len(sizes[dim]))]
+    parts = tuple(part for dim in sizes for part in dim)
+    value = x.value
+    # Where only the batch has moved, and parts of one element, nothing has to.
+    real = [part for part in order if parts[part - 1] != 1]
+    if real != sorted(real):
+        kept = sorted(real)
+        apart = _reshaped(g, value, (batch, *(parts[part - 1] for part in kept)))
+        places = tuple(1 + kept.index(part) for part in real)
+        value = g.apply("permute", (apart,), Permute((0, *places)))
+    shape = tuple(x.shape[dim] for dim in dims)
+    at = dims.index(x.at)
+    before = math.prod(shape[:at]) * sizes[x.at][0]
+    return _settled(g, Moved(value, shape, at, before), batch)
+
+
+def _along(
+    g: Builder, target: str, x: Moved, given: tuple[Any, ...], batch: int
+) -> tuple[Any, ...]:
+    """The arguments of a call along a dimension, which another one of the graph's value is."""
+    slot = ALONG[target]
+    dim = (given[slot] if len(given) > slot else 0) % len(x.shape)
+    if dim == x.at:
+        g.refuse(f"it goes along dimension {dim} of {x.shape}, where the batch is")
+    apart = g.spec(given[0]).rank
+    place = 1 + dim if dim < x.at else apart - (len(x.shape) - dim)
+    return (*given[:slot], place, *given[slot + 1 :])
+
+
+def _alike(g: Builder, x: Moved, argument: Any, batch: int) -> Any:
+    """An operand of a pointwise call, as it stands beside the graph's value."""
+    if isinstance(argument, Moved):
+        if (argument.shape, argument.at, argument.before) != (x.shape, x.at, x.before):
+            g.refuse(f"{x.shape} meets {argument.shape}, whose batch is elsewhere")
+        return _apart(g, argument, batch)
+    if isinstance(argument, Value):
+        spec = g.spec(argument)
+        if spec.batch is not None or spec.rank > len(x.shape) - 1 - x.at:
+            g.refuse(f"{x.shape}, whose batch is in dimension {x.at}, meets {spec}")
+    return argument
+
+
+def _like(g: Builder, x: Moved, value: Value, place: Place | None, batch: int) -> Value | Moved:
+    """A result that is split as `x` is, but for what has changed in one dimension."""
+    if place is None:
+        refused: Value = g.refuse("its result has no batch")
+        return refused
+    front = x.sizes(batch)[x.at][0]
+    before = math.prod(place.shape[: place.at]) * front
+    assert g.spec(value).numel == math.prod(place.shape), "a call that changes more than one dim"
+    return _settled(g, Moved(value, place.shape, place.at, before), batch)

@@ -1,0 +1,107 @@
+"""What capture refuses, and why: the op, its module path, the user's line, and what to do."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch.utils import _pytree as pytree
+
+from ...errors import CaptureError, UnsupportedOpError
+from ...kernels import registry
+from .batch_numbers import Batch, BatchNumber, Decision, follows_from_values
+from .export import path_of, source_of
+
+
+class Refused(Exception):
+    """A call has no kernel; carries the reason."""
+
+
+def module_in_words(path: str) -> str:
+    """A module path."""
+    return f"'{path}'" if path else "the top module"
+
+
+def line_in_words(source: str) -> str:
+    """The user's line, behind a name."""
+    return f" at {source}" if source else ""
+
+
+def why_unknown(target: str) -> str:
+    """Why an ATen call has no kernel, and which similar ones have."""
+    if target.startswith("aten.fft_"):
+        return (
+            "no kernel for Fourier transforms; of a fixed size they are products with constant "
+            "matrices of cosines and sines, which torch.nn.functional.linear computes"
+        )
+    near = difflib.get_close_matches(target, registry.CAPTURES, n=3, cutoff=0.8)
+    return "no kernel for this op" + (f"; near ones have: {', '.join(near)}" if near else "")
+
+
+def results_of(value: Any) -> Sequence[torch.Tensor]:
+    """The results of a call, one or several."""
+    return value if isinstance(value, (list, tuple)) else [value]
+
+
+def refuse_branches(module: torch.nn.Module, decisions: list[Decision], batch: Batch) -> None:
+    """Raises: CaptureError for code that does something else for one sample, where the range holds
+    1: torch.export has traced what it does for more."""
+    if batch.lowest > 1:
+        return
+    for decision in decisions:
+        if decision.differs_at_one(batch.symbol):
+            example = "(2, 2)" if batch.highest < 2 else f"(2, {batch.highest})"
+            raise CaptureError(
+                f"{type(module).__name__} decides by the batch: {decision.question} at "
+                f"{decision.line} (N is the batch) is not the same for a batch of 1, which "
+                f"dynamic_batch=({batch.lowest}, {batch.highest}) allows, and for larger ones. "
+                f"Compile it for one sample without dynamic_batch, or with dynamic_batch={example}"
+            )
+
+
+def refuse_numbers(node: Any, args: Sequence[Any], keywords: Mapping[str, Any]) -> None:
+    """Raises: Refused for a call that needs a number which depends on the batch."""
+    names = [argument.name for argument in node.target._schema.arguments]
+    given = {**dict(zip(names, args, strict=False)), **keywords}
+    for name, argument in given.items():
+        for leaf in pytree.tree_leaves(argument):
+            if isinstance(leaf, BatchNumber):
+                raise Refused(
+                    f"its argument '{name}' is {leaf} where N is the batch: no kernel is given the "
+                    "batch of a call as a number. Compile for one batch (without dynamic_batch), "
+                    "or pass what depends on it as an input"
+                )
+
+
+def refuse_unbounded(node: Any, batch: Batch | None) -> None:
+    """Raises: UnsupportedOpError for control flow, and for results whose size only the values of a
+    tensor tell, or whose rank the batch does: what follows cannot be planned."""
+    called = f"{module_in_words(path_of(node))}: {node.target}{line_in_words(source_of(node))}"
+    if not hasattr(node.target, "_schema"):
+        raise UnsupportedOpError(
+            f"{called}: no kernel calls functions (control flow by the values of a tensor, "
+            "checkpoints, regions of autocast or no_grad). Compute both sides and choose with "
+            "torch.where, or leave the region out: executables have no gradients"
+        )
+    first = node.args[0] if node.args else None
+    x = first.meta.get("val") if isinstance(first, torch.fx.Node) else None
+    if batch is not None and isinstance(x, torch.Tensor):
+        dim = batch.may_drop(str(node.target), x.shape, node.args[1:])
+        if dim is not None:
+            raise UnsupportedOpError(
+                f"{called}: it drops dimension {dim} where the batch is 1, which the range of "
+                "dynamic_batch allows, and has another rank then. Name other dimensions to drop, "
+                "such as squeeze(1) or flatten(1), or compile with dynamic_batch=(2, ...)"
+            )
+    for tensor in results_of(node.meta["val"]):
+        sizes = tensor.shape if isinstance(tensor, torch.Tensor) else ()
+        if any(follows_from_values(size, batch) for size in sizes):
+            raise UnsupportedOpError(
+                f"{called}: how large its result is depends on the values of a tensor. Where that "
+                "is a mask of booleans which never changes, keep the indices as a buffer instead "
+                "(mask.nonzero().squeeze(1)); else mask with torch.where"
+            )
+
+

@@ -1,0 +1,195 @@
+"""What became of every captured node, as data: which kernel it ended in, by which rules, what was
+refused and why, what that saved. An account is self-sufficient: text, pictures and comparisons are
+made from it alone, and its JSON can be read back.
+
+The JSON ("schema": "convloom-ledger", "version": 1) has these fields; every time is {"us": number
+or null, "how": "modelled" | "measured" | "not measured"}:
+
+    model, target, dtype, batch   what was compiled, for what; batch is the largest one
+    machine                       the GPU that modelled times are of
+    measured_on                   where measured times come from; "" when nothing was measured
+    totals                        before (every captured op alone: passes="none") and after
+    nodes                         one per captured node: Record below
+    places                        kernels and what needs none (views, ...): Place below
+    edges                         [from, to]: names of places; data flows along them
+    events                        accepted and refused rewrites in order: `ledger.Event`
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from ...errors import ArtifactError
+from ..graph.ledger import Event
+from ..graph.typed import Reader
+
+SCHEMA, VERSION = "convloom-ledger", 1
+MODELLED, MEASURED, NOT_MEASURED = "modelled", "measured", "not measured"
+KERNEL, FALLBACK, VIEW, IN_PLACE = "kernel", "torch", "view", "in place"
+REMOVED, CONSTANT, INPUT, OUTPUT = "removed", "constant", "input", "output"
+
+
+@dataclass(frozen=True)
+class Time:
+    """Microseconds, and how they are known: modelled, measured or not measured (then None)."""
+
+    us: float | None
+    how: str
+
+    def __str__(self) -> str:
+        return self.how if self.us is None else f"{self.us:,.1f} us {self.how}"
+
+
+UNKNOWN = Time(None, NOT_MEASURED)
+
+
+def modelled(us: float | None) -> Time:
+    """A modelled time; what has no model is unknown."""
+    return UNKNOWN if us is None else Time(us, MODELLED)
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """A rule that declined a node, and why."""
+
+    rule: str
+    label: str
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.label}: {self.reason}" if self.label else f"{self.rule}: {self.reason}"
+
+
+@dataclass(frozen=True)
+class Record:
+    """What became of one captured node.
+
+    kernel: the step of the plan that computes it, or why none does ("view", "in place", "removed",
+    "constant"). place: where it is drawn. bytes_before: that a kernel of its own would read and
+    write; bytes_saved: of these, what no kernel reads or writes any more. kernels_before: launches
+    of a kernel of its own; kernels_saved: of these, what its fusion spares (one op of each kernel,
+    a convolution where there is one, counts for the kernel). before: of a kernel of its own in its
+    default configuration; after: its part of its kernel's time, in proportion to `before`.
+    """
+
+    node: str
+    op: str
+    module_path: str
+    kernel: str
+    place: str
+    rules: tuple[str, ...]
+    refused: tuple[Refusal, ...]
+    bytes_before: int
+    bytes_saved: int
+    kernels_before: int
+    kernels_saved: int
+    before: Time
+    after: Time
+    part_of: str = ""
+    """The composite op the node is a part of, whose figures stand at its last node."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """A kernel of the plan, or something that needs none: a view, a buffer, an input or output.
+
+    what: "kernel", "torch", "view", "in place", "input" or "output". kind: a family of ops, for
+    colours. nodes: the captured nodes computed there, and those that vanished beside it.
+    size_bytes: read and written if every tensor is touched once. config: as planned; modelled: of
+    all its launches in the default configuration; measured: as planned; share: of the modelled time
+    of the whole plan.
+    """
+
+    name: str
+    what: str
+    kind: str
+    op: str
+    computes: str
+    module_path: str
+    nodes: tuple[str, ...]
+    launches: int
+    size_bytes: int
+    config: str
+    modelled: Time
+    measured: Time
+    share: float
+
+
+@dataclass(frozen=True)
+class Totals:
+    """The whole network with every captured op alone ("before") and as planned ("after")."""
+
+    kernels_before: int
+    kernels_after: int
+    bytes_before: int
+    bytes_after: int
+    before: Time
+    after: Time
+    measured: Time
+    torch_fallbacks: int
+
+
+@dataclass(frozen=True)
+class Account:
+    """The whole account of one compilation; see the head of this file for its JSON."""
+
+    model: str
+    target: str
+    dtype: str
+    batch: int | None
+    machine: str
+    measured_on: str
+    totals: Totals
+    nodes: tuple[Record, ...]
+    places: tuple[Place, ...]
+    edges: tuple[tuple[str, str], ...]
+    events: tuple[Event, ...]
+
+    @property
+    def kernels(self) -> tuple[Place, ...]:
+        """Steps of the plan, in order; those of torch fallbacks included."""
+        return tuple(place for place in self.places if place.what in (KERNEL, FALLBACK))
+
+    def place(self, name: str) -> Place:
+        """The place of that name."""
+        return next(place for place in self.places if place.name == name)
+
+    def with_measured(self, times_us: Mapping[str, float], where: str) -> Account:
+        """The account with measured times of steps, in microseconds, taken on `where`."""
+        known = [place.name for place in self.kernels]
+        places = tuple(
+            replace(place, measured=Time(float(times_us[place.name]), MEASURED))
+            if place.name in times_us
+            else place
+            for place in self.places
+        )
+        # A sum over some of the steps would be no time of the network.
+        whole = sum(times_us.values()) if len(times_us) == len(known) else None
+        total = UNKNOWN if whole is None else Time(whole, MEASURED)
+        totals = replace(self.totals, measured=total)
+        return replace(self, places=places, totals=totals, measured_on=where)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data, schema and version first."""
+        return {"schema": SCHEMA, "version": VERSION, **asdict(self)}
+
+
+def from_json(data: Any, source: str) -> Account:
+    """The account that `to_json` wrote; `source` names it in errors.
+
+    Raises: ArtifactError for another schema or version, or missing or wrong fields.
+    """
+    if not isinstance(data, dict) or data.get("schema") != SCHEMA:
+        raise ArtifactError(
+            f"'{source}': expected a ledger as `convloom explain NAME --json` writes it, got JSON "
+            f"without \"schema\": \"{SCHEMA}\""
+        )
+    if data.get("version") != VERSION:
+        raise ArtifactError(
+            f"'{source}': expected version {VERSION} of the ledger's schema, got "
+            f"{data.get('version')!r}; write it again with this convloom"
+        )
+    account: Account = Reader(source, loose=True).read(Account, data, "ledger")
+    return account

@@ -1,0 +1,381 @@
+"""Ledger, graphs and plan -> `Account`: what every captured node costs alone and in its kernel.
+
+"Alone" is the network without fusion: the required passes only, every op in a kernel of its own in
+its default configuration. Both networks are modelled by the same machine
+(`kernels/contract/cost_model.py`); where the target is no GPU, by that of sm_90. A node is charged
+for the tensors it reads and writes; what it is spared is what no kernel touches any more:
+
+- its result, where every reader is computed in the same kernel;
+- an input that its own kernel computes, or that another node of its kernel reads already;
+- everything, where it needs no kernel.
+
+The op that a kernel is named after gets what is left of the kernel's savings. So the savings of all
+nodes add up to the difference of the two networks, but for conversions, which belong to no node.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import networkx as nx
+import torch
+
+from ...kernels import registry
+from ...kernels.contract import cost_model
+from ...kernels.contract.op import Problem
+from ...kernels.contract.spec import Operand
+from ...kernels.contract.targets import Target
+from ...kernels.movement import movement
+from ..fusion.estimate import ASSUMED
+from ..graph.ir import CONSTANT, INPUT, OUTPUT, TORCH, Graph, Node, Value
+from ..graph.ledger import Closing, Event, Ledger, op_name
+from ..passes import LABELS, select
+from ..passes.layout import choose_dtype, choose_layout
+from ..plan.lower import is_movement
+from ..plan.plan import KernelStep, Plan, Step
+from . import account as acc
+from .account import Account, Place, Record, Refusal, Time, Totals
+from .places import RANK, Places, find_places, kind_of
+
+
+@dataclass(frozen=True)
+class Alone:
+    """One op of the network without fusion; views and torch fallbacks have no launches."""
+
+    node: Node
+    launches: int = 0
+    size_bytes: int = 0
+    us: float | None = 0.0
+    is_view: bool = False
+
+
+def make_account(ledger: Ledger, closing: Closing, plan: Plan) -> Account:
+    """The account of a compilation."""
+    captured = closing.captured
+    dtype = captured.goal.dtype if captured.goal else None
+    unfused = without_fusion(captured, dtype)
+    precision = next((s.problem.precision for s in plan.steps if isinstance(s, KernelStep)), "ieee")
+    alone = {a.node.name: a for a in _alone(unfused, plan.target, precision)}
+    places = find_places(closing, plan)
+    steps_us = {step.name: step_time_us(step, plan.target) for step in plan.steps}
+    known_us = sum(us for us in steps_us.values() if us is not None)
+    nodes = _records(ledger, closing, places, unfused, alone, steps_us)
+    return Account(
+        model=captured.name,
+        target=plan.target.name,
+        dtype=_dtype_name(captured, dtype),
+        batch=next((n.spec.batch or n.spec.shape[0] for n in captured.graph_inputs()
+                    if n.spec.rank), None),
+        machine=_machine_name(plan.target),
+        measured_on="",
+        totals=_totals(plan, list(alone.values()), steps_us),
+        nodes=tuple(nodes),
+        places=tuple(_with_times(place, steps_us, known_us) for place in places.drawn),
+        edges=places.edges,
+        events=tuple(replace(event, label=label_of(event)) for event in ledger.events),
+    )  # fmt: skip
+
+
+def without_fusion(captured: Graph, dtype: torch.dtype | None) -> Graph:
+    """The captured graph after the required passes only, without the values of its constants."""
+    graph = captured.copy()
+    graph.tensors = {
+        node.name: torch.empty(node.spec.shape, dtype=node.spec.dtype, device="meta")
+        for node in graph.nodes()
+        if node.op == CONSTANT
+    }
+    unread = Ledger()
+    for step in select("none"):
+        if step.run is choose_layout:
+            graph = choose_dtype(graph, dtype)
+        graph = step.run(graph, unread)
+    return graph
+
+
+def _alone(graph: Graph, target: Target, precision: str) -> list[Alone]:
+    """Every op of the graph by itself."""
+    operands: dict[Value, Operand] = {}
+    found = []
+    for node in graph.nodes():
+        for index, spec in enumerate(node.outputs):
+            operands[Value(node.name, index)] = Operand.dense(spec)
+        if node.op in (INPUT, CONSTANT, OUTPUT):
+            continue
+        if node.op == TORCH:
+            found.append(Alone(node, us=None))
+        elif (view := _view(graph, node, operands)) is not None:
+            operands[Value(node.name)] = view
+            found.append(Alone(node, is_view=True))
+        else:
+            found.append(_in_a_kernel(graph, node, operands, target, precision))
+    return found
+
+
+def _view(graph: Graph, node: Node, operands: Mapping[Value, Operand]) -> Operand | None:
+    """Where the node's result lies if it needs no kernel, as lowering decides it."""
+    if not is_movement(node) or isinstance(node.attributes, movement.Concat):
+        return None
+    source = graph.inputs(node.name)[0]
+    readers = [reader for reader, _ in graph.uses(Value(node.name))]
+    if graph.is_constant(source) or readers == [OUTPUT]:
+        return None
+    return movement.view_of(node.attributes, operands[source], node.spec)
+
+
+def _in_a_kernel(
+    graph: Graph, node: Node, operands: Mapping[Value, Operand], target: Target, precision: str
+) -> Alone:
+    op = node.definition
+    packed = op.packs(node.attributes)
+
+    def read(value: Value, slot: int | None = None) -> Operand:
+        # Constants stay fp32 unless their reader packs them, as in lowering.
+        if graph.is_constant(value) and slot not in packed:
+            return Operand.dense(graph.spec(value).with_(dtype=torch.float32))
+        return operands[value]
+
+    problem = Problem(
+        node.op,
+        node.attributes,
+        tuple(read(value, slot) for slot, value in enumerate(graph.own_inputs(node))),
+        tuple(map(Operand.dense, node.outputs)),
+        node.epilogue,
+        tuple(map(read, graph.operands(node))),
+        precision=precision,
+    )
+    launches = op.launches(problem, op.default(problem, target), target)
+    us = cost_model.problem_us(op, problem, target)
+    return Alone(node, len(launches), op.cost(problem).size_bytes, us)
+
+
+def step_time_us(step: Step, target: Target) -> float | None:
+    """Modelled time of a step; None for a torch fallback, which has no model."""
+    if not isinstance(step, KernelStep):
+        return None
+    return cost_model.problem_us(registry.get(step.op), step.problem, target)
+
+
+def _step_bytes(step: Step) -> int:
+    if not isinstance(step, KernelStep):
+        return 0
+    return registry.get(step.op).cost(step.problem).size_bytes
+
+
+def _machine_name(target: Target) -> str:
+    capability = target.name.removeprefix("cuda:")
+    name = cost_model.machine_for(target).name
+    if target.is_gpu:
+        return f"{name} ({capability})"
+    return f"{name} ({ASSUMED.removeprefix('cuda:')}; {target.name} is no GPU)"
+
+
+def _dtype_name(captured: Graph, dtype: torch.dtype | None) -> str:
+    inputs = [node.spec.dtype for node in captured.graph_inputs()]
+    chosen = dtype or (inputs[0] if inputs else torch.get_default_dtype())
+    return str(chosen).removeprefix("torch.")
+
+
+def _totals(
+    plan: Plan, alone: Sequence[Alone], steps_us: Mapping[str, float | None]
+) -> Totals:
+    return Totals(
+        kernels_before=sum(a.launches for a in alone),
+        kernels_after=len(plan.kernels),
+        bytes_before=sum(a.size_bytes for a in alone),
+        bytes_after=sum(map(_step_bytes, plan.steps)),
+        before=acc.modelled(sum(a.us or 0.0 for a in alone)),
+        after=acc.modelled(sum(us or 0.0 for us in steps_us.values())),
+        measured=acc.UNKNOWN,
+        torch_fallbacks=plan.torch_fallbacks,
+    )
+
+
+def _with_times(
+    place: Place, steps_us: Mapping[str, float | None], whole_us: float
+) -> Place:
+    if place.what != acc.KERNEL:
+        return place
+    us = steps_us[place.name]
+    share = us / whole_us if us is not None and whole_us else 0.0
+    return replace(place, modelled=acc.modelled(us), share=share)
+
+
+# Nodes.
+
+
+@dataclass(frozen=True)
+class _Figures:
+    """What one node of the network without fusion costs and is spared."""
+
+    alone: Alone
+    bytes_saved: int
+    kernels_saved: int
+    after: Time
+
+
+def _records(
+    ledger: Ledger,
+    closing: Closing,
+    places: Places,
+    unfused: Graph,
+    alone: Mapping[str, Alone],
+    steps_us: Mapping[str, float | None],
+) -> list[Record]:
+    figures = _figures(places, unfused, alone, steps_us)
+    # A composite's figures stand at the last of the captured nodes it was put together from.
+    order = {node.name: at for at, node in enumerate(closing.captured.nodes())}
+    stands_at: dict[str, _Figures] = {}
+    part_of: dict[str, str] = {}
+    for name, found in figures.items():
+        origins = [origin for origin in unfused.node(name).origins if origin in order]
+        if not origins:
+            continue
+        last = max(origins, key=order.__getitem__)
+        stands_at[last] = found
+        part_of |= {origin: found.alone.node.op for origin in origins if origin != last}
+    accepted, refused = ledger.by_node()
+    return [
+        _record(node, places, stands_at.get(node.name), part_of.get(node.name, ""),
+                accepted.get(node.name, []), refused.get(node.name, []))
+        for node in closing.captured.compute_nodes()
+    ]  # fmt: skip
+
+
+def _record(
+    node: Node,
+    places: Places,
+    figures: _Figures | None,
+    part_of: str,
+    accepted: Sequence[Event],
+    refused: Sequence[Event],
+) -> Record:
+    reasons = (Refusal(event.rule, label_of(event), event.reason) for event in refused)
+    alone = figures.alone if figures else None
+    return Record(
+        node=node.name,
+        op=op_name(node),
+        module_path=node.module_path,
+        kernel=places.kernel_of[node.name],
+        place=places.place_of[node.name],
+        rules=tuple(dict.fromkeys(event.rule for event in accepted)),
+        refused=tuple(dict.fromkeys(reasons)),
+        bytes_before=alone.size_bytes if alone else 0,
+        bytes_saved=figures.bytes_saved if figures else 0,
+        kernels_before=alone.launches if alone else 0,
+        kernels_saved=figures.kernels_saved if figures else 0,
+        before=acc.modelled(alone.us if alone else 0.0),
+        after=figures.after if figures else acc.modelled(0.0),
+        part_of=part_of,
+    )
+
+
+def label_of(event: Event) -> str:
+    """The short name of the event's rule, or nothing where it has none."""
+    return event.label or LABELS.all.get(event.rule, "")
+
+
+def _figures(
+    places: Places,
+    unfused: Graph,
+    alone: Mapping[str, Alone],
+    steps_us: Mapping[str, float | None],
+) -> dict[str, _Figures]:
+    # Nodes that were captured, by the final node that holds them; "" where none does.
+    groups: dict[str, list[Alone]] = {}
+    holders: dict[str, str] = {}
+    for name, found in alone.items():
+        origins = [origin for origin in found.node.origins if origin in places.holder_of]
+        if origins:
+            holders[name] = places.holder_of[origins[-1]]
+            groups.setdefault(holders[name], []).append(found)
+    saved = _bytes_saved(unfused, alone, holders, places.steps_of)
+    figures = {}
+    for holder, members in groups.items():
+        steps = places.steps_of.get(holder, ())
+        launches = sum(len(s.launches) for s in steps if isinstance(s, KernelStep))
+        times = [steps_us[step.name] for step in steps]
+        us = None if None in times else sum(time for time in times if time is not None)
+        whole = sum(member.us or 0.0 for member in members)
+        leader = min(members, key=_leads)
+        # What no other node of the kernel is spared: parameters that were folded, operands that it
+        # reads for them, and what rules save that change the op itself.
+        others = sum(saved[member.node.name] for member in members if member is not leader)
+        before = sum(member.size_bytes for member in members)
+        saved[leader.node.name] = before - sum(map(_step_bytes, steps)) - others
+        for member in members:
+            part = (member.us or 0.0) / whole if whole else 1.0 / len(members)
+            figures[member.node.name] = _Figures(
+                member,
+                saved[member.node.name],
+                member.launches - (launches if member is leader else 0),
+                acc.modelled(None if us is None else us * part),
+            )
+    return figures
+
+
+def _leads(member: Alone) -> tuple[int, float]:
+    """The op that a kernel is named after sorts first: a convolution before a normalisation."""
+    return RANK.get(kind_of(op_name(member.node)), len(RANK)), -(member.us or 0.0)
+
+
+def _bytes_saved(
+    graph: Graph,
+    alone: Mapping[str, Alone],
+    holders: Mapping[str, str],
+    steps_of: Mapping[str, Sequence[Step]],
+) -> dict[str, int]:
+    """What each captured node of the graph without fusion is spared reading and writing."""
+    # What moves nothing any more is looked through: its readers read its source.
+    through = {
+        name
+        for name, found in alone.items()
+        if found.is_view or (name in holders and not steps_of.get(holders[name]))
+    }
+    saved: dict[str, int] = {}
+    already: set[tuple[str, Value]] = set()
+    for name in nx.lexicographical_topological_sort(
+        graph.net, key={name: at for at, name in enumerate(graph.net.nodes)}.__getitem__
+    ):
+        if name not in holders:
+            continue
+        holder, total = holders[name], 0
+        copies = [step for step in steps_of.get(holder, ()) if step.name != holder]
+        if name in through or copies:
+            # Of a concatenation that is partly written in place, what is copied is not saved.
+            saved[name] = alone[name].size_bytes - sum(map(_step_bytes, copies))
+            continue
+        for value in dict.fromkeys(graph.inputs(name)):
+            source = _source(graph, value, through)
+            if graph.is_constant(source):
+                continue
+            if holders.get(source.node) == holder or (holder, source) in already:
+                total += graph.spec(value).size_bytes
+            already.add((holder, source))
+        for index, spec in enumerate(graph.node(name).outputs):
+            readers = _readers(graph, Value(name, index), through)
+            if all(holders.get(reader) == holder for reader in readers):
+                total += spec.size_bytes
+        saved[name] = total
+    return saved
+
+
+def _source(graph: Graph, value: Value, through: set[str]) -> Value:
+    """The value that is read in place of one that a vanished node would have made."""
+    while value.node in through:
+        inputs = graph.inputs(value.node)
+        if len(inputs) != 1:
+            break
+        value = inputs[0]
+    return value
+
+
+def _readers(graph: Graph, value: Value, through: set[str]) -> set[str]:
+    found: set[str] = set()
+    for reader, _ in graph.uses(value):
+        if reader in through:
+            for index in range(len(graph.node(reader).outputs)):
+                found |= _readers(graph, Value(reader, index), through)
+        else:
+            found.add(reader)
+    return found

@@ -1,0 +1,273 @@
+"""Two accounts of one model side by side: kernels that came and went, ops that changed kernels and
+by which rules, refusals, totals.
+
+A kernel is known by its op and the captured ops in it, not by its name: names count up while passes
+run. `before` and `after` are what the caller compares, for example `passes="none"` and the default,
+or yesterday's JSON and today's.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from ...errors import InvalidInputError
+from . import account as acc
+from .account import Account, Place, Record
+from .account_text import counted, labels, refusals_by_reason, size_text, us_text
+
+SCHEMA, VERSION = "convloom-ledger-diff", 1
+SHOWN = 6
+"""Names listed in an error message before it says how many more there are."""
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """A kernel of one side: its op, the captured ops it computes, its modelled time."""
+
+    op: str
+    nodes: tuple[str, ...]
+    time: acc.Time
+
+    def __str__(self) -> str:
+        inside = ", ".join(self.nodes) or "no captured op"
+        return f"{self.op}({inside}), {self.time}"
+
+
+@dataclass(frozen=True)
+class Change:
+    """A captured op that is computed together with others than before.
+
+    before, after: the op of its kernel, or why it has none; with_before, with_after: the other
+    captured ops there; rules: short names of the rules that only the second side applied to it;
+    dropped: of those that only the first side did.
+    """
+
+    node: str
+    op: str
+    module_path: str
+    before: str
+    with_before: tuple[str, ...]
+    after: str
+    with_after: tuple[str, ...]
+    rules: tuple[str, ...]
+    dropped: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Side:
+    """What is compared: its name, and the network's figures."""
+
+    name: str
+    target: str
+    dtype: str
+    batch: int | None
+    machine: str
+    kernels: int
+    size_bytes: int
+    time: acc.Time
+    measured: acc.Time
+    torch_fallbacks: int
+
+
+@dataclass(frozen=True)
+class Difference:
+    """What differs; refusals as (count, rule, reason)."""
+
+    model: str
+    before: Side
+    after: Side
+    vanished: tuple[Kernel, ...]
+    appeared: tuple[Kernel, ...]
+    changes: tuple[Change, ...]
+    gone_refusals: tuple[tuple[int, str, str], ...]
+    new_refusals: tuple[tuple[int, str, str], ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data, schema and version first."""
+        return {"schema": SCHEMA, "version": VERSION, **asdict(self)}
+
+
+def compare(before: Account, after: Account, names: tuple[str, str]) -> Difference:
+    """The difference between two accounts of one model; `names` are what the user calls them.
+
+    Raises: InvalidInputError where the captured ops are not the same.
+    """
+    _check_same_model(before, after, names)
+    old, new = _kernels(before), _kernels(after)
+    return Difference(
+        model=after.model,
+        before=_side(before, names[0]),
+        after=_side(after, names[1]),
+        vanished=tuple(_missing(old, new)),
+        appeared=tuple(_missing(new, old)),
+        changes=tuple(_changes(before, after)),
+        gone_refusals=_only(before, after),
+        new_refusals=_only(after, before),
+    )
+
+
+def _check_same_model(before: Account, after: Account, names: tuple[str, str]) -> None:
+    old, new = ({(r.node, r.op, r.module_path) for r in side.nodes} for side in (before, after))
+    if old == new:
+        return
+    sides = zip(names, (old - new, new - old), strict=True)
+    told = [f"only in {name}: {_some(extra)}" for name, extra in sides if extra]
+    raise InvalidInputError(
+        f"--diff: expected two accounts of one model, got {before.model} ({names[0]}) and "
+        f"{after.model} ({names[1]}); captured ops {'; '.join(told)}"
+    )
+
+
+def _some(ops: Iterable[tuple[str, str, str]]) -> str:
+    ordered = sorted(ops)
+    shown = ", ".join(f"{node} ({op} {path})" for node, op, path in ordered[:SHOWN])
+    more = len(ordered) - SHOWN
+    return f"{shown} and {more} more" if more > 0 else shown
+
+
+def _side(account: Account, name: str) -> Side:
+    t = account.totals
+    return Side(
+        name, account.target, account.dtype, account.batch, account.machine,
+        t.kernels_after, t.bytes_after, t.after, t.measured, t.torch_fallbacks,
+    )  # fmt: skip
+
+
+# Kernels and groups.
+
+
+def _members(account: Account) -> dict[str, tuple[str, ...]]:
+    """The captured ops of each kernel, without those that vanished beside it."""
+    found: dict[str, list[str]] = {place.name: [] for place in account.kernels}
+    for record in account.nodes:
+        if record.kernel in found:
+            found[record.kernel].append(record.node)
+    return {name: tuple(nodes) for name, nodes in found.items()}
+
+
+def _kernels(account: Account) -> list[Kernel]:
+    members = _members(account)
+    return [Kernel(p.op, members[p.name], p.modelled) for p in account.kernels]
+
+
+def _missing(kernels: Sequence[Kernel], others: Sequence[Kernel]) -> Iterator[Kernel]:
+    """Kernels that the other side does not have, each as often as it lacks them."""
+    left = Counter((kernel.op, kernel.nodes) for kernel in others)
+    for kernel in kernels:
+        if left[kernel.op, kernel.nodes]:
+            left[kernel.op, kernel.nodes] -= 1
+        else:
+            yield kernel
+
+
+@dataclass(frozen=True)
+class _Group:
+    """What a captured op is computed by, and with which others."""
+
+    by: str
+    others: tuple[str, ...]
+
+
+def _groups(account: Account) -> dict[str, _Group]:
+    places: Mapping[str, Place] = {place.name: place for place in account.kernels}
+    members = _members(account)
+    found = {}
+    for record in account.nodes:
+        place = places.get(record.kernel)
+        others = tuple(n for n in members.get(record.kernel, ()) if n != record.node)
+        found[record.node] = _Group(place.op if place else record.kernel, others)
+    return found
+
+
+def _changes(before: Account, after: Account) -> Iterator[Change]:
+    old, new = _groups(before), _groups(after)
+    earlier = {record.node: record for record in before.nodes}
+    short = labels(before) | labels(after)
+    for record in after.nodes:
+        node = record.node
+        if old[node] == new[node]:
+            continue
+        then, now = (_rules(each, short) for each in (earlier[node], record))
+        yield Change(
+            node,
+            record.op,
+            record.module_path,
+            old[node].by,
+            old[node].others,
+            new[node].by,
+            new[node].others,
+            tuple(rule for rule in now if rule not in then),
+            tuple(rule for rule in then if rule not in now),
+        )
+
+
+def _rules(record: Record, short: Mapping[str, str]) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(short.get(rule) or rule for rule in record.rules))
+
+
+def _only(account: Account, other: Account) -> tuple[tuple[int, str, str], ...]:
+    """Refusals by reason that the other side has less often, and how much less."""
+    counts = {(rule, reason): count for count, rule, reason in refusals_by_reason(other)}
+    found = [
+        (count - counts.get((rule, reason), 0), rule, reason)
+        for count, rule, reason in refusals_by_reason(account)
+    ]
+    return tuple(item for item in found if item[0] > 0)
+
+
+# Text.
+
+
+def to_text(difference: Difference) -> str:
+    """Totals side by side, then kernels, ops and refusals."""
+    d = difference
+    lines = [f"{d.model}: {d.before.name} -> {d.after.name}", "", *_totals(d), ""]
+    vanished, appeared = counted(len(d.vanished), "kernel"), counted(len(d.appeared), "kernel")
+    lines += [f"{vanished} vanished", *(f"  - {kernel}" for kernel in d.vanished), ""]
+    lines += [f"{appeared} appeared", *(f"  + {kernel}" for kernel in d.appeared), ""]
+    lines.append(f"{counted(len(d.changes), 'op')} changed kernels")
+    for change in d.changes:
+        lines += _change_lines(change)
+    for heading, refusals in (("gone", d.gone_refusals), ("new", d.new_refusals)):
+        lines += ["", f"{counted(sum(n for n, _, _ in refusals), 'refusal')} {heading}"]
+        lines += [f"{count:>5} x  {rule}: {reason}" for count, rule, reason in refusals]
+    return "\n".join(lines) + "\n"
+
+
+def _totals(d: Difference) -> list[str]:
+    sides = (d.before, d.after)
+    rows = [
+        ("", [side.name for side in sides]),
+        ("target", [f"{side.target} {side.dtype}" for side in sides]),
+        ("batch", [str(side.batch) for side in sides]),
+        ("kernels", [str(side.kernels) for side in sides]),
+        ("bytes read and written", [size_text(side.size_bytes) for side in sides]),
+        ("modelled time", [us_text(side.time) for side in sides]),
+        ("measured time", [us_text(side.measured) for side in sides]),
+        ("modelled for", [side.machine for side in sides]),
+        ("torch fallbacks", [str(side.torch_fallbacks) for side in sides]),
+    ]
+    width = max(len(cells[0]) for _, cells in rows)
+    lines = [f"{name:<24}{left:<{width}}   {right}".rstrip() for name, (left, right) in rows]
+    if any(getattr(d.before, f) != getattr(d.after, f) for f in ("target", "dtype", "batch")):
+        lines.append("target, dtype or batch differ: times and bytes are not for the same work")
+    return lines
+
+
+def _change_lines(change: Change) -> list[str]:
+    where = f"{change.module_path} " if change.module_path else ""
+    lines = [f"  {where}{change.op} ({change.node})"]
+    for word, by, others in (
+        ("was", change.before, change.with_before),
+        ("is", change.after, change.with_after),
+    ):
+        beside = f" with {', '.join(others)}" if others else ""
+        lines.append(f"      {word:<8} {by}{beside}")
+    if change.rules:
+        lines.append(f"      by       {'; '.join(change.rules)}")
+    if change.dropped:
+        lines.append(f"      without  {'; '.join(change.dropped)}")
+    return lines

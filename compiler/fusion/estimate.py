@@ -1,0 +1,138 @@
+"""What a node, or the node that would stand for several, costs on the goal's machine.
+
+Fusions are decided before layouts and dtypes are chosen, so the kernels are modelled as they will
+be: images NHWC, everything in the goal's dtype, every tensor dense in a buffer of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import lru_cache
+from typing import TYPE_CHECKING, NamedTuple, Protocol
+
+import torch
+
+from ...kernels import registry
+from ...kernels.contract import cost_model, targets
+from ...kernels.contract.epilogue import Epilogue
+from ...kernels.contract.op import Attributes, Problem
+from ...kernels.contract.spec import Layout, Operand, TensorSpec
+from ...kernels.contract.targets import Target
+from ..graph.ir import Graph, Node, Value
+
+if TYPE_CHECKING:
+    from .pattern import Fused
+
+ASSUMED = "cuda:sm_90"
+"""The machine that fusions are made for where the target is no GPU."""
+MODELLED = "modelled"
+REMEMBERED = 1 << 14
+
+
+class Timed(NamedTuple):
+    """A time, and how it is known: "measured" on a device, or "modelled"."""
+
+    time_us: float
+    status: str
+
+
+class Application(Protocol):
+    """What a node and a node to be have in common."""
+
+    @property
+    def op(self) -> str: ...
+    @property
+    def attributes(self) -> Attributes: ...
+    @property
+    def epilogue(self) -> Epilogue: ...
+
+
+def target_of(graph: Graph) -> Target:
+    """The GPU that kernels are modelled on."""
+    goal = graph.goal
+    return goal.target if goal and goal.target.is_gpu else targets.parse(ASSUMED)
+
+
+def dtype_of(graph: Graph, spec: TensorSpec) -> torch.dtype:
+    """The dtype a tensor of the captured graph is computed in."""
+    goal = graph.goal
+    wanted = goal.dtype if goal and spec.dtype.is_floating_point else None
+    return wanted or spec.dtype
+
+
+def problem_of(graph: Graph, node: Node) -> Problem:
+    """A node as its kernel will see it."""
+    own, operands = graph.own_inputs(node), graph.operands(node)
+    before = graph.prologue_operands(node)
+    made = problem(graph, node, _specs(graph, own), _specs(graph, operands))
+    placed = (Operand.dense(_as_computed(graph, spec)) for spec in _specs(graph, before))
+    return replace(made, prologue=node.prologue, prologue_operands=tuple(placed))
+
+
+def fused_problem(graph: Graph, fused: Fused) -> Problem:
+    """A node that is not there yet, as its kernel would see it."""
+    return problem(graph, fused, _specs(graph, fused.inputs), _specs(graph, fused.operands))
+
+
+def _specs(graph: Graph, values: Sequence[Value]) -> tuple[TensorSpec, ...]:
+    return tuple(graph.spec(value) for value in values)
+
+
+def problem(
+    graph: Graph, made: Application, inputs: Sequence[TensorSpec], operands: Sequence[TensorSpec]
+) -> Problem:
+    """An application of an op to tensors of the given specs, as its kernel would see it."""
+    specs = tuple(_as_computed(graph, spec) for spec in inputs)
+    inferred = registry.get(made.op).infer(made.attributes, specs)
+    outputs = (_as_computed(graph, spec) for spec in inferred)
+    others = (_as_computed(graph, spec) for spec in operands)
+    return Problem(
+        made.op,
+        made.attributes,
+        tuple(map(Operand.dense, specs)),
+        tuple(map(Operand.dense, outputs)),
+        made.epilogue,
+        tuple(map(Operand.dense, others)),
+        precision=graph.goal.precision if graph.goal else "ieee",
+    )
+
+
+def _as_computed(graph: Graph, spec: TensorSpec) -> TensorSpec:
+    layout = Layout.NHWC if spec.rank == 4 else spec.layout
+    return spec.with_(dtype=dtype_of(graph, spec), layout=layout)
+
+
+def misfit(graph: Graph, fused: Fused) -> str | None:
+    """Why the fused kernel's default configuration cannot run on the machine, or None."""
+    asked, target = fused_problem(graph, fused), target_of(graph)
+    op = registry.get(fused.op)
+    return op.legal(asked, op.default(asked, target), target)
+
+
+def times_us(
+    graph: Graph, alternatives: Sequence[Sequence[Problem]]
+) -> tuple[str, list[float]]:
+    """The time of each alternative, a list of kernels, and how they are known: all by records where
+    there are records of all of them, else all "modelled"."""
+    known = graph.goal.known if graph.goal else None
+    if known is not None:
+        # All are asked for, also after a miss: what is not known can be timed later.
+        found = [[known(problem) for problem in each] for each in alternatives]
+        statuses = {timed.status if timed else None for each in found for timed in each}
+        if len(statuses) == 1 and None not in statuses:
+            totals = [sum(timed.time_us for timed in each if timed) for each in found]
+            return str(statuses.pop()), totals
+    totals = [sum(problem_time_us(graph, problem) for problem in each) for each in alternatives]
+    return MODELLED, totals
+
+
+def problem_time_us(graph: Graph, asked: Problem) -> float:
+    """Modelled time of a problem's kernels."""
+    return _modelled_us(asked, target_of(graph))
+
+
+@lru_cache(REMEMBERED)
+def _modelled_us(asked: Problem, target: Target) -> float:
+    """Networks repeat their layers, and every alternative is asked for again in every round."""
+    return cost_model.problem_us(registry.get(asked.op), asked, target)

@@ -1,0 +1,407 @@
+"""The fusions of pointwise work into the ops around it, as a list of declarative rules.
+
+Priority is position in the list. To add a fusion, add a `Rule`: the generic tests (it fires on its
+example, keeps the meaning, leaves a valid graph, is idempotent, does not fire when an inner tensor
+has another reader, refuses its near misses for the stated reason) run on it by themselves.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from ...kernels.contract.scalars import SCALARS
+from ...kernels.contract.spec import Layout, TensorSpec
+from ...kernels.convolution.conv2d import Conv2d
+from ...kernels.movement.movement import FlattenPixels
+from ...kernels.movement.pointwise import Pointwise, stage_of
+from ..graph.ir import INPUT, Graph, Node, Value
+from .pattern import Call, Constant, Match, NearMiss, Rule, Var, absorb
+
+HEAVY = ("conv2d", "linear")
+PRODUCTS = (*HEAVY, "conv3d", "conv_transpose2d", "conv_transpose3d")
+"""Matrix products: what reads them is fused into them, not into what stands beside them."""
+MOST_STAGES = 64
+"""Of one epilogue: each may read a tensor, and a launch takes 4 kB of pointers and sizes."""
+UNARY = tuple(s.name for s in SCALARS if s.operands == 1 and s.name != "identity")
+BINARY = tuple(s.name for s in SCALARS if s.operands == 2)
+
+
+def _anchors() -> tuple[str, ...]:
+    from ...kernels import registry
+
+    return tuple(op.name for op in registry.OPS if op.takes_epilogue and op.name != "identity")
+
+
+ANCHORS = _anchors()
+
+
+def _same_output(graph: Graph, found: Match) -> str | None:
+    """An epilogue may not enlarge its anchor's output, nor change its dtype."""
+    anchor, root = found.nodes["anchor"], found.root
+    if len(anchor.outputs) != 1:
+        return f"{anchor.name} has several results"
+    if anchor.spec.shape != root.spec.shape:
+        return f"{root.name} broadcasts {anchor.spec} to {root.spec}"
+    if anchor.spec.dtype is not root.spec.dtype:
+        return f"{root.name} changes the dtype from {anchor.spec.dtype} to {root.spec.dtype}"
+    if len(anchor.epilogue) + 1 + len(root.epilogue) > MOST_STAGES:
+        return f"with {root.name} the chain of {anchor.name} has more than {MOST_STAGES} stages"
+    return None
+
+
+def _literal_only(graph: Graph, found: Match) -> str | None:
+    if len(graph.own_inputs(found.root)) != 1:
+        return f"{found.root.name} reads a second tensor"
+    return _same_output(graph, found)
+
+
+def _append(reverse: bool, graph: Graph, found: Match) -> Value:
+    """The anchor with the root's stage, and the root's own epilogue, after its own."""
+    anchor, root = found.nodes["anchor"], found.root
+    assert isinstance(root.attributes, Pointwise)
+    stage = stage_of(root.op, root.attributes)
+    if reverse:
+        stage = type(stage)(stage.name, stage.parameters, None, not stage.reverse)
+    others = tuple(v for v in graph.own_inputs(root) if v != Value(anchor.name))
+    inputs = (
+        *graph.own_inputs(anchor),
+        *graph.operands(anchor),
+        *others,
+        *graph.operands(root),
+        *graph.prologue_operands(anchor),
+    )
+    epilogue = (*anchor.epilogue, stage, *root.epilogue)
+    return absorb(graph, found, anchor.name, inputs, epilogue=epilogue)
+
+
+def append_stage(graph: Graph, found: Match) -> Value:
+    """Fuses f(anchor) or f(anchor, r)."""
+    return _append(False, graph, found)
+
+
+def append_reversed_stage(graph: Graph, found: Match) -> Value:
+    """Fuses f(r, anchor)."""
+    return _append(True, graph, found)
+
+
+def _image(graph: Graph, before: Node) -> int | None:
+    """Which input of a pointwise node is the image; the other one broadcasts."""
+    shapes = [graph.spec(value).shape for value in graph.own_inputs(before)]
+    return shapes.index(before.spec.shape) if before.spec.shape in shapes else None
+
+
+def _per_channel(spec: TensorSpec, per_image: bool) -> bool:
+    """Whether a tensor has one number per channel, or per image and channel where those may be."""
+    ends = spec.rank in (3, 4) and spec.shape[-2:] == (1, 1)
+    return spec.numel == 1 or (ends and (per_image or spec.rank == 3 or spec.shape[0] == 1))
+
+
+def _prologue_guard(graph: Graph, found: Match) -> str | None:
+    """A prologue runs once per tap and output tile: only a 1x1 filter reads each element once."""
+    conv, root = found.root, found.nodes["before"]
+    weight = graph.spec(graph.own_inputs(conv)[1])
+    if conv.prologue:
+        return f"{conv.name} already has a prologue"
+    if weight.shape[2:] != (1, 1):
+        r, s = weight.shape[2:]
+        return f"{conv.name} would recompute {root.name} for each of its {r}x{s} taps"
+    if weight.shape[1] != root.spec.shape[1]:
+        return f"{conv.name} is grouped"
+    if (image := _image(graph, root)) is None:
+        return f"{root.name} broadcasts its inputs"
+    # One number per image and channel needs rows of the product that are pixels of the image.
+    in_place = conv.attributes == Conv2d()
+    own = graph.own_inputs(root)
+    for value in (*own[:image], *own[image + 1 :], *graph.operands(root)):
+        spec = graph.spec(value)
+        if not _per_channel(spec, in_place):
+            per = "per channel" if not _per_channel(spec, True) else "per channel for all images"
+            return f"{value} {spec} is not one number {per}"
+    return None
+
+
+def sink_into_prologue(graph: Graph, found: Match) -> Value:
+    """conv2d(f(x)) with f applied while x is read; the zero border stays zero after f."""
+    conv, before = found.root, found.nodes["before"]
+    assert isinstance(before.attributes, Pointwise)
+    first, image = stage_of(before.op, before.attributes), _image(graph, before)
+    assert image is not None
+    if image:
+        first = replace(first, reverse=not first.reverse)
+    own = graph.own_inputs(before)
+    inputs = (
+        own[image],
+        *graph.own_inputs(conv)[1:],
+        *graph.operands(conv),
+        *own[:image],
+        *own[image + 1 :],
+        *graph.operands(before),
+    )
+    return absorb(graph, found, conv.name, inputs, prologue=(first, *before.epilogue))
+
+
+class _Net(nn.Module):
+    """An example network from a function of its layers and inputs."""
+
+    def __init__(self, function: Any, **layers: nn.Module) -> None:
+        super().__init__()
+        self.layers = nn.ModuleDict(layers)
+        self.function = function
+
+    def forward(self, *inputs: torch.Tensor) -> torch.Tensor:
+        result: torch.Tensor = self.function(self.layers, *inputs)
+        return result
+
+
+def example(function: Any, *shapes: tuple[int, ...], **layers: nn.Module) -> Any:
+    """A seeded module and inputs of the given shapes."""
+    generator = torch.Generator().manual_seed(0)
+    inputs = tuple(torch.randn(shape, generator=generator) for shape in shapes)
+    return _Net(function, **layers).eval(), inputs
+
+
+IMAGE = (2, 6, 7, 5)
+
+
+def _conv(r: int = 3, k: int = 8) -> nn.Conv2d:
+    return nn.Conv2d(IMAGE[1], k, r, padding=r // 2)
+
+
+def _unary_example() -> Any:
+    return example(lambda m, x: torch.sigmoid(m["conv"](x)), IMAGE, conv=_conv())
+
+
+def _literal_example() -> Any:
+    return example(lambda m, x: 1.5 - m["conv"](x), IMAGE, conv=_conv())
+
+
+def _residual_example() -> Any:
+    return example(lambda m, x, r: m["conv"](x) + r, IMAGE, (2, 8, 7, 5), conv=_conv())
+
+
+def _reversed_example() -> Any:
+    return example(lambda m, x, r: r / m["conv"](x), IMAGE, (2, 8, 7, 5), conv=_conv())
+
+
+def _pointwise_example() -> Any:
+    return example(lambda m, x, r: torch.tanh(x) - r, IMAGE, IMAGE)
+
+
+def _pointwise_reversed_example() -> Any:
+    return example(lambda m, x, r: r - torch.tanh(x), IMAGE, IMAGE)
+
+
+def _activation_example() -> Any:
+    return example(lambda m, x: torch.relu(m["pool"](x)), IMAGE, pool=nn.MaxPool2d(2))
+
+
+def _prologue_example() -> Any:
+    """Of a chain whose first operand is not the image."""
+
+    def run(m: Any, x: torch.Tensor, g: torch.Tensor) -> Any:
+        return m["conv"](torch.tanh(g - x))
+
+    return example(run, IMAGE, (2, 6, 1, 1), conv=_conv(1))
+
+
+def _enlarging() -> Any:
+    return example(lambda m, x, r: m["conv"](x) + r, (1, 6, 7, 5), (2, 8, 7, 5), conv=_conv())
+
+
+def _recomputing() -> Any:
+    return example(lambda m, x: m["conv"](torch.relu(x)), IMAGE, conv=_conv(3))
+
+
+def _grouped() -> Any:
+    conv = nn.Conv2d(6, 6, 1, groups=3)
+    return example(lambda m, x: m["conv"](torch.relu(x)), IMAGE, conv=conv)
+
+
+def _gate(**options: Any) -> Any:
+    conv = nn.Conv2d(IMAGE[1], 8, 1, **options)
+    return example(lambda m, x, g: m["conv"](x * g), IMAGE, (2, 6, 1, 1), conv=conv)
+
+
+def _not_channelwise() -> Any:
+    return example(lambda m, x, r: m["conv"](x * r), IMAGE, IMAGE, conv=_conv(1))
+
+
+ENLARGES = NearMiss(_enlarging, "broadcasts")
+EPILOGUE_RULES = (
+    Rule(
+        "f(heavy(x)) => heavy(x, epilogue=[f])",
+        Call(UNARY, Call(PRODUCTS, name="anchor"), name="root"),
+        append_stage,
+        _unary_example,
+        _same_output,
+        label="epilogue",
+    ),
+    Rule(
+        "f(heavy(x), literal) => heavy(x, epilogue=[f literal])",
+        Call(BINARY, Call(PRODUCTS, name="anchor"), name="root"),
+        append_stage,
+        _literal_example,
+        _literal_only,
+        label="epilogue",
+    ),
+    Rule(
+        "f(heavy(x), r) => heavy(x, epilogue=[f r])",
+        Call(BINARY, Call(PRODUCTS, name="anchor"), Var("r"), name="root"),
+        append_stage,
+        _residual_example,
+        _same_output,
+        (ENLARGES,),
+        label="epilogue",
+    ),
+    Rule(
+        "f(r, heavy(x)) => heavy(x, epilogue=[reversed f r])",
+        Call(BINARY, Var("r"), Call(PRODUCTS, name="anchor"), name="root"),
+        append_reversed_stage,
+        _reversed_example,
+        _same_output,
+        label="epilogue",
+    ),
+    Rule(
+        "f(op(x)) => op(x, epilogue=[f])",
+        Call(UNARY, Call(ANCHORS, name="anchor"), name="root"),
+        append_stage,
+        _activation_example,
+        _same_output,
+        label="epilogue",
+    ),
+    Rule(
+        "f(op(x), literal) => op(x, epilogue=[f literal])",
+        Call(BINARY, Call(ANCHORS, name="anchor"), name="root"),
+        append_stage,
+        lambda: example(lambda m, x: torch.exp(x) * 2.0, IMAGE),
+        _literal_only,
+        label="epilogue",
+    ),
+    Rule(
+        "f(op(x), r) => op(x, epilogue=[f r])",
+        Call(BINARY, Call(ANCHORS, name="anchor"), Var("r"), name="root"),
+        append_stage,
+        _pointwise_example,
+        _same_output,
+        label="epilogue",
+    ),
+    Rule(
+        "f(r, op(x)) => op(x, epilogue=[reversed f r])",
+        Call(BINARY, Var("r"), Call(ANCHORS, name="anchor"), name="root"),
+        append_reversed_stage,
+        _pointwise_reversed_example,
+        _same_output,
+        label="epilogue",
+    ),
+)
+
+
+def _flatten_guard(graph: Graph, found: Match) -> str | None:
+    """Permuting the weight's columns is free unless someone else reads them in the old order."""
+    weight = found.values["w"]
+    image = graph.spec(found.values["x"])
+    if graph.node(found.values["x"].node).op == INPUT:
+        return "the image arrives in torch's own layout: its flattening is a view already"
+    rows = (image.shape[0], image.numel // image.shape[0])
+    is_image = image.rank == 4 or (image.rank == 5 and image.layout is Layout.NHWC)
+    if not is_image or found.nodes["flat"].spec.shape != rows:
+        return f"{found.nodes['flat'].name} does not flatten an image to one row per sample"
+    if len(graph.uses(weight)) > 1:
+        return f"the weight {weight} is shared"
+    return None
+
+
+def flatten_in_memory_order(graph: Graph, found: Match) -> Value:
+    """linear over (H, W, C) columns: the flattening is then a view of an NHWC image."""
+    root, image, weight = found.root, found.values["x"], found.values["w"]
+    tensor = graph.constant(weight)
+    pixels = tensor.reshape(-1, *graph.spec(image).shape[1:])
+    columns = pixels.movedim(1, -1).reshape(tensor.shape)
+    permuted = graph.add_constant(columns, weight.node, graph.spec(weight).dtype)
+    flat = graph.add("flatten_pixels", (image,), FlattenPixels(), like=[found.nodes["flat"]])
+    inputs = (flat, permuted, *graph.inputs(root.name)[2:])
+    graph.set_inputs(root.name, inputs)
+    graph.remove([found.nodes["flat"].name])
+    return Value(root.name)
+
+
+def _flatten_example() -> Any:
+    layers = {"pool": nn.MaxPool2d(2, 1), "fc": nn.Linear(6 * 6 * 4, 4)}
+    return example(lambda m, x: m["fc"](m["pool"](x).flatten(1)), IMAGE, **layers)
+
+
+def _partly_flattened() -> Any:
+    layers = {"pool": nn.MaxPool2d(2, 1), "fc": nn.Linear(6 * 4, 4)}
+    return example(lambda m, x: m["fc"](m["pool"](x).flatten(2)), IMAGE, **layers)
+
+
+def _flattened_groups() -> Any:
+    """The groups of a channel shuffle are no volume: channels are not innermost in memory."""
+    layers = {"pool": nn.MaxPool2d(2, 1), "fc": nn.Linear(6 * 6 * 4, 4)}
+
+    def run(m: Any, x: torch.Tensor) -> Any:
+        groups = m["pool"](x).reshape(-1, 2, 3, 6, 4)
+        return m["fc"]((groups * groups.sum(2, keepdim=True)).flatten(1))
+
+    return example(run, IMAGE, **layers)
+
+
+def _flattened_input() -> Any:
+    return example(lambda m, x: m["fc"](x.flatten(1)), IMAGE, fc=nn.Linear(6 * 7 * 5, 4))
+
+
+def _shared_weight() -> Any:
+    def run(m: Any, x: torch.Tensor, r: torch.Tensor) -> Any:
+        return m["fc"](m["pool"](x).flatten(1)) - m["fc"](m["pool"](r).flatten(1))
+
+    layers = {"pool": nn.MaxPool2d(2, 1), "fc": nn.Linear(6 * 6 * 4, 4)}
+    return example(run, IMAGE, IMAGE, **layers)
+
+
+FLATTEN_RULES = (
+    Rule(
+        "linear(reshape(x), w) => linear(flatten_pixels(x), w with permuted columns)",
+        Call("linear", Call("reshape", Var("x"), name="flat"), Constant("w"), name="root"),
+        flatten_in_memory_order,
+        _flatten_example,
+        _flatten_guard,
+        (
+            NearMiss(_partly_flattened, "one row per sample"),
+            NearMiss(_flattened_groups, "does not flatten an image"),
+            NearMiss(_flattened_input, "a view already"),
+            NearMiss(_shared_weight, "is shared"),
+        ),
+        label="flatten",
+    ),
+)
+PROLOGUE_RULES = (
+    Rule(
+        "conv2d(f(x), w) => conv2d(x, w, prologue=[f])",
+        Call(
+            "conv2d",
+            Call((*UNARY, *BINARY), name="before"),
+            Var("w"),
+            name="root",
+        ),
+        sink_into_prologue,
+        _prologue_example,
+        _prologue_guard,
+        (
+            NearMiss(_recomputing, "taps"),
+            NearMiss(_grouped, "grouped"),
+            NearMiss(_not_channelwise, "per channel"),
+            NearMiss(lambda: _gate(stride=2), "per channel for all images"),
+            NearMiss(lambda: _gate(padding=1), "per channel for all images"),
+        ),
+        label="prologue",
+    ),
+)
+
+
+def is_heavy(node: Node) -> bool:
+    """Whether the node is a matrix product."""
+    return node.op in PRODUCTS

@@ -1,0 +1,299 @@
+"""The compiled module: a callable with its plan, its ledger and its kernels open to inspection."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+
+from ...errors import ArtifactError, InvalidInputError, KernelError, near_names
+from ...kernels.contract.epilogue import GeneratedFunction
+from ...kernels.contract.op import Launch
+from ...kernels.contract.targets import Target
+from ...kernels.devices import offline
+from ..graph.interface import Interface, empty_outputs
+from ..graph.ir import Graph
+from ..graph.ledger import Ledger
+from ..plan.plan import KernelStep, Plan, Step
+from .evaluate import evaluate
+from .runtime import CudaRunner, Observer, Runner, StepRunner, compile_requests
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """One launch of the plan, for people: what it computes and what the compiler made of it."""
+
+    name: str
+    ops: tuple[str, ...]
+    module_path: str
+    step: KernelStep
+    launch: Launch
+    request: offline.CompileRequest | None
+
+    def source(self) -> str:
+        """The Triton source: the kernel and the functions generated for it."""
+        import inspect
+
+        text = inspect.getsource(self.launch.kernel.fn)
+        generated = [
+            f"# {name}\n{value.source}"
+            for name, value in self.launch.constexprs.items()
+            if isinstance(value, GeneratedFunction)
+        ]
+        constants = ", ".join(
+            f"{name}={value}"
+            for name, value in self.launch.constexprs.items()
+            if not isinstance(value, GeneratedFunction)
+        )
+        return "\n".join([f"# {self.name}: {constants}", *generated, text])
+
+    def report(self) -> offline.KernelReport:
+        """Registers, spills, shared memory and instruction mix.
+
+        Raises: KernelError where the target has no machine code.
+        """
+        return offline.report(self._compiled_request())
+
+    def ptx(self) -> str:
+        """PTX text."""
+        return str(offline.compile_request(self._compiled_request()).asm["ptx"])
+
+    def sass(self) -> str:
+        """Disassembled machine code."""
+        return offline.disassembly(offline.compile_request(self._compiled_request()))
+
+    def _compiled_request(self) -> offline.CompileRequest:
+        if self.request is None:
+            raise KernelError(
+                f"kernel {self.name}: the interpreter has no machine code; compile with "
+                "target='cuda:sm_90' (no GPU needed) to see it"
+            )
+        return self.request
+
+
+class Executable:
+    """What `convloom.compile` returns; call it like the module.
+
+    Weights are those of the moment of compilation. Inputs are not modified; outputs belong to the
+    caller.
+
+    Any number of threads may call it: it has one set of buffers, so their calls run one after the
+    other (`runtime.py`; only the reference target, which has no buffers, runs them side by side).
+    """
+
+    def __init__(self, graph: Graph, plan: Plan, ledger: Ledger, runner: Runner) -> None:
+        self.graph, self.plan, self.ledger = graph, plan, ledger
+        ledger.plan = plan
+        self._runner = runner
+        self._interface = Interface(plan.inputs, plan.structure, plan.batch)
+
+    def __call__(self, *inputs: Any) -> Any:
+        """The module's outputs, in the module's own structure.
+
+        Raises: InvalidInputError for the wrong number, structure, rank, shape, dtype or device;
+        TargetUnavailableError where the target is not this machine.
+        """
+        tensors = self._interface.flatten(inputs)
+        batch = self._interface.check(tensors, self.place)
+        if batch == 0:
+            return self._interface.unflatten(empty_outputs(self.plan.outputs, self.place))
+        return self._interface.unflatten(self._runner.run(tensors, batch))
+
+    def __copy__(self) -> Executable:
+        """The same plan, weights and buffers: nothing of them is the caller's to change."""
+        twin = object.__new__(type(self))
+        twin.__dict__.update(self.__dict__)
+        return twin
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Executable:
+        return self.__copy__()
+
+    def __reduce__(self) -> NoReturn:
+        raise ArtifactError(
+            f"the executable of {self.graph.name} cannot be pickled, or sent to another process: "
+            "it holds kernels and buffers of this one. Save it, exe.save('net.loom'), and call "
+            "convloom.load('net.loom') there; what that returns can be pickled"
+        )
+
+    @property
+    def target(self) -> Target:
+        return self.plan.target
+
+    @property
+    def place(self) -> torch.device:
+        """Where inputs must be and outputs are."""
+        runner = self._runner
+        return runner.device if isinstance(runner, CudaRunner) else torch.device("cpu")
+
+    def save(self, path: str | Path, *others: Executable, model: str = "") -> None:
+        """Writes a file that `convloom.load` reads, whole or not at all (`artifact/`).
+
+        others: the same module compiled for other targets or ranges of batches, for the same file.
+        model: what it is of, in words; by default the class of the module.
+
+        Raises: ArtifactError where something cannot be in a file: torch fallbacks, outputs in
+        containers other than tuple, list and dict, executables that do not belong together.
+        """
+        from ..artifact.write import save
+
+        save(path, (self, *others), model)
+
+    # Inspection.
+
+    @property
+    def has_steps(self) -> bool:
+        """Whether steps can be watched one by one: in the interpreter and the emulator."""
+        return isinstance(self._runner, StepRunner)
+
+    @property
+    def summary(self) -> dict[str, int]:
+        """Counts: convs, kernels, torch_fallbacks, arena_bytes, activation_bytes."""
+        return self.plan.summary()
+
+    @property
+    def kernels(self) -> tuple[Kernel, ...]:
+        """Every launch, in order."""
+        launches = self.plan.kernels
+        requests: Sequence[offline.CompileRequest | None] = [None] * len(launches)
+        if self.target.is_gpu:
+            requests = compile_requests(self.plan, self.target)
+        counts: dict[str, int] = {}
+        found = []
+        for (step, launch), wanted in zip(launches, requests, strict=True):
+            counts[step.name] = counts.get(step.name, 0) + 1
+            single = len(step.launches) == 1
+            name = step.name if single else f"{step.name}.{counts[step.name]}"
+            found.append(Kernel(name, step.origins, step.module_path, step, launch, wanted))
+        return tuple(found)
+
+    def kernel(self, name: str) -> Kernel:
+        """The launch of that name.
+
+        Raises: InvalidInputError with the near names.
+        """
+        for kernel in self.kernels:
+            if kernel.name == name:
+                return kernel
+        names = [kernel.name for kernel in self.kernels]
+        raise InvalidInputError(f"no kernel named {name!r}; {near_names(name, names)}")
+
+    def summary_line(self) -> str:
+        """The line that `compile` logs."""
+        return summary_line(self.plan)
+
+    def explain(self) -> str:
+        """The ledger as text, under the summary; with measured times after `profile`."""
+        return explanation(self.graph.name, self.plan, self.ledger)
+
+    def profile(self, *inputs: Any) -> list[tuple[str, float]]:
+        """(step, microseconds) in order; each step is run by itself once. The ledger keeps them.
+
+        On a GPU by CUDA events outside the CUDA graph; in the interpreter and the emulator by the
+        wall clock, where it says what these cost and nothing about a GPU.
+        """
+        tensors = self._interface.flatten(inputs)
+        batch = self._interface.check(tensors, self.place, at_least=1)
+        times = self._time_steps(tensors, batch)
+        summed: dict[str, float] = {}
+        for name, us in times:
+            summed[name] = summed.get(name, 0.0) + us
+        if isinstance(self._runner, StepRunner):
+            where = f"the {self._runner.by}, not a GPU"
+        else:
+            where = torch.cuda.get_device_name()
+        if self.plan.batch is not None:
+            where += f", batch {batch}"
+        self.ledger = self.ledger.with_measured(summed, where)
+        return times
+
+    def _time_steps(self, tensors: list[torch.Tensor], batch: int) -> list[tuple[str, float]]:
+        if isinstance(self._runner, CudaRunner):
+            return self._runner.time_steps(tensors, batch)
+        if not isinstance(self._runner, StepRunner):
+            raise KernelError(f"target {self.target.name} has no steps that could be timed")
+        times: list[tuple[str, float]] = []
+        last = [time.perf_counter()]
+
+        def observe(step: Step, output: torch.Tensor) -> None:
+            now = time.perf_counter()
+            times.append((step.name, (now - last[0]) * 1e6))
+            last[0] = now
+
+        self._runner.run(tensors, batch, observe)
+        return times
+
+    def errors(self, *inputs: Any) -> list[StepError]:
+        """Per step: the kernels' and torch's own largest error against fp64, relative to the rms.
+
+        The kernels run in the interpreter or the emulator; torch evaluates the same fused graph in
+        the plan's dtype.
+        """
+        tensors, _, _ = self._watched(inputs)
+        with torch.no_grad():
+            exact = evaluate(self.graph, tensors, torch.float64)
+            eager = evaluate(self.graph, tensors)
+        by_name = {value.node: tensor for value, tensor in exact.items() if value.index == 0}
+        eager_by_name = {value.node: tensor for value, tensor in eager.items() if value.index == 0}
+        rows: list[StepError] = []
+
+        def observe(step: Step, output: torch.Tensor) -> None:
+            truth = by_name.get(step.name)
+            if truth is None:
+                return
+            rms = truth.square().mean().sqrt().clamp_min(1e-30)
+            ours = ((output.double() - truth).abs().max() / rms).item()
+            theirs = ((eager_by_name[step.name].double() - truth).abs().max() / rms).item()
+            rows.append(StepError(step.name, step.module_path, ours, theirs))
+
+        self.watch(inputs, observe)
+        return rows
+
+    def watch(self, inputs: Sequence[Any], observe: Observer) -> None:
+        """Runs, and shows every step with its first output right after it ran.
+
+        Raises: InvalidInputError as a call does; KernelError where the target has no steps.
+        """
+        tensors, batch, runner = self._watched(inputs)
+        runner.run(tensors, batch, observe)
+
+    def _watched(self, inputs: Sequence[Any]) -> tuple[list[torch.Tensor], int, StepRunner]:
+        tensors = self._interface.flatten(tuple(inputs))
+        batch = self._interface.check(tensors, self.place, at_least=1)
+        if not isinstance(self._runner, StepRunner):
+            raise KernelError("errors per step are measured in the interpreter and the emulator")
+        return tensors, batch, self._runner
+
+
+def summary_line(plan: Plan) -> str:
+    """What became of the convolutions, in one line."""
+    counts = plan.summary()
+    return (
+        f"{counts['convs']} convs -> {counts['kernels']} kernels; "
+        f"{counts['torch_fallbacks']} torch fallbacks"
+    )
+
+
+def explanation(name: str, plan: Plan, ledger: Ledger) -> str:
+    """The ledger as text, under a summary of the plan of the network `name`."""
+    counts = plan.summary()
+    arena, total = counts["arena_bytes"], counts["activation_bytes"]
+    ratio = f", {arena / total:.0%}" if total else ""
+    head = (
+        f"{name} on {plan.target.name}: {summary_line(plan)}\n"
+        f"arena {arena:,} bytes of {total:,} bytes of activations{ratio}\n\n"
+    )
+    return head + ledger.to_text()
+
+
+@dataclass(frozen=True)
+class StepError:
+    """Largest error of one step's output against fp64, divided by the output's rms."""
+
+    step: str
+    module_path: str
+    compiled: float
+    eager: float

@@ -1,0 +1,238 @@
+"""Runs plans: one runner per kind of target.
+
+- reference: the graph, node by node, by torch ops;
+- interpreter: the plan's kernels on the CPU;
+- emulator: what the plan's kernels are compiled to, on the CPU;
+- cuda: the plan's kernels compiled for this GPU, captured once per batch into a CUDA graph.
+
+Threads: runners that have buffers hold a lock while they run, rather than buffers for each thread:
+an arena is the memory that a network needs, and a GPU gains nothing from two of its calls at once.
+"""
+
+from __future__ import annotations
+
+import threading
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
+from typing import Any, Protocol
+
+import torch
+
+from ...errors import KernelError, TargetUnavailableError
+from ...kernels import registry
+from ...kernels.contract.op import Launch, Ref
+from ...kernels.contract.targets import EMULATED, EMULATOR, Target
+from ...kernels.devices import emulator, execute, interpreter, offline
+from ..graph.ir import Graph, Value
+from ..graph.memory import Memory, Place
+from ..plan.branches import schedule
+from ..plan.plan import KernelStep, Plan, Step, TorchStep
+from ..plan.streams import Action
+from .cuda_graphs import GraphRunner
+from .evaluate import call_torch, evaluate
+
+Observer = Callable[[Step, torch.Tensor], None]
+
+
+class Runner(Protocol):
+    """What an executable needs of a target."""
+
+    def run(self, inputs: Sequence[torch.Tensor], batch: int) -> list[torch.Tensor]:
+        """The outputs, owned by the caller."""
+        ...
+
+
+def constants_on(plan: Plan, device: torch.device) -> dict[str, torch.Tensor]:
+    """The plan's packed constants on a device."""
+    return {name: tensor.to(device) for name, tensor in plan.constants.items()}
+
+
+def run_torch_step(step: TorchStep, memory: Memory) -> None:
+    """A fallback step: tensors in torch's own layout in, results copied to their places."""
+    tensors = [memory.view(place).contiguous() for place in step.inputs]
+    results = call_torch(step.call, tensors)
+    for place, result in zip(step.outputs, results, strict=True):
+        memory.view(place).copy_(result)
+
+
+class ReferenceRunner:
+    """The optimised graph by torch ops. Threads run side by side: there is nothing that they share
+    but constants."""
+
+    def __init__(self, graph: Graph) -> None:
+        self._graph = graph
+
+    def run(self, inputs: Sequence[torch.Tensor], batch: int) -> list[torch.Tensor]:
+        with torch.no_grad():
+            values = evaluate(self._graph, inputs)
+        return [values[value].contiguous().clone() for value in self._graph.outputs()]
+
+    def value(self, inputs: Sequence[torch.Tensor], node: str) -> torch.Tensor:
+        """The first output of one node."""
+        with torch.no_grad():
+            return evaluate(self._graph, inputs)[Value(node)]
+
+
+class StepRunner(ABC):
+    """The plan's kernels on the CPU, step by step; one thread at a time, the others wait."""
+
+    by: str
+    """What runs them, in a word."""
+
+    def __init__(self, plan: Plan) -> None:
+        self._plan = plan
+        self._lock = threading.Lock()
+        self._constants = constants_on(plan, torch.device("cpu"))
+        self._memory: Memory | None = None
+
+    def run(
+        self, inputs: Sequence[torch.Tensor], batch: int, observe: Observer | None = None
+    ) -> list[torch.Tensor]:
+        """The outputs; `observe` sees each step's first output right after it ran."""
+        with self._lock:
+            return self._run(inputs, batch, observe)
+
+    def _run(
+        self, inputs: Sequence[torch.Tensor], batch: int, observe: Observer | None
+    ) -> list[torch.Tensor]:
+        plan = self._plan
+        if self._memory is None or self._memory.batch != batch:
+            self._memory = Memory(plan, self._constants, batch)
+        memory = self._memory
+        for port, tensor in zip(plan.inputs, inputs, strict=True):
+            memory.view(port.place).copy_(tensor)
+        with self._running():
+            for step in plan.steps:
+                self._run_step(step, memory)
+                if observe is not None:
+                    observe(step, memory.view(first_output(step)).clone())
+        return [memory.view(port.place).clone() for port in plan.outputs]
+
+    def _run_step(self, step: Step, memory: Memory) -> None:
+        if isinstance(step, TorchStep):
+            run_torch_step(step, memory)
+            return
+        for launch in step.launches:
+            self._launch(step, launch, memory)
+
+    def _running(self) -> AbstractContextManager[None]:
+        """Around all steps of a call."""
+        return nullcontext()
+
+    @abstractmethod
+    def _launch(self, step: KernelStep, launch: Launch, memory: Memory) -> None:
+        """Runs one launch of a step."""
+
+
+class InterpreterRunner(StepRunner):
+    """Interprets the source of the kernels."""
+
+    by = "interpreter"
+
+    def _running(self) -> AbstractContextManager[None]:
+        return interpreter.interpreting()
+
+    def _launch(self, step: KernelStep, launch: Launch, memory: Memory) -> None:
+        execute.interpret(launch, _tensors_of(step, memory), memory.batch)
+
+
+class EmulatorRunner(StepRunner):
+    """Compiles the kernels for a GPU and emulates what they became (`kernels/emulator/`)."""
+
+    by = "emulator"
+
+    def __init__(self, plan: Plan) -> None:
+        super().__init__(plan)
+        offline.compile_all(compile_requests(plan, plan.target))
+
+    def _launch(self, step: KernelStep, launch: Launch, memory: Memory) -> None:
+        tensor_of, places = _tensors_of(step, memory), registry.get(step.op).places(step.problem)
+        emulator.run(launch, tensor_of, memory.batch, self._plan.target, places)
+
+
+def first_output(step: Step) -> Place:
+    """Where the step's first result lies."""
+    if isinstance(step, TorchStep):
+        return step.outputs[0]
+    return Place(step.buffers[Ref("output", 0)], step.problem.output)
+
+
+def _tensors_of(step: KernelStep, memory: Memory) -> Callable[[Ref], torch.Tensor]:
+    return lambda ref: memory.flat(step.buffers[ref])
+
+
+def dtype_of(plan: Plan, step: KernelStep) -> Callable[[Ref], torch.dtype]:
+    """What each tensor argument of a step points to."""
+    return lambda ref: plan.buffers[step.buffers[ref]].dtype
+
+
+def compile_requests(plan: Plan, target: Target) -> list[offline.CompileRequest]:
+    """One request per launch of the plan, in order."""
+    return [offline.request(launch, dtype_of(plan, step), target) for step, launch in plan.kernels]
+
+
+class CudaRunner(GraphRunner):
+    """The plan compiled for this GPU; one CUDA graph per batch that has been seen."""
+
+    def __init__(self, plan: Plan, target: Target) -> None:
+        device = torch.device("cuda", torch.cuda.current_device())
+        requests = compile_requests(plan, target)
+        offline.compile_all(requests)
+        compiled = [offline.compile_request(wanted) for wanted in requests]
+        bind = partial(bind_plan, plan, compiled)
+        super().__init__(plan, constants_on(plan, device), bind, schedule(plan))
+
+
+def bind_plan(plan: Plan, compiled: Sequence[Any], memory: Memory) -> list[Action]:
+    """One call without arguments per launch, in order."""
+    actions: list[Action] = []
+    remaining = iter(compiled)
+    for step in plan.steps:
+        if isinstance(step, TorchStep):
+            actions.append((step.name, partial(run_torch_step, step, memory)))
+            continue
+        for launch in step.launches:
+            tensor_of = _tensors_of(step, memory)
+            action = bind_launch(launch, next(remaining), tensor_of, memory.batch)
+            actions.append((step.name, action))
+    return actions
+
+
+def bind_launch(
+    launch: Launch, compiled: Any, tensor_of: Callable[[Ref], torch.Tensor], batch: int
+) -> Callable[[], None]:
+    """The launch of a compiled kernel on tensors of this GPU, as a call without arguments.
+
+    Raises: KernelError for a tensor that is not aligned as the kernel was compiled for.
+    """
+    arguments = execute.bind(launch, tensor_of, batch)
+    for name, tensor in arguments.items():
+        if isinstance(tensor, torch.Tensor) and tensor.data_ptr() % 16:
+            kernel = launch.kernel.fn.__name__
+            raise KernelError(f"{kernel}: argument {name} is not aligned to 16 bytes")
+    arguments.update(launch.constexprs)
+    ordered = [arguments[name] for name in launch.kernel.arg_names]
+    grid = launch.grid_at(batch)
+    if 0 in grid:  # An empty tensor: a device refuses to launch nothing.
+        return lambda: None
+    start = compiled[grid]
+    return lambda: start(*ordered)
+
+
+class CrossCompiledRunner:
+    """A plan compiled for a GPU that is not here: it can be inspected, not run."""
+
+    def __init__(self, plan: Plan) -> None:
+        self._target = plan.target
+        offline.compile_all(compile_requests(plan, plan.target))
+
+    def run(self, inputs: Sequence[torch.Tensor], batch: int) -> list[torch.Tensor]:
+        emulated = self._target.name.replace("cuda:", EMULATOR)
+        more = f", or with target='{emulated}' to run what they became"
+        raise TargetUnavailableError(
+            f"this executable was compiled for {self._target.name} and cannot run here: no such "
+            "GPU. Compile with target='interpreter' to run the same kernels on the CPU"
+            f"{more if emulated in EMULATED else ''}"
+        )

@@ -1,0 +1,503 @@
+"""conv2d: y[n,k,p,q] = sum_{r,s,c} x[n, c, p·sh − top + r·dh, q·sw − left + s·dw] w[k,c,r,s].
+
+x: (N, C, H, W) NHWC in memory; w: (K, C/G, R, S), a constant packed as (K, R·S·C/G);
+y: (N, K, P, Q) NHWC. fp32 accumulation. The bias is an epilogue.
+
+Implicit GEMM (Chetlur et al., cuDNN, 2014): the rows of the product are output pixels, its inner
+dimension the filter taps and channels; the input matrix is never built. Five algorithms:
+- `gemm`: 1x1, stride 1, no padding: a plain matrix product (`product.py`);
+- `depthwise`: one input channel per group: no matrix product at all (`depthwise.py`);
+- `grouped`: few channels per group: several groups in one product (`grouped.py`);
+- `rows`: 4 or 8 channels and no padding at the sides: whole filter rows at a time (`conv_rows.py`);
+- `implicit`: everything else, one loop flattened over taps and channel blocks, which is what
+  Triton's pipeliner turns into asynchronous copies. With few channels per group the flattened loop
+  runs over (tap, channel) pairs instead of whole channel blocks. Where output tiles are few (batch
+  1), SPLIT programs share the sums of each (`split.py`). From sm_90 on its configurations may also
+  read boxes of pixels through descriptors (`conv_tma.py`).
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+import triton
+import triton.language as tl
+
+from ...errors import InvalidInputError
+from ..contract import programmatic_launch as dependent
+from ..contract.op import (
+    Attributes,
+    Builder,
+    Config,
+    Cost,
+    Domain,
+    Launch,
+    Op,
+    Problem,
+    W,
+    X,
+    Y,
+    tensor_bytes,
+)
+from ..contract.spec import Layout, TensorSpec
+from ..contract.targets import Target
+from ..products import gemm, product
+from ..tile import residual
+from ..tile import split_k as split_k
+from ..tile.torch_convolution import convolve
+from . import conv_rows, conv_tma, depthwise, grouped
+
+
+@dataclass(frozen=True)
+class Conv2d(Attributes):
+    """stride and dilation as (vertical, horizontal); padding as (top, bottom, left, right)."""
+
+    stride: tuple[int, int] = (1, 1)
+    padding: tuple[int, int, int, int] = (0, 0, 0, 0)
+    dilation: tuple[int, int] = (1, 1)
+    groups: int = 1
+
+
+def infer(attributes: Conv2d, inputs: tuple[TensorSpec, ...]) -> tuple[TensorSpec, ...]:
+    """P = floor((H + top + bottom − dh·(R − 1) − 1) / sh) + 1, Q likewise."""
+    x, w = inputs
+    if x.rank != 4 or w.rank != 4:
+        raise InvalidInputError(f"conv2d: expected x (N,C,H,W) and w (K,C/G,R,S), got {x}, {w}")
+    n, c, h, width = x.shape
+    k, per_group, r, s = w.shape
+    groups = attributes.groups
+    if groups < 1 or c % groups or k % groups or per_group != c // groups:
+        raise InvalidInputError(
+            f"conv2d: {c} input and {k} output channels with weight {w} do not divide into "
+            f"{groups} groups"
+        )
+    top, bottom, left, right = attributes.padding
+    (sh, sw), (dh, dw) = attributes.stride, attributes.dilation
+    p = (h + top + bottom - dh * (r - 1) - 1) // sh + 1
+    q = (width + left + right - dw * (s - 1) - 1) // sw + 1
+    if p < 1 or q < 1:
+        raise InvalidInputError(
+            f"conv2d: a {r}x{s} filter with dilation {dh}x{dw} does not fit the padded input "
+            f"{h + top + bottom}x{width + left + right}"
+        )
+    return (TensorSpec((n, k, p, q), x.dtype, Layout.NHWC, x.batch),)
+
+
+def reference(attributes: Conv2d, x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+    top, bottom, left, right = attributes.padding
+    if (top, left) != (bottom, right):
+        x, padding = F.pad(x, (left, right, top, bottom)), (0, 0)
+    else:
+        padding = (top, left)
+    return convolve(
+        x,
+        w,
+        stride=attributes.stride,
+        padding=padding,
+        dilation=attributes.dilation,
+        groups=attributes.groups,
+    )
+
+
+def pack(attributes: Conv2d, w: torch.Tensor) -> torch.Tensor:
+    """(K, C/G, R, S) -> (K, R·S·C/G), or depthwise's own order."""
+    if w.shape[1] == 1 and attributes.groups > 1:
+        return depthwise.pack(w)
+    return w.permute(0, 2, 3, 1).reshape(w.shape[0], -1).contiguous()
+
+
+def _pack_for_algorithm(attributes: Conv2d, w: torch.Tensor) -> torch.Tensor:
+    """As `pack`, or in runs where whole filter rows are read."""
+    if conv_rows.applies(attributes, tuple(w.shape)):
+        return conv_rows.pack(w)
+    if grouped.applies(attributes, tuple(w.shape)):
+        return grouped.pack(attributes.groups, w)
+    return pack(attributes, w)
+
+
+@triton.jit
+def conv2d_kernel(
+    x,
+    w,
+    y,
+    parts,
+    tickets,
+    extras,
+    m,
+    H: tl.constexpr,
+    WIDTH: tl.constexpr,
+    C: tl.constexpr,
+    K: tl.constexpr,
+    P: tl.constexpr,
+    Q: tl.constexpr,
+    R: tl.constexpr,
+    S: tl.constexpr,
+    STRIDE_H: tl.constexpr,
+    STRIDE_W: tl.constexpr,
+    TOP: tl.constexpr,
+    LEFT: tl.constexpr,
+    DILATION_H: tl.constexpr,
+    DILATION_W: tl.constexpr,
+    GROUPS: tl.constexpr,
+    X_PITCH: tl.constexpr,
+    X_OFFSET: tl.constexpr,
+    Y_PITCH: tl.constexpr,
+    Y_OFFSET: tl.constexpr,
+    EPILOGUE: tl.constexpr,
+    RESIDUAL: tl.constexpr,
+    RESIDUAL_FIRST: tl.constexpr,
+    PROLOGUE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    WIDE: tl.constexpr,
+    BY_TAP: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP_M: tl.constexpr,
+    SPLIT: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    # C and K count the channels of one group. Only sums by tap are split.
+    group_tiles: tl.constexpr = (K + BLOCK_N - 1) // BLOCK_N
+    row_tile, column_tile = gemm.tile_index(
+        tl.program_id(0) // SPLIT, tl.cdiv(m, BLOCK_M), GROUPS * group_tiles, GROUP_M
+    )
+    group = column_tile // group_tiles
+    within = column_tile % group_tiles * BLOCK_N + tl.arange(0, BLOCK_N)
+    columns = group * K + within
+    column_mask = within < K
+    rows = row_tile * BLOCK_M + tl.arange(0, BLOCK_M)
+    row_mask = rows < m
+    if WIDE:
+        rows = rows.to(tl.int64)
+    image = rows // (P * Q)
+    top = (rows // Q % P).to(tl.int32) * STRIDE_H - TOP
+    left = (rows % Q).to(tl.int32) * STRIDE_W - LEFT
+    corner = (image * H + top) * WIDTH + left
+    # Rows past the end get a position that no tap brings inside the image: one mask serves both.
+    top = tl.where(row_mask, top, -1048576)
+    depth = tl.arange(0, BLOCK_K)
+    x_group = x + X_OFFSET + group * C
+    x_corner = (corner * X_PITCH)[:, None]
+    w_tile = w + (columns * (R * S * C))[:, None] + depth[None, :]
+    split = tl.program_id(0) % SPLIT
+    dependent.wait(PDL)
+    acc = residual.begin(
+        rows, columns, row_mask, column_mask, extras, RESIDUAL, RESIDUAL_FIRST, BLOCK_M, BLOCK_N
+    )
+    if BY_TAP:
+        blocks: tl.constexpr = (C + BLOCK_K - 1) // BLOCK_K
+        x_tile = x_corner + depth[None, :]
+        # A number that ptxas does not know: it would unroll loops of 18 steps, and 128x256 over 128
+        # channels by 8 warps takes 255 registers then and spills 40 bytes, instead of 196.
+        first, stop = 0, tl.where(m > 0, R * S * blocks, 0)
+        if SPLIT > 1:
+            first, stop = gemm.share_of(split, R * S * blocks, SPLIT)
+        for step in range(first, stop):
+            tap = step // blocks
+            start = step % blocks * BLOCK_K
+            r = tap // S * DILATION_H
+            s = tap % S * DILATION_W
+            inside = ((top + r).to(tl.uint32, bitcast=True) < H) & (
+                (left + s).to(tl.uint32, bitcast=True) < WIDTH
+            )
+            x_step = x_group + ((r * WIDTH + s) * X_PITCH + start)
+            w_step = w_tile + (tap * C + start)
+            channels = start + depth
+            a_mask = inside[:, None]
+            b_mask = column_mask[:, None]
+            if C % BLOCK_K != 0:
+                a_mask = a_mask & (channels < C)[None, :]
+                b_mask = b_mask & (channels < C)[None, :]
+            a = tl.load(x_step + x_tile, mask=a_mask, other=0.0)
+            b = tl.load(w_step, mask=b_mask, other=0.0)
+            if PROLOGUE is not None:
+                # The border is zero after the prologue, not before it.
+                value = PROLOGUE(a.to(tl.float32), rows, channels, row_mask, channels < C, extras)
+                live = inside[:, None] & (channels < C)[None, :]
+                a = tl.where(live, value, 0.0).to(a.dtype)
+            acc = tl.dot(a, b.T, acc, input_precision=PRECISION)
+    else:
+        for start in range(0, R * S * C, BLOCK_K):
+            index = start + depth
+            tap = index // C
+            r = tap // S * DILATION_H
+            s = tap % S * DILATION_W
+            inside = (
+                ((top[:, None] + r[None, :]).to(tl.uint32, bitcast=True) < H)
+                & ((left[:, None] + s[None, :]).to(tl.uint32, bitcast=True) < WIDTH)
+                & (index < R * S * C)[None, :]
+            )
+            offset = (r * WIDTH + s) * X_PITCH + index % C
+            a = tl.load(x_group + x_corner + offset[None, :], mask=inside, other=0.0)
+            b_mask = column_mask[:, None] & (index < R * S * C)[None, :]
+            b = tl.load(w_tile + start, mask=b_mask, other=0.0)
+            acc = tl.dot(a, b.T, acc, input_precision=PRECISION)
+    dependent.release(PDL)
+    tile = row_tile * (GROUPS * group_tiles) + column_tile
+    gemm.finish_share(
+        acc, y, parts, tickets, tile, split, rows, columns, row_mask, column_mask, extras,
+        EPILOGUE, Y_PITCH, Y_OFFSET, SPLIT, BLOCK_M, BLOCK_N,
+    )  # fmt: skip
+
+
+def algorithm(problem: Problem) -> str:
+    """Which of the five algorithms computes the problem."""
+    attributes = problem.attributes
+    assert isinstance(attributes, Conv2d)
+    _, per_group, r, s = problem.inputs[1].shape
+    if per_group == 1 and attributes.groups > 1:
+        return "depthwise"
+    if conv_rows.applies(attributes, problem.inputs[1].shape):
+        return "rows"
+    if grouped.applies(attributes, problem.inputs[1].shape):
+        return "grouped"
+    plain = attributes.stride == (1, 1) and not any(attributes.padding) and attributes.groups == 1
+    return "gemm" if plain and r == s == 1 else "implicit"
+
+
+def runs_by_tap(channels: int, taps: int) -> bool:
+    """Whether a block of one tap's channels fills the inner dimension of a matrix product.
+
+    A single tap with few channels is already one short block.
+    """
+    return channels >= 16 or taps == 1
+
+
+def launches(problem: Problem, tile: Config, target: Target) -> tuple[Launch, ...]:
+    """One launch of the algorithm's kernel."""
+    chosen = algorithm(problem)
+    attributes = problem.attributes
+    assert isinstance(attributes, Conv2d)
+    if chosen == "gemm":
+        return (product.launch(problem, tile, target),)
+    if chosen == "depthwise":
+        return (depthwise.launch(problem, tile),)
+    if chosen == "rows":
+        return (conv_rows.launch(problem, tile),)
+    if chosen == "grouped":
+        return (grouped.launch(problem, tile),)
+    if conv_tma.is_one(tile):
+        return (conv_tma.launch(problem, tile),)
+    x, out = problem.inputs[0], problem.output
+    _, _, h, width = x.shape
+    n, k, p, q = out.shape
+    _, per_group, r, s = problem.inputs[1].shape
+    groups = attributes.groups
+    size, split = _size(problem), gemm.split_of(tile)
+    tiles = size.tiles(tile["BLOCK_M"], tile["BLOCK_N"])
+    steps = -(-size.steps(tile["BLOCK_K"]) // split)
+    launch = Launch(
+        kernel=conv2d_kernel,
+        pointers={"x": X, "w": W, "y": Y, **split_k.pointers(split)},
+        extras=gemm.all_extras(problem),
+        rows=n * p * q,
+        batch=out.spec.batch,
+        block_rows=tile["BLOCK_M"],
+        columns=groups * -(-(k // groups) // tile["BLOCK_N"]) * split,
+        constexprs={
+            "SPLIT": 1, "PDL": False,
+            "H": h, "WIDTH": width, "C": per_group, "K": k // groups, "P": p, "Q": q,
+            "R": r, "S": s,
+            "STRIDE_H": attributes.stride[0], "STRIDE_W": attributes.stride[1],
+            "TOP": attributes.padding[0], "LEFT": attributes.padding[2],
+            "DILATION_H": attributes.dilation[0], "DILATION_W": attributes.dilation[1],
+            "GROUPS": groups,
+            "X_PITCH": x.pitch, "X_OFFSET": x.offset,
+            "Y_PITCH": out.pitch, "Y_OFFSET": out.offset,
+            "PRECISION": gemm.dot_precision(problem, per_group * r * s),
+            "WIDE": problem.is_wide, "PROLOGUE": gemm.prologue_of(problem),
+            "BY_TAP": runs_by_tap(per_group, r * s) or bool(problem.prologue),
+            **dict(tile.blocks), **residual.constants(problem, tile),
+        },
+        num_warps=tile.num_warps,
+        num_stages=tile.num_stages,
+        l2_bytes=gemm.l2_bytes(problem, tile, min(per_group * r * s, steps * tile["BLOCK_K"])),
+        instructions=_gathering(problem, tile),
+        steps=steps,
+        step_instructions=0 if size.gathers else gemm.step_instructions(tile, size.dtype, r * s),
+        combine_bytes=split_k.combine_bytes(split, tile["BLOCK_M"], tile["BLOCK_N"]),
+        scratch=split_k.scratch(tiles, split, tile["BLOCK_M"], tile["BLOCK_N"]),
+    )  # fmt: skip
+    return (launch,)
+
+
+def _gathering(problem: Problem, tile: Config) -> int:
+    """Instructions of one program that loads its input element by element: 23 for each, 16 for each
+    result, as counted in sm_90 code for half precision; 0 where blocks of channels are copied."""
+    size = _size(problem)
+    if not size.gathers:
+        return 0
+    steps = -(-size.depth // tile["BLOCK_K"])
+    return tile["BLOCK_M"] * (23 * steps * tile["BLOCK_K"] + 16 * tile["BLOCK_N"])
+
+
+def _size(problem: Problem) -> gemm.Size:
+    if algorithm(problem) == "rows":
+        return conv_rows.size(problem)
+    attributes = problem.attributes
+    assert isinstance(attributes, Conv2d)
+    n, k, p, q = problem.output.shape
+    _, per_group, r, s = problem.inputs[1].shape
+    by_tap = runs_by_tap(per_group, r * s) or bool(problem.prologue)
+    depth = per_group if by_tap else per_group * r * s
+    dtype = problem.inputs[0].spec.dtype
+    groups = attributes.groups
+    return gemm.Size(
+        n * p * q, k // groups, depth, dtype, groups, not by_tap, taps=r * s, splits=by_tap
+    )
+
+
+def configs(problem: Problem, target: Target) -> Iterator[Config]:
+    if algorithm(problem) == "depthwise":
+        return depthwise.configs(problem, target)
+    if algorithm(problem) == "rows":
+        return conv_rows.configs(problem, target)
+    if algorithm(problem) == "grouped":
+        return grouped.configs(problem, target)
+    if algorithm(problem) == "gemm":
+        return product.configs(problem, target)
+    tiles = (*gemm.tile_configs(_size(problem), target), *conv_tma.configs(problem, target))
+    return itertools.chain(tiles, residual.variants(problem, tiles))
+
+
+def legal(problem: Problem, tile: Config, target: Target) -> str | None:
+    if algorithm(problem) == "depthwise":
+        return None
+    if algorithm(problem) == "grouped":
+        return grouped.legal(problem, tile, target)
+    if algorithm(problem) == "gemm":
+        return product.legal(problem, tile, target)
+    if (refused := residual.legal(problem, tile)) is not None:
+        return refused
+    if conv_tma.is_one(tile):
+        return conv_tma.legal(problem, tile, target)
+    return gemm.legal(_size(problem), tile, target)
+
+
+def default(problem: Problem, target: Target) -> Config:
+    if algorithm(problem) == "depthwise":
+        return depthwise.default(problem, target)
+    if algorithm(problem) == "rows":
+        return conv_rows.default(problem, target)
+    if algorithm(problem) == "grouped":
+        return grouped.default(problem, target)
+    if algorithm(problem) == "gemm":
+        return product.default(problem, target)
+    return gemm.default_tile(_size(problem), target)
+
+
+def cost(problem: Problem) -> Cost:
+    _, per_group, r, s = problem.inputs[1].shape
+    read, written = tensor_bytes(problem)
+    return Cost(2 * problem.output.spec.numel * per_group * r * s, read, written)
+
+
+def _build(draw: Mapping[str, Any]) -> tuple[Conv2d, tuple[TensorSpec, ...]] | None:
+    groups, per_group, per_group_out = draw["groups"], draw["C"], draw["K"]
+    if draw["depthwise"]:
+        groups, per_group = groups * draw["C"], 1
+        per_group_out = min(per_group_out, 2)
+    (h, width), (r, s) = draw["image"], draw["filter"]
+    attributes = Conv2d(draw["stride"], draw["padding"], draw["dilation"], groups)
+    x = TensorSpec((draw["N"], groups * per_group, h, width), torch.float32, Layout.NHWC)
+    w = TensorSpec((groups * per_group_out, per_group, r, s), torch.float32)
+    try:
+        infer(attributes, (x, w))
+    except InvalidInputError:
+        return None
+    return attributes, (x, w)
+
+
+def _rows_draw(channels: int, filters: tuple[int, int], stride: tuple[int, int]) -> dict[str, Any]:
+    """A problem of the algorithm `rows`, with a border above and below."""
+    return {
+        "N": 2, "image": (12, 16), "C": channels, "K": 33, "filter": filters, "stride": stride,
+        "padding": (3, 2, 0, 0), "dilation": (1, 1), "groups": 1, "depthwise": False,
+    }  # fmt: skip
+
+
+def _pair(value: Any) -> tuple[int, int]:
+    values = [value] if isinstance(value, int) else list(value)
+    return (int(values[0]), int(values[-1]))
+
+
+def same_padding(kernel: int, dilation: int) -> tuple[int, int]:
+    """Before and after, for an output as large as the input (stride 1): torch puts the odd one
+    after."""
+    total = dilation * (kernel - 1)
+    return total // 2, total - total // 2
+
+
+def _capture(
+    g: Builder,
+    x: Any,
+    w: Any,
+    b: Any = None,
+    stride: Any = 1,
+    padding: Any = 0,
+    dilation: Any = 1,
+    groups: int = 1,
+) -> Any:
+    dilations = _pair(dilation)
+    if padding == "valid":
+        sides = (0, 0, 0, 0)
+    elif padding == "same":
+        r, s = g.spec(w).shape[2:]
+        sides = (*same_padding(r, dilations[0]), *same_padding(s, dilations[1]))
+    else:
+        vertical, horizontal = _pair(padding)
+        sides = (vertical, vertical, horizontal, horizontal)
+    attributes = Conv2d(_pair(stride), sides, dilations, int(groups))
+    if g.spec(x).rank != 4:
+        return g.refuse("unbatched convolution; pass a batch dimension")
+    from ..movement.arguments import with_bias
+
+    return with_bias(g, "conv2d", x, w, b, attributes)
+
+
+OP = Op(
+    name="conv2d",
+    attributes=Conv2d,
+    infer=infer,
+    reference=reference,
+    launches=launches,
+    configs=configs,
+    default=default,
+    legal=legal,
+    cost=cost,
+    domain=Domain(
+        ranges={
+            "N": (1, 2, 3),
+            "image": ((1, 1), (5, 5), (7, 9), (12, 4), (16, 16)),
+            "C": (1, 3, 4, 8, 16, 20, 33),
+            "K": (1, 8, 10, 33),
+            "filter": ((1, 1), (3, 3), (5, 5), (1, 7), (2, 3), (7, 7)),
+            "stride": ((1, 1), (2, 2), (1, 2), (3, 1)),
+            "padding": ((0, 0, 0, 0), (1, 1, 1, 1), (3, 3, 3, 3), (0, 1, 2, 0), (2, 3, 0, 0)),
+            "dilation": ((1, 1), (2, 2), (1, 3)),
+            "groups": (1, 2, 3),
+            "depthwise": (False, False, True),
+        },
+        build=_build,
+        interesting=(
+            _rows_draw(4, (7, 7), (2, 2)),
+            _rows_draw(4, (3, 5), (1, 1)),
+            _rows_draw(8, (5, 5), (2, 1)),
+            # Blocks of groups, the last of them not full.
+            {**_rows_draw(4, (3, 3), (1, 1)), "K": 4, "groups": 9},
+            {**_rows_draw(3, (3, 3), (2, 2)), "K": 5, "groups": 7, "dilation": (1, 2)},
+            # Depthwise, with a border on every side, each of another width.
+            {**_rows_draw(20, (3, 3), (1, 1)), "padding": (1, 2, 2, 1), "depthwise": True},
+            {**_rows_draw(33, (5, 5), (2, 2)), "padding": (2, 2, 2, 2), "depthwise": True},
+        ),
+    ),
+    aten={"aten.conv2d.default": _capture, "aten.conv2d.padding": _capture},
+    packs=lambda attributes: {1: _pack_for_algorithm},
+    takes_prologue=True,
+)

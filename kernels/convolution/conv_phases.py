@@ -1,0 +1,181 @@
+"""What transposed convolutions compute: attributes, the output-size rule, torch's own results, and
+how their outputs fall into phases. The kernel is in `conv_transpose.py`.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+
+from ...errors import InvalidInputError
+from ..contract.op import Attributes, Problem
+from ..contract.spec import Layout, TensorSpec
+from ..tile.torch_convolution import convolve_transposed
+
+
+@dataclass(frozen=True)
+class ConvTranspose2d(Attributes):
+    """Everything per dimension, as torch has it; `padding` takes away from both sides of the
+    output, `output_padding` gives back to its end."""
+
+    stride: tuple[int, ...] = (1, 1)
+    padding: tuple[int, ...] = (0, 0)
+    output_padding: tuple[int, ...] = (0, 0)
+    dilation: tuple[int, ...] = (1, 1)
+    groups: int = 1
+
+
+@dataclass(frozen=True)
+class ConvTranspose3d(Attributes):
+    """`ConvTranspose2d` with the depth in front."""
+
+    stride: tuple[int, ...] = (1, 1, 1)
+    padding: tuple[int, ...] = (0, 0, 0)
+    output_padding: tuple[int, ...] = (0, 0, 0)
+    dilation: tuple[int, ...] = (1, 1, 1)
+    groups: int = 1
+
+
+ConvTranspose = ConvTranspose2d | ConvTranspose3d
+
+
+@dataclass(frozen=True)
+class Axis:
+    """One dimension: sizes of input, filter and output; stride, padding, dilation."""
+
+    size: int = 1
+    taps: int = 1
+    outputs: int = 1
+    stride: int = 1
+    padding: int = 0
+    dilation: int = 1
+
+    @property
+    def shared(self) -> int:
+        """Only phases f with f + padding a multiple of this have taps."""
+        return math.gcd(self.dilation, self.stride)
+
+    @property
+    def every(self) -> int:
+        """From one tap of a phase to the next."""
+        return self.stride // self.shared
+
+    @property
+    def inverse(self) -> int:
+        """Of dilation / shared modulo `every`: leads from a phase to its first tap."""
+        return pow(self.dilation // self.shared, -1, self.every)
+
+    @property
+    def most(self) -> int:
+        """The most taps that a phase has."""
+        return -(-self.taps // self.every)
+
+    @property
+    def count(self) -> int | None:
+        """The number of taps, None where it differs between phases."""
+        return self.most if self.shared == 1 and self.taps % self.every == 0 else None
+
+    @property
+    def phase_outputs(self) -> int:
+        """Outputs of the longest phase."""
+        return -(-self.outputs // self.stride)
+
+    @property
+    def facts(self) -> tuple[int | bool | None, ...]:
+        """All of it, as the kernel takes it."""
+        return (
+            self.size, self.taps, self.outputs, self.stride, self.padding, self.dilation,
+            self.shared, self.inverse, self.count, self.is_open,
+        )  # fmt: skip
+
+    @property
+    def is_open(self) -> bool:
+        """Whether some tap reaches outside the input."""
+        return _reaches_outside(self)
+
+
+@cache
+def _reaches_outside(axis: Axis) -> bool:
+    for output in range(axis.outputs):
+        for tap in range(axis.taps):
+            position, rest = divmod(output + axis.padding - tap * axis.dilation, axis.stride)
+            if rest == 0 and not 0 <= position < axis.size:
+                return True
+    return False
+
+
+def infer(
+    name: str, attributes: ConvTranspose, inputs: tuple[TensorSpec, ...]
+) -> tuple[TensorSpec, ...]:
+    """P = (H − 1)·sh − 2·ph + dh·(R − 1) + output padding + 1; the others likewise."""
+    x, w = inputs
+    dims = len(attributes.stride)
+    if x.rank != dims + 2 or w.rank != dims + 2:
+        wanted = "(N,C,H,W), w (C,K/G,R,S)" if dims == 2 else "(N,C,D,H,W), w (C,K/G,T,R,S)"
+        raise InvalidInputError(f"{name}: expected x {wanted}, got {x}, {w}")
+    c, groups = x.shape[1], attributes.groups
+    if groups < 1 or c % groups or w.shape[0] != c:
+        raise InvalidInputError(
+            f"{name}: {c} input channels with weight {w} do not divide into {groups} groups"
+        )
+    if min(*attributes.stride, *attributes.dilation) < 1 or min(attributes.padding) < 0:
+        raise InvalidInputError(
+            f"{name}: stride and dilation must be positive, padding not negative: {attributes}"
+        )
+    sizes = []
+    for at in range(dims):
+        stride, dilation = attributes.stride[at], attributes.dilation[at]
+        more, padding = attributes.output_padding[at], attributes.padding[at]
+        if not 0 <= more < max(stride, dilation):
+            raise InvalidInputError(
+                f"{name}: output_padding {attributes.output_padding} must be smaller than stride "
+                f"{attributes.stride} or dilation {attributes.dilation}"
+            )
+        size, extent = x.shape[at + 2], dilation * (w.shape[at + 2] - 1) + 1
+        sizes.append((size - 1) * stride - 2 * padding + extent + more)
+        if sizes[-1] < 1:
+            raise InvalidInputError(
+                f"{name}: padding {padding} leaves nothing of dimension {at + 2}: {x} with a "
+                f"filter of {extent} pixels and stride {stride} gives {sizes[-1]}"
+            )
+    k = groups * w.shape[1]
+    return (TensorSpec((x.shape[0], k, *sizes), x.dtype, Layout.NHWC, x.batch),)
+
+
+def reference(attributes: ConvTranspose, x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+    return convolve_transposed(
+        x,
+        w,
+        stride=attributes.stride,
+        padding=attributes.padding,
+        output_padding=attributes.output_padding,
+        groups=attributes.groups,
+        dilation=attributes.dilation,
+    )
+
+
+def pack(attributes: ConvTranspose, w: torch.Tensor) -> torch.Tensor:
+    """(C, K/G, R, S) -> (K, R·S·C/G); with one channel per group (R·S, K) in fp32."""
+    groups, (c, per_group_out) = attributes.groups, w.shape[:2]
+    if c == groups > 1:
+        return w.reshape(c * per_group_out, -1).t().contiguous().float()
+    grouped = w.reshape(groups, c // groups, per_group_out, -1)
+    return grouped.permute(0, 2, 3, 1).reshape(groups * per_group_out, -1).contiguous()
+
+
+def axes(problem: Problem) -> tuple[Axis, Axis, Axis]:
+    """Depth, height and width; images have a depth of one."""
+    attributes = problem.attributes
+    assert isinstance(attributes, (ConvTranspose2d, ConvTranspose3d))
+    x, w, y = problem.inputs[0].shape, problem.inputs[1].shape, problem.output.shape
+    given = [
+        Axis(x[at + 2], w[at + 2], y[at + 2], stride, padding, dilation)
+        for at, (stride, padding, dilation) in enumerate(
+            zip(attributes.stride, attributes.padding, attributes.dilation, strict=True)
+        )
+    ]
+    depth, height, width = [Axis()] * (3 - len(given)) + given
+    return depth, height, width

@@ -1,0 +1,496 @@
+"""conv_transpose2d and conv_transpose3d, the adjoints of convolution:
+
+    y[n,k,p,q] = sum_{i,j,r,s,c} x[n,c,i,j] w[c,k,r,s] over all i·sh − ph + r·dh = p and
+                                                           j·sw − pw + s·dw = q
+
+x: (N, C, H, W) channels innermost in memory; w: (C, K/G, R, S), a constant packed as
+(K, R·S·C/G); y: (N, K, P, Q) channels innermost; volumes likewise. fp32 accumulation. The bias is
+an epilogue.
+
+Nothing is scattered: outputs gather. Along one dimension the outputs p = s·j + f of one phase f,
+0 <= f < s, need the taps with r·d = f + pad (mod s). With g = gcd(d, s) there are none unless g
+divides f + pad; else they are r0, r0 + s/g, ..., and tap number u reads the input at
+j + (f + pad − r0·d)/s − u·d/g. Each phase is therefore an implicit matrix product of its own with a
+part of the taps, over the same packed weights; phases without taps still write their epilogue. One
+launch computes all phases: they are further columns of the grid, so that programs that read the
+same pixels run together. The number of taps is a run-time value where phases differ in it.
+
+With few channels per group the loop runs over (tap, channel) pairs, as in `conv2d.py`; with one
+channel per group (bilinear upsampling as a layer) there is no matrix product at all.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from functools import partial
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+
+from ...errors import InvalidInputError
+from ..contract import epilogue as ep
+from ..contract.op import (
+    Builder,
+    Capture,
+    Config,
+    Cost,
+    Domain,
+    Launch,
+    Op,
+    Problem,
+    W,
+    X,
+    Y,
+    config,
+    operand_refs,
+    power_of_two,
+    tensor_bytes,
+)
+from ..contract.spec import Layout, TensorSpec
+from ..contract.targets import Target
+from ..movement.arguments import as_image, as_sequence, numbers, with_bias
+from ..products import gemm
+from .conv2d import runs_by_tap
+from .conv_nd import locate
+from .conv_phases import (
+    ConvTranspose,
+    ConvTranspose2d,
+    ConvTranspose3d,
+    axes,
+    infer,
+    pack,
+    reference,
+)
+
+# What the kernel is told of a dimension: `Axis.facts`, by these positions.
+SIZE, TAPS, OUTPUTS, STRIDE, PADDING, DILATION, SHARED, INVERSE, COUNT, OPEN = (
+    tl.constexpr(position) for position in range(10)
+)
+
+
+@triton.jit
+def first_tap(phase, AXIS: tl.constexpr):
+    """(first tap, number of taps, input position of that tap less j) of a phase's outputs."""
+    EVERY: tl.constexpr = AXIS[STRIDE] // AXIS[SHARED]
+    shifted = phase + AXIS[PADDING]
+    first = shifted // AXIS[SHARED] * AXIS[INVERSE] % EVERY
+    has_taps = (shifted % AXIS[SHARED] == 0) & (first < AXIS[TAPS])
+    count = tl.where(has_taps, (AXIS[TAPS] - first + EVERY - 1) // EVERY, 0)
+    # Exact where there are taps, so that it does not matter how negative numbers are rounded.
+    return first, count, (shifted - first * AXIS[DILATION]) // AXIS[STRIDE]
+
+
+@triton.jit
+def reach(
+    row_mask,
+    front,
+    top,
+    left,
+    number,
+    count_h,
+    count_w,
+    first_d,
+    first_h,
+    first_w,
+    DEPTH: tl.constexpr,
+    HEIGHT: tl.constexpr,
+    WIDTH: tl.constexpr,
+    WIDE: tl.constexpr,
+):
+    """Of a phase's taps, counted along the width first: whether they read inside, how many
+    pixels before the first tap, and which taps of the filter they are."""
+    # Filters one tap deep need no division: it cost a register too many in the loop.
+    d = 0 if DEPTH[TAPS] == 1 else number // (count_h * count_w)
+    h = number // count_w if DEPTH[TAPS] == 1 else number // count_w % count_h
+    v = number % count_w
+    back_d = d * (DEPTH[DILATION] // DEPTH[SHARED])
+    back_h = h * (HEIGHT[DILATION] // HEIGHT[SHARED])
+    back_w = v * (WIDTH[DILATION] // WIDTH[SHARED])
+    inside, _ = locate(
+        row_mask, front - back_d, top - back_h, left - back_w,
+        DEPTH[SIZE], HEIGHT[SIZE], WIDTH[SIZE], DEPTH[OPEN], HEIGHT[OPEN], WIDTH[OPEN],
+        "constant", WIDE,
+    )  # fmt: skip
+    if WIDE:
+        back_d = back_d.to(tl.int64)
+    back = (back_d * HEIGHT[SIZE] + back_h) * WIDTH[SIZE] + back_w
+    tap = (first_d + d * (DEPTH[STRIDE] // DEPTH[SHARED])) * HEIGHT[TAPS]
+    tap = (tap + first_h + h * (HEIGHT[STRIDE] // HEIGHT[SHARED])) * WIDTH[TAPS]
+    return inside, back, tap + first_w + v * (WIDTH[STRIDE] // WIDTH[SHARED])
+
+
+@triton.jit
+def conv_transpose_kernel(
+    x,
+    w,
+    y,
+    extras,
+    m,
+    C: tl.constexpr,
+    K: tl.constexpr,
+    DEPTH: tl.constexpr,
+    HEIGHT: tl.constexpr,
+    WIDTH: tl.constexpr,
+    GROUPS: tl.constexpr,
+    X_PITCH: tl.constexpr,
+    X_OFFSET: tl.constexpr,
+    Y_PITCH: tl.constexpr,
+    Y_OFFSET: tl.constexpr,
+    EPILOGUE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    WIDE: tl.constexpr,
+    METHOD: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP_M: tl.constexpr,
+):
+    # C and K count the channels of one group; depthwise there is one group of all channels.
+    # m counts the outputs of one phase: N * ceil(outputs / stride) of every dimension.
+    PHASES: tl.constexpr = DEPTH[STRIDE] * HEIGHT[STRIDE] * WIDTH[STRIDE]
+    PLANES: tl.constexpr = (DEPTH[OUTPUTS] + DEPTH[STRIDE] - 1) // DEPTH[STRIDE]
+    LINES: tl.constexpr = (HEIGHT[OUTPUTS] + HEIGHT[STRIDE] - 1) // HEIGHT[STRIDE]
+    POINTS: tl.constexpr = (WIDTH[OUTPUTS] + WIDTH[STRIDE] - 1) // WIDTH[STRIDE]
+    group_tiles: tl.constexpr = (K + BLOCK_N - 1) // BLOCK_N
+    row_tile, column_tile = gemm.tile_index(
+        tl.program_id(0), tl.cdiv(m, BLOCK_M), PHASES * GROUPS * group_tiles, GROUP_M
+    )
+    phase = column_tile % PHASES
+    group = column_tile // PHASES // group_tiles
+    within = column_tile // PHASES % group_tiles * BLOCK_N + tl.arange(0, BLOCK_N)
+    columns = group * K + within
+    column_mask = within < K
+    phase_d = phase // (HEIGHT[STRIDE] * WIDTH[STRIDE])
+    phase_h = phase // WIDTH[STRIDE] % HEIGHT[STRIDE]
+    phase_w = phase % WIDTH[STRIDE]
+    first_d, count_d, base_d = first_tap(phase_d, DEPTH)
+    first_h, count_h, base_h = first_tap(phase_h, HEIGHT)
+    first_w, count_w, base_w = first_tap(phase_w, WIDTH)
+    count_d = count_d if DEPTH[COUNT] is None else DEPTH[COUNT]
+    count_h = count_h if HEIGHT[COUNT] is None else HEIGHT[COUNT]
+    count_w = count_w if WIDTH[COUNT] is None else WIDTH[COUNT]
+    taps = count_d * count_h * count_w
+    # Loads are prepared for before it is known whether the loop is entered at all, and after a
+    # division by zero the compiler may assume anything: it took phases without taps for others.
+    count_h = tl.maximum(count_h, 1) if HEIGHT[COUNT] is None else count_h
+    count_w = tl.maximum(count_w, 1) if WIDTH[COUNT] is None else count_w
+    index = row_tile * BLOCK_M + tl.arange(0, BLOCK_M)
+    row_mask = index < m
+    if WIDE:
+        index = index.to(tl.int64)
+    image = index // (PLANES * LINES * POINTS)
+    front = (index // (LINES * POINTS) % PLANES).to(tl.int32)
+    top = (index // POINTS % LINES).to(tl.int32)
+    left = (index % POINTS).to(tl.int32)
+    o = front * DEPTH[STRIDE] + phase_d
+    p = top * HEIGHT[STRIDE] + phase_h
+    q = left * WIDTH[STRIDE] + phase_w
+    row_mask = row_mask & (o < DEPTH[OUTPUTS]) & (p < HEIGHT[OUTPUTS]) & (q < WIDTH[OUTPUTS])
+    rows = ((image * DEPTH[OUTPUTS] + o) * HEIGHT[OUTPUTS] + p) * WIDTH[OUTPUTS] + q
+    front += base_d
+    top += base_h
+    left += base_w
+    corner = ((image * DEPTH[SIZE] + front) * HEIGHT[SIZE] + top) * WIDTH[SIZE] + left
+    # Rows past the end get a position that no tap brings inside: one mask serves both.
+    top = tl.where(row_mask, top, -1048576)
+    depth = tl.arange(0, BLOCK_K)[None, :]
+    x_corner = x + X_OFFSET + group * C + (corner * X_PITCH)[:, None]
+    w_tile = w + (columns * (DEPTH[TAPS] * HEIGHT[TAPS] * WIDTH[TAPS] * C))[:, None]
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    if METHOD == "channels":
+        blocks: tl.constexpr = (C + BLOCK_K - 1) // BLOCK_K
+        for step in range(taps * blocks):
+            number = step // blocks
+            channels = step % blocks * BLOCK_K + depth
+            inside, back, tap = reach(
+                row_mask, front, top, left, number, count_h, count_w, first_d, first_h, first_w,
+                DEPTH, HEIGHT, WIDTH, WIDE,
+            )  # fmt: skip
+            a_mask = inside[:, None]
+            b_mask = column_mask[:, None]
+            if C % BLOCK_K != 0:
+                a_mask = a_mask & (channels < C)
+                b_mask = b_mask & (channels < C)
+            a = tl.load(x_corner + (channels - back * X_PITCH), mask=a_mask, other=0.0)
+            b = tl.load(w_tile + (tap * C + channels), mask=b_mask, other=0.0)
+            acc = tl.dot(a, b.T, acc, input_precision=PRECISION)
+    elif METHOD == "pairs":
+        for start in range(0, taps * C, BLOCK_K):
+            pair = start + depth
+            live = pair < taps * C
+            number = pair // C
+            inside, back, tap = reach(
+                row_mask[:, None], front[:, None], top[:, None], left[:, None],
+                number, count_h, count_w, first_d, first_h, first_w,
+                DEPTH, HEIGHT, WIDTH, WIDE,
+            )  # fmt: skip
+            offset = pair % C - back * X_PITCH
+            a = tl.load(x_corner + offset, mask=inside & live, other=0.0)
+            b_mask = column_mask[:, None] & live
+            b = tl.load(w_tile + (tap * C + pair % C), mask=b_mask, other=0.0)
+            acc = tl.dot(a, b.T, acc, input_precision=PRECISION)
+    else:
+        x_tile = x_corner + (columns // (K // C))[None, :]
+        for number in range(taps):
+            inside, back, tap = reach(
+                row_mask, front, top, left, number, count_h, count_w, first_d, first_h, first_w,
+                DEPTH, HEIGHT, WIDTH, WIDE,
+            )  # fmt: skip
+            mask = inside[:, None] & column_mask[None, :]
+            value = tl.load(x_tile - back * X_PITCH, mask=mask, other=0.0).to(tl.float32)
+            weight = tl.load(w + tap * K + columns, mask=column_mask, other=0.0)
+            acc += value * weight[None, :]
+    acc = EPILOGUE(acc, rows, columns, row_mask, column_mask, extras)
+    address = y + Y_OFFSET + (rows * Y_PITCH)[:, None] + columns[None, :]
+    mask = row_mask[:, None] & column_mask[None, :]
+    tl.store(address, acc.to(y.dtype.element_ty), mask=mask)
+
+
+def _attributes(problem: Problem) -> ConvTranspose:
+    assert isinstance(problem.attributes, (ConvTranspose2d, ConvTranspose3d))
+    return problem.attributes
+
+
+def _phases(problem: Problem) -> int:
+    return math.prod(_attributes(problem).stride)
+
+
+def method(problem: Problem) -> str:
+    """Over what a step of the kernel's loop goes: a tap's channels, (tap, channel) pairs, or
+    without a matrix product one tap ("depthwise")."""
+    per_group, groups = _per_group(problem), _attributes(problem).groups
+    if per_group == 1 < groups:
+        return "depthwise"
+    return "channels" if runs_by_tap(per_group, _most_taps(problem)) else "pairs"
+
+
+def _per_group(problem: Problem) -> int:
+    return problem.inputs[0].shape[1] // _attributes(problem).groups
+
+
+def _most_taps(problem: Problem) -> int:
+    return math.prod(axis.most for axis in axes(problem))
+
+
+def _size(problem: Problem) -> gemm.Size:
+    """The matrix product of one phase; the phases are further groups."""
+    groups, out = _attributes(problem).groups, problem.output
+    rows = out.shape[0] * math.prod(axis.phase_outputs for axis in axes(problem))
+    gathers = method(problem) == "pairs"
+    taps = _most_taps(problem)
+    depth = _per_group(problem) * (taps if gathers else 1)
+    dtype = problem.inputs[0].spec.dtype
+    return gemm.Size(
+        rows, out.shape[1] // groups, depth, dtype, groups * _phases(problem), gathers, taps
+    )
+
+
+def launches(problem: Problem, tile: Config, target: Target) -> tuple[Launch, ...]:
+    """One launch for all phases."""
+    x, out, size = problem.inputs[0], problem.output, _size(problem)
+    groups, columns = _attributes(problem).groups, size.columns
+    chosen = method(problem)
+    depth, height, width = axes(problem)
+    channels, blocks = _per_group(problem), dict(tile.blocks)
+    steps = -(-size.depth // blocks.get("BLOCK_K", 1)) * (1 if size.gathers else size.taps)
+    moved = steps * blocks.get("BLOCK_K", 1) * (blocks["BLOCK_M"] + blocks["BLOCK_N"])
+    instructions, issued = 0, 0
+    if chosen == "depthwise":
+        channels, columns, groups = x.shape[1], out.shape[1], 1
+        moved = size.taps * blocks["BLOCK_M"] * blocks["BLOCK_N"]
+        instructions = 3 * moved
+        blocks |= {"BLOCK_K": 1, "GROUP_M": 8}
+    else:
+        issued = gemm.step_instructions(tile, size.dtype, size.taps)
+    launch = Launch(
+        kernel=conv_transpose_kernel,
+        pointers={"x": X, "w": W, "y": Y},
+        extras=operand_refs(problem),
+        rows=size.rows,
+        batch=out.spec.batch,
+        block_rows=tile["BLOCK_M"],
+        columns=_phases(problem) * groups * -(-columns // tile["BLOCK_N"]),
+        constexprs={
+            "DEPTH": depth.facts, "HEIGHT": height.facts, "WIDTH": width.facts,
+            "C": channels, "K": columns, "GROUPS": groups,
+            "X_PITCH": x.pitch, "X_OFFSET": x.offset,
+            "Y_PITCH": out.pitch, "Y_OFFSET": out.offset,
+            "EPILOGUE": ep.for_output(problem.epilogue, problem.operands, out.spec),
+            "PRECISION": gemm.dot_precision(problem, channels * size.taps),
+            "WIDE": problem.is_wide,
+            "METHOD": chosen,
+            **blocks,
+        },
+        num_warps=tile.num_warps,
+        num_stages=tile.num_stages,
+        l2_bytes=moved * x.spec.dtype.itemsize,
+        instructions=instructions,
+        step_instructions=issued,
+    )  # fmt: skip
+    return (launch,)
+
+
+def configs(problem: Problem, target: Target) -> Iterator[Config]:
+    """Those of a matrix product; depthwise 512 to 2048 results per program."""
+    if method(problem) != "depthwise":
+        yield from gemm.tile_configs(_size(problem), target)
+        return
+    for elements in (512, 1024, 2048):
+        for block_n in (32, 64, 128):
+            yield config(4, 1, BLOCK_M=elements // block_n, BLOCK_N=block_n)
+
+
+def legal(problem: Problem, tile: Config, target: Target) -> str | None:
+    if method(problem) == "depthwise":
+        return None
+    return gemm.legal(_size(problem), tile, target)
+
+
+def default(problem: Problem, target: Target) -> Config:
+    size = _size(problem)
+    if method(problem) != "depthwise":
+        return gemm.default_tile(size, target)
+    k = problem.output.shape[1]
+    if target.name == "interpreter":
+        block_n = min(256, power_of_two(k))
+        block_m = min(power_of_two(size.rows), (1 << 20) // block_n)
+        return config(1, 1, BLOCK_M=block_m, BLOCK_N=block_n)
+    block_n = 64 if k % 64 == 0 or k > 256 else 32
+    return config(4, 1, BLOCK_M=1024 // block_n, BLOCK_N=block_n)
+
+
+def cost(problem: Problem) -> Cost:
+    """Every input pixel meets every tap."""
+    read, written = tensor_bytes(problem)
+    per_input = math.prod(problem.inputs[1].shape[1:])
+    return Cost(2 * problem.inputs[0].spec.numel * per_input, read, written)
+
+
+def _capture(name: str, make: type[ConvTranspose], dims: int) -> Capture:
+    """The capture of `aten.conv_transpose{1,2,3}d`; 1-d as an image of one row."""
+
+    def capture(
+        g: Builder,
+        x: Any,
+        w: Any,
+        b: Any = None,
+        stride: Any = 1,
+        padding: Any = 0,
+        output_padding: Any = 0,
+        groups: int = 1,
+        dilation: Any = 1,
+    ) -> Any:
+        if g.spec(x).rank != dims + 2:
+            return g.refuse("unbatched convolution; pass a batch dimension")
+        lead = (1, 0, 0, 1) if dims == 1 else None
+        given = [numbers(value, dims) for value in (stride, padding, output_padding, dilation)]
+        if lead is not None:
+            given = [(first, *rest) for first, rest in zip(lead, given, strict=True)]
+        attributes = make(given[0], given[1], given[2], given[3], int(groups))
+        if dims > 1:
+            return with_bias(g, name, x, w, b, attributes)
+        return as_sequence(g, with_bias(g, name, as_image(g, x), as_image(g, w), b, attributes))
+
+    return capture
+
+
+def _build(
+    make: type[ConvTranspose], draw: Mapping[str, Any]
+) -> tuple[ConvTranspose, tuple[TensorSpec, ...]] | None:
+    dims = 2 if make is ConvTranspose2d else 3
+    groups, per_group, per_group_out = draw["groups"], draw["C"], draw["K"]
+    if draw["depthwise"]:
+        groups, per_group, per_group_out = groups * per_group, 1, min(per_group_out, 2)
+    attributes = make(
+        draw["stride"][-dims:],
+        draw["padding"][-dims:],
+        draw["output_padding"][-dims:],
+        draw["dilation"][-dims:],
+        groups,
+    )
+    x = TensorSpec(
+        (draw["N"], groups * per_group, *draw["image"][-dims:]), torch.float32, Layout.NHWC
+    )
+    w = TensorSpec((groups * per_group, per_group_out, *draw["filter"][-dims:]), torch.float32)
+    try:
+        infer(OP_NAMES[make], attributes, (x, w))
+    except InvalidInputError:
+        return None
+    return attributes, (x, w)
+
+
+OP_NAMES: dict[type[ConvTranspose], str] = {
+    ConvTranspose2d: "conv_transpose2d",
+    ConvTranspose3d: "conv_transpose3d",
+}
+
+
+def _draw(**changes: Any) -> Mapping[str, Any]:
+    plain = {
+        "N": 2, "image": (2, 4, 3), "C": 16, "K": 8, "filter": (3, 3, 3), "stride": (2, 2, 2),
+        "padding": (1, 1, 1), "output_padding": (1, 1, 1), "dilation": (1, 1, 1), "groups": 1,
+        "depthwise": False,
+    }  # fmt: skip
+    return {**plain, **changes}
+
+
+def _op(make: type[ConvTranspose], aten: Mapping[str, Capture]) -> Op:
+    name = OP_NAMES[make]
+    return Op(
+        name=name,
+        attributes=make,
+        infer=partial(infer, name),
+        reference=reference,
+        launches=launches,
+        configs=configs,
+        default=default,
+        legal=legal,
+        cost=cost,
+        domain=Domain(
+            ranges={
+                "N": (1, 2),
+                "image": ((1, 1, 1), (2, 5, 5), (3, 4, 6), (2, 7, 3)),
+                "C": (1, 3, 8, 16),
+                "K": (1, 8, 10),
+                "filter": ((1, 1, 1), (3, 3, 3), (2, 2, 2), (1, 5, 2), (2, 1, 6)),
+                "stride": ((1, 1, 1), (2, 2, 2), (1, 2, 3), (3, 4, 1)),
+                "padding": ((0, 0, 0), (1, 1, 1), (0, 2, 1), (3, 0, 2)),
+                "output_padding": ((0, 0, 0), (1, 1, 1), (0, 2, 1)),
+                "dilation": ((1, 1, 1), (1, 1, 1), (2, 2, 2), (1, 3, 4)),
+                "groups": (1, 2, 3),
+                "depthwise": (False, False, True),
+            },
+            build=partial(_build, make),
+            interesting=(
+                _draw(),
+                # The upsampling of U-Net, of DCGAN and of FCN.
+                _draw(filter=(2, 2, 2), padding=(0, 0, 0), output_padding=(0, 0, 0)),
+                _draw(filter=(4, 4, 4), output_padding=(0, 0, 0), K=33),
+                _draw(filter=(4, 4, 4), output_padding=(0, 0, 0), depthwise=True),
+                # Phases without taps: dilation and stride share a factor; fewer taps than phases.
+                _draw(dilation=(2, 2, 2), C=3),
+                _draw(filter=(1, 1, 1), stride=(3, 3, 3), padding=(0, 0, 0), groups=2),
+                _draw(stride=(2, 4, 3), dilation=(1, 6, 2), filter=(1, 3, 2), C=20),
+            ),
+        ),
+        aten=aten,
+        packs=lambda attributes: {1: pack},
+    )  # fmt: skip
+
+
+OPS = (
+    _op(
+        ConvTranspose2d,
+        {
+            "aten.conv_transpose1d.default": _capture("conv_transpose2d", ConvTranspose2d, 1),
+            "aten.conv_transpose2d.input": _capture("conv_transpose2d", ConvTranspose2d, 2),
+        },
+    ),
+    _op(
+        ConvTranspose3d,
+        {"aten.conv_transpose3d.input": _capture("conv_transpose3d", ConvTranspose3d, 3)},
+    ),
+)

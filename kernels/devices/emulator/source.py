@@ -1,0 +1,153 @@
+"""Reads the text of PTX into instructions."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from ....errors import KernelError
+
+WIDTHS = {"pred": 1, "b8": 8, "b16": 16, "b32": 32, "b64": 64, "f32": 32, "f64": 64}
+COMMENT = re.compile(r"//[^\n]*|/\*.*?\*/", re.DOTALL)
+ENTRY = re.compile(r"\.entry\s+([\w$.]+)\s*\((.*?)\)[^{]*\{", re.DOTALL)
+PARAMETER = re.compile(r"\.[busf](\d+)\s.*?([\w$]+)(?:\[(\d+)\])?$")
+REGISTERS = re.compile(r"\.reg\s+\.(\w+)\s+(.*)")
+ARRAY = re.compile(r"\.align\s+(\d+)\s+\.b8\s+([\w$]+)\[(\d*)\]")
+LABEL = re.compile(r"^([\w$]+):")
+GUARD = re.compile(r"^@(!?)(%?[\w$]+)\s+")
+
+
+@dataclass(frozen=True)
+class Address:
+    """`[base + offset]`; base: a register or a symbol. more: what else stands in the brackets."""
+
+    base: str
+    offset: int = 0
+    more: tuple[str, ...] = ()
+
+
+Operand = str | Address | tuple[str, ...]
+"""A register, number or symbol; an address; a vector."""
+
+
+@dataclass(frozen=True)
+class Instruction:
+    """One instruction. opcode: split at the dots; guard: (register, whether it is negated)."""
+
+    opcode: tuple[str, ...]
+    operands: tuple[Operand, ...]
+    guard: tuple[str, bool] | None
+    text: str
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """One entry. parameters: name -> bytes, in order; registers: bits by name or by prefix;
+    labels: numbers of the instructions behind, several where a scope has its own; arrays: (space,
+    bytes) by name."""
+
+    name: str
+    parameters: dict[str, int]
+    registers: dict[str, int]
+    instructions: tuple[Instruction, ...]
+    labels: dict[str, list[int]]
+    arrays: dict[str, tuple[str, int]] = field(default_factory=dict)
+
+    def width(self, register: str) -> int:
+        """Bits of a register.
+
+        Raises: KeyError for a name that is no register.
+        """
+        known = self.registers.get(register)
+        return known if known is not None else self.registers[register.rstrip("0123456789")]
+
+    def target(self, label: str, at: int) -> int:
+        """Where a branch at an instruction leads to: of several labels in scopes of their own the
+        last one in front of it."""
+        first, *others = self.labels[label]
+        return max((place for place in others if place <= at), default=first)
+
+
+def parse(text: str) -> Kernel:
+    """The only entry of a module.
+
+    Raises: KernelError where there is none, or functions beside it.
+    """
+    text = COMMENT.sub("", text)
+    entry = ENTRY.search(text)
+    if entry is None or ".func" in text:
+        raise KernelError("the emulator runs modules of one entry without functions")
+    arrays = {name: ("shared", 0) for _, name, _ in ARRAY.findall(text[: entry.start()])}
+    registers: dict[str, int] = {}
+    labels: dict[str, list[int]] = {}
+    instructions: list[Instruction] = []
+    for statement in _statements(text[entry.end() :]):
+        while label := LABEL.match(statement):
+            labels.setdefault(label[1], []).append(len(instructions))
+            statement = _unscoped(statement[label.end() :])
+        if declared := REGISTERS.match(statement):
+            for name in declared[2].split(","):
+                registers[name.strip().partition("<")[0]] = WIDTHS[declared[1]]
+        elif statement.startswith(".") and (array := ARRAY.search(statement)):
+            arrays[array[2]] = (statement[1:].split()[0], int(array[3] or 0))
+        elif statement and not statement.startswith("."):
+            instructions.append(_instruction(statement))
+    parameters = {
+        name: int(bits) // 8 * int(count or 1)
+        for each in entry[2].split(",")
+        for bits, name, count in PARAMETER.findall(each.strip())
+    }
+    return Kernel(entry[1], parameters, registers, tuple(instructions), labels, arrays)
+
+
+def _statements(body: str) -> Iterator[str]:
+    """What stands between semicolons, without the braces of scopes."""
+    for part in body.split(";"):
+        # Braces of vectors have operands in front of them in the same statement.
+        statement = _unscoped(part)
+        # Directives that end with the line, not with a semicolon.
+        lines = [line for line in statement.splitlines() if line.split()[:1] != [".loc"]]
+        yield " ".join(line.strip() for line in lines).strip()
+
+
+def _unscoped(statement: str) -> str:
+    """Without the braces that it begins with."""
+    return statement.lstrip("{} \t\n")
+
+
+def _instruction(statement: str) -> Instruction:
+    text = statement
+    guard = GUARD.match(statement)
+    if guard:
+        statement = statement[guard.end() :]
+    opcode, _, rest = statement.partition(" ")
+    if "\t" in opcode:
+        opcode, _, more = opcode.partition("\t")
+        rest = f"{more} {rest}"
+    operands = tuple(_operand(part) for part in _split(rest))
+    return Instruction(
+        tuple(opcode.split(".")), operands, guard and (guard[2], guard[1] == "!"), text
+    )
+
+
+def _split(text: str) -> Iterator[str]:
+    """At the commas that are in no bracket."""
+    depth, start = 0, 0
+    for at, char in enumerate(text):
+        depth += (char in "{[(") - (char in "}])")
+        if char == "," and not depth:
+            yield text[start:at].strip()
+            start = at + 1
+    if last := text[start:].strip():
+        yield last
+
+
+def _operand(text: str) -> Operand:
+    if text.startswith("{"):
+        return tuple(_split(text[1:-1]))
+    if text.startswith("["):
+        first, *more = _split(text[1:-1])
+        base, sign, offset = re.sub(r"\s", "", first).partition("+")
+        return Address(base, int(offset) if sign else 0, tuple(more))
+    return text

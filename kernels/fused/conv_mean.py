@@ -1,0 +1,337 @@
+"""conv_mean: a convolution and the average of its result over all pixels in one kernel.
+
+    y[n, k] = 1 / (P·Q) · sum_{p,q} F(conv2d(B(x), w))[n, k, p, q]
+
+x: (N, C, H, W) NHWC; w: (K, C, R, S), a constant packed as conv2d packs it; y: (N, K, 1, 1), or
+(N, K) without `keepdim`. B and F are chains of pointwise stages, usually bias, residual and
+activation. fp32 from the convolution on, rounded once at the end.
+
+Global average pooling (Lin et al., Network in Network, 2014) as the end of the convolution before
+it: a program owns whole images, each in a power of two of rows, and a block of channels; what is
+averaged never reaches memory.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+
+from ...errors import InvalidInputError
+from ..contract import epilogue as ep
+from ..contract.op import (
+    Config,
+    Cost,
+    Domain,
+    Launch,
+    Op,
+    Problem,
+    W,
+    X,
+    Y,
+    config,
+    operand_refs,
+    power_of_two,
+    tensor_bytes,
+)
+from ..contract.spec import Layout, TensorSpec
+from ..contract.targets import Target
+from ..products import gemm
+from . import conv_tile
+from .conv_tile import StagedConv
+
+MOST_PIXELS = 256
+# (BLOCK_M, BLOCK_N, warps): an image of up to 256 pixels is one tile high; narrow ones keep the
+# multiprocessors busy at batch 1.
+TILES = (
+    (256, 64, 8), (256, 32, 4), (256, 16, 4), (128, 128, 8), (128, 64, 4), (128, 32, 4),
+    (128, 16, 4), (64, 128, 4), (64, 64, 4), (64, 32, 4), (64, 16, 4), (32, 64, 4), (32, 32, 4),
+    (16, 64, 4), (16, 32, 2),
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class ConvMean(StagedConv):
+    """The convolution with its stages, and whether the pixels stay as two dimensions of size 1."""
+
+    keepdim: bool = True
+
+
+def unsupported(attributes: ConvMean, pixels: tuple[int, ...]) -> str | None:
+    """Why the kernel cannot average a convolution's result of that height and width, or None."""
+    if attributes.conv.groups != 1:
+        return f"the convolution has {attributes.conv.groups} groups"
+    if math.prod(pixels) > MOST_PIXELS:
+        shown = "x".join(map(str, pixels))
+        return f"{shown} pixels do not fit one tile (at most {MOST_PIXELS})"
+    return None
+
+
+def infer(attributes: ConvMean, inputs: tuple[TensorSpec, ...]) -> tuple[TensorSpec, ...]:
+    """(N, K, 1, 1), or (N, K)."""
+    result = conv_tile.result_of("conv_mean", attributes, inputs)
+    if (reason := unsupported(attributes, result.shape[2:])) is not None:
+        raise InvalidInputError(f"conv_mean: {reason}")
+    n, k = result.shape[:2]
+    if attributes.keepdim:
+        return (result.with_(shape=(n, k, 1, 1)),)
+    return (result.with_(shape=(n, k), layout=Layout.DENSE),)
+
+
+def reference(attributes: ConvMean, *tensors: torch.Tensor) -> torch.Tensor:
+    return conv_tile.reference(attributes, tensors).mean((2, 3), attributes.keepdim)
+
+
+@triton.jit
+def conv_mean_kernel(
+    x,
+    w,
+    y,
+    extras,
+    m,
+    H: tl.constexpr,
+    WIDTH: tl.constexpr,
+    C: tl.constexpr,
+    K: tl.constexpr,
+    P: tl.constexpr,
+    Q: tl.constexpr,
+    R: tl.constexpr,
+    S: tl.constexpr,
+    STRIDE_H: tl.constexpr,
+    STRIDE_W: tl.constexpr,
+    TOP: tl.constexpr,
+    LEFT: tl.constexpr,
+    DILATION_H: tl.constexpr,
+    DILATION_W: tl.constexpr,
+    X_PITCH: tl.constexpr,
+    X_OFFSET: tl.constexpr,
+    Y_PITCH: tl.constexpr,
+    Y_OFFSET: tl.constexpr,
+    PROLOGUE: tl.constexpr,
+    STAGES: tl.constexpr,
+    EPILOGUE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    WIDE: tl.constexpr,
+    BY_TAP: tl.constexpr,
+    PIXELS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP_M: tl.constexpr,
+):
+    # m counts images; each takes PIXELS rows, of which P * Q are its pixels.
+    IMAGES: tl.constexpr = BLOCK_M // PIXELS
+    column_tiles: tl.constexpr = (K + BLOCK_N - 1) // BLOCK_N
+    row_tile, column_tile = gemm.tile_index(
+        tl.program_id(0), tl.cdiv(m, IMAGES), column_tiles, GROUP_M
+    )
+    columns = column_tile * BLOCK_N + tl.arange(0, BLOCK_N)
+    column_mask = columns < K
+    index = tl.arange(0, BLOCK_M)
+    pixel = index % PIXELS
+    image = row_tile * IMAGES + index // PIXELS
+    live = (image < m) & (pixel < P * Q)
+    if WIDE:
+        image = image.to(tl.int64)
+    acc = conv_tile.convolve(
+        x, w, image, pixel // Q, pixel % Q, live, columns, column_mask, extras,
+        H, WIDTH, C, R, S, STRIDE_H, STRIDE_W, TOP, LEFT, DILATION_H, DILATION_W,
+        X_PITCH, X_OFFSET, PROLOGUE, PRECISION, BY_TAP, BLOCK_M, BLOCK_N, BLOCK_K,
+    )  # fmt: skip
+    acc = STAGES(acc, image * (P * Q) + pixel, columns, live, column_mask, extras)
+    # Rows without a pixel must stay zero whatever the stages made of them.
+    acc = tl.where(live[:, None], acc, 0.0)
+    total = tl.sum(tl.reshape(acc, (IMAGES, PIXELS, BLOCK_N)), axis=1)
+    mean = tl.div_rn(total, tl.full(total.shape, P * Q, tl.float32))
+    rows = row_tile * IMAGES + tl.arange(0, IMAGES)
+    row_mask = rows < m
+    if WIDE:
+        rows = rows.to(tl.int64)
+    mean = EPILOGUE(mean, rows, columns, row_mask, column_mask, extras)
+    address = y + Y_OFFSET + (rows * Y_PITCH)[:, None] + columns[None, :]
+    mask = row_mask[:, None] & column_mask[None, :]
+    tl.store(address, mean.to(y.dtype.element_ty), mask=mask)
+
+
+def _result(problem: Problem) -> TensorSpec:
+    """The spec of what is averaged."""
+    assert isinstance(problem.attributes, ConvMean)
+    specs = tuple(operand.spec for operand in problem.inputs)
+    return conv_tile.result_of("conv_mean", problem.attributes, specs)
+
+
+def _pixels(problem: Problem) -> int:
+    """Rows of the matrix product that one image takes."""
+    return power_of_two(math.prod(_result(problem).shape[2:]))
+
+
+def launches(problem: Problem, tile: Config, target: Target) -> tuple[Launch, ...]:
+    """One launch of the kernel."""
+    attributes, out, result = problem.attributes, problem.output, _result(problem)
+    assert isinstance(attributes, ConvMean)
+    chains = conv_tile.chains(problem, attributes.stages, result)
+    first = len(chains.extras)
+    n, k, p, q = result.shape
+    images = tile["BLOCK_M"] // _pixels(problem)
+    launch = Launch(
+        kernel=conv_mean_kernel,
+        pointers={"x": X, "w": W, "y": Y},
+        extras=(*chains.extras, *operand_refs(problem)),
+        rows=n,
+        batch=out.spec.batch,
+        block_rows=images,
+        columns=-(-k // tile["BLOCK_N"]),
+        constexprs={
+            **conv_tile.constants(problem, chains),
+            "K": k, "P": p, "Q": q, "PIXELS": _pixels(problem),
+            "Y_PITCH": out.pitch, "Y_OFFSET": out.offset,
+            "EPILOGUE": ep.for_output(problem.epilogue, problem.operands, out.spec, first),
+            **dict(tile.blocks),
+        },
+        num_warps=tile.num_warps,
+        num_stages=tile.num_stages,
+        l2_bytes=conv_tile.l2_bytes(problem, images * p * q, tile["BLOCK_N"], result),
+        instructions=2 * tile["BLOCK_M"] * tile["BLOCK_N"],
+        step_instructions=conv_tile.step_instructions(problem, tile),
+    )  # fmt: skip
+    return (launch,)
+
+
+def _default_tiles(problem: Problem, target: Target) -> Iterator[tuple[int, int, int]]:
+    """The tiles that hold whole images, without those that may take more registers than there are
+    (sm_86, 3x3 behind a prologue, 64 sums per thread and 4 warps: 252)."""
+    size, pixels = _size(problem), _pixels(problem)
+    short = size.dtype is torch.float32 or target.capability < 90
+    for block_m, block_n, warps in TILES:
+        most = 32 if short and (warps <= 4 or size.dtype is torch.float32) else 64
+        if block_m % pixels == 0 and block_m * block_n // (32 * warps) <= most:
+            yield block_m, block_n, warps
+
+
+def _tile(m: int, n: int, k: int, warps: int, stages: int) -> Config:
+    return config(warps, stages, BLOCK_M=m, BLOCK_N=n, BLOCK_K=k, GROUP_M=8)
+
+
+def _size(problem: Problem) -> gemm.Size:
+    images = problem.output.shape[0]
+    return conv_tile.size_of(problem, images * _pixels(problem))
+
+
+def configs(problem: Problem, target: Target) -> Iterator[Config]:
+    """Tiles of whole images."""
+    size = _size(problem)
+    for block_m, block_n, warps in TILES:
+        for block_k in (64, 32, 16):
+            for stages in (3, 4, 2):
+                tile = _tile(block_m, block_n, block_k, warps, stages)
+                if block_k <= _deepest(size, block_m) and legal(problem, tile, target) is None:
+                    yield tile
+
+
+def _deepest(size: gemm.Size, block_m: int) -> int:
+    """The largest BLOCK_K worth having: tall tiles of fp32 or of gathered rows take registers.
+
+    256 rows of fp32 on sm_90: 254 registers at 32, 168 at 16; 128 rows on sm_80: 231 at 32.
+    """
+    widest = 64
+    if size.dtype is torch.float32:
+        widest = 32 if block_m <= 64 else 16
+    elif size.gathers:
+        widest = 32 if block_m <= 128 else 16
+    return max(16, min(widest, power_of_two(size.depth)))
+
+
+def legal(problem: Problem, tile: Config, target: Target) -> str | None:
+    size, pixels = _size(problem), _pixels(problem)
+    if tile["BLOCK_M"] % pixels:
+        return f"tiles of {tile['BLOCK_M']} rows cut images of {pixels} rows"
+    return gemm.legal(size, tile, target)
+
+
+def default(problem: Problem, target: Target) -> Config:
+    """The fastest by the model."""
+    size, pixels = _size(problem), _pixels(problem)
+    if target.name == "interpreter":
+        block_m = max(16, pixels, min(4096, power_of_two(size.rows)))
+        block_n = max(16, min(1024, (1 << 20) // block_m, power_of_two(size.columns)))
+        room = max(128, (1 << 19) // max(block_m, block_n))
+        return _tile(block_m, block_n, max(16, min(room, power_of_two(size.depth))), 1, 1)
+
+    tiles = (
+        _tile(block_m, block_n, _deepest(size, block_m), warps, stages)
+        for block_m, block_n, warps in _default_tiles(problem, target)
+        for stages in (3, 2)  # Three of 256 rows are more than sm_86 has of shared memory.
+    )
+    fitting = (tile for tile in tiles if legal(problem, tile, target) is None)
+    return gemm.fastest(size, fitting, target)
+
+
+def cost(problem: Problem) -> Cost:
+    """The products of all pixels."""
+    _, c, r, s = problem.inputs[1].shape
+    read, written = tensor_bytes(problem)
+    return Cost(2 * _result(problem).numel * c * r * s, read, written)
+
+
+def _build(draw: Mapping[str, Any]) -> tuple[ConvMean, tuple[TensorSpec, ...]] | None:
+    attributes = ConvMean(*conv_tile.drawn_parts(draw), draw["keepdim"])
+    try:
+        inputs = conv_tile.drawn_inputs(draw, attributes)
+        infer(attributes, inputs)
+    except InvalidInputError:
+        return None
+    return attributes, inputs
+
+
+def _draw(**changes: Any) -> Mapping[str, Any]:
+    """A 1x1 convolution with bias and ReLU of three images, but for the changes."""
+    plain = {
+        "N": 2, "image": (7, 7), "C": 16, "K": 24, "filter": (1, 1), "stride": (1, 1),
+        "padding": (0, 0, 0, 0), "dilation": (1, 1), "stages": "relu", "before": False,
+        "keepdim": True,
+    }  # fmt: skip
+    return {**plain, **changes}
+
+
+OP = Op(
+    name="conv_mean",
+    attributes=ConvMean,
+    infer=infer,
+    reference=reference,
+    launches=launches,
+    configs=configs,
+    default=default,
+    legal=legal,
+    cost=cost,
+    domain=Domain(
+        ranges={
+            "N": (1, 2, 3),
+            "image": ((1, 1), (2, 2), (7, 7), (7, 9), (12, 4), (16, 16)),
+            "C": (1, 5, 8, 16, 33),
+            "K": (1, 8, 10, 33),
+            "filter": ((1, 1), (1, 1), (3, 3), (2, 3)),
+            "stride": ((1, 1), (1, 1), (2, 1)),
+            "padding": ((0, 0, 0, 0), (1, 1, 1, 1), (0, 1, 2, 0)),
+            "dilation": ((1, 1), (1, 1), (2, 1)),
+            "stages": ("none", "relu", "silu", "residual"),
+            "before": (False, False, True),
+            "keepdim": (True, False),
+        },
+        build=_build,
+        interesting=(
+            _draw(image=(7, 7), stages="residual", K=40),
+            _draw(image=(13, 13), keepdim=False),
+            _draw(image=(8, 8), filter=(3, 3), padding=(1, 1, 1, 1), stages="residual", N=3),
+            _draw(image=(1, 1), before=True),
+            _draw(image=(16, 16), stages="none", N=1, C=33, K=1),
+        ),
+        # Mostly positive: an error relative to an average that cancels means nothing.
+        range=(-1.0, 3.0),
+    ),
+    packs=lambda attributes: {1: conv_tile.pack},
+)

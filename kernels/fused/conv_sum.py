@@ -1,0 +1,265 @@
+"""conv_sum: y = E(conv2d(x1, w1) + conv2d(x2, w2)), two convolutions into one accumulator.
+
+x1: (N, C1, H1, W1), x2: (N, C2, H2, W2), NHWC; w1: (K, C1, R1, S1), w2: (K, C2, R2, S2), constants
+packed as conv2d packs them; y: (N, K, P, Q) NHWC. Each convolution has its own stride, padding and
+dilation; both must give the same (N, K, P, Q). fp32 accumulation, rounded once, where separate
+kernels round one of the two results before they add it. Biases are an epilogue.
+
+The end of a residual block whose shortcut is a 1x1 convolution (He et al., 2016, option B) is one
+kernel this way, and the shortcut's result is never in memory. Implicit GEMM, as conv2d: two loops
+over taps and channel blocks, one after the other, share the accumulator and the tile sizes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+
+from ...errors import InvalidInputError
+from ..contract import epilogue as ep
+from ..contract.op import (
+    Attributes,
+    Config,
+    Cost,
+    Domain,
+    Launch,
+    Op,
+    Problem,
+    Ref,
+    W,
+    X,
+    Y,
+    config,
+    operand_refs,
+    tensor_bytes,
+)
+from ..contract.spec import Layout, TensorSpec
+from ..contract.targets import Target
+from ..convolution import conv2d
+from ..convolution.conv2d import Conv2d
+from ..products import gemm
+from ..tile import taps
+
+
+@dataclass(frozen=True)
+class ConvSum(Attributes):
+    """The geometry of both convolutions; neither has groups."""
+
+    first: Conv2d = field(default_factory=Conv2d)
+    second: Conv2d = field(default_factory=Conv2d)
+
+
+def infer(attributes: ConvSum, inputs: tuple[TensorSpec, ...]) -> tuple[TensorSpec, ...]:
+    """The output both convolutions have."""
+    x1, w1, x2, w2 = inputs
+    if attributes.first.groups != 1 or attributes.second.groups != 1:
+        raise InvalidInputError("conv_sum: expected convolutions without groups")
+    (first,) = conv2d.infer(attributes.first, (x1, w1))
+    (second,) = conv2d.infer(attributes.second, (x2, w2))
+    if first != second:
+        raise InvalidInputError(f"conv_sum: the convolutions give {first} and {second}")
+    return (first,)
+
+
+def reference(
+    attributes: ConvSum,
+    x1: torch.Tensor,
+    w1: torch.Tensor,
+    x2: torch.Tensor,
+    w2: torch.Tensor,
+) -> torch.Tensor:
+    first = conv2d.reference(attributes.first, x1, w1)
+    return first + conv2d.reference(attributes.second, x2, w2)
+
+
+@triton.jit
+def conv_sum_kernel(
+    x1,
+    w1,
+    x2,
+    w2,
+    y,
+    extras,
+    m,
+    K: tl.constexpr,
+    FIRST: tl.constexpr,
+    SECOND: tl.constexpr,
+    Y_PITCH: tl.constexpr,
+    Y_OFFSET: tl.constexpr,
+    EPILOGUE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    WIDE: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP_M: tl.constexpr,
+):
+    column_tiles: tl.constexpr = (K + BLOCK_N - 1) // BLOCK_N
+    row_tile, column_tile = gemm.tile_index(
+        tl.program_id(0), tl.cdiv(m, BLOCK_M), column_tiles, GROUP_M
+    )
+    rows = row_tile * BLOCK_M + tl.arange(0, BLOCK_M)
+    columns = column_tile * BLOCK_N + tl.arange(0, BLOCK_N)
+    row_mask = rows < m
+    column_mask = columns < K
+    if WIDE:
+        rows = rows.to(tl.int64)
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    acc = taps.add_convolution(
+        acc, x1, w1, rows, row_mask, columns, column_mask, FIRST, PRECISION, BLOCK_K
+    )
+    acc = taps.add_convolution(
+        acc, x2, w2, rows, row_mask, columns, column_mask, SECOND, PRECISION, BLOCK_K
+    )
+    acc = EPILOGUE(acc, rows, columns, row_mask, column_mask, extras)
+    address = y + Y_OFFSET + (rows * Y_PITCH)[:, None] + columns[None, :]
+    mask = row_mask[:, None] & column_mask[None, :]
+    tl.store(address, acc.to(y.dtype.element_ty), mask=mask)
+
+
+def _geometries(problem: Problem) -> tuple[taps.Geometry, taps.Geometry]:
+    attributes = problem.attributes
+    assert isinstance(attributes, ConvSum)
+    x1, w1, x2, w2 = problem.inputs
+    y = problem.output.spec
+    return (
+        taps.geometry(attributes.first, x1, w1.spec, y),
+        taps.geometry(attributes.second, x2, w2.spec, y),
+    )
+
+
+def launches(problem: Problem, tile: Config, target: Target) -> tuple[Launch, ...]:
+    """One launch; every program computes one tile of both products."""
+    out = problem.output
+    first, second = _geometries(problem)
+    k = out.shape[1]
+    launch = Launch(
+        kernel=conv_sum_kernel,
+        pointers={"x1": X, "w1": W, "x2": Ref("input", 2), "w2": Ref("input", 3), "y": Y},
+        extras=operand_refs(problem),
+        rows=out.spec.numel // k,
+        batch=out.spec.batch,
+        block_rows=tile["BLOCK_M"],
+        columns=-(-k // tile["BLOCK_N"]),
+        constexprs={
+            "K": k,
+            "FIRST": first,
+            "SECOND": second,
+            "Y_PITCH": out.pitch,
+            "Y_OFFSET": out.offset,
+            "EPILOGUE": ep.for_output(problem.epilogue, problem.operands, out.spec),
+            "PRECISION": gemm.dot_precision(problem, _size(problem).depth),
+            "WIDE": problem.is_wide,
+            **dict(tile.blocks),
+        },
+        num_warps=tile.num_warps,
+        num_stages=tile.num_stages,
+        l2_bytes=gemm.l2_bytes(problem, tile, _terms(problem)),
+        step_instructions=gemm.step_instructions(tile, out.spec.dtype, _size(problem).taps),
+    )
+    return (launch,)
+
+
+def _size(problem: Problem) -> gemm.Size:
+    """The product for the choice of a tile: the deeper convolution decides about its depth."""
+    _, w1, _, w2 = problem.inputs
+    n, k, p, q = problem.output.shape
+    depth = max(w1.shape[1], w2.shape[1])
+    most_taps = max(w.shape[2] * w.shape[3] for w in (w1, w2))
+    return gemm.Size(n * p * q, k, depth, problem.inputs[0].spec.dtype, taps=most_taps)
+
+
+def configs(problem: Problem, target: Target) -> Iterator[Config]:
+    return gemm.tile_configs(_size(problem), target)
+
+
+def _has_loops(problem: Problem, tile: Config) -> bool:
+    """Whether some loop has a second step; without one all operands are in registers at once."""
+    depths = (geometry[2] * geometry[5] * geometry[6] for geometry in _geometries(problem))
+    return any(depth > tile["BLOCK_K"] for depth in depths)
+
+
+def legal(problem: Problem, tile: Config, target: Target) -> str | None:
+    return gemm.legal(_size(problem), tile, target)
+
+
+def default(problem: Problem, target: Target) -> Config:
+    """The tile of one product as wide; channels in steps of 32 where a step of 64 leaves no loop.
+
+    sm_80, 1x1 over 64 + 64 channels, 128x128 w8: 140 registers and asynchronous copies in two
+    steps, 255 and none in one; with two steps sm_90 needs as many registers (128) as with one.
+    """
+    tile = gemm.default_tile(_size(problem), target)
+    if target.is_gpu and not _has_loops(problem, tile) and tile["BLOCK_K"] > 32:
+        blocks = {**dict(tile.blocks), "BLOCK_K": 32}
+        return config(tile.num_warps, tile.num_stages, **blocks)
+    return tile
+
+
+def cost(problem: Problem) -> Cost:
+    """Both products; neither convolution's own result is written or read."""
+    read, written = tensor_bytes(problem)
+    return Cost(2 * problem.output.spec.numel * _terms(problem), read, written)
+
+
+def _terms(problem: Problem) -> int:
+    """Products in the sum of one output."""
+    return sum(problem.inputs[slot].spec.numel for slot in (1, 3)) // problem.output.shape[1]
+
+
+def _build(draw: Mapping[str, Any]) -> tuple[ConvSum, tuple[TensorSpec, ...]] | None:
+    (p, q), n, k = draw["result"], draw["N"], draw["K"]
+    attributes, specs = [], []
+    for at in ("1", "2"):
+        (r, s), (sh, sw), pad = draw["filter" + at], draw["stride" + at], draw["padding" + at]
+        dilation, channels = draw["dilation" + at], draw["C" + at]
+        # The largest image that gives p x q: strides leave its last rows unread.
+        h = p * sh + dilation * (r - 1) - 2 * pad
+        width = q * sw + dilation * (s - 1) - 2 * pad
+        if h < 1 or width < 1:
+            return None
+        attributes.append(Conv2d((sh, sw), (pad,) * 4, (dilation, dilation)))
+        specs.append(TensorSpec((n, channels, h, width), torch.float32, Layout.NHWC))
+        specs.append(TensorSpec((k, channels, r, s), torch.float32))
+    return ConvSum(*attributes), tuple(specs)
+
+
+def _pack(attributes: ConvSum, w: torch.Tensor) -> torch.Tensor:
+    return conv2d.pack(Conv2d(), w)
+
+
+OP = Op(
+    name="conv_sum",
+    attributes=ConvSum,
+    infer=infer,
+    reference=reference,
+    launches=launches,
+    configs=configs,
+    default=default,
+    legal=legal,
+    cost=cost,
+    domain=Domain(
+        ranges={
+            "N": (1, 2),
+            "result": ((1, 1), (4, 5), (7, 3), (8, 8)),
+            "K": (1, 8, 33),
+            "C1": (3, 8, 20, 40),
+            "C2": (1, 8, 20, 33),
+            "filter1": ((3, 3), (1, 1), (1, 7)),
+            "filter2": ((1, 1), (1, 1), (2, 3)),
+            "stride1": ((1, 1), (1, 1), (2, 1)),
+            "stride2": ((1, 1), (2, 2), (3, 1)),
+            "padding1": (0, 1),
+            "padding2": (0, 0, 1),
+            "dilation1": (1, 2),
+            "dilation2": (1, 1, 2),
+        },
+        build=_build,
+    ),
+    packs=lambda attributes: {1: _pack, 3: _pack},
+)

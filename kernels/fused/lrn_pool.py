@@ -1,0 +1,419 @@
+"""lrn_pool: local response normalisation and max pooling in one kernel, in either order.
+
+    y = E(max_pool2d(local_response_norm(x)))       AlexNet (Krizhevsky et al., 2012), `lrn_first`
+    y = E(local_response_norm(max_pool2d(x)))       CaffeNet, GoogLeNet's first stage
+
+x: (N, C, H, W) NHWC in memory -> y: (N, C, P, Q) NHWC; fp32 inside, the tensor between the two is
+not rounded. NaN wins a maximum, as in torch; windows without pixels give -inf.
+
+Normalising first costs each window's pixels a normalisation of their own: 9 per output of a 3x3
+window instead of 4 with stride 2; what is saved is writing and reading x's normalised twin. Pooling
+first computes nothing twice but the maxima of a few neighbouring channels. As in `lrn.py` a thread
+holds 16 bytes of channels and their two neighbours (LANES = 8, or 4 in fp32) where they line up,
+and otherwise every neighbour is a load of its own (LANES = 1).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+
+from ...errors import InvalidInputError
+from ..contract.launch_tiles import tiled_launch
+from ..contract.op import (
+    Attributes,
+    Config,
+    Cost,
+    Domain,
+    Launch,
+    Op,
+    Problem,
+    config,
+    tensor_bytes,
+    tile_config,
+)
+from ..contract.spec import Layout, Operand, TensorSpec
+from ..contract.targets import Target
+from ..normalisation import lrn
+from ..normalisation.lrn import LocalResponseNorm
+from ..pooling import pool, pool_window
+from ..pooling.pool_window import MaxPool2d
+
+POOLED = 3
+"""Thread instructions for one element of a window with its neighbours: 139 per output of a 3x3
+window where each is normalised, and 41 where the largest is, in sm_90 code."""
+
+
+@dataclass(frozen=True)
+class LrnPool(Attributes):
+    """The two halves, and which of them comes first."""
+
+    lrn: LocalResponseNorm = field(default_factory=LocalResponseNorm)
+    pool: MaxPool2d = field(default_factory=MaxPool2d)
+    lrn_first: bool = True
+
+
+def infer(attributes: LrnPool, inputs: tuple[TensorSpec, ...]) -> tuple[TensorSpec, ...]:
+    """(N, C, P, Q)."""
+    if len(inputs) != 1:
+        raise InvalidInputError(f"lrn_pool: expected 1 input, got {len(inputs)}")
+    lrn.infer(attributes.lrn, inputs)
+    return pool_window.infer("max_pool2d", attributes.pool, inputs)
+
+
+def reference(attributes: LrnPool, x: torch.Tensor) -> torch.Tensor:
+    if attributes.lrn_first:
+        return pool_window.reference_max(attributes.pool, lrn.reference(attributes.lrn, x))
+    return lrn.reference(attributes.lrn, pool_window.reference_max(attributes.pool, x))
+
+
+@triton.jit
+def load_lanes(address, channels, live, C: tl.constexpr, LANES: tl.constexpr, OTHER: tl.constexpr):
+    """A vector of channels, the one before it and the one after, as fp32."""
+    near = live & (channels >= LANES) & (channels < C + LANES)
+    before = tl.load(address - LANES, mask=near, other=OTHER)
+    here = tl.load(address, mask=live & (channels < C), other=OTHER)
+    after = tl.load(address + LANES, mask=live & (channels < C - LANES), other=OTHER)
+    return before.to(tl.float32), here.to(tl.float32), after.to(tl.float32)
+
+
+@triton.jit
+def lane_values(before, here, after, ROWS: tl.constexpr, GROUPS: tl.constexpr, LANES: tl.constexpr):
+    """The 3 * LANES neighbouring channels as a tuple."""
+    return (
+        lrn.unpack(before, ROWS, GROUPS, LANES)
+        + lrn.unpack(here, ROWS, GROUPS, LANES)
+        + lrn.unpack(after, ROWS, GROUPS, LANES)
+    )
+
+
+@triton.jit
+def lane_energy(v, lane: tl.constexpr, BELOW: tl.constexpr, ABOVE: tl.constexpr):
+    """The sum of squares around one of them."""
+    energy = v[lane - BELOW] * v[lane - BELOW]
+    for j in tl.static_range(lane - BELOW + 1, lane + ABOVE + 1):
+        energy += v[j] * v[j]
+    return energy
+
+
+@triton.jit
+def pixels_of(
+    rows,
+    row_mask,
+    P: tl.constexpr,
+    Q: tl.constexpr,
+    H: tl.constexpr,
+    WIDTH: tl.constexpr,
+    STRIDE_H: tl.constexpr,
+    STRIDE_W: tl.constexpr,
+    PADDING_H: tl.constexpr,
+    PADDING_W: tl.constexpr,
+):
+    """Top and left of the outputs' windows, and the pixel there as an index."""
+    top = (rows // Q % P).to(tl.int32) * STRIDE_H - PADDING_H
+    left = (rows % Q).to(tl.int32) * STRIDE_W - PADDING_W
+    corner = (rows // (P * Q) * H + top) * WIDTH + left
+    # Rows past the end get a position that no tap brings inside the image: one mask serves both.
+    return tl.where(row_mask, top, -1048576), left, corner
+
+
+@triton.jit
+def is_inside(top, left, H: tl.constexpr, WIDTH: tl.constexpr):
+    """Whether pixels lie in the image."""
+    return (top.to(tl.uint32, bitcast=True) < H) & (left.to(tl.uint32, bitcast=True) < WIDTH)
+
+
+@triton.jit
+def lanes_kernel(
+    x, y, extras, m,
+    H: tl.constexpr, WIDTH: tl.constexpr, C: tl.constexpr, P: tl.constexpr, Q: tl.constexpr,
+    R: tl.constexpr, S: tl.constexpr, STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr,
+    PADDING_H: tl.constexpr, PADDING_W: tl.constexpr,
+    DILATION_H: tl.constexpr, DILATION_W: tl.constexpr,
+    BELOW: tl.constexpr, ABOVE: tl.constexpr, ALPHA: tl.constexpr, K: tl.constexpr,
+    BETA: tl.constexpr, LRN_FIRST: tl.constexpr,
+    X_PITCH: tl.constexpr, X_OFFSET: tl.constexpr, Y_PITCH: tl.constexpr, Y_OFFSET: tl.constexpr,
+    EPILOGUE: tl.constexpr, WIDE: tl.constexpr,
+    LANES: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
+):  # fmt: skip
+    # C is a multiple of LANES, and the window of channels reaches at most LANES to either side.
+    EMPTY: tl.constexpr = float("-inf")
+    GROUPS: tl.constexpr = BLOCK_COLUMNS // LANES
+    column_tiles: tl.constexpr = (C + BLOCK_COLUMNS - 1) // BLOCK_COLUMNS
+    program = tl.program_id(0)
+    rows = program // column_tiles * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    start = program % column_tiles * BLOCK_COLUMNS
+    row_mask = rows < m
+    if WIDE:
+        rows = rows.to(tl.int64)
+    top, left, corner = pixels_of(
+        rows, row_mask, P, Q, H, WIDTH, STRIDE_H, STRIDE_W, PADDING_H, PADDING_W
+    )
+    group = start + tl.arange(0, GROUPS) * LANES
+    channels = (group[:, None] + tl.arange(0, LANES)[None, :])[None, :, :]
+    base = x + X_OFFSET + (corner * X_PITCH)[:, None, None] + channels
+    best = ()
+    for lane in tl.static_range(LANES):
+        # Tuples grow by addition: Triton has no starred elements.
+        best = best + (tl.full((BLOCK_ROWS, GROUPS), EMPTY, tl.float32),)
+    before = tl.full((BLOCK_ROWS, GROUPS, LANES), EMPTY, tl.float32)
+    here = before
+    after = before
+    for r in tl.static_range(R):
+        for s in tl.static_range(S):
+            inside = is_inside(top + r * DILATION_H, left + s * DILATION_W, H, WIDTH)
+            address = base + (r * DILATION_H * WIDTH + s * DILATION_W) * X_PITCH
+            live = inside[:, None, None]
+            if LRN_FIRST:
+                a, b, c = load_lanes(address, channels, live, C, LANES, 0.0)
+                v = lane_values(a, b, c, BLOCK_ROWS, GROUPS, LANES)
+                updated = ()
+                for lane in tl.static_range(LANES):
+                    energy = lane_energy(v, LANES + lane, BELOW, ABOVE)
+                    value = lrn.scaled(v[LANES + lane], K + ALPHA * energy, BETA)
+                    value = tl.where(inside[:, None], value, EMPTY)
+                    updated = updated + (pool.combine(best[lane], value, True),)
+                best = updated
+            else:
+                a, b, c = load_lanes(address, channels, live, C, LANES, EMPTY)
+                before = pool.combine(before, a, True)
+                here = pool.combine(here, b, True)
+                after = pool.combine(after, c, True)
+    if not LRN_FIRST:
+        # Channels that do not exist count as zero, not as windows without pixels.
+        before = tl.where(channels >= LANES, before, 0.0)
+        after = tl.where(channels < C - LANES, after, 0.0)
+        v = lane_values(before, here, after, BLOCK_ROWS, GROUPS, LANES)
+        best = ()
+        for lane in tl.static_range(LANES):
+            energy = lane_energy(v, LANES + lane, BELOW, ABOVE)
+            best = best + (lrn.scaled(v[LANES + lane], K + ALPHA * energy, BETA),)
+    acc = lrn.pack(best, BLOCK_ROWS, GROUPS, LANES)
+    columns = start + tl.arange(0, BLOCK_COLUMNS)
+    column_mask = columns < C
+    acc = EPILOGUE(acc, rows, columns, row_mask, column_mask, extras)
+    address = y + Y_OFFSET + (rows * Y_PITCH)[:, None] + columns[None, :]
+    mask = row_mask[:, None] & column_mask[None, :]
+    tl.store(address, acc.to(y.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def shifted_kernel(
+    x, y, extras, m,
+    H: tl.constexpr, WIDTH: tl.constexpr, C: tl.constexpr, P: tl.constexpr, Q: tl.constexpr,
+    R: tl.constexpr, S: tl.constexpr, STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr,
+    PADDING_H: tl.constexpr, PADDING_W: tl.constexpr,
+    DILATION_H: tl.constexpr, DILATION_W: tl.constexpr,
+    BELOW: tl.constexpr, ABOVE: tl.constexpr, ALPHA: tl.constexpr, K: tl.constexpr,
+    BETA: tl.constexpr, LRN_FIRST: tl.constexpr,
+    X_PITCH: tl.constexpr, X_OFFSET: tl.constexpr, Y_PITCH: tl.constexpr, Y_OFFSET: tl.constexpr,
+    EPILOGUE: tl.constexpr, WIDE: tl.constexpr,
+    LANES: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
+):  # fmt: skip
+    EMPTY: tl.constexpr = float("-inf")
+    # The neighbouring channels are walked inside the window, or the window for every neighbour.
+    taps: tl.constexpr = R * S
+    column_tiles: tl.constexpr = (C + BLOCK_COLUMNS - 1) // BLOCK_COLUMNS
+    program = tl.program_id(0)
+    rows = program // column_tiles * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    columns = program % column_tiles * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
+    row_mask = rows < m
+    column_mask = columns < C
+    if WIDE:
+        rows = rows.to(tl.int64)
+    top, left, corner = pixels_of(
+        rows, row_mask, P, Q, H, WIDTH, STRIDE_H, STRIDE_W, PADDING_H, PADDING_W
+    )
+    base = x + X_OFFSET + (corner * X_PITCH)[:, None]
+    acc = tl.full((BLOCK_ROWS, BLOCK_COLUMNS), EMPTY, tl.float32)
+    if LRN_FIRST:
+        for tap in range(taps):
+            r = tap // S * DILATION_H
+            s = tap % S * DILATION_W
+            inside = is_inside(top + r, left + s, H, WIDTH)[:, None]
+            pixel = base + (r * WIDTH + s) * X_PITCH
+            energy = tl.zeros((BLOCK_ROWS, BLOCK_COLUMNS), tl.float32)
+            for shift in range(-BELOW, ABOVE + 1):
+                near = columns + shift
+                mask = inside & ((near >= 0) & (near < C))[None, :]
+                value = tl.load(pixel + near[None, :], mask=mask, other=0.0).to(tl.float32)
+                energy += value * value
+            mask = inside & column_mask[None, :]
+            value = tl.load(pixel + columns[None, :], mask=mask, other=0.0).to(tl.float32)
+            value = lrn.scaled(value, K + ALPHA * energy, BETA)
+            acc = pool.combine(acc, tl.where(inside, value, EMPTY), True)
+    else:
+        energy = tl.zeros((BLOCK_ROWS, BLOCK_COLUMNS), tl.float32)
+        for shift in range(-BELOW, ABOVE + 1):
+            near = columns + shift
+            exists = ((near >= 0) & (near < C))[None, :]
+            best = tl.full((BLOCK_ROWS, BLOCK_COLUMNS), EMPTY, tl.float32)
+            for tap in range(taps):
+                r = tap // S * DILATION_H
+                s = tap % S * DILATION_W
+                mask = is_inside(top + r, left + s, H, WIDTH)[:, None] & exists
+                pixel = base + (r * WIDTH + s) * X_PITCH
+                value = tl.load(pixel + near[None, :], mask=mask, other=EMPTY)
+                best = pool.combine(best, value.to(tl.float32), True)
+            best = tl.where(exists, best, 0.0)
+            energy += best * best
+            acc = tl.where(shift == 0, best, acc)
+        acc = lrn.scaled(acc, K + ALPHA * energy, BETA)
+    acc = EPILOGUE(acc, rows, columns, row_mask, column_mask, extras)
+    address = y + Y_OFFSET + (rows * Y_PITCH)[:, None] + columns[None, :]
+    mask = row_mask[:, None] & column_mask[None, :]
+    tl.store(address, acc.to(y.dtype.element_ty), mask=mask)
+
+
+def _attributes(problem: Problem) -> LrnPool:
+    assert isinstance(problem.attributes, LrnPool)
+    return problem.attributes
+
+
+def lanes(problem: Problem) -> int:
+    """Channels in 16 bytes, or 1 where they do not line up or the window is wider than that."""
+    x = problem.inputs[0]
+    attributes = _attributes(problem).lrn
+    return lrn.lanes(Problem("local_response_norm", attributes, (x,), (Operand.dense(x.spec),)))
+
+
+def launches(problem: Problem, tile: Config, target: Target) -> tuple[Launch, ...]:
+    """One launch of the kernel that the tile's LANES chooses."""
+    attributes, x, y = _attributes(problem), problem.inputs[0], problem.output
+    norm, window = attributes.lrn, attributes.pool
+    return tiled_launch(
+        problem,
+        tile,
+        shifted_kernel if tile["LANES"] == 1 else lanes_kernel,
+        {
+            **pool_window.window_sizes(window, x, y),
+            "BELOW": norm.size // 2, "ABOVE": (norm.size - 1) // 2,
+            "ALPHA": norm.alpha / norm.size, "K": float(norm.k), "BETA": float(norm.beta),
+            "LRN_FIRST": attributes.lrn_first,
+        },
+        l2_bytes=_l2_bytes(problem, tile),
+        instructions=_instructions(problem, tile),
+    )  # fmt: skip
+
+
+def _l2_bytes(problem: Problem, tile: Config) -> int:
+    """What one program reads: its windows' pixels, each once thanks to L1."""
+    window, x = _attributes(problem).pool, problem.inputs[0]
+    _, _, p, q = problem.output.shape
+    pixels = min(tile["BLOCK_ROWS"], p * q)
+    rows = min(x.shape[2], (-(-pixels // q) - 1) * window.stride[0] + window.kernel[0])
+    columns = min(x.shape[3], (min(pixels, q) - 1) * window.stride[1] + window.kernel[1])
+    return rows * columns * tile["BLOCK_COLUMNS"] * x.spec.dtype.itemsize
+
+
+def _instructions(problem: Problem, tile: Config) -> int:
+    taps = math.prod(_attributes(problem).pool.kernel)
+    normalised = lrn.instructions_per_result(tile)
+    every = taps * normalised if _attributes(problem).lrn_first else normalised + POOLED * taps
+    return tile["BLOCK_ROWS"] * tile["BLOCK_COLUMNS"] * every
+
+
+def configs(problem: Problem, target: Target) -> Iterator[Config]:
+    """512 to 2048 results per program, in both forms."""
+    for count in sorted({1, lanes(problem)}):
+        for elements in (512, 1024, 2048):
+            for columns in (32, 64, 128):
+                blocks = {"BLOCK_ROWS": elements // columns, "BLOCK_COLUMNS": columns}
+                tile = config(4, 1, LANES=count, **blocks)
+                if legal(problem, tile, target) is None:
+                    yield tile
+
+
+def legal(problem: Problem, tile: Config, target: Target) -> str | None:
+    if tile["LANES"] not in (1, lanes(problem)):
+        return f"{tile['LANES']} channels per thread need aligned channels and a window as narrow"
+    return None
+
+
+def default(problem: Problem, target: Target) -> Config:
+    """1024 results per program; a pixel's channels in 16-byte pieces where they line up."""
+    n, c, p, q = problem.output.shape
+    tile = tile_config(n * p * q, c, target, elements=1024)
+    blocks = dict(tile.blocks)
+    count = lanes(problem)
+    blocks["BLOCK_COLUMNS"] = max(blocks["BLOCK_COLUMNS"], count)
+    return config(tile.num_warps, 1, LANES=count, **blocks)
+
+
+def cost(problem: Problem) -> Cost:
+    """The operations of both halves, each once."""
+    attributes, x = _attributes(problem), problem.inputs[0]
+    outputs = problem.output.spec.numel
+    normalised = x.spec.numel if attributes.lrn_first else outputs
+    read, written = tensor_bytes(problem)
+    taps = math.prod(attributes.pool.kernel)
+    return Cost((2 * attributes.lrn.size + 8) * normalised + taps * outputs, read, written)
+
+
+def _build(draw: Mapping[str, Any]) -> tuple[LrnPool, tuple[TensorSpec, ...]] | None:
+    x = TensorSpec((draw["N"], draw["C"], *draw["image"]), torch.float32, Layout.NHWC)
+    norm = LocalResponseNorm(draw["size"], draw["alpha"], draw["beta"], draw["k"])
+    window = MaxPool2d(
+        draw["kernel"], draw["stride"], draw["padding"], draw["dilation"], draw["ceil_mode"]
+    )
+    attributes = LrnPool(norm, window, draw["lrn_first"])
+    try:
+        infer(attributes, (x,))
+    except InvalidInputError:
+        return None
+    return attributes, (x,)
+
+
+def _draw(**changes: Any) -> Mapping[str, Any]:
+    """AlexNet's, but for the changes."""
+    plain = {
+        "N": 1, "C": 24, "image": (7, 9), "size": 5, "alpha": 1.0, "beta": 0.75, "k": 2.0,
+        "kernel": (3, 3), "stride": (2, 2), "padding": (0, 0), "dilation": (1, 1),
+        "ceil_mode": False, "lrn_first": True,
+    }  # fmt: skip
+    return {**plain, **changes}
+
+
+OP = Op(
+    name="lrn_pool",
+    attributes=LrnPool,
+    infer=infer,
+    reference=reference,
+    launches=launches,
+    configs=configs,
+    default=default,
+    legal=legal,
+    cost=cost,
+    domain=Domain(
+        ranges={
+            "N": (1, 2),
+            "C": (1, 8, 24, 33, 64),
+            "image": ((1, 1), (5, 5), (7, 9)),
+            "size": (1, 4, 5, 11),
+            "alpha": (0.5, 2.0),
+            "beta": (0.75, 0.5, 0.3),
+            "k": (1.0, 2.0),
+            "kernel": ((1, 1), (2, 2), (3, 3), (1, 3)),
+            "stride": ((1, 1), (2, 2), (1, 2)),
+            "padding": ((0, 0), (1, 1), (0, 1)),
+            "dilation": ((1, 1),),
+            "ceil_mode": (False, True),
+            "lrn_first": (True, False),
+        },
+        build=_build,
+        interesting=(
+            _draw(),
+            _draw(lrn_first=False, padding=(1, 1), ceil_mode=True, N=2),
+            _draw(lrn_first=False, C=33, size=4),
+            # The only window has its taps above, below and beside the image.
+            _draw(image=(2, 2), kernel=(2, 2), padding=(1, 1), dilation=(3, 3), stride=(1, 1)),
+        ),
+        range=(-4.0, 4.0),
+    ),
+)

@@ -1,0 +1,337 @@
+"""stem: the first convolution of a network, reading the user's image as it lies.
+
+y[n,k,p,q] = sum_{c,r,s} v[n, c, p·sh − top + r·dh, q·sw − left + s·dw] w[k,c,r,s]
+v[n,c,h,w] = (x[n,c,h,w] − mean[c]) · scale[c], rounded to w's dtype; zero outside the image
+
+x: (N, C, H, W) in any layout and float dtype, as a rule dense fp32; w: (K, C, R, S), a constant
+packed as (K, C·R·S); y: (N, K, P, Q) NHWC in w's dtype. fp32 accumulation. The bias is an epilogue.
+
+Cast, change of layout and normalisation cost no kernel and no tensor of their own. An image has too
+few channels for rows of the product to be copied whole, so elements are loaded one by one; but a
+warp loads 32 neighbouring pixels of one row at a time, and a thread owns all terms of its pixels,
+whose filter taps are constants in its code. 3x3 over 3 channels, 128x64, half precision on sm_90:
+496 instructions, where the convolution of an NHWC image has 896 for a tile of half the size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+import triton
+import triton.language as tl
+
+from ...errors import InvalidInputError
+from ..contract import epilogue as ep
+from ..contract.op import (
+    Attributes,
+    Config,
+    Cost,
+    Domain,
+    Launch,
+    Op,
+    Problem,
+    W,
+    X,
+    Y,
+    config,
+    operand_refs,
+    power_of_two,
+    tensor_bytes,
+)
+from ..contract.spec import Layout, TensorSpec
+from ..contract.targets import Target
+from ..convolution import conv2d
+from ..convolution.conv2d import Conv2d
+from ..products import gemm
+from .stem_input import check_normalisation, draw_image, normalised, side_by_side, strides_of_image
+
+MOST_TERMS = {torch.float16: 160, torch.bfloat16: 160, torch.float32: 48}
+"""Terms of one sum, all unrolled, that fit registers. 7x7 over 3 channels takes 146 registers on
+sm_90 and 213 on sm_80 (Triton 3.6); in fp32, whose products are three, 5x5 takes 255 and spills."""
+BLOCK = 32
+"""Terms that are multiplied at a time; rows of the packed weight start at multiples of it."""
+
+
+@dataclass(frozen=True)
+class Stem(Attributes):
+    """conv: the convolution, without groups; mean, scale: per channel, or empty."""
+
+    conv: Conv2d = field(default_factory=Conv2d)
+    mean: tuple[float, ...] = ()
+    scale: tuple[float, ...] = ()
+
+
+def infer(attributes: Stem, inputs: tuple[TensorSpec, ...]) -> tuple[TensorSpec, ...]:
+    """The convolution's shape, in the weight's dtype."""
+    x, w = inputs
+    (y,) = conv2d.infer(attributes.conv, (x, w))
+    if attributes.conv.groups != 1:
+        raise InvalidInputError(f"stem: expected 1 group, got {attributes.conv.groups}")
+    check_normalisation("stem", attributes.mean, attributes.scale, x.shape[1])
+    return (y.with_(dtype=w.dtype),)
+
+
+def reference(attributes: Stem, x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+    value = normalised(x, attributes.mean, attributes.scale, w.dtype)
+    return conv2d.reference(attributes.conv, value, w)
+
+
+def terms(w: TensorSpec) -> int:
+    """Products in one sum."""
+    return w.numel // w.shape[0]
+
+
+def _pitch(w: TensorSpec) -> int:
+    return -(-terms(w) // BLOCK) * BLOCK
+
+
+def pack(attributes: Stem, w: torch.Tensor) -> torch.Tensor:
+    """(K, C, R, S) -> (K, C·R·S), rows filled up with zeros."""
+    flat = w.flatten(1)
+    return F.pad(flat, (0, -flat.shape[1] % BLOCK)).contiguous()
+
+
+@triton.jit
+def stem_kernel(
+    x,
+    w,
+    y,
+    extras,
+    m,
+    H: tl.constexpr,
+    WIDTH: tl.constexpr,
+    K: tl.constexpr,
+    P: tl.constexpr,
+    Q: tl.constexpr,
+    R: tl.constexpr,
+    S: tl.constexpr,
+    TERMS: tl.constexpr,
+    STRIDE_H: tl.constexpr,
+    STRIDE_W: tl.constexpr,
+    TOP: tl.constexpr,
+    LEFT: tl.constexpr,
+    DILATION_H: tl.constexpr,
+    DILATION_W: tl.constexpr,
+    X_SAMPLE: tl.constexpr,
+    X_CHANNEL: tl.constexpr,
+    X_ROW: tl.constexpr,
+    X_COLUMN: tl.constexpr,
+    X_OFFSET: tl.constexpr,
+    W_PITCH: tl.constexpr,
+    Y_PITCH: tl.constexpr,
+    Y_OFFSET: tl.constexpr,
+    MEAN: tl.constexpr,
+    SCALE: tl.constexpr,
+    EPILOGUE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    WIDE: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    LEVELS: tl.constexpr,
+):
+    column_tiles: tl.constexpr = (K + BLOCK_N - 1) // BLOCK_N
+    program = tl.program_id(0)
+    rows = program // column_tiles * BLOCK_M + tl.arange(0, BLOCK_M)
+    columns = program % column_tiles * BLOCK_N + tl.arange(0, BLOCK_N)
+    row_mask = rows < m
+    column_mask = columns < K
+    if WIDE:
+        rows = rows.to(tl.int64)
+    image = rows // (P * Q)
+    top = (rows // Q % P).to(tl.int32) * STRIDE_H - TOP
+    left = (rows % Q).to(tl.int32) * STRIDE_W - LEFT
+    corner = x + X_OFFSET + (image * X_SAMPLE + top * X_ROW + left * X_COLUMN)
+    # Rows past the end get a position that no tap brings inside the image: one mask serves both.
+    top = tl.where(row_mask, top, -1048576)
+    w_tile = w + (columns * W_PITCH)[:, None] + tl.arange(0, BLOCK_K)[None, :]
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for start in tl.static_range(0, TERMS, BLOCK_K):
+        values = ()
+        for term in tl.static_range(start, start + BLOCK_K):
+            if term < TERMS:
+                channel = term // (R * S)
+                r = term // S % R * DILATION_H
+                s = term % S * DILATION_W
+                inside = ((top + r).to(tl.uint32, bitcast=True) < H) & (
+                    (left + s).to(tl.uint32, bitcast=True) < WIDTH
+                )
+                # Neighbouring threads load neighbouring pixels.
+                offset = channel * X_CHANNEL + r * X_ROW + s * X_COLUMN
+                value = tl.load(corner + offset, mask=inside, other=0.0).to(tl.float32)
+                if MEAN is not None:
+                    # The border is zero after the normalisation, not before it.
+                    value = (value - MEAN[term // (R * S)]) * SCALE[term // (R * S)]
+                    value = tl.where(inside, value, 0.0)
+            else:
+                value = tl.zeros((BLOCK_M,), tl.float32)
+            values = values + (value,)
+        a = side_by_side(values, BLOCK_K, LEVELS).to(w.dtype.element_ty)
+        b = tl.load(w_tile + start, mask=column_mask[:, None], other=0.0)
+        acc = tl.dot(a, b.T, acc, input_precision=PRECISION)
+    acc = EPILOGUE(acc, rows, columns, row_mask, column_mask, extras)
+    address = y + Y_OFFSET + (rows * Y_PITCH)[:, None] + columns[None, :]
+    mask = row_mask[:, None] & column_mask[None, :]
+    tl.store(address, acc.to(y.dtype.element_ty), mask=mask)
+
+
+def launches(problem: Problem, tile: Config, target: Target) -> tuple[Launch, ...]:
+    """One launch."""
+    attributes = problem.attributes
+    assert isinstance(attributes, Stem)
+    conv = attributes.conv
+    x, out = problem.inputs[0], problem.output
+    w = problem.inputs[1].spec
+    n, k, p, q = out.shape
+    launch = Launch(
+        kernel=stem_kernel,
+        pointers={"x": X, "w": W, "y": Y},
+        extras=operand_refs(problem),
+        rows=n * p * q,
+        batch=out.spec.batch,
+        block_rows=tile["BLOCK_M"],
+        columns=-(-k // tile["BLOCK_N"]),
+        constexprs={
+            "H": x.shape[2], "WIDTH": x.shape[3], "K": k, "P": p, "Q": q,
+            "R": w.shape[2], "S": w.shape[3], "TERMS": terms(w),
+            "STRIDE_H": conv.stride[0], "STRIDE_W": conv.stride[1],
+            "TOP": conv.padding[0], "LEFT": conv.padding[2],
+            "DILATION_H": conv.dilation[0], "DILATION_W": conv.dilation[1],
+            **strides_of_image(x), "W_PITCH": _pitch(w),
+            "Y_PITCH": out.pitch, "Y_OFFSET": out.offset,
+            "MEAN": attributes.mean or None, "SCALE": attributes.scale or None,
+            "EPILOGUE": ep.for_output(problem.epilogue, problem.operands, out.spec),
+            "PRECISION": gemm.dot_precision(problem, _pitch(w)),
+            "WIDE": problem.is_wide,
+            **dict(tile.blocks), "LEVELS": tile["BLOCK_K"].bit_length() - 1,
+        },
+        num_warps=tile.num_warps,
+        l2_bytes=_l2_bytes(problem, tile),
+        instructions=_instructions(problem, tile),
+        steps=-(-terms(w) // tile["BLOCK_K"]),
+    )  # fmt: skip
+    return (launch,)
+
+
+def _l2_bytes(problem: Problem, tile: Config) -> int:
+    """The part of the image under one tile, once (taps read it again from the first-level cache),
+    the weights, and what the epilogue reads in full."""
+    attributes = problem.attributes
+    assert isinstance(attributes, Stem)
+    x, w, out = problem.inputs[0].spec, problem.inputs[1].spec, problem.output
+    _, c, r, s = w.shape
+    conv = attributes.conv
+    pixels = min(tile["BLOCK_M"], out.shape[3])
+    lines = -(-tile["BLOCK_M"] // out.shape[3])
+    height = (lines - 1) * conv.stride[0] + (r - 1) * conv.dilation[0] + 1
+    width = (pixels - 1) * conv.stride[1] + (s - 1) * conv.dilation[1] + 1
+    full = sum(operand.spec.numel == out.spec.numel for operand in problem.operands)
+    halves = tile["BLOCK_N"] * (_pitch(w) + full * tile["BLOCK_M"])
+    return c * height * width * x.dtype.itemsize + halves * w.dtype.itemsize
+
+
+def _instructions(problem: Problem, tile: Config) -> int:
+    """Of one program, as counted in sm_90 code for half precision and one pixel per thread: 5 for
+    each term, 4 more where it is normalised, 5 for each output channel and 60 beside; or the time
+    of its loads, if that is more.
+
+    A multiprocessor issues four warps' instructions per cycle but reads one 128-byte line of its
+    first-level cache, and a warp's load with stride s touches s of them.
+    """
+    attributes = problem.attributes
+    assert isinstance(attributes, Stem)
+    x, count = problem.inputs[0].spec, terms(problem.inputs[1].spec)
+    lines = max(1.0, attributes.conv.stride[1] * x.dtype.itemsize / 4)
+    issued = (9 if attributes.mean else 5) * count + 5 * tile["BLOCK_N"] + 60
+    return int(tile["BLOCK_M"] * max(issued, 4 * lines * count))
+
+
+def configs(problem: Problem, target: Target) -> Iterator[Config]:
+    """One pixel per thread; fp32 takes twice the registers per element, and three products each."""
+    half = problem.output.spec.dtype is not torch.float32
+    for warps in (4, 2, 1):
+        for block_n in (16, 32, 64) if half else (16, 32):
+            tile = config(warps, 1, BLOCK_M=32 * warps, BLOCK_N=block_n, BLOCK_K=BLOCK)
+            if legal(problem, tile, target) is None:
+                yield tile
+
+
+def legal(problem: Problem, tile: Config, target: Target) -> str | None:
+    """Why a tile cannot run on the target, or None."""
+    single_step = terms(problem.inputs[1].spec) <= BLOCK
+    if target.capability >= 90 and single_step and (tile.num_warps, tile["BLOCK_N"]) == (2, 64):
+        # A 3x3 filter over 3 channels: ptxas stops at 80 registers.
+        return f"2 warps with 64 columns in a single step spill 8 bytes on {target.name}"
+    return gemm.legal_tile(problem.output.spec.dtype, tile, target)
+
+
+def default(problem: Problem, target: Target) -> Config:
+    """128 pixels; fewer where that leaves multiprocessors idle."""
+    n, k, p, q = problem.output.shape
+    half = problem.output.spec.dtype is not torch.float32
+    if target.name == "interpreter":
+        block_m = max(16, min(4096, power_of_two(n * p * q)))
+        block_n = max(16, min(1024, (1 << 20) // block_m, power_of_two(k)))
+        return config(1, 1, BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=BLOCK)
+    block_n = min(64 if half else 32, max(16, power_of_two(k)))
+    tiles = -(-k // block_n) * n * p * q // 128
+    warps = 4 if tiles >= gemm.MULTIPROCESSORS else 2 if 2 * tiles >= gemm.MULTIPROCESSORS else 1
+    tile = config(warps, 1, BLOCK_M=32 * warps, BLOCK_N=block_n, BLOCK_K=BLOCK)
+    if legal(problem, tile, target) is None:
+        return tile
+    return config(4, 1, BLOCK_M=128, BLOCK_N=block_n, BLOCK_K=BLOCK)
+
+
+def cost(problem: Problem) -> Cost:
+    """The products, and two operations for each element that is normalised."""
+    attributes = problem.attributes
+    assert isinstance(attributes, Stem)
+    read, written = tensor_bytes(problem)
+    flops = 2 * problem.output.spec.numel * terms(problem.inputs[1].spec)
+    return Cost(flops, read, written)
+
+
+def _build(draw: Mapping[str, Any]) -> tuple[Stem, tuple[TensorSpec, ...]] | None:
+    x, (mean, scale) = draw_image(draw)
+    conv = Conv2d(draw["stride"], draw["padding"], draw["dilation"])
+    w = TensorSpec((draw["K"], draw["C"], *draw["filter"]), torch.float32)
+    attributes = Stem(conv, mean, scale)
+    try:
+        infer(attributes, (x, w))
+    except InvalidInputError:
+        return None
+    return attributes, (x, w)
+
+
+OP = Op(
+    name="stem",
+    attributes=Stem,
+    infer=infer,
+    reference=reference,
+    launches=launches,
+    configs=configs,
+    default=default,
+    legal=legal,
+    cost=cost,
+    domain=Domain(
+        ranges={
+            "N": (1, 2, 3),
+            "image": ((1, 1), (5, 5), (7, 9), (12, 4), (16, 40)),
+            "C": (1, 2, 3, 4),
+            "K": (1, 6, 10, 33, 70),
+            "filter": ((1, 1), (3, 3), (5, 5), (2, 3), (1, 7)),
+            "stride": ((1, 1), (2, 2), (1, 2), (3, 1)),
+            "padding": ((0, 0, 0, 0), (1, 1, 1, 1), (3, 3, 3, 3), (0, 1, 2, 0)),
+            "dilation": ((1, 1), (2, 2), (1, 3)),
+            "layout": (Layout.DENSE, Layout.DENSE, Layout.NHWC),
+            "normalise": (False, True),
+        },
+        build=_build,
+    ),
+    packs=lambda attributes: {1: pack},
+    images=False,
+)

@@ -1,0 +1,292 @@
+"""stem_input: the user's image as the first convolution wants it, in one kernel.
+
+y[n, c, h, left + w] = (x[n, c, h, w] − mean[c]) · scale[c], zero around it and in channels beyond C
+
+x: (N, C, H, W) in any layout and float dtype; y: (N, channels, H, width) NHWC in the dtype of the
+computation. One reading and one writing instead of a cast, a subtraction, a division and a change
+of layout; the columns and the channel of zeros let the convolution copy whole filter rows at a time
+(`conv_rows.py`). The normalisation is computed in fp32.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+import triton
+import triton.language as tl
+
+from ...errors import InvalidInputError
+from ..contract.op import (
+    Attributes,
+    Config,
+    Cost,
+    Domain,
+    Launch,
+    Op,
+    Problem,
+    X,
+    Y,
+    config,
+    power_of_two,
+    tensor_bytes,
+)
+from ..contract.spec import Layout, Operand, TensorSpec
+from ..contract.targets import Target
+
+
+@dataclass(frozen=True)
+class StemInput(Attributes):
+    """dtype, channels and width of the result; left: columns of zeros before the image.
+
+    mean, scale: one number per channel, or empty for images that are taken as they are.
+    """
+
+    dtype: torch.dtype = torch.float32
+    channels: int = 4
+    left: int = 0
+    width: int = 1
+    mean: tuple[float, ...] = ()
+    scale: tuple[float, ...] = ()
+
+
+def check_normalisation(
+    op: str, mean: tuple[float, ...], scale: tuple[float, ...], channels: int
+) -> None:
+    """Refuses numbers that are not finite or not one per channel.
+
+    Raises: InvalidInputError.
+    """
+    if not all(map(math.isfinite, (*mean, *scale))):
+        raise InvalidInputError(f"{op}: mean {mean} and scale {scale} must be finite")
+    if len(mean) != len(scale) or len(mean) not in (0, channels):
+        raise InvalidInputError(
+            f"{op}: expected a mean and a scale for each of the {channels} channels, or neither; "
+            f"got {len(mean)} means and {len(scale)} scales"
+        )
+
+
+def normalised(
+    x: torch.Tensor, mean: tuple[float, ...], scale: tuple[float, ...], dtype: torch.dtype
+) -> torch.Tensor:
+    """(x − mean) · scale per channel, computed in at least fp32, in `dtype`."""
+    if mean:
+        x = x.to(torch.promote_types(x.dtype, torch.float32))
+        shape = (1, -1, 1, 1)
+        x = x - torch.tensor(mean, dtype=x.dtype, device=x.device).reshape(shape)
+        x = x * torch.tensor(scale, dtype=x.dtype, device=x.device).reshape(shape)
+    return x.to(dtype)
+
+
+def infer(attributes: StemInput, inputs: tuple[TensorSpec, ...]) -> tuple[TensorSpec, ...]:
+    """(N, channels, H, width), NHWC."""
+    (x,) = inputs
+    if x.rank != 4:
+        raise InvalidInputError(f"stem_input: expected an image (N, C, H, W), got {x}")
+    n, c, h, width = x.shape
+    if c > attributes.channels or attributes.channels & (attributes.channels - 1):
+        raise InvalidInputError(
+            f"stem_input: expected a power of two of at least {c} channels, got "
+            f"{attributes.channels}"
+        )
+    if attributes.left < 0 or attributes.width <= attributes.left:
+        raise InvalidInputError(
+            f"stem_input: {attributes.width} columns hold nothing of an image {width} wide that "
+            f"begins at column {attributes.left}"
+        )
+    check_normalisation("stem_input", attributes.mean, attributes.scale, c)
+    shape = (n, attributes.channels, h, attributes.width)
+    return (TensorSpec(shape, attributes.dtype, Layout.NHWC, x.batch),)
+
+
+def reference(attributes: StemInput, x: torch.Tensor) -> torch.Tensor:
+    # What is evaluated in fp64 stays there.
+    dtype = x.dtype if x.dtype is torch.float64 else attributes.dtype
+    value = normalised(x, attributes.mean, attributes.scale, dtype)
+    right = attributes.width - attributes.left - x.shape[3]
+    more = attributes.channels - x.shape[1]
+    return F.pad(value, (attributes.left, right, 0, 0, 0, more))
+
+
+@triton.jit
+def side_by_side(vectors, COUNT: tl.constexpr, LEVELS: tl.constexpr):
+    """COUNT = 2**LEVELS vectors of length M as an (M, COUNT) matrix.
+
+    No value moves: each thread keeps what it loaded, whatever layout the compiler would have chosen
+    for a load of the whole matrix (Triton 3.6 and 3.7 choose differently).
+    """
+    for level in tl.static_range(LEVELS):
+        joined = ()
+        for index in tl.static_range(COUNT >> (level + 1)):
+            other = vectors[index + (COUNT >> (level + 1))]
+            joined = joined + (tl.join(vectors[index], other),)
+        vectors = joined
+    return vectors[0].reshape(vectors[0].shape[0], COUNT)
+
+
+@triton.jit
+def stem_input_kernel(
+    x,
+    y,
+    extras,
+    m,
+    H: tl.constexpr,
+    WIDTH: tl.constexpr,
+    C: tl.constexpr,
+    LEFT: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    LEVELS: tl.constexpr,
+    X_SAMPLE: tl.constexpr,
+    X_CHANNEL: tl.constexpr,
+    X_ROW: tl.constexpr,
+    X_COLUMN: tl.constexpr,
+    X_OFFSET: tl.constexpr,
+    Y_PITCH: tl.constexpr,
+    Y_OFFSET: tl.constexpr,
+    MEAN: tl.constexpr,
+    SCALE: tl.constexpr,
+    WIDE: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+):
+    pixels = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    live = pixels < m
+    if WIDE:
+        pixels = pixels.to(tl.int64)
+    column = (pixels % COLUMNS).to(tl.int32) - LEFT
+    inside = live & (column.to(tl.uint32, bitcast=True) < WIDTH)
+    start = pixels // (H * COLUMNS) * X_SAMPLE + pixels // COLUMNS % H * X_ROW + column * X_COLUMN
+    values = ()
+    for channel in tl.static_range(CHANNELS):
+        if channel < C:
+            # Neighbouring threads load neighbouring pixels.
+            value = tl.load(x + X_OFFSET + start + channel * X_CHANNEL, mask=inside, other=0.0)
+            value = value.to(tl.float32)
+            if MEAN is not None:
+                value = tl.where(inside, (value - MEAN[channel]) * SCALE[channel], 0.0)
+        else:
+            value = tl.zeros((BLOCK_M,), tl.float32)
+        values = values + (value,)
+    # And each thread writes all channels of its pixels.
+    out = y + Y_OFFSET + (pixels * Y_PITCH)[:, None] + tl.arange(0, CHANNELS)[None, :]
+    matrix = side_by_side(values, CHANNELS, LEVELS).to(y.dtype.element_ty)
+    tl.store(out, matrix, mask=live[:, None])
+
+
+def strides_of_image(x: Operand) -> dict[str, int]:
+    """How a kernel finds the elements of an image in any layout."""
+    sample, channel, row, column = x.strides
+    return {
+        "X_SAMPLE": sample, "X_CHANNEL": channel, "X_ROW": row, "X_COLUMN": column,
+        "X_OFFSET": x.offset,
+    }  # fmt: skip
+
+
+def launches(problem: Problem, tile: Config, target: Target) -> tuple[Launch, ...]:
+    """One program per BLOCK_M pixels of the result."""
+    attributes = problem.attributes
+    assert isinstance(attributes, StemInput)
+    x, out = problem.inputs[0], problem.output
+    _, c, h, width = x.shape
+    rows = out.spec.numel // attributes.channels
+    launch = Launch(
+        kernel=stem_input_kernel,
+        pointers={"x": X, "y": Y},
+        rows=rows,
+        batch=out.spec.batch,
+        block_rows=tile["BLOCK_M"],
+        columns=1,
+        constexprs={
+            "H": h, "WIDTH": width, "C": c, "LEFT": attributes.left,
+            "COLUMNS": attributes.width,
+            "CHANNELS": attributes.channels, "LEVELS": attributes.channels.bit_length() - 1,
+            **strides_of_image(x),
+            "Y_PITCH": out.pitch, "Y_OFFSET": out.offset,
+            "MEAN": attributes.mean or None, "SCALE": attributes.scale or None,
+            "WIDE": problem.is_wide,
+            **dict(tile.blocks),
+        },
+        num_warps=tile.num_warps,
+        l2_bytes=tile["BLOCK_M"] * c * x.spec.dtype.itemsize,
+        # 112 per thread for two pixels, of sm_90 code that casts and normalises.
+        instructions=tile["BLOCK_M"] * 56,
+    )  # fmt: skip
+    return (launch,)
+
+
+def configs(problem: Problem, target: Target) -> Iterator[Config]:
+    for pixels in (128, 256, 512, 1024):
+        yield config(4, 1, BLOCK_M=pixels)
+
+
+def default(problem: Problem, target: Target) -> Config:
+    """Eight pixels per thread: 24 loads in flight.
+
+    In the interpreter, which pays per program, a quarter of a million pixels.
+    """
+    if target.name == "interpreter":
+        rows = problem.output.spec.numel // problem.output.shape[1]
+        return config(1, 1, BLOCK_M=min(1 << 18, power_of_two(rows)))
+    return config(4, 1, BLOCK_M=1024)
+
+
+def cost(problem: Problem) -> Cost:
+    """Two operations per element where it normalises; each tensor touched once."""
+    attributes = problem.attributes
+    assert isinstance(attributes, StemInput)
+    read, written = tensor_bytes(problem)
+    operations = 2 if attributes.mean else 0
+    return Cost(operations * problem.inputs[0].spec.numel, read, written)
+
+
+MEANS = (0.485, 0.25, -0.125, 1.5)
+SCALES = (2.0, -0.5, 4.25, 1.0)
+
+
+def draw_image(draw: Mapping[str, Any]) -> tuple[TensorSpec, tuple[Any, Any]]:
+    """An image, and the mean and scale for its channels, from one draw of a domain."""
+    c = draw["C"]
+    x = TensorSpec((draw["N"], c, *draw["image"]), torch.float32, draw["layout"])
+    numbers = (MEANS[:c], SCALES[:c]) if draw["normalise"] else ((), ())
+    return x, numbers
+
+
+def _build(draw: Mapping[str, Any]) -> tuple[StemInput, tuple[TensorSpec, ...]] | None:
+    x, (mean, scale) = draw_image(draw)
+    left = draw["left"]
+    width = left + x.shape[3] + draw["right"]
+    if width <= left:
+        return None
+    return StemInput(draw["dtype"], draw["channels"], left, width, mean, scale), (x,)
+
+
+OP = Op(
+    name="stem_input",
+    attributes=StemInput,
+    infer=infer,
+    reference=reference,
+    launches=launches,
+    configs=configs,
+    default=default,
+    cost=cost,
+    domain=Domain(
+        ranges={
+            "N": (1, 2, 3),
+            "image": ((1, 1), (5, 5), (7, 9), (12, 4), (3, 33)),
+            "C": (1, 2, 3, 4),
+            "channels": (4, 8),
+            "layout": tuple(Layout),
+            "left": (0, 1, 3),
+            "right": (-1, 0, 2),
+            "normalise": (False, True),
+            "dtype": (torch.float32, torch.float16, torch.bfloat16),
+        },
+        build=_build,
+    ),
+    takes_epilogue=False,
+    images=False,
+)

@@ -1,0 +1,420 @@
+"""Ops that move elements and compute nothing: reshape, permute, expand, slice, concat, relayout,
+cast.
+
+Where the memory layout allows it the plan turns them into views and no kernel runs (`view_of`);
+otherwise they are the pointwise kernel loading with other strides.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ...errors import InvalidInputError, KernelError
+from ..contract import epilogue as ep
+from ..contract.op import Attributes, Config, Cost, Launch, Problem, Ref, tensor_bytes
+from ..contract.spec import MEMORY_FORMATS, Layout, Operand, TensorSpec, as_layout
+from ..contract.targets import Target
+from . import pointwise
+from . import rearrangement as parts
+
+
+@dataclass(frozen=True)
+class Reshape(Attributes):
+    """The new shape; with a batch, dimension 0 is that of the largest batch."""
+
+    shape: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class FlattenPixels(Attributes):
+    """(N, C, H, W) -> (N, H·W·C), or (N, C, D, H, W) -> (N, D·H·W·C): flattened in the order images
+    lie in memory, always a view."""
+
+
+@dataclass(frozen=True)
+class Permute(Attributes):
+    """Output dimension i is input dimension dims[i]."""
+
+    dims: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class Expand(Attributes):
+    """The shape to broadcast to; -1 keeps the input's extent, which may be the batch of a call.
+
+    batch: of a constant, whose rows become those of the batch: dimension 0 is that of the largest,
+    a smaller one has the first rows.
+    """
+
+    shape: tuple[int, ...] = ()
+    batch: int | None = None
+
+
+@dataclass(frozen=True)
+class Slice(Attributes):
+    """Elements start, start + step, ... below stop of one dimension."""
+
+    dim: int = 0
+    start: int = 0
+    stop: int = 0
+    step: int = 1
+
+
+@dataclass(frozen=True)
+class Concat(Attributes):
+    """Joins its inputs along one dimension."""
+
+    dim: int = 0
+
+
+@dataclass(frozen=True)
+class Relayout(Attributes):
+    """The same logical tensor in another memory layout and dtype."""
+
+    layout: Layout = Layout.DENSE
+    dtype: torch.dtype = torch.float32
+
+
+def _layout_for(shape: tuple[int, ...], source: TensorSpec) -> Layout:
+    has_images = len(shape) in MEMORY_FORMATS and source.layout is Layout.NHWC
+    return Layout.NHWC if has_images else Layout.DENSE
+
+
+def infer_reshape(attributes: Reshape, inputs: tuple[TensorSpec, ...]) -> tuple[TensorSpec, ...]:
+    """The new shape in dense memory; the batch stays in dimension 0."""
+    (x,) = inputs
+    out = TensorSpec(attributes.shape, x.dtype)
+    if out.numel != x.numel:
+        raise InvalidInputError(f"reshape: {x} has {x.numel} elements, {out} has {out.numel}")
+    batch = x.batch
+    if batch is not None and (not out.rank or out.shape[0] % batch):
+        raise InvalidInputError(f"reshape: the batch of {x} must stay in dimension 0, got {out}")
+    return (out.with_(batch=batch),)
+
+
+def infer_flatten(
+    attributes: FlattenPixels, inputs: tuple[TensorSpec, ...]
+) -> tuple[TensorSpec, ...]:
+    """(N, C, H, W) gives (N, H·W·C)."""
+    (x,) = inputs
+    is_volume = x.rank == 5 and x.layout is Layout.NHWC
+    if x.rank != 4 and not is_volume:
+        raise InvalidInputError(f"flatten_pixels: expected an image (N, C, H, W), got {x}")
+    n = x.shape[0]
+    return (TensorSpec((n, x.numel // n), x.dtype, batch=x.batch),)
+
+
+def infer_permute(attributes: Permute, inputs: tuple[TensorSpec, ...]) -> tuple[TensorSpec, ...]:
+    """The permuted shape in the input's layout."""
+    (x,) = inputs
+    if sorted(attributes.dims) != list(range(x.rank)):
+        raise InvalidInputError(f"permute: {attributes.dims} does not permute the dims of {x}")
+    if x.batch is not None and attributes.dims[0] != 0:
+        raise InvalidInputError(f"permute: the batch of {x} must stay in dimension 0")
+    shape = tuple(x.shape[dim] for dim in attributes.dims)
+    return (TensorSpec(shape, x.dtype, x.layout, x.batch),)
+
+
+def infer_expand(attributes: Expand, inputs: tuple[TensorSpec, ...]) -> tuple[TensorSpec, ...]:
+    """The larger shape."""
+    (x,) = inputs
+    missing = len(attributes.shape) - x.rank
+    if missing < 0 or -1 in attributes.shape[:missing]:
+        raise InvalidInputError(f"expand: {x} does not broadcast to {attributes.shape}")
+    aligned = (*attributes.shape[:missing], *x.shape)
+    shape = tuple(
+        old if new == -1 else new for old, new in zip(aligned, attributes.shape, strict=True)
+    )
+    if any(old not in (1, new) for old, new in zip(aligned, shape, strict=True)):
+        raise InvalidInputError(f"expand: {x} does not broadcast to {attributes.shape}")
+    if x.batch is not None and (missing or attributes.shape[0] != -1 or attributes.batch):
+        raise InvalidInputError(f"expand: the batch of {x} must stay as it is in dimension 0")
+    batch = attributes.batch or x.batch
+    if batch is not None and shape[0] % batch:
+        raise InvalidInputError(f"expand: {shape} has no batch of {batch} in dimension 0")
+    return (TensorSpec(shape, x.dtype, _layout_for(shape, x), batch),)
+
+
+def infer_slice(attributes: Slice, inputs: tuple[TensorSpec, ...]) -> tuple[TensorSpec, ...]:
+    """The shape with one dimension cut."""
+    (x,) = inputs
+    if not 0 <= attributes.dim < x.rank:
+        raise InvalidInputError(f"slice: {x} has no dimension {attributes.dim}")
+    if x.batch is not None and attributes.dim == 0:
+        raise InvalidInputError(f"slice: the batch dimension of {x} cannot be cut")
+    if not 0 <= attributes.start <= attributes.stop <= x.shape[attributes.dim]:
+        span = f"{attributes.start}:{attributes.stop}"
+        raise InvalidInputError(f"slice: {span} is outside dimension {attributes.dim} of {x}")
+    count = len(range(attributes.start, attributes.stop, attributes.step))
+    shape = (*x.shape[: attributes.dim], count, *x.shape[attributes.dim + 1 :])
+    return (TensorSpec(shape, x.dtype, x.layout, x.batch),)
+
+
+def infer_concat(attributes: Concat, inputs: tuple[TensorSpec, ...]) -> tuple[TensorSpec, ...]:
+    """The inputs' shape with the joined dimension summed."""
+    first, dim = inputs[0], attributes.dim
+    if not 0 <= dim < first.rank:
+        raise InvalidInputError(f"concat: {first} has no dimension {dim}")
+    for spec in inputs[1:]:
+        same = spec.rank == first.rank and all(
+            a == b
+            for at, (a, b) in enumerate(zip(spec.shape, first.shape, strict=True))
+            if at != dim
+        )
+        if not same:
+            raise InvalidInputError(f"concat: {first} and {spec} differ outside dimension {dim}")
+    if any(spec.batch is not None for spec in inputs) and dim == 0:
+        raise InvalidInputError("concat: tensors cannot be joined along the batch dimension")
+    total = sum(spec.shape[dim] for spec in inputs)
+    shape = (*first.shape[:dim], total, *first.shape[dim + 1 :])
+    batch = next((spec.batch for spec in inputs if spec.batch is not None), None)
+    return (TensorSpec(shape, first.dtype, first.layout, batch),)
+
+
+def infer_relayout(attributes: Relayout, inputs: tuple[TensorSpec, ...]) -> tuple[TensorSpec, ...]:
+    """The same shape with the new layout and dtype."""
+    if attributes.layout is Layout.NHWC and inputs[0].rank not in MEMORY_FORMATS:
+        raise InvalidInputError(f"relayout: only ranks 4 and 5 can be NHWC, got {inputs[0]}")
+    return (inputs[0].with_(layout=attributes.layout, dtype=attributes.dtype),)
+
+
+def reshape(attributes: Reshape, x: torch.Tensor) -> torch.Tensor:
+    # At another batch than the largest, only dimension 0 differs.
+    if x.numel() == 0 or not attributes.shape:
+        return x.reshape(attributes.shape)
+    return x.reshape(-1, *attributes.shape[1:])
+
+
+def flatten(attributes: FlattenPixels, x: torch.Tensor) -> torch.Tensor:
+    return x.movedim(1, -1).reshape(x.shape[0], -1)
+
+
+def permute(attributes: Permute, x: torch.Tensor) -> torch.Tensor:
+    return x.permute(attributes.dims)
+
+
+def expand(attributes: Expand, x: torch.Tensor) -> torch.Tensor:
+    return x.expand(attributes.shape)
+
+
+def slice_(attributes: Slice, x: torch.Tensor) -> torch.Tensor:
+    cut = slice(attributes.start, attributes.stop, attributes.step)
+    return x[(slice(None),) * attributes.dim + (cut,)]
+
+
+def concat(attributes: Concat, *tensors: torch.Tensor) -> torch.Tensor:
+    return torch.cat(tensors, attributes.dim)
+
+
+def relayout(attributes: Relayout, x: torch.Tensor) -> torch.Tensor:
+    return as_layout(x.to(attributes.dtype), attributes.layout)
+
+
+def read_strides(problem: Problem) -> ep.Access:
+    """How the single input is read in the memory order of the output."""
+    x, out, attributes = problem.inputs[0], problem.output.spec, problem.attributes
+    strides, offset = x.strides, x.offset
+    if isinstance(attributes, Permute):
+        strides = tuple(strides[dim] for dim in attributes.dims)
+    elif isinstance(attributes, Slice):
+        offset += attributes.start * strides[attributes.dim]
+        strides = tuple(
+            step * attributes.step if dim == attributes.dim else step
+            for dim, step in enumerate(strides)
+        )
+    else:
+        return ep.access(x, out)
+    order = out.layout.order(out.rank)
+    return ep.Access(tuple(strides[dim] for dim in order) or (0,), offset, str(x.spec))
+
+
+def launches(problem: Problem, tile: Config, target: Target) -> tuple[Launch, ...]:
+    """One copy with the op's strides."""
+    reads = (read_strides(problem),)
+    return (pointwise.launch_reads(problem, tile, reads, (pointwise.LOAD,)),)
+
+
+def linear_sizes(x: Operand, out: Operand) -> tuple[int, ...] | None:
+    """Extents of one walk through two tensors that hold the same elements in the same order.
+
+    A boundary is needed wherever either side jumps (its pitch is wider than its row) and where the
+    batch dimension ends. None where the boundaries do not nest.
+    """
+    boundaries = {1, x.spec.numel}
+    for operand in (x, out):
+        row = ep.memory_sizes(operand.spec)[-1]
+        if operand.pitch != row:
+            boundaries.add(row)
+        if operand.spec.batch is not None:
+            boundaries.add(operand.spec.numel // operand.shape[0])
+    ordered = sorted(boundaries)
+    pairs = list(itertools.pairwise(ordered))
+    if any(large % small for small, large in pairs):
+        return None
+    return tuple(large // small for small, large in reversed(pairs)) or (1,)
+
+
+def _linear_access(operand: Operand, sizes: tuple[int, ...]) -> ep.Access:
+    row = max(ep.memory_sizes(operand.spec)[-1], 1)
+    strides, step = [], 1
+    for size in reversed(sizes):
+        strides.append(step // row * operand.pitch + step % row)
+        step *= size
+    return ep.Access(tuple(reversed(strides)), operand.offset, str(operand.spec))
+
+
+def legal_linear(problem: Problem, tile: Config, target: Target) -> str | None:
+    """Why a reshape cannot be one walk through memory, or None."""
+    if linear_sizes(problem.inputs[0], problem.output) is None:
+        return "rows of the input and of the output are both padded and do not nest"
+    return None
+
+
+def launches_linear(problem: Problem, tile: Config, target: Target) -> tuple[Launch, ...]:
+    """One copy in memory order, for ops that keep it."""
+    (x,), out = problem.inputs, problem.output
+    sizes = linear_sizes(x, out)
+    if sizes is None:
+        raise KernelError(f"{problem.op}: {legal_linear(problem, tile, target)}")
+    walk = pointwise.Walk(sizes, _linear_access(out, sizes), out.spec.batch)
+    reads = (_linear_access(x, sizes),)
+    refs = (Ref("input", 0),)
+    return (pointwise.launch_chain(problem, tile, walk, reads, (pointwise.LOAD,), refs),)
+
+
+def launches_concat(problem: Problem, tile: Config, target: Target) -> tuple[Launch, ...]:
+    """One copy per input into its slice of the output."""
+    assert isinstance(problem.attributes, Concat)
+    out, dim = problem.output, problem.attributes.dim
+    order = out.spec.layout.order(out.spec.rank)
+    start, result = 0, []
+    for index, x in enumerate(problem.inputs):
+        offset = out.offset + start * out.strides[dim]
+        written = ep.Access(tuple(out.strides[at] for at in order), offset)
+        sizes = tuple(x.shape[at] for at in order)
+        read = ep.Access(tuple(x.strides[at] for at in order), x.offset, str(x.spec))
+        walk = pointwise.Walk(sizes, written, out.spec.batch)
+        refs = (Ref("input", index),)
+        launch = pointwise.launch_chain(problem, tile, walk, (read,), (pointwise.LOAD,), refs)
+        result.append(launch)
+        start += x.shape[dim]
+    return tuple(result)
+
+
+def slice_operand(whole: Operand, dim: int, start: int, size: int) -> Operand | None:
+    """The part of an operand along one dimension as an operand, or None where pitch and offset
+    cannot express it (only the innermost and the outermost dimension in memory can be cut)."""
+    spec = whole.spec
+    shape = (*spec.shape[:dim], size, *spec.shape[dim + 1 :])
+    order = spec.layout.order(spec.rank)
+    offset = whole.offset + start * whole.strides[dim]
+    outer_is_one = all(spec.shape[other] == 1 for other in order[: order.index(dim)])
+    if dim == order[-1] or outer_is_one or size == spec.shape[dim]:
+        return Operand(spec.with_(shape=shape), whole.pitch, offset)
+    return None
+
+
+def view_of(
+    attributes: Attributes, x: Operand, out: TensorSpec
+) -> Operand | None:
+    """The op's result as an operand inside its input's buffer, or None where a copy is needed."""
+    if x.spec.dtype is not out.dtype:
+        return None
+    if isinstance(attributes, Slice):
+        if attributes.step != 1:
+            return None
+        size = out.shape[attributes.dim]
+        return slice_operand(x, attributes.dim, attributes.start, size)
+    if isinstance(attributes, parts.Rearrange):
+        return parts.view_of(attributes, x, out)
+    candidate = Operand.dense(out)
+    candidate = Operand(out, candidate.pitch, x.offset)
+    is_whole = x.pitch == Operand.dense(x.spec).pitch
+    if isinstance(attributes, (Reshape, FlattenPixels)):
+        return candidate if is_whole else None
+    if isinstance(attributes, Relayout):
+        same = Operand(out, x.pitch, x.offset)
+        for place in (same, candidate):
+            if _same_walk(x.strides, place.strides, out.shape):
+                return place
+        return None
+    if isinstance(attributes, Permute):
+        strides = tuple(x.strides[dim] for dim in attributes.dims)
+        return candidate if is_whole and _same_walk(strides, candidate.strides, out.shape) else None
+    return None
+
+
+def _same_walk(a: tuple[int, ...], b: tuple[int, ...], shape: tuple[int, ...]) -> bool:
+    return all(left == right or size == 1 for left, right, size in zip(a, b, shape, strict=True))
+
+
+def cost(problem: Problem) -> Cost:
+    read, written = tensor_bytes(problem)
+    return Cost(0, read, written)
+
+
+def _spec(shape: tuple[int, ...], layout: Layout) -> TensorSpec:
+    """Images are NHWC, volumes may be, everything else is dense."""
+    images = {4: Layout.NHWC, 5: layout}
+    return TensorSpec(shape, torch.float32, images.get(len(shape), Layout.DENSE))
+
+
+SHAPES = ((1,), (4, 6), (2, 3, 5), (2, 4, 3, 5), (1, 1, 8, 4), (3, 16, 1, 1), (2, 3, 2, 2, 3))
+
+
+def build_reshape(draw: Mapping[str, Any]) -> tuple[Reshape, tuple[TensorSpec, ...]] | None:
+    x = TensorSpec(draw["shape"], torch.float32)
+    if draw["flat"]:
+        return Reshape((x.shape[0], x.numel // x.shape[0])), (x,)
+    return Reshape((x.numel,)), (x,)
+
+
+def build_flatten(
+    draw: Mapping[str, Any],
+) -> tuple[FlattenPixels, tuple[TensorSpec, ...]] | None:
+    x = _spec(draw["shape"], Layout.NHWC)
+    return (FlattenPixels(), (x,)) if x.rank in MEMORY_FORMATS else None
+
+
+def build_permute(draw: Mapping[str, Any]) -> tuple[Permute, tuple[TensorSpec, ...]] | None:
+    rank = len(draw["shape"])
+    dims = sorted(range(rank), key=lambda dim: (draw["seed"] * (dim + 3)) % 7)
+    return Permute(tuple(dims)), (_spec(draw["shape"], draw["layout"]),)
+
+
+def build_expand(draw: Mapping[str, Any]) -> tuple[Expand, tuple[TensorSpec, ...]] | None:
+    shape = draw["shape"]
+    dim = draw["seed"] % len(shape)
+    small = tuple(1 if at == dim else size for at, size in enumerate(shape))
+    kept = tuple(-1 if draw["flat"] and at != dim else size for at, size in enumerate(shape))
+    return Expand(kept), (_spec(small, draw["layout"]),)
+
+
+def build_slice(draw: Mapping[str, Any]) -> tuple[Slice, tuple[TensorSpec, ...]] | None:
+    shape = draw["shape"]
+    dim = draw["seed"] % len(shape)
+    stop = shape[dim] - draw["cut"]
+    if stop - draw["cut"] < 1:
+        return None
+    return Slice(dim, draw["cut"], stop, draw["step"]), (_spec(shape, draw["layout"]),)
+
+
+def build_concat(draw: Mapping[str, Any]) -> tuple[Concat, tuple[TensorSpec, ...]] | None:
+    shape = draw["shape"]
+    if len(shape) == 1:
+        return None
+    dim = draw["seed"] % len(shape)
+    shapes = [(*shape[:dim], size, *shape[dim + 1 :]) for size in (3, shape[dim], 8)]
+    specs = [_spec(part, draw["layout"]) for part in shapes]
+    return Concat(dim), tuple(specs[: draw["count"]])
+
+
+def build_relayout(draw: Mapping[str, Any]) -> tuple[Relayout, tuple[TensorSpec, ...]] | None:
+    spec = _spec(draw["shape"], Layout.DENSE if draw["flat"] else Layout.NHWC)
+    layout = draw["layout"] if spec.rank in MEMORY_FORMATS else Layout.DENSE
+    return Relayout(layout, torch.float32), (spec,)

@@ -1,0 +1,221 @@
+"""rearrange: y = x.reshape(split).permute(dims).reshape(shape); flip: dimensions reversed.
+
+Pixel shuffle and unshuffle, channel shuffle and partition into windows are rearrangements whose
+first reshape only splits dimensions and whose second only merges them. Every part then has one
+stride in x and one in y, in any memory layout, and the pointwise kernel copies with these strides;
+so it does, with negative ones, for flip. Each element is read and written once.
+
+x: any rank, dense or NHWC; y: `shape`, or x's own, in the layout of x where ranks allow it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ...errors import InvalidInputError
+from ..contract import epilogue as ep
+from ..contract.op import (
+    Attributes,
+    Builder,
+    Config,
+    Domain,
+    Launch,
+    Op,
+    Problem,
+    Ref,
+    operand_refs,
+)
+from ..contract.spec import MEMORY_FORMATS, Layout, TensorSpec
+from ..contract.targets import Target
+from . import movement, pointwise
+from .rearrangement import Rearrange, factors, parts_of
+
+
+@dataclass(frozen=True)
+class Flip(Attributes):
+    """The dimensions whose order is reversed."""
+
+    dims: tuple[int, ...] = ()
+
+
+def infer_rearrange(
+    attributes: Rearrange, inputs: tuple[TensorSpec, ...]
+) -> tuple[TensorSpec, ...]:
+    """The new shape in the input's layout; NHWC where a rank 4 is made of an image."""
+    (x,) = inputs
+    split, dims, shape = attributes.split, attributes.dims, attributes.shape
+    if sorted(dims) != list(range(len(split))):
+        raise InvalidInputError(f"rearrange: {dims} does not permute the parts {split} of {x}")
+    if min(x.shape, default=1) < 1 or factors(x.shape, split) is None:
+        raise InvalidInputError(f"rearrange: {split} does not split the dimensions of {x}")
+    if factors(shape, attributes.parts) is None:
+        raise InvalidInputError(f"rearrange: {attributes.parts} does not merge into {shape}")
+    if x.batch is not None and (dims[0] != 0 or split[0] != x.shape[0] or shape[0] % x.batch):
+        raise InvalidInputError(f"rearrange: the batch of {x} must stay whole in dimension 0")
+    is_image = len(shape) in MEMORY_FORMATS and x.layout is Layout.NHWC
+    layout = Layout.NHWC if is_image else Layout.DENSE
+    return (TensorSpec(shape, x.dtype, layout, x.batch),)
+
+
+def infer_flip(attributes: Flip, inputs: tuple[TensorSpec, ...]) -> tuple[TensorSpec, ...]:
+    """The input's own spec."""
+    (x,) = inputs
+    if not all(0 <= dim < x.rank for dim in attributes.dims):
+        raise InvalidInputError(f"flip: {x} has no dimensions {attributes.dims}")
+    if x.batch is not None and 0 in attributes.dims:
+        raise InvalidInputError(f"flip: the batch of {x} must stay in order")
+    return (x,)
+
+
+def rearrange(attributes: Rearrange, x: torch.Tensor) -> torch.Tensor:
+    # At another batch than the largest, only dimension 0 differs.
+    parts = x.reshape(-1, *attributes.split[1:]).permute(attributes.dims)
+    return parts.reshape(-1, *attributes.shape[1:])
+
+
+def flip(attributes: Flip, x: torch.Tensor) -> torch.Tensor:
+    return x.flip(attributes.dims)
+
+
+def launches(problem: Problem, tile: Config, target: Target) -> tuple[Launch, ...]:
+    """One copy in the output's memory order."""
+    attributes, x, out = problem.attributes, problem.inputs[0], problem.output
+    assert isinstance(attributes, Rearrange)
+    parts = parts_of(attributes, x, out.spec)
+    order = out.spec.layout.order(out.spec.rank)
+
+    def of_operand(read: ep.Access) -> ep.Access:
+        by_dim = dict(zip(order, read.strides, strict=True))
+        strides = parts.of_output([by_dim[dim] for dim in range(out.spec.rank)])
+        return ep.Access(strides, read.offset, read.label)
+
+    reads = (
+        ep.Access(parts.read, x.offset, str(x.spec)),
+        *(of_operand(ep.access(operand, out.spec)) for operand in problem.operands),
+    )
+    written = ep.Access(parts.of_output(out.strides), out.offset)
+    walk = pointwise.Walk(parts.sizes, written, out.spec.batch)
+    stages = (pointwise.LOAD, *problem.epilogue)
+    refs = (Ref("input", 0), *operand_refs(problem))
+    return (pointwise.launch_chain(problem, tile, walk, reads, stages, refs),)
+
+
+def launches_flip(problem: Problem, tile: Config, target: Target) -> tuple[Launch, ...]:
+    """One copy that walks the input backwards."""
+    attributes, x, out = problem.attributes, problem.inputs[0], problem.output
+    assert isinstance(attributes, Flip)
+    offset, strides = x.offset, list(x.strides)
+    for dim in attributes.dims:
+        offset += (x.shape[dim] - 1) * strides[dim]
+        strides[dim] = -strides[dim]
+    order = out.spec.layout.order(out.spec.rank)
+    read = ep.Access(tuple(strides[dim] for dim in order), offset, str(x.spec))
+    return (pointwise.launch_reads(problem, tile, (read,), (pointwise.LOAD,)),)
+
+
+def _capture_pixel_shuffle(g: Builder, x: Any, r: int) -> Any:
+    spec = g.spec(x)
+    if spec.rank != 4:
+        return g.refuse("pixel shuffle of other ranks than 4")
+    n, c, h, w = spec.shape
+    c //= r * r
+    made = Rearrange((n, c, r, r, h, w), (0, 1, 4, 2, 5, 3), (n, c, h * r, w * r))
+    return g.apply("rearrange", (x,), made)
+
+
+def _capture_pixel_unshuffle(g: Builder, x: Any, r: int) -> Any:
+    spec = g.spec(x)
+    if spec.rank != 4:
+        return g.refuse("pixel unshuffle of other ranks than 4")
+    n, c, h, w = spec.shape
+    h, w = h // r, w // r
+    made = Rearrange((n, c, h, r, w, r), (0, 1, 3, 5, 2, 4), (n, c * r * r, h, w))
+    return g.apply("rearrange", (x,), made)
+
+
+def _capture_channel_shuffle(g: Builder, x: Any, groups: int) -> Any:
+    n, c, *pixels = g.spec(x).shape
+    split = (n, groups, c // groups, *pixels)
+    dims = (0, 2, 1, *range(3, len(split)))
+    return g.apply("rearrange", (x,), Rearrange(split, dims, g.spec(x).shape))
+
+
+def _capture_flip(g: Builder, x: Any, dims: Any) -> Any:
+    return g.apply("flip", (x,), Flip(tuple(sorted(dim % g.spec(x).rank for dim in dims))))
+
+
+REARRANGEMENTS = (
+    # x, parts, their order, y: pixel shuffle and back, channel shuffle, windows and back, tokens.
+    ((2, 8, 3, 2), (2, 2, 2, 2, 3, 2), (0, 1, 4, 2, 5, 3), (2, 2, 6, 4)),
+    ((2, 3, 4, 6), (2, 3, 2, 2, 3, 2), (0, 1, 3, 5, 2, 4), (2, 12, 2, 3)),
+    ((2, 12, 3, 5), (2, 3, 4, 3, 5), (0, 2, 1, 3, 4), (2, 12, 3, 5)),
+    ((2, 4, 6, 5), (2, 2, 2, 3, 2, 5), (0, 1, 3, 2, 4, 5), (12, 4, 5)),
+    ((12, 4, 5), (2, 2, 3, 2, 2, 5), (0, 1, 3, 2, 4, 5), (2, 4, 6, 5)),
+    ((2, 6, 5), (2, 2, 3, 5), (0, 2, 3, 1), (2, 3, 5, 2)),
+    ((2, 3, 4, 1, 5), (2, 3, 4, 1, 5), (0, 2, 4, 1, 3), (2, 20, 3)),
+)
+
+
+def _build(draw: Mapping[str, Any]) -> tuple[Rearrange, tuple[TensorSpec, ...]]:
+    shape, split, dims, result = REARRANGEMENTS[draw["case"]]
+    nhwc = draw["nhwc"] and len(shape) in MEMORY_FORMATS
+    x = TensorSpec(shape, torch.float32, Layout.NHWC if nhwc else Layout.DENSE)
+    return Rearrange(split, dims, result), (x,)
+
+
+def _build_flip(draw: Mapping[str, Any]) -> tuple[Flip, tuple[TensorSpec, ...]]:
+    shape = draw["shape"]
+    dims = tuple(dim for dim in draw["dims"] if dim < len(shape))
+    nhwc = draw["nhwc"] and len(shape) in MEMORY_FORMATS
+    x = TensorSpec(shape, torch.float32, Layout.NHWC if nhwc else Layout.DENSE)
+    return Flip(dims), (x,)
+
+
+def _op(name: str, attributes: type[Attributes], **functions: Any) -> Op:
+    """One op that copies by the pointwise kernel, whose tuning space it shares."""
+    return Op(
+        name=name,
+        attributes=attributes,
+        configs=pointwise.configs,
+        default=pointwise.default,
+        cost=movement.cost,
+        follows=True,
+        **functions,
+    )
+
+
+OPS = (
+    _op(
+        "rearrange",
+        Rearrange,
+        infer=infer_rearrange,
+        reference=rearrange,
+        launches=launches,
+        domain=Domain({"case": range(len(REARRANGEMENTS)), "nhwc": (True, False)}, _build),
+        aten={
+            "aten.pixel_shuffle.default": _capture_pixel_shuffle,
+            "aten.pixel_unshuffle.default": _capture_pixel_unshuffle,
+            "aten.channel_shuffle.default": _capture_channel_shuffle,
+        },
+    ),
+    _op(
+        "flip",
+        Flip,
+        infer=infer_flip,
+        reference=flip,
+        launches=launches_flip,
+        domain=Domain(
+            {
+                "shape": movement.SHAPES,
+                "dims": ((0,), (1,), (2, 3), (1, 2), (3,), (0, 1, 2, 3, 4)),
+                "nhwc": (True, False),
+            },
+            _build_flip,
+        ),
+        aten={"aten.flip.default": _capture_flip},
+    ),
+)

@@ -1,0 +1,389 @@
+"""normalize: y = (x − mean) / sqrt(var + eps), mean and biased variance over a set of dimensions.
+
+Layer, group and instance normalisation, and batch normalisation by the batch's own statistics,
+differ only in the set: the last dimensions; the pixels and a group's channels; the pixels; samples
+and pixels. RMS normalisation leaves the mean out. Weight and bias are stages of the epilogue.
+
+x and y: any rank, dense or NHWC; fp32 inside. In memory the tensor is a matrix of rows and columns
+(the innermost dimension). Its columns are `groups` runs of `width` neighbours that are normalised
+together; its rows are (outer, length): `length` of them share their statistics. A program owns
+BLOCK_OUTER outer indices by BLOCK_GROUPS groups and
+- holds all they normalise in registers, where that fits: one read, mean and variance in two passes
+  over registers, one write;
+- otherwise walks it twice: every lane keeps mean and squared deviations of what it has seen
+  (Welford 1962), as differences to the first element; the lanes are combined (Chan, Golub and
+  LeVeque 1979), and a second read, mostly from the L2 cache, writes the result.
+E[x²] − E[x]² is never formed: it cancels where the mean is large.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ...errors import InvalidInputError
+from ..contract import epilogue as ep
+from ..contract.op import (
+    Attributes,
+    Builder,
+    Config,
+    Cost,
+    Domain,
+    Launch,
+    Op,
+    Problem,
+    X,
+    Y,
+    config,
+    operand_refs,
+    power_of_two,
+    tensor_bytes,
+)
+from ..contract.spec import MEMORY_FORMATS, Layout, TensorSpec
+from ..contract.targets import Target
+from ..movement.movement import Reshape
+from ..products.gemm import MULTIPROCESSORS
+from .batch_norm import BatchNorm
+from .normalize_kernel import normalize_kernel
+
+WHOLE = 16384
+"""Most elements that a program keeps in registers: 32 per thread at 16 warps."""
+RUN, SHORTEST_RUN = 32, 16
+"""Neighbouring elements that a program reads of a row, and at least: a 32-byte sector of halves."""
+
+
+@dataclass(frozen=True)
+class Normalize(Attributes):
+    """dims: the (non-negative, ascending) dimensions normalised together; groups: into how many
+    parts dimension 1, then one of them, is split first; centred: whether the mean is subtracted."""
+
+    dims: tuple[int, ...] = ()
+    groups: int = 1
+    eps: float = 1e-5
+    centred: bool = True
+
+
+def infer(attributes: Normalize, inputs: tuple[TensorSpec, ...]) -> tuple[TensorSpec, ...]:
+    """The input's own spec."""
+    (x,) = inputs
+    dims, groups = attributes.dims, attributes.groups
+    if not dims or list(dims) != sorted(set(dims)) or not 0 <= dims[0] <= dims[-1] < x.rank:
+        raise InvalidInputError(f"normalize: {dims} are not ascending dimensions of {x}")
+    if x.batch is not None and dims[0] == 0:
+        raise InvalidInputError(
+            f"normalize: dimension 0 of {x} is the batch: statistics over all samples of a call "
+            "need a batch of fixed size (dynamic_batch=None)"
+        )
+    if groups != 1 and (1 not in dims or groups < 1 or x.shape[1] % groups):
+        raise InvalidInputError(
+            f"normalize: dimension 1 of {x} cannot be split into {groups} groups over {dims}"
+        )
+    return (x,)
+
+
+def reference(attributes: Normalize, x: torch.Tensor) -> torch.Tensor:
+    y = x if x.dtype is torch.float64 else x.float()
+    dims = attributes.dims
+    if attributes.groups > 1:
+        y = y.unflatten(1, (attributes.groups, -1))
+        dims = tuple(dim + (dim >= 1) for dim in dims)
+    if attributes.centred:
+        y = y - y.mean(dims, keepdim=True)
+    variance = y.square().mean(dims, keepdim=True)
+    return (y / torch.sqrt(variance + attributes.eps)).reshape(x.shape).to(x.dtype)
+
+
+@dataclass(frozen=True)
+class Walk:
+    """The tensor as the kernel goes over it: rows (outer, length), columns (groups, width).
+
+    outer_rows, length_rows: row strides of the dimensions that make up the two, with their sizes.
+    """
+
+    outer_sizes: tuple[int, ...]
+    outer_rows: tuple[int, ...]
+    length_sizes: tuple[int, ...]
+    length_rows: tuple[int, ...]
+    groups: int
+    width: int
+
+    @property
+    def outer(self) -> int:
+        return math.prod(self.outer_sizes)
+
+    @property
+    def length(self) -> int:
+        return math.prod(self.length_sizes)
+
+    def is_whole(self, tile: Config) -> bool:
+        """Whether a program reads all it normalises at once."""
+        return self.length <= tile["BLOCK_LENGTH"] and self.width <= tile["BLOCK_WIDTH"]
+
+
+def walk_of(problem: Problem) -> Walk:
+    """How the kernel goes over the problem's tensor."""
+    attributes, spec = problem.attributes, problem.inputs[0].spec
+    assert isinstance(attributes, Normalize)
+
+    def parts(dim: int) -> tuple[tuple[int, bool], ...]:
+        """A dimension's sizes, outermost first, and whether each is normalised over."""
+        size = spec.shape[dim]
+        if dim == 1 and attributes.groups > 1:
+            return (attributes.groups, False), (size // attributes.groups, True)
+        return ((size, dim in attributes.dims),)
+
+    *row_dims, last = spec.layout.order(spec.rank)
+    kept: list[tuple[int, int]] = []
+    reduced: list[tuple[int, int]] = []
+    stride = 1
+    for size, is_reduced in reversed([part for dim in row_dims for part in parts(dim)]):
+        (reduced if is_reduced else kept).insert(0, (size, stride))
+        stride *= size
+    columns = parts(last)
+    return Walk(
+        tuple(size for size, _ in kept),
+        tuple(step for _, step in kept),
+        tuple(size for size, _ in reduced),
+        tuple(step for _, step in reduced),
+        math.prod(size for size, is_reduced in columns if not is_reduced),
+        math.prod(size for size, is_reduced in columns if is_reduced),
+    )
+
+
+def launches(problem: Problem, tile: Config, target: Target) -> tuple[Launch, ...]:
+    """One launch; its cost model counts the second read where there is one."""
+    attributes, walk = problem.attributes, walk_of(problem)
+    assert isinstance(attributes, Normalize)
+    x, out = problem.inputs[0], problem.output
+    reads = 1 if walk.is_whole(tile) else 2
+    owned = walk.length * walk.width * tile["BLOCK_OUTER"] * tile["BLOCK_GROUPS"]
+    launch = Launch(
+        kernel=normalize_kernel,
+        pointers={"x": X, "y": Y},
+        extras=operand_refs(problem),
+        rows=walk.outer,
+        batch=out.spec.batch,
+        block_rows=tile["BLOCK_OUTER"],
+        columns=-(-walk.groups // tile["BLOCK_GROUPS"]),
+        constexprs={
+            "LENGTH": walk.length, "GROUPS": walk.groups, "WIDTH": walk.width,
+            "OUTER_ROW": ep.row_offset_function(walk.outer_sizes, walk.outer_rows),
+            "LENGTH_ROW": ep.row_offset_function(walk.length_sizes, walk.length_rows),
+            "X_PITCH": x.pitch, "X_OFFSET": x.offset,
+            "Y_PITCH": out.pitch, "Y_OFFSET": out.offset,
+            "EPS": attributes.eps,
+            "CENTRED": attributes.centred,
+            "EPILOGUE": ep.for_output(problem.epilogue, problem.operands, out.spec),
+            "WIDE": problem.is_wide,
+            **dict(tile.blocks),
+        },
+        num_warps=tile.num_warps,
+        num_stages=tile.num_stages,
+        l2_bytes=reads * owned * x.spec.dtype.itemsize,
+    )  # fmt: skip
+    return (launch,)
+
+
+def _tile(walk: Walk, least: int, whole: int, run: int = RUN, warps: int | None = None) -> Config:
+    """A tile that holds `least` elements or more, everything it normalises if that is at most
+    `whole`, and reads runs of `run` neighbours."""
+    width = min(power_of_two(walk.width), whole)
+    groups = 1
+    if width >= walk.width:
+        groups = min(max(1, run // width), power_of_two(walk.groups))
+    length = power_of_two(walk.length)
+    if length * groups * width > whole:
+        length = max(1, min(length, whole // 4 // (groups * width)))
+    elif width >= walk.width:
+        groups = max(groups, min(power_of_two(walk.groups), least // (length * width)))
+    outer = max(1, min(power_of_two(walk.outer), least // (length * groups * width)))
+    elements = outer * length * groups * width
+    return config(
+        warps or min(16, max(4, power_of_two(elements) // 512)),
+        1,
+        BLOCK_OUTER=outer,
+        BLOCK_LENGTH=length,
+        BLOCK_GROUPS=groups,
+        BLOCK_WIDTH=width,
+    )
+
+
+def configs(problem: Problem, target: Target) -> Iterator[Config]:
+    """512 to 2048 elements or one whole group per program; loops over groups of 2048 to 16384
+    elements."""
+    walk = walk_of(problem)
+    yield from {
+        _tile(walk, least, whole, run): None
+        for least in (512, 1024, 2048)
+        for whole in (2048, 4096, WHOLE)
+        for run in (16, RUN, 64)
+    }
+
+
+def legal(problem: Problem, tile: Config, target: Target) -> str | None:
+    """Groups whose columns take several tiles are done one at a time."""
+    walk = walk_of(problem)
+    if walk.width > tile["BLOCK_WIDTH"] and tile["BLOCK_GROUPS"] > 1:
+        return f"{tile['BLOCK_GROUPS']} groups of {walk.width} columns in tiles of fewer"
+    return None
+
+
+def default(problem: Problem, target: Target) -> Config:
+    """1024 elements, 8 per thread, or whatever is normalised together up to `WHOLE`; fewer groups
+    side by side where that saves the second read or keeps more multiprocessors busy."""
+    walk = walk_of(problem)
+    if target.name == "interpreter":
+        return _tile(walk, 1 << 18, 1 << 20, run=256, warps=1)
+    tile, narrow = (_tile(walk, 1024, WHOLE, run) for run in (RUN, SHORTEST_RUN))
+    programs = -(-walk.outer // tile["BLOCK_OUTER"]) * -(-walk.groups // tile["BLOCK_GROUPS"])
+    if programs < MULTIPROCESSORS or (walk.is_whole(narrow) and not walk.is_whole(tile)):
+        return narrow
+    return tile
+
+
+def cost(problem: Problem) -> Cost:
+    """Sum, difference, square, its sum and the scaling."""
+    read, written = tensor_bytes(problem)
+    return Cost(5 * problem.output.spec.numel, read, written)
+
+
+def _build(draw: Mapping[str, Any]) -> tuple[Normalize, tuple[TensorSpec, ...]] | None:
+    shape = tuple(draw["shape"])
+    dims = tuple(dim for dim in draw["dims"] if dim < len(shape))
+    groups = draw["groups"] if 1 in dims else 1
+    if not dims or (groups > 1 and shape[1] % groups):
+        return None
+    layout = Layout.NHWC if len(shape) in MEMORY_FORMATS and draw["nhwc"] else Layout.DENSE
+    attributes = Normalize(dims, groups, draw["eps"], draw["centred"])
+    return attributes, (TensorSpec(shape, torch.float32, layout),)
+
+
+def _affine(g: Builder, x: Any, w: Any, b: Any, shape: Any, attributes: Normalize) -> Any:
+    """With weight and bias, seen as tensors of `shape`, as an epilogue."""
+    stages, operands = [], []
+    for name, value in (("mul", w), ("add", b)):
+        if value is None:
+            continue
+        if g.spec(value).shape != tuple(shape):
+            value = g.apply("reshape", (value,), Reshape(tuple(shape)))
+        stages.append(ep.Stage(name))
+        operands.append(value)
+    return g.apply("normalize", (x, *operands), attributes, tuple(stages))
+
+
+def _per_channel(spec: TensorSpec) -> tuple[int, ...]:
+    """The shape of one number per channel."""
+    return (spec.shape[1], *(1 for _ in spec.shape[2:]))
+
+
+def _capture_layer_norm(
+    g: Builder, x: Any, shape: Any, w: Any = None, b: Any = None, eps: float = 1e-5, *_: Any
+) -> Any:
+    rank = g.spec(x).rank
+    dims = tuple(range(rank - len(shape), rank))
+    return _affine(g, x, w, b, shape, Normalize(dims, eps=float(eps)))
+
+
+def _capture_rms_norm(g: Builder, x: Any, shape: Any, w: Any = None, eps: Any = None) -> Any:
+    spec = g.spec(x)
+    # What torch takes where none is given.
+    eps = torch.finfo(torch.float32).eps if eps is None else float(eps)
+    dims = tuple(range(spec.rank - len(shape), spec.rank))
+    return _affine(g, x, w, None, shape, Normalize(dims, eps=eps, centred=False))
+
+
+def _capture_group_norm(
+    g: Builder, x: Any, groups: int, w: Any = None, b: Any = None, eps: float = 1e-5, *_: Any
+) -> Any:
+    spec = g.spec(x)
+    dims = tuple(range(1, spec.rank))
+    if groups == spec.shape[1] and spec.rank > 2:
+        dims, groups = dims[1:], 1
+    return _affine(g, x, w, b, _per_channel(spec), Normalize(dims, groups, float(eps)))
+
+
+def _capture_instance_norm(
+    g: Builder,
+    x: Any,
+    w: Any,
+    b: Any,
+    mean: Any,
+    var: Any,
+    use_input_stats: bool,
+    momentum: float,
+    eps: float,
+    cudnn_enabled: bool = True,
+) -> Any:
+    spec = g.spec(x)
+    if not use_input_stats:
+        inputs = [value for value in (x, w, b, mean, var) if value is not None]
+        attributes = BatchNorm(float(eps), w is not None, b is not None)
+        return g.apply("batch_norm", inputs, attributes)
+    dims = tuple(range(2, spec.rank))
+    return _affine(g, x, w, b, _per_channel(spec), Normalize(dims, eps=float(eps)))
+
+
+def _capture_batch_statistics(
+    g: Builder, x: Any, w: Any, b: Any, training: bool, momentum: float, eps: float
+) -> Any:
+    """Batch normalisation made with track_running_stats=False: y; no mean, no deviation."""
+    spec = g.spec(x)
+    dims = (0, *range(2, spec.rank))
+    return _affine(g, x, w, b, _per_channel(spec), Normalize(dims, eps=float(eps))), None, None
+
+
+OP = Op(
+    name="normalize",
+    attributes=Normalize,
+    infer=infer,
+    reference=reference,
+    launches=launches,
+    configs=configs,
+    default=default,
+    legal=legal,
+    cost=cost,
+    domain=Domain(
+        ranges={
+            "shape": (
+                (1,), (37,), (4, 21), (3, 6, 8), (2, 12, 4, 3), (1, 36, 5, 5), (2, 64, 7, 7),
+                (2, 1, 6, 1), (2, 4, 3, 2, 5),
+            ),
+            "dims": (
+                (1,), (2, 3), (1, 2, 3), (2,), (3,), (0,), (0, 2, 3), (1, 2, 3, 4), (2, 3, 4),
+                (0, 1, 2, 3, 4),
+            ),
+            "groups": (1, 1, 2, 4, 12),
+            "eps": (1e-5, 1e-3),
+            "centred": (True, True, True, False),
+            "nhwc": (True, True, False),
+        },
+        build=_build,
+        interesting=(
+            # Group, layer (ConvNeXt's) and instance normalisation; more than one program holds.
+            {"shape": (2, 40, 9, 7), "dims": (1, 2, 3), "groups": 8, "eps": 1e-5,
+             "centred": True, "nhwc": True},
+            {"shape": (2, 96, 5, 5), "dims": (1,), "groups": 1, "eps": 1e-5,
+             "centred": True, "nhwc": True},
+            {"shape": (2, 5, 40, 30), "dims": (2, 3), "groups": 1, "eps": 1e-5,
+             "centred": True, "nhwc": True},
+            {"shape": (2, 17000), "dims": (1,), "groups": 1, "eps": 1e-5,
+             "centred": True, "nhwc": False},
+            {"shape": (1, 6, 70, 90), "dims": (1, 2, 3), "groups": 2, "eps": 1e-5,
+             "centred": False, "nhwc": True},
+        ),
+        # Far from zero: squares would cancel.
+        range=(4.0, 8.0),
+    ),
+    aten={
+        "aten.layer_norm.default": _capture_layer_norm,
+        "aten.rms_norm.default": _capture_rms_norm,
+        "aten.group_norm.default": _capture_group_norm,
+        "aten.instance_norm.default": _capture_instance_norm,
+        "aten._native_batch_norm_legit.no_stats": _capture_batch_statistics,
+    },
+    follows=True,
+)  # fmt: skip

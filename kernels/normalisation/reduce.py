@@ -1,0 +1,497 @@
+"""sum, mean, amax, norm, var, std: y = the sum, average, maximum, Euclidean norm, variance or
+standard deviation of x over a set of dimensions.
+
+x: any rank, dense or NHWC; y: the kept dimensions (the reduced ones stay as 1 with `keepdim`).
+fp32 accumulation, and of squares too: in half precision they would overflow above 256. Variances
+take two passes, because E[x²] − E[x]² cancels where the mean is large.
+
+One kernel. Its tile is (rows, reduced elements, columns), where rows and columns are those of the
+output in memory; the offsets of all three are generated from the input's strides. Which of them is
+contiguous decides the shape of the tile: global average pooling of NHWC images reads along the
+columns (channels), a reduction of the last dimension along the reduced elements. Partial results
+are kept per lane and folded once at the end.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+
+from ...errors import InvalidInputError
+from ..contract import epilogue as ep
+from ..contract.op import (
+    Attributes,
+    Builder,
+    Capture,
+    Config,
+    Cost,
+    Domain,
+    Launch,
+    Op,
+    Problem,
+    X,
+    Y,
+    config,
+    operand_refs,
+    power_of_two,
+    tensor_bytes,
+)
+from ..contract.scalars import NAN
+from ..contract.spec import MEMORY_FORMATS, Layout, TensorSpec
+from ..contract.targets import Target
+from ..movement.pointwise import Pointwise
+from ..products.gemm import MULTIPROCESSORS
+
+
+@dataclass(frozen=True)
+class Reduce(Attributes):
+    """The (non-negative, ascending) dimensions that are reduced, and whether they stay as 1."""
+
+    dims: tuple[int, ...] = ()
+    keepdim: bool = False
+
+
+@dataclass(frozen=True)
+class Variance(Reduce):
+    """correction: what is subtracted from the count before the squared differences are divided."""
+
+    correction: float = 1.0
+
+
+def infer(name: str, attributes: Reduce, inputs: tuple[TensorSpec, ...]) -> tuple[TensorSpec, ...]:
+    """The kept dimensions. Images stay as they are; a rank 4 made of another rank is NHWC."""
+    (x,) = inputs
+    dims = attributes.dims
+    if not dims or list(dims) != sorted(set(dims)) or not 0 <= dims[0] <= dims[-1] < x.rank:
+        raise InvalidInputError(f"{name}: {dims} are not ascending dimensions of {x}")
+    if x.batch is not None and dims[0] == 0:
+        raise InvalidInputError(
+            f"{name}: dimension 0 of {x} is the batch; its samples must stay apart"
+        )
+    if isinstance(attributes, Variance):
+        count, less = math.prod(x.shape[dim] for dim in dims), attributes.correction
+        if count <= less:
+            raise InvalidInputError(
+                f"{name}: the variance of {count} numbers with correction {less:g} does not exist"
+            )
+    if attributes.keepdim:
+        shape = tuple(1 if dim in dims else size for dim, size in enumerate(x.shape))
+    else:
+        shape = tuple(size for dim, size in enumerate(x.shape) if dim not in dims)
+    layout = x.layout if x.rank == len(shape) else Layout.DENSE
+    if len(shape) == 4 != x.rank:
+        layout = Layout.NHWC
+    return (TensorSpec(shape, x.dtype, layout, x.batch),)
+
+
+def _sum(attributes: Reduce, x: torch.Tensor) -> torch.Tensor:
+    return x.sum(attributes.dims, attributes.keepdim)
+
+
+def _mean(attributes: Reduce, x: torch.Tensor) -> torch.Tensor:
+    return x.mean(attributes.dims, attributes.keepdim)
+
+
+def _amax(attributes: Reduce, x: torch.Tensor) -> torch.Tensor:
+    return x.amax(attributes.dims, attributes.keepdim)
+
+
+def _norm(attributes: Reduce, x: torch.Tensor) -> torch.Tensor:
+    norm: torch.Tensor = torch.linalg.vector_norm(x, 2, attributes.dims, attributes.keepdim)
+    return norm
+
+
+def _var(attributes: Variance, x: torch.Tensor) -> torch.Tensor:
+    return x.var(attributes.dims, correction=attributes.correction, keepdim=attributes.keepdim)
+
+
+def _std(attributes: Variance, x: torch.Tensor) -> torch.Tensor:
+    return x.std(attributes.dims, correction=attributes.correction, keepdim=attributes.keepdim)
+
+
+@triton.jit
+def reduce_kernel(
+    x,
+    y,
+    extras,
+    m,
+    COLUMNS: tl.constexpr,
+    LENGTH: tl.constexpr,
+    X_OFFSET: tl.constexpr,
+    X_ROW: tl.constexpr,
+    X_REDUCED: tl.constexpr,
+    X_COLUMN_STRIDE: tl.constexpr,
+    Y_OFFSET: tl.constexpr,
+    Y_ROW: tl.constexpr,
+    Y_COLUMN_STRIDE: tl.constexpr,
+    IS_MAXIMUM: tl.constexpr,
+    IS_CENTRED: tl.constexpr,
+    IS_SQUARED: tl.constexpr,
+    IS_ROOT: tl.constexpr,
+    DIVISOR: tl.constexpr,
+    EPILOGUE: tl.constexpr,
+    WIDE: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_LENGTH: tl.constexpr,
+    BLOCK_COLUMNS: tl.constexpr,
+):
+    column_tiles: tl.constexpr = (COLUMNS + BLOCK_COLUMNS - 1) // BLOCK_COLUMNS
+    program = tl.program_id(0)
+    rows = program // column_tiles * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    columns = program % column_tiles * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
+    lanes = tl.arange(0, BLOCK_LENGTH)
+    row_mask = rows < m
+    column_mask = columns < COLUMNS
+    mask = row_mask[:, None] & column_mask[None, :]
+    if WIDE:
+        rows = rows.to(tl.int64)
+        columns = columns.to(tl.int64)
+        lanes = lanes.to(tl.int64)
+    base = x + X_OFFSET + X_ROW(rows)[:, None] + (columns * X_COLUMN_STRIDE)[None, :]
+    base = base[:, None, :]
+    neutral: tl.constexpr = float("-inf") if IS_MAXIMUM else 0.0
+    if IS_CENTRED:
+        total = tl.full((BLOCK_ROWS, BLOCK_LENGTH, BLOCK_COLUMNS), 0.0, tl.float32)
+        for start in range(0, LENGTH, BLOCK_LENGTH):
+            reduced = start + lanes
+            live = mask[:, None, :] & (reduced < LENGTH)[None, :, None]
+            value = tl.load(base + X_REDUCED(reduced)[None, :, None], mask=live, other=0.0)
+            total += value.to(tl.float32)
+        mean = tl.sum(total, axis=1)
+        mean = tl.div_rn(mean, tl.full(mean.shape, LENGTH, tl.float32))[:, None, :]
+    partial = tl.full((BLOCK_ROWS, BLOCK_LENGTH, BLOCK_COLUMNS), neutral, tl.float32)
+    for start in range(0, LENGTH, BLOCK_LENGTH):
+        reduced = start + lanes
+        live = mask[:, None, :] & (reduced < LENGTH)[None, :, None]
+        value = tl.load(base + X_REDUCED(reduced)[None, :, None], mask=live, other=neutral)
+        value = value.to(tl.float32)
+        if IS_CENTRED:
+            value = tl.where(live, value - mean, 0.0)
+        if IS_MAXIMUM:
+            partial = tl.maximum(partial, value, propagate_nan=NAN)
+        elif IS_SQUARED:
+            partial += value * value
+        else:
+            partial += value
+    if IS_MAXIMUM:
+        # tl.max drops NaN on a GPU.
+        is_nan = partial != partial
+        largest = tl.max(tl.where(is_nan, neutral, partial), axis=1)
+        acc = tl.where(tl.sum(is_nan.to(tl.int32), axis=1) > 0, float("nan"), largest)
+    else:
+        acc = tl.sum(partial, axis=1)
+    if DIVISOR != 1:
+        acc = tl.div_rn(acc, tl.full(acc.shape, DIVISOR, tl.float32))
+    if IS_ROOT:
+        acc = tl.sqrt_rn(acc)
+    acc = EPILOGUE(acc, rows, columns, row_mask, column_mask, extras)
+    address = y + Y_OFFSET + Y_ROW(rows)[:, None] + (columns * Y_COLUMN_STRIDE)[None, :]
+    tl.store(address, acc.to(y.dtype.element_ty), mask=mask)
+
+
+@dataclass(frozen=True)
+class Walk:
+    """What the kernel goes over.
+
+    sizes: the output's extents in memory order, neighbours merged where every tensor allows it;
+    the last are the columns. Strides follow them: `written`, `read` (the input at the first
+    reduced element), `operands`. `reduced_sizes`, `reduced_strides`: the reduced dimensions of the
+    input from the outermost to the innermost in memory.
+    """
+
+    sizes: tuple[int, ...]
+    written: tuple[int, ...]
+    read: tuple[int, ...]
+    operands: tuple[tuple[int, ...], ...]
+    reduced_sizes: tuple[int, ...]
+    reduced_strides: tuple[int, ...]
+
+    @property
+    def rows(self) -> int:
+        return math.prod(self.sizes[:-1])
+
+    @property
+    def columns(self) -> int:
+        return self.sizes[-1]
+
+    @property
+    def length(self) -> int:
+        return math.prod(self.reduced_sizes)
+
+    @property
+    def is_along_columns(self) -> bool:
+        """Whether neighbouring columns, not neighbouring reduced elements, are contiguous."""
+        return self.read[-1] == 1 and self.columns > 1
+
+
+def walk_of(problem: Problem) -> Walk:
+    """How the kernel goes over the problem's tensors."""
+    attributes, x, out = problem.attributes, problem.inputs[0], problem.output.spec
+    assert isinstance(attributes, Reduce)
+    kept = [
+        0 if dim in attributes.dims else stride
+        for dim, stride in enumerate(x.strides)
+        if attributes.keepdim or dim not in attributes.dims
+    ]
+    read = tuple(kept[dim] for dim in out.layout.order(out.rank)) or (0,)
+    written = ep.access(problem.output, out).strides
+    walks = (written, read, *(ep.access(operand, out).strides for operand in problem.operands))
+    sizes = ep.memory_sizes(out)
+    if len(sizes) == 1 and out.batch is not None:
+        # Only rows vary with the batch.
+        sizes, walks = (*sizes, 1), tuple((*strides, 0) for strides in walks)
+    sizes, walks = ep.collapse(sizes, walks, keep_first=out.batch is not None)
+    order = [dim for dim in x.spec.layout.order(x.spec.rank) if dim in attributes.dims]
+    return Walk(
+        sizes,
+        walks[0],
+        walks[1],
+        walks[2:],
+        tuple(x.shape[dim] for dim in order),
+        tuple(x.strides[dim] for dim in order),
+    )
+
+
+def _divisor(name: str, attributes: Reduce, length: int) -> float:
+    if isinstance(attributes, Variance):
+        return length - attributes.correction
+    return length if name == "mean" else 1
+
+
+def _launches(name: str, problem: Problem, tile: Config, target: Target) -> tuple[Launch, ...]:
+    walk, attributes = walk_of(problem), problem.attributes
+    assert isinstance(attributes, Reduce)
+    x, out = problem.inputs[0], problem.output
+    reads = tuple(
+        ep.Access(strides, operand.offset, str(operand.spec))
+        for strides, operand in zip(walk.operands, problem.operands, strict=True)
+    )
+    launch = Launch(
+        kernel=reduce_kernel,
+        pointers={"x": X, "y": Y},
+        extras=operand_refs(problem),
+        rows=walk.rows,
+        batch=out.spec.batch,
+        block_rows=tile["BLOCK_ROWS"],
+        columns=-(-walk.columns // tile["BLOCK_COLUMNS"]),
+        constexprs={
+            "COLUMNS": walk.columns,
+            "LENGTH": walk.length,
+            "X_OFFSET": x.offset,
+            "X_ROW": ep.row_offset_function(walk.sizes[:-1], walk.read[:-1]),
+            "X_REDUCED": ep.row_offset_function(walk.reduced_sizes, walk.reduced_strides),
+            "X_COLUMN_STRIDE": walk.read[-1],
+            "Y_OFFSET": out.offset,
+            "Y_ROW": ep.row_offset_function(walk.sizes[:-1], walk.written[:-1]),
+            "Y_COLUMN_STRIDE": walk.written[-1],
+            "IS_MAXIMUM": name == "amax",
+            "IS_CENTRED": name in ("var", "std"),
+            "IS_SQUARED": name in ("var", "std", "norm"),
+            "IS_ROOT": name in ("std", "norm"),
+            "DIVISOR": _divisor(name, attributes, walk.length),
+            "EPILOGUE": ep.generate(problem.epilogue, reads, walk.sizes),
+            "WIDE": problem.is_wide,
+            **dict(tile.blocks),
+        },
+        num_warps=tile.num_warps,
+        num_stages=tile.num_stages,
+    )
+    return (launch,)
+
+
+def _tile(walk: Walk, elements: int, contiguous: int, num_warps: int) -> Config:
+    """A tile of `elements`, `contiguous` of them along the dimension that is contiguous."""
+    if walk.is_along_columns:
+        columns = min(contiguous, power_of_two(walk.columns))
+        length = min(elements // columns, power_of_two(walk.length))
+        rows = min(max(1, elements // (columns * length)), power_of_two(walk.rows))
+    else:
+        length = min(contiguous, power_of_two(walk.length))
+        columns = min(elements // length, power_of_two(walk.columns))
+        rows = min(max(1, elements // (columns * length)), power_of_two(walk.rows))
+    return config(num_warps, 1, BLOCK_ROWS=rows, BLOCK_LENGTH=length, BLOCK_COLUMNS=columns)
+
+
+def configs(problem: Problem, target: Target) -> Iterator[Config]:
+    """1024 to 4096 elements in flight, in runs of 16 to 1024 contiguous ones."""
+    walk = walk_of(problem)
+    tiles = {
+        _tile(walk, elements, contiguous, num_warps): None
+        for elements in (1024, 2048, 4096)
+        for contiguous in (16, 32, 64, 128, 1024)
+        for num_warps in (4, 8)
+    }
+    yield from tiles
+
+
+def default(problem: Problem, target: Target) -> Config:
+    """2048 elements, 16 per thread: at global average pooling 64 channels by 32 pixels, or fewer
+    channels (down to 16, a 32-byte sector of halves) where that leaves multiprocessors idle; a run
+    of up to 1024 where the reduced elements are contiguous."""
+    walk = walk_of(problem)
+    if target.name == "interpreter":
+        return _tile(walk, 1 << 20, 4096, num_warps=1)
+    if not walk.is_along_columns:
+        return _tile(walk, 2048, 1024, num_warps=4)
+    contiguous = 64
+    while contiguous > 16 and walk.rows * -(-walk.columns // contiguous) < MULTIPROCESSORS:
+        contiguous //= 2
+    return _tile(walk, 2048, contiguous, num_warps=4)
+
+
+def cost(problem: Problem) -> Cost:
+    """One operation per input element, four where its squared difference to the mean is summed."""
+    read, written = tensor_bytes(problem)
+    operations = 4 if isinstance(problem.attributes, Variance) else 1
+    return Cost(operations * problem.inputs[0].spec.numel, read, written)
+
+
+def _build(
+    kind: type[Reduce], draw: Mapping[str, Any]
+) -> tuple[Reduce, tuple[TensorSpec, ...]] | None:
+    shape = tuple(draw["shape"])
+    dims = tuple(dim for dim in draw["dims"] if dim < len(shape))
+    alone = math.prod(shape[dim] for dim in dims) == 1
+    if not dims or (alone and kind is Variance):
+        return None
+    layout = Layout.NHWC if len(shape) in MEMORY_FORMATS and draw["nhwc"] else Layout.DENSE
+    return kind(dims, draw["keepdim"]), (TensorSpec(shape, torch.float32, layout),)
+
+
+def _capture(name: str) -> Capture:
+    def capture(
+        g: Builder, x: Any, dims: Any = None, keepdim: bool = False, *, dtype: Any = None
+    ) -> Any:
+        spec = g.spec(x)
+        if dtype not in (None, spec.dtype):
+            return g.refuse(f"{name} that changes the dtype from {spec.dtype} to {dtype}")
+        if spec.rank == 0:
+            return x
+        chosen = [dims] if isinstance(dims, int) else dims or range(spec.rank)
+        normalized = tuple(sorted({dim % spec.rank for dim in chosen}))
+        return g.apply(name, (x,), Reduce(normalized, keepdim))
+
+    return capture
+
+
+def _plain(g: Builder, name: str, *values: Any) -> Any:
+    return g.apply(name, values, Pointwise())
+
+
+def _capture_variance(name: str, with_mean: bool = False) -> Capture:
+    def capture(
+        g: Builder, x: Any, dims: Any = None, unbiased: bool = True, keepdim: bool = False,
+        *, correction: Any = None,
+    ) -> Any:  # fmt: skip
+        rank = g.spec(x).rank
+        chosen = [dims] if isinstance(dims, int) else dims or range(rank)
+        reduced = tuple(sorted({dim % rank for dim in chosen}))
+        less = float(unbiased if correction is None else correction)
+        result = g.apply(name, (x,), Variance(reduced, keepdim, less))
+        return (result, g.apply("mean", (x,), Reduce(reduced, keepdim))) if with_mean else result
+
+    return capture
+
+
+def _capture_norm(
+    g: Builder, x: Any, order: float = 2, dims: Any = None, keepdim: bool = False,
+    *, dtype: Any = None,
+) -> Any:  # fmt: skip
+    """The 1-, 2- and maximum norm of vectors; the first and the last are exact in any dtype until
+    they are summed."""
+    names = {1: "sum", 2: "norm", math.inf: "amax"}
+    if order not in names:
+        return g.refuse(f"the {order}-norm; only the 1-, 2- and maximum norm are")
+    if dtype not in (None, g.spec(x).dtype):
+        return g.refuse(f"a norm that changes the dtype from {g.spec(x).dtype} to {dtype}")
+    if order != 2 or g.spec(x).rank == 0:
+        x = _plain(g, "abs", x)
+    return _capture(names[order])(g, x, dims, keepdim)
+
+
+def _capture_amin(g: Builder, x: Any, dims: Any = None, keepdim: bool = False) -> Any:
+    return _plain(g, "neg", _capture("amax")(g, _plain(g, "neg", x), dims, keepdim))
+
+
+def _op(name: str, reference: Any, captures: Mapping[str, Capture]) -> Op:
+    kind = Variance if name in ("var", "std") else Reduce
+    return Op(
+        name=name,
+        attributes=kind,
+        infer=partial(infer, name),
+        reference=reference,
+        launches=partial(_launches, name),
+        configs=configs,
+        default=default,
+        cost=cost,
+        domain=Domain(
+            ranges={
+                "shape": (
+                    (1,), (37,), (4, 21), (3, 5, 8), (2, 7, 4, 3), (1, 33, 5, 5), (2, 64, 7, 7),
+                    (2, 1, 6, 1), (2, 3, 4, 2, 5),
+                ),
+                "dims": (
+                    (2, 3), (0,), (1,), (2,), (3,), (0, 1), (1, 3), (0, 2, 3), (2, 3, 4),
+                    (0, 1, 2, 3, 4),
+                ),
+                "keepdim": (False, True),
+                "nhwc": (True, True, False),
+            },
+            build=partial(_build, kind),
+            interesting=INTERESTING,
+            # Not centred on zero: an error relative to a sum that cancels means nothing.
+            range=(-1.0, 3.0),
+        ),
+        aten={f"aten.{overload}": capture for overload, capture in captures.items()},
+    )  # fmt: skip
+
+
+GLOBAL_AVERAGE_POOLING = {"shape": (3, 40, 14, 14), "dims": (2, 3), "keepdim": True, "nhwc": True}
+LONG_ROWS = {"shape": (5, 4500), "dims": (1,), "keepdim": False, "nhwc": False}
+INTERESTING = (GLOBAL_AVERAGE_POOLING, LONG_ROWS)
+
+OPS = (
+    _op("sum", _sum, {name: _capture("sum") for name in ("sum.dim_IntList", "sum.default")}),
+    _op(
+        "mean",
+        _mean,
+        {
+            "mean.dim": _capture("mean"),
+            "mean.default": _capture("mean"),
+            "var_mean.correction": _capture_variance("var", with_mean=True),
+            "var_mean.dim": _capture_variance("var", with_mean=True),
+        },
+    ),
+    _op(
+        "amax",
+        _amax,
+        {
+            "amax.default": _capture("amax"),
+            "max.default": _capture("amax"),
+            "amin.default": _capture_amin,
+            "min.default": _capture_amin,
+            # The values, and nothing for the indices: whoever uses those is not supported.
+            "max.dim": lambda g, x, *rest: (_capture("amax")(g, x, *rest), None),
+            "min.dim": lambda g, x, *rest: (_capture_amin(g, x, *rest), None),
+        },
+    ),
+    _op("norm", _norm, {"linalg_vector_norm.default": _capture_norm}),
+    *(
+        _op(
+            name,
+            reference,
+            {
+                f"{name}.correction": _capture_variance(name),
+                f"{name}.dim": _capture_variance(name),
+            },
+        )
+        for name, reference in (("var", _var), ("std", _std))
+    ),
+)

@@ -1,0 +1,132 @@
+"""Adaptive pooling of volumes; that of sequences by way of images.
+
+y[n,c,o,p,q] = the maximum or the average of x over floor(o·D / O) <= d < ceil((o+1)·D / O), h and w
+likewise. x: (N, C, D, H, W) channels innermost in memory -> y: (N, C, O, P, Q) likewise; fp32
+accumulation. The kernel is that of `pool_nd.py`; pooling to one voxel is a reduction (`reduce.py`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from ...errors import InvalidInputError
+from ..contract.op import Builder, Capture, Domain, Op
+from ..contract.spec import Layout, TensorSpec
+from ..movement.arguments import as_image, as_sequence
+from ..normalisation.reduce import Reduce
+from .adaptive_pool import AdaptivePool2d
+from .pool_nd import configs, cost, default, launches, legal
+from .pool_window import AdaptivePool3d
+
+
+def infer(
+    name: str, attributes: AdaptivePool3d, inputs: tuple[TensorSpec, ...]
+) -> tuple[TensorSpec, ...]:
+    """(N, C, *size)."""
+    (x,) = inputs
+    if x.rank != 5:
+        raise InvalidInputError(f"{name}: expected x (N,C,D,H,W), got {x}")
+    if min(*attributes.size, *x.shape[2:]) < 1:
+        raise InvalidInputError(f"{name}: cannot pool {x} to {attributes.size}; both need voxels")
+    return (TensorSpec((*x.shape[:2], *attributes.size), x.dtype, Layout.NHWC, x.batch),)
+
+
+def reference_avg(attributes: AdaptivePool3d, x: torch.Tensor) -> torch.Tensor:
+    return F.adaptive_avg_pool3d(x, attributes.size)
+
+
+def reference_max(attributes: AdaptivePool3d, x: torch.Tensor) -> torch.Tensor:
+    return F.adaptive_max_pool3d(x, attributes.size)
+
+
+def _capture_3d(name: str, reduction: str, indices: bool) -> Capture:
+    """With `indices` the call has a second result, for whose readers there is no kernel."""
+
+    def capture(g: Builder, x: Any, size: Any) -> Any:
+        spec = g.spec(x)
+        if spec.rank != 5:
+            return g.refuse("unbatched pooling; pass a batch dimension")
+        wanted = [size] * 3 if isinstance(size, int) else list(size)
+        d, h, w = (spec.shape[at + 2] if new is None else new for at, new in enumerate(wanted))
+        if (d, h, w) == (1, 1, 1):
+            y = g.apply(reduction, (x,), Reduce((2, 3, 4), keepdim=True))
+        else:
+            y = g.apply(name, (x,), AdaptivePool3d((d, h, w)))
+        return (y, None) if indices else y
+
+    return capture
+
+
+def _capture_1d(name: str, indices: bool) -> Capture:
+    """As the image of one row."""
+
+    def capture(g: Builder, x: Any, size: Any) -> Any:
+        if g.spec(x).rank != 3:
+            return g.refuse("unbatched pooling; pass a batch dimension")
+        length = size if isinstance(size, int) else size[0]
+        attributes = AdaptivePool2d((1, int(length)))
+        y = as_sequence(g, g.apply(name, (as_image(g, x),), attributes))
+        return (y, None) if indices else y
+
+    return capture
+
+
+def _build(draw: Mapping[str, Any]) -> tuple[AdaptivePool3d, tuple[TensorSpec, ...]] | None:
+    x = TensorSpec((draw["N"], draw["C"], *draw["image"]), torch.float32, Layout.NHWC)
+    return AdaptivePool3d(draw["size"]), (x,)
+
+
+DOMAIN = Domain(
+    ranges={
+        "N": (1, 2, 3),
+        "C": (1, 3, 8, 33),
+        "image": ((1, 1, 1), (2, 3, 5), (4, 7, 6), (5, 4, 9)),
+        "size": ((1, 1, 1), (1, 2, 3), (2, 2, 2), (4, 3, 5), (3, 6, 2)),
+    },
+    build=_build,
+    interesting=(
+        {"N": 1, "C": 33, "image": (4, 13, 12), "size": (2, 2, 2)},
+        {"N": 2, "C": 8, "image": (1, 1, 1), "size": (2, 3, 4)},
+    ),
+)
+
+
+def _op(name: str, reference: Any, aten: Mapping[str, Capture]) -> Op:
+    return Op(
+        name=name,
+        attributes=AdaptivePool3d,
+        infer=partial(infer, name),
+        reference=reference,
+        launches=launches,
+        configs=configs,
+        default=default,
+        legal=legal,
+        cost=cost,
+        domain=DOMAIN,
+        aten=aten,
+    )
+
+
+OPS = (
+    _op(
+        "adaptive_avg_pool3d",
+        reference_avg,
+        {
+            "aten.adaptive_avg_pool1d.default": _capture_1d("adaptive_avg_pool2d", False),
+            "aten.adaptive_avg_pool3d.default": _capture_3d("adaptive_avg_pool3d", "mean", False),
+        },
+    ),
+    _op(
+        "adaptive_max_pool3d",
+        reference_max,
+        {
+            "aten.adaptive_max_pool1d.default": _capture_1d("adaptive_max_pool2d", True),
+            "aten.adaptive_max_pool3d.default": _capture_3d("adaptive_max_pool3d", "amax", True),
+        },
+    ),
+)

@@ -1,0 +1,356 @@
+"""Upsampling (and shrinking) of images and volumes by interpolation between their pixels.
+
+Along each dimension output p looks at position s of the input, `step` being the distance between
+two outputs in input pixels:
+- nearest: x[floor(p·step)]; nearest-exact: x[floor((p + 1/2)·step)];
+- linear: (1 − f)·x[l] + f·x[l + 1] with s = max(0, (p + 1/2)·step − 1/2), l = floor(s), f = s − l;
+- corners: the same with s = p·step, which maps corner pixels to corner pixels (align_corners).
+With linear interpolation in every dimension (bilinear, trilinear) the weights multiply.
+
+x: (N, C, H, W) or (N, C, D, H, W), channels innermost in memory -> y: (N, C, *size) likewise.
+Positions are computed in fp32 for every dtype, as torch does, so that the same pixels are chosen.
+
+A program takes a tile of output pixels by channels. Each output is written once; the inputs that
+neighbouring outputs share come from the cache.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+
+from ...errors import InvalidInputError
+from ..contract.launch_tiles import tiled_launch, tiles_of
+from ..contract.op import (
+    Attributes,
+    Builder,
+    Capture,
+    Config,
+    Cost,
+    Domain,
+    Launch,
+    Op,
+    Problem,
+    config,
+    tensor_bytes,
+    tile_config,
+)
+from ..contract.spec import MEMORY_FORMATS, Layout, TensorSpec
+from ..contract.targets import Target
+from ..movement.arguments import as_image, as_sequence
+from .pool import channel_block
+
+NEAREST, EXACT, LINEAR, CORNERS = "nearest", "nearest-exact", "linear", "corners"
+RULES = {"upsample_nearest": (NEAREST, EXACT), "upsample_linear": (LINEAR, CORNERS)}
+
+
+@dataclass(frozen=True)
+class Upsample(Attributes):
+    """size: of the output's spatial dimensions; steps: input pixels from one output to the next,
+    fp32 values; rule: where an output lies in the input, one of `RULES`."""
+
+    size: tuple[int, ...] = (1, 1)
+    steps: tuple[float, ...] = (1.0, 1.0)
+    rule: str = NEAREST
+
+
+def infer(
+    name: str, attributes: Upsample, inputs: tuple[TensorSpec, ...]
+) -> tuple[TensorSpec, ...]:
+    """(N, C, *size)."""
+    (x,) = inputs
+    size, steps = attributes.size, attributes.steps
+    if x.rank not in MEMORY_FORMATS or not len(size) == len(steps) == x.rank - 2:
+        raise InvalidInputError(
+            f"{name}: expected x (N,C,H,W) or (N,C,D,H,W) and as many sizes and steps as it has "
+            f"spatial dimensions, got {x}, sizes {size} and steps {steps}"
+        )
+    if min(*size, *x.shape[2:]) < 1:
+        raise InvalidInputError(f"{name}: cannot resize {x} to {size}; both need pixels")
+    if attributes.rule not in RULES[name] or not all(0 <= step < math.inf for step in steps):
+        raise InvalidInputError(
+            f"{name}: expected a rule of {RULES[name]} and finite steps, got {attributes}"
+        )
+    return (TensorSpec((*x.shape[:2], *size), x.dtype, Layout.NHWC, x.batch),)
+
+
+def positions(
+    rule: str, size: int, outputs: int, step: float
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """For every output along one dimension: lower and upper input pixel, weight of the upper."""
+    index = torch.arange(outputs, dtype=torch.float32)
+    if rule in (NEAREST, CORNERS):
+        position = index * step
+    elif rule == EXACT:
+        position = (index + 0.5) * step
+    else:
+        position = ((index + 0.5) * step - 0.5).clamp(min=0)
+    low = position.to(torch.int64).clamp(max=size - 1)
+    weight = (position - low).clamp(0, 1)
+    # As in torch, a pixel that is kept as it is has no neighbour: 0 * NaN would be NaN.
+    high = low if outputs == size else (low + 1).clamp(max=size - 1)
+    return low, high, weight
+
+
+def reference(attributes: Upsample, x: torch.Tensor) -> torch.Tensor:
+    y = x if x.dtype is torch.float64 else x.float()
+    for dim in reversed(range(2, x.dim())):
+        outputs, step = attributes.size[dim - 2], attributes.steps[dim - 2]
+        low, high, weight = positions(attributes.rule, x.shape[dim], outputs, step)
+        lower = y.index_select(dim, low.to(x.device))
+        if attributes.rule in (NEAREST, EXACT):
+            y = lower
+            continue
+        share = weight.to(y).view(-1, *(1 for _ in range(dim + 1, x.dim())))
+        y = lower * (1 - share) + y.index_select(dim, high.to(x.device)) * share
+    return y.to(x.dtype)
+
+
+@triton.jit
+def position(
+    index, SIZE: tl.constexpr, OUTPUTS: tl.constexpr, STEP: tl.constexpr, RULE: tl.constexpr
+):
+    """Lower and upper input pixel of an output along one dimension, and the upper one's weight."""
+    at = index.to(tl.float32)
+    if RULE == "nearest" or RULE == "corners":
+        at = at * STEP
+    elif RULE == "nearest-exact":
+        at = (at + 0.5) * STEP
+    else:
+        # max(s - 1/2, 0), so written that product and difference stay two roundings, as in torch:
+        # a GPU would make them one.
+        at = tl.maximum((at + 0.5) * STEP, 0.5) - 0.5
+    low = tl.minimum(at.to(tl.int32), SIZE - 1)
+    weight = tl.minimum(tl.maximum(at - low.to(tl.float32), 0.0), 1.0)
+    high = low
+    if OUTPUTS != SIZE:
+        high = tl.minimum(low + 1, SIZE - 1)
+    return low, high, weight
+
+
+@triton.jit
+def upsample_kernel(
+    x,
+    y,
+    extras,
+    m,
+    D: tl.constexpr,
+    H: tl.constexpr,
+    WIDTH: tl.constexpr,
+    C: tl.constexpr,
+    DEEP: tl.constexpr,
+    P: tl.constexpr,
+    Q: tl.constexpr,
+    STEP_D: tl.constexpr,
+    STEP_H: tl.constexpr,
+    STEP_W: tl.constexpr,
+    VOLUME: tl.constexpr,
+    RULE: tl.constexpr,
+    X_PITCH: tl.constexpr,
+    X_OFFSET: tl.constexpr,
+    Y_PITCH: tl.constexpr,
+    Y_OFFSET: tl.constexpr,
+    EPILOGUE: tl.constexpr,
+    WIDE: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_COLUMNS: tl.constexpr,
+):
+    # DEEP, P, Q: the output's depth, height and width; images have a depth of one.
+    column_tiles: tl.constexpr = (C + BLOCK_COLUMNS - 1) // BLOCK_COLUMNS
+    program = tl.program_id(0)
+    rows = program // column_tiles * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    columns = program % column_tiles * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
+    row_mask = rows < m
+    column_mask = columns < C
+    mask = row_mask[:, None] & column_mask[None, :]
+    if WIDE:
+        rows = rows.to(tl.int64)
+    depth, height = (rows // (P * Q) % DEEP).to(tl.int32), (rows // Q % P).to(tl.int32)
+    front, back, depth_weight = position(depth, D, DEEP, STEP_D, RULE)
+    top, bottom, height_weight = position(height, H, P, STEP_H, RULE)
+    left, right, width_weight = position((rows % Q).to(tl.int32), WIDTH, Q, STEP_W, RULE)
+    image = rows // (DEEP * P * Q)
+    base = x + X_OFFSET + columns[None, :]
+    if RULE == "nearest" or RULE == "nearest-exact":
+        pixel = ((image * D + front) * H + top) * WIDTH + left
+        acc = tl.load(base + (pixel * X_PITCH)[:, None], mask=mask, other=0.0).to(tl.float32)
+    else:
+        acc = tl.zeros((BLOCK_ROWS, BLOCK_COLUMNS), tl.float32)
+        for at_depth in tl.static_range(2 if VOLUME else 1):
+            plane = tl.zeros((BLOCK_ROWS, BLOCK_COLUMNS), tl.float32)
+            for at_height in tl.static_range(2):
+                line = (image * D + (back if at_depth else front)) * H
+                line = (line + (bottom if at_height else top)) * WIDTH
+                low = tl.load(base + ((line + left) * X_PITCH)[:, None], mask=mask, other=0.0)
+                high = tl.load(base + ((line + right) * X_PITCH)[:, None], mask=mask, other=0.0)
+                row = low.to(tl.float32) * (1.0 - width_weight)[:, None]
+                row += high.to(tl.float32) * width_weight[:, None]
+                share = height_weight if at_height else 1.0 - height_weight
+                plane += row * share[:, None]
+            share = depth_weight if at_depth else 1.0 - depth_weight
+            acc += plane * share[:, None]
+    acc = EPILOGUE(acc, rows, columns, row_mask, column_mask, extras)
+    address = y + Y_OFFSET + (rows * Y_PITCH)[:, None] + columns[None, :]
+    tl.store(address, acc.to(y.dtype.element_ty), mask=mask)
+
+
+def launches(problem: Problem, tile: Config, target: Target) -> tuple[Launch, ...]:
+    """One launch over all output pixels."""
+    attributes, x, out = problem.attributes, problem.inputs[0], problem.output
+    assert isinstance(attributes, Upsample)
+    is_image = out.spec.rank == 4
+    d, h, width = (1, *x.shape[2:]) if is_image else x.shape[2:]
+    o, p, q = (1, *out.shape[2:]) if is_image else out.shape[2:]
+    steps = (1.0, *attributes.steps) if is_image else attributes.steps
+    c = out.shape[1]
+    return tiled_launch(
+        problem,
+        tile,
+        upsample_kernel,
+        {
+            "D": d, "H": h, "WIDTH": width, "C": c, "DEEP": o, "P": p, "Q": q,
+            "STEP_D": steps[0], "STEP_H": steps[1], "STEP_W": steps[2], "RULE": attributes.rule,
+            "VOLUME": not is_image,
+        },
+    )  # fmt: skip
+
+
+def configs(problem: Problem, target: Target) -> Iterator[Config]:
+    """512 to 2048 results per program."""
+    yield from tiles_of((512, 1024, 2048), (16, 32, 64, 128))
+
+
+def default(problem: Problem, target: Target) -> Config:
+    """1024 results, 8 per thread: each takes up to eight loads, all in flight together."""
+    c = problem.output.shape[1]
+    if target.name == "interpreter":
+        return tile_config(problem.output.spec.numel // c, c, target)
+    columns = channel_block(c)
+    return config(4, 1, BLOCK_ROWS=1024 // columns, BLOCK_COLUMNS=columns)
+
+
+def cost(problem: Problem) -> Cost:
+    """A multiplication and an addition per input pixel that an output looks at."""
+    assert isinstance(problem.attributes, Upsample)
+    read, written = tensor_bytes(problem)
+    is_linear = problem.attributes.rule in RULES["upsample_linear"]
+    taps = 2 ** (problem.output.spec.rank - 2) if is_linear else 0
+    return Cost(2 * taps * problem.output.spec.numel, read, written)
+
+
+def step_of(size: int, outputs: int, rule: str, scale: float | None) -> float:
+    """Input pixels between neighbouring outputs, rounded to fp32 as torch's own kernels do.
+
+    A scale that the caller gave counts exactly, not the ratio of the sizes it led to; but, again as
+    in torch, not where a dimension keeps its size (unless for `EXACT`) or doubles it (`NEAREST`).
+    """
+    kept = outputs == size and rule != EXACT
+    if kept or (outputs == 2 * size and rule == NEAREST):
+        scale = None
+    if rule == CORNERS:
+        ratio = (size - 1) / (outputs - 1) if outputs > 1 else 0.0
+    else:
+        ratio = 1.0 / scale if scale else size / outputs
+    return float(torch.tensor(ratio, dtype=torch.float32))
+
+
+def _apply(g: Builder, name: str, x: Any, size: Any, scales: Any, rule: str, rank: int) -> Any:
+    spec = g.spec(x)
+    if spec.rank != rank:
+        return g.refuse(f"upsampling of rank {spec.rank}; expected {rank}: pass a batch dimension")
+    extents = spec.shape[2:]
+    if size is None:
+        size = [math.floor(old * scale) for old, scale in zip(extents, scales, strict=True)]
+    known: Sequence[float | None] = scales or [None] * len(extents)
+    steps = [
+        step_of(old, int(new), rule, scale)
+        for old, new, scale in zip(extents, size, known, strict=True)
+    ]
+    size = tuple(int(new) for new in size)
+    if rank > 3:
+        return g.apply(name, (x,), Upsample(size, tuple(steps), rule))
+    attributes = Upsample((1, *size), (1.0, *steps), rule)
+    return as_sequence(g, g.apply(name, (as_image(g, x),), attributes))
+
+
+def _capture_nearest(rule: str, rank: int) -> Capture:
+    def capture(g: Builder, x: Any, size: Any, scales: Any) -> Any:
+        return _apply(g, "upsample_nearest", x, size, scales, rule, rank)
+
+    return capture
+
+
+def _capture_linear(rank: int) -> Capture:
+    def capture(g: Builder, x: Any, size: Any, align_corners: bool, scales: Any) -> Any:
+        rule = CORNERS if align_corners else LINEAR
+        return _apply(g, "upsample_linear", x, size, scales, rule, rank)
+
+    return capture
+
+
+def _build(name: str, draw: Mapping[str, Any]) -> tuple[Upsample, tuple[TensorSpec, ...]] | None:
+    extents = draw["image"]
+    size, rule, scale = draw["size"][: len(extents)], RULES[name][draw["rule"]], draw["scale"]
+    if scale is not None:
+        size = tuple(math.floor(extent * scale) for extent in extents)
+        if min(size) < 1:
+            return None
+    steps = tuple(
+        step_of(old, new, rule, scale) for old, new in zip(extents, size, strict=True)
+    )
+    x = TensorSpec((draw["N"], draw["C"], *extents), torch.float32, Layout.NHWC)
+    return Upsample(size, steps, rule), (x,)
+
+
+def _op(name: str, aten: Mapping[str, Capture]) -> Op:
+    return Op(
+        name=name,
+        attributes=Upsample,
+        infer=partial(infer, name),
+        reference=reference,
+        launches=launches,
+        configs=configs,
+        default=default,
+        cost=cost,
+        domain=Domain(
+            ranges={
+                "N": (1, 2, 3),
+                "C": (1, 3, 8, 33),
+                "image": ((1, 1), (2, 3), (7, 5), (9, 12), (2, 3, 4), (1, 4, 3)),
+                "size": ((1, 1, 1), (4, 6, 8), (7, 7, 3), (5, 13, 9)),
+                "scale": (None, None, 2.0, 1.5, 2.3, 0.6),
+                "rule": (0, 1),
+            },
+            build=partial(_build, name),
+            interesting=(
+                {"N": 2, "C": 21, "image": (7, 7), "size": (20, 23), "scale": None, "rule": 0},
+                {"N": 1, "C": 8, "image": (4, 5), "size": (), "scale": 2.0, "rule": 1},
+            ),
+        ),
+        aten=aten,
+    )
+
+
+RANKS = {3: "1d", 4: "2d", 5: "3d"}
+LINEAR_NAMES = {3: "linear1d", 4: "bilinear2d", 5: "trilinear3d"}
+OPS = (
+    _op(
+        "upsample_nearest",
+        {
+            f"aten.{stem}{dims}.vec": _capture_nearest(rule, rank)
+            for stem, rule in (("upsample_nearest", NEAREST), ("_upsample_nearest_exact", EXACT))
+            for rank, dims in RANKS.items()
+        },
+    ),
+    _op(
+        "upsample_linear",
+        {f"aten.upsample_{name}.vec": _capture_linear(rank) for rank, name in LINEAR_NAMES.items()},
+    ),
+)

@@ -1,0 +1,456 @@
+"""bmm: y[..., i, j] = sum_k a[..., i, k] b[..., k, j], products of pairs of activations.
+
+a: (..., M, K), b: (..., K, N) -> y: (..., M, N), dense; fp32 sums. Leading dimensions are equal, or
+1 in a factor that is the same all along it: a learned matrix for every sample.
+Attributes rearrange the factors first, so that heads of attention and transposed factors are read
+where they lie, in any layout: the kernel takes one stride for each dimension of a product, and for
+each part that the products' number is made of.
+
+One program computes one tile of one product; fp32 is as exact as in `linear.py`. Attention is
+bmm, softmax, bmm: correct, but its matrix of scores goes through memory.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+
+from ...errors import InvalidInputError
+from ..contract import epilogue as ep
+from ..contract.epilogue import Stage
+from ..contract.op import (
+    Attributes,
+    Builder,
+    Config,
+    Cost,
+    Domain,
+    Launch,
+    Op,
+    Problem,
+    W,
+    X,
+    Y,
+    operand_refs,
+    tensor_bytes,
+)
+from ..contract.spec import Layout, Operand, TensorSpec
+from ..contract.targets import Target
+from ..movement.movement import Expand, Permute, Reshape
+from ..movement.rearrange import infer_rearrange, rearrange
+from ..movement.rearrangement import Rearrange, parts_of
+from ..normalisation.softmax import Softmax
+from . import gemm
+
+
+@dataclass(frozen=True)
+class Bmm(Attributes):
+    """What is done to the factors before they are multiplied; None leaves them alone.
+
+    wide: products stay fp32, whatever the factors are: scores of attention in half precision would
+    overflow, and torch never stores them.
+    """
+
+    left: Rearrange | None = None
+    right: Rearrange | None = None
+    wide: bool = False
+
+
+def factor(attributes: Rearrange | None, spec: TensorSpec) -> TensorSpec:
+    """A factor as it is multiplied."""
+    return spec if attributes is None else infer_rearrange(attributes, (spec,))[0]
+
+
+@dataclass(frozen=True)
+class Factor:
+    """How a factor is read: sizes and strides of the parts of its leading dimensions, and strides
+    of its rows and columns."""
+
+    sizes: tuple[int, ...]
+    leading: tuple[int, ...]
+    rows: int
+    columns: int
+
+
+def factor_of(
+    attributes: Rearrange | None, operand: Operand, leading: tuple[int, ...] | None = None
+) -> Factor | None:
+    """How a factor is read, or None where its rows or columns have no single stride.
+
+    leading: the product's leading dimensions, where a factor of 1 is read again and again.
+    """
+    if attributes is None:
+        *steps, rows, columns = operand.strides
+        sizes = operand.shape[:-2]
+        return _repeated(Factor(sizes, tuple(steps), rows, columns), sizes, leading)
+    out = infer_rearrange(attributes, (operand.spec,))[0].with_(layout=Layout.DENSE)
+    parts = parts_of(attributes, operand, out)
+    single = []
+    for taken in parts.groups[-2:]:
+        steps = [parts.read[part] for part in taken if attributes.parts[part] != 1]
+        if len(steps) > 1:
+            return None
+        single.append(steps[0] if steps else 0)
+    count = sum(len(taken) for taken in parts.groups[:-2])
+    read = Factor(parts.sizes[:count], parts.read[:count], single[0], single[1])
+    return _repeated(read, out.shape[:-2], leading)
+
+
+def _repeated(read: Factor, own: tuple[int, ...], leading: tuple[int, ...] | None) -> Factor:
+    """The factor read along leading dimensions, some of which it has not."""
+    if leading in (None, own):
+        return read
+    assert leading is not None
+    if math.prod(own) == 1:
+        return replace(read, sizes=leading, leading=(0,) * len(leading))
+    # Parts of one element tell nothing; of the others each dimension has those that fill it.
+    parts = [part for part in zip(read.sizes, read.leading, strict=True) if part[0] != 1]
+    sizes: list[int] = []
+    steps: list[int] = []
+    for size, wanted in zip(own, leading, strict=True):
+        if size == 1:
+            sizes.append(wanted)
+            steps.append(0)
+        while size > 1:
+            part, step = parts.pop(0)
+            size //= part
+            sizes.append(part)
+            steps.append(step)
+    return replace(read, sizes=tuple(sizes), leading=tuple(steps))
+
+
+def infer(attributes: Bmm, inputs: tuple[TensorSpec, ...]) -> tuple[TensorSpec, ...]:
+    """(..., M, K) and (..., K, N) give (..., M, N)."""
+    a, b = inputs
+    left, right = factor(attributes.left, a).shape, factor(attributes.right, b).shape
+    agree = len(left) == len(right) > 1 and left[-1] == right[-2] and all(
+        m == n or 1 in (m, n) for m, n in zip(left[:-2], right[:-2], strict=True)
+    )
+    if not agree:
+        raise InvalidInputError(
+            f"bmm: expected (..., M, K) and (..., K, N), got {left} and {right} of {a} and {b}"
+        )
+    leading = tuple(map(max, left[:-2], right[:-2]))
+    batch = a.batch or b.batch
+    firsts = [shape[0] for spec, shape in ((a, left), (b, right)) if spec.batch is None]
+    shared = all(first == 1 for first in firsts)
+    apart = not shared or (not firsts and left[0] != right[0])
+    if batch is not None and (len(left) < 3 or apart):
+        raise InvalidInputError(
+            "bmm: both factors of each product must belong to one sample of the batch, or one of "
+            f"them to all, got {a} and {b}"
+        )
+    dtype = torch.float32 if attributes.wide else a.dtype
+    return (TensorSpec((*leading, left[-2], right[-1]), dtype, batch=batch),)
+
+
+def reference(attributes: Bmm, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    if attributes.wide and a.dtype is not torch.float64:
+        a, b = a.float(), b.float()
+    a = a if attributes.left is None else rearrange(attributes.left, a)
+    return a @ (b if attributes.right is None else rearrange(attributes.right, b))
+
+
+@triton.jit
+def bmm_kernel(
+    x,
+    w,
+    y,
+    extras,
+    m,
+    HEIGHT: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    DEPTH: tl.constexpr,
+    X_MATRIX: tl.constexpr,
+    X_OFFSET: tl.constexpr,
+    X_ROW: tl.constexpr,
+    X_DEPTH: tl.constexpr,
+    W_MATRIX: tl.constexpr,
+    W_OFFSET: tl.constexpr,
+    W_DEPTH: tl.constexpr,
+    W_COLUMN: tl.constexpr,
+    Y_PITCH: tl.constexpr,
+    Y_OFFSET: tl.constexpr,
+    EPILOGUE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    WIDE: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP_M: tl.constexpr,
+):
+    # m counts products; the tiles of one are neighbours, and share its factors in L2.
+    row_tiles: tl.constexpr = (HEIGHT + BLOCK_M - 1) // BLOCK_M
+    column_tiles: tl.constexpr = (COLUMNS + BLOCK_N - 1) // BLOCK_N
+    program = tl.program_id(0)
+    matrix = program // (row_tiles * column_tiles)
+    row_tile, column_tile = gemm.tile_index(
+        program % (row_tiles * column_tiles), row_tiles, column_tiles, GROUP_M
+    )
+    rows = row_tile * BLOCK_M + tl.arange(0, BLOCK_M)
+    columns = column_tile * BLOCK_N + tl.arange(0, BLOCK_N)
+    depth = tl.arange(0, BLOCK_K)
+    row_mask = rows < HEIGHT
+    column_mask = columns < COLUMNS
+    if WIDE:
+        matrix = matrix.to(tl.int64)
+        rows = rows.to(tl.int64)
+        columns = columns.to(tl.int64)
+        depth = depth.to(tl.int64)
+    x_rows = x + X_OFFSET + X_MATRIX(matrix) + (rows * X_ROW)[:, None]
+    w_columns = w + W_OFFSET + W_MATRIX(matrix) + (columns * W_COLUMN)[None, :]
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for start in range(0, DEPTH, BLOCK_K):
+        at = depth + start
+        inside = at < DEPTH
+        a_mask = row_mask[:, None] & inside[None, :]
+        b_mask = inside[:, None] & column_mask[None, :]
+        a = tl.load(x_rows + (at * X_DEPTH)[None, :], mask=a_mask, other=0.0)
+        b = tl.load(w_columns + (at * W_DEPTH)[:, None], mask=b_mask, other=0.0)
+        acc = tl.dot(a, b, acc, input_precision=PRECISION)
+    gemm.finish_tile(
+        acc,
+        y,
+        matrix * HEIGHT + rows,
+        columns,
+        row_mask,
+        column_mask,
+        extras,
+        EPILOGUE,
+        Y_PITCH,
+        Y_OFFSET,
+    )
+
+
+def size_of(problem: Problem) -> gemm.Size:
+    """The rows of one product, its columns and depth, and the products side by side."""
+    attributes, a, out = problem.attributes, problem.inputs[0], problem.output
+    assert isinstance(attributes, Bmm)
+    *leading, rows, columns = out.shape
+    depth = factor(attributes.left, a.spec).shape[-1]
+    return gemm.Size(rows, columns, depth, a.spec.dtype, groups=math.prod(leading))
+
+
+def launches(problem: Problem, tile: Config, target: Target) -> tuple[Launch, ...]:
+    """One launch over the tiles of all products."""
+    attributes, (a, b), out = problem.attributes, problem.inputs, problem.output
+    assert isinstance(attributes, Bmm)
+    size = size_of(problem)
+    leading = out.shape[:-2]
+    left = factor_of(attributes.left, a, leading)
+    right = factor_of(attributes.right, b, leading)
+    assert left is not None and right is not None
+    block_m, block_n = tile["BLOCK_M"], tile["BLOCK_N"]
+
+    launch = Launch(
+        kernel=bmm_kernel,
+        pointers={"x": X, "w": W, "y": Y},
+        extras=operand_refs(problem),
+        rows=size.groups,
+        batch=out.spec.batch,
+        block_rows=1,
+        columns=-(-size.rows // block_m) * -(-size.columns // block_n),
+        constexprs={
+            "HEIGHT": size.rows, "COLUMNS": size.columns, "DEPTH": size.depth,
+            "X_MATRIX": ep.row_offset_function(left.sizes, left.leading), "X_OFFSET": a.offset,
+            "X_ROW": left.rows, "X_DEPTH": left.columns,
+            "W_MATRIX": ep.row_offset_function(right.sizes, right.leading), "W_OFFSET": b.offset,
+            "W_DEPTH": right.rows, "W_COLUMN": right.columns,
+            "Y_PITCH": out.pitch, "Y_OFFSET": out.offset,
+            "EPILOGUE": ep.for_output(problem.epilogue, problem.operands, out.spec),
+            "PRECISION": gemm.dot_precision(problem, size.depth),
+            "WIDE": problem.is_wide,
+            **dict(tile.blocks),
+        },
+        num_warps=tile.num_warps,
+        num_stages=tile.num_stages,
+        l2_bytes=gemm.l2_bytes(problem, tile, size.depth),
+        steps=size.steps(tile["BLOCK_K"]),
+        step_instructions=gemm.step_instructions(tile, size.dtype, taps=1),
+    )  # fmt: skip
+    return (launch,)
+
+
+def configs(problem: Problem, target: Target) -> Iterator[Config]:
+    return gemm.tile_configs(size_of(problem), target)
+
+
+def legal(problem: Problem, tile: Config, target: Target) -> str | None:
+    return gemm.legal(size_of(problem), tile, target)
+
+
+def default(problem: Problem, target: Target) -> Config:
+    return gemm.default_tile(size_of(problem), target)
+
+
+def cost(problem: Problem) -> Cost:
+    read, written = tensor_bytes(problem)
+    return Cost(size_of(problem).flops, read, written)
+
+
+def _build(draw: Mapping[str, Any]) -> tuple[Bmm, tuple[TensorSpec, ...]]:
+    *leading, rows, depth, columns = draw["shape"]
+    shapes = [(*leading, rows, depth), (*leading, depth, columns)]
+    if leading and (shared := draw["shared"]) is not None:
+        shapes[shared] = (1, *shapes[shared][1:])
+    made = [_read_as(kind, shape) for kind, shape in zip(draw["read"], shapes, strict=True)]
+    (left, a), (right, b) = made
+    specs = TensorSpec(a, torch.float32), TensorSpec(b, torch.float32)
+    return Bmm(left, right, draw["wide"]), specs
+
+
+def _shared_draw(shared: int, read: tuple[str, str], wide: bool) -> dict[str, Any]:
+    """A problem one of whose factors all samples share."""
+    return {"shape": (2, 3, 7, 5, 6), "read": read, "shared": shared, "wide": wide}
+
+
+def _read_as(kind: str, shape: tuple[int, ...]) -> tuple[Rearrange | None, tuple[int, ...]]:
+    """A rearrangement to a shape, and the shape it starts from."""
+    dims = tuple(range(len(shape)))
+    if kind == "transposed":
+        dims = (*dims[:-2], dims[-1], dims[-2])
+        return Rearrange(tuple(shape[dim] for dim in dims), dims, shape), tuple(
+            shape[dim] for dim in dims
+        )
+    if kind == "heads" and len(shape) == 4:
+        n, heads, length, width = shape
+        split = (n, length, heads, width)
+        return Rearrange(split, (0, 2, 1, 3), shape), (n, length, heads * width)
+    return None, shape
+
+
+def _product(
+    g: Builder, a: Any, b: Any, stages: ep.Epilogue = (), *operands: Any, wide: bool = False
+) -> Any:
+    """The product of factors whose leading dimensions broadcast; a constant factor is a weight."""
+    left, right = g.spec(a), g.spec(b)
+    if left.rank < 2 or right.rank < 2:
+        return g.refuse("products with vectors; unsqueeze them to matrices")
+    if right.rank == 2 and g.constant(b) is not None:
+        weight = g.apply("permute", (b,), Permute((1, 0)))
+        return g.apply("linear", (a, weight, *operands), epilogue=stages)
+    if (left.batch is None) != (right.batch is None):
+        # What all samples share is read again for each; the batch is not expanded to.
+        rank = max(left.rank, right.rank)
+        a, b = (_of_rank(g, value, rank) for value in (a, b))
+        return g.apply("bmm", (a, b, *operands), Bmm(wide=wide), stages)
+    leading = tuple(torch.broadcast_shapes(left.shape[:-2], right.shape[:-2]))
+    factors = []
+    for value, spec in ((a, left), (b, right)):
+        if spec.shape[:-2] != leading:
+            kept = spec.rank == len(leading) + 2
+            old = spec.shape[:-2] if kept else (None,) * len(leading)
+            new = [-1 if one == size else size for one, size in zip(old, leading, strict=True)]
+            tail = spec.shape[-2:] if not kept else (-1, -1)
+            value = g.apply("expand", (value,), Expand((*new, *tail)))
+        factors.append(value)
+    return g.apply("bmm", (*factors, *operands), Bmm(wide=wide), stages)
+
+
+def _of_rank(g: Builder, x: Any, rank: int) -> Any:
+    """A tensor with leading dimensions of 1 up to a rank."""
+    shape = g.spec(x).shape
+    missing = rank - len(shape)
+    return g.apply("reshape", (x,), Reshape((*(1,) * missing, *shape))) if missing else x
+
+
+def _capture_matmul(g: Builder, a: Any, b: Any) -> Any:
+    return _product(g, a, b)
+
+
+def _capture_baddbmm(
+    g: Builder, c: Any, a: Any, b: Any, *, beta: float = 1, alpha: float = 1
+) -> Any:
+    """beta · c + alpha · a b."""
+    if beta != 1:
+        return g.refuse(f"baddbmm with beta={beta}; only 1 is")
+    scale = (Stage("mul", literal=float(alpha)),) if alpha != 1 else ()
+    return _product(g, a, b, (*scale, Stage("add")), c)
+
+
+def _added(g: Builder, seen: torch.Tensor, dtype: torch.dtype) -> Any:
+    """A mask of what is seen as the numbers to add to scores: 0, or minus infinity."""
+    return g.add_constant(torch.zeros(seen.shape).masked_fill(~seen, -math.inf), dtype)
+
+
+def _capture_attention(
+    g: Builder,
+    q: Any,
+    k: Any,
+    v: Any,
+    mask: Any = None,
+    dropout: float = 0.0,
+    is_causal: bool = False,
+    *,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Any:
+    """softmax(q kᵀ · scale + mask) v."""
+    spec = g.spec(q)
+    if dropout or enable_gqa:
+        return g.refuse("attention with dropout or enable_gqa")
+    if not spec.rank == g.spec(k).rank == g.spec(v).rank >= 3:
+        return g.refuse("attention of factors of different ranks, or without leading dimensions")
+    dims = tuple(range(spec.rank))
+    keys = g.apply("permute", (k,), Permute((*dims[:-2], dims[-1], dims[-2])))
+    factor = 1 / math.sqrt(spec.shape[-1]) if scale is None else float(scale)
+    stages: ep.Epilogue = (Stage("mul", literal=factor),)
+    if is_causal:
+        triangle = torch.ones(spec.shape[-2], g.spec(k).shape[-2], dtype=torch.bool).tril()
+        mask = _added(g, triangle, spec.dtype)
+    elif mask is not None and g.spec(mask).dtype is torch.bool:
+        if (seen := g.constant(mask)) is None:
+            return g.refuse("attention with a mask of booleans that is computed; make it a buffer")
+        mask = _added(g, seen, spec.dtype)
+    added = () if mask is None else (mask,)
+    stages = (*stages, Stage("add")) if added else stages
+    scores = _product(g, q, keys, stages, *added, wide=True)
+    weights = g.apply("softmax", (scores,), Softmax(dims[-1], spec.dtype))
+    return _product(g, weights, v)
+
+
+OP = Op(
+    name="bmm",
+    attributes=Bmm,
+    infer=infer,
+    reference=reference,
+    launches=launches,
+    configs=configs,
+    default=default,
+    legal=legal,
+    cost=cost,
+    domain=Domain(
+        ranges={
+            "shape": (
+                (3, 1, 1, 1), (2, 5, 8, 3), (1, 17, 20, 9), (2, 3, 7, 5, 6), (3, 2, 16, 33, 18),
+                (4, 6, 5), (2, 40, 64, 36),
+            ),
+            "read": (
+                ("plain", "plain"), ("transposed", "plain"), ("plain", "transposed"),
+                ("heads", "heads"), ("heads", "transposed"),
+            ),
+            "shared": (None, 0, 1),
+            "wide": (False, True),
+        },
+        build=_build,
+        interesting=(
+            _shared_draw(1, ("heads", "plain"), wide=False),
+            _shared_draw(0, ("transposed", "heads"), wide=True),
+        ),
+    ),
+    aten={
+        "aten.bmm.default": _capture_matmul,
+        "aten.mm.default": _capture_matmul,
+        "aten.matmul.default": _capture_matmul,
+        "aten.baddbmm.default": _capture_baddbmm,
+        "aten.scaled_dot_product_attention.default": _capture_attention,
+    },
+    images=False,
+    follows=True,
+    factors=(0, 1),
+)  # fmt: skip

@@ -1,0 +1,89 @@
+"""The tiles of `gemm.py` through TMA descriptors, from sm_90 on: a configuration of the product.
+
+One thread asks the copy engine for a whole box; addresses, masks and the swizzle of shared memory
+cost no instructions, and the products read both operands where the boxes land. On sm_90 a step of
+the loop has 84 instructions where pointers take 96 (128x128x64, 8 warps), 96 of 126 (128x64x64, 4
+warps), and the copies hold no registers.
+
+Descriptors are made on the host at the launch and become constants of a CUDA graph.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+from ..contract import epilogue as ep
+from ..contract.op import Box, Config, Launch, Problem, Target, W, X, power_of_two
+from ..contract.spec import Operand
+from . import gemm
+
+# Warp groups multiply 64 rows at a time: lower tiles would fall back to the older instructions.
+TILES = (
+    (128, 256, 8), (256, 128, 8), (128, 128, 8), (256, 64, 8), (128, 64, 4), (64, 128, 4),
+    (64, 64, 4),
+)  # fmt: skip
+STEP_INSTRUCTIONS = 88
+"""Of a warp beside the products (84 to 98 from 128x128 to 256x128)."""
+ALIGNMENT = 16
+"""Bytes: of the first element and of every pitch."""
+BARRIERS = 1_024
+"""Bytes of shared memory for the barriers of the copies and the alignment of their boxes."""
+
+
+def is_one(tile: Config) -> bool:
+    """Whether a configuration of a product is this algorithm's."""
+    return bool(dict(tile.blocks).get("TMA", 0))
+
+
+def configs(problem: Problem, target: Target) -> Iterator[Config]:
+    """The search space: wide steps, since no instruction of theirs depends on their width."""
+    size = gemm.problem_size(problem)
+    widest = 128 // size.dtype.itemsize
+    block_k = max(16, min(widest, power_of_two(size.depth)))
+    for block in TILES:
+        for stages in (3, 4):
+            for split in gemm.splits(size, block[0], block[1], block_k):
+                plain = gemm.config_of(size, block, block_k, stages, split)
+                tile = replace(plain, blocks=(*plain.blocks, ("TMA", 1)))
+                if legal(problem, tile, target) is None:
+                    yield tile
+
+
+def legal(problem: Problem, tile: Config, target: Target) -> str | None:
+    """Why a configuration cannot compute the problem on the target, or None."""
+    x = problem.inputs[0]
+    itemsize = x.spec.dtype.itemsize
+    if problem.prologue:
+        return "TMA copies to shared memory; a prologue needs its elements in registers on the way"
+    for what, elements in (
+        ("the start of x", x.offset), ("the pitch of x", x.pitch),
+        ("the pitch of w", problem.inputs[1].spec.numel // problem.inputs[1].shape[0]),
+    ):  # fmt: skip
+        if elements * itemsize % ALIGNMENT:
+            return f"TMA: {what}, {elements * itemsize} bytes, is no multiple of {ALIGNMENT}"
+    if target.name == "interpreter":
+        return None
+    if target.capability < 90:
+        return f"TMA: {target.name} has no such copies, sm_90 and later have"
+    needed = gemm.shared_bytes(tile, x.spec.dtype) + BARRIERS
+    if needed > target.shared_bytes:
+        return f"needs {needed} bytes of shared memory; {target.name} has {target.shared_bytes}"
+    return None
+
+
+def _depth(x: Operand) -> int:
+    return ep.memory_sizes(x.spec)[-1]
+
+
+def launch(problem: Problem, tile: Config, x: Operand, columns: int) -> Launch:
+    """The launch of `gemm.py` that reads x and w in boxes."""
+    made = gemm.launch(problem, tile, x, columns)
+    depth, block_k = _depth(x), tile["BLOCK_K"]
+    rows, batch = x.spec.numel // depth, x.spec.batch
+    boxes = {
+        "x": Box(X, (rows, depth), (x.pitch, 1), (tile["BLOCK_M"], block_k), x.offset, batch),
+        "w": Box(W, (columns, depth), (depth, 1), (tile["BLOCK_N"], block_k)),
+    }
+    pointers = {name: ref for name, ref in made.pointers.items() if name not in boxes}
+    return replace(made, pointers=pointers, boxes=boxes, step_instructions=STEP_INSTRUCTIONS)

@@ -1,0 +1,69 @@
+"""The plain product y = epilogue(x wᵀ) of linear layers and 1x1 convolutions, and who computes it.
+
+The configuration says which algorithm:
+- `gemm`: tiles on the tensor cores (`gemm.py`);
+- `gemm_tma`: the same through descriptors, where memory is aligned (`gemm_tma.py`);
+- both of them by programs that stay and compute tile after tile (`gemm_persistent.py`), or with the
+  residual read before the loop (`residual.py`);
+- `gemv`: at most 8 rows, the weights streamed once (`gemv.py`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from ..contract import cost_model
+from ..contract.op import Config, Launch, Problem, Target
+from ..tile import residual
+from . import gemm, gemm_persistent, gemm_tma, gemv
+
+
+def launch(problem: Problem, tile: Config, target: Target) -> Launch:
+    """The launch of the configuration's algorithm."""
+    x, columns = problem.inputs[0], gemm.problem_size(problem).columns
+    if gemv.is_one(tile):
+        return gemv.launch(problem, tile, x, columns)
+    of_tiles = gemm_tma.launch if gemm_tma.is_one(tile) else gemm.launch
+    made = of_tiles(problem, tile, x, columns)
+    if gemm_persistent.resident_of(tile):
+        return gemm_persistent.staying(made, tile, target)
+    return made
+
+
+def configs(problem: Problem, target: Target) -> Iterator[Config]:
+    """The search space: every algorithm's."""
+    size = gemm.problem_size(problem)
+    tiles = (*gemm.tile_configs(size, target), *gemm_tma.configs(problem, target))
+    yield from tiles
+    yield from residual.variants(problem, tiles)
+    yield from gemm_persistent.variants(problem, tiles, target)
+    yield from gemv.configs(size, target)
+
+
+def legal(problem: Problem, tile: Config, target: Target) -> str | None:
+    """Why a configuration cannot run on the target, or None."""
+    size = gemm.problem_size(problem)
+    if gemv.is_one(tile):
+        return gemv.legal(size, tile, target)
+    refused = residual.legal(problem, tile) or gemm_persistent.legal(problem, tile, target)
+    if refused is not None:
+        return refused
+    if gemm_tma.is_one(tile):
+        return gemm_tma.legal(problem, tile, target)
+    return gemm.legal_tile(size.dtype, tile, target)
+
+
+def default(problem: Problem, target: Target) -> Config:
+    """The configuration of least modelled time, of tiles and of streaming: with few rows, tiles are
+    mostly padding and take their steps one after the other, or share their sums at a cost.
+
+    Descriptors are left to the tuner: the model tells tiles apart, not how they are read.
+    """
+    size = gemm.problem_size(problem)
+    tile = gemm.default_tile(size, target)
+    streamed = None if target.name == "interpreter" else gemv.default(size, target)
+    if streamed is None:
+        return tile
+    gpu = cost_model.machine_for(target)
+    is_faster = gemv.outlined_us(gpu, size, streamed) < gemm.outlined_us(gpu, size, tile)
+    return streamed if is_faster else tile
