@@ -13,9 +13,11 @@ from types import ModuleType
 from typing import Any
 
 import torch
-from convloom.compiler.capture.capture import TorchCall, capture
+from convloom.compiler.artifact.write import save
+from convloom.compiler.capture.capture import capture
+from convloom.compiler.explain.report import Report
 from convloom.compiler.graph.ir import Goal, Graph
-from convloom.compiler.graph.ledger import Ledger
+from convloom.compiler.graph.torch_call import TorchCall
 from convloom.compiler.passes import run_passes
 from convloom.compiler.plan.lower import Options, lower
 from convloom.compiler.run.executable import Executable
@@ -191,13 +193,13 @@ class Foreign:
 
     def executable(self, target: str) -> Executable:
         """Compiled for "reference" or "interpreter"; calls without a kernel run as torch ops."""
-        ledger, chosen = Ledger(), targets.parse(target)
+        ledger, chosen = Report(), targets.parse(target)
         self.captured.goal = Goal(chosen)
         graph = run_passes(self.captured, ledger, fallback="torch")
         plan = lower(graph, self.captured, Options(chosen), ledger)
         reference = chosen is targets.REFERENCE
         runner = ReferenceRunner(graph) if reference else InterpreterRunner(plan)
-        return Executable(graph, plan, ledger, runner)
+        return Executable(graph, plan, ledger, runner, save)
 
     def check(self, executable: Executable) -> str | None:
         """What is wrong with the executable's result, in words, or None."""

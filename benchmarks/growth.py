@@ -22,8 +22,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
+from convloom.compiler.explain.report import Report
 from convloom.compiler.graph.ir import INPUT, OUTPUT, Goal, Graph, NoAttributes, Node, Value
-from convloom.compiler.graph.ledger import Ledger
 from convloom.compiler.passes import run_passes
 from convloom.compiler.plan.lower import Options, lower
 from convloom.kernels.contract import targets
@@ -141,7 +141,7 @@ SHAPES: dict[str, Callable[[int], Graph]] = {
 def measure(build: Callable[[int], Graph], count: int) -> dict[str, float]:
     """Seconds of each step for one network, in one run: what is slow shows by factors."""
     graph = build(count)
-    ledger = Ledger()
+    ledger = Report()
     marks = [time.process_time()]
     optimised = run_passes(graph, ledger)
     marks.append(time.process_time())

@@ -29,7 +29,7 @@ def show(console: Console, folder: Path) -> dict[str, Any]:
     import torch
 
     from ..compiler.api import compile
-    from ..compiler.explain import parity
+    from ..compiler.run import parity
 
     entry = zoo.entry("resnet18")
     x = inputs.image_tensor(_photo(), entry)

@@ -15,8 +15,8 @@ from .options import compile_options, json_option
 
 if TYPE_CHECKING:
     from ..compiler.explain.account import Account
+    from ..compiler.explain.report import Report
     from ..compiler.graph.ir import Graph
-    from ..compiler.graph.ledger import Ledger
     from ..compiler.plan.plan import Plan
     from ..compiler.run.executable import Executable, Kernel
     from .options import SubParsers
@@ -107,7 +107,7 @@ class _Planned:
     name: str
     graph: Graph
     plan: Plan
-    ledger: Ledger
+    ledger: Report
 
     def account(self) -> Account:
         return replace(self.ledger.account(), model=self.name)

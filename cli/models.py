@@ -18,11 +18,11 @@ if TYPE_CHECKING:
     from torch import nn
 
     from ..compiler.artifact.load import LoadedExecutable
+    from ..compiler.evaluation.validate import Validation
+    from ..compiler.explain.report import Report
     from ..compiler.graph.ir import Graph
-    from ..compiler.graph.ledger import Ledger
     from ..compiler.plan.plan import Plan
     from ..compiler.run.executable import Executable
-    from ..compiler.run.validate import Validation
     from ..zoo import ZooModel
 
 SEED = 0
@@ -90,7 +90,7 @@ def compile_for(
         )  # fmt: skip
 
 
-def lower_model(options: argparse.Namespace, batch: int) -> tuple[Graph, Plan, Ledger]:
+def lower_model(options: argparse.Namespace, batch: int) -> tuple[Graph, Plan, Report]:
     """The zoo model `options.name` as it would be compiled for `batch` images, without code.
 
     Raises: ConvloomError as `compile_model` does.
@@ -110,7 +110,7 @@ def lower_for(
     target: str,
     options: argparse.Namespace,
     validation: Validation | None = None,
-) -> tuple[Graph, Plan, Ledger]:
+) -> tuple[Graph, Plan, Report]:
     """The model as it would be compiled for inputs like `example`, without code; `validation`
     watches the passes."""
     from ..compiler.api import lowered

@@ -18,9 +18,9 @@ if TYPE_CHECKING:
     import torch
 
     from ..compiler.artifact.load import LoadedExecutable
-    from ..compiler.explain.parity import Agreement, LayerParity, OutputParity, Truth
+    from ..compiler.evaluation.validate import PassCheck
     from ..compiler.run.executable import Executable, StepError
-    from ..compiler.run.validate import PassCheck
+    from ..compiler.run.parity import Agreement, LayerParity, OutputParity, Truth
     from ..zoo import ZooModel
     from .options import SubParsers
 
@@ -105,7 +105,7 @@ def _run_passes(options: argparse.Namespace) -> int:
     import torch
     from rich.table import Table
 
-    from ..compiler.run.validate import Validation
+    from ..compiler.evaluation.validate import Validation
 
     entry, target = zoo.entry(options.name), shared.target(options)
     options.passes = "default"
@@ -133,7 +133,7 @@ def _run_passes(options: argparse.Namespace) -> int:
 
 def _first_wrong_layer(steps: list[Step]) -> list[str]:
     """Where the first layer that is not what its module returns is worst, in words."""
-    from ..compiler.explain.parity import LayerParity
+    from ..compiler.run.parity import LayerParity
 
     for step in steps:
         if isinstance(step, LayerParity) and step.problem is not None:
@@ -146,8 +146,8 @@ def _first_wrong_layer(steps: list[Step]) -> list[str]:
 def _model(options: argparse.Namespace) -> Subject:
     import torch
 
-    from ..compiler.explain import parity
-    from ..compiler.run.validate import Validation
+    from ..compiler.evaluation.validate import Validation
+    from ..compiler.run import parity
 
     entry, target = zoo.entry(options.name), shared.target(options)
     model = models.build(entry.name, options.weights)
@@ -173,7 +173,7 @@ def _model(options: argparse.Namespace) -> Subject:
 
 def _file(options: argparse.Namespace) -> Subject:
     from ..compiler.artifact.load import load
-    from ..compiler.explain import parity
+    from ..compiler.run import parity
 
     chosen: dict[str, Any] = {
         "dtype": None, "precision": "ieee", "passes": "default", "fallback": "error",
@@ -236,7 +236,7 @@ def _verify(
     subject: Subject, batches: Iterator[tuple[torch.Tensor, ...]]
 ) -> tuple[list[Step], list[OutputParity], Agreement | None]:
     """Steps on the first batch; of every output the worst batch; answers on all of them."""
-    from ..compiler.explain import parity
+    from ..compiler.run import parity
 
     steps: list[Step] = []
     rows: list[OutputParity] = []
@@ -255,7 +255,7 @@ def _verify(
 
 
 def _call(subject: Subject, x: tuple[torch.Tensor, ...]) -> list[torch.Tensor]:
-    from ..compiler.explain.parity import tensors_of
+    from ..compiler.run.parity import tensors_of
 
     try:
         result = subject.call(*(each.to(subject.call.place) for each in x))

@@ -17,9 +17,12 @@ from .. import settings
 from ..errors import InvalidInputError
 from ..kernels.contract import targets
 from ..kernels.contract.spec import FLOAT_DTYPES
-from ..kernels.contract.targets import EMULATOR, INTERPRETER, REFERENCE, Target
+from ..kernels.contract.targets import REFERENCE, Target
+from .artifact.write import save
 from .capture.capture import capture
 from .capture.example_inputs import bounds_of, has_no_samples
+from .evaluation.validate import Validation
+from .explain.report import Report
 from .fusion import overrides as wishes
 from .graph.ir import Goal, Graph
 from .graph.ledger import Ledger
@@ -30,15 +33,7 @@ from .plan.plan import Plan
 from .records.choose import Chooser, Records, heuristic, local_device
 from .records.timings import Timings
 from .run.executable import Executable
-from .run.runtime import (
-    CrossCompiledRunner,
-    CudaRunner,
-    EmulatorRunner,
-    InterpreterRunner,
-    ReferenceRunner,
-    Runner,
-)
-from .run.validate import Validation
+from .run.runtime import runner_for
 from .tuning.fit import fitted
 from .tuning.search import problems_of, search, works_for
 
@@ -124,7 +119,8 @@ def executable_for(
         module, example, target=target, tuning=tuning, validation=validation, compiled=True,
         **options,
     )  # fmt: skip
-    executable = Executable(graph, plan, ledger, runner_for(graph, plan, plan.target, target))
+    runner = runner_for(graph, plan, plan.target, target)
+    executable = Executable(graph, plan, ledger, runner, save)
     LOG.info("%s: %s", graph.name, executable.summary_line())
     _debug(executable)
     return executable
@@ -148,7 +144,7 @@ def lowered(
     outputs: Sequence[str] | None = None,
     compiled: bool = False,
     validation: Validation | None = None,
-) -> tuple[Graph, Plan, Ledger]:
+) -> tuple[Graph, Plan, Report]:
     """What `compile` makes before there is code: the optimised graph, its plan and the ledger.
 
     known: where the times of alternative fusions are looked up, and what is missing is kept;
@@ -218,14 +214,14 @@ def _optimised(
     passes: str | tuple[str, ...],
     fallback: str,
     validation: Validation | None,
-) -> tuple[Graph, Ledger]:
-    ledger = Ledger()
+) -> tuple[Graph, Report]:
+    ledger = Report()
     return run_passes(captured, ledger, passes, fallback, validation), ledger
 
 
 def _lowered_with(
-    graph: Graph, captured: Graph, options: Options, ledger: Ledger, choose: Chooser
-) -> tuple[Plan, Ledger]:
+    graph: Graph, captured: Graph, options: Options, ledger: Report, choose: Chooser
+) -> tuple[Plan, Report]:
     """The plan by one chooser; the ledger of the passes stays as it is for the next one."""
     ledger = ledger.copy()
     return lower(graph, captured, replace(options, choose=choose), ledger), ledger
@@ -255,22 +251,6 @@ def _with_bounds(plan: Plan, bounds: tuple[int, int]) -> Plan:
     return replace(plan, batch=bounds)
 
 
-def runner_for(graph: Graph, plan: Plan, chosen: Target, target: str) -> Runner:
-    """What runs a plan; `target` is the user's word for `chosen`: "cuda" means this machine's GPU,
-    "emulator:sm_90" a GPU that is emulated."""
-    if chosen is REFERENCE:
-        return ReferenceRunner(graph)
-    if chosen is INTERPRETER:
-        return InterpreterRunner(plan)
-    if target.startswith(EMULATOR):
-        return EmulatorRunner(plan)
-    capability = targets.local_capability()
-    here = capability is not None and targets.nearest(capability) is chosen
-    if target == "cuda" or here:
-        return CudaRunner(plan, chosen)
-    return CrossCompiledRunner(plan)
-
-
 def _debug(executable: Executable) -> None:
     level = settings.read().debug
     if level >= 1:
@@ -282,5 +262,3 @@ def _debug(executable: Executable) -> None:
     if level >= 4:
         for kernel in executable.kernels:
             print(kernel.source())
-
-

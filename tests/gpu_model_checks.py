@@ -18,9 +18,9 @@ import pytest
 import torch
 from convloom import settings, zoo
 from convloom.benchmarks.measure import products
-from convloom.compiler.explain import parity
 from convloom.compiler.fusion.pattern import Rule
 from convloom.compiler.passes import PASSES
+from convloom.compiler.run import parity
 from convloom.compiler.run.executable import Executable
 from convloom.errors import InvalidInputError
 from convloom.kernels.contract import tolerance

@@ -18,8 +18,8 @@ import pytest
 import torch
 from convloom.compiler import api
 from convloom.compiler.capture.capture import capture
+from convloom.compiler.evaluation.evaluate import evaluate
 from convloom.compiler.graph.ir import INPUT, Graph, NoAttributes, Node, Value
-from convloom.compiler.run.evaluate import evaluate
 from convloom.kernels.contract import tolerance
 from convloom.kernels.contract.spec import TensorSpec
 from convloom.kernels.tile.torch_convolution import SoundConvolutions

@@ -18,6 +18,7 @@ from convloom.compiler.api import lowered
 from convloom.compiler.explain import account as acc
 from convloom.compiler.explain import account_text, diff
 from convloom.compiler.explain.account import Account, Place, Record, from_json
+from convloom.compiler.explain.report import Report
 from convloom.compiler.graph.ledger import Event, Ledger
 from convloom.errors import ArtifactError, GraphError, InvalidInputError
 from torch import nn
@@ -246,7 +247,7 @@ def test_torch_fallbacks_have_no_time() -> None:
     assert "not measured -> not measured" in text
     assert "torch fallbacks (in no figure above)" in text
     assert [fate.kernel for fate in ledger.fates if "cumsum" in fate.op] == ["torch"]
-    again = Ledger.from_json(ledger.to_json())
+    again = Report.from_json(ledger.to_json())
     assert again.fates == ledger.fates
 
 
@@ -300,7 +301,7 @@ def test_events_carry_further_figures() -> None:
 
 def test_an_account_needs_a_plan() -> None:
     with pytest.raises(GraphError, match="no plan yet"):
-        Ledger().account()
+        Report().account()
 
 
 # Measured times.
@@ -324,7 +325,7 @@ def test_measured_times_are_shown_when_they_are_known() -> None:
 def test_measured_times_of_some_steps_are_no_time_of_the_network() -> None:
     ledger = ledger_of(residual)
     first, *_ = [step.name for step in ledger.plan.steps]
-    for known in (ledger, Ledger.from_json(ledger.to_json())):
+    for known in (ledger, Report.from_json(ledger.to_json())):
         measured = known.with_measured({first: 12.5}, "a GPU")
         account = measured.account()
         assert account.place(first).measured == acc.Time(12.5, acc.MEASURED)
@@ -343,7 +344,7 @@ def test_an_account_survives_json(net: Callable[[], Made]) -> None:
     ledger = ledger_of(net)
     data = json.loads(json.dumps(ledger.to_json(), allow_nan=False))
     assert list(data)[:2] == ["schema", "version"]
-    again = Ledger.from_json(data, "file")
+    again = Report.from_json(data, "file")
     assert again.account() == ledger.account()
     assert again.fates == ledger.fates
     assert again.bytes_saved == ledger.bytes_saved

@@ -19,6 +19,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from convloom.compiler.capture.capture import capture
+from convloom.compiler.evaluation.evaluate import evaluate
 from convloom.compiler.fusion.rules import HEAVY
 from convloom.compiler.graph import text
 from convloom.compiler.graph.ir import CONSTANT, INPUT, OUTPUT, Graph, Value
@@ -26,7 +27,6 @@ from convloom.compiler.graph.ledger import Ledger
 from convloom.compiler.graph.verify import verify
 from convloom.compiler.passes import NAMES, PASSES, Pass, run_passes, select
 from convloom.compiler.passes.layout import choose_dtype, choose_layout
-from convloom.compiler.run.evaluate import evaluate
 from convloom.kernels.contract.spec import Layout
 
 from . import nets

@@ -12,10 +12,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from convloom import zoo
+from convloom.compiler.fusion.overrides import CONCAT_RULE
 from convloom.compiler.graph.memory import ALIGNMENT, Place
 from convloom.compiler.passes import NAMES
 from convloom.compiler.plan.arena import Lifetime, allocate
-from convloom.compiler.plan.lower import CONCAT_RULE, VIEW_RULE
+from convloom.compiler.plan.lower import VIEW_RULE
 from convloom.compiler.plan.plan import KernelStep, Plan, Step, TorchStep
 from convloom.compiler.run.executable import Executable
 from convloom.kernels.contract.op import Ref

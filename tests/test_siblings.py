@@ -13,8 +13,7 @@ import torch
 import torch.nn.functional as F
 from convloom.compiler.api import lowered
 from convloom.compiler.fusion import partition
-from convloom.compiler.fusion.estimate import Timed
-from convloom.compiler.graph.ir import INPUT, OUTPUT, Goal, Graph, NoAttributes, Node
+from convloom.compiler.graph.ir import INPUT, OUTPUT, Goal, Graph, NoAttributes, Node, Timed
 from convloom.compiler.graph.ledger import Ledger
 from convloom.compiler.graph.verify import verify
 from convloom.compiler.passes import PASSES, choose_partition, run_passes, siblings

@@ -11,13 +11,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from convloom.compiler import passes
+from convloom.compiler.evaluation import validate
+from convloom.compiler.evaluation.validate import RELATIVE, Validation
 from convloom.compiler.fusion import rules as fusions
 from convloom.compiler.fusion.pattern import Match, absorb
 from convloom.compiler.graph.ir import Goal, Graph, Value
 from convloom.compiler.graph.ledger import Ledger
 from convloom.compiler.passes import pads, rearrangements, siblings
-from convloom.compiler.run import validate
-from convloom.compiler.run.validate import RELATIVE, Validation
 from convloom.errors import GraphError
 from convloom.kernels.contract import targets
 from torch import nn

@@ -13,10 +13,9 @@ from convloom import zoo
 from convloom.cli import models
 from convloom.cli.main import main
 from convloom.compiler import api
-from convloom.compiler.explain import parity
 from convloom.compiler.passes import NAMES
 from convloom.compiler.records import choose
-from convloom.compiler.run import runtime
+from convloom.compiler.run import parity, runtime
 from convloom.compiler.run.executable import Executable
 from convloom.errors import InvalidInputError
 from torch import nn

@@ -19,7 +19,7 @@ from .program import Program
 from .read import Artifact, open_artifact
 
 if TYPE_CHECKING:
-    from ..graph.ledger import Ledger
+    from ..explain.report import Report
     from ..run.executable import Executable
 
 DEVICES = ("cuda", INTERPRETER.name, REFERENCE.name, *targets.EMULATED)
@@ -74,14 +74,15 @@ def _sources(artifact: Artifact, device: str) -> list[Program]:
 
 def _planned(artifact: Artifact, program: Program, target: Target, device: str) -> Executable:
     """A program's graph, planned for a target and run on a device."""
-    from ..api import runner_for
     from ..run.executable import Executable
+    from ..run.runtime import runner_for
     from .graphs import lower_again, read_graph
+    from .write import save
 
     graph = read_graph(artifact.graphs[program.graph], artifact.tensors, target, artifact.path)
     plan = lower_again(graph, program, target, artifact.path)
     ledger = ledger_of(artifact, program)
-    return Executable(graph, plan, ledger, runner_for(graph, plan, target, device))
+    return Executable(graph, plan, ledger, runner_for(graph, plan, target, device), save)
 
 
 def _on_gpu(artifact: Artifact, recompile: bool) -> LoadedExecutable:
@@ -166,7 +167,7 @@ class LoadedExecutable:
         return dict(self.plan.summary)
 
     @cached_property
-    def ledger(self) -> Ledger:
+    def ledger(self) -> Report:
         """The account of the compilation that was saved."""
         return ledger_of(self.artifact, self.plan)
 
@@ -205,14 +206,14 @@ def _reload(path: str, device: str, recompile: bool) -> LoadedExecutable:
     return load(path, device, recompile=recompile)
 
 
-def ledger_of(artifact: Artifact, program: Program) -> Ledger:
+def ledger_of(artifact: Artifact, program: Program) -> Report:
     """The ledger of a program.
 
     Raises: ArtifactError where it is none.
     """
-    from ..graph.ledger import Ledger
+    from ..explain.report import Report
 
-    return Ledger.from_json(artifact.ledgers[program.account], f"ledger of {artifact.path}")
+    return Report.from_json(artifact.ledgers[program.account], f"ledger of {artifact.path}")
 
 
 def explain(artifact: Artifact, program: Program) -> str:

@@ -11,7 +11,6 @@ larger batches, without a guard. `watched` notes what is decided, so that it can
 
 from __future__ import annotations
 
-import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -23,6 +22,7 @@ import torch
 from torch.utils import _pytree as pytree
 
 from ...kernels.contract.op import BatchExtent
+from ..graph.torch_call import BatchNumber, in_words
 
 SYMBOLIC = (torch.SymInt, torch.SymFloat, torch.SymBool)
 GENERATED = ("<string>", "<eval_with_key>")
@@ -44,29 +44,6 @@ DROPPING: dict[str, Callable[[Any], Sequence[int]]] = {
     "aten.squeeze.dims": lambda dims: dims,
 }
 """Calls whose result has another rank where a dimension is 1, and the dimensions they name."""
-
-
-def in_words(expression: Any) -> str:
-    """An expression, or a shape, in terms of the batch N; torch names its symbol s and a number."""
-    return re.sub(r"\bs\d+\b", "N", str(expression))
-
-
-@dataclass(frozen=True)
-class BatchNumber:
-    """A number that follows from the batch, the value of `symbol` in a sympy `expression`."""
-
-    expression: Any
-    symbol: Any
-
-    def at(self, batch: int) -> Any:
-        """The int, float or bool that it is for a batch."""
-        value = self.expression.subs(self.symbol, batch)
-        if value.is_Boolean:
-            return bool(value)
-        return int(value) if value.is_Integer else float(value)
-
-    def __str__(self) -> str:
-        return in_words(self.expression)
 
 
 @dataclass(frozen=True)

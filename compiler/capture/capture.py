@@ -27,8 +27,9 @@ from ...kernels.contract.op import Attributes
 from ...kernels.contract.spec import FLOAT_DTYPES, TensorSpec
 from ..graph.interface import Structure
 from ..graph.ir import CONSTANT, INPUT, OUTPUT, TORCH, Graph, NoAttributes, Node, Value
+from ..graph.torch_call import BatchNumber, Slot, TorchCall, in_words
 from . import moved_batch
-from .batch_numbers import SYMBOLIC, Batch, BatchNumber, follows_from_values, in_words
+from .batch_numbers import SYMBOLIC, Batch, follows_from_values
 from .example_inputs import (
     check_example,
     check_module,
@@ -49,32 +50,6 @@ from .refusals import (
     results_of,
     why_unknown,
 )
-
-
-@dataclass(frozen=True)
-class TorchCall(Attributes):
-    """An ATen call kept as it is: `arguments` with `Slot`s where its tensors go.
-
-    reason: why convloom has no kernel for it; source: the user's line. rows: where arguments are
-    `BatchNumber`s, the slot of a tensor that tells the batch, and how many of its rows a sample is.
-    """
-
-    target: Any = None
-    arguments: tuple[Any, ...] = ()
-    keywords: tuple[tuple[str, Any], ...] = ()
-    reason: str = ""
-    source: str = ""
-    rows: tuple[int, int] = (0, 0)
-
-    def __str__(self) -> str:
-        return str(self.target)
-
-
-@dataclass(frozen=True)
-class Slot:
-    """The place of input `index` in the arguments of a `TorchCall`."""
-
-    index: int
 
 
 @dataclass

@@ -11,7 +11,8 @@ from torch.utils import _pytree as pytree
 
 from ...errors import CaptureError, UnsupportedOpError
 from ...kernels import registry
-from .batch_numbers import Batch, BatchNumber, Decision, follows_from_values
+from ..graph.torch_call import BatchNumber
+from .batch_numbers import Batch, Decision, follows_from_values
 from .export import path_of, source_of
 
 

@@ -6,10 +6,10 @@ be: images NHWC, everything in the goal's dtype, every tensor dense in a buffer 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 
@@ -22,19 +22,12 @@ from ...kernels.contract.targets import Target
 from ..graph.ir import Graph, Node, Value
 
 if TYPE_CHECKING:
-    from .pattern import Fused
+    pass
 
 ASSUMED = "cuda:sm_90"
 """The machine that fusions are made for where the target is no GPU."""
 MODELLED = "modelled"
 REMEMBERED = 1 << 14
-
-
-class Timed(NamedTuple):
-    """A time, and how it is known: "measured" on a device, or "modelled"."""
-
-    time_us: float
-    status: str
 
 
 class Application(Protocol):
@@ -136,3 +129,21 @@ def problem_time_us(graph: Graph, asked: Problem) -> float:
 def _modelled_us(asked: Problem, target: Target) -> float:
     """Networks repeat their layers, and every alternative is asked for again in every round."""
     return cost_model.problem_us(registry.get(asked.op), asked, target)
+
+
+@dataclass(frozen=True)
+class Fused:
+    """The one node that is to stand for a match.
+
+    inputs: the op's own inputs; operands: the tensors its epilogue reads; results: which of its
+    outputs stands for each consumed node whose result is still needed; sums: by position among
+    inputs and operands, constants that are to be added to the constant there.
+    """
+
+    op: str
+    attributes: Attributes
+    inputs: tuple[Value, ...]
+    results: dict[str, int]
+    epilogue: Epilogue = ()
+    operands: tuple[Value, ...] = ()
+    sums: Mapping[int, tuple[Value, ...]] = field(default_factory=dict)

@@ -120,3 +120,9 @@ def check_forced(captured: Graph, force: tuple[str, ...], ledger: Ledger, labels
         if not made:
             why = "; ".join(dict.fromkeys(reasons)) or "no fusion matches there"
             raise InvalidInputError(f"force={entry!r}: cannot be fused: {why}")
+
+
+CONCAT_RULE = "concat(f(x), ...) => f writes its slice"
+
+
+CONCAT_LABEL = "concat"

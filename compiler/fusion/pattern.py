@@ -14,7 +14,7 @@ the machine and pays is then asked for it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -22,13 +22,13 @@ import networkx as nx
 import torch
 
 from ...errors import GraphError
-from ...kernels.contract.epilogue import Epilogue
 from ...kernels.contract.op import Attributes
 from ..graph.ir import TORCH, Graph, Node, Value
 from ..graph.ledger import Ledger
 from ..graph.verify import verify_node
 from . import estimate
 from . import overrides as wishes
+from .estimate import Fused
 
 
 @dataclass(frozen=True)
@@ -217,24 +217,6 @@ def _match_value(graph: Graph, value: Value, pattern: Any, found: Match) -> Iter
 Guard = Callable[[Graph, Match], str | None]
 Rewrite = Callable[[Graph, Match], Value]
 Example = Callable[[], tuple[Any, tuple[Any, ...]]]
-
-
-@dataclass(frozen=True)
-class Fused:
-    """The one node that is to stand for a match.
-
-    inputs: the op's own inputs; operands: the tensors its epilogue reads; results: which of its
-    outputs stands for each consumed node whose result is still needed; sums: by position among
-    inputs and operands, constants that are to be added to the constant there.
-    """
-
-    op: str
-    attributes: Attributes
-    inputs: tuple[Value, ...]
-    results: dict[str, int]
-    epilogue: Epilogue = ()
-    operands: tuple[Value, ...] = ()
-    sums: Mapping[int, tuple[Value, ...]] = field(default_factory=dict)
 
 
 Build = Callable[[Graph, Match], Fused]

@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from heapq import heappop, heappush
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import networkx as nx
 import torch
@@ -28,7 +28,7 @@ from ...kernels.contract.spec import TensorSpec
 from ...kernels.contract.targets import Target
 
 if TYPE_CHECKING:
-    from ..fusion.estimate import Timed
+    pass
 
 INPUT, CONSTANT, OUTPUT, TORCH = "input", "constant", "output", "torch"
 SPECIAL = (INPUT, CONSTANT, OUTPUT, TORCH)
@@ -309,3 +309,10 @@ class Graph:
 
     def __iter__(self) -> Iterator[Node]:
         return iter(self.nodes())
+
+
+class Timed(NamedTuple):
+    """A time, and how it is known: "measured" on a device, or "modelled"."""
+
+    time_us: float
+    status: str

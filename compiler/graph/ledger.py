@@ -1,25 +1,16 @@
-"""Why each captured node ended in the kernel it did: the account of every accepted and refused
-rewrite.
+"""Every rewrite that passes accepted or refused, and why.
 
 Passes write `accept` and `refuse` while they run; lowering closes the ledger with the kernels, so
-that every captured node has a fate; the executable hands it the plan. What that saved in bytes,
-kernels and modelled time is worked out when somebody asks (`account`, `to_json`, `to_text`), from
-the graphs and the plan alone: nothing depends on what was cached.
+that every captured node has a fate. `explain/report.py` makes the report of it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import Any, Self
 
-from ...errors import GraphError, InvalidInputError, near_names
-from .ir import CONSTANT, Graph, Node
-
-if TYPE_CHECKING:
-    from ..explain.account import Account, Record
-    from ..plan.plan import Plan
+from .ir import Graph, Node
 
 
 @dataclass(frozen=True)
@@ -44,22 +35,6 @@ class Event:
 
 
 @dataclass(frozen=True)
-class Fate:
-    """What became of one captured node.
-
-    kernel: the step that computes it, "torch", or why none does: "view", "in place", "removed",
-    "constant".
-    """
-
-    node: str
-    op: str
-    module_path: str
-    kernel: str
-    rules: tuple[str, ...]
-    refused: tuple[str, ...]
-
-
-@dataclass(frozen=True)
 class Closing:
     """What the ledger is closed with: the graph as captured, as lowered, and what runs its nodes.
 
@@ -73,18 +48,10 @@ class Closing:
 
 @dataclass
 class Ledger:
-    """Events in order; once the plan is made, each captured node's fate and the whole account.
-
-    measured: microseconds of steps, on `measured_on`. read: the account, where the ledger was read
-    back rather than written by passes.
-    """
+    """Events in order, and what decides the fates of nodes once they are lowered."""
 
     events: list[Event] = field(default_factory=list)
     closing: Closing | None = None
-    plan: Plan | None = None
-    measured: Mapping[str, float] = field(default_factory=dict)
-    measured_on: str = ""
-    read: Account | None = None
     _refused: set[Event] = field(default_factory=set, init=False, repr=False, compare=False)
 
     def accept(
@@ -101,7 +68,7 @@ class Ledger:
             self._refused.add(event)
             self.events.append(event)
 
-    def copy(self) -> Ledger:
+    def copy(self) -> Self:
         """The same events, to go on with apart."""
         ledger = replace(self, events=list(self.events))
         ledger._refused = set(self._refused)
@@ -114,32 +81,6 @@ class Ledger:
             replace(captured, tensors={}, output_tree=None),
             replace(final, tensors={}, output_tree=None),
             dict(kernels),
-        )
-        self.__dict__.pop("fates", None)
-
-    @cached_property
-    def fates(self) -> tuple[Fate, ...]:
-        """One per captured node, in the order of the captured graph; none before `close`."""
-        if self.read is not None:
-            fallbacks = {place.name for place in self.read.places if place.what == "torch"}
-            return tuple(_fate_of(record, fallbacks) for record in self.read.nodes)
-        if self.closing is None:
-            return ()
-        captured, kernels = self.closing.captured, self.closing.kernels
-        holder = {origin: node for node in self.closing.final.nodes() for origin in node.origins}
-        rules, refused = self.by_node()
-        return tuple(
-            Fate(
-                node=node.name,
-                op=op_name(node),
-                module_path=node.module_path,
-                kernel=_kernel_of(holder.get(node.name), kernels),
-                rules=tuple(dict.fromkeys(event.rule for event in rules.get(node.name, ()))),
-                refused=tuple(
-                    dict.fromkeys(f"{e.rule}: {e.reason}" for e in refused.get(node.name, ()))
-                ),
-            )
-            for node in captured.compute_nodes()
         )
 
     def by_node(self) -> tuple[dict[str, list[Event]], dict[str, list[Event]]]:
@@ -157,76 +98,9 @@ class Ledger:
         """Bytes of intermediate tensors that accepted rewrites say they saved."""
         return sum(event.bytes_saved for event in self.events)
 
-    def with_measured(self, times_us: Mapping[str, float], where: str) -> Ledger:
-        """The ledger with measured microseconds of steps (`Executable.profile`), and where.
-
-        Raises: InvalidInputError for a step that the plan does not have.
-        """
-        known = [step.name for step in self.plan.steps] if self.plan else []
-        known += [place.name for place in self.read.kernels] if self.read else []
-        for name in times_us:
-            if name not in known:
-                raise InvalidInputError(
-                    f"measured times: the plan has no step {name!r}; {near_names(name, known)}"
-                )
-        return replace(self, measured=dict(times_us), measured_on=where)
-
-    def account(self) -> Account:
-        """What became of every node, what that saved, and the graph of kernels.
-
-        Raises: GraphError before the plan is made.
-        """
-        if not self.measured:
-            return self._account
-        return self._account.with_measured(self.measured, self.measured_on)
-
-    @cached_property
-    def _account(self) -> Account:
-        if self.read is not None:
-            return self.read
-        if self.closing is None or self.plan is None:
-            raise GraphError("the ledger has no plan yet; ask the ledger of an executable")
-        from ..explain.attribution import make_account
-
-        return make_account(self, self.closing, self.plan)
-
-    def to_json(self) -> dict[str, Any]:
-        """The account as plain data; `account.py` documents its fields."""
-        return self.account().to_json()
-
-    @staticmethod
-    def from_json(data: Any, source: str = "ledger") -> Ledger:
-        """The ledger that `to_json` wrote.
-
-        Raises: ArtifactError for another schema or version, or missing or wrong fields.
-        """
-        from ..explain.account import from_json
-
-        account = from_json(data, source)
-        return Ledger(list(account.events), read=account)
-
-    def to_text(self) -> str:
-        """The account grouped by module, with rules, refusals and totals."""
-        from ..explain.account_text import to_text
-
-        return to_text(self.account())
-
-
 def op_name(node: Node) -> str:
     """The op of a node; of a torch call, its overload."""
     return node.op if node.is_compute else str(node.attributes)
-
-
-def _kernel_of(holder: Node | None, kernels: Mapping[str, str]) -> str:
-    if holder is None:
-        return "removed"
-    return "constant" if holder.op == CONSTANT else kernels.get(holder.name, "view")
-
-
-def _fate_of(record: Record, fallbacks: Collection[str]) -> Fate:
-    kernel = "torch" if record.kernel in fallbacks else record.kernel
-    refused = tuple(f"{refusal.rule}: {refusal.reason}" for refusal in record.refused)
-    return Fate(record.node, record.op, record.module_path, kernel, record.rules, refused)
 
 
 def _origins(nodes: Iterable[Node]) -> tuple[str, ...]:

@@ -10,15 +10,14 @@ from dataclasses import dataclass
 from ... import settings
 from ...errors import GraphError, InvalidInputError, near_names
 from ..capture.capture import refuse_unsupported
-from ..fusion.overrides import Labels
+from ..evaluation.validate import Validation
+from ..fusion.overrides import CONCAT_LABEL, CONCAT_RULE, Labels
 from ..fusion.pattern import apply_rules
 from ..fusion.rules import EPILOGUE_RULES, FLATTEN_RULES, PROLOGUE_RULES
 from ..graph import text
 from ..graph.ir import Graph
 from ..graph.ledger import Ledger
 from ..graph.verify import verify
-from ..plan.lower import CONCAT_LABEL, CONCAT_RULE
-from ..run.validate import Validation
 from . import fuse, pool_order, rearrangements, siblings, small_nets, stem
 from .clean import (
     drop_identities,

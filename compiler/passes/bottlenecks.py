@@ -19,7 +19,8 @@ from torch import nn
 from ...kernels.convolution.conv2d import Conv2d
 from ...kernels.fused.conv_chain import ConvChain
 from ..fusion import estimate
-from ..fusion.pattern import Call, Fused, Match, NearMiss, Rule, Var
+from ..fusion.estimate import Fused
+from ..fusion.pattern import Call, Match, NearMiss, Rule, Var
 from ..fusion.rules import example
 from ..graph.ir import Graph, Node, Value
 from .shortcuts import Joined, adder_of, adds_only_constants, join, sum_reason

@@ -9,10 +9,10 @@ import torch
 from ...kernels.contract.epilogue import apply_reference
 from ...kernels.movement import movement
 from ...kernels.pooling.adaptive_pool import AdaptivePool2d
-from ..capture.capture import TorchCall
+from ..evaluation.evaluate import call_torch
 from ..graph.ir import CONSTANT, INPUT, OUTPUT, TORCH, Graph, Node, Value
 from ..graph.ledger import Ledger
-from ..run.evaluate import call_torch
+from ..graph.torch_call import TorchCall
 from .squeezes import sink_squeezes
 
 

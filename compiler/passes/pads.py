@@ -17,7 +17,8 @@ from torch import nn
 from ...kernels.convolution.conv2d import Conv2d
 from ...kernels.convolution.conv_window import BorderConv2d, Conv3d
 from ...kernels.movement.pad import Pad
-from ..fusion.pattern import Call, Fused, Match, NearMiss, Rule, Var
+from ..fusion.estimate import Fused
+from ..fusion.pattern import Call, Match, NearMiss, Rule, Var
 from ..fusion.rules import IMAGE, example
 from ..graph.ir import Graph, Node
 

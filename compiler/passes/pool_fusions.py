@@ -19,7 +19,8 @@ from ...kernels.normalisation.lrn import LocalResponseNorm
 from ...kernels.normalisation.reduce import Reduce
 from ...kernels.pooling.adaptive_pool import AdaptivePool2d
 from ...kernels.pooling.pool_window import AvgPool2d, MaxPool2d
-from ..fusion.pattern import Call, Constant, Fused, Match, NearMiss, Rule, Var
+from ..fusion.estimate import Fused
+from ..fusion.pattern import Call, Constant, Match, NearMiss, Rule, Var
 from ..fusion.rules import example
 from ..graph.ir import Graph, Node, Value
 

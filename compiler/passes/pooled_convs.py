@@ -16,7 +16,8 @@ from ...kernels.fused.conv_mean import ConvMean
 from ...kernels.fused.conv_pool import ConvPool
 from ...kernels.normalisation.reduce import Reduce
 from ...kernels.pooling.pool_window import AvgPool2d, MaxPool2d
-from ..fusion.pattern import Call, Fused, Match, NearMiss, Rule, Var
+from ..fusion.estimate import Fused
+from ..fusion.pattern import Call, Match, NearMiss, Rule, Var
 from ..fusion.rules import example
 from ..graph.ir import Graph, Node, Value
 from .pool_fusions import averages_all

@@ -18,10 +18,10 @@ from ...kernels.movement.pointwise import Pointwise
 from ...kernels.pooling.median_pool import MOST_TAPS, MedianPool2d
 from ...kernels.pooling.mixed_pool import MixedPool2d, is_weight
 from ...kernels.pooling.pool_window import AvgPool2d, MaxPool2d
-from ..capture.capture import TorchCall
 from ..fusion.pattern import Call, Match, NearMiss, Rule, Var, replace_root
 from ..fusion.rules import IMAGE, example
 from ..graph.ir import Graph, Node, Value
+from ..graph.torch_call import TorchCall
 
 X = Var("x")
 

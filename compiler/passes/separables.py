@@ -14,7 +14,8 @@ from torch import nn
 
 from ...kernels.convolution.conv2d import Conv2d
 from ...kernels.fused.separable import Separable
-from ..fusion.pattern import Call, Constant, Fused, Match, NearMiss, Rule, Var
+from ..fusion.estimate import Fused
+from ..fusion.pattern import Call, Constant, Match, NearMiss, Rule, Var
 from ..fusion.rules import example
 from ..graph.ir import Graph, Node, Value
 

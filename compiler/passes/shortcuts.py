@@ -18,7 +18,8 @@ from torch import nn
 from ...kernels.contract.epilogue import Epilogue, Stage
 from ...kernels.convolution.conv2d import Conv2d
 from ...kernels.fused.conv_sum import ConvSum
-from ..fusion.pattern import Call, Fused, Match, NearMiss, Rule, Var
+from ..fusion.estimate import Fused
+from ..fusion.pattern import Call, Match, NearMiss, Rule, Var
 from ..fusion.rules import example
 from ..graph.ir import Graph, Node, Value
 

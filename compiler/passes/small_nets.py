@@ -18,7 +18,8 @@ from ...kernels.fused import small_net
 from ...kernels.fused.conv_pool import ConvPool
 from ...kernels.fused.small_net import SmallNet
 from ..fusion import partition
-from ..fusion.pattern import Call, Fused, Match, NearMiss, Rule
+from ..fusion.estimate import Fused
+from ..fusion.pattern import Call, Match, NearMiss, Rule
 from ..fusion.rules import example
 from ..graph.ir import Graph, Node, Value
 from ..graph.ledger import Ledger

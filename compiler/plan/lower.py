@@ -21,12 +21,13 @@ from ...kernels.contract.targets import Target
 from ...kernels.movement import movement
 from ...kernels.movement.rearrangement import Rearrange
 from ...settings import BRANCHES, PROGRAMMATIC
-from ..capture.capture import TorchCall
 from ..fusion import overrides as wishes
+from ..fusion.overrides import CONCAT_LABEL, CONCAT_RULE
 from ..graph.interface import Port
 from ..graph.ir import CONSTANT, INPUT, OUTPUT, TORCH, Graph, Node, Value
 from ..graph.ledger import Ledger
 from ..graph.memory import ALIGNMENT, Buffer, Place
+from ..graph.torch_call import TorchCall
 from ..graph.verify import verify
 from ..records.choose import Chooser, heuristic
 from . import branches
@@ -34,8 +35,6 @@ from .arena import place
 from .packing import constant_place, packed_place
 from .plan import KernelStep, Plan, Step, TorchStep
 
-CONCAT_RULE = "concat(f(x), ...) => f writes its slice"
-CONCAT_LABEL = "concat"
 VIEW_RULE = "reshape, slice, permute => view"
 VECTOR = 8
 """Slices must start at multiples of this many elements: 128-bit stores of halves need it."""

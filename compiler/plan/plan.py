@@ -14,9 +14,9 @@ import torch
 
 from ...kernels.contract.op import Config, Launch, Problem, Ref
 from ...kernels.contract.targets import Target
-from ..capture.capture import TorchCall
 from ..graph.interface import Port, Structure
 from ..graph.memory import Buffer, Place, arena_bytes_at
+from ..graph.torch_call import TorchCall
 
 
 @dataclass(frozen=True)

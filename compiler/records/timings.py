@@ -10,7 +10,7 @@ from __future__ import annotations
 from ...kernels import registry
 from ...kernels.contract.op import Problem
 from ...kernels.contract.targets import Target
-from ..fusion.estimate import Timed
+from ..graph.ir import Timed
 from . import rank
 from .choose import Records
 from .keys import Key, key_of

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -15,11 +15,11 @@ from ...kernels.contract.epilogue import GeneratedFunction
 from ...kernels.contract.op import Launch
 from ...kernels.contract.targets import Target
 from ...kernels.devices import offline
+from ..evaluation.evaluate import evaluate
+from ..explain.report import Report
 from ..graph.interface import Interface, empty_outputs
 from ..graph.ir import Graph
-from ..graph.ledger import Ledger
 from ..plan.plan import KernelStep, Plan, Step
-from .evaluate import evaluate
 from .runtime import CudaRunner, Observer, Runner, StepRunner, compile_requests
 
 
@@ -75,6 +75,10 @@ class Kernel:
         return self.request
 
 
+Saver = Callable[[str | Path, tuple["Executable", ...], str], None]
+"""What writes executables into a file, with the model in words."""
+
+
 class Executable:
     """What `convloom.compile` returns; call it like the module.
 
@@ -85,10 +89,12 @@ class Executable:
     other (`runtime.py`; only the reference target, which has no buffers, runs them side by side).
     """
 
-    def __init__(self, graph: Graph, plan: Plan, ledger: Ledger, runner: Runner) -> None:
+    def __init__(
+        self, graph: Graph, plan: Plan, ledger: Report, runner: Runner, saver: Saver
+    ) -> None:
         self.graph, self.plan, self.ledger = graph, plan, ledger
         ledger.plan = plan
-        self._runner = runner
+        self._runner, self._saver = runner, saver
         self._interface = Interface(plan.inputs, plan.structure, plan.batch)
 
     def __call__(self, *inputs: Any) -> Any:
@@ -138,9 +144,7 @@ class Executable:
         Raises: ArtifactError where something cannot be in a file: torch fallbacks, outputs in
         containers other than tuple, list and dict, executables that do not belong together.
         """
-        from ..artifact.write import save
-
-        save(path, (self, *others), model)
+        self._saver(path, (self, *others), model)
 
     # Inspection.
 
@@ -277,7 +281,7 @@ def summary_line(plan: Plan) -> str:
     )
 
 
-def explanation(name: str, plan: Plan, ledger: Ledger) -> str:
+def explanation(name: str, plan: Plan, ledger: Report) -> str:
     """The ledger as text, under a summary of the plan of the network `name`."""
     counts = plan.summary()
     arena, total = counts["arena_bytes"], counts["activation_bytes"]

@@ -22,16 +22,17 @@ import torch
 
 from ...errors import KernelError, TargetUnavailableError
 from ...kernels import registry
+from ...kernels.contract import targets
 from ...kernels.contract.op import Launch, Ref
-from ...kernels.contract.targets import EMULATED, EMULATOR, Target
+from ...kernels.contract.targets import EMULATED, EMULATOR, INTERPRETER, REFERENCE, Target
 from ...kernels.devices import emulator, execute, interpreter, offline
+from ..evaluation.evaluate import call_torch, evaluate
 from ..graph.ir import Graph, Value
 from ..graph.memory import Memory, Place
 from ..plan.branches import schedule
 from ..plan.plan import KernelStep, Plan, Step, TorchStep
 from ..plan.streams import Action
 from .cuda_graphs import GraphRunner
-from .evaluate import call_torch, evaluate
 
 Observer = Callable[[Step, torch.Tensor], None]
 
@@ -236,3 +237,19 @@ class CrossCompiledRunner:
             "GPU. Compile with target='interpreter' to run the same kernels on the CPU"
             f"{more if emulated in EMULATED else ''}"
         )
+
+
+def runner_for(graph: Graph, plan: Plan, chosen: Target, target: str) -> Runner:
+    """What runs a plan; `target` is the user's word for `chosen`: "cuda" means this machine's GPU,
+    "emulator:sm_90" a GPU that is emulated."""
+    if chosen is REFERENCE:
+        return ReferenceRunner(graph)
+    if chosen is INTERPRETER:
+        return InterpreterRunner(plan)
+    if target.startswith(EMULATOR):
+        return EmulatorRunner(plan)
+    capability = targets.local_capability()
+    here = capability is not None and targets.nearest(capability) is chosen
+    if target == "cuda" or here:
+        return CudaRunner(plan, chosen)
+    return CrossCompiledRunner(plan)

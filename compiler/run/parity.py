@@ -18,13 +18,13 @@ from torch.utils import _pytree as pytree
 from ...errors import InvalidInputError
 from ...kernels.contract import tolerance
 from ...kernels.tile.torch_convolution import SoundConvolutions
+from ..evaluation.evaluate import evaluate
+from ..evaluation.validate import Validation, agree
 from ..graph.ir import Graph, Value
 from ..plan.plan import Step
-from ..run.evaluate import evaluate
-from ..run.validate import Validation, agree
 
 if TYPE_CHECKING:
-    from ..run.executable import Executable
+    from .executable import Executable
 
 TOP = 5
 IMAGE_RANKS = (4, 5)

@@ -11,9 +11,8 @@ from torch.utils import _pytree as pytree
 from ...kernels.contract.epilogue import apply_reference
 from ...kernels.contract.spec import TensorSpec
 from ...kernels.movement.movement import Relayout
-from ..capture.batch_numbers import BatchNumber
-from ..capture.capture import Slot, TorchCall
 from ..graph.ir import CONSTANT, INPUT, OUTPUT, Graph, Node, Value
+from ..graph.torch_call import BatchNumber, Slot, TorchCall
 
 HALVES = (torch.float16, torch.bfloat16)
 
