@@ -28,8 +28,8 @@ from convloom.compiler.passes import run_passes
 from convloom.compiler.plan.lower import Options, lower
 from convloom.kernels.contract import targets
 from convloom.kernels.contract.spec import Layout, TensorSpec
-from convloom.kernels.convolution.conv2d import Conv2d
 from convloom.kernels.movement.movement import Concat
+from convloom.kernels.tile.conv_geometry import Conv2d
 
 from .machine_info import describe
 

@@ -23,7 +23,7 @@ from .capture.capture import capture
 from .capture.example_inputs import bounds_of, has_no_samples
 from .evaluation.validate import Validation
 from .explain.report import Report
-from .fusion import overrides as wishes
+from .fusion import overrides
 from .graph.ir import Goal, Graph
 from .graph.ledger import Ledger
 from .passes import LABELS, run_passes, select
@@ -173,7 +173,7 @@ def lowered(
     if slide is not None:
         captured = slide_classifier(captured, slide)
     wished = _names("force", force), _names("forbid", forbid)
-    wishes.check(captured, *wished, LABELS)
+    overrides.check(captured, *wished, LABELS)
     if known is None and records and chosen.is_gpu:
         known = Timings(records, chosen)
     captured.goal = Goal(chosen, dtype, *wished, precision, known)
@@ -190,7 +190,7 @@ def lowered(
     lowering = partial(_lowered_with, graph, captured, options, ledger)
     fits = compiled and chosen.is_gpu
     plan, ledger = fitted(lowering, choose) if fits else lowering(choose)
-    wishes.check_forced(captured, captured.goal.force, ledger, LABELS)
+    overrides.check_forced(captured, captured.goal.force, ledger, LABELS)
     if bounds is not None:
         plan = _with_bounds(plan, bounds)
     return graph, plan, ledger

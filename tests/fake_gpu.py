@@ -19,8 +19,9 @@ from typing import Any
 import pytest
 import torch
 from convloom.compiler.capture import capture
-from convloom.kernels.contract import programmatic_launch as dependent
-from convloom.kernels.devices import execute, interpreter, offline
+from convloom.kernels.contract import epilogue as ep
+from convloom.kernels.contract import programmatic_launch
+from convloom.kernels.devices import interpreter, offline
 from convloom.kernels.devices.offline import CompileRequest, Resources
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
@@ -153,8 +154,8 @@ class Kernel:
         module, _, name = wanted.kernel.partition(":")
         self._function = getattr(importlib.import_module(module), name)
         # The interpreter runs kernels one after the other: none has to wait for another.
-        constants = {n: n != dependent.FLAG and value for n, value in wanted.constexprs}
-        self._constants = execute.resolved(constants)
+        constants = {n: n != programmatic_launch.FLAG and value for n, value in wanted.constexprs}
+        self._constants = ep.resolved(constants)
         self._cuda, self._places = cuda, places
 
     def __getitem__(self, grid: tuple[int, int, int]) -> Callable[..., None]:

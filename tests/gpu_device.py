@@ -7,10 +7,11 @@ from typing import Any
 
 import torch
 from convloom.compiler.run.runtime import bind_launch
+from convloom.kernels.contract import epilogue as ep
 from convloom.kernels.contract import targets
 from convloom.kernels.contract.op import NONE, Launch, Operand, Ref
 from convloom.kernels.contract.targets import Target
-from convloom.kernels.devices import execute, interpreter, offline
+from convloom.kernels.devices import interpreter, offline
 from convloom.kernels.devices.offline import CompileRequest
 
 from .harness import Interpreter
@@ -91,7 +92,7 @@ class _Interpreted:
         self._launch = launch
 
     def __getitem__(self, grid: tuple[int, int, int]) -> Callable[..., None]:
-        kernel, constants = self._launch.kernel, execute.resolved(self._launch.constexprs)
+        kernel, constants = self._launch.kernel, ep.resolved(self._launch.constexprs)
 
         def start(*ordered: Any) -> None:
             given = dict(zip(kernel.arg_names, ordered, strict=True))

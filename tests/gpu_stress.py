@@ -15,9 +15,9 @@ from convloom.kernels import registry
 from convloom.kernels.contract import tolerance
 from convloom.kernels.contract.op import Attributes, Config, Op, Problem, Ref
 from convloom.kernels.contract.spec import Layout, TensorSpec
-from convloom.kernels.convolution.conv2d import Conv2d
 from convloom.kernels.devices import execute
 from convloom.kernels.products.linear import Linear
+from convloom.kernels.tile.conv_geometry import Conv2d
 
 from . import harness
 from .gpu_checks import drawn, problem_of

@@ -23,8 +23,7 @@ from convloom.compiler import api
 from convloom.compiler.records import rank
 from convloom.compiler.run import runtime
 from convloom.kernels import registry
-from convloom.kernels.contract import programmatic_launch as dependent
-from convloom.kernels.contract import targets
+from convloom.kernels.contract import programmatic_launch, targets
 from convloom.kernels.contract.op import Config, Launch, Problem, Ref
 from convloom.kernels.devices import offline
 from torch import nn
@@ -143,7 +142,7 @@ def launched(
         "kernel": wanted.name,
         "boxes": len(launch.boxes),
         "extras": len(launch.extras),
-        "programmatic": dependent.is_programmatic(launch.constexprs),
+        "programmatic": programmatic_launch.is_programmatic(launch.constexprs),
         "launches": fake.fake_launches() - before,
         "expected": expected(launch, tensors.__getitem__, batch),
         "arrived": arrived(sizes, last),
@@ -194,7 +193,7 @@ def main(folder: str, compiler: str) -> None:
         op = registry.get(problem.op)
         for config in chosen(problem):
             for launch in op.launches(problem, config, TARGET):
-                early = dependent.programmatic(launch, TARGET)
+                early = programmatic_launch.programmatic(launch, TARGET)
                 for made, batch in ((launch, 8), (early, 3)):
                     (wanted,) = rank.requests(op, problem, (made,), TARGET)
                     answers.append(launched(fake, made, wanted, batch))

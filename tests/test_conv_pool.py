@@ -15,13 +15,13 @@ from convloom.kernels.contract.epilogue import Stage
 from convloom.kernels.contract.op import Problem, Ref
 from convloom.kernels.contract.spec import Layout, TensorSpec
 from convloom.kernels.contract.targets import Target
-from convloom.kernels.convolution.conv2d import Conv2d
 from convloom.kernels.devices import offline
 from convloom.kernels.fused import conv_mean, conv_pool, conv_tile
 from convloom.kernels.fused.conv_mean import ConvMean
 from convloom.kernels.fused.conv_pool import ConvPool, is_monotone, split_stages
 from convloom.kernels.fused.conv_tile import StagedConv
 from convloom.kernels.pooling.pool_window import AvgPool2d, MaxPool2d
+from convloom.kernels.tile.conv_geometry import Conv2d
 from torch import nn
 
 from . import harness, nets

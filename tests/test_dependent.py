@@ -17,17 +17,17 @@ from convloom.compiler.artifact.read import open_artifact
 from convloom.compiler.graph.memory import Memory
 from convloom.errors import InvalidInputError
 from convloom.kernels import registry
-from convloom.kernels.contract import programmatic_launch as dependent
+from convloom.kernels.contract import programmatic_launch
 from convloom.kernels.contract.epilogue import Stage
 from convloom.kernels.contract.op import NONE, Config, Launch
 from convloom.kernels.contract.spec import Layout, TensorSpec
 from convloom.kernels.contract.targets import Target, parse
 from convloom.kernels.convolution import conv_tma
-from convloom.kernels.convolution.conv2d import Conv2d
 from convloom.kernels.devices import offline
 from convloom.kernels.devices.offline import CompileRequest
 from convloom.kernels.movement.pointwise import Pointwise
 from convloom.kernels.products import gemm_tma
+from convloom.kernels.tile.conv_geometry import Conv2d
 from torch import nn
 
 from . import harness, machine_code
@@ -73,7 +73,7 @@ def request(launch: Launch, target: Target = SM_90) -> CompileRequest:
 def compiled(case: str) -> Any:
     launch = launch_of(*CASES[case])
     assert launch.kernel.fn.__name__ == case.split()[0]
-    return offline.compile_request(request(dependent.programmatic(launch, SM_90)))
+    return offline.compile_request(request(programmatic_launch.programmatic(launch, SM_90)))
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -97,7 +97,7 @@ MEMORY = ("LDG", "LDGSTS", "UTMALDG", "STG", "UTMASTG", "ATOMG", "RED")
 
 def test_the_flag_compiles_out() -> None:
     launch = launch_of(3, tma=False)
-    assert not dependent.is_programmatic(launch.constexprs)
+    assert not programmatic_launch.is_programmatic(launch.constexprs)
     made = offline.compile_request(request(launch))
     assert "griddepcontrol" not in made.asm["ptx"] and not made.metadata.launch_pdl
     assert "griddepcontrol.wait" in compiled("conv2d_kernel").asm["ptx"]
@@ -105,11 +105,12 @@ def test_the_flag_compiles_out() -> None:
 
 def test_only_kernels_and_targets_that_can_are_launched_so() -> None:
     launch = launch_of(3, tma=False, target=SM_80)
-    assert dependent.programmatic(launch, SM_80) is launch
-    assert dependent.programmatic(launch, parse("interpreter")) is launch
+    assert programmatic_launch.programmatic(launch, SM_80) is launch
+    assert programmatic_launch.programmatic(launch, parse("interpreter")) is launch
     other = replace(launch, constexprs=NONE)
-    assert dependent.programmatic(other, SM_90) is other
-    assert dependent.is_programmatic(dependent.programmatic(launch, SM_90).constexprs)
+    assert programmatic_launch.programmatic(other, SM_90) is other
+    changed = programmatic_launch.programmatic(launch, SM_90)
+    assert programmatic_launch.is_programmatic(changed.constexprs)
 
 
 # The option.
@@ -140,7 +141,7 @@ def test_the_option_is_off_unless_asked_for(
     found = {
         each.kernel.fn.__name__
         for _, each in plan.kernels
-        if dependent.is_programmatic(each.constexprs)
+        if programmatic_launch.is_programmatic(each.constexprs)
     }
     assert found - {"pointwise_kernel"} == expected
 
@@ -161,7 +162,8 @@ def test_a_saved_file_launches_as_it_was_compiled(
     for _, action in gpu.bind(driver, program, kernels, memory, lambda: 0):
         action()
     asked = [PROGRAMMATIC in dict(started.attributes) for started in driver.started]
-    expected = [dependent.is_programmatic(each.constexprs) for _, each in exe.plan.kernels]
+    launches = [launch for _, launch in exe.plan.kernels]
+    expected = [programmatic_launch.is_programmatic(launch.constexprs) for launch in launches]
     assert asked == expected and True in asked and False in asked
 
 

@@ -17,8 +17,7 @@ import convloom.compiler
 import pytest
 import torch
 from convloom.compiler.capture.capture import capture
-from convloom.compiler.fusion import partition
-from convloom.compiler.fusion import rules as fusions
+from convloom.compiler.fusion import partition, rules
 from convloom.compiler.fusion.pattern import NearMiss, Rule, always, apply_rules, match
 from convloom.compiler.fusion.rules import BINARY, HEAVY, UNARY
 from convloom.compiler.graph import text
@@ -35,8 +34,8 @@ from convloom.compiler.passes import (
 )
 from convloom.kernels.contract.epilogue import Stage
 from convloom.kernels.contract.scalars import BY_NAME
-from convloom.kernels.convolution.conv2d import Conv2d
 from convloom.kernels.movement.pointwise import Pointwise
+from convloom.kernels.tile.conv_geometry import Conv2d
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
@@ -70,7 +69,7 @@ NEAR_MISSES = [
 by_rule = pytest.mark.parametrize("rule", RULES.values(), ids=RULES.keys())
 RELAYS = {
     rule.name
-    for rule in (*fusions.FLATTEN_RULES, *pool_order.RULES, recognise_pools.DROP_INDICES)
+    for rule in (*rules.FLATTEN_RULES, *pool_order.RULES, recognise_pools.DROP_INDICES)
 }
 """Rules that replace a node by a cheaper one, where all others make nodes disappear."""
 
@@ -250,7 +249,7 @@ def made_of(miss: NearMiss) -> Made:
 
 
 def test_refusals_are_recorded_once() -> None:
-    rule = next(iter(fusions.PROLOGUE_RULES))
+    rule = next(iter(rules.PROLOGUE_RULES))
     graph = before(rule, rule.near_misses[0].make())
     ledger = Ledger()
     for _ in range(3):

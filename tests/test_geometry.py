@@ -15,7 +15,6 @@ from convloom.errors import CaptureError, InvalidInputError, UnsupportedOpError
 from convloom.kernels import registry
 from convloom.kernels.contract.op import Attributes
 from convloom.kernels.contract.spec import MEMORY_FORMATS, Layout, TensorSpec
-from convloom.kernels.convolution.conv2d import Conv2d
 from convloom.kernels.convolution.conv_phases import ConvTranspose2d, ConvTranspose3d
 from convloom.kernels.convolution.conv_window import BorderConv2d, Conv3d
 from convloom.kernels.movement.pad import Pad
@@ -30,6 +29,7 @@ from convloom.kernels.pooling.pool_window import (
     MaxPool2d,
     MaxPool3d,
 )
+from convloom.kernels.tile.conv_geometry import Conv2d
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn

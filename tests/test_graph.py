@@ -14,9 +14,9 @@ from convloom.compiler.graph.verify import verify
 from convloom.errors import GraphError, InvalidInputError, UnsupportedOpError
 from convloom.kernels.contract.epilogue import Stage
 from convloom.kernels.contract.spec import TensorSpec
-from convloom.kernels.convolution.conv2d import Conv2d
 from convloom.kernels.movement.movement import Concat, Slice
 from convloom.kernels.movement.pointwise import Pointwise
+from convloom.kernels.tile.conv_geometry import Conv2d
 from hypothesis import given
 from hypothesis import strategies as st
 

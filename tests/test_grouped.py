@@ -9,7 +9,7 @@ import torch
 from convloom.kernels.contract.spec import FLOAT_DTYPES, Layout, TensorSpec
 from convloom.kernels.contract.targets import parse
 from convloom.kernels.convolution import conv2d, grouped
-from convloom.kernels.convolution.conv2d import Conv2d
+from convloom.kernels.tile.conv_geometry import Conv2d
 from hypothesis import given
 from hypothesis import strategies as st
 

@@ -21,8 +21,8 @@ from convloom.compiler.plan.arena import Lifetime
 from convloom.compiler.plan.lower import Options, lower
 from convloom.kernels.contract import targets
 from convloom.kernels.contract.spec import Layout, Operand, TensorSpec
-from convloom.kernels.convolution.conv2d import Conv2d
 from convloom.kernels.movement.movement import Concat
+from convloom.kernels.tile.conv_geometry import Conv2d
 from hypothesis import given
 from hypothesis import strategies as st
 

@@ -23,9 +23,9 @@ from convloom.kernels.contract.epilogue import Stage
 from convloom.kernels.contract.op import Attributes, Config, Op, Problem
 from convloom.kernels.contract.spec import Layout, TensorSpec
 from convloom.kernels.contract.targets import Target
-from convloom.kernels.convolution.conv2d import Conv2d
 from convloom.kernels.products import gemm
 from convloom.kernels.products.linear import Linear
+from convloom.kernels.tile.conv_geometry import Conv2d
 
 from . import harness
 

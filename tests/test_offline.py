@@ -20,11 +20,11 @@ from convloom.kernels.contract.epilogue import Stage
 from convloom.kernels.contract.op import Attributes, Config, Launch, Problem, Ref
 from convloom.kernels.contract.spec import Layout, TensorSpec
 from convloom.kernels.contract.targets import Target
-from convloom.kernels.convolution.conv2d import Conv2d
 from convloom.kernels.devices import barriers, offline
 from convloom.kernels.fused.conv_chain import ConvChain
 from convloom.kernels.products import gemm
 from convloom.kernels.products.linear import Linear
+from convloom.kernels.tile.conv_geometry import Conv2d
 
 from . import harness
 

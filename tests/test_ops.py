@@ -15,13 +15,14 @@ from convloom.kernels.contract.op import Attributes
 from convloom.kernels.contract.spec import FLOAT_DTYPES, Layout, TensorSpec
 from convloom.kernels.contract.targets import GPU_TARGETS, parse
 from convloom.kernels.contract.tolerance import is_untouched
-from convloom.kernels.convolution.conv2d import Conv2d
-from convloom.kernels.movement.movement import Concat, Expand, Permute, Relayout, Reshape, Slice
+from convloom.kernels.movement.movement import Concat, Permute, Relayout, Slice
 from convloom.kernels.movement.pointwise import Pointwise
+from convloom.kernels.movement.rearrangement import Expand, Reshape
 from convloom.kernels.normalisation.batch_norm import BatchNorm
 from convloom.kernels.normalisation.reduce import Reduce
 from convloom.kernels.normalisation.softmax import Softmax
 from convloom.kernels.products.linear import Linear
+from convloom.kernels.tile.conv_geometry import Conv2d
 from hypothesis import assume, given
 from hypothesis import strategies as st
 

@@ -12,8 +12,7 @@ import torch
 from convloom import zoo
 from convloom.compiler import api
 from convloom.compiler.capture.capture import capture
-from convloom.compiler.fusion import overrides as wishes
-from convloom.compiler.fusion import partition
+from convloom.compiler.fusion import overrides, partition
 from convloom.compiler.graph import text
 from convloom.compiler.graph.ir import OUTPUT, Goal, Value
 from convloom.compiler.graph.ledger import Ledger
@@ -212,16 +211,17 @@ def test_a_forced_fusion_that_is_made_may_be_refused_elsewhere() -> None:
     first, *_, last = graph.compute_nodes()
     ledger.refuse(rule, [first], "too large")
     with pytest.raises(InvalidInputError, match="too large"):
-        wishes.check_forced(graph, ("rotated-bottleneck",), ledger, LABELS)
+        overrides.check_forced(graph, ("rotated-bottleneck",), ledger, LABELS)
     ledger.accept(rule, [first], first.name)
     ledger.refuse(rule, [last], "too large")
-    wishes.check_forced(graph, ("rotated-bottleneck",), ledger, LABELS)
+    overrides.check_forced(graph, ("rotated-bottleneck",), ledger, LABELS)
 
 
 def test_every_fusion_has_a_label_of_its_own_kind() -> None:
     assert all(label == label.lower() and "@" not in label for label in LABELS.all.values())
     assert all(LABELS.all.values())
-    assert wishes.concerns("siblings", "siblings", ()) and not wishes.concerns("a.*", "s", ("b",))
+    assert overrides.concerns("siblings", "siblings", ())
+    assert not overrides.concerns("a.*", "s", ("b",))
 
 
 def test_the_choice_is_the_same_every_time() -> None:

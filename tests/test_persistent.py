@@ -14,8 +14,7 @@ from convloom.compiler.artifact import rederive
 from convloom.compiler.artifact.read import open_artifact
 from convloom.compiler.records import rank
 from convloom.kernels import registry
-from convloom.kernels.contract import cost_model
-from convloom.kernels.contract import programmatic_launch as dependent
+from convloom.kernels.contract import cost_model, programmatic_launch
 from convloom.kernels.contract.cost_model import Machine
 from convloom.kernels.contract.epilogue import Stage
 from convloom.kernels.contract.op import Config, Launch, Problem
@@ -228,7 +227,7 @@ def _largest(asked: Problem, target: Target) -> Iterator[Config]:
 
 
 def test_a_programmatic_one_waits_before_it_touches_memory() -> None:
-    launch = dependent.programmatic(launch_of(LARGE, staying(LARGE)[0], SM_90), SM_90)
+    launch = programmatic_launch.programmatic(launch_of(LARGE, staying(LARGE)[0], SM_90), SM_90)
     sass = offline.disassembly(offline.compile_request(compiled(launch, LARGE, SM_90)))
     found = [each[2].split(".")[0] for each in machine_code.INSTRUCTION.finditer(sass)]
     touches = [at for at, name in enumerate(found) if name in ("LDG", "LDGSTS", "STG")]

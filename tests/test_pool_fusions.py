@@ -19,13 +19,13 @@ from convloom.kernels.contract.epilogue import Stage, apply_reference
 from convloom.kernels.contract.op import Attributes, Problem, Ref, config
 from convloom.kernels.contract.spec import Layout, TensorSpec
 from convloom.kernels.contract.targets import Target
-from convloom.kernels.convolution.conv2d import Conv2d
 from convloom.kernels.devices import offline
 from convloom.kernels.fused.head import Head
 from convloom.kernels.fused.lrn_pool import LrnPool
 from convloom.kernels.fused.pool_conv import PoolConv
 from convloom.kernels.fused.squeeze_excite import SqueezeExcite
 from convloom.kernels.pooling.pool_window import AvgPool2d, MaxPool2d
+from convloom.kernels.tile.conv_geometry import Conv2d
 from torch import Tensor, nn
 
 from . import harness, nets

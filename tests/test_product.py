@@ -15,10 +15,10 @@ from convloom.kernels.contract.epilogue import Stage
 from convloom.kernels.contract.op import Config, Launch, Problem, Ref, config
 from convloom.kernels.contract.spec import FLOAT_DTYPES, Layout, TensorSpec
 from convloom.kernels.contract.targets import GPU_TARGETS, INTERPRETER, Target, parse
-from convloom.kernels.convolution.conv2d import Conv2d
 from convloom.kernels.devices import execute, offline
 from convloom.kernels.products import gemm, gemm_persistent, gemm_tma, gemv
 from convloom.kernels.products.linear import Linear
+from convloom.kernels.tile.conv_geometry import Conv2d
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from . import harness, machine_code

@@ -27,9 +27,9 @@ from convloom.kernels.contract.epilogue import Stage
 from convloom.kernels.contract.op import Config, Problem, config
 from convloom.kernels.contract.spec import Layout, Operand, TensorSpec
 from convloom.kernels.contract.targets import INTERPRETER, REFERENCE, parse
-from convloom.kernels.convolution.conv2d import Conv2d
-from convloom.kernels.devices import kernel_hash as sources
+from convloom.kernels.devices import kernel_hash
 from convloom.kernels.movement.pointwise import Pointwise
+from convloom.kernels.tile.conv_geometry import Conv2d
 
 from . import harness
 
@@ -101,27 +101,27 @@ def known(tmp_path: Path) -> choose.Records:
 
 def test_every_op_has_kernels_and_a_hash() -> None:
     for op in registry.OPS:
-        found = sources.kernels_of(op)
+        found = kernel_hash.kernels_of(op)
         assert found, op.name
         assert all(name.startswith("convloom.kernels.") for name in found)
-        assert len(sources.source_hash(op.name)) == sources.HASH_DIGITS
+        assert len(kernel_hash.source_hash(op.name)) == kernel_hash.HASH_DIGITS
 
 
 def test_the_kernels_of_an_op_are_found_through_modules_and_nested_calls() -> None:
-    names = {name.rpartition(".")[2] for name in sources.kernels_of(CONV)}
+    names = {name.rpartition(".")[2] for name in kernel_hash.kernels_of(CONV)}
     assert {"conv2d_kernel", "gemm_kernel", "depthwise_kernel", "tile_index"} <= names
     assert "softmax" not in str(names)
 
 
 def test_the_hash_is_that_of_the_code_not_of_its_text(monkeypatch: pytest.MonkeyPatch) -> None:
-    op = next(op for op in registry.OPS if len(sources.kernels_of(op)) == 1)
-    (kernel,) = sources.kernels_of(op).values()
-    before, text = sources.hash_of(op), kernel.src
-    assert before == sources.source_hash(op.name)
+    op = next(op for op in registry.OPS if len(kernel_hash.kernels_of(op)) == 1)
+    (kernel,) = kernel_hash.kernels_of(op).values()
+    before, text = kernel_hash.hash_of(op), kernel.src
+    assert before == kernel_hash.source_hash(op.name)
 
     def now(changed: str) -> str:
         monkeypatch.setattr(type(kernel), "src", property(lambda self: changed))
-        return sources.hash_of(op)
+        return kernel_hash.hash_of(op)
 
     head, _, rest = text.partition("):\n")
     assert now(f"{head}):\n    # A comment.\n\n    'A docstring.'\n{rest}") == before

@@ -19,11 +19,11 @@ from convloom.kernels.contract import targets
 from convloom.kernels.contract.epilogue import Stage
 from convloom.kernels.contract.op import Attributes, Problem, config
 from convloom.kernels.contract.spec import Layout, TensorSpec
-from convloom.kernels.convolution.conv2d import Conv2d
 from convloom.kernels.fused import conv_chain, conv_sum
 from convloom.kernels.fused import conv_chain_tiles as tiles
 from convloom.kernels.fused.conv_chain import ConvChain
 from convloom.kernels.fused.conv_sum import ConvSum
+from convloom.kernels.tile.conv_geometry import Conv2d
 from convloom.zoo import resnets
 from torch import nn
 

@@ -19,7 +19,7 @@ from convloom.compiler.graph.verify import verify
 from convloom.compiler.passes import PASSES, choose_partition, run_passes, siblings
 from convloom.kernels.contract import targets
 from convloom.kernels.contract.op import Problem
-from convloom.kernels.convolution.conv2d import Conv2d
+from convloom.kernels.tile.conv_geometry import Conv2d
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn

@@ -22,12 +22,12 @@ from convloom.kernels.contract.epilogue import Stage
 from convloom.kernels.contract.op import Config, Op, Problem
 from convloom.kernels.contract.spec import Layout, TensorSpec
 from convloom.kernels.contract.targets import GPU_TARGETS, Target, parse
-from convloom.kernels.convolution.conv2d import Conv2d
 from convloom.kernels.devices import emulator, interpreter, offline
 from convloom.kernels.devices.emulator import FaultError
 from convloom.kernels.products import gemm
 from convloom.kernels.products.linear import Linear
-from convloom.kernels.tile import split_k as split
+from convloom.kernels.tile import split_k
+from convloom.kernels.tile.conv_geometry import Conv2d
 from torch import nn
 
 from . import harness
@@ -112,8 +112,8 @@ def exchange_kernel(parts, tickets, y, extras, m, SPLIT: tl.constexpr, SIZE: tl.
     """The sum of what programs hold in registers: no product's barriers are in between."""
     part = tl.program_id(0)
     acc = tl.zeros((SIZE, SIZE), tl.float32) + (part + 1).to(tl.float32)
-    if split.publish(acc, parts, tickets, part * 0, part, SPLIT, SIZE, SIZE):
-        acc = split.collect(parts, tickets, part * 0, SPLIT, SIZE, SIZE)
+    if split_k.publish(acc, parts, tickets, part * 0, part, SPLIT, SIZE, SIZE):
+        acc = split_k.collect(parts, tickets, part * 0, SPLIT, SIZE, SIZE)
         tl.store(y + tl.arange(0, SIZE)[:, None] * SIZE + tl.arange(0, SIZE)[None, :], acc)
 
 
@@ -220,7 +220,7 @@ def test_adding_up_is_in_the_model() -> None:
         for count in (1, 2, 4, 8)
     ]
     assert times[0] == 0.0 and times == sorted(set(times))
-    assert split.combine_bytes(4, 64, 32) == 4 * 4 * 64 * 32
+    assert split_k.combine_bytes(4, 64, 32) == 4 * 4 * 64 * 32
 
 
 @pytest.mark.parametrize("target", [t for t in GPU_TARGETS if t.capability % 10 == 0], ids=str)

@@ -25,11 +25,11 @@ from convloom.kernels.contract import targets, tolerance
 from convloom.kernels.contract.epilogue import Stage
 from convloom.kernels.contract.op import Attributes, Problem, Ref
 from convloom.kernels.contract.spec import FLOAT_DTYPES, Layout, TensorSpec
-from convloom.kernels.convolution.conv2d import Conv2d
 from convloom.kernels.devices import offline
 from convloom.kernels.fused import stem
 from convloom.kernels.fused.stem import Stem
 from convloom.kernels.fused.stem_input import StemInput
+from convloom.kernels.tile.conv_geometry import Conv2d
 from torch import nn
 
 from . import harness, nets

@@ -12,12 +12,12 @@ from convloom.kernels.contract import targets
 from convloom.kernels.contract.epilogue import Stage
 from convloom.kernels.contract.op import Attributes, Ref
 from convloom.kernels.contract.spec import Layout, TensorSpec
-from convloom.kernels.convolution.conv2d import Conv2d
 from convloom.kernels.movement.pointwise import Pointwise
 from convloom.kernels.normalisation.batch_norm import BatchNorm
 from convloom.kernels.normalisation.softmax import Softmax
 from convloom.kernels.pooling.max_unpool import MaxUnpool2d
 from convloom.kernels.pooling.pool_window import AvgPool2d, LpPool2d, MaxPool2d
+from convloom.kernels.tile.conv_geometry import Conv2d
 
 from . import harness
 

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from convloom.compiler import passes
 from convloom.compiler.evaluation import validate
 from convloom.compiler.evaluation.validate import RELATIVE, Validation
-from convloom.compiler.fusion import rules as fusions
+from convloom.compiler.fusion import rules
 from convloom.compiler.fusion.pattern import Match, absorb
 from convloom.compiler.graph.ir import Goal, Graph, Value
 from convloom.compiler.graph.ledger import Ledger
@@ -47,11 +47,11 @@ def lose_residuals(patch: pytest.MonkeyPatch) -> None:
         inputs = graph.inputs(anchor.name)
         return absorb(graph, found, anchor.name, inputs, epilogue=anchor.epilogue)
 
-    rules = tuple(
+    changed = tuple(
         replace(rule, rewrite=rewrite) if rule.name.startswith("f(heavy(x), r)") else rule
-        for rule in fusions.EPILOGUE_RULES
+        for rule in rules.EPILOGUE_RULES
     )
-    patch.setattr(passes, "EPILOGUE_RULES", rules)
+    patch.setattr(passes, "EPILOGUE_RULES", changed)
 
 
 def permute_once(patch: pytest.MonkeyPatch) -> None:

@@ -12,7 +12,7 @@ import torch
 from convloom.kernels import registry
 from convloom.kernels.contract.op import Op
 from convloom.kernels.contract.spec import MEMORY_FORMATS, Layout, Operand, TensorSpec
-from convloom.kernels.movement import movement
+from convloom.kernels.movement import movement, rearrangement
 from convloom.kernels.movement.rearrange import Rearrange
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -21,7 +21,7 @@ from torch import nn
 from . import harness, nets
 
 KINDS = (
-    movement.Reshape,
+    rearrangement.Reshape,
     movement.FlattenPixels,
     movement.Permute,
     movement.Slice,

@@ -16,7 +16,8 @@ from typing import Any
 
 from ...kernels.contract.op import Builder
 from ...kernels.movement import pointwise
-from ...kernels.movement.movement import Permute, Reshape
+from ...kernels.movement.movement import Permute
+from ...kernels.movement.rearrangement import Reshape
 from ..graph.ir import Value
 
 VIEWS = frozenset((

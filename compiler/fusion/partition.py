@@ -24,8 +24,7 @@ from typing import Any
 from ...kernels.contract.op import Problem
 from ..graph.ir import Graph, Node
 from ..graph.ledger import Ledger
-from . import estimate
-from . import overrides as wishes
+from . import estimate, overrides
 from .pattern import Rule, by_root, bytes_saved, match, rules_for
 
 FORCED_US, FORCED_NODE_US = 1e12, 1e6
@@ -118,7 +117,7 @@ def _worthwhile(graph: Graph, everyone: Sequence[Proposer], ledger: Ledger) -> l
     kept = []
     for proposer in everyone:
         for proposal in proposer(graph, ledger):
-            wish = wishes.of(graph.goal, proposal.label, proposal.nodes)
+            wish = overrides.of(graph.goal, proposal.label, proposal.nodes)
             worth_us, reason = _worth(graph, proposal)
             if wish.force is not None:
                 worth_us, reason = FORCED_US + FORCED_NODE_US * len(proposal.nodes), None

@@ -26,8 +26,7 @@ from ...kernels.contract.op import Attributes
 from ..graph.ir import TORCH, Graph, Node, Value
 from ..graph.ledger import Ledger
 from ..graph.verify import verify_node
-from . import estimate
-from . import overrides as wishes
+from . import estimate, overrides
 from .estimate import Fused
 
 
@@ -340,7 +339,7 @@ def _try_rules(
         found = match(graph, node, rule.pattern)
         if found is None:
             continue
-        wish = wishes.of(graph.goal, rule.label, found.consumed)
+        wish = overrides.of(graph.goal, rule.label, found.consumed)
         reason = wish.refusal or rule.refusal(graph, found)
         if reason is not None:
             ledger.refuse(rule.name, found.consumed, reason)

@@ -15,9 +15,9 @@ from torch import nn
 
 from ...kernels.contract.scalars import SCALARS
 from ...kernels.contract.spec import Layout, TensorSpec
-from ...kernels.convolution.conv2d import Conv2d
 from ...kernels.movement.movement import FlattenPixels
 from ...kernels.movement.pointwise import Pointwise, stage_of
+from ...kernels.tile.conv_geometry import Conv2d
 from ..graph.ir import INPUT, Graph, Node, Value
 from .pattern import Call, Constant, Match, NearMiss, Rule, Var, absorb
 

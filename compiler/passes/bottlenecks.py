@@ -16,8 +16,8 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from ...kernels.convolution.conv2d import Conv2d
 from ...kernels.fused.conv_chain import ConvChain
+from ...kernels.tile.conv_geometry import Conv2d
 from ..fusion import estimate
 from ..fusion.estimate import Fused
 from ..fusion.pattern import Call, Match, NearMiss, Rule, Var

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from ...kernels.contract.epilogue import apply_reference
-from ...kernels.movement import movement
+from ...kernels.movement import movement, rearrangement
 from ...kernels.pooling.adaptive_pool import AdaptivePool2d
 from ..evaluation.evaluate import call_torch
 from ..graph.ir import CONSTANT, INPUT, OUTPUT, TORCH, Graph, Node, Value
@@ -36,7 +36,7 @@ def _is_identity(graph: Graph, node: Node) -> bool:
     if node.op == "identity":
         return True
     attributes = node.attributes
-    if isinstance(attributes, (movement.Reshape, movement.Expand)):
+    if isinstance(attributes, (rearrangement.Reshape, rearrangement.Expand)):
         return graph.spec(graph.inputs(node.name)[0]).shape == node.spec.shape
     if isinstance(attributes, AdaptivePool2d):
         return graph.spec(graph.inputs(node.name)[0]).shape == node.spec.shape

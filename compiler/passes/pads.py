@@ -14,9 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ...kernels.convolution.conv2d import Conv2d
 from ...kernels.convolution.conv_window import BorderConv2d, Conv3d
 from ...kernels.movement.pad import Pad
+from ...kernels.tile.conv_geometry import Conv2d
 from ..fusion.estimate import Fused
 from ..fusion.pattern import Call, Match, NearMiss, Rule, Var
 from ..fusion.rules import IMAGE, example

@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...kernels.convolution.conv2d import Conv2d
 from ...kernels.fused.lrn_pool import LrnPool
 from ...kernels.fused.pool_conv import PoolConv
 from ...kernels.fused.squeeze_excite import SqueezeExcite
@@ -19,6 +18,7 @@ from ...kernels.normalisation.lrn import LocalResponseNorm
 from ...kernels.normalisation.reduce import Reduce
 from ...kernels.pooling.adaptive_pool import AdaptivePool2d
 from ...kernels.pooling.pool_window import AvgPool2d, MaxPool2d
+from ...kernels.tile.conv_geometry import Conv2d
 from ..fusion.estimate import Fused
 from ..fusion.pattern import Call, Constant, Match, NearMiss, Rule, Var
 from ..fusion.rules import example

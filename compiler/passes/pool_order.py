@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from ...kernels.convolution.conv2d import Conv2d
 from ...kernels.pooling.pool_window import AvgPool2d
+from ...kernels.tile.conv_geometry import Conv2d
 from ..fusion.pattern import Call, Match, NearMiss, Rule, Var, apply_rules
 from ..fusion.rules import example
 from ..graph.ir import Graph, Node, Value

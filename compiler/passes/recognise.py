@@ -14,9 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ...kernels.movement.movement import Reshape
 from ...kernels.movement.pad import Pad
 from ...kernels.movement.pointwise import Pointwise
+from ...kernels.movement.rearrangement import Reshape
 from ...kernels.normalisation.lrn import LocalResponseNorm
 from ...kernels.pooling.pool_window import AvgPool2d, AvgPool3d, LpPool2d
 from ..fusion.pattern import Call, Match, Rule, Var, apply_rules, replace_root

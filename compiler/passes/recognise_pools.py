@@ -12,9 +12,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from ...kernels.movement.movement import Reshape
 from ...kernels.movement.pad import Pad
 from ...kernels.movement.pointwise import Pointwise
+from ...kernels.movement.rearrangement import Reshape
 from ...kernels.pooling.median_pool import MOST_TAPS, MedianPool2d
 from ...kernels.pooling.mixed_pool import MixedPool2d, is_weight
 from ...kernels.pooling.pool_window import AvgPool2d, MaxPool2d

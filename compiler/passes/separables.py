@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from ...kernels.convolution.conv2d import Conv2d
 from ...kernels.fused.separable import Separable
+from ...kernels.tile.conv_geometry import Conv2d
 from ..fusion.estimate import Fused
 from ..fusion.pattern import Call, Constant, Match, NearMiss, Rule, Var
 from ..fusion.rules import example

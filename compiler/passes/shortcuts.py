@@ -16,8 +16,8 @@ import torch
 from torch import nn
 
 from ...kernels.contract.epilogue import Epilogue, Stage
-from ...kernels.convolution.conv2d import Conv2d
 from ...kernels.fused.conv_sum import ConvSum
+from ...kernels.tile.conv_geometry import Conv2d
 from ..fusion.estimate import Fused
 from ..fusion.pattern import Call, Match, NearMiss, Rule, Var
 from ..fusion.rules import example

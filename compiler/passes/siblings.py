@@ -22,10 +22,9 @@ import torch
 from ...kernels.contract.epilogue import Epilogue, Stage
 from ...kernels.contract.op import Problem
 from ...kernels.contract.spec import TensorSpec
-from ...kernels.convolution.conv2d import Conv2d
 from ...kernels.movement.movement import Concat, Slice
-from ..fusion import estimate
-from ..fusion import overrides as wishes
+from ...kernels.tile.conv_geometry import Conv2d
+from ..fusion import estimate, overrides
 from ..fusion.partition import Proposal
 from ..graph.ir import Graph, Node, Value
 from ..graph.ledger import Ledger
@@ -76,7 +75,7 @@ def propose_siblings(graph: Graph, ledger: Ledger) -> list[Proposal]:
     for members in groups.values():
         allowed = []
         for node in members if len(members) > 1 else ():
-            reason = wishes.of(graph.goal, LABEL, [node]).refusal or _why_not(graph, node)
+            reason = overrides.of(graph.goal, LABEL, [node]).refusal or _why_not(graph, node)
             if reason is None:
                 allowed.append(node)
             else:

@@ -20,15 +20,16 @@ from typing import NoReturn
 from ...errors import InvalidInputError, UnsupportedOpError
 from ...kernels.contract.op import Attributes
 from ...kernels.contract.spec import TensorSpec
-from ...kernels.convolution.conv2d import Conv2d
-from ...kernels.movement.movement import Concat, Expand, Permute, Reshape, Slice
+from ...kernels.movement.movement import Concat, Permute, Slice
 from ...kernels.movement.pointwise import Pointwise
+from ...kernels.movement.rearrangement import Expand, Reshape
 from ...kernels.normalisation.normalize import Normalize
 from ...kernels.normalisation.reduce import Reduce
 from ...kernels.normalisation.softmax import Softmax
 from ...kernels.pooling.adaptive_pool import AdaptivePool2d
 from ...kernels.pooling.pool_window import AvgPool2d, MaxPool2d
 from ...kernels.pooling.upsample import CORNERS, Upsample, step_of
+from ...kernels.tile.conv_geometry import Conv2d
 from ..graph.ir import CONSTANT, INPUT, OUTPUT, Graph, Node, Value
 from ..graph.ledger import Ledger
 from .recognise import recognise_composites

@@ -13,9 +13,10 @@ from dataclasses import replace
 from typing import Any
 
 from ...kernels.contract.spec import TensorSpec
-from ...kernels.movement.movement import Concat, Expand, Reshape, Slice
+from ...kernels.movement.movement import Concat, Slice
 from ...kernels.movement.pad import Pad
 from ...kernels.movement.pointwise import Pointwise
+from ...kernels.movement.rearrangement import Expand, Reshape
 from ...kernels.normalisation.batch_norm import BatchNorm
 from ...kernels.normalisation.normalize import Normalize
 from ...kernels.normalisation.reduce import Reduce

@@ -22,15 +22,14 @@ from ...kernels import registry
 from ...kernels.contract.epilogue import Epilogue, apply_reference, broadcasts
 from ...kernels.contract.op import Attributes, Problem
 from ...kernels.contract.spec import Operand, TensorSpec
-from ...kernels.convolution.conv2d import Conv2d
 from ...kernels.fused import stem
 from ...kernels.fused.stem import Stem
 from ...kernels.fused.stem_input import StemInput
 from ...kernels.movement import movement
 from ...kernels.movement.movement import Relayout
 from ...kernels.movement.pointwise import Pointwise, stage_of
-from ..fusion import estimate
-from ..fusion import overrides as wishes
+from ...kernels.tile.conv_geometry import Conv2d
+from ..fusion import estimate, overrides
 from ..graph.ir import INPUT, Graph, Node, Value
 from ..graph.ledger import Ledger
 
@@ -109,7 +108,7 @@ def _fuse(graph: Graph, entrance: Entrance, ledger: Ledger) -> None:
     found = _why_not(graph, entrance) or _normalisation(graph, entrance)
     forms = []
     for rule, why_not, build in ((LOADS, _why_no_loads, _loads), (ROWS, _why_no_rows, _rows)):
-        wish = wishes.of(graph.goal, LABELS[rule], entrance.nodes)
+        wish = overrides.of(graph.goal, LABELS[rule], entrance.nodes)
         if isinstance(found, str):
             ledger.refuse(rule, entrance.nodes, found)
         elif (reason := why_not(graph, entrance.conv) or wish.refusal) is not None:

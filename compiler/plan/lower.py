@@ -14,14 +14,14 @@ import torch
 
 from ... import settings
 from ...errors import KernelError, UnsupportedOpError
-from ...kernels.contract import programmatic_launch as dependent
+from ...kernels.contract import programmatic_launch
 from ...kernels.contract.op import Config, Launch, Op, Problem, Ref
 from ...kernels.contract.spec import Operand, TensorSpec
 from ...kernels.contract.targets import Target
-from ...kernels.movement import movement
+from ...kernels.movement import movement, rearrangement
 from ...kernels.movement.rearrangement import Rearrange
 from ...settings import BRANCHES, PROGRAMMATIC
-from ..fusion import overrides as wishes
+from ..fusion import overrides
 from ..fusion.overrides import CONCAT_LABEL, CONCAT_RULE
 from ..graph.interface import Port
 from ..graph.ir import CONSTANT, INPUT, OUTPUT, TORCH, Graph, Node, Value
@@ -171,7 +171,7 @@ def _plan_concats(state: _Lowering) -> None:
             if reason is None and times[value] > 1:
                 reason = f"{value} is joined twice"
             source = graph.node(value.node)
-            reason = reason or wishes.of(graph.goal, CONCAT_LABEL, [source, node]).refusal
+            reason = reason or overrides.of(graph.goal, CONCAT_LABEL, [source, node]).refusal
             if reason is None:
                 state.destinations[value] = (Value(node.name), start)
                 saved = 2 * graph.spec(value).size_bytes
@@ -207,7 +207,7 @@ def is_movement(node: Node) -> bool:
     return not node.epilogue and isinstance(
         node.attributes,
         (
-            movement.Reshape,
+            rearrangement.Reshape,
             movement.FlattenPixels,
             movement.Permute,
             Rearrange,
@@ -340,7 +340,7 @@ def _launches(
         raise KernelError(f"{name}: {op.name} of {specs} has {reason}; make the batch smaller")
     if PROGRAMMATIC not in state.launch:
         return launches
-    return tuple(dependent.programmatic(launch, state.target) for launch in launches)
+    return tuple(programmatic_launch.programmatic(launch, state.target) for launch in launches)
 
 
 def _scratch(state: _Lowering, node: Node, launches: tuple[Launch, ...]) -> dict[Ref, str]:

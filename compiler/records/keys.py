@@ -19,7 +19,7 @@ from ...kernels.contract.epilogue import Epilogue
 from ...kernels.contract.op import Problem
 from ...kernels.contract.spec import Operand, TensorSpec
 from ...kernels.contract.targets import GPU_TARGETS, INTERPRETER, Target
-from ...kernels.devices import kernel_hash as sources
+from ...kernels.devices import kernel_hash
 
 ARCHITECTURES = {
     target.name.removeprefix("cuda:"): target for target in (*GPU_TARGETS, INTERPRETER)
@@ -72,14 +72,15 @@ class Key:
 
         Raises: UnsupportedOpError where there is no such op.
         """
-        return replace(self, triton=sources.TRITON_VERSION, source=sources.source_hash(self.op))
+        source = kernel_hash.source_hash(self.op)
+        return replace(self, triton=kernel_hash.TRITON_VERSION, source=source)
 
     @property
     def of_other_kernels(self) -> str | None:
         """Why a result for this key is about kernels that are not ours, or None."""
         if self.op not in registry.BY_NAME:
             return f"there is no op {self.op!r}"
-        ours = sources.source_hash(self.op)
+        ours = kernel_hash.source_hash(self.op)
         if self.source != ours:
             return f"the kernels of {self.op} were others then (source {self.source}, now {ours})"
         return None
@@ -89,8 +90,8 @@ class Key:
         """Why a result for this key is not about the machine code of today, or None."""
         if (reason := self.of_other_kernels) is not None:
             return reason
-        if self.triton != sources.TRITON_VERSION:
-            return f"made with Triton {self.triton}, this is {sources.TRITON_VERSION}"
+        if self.triton != kernel_hash.TRITON_VERSION:
+            return f"made with Triton {self.triton}, this is {kernel_hash.TRITON_VERSION}"
         return None
 
     def __str__(self) -> str:
@@ -117,8 +118,8 @@ def key_of(problem: Problem, target: Target) -> Key:
         aligned=all(_is_aligned(operand) for operand in (*placed, *problem.outputs)),
         wide=problem.is_wide,
         architecture=target.name.removeprefix("cuda:"),
-        triton=sources.TRITON_VERSION,
-        source=sources.source_hash(problem.op),
+        triton=kernel_hash.TRITON_VERSION,
+        source=kernel_hash.source_hash(problem.op),
     )
 
 

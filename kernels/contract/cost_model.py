@@ -380,3 +380,6 @@ def padding(launch: Launch, config: Config, problem: Problem) -> float:
     columns = spec.shape[spec.layout.order(spec.rank)[-1]] if spec.rank else 1
     tiles = launch.columns / blocks.get("SPLIT", 1)
     return max(rows, 1.0) * max(tiles * width / max(columns, 1), 1.0)
+
+
+MULTIPROCESSORS = 132

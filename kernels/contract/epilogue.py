@@ -18,6 +18,7 @@ from __future__ import annotations
 import hashlib
 import linecache
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -357,3 +358,11 @@ def for_output(
     """The epilogue of a kernel whose rows and columns are those of the output in memory."""
     reads = tuple(access(operand, output) for operand in operands)
     return generate(stages, reads, memory_sizes(output), first)
+
+
+def resolved(constexprs: Mapping[str, Any]) -> dict[str, Any]:
+    """Compile-time arguments with generated sources turned into jit functions."""
+    return {
+        name: value.resolve() if isinstance(value, GeneratedFunction) else value
+        for name, value in constexprs.items()
+    }

@@ -20,18 +20,15 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 import triton
 import triton.language as tl
 
 from ...errors import InvalidInputError
-from ..contract import programmatic_launch as dependent
+from ..contract import programmatic_launch
 from ..contract.op import (
-    Attributes,
     Builder,
     Config,
     Cost,
@@ -49,59 +46,8 @@ from ..contract.targets import Target
 from ..products import gemm, product
 from ..tile import residual
 from ..tile import split_k as split_k
-from ..tile.torch_convolution import convolve
+from ..tile.conv_geometry import Conv2d, infer, pair, reference, same_padding
 from . import conv_rows, conv_tma, depthwise, grouped
-
-
-@dataclass(frozen=True)
-class Conv2d(Attributes):
-    """stride and dilation as (vertical, horizontal); padding as (top, bottom, left, right)."""
-
-    stride: tuple[int, int] = (1, 1)
-    padding: tuple[int, int, int, int] = (0, 0, 0, 0)
-    dilation: tuple[int, int] = (1, 1)
-    groups: int = 1
-
-
-def infer(attributes: Conv2d, inputs: tuple[TensorSpec, ...]) -> tuple[TensorSpec, ...]:
-    """P = floor((H + top + bottom − dh·(R − 1) − 1) / sh) + 1, Q likewise."""
-    x, w = inputs
-    if x.rank != 4 or w.rank != 4:
-        raise InvalidInputError(f"conv2d: expected x (N,C,H,W) and w (K,C/G,R,S), got {x}, {w}")
-    n, c, h, width = x.shape
-    k, per_group, r, s = w.shape
-    groups = attributes.groups
-    if groups < 1 or c % groups or k % groups or per_group != c // groups:
-        raise InvalidInputError(
-            f"conv2d: {c} input and {k} output channels with weight {w} do not divide into "
-            f"{groups} groups"
-        )
-    top, bottom, left, right = attributes.padding
-    (sh, sw), (dh, dw) = attributes.stride, attributes.dilation
-    p = (h + top + bottom - dh * (r - 1) - 1) // sh + 1
-    q = (width + left + right - dw * (s - 1) - 1) // sw + 1
-    if p < 1 or q < 1:
-        raise InvalidInputError(
-            f"conv2d: a {r}x{s} filter with dilation {dh}x{dw} does not fit the padded input "
-            f"{h + top + bottom}x{width + left + right}"
-        )
-    return (TensorSpec((n, k, p, q), x.dtype, Layout.NHWC, x.batch),)
-
-
-def reference(attributes: Conv2d, x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
-    top, bottom, left, right = attributes.padding
-    if (top, left) != (bottom, right):
-        x, padding = F.pad(x, (left, right, top, bottom)), (0, 0)
-    else:
-        padding = (top, left)
-    return convolve(
-        x,
-        w,
-        stride=attributes.stride,
-        padding=padding,
-        dilation=attributes.dilation,
-        groups=attributes.groups,
-    )
 
 
 def pack(attributes: Conv2d, w: torch.Tensor) -> torch.Tensor:
@@ -186,7 +132,7 @@ def conv2d_kernel(
     x_corner = (corner * X_PITCH)[:, None]
     w_tile = w + (columns * (R * S * C))[:, None] + depth[None, :]
     split = tl.program_id(0) % SPLIT
-    dependent.wait(PDL)
+    programmatic_launch.wait(PDL)
     acc = residual.begin(
         rows, columns, row_mask, column_mask, extras, RESIDUAL, RESIDUAL_FIRST, BLOCK_M, BLOCK_N
     )
@@ -238,7 +184,7 @@ def conv2d_kernel(
             b_mask = column_mask[:, None] & (index < R * S * C)[None, :]
             b = tl.load(w_tile + start, mask=b_mask, other=0.0)
             acc = tl.dot(a, b.T, acc, input_precision=PRECISION)
-    dependent.release(PDL)
+    programmatic_launch.release(PDL)
     tile = row_tile * (GROUPS * group_tiles) + column_tile
     gemm.finish_share(
         acc, y, parts, tickets, tile, split, rows, columns, row_mask, column_mask, extras,
@@ -422,18 +368,6 @@ def _rows_draw(channels: int, filters: tuple[int, int], stride: tuple[int, int])
     }  # fmt: skip
 
 
-def _pair(value: Any) -> tuple[int, int]:
-    values = [value] if isinstance(value, int) else list(value)
-    return (int(values[0]), int(values[-1]))
-
-
-def same_padding(kernel: int, dilation: int) -> tuple[int, int]:
-    """Before and after, for an output as large as the input (stride 1): torch puts the odd one
-    after."""
-    total = dilation * (kernel - 1)
-    return total // 2, total - total // 2
-
-
 def _capture(
     g: Builder,
     x: Any,
@@ -444,16 +378,16 @@ def _capture(
     dilation: Any = 1,
     groups: int = 1,
 ) -> Any:
-    dilations = _pair(dilation)
+    dilations = pair(dilation)
     if padding == "valid":
         sides = (0, 0, 0, 0)
     elif padding == "same":
         r, s = g.spec(w).shape[2:]
         sides = (*same_padding(r, dilations[0]), *same_padding(s, dilations[1]))
     else:
-        vertical, horizontal = _pair(padding)
+        vertical, horizontal = pair(padding)
         sides = (vertical, vertical, horizontal, horizontal)
-    attributes = Conv2d(_pair(stride), sides, dilations, int(groups))
+    attributes = Conv2d(pair(stride), sides, dilations, int(groups))
     if g.spec(x).rank != 4:
         return g.refuse("unbatched convolution; pass a batch dimension")
     from ..movement.arguments import with_bias

@@ -45,7 +45,8 @@ from ..contract.targets import Target
 from ..movement.arguments import as_image, as_sequence, both_sides, numbers, with_bias
 from ..movement.pad import correction
 from ..products import gemm
-from .conv2d import Conv2d, runs_by_tap
+from ..tile.conv_geometry import Conv2d
+from .conv2d import runs_by_tap
 from .conv_window import BORDERS, BorderConv2d, Conv3d, ConvNd, infer, pack, reference
 
 

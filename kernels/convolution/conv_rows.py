@@ -16,19 +16,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import TYPE_CHECKING, cast
+from typing import cast
 
 import torch
 import torch.nn.functional as F
 import triton
 import triton.language as tl
 
+from ..contract import cost_model
 from ..contract.op import Config, Launch, Problem, W, X, Y, config, power_of_two
 from ..contract.targets import Target
 from ..products import gemm
-
-if TYPE_CHECKING:
-    from .conv2d import Conv2d
+from ..tile.conv_geometry import Conv2d
 
 CHANNELS = (4, 8)
 BLOCK = 16
@@ -216,6 +215,6 @@ def default(problem: Problem, target: Target) -> Config:
     if target.name == "interpreter":
         return tile
     tiles = -(-wanted.rows // 128) * -(-wanted.columns // 64)
-    if wanted.columns > 32 and tiles >= gemm.MULTIPROCESSORS and _wide_tiles(wanted):
+    if wanted.columns > 32 and tiles >= cost_model.MULTIPROCESSORS and _wide_tiles(wanted):
         return _wide_tiles(wanted)[1]
     return replace(tile, blocks=tuple((dict(tile.blocks) | {"BLOCK_K": BLOCK}).items()))

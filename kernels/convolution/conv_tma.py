@@ -22,7 +22,7 @@ from typing import Any
 import triton
 import triton.language as tl
 
-from ..contract import programmatic_launch as dependent
+from ..contract import programmatic_launch
 from ..contract.op import Box, Config, Launch, Problem, Target, W, X, Y, config, power_of_two
 from ..products import gemm, gemm_tma
 from ..tile import residual
@@ -96,7 +96,7 @@ def conv_tma_kernel(
     rows = (image * P + p) * Q + q
     columns = column + tl.arange(0, BLOCK_N)
     column_mask = columns < K
-    dependent.wait(PDL)
+    programmatic_launch.wait(PDL)
     acc = residual.begin(
         rows, columns, row_mask, column_mask, extras, RESIDUAL, RESIDUAL_FIRST, BLOCK_M, BLOCK_N
     )
@@ -114,7 +114,7 @@ def conv_tma_kernel(
             a = x.load([n0, half_row, (top + rise) % 2, half_column, inner])
         b = w.load([column, tap * C + start])
         acc = tl.dot(tl.reshape(a, (BLOCK_M, BLOCK_K)), b.T, acc, input_precision=PRECISION)
-    dependent.release(PDL)
+    programmatic_launch.release(PDL)
     gemm.finish_tile(
         acc, y, rows, columns, row_mask, column_mask, extras, EPILOGUE, Y_PITCH, Y_OFFSET
     )

@@ -11,7 +11,6 @@ Weights are packed (R·S, K) in fp32.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
 
 import torch
 import triton
@@ -20,9 +19,7 @@ import triton.language as tl
 from ..contract import epilogue as ep
 from ..contract.op import Config, Launch, Problem, W, X, Y, config, operand_refs, power_of_two
 from ..contract.targets import Target
-
-if TYPE_CHECKING:
-    from .conv2d import Conv2d
+from ..tile.conv_geometry import Conv2d
 
 
 @triton.jit

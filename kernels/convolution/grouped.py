@@ -17,19 +17,18 @@ groups' inputs set to zero.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, cast
+from typing import cast
 
 import torch
 import triton
 import triton.language as tl
 
+from ..contract import cost_model
 from ..contract import epilogue as ep
 from ..contract.op import Config, Launch, Problem, W, X, Y, config, operand_refs, power_of_two
 from ..contract.targets import Target
 from ..products import gemm
-
-if TYPE_CHECKING:
-    from .conv2d import Conv2d
+from ..tile.conv_geometry import Conv2d
 
 BLOCK = 32
 """Channels of a block. With 64 the zeros double the products and 128x64 tiles need 194 registers;
@@ -256,6 +255,6 @@ def default(problem: Problem, target: Target) -> Config:
     attributes = cast("Conv2d", problem.attributes)
     blocks = -(-attributes.groups // _sizes(problem)[2])
     tile = _tile(problem, 128, 4, 4)
-    enough = rows // 128 * blocks >= gemm.MULTIPROCESSORS
+    enough = rows // 128 * blocks >= cost_model.MULTIPROCESSORS
     fits = target.capability >= 90 and problem.inputs[0].spec.dtype is not torch.float32
     return tile if enough and fits else _tile(problem, 64, 4, 4)

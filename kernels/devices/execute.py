@@ -6,13 +6,13 @@ compile-time constants of the kernel.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from ..contract.epilogue import GeneratedFunction
+from ..contract.epilogue import resolved
 from ..contract.op import Launch, Ref
 
 
@@ -50,14 +50,6 @@ def scratch(launch: Launch, device: torch.device | str = "cpu") -> dict[Ref, tor
             (wanted.elements,), fill, dtype=wanted.dtype, device=device
         )
     return made
-
-
-def resolved(constexprs: Mapping[str, Any]) -> dict[str, Any]:
-    """Compile-time arguments with generated sources turned into jit functions."""
-    return {
-        name: value.resolve() if isinstance(value, GeneratedFunction) else value
-        for name, value in constexprs.items()
-    }
 
 
 def interpret(launch: Launch, tensor_of: Callable[[Ref], torch.Tensor], batch: int) -> None:

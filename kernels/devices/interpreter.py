@@ -39,7 +39,7 @@ from triton.runtime import interpreter as upstream
 from triton.runtime.jit import JITFunction
 
 from ...errors import KernelError
-from .offline import LANGUAGE
+from .language import LANGUAGE
 
 _REWRITTEN: dict[int, tuple[JITFunction[Any], Any]] = {}
 

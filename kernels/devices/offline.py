@@ -36,12 +36,12 @@ from triton.compiler import ASTSource
 
 from ... import settings
 from ...errors import KernelError
-from ..contract.epilogue import GeneratedFunction
+from ..contract.epilogue import GeneratedFunction, resolved
 from ..contract.op import Box, Launch, Ref
 from ..contract.programmatic_launch import is_programmatic
 from ..contract.targets import Target
 from . import barriers
-from .execute import resolved
+from .language import LANGUAGE
 
 POINTER_TYPES = {
     torch.float32: "*fp32",
@@ -51,11 +51,6 @@ POINTER_TYPES = {
     torch.int32: "*i32",
 }
 ALIGNED = [["tt.divisibility", 16]]
-LANGUAGE = threading.RLock()
-"""Held where Triton's language or settings are used or patched: they are global to the process, and
-what one thread interprets must not be what another one is compiling."""
-
-
 @dataclass(frozen=True)
 class CompileRequest:
     """One kernel variant: function, argument types, compile-time constants, options, target.

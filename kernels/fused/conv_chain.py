@@ -31,10 +31,9 @@ from ..contract import epilogue as ep
 from ..contract.op import Attributes, Config, Cost, Domain, Launch, Op, Problem, Ref, tensor_bytes
 from ..contract.spec import Layout, Operand, TensorSpec
 from ..contract.targets import Target
-from ..convolution import conv2d
-from ..convolution.conv2d import Conv2d
 from ..products import gemm
-from ..tile import taps
+from ..tile import conv_geometry, taps
+from ..tile.conv_geometry import Conv2d
 from ..tile.torch_convolution import convolve
 from . import conv_chain_tiles as tiles
 from .conv_chain_kernel import conv_chain_kernel
@@ -89,7 +88,7 @@ def middle(attributes: ConvChain, inputs: tuple[TensorSpec, ...]) -> TensorSpec:
     """The spec of t."""
     if attributes.front is None:
         return inputs[0].with_(layout=Layout.NHWC)
-    return conv2d.infer(attributes.front, (inputs[0], inputs[1]))[0]
+    return conv_geometry.infer(attributes.front, (inputs[0], inputs[1]))[0]
 
 
 def infer(attributes: ConvChain, inputs: tuple[TensorSpec, ...]) -> tuple[TensorSpec, ...]:
@@ -98,12 +97,12 @@ def infer(attributes: ConvChain, inputs: tuple[TensorSpec, ...]) -> tuple[Tensor
     if len(inputs) != slots["end"]:
         raise InvalidInputError(f"conv_chain: expected {slots['end']} inputs, got {len(inputs)}")
     t = middle(attributes, inputs)
-    outputs = conv2d.infer(Conv2d(), (t, inputs[slots["w2"]]))
+    outputs = conv_geometry.infer(Conv2d(), (t, inputs[slots["w2"]]))
     if attributes.shortcut is not None:
         _check_shortcut(attributes.shortcut, inputs[slots["s"]], inputs[slots["ws"]], outputs)
     links = {"front": t, "expand": outputs[0]}
     if attributes.has_reduce:
-        outputs += conv2d.infer(Conv2d(), (outputs[0], inputs[slots["w3"]]))
+        outputs += conv_geometry.infer(Conv2d(), (outputs[0], inputs[slots["w3"]]))
         links["reduce"] = outputs[1]
     for name, result in links.items():
         for operand in _part(attributes, name, inputs):
@@ -122,7 +121,7 @@ def _check_shortcut(
             f"conv_chain: expected a shortcut that is 1x1 without padding or groups, got "
             f"{shortcut} with weight {ws}"
         )
-    if (made := conv2d.infer(shortcut, (s, ws))) != outputs:
+    if (made := conv_geometry.infer(shortcut, (s, ws))) != outputs:
         raise InvalidInputError(f"conv_chain: the shortcut gives {made[0]}, not {outputs[0]}")
 
 
@@ -132,11 +131,12 @@ def reference(
     slots = attributes.slots
     t = tensors[0]
     if attributes.front is not None:
-        t = conv2d.reference(attributes.front, t, tensors[slots["w1"]])
+        t = conv_geometry.reference(attributes.front, t, tensors[slots["w1"]])
         t = ep.apply_reference(attributes.after_front, t, _part(attributes, "front", tensors))
     y = convolve(t, tensors[slots["w2"]])
     if attributes.shortcut is not None:
-        y = y + conv2d.reference(attributes.shortcut, tensors[slots["s"]], tensors[slots["ws"]])
+        s, ws = tensors[slots["s"]], tensors[slots["ws"]]
+        y = y + conv_geometry.reference(attributes.shortcut, s, ws)
     y = ep.apply_reference(attributes.after_expand, y, _part(attributes, "expand", tensors))
     if not attributes.has_reduce:
         return y

@@ -41,9 +41,9 @@ from ..contract.op import (
 from ..contract.spec import Layout, TensorSpec
 from ..contract.targets import Target
 from ..convolution import conv2d
-from ..convolution.conv2d import Conv2d
 from ..products import gemm
-from ..tile import taps
+from ..tile import conv_geometry, taps
+from ..tile.conv_geometry import Conv2d
 
 
 @dataclass(frozen=True)
@@ -59,8 +59,8 @@ def infer(attributes: ConvSum, inputs: tuple[TensorSpec, ...]) -> tuple[TensorSp
     x1, w1, x2, w2 = inputs
     if attributes.first.groups != 1 or attributes.second.groups != 1:
         raise InvalidInputError("conv_sum: expected convolutions without groups")
-    (first,) = conv2d.infer(attributes.first, (x1, w1))
-    (second,) = conv2d.infer(attributes.second, (x2, w2))
+    (first,) = conv_geometry.infer(attributes.first, (x1, w1))
+    (second,) = conv_geometry.infer(attributes.second, (x2, w2))
     if first != second:
         raise InvalidInputError(f"conv_sum: the convolutions give {first} and {second}")
     return (first,)
@@ -73,8 +73,8 @@ def reference(
     x2: torch.Tensor,
     w2: torch.Tensor,
 ) -> torch.Tensor:
-    first = conv2d.reference(attributes.first, x1, w1)
-    return first + conv2d.reference(attributes.second, x2, w2)
+    first = conv_geometry.reference(attributes.first, x1, w1)
+    return first + conv_geometry.reference(attributes.second, x2, w2)
 
 
 @triton.jit

@@ -23,8 +23,9 @@ from ..contract import epilogue as ep
 from ..contract.op import Attributes, Config, Problem, Ref
 from ..contract.spec import Layout, TensorSpec
 from ..convolution import conv2d
-from ..convolution.conv2d import Conv2d
 from ..products import gemm
+from ..tile import conv_geometry
+from ..tile.conv_geometry import Conv2d
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,7 @@ def result_of(name: str, attributes: StagedConv, inputs: tuple[TensorSpec, ...])
     first, last = (ep.operand_count(s) for s in (attributes.before, attributes.stages))
     if len(inputs) != 2 + first + last:
         raise InvalidInputError(f"{name}: expected {2 + first + last} inputs, got {len(inputs)}")
-    (result,) = conv2d.infer(attributes.conv, inputs[:2])
+    (result,) = conv_geometry.infer(attributes.conv, inputs[:2])
     for operand in inputs[2 : 2 + first]:
         if not is_per_channel(operand, inputs[0]) and not (
             attributes.conv == Conv2d() and is_per_image(operand, inputs[0])
@@ -81,7 +82,7 @@ def reference(attributes: StagedConv, tensors: tuple[torch.Tensor, ...]) -> torc
     x, w, *operands = tensors
     first = ep.operand_count(attributes.before)
     x = ep.apply_reference(attributes.before, x, tuple(operands[:first]))
-    y = conv2d.reference(attributes.conv, x, w)
+    y = conv_geometry.reference(attributes.conv, x, w)
     return ep.apply_reference(attributes.stages, y, tuple(operands[first:]))
 
 
@@ -290,6 +291,6 @@ def drawn_inputs(draw: Mapping[str, Any], attributes: StagedConv) -> tuple[Tenso
     x = TensorSpec((draw["N"], c, *draw["image"]), torch.float32, Layout.NHWC)
     w = TensorSpec((k, c, *draw["filter"]), torch.float32)
     scale, bias = TensorSpec((c, 1, 1), torch.float32), TensorSpec((k, 1, 1), torch.float32)
-    result = conv2d.infer(attributes.conv, (x, w)) if draw["stages"] == "residual" else ()
+    result = conv_geometry.infer(attributes.conv, (x, w)) if draw["stages"] == "residual" else ()
     first = (scale, scale) if attributes.before else ()
     return (x, w, *first, *result, *((bias,) if attributes.stages else ()))

@@ -51,10 +51,11 @@ from ..contract.op import (
 from ..contract.spec import Layout, Operand, TensorSpec
 from ..contract.targets import Target
 from ..convolution import conv2d
-from ..convolution.conv2d import Conv2d
 from ..pooling import pool, pool_window
 from ..pooling.pool_window import AvgPool2d, MaxPool2d
 from ..products import gemm
+from ..tile import conv_geometry
+from ..tile.conv_geometry import Conv2d
 from ..tile.torch_convolution import convolve
 
 MOST_LOADS = 144
@@ -111,7 +112,7 @@ def infer(attributes: PoolConv, inputs: tuple[TensorSpec, ...]) -> tuple[TensorS
             raise InvalidInputError(
                 f"pool_conv: {operand}, read after the pooling, does not broadcast to {t}"
             )
-    (y,) = conv2d.infer(Conv2d(), (t, w))
+    (y,) = conv_geometry.infer(Conv2d(), (t, w))
     return (y, t) if attributes.keep else (y,)
 
 

@@ -32,10 +32,10 @@ from ..contract import epilogue as ep
 from ..contract.op import Attributes, Config, Cost, Domain, Launch, Op, Problem, Ref, tensor_bytes
 from ..contract.spec import Layout, TensorSpec
 from ..contract.targets import Target
-from ..convolution import conv2d, depthwise
-from ..convolution.conv2d import Conv2d
+from ..convolution import depthwise
 from ..products import gemm
-from ..tile import taps
+from ..tile import conv_geometry, taps
+from ..tile.conv_geometry import Conv2d
 from ..tile.torch_convolution import convolve
 from . import separable_kernels, separable_tiles
 from .separable_tiles import Block
@@ -87,10 +87,10 @@ def results(attributes: Separable, inputs: tuple[TensorSpec, ...]) -> dict[str, 
         raise InvalidInputError(
             f"separable: expected x (N,C,H,W) and one filter per channel (C,1,R,S), got {x}, {w1}"
         )
-    made = {"depthwise": conv2d.infer(attributes.depthwise, (x, w1))[0]}
+    made = {"depthwise": conv_geometry.infer(attributes.depthwise, (x, w1))[0]}
     for before, part, weight in (("depthwise", "project", "w2"), ("project", "expand", "w3")):
         if part in attributes.parts:
-            made[part] = conv2d.infer(Conv2d(), (made[before], inputs[slots[weight]]))[0]
+            made[part] = conv_geometry.infer(Conv2d(), (made[before], inputs[slots[weight]]))[0]
     return made
 
 
@@ -121,7 +121,7 @@ def reference(
     attributes: Separable, *tensors: torch.Tensor
 ) -> torch.Tensor | tuple[torch.Tensor, ...]:
     slots = attributes.slots
-    value = conv2d.reference(attributes.depthwise, tensors[0], tensors[1])
+    value = conv_geometry.reference(attributes.depthwise, tensors[0], tensors[1])
     value = ep.apply_reference(
         attributes.after_depthwise, value, attributes.operands("depthwise", tensors)
     )
@@ -304,7 +304,7 @@ def _build(draw: Mapping[str, Any]) -> tuple[Separable, tuple[TensorSpec, ...]] 
     x = TensorSpec((draw["N"], c, h, width), torch.float32, Layout.NHWC)
     w1 = TensorSpec((c, 1, r, s), torch.float32)
     try:
-        (t,) = conv2d.infer(conv, (x, w1))
+        (t,) = conv_geometry.infer(conv, (x, w1))
     except InvalidInputError:
         return None
     y = t.with_(shape=(t.shape[0], k, *t.shape[2:]))

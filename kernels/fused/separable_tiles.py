@@ -18,7 +18,7 @@ from ..contract.op import Config, config, power_of_two
 from ..contract.targets import Target
 
 if TYPE_CHECKING:
-    from ..convolution.conv2d import Conv2d
+    from ..tile.conv_geometry import Conv2d
 
 
 @dataclass(frozen=True)

@@ -46,9 +46,9 @@ from ..contract.op import (
 from ..contract.spec import Layout, Operand, TensorSpec
 from ..contract.targets import Target
 from ..convolution import conv2d
-from ..convolution.conv2d import Conv2d
 from ..pooling.pool_window import AvgPool2d, MaxPool2d
 from ..products import gemm
+from ..tile.conv_geometry import Conv2d
 from . import conv_pool, conv_tile, head
 from .conv_pool import ConvPool
 from .head import Head

@@ -25,6 +25,7 @@ import triton
 import triton.language as tl
 
 from ...errors import InvalidInputError
+from ..contract import cost_model
 from ..contract import epilogue as ep
 from ..contract.op import (
     Attributes,
@@ -44,9 +45,9 @@ from ..contract.op import (
 )
 from ..contract.spec import Layout, TensorSpec
 from ..contract.targets import Target
-from ..convolution import conv2d
-from ..convolution.conv2d import Conv2d
 from ..products import gemm
+from ..tile import conv_geometry
+from ..tile.conv_geometry import Conv2d
 from .stem_input import check_normalisation, draw_image, normalised, side_by_side, strides_of_image
 
 MOST_TERMS = {torch.float16: 160, torch.bfloat16: 160, torch.float32: 48}
@@ -68,7 +69,7 @@ class Stem(Attributes):
 def infer(attributes: Stem, inputs: tuple[TensorSpec, ...]) -> tuple[TensorSpec, ...]:
     """The convolution's shape, in the weight's dtype."""
     x, w = inputs
-    (y,) = conv2d.infer(attributes.conv, (x, w))
+    (y,) = conv_geometry.infer(attributes.conv, (x, w))
     if attributes.conv.groups != 1:
         raise InvalidInputError(f"stem: expected 1 group, got {attributes.conv.groups}")
     check_normalisation("stem", attributes.mean, attributes.scale, x.shape[1])
@@ -77,7 +78,7 @@ def infer(attributes: Stem, inputs: tuple[TensorSpec, ...]) -> tuple[TensorSpec,
 
 def reference(attributes: Stem, x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
     value = normalised(x, attributes.mean, attributes.scale, w.dtype)
-    return conv2d.reference(attributes.conv, value, w)
+    return conv_geometry.reference(attributes.conv, value, w)
 
 
 def terms(w: TensorSpec) -> int:
@@ -279,7 +280,8 @@ def default(problem: Problem, target: Target) -> Config:
         return config(1, 1, BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=BLOCK)
     block_n = min(64 if half else 32, max(16, power_of_two(k)))
     tiles = -(-k // block_n) * n * p * q // 128
-    warps = 4 if tiles >= gemm.MULTIPROCESSORS else 2 if 2 * tiles >= gemm.MULTIPROCESSORS else 1
+    enough = cost_model.MULTIPROCESSORS
+    warps = 4 if tiles >= enough else 2 if 2 * tiles >= enough else 1
     tile = config(warps, 1, BLOCK_M=32 * warps, BLOCK_N=block_n, BLOCK_K=BLOCK)
     if legal(problem, tile, target) is None:
         return tile

@@ -10,8 +10,8 @@ from typing import Any
 
 from ..contract.epilogue import Stage
 from ..contract.op import Attributes, Builder
-from ..convolution.conv2d import same_padding
-from .movement import Reshape
+from ..tile.conv_geometry import same_padding
+from .rearrangement import Reshape
 
 
 def numbers(value: Any, count: int) -> tuple[int, ...]:

@@ -19,15 +19,8 @@ from ..contract import epilogue as ep
 from ..contract.op import Attributes, Config, Cost, Launch, Problem, Ref, tensor_bytes
 from ..contract.spec import MEMORY_FORMATS, Layout, Operand, TensorSpec, as_layout
 from ..contract.targets import Target
-from . import pointwise
-from . import rearrangement as parts
-
-
-@dataclass(frozen=True)
-class Reshape(Attributes):
-    """The new shape; with a batch, dimension 0 is that of the largest batch."""
-
-    shape: tuple[int, ...] = ()
+from . import pointwise, rearrangement
+from .rearrangement import Expand, Reshape
 
 
 @dataclass(frozen=True)
@@ -41,18 +34,6 @@ class Permute(Attributes):
     """Output dimension i is input dimension dims[i]."""
 
     dims: tuple[int, ...] = ()
-
-
-@dataclass(frozen=True)
-class Expand(Attributes):
-    """The shape to broadcast to; -1 keeps the input's extent, which may be the batch of a call.
-
-    batch: of a constant, whose rows become those of the batch: dimension 0 is that of the largest,
-    a smaller one has the first rows.
-    """
-
-    shape: tuple[int, ...] = ()
-    batch: int | None = None
 
 
 @dataclass(frozen=True)
@@ -330,8 +311,8 @@ def view_of(
             return None
         size = out.shape[attributes.dim]
         return slice_operand(x, attributes.dim, attributes.start, size)
-    if isinstance(attributes, parts.Rearrange):
-        return parts.view_of(attributes, x, out)
+    if isinstance(attributes, rearrangement.Rearrange):
+        return rearrangement.view_of(attributes, x, out)
     candidate = Operand.dense(out)
     candidate = Operand(out, candidate.pitch, x.offset)
     is_whole = x.pitch == Operand.dense(x.spec).pitch

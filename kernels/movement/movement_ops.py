@@ -14,11 +14,9 @@ from . import pointwise
 from .movement import (
     SHAPES,
     Concat,
-    Expand,
     FlattenPixels,
     Permute,
     Relayout,
-    Reshape,
     Slice,
     build_concat,
     build_expand,
@@ -48,6 +46,7 @@ from .movement import (
     slice_,
 )
 from .rearrange import Flip
+from .rearrangement import Expand, Reshape
 
 
 def _capture_view(g: Builder, x: Any, shape: Any) -> Any:

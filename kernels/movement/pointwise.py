@@ -21,7 +21,7 @@ import triton.language as tl
 
 from ...errors import InvalidInputError
 from ..contract import epilogue as ep
-from ..contract import programmatic_launch as dependent
+from ..contract import programmatic_launch
 from ..contract.op import (
     Attributes,
     Builder,
@@ -85,9 +85,9 @@ def pointwise_kernel(
         rows = rows.to(tl.int64)
         columns = columns.to(tl.int64)
     acc = tl.zeros((BLOCK_ROWS, BLOCK_COLUMNS), tl.float32)
-    dependent.wait(PDL)
+    programmatic_launch.wait(PDL)
     acc = CHAIN(acc, rows, columns, row_mask, column_mask, extras)
-    dependent.release(PDL)
+    programmatic_launch.release(PDL)
     acc = tl.broadcast_to(acc, (BLOCK_ROWS, BLOCK_COLUMNS))
     address = y + OFFSET + ROW_OFFSET(rows)[:, None] + (columns * COLUMN_STRIDE)[None, :]
     mask = row_mask[:, None] & column_mask[None, :]
@@ -377,13 +377,13 @@ def _prelu(g: Builder, x: Any, slope: Any) -> Any:
 
 
 def _reshape(shape: Sequence[int]) -> Attributes:
-    from .movement import Reshape
+    from .rearrangement import Reshape
 
     return Reshape(tuple(shape))
 
 
 def _expand(g: Builder, x: Any, shape: tuple[int, ...]) -> Any:
-    from .movement import Expand
+    from .rearrangement import Expand
 
     old = g.spec(x).shape
     missing = len(shape) - len(old)

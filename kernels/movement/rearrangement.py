@@ -168,3 +168,22 @@ def view_of(attributes: Rearrange, x: Operand, out: TensorSpec) -> Operand | Non
         if all(read == written or size == 1 for read, written, size in steps):
             return place
     return None
+
+
+@dataclass(frozen=True)
+class Reshape(Attributes):
+    """The new shape; with a batch, dimension 0 is that of the largest batch."""
+
+    shape: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class Expand(Attributes):
+    """The shape to broadcast to; -1 keeps the input's extent, which may be the batch of a call.
+
+    batch: of a constant, whose rows become those of the batch: dimension 0 is that of the largest,
+    a smaller one has the first rows.
+    """
+
+    shape: tuple[int, ...] = ()
+    batch: int | None = None

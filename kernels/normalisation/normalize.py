@@ -27,6 +27,7 @@ import torch
 
 from ...errors import InvalidInputError
 from ..contract import epilogue as ep
+from ..contract.cost_model import MULTIPROCESSORS
 from ..contract.op import (
     Attributes,
     Builder,
@@ -45,8 +46,7 @@ from ..contract.op import (
 )
 from ..contract.spec import MEMORY_FORMATS, Layout, TensorSpec
 from ..contract.targets import Target
-from ..movement.movement import Reshape
-from ..products.gemm import MULTIPROCESSORS
+from ..movement.rearrangement import Reshape
 from .batch_norm import BatchNorm
 from .normalize_kernel import normalize_kernel
 

@@ -26,6 +26,7 @@ import triton.language as tl
 
 from ...errors import InvalidInputError
 from ..contract import epilogue as ep
+from ..contract.cost_model import MULTIPROCESSORS
 from ..contract.op import (
     Attributes,
     Builder,
@@ -47,7 +48,6 @@ from ..contract.scalars import NAN
 from ..contract.spec import MEMORY_FORMATS, Layout, TensorSpec
 from ..contract.targets import Target
 from ..movement.pointwise import Pointwise
-from ..products.gemm import MULTIPROCESSORS
 
 
 @dataclass(frozen=True)

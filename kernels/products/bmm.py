@@ -41,9 +41,9 @@ from ..contract.op import (
 )
 from ..contract.spec import Layout, Operand, TensorSpec
 from ..contract.targets import Target
-from ..movement.movement import Expand, Permute, Reshape
+from ..movement.movement import Permute
 from ..movement.rearrange import infer_rearrange, rearrange
-from ..movement.rearrangement import Rearrange, parts_of
+from ..movement.rearrangement import Expand, Rearrange, Reshape, parts_of
 from ..normalisation.softmax import Softmax
 from . import gemm
 

@@ -17,9 +17,9 @@ import torch
 import triton
 import triton.language as tl
 
-from ..contract import cost_model
+from ..contract import cost_model, programmatic_launch
 from ..contract import epilogue as ep
-from ..contract import programmatic_launch as dependent
+from ..contract.cost_model import MULTIPROCESSORS
 from ..contract.op import (
     Config,
     Launch,
@@ -55,7 +55,6 @@ TILES_BEFORE_SM90 = (
 )  # fmt: skip
 # fp32 by three tf32 products keeps each operand twice in registers, so the tiles are smaller.
 TILES_FP32 = ((64, 64, 4), (64, 32, 4), (32, 64, 4), (32, 32, 4), (16, 64, 4), (16, 32, 2))
-MULTIPROCESSORS = 132
 STAGES = (3, 4, 5, 2)
 DEPTHS = (64, 32, 128, 16)
 """Terms of a step; of equal configurations by the model the first is tried first."""
@@ -183,7 +182,7 @@ def gemm_kernel(
     first, stop = 0, (C + BLOCK_K - 1) // BLOCK_K
     if SPLIT > 1:
         first, stop = share_of(split, (C + BLOCK_K - 1) // BLOCK_K, SPLIT)
-    dependent.wait(PDL)
+    programmatic_launch.wait(PDL)
     acc = residual.begin(
         rows, columns, row_mask, column_mask, extras, RESIDUAL, RESIDUAL_FIRST, BLOCK_M, BLOCK_N
     )
@@ -191,7 +190,7 @@ def gemm_kernel(
         acc, x, w, row_tile, column_tile, rows, columns, row_mask, column_mask, first, stop,
         extras, C, X_PITCH, X_OFFSET, PROLOGUE, FINITE, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K, TMA,
     )  # fmt: skip
-    dependent.release(PDL)
+    programmatic_launch.release(PDL)
     tile = row_tile * column_tiles + column_tile
     finish_share(
         acc, y, parts, tickets, tile, split, rows, columns, row_mask, column_mask, extras,

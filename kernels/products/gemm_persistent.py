@@ -19,8 +19,7 @@ from dataclasses import replace
 import triton
 import triton.language as tl
 
-from ..contract import cost_model
-from ..contract import programmatic_launch as dependent
+from ..contract import cost_model, programmatic_launch
 from ..contract.op import Config, Launch, Problem, Target
 from ..tile import residual
 from . import gemm, gemm_loop
@@ -59,7 +58,7 @@ def persistent_kernel(
 ):
     column_tiles: tl.constexpr = (K + BLOCK_N - 1) // BLOCK_N
     row_tiles = tl.cdiv(m, BLOCK_M)
-    dependent.wait(PDL)
+    programmatic_launch.wait(PDL)
     for tile in tl.range(
         tl.program_id(0), row_tiles * column_tiles, tl.num_programs(0), flatten=True
     ):
@@ -75,7 +74,7 @@ def persistent_kernel(
         gemm.finish_tile(
             acc, y, rows, columns, row_mask, column_mask, extras, EPILOGUE, Y_PITCH, Y_OFFSET
         )
-    dependent.release(PDL)
+    programmatic_launch.release(PDL)
 
 
 def resident_of(tile: Config) -> int:

@@ -18,7 +18,7 @@ import triton.language as tl
 from ..contract.spec import Operand, TensorSpec
 
 if TYPE_CHECKING:
-    from ..convolution.conv2d import Conv2d
+    from .conv_geometry import Conv2d
 
 Geometry = tuple[int, ...]
 """(H, W, C, P, Q, R, S, stride h, stride w, top, left, dilation h, dilation w, pitch of x, offset
