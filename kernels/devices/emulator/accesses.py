@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
 from . import stack, values
 from .arithmetic import UnsupportedPtxError
 from .memory import Array, gather, scatter
+from .registers import Action, Registers
 from .source import Address, Instruction, Operand
 from .values import BITS, UNSIGNED
-
-if TYPE_CHECKING:
-    from .machine import Action, Machine
 
 WORDS = {
     "global", "shared", "local", "relaxed", "acquire", "release", "acq_rel", "gpu", "sys", "cta",
@@ -44,7 +42,7 @@ Pieces = Callable[[Array], Iterable[tuple[Space, Array, Array]]]
 class Accesses:
     """The instructions of one machine that access memory a thread at a time."""
 
-    def __init__(self, machine: Machine) -> None:
+    def __init__(self, machine: Registers) -> None:
         self.machine = machine
 
     def load(self, instruction: Instruction) -> Action:

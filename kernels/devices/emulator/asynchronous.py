@@ -4,17 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from .arithmetic import UnsupportedPtxError
 from .memory import Array, Shared, scatter
+from .registers import Action, Registers
 from .source import Instruction
+from .tma import Boxes
 from .values import UNSIGNED
-
-if TYPE_CHECKING:
-    from .machine import Action, Machine
 
 
 @dataclass(frozen=True)
@@ -37,13 +35,15 @@ class Copies:
         self.committed = np.zeros(count, np.int64)
         self.waiting: list[Copy] = []
 
-    def decoder(self, machine: Machine) -> Callable[[Instruction], Action]:
-        return lambda instruction: self._decode(machine, instruction)
+    def decoder(
+        self, machine: Registers, boxes: Boxes
+    ) -> Callable[[Instruction], Action]:
+        return lambda instruction: self._decode(machine, boxes, instruction)
 
-    def _decode(self, machine: Machine, instruction: Instruction) -> Action:
+    def _decode(self, machine: Registers, boxes: Boxes, instruction: Instruction) -> Action:
         words = instruction.opcode[2:]
         if instruction.opcode[1:4] == ("async", "bulk", "tensor"):
-            return machine.boxes.decode(instruction)
+            return boxes.decode(instruction)
         if instruction.opcode[1] != "async" or "bulk" in words or "mbarrier" in words:
             raise UnsupportedPtxError("this form")
         if words == ("commit_group",):
@@ -54,7 +54,7 @@ class Copies:
             return self._wait_for_all
         return self._start(machine, instruction)
 
-    def _start(self, machine: Machine, instruction: Instruction) -> Action:
+    def _start(self, machine: Registers, instruction: Instruction) -> Action:
         goal, source, size_text, *present = instruction.operands
         size = int(str(size_text), 0)
         shared = machine.address(goal, "b32")

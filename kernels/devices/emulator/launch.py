@@ -15,8 +15,9 @@ from ...contract.spec import Operand
 from ...contract.targets import Target
 from .. import execute, offline
 from . import source
-from .machine import WARP, Machine
+from .machine import Machine
 from .memory import Array, Bounded, Global
+from .registers import WARP
 from .tma import MAP_BYTES, MAPS, SWIZZLE_BYTES, TensorMap
 
 Argument = torch.Tensor | int | TensorMap

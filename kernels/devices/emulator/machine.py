@@ -10,19 +10,14 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from . import arithmetic, asynchronous, products, tma, values
+from . import arithmetic, asynchronous, products, tma
 from .accesses import Accesses
 from .arithmetic import UnsupportedPtxError
-from .exchange import Exchange
-from .memory import POISON, Array, FaultError, Global, Shared
-from .source import Address, Instruction, Kernel, Operand
-from .stack import Stack
+from .memory import Array, FaultError, Global
+from .registers import WARP, Action, Lanes, Registers
+from .source import Instruction, Kernel
 from .values import BITS, UNSIGNED
 
-Lanes = Array
-"""The numbers of the threads that an instruction is executed by."""
-Action = Callable[[Lanes], None]
-WARP = 32
 IGNORED = {
     "fence", "membar", "griddepcontrol", "setmaxnreg", "prefetch", "discard", "nanosleep",
     "createpolicy", "pragma",
@@ -30,12 +25,10 @@ IGNORED = {
 FINISHED = np.iinfo(np.int64).max
 
 
-class Machine:
-    """The state of several blocks of one launch: registers, shared memory, where threads are.
+class Machine(Registers):
+    """Several blocks of one launch that run: their state, and where their threads are.
 
-    blocks: their numbers in the grid; parameters: bytes of each of the kernel's; order: in which
-    the atomic operations of an instruction happen; maps: tensor maps by address, which is what a
-    parameter that is one holds.
+    maps: tensor maps by address, which is what a parameter that is one holds.
     """
 
     def __init__(
@@ -50,90 +43,15 @@ class Machine:
         order: np.random.Generator,
         maps: dict[int, tma.TensorMap] | None = None,
     ) -> None:
-        self.kernel, self.memory, self.order = kernel, memory, order
-        self.threads, self.blocks, self.grid = threads, np.array(blocks, np.uint32), grid
-        self.count = len(blocks) * threads
-        self.everyone = np.arange(self.count)
-        self.thread = (self.everyone % threads).astype(np.uint32)
-        self.shared = Shared(len(blocks), shared_bytes, threads)
-        self.everywhere = Exchange(memory, self.shared, self.blocks)
-        self.stack = Stack(kernel, self.count)
-        self.registers: dict[str, Array] = {}
-        self.parameters = dict(zip(kernel.parameters, parameters, strict=False))
+        super().__init__(
+            kernel, memory, parameters, blocks, grid, threads, shared_bytes, order
+        )
         self.copies = asynchronous.Copies(self.shared, self.count)
         self.products = products.Pending(self)
+        self.check = self.products.check
         self.accesses = Accesses(self)
         self.boxes = tma.Boxes(self, maps or {})
-        self._special = self._special_registers()
         self._made: dict[int, Action] = {}
-
-    # Registers.
-
-    def getter(self, operand: Operand, kind: str) -> Callable[[Lanes], Array]:
-        """Reads an operand as values of a type: one per lane, or a single one for a constant."""
-        assert isinstance(operand, str), operand
-        negated = operand.startswith("!")
-        name = operand.lstrip("!")
-        if (special := self._special.get(name)) is not None:
-            fixed = values.from_bits(special, kind)
-            return lambda lanes: fixed[lanes]
-        if name in self.parameters:
-            where = np.frombuffer(self.parameters[name][:8], np.uint64)
-            return lambda lanes: where
-        if name in self.kernel.arrays:
-            start = np.array([self.stack.starts.get(name, 0)], UNSIGNED[BITS[kind]])
-            return lambda lanes: start
-        if name[0].isdigit() or name[0] == "-":
-            constant = values.immediate(name, kind)
-            return lambda lanes: constant
-        bits = self._register(name)
-
-        def read(lanes: Lanes) -> Array:
-            self.products.check(name, lanes)
-            value = values.from_bits(bits if lanes is self.everyone else bits[lanes], kind)
-            return ~value if negated else value
-
-        return read
-
-    def _register(self, name: str) -> Array:
-        if name not in self.registers:
-            try:
-                width = self.kernel.width(name)
-            except KeyError:
-                raise UnsupportedPtxError(f"{name} is no register") from None
-            filled = np.full(self.count * max(width // 8, 1), POISON, np.uint8)
-            self.registers[name] = filled.view(UNSIGNED[width]) if width > 1 else filled != POISON
-        return self.registers[name]
-
-    def setter(self, operand: Operand, kind: str) -> Callable[[Lanes, Array], None]:
-        """Writes values of a type to a register."""
-        assert isinstance(operand, str), operand
-        if operand == "_":
-            return lambda lanes, value: None
-        bits = self._register(operand)
-        width = self.kernel.width(operand)
-
-        def write(lanes: Lanes, value: Array) -> None:
-            self.products.check(operand, lanes)
-            new = values.widened(values.to_bits(value, kind), kind, width)
-            if lanes is self.everyone:
-                bits[:] = new
-            else:
-                bits[lanes] = new
-
-        return write
-
-    def _special_registers(self) -> dict[str, Array]:
-        """What special registers hold in every thread."""
-        zero = np.zeros(self.count, np.uint32)
-        one = zero + np.uint32(1)
-        return {
-            "%tid.x": self.thread, "%tid.y": zero, "%tid.z": zero,
-            "%ctaid.x": np.repeat(self.blocks, self.threads), "%ctaid.y": zero, "%ctaid.z": zero,
-            "%ntid.x": one * np.uint32(self.threads), "%ntid.y": one, "%ntid.z": one,
-            "%nctaid.x": one * np.uint32(self.grid), "%nctaid.y": one, "%nctaid.z": one,
-            "%laneid": self.thread % np.uint32(WARP), "%cluster_ctarank": zero,
-        }  # fmt: skip
 
     # Control.
 
@@ -207,7 +125,7 @@ class Machine:
         if instruction.guard is None:
             return lanes
         name, negated = instruction.guard
-        wanted = self._register(name) ^ negated
+        wanted = self.register(name) ^ negated
         chosen = wanted if lanes is self.everyone else wanted[lanes]
         return lanes if chosen.all() else lanes[chosen]
 
@@ -237,14 +155,14 @@ class Machine:
         makers: dict[str, Callable[[Instruction], Action]] = {
             "ld": self.accesses.load, "st": self.accesses.store,
             "atom": self.accesses.atomic, "red": self.accesses.atomic,
-            "shfl": self._shuffle, "cp": self.copies.decoder(self), "mov": self._move,
+            "shfl": self._shuffle, "cp": self.copies.decoder(self, self.boxes), "mov": self._move,
             "cvta": self.accesses.convert_address, "elect": self._elect,
             "redux": self._reduce, "mbarrier": self.boxes.decode,
         }  # fmt: skip
         if root in makers:
             return makers[root](instruction)
         if root in ("mma", "wgmma", "ldmatrix", "stmatrix"):
-            return products.decode(self, instruction)
+            return products.decode(self.products, instruction)
         return self._arithmetic(instruction)
 
     def _arithmetic(self, instruction: Instruction) -> Action:
@@ -301,13 +219,6 @@ class Machine:
         one = self.getter(source, kind)
         store = self.setter(goal, kind)
         return lambda lanes: store(lanes, one(lanes))
-
-    def address(self, operand: Operand, kind: str) -> Callable[[Lanes], Array]:
-        """The addresses that `[base + offset]` stands for."""
-        assert isinstance(operand, Address), operand
-        read = self.getter(operand.base, kind)
-        offset = np.array([operand.offset], np.int64).astype(UNSIGNED[BITS[kind]])
-        return lambda lanes: np.broadcast_to(read(lanes) + offset, lanes.shape)
 
     def _shuffle(self, instruction: Instruction) -> Action:
         mode = instruction.opcode[2]

@@ -10,18 +10,15 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from . import values
 from .arithmetic import UnsupportedPtxError
 from .memory import Array, FaultError, gather, scatter, swizzled
+from .registers import Action, Registers
 from .source import Instruction
 from .values import BITS
-
-if TYPE_CHECKING:
-    from .machine import Action, Machine
 
 WARP, WARPGROUP = 32, 128
 SHAPE = re.compile(r"m(\d+)n(\d+)k(\d+)")
@@ -57,8 +54,9 @@ def fragment_c(columns: int) -> tuple[Array, Array]:
     return row, column
 
 
-def decode(machine: Machine, instruction: Instruction) -> Action:
+def decode(pending: Pending, instruction: Instruction) -> Action:
     """Raises: UnsupportedPtxError."""
+    machine = pending.machine
     root, *words = instruction.opcode
     if root == "mma":
         return _warp_product(machine, instruction)
@@ -67,11 +65,11 @@ def decode(machine: Machine, instruction: Instruction) -> Action:
     if "fence" in words:
         return lambda lanes: None
     if "commit_group" in words:
-        return machine.products.commit
+        return pending.commit
     if "wait_group" in words:
         newest = int(str(instruction.operands[0]))
-        return lambda lanes: machine.products.wait(lanes, newest)
-    return _warpgroup_product(machine, instruction)
+        return lambda lanes: pending.wait(lanes, newest)
+    return _warpgroup_product(pending, instruction)
 
 
 def whole(lanes: Array, size: int) -> Array:
@@ -87,7 +85,7 @@ def whole(lanes: Array, size: int) -> Array:
 
 
 def _unpacked(
-    machine: Machine, names: tuple[str, ...], kind: str
+    machine: Registers, names: tuple[str, ...], kind: str
 ) -> Callable[[Array], Array]:
     """Reads registers as (lane, register, place in the register)."""
     form = {"f16": "f16x2", "bf16": "bf16x2", "tf32": "tf32", "f32": "f32"}[kind]
@@ -104,7 +102,7 @@ def _columns(value: Array) -> Array:
     return value if value.ndim == 2 else value[:, None]
 
 
-def _warp_product(machine: Machine, instruction: Instruction) -> Action:
+def _warp_product(machine: Registers, instruction: Instruction) -> Action:
     """mma.sync: every warp multiplies 16 x depth by depth x 8."""
     words = instruction.opcode
     shape = next(found for word in words if (found := SHAPE.fullmatch(word)))
@@ -141,7 +139,7 @@ def _by_warp(elements: Array, warps: int) -> Array:
     return elements.reshape(warps, WARP, *elements.shape[1:]).transpose(0, 2, 1, 3)
 
 
-def _matrices(machine: Machine, instruction: Instruction) -> Action:
+def _matrices(machine: Registers, instruction: Instruction) -> Action:
     """ldmatrix and stmatrix: 8 x 8 matrices of 16 bits, whose rows the lanes point at."""
     words = instruction.opcode
     count = next(int(word[1]) for word in words if word in ("x1", "x2", "x4"))
@@ -211,7 +209,7 @@ class Product:
 class Pending:
     """Products of warpgroups whose results have not been waited for."""
 
-    def __init__(self, machine: Machine) -> None:
+    def __init__(self, machine: Registers) -> None:
         self.machine = machine
         self.committed = np.zeros(machine.count, np.int64)
         self.waiting: list[Product] = []
@@ -225,7 +223,7 @@ class Pending:
 
     def current(self, name: str, lanes: Array) -> Array:
         """What a register holds, or will hold when the products under way have arrived."""
-        bits = self.machine._register(name).view(np.float32)[lanes]
+        bits = self.machine.register(name).view(np.float32)[lanes]
         if name not in self.under_way:
             return bits
         return np.where(self.under_way[name][lanes] > 0, self.results[name][lanes], bits)
@@ -259,7 +257,7 @@ class Pending:
                 pending = self.under_way[name]
                 pending[product.lanes] -= 1
                 arrived = product.lanes[pending[product.lanes] == 0]
-                bits = self.machine._register(name).view(np.float32)
+                bits = self.machine.register(name).view(np.float32)
                 bits[arrived] = self.results[name][arrived]
         self.waiting = left
 
@@ -301,8 +299,9 @@ class Descriptor:
         return swizzled(place, self.width)
 
 
-def _warpgroup_product(machine: Machine, instruction: Instruction) -> Action:
+def _warpgroup_product(pending: Pending, instruction: Instruction) -> Action:
     """wgmma: four warps multiply 64 x depth, in registers or shared memory, by depth x columns."""
+    machine = pending.machine
     words = instruction.opcode
     shape = next(found for word in words if (found := SHAPE.fullmatch(word)))
     columns, depth = int(shape[2]), int(shape[3])
@@ -344,7 +343,7 @@ def _warpgroup_product(machine: Machine, instruction: Instruction) -> Action:
         bits_a = describe_a(lanes) if describe_a else None
         bits_b = np.broadcast_to(describe_b(lanes), lanes.shape).reshape(groups.shape)
         starts = np.broadcast_to(keep(lanes), lanes.shape)
-        before = np.stack([machine.products.current(name, lanes) for name in goal], 1)
+        before = np.stack([pending.current(name, lanes) for name in goal], 1)
         for index, group in enumerate(groups):
             span = slice(index * WARPGROUP, (index + 1) * WARPGROUP)
             touched = []
@@ -362,6 +361,6 @@ def _warpgroup_product(machine: Machine, instruction: Instruction) -> Action:
             product = left.astype(np.float64) @ right.T.astype(np.float64)
             mine = product[:, out[0], out[1]].transpose(0, 2, 1).reshape(WARPGROUP, -1)
             total = mine + np.where(starts[span, None], before[span], 0)
-            machine.products.start(group, goal, total.astype(np.float32), places)
+            pending.start(group, goal, total.astype(np.float32), places)
 
     return multiply

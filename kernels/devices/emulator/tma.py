@@ -8,17 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
 from .arithmetic import UnsupportedPtxError
 from .memory import Array, FaultError, scatter, swizzled
+from .registers import Action, Registers
 from .source import Address, Instruction
-
-if TYPE_CHECKING:
-    from .machine import Action, Machine
 
 MAPS = 0x6D00_0000_0000
 """Where tensor maps are, in the emulated constant memory."""
@@ -69,7 +66,7 @@ class BoxCopy:
 class Boxes:
     """Copies of boxes and barriers. A copy arrives when somebody waits for it, no sooner."""
 
-    def __init__(self, machine: Machine, maps: dict[int, TensorMap]) -> None:
+    def __init__(self, machine: Registers, maps: dict[int, TensorMap]) -> None:
         self.machine, self.maps = machine, maps
         self.barriers: dict[int, Barrier] = {}
         self.under_way: list[BoxCopy] = []
