@@ -9,19 +9,18 @@ from ..errors import UnsupportedOpError, near_names
 from .contract.op import Capture, Op
 from .convolution import conv2d, conv_nd, conv_transpose
 from .fused import (
-    conv_chain,
     conv_mean,
     conv_pool,
     conv_sum,
     head,
     lrn_pool,
     pool_conv,
-    separable,
     small_net,
     squeeze_excite,
     stem,
     stem_input,
 )
+from .fused.chains import conv_chain, separable
 from .movement import movement_ops, pad, pointwise, rearrange
 from .normalisation import batch_norm, lrn, normalize, reduce, softmax
 from .pooling import (

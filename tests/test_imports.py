@@ -6,6 +6,7 @@ import ast
 from collections.abc import Iterator
 from pathlib import Path
 
+import networkx as nx
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -22,8 +23,9 @@ ALLOWED = {
     "zoo": ("errors",),
     "": ("errors", "settings", "compiler", "zoo"),
     # Of the kernels a command may know what describes machines and problems, never a kernel.
-    "cli": ("", "errors", "settings", "compiler", "zoo", "kernels.targets", "kernels.op",
-            "kernels.spec", "kernels.offline", "benchmarks"),
+    "cli": ("", "errors", "settings", "compiler", "zoo", "kernels.contract.targets",
+            "kernels.contract.op", "kernels.contract.spec", "kernels.devices.offline",
+            "benchmarks"),
     "benchmarks": ("", "errors", "settings", "kernels", "compiler", "zoo"),
 }  # fmt: skip
 
@@ -40,6 +42,21 @@ LIBRARIES = {
     "benchmarks": ("torch", "triton", "numpy", "rich", "PIL", "ray"),
 }
 STANDARD_LIBRARY = frozenset(__import__("sys").stdlib_module_names)
+
+
+# The floors inside two rooms, from the ground up: a folder imports what stands below it.
+FLOORS = {
+    "kernels": (
+        ("contract",), ("tile",), ("movement",), ("normalisation",), ("products", "pooling"),
+        ("convolution",), ("fused",), ("registry",), ("devices",),
+    ),
+    "compiler": (
+        ("graph",), ("fusion", "records", "evaluation", "capture"), ("plan", "passes"),
+        ("explain",), ("run",), ("artifact", "tuning"), ("api",),
+    ),
+}  # fmt: skip
+MOST_FILES = 16
+"""In one folder, its `__init__.py` included."""
 
 
 def room_of(path: Path) -> str:
@@ -108,6 +125,47 @@ def test_imports_run_one_way(path: Path) -> None:
             assert top in STANDARD_LIBRARY or top in known, f"{room} imports {top}"
 
 
+def edges() -> nx.DiGraph:
+    """Every import of one file of `kernels` or `compiler` by another, also where it is deferred or
+    for types alone."""
+    files = {
+        ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+        for path in sources()
+        if room_of(path) in FLOORS
+    }
+    graph = nx.DiGraph()
+    for path in sources():
+        if room_of(path) in FLOORS:
+            user = ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+            used = {name for name, own in imported(path) if own and name in files}
+            graph.add_edges_from((user, name) for name in used - {user})
+    return graph
+
+
+def test_no_file_imports_itself_by_way_of_others() -> None:
+    graph = edges()
+    assert graph.number_of_edges() > 500
+    assert list(nx.simple_cycles(graph)) == []
+
+
+@pytest.mark.parametrize("room", FLOORS)
+def test_imports_run_down_the_floors(room: str) -> None:
+    height = {name: at for at, floor in enumerate(FLOORS[room]) for name in floor}
+    for user, used in edges().edges:
+        above, below = user.split(".")[1:2], used.split(".")[1:2]
+        if user.startswith(f"{room}.") and used.startswith(f"{room}.") and above != below:
+            assert height[above[0]] > height[below[0]], f"{user} imports {used}"
+
+
+def test_every_folder_can_be_taken_in_at_a_glance() -> None:
+    folders = {path.parent for path in sources() if room_of(path) in FLOORS}
+    for folder in folders:
+        assert len(list(folder.glob("*.py"))) <= MOST_FILES, folder.relative_to(ROOT)
+    for room, floors in FLOORS.items():
+        known = {name for floor in floors for name in floor}
+        assert {module.split(".")[1] for module in edges() if module.startswith(f"{room}.")} == known
+
+
 package = [path for path in sources() if room_of(path) not in USERS]
 users = sorted(path for room in USERS for path in (ROOT / room).glob("*.py"))
 
@@ -135,6 +193,6 @@ def test_users_import_the_package_absolutely(path: Path) -> None:
 def test_the_reader_of_imports_sees_every_form() -> None:
     """Otherwise the tests above would pass by not looking."""
     found = set(imported(ROOT / "compiler" / "passes" / "__init__.py"))
-    expected = {("settings", True), ("errors", True), ("compiler.ir", True), ("time", False)}
+    expected = {("settings", True), ("errors", True), ("compiler.graph.ir", True), ("time", False)}
     assert expected <= found
-    assert ("kernels.targets", True) in set(imported(ROOT / "cli" / "options.py"))
+    assert ("kernels.contract.targets", True) in set(imported(ROOT / "cli" / "options.py"))

@@ -20,10 +20,9 @@ from convloom.compiler.records.choose import Choice, heuristic
 from convloom.kernels import registry
 from convloom.kernels.contract import epilogue as ep
 from convloom.kernels.contract.epilogue import Stage
-from convloom.kernels.contract.op import Attributes, Config, Op, Problem
+from convloom.kernels.contract.op import Attributes, Config, Op, Problem, config
 from convloom.kernels.contract.spec import Layout, TensorSpec
 from convloom.kernels.contract.targets import Target
-from convloom.kernels.products import gemm
 from convloom.kernels.products.linear import Linear
 from convloom.kernels.tile.conv_geometry import Conv2d
 
@@ -84,7 +83,7 @@ PROBLEMS = {
 
 
 def tile(m: int, n: int, k: int, warps: int, stages: int, split: int = 1) -> Config:
-    return gemm.config(
+    return config(
         warps, stages, BLOCK_M=m, BLOCK_N=n, BLOCK_K=k, GROUP_M=8, SPLIT=split
     )  # fmt: skip
 

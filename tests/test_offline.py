@@ -17,13 +17,13 @@ from convloom.errors import KernelError
 from convloom.kernels import registry
 from convloom.kernels.contract import targets
 from convloom.kernels.contract.epilogue import Stage
-from convloom.kernels.contract.op import Attributes, Config, Launch, Problem, Ref
+from convloom.kernels.contract.op import Attributes, Config, Launch, Problem, Ref, config
 from convloom.kernels.contract.spec import Layout, TensorSpec
 from convloom.kernels.contract.targets import Target
 from convloom.kernels.devices import barriers, offline
-from convloom.kernels.fused.conv_chain import ConvChain
-from convloom.kernels.products import gemm
+from convloom.kernels.fused.chains.conv_chain import ConvChain
 from convloom.kernels.products.linear import Linear
+from convloom.kernels.tile import choice
 from convloom.kernels.tile.conv_geometry import Conv2d
 
 from . import harness
@@ -263,16 +263,16 @@ def test_a_damaged_report_is_read_from_the_machine_code_again(
 def test_legality_counts_shared_memory_and_nothing_else() -> None:
     """Registers are the compiler's to count: 128 accumulators per thread are legal."""
     sm_86 = targets.parse("cuda:sm_86")
-    tile = gemm.config(8, 4, BLOCK_M=128, BLOCK_N=128, BLOCK_K=64, GROUP_M=8)
-    assert "needs 131072 bytes of shared memory" in str(gemm.legal_tile(HALF, tile, sm_86))
-    tile = gemm.config(4, 2, BLOCK_M=128, BLOCK_N=128, BLOCK_K=32, GROUP_M=8)
-    assert gemm.legal_tile(HALF, tile, sm_86) is None
+    tile = config(8, 4, BLOCK_M=128, BLOCK_N=128, BLOCK_K=64, GROUP_M=8)
+    assert "needs 131072 bytes of shared memory" in str(choice.legal_tile(HALF, tile, sm_86))
+    tile = config(4, 2, BLOCK_M=128, BLOCK_N=128, BLOCK_K=32, GROUP_M=8)
+    assert choice.legal_tile(HALF, tile, sm_86) is None
 
 
 def test_eight_warps_over_taps_are_refused_for_short_fp32_sums_alone() -> None:
     """Those are FMAs; half precision, and fp32 sums long enough for tensor cores, may have them."""
     op, target = registry.get("conv2d"), targets.parse("cuda:sm_90")
-    tile = gemm.config(8, 3, BLOCK_M=64, BLOCK_N=32, BLOCK_K=16, GROUP_M=8, SPLIT=1)
+    tile = config(8, 3, BLOCK_M=64, BLOCK_N=32, BLOCK_K=16, GROUP_M=8, SPLIT=1)
     short = conv(1, 64, 28, 3, dtype=torch.float32)
     assert "issue 173068" in str(op.legal(short, tile, target))
     assert "issue 173068" not in str(op.legal(short, replace(tile, num_warps=4), target))
@@ -340,7 +340,7 @@ def test_a_kernel_without_its_barrier_is_refused() -> None:
     missing."""
     op, target = registry.get("conv2d"), targets.parse("cuda:sm_90")
     asked = conv(128, 128, 28, 3, n=32)
-    tile = gemm.config(8, 3, BLOCK_M=128, BLOCK_N=128, BLOCK_K=64, GROUP_M=8, SPLIT=1)
+    tile = config(8, 3, BLOCK_M=128, BLOCK_N=128, BLOCK_K=64, GROUP_M=8, SPLIT=1)
     (wanted,) = rank.requests(op, asked, op.launches(asked, tile, target), target)
     lines = str(offline.compile_request(wanted).asm["ptx"]).splitlines()
     offline.check_barriers(wanted, "\n".join(lines))

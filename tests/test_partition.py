@@ -16,7 +16,8 @@ from convloom.compiler.fusion import overrides, partition
 from convloom.compiler.graph import text
 from convloom.compiler.graph.ir import OUTPUT, Goal, Value
 from convloom.compiler.graph.ledger import Ledger
-from convloom.compiler.passes import LABELS, PASSES, choose_partition, fuse
+from convloom.compiler.passes import LABELS, PASSES, choose_partition
+from convloom.compiler.passes.fusions import fuse
 from convloom.compiler.run.executable import Executable
 from convloom.compiler.run.runtime import ReferenceRunner
 from convloom.errors import InvalidInputError
@@ -275,7 +276,7 @@ def test_a_sibling_that_another_fusion_needs_is_left_out() -> None:
     for step in PASSES[: [p.name for p in PASSES].index("choose_partition")]:
         graph = step.run(graph, Ledger())
     graph.goal = Goal(targets.parse("reference"))
-    from convloom.compiler.passes.siblings import propose_siblings
+    from convloom.compiler.passes.fusions.siblings import propose_siblings
 
     sizes = sorted(len(proposal.nodes) for proposal in propose_siblings(graph, Ledger()))
     assert sizes == [3, 3, 3, 3, 4]

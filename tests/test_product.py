@@ -18,6 +18,7 @@ from convloom.kernels.contract.targets import GPU_TARGETS, INTERPRETER, Target, 
 from convloom.kernels.devices import execute, offline
 from convloom.kernels.products import gemm, gemm_persistent, gemm_tma, gemv
 from convloom.kernels.products.linear import Linear
+from convloom.kernels.tile import choice
 from convloom.kernels.tile.conv_geometry import Conv2d
 from triton.tools.tensor_descriptor import TensorDescriptor
 
@@ -65,9 +66,9 @@ def test_one_row_is_streamed_by_default(columns: int) -> None:
     problem = linear(1, 4096, columns)
     tile = registry.get("linear").default(problem, SM_90)
     assert gemv.is_one(tile), tile
-    tiles = gemm.default_tile(gemm.problem_size(problem), SM_90)
+    tiles = choice.default_tile(gemm.problem_size(problem), SM_90)
     gpu, size = cost_model.machine_for(SM_90), gemm.problem_size(problem)
-    assert gemv.outlined_us(gpu, size, tile) < gemm.outlined_us(gpu, size, tiles)
+    assert gemv.outlined_us(gpu, size, tile) < choice.outlined_us(gpu, size, tiles)
 
 
 @pytest.mark.parametrize("problem", [linear(64, 4096, 1000), pointwise(8, 64, 64, 14)], ids=str)

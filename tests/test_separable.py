@@ -24,10 +24,10 @@ from convloom.kernels.contract.epilogue import Stage
 from convloom.kernels.contract.op import Config, Problem
 from convloom.kernels.contract.spec import Layout, TensorSpec
 from convloom.kernels.contract.targets import Target
-from convloom.kernels.fused import separable
-from convloom.kernels.fused.separable import RELU6, Separable
-from convloom.kernels.fused.separable_tiles import Block
-from convloom.kernels.fused.separable_tiles import make_tile as tile
+from convloom.kernels.fused.chains import separable
+from convloom.kernels.fused.chains.separable import RELU6, Separable
+from convloom.kernels.fused.chains.separable_tiles import Block
+from convloom.kernels.fused.chains.separable_tiles import make_tile as tile
 from convloom.kernels.tile.conv_geometry import Conv2d
 from torch import nn
 

@@ -12,16 +12,18 @@ from convloom.compiler.fusion.pattern import apply_rules, leak, match
 from convloom.compiler.graph.ir import Graph, Node
 from convloom.compiler.graph.ledger import Ledger
 from convloom.compiler.graph.verify import verify
-from convloom.compiler.passes import NAMES, PASSES, bottlenecks, shortcuts
+from convloom.compiler.passes import NAMES, PASSES
+from convloom.compiler.passes.fusions import bottlenecks, shortcuts
 from convloom.errors import InvalidInputError
 from convloom.kernels import registry
 from convloom.kernels.contract import targets
 from convloom.kernels.contract.epilogue import Stage
 from convloom.kernels.contract.op import Attributes, Problem, config
 from convloom.kernels.contract.spec import Layout, TensorSpec
-from convloom.kernels.fused import conv_chain, conv_sum
-from convloom.kernels.fused import conv_chain_tiles as tiles
-from convloom.kernels.fused.conv_chain import ConvChain
+from convloom.kernels.fused import conv_sum
+from convloom.kernels.fused.chains import conv_chain
+from convloom.kernels.fused.chains import conv_chain_tiles as tiles
+from convloom.kernels.fused.chains.conv_chain import ConvChain
 from convloom.kernels.fused.conv_sum import ConvSum
 from convloom.kernels.tile.conv_geometry import Conv2d
 from convloom.zoo import resnets

@@ -16,7 +16,8 @@ from convloom.compiler.fusion import partition
 from convloom.compiler.graph.ir import INPUT, OUTPUT, Goal, Graph, NoAttributes, Node, Timed
 from convloom.compiler.graph.ledger import Ledger
 from convloom.compiler.graph.verify import verify
-from convloom.compiler.passes import PASSES, choose_partition, run_passes, siblings
+from convloom.compiler.passes import PASSES, choose_partition, run_passes
+from convloom.compiler.passes.fusions import siblings
 from convloom.kernels.contract import targets
 from convloom.kernels.contract.op import Problem
 from convloom.kernels.tile.conv_geometry import Conv2d

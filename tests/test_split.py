@@ -24,9 +24,8 @@ from convloom.kernels.contract.spec import Layout, TensorSpec
 from convloom.kernels.contract.targets import GPU_TARGETS, Target, parse
 from convloom.kernels.devices import emulator, interpreter, offline
 from convloom.kernels.devices.emulator import FaultError
-from convloom.kernels.products import gemm
 from convloom.kernels.products.linear import Linear
-from convloom.kernels.tile import split_k
+from convloom.kernels.tile import choice, split_k
 from convloom.kernels.tile.conv_geometry import Conv2d
 from torch import nn
 
@@ -67,7 +66,7 @@ def split_configs(asked: Problem) -> list[Config]:
     """The smallest tile of the search space for every split."""
     found: dict[int, Config] = {}
     for tile in registry.get(asked.op).configs(asked, SM_90):
-        found[gemm.split_of(tile)] = tile
+        found[choice.split_of(tile)] = tile
     return [found[count] for count in sorted(found)]
 
 
@@ -89,7 +88,7 @@ def test_every_split_is_right_and_repeatable(name: str, monkeypatch: pytest.Monk
     asked = PROBLEMS[name]
     batch = asked.inputs[0].spec.batch or 1
     tiles = split_configs(asked)
-    assert len(tiles) > 1 and gemm.split_of(tiles[-1]) >= 2
+    assert len(tiles) > 1 and choice.split_of(tiles[-1]) >= 2
     inorder = {tile: run(asked, tile, batch) for tile in tiles}
     smaller = {tile: run(asked, tile, batch - 1) for tile in tiles}
     mixed = random.Random(name)
@@ -164,8 +163,8 @@ def test_batch_1_splits_where_multiprocessors_would_idle() -> None:
     op = registry.get("conv2d")
     deep, wide = conv(512, 512, 7, 3, n=1), conv(512, 512, 7, 3, n=256)
     tile = op.default(deep, SM_90)
-    assert gemm.split_of(tile) > 1
-    assert gemm.split_of(op.default(wide, SM_90)) == 1
+    assert choice.split_of(tile) > 1
+    assert choice.split_of(op.default(wide, SM_90)) == 1
     (launch,) = op.launches(deep, tile, SM_90)
     unsplit = op.launches(deep, replace_split(tile, 1), SM_90)[0]
     gpu = cost_model.machine_for(SM_90)
@@ -186,7 +185,7 @@ def test_the_tickets_that_steps_share_are_enough_for_each(monkeypatch: pytest.Mo
     def most_tiles(op: Op, problem: Problem, target: Target) -> Choice:
         if op.name != "conv2d":
             return heuristic(op, problem, target)
-        tiles = [tile for tile in op.configs(problem, target) if gemm.split_of(tile) == 2]
+        tiles = [tile for tile in op.configs(problem, target) if choice.split_of(tile) == 2]
         return Choice(min(tiles, key=lambda tile: tile["BLOCK_M"] * tile["BLOCK_N"]))
 
     monkeypatch.setattr(api, "heuristic", most_tiles)

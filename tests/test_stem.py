@@ -17,7 +17,7 @@ from convloom.compiler.graph.ir import Graph
 from convloom.compiler.graph.ledger import Ledger
 from convloom.compiler.graph.verify import verify
 from convloom.compiler.passes import PASSES, run_passes
-from convloom.compiler.passes.stem import CHANNELS, LABELS, fuse_stem, padded_width
+from convloom.compiler.passes.fusions.stem import CHANNELS, LABELS, fuse_stem, padded_width
 from convloom.compiler.run.executable import Executable
 from convloom.errors import InvalidInputError
 from convloom.kernels import registry

@@ -17,7 +17,8 @@ from convloom.compiler.fusion import rules
 from convloom.compiler.fusion.pattern import Match, absorb
 from convloom.compiler.graph.ir import Goal, Graph, Value
 from convloom.compiler.graph.ledger import Ledger
-from convloom.compiler.passes import pads, rearrangements, siblings
+from convloom.compiler.passes import pads, rearrangements
+from convloom.compiler.passes.fusions import siblings
 from convloom.errors import GraphError
 from convloom.kernels.contract import targets
 from torch import nn

@@ -18,7 +18,7 @@ from ..graph import text
 from ..graph.ir import Graph
 from ..graph.ledger import Ledger
 from ..graph.verify import verify
-from . import fuse, pool_order, rearrangements, siblings, small_nets, stem
+from . import pool_order, rearrangements
 from .clean import (
     drop_identities,
     eliminate_common_subexpressions,
@@ -27,12 +27,13 @@ from .clean import (
 )
 from .concats import nest_concatenations
 from .fold_batch_norm import fold_batch_norm, lower_batch_norm
-from .fuse import choose_partition
+from .fusions import fuse, siblings, small_nets, stem
+from .fusions.fuse import choose_partition
+from .fusions.small_nets import fuse_small_nets
+from .fusions.stem import fuse_stem
 from .layout import choose_dtype, choose_layout
 from .pool_order import project_before_averaging
 from .recognise import recognise_composites
-from .small_nets import fuse_small_nets
-from .stem import fuse_stem
 
 
 def fuse_epilogues(graph: Graph, ledger: Ledger) -> Graph:

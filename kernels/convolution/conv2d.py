@@ -28,23 +28,11 @@ import triton.language as tl
 
 from ...errors import InvalidInputError
 from ..contract import programmatic_launch
-from ..contract.op import (
-    Builder,
-    Config,
-    Cost,
-    Domain,
-    Launch,
-    Op,
-    Problem,
-    W,
-    X,
-    Y,
-    tensor_bytes,
-)
+from ..contract.op import Builder, Config, Cost, Domain, Launch, Op, Problem, W, X, Y, tensor_bytes
 from ..contract.spec import Layout, TensorSpec
 from ..contract.targets import Target
 from ..products import gemm, product
-from ..tile import residual
+from ..tile import choice, residual
 from ..tile import split_k as split_k
 from ..tile.conv_geometry import Conv2d, infer, pair, reference, same_padding
 from . import conv_rows, conv_tma, depthwise, grouped
@@ -235,7 +223,7 @@ def launches(problem: Problem, tile: Config, target: Target) -> tuple[Launch, ..
     n, k, p, q = out.shape
     _, per_group, r, s = problem.inputs[1].shape
     groups = attributes.groups
-    size, split = _size(problem), gemm.split_of(tile)
+    size, split = _size(problem), choice.split_of(tile)
     tiles = size.tiles(tile["BLOCK_M"], tile["BLOCK_N"])
     steps = -(-size.steps(tile["BLOCK_K"]) // split)
     launch = Launch(
@@ -256,17 +244,17 @@ def launches(problem: Problem, tile: Config, target: Target) -> tuple[Launch, ..
             "GROUPS": groups,
             "X_PITCH": x.pitch, "X_OFFSET": x.offset,
             "Y_PITCH": out.pitch, "Y_OFFSET": out.offset,
-            "PRECISION": gemm.dot_precision(problem, per_group * r * s),
+            "PRECISION": choice.dot_precision(problem, per_group * r * s),
             "WIDE": problem.is_wide, "PROLOGUE": gemm.prologue_of(problem),
             "BY_TAP": runs_by_tap(per_group, r * s) or bool(problem.prologue),
             **dict(tile.blocks), **residual.constants(problem, tile),
         },
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
-        l2_bytes=gemm.l2_bytes(problem, tile, min(per_group * r * s, steps * tile["BLOCK_K"])),
+        l2_bytes=choice.l2_bytes(problem, tile, min(per_group * r * s, steps * tile["BLOCK_K"])),
         instructions=_gathering(problem, tile),
         steps=steps,
-        step_instructions=0 if size.gathers else gemm.step_instructions(tile, size.dtype, r * s),
+        step_instructions=0 if size.gathers else choice.step_instructions(tile, size.dtype, r * s),
         combine_bytes=split_k.combine_bytes(split, tile["BLOCK_M"], tile["BLOCK_N"]),
         scratch=split_k.scratch(tiles, split, tile["BLOCK_M"], tile["BLOCK_N"]),
     )  # fmt: skip
@@ -283,7 +271,7 @@ def _gathering(problem: Problem, tile: Config) -> int:
     return tile["BLOCK_M"] * (23 * steps * tile["BLOCK_K"] + 16 * tile["BLOCK_N"])
 
 
-def _size(problem: Problem) -> gemm.Size:
+def _size(problem: Problem) -> choice.Size:
     if algorithm(problem) == "rows":
         return conv_rows.size(problem)
     attributes = problem.attributes
@@ -294,7 +282,7 @@ def _size(problem: Problem) -> gemm.Size:
     depth = per_group if by_tap else per_group * r * s
     dtype = problem.inputs[0].spec.dtype
     groups = attributes.groups
-    return gemm.Size(
+    return choice.Size(
         n * p * q, k // groups, depth, dtype, groups, not by_tap, taps=r * s, splits=by_tap
     )
 
@@ -308,7 +296,7 @@ def configs(problem: Problem, target: Target) -> Iterator[Config]:
         return grouped.configs(problem, target)
     if algorithm(problem) == "gemm":
         return product.configs(problem, target)
-    tiles = (*gemm.tile_configs(_size(problem), target), *conv_tma.configs(problem, target))
+    tiles = (*choice.tile_configs(_size(problem), target), *conv_tma.configs(problem, target))
     return itertools.chain(tiles, residual.variants(problem, tiles))
 
 
@@ -323,7 +311,7 @@ def legal(problem: Problem, tile: Config, target: Target) -> str | None:
         return refused
     if conv_tma.is_one(tile):
         return conv_tma.legal(problem, tile, target)
-    return gemm.legal(_size(problem), tile, target)
+    return choice.legal(_size(problem), tile, target)
 
 
 def default(problem: Problem, target: Target) -> Config:
@@ -335,7 +323,7 @@ def default(problem: Problem, target: Target) -> Config:
         return grouped.default(problem, target)
     if algorithm(problem) == "gemm":
         return product.default(problem, target)
-    return gemm.default_tile(_size(problem), target)
+    return choice.default_tile(_size(problem), target)
 
 
 def cost(problem: Problem) -> Cost:

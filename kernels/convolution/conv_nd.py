@@ -45,6 +45,7 @@ from ..contract.targets import Target
 from ..movement.arguments import as_image, as_sequence, both_sides, numbers, with_bias
 from ..movement.pad import correction
 from ..products import gemm
+from ..tile import choice
 from ..tile.conv_geometry import Conv2d
 from .conv2d import runs_by_tap
 from .conv_window import BORDERS, BorderConv2d, Conv3d, ConvNd, infer, pack, reference
@@ -229,14 +230,14 @@ def is_matrix_product(problem: Problem) -> bool:
     return plain and attributes.groups == 1 and set(problem.inputs[1].shape[2:]) == {1}
 
 
-def _size(problem: Problem) -> gemm.Size:
+def _size(problem: Problem) -> choice.Size:
     groups = _attributes(problem).groups
     x, w, y = problem.inputs[0].spec, problem.inputs[1].spec, problem.output.spec
     taps = math.prod(w.shape[2:])
     by_tap = runs_by_tap(w.shape[1], taps)
     depth = w.shape[1] if by_tap else w.shape[1] * taps
     rows, columns = y.numel // y.shape[1], y.shape[1] // groups
-    return gemm.Size(rows, columns, depth, x.dtype, groups, not by_tap, taps)
+    return choice.Size(rows, columns, depth, x.dtype, groups, not by_tap, taps)
 
 
 def _three(values: tuple[int, ...], missing: int) -> tuple[int, ...]:
@@ -297,7 +298,7 @@ def launches(problem: Problem, tile: Config, target: Target) -> tuple[Launch, ..
             "X_PITCH": x.pitch, "X_OFFSET": x.offset,
             "Y_PITCH": out.pitch, "Y_OFFSET": out.offset,
             "EPILOGUE": gemm.chains(problem)[0],
-            "PRECISION": gemm.dot_precision(problem, per_group * taps),
+            "PRECISION": choice.dot_precision(problem, per_group * taps),
             "WIDE": problem.is_wide,
             "BY_TAP": not size.gathers,
             **dict(tile.blocks),
@@ -306,21 +307,21 @@ def launches(problem: Problem, tile: Config, target: Target) -> tuple[Launch, ..
         num_stages=tile.num_stages,
         l2_bytes=steps * area * x.spec.dtype.itemsize,
         steps=steps,
-        step_instructions=gemm.step_instructions(tile, size.dtype, taps),
+        step_instructions=choice.step_instructions(tile, size.dtype, taps),
     )  # fmt: skip
     return (launch,)
 
 
 def configs(problem: Problem, target: Target) -> Iterator[Config]:
-    return gemm.tile_configs(_size(problem), target)
+    return choice.tile_configs(_size(problem), target)
 
 
 def legal(problem: Problem, tile: Config, target: Target) -> str | None:
-    return gemm.legal(_size(problem), tile, target)
+    return choice.legal(_size(problem), tile, target)
 
 
 def default(problem: Problem, target: Target) -> Config:
-    return gemm.default_tile(_size(problem), target)
+    return choice.default_tile(_size(problem), target)
 
 
 def cost(problem: Problem) -> Cost:

@@ -27,6 +27,7 @@ from ..contract import cost_model
 from ..contract.op import Config, Launch, Problem, W, X, Y, config, power_of_two
 from ..contract.targets import Target
 from ..products import gemm
+from ..tile import choice
 from ..tile.conv_geometry import Conv2d
 
 CHANNELS = (4, 8)
@@ -153,13 +154,13 @@ def launch(problem: Problem, tile: Config) -> Launch:
             "X_PITCH": x.pitch, "X_OFFSET": x.offset,
             "Y_PITCH": out.pitch, "Y_OFFSET": out.offset,
             "EPILOGUE": after, "PROLOGUE": before,
-            "PRECISION": gemm.dot_precision(problem, filters[2] * run_length(filters)),
+            "PRECISION": choice.dot_precision(problem, filters[2] * run_length(filters)),
             "WIDE": problem.is_wide,
             **dict(tile.blocks),
         },
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
-        l2_bytes=gemm.l2_bytes(problem, tile, filters[2] * run_length(filters)),
+        l2_bytes=choice.l2_bytes(problem, tile, filters[2] * run_length(filters)),
         instructions=_instructions(problem, tile),
         steps=filters[2],
     )  # fmt: skip
@@ -175,25 +176,25 @@ def _instructions(problem: Problem, tile: Config) -> int:
     return 12 * copies + 5 * block_m * block_n + 170 * 32 * tile.num_warps
 
 
-def size(problem: Problem) -> gemm.Size:
+def size(problem: Problem) -> choice.Size:
     """A matrix product with the runs of all filter rows, one after the other."""
     n, k, p, q = problem.output.shape
     filters = problem.inputs[1].shape
     dtype = problem.inputs[0].spec.dtype
-    return gemm.Size(n * p * q, k, run_length(filters), dtype, taps=filters[2])
+    return choice.Size(n * p * q, k, run_length(filters), dtype, taps=filters[2])
 
 
 def configs(problem: Problem, target: Target) -> Iterator[Config]:
     """Those of a matrix product whose blocks are at most one run, and the wide tile."""
     wanted = size(problem)
     longest = min(32, power_of_two(run_length(problem.inputs[1].shape)))
-    tiles = (tile for tile in gemm.tile_configs(wanted, target) if tile["BLOCK_K"] <= longest)
+    tiles = (tile for tile in choice.tile_configs(wanted, target) if tile["BLOCK_K"] <= longest)
     for tile in dict.fromkeys((*tiles, *_wide_tiles(wanted))):
-        if gemm.legal_tile(wanted.dtype, tile, target) is None:
+        if choice.legal_tile(wanted.dtype, tile, target) is None:
             yield tile
 
 
-def _wide_tiles(wanted: gemm.Size) -> tuple[Config, ...]:
+def _wide_tiles(wanted: choice.Size) -> tuple[Config, ...]:
     """128x64 with 4 warps in half precision: in short blocks it fits registers everywhere.
 
     7x7 with a residual: 140 registers at most, on sm_89; in blocks of 32 already 188.
@@ -211,7 +212,7 @@ def default(problem: Problem, target: Target) -> Config:
     7x7, 4 channels, 128x64 w4 on sm_90: 832 instructions in all, in blocks of 32 928.
     """
     wanted = size(problem)
-    tile = gemm.default_tile(wanted, target)
+    tile = choice.default_tile(wanted, target)
     if target.name == "interpreter":
         return tile
     tiles = -(-wanted.rows // 128) * -(-wanted.columns // 64)

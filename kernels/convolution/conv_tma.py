@@ -25,7 +25,7 @@ import triton.language as tl
 from ..contract import programmatic_launch
 from ..contract.op import Box, Config, Launch, Problem, Target, W, X, Y, config, power_of_two
 from ..products import gemm, gemm_tma
-from ..tile import residual
+from ..tile import choice, residual
 
 TILES = (
     (128, 256, 8), (256, 128, 8), (128, 128, 8), (128, 128, 4), (256, 64, 8), (128, 64, 4),
@@ -216,13 +216,13 @@ def launch(problem: Problem, tile: Config) -> Launch:
             "TOP": attributes.padding[0], "LEFT": attributes.padding[2],
             "DILATION_H": attributes.dilation[0], "DILATION_W": attributes.dilation[1],
             "X_PITCH": pitch, "Y_PITCH": out.pitch, "Y_OFFSET": out.offset,
-            "PRECISION": gemm.dot_precision(problem, c * r * s),
+            "PRECISION": choice.dot_precision(problem, c * r * s),
             "WIDE": problem.is_wide, "PDL": False,
             **dict(tile.blocks), **residual.constants(problem, tile),
         },
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
-        l2_bytes=gemm.l2_bytes(problem, tile, c * r * s),
+        l2_bytes=choice.l2_bytes(problem, tile, c * r * s),
         steps=r * s * c // tile["BLOCK_K"],
         step_instructions=STEP_INSTRUCTIONS,
     )  # fmt: skip

@@ -53,6 +53,7 @@ from ..contract.spec import Layout, TensorSpec
 from ..contract.targets import Target
 from ..movement.arguments import as_image, as_sequence, numbers, with_bias
 from ..products import gemm
+from ..tile import choice
 from .conv2d import runs_by_tap
 from .conv_nd import locate
 from .conv_phases import (
@@ -275,7 +276,7 @@ def _most_taps(problem: Problem) -> int:
     return math.prod(axis.most for axis in axes(problem))
 
 
-def _size(problem: Problem) -> gemm.Size:
+def _size(problem: Problem) -> choice.Size:
     """The matrix product of one phase; the phases are further groups."""
     groups, out = _attributes(problem).groups, problem.output
     rows = out.shape[0] * math.prod(axis.phase_outputs for axis in axes(problem))
@@ -283,7 +284,7 @@ def _size(problem: Problem) -> gemm.Size:
     taps = _most_taps(problem)
     depth = _per_group(problem) * (taps if gathers else 1)
     dtype = problem.inputs[0].spec.dtype
-    return gemm.Size(
+    return choice.Size(
         rows, out.shape[1] // groups, depth, dtype, groups * _phases(problem), gathers, taps
     )
 
@@ -304,7 +305,7 @@ def launches(problem: Problem, tile: Config, target: Target) -> tuple[Launch, ..
         instructions = 3 * moved
         blocks |= {"BLOCK_K": 1, "GROUP_M": 8}
     else:
-        issued = gemm.step_instructions(tile, size.dtype, size.taps)
+        issued = choice.step_instructions(tile, size.dtype, size.taps)
     launch = Launch(
         kernel=conv_transpose_kernel,
         pointers={"x": X, "w": W, "y": Y},
@@ -319,7 +320,7 @@ def launches(problem: Problem, tile: Config, target: Target) -> tuple[Launch, ..
             "X_PITCH": x.pitch, "X_OFFSET": x.offset,
             "Y_PITCH": out.pitch, "Y_OFFSET": out.offset,
             "EPILOGUE": ep.for_output(problem.epilogue, problem.operands, out.spec),
-            "PRECISION": gemm.dot_precision(problem, channels * size.taps),
+            "PRECISION": choice.dot_precision(problem, channels * size.taps),
             "WIDE": problem.is_wide,
             "METHOD": chosen,
             **blocks,
@@ -336,7 +337,7 @@ def launches(problem: Problem, tile: Config, target: Target) -> tuple[Launch, ..
 def configs(problem: Problem, target: Target) -> Iterator[Config]:
     """Those of a matrix product; depthwise 512 to 2048 results per program."""
     if method(problem) != "depthwise":
-        yield from gemm.tile_configs(_size(problem), target)
+        yield from choice.tile_configs(_size(problem), target)
         return
     for elements in (512, 1024, 2048):
         for block_n in (32, 64, 128):
@@ -346,13 +347,13 @@ def configs(problem: Problem, target: Target) -> Iterator[Config]:
 def legal(problem: Problem, tile: Config, target: Target) -> str | None:
     if method(problem) == "depthwise":
         return None
-    return gemm.legal(_size(problem), tile, target)
+    return choice.legal(_size(problem), tile, target)
 
 
 def default(problem: Problem, target: Target) -> Config:
     size = _size(problem)
     if method(problem) != "depthwise":
-        return gemm.default_tile(size, target)
+        return choice.default_tile(size, target)
     k = problem.output.shape[1]
     if target.name == "interpreter":
         block_n = min(256, power_of_two(k))

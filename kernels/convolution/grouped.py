@@ -28,6 +28,7 @@ from ..contract import epilogue as ep
 from ..contract.op import Config, Launch, Problem, W, X, Y, config, operand_refs, power_of_two
 from ..contract.targets import Target
 from ..products import gemm
+from ..tile import choice
 from ..tile.conv_geometry import Conv2d
 
 BLOCK = 32
@@ -207,15 +208,15 @@ def launch(problem: Problem, tile: Config) -> Launch:
             "X_PITCH": x.pitch, "X_OFFSET": x.offset,
             "Y_PITCH": out.pitch, "Y_OFFSET": out.offset,
             "EPILOGUE": ep.for_output(problem.epilogue, problem.operands, out.spec),
-            "PRECISION": gemm.dot_precision(problem, per_group * r * s),
+            "PRECISION": choice.dot_precision(problem, per_group * r * s),
             "WIDE": problem.is_wide,
             **dict(tile.blocks),
         },
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
-        l2_bytes=gemm.l2_bytes(problem, tile, together * per_group * r * s),
+        l2_bytes=choice.l2_bytes(problem, tile, together * per_group * r * s),
         steps=r * s,
-        step_instructions=gemm.step_instructions(tile, x.spec.dtype, r * s),
+        step_instructions=choice.step_instructions(tile, x.spec.dtype, r * s),
     )  # fmt: skip
 
 
@@ -241,7 +242,7 @@ def configs(problem: Problem, target: Target) -> Iterator[Config]:
 
 
 def legal(problem: Problem, tile: Config, target: Target) -> str | None:
-    return gemm.legal_tile(problem.inputs[0].spec.dtype, tile, target)
+    return choice.legal_tile(problem.inputs[0].spec.dtype, tile, target)
 
 
 def default(problem: Problem, target: Target) -> Config:

@@ -19,7 +19,8 @@ WAIT = "wgmma.wait_group"
 PRODUCT = re.compile(r"wgmma\.mma_async\S*\.m64n(\d+)k\d+\.\S*\s")
 WRITE = re.compile(
     r"(st\.(?:volatile\.)?shared(?:::cta)?(?:\.v(?P<count>\d))?\.\w(?P<bits>\d+)|stmatrix\.\S+"
-    r"|cp\.async\.c[ag]\.shared\S*|cp\.async\.bulk\S*\.shared::cluster\S*|(?:red|atom)\.\S*shared\S*)"
+    r"|cp\.async\.c[ag]\.shared\S*|cp\.async\.bulk\S*\.shared::cluster\S*"
+    r"|(?:red|atom)\.\S*shared\S*)"
     r"\s[^\[]*\[\s*(?P<address>%\w+)(?:\s*\+\s*(?P<offset>-?\d+))?"
 )
 BARRIER = re.compile(r"(bar|barrier|barrier\.cta)\.sync\b")

@@ -42,6 +42,7 @@ from ..contract.op import (
 from ..contract.spec import Layout, TensorSpec
 from ..contract.targets import Target
 from ..products import gemm
+from ..tile import choice
 from . import conv_tile
 from .conv_tile import StagedConv
 
@@ -217,7 +218,7 @@ def _tile(m: int, n: int, k: int, warps: int, stages: int) -> Config:
     return config(warps, stages, BLOCK_M=m, BLOCK_N=n, BLOCK_K=k, GROUP_M=8)
 
 
-def _size(problem: Problem) -> gemm.Size:
+def _size(problem: Problem) -> choice.Size:
     images = problem.output.shape[0]
     return conv_tile.size_of(problem, images * _pixels(problem))
 
@@ -233,7 +234,7 @@ def configs(problem: Problem, target: Target) -> Iterator[Config]:
                     yield tile
 
 
-def _deepest(size: gemm.Size, block_m: int) -> int:
+def _deepest(size: choice.Size, block_m: int) -> int:
     """The largest BLOCK_K worth having: tall tiles of fp32 or of gathered rows take registers.
 
     256 rows of fp32 on sm_90: 254 registers at 32, 168 at 16; 128 rows on sm_80: 231 at 32.
@@ -250,7 +251,7 @@ def legal(problem: Problem, tile: Config, target: Target) -> str | None:
     size, pixels = _size(problem), _pixels(problem)
     if tile["BLOCK_M"] % pixels:
         return f"tiles of {tile['BLOCK_M']} rows cut images of {pixels} rows"
-    return gemm.legal(size, tile, target)
+    return choice.legal(size, tile, target)
 
 
 def default(problem: Problem, target: Target) -> Config:
@@ -268,7 +269,7 @@ def default(problem: Problem, target: Target) -> Config:
         for stages in (3, 2)  # Three of 256 rows are more than sm_86 has of shared memory.
     )
     fitting = (tile for tile in tiles if legal(problem, tile, target) is None)
-    return gemm.fastest(size, fitting, target)
+    return choice.fastest(size, fitting, target)
 
 
 def cost(problem: Problem) -> Cost:

@@ -44,6 +44,7 @@ from ..pooling import pool_window
 from ..pooling.pool import combine
 from ..pooling.pool_window import AvgPool2d, MaxPool2d
 from ..products import gemm
+from ..tile import choice
 from . import conv_tile
 from .conv_tile import StagedConv
 
@@ -296,22 +297,22 @@ def launches(problem: Problem, tile: Config, target: Target) -> tuple[Launch, ..
     return (launch,)
 
 
-def _size(problem: Problem) -> gemm.Size:
+def _size(problem: Problem) -> choice.Size:
     n, _, p, q = problem.output.shape
     return conv_tile.size_of(problem, 4 * n * p * q)
 
 
 def configs(problem: Problem, target: Target) -> Iterator[Config]:
     """Those of the convolution alone: pooling takes no registers."""
-    return gemm.tile_configs(_size(problem), target)
+    return choice.tile_configs(_size(problem), target)
 
 
 def legal(problem: Problem, tile: Config, target: Target) -> str | None:
-    return gemm.legal(_size(problem), tile, target)
+    return choice.legal(_size(problem), tile, target)
 
 
 def default(problem: Problem, target: Target) -> Config:
-    return gemm.default_tile(_size(problem), target)
+    return choice.default_tile(_size(problem), target)
 
 
 def cost(problem: Problem) -> Cost:

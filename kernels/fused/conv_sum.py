@@ -42,7 +42,7 @@ from ..contract.spec import Layout, TensorSpec
 from ..contract.targets import Target
 from ..convolution import conv2d
 from ..products import gemm
-from ..tile import conv_geometry, taps
+from ..tile import choice, conv_geometry, taps
 from ..tile.conv_geometry import Conv2d
 
 
@@ -153,29 +153,29 @@ def launches(problem: Problem, tile: Config, target: Target) -> tuple[Launch, ..
             "Y_PITCH": out.pitch,
             "Y_OFFSET": out.offset,
             "EPILOGUE": ep.for_output(problem.epilogue, problem.operands, out.spec),
-            "PRECISION": gemm.dot_precision(problem, _size(problem).depth),
+            "PRECISION": choice.dot_precision(problem, _size(problem).depth),
             "WIDE": problem.is_wide,
             **dict(tile.blocks),
         },
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
-        l2_bytes=gemm.l2_bytes(problem, tile, _terms(problem)),
-        step_instructions=gemm.step_instructions(tile, out.spec.dtype, _size(problem).taps),
+        l2_bytes=choice.l2_bytes(problem, tile, _terms(problem)),
+        step_instructions=choice.step_instructions(tile, out.spec.dtype, _size(problem).taps),
     )
     return (launch,)
 
 
-def _size(problem: Problem) -> gemm.Size:
+def _size(problem: Problem) -> choice.Size:
     """The product for the choice of a tile: the deeper convolution decides about its depth."""
     _, w1, _, w2 = problem.inputs
     n, k, p, q = problem.output.shape
     depth = max(w1.shape[1], w2.shape[1])
     most_taps = max(w.shape[2] * w.shape[3] for w in (w1, w2))
-    return gemm.Size(n * p * q, k, depth, problem.inputs[0].spec.dtype, taps=most_taps)
+    return choice.Size(n * p * q, k, depth, problem.inputs[0].spec.dtype, taps=most_taps)
 
 
 def configs(problem: Problem, target: Target) -> Iterator[Config]:
-    return gemm.tile_configs(_size(problem), target)
+    return choice.tile_configs(_size(problem), target)
 
 
 def _has_loops(problem: Problem, tile: Config) -> bool:
@@ -185,7 +185,7 @@ def _has_loops(problem: Problem, tile: Config) -> bool:
 
 
 def legal(problem: Problem, tile: Config, target: Target) -> str | None:
-    return gemm.legal(_size(problem), tile, target)
+    return choice.legal(_size(problem), tile, target)
 
 
 def default(problem: Problem, target: Target) -> Config:
@@ -194,7 +194,7 @@ def default(problem: Problem, target: Target) -> Config:
     sm_80, 1x1 over 64 + 64 channels, 128x128 w8: 140 registers and asynchronous copies in two
     steps, 255 and none in one; with two steps sm_90 needs as many registers (128) as with one.
     """
-    tile = gemm.default_tile(_size(problem), target)
+    tile = choice.default_tile(_size(problem), target)
     if target.is_gpu and not _has_loops(problem, tile) and tile["BLOCK_K"] > 32:
         blocks = {**dict(tile.blocks), "BLOCK_K": 32}
         return config(tile.num_warps, tile.num_stages, **blocks)

@@ -23,8 +23,7 @@ from ..contract import epilogue as ep
 from ..contract.op import Attributes, Config, Problem, Ref
 from ..contract.spec import Layout, TensorSpec
 from ..convolution import conv2d
-from ..products import gemm
-from ..tile import conv_geometry
+from ..tile import choice, conv_geometry
 from ..tile.conv_geometry import Conv2d
 
 
@@ -219,7 +218,7 @@ def constants(problem: Problem, chains: Chains) -> dict[str, Any]:
         "DILATION_H": conv.dilation[0], "DILATION_W": conv.dilation[1],
         "X_PITCH": x.pitch, "X_OFFSET": x.offset,
         "PROLOGUE": chains.prologue, "STAGES": chains.stages,
-        "PRECISION": gemm.dot_precision(problem, c * r * s),
+        "PRECISION": choice.dot_precision(problem, c * r * s),
         "WIDE": problem.is_wide,
         "BY_TAP": runs_by_tap(problem),
     }  # fmt: skip
@@ -233,19 +232,19 @@ def runs_by_tap(problem: Problem) -> bool:
     return bool(attributes.before) or conv2d.runs_by_tap(c, r * s)
 
 
-def size_of(problem: Problem, rows: int) -> gemm.Size:
+def size_of(problem: Problem, rows: int) -> choice.Size:
     """The matrix product for `rows` pixels, as `gemm` chooses tiles for it."""
     k, c, r, s = problem.inputs[1].shape
     by_tap = runs_by_tap(problem)
     depth = c if by_tap else c * r * s
     dtype = problem.inputs[0].spec.dtype
-    return gemm.Size(rows, k, depth, dtype, gathers=not by_tap, taps=r * s)
+    return choice.Size(rows, k, depth, dtype, gathers=not by_tap, taps=r * s)
 
 
 def step_instructions(problem: Problem, tile: Config) -> int:
     """What a warp issues in a step beside the products; as `gemm` counts it."""
     _, _, r, s = problem.inputs[1].shape
-    return gemm.step_instructions(tile, problem.inputs[0].spec.dtype, r * s)
+    return choice.step_instructions(tile, problem.inputs[0].spec.dtype, r * s)
 
 
 def l2_bytes(problem: Problem, rows: int, columns: int, result: TensorSpec) -> int:

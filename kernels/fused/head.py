@@ -45,7 +45,7 @@ from ..contract.op import (
 )
 from ..contract.spec import Layout, Operand, TensorSpec
 from ..contract.targets import Target
-from ..products import gemm
+from ..tile import choice
 from .head_kernel import head_kernel
 
 MOST_LINKS = 3
@@ -201,7 +201,7 @@ def launches(problem: Problem, tile: Config, target: Target) -> tuple[Launch, ..
             "Y_PITCH": y.pitch, "Y_OFFSET": y.offset,
             "AVERAGE": attributes.average, "SOFTMAX": attributes.softmax,
             "EPILOGUE": ep.for_output(problem.epilogue, problem.operands, y.spec),
-            "PRECISION": gemm.dot_precision(problem, 16),
+            "PRECISION": choice.dot_precision(problem, 16),
             "WIDE": problem.is_wide,
             **links.constants, **dict(tile.blocks),
         },

@@ -53,8 +53,7 @@ from ..contract.targets import Target
 from ..convolution import conv2d
 from ..pooling import pool, pool_window
 from ..pooling.pool_window import AvgPool2d, MaxPool2d
-from ..products import gemm
-from ..tile import conv_geometry
+from ..tile import choice, conv_geometry
 from ..tile.conv_geometry import Conv2d
 from ..tile.torch_convolution import convolve
 
@@ -302,7 +301,7 @@ def launches(problem: Problem, tile: Config, target: Target) -> tuple[Launch, ..
         "T_PITCH": t.pitch, "T_OFFSET": t.offset,
         "MAXIMUM": chosen.maximum, "COUNT": chosen.count, "KEEP": attributes.keep,
         **functions,
-        "PRECISION": gemm.dot_precision(problem, x.shape[1]),
+        "PRECISION": choice.dot_precision(problem, x.shape[1]),
         "WIDE": problem.is_wide,
         **dict(tile.blocks),
     }  # fmt: skip
@@ -392,7 +391,7 @@ def legal(problem: Problem, tile: Config, target: Target) -> str | None:
     accumulators = tile["BLOCK_M"] * tile["BLOCK_N"] // threads
     if single and accumulators > 32:
         return f"{accumulators} fp32 accumulators per thread; more than 32 spill"
-    return gemm.legal_tile(x.spec.dtype, tile, target)
+    return choice.legal_tile(x.spec.dtype, tile, target)
 
 
 def default(problem: Problem, target: Target) -> Config:
@@ -400,7 +399,7 @@ def default(problem: Problem, target: Target) -> Config:
     again, but enough tiles to keep the multiprocessors busy."""
     if target.name == "interpreter":
         rows, c, k = _size(problem)
-        tile = gemm.interpreter_tile(gemm.Size(rows, k, c, problem.inputs[0].spec.dtype))
+        tile = choice.interpreter_tile(choice.Size(rows, k, c, problem.inputs[0].spec.dtype))
         names = ("BLOCK_M", "BLOCK_N", "BLOCK_K")
         return config(1, 1, **{name: tile[name] for name in names})
     gpu, work = cost_model.machine_for(target), cost(problem).flops

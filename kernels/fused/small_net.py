@@ -47,7 +47,7 @@ from ..contract.spec import Layout, Operand, TensorSpec
 from ..contract.targets import Target
 from ..convolution import conv2d
 from ..pooling.pool_window import AvgPool2d, MaxPool2d
-from ..products import gemm
+from ..tile import choice
 from ..tile.conv_geometry import Conv2d
 from . import conv_pool, conv_tile, head
 from .conv_pool import ConvPool
@@ -211,7 +211,7 @@ def launches(problem: Problem, tile: Config, target: Target) -> tuple[Launch, ..
             "Y_PITCH": y.pitch, "Y_OFFSET": y.offset,
             "SOFTMAX": attributes.head.softmax,
             "EPILOGUE": ep.for_output(problem.epilogue, problem.operands, y.spec),
-            "PRECISION": gemm.dot_precision(problem, 16),
+            "PRECISION": choice.dot_precision(problem, 16),
             "WIDE": problem.is_wide or written >= 2**31,
             **constants, **links.constants, **dict(tile.blocks),
         },

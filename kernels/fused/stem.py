@@ -45,8 +45,7 @@ from ..contract.op import (
 )
 from ..contract.spec import Layout, TensorSpec
 from ..contract.targets import Target
-from ..products import gemm
-from ..tile import conv_geometry
+from ..tile import choice, conv_geometry
 from ..tile.conv_geometry import Conv2d
 from .stem_input import check_normalisation, draw_image, normalised, side_by_side, strides_of_image
 
@@ -206,7 +205,7 @@ def launches(problem: Problem, tile: Config, target: Target) -> tuple[Launch, ..
             "Y_PITCH": out.pitch, "Y_OFFSET": out.offset,
             "MEAN": attributes.mean or None, "SCALE": attributes.scale or None,
             "EPILOGUE": ep.for_output(problem.epilogue, problem.operands, out.spec),
-            "PRECISION": gemm.dot_precision(problem, _pitch(w)),
+            "PRECISION": choice.dot_precision(problem, _pitch(w)),
             "WIDE": problem.is_wide,
             **dict(tile.blocks), "LEVELS": tile["BLOCK_K"].bit_length() - 1,
         },
@@ -267,7 +266,7 @@ def legal(problem: Problem, tile: Config, target: Target) -> str | None:
     if target.capability >= 90 and single_step and (tile.num_warps, tile["BLOCK_N"]) == (2, 64):
         # A 3x3 filter over 3 channels: ptxas stops at 80 registers.
         return f"2 warps with 64 columns in a single step spill 8 bytes on {target.name}"
-    return gemm.legal_tile(problem.output.spec.dtype, tile, target)
+    return choice.legal_tile(problem.output.spec.dtype, tile, target)
 
 
 def default(problem: Problem, target: Target) -> Config:

@@ -45,6 +45,7 @@ from ..movement.movement import Permute
 from ..movement.rearrange import infer_rearrange, rearrange
 from ..movement.rearrangement import Expand, Rearrange, Reshape, parts_of
 from ..normalisation.softmax import Softmax
+from ..tile import choice
 from . import gemm
 
 
@@ -227,13 +228,13 @@ def bmm_kernel(
     )
 
 
-def size_of(problem: Problem) -> gemm.Size:
+def size_of(problem: Problem) -> choice.Size:
     """The rows of one product, its columns and depth, and the products side by side."""
     attributes, a, out = problem.attributes, problem.inputs[0], problem.output
     assert isinstance(attributes, Bmm)
     *leading, rows, columns = out.shape
     depth = factor(attributes.left, a.spec).shape[-1]
-    return gemm.Size(rows, columns, depth, a.spec.dtype, groups=math.prod(leading))
+    return choice.Size(rows, columns, depth, a.spec.dtype, groups=math.prod(leading))
 
 
 def launches(problem: Problem, tile: Config, target: Target) -> tuple[Launch, ...]:
@@ -263,29 +264,29 @@ def launches(problem: Problem, tile: Config, target: Target) -> tuple[Launch, ..
             "W_DEPTH": right.rows, "W_COLUMN": right.columns,
             "Y_PITCH": out.pitch, "Y_OFFSET": out.offset,
             "EPILOGUE": ep.for_output(problem.epilogue, problem.operands, out.spec),
-            "PRECISION": gemm.dot_precision(problem, size.depth),
+            "PRECISION": choice.dot_precision(problem, size.depth),
             "WIDE": problem.is_wide,
             **dict(tile.blocks),
         },
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
-        l2_bytes=gemm.l2_bytes(problem, tile, size.depth),
+        l2_bytes=choice.l2_bytes(problem, tile, size.depth),
         steps=size.steps(tile["BLOCK_K"]),
-        step_instructions=gemm.step_instructions(tile, size.dtype, taps=1),
+        step_instructions=choice.step_instructions(tile, size.dtype, taps=1),
     )  # fmt: skip
     return (launch,)
 
 
 def configs(problem: Problem, target: Target) -> Iterator[Config]:
-    return gemm.tile_configs(size_of(problem), target)
+    return choice.tile_configs(size_of(problem), target)
 
 
 def legal(problem: Problem, tile: Config, target: Target) -> str | None:
-    return gemm.legal(size_of(problem), tile, target)
+    return choice.legal(size_of(problem), tile, target)
 
 
 def default(problem: Problem, target: Target) -> Config:
-    return gemm.default_tile(size_of(problem), target)
+    return choice.default_tile(size_of(problem), target)
 
 
 def cost(problem: Problem) -> Cost:

@@ -21,7 +21,7 @@ import triton.language as tl
 
 from ..contract import cost_model, programmatic_launch
 from ..contract.op import Config, Launch, Problem, Target
-from ..tile import residual
+from ..tile import choice, residual
 from . import gemm, gemm_loop
 
 BLOCK = "PERSISTENT"
@@ -92,15 +92,15 @@ def legal(problem: Problem, tile: Config, target: Target) -> str | None:
     resident, gpu = resident_of(tile), cost_model.machine_for(target)
     if not resident:
         return None
-    if gemm.split_of(tile) > 1:
-        return f"{BLOCK}: {gemm.split_of(tile)} programs share each tile, because there are few"
+    if choice.split_of(tile) > 1:
+        return f"{BLOCK}: {choice.split_of(tile)} programs share each tile, because there are few"
     if residual.comes_first(tile):
         return f"{BLOCK}: what waits for the residual already copies the next tile meanwhile"
     size = gemm.problem_size(problem)
     tiles, started = size.tiles(tile["BLOCK_M"], tile["BLOCK_N"]), programs(tile, target)
     if tiles <= started:
         return f"{BLOCK}: {tiles} tiles for {started} programs; none would have a second one"
-    needed = resident * gemm.shared_bytes(tile, size.dtype)
+    needed = resident * choice.shared_bytes(tile, size.dtype)
     if target.is_gpu and needed > gpu.shared_kb * 1024:
         return (
             f"{BLOCK}: {resident} programs need {needed} bytes of shared memory; a multiprocessor "

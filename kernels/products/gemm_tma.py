@@ -16,6 +16,7 @@ from dataclasses import replace
 from ..contract import epilogue as ep
 from ..contract.op import Box, Config, Launch, Problem, Target, W, X, power_of_two
 from ..contract.spec import Operand
+from ..tile import choice
 from . import gemm
 
 # Warp groups multiply 64 rows at a time: lower tiles would fall back to the older instructions.
@@ -43,8 +44,8 @@ def configs(problem: Problem, target: Target) -> Iterator[Config]:
     block_k = max(16, min(widest, power_of_two(size.depth)))
     for block in TILES:
         for stages in (3, 4):
-            for split in gemm.splits(size, block[0], block[1], block_k):
-                plain = gemm.config_of(size, block, block_k, stages, split)
+            for split in choice.splits(size, block[0], block[1], block_k):
+                plain = choice.config_of(size, block, block_k, stages, split)
                 tile = replace(plain, blocks=(*plain.blocks, ("TMA", 1)))
                 if legal(problem, tile, target) is None:
                     yield tile
@@ -66,7 +67,7 @@ def legal(problem: Problem, tile: Config, target: Target) -> str | None:
         return None
     if target.capability < 90:
         return f"TMA: {target.name} has no such copies, sm_90 and later have"
-    needed = gemm.shared_bytes(tile, x.spec.dtype) + BARRIERS
+    needed = choice.shared_bytes(tile, x.spec.dtype) + BARRIERS
     if needed > target.shared_bytes:
         return f"needs {needed} bytes of shared memory; {target.name} has {target.shared_bytes}"
     return None

@@ -19,6 +19,7 @@ from ..contract import cost_model
 from ..contract import epilogue as ep
 from ..contract.op import Config, Launch, Problem, Target, W, X, Y, config, power_of_two
 from ..contract.spec import Operand
+from ..tile import choice
 from . import gemm
 
 MOST_ROWS = 8
@@ -98,7 +99,7 @@ def is_one(tile: Config) -> bool:
     return "ROWS" in dict(tile.blocks)
 
 
-def configs(size: gemm.Size, target: Target) -> Iterator[Config]:
+def configs(size: choice.Size, target: Target) -> Iterator[Config]:
     """Runs that one or two loads of all threads cover; none for more rows than are worth it."""
     if not 0 < size.rows <= MOST_ROWS:
         return
@@ -113,12 +114,12 @@ def configs(size: gemm.Size, target: Target) -> Iterator[Config]:
                     yield tile
 
 
-def _covered(size: gemm.Size, warps: int) -> int:
+def _covered(size: choice.Size, warps: int) -> int:
     """Elements that all threads of a program load at once."""
     return 32 * warps * VECTOR_BYTES // size.dtype.itemsize
 
 
-def legal(size: gemm.Size, tile: Config, target: Target) -> str | None:
+def legal(size: choice.Size, tile: Config, target: Target) -> str | None:
     """Why a configuration cannot compute a product of that size, or None."""
     if size.rows > tile["ROWS"]:
         return f"{size.rows} rows; the weights are streamed for {tile['ROWS']}"
@@ -139,7 +140,7 @@ def legal(size: gemm.Size, tile: Config, target: Target) -> str | None:
     return None
 
 
-def default(size: gemm.Size, target: Target) -> Config | None:
+def default(size: choice.Size, target: Target) -> Config | None:
     """The configuration of least modelled time; None for more rows than are worth it."""
     gpu = cost_model.machine_for(target)
     return min(
@@ -147,13 +148,13 @@ def default(size: gemm.Size, target: Target) -> Config | None:
     )
 
 
-def outlined_us(gpu: cost_model.Machine, size: gemm.Size, tile: Config) -> float:
+def outlined_us(gpu: cost_model.Machine, size: choice.Size, tile: Config) -> float:
     """Modelled time of the launch that a configuration would become."""
     results = size.rows * size.columns * size.dtype.itemsize
     return cost_model.launch_us(gpu, outline(size, tile), size.flops, size.dtype, results)
 
 
-def outline(size: gemm.Size, tile: Config) -> Launch:
+def outline(size: choice.Size, tile: Config) -> Launch:
     """What the cost model needs to know of the launch that a configuration would become."""
     block_n, itemsize = tile["BLOCK_N"], size.dtype.itemsize
     # As counted in sm_90 code for half precision: a conversion for each weight and element of x, a
@@ -180,7 +181,7 @@ def launch(problem: Problem, tile: Config, x: Operand, columns: int) -> Launch:
     depth = ep.memory_sizes(x.spec)[-1]
     after, before = gemm.chains(problem)
     rows = out.spec.numel // columns
-    modelled = outline(gemm.Size(rows, columns, depth, x.spec.dtype), tile)
+    modelled = outline(choice.Size(rows, columns, depth, x.spec.dtype), tile)
     return Launch(
         kernel=gemv_kernel,
         pointers={"x": X, "w": W, "y": Y},

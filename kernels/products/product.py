@@ -14,7 +14,7 @@ from collections.abc import Iterator
 
 from ..contract import cost_model
 from ..contract.op import Config, Launch, Problem, Target
-from ..tile import residual
+from ..tile import choice, residual
 from . import gemm, gemm_persistent, gemm_tma, gemv
 
 
@@ -33,7 +33,7 @@ def launch(problem: Problem, tile: Config, target: Target) -> Launch:
 def configs(problem: Problem, target: Target) -> Iterator[Config]:
     """The search space: every algorithm's."""
     size = gemm.problem_size(problem)
-    tiles = (*gemm.tile_configs(size, target), *gemm_tma.configs(problem, target))
+    tiles = (*choice.tile_configs(size, target), *gemm_tma.configs(problem, target))
     yield from tiles
     yield from residual.variants(problem, tiles)
     yield from gemm_persistent.variants(problem, tiles, target)
@@ -50,7 +50,7 @@ def legal(problem: Problem, tile: Config, target: Target) -> str | None:
         return refused
     if gemm_tma.is_one(tile):
         return gemm_tma.legal(problem, tile, target)
-    return gemm.legal_tile(size.dtype, tile, target)
+    return choice.legal_tile(size.dtype, tile, target)
 
 
 def default(problem: Problem, target: Target) -> Config:
@@ -60,10 +60,10 @@ def default(problem: Problem, target: Target) -> Config:
     Descriptors are left to the tuner: the model tells tiles apart, not how they are read.
     """
     size = gemm.problem_size(problem)
-    tile = gemm.default_tile(size, target)
+    tile = choice.default_tile(size, target)
     streamed = None if target.name == "interpreter" else gemv.default(size, target)
     if streamed is None:
         return tile
     gpu = cost_model.machine_for(target)
-    is_faster = gemv.outlined_us(gpu, size, streamed) < gemm.outlined_us(gpu, size, tile)
+    is_faster = gemv.outlined_us(gpu, size, streamed) < choice.outlined_us(gpu, size, tile)
     return streamed if is_faster else tile

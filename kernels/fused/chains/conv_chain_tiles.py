@@ -12,10 +12,10 @@ from dataclasses import dataclass
 
 import torch
 
-from ..contract.cost_model import Block, product_traffic
-from ..contract.op import Config, Launch, config, power_of_two
-from ..contract.targets import Target
-from ..products import gemm
+from ...contract.cost_model import Block, product_traffic
+from ...contract.op import Config, Launch, config, power_of_two
+from ...contract.targets import Target
+from ...tile import choice
 
 PER_RESULT = 6
 """Instructions of a thread for each wide channel of a pixel: stages, conversion, store
@@ -154,7 +154,7 @@ def outline(sizes: Sizes, tile: Config, wide: int, l2_bytes: int) -> Launch:
         block = Block(m, middle, k)
         traffic += front_steps * product_traffic(block, warps, dtype)
         copied = config(warps, tile.num_stages, BLOCK_M=m, BLOCK_N=middle, BLOCK_K=k)
-        per_step = gemm.step_instructions(copied, dtype, sizes.taps)
+        per_step = choice.step_instructions(copied, dtype, sizes.taps)
         issued += 32 * warps * front_steps * per_step
     per_row = narrow * bool(sizes.narrow) + n + middle // 2
     return Launch(

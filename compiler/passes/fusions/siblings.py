@@ -19,15 +19,15 @@ from typing import Any
 
 import torch
 
-from ...kernels.contract.epilogue import Epilogue, Stage
-from ...kernels.contract.op import Problem
-from ...kernels.contract.spec import TensorSpec
-from ...kernels.movement.movement import Concat, Slice
-from ...kernels.tile.conv_geometry import Conv2d
-from ..fusion import estimate, overrides
-from ..fusion.partition import Proposal
-from ..graph.ir import Graph, Node, Value
-from ..graph.ledger import Ledger
+from ....kernels.contract.epilogue import Epilogue, Stage
+from ....kernels.contract.op import Problem
+from ....kernels.contract.spec import TensorSpec
+from ....kernels.movement.movement import Concat, Slice
+from ....kernels.tile.conv_geometry import Conv2d
+from ...fusion import estimate, overrides
+from ...fusion.partition import Proposal
+from ...graph.ir import Graph, Node, Value
+from ...graph.ledger import Ledger
 
 LABEL = "siblings"
 RULE = "conv(x, w1), conv(x, w2), ... => slices of conv(x, [w1 w2 ...])"

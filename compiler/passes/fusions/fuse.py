@@ -3,11 +3,12 @@ what they propose (`partition.py`)."""
 
 from __future__ import annotations
 
-from ..fusion import partition
-from ..fusion.pattern import apply_rules
-from ..graph.ir import Graph
-from ..graph.ledger import Ledger
-from . import bottlenecks, heads, pads, pool_fusions, pooled_convs, separables, shortcuts
+from ...fusion import partition
+from ...fusion.pattern import apply_rules
+from ...graph.ir import Graph
+from ...graph.ledger import Ledger
+from .. import pads
+from . import bottlenecks, heads, pool_fusions, pooled_convs, separables, shortcuts
 from .siblings import propose_siblings
 
 RULES = (

@@ -11,18 +11,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...kernels.fused.lrn_pool import LrnPool
-from ...kernels.fused.pool_conv import PoolConv
-from ...kernels.fused.squeeze_excite import SqueezeExcite
-from ...kernels.normalisation.lrn import LocalResponseNorm
-from ...kernels.normalisation.reduce import Reduce
-from ...kernels.pooling.adaptive_pool import AdaptivePool2d
-from ...kernels.pooling.pool_window import AvgPool2d, MaxPool2d
-from ...kernels.tile.conv_geometry import Conv2d
-from ..fusion.estimate import Fused
-from ..fusion.pattern import Call, Constant, Match, NearMiss, Rule, Var
-from ..fusion.rules import example
-from ..graph.ir import Graph, Node, Value
+from ....kernels.fused.lrn_pool import LrnPool
+from ....kernels.fused.pool_conv import PoolConv
+from ....kernels.fused.squeeze_excite import SqueezeExcite
+from ....kernels.normalisation.lrn import LocalResponseNorm
+from ....kernels.normalisation.reduce import Reduce
+from ....kernels.pooling.adaptive_pool import AdaptivePool2d
+from ....kernels.pooling.pool_window import AvgPool2d, MaxPool2d
+from ....kernels.tile.conv_geometry import Conv2d
+from ...fusion.estimate import Fused
+from ...fusion.pattern import Call, Constant, Match, NearMiss, Rule, Var
+from ...fusion.rules import example
+from ...graph.ir import Graph, Node, Value
 
 AVERAGES = ("adaptive_avg_pool2d", "mean", "avg_pool2d")
 

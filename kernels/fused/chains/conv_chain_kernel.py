@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ..tile import taps
+from ...tile import taps
 
 
 @triton.jit

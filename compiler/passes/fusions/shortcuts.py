@@ -15,13 +15,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from ...kernels.contract.epilogue import Epilogue, Stage
-from ...kernels.fused.conv_sum import ConvSum
-from ...kernels.tile.conv_geometry import Conv2d
-from ..fusion.estimate import Fused
-from ..fusion.pattern import Call, Match, NearMiss, Rule, Var
-from ..fusion.rules import example
-from ..graph.ir import Graph, Node, Value
+from ....kernels.contract.epilogue import Epilogue, Stage
+from ....kernels.fused.conv_sum import ConvSum
+from ....kernels.tile.conv_geometry import Conv2d
+from ...fusion.estimate import Fused
+from ...fusion.pattern import Call, Match, NearMiss, Rule, Var
+from ...fusion.rules import example
+from ...graph.ir import Graph, Node, Value
 
 
 @dataclass(frozen=True)

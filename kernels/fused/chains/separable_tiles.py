@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from ..contract import cost_model
-from ..contract.op import Config, config, power_of_two
-from ..contract.targets import Target
+from ...contract import cost_model
+from ...contract.op import Config, config, power_of_two
+from ...contract.targets import Target
 
 if TYPE_CHECKING:
-    from ..tile.conv_geometry import Conv2d
+    from ...tile.conv_geometry import Conv2d
 
 
 @dataclass(frozen=True)

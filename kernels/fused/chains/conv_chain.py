@@ -25,16 +25,15 @@ from typing import Any
 
 import torch
 
-from ...errors import InvalidInputError
-from ..contract import cost_model
-from ..contract import epilogue as ep
-from ..contract.op import Attributes, Config, Cost, Domain, Launch, Op, Problem, Ref, tensor_bytes
-from ..contract.spec import Layout, Operand, TensorSpec
-from ..contract.targets import Target
-from ..products import gemm
-from ..tile import conv_geometry, taps
-from ..tile.conv_geometry import Conv2d
-from ..tile.torch_convolution import convolve
+from ....errors import InvalidInputError
+from ...contract import cost_model
+from ...contract import epilogue as ep
+from ...contract.op import Attributes, Config, Cost, Domain, Launch, Op, Problem, Ref, tensor_bytes
+from ...contract.spec import Layout, Operand, TensorSpec
+from ...contract.targets import Target
+from ...tile import choice, conv_geometry, taps
+from ...tile.conv_geometry import Conv2d
+from ...tile.torch_convolution import convolve
 from . import conv_chain_tiles as tiles
 from .conv_chain_kernel import conv_chain_kernel
 
@@ -194,7 +193,7 @@ def launches(problem: Problem, tile: Config, target: Target) -> tuple[Launch, ..
             "Z_PITCH": z.pitch, "Z_OFFSET": z.offset,
             "FRONT": functions["front"], "EXPAND": functions["expand"],
             "REDUCE": functions["reduce"],
-            "PRECISION": gemm.dot_precision(problem, 16),
+            "PRECISION": choice.dot_precision(problem, 16),
             "WIDE": problem.is_wide,
             "BLOCK_MIDDLE": sizes.block_middle, "BLOCK_NARROW": sizes.block_narrow,
             "BLOCK_SHORTCUT": 16,

@@ -18,20 +18,20 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 
-from ...kernels import registry
-from ...kernels.contract.epilogue import Epilogue, apply_reference, broadcasts
-from ...kernels.contract.op import Attributes, Problem
-from ...kernels.contract.spec import Operand, TensorSpec
-from ...kernels.fused import stem
-from ...kernels.fused.stem import Stem
-from ...kernels.fused.stem_input import StemInput
-from ...kernels.movement import movement
-from ...kernels.movement.movement import Relayout
-from ...kernels.movement.pointwise import Pointwise, stage_of
-from ...kernels.tile.conv_geometry import Conv2d
-from ..fusion import estimate, overrides
-from ..graph.ir import INPUT, Graph, Node, Value
-from ..graph.ledger import Ledger
+from ....kernels import registry
+from ....kernels.contract.epilogue import Epilogue, apply_reference, broadcasts
+from ....kernels.contract.op import Attributes, Problem
+from ....kernels.contract.spec import Operand, TensorSpec
+from ....kernels.fused import stem
+from ....kernels.fused.stem import Stem
+from ....kernels.fused.stem_input import StemInput
+from ....kernels.movement import movement
+from ....kernels.movement.movement import Relayout
+from ....kernels.movement.pointwise import Pointwise, stage_of
+from ....kernels.tile.conv_geometry import Conv2d
+from ...fusion import estimate, overrides
+from ...graph.ir import INPUT, Graph, Node, Value
+from ...graph.ledger import Ledger
 
 LOADS = "conv2d(normalise(relayout(x)), w) => stem(x, w)"
 ROWS = "conv2d(normalise(relayout(x)), w) => conv2d(stem_input(x), w)"

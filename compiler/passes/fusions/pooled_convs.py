@@ -10,16 +10,16 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ...kernels.fused import conv_mean, conv_pool
-from ...kernels.fused.conv_mean import ConvMean
-from ...kernels.fused.conv_pool import ConvPool
-from ...kernels.normalisation.reduce import Reduce
-from ...kernels.pooling.pool_window import AvgPool2d, MaxPool2d
-from ...kernels.tile.conv_geometry import Conv2d
-from ..fusion.estimate import Fused
-from ..fusion.pattern import Call, Match, NearMiss, Rule, Var
-from ..fusion.rules import example
-from ..graph.ir import Graph, Node, Value
+from ....kernels.fused import conv_mean, conv_pool
+from ....kernels.fused.conv_mean import ConvMean
+from ....kernels.fused.conv_pool import ConvPool
+from ....kernels.normalisation.reduce import Reduce
+from ....kernels.pooling.pool_window import AvgPool2d, MaxPool2d
+from ....kernels.tile.conv_geometry import Conv2d
+from ...fusion.estimate import Fused
+from ...fusion.pattern import Call, Match, NearMiss, Rule, Var
+from ...fusion.rules import example
+from ...graph.ir import Graph, Node, Value
 from .pool_fusions import averages_all
 
 

@@ -14,15 +14,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...kernels.fused import small_net
-from ...kernels.fused.conv_pool import ConvPool
-from ...kernels.fused.small_net import SmallNet
-from ..fusion import partition
-from ..fusion.estimate import Fused
-from ..fusion.pattern import Call, Match, NearMiss, Rule
-from ..fusion.rules import example
-from ..graph.ir import Graph, Node, Value
-from ..graph.ledger import Ledger
+from ....kernels.fused import small_net
+from ....kernels.fused.conv_pool import ConvPool
+from ....kernels.fused.small_net import SmallNet
+from ...fusion import partition
+from ...fusion.estimate import Fused
+from ...fusion.pattern import Call, Match, NearMiss, Rule
+from ...fusion.rules import example
+from ...graph.ir import Graph, Node, Value
+from ...graph.ledger import Ledger
 from .heads import LAYERS, as_head
 
 LABEL = "small-net"

@@ -12,12 +12,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from ...kernels.fused.separable import Separable
-from ...kernels.tile.conv_geometry import Conv2d
-from ..fusion.estimate import Fused
-from ..fusion.pattern import Call, Constant, Match, NearMiss, Rule, Var
-from ..fusion.rules import example
-from ..graph.ir import Graph, Node, Value
+from ....kernels.fused.chains.separable import Separable
+from ....kernels.tile.conv_geometry import Conv2d
+from ...fusion.estimate import Fused
+from ...fusion.pattern import Call, Constant, Match, NearMiss, Rule, Var
+from ...fusion.rules import example
+from ...graph.ir import Graph, Node, Value
 
 
 def _is_depthwise(graph: Graph, node: Node) -> bool:

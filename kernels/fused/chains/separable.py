@@ -26,17 +26,16 @@ from typing import Any
 
 import torch
 
-from ...errors import InvalidInputError
-from ..contract import cost_model
-from ..contract import epilogue as ep
-from ..contract.op import Attributes, Config, Cost, Domain, Launch, Op, Problem, Ref, tensor_bytes
-from ..contract.spec import Layout, TensorSpec
-from ..contract.targets import Target
-from ..convolution import depthwise
-from ..products import gemm
-from ..tile import conv_geometry, taps
-from ..tile.conv_geometry import Conv2d
-from ..tile.torch_convolution import convolve
+from ....errors import InvalidInputError
+from ...contract import cost_model
+from ...contract import epilogue as ep
+from ...contract.op import Attributes, Config, Cost, Domain, Launch, Op, Problem, Ref, tensor_bytes
+from ...contract.spec import Layout, TensorSpec
+from ...contract.targets import Target
+from ...convolution import depthwise
+from ...tile import choice, conv_geometry, taps
+from ...tile.conv_geometry import Conv2d
+from ...tile.torch_convolution import convolve
 from . import separable_kernels, separable_tiles
 from .separable_tiles import Block
 
@@ -161,7 +160,7 @@ def launches(problem: Problem, tile: Config, target: Target) -> tuple[Launch, ..
         "K": y.shape[1],
         "Y_PITCH": kept.pitch, "Y_OFFSET": kept.offset,
         "DEPTHWISE": functions["DEPTHWISE"], "PROJECT": functions["PROJECT"],
-        "PRECISION": gemm.dot_precision(problem, 16),
+        "PRECISION": choice.dot_precision(problem, 16),
         "WIDE": problem.is_wide,
         **{name: size for name, size in tile.blocks if name != "SPAN"},
     }  # fmt: skip

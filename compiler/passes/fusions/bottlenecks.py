@@ -16,13 +16,13 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from ...kernels.fused.conv_chain import ConvChain
-from ...kernels.tile.conv_geometry import Conv2d
-from ..fusion import estimate
-from ..fusion.estimate import Fused
-from ..fusion.pattern import Call, Match, NearMiss, Rule, Var
-from ..fusion.rules import example
-from ..graph.ir import Graph, Node, Value
+from ....kernels.fused.chains.conv_chain import ConvChain
+from ....kernels.tile.conv_geometry import Conv2d
+from ...fusion import estimate
+from ...fusion.estimate import Fused
+from ...fusion.pattern import Call, Match, NearMiss, Rule, Var
+from ...fusion.rules import example
+from ...graph.ir import Graph, Node, Value
 from .shortcuts import Joined, adder_of, adds_only_constants, join, sum_reason
 
 LARGEST = 256

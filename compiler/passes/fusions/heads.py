@@ -13,12 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...kernels.fused.head import MOST_LINKS, Head
-from ...kernels.normalisation.softmax import Softmax
-from ..fusion.estimate import Fused
-from ..fusion.pattern import Call, Constant, Match, NearMiss, Rule
-from ..fusion.rules import example
-from ..graph.ir import Graph, Node, Value
+from ....kernels.fused.head import MOST_LINKS, Head
+from ....kernels.normalisation.softmax import Softmax
+from ...fusion.estimate import Fused
+from ...fusion.pattern import Call, Constant, Match, NearMiss, Rule
+from ...fusion.rules import example
+from ...graph.ir import Graph, Node, Value
 from .pool_fusions import AVERAGE
 
 LAYERS = ("linear", "head")
