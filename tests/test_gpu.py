@@ -134,13 +134,13 @@ def test_launch_mode(gpu: Gpu, name: str, mode: str) -> None:
     gpu_model_checks.check_launch_mode(gpu, mode, name)
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("at", range(len(gpu_stress.TAPPED_LAYERS)))
 def test_eight_warps_over_taps(gpu: Gpu, at: int, dtype: torch.dtype, note: Note) -> None:
-    """A finding, whatever comes out: these configurations are refused (pytorch issue 173068)."""
+    """Two groups of warps over filter taps, found wrong elsewhere (pytorch issue 173068)."""
     found = list(gpu_stress.eight_warps(gpu, gpu_stress.TAPPED_LAYERS[at], dtype))
-    assert found
     note("eight warps over taps", found)
+    assert found and all(each["right"] for each in found), found
 
 
 # Whole networks.

@@ -103,7 +103,7 @@ def test_a_sum_that_depends_on_the_call_is_found(monkeypatch: pytest.MonkeyPatch
         monkeypatch.undo()
 
 
-def test_eight_warps_are_launched_though_they_are_refused() -> None:
+def test_eight_warps_over_taps_are_launched() -> None:
     (found,) = gpu_stress.eight_warps(DEVICE, gpu_stress.TAPPED_LAYERS[2], torch.float16, 1)
     assert found["right"] and "warps=8" in found["configuration"]
 
