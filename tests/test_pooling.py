@@ -12,12 +12,14 @@ import torch.nn.functional as F
 from convloom.compiler.ledger import Ledger
 from convloom.compiler.passes.recognise import recognise_composites
 from convloom.errors import InvalidInputError, UnsupportedOpError
-from convloom.kernels import pool, registry
+from convloom.kernels import pool, registry, targets
+from convloom.kernels.median_pool import MedianPool2d
+from convloom.kernels.op import config
 from convloom.kernels.pool_window import LpPool2d, MaxPool2d
 from convloom.kernels.spec import Layout, TensorSpec
 from torch import Tensor, nn
 
-from . import nets
+from . import harness, nets
 
 IMAGE, SEQUENCE, VOLUME = (2, 6, 9, 7), (2, 6, 19), (2, 4, 5, 6, 7)
 
@@ -241,6 +243,15 @@ def test_taps_are_unrolled_where_there_are_few() -> None:
 def test_windows_of_25_cheap_taps_are_unrolled(attributes: pool.Pool2d, unrolled: bool) -> None:
     """The power of a tap is not cheap where it takes logarithms in fp64."""
     assert pool.unrolls(attributes) is unrolled
+
+
+def test_medians_of_more_elements_than_registers_are_refused() -> None:
+    op, x = registry.get("median_pool2d"), TensorSpec((1, 64, 9, 9), torch.float32, Layout.NHWC)
+    problem = harness.problem_for(op, MedianPool2d((5, 5), (1, 1)), (x,))
+    sm_90 = targets.parse("cuda:sm_90")
+    assert op.legal(problem, config(4, 1, BLOCK_ROWS=8, BLOCK_COLUMNS=64), sm_90) is None
+    refusal = op.legal(problem, config(4, 1, BLOCK_ROWS=16, BLOCK_COLUMNS=64), sm_90)
+    assert refusal == "more than 100 elements per thread spill"
 
 
 @pytest.mark.parametrize("norm", [0.0, -3.0, float("inf"), float("nan")])
