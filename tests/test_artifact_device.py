@@ -13,7 +13,6 @@ from typing import Any
 import convloom
 import pytest
 import torch
-from convloom.compiler import api
 from convloom.compiler.artifact import device as gpu
 from convloom.compiler.artifact import load as loading
 from convloom.compiler.artifact.program import Program
@@ -342,7 +341,7 @@ def test_a_graph_is_compiled_here_only_where_that_is_allowed(
         ran.append(name)
         return runtime.InterpreterRunner(plan)
 
-    monkeypatch.setattr(api, "runner_for", runner_for)
+    monkeypatch.setattr(runtime, "runner_for", runner_for)
     loaded = convloom.load(path, recompile=True)
     assert ran == ["cuda"] and loaded.target.name == "cuda:sm_86"
     assert [each.plan.target.name for each in loaded.executables] == ["cuda:sm_86"]

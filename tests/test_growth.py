@@ -10,6 +10,7 @@ from typing import Any
 import networkx as nx
 import pytest
 import torch
+from convloom.compiler.explain.report import Report
 from convloom.compiler.fusion import estimate, pattern
 from convloom.compiler.graph.ir import INPUT, OUTPUT, Goal, Graph, NoAttributes, Node, Value
 from convloom.compiler.graph.ledger import Ledger
@@ -103,7 +104,7 @@ class Counter:
 
 def compiled(graph: Graph) -> Ledger:
     """The graph through passes and lowering; `explain` can be asked of the ledger."""
-    ledger = Ledger()
+    ledger = Report()
     assert graph.goal is not None
     options = Options(graph.goal.target, dtype=graph.goal.dtype)
     ledger.plan = lower(run_passes(graph, ledger), graph, options, ledger)
@@ -211,7 +212,7 @@ def test_a_long_concatenation_is_read_once() -> None:
 
 def test_a_chain_longer_than_a_kernel_takes_is_several() -> None:
     graph = pointwise_chain(150)
-    ledger = Ledger()
+    ledger = Report()
     after = run_passes(graph, ledger, ("fuse_epilogues",))
     stages = [len(node.epilogue) for node in after.compute_nodes() if node.op != "relayout"]
     assert stages == [64, 64, 20], "150 stages, two of them the ops that the chains belong to"

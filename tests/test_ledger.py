@@ -288,7 +288,7 @@ def test_the_account_does_not_depend_on_caches(
 
 
 def test_events_carry_further_figures() -> None:
-    ledger = Ledger()
+    ledger = Report()
     ledger.accept("a => b", [], "b", 8, label="ab", kernels_saved=1, time_us_before=3.0)
     for _ in range(3):
         ledger.refuse("a => b", [], "too wide", label="ab", time_us_after=4.0)

@@ -133,6 +133,7 @@ REFUSED: dict[str, tuple[Callable[[Tensor], Tensor], str]] = {
     "sliced": (lambda x: x.transpose(0, 1)[:, :1].transpose(0, 1), "joins samples"),
     "softmax": (lambda x: x.transpose(0, 1).softmax(1), "goes along dimension 1"),
     "concatenated": (lambda x: torch.cat((x.transpose(0, 1),) * 2), "its batch is not in"),
+    "met by positions": (lambda x: x.transpose(0, 1) + torch.ones(5, 1, 16), "meets float32"),
     "taken from a constant": (lambda x: torch.ones(16) - x.transpose(0, 1), "joins samples"),
     "met": (lambda x: x.transpose(0, 1) + x[:, :1].transpose(0, 1), "whose batch is elsewhere"),
 }  # fmt: skip

@@ -13,12 +13,15 @@ from convloom.compiler.graph.ledger import Ledger
 from convloom.compiler.passes.recognise import recognise_composites
 from convloom.errors import InvalidInputError, UnsupportedOpError
 from convloom.kernels import registry
+from convloom.kernels.contract import targets
+from convloom.kernels.contract.op import config
 from convloom.kernels.contract.spec import Layout, TensorSpec
 from convloom.kernels.pooling import pool
+from convloom.kernels.pooling.median_pool import MedianPool2d
 from convloom.kernels.pooling.pool_window import LpPool2d, MaxPool2d
 from torch import Tensor, nn
 
-from . import nets
+from . import harness, nets
 
 IMAGE, SEQUENCE, VOLUME = (2, 6, 9, 7), (2, 6, 19), (2, 4, 5, 6, 7)
 
@@ -242,6 +245,15 @@ def test_taps_are_unrolled_where_there_are_few() -> None:
 def test_windows_of_25_cheap_taps_are_unrolled(attributes: pool.Pool2d, unrolled: bool) -> None:
     """The power of a tap is not cheap where it takes logarithms in fp64."""
     assert pool.unrolls(attributes) is unrolled
+
+
+def test_medians_of_more_elements_than_registers_are_refused() -> None:
+    op, x = registry.get("median_pool2d"), TensorSpec((1, 64, 9, 9), torch.float32, Layout.NHWC)
+    problem = harness.problem_for(op, MedianPool2d((5, 5), (1, 1)), (x,))
+    sm_90 = targets.parse("cuda:sm_90")
+    assert op.legal(problem, config(4, 1, BLOCK_ROWS=8, BLOCK_COLUMNS=64), sm_90) is None
+    refusal = op.legal(problem, config(4, 1, BLOCK_ROWS=16, BLOCK_COLUMNS=64), sm_90)
+    assert refusal == "more than 100 elements per thread spill"
 
 
 @pytest.mark.parametrize("norm", [0.0, -3.0, float("inf"), float("nan")])

@@ -241,6 +241,15 @@ def test_a_file_of_no_zoo_model_takes_no_images(
     assert "does not say which model of the zoo it is" in capsys.readouterr().err
 
 
+def test_the_border_is_that_of_images() -> None:
+    image, volume = (2, 5, 4, 3), (2, 5, 4, 3, 6)
+    assert parity.is_on_border((0, 2, 3, 1), image) and parity.is_on_border((1, 4, 1, 0), image)
+    assert not parity.is_on_border((0, 0, 1, 1), image), "channels have no border"
+    assert parity.is_on_border((0, 2, 1, 1, 5), volume)
+    assert not parity.is_on_border((0, 2, 1, 1, 4), volume)
+    assert not parity.is_on_border((0, 0), (2, 5)) and not parity.is_on_border((), ())
+
+
 def test_parity_of_odd_results() -> None:
     exact = torch.tensor([[1.0, float("inf")]], dtype=torch.float64)
     truth = ([exact], [exact.float()])

@@ -164,14 +164,16 @@ class _Addresses:
         value = self._value(register)
         if value is None or not value.in_shared:
             return ANYWHERE
-        return value.low + offset, value.high + offset + size
+        # Accesses are aligned to their size, however an interval was rounded.
+        return value.low + offset, (value.high + offset) // size * size + size
 
     def operand(self, register: str, rows: int) -> Span:
-        """The bytes that a product reads by a descriptor."""
+        """The bytes that a product reads by a descriptor, which may begin inside the first row."""
         value = self._value(register)
         if value is None or not value.row:
             return ANYWHERE
-        return value.low, value.high + rows * value.row
+        first, last = (at // value.row * value.row for at in (value.low, value.high))
+        return first, last + rows * value.row
 
     def _value(self, text: str) -> Interval | None:
         """The interval of a register or a literal; None where it is not known."""
@@ -186,13 +188,29 @@ class _Addresses:
                 return None
         if text not in self._known:
             self._known[text] = None  # While it is looked up: a cycle is not known.
-            definitions = self._definitions.get(text, [])
-            if len(definitions) == 1:
-                self._known[text] = self._computed(*definitions[0])
+            values = [self._computed(*each) for each in self._definitions.get(text, [])]
+            while len(values) > 1:  # A value per path that leads here.
+                first, second = values.pop(), values.pop()
+                values.append(_either(first, second) if first and second else None)
+            self._known[text] = values[0] if values else None
         return self._known[text]
+
+    def _counter(self, operands: list[str]) -> Interval | None:
+        """The place in a ring: `selp 0, x, x > last`, as a loop counts it on."""
+        start, counted, past = operands
+        definitions = self._definitions.get(past, [])
+        if start != "0" or len(definitions) != 1 or not definitions[0][0].startswith("setp.gt"):
+            return None
+        left, last = (text.strip() for text in definitions[0][1].split(","))
+        known = self._value(last)
+        return Interval(0, known.high) if left == counted and known is not None else None
 
     def _computed(self, opcode: str, operands: str) -> Interval | None:
         name = opcode.split(".")[0]
+        if name == "selp":
+            counter = self._counter([text.strip() for text in operands.split(",")])
+            if counter is not None:
+                return counter
         values = [self._value(text.strip()) for text in operands.split(",")]
         compute = COMPUTED.get(name)
         needed = values[: {"shfl": 1, "selp": 2}.get(name, len(values))]
@@ -214,11 +232,14 @@ def _add(x: Interval, y: Interval) -> Interval | None:
 
 
 def _described(x: Interval, y: Interval) -> Interval | None:
-    """A descriptor with a literal added: its low 14 bits count 16 bytes, its top two are the kind
-    of rows."""
+    """A descriptor with something added: the low 14 bits count 16 bytes, the top two of a literal
+    are the kind of rows."""
     descriptor, literal = (x, y) if x.row else (y, x)
     if literal.low != literal.high:
-        return None
+        if literal.low < 0 or literal.high > 0x3FFF:
+            return None
+        low, high = descriptor.low + 16 * literal.low, descriptor.high + 16 * literal.high
+        return Interval(low, high, True, descriptor.row)
     bits = literal.low & ((1 << 64) - 1)
     moved = 16 * (bits & 0x3FFF)
     row = SWIZZLES[bits >> 62] if bits >> 62 else descriptor.row

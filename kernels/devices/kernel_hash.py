@@ -23,7 +23,7 @@ from .. import registry
 from ..contract.op import Op
 
 TRITON_VERSION: str = triton.__version__
-ROOM = __name__.rpartition(".")[0]
+ROOM = __name__.rsplit(".", 2)[0]
 HASH_DIGITS = 16
 
 

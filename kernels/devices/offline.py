@@ -370,7 +370,8 @@ def _fork_server() -> multiprocessing.context.ForkServerContext:
     """Starts workers that have imported this room already, once for all of them: a process of its
     own does, of which they are forks. It ends with this process."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__, f"{__package__}.registry"])
+    registry = f"{__name__.rsplit('.', 2)[0]}.registry"
+    context.set_forkserver_preload([__name__, registry])
     return context
 
 
