@@ -370,3 +370,30 @@ def test_accumulators_beyond_the_tensor_memory_are_refused() -> None:
     offline.check_tensor_memory(wanted, 512)
     with pytest.raises(KernelError, match=r"1024 columns .* on sm_100, which has 512"):
         offline.check_tensor_memory(wanted, 1024)
+
+
+RING = """
+mov.b32 %r1, global_smem;
+mov.u32 %r2, %tid.x;
+mov.b32 %r9, -1;
+$L1:
+add.s32 %r10, %r9, 1;
+setp.gt.s32 %p3, %r10, 2;
+selp.b32 %r9, 0, %r10, %p3;
+shl.b32 %r11, %r9, 12;
+add.s32 %r12, %r1, %r11;
+bfe.u32 %r6, %r12, 4, 14;
+cvt.u64.u32 %rd1, %r6;
+or.b64 %rd2, %rd1, 4611686293305294848;
+shl.b32 %r3, %r2, 4;
+add.s32 %r13, %r1, {behind};
+add.s32 %r4, %r13, %r3;
+"""
+"""A product reads one of three places of 4,096 bytes by %rd2; %r4 points so far behind the first."""
+
+
+@pytest.mark.parametrize(("behind", "is_refused"), [(12288, False), (8192, True)])
+def test_a_write_beside_a_ring_needs_no_barrier(behind: int, is_refused: bool) -> None:
+    product = PRODUCT.replace("m64n128", "m64n32")
+    text = RING.format(behind=behind) + "\n".join((product, WAIT, STORE, BARRIER, BACK))
+    assert bool(barriers.unordered_write(text, 256)) == is_refused

@@ -266,10 +266,10 @@ def _shl(x: Interval, y: Interval) -> Interval | None:
 
 
 def _shr(x: Interval, y: Interval) -> Interval | None:
+    if x.in_shared:
+        return x._replace(row=SWIZZLES[0]) if (y.low, y.high) == (4, 4) else None
     if y.low != y.high or x.low < 0:
         return None
-    if x.in_shared:
-        return x._replace(row=SWIZZLES[0]) if y.low == 4 else None
     return Interval(x.low >> y.low, x.high >> y.low)
 
 
