@@ -389,11 +389,12 @@ shl.b32 %r3, %r2, 4;
 add.s32 %r13, %r1, {behind};
 add.s32 %r4, %r13, %r3;
 """
-"""A product reads one of three places of 4,096 bytes by %rd2; %r4 points so far behind the first."""
+"""A product reads one of three places of 4,096 bytes by %rd2; %r4 points so far on."""
 
 
 @pytest.mark.parametrize(("behind", "is_refused"), [(12288, False), (8192, True)])
 def test_a_write_beside_a_ring_needs_no_barrier(behind: int, is_refused: bool) -> None:
     product = PRODUCT.replace("m64n128", "m64n32")
-    text = RING.format(behind=behind) + "\n".join((product, WAIT, STORE, BARRIER, BACK))
+    lines = (product, WAIT, STORE, BARRIER, BACK)
+    text = RING.format(behind=behind) + "\n".join(lines)
     assert bool(barriers.unordered_write(text, 256)) == is_refused
