@@ -151,6 +151,7 @@ def atan(v):
 def atan2(y, x):
     # The angle of (|x|, |y|) below the diagonal, reflected there and at the axes. Scaled: a GPU's
     # division by more than 2^126 is 0.
+    y, x = tl.broadcast(y, x)
     up, across = tl.abs(y) * 0.0625, tl.abs(x) * 0.0625
     is_small = (up < 1e-30) & (across < 1e-30)
     up = tl.where(is_small, tl.abs(y) * 1e30, up)
