@@ -63,16 +63,24 @@ def prelu(v, slope):
 
 
 @triton.jit
+def expm1_of_negative(v):
+    # Near zero exp(v) - 1 cancels; the cubic Taylor polynomial is exact to fp32 below 2^-7. A third
+    # of `expm1`'s instructions; exact to a last bit of 1, not of the result.
+    series = v * (1.0 + v * (0.5 + v * (1.0 / 6.0)))
+    return tl.where(tl.abs(v) < 0.0078125, series, tl.exp(v) - 1.0)
+
+
+@triton.jit
 def elu(v, alpha, scale, input_scale):
     # A positive v never reaches exp: overflow there would be inf * 0 in the other branch.
     negative = tl.where(v > 0, 0.0, v) * input_scale
-    return scale * tl.where(v > 0, v, alpha * expm1(negative))
+    return scale * tl.where(v > 0, v, alpha * expm1_of_negative(negative))
 
 
 @triton.jit
 def celu(v, alpha):
     negative = tl.where(v > 0, 0.0, v)
-    return tl.where(v > 0, v, alpha * expm1(negative / alpha))
+    return tl.where(v > 0, v, alpha * expm1_of_negative(negative / alpha))
 
 
 @triton.jit
