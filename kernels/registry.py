@@ -21,7 +21,7 @@ from .fused import (
     stem_input,
 )
 from .fused.chains import conv_chain, separable
-from .movement import movement_ops, pad, pointwise, rearrange
+from .movement import movement_ops, pad, pointwise_ops, rearrange
 from .normalisation import batch_norm, lrn, normalize, reduce, softmax
 from .pooling import (
     adaptive_pool,
@@ -51,7 +51,7 @@ OPS: tuple[Op, ...] = (
     head.OP,
     small_net.OP,
     bmm.OP,
-    *pointwise.OPS,
+    *pointwise_ops.OPS,
     *movement_ops.OPS,
     *rearrange.OPS,
     *softmax.OPS,

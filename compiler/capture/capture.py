@@ -1,6 +1,6 @@
 """nn.Module -> Graph, through torch.export.
 
-The exported program is functional ATen (`run_decompositions({})`): parameters by name, shapes in
+The exported program is functional ATen (`run_decompositions`): parameters by name, shapes in
 `meta["val"]`, module paths in `nn_module_stack`. Each ATen call is turned into ops of the registry
 by the capture function that the op's file declares. Neither the module nor its buffers are changed.
 

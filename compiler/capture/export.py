@@ -22,6 +22,7 @@ from torch.utils import _pytree as pytree
 
 from ...errors import CaptureError
 from .batch_numbers import LIBRARIES, Decision, watched
+from .decompositions import decompose, own
 
 RANDOM = ("native_dropout", "bernoulli", "rand_like", "randn_like", "rand", "randn", "rrelu")
 STATISTICS = "_native_batch_norm_legit_functional"
@@ -57,7 +58,8 @@ def _program(module: torch.nn.Module, arguments: tuple[Any, ...], highest: int |
         stack.enter_context(_quiet())
         stack.enter_context(_plain_tensors(module))
         program = torch.export.export(module, arguments, dynamic_shapes=shapes)
-        return program.run_decompositions({})
+        decompose(program)
+        return program.run_decompositions(dict(own()))
 
 
 @contextmanager

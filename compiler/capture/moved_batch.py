@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from ...kernels.contract.op import Builder
-from ...kernels.movement import pointwise
+from ...kernels.movement import pointwise_ops
 from ...kernels.movement.movement import Permute
 from ...kernels.movement.rearrangement import Reshape
 from ..graph.ir import Value
@@ -31,7 +31,7 @@ ALONG = {
 """Calls along one dimension, and which of their arguments says which; 0 where it is left out."""
 LAST = {"aten.linear.default": 1, "aten.layer_norm.default": None}
 """Calls that compute along the last dimensions, and how many; None: as many as argument 1 has."""
-POINTWISE = frozenset(target for op in pointwise.OPS for target in op.aten)
+POINTWISE = frozenset(target for op in pointwise_ops.OPS for target in op.aten)
 
 
 @dataclass(frozen=True)

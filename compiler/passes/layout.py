@@ -12,10 +12,11 @@ from dataclasses import replace
 
 import torch
 
+from ...kernels.contract.op import Attributes, Epilogue
 from ...kernels.contract.spec import MEMORY_FORMATS, Layout, Operand, TensorSpec
 from ...kernels.movement import movement
 from ...kernels.movement.movement import Permute, Relayout
-from ...kernels.movement.pointwise import Pointwise
+from ...kernels.movement.pointwise import Pointwise, stage_of
 from ...kernels.movement.rearrangement import Rearrange
 from ...kernels.normalisation.batch_norm import BatchNorm
 from ...kernels.normalisation.softmax import Softmax
@@ -39,14 +40,13 @@ def choose_dtype(graph: Graph, dtype: torch.dtype | None) -> Graph:
         if node.op == INPUT or (node.op == CONSTANT and _is_of_stages(graph, Value(node.name))):
             continue
         specs = tuple(s.with_(dtype=dtype) if _is_float(s) else s for s in node.outputs)
-        changes: dict[str, object] = {"outputs": specs}
-        if isinstance(node.attributes, Relayout) and _is_float(node.spec):
-            changes["attributes"] = Relayout(node.attributes.layout, dtype)
-        elif isinstance(node.attributes, Softmax) and node.attributes.dtype is not None:
-            changes["attributes"] = replace(node.attributes, dtype=dtype)
-        elif isinstance(node.attributes, Bmm) and node.attributes.wide:
-            continue
-        graph.update(node.name, **changes)
+        if not (isinstance(node.attributes, Bmm) and node.attributes.wide):
+            stages = {
+                "epilogue": _stages_in(dtype, node, node.epilogue),
+                "prologue": _stages_in(dtype, node, node.prologue),
+            }
+            attributes = _attributes_in(dtype, node)
+            graph.update(node.name, outputs=specs, attributes=attributes, **stages)
     for node in graph.graph_inputs():
         if node.spec.dtype is not dtype:
             _convert_readers(graph, Value(node.name), Relayout(node.spec.layout, dtype))
@@ -77,6 +77,33 @@ def _is_of_stages(graph: Graph, constant: Value) -> bool:
         return pointwise or statistic or slot >= len(graph.own_inputs(node))
 
     return all(is_stage(reader, slot) for reader, slot in graph.uses(constant))
+
+
+def _attributes_in(dtype: torch.dtype, node: Node) -> Attributes:
+    """The node's attributes where it computes in `dtype`."""
+    attributes = node.attributes
+    if isinstance(attributes, Relayout) and _is_float(node.spec):
+        return Relayout(attributes.layout, dtype)
+    if isinstance(attributes, Softmax) and attributes.dtype is not None:
+        return replace(attributes, dtype=dtype)
+    if isinstance(attributes, Pointwise):
+        (stage,) = _stages_in(dtype, node, (stage_of(node.op, attributes),))
+        return replace(attributes, parameters=stage.parameters)
+    return attributes
+
+
+def _stages_in(dtype: torch.dtype, node: Node, stages: Epilogue) -> Epilogue:
+    """Stages where they compute in `dtype`: infinities become its largest numbers, not those of the
+    node's dtype, where nan_to_num is not told what to make of them."""
+    if not any(stage.name == "nan_to_num" for stage in stages):
+        return stages
+    largest, other = torch.finfo(node.spec.dtype).max, torch.finfo(dtype).max
+    changed = {largest: other, -largest: -other}
+    return tuple(
+        replace(stage, parameters=tuple(changed.get(n, n) for n in stage.parameters))
+        if stage.name == "nan_to_num" else stage
+        for stage in stages
+    )  # fmt: skip
 
 
 def _is_float(spec: TensorSpec) -> bool:

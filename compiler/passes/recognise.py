@@ -7,6 +7,7 @@ SiLU, hard-swish and mish as products.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -194,6 +195,57 @@ def _mish_rule() -> Rule:
     )  # fmt: skip
 
 
+def _parameters(found: Match, name: str) -> tuple[float, ...]:
+    attributes = found.nodes[name].attributes
+    assert isinstance(attributes, Pointwise)
+    return attributes.parameters
+
+
+def _shrink_rule(name: str, equation: str, pattern: Call, width: Any, make: Any) -> Rule:
+    """width: what a match shrinks by, or None where it is something else."""
+
+    def rewrite(graph: Graph, found: Match) -> Value:
+        parameters = Pointwise((width(found),))
+        return replace_root(graph, found, name, (found.values["x"],), parameters)
+
+    def guard(graph: Graph, found: Match) -> str | None:
+        return "the two sides differ" if width(found) is None else None
+
+    return Rule(f"{equation} => {name}(x, w)", pattern, rewrite, make, guard)
+
+
+def _hard_width(found: Match) -> float | None:
+    """By how much two thresholds shrink; below zero they overlap."""
+    width, value = _parameters(found, "above")
+    alike = _parameters(found, "below") == (width, 0.0) and value == 0
+    return width if alike and width >= 0 else None
+
+
+def _soft_width(found: Match) -> float | None:
+    low, high = _parameters(found, "clamp")
+    return high if low == -high and 0 <= high < math.inf else None
+
+
+SHRINK_RULES = (
+    _shrink_rule(
+        "hardshrink",
+        "threshold(x, w) - threshold(-x, w)",
+        Call(
+            "sub", Call("threshold", X, name="above"),
+            Call("threshold", Call("neg", X), name="below"), name="root",
+        ),
+        _hard_width,
+        lambda: example(lambda m, x: F.hardshrink(x, 0.4), IMAGE),
+    ),
+    _shrink_rule(
+        "softshrink",
+        "x - clamp(x, -w, w)",
+        Call("sub", X, Call("clamp", X, name="clamp"), name="root"),
+        _soft_width,
+        lambda: example(lambda m, x: F.softshrink(x, 0.4), IMAGE),
+    ),
+)  # fmt: skip
+
 RULES = (
     _lrn_rule(
         SQUARE,
@@ -209,6 +261,7 @@ RULES = (
         "hardswish", "hardsigmoid", lambda: example(lambda m, x: x * F.hardsigmoid(x), IMAGE)
     ),
     _mish_rule(),
+    *SHRINK_RULES,
 )
 
 

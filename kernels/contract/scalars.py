@@ -7,6 +7,7 @@ in torch: written explicitly, because `tl.maximum(nan, 0)` drops NaN on a GPU.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -16,7 +17,24 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 
-NAN: tl.constexpr = tl.constexpr(tl.PropagateNan.ALL)
+from .elementary import (
+    NAN,
+    atan,
+    atan2,
+    clamp,
+    cos,
+    exp,
+    expm1,
+    fmod,
+    log1p,
+    log1p_exp,
+    log1p_exp_of_negative,
+    power,
+    remainder,
+    round_half_even,
+    sin,
+    trunc,
+)
 
 
 @triton.jit
@@ -35,11 +53,6 @@ def relu(v):
 
 
 @triton.jit
-def clamp(v, low, high):
-    return tl.minimum(tl.maximum(v, low, propagate_nan=NAN), high, propagate_nan=NAN)
-
-
-@triton.jit
 def leaky_relu(v, slope):
     return tl.where(v > 0, v, v * slope)
 
@@ -50,8 +63,9 @@ def prelu(v, slope):
 
 
 @triton.jit
-def expm1(v):
-    # Near zero exp(v) - 1 cancels; the cubic Taylor polynomial is exact to fp32 below 2^-7.
+def expm1_of_negative(v):
+    # Near zero exp(v) - 1 cancels; the cubic Taylor polynomial is exact to fp32 below 2^-7. A third
+    # of `expm1`'s instructions; exact to a last bit of 1, not of the result.
     series = v * (1.0 + v * (0.5 + v * (1.0 / 6.0)))
     return tl.where(tl.abs(v) < 0.0078125, series, tl.exp(v) - 1.0)
 
@@ -60,13 +74,13 @@ def expm1(v):
 def elu(v, alpha, scale, input_scale):
     # A positive v never reaches exp: overflow there would be inf * 0 in the other branch.
     negative = tl.where(v > 0, 0.0, v) * input_scale
-    return scale * tl.where(v > 0, v, alpha * expm1(negative))
+    return scale * tl.where(v > 0, v, alpha * expm1_of_negative(negative))
 
 
 @triton.jit
 def celu(v, alpha):
     negative = tl.where(v > 0, 0.0, v)
-    return tl.where(v > 0, v, alpha * expm1(negative / alpha))
+    return tl.where(v > 0, v, alpha * expm1_of_negative(negative / alpha))
 
 
 @triton.jit
@@ -114,23 +128,35 @@ def hardswish(v):
 
 
 @triton.jit
-def log1p_exp(v):
-    # log(1 + e^v) = max(v, 0) + log(1 + u), u = e^-|v| in (0, 1], without overflow. A logarithm of
-    # 1 + u would lose the digits of a small u: log(1 + u) = 2 atanh(s), s = u / (2 + u) <= 1/3,
-    # whose series is exact to fp32 after eight terms.
-    u = tl.exp(-tl.abs(v))
-    s = u / (2.0 + u)
-    square = s * s
-    series = 1.0 / 13.0 + square * (1.0 / 15.0)
-    series = 1.0 / 9.0 + square * (1.0 / 11.0 + square * series)
-    series = 1.0 / 5.0 + square * (1.0 / 7.0 + square * series)
-    series = 1.0 + square * (1.0 / 3.0 + square * series)
-    return tl.maximum(v, 0.0, propagate_nan=NAN) + 2.0 * s * series
+def softplus(v, beta, threshold):
+    return tl.where(v * beta > threshold, v, log1p_exp(v * beta) / beta)
 
 
 @triton.jit
-def softplus(v, beta, threshold):
-    return tl.where(v * beta > threshold, v, log1p_exp(v * beta) / beta)
+def log_sigmoid(v):
+    return tl.minimum(v, 0.0, propagate_nan=NAN) - log1p_exp_of_negative(v)
+
+
+@triton.jit
+def threshold(v, limit, value):
+    return tl.where(v <= limit, value, v)
+
+
+@triton.jit
+def hardshrink(v, width):
+    return tl.where((v >= -width) & (v <= width), 0.0, v)
+
+
+@triton.jit
+def softshrink(v, width):
+    # 0 of the number's own sign, and NaN of NaN.
+    return tl.where(v > width, v - width, tl.where(v < -width, v + width, v * 0.0))
+
+
+@triton.jit
+def nan_to_num(v, nan, above, below):
+    finite = tl.where(v == float("inf"), above, tl.where(v == float("-inf"), below, v))
+    return tl.where(v == v, finite, nan)
 
 
 @triton.jit
@@ -149,20 +175,23 @@ def rsqrt(v):
 
 
 @triton.jit
-def exp(v):
-    # A GPU computes 2^(v log2 e), where the rounding of a large product is a relative error of the
-    # result. Here 2^n 2^r: with |r| <= 1/2 it is none, and v - n ln 2 is exact in two parts (Cody
-    # and Waite), the first of which has few enough bits for every n.
-    v = clamp(v, -104.0, 89.0)
-    n = tl.floor(v * 1.4426950408889634 + 0.5)
-    rest = v - n * 0.693145751953125 - n * 1.4286068203094172e-6
-    # In two factors: 2^128 is no number, though results that it is a factor of are.
-    return tl.exp2(rest * 1.4426950408889634) * tl.exp2(n - 1.0) * 2.0
+def log(v):
+    return tl.log(v)
 
 
 @triton.jit
-def log(v):
-    return tl.log(v)
+def erf(v):
+    return tl.erf(v)
+
+
+@triton.jit
+def floor(v):
+    return tl.floor(v)
+
+
+@triton.jit
+def ceil(v):
+    return tl.ceil(v)
 
 
 @triton.jit
@@ -213,25 +242,16 @@ def minimum(a, b):
 
 
 @triton.jit
-def square(v):
-    return v * v
+def lerp(a, b, weight):
+    # From the nearer end: with a weight of 1 the second number comes out as it is.
+    way = b - a
+    is_near: tl.constexpr = (weight > -0.5) and (weight < 0.5)
+    return a + weight * way if is_near else b - way * (1.0 - weight)
 
 
 @triton.jit
-def power(a, b):
-    # |a|^b through fp64 exp2(b log2|a|): the fp32 logarithm would lose b * log2|a| ulps.
-    # The special values are those of IEEE 754 pow.
-    base, exponent = tl.broadcast(a, b)
-    magnitude = tl.exp2(exponent.to(tl.float64) * tl.log2(tl.abs(base).to(tl.float64)))
-    magnitude = tl.where(tl.abs(base) == 1.0, 1.0, magnitude.to(tl.float32))
-    whole = tl.floor(exponent) == exponent
-    odd = whole & (tl.floor(exponent * 0.5) != exponent * 0.5)
-    # By its sign bit: -0 is not less than 0. And -x is 0 - x in Triton, +0 for +0.
-    is_negative = base.to(tl.int32, bitcast=True) < 0
-    result = tl.where(is_negative & odd, magnitude * -1.0, magnitude)
-    complex_root = (base < 0) & (tl.abs(base) != float("inf")) & (whole == 0)
-    result = tl.where(complex_root, float("nan"), result)
-    return tl.where((exponent == 0.0) | (base == 1.0), 1.0, result)
+def square(v):
+    return v * v
 
 
 @dataclass(frozen=True)
@@ -272,12 +292,13 @@ def _as_tensor(value: torch.Tensor | float, like: torch.Tensor | float) -> torch
     return torch.full((), value, dtype=like.dtype, device=like.device)
 
 
-def _maximum(a: torch.Tensor | float, b: torch.Tensor | float) -> torch.Tensor:
-    return torch.maximum(_as_tensor(a, b), _as_tensor(b, a))
+def _pair(function: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    """The function of two tensors, of which one may be given as a number."""
 
+    def reference(a: torch.Tensor | float, b: torch.Tensor | float, *rest: float) -> torch.Tensor:
+        return function(_as_tensor(a, b), _as_tensor(b, a), *rest)
 
-def _minimum(a: torch.Tensor | float, b: torch.Tensor | float) -> torch.Tensor:
-    return torch.minimum(_as_tensor(a, b), _as_tensor(b, a))
+    return reference
 
 
 def _gelu_tanh(x: torch.Tensor) -> torch.Tensor:
@@ -312,12 +333,36 @@ SCALARS: tuple[Scalar, ...] = (
     Scalar("hardsigmoid", hardsigmoid, F.hardsigmoid),
     Scalar("hardswish", hardswish, F.hardswish),
     Scalar("softplus", softplus, F.softplus, 1, ("beta", "threshold"), ((1.0, 20.0), (2.0, 5.0))),
+    Scalar("log_sigmoid", log_sigmoid, F.logsigmoid),
+    Scalar(
+        "threshold", threshold, F.threshold, 1, ("limit", "value"), ((0.25, 20.0), (-1.0, -3.0))
+    ),
+    Scalar("hardshrink", hardshrink, F.hardshrink, 1, ("width",), ((0.5,), (1.25,))),
+    Scalar("softshrink", softshrink, F.softshrink, 1, ("width",), ((0.5,), (1.25,))),
+    Scalar(
+        "nan_to_num",
+        nan_to_num,
+        torch.nan_to_num,
+        1,
+        ("nan", "above", "below"),
+        ((0.0, 1e4, -1e4), (1.5, math.inf, -0.0)),
+    ),
     Scalar("mish", mish, F.mish),
     Scalar("square", square, torch.square),
     Scalar("sqrt", sqrt, torch.sqrt, range=(0.0, 50.0)),
     Scalar("rsqrt", rsqrt, torch.rsqrt, range=(0.01, 50.0)),
     Scalar("exp", exp, torch.exp),
     Scalar("log", log, torch.log, range=(0.01, 50.0)),
+    Scalar("log1p", log1p, torch.log1p, range=(-0.99, 8.0)),
+    Scalar("expm1", expm1, torch.expm1),
+    Scalar("sin", sin, torch.sin),
+    Scalar("cos", cos, torch.cos),
+    Scalar("atan", atan, torch.atan),
+    Scalar("erf", erf, torch.erf, range=(-4.0, 4.0)),
+    Scalar("floor", floor, torch.floor),
+    Scalar("ceil", ceil, torch.ceil),
+    Scalar("round", round_half_even, torch.round),
+    Scalar("trunc", trunc, torch.trunc),
     Scalar("abs", absolute, torch.abs),
     Scalar("neg", negate, torch.neg),
     Scalar("sign", sign, torch.sign),
@@ -325,8 +370,12 @@ SCALARS: tuple[Scalar, ...] = (
     Scalar("sub", subtract, torch.sub, 2),
     Scalar("mul", multiply, torch.mul, 2),
     Scalar("div", divide, torch.div, 2, range=(0.5, 8.0)),
-    Scalar("maximum", maximum, _maximum, 2),
-    Scalar("minimum", minimum, _minimum, 2),
+    Scalar("maximum", maximum, _pair(torch.maximum), 2),
+    Scalar("minimum", minimum, _pair(torch.minimum), 2),
+    Scalar("atan2", atan2, _pair(torch.atan2), 2),
+    Scalar("fmod", fmod, _pair(torch.fmod), 2),
+    Scalar("remainder", remainder, _pair(torch.remainder), 2),
+    Scalar("lerp", lerp, _pair(torch.lerp), 2, ("weight",), ((0.25,), (0.75,))),
     Scalar("pow", power, torch.pow, 2, range=(0.1, 4.0)),
 )
 

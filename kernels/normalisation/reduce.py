@@ -27,6 +27,7 @@ import triton.language as tl
 from ...errors import InvalidInputError
 from ..contract import epilogue as ep
 from ..contract.cost_model import MULTIPROCESSORS
+from ..contract.elementary import NAN
 from ..contract.op import (
     Attributes,
     Builder,
@@ -44,7 +45,6 @@ from ..contract.op import (
     power_of_two,
     tensor_bytes,
 )
-from ..contract.scalars import NAN
 from ..contract.spec import MEMORY_FORMATS, Layout, TensorSpec
 from ..contract.targets import Target
 from ..movement.pointwise import Pointwise

@@ -26,8 +26,8 @@ import triton
 import triton.language as tl
 
 from ...errors import InvalidInputError
+from ..contract import elementary, scalars
 from ..contract import epilogue as ep
-from ..contract import scalars
 from ..contract.launch_tiles import tiled_launch
 from ..contract.op import (
     Builder,
@@ -80,7 +80,7 @@ def term(value, NORM: tl.constexpr):
         for _ in tl.static_range(1, NORM):
             result = result * value
     else:
-        result = scalars.power(value, tl.full((1, 1), NORM, tl.float32))
+        result = elementary.power(value, tl.full((1, 1), NORM, tl.float32))
     return result
 
 

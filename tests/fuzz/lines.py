@@ -16,12 +16,23 @@ UNARY = (
     "1.0 / ({0}.abs() + 0.5)", "({0}.abs() + 0.5).reciprocal()", "({0}.abs() + 0.5) ** 1.5",
     "2.0 ** -{0}.abs()", "{0} * torch.sigmoid({0})", "{0} * F.hardsigmoid({0})",
     "{0} * torch.tanh(F.softplus({0}))", "F.dropout({0}, 0.5, training=False)", "{0}.clone()",
-    "{0}.detach().contiguous()",
+    "{0}.detach().contiguous()", "torch.sin(torch.tanh({0}) * 3.0)",
+    "torch.cos(torch.tanh({0}) * 3.0)", "torch.atan({0})", "F.threshold({0}, 0.25, 0.25)",
+    "F.hardshrink({0}, 0.0)", "{0}.nan_to_num(0.5, 1.0, -1.0)",
+    "torch.erf({0})", "torch.log1p({0}.abs())", "torch.expm1(-{0}.abs())", "F.logsigmoid({0})",
+    "F.softshrink({0}, 0.25)", "torch.lerp({0}, {0} * 0.5, 0.75)",
+    # What jumps, as waves that do not: a last bit more or less would be another number.
+    *(f"({x} - {wave} - 0.5).abs()".replace("x", "(torch.tanh({0}) * 2.0)") for x, wave in (
+        ("x", "x.floor()"), ("x.ceil()", "x"), ("x.abs()", "x.abs().trunc()"),
+        ("(x - x.round()).abs()", "0.0"), ("x.remainder(1.0)", "0.0"), ("x.abs().fmod(1.0)", "0.0"),
+    )),
 )  # fmt: skip
 BINARY = (
     "{0} + {1}", "{0} - {1}", "{0} * {1}", "torch.maximum({0}, {1})", "torch.minimum({0}, {1})",
     "{0} / ({1}.abs() + 0.5)", "({0}.abs() + 0.5) ** torch.tanh({1})",
     "torch.rsub({0}, {1})", "torch.add({0}, {1}, alpha=0.5)", "{0}.clamp(max={1})",
+    "torch.atan2({0}, {1}.abs() + 0.5)", "torch.max({0}, {1})", "torch.lerp({0}, {1}, 0.25)",
+    "torch.lerp({0}, {1}, torch.sigmoid({0}))",
 )  # fmt: skip
 
 

@@ -1,0 +1,141 @@
+"""Calls that torch.export would leave whole, or take apart into comparisons, by calls with kernels.
+
+Each is a function of tensors that is traced in the place of the call.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache
+from typing import Any
+
+import torch
+
+aten = torch.ops.aten
+
+
+def _logsumexp(x: torch.Tensor, dims: Any, keepdim: bool = False) -> torch.Tensor:
+    """Of the distances to the largest, or to 0 where that is infinite: inf - inf would be NaN."""
+    dims = [dims] if isinstance(dims, int) else dims or list(range(x.dim()))
+    largest = x.amax(dims, True).nan_to_num(0.0, 0.0, 0.0)
+    result = (x - largest).exp().sum(dims, True).log() + largest
+    return result if keepdim else result.squeeze(dims)
+
+
+def _rot90(x: torch.Tensor, k: int = 1, dims: Sequence[int] = (0, 1)) -> torch.Tensor:
+    first, second = dims
+    if k % 2 == 0:
+        return x.flip((first, second)) if k % 4 else x.clone()
+    return x.flip((second if k % 4 == 1 else first,)).transpose(first, second)
+
+
+def _std_mean(
+    x: torch.Tensor, dims: Any = None, unbiased: bool = True, keepdim: bool = False,
+    *, correction: float | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+    dims = dims or list(range(x.dim()))
+    less = float(unbiased) if correction is None else correction
+    return torch.std(x, dims, correction=less, keepdim=keepdim), x.mean(dims, keepdim)
+
+
+def _norm(x: torch.Tensor, p: float, dim: int, keepdim: bool) -> torch.Tensor:
+    norm: torch.Tensor = torch.linalg.vector_norm(x, p, dim, keepdim)
+    return norm
+
+
+def _cosine_similarity(
+    x: torch.Tensor, y: torch.Tensor, dim: int = 1, eps: float = 1e-8
+) -> torch.Tensor:
+    rank = max(x.dim(), y.dim())
+    x, y = (v[(None,) * (rank - v.dim())] for v in (x, y))
+    first, second = (_norm(v, 2, dim, True).clamp(min=eps) for v in (x, y))
+    return ((x / first) * (y / second)).sum(dim)
+
+
+def _pairwise_distance(
+    x: torch.Tensor, y: torch.Tensor, p: float = 2.0, eps: float = 1e-6, keepdim: bool = False
+) -> torch.Tensor:
+    return _norm(x - y + eps, p, -1, keepdim)
+
+
+def _cdist(
+    x: torch.Tensor, y: torch.Tensor, p: float = 2.0, compute_mode: int | None = None
+) -> torch.Tensor:
+    """By differences, whatever the mode: products of the rows would cancel where two are near."""
+    return _norm(x.unsqueeze(-2) - y.unsqueeze(-3), p, -1, False)
+
+
+def _hardshrink(x: torch.Tensor, width: float = 0.5) -> torch.Tensor:
+    """A pass makes one function of it (`passes/recognise.py`), and of soft shrinkage."""
+    above = torch.nn.functional.threshold(x, width, 0.0)
+    return above - torch.nn.functional.threshold(-x, width, 0.0)
+
+
+def _softshrink(x: torch.Tensor, width: float = 0.5) -> torch.Tensor:
+    return x - x.clamp(-width, width)
+
+
+def _matrix_product(equation: str) -> tuple[str, str, str, str] | None:
+    """For an einsum that is x @ w with a matrix w, where dimension 0 of the result is one of x: the
+    dimensions of x, w and the result, and those that are summed over. None for any other."""
+    inputs, _, result = equation.replace(" ", "").partition("->")
+    terms = inputs.split(",")
+    if len(terms) != 2 or not result or any(len(set(t)) != len(t) for t in (*terms, result)):
+        return None
+    x, w = terms if result[0] in terms[0] else reversed(terms)
+    summed = "".join(name for name in w if name in x)
+    kept = set(x) ^ set(w)
+    if not all(name.isalpha() for name in x + w) or not summed or kept != set(result):
+        return None
+    return (x, w, result, summed) if result[0] not in w else None
+
+
+def _einsum(equation: str, tensors: Sequence[torch.Tensor], **path: Any) -> torch.Tensor:
+    """With the batch in dimension 0, from which torch's own way moves it."""
+    product = _matrix_product(equation)
+    assert product is not None
+    names, other, result, summed = product
+    x, w = tensors if equation.replace(" ", "").startswith(f"{names},") else reversed(tensors)
+    rows = [name for name in result if name in names]
+    columns = [name for name in result if name in other]
+    x = x.permute([names.index(name) for name in (*rows, *summed)]).flatten(len(rows))
+    w = w.permute([other.index(name) for name in (*summed, *columns)])
+    sizes = w.shape[len(summed) :]
+    y = x @ w.reshape(x.shape[-1], -1)
+    y = y.reshape(*y.shape[:-1], *sizes) if sizes else y.squeeze(-1)
+    return y.permute([(*rows, *columns).index(name) for name in result])
+
+
+@cache
+def own() -> Mapping[Any, Callable[..., Any]]:
+    """Torch's own decompositions that are wanted: of an einsum, into permutations and products."""
+    every = torch.export.default_decompositions()
+    return {aten.einsum.default: every[aten.einsum.default]}
+
+
+@cache
+def _table() -> Mapping[Any, Callable[..., Any]]:
+    """What stands for each overload."""
+    return {
+        aten.logsumexp.default: _logsumexp,
+        aten.special_logsumexp.default: _logsumexp,
+        aten.rot90.default: _rot90,
+        aten.std_mean.dim: _std_mean,
+        aten.std_mean.correction: _std_mean,
+        aten.cosine_similarity.default: _cosine_similarity,
+        aten.pairwise_distance.default: _pairwise_distance,
+        aten.cdist.default: _cdist,
+        aten.hardshrink.default: _hardshrink,
+        aten.softshrink.default: _softshrink,
+    }
+
+
+def decompose(program: Any) -> None:
+    """Puts the functions in the place of the calls of an exported program that is to be traced
+    again. As an argument of `run_decompositions` some would come too late."""
+    for node in program.graph.nodes:
+        if node.target is aten.einsum.default and _matrix_product(node.args[0]):
+            node.target = _einsum
+        elif node.op == "call_function":
+            node.target = _table().get(node.target, node.target)
+    program.graph_module.recompile()
