@@ -5,6 +5,8 @@ from __future__ import annotations
 import random
 import re
 import runpy
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -279,3 +281,11 @@ def test_the_command(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.Mon
     with pytest.raises(SystemExit):
         command.main(["--seeds", "5"])
     assert "expected FIRST:LAST" in capsys.readouterr().err
+
+
+@pytest.mark.interpreter
+def test_seeds_are_shared_out_among_processes() -> None:
+    """As a user starts it: what a process is asked for must be found there."""
+    command_line = [sys.executable, "-m", "tests.fuzz", "--seeds", "0:2", "--jobs", "2"]
+    done = subprocess.run(command_line, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0 and "2 networks" in done.stdout + done.stderr, done.stderr

@@ -83,8 +83,11 @@ def _results(
     if jobs == 1:
         yield from map(_run, work)
         return
+    # Under its own name: a spawned process does not run `__main__` of a package again.
+    from . import __main__ as module
+
     with multiprocessing.get_context("spawn").Pool(jobs) as pool:
-        yield from pool.imap_unordered(_run, work)
+        yield from pool.imap_unordered(module._run, work)
 
 
 def _run(job: Job) -> tuple[int, list[str]]:
