@@ -122,6 +122,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         text = json.dumps({"triton": triton.__version__, "figures": measured()}, indent=1)
         report.write_text(SNAPSHOT, text + "\n")
         return 0
+    if not SNAPSHOT.exists():
+        print(f"there is no {SNAPSHOT}; take a snapshot with --update", file=sys.stderr)
+        return 2
     snapshot = json.loads(SNAPSHOT.read_text())
     if snapshot["triton"] != triton.__version__:
         print(

@@ -48,6 +48,7 @@ def test_the_exit_status_tells(
         figures = {"relu, sm_90": [{**ONE, **changes}], "conv2d depthwise, sm_90": [ONE]}
         path.write_text(json.dumps({"triton": triton.__version__, "figures": figures}))
 
+    assert gate.main([]) == 2 and "take a snapshot" in capsys.readouterr().err
     store()
     assert gate.main(["relu"]) == 0
     assert gate.main([]) == 1 and "conv2d depthwise, sm_90: gone" in capsys.readouterr().out
