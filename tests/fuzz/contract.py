@@ -88,7 +88,14 @@ class Case:
     def inputs(self, again: int = 0) -> tuple[torch.Tensor, ...]:
         """The tensors it is called with; other ones for every `again`."""
         shapes = [shape for _, shape in self.program.inputs]
-        return make_inputs(shapes, self.seed + 7919 * again, self.special, self.strided)
+        return self.drawn(shapes, self.seed + 7919 * again, self.strided)
+
+    def drawn(
+        self, shapes: list[tuple[int, ...]], seed: int, strided: bool = False
+    ) -> tuple[torch.Tensor, ...]:
+        """Seeded inputs, rounded to what is computed in: of two that are equal then, fp64 takes the
+        same one as the larger."""
+        return make_inputs(shapes, seed, self.special, strided, self.dtype)
 
     @property
     def range(self) -> tuple[int, int] | None:
@@ -97,12 +104,19 @@ class Case:
 
 
 def make_inputs(
-    shapes: list[tuple[int, ...]], seed: int, special: bool = False, strided: bool = False
+    shapes: list[tuple[int, ...]],
+    seed: int,
+    special: bool = False,
+    strided: bool = False,
+    dtype: torch.dtype | None = None,
 ) -> tuple[torch.Tensor, ...]:
-    """Seeded inputs, some with a NaN and both infinities, some that are slices or transposed."""
+    """Seeded inputs, some with a NaN and both infinities, some that are slices or transposed.
+
+    dtype: what their values are rounded to; the tensors are fp32."""
     chosen = random.Random(seed)
     made = []
-    for x in nets.inputs_of(*shapes, seed=seed):
+    for drawn in nets.inputs_of(*shapes, seed=seed):
+        x = drawn if dtype is None else drawn.to(dtype).float()
         if special:
             for value in (float("nan"), float("inf"), float("-inf")):
                 x.view(-1)[chosen.randrange(x.numel())] = value
@@ -279,8 +293,7 @@ class _Checks:
         """The largest and the smallest batch."""
         for batch in reversed(BATCH_RANGE):
             shapes = [(batch, *shape[1:]) for _, shape in self.case.program.inputs]
-            images = make_inputs(shapes, self.case.seed + batch, self.case.special)
-            images = self.placed(images)
+            images = self.placed(self.case.drawn(shapes, self.case.seed + batch))
             self.value(f"batch {batch}", self.call(exe, images, f"batch {batch}"), images)
 
     def value(self, name: str, result: Any, inputs: tuple[torch.Tensor, ...]) -> None:

@@ -218,8 +218,12 @@ def median_pool(b: Builder) -> None:
 
 
 def pool_and_back(b: Builder) -> None:
-    """Max pooling that remembers where its maxima stood, and values put back there."""
-    x = b.pick(4)
+    """Max pooling that remembers where its maxima stood, and values put back there.
+
+    Of an input: which of two computed values is the larger may be decided by their roundings.
+    """
+    images = [name for name, shape in b.inputs if len(shape) == 4]
+    x = b.one(*images) if images else b.input(3, 6, 5)
     b.let(f"F.max_pool2d({x}, 2, 2, return_indices=True)", "yi")
     y, i = b.statements[-1].targets
     y = b.let(f"torch.tanh({y})")

@@ -79,6 +79,8 @@ def _product(b: Builder, left: str, right: str) -> str:
     """The product in whichever way the shapes allow; of the left factor with itself, if in none."""
     if len(b.shape(left)) != len(b.shape(right)) or len(b.shape(left)) < 3:
         right = left  # Else dimension 0 of one might be taken for a row of the other.
+    if len(b.shape(left)) < 3:
+        b.dynamic = False  # Rows are samples, which the product with itself joins.
     texts = [f"{left} @ {right}", f"{left} @ {right}.transpose(-2, -1)",
              f"{left}.transpose(-2, -1) @ {right}", f"{right} @ {left}"]  # fmt: skip
     b.random.shuffle(texts)
