@@ -199,6 +199,25 @@ def averaged_branch() -> Made:
     return make(function, (2, 16, 7, 5), a=conv(1, 16), b=conv(1, 16), c=conv(1, 12))
 
 
+def parallel_branches() -> Made:
+    """A layer of RepVGG as it is trained, and what else is added to it."""
+
+    def function(m: Any, x: torch.Tensor) -> Any:
+        y = m.norm3(m.conv3(x)) + m.norm1(m.conv1(x)) + m.norm(x)
+        return torch.relu(y + m.row(x) + torch.sigmoid(x))
+
+    return make(
+        function,
+        IMAGE,
+        conv3=conv(bias=False),
+        norm3=norm(),
+        conv1=conv(1, bias=False),
+        norm1=norm(),
+        norm=norm(),
+        row=nn.Conv2d(6, 6, (1, 3), padding=(0, 1)),
+    )
+
+
 def normalised_image() -> Made:
     def function(m: Any, x: torch.Tensor) -> Any:
         return torch.relu(m.conv((x - m.mean) / m.std))

@@ -55,6 +55,8 @@ FIGURES = {
     "densenet121": (7_978_856, 2_834_161_664),
     "shufflenet_v2_x1_0": (2_278_604, 144_907_992),
     "efficientnet_b0": (5_288_548, 385_814_752),
+    "repvgg_a0": (9_108_968, 1_512_581_120),
+    "repvgg_a0_deploy": (8_309_384, 1_361_451_008),
     "unet": (31_030_658, 150_428_424_448),
     "fcn_resnet50": (32_957_013, 26_484_498_432),
 }
@@ -226,6 +228,16 @@ STATE_NAMES: dict[str, tuple[int, dict[str, tuple[int, ...]]]] = {
             "classifier.1.weight": (1000, 1280),
         },
     ),
+    "repvgg_a0": (
+        351,
+        {
+            "stage0.rbr_dense.conv.weight": (48, 3, 3, 3),
+            "stage3.13.rbr_identity.running_var": (192,),
+            "stage4.0.rbr_1x1.bn.bias": (1280,),
+            "linear.weight": (1000, 1280),
+        },
+    ),
+    "repvgg_a0_deploy": (46, {"stage4.0.rbr_reparam.bias": (1280,), "linear.bias": (1000,)}),
     "fcn_resnet50": (
         326,
         {"backbone.layer4.2.conv2.weight": (512, 512, 3, 3), "classifier.4.bias": (21,)},
@@ -419,6 +431,8 @@ def test_auxiliary_heads_run_in_training_only(name):
         "efficientnet_b0",
         "shufflenet_v2_x1_0",
         "densenet121",
+        "repvgg_a0",
+        "repvgg_a0_deploy",
     ],
 )
 def test_activations_keep_their_size(name):

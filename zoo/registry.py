@@ -44,6 +44,7 @@ _VGG = "Simonyan, Zisserman 2015, configuration"
 _GOOGLENET = "Szegedy et al. 2015"
 _PREACT = "He, Zhang, Ren, Sun 2016, pre-activation"
 _INCEPTION_V4 = "Szegedy, Ioffe, Vanhoucke, Alemi 2017"
+_REPVGG = "Ding et al. 2021"
 _RESNET = "He, Zhang, Ren, Sun 2016"
 
 MODELS: tuple[ZooModel, ...] = (
@@ -88,6 +89,8 @@ MODELS: tuple[ZooModel, ...] = (
     _imagenet("densenet121", "densenets", "Huang et al. 2017", 7_978_856),
     _imagenet("shufflenet_v2_x1_0", "shufflenets", "Ma, Zhang, Zheng, Sun 2018", 2_278_604),
     _imagenet("efficientnet_b0", "efficientnets", "Tan, Le 2019", 5_288_548),
+    _imagenet("repvgg_a0", "repvggs", f"{_REPVGG}, as trained", 9_108_968),
+    _imagenet("repvgg_a0_deploy", "repvggs", f"{_REPVGG}, branches added up", 8_309_384),
     ZooModel("unet", "unets", (1, 572, 572), 2, "Ronneberger, Fischer, Brox 2015"),
     ZooModel("fcn_resnet50", "fcns", (3, 224, 224), 21, "Long et al. 2015; any size", 32_957_013),
 )

@@ -18,7 +18,7 @@ from ..graph import text
 from ..graph.ir import Graph
 from ..graph.ledger import Ledger
 from ..graph.verify import verify
-from . import pool_order, rearrangements
+from . import parallel_convs, pool_order, rearrangements
 from .clean import (
     drop_identities,
     eliminate_common_subexpressions,
@@ -32,6 +32,7 @@ from .fusions.fuse import choose_partition
 from .fusions.small_nets import fuse_small_nets
 from .fusions.stem import fuse_stem
 from .layout import choose_dtype, choose_layout
+from .parallel_convs import merge_parallel_convolutions
 from .pool_order import project_before_averaging
 from .recognise import recognise_composites
 
@@ -81,6 +82,10 @@ PASSES: tuple[Pass, ...] = (
     _pass(eliminate_common_subexpressions, "before fusion: equal nodes fuse differently"),
     _pass(eliminate_dead_nodes, "a dead reader would forbid a fusion"),
     _pass(fold_batch_norm, "before epilogues: a folded scale costs nothing, a stage costs a load"),
+    _pass(
+        merge_parallel_convolutions,
+        "between: a normalisation beside convolutions is still one node, their biases are folded",
+    ),
     _pass(lower_batch_norm, "what could not be folded can still be fused as two stages"),
     _pass(fuse_epilogues, "the main fusion: whole pointwise chains into their producers"),
     _pass(sink_prologues, "after epilogues: a chain goes to its producer when it can"),
@@ -100,6 +105,7 @@ LABELS = Labels(
         **{rule.name: rule.label for rule in rearrangements.RULES},
         **stem.LABELS,
         siblings.RULE: siblings.LABEL,
+        parallel_convs.RULE: parallel_convs.LABEL,
         CONCAT_RULE: CONCAT_LABEL,
     },
     heavy=frozenset(rule.name for rule in (*fuse.RULES, *small_nets.RULES)),

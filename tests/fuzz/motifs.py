@@ -217,6 +217,23 @@ def normalised_conv(b: Builder) -> None:
     b.let(f"torch.relu({y} + {x})")
 
 
+def parallel(b: Builder) -> None:
+    """Branches of one image that are added up, most of them linear."""
+    x = _image(b, 6)
+    stride, groups = b.one(1, 1, 2), b.one(1, 1, 2, 6)
+    branches = []
+    for r in b.one((3, 1), (3, 1, 1), (5, 3, 1), (3, 3)):
+        y = b.let(_conv(b, x, 6, r, stride=stride, groups=groups))
+        if b.chance(0.5):
+            y = b.let(f"{b.layer('nn.BatchNorm2d(6)')}({y})")
+        branches.append(y)
+    if stride == 1 and b.chance(0.7):
+        branches.append(b.let(f"{b.layer('nn.BatchNorm2d(6)')}({x})"))
+    b.random.shuffle(branches)
+    b.let(f"torch.relu({' + '.join(branches)})")
+    _also_read(b, *branches)
+
+
 def preactivation(b: Builder) -> None:
     x = _image(b, b.one(6, 8))
     y = b.let(f"{b.layer(f'nn.BatchNorm2d({b.shape(x)[1]})')}({x})")
@@ -228,5 +245,5 @@ def preactivation(b: Builder) -> None:
 MOTIFS = (
     bottleneck, separable, shortcut, pooled_conv, conv_mean, conv_pool, pool_conv, averaged_branch,
     dense_block, squeeze_excite, lrn_pool, head, small_net, stem, rows_of_a_stem, volume,
-    padded_conv, normalised_conv, preactivation,
+    padded_conv, normalised_conv, preactivation, parallel,
 )  # fmt: skip
