@@ -108,7 +108,8 @@ def test_the_same_tensor_may_feed_both() -> None:
         lambda m, x: torch.relu(m.one(x) + m.other(x)),
         X,
         one=nn.Conv2d(8, 12, 3, padding=1),
-        other=nn.Conv2d(8, 12, 1),
+        # Within the 3x3 filter it would be added to it.
+        other=nn.Conv2d(8, 12, (1, 5), padding=(0, 2)),
     )
     _, (node,) = fused(made)
     assert node.op == "conv_sum"
@@ -132,7 +133,7 @@ def test_three_convolutions_are_two_kernels() -> None:
     """The sum of two is no convolution any more: the third is added as a tensor."""
     module, inputs = made = sum_of(
         lambda m, x, r: torch.relu(m.conv(x) + m.shortcut(r) + m.third(x)),
-        third=nn.Conv2d(8, 12, 1),
+        third=nn.Conv2d(8, 12, (1, 5), padding=(0, 2)),
     )
     _, nodes = fused(made)
     assert sorted(node.op for node in nodes) == ["conv2d", "conv_sum"]
