@@ -362,3 +362,11 @@ def test_checking_finds_a_pass_that_breaks_the_graph(monkeypatch: pytest.MonkeyP
     step = passes.Pass("break_graph", break_graph, "to be found out")
     monkeypatch.setattr(passes, "PASSES", (step, *passes.PASSES))
     refused(GraphError, "output: input slots [3] are not 0..n-1")
+
+
+def test_a_device_s_capability_is_one_number(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda: (12, 1))
+    assert targets.local_capability() == 121
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    assert targets.local_capability() is None

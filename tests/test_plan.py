@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from convloom import zoo
 from convloom.compiler.fusion.overrides import CONCAT_RULE
-from convloom.compiler.graph.memory import ALIGNMENT, Place
+from convloom.compiler.graph.memory import ALIGNMENT, Buffer, Place, arena_bytes_at
 from convloom.compiler.passes import NAMES
 from convloom.compiler.plan.arena import Lifetime, allocate
 from convloom.compiler.plan.lower import VIEW_RULE
@@ -491,3 +491,12 @@ def test_the_arena_of_resnet50_is_a_quarter_of_its_activations() -> None:
             plan = convloom.compile(module, (x,), target="reference", dtype=dtype).plan
             assert plan.convs == 53
             assert plan.arena_bytes * 4 <= plan.activation_bytes, plan.summary()
+
+
+def test_buffers_that_hold_the_batch_shrink_with_it() -> None:
+    scaled = Buffer("a", "arena", torch.float16, 480, batch=8, offset=160)
+    fixed = Buffer("b", "fixed", torch.float16, 480, offset=160)
+    assert [(scaled.bytes_at(n), scaled.offset_at(n)) for n in (8, 3)] == [(480, 160), (180, 60)]
+    assert [(fixed.bytes_at(n), fixed.offset_at(n)) for n in (8, 3)] == [(480, 160)] * 2
+    both = {"a": scaled, "b": fixed}
+    assert (arena_bytes_at(both, "arena", 3), arena_bytes_at(both, "fixed", 3)) == (240, 640)
