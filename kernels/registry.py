@@ -21,7 +21,7 @@ from .fused import (
     stem_input,
 )
 from .fused.chains import conv_chain, separable
-from .movement import movement_ops, pad, pointwise_ops, rearrange
+from .movement import movement_ops, pad, pointwise_ops, rearrange, unfold
 from .normalisation import batch_norm, lrn, normalize, reduce, softmax
 from .pooling import (
     adaptive_pool,
@@ -54,6 +54,7 @@ OPS: tuple[Op, ...] = (
     *pointwise_ops.OPS,
     *movement_ops.OPS,
     *rearrange.OPS,
+    *unfold.OPS,
     *softmax.OPS,
     *reduce.OPS,
     batch_norm.OP,

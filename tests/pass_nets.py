@@ -199,6 +199,22 @@ def averaged_branch() -> Made:
     return make(function, (2, 16, 7, 5), a=conv(1, 16), b=conv(1, 16), c=conv(1, 12))
 
 
+def written_slices() -> Made:
+    """An image pasted into zeros, and channels that are moved by a row (temporal shift)."""
+
+    def function(m: Any, x: torch.Tensor) -> Any:
+        image = m.conv(x)
+        padded = image.new_zeros(2, 6, 9, 8)
+        padded[:, :, 1:-1, 1:-2] = image
+        shifted = torch.zeros_like(image)
+        shifted[:, :2, 1:] = image[:, :2, :-1]
+        shifted[:, 2:5] = image[:, 1:4] * 2
+        shifted[:, 5] = 0.5
+        return m.conv(padded), shifted
+
+    return make(function, IMAGE, conv=conv())
+
+
 def parallel_branches() -> Made:
     """A layer of RepVGG as it is trained, and what else is added to it."""
 

@@ -52,6 +52,7 @@ from .pass_nets import (
     siblings,
     small_network,
     unfoldable,
+    written_slices,
 )
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -66,6 +67,7 @@ CASES: dict[str, Callable[[], Made]] = {
     "eliminate_dead_nodes": dead_nodes,
     "fold_batch_norm": normalised,
     "merge_parallel_convolutions": parallel_branches,
+    "simplify_slice_writes": written_slices,
     "lower_batch_norm": unfoldable,
     "fuse_epilogues": residual_block,
     "sink_prologues": preactivation,

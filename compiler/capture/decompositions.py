@@ -75,6 +75,39 @@ def _softshrink(x: torch.Tensor, width: float = 0.5) -> torch.Tensor:
     return x - x.clamp(-width, width)
 
 
+def _copy(x: torch.Tensor, source: torch.Tensor, non_blocking: bool = False) -> torch.Tensor:
+    """What is written over all of x. A number that is written everywhere is added to zeros, which
+    have the batch of x."""
+    source = source.to(x.dtype)
+    return torch.zeros_like(x) + source if source.dim() == 0 else source.expand(x.shape).clone()
+
+
+def _fill(x: torch.Tensor, value: Any) -> torch.Tensor:
+    return torch.zeros_like(x) + value
+
+
+def _slice_scatter(
+    x: torch.Tensor, source: torch.Tensor, dim: int = 0, start: int | None = None,
+    end: int | None = None, step: int = 1,
+) -> torch.Tensor:  # fmt: skip
+    """x[..., start:end, ...] = source, as what lies before, in and behind the slice. Every other
+    element, and some samples of a batch that varies, are refused by name."""
+    dim %= x.dim()
+    size = x.shape[dim]
+    if step != 1 or not isinstance(size, int):
+        return NotImplemented
+    first, last, _ = slice(start, end).indices(size)
+    parts = [x.narrow(dim, 0, first), source, x.narrow(dim, last, size - last)]
+    return torch.cat([part for part in parts if part.shape[dim]], dim)
+
+
+def _select_scatter(x: torch.Tensor, source: torch.Tensor, dim: int, index: int) -> torch.Tensor:
+    if not isinstance(x.shape[dim], int):
+        return NotImplemented
+    index %= x.shape[dim]
+    return _slice_scatter(x, source.unsqueeze(dim), dim, index, index + 1)
+
+
 def _matrix_product(equation: str) -> tuple[str, str, str, str] | None:
     """For an einsum that is x @ w with a matrix w, where dimension 0 of the result is one of x: the
     dimensions of x, w and the result, and those that are summed over. None for any other."""
@@ -108,9 +141,17 @@ def _einsum(equation: str, tensors: Sequence[torch.Tensor], **path: Any) -> torc
 
 @cache
 def own() -> Mapping[Any, Callable[..., Any]]:
-    """Torch's own decompositions that are wanted: of an einsum, into permutations and products."""
+    """What is taken apart while the program is traced again: an einsum, as torch does it, into
+    permutations and products; and what writes into slices, which tracing alone brings about."""
     every = torch.export.default_decompositions()
-    return {aten.einsum.default: every[aten.einsum.default]}
+    return {
+        aten.einsum.default: every[aten.einsum.default],
+        aten.copy.default: _copy,
+        aten.fill.Scalar: _fill,
+        aten.fill.Tensor: _fill,
+        aten.slice_scatter.default: _slice_scatter,
+        aten.select_scatter.default: _select_scatter,
+    }
 
 
 @cache

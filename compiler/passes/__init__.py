@@ -35,6 +35,7 @@ from .layout import choose_dtype, choose_layout
 from .parallel_convs import merge_parallel_convolutions
 from .pool_order import project_before_averaging
 from .recognise import recognise_composites
+from .slice_writes import simplify_slice_writes
 
 
 def fuse_epilogues(graph: Graph, ledger: Ledger) -> Graph:
@@ -79,6 +80,7 @@ PASSES: tuple[Pass, ...] = (
     ),
     _pass(fold_constants, "weights reshaped by the capture must be constants again", required=True),
     _pass(drop_identities, "dropout and clone would stand between a producer and its epilogue"),
+    _pass(simplify_slice_writes, "before equal nodes are unified: what is written is read again"),
     _pass(eliminate_common_subexpressions, "before fusion: equal nodes fuse differently"),
     _pass(eliminate_dead_nodes, "a dead reader would forbid a fusion"),
     _pass(fold_batch_norm, "before epilogues: a folded scale costs nothing, a stage costs a load"),

@@ -271,6 +271,34 @@ def move(b: Builder) -> None:
     b.let(text)
 
 
+def columns(b: Builder) -> None:
+    """Windows as columns, and back to an image."""
+    x = b.pick(4)
+    r, stride, padding = b.one(1, 2, 3), b.one(1, 2), b.one(0, 1)
+    h, w = b.shape(x)[2:]
+    y = b.let(f"F.unfold({x}, {r}, padding={padding}, stride={stride})")
+    if b.alternative(True, False):
+        b.let(f"F.fold({y}, ({h}, {w}), {r}, padding={padding}, stride={stride})")
+
+
+def write(b: Builder) -> None:
+    """A part of one value in the place of a part of another."""
+    x = b.pick(3, 4)
+    y = b.like(x)
+    dim = b.random.randrange(1, len(b.shape(x)))
+    size = b.shape(x)[dim]
+    start = b.random.randrange(size)
+    stop = b.random.randint(start + 1, size)
+    width = stop - start
+    first = b.random.randint(0, size - width)
+    part = f"{y}.narrow({dim}, {first}, {width})"
+    b.let(b.alternative(
+        f"torch.slice_scatter({x}, {part}, {dim}, {start}, {stop})",
+        f"torch.select_scatter({x}, {y}.select({dim}, {first}), {dim}, {start})",
+        f"torch.slice_scatter(torch.zeros_like({x}), {part}, {dim}, {start}, {stop})",
+    ))  # fmt: skip
+
+
 def flatten(b: Builder) -> None:
     x = b.pick(*IMAGES)
     b.let(b.alternative(f"{x}.flatten(1)", f"{x}.flatten(2)", f"{x}.flatten(2).transpose(1, 2)"))
@@ -300,5 +328,5 @@ LINES = (
     convolve, convolve, convolve, unary, unary, unary, binary, binary, join, join, batch_norm,
     pool, pool, cut, cut, move, move, reduce, broadcast, constants, prelu, convolve_back,
     share_a_layer, linear, matmul, attend, normalise, local_norm, softmax, power_pool, mixed_pool,
-    median_pool, pool_and_back, flatten, surround, resize,
+    median_pool, pool_and_back, flatten, columns, write, surround, resize,
 )  # fmt: skip

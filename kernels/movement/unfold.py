@@ -1,0 +1,321 @@
+"""unfold and fold: the windows of an image as columns, and columns added up to an image.
+
+    unfold   y[n, (c·R + r)·S + s, p·Q + q] = x[n, c, p·sh + r·dh, q·sw + s·dw]
+    fold     y[n, c, h, w] = Σ x[n, (c·R + r)·S + s, p·Q + q]  over  p·sh + r·dh − top = h,
+                                                                     q·sw + s·dw − left = w
+
+unfold: x (N, C, H, W) in any layout -> y (N, C·R·S, P·Q); one strided copy, a padded image is
+padded before. fold, its transpose: x (N, C·R·S, P·Q) -> y (N, C, H, W), summed in fp32. Known as
+im2col and col2im (Chellapilla, Puri, Simard, 2006).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+import triton
+import triton.language as tl
+
+from ...errors import InvalidInputError
+from ..contract import epilogue as ep
+from ..contract.op import (
+    Attributes,
+    Builder,
+    Config,
+    Cost,
+    Domain,
+    Launch,
+    Op,
+    Problem,
+    Ref,
+    X,
+    Y,
+    config,
+    operand_refs,
+    tensor_bytes,
+    tile_config,
+)  # fmt: skip
+from ..contract.spec import Layout, TensorSpec, rows_and_columns
+from ..contract.targets import Target
+from ..tile.conv_geometry import pair
+from . import movement, pointwise
+from .pad import Pad
+
+
+@dataclass(frozen=True)
+class Unfold(Attributes):
+    """The window, the step between windows and that between its elements, as (vertical,
+    horizontal)."""
+
+    kernel: tuple[int, int] = (1, 1)
+    stride: tuple[int, int] = (1, 1)
+    dilation: tuple[int, int] = (1, 1)
+
+    def places(self, height: int, width: int) -> tuple[int, int]:
+        """How many windows an image has, downwards and sideways."""
+        p, q = (
+            (size - d * (k - 1) - 1) // s + 1
+            for size, k, s, d in zip(
+                (height, width), self.kernel, self.stride, self.dilation, strict=True
+            )
+        )
+        return p, q
+
+
+@dataclass(frozen=True)
+class Fold(Unfold):
+    """image: the result's (H, W); padding: rows and columns around it that are dropped."""
+
+    image: tuple[int, int] = (1, 1)
+    padding: tuple[int, int] = (0, 0)
+
+
+def infer(attributes: Unfold, inputs: tuple[TensorSpec, ...]) -> tuple[TensorSpec, ...]:
+    """(N, C·R·S, P·Q)."""
+    (x,) = inputs
+    if x.rank != 4:
+        raise InvalidInputError(f"unfold: expected x (N, C, H, W), got {x}")
+    n, c, h, w = x.shape
+    r, s = attributes.kernel
+    p, q = attributes.places(h, w)
+    if p < 1 or q < 1:
+        raise InvalidInputError(f"unfold: a {r}x{s} window does not fit {x}")
+    return (TensorSpec((n, c * r * s, p * q), x.dtype, batch=x.batch),)
+
+
+def infer_fold(attributes: Fold, inputs: tuple[TensorSpec, ...]) -> tuple[TensorSpec, ...]:
+    """(N, C, H, W)."""
+    (x,) = inputs
+    (r, s), (h, w), (top, left) = attributes.kernel, attributes.image, attributes.padding
+    p, q = attributes.places(h + 2 * top, w + 2 * left)
+    if x.rank != 3 or x.shape[1] % (r * s) or min(p, q) < 1 or x.shape[2] != p * q:
+        raise InvalidInputError(
+            f"fold: expected x (N, C*{r}*{s}, {max(p, 0)}*{max(q, 0)}), got {x}"
+        )
+    shape = (x.shape[0], x.shape[1] // (r * s), h, w)
+    return (TensorSpec(shape, x.dtype, Layout.NHWC, x.batch),)
+
+
+def unfold(attributes: Unfold, x: torch.Tensor) -> torch.Tensor:
+    return F.unfold(x, attributes.kernel, attributes.dilation, 0, attributes.stride)
+
+
+def fold(attributes: Fold, x: torch.Tensor) -> torch.Tensor:
+    a = attributes
+    return F.fold(x, a.image, a.kernel, a.dilation, a.padding, a.stride)
+
+
+def launches(problem: Problem, tile: Config, target: Target) -> tuple[Launch, ...]:
+    """One copy in the output's memory order, with the strides of windows that overlap."""
+    attributes, x, out = problem.attributes, problem.inputs[0], problem.output
+    assert isinstance(attributes, Unfold)
+    n, c, h, w = x.shape
+    (r, s), (p, q) = attributes.kernel, attributes.places(h, w)
+    of_n, of_c, of_h, of_w = x.strides
+    (sh, sw), (dh, dw) = attributes.stride, attributes.dilation
+
+    def split(read: ep.Access) -> ep.Access:
+        """What is read as the output lies, by the six parts of its dimensions."""
+        rows, columns, pixels = read.strides
+        steps = (rows, columns * r * s, columns * s, columns, pixels * q, pixels)
+        return ep.Access(steps, read.offset, read.label)
+
+    reads = (
+        ep.Access(
+            (of_n, of_c, of_h * dh, of_w * dw, of_h * sh, of_w * sw), x.offset, str(x.spec)
+        ),
+        *(split(ep.access(operand, out.spec)) for operand in problem.operands),
+    )
+    written = split(ep.Access(out.strides, out.offset))
+    walk = pointwise.Walk((n, c, r, s, p, q), written, out.spec.batch)
+    stages = (pointwise.LOAD, *problem.epilogue)
+    refs = (Ref("input", 0), *operand_refs(problem))
+    return (pointwise.launch_chain(problem, tile, walk, reads, stages, refs),)
+
+
+@triton.jit
+def fold_kernel(
+    x,
+    y,
+    extras,
+    m,
+    C: tl.constexpr,
+    H: tl.constexpr,
+    WIDTH: tl.constexpr,
+    P: tl.constexpr,
+    Q: tl.constexpr,
+    R: tl.constexpr,
+    S: tl.constexpr,
+    STRIDE_H: tl.constexpr,
+    STRIDE_W: tl.constexpr,
+    DILATION_H: tl.constexpr,
+    DILATION_W: tl.constexpr,
+    TOP: tl.constexpr,
+    LEFT: tl.constexpr,
+    X_OFFSET: tl.constexpr,
+    X_STRIDES: tl.constexpr,
+    Y_PITCH: tl.constexpr,
+    Y_OFFSET: tl.constexpr,
+    EPILOGUE: tl.constexpr,
+    WIDE: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_COLUMNS: tl.constexpr,
+):
+    # Rows are pixels, columns are channels; of the columns of x a tile reads one element per tap.
+    column_tiles: tl.constexpr = (C + BLOCK_COLUMNS - 1) // BLOCK_COLUMNS
+    program = tl.program_id(0)
+    rows = program // column_tiles * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    channels = program % column_tiles * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
+    row_mask = rows < m
+    column_mask = channels < C
+    if WIDE:
+        rows = rows.to(tl.int64)
+    h = (rows // WIDTH % H).to(tl.int32) + TOP
+    w = (rows % WIDTH).to(tl.int32) + LEFT
+    image = x + X_OFFSET + (rows // (H * WIDTH) * X_STRIDES[0])[:, None]
+    acc = tl.zeros((BLOCK_ROWS, BLOCK_COLUMNS), tl.float32)
+    for r in range(R):
+        for s in range(S):
+            down = h - r * DILATION_H
+            side = w - s * DILATION_W
+            p = down // STRIDE_H
+            q = side // STRIDE_W
+            there = (down >= 0) & (side >= 0) & (p < P) & (q < Q)
+            there = there & (down % STRIDE_H == 0) & (side % STRIDE_W == 0) & row_mask
+            terms = ((channels * R + r) * S + s) * X_STRIDES[1]
+            address = image + terms[None, :] + ((p * Q + q) * X_STRIDES[2])[:, None]
+            mask = there[:, None] & column_mask[None, :]
+            acc += tl.load(address, mask=mask, other=0.0).to(tl.float32)
+    acc = EPILOGUE(acc, rows, channels, row_mask, column_mask, extras)
+    address = y + Y_OFFSET + (rows * Y_PITCH)[:, None] + channels[None, :]
+    tl.store(address, acc.to(y.dtype.element_ty), mask=row_mask[:, None] & column_mask[None, :])
+
+
+def launches_fold(problem: Problem, tile: Config, target: Target) -> tuple[Launch, ...]:
+    """One launch over the pixels of the result."""
+    attributes, x, out = problem.attributes, problem.inputs[0], problem.output
+    assert isinstance(attributes, Fold)
+    rows, channels = rows_and_columns(out.spec)
+    (h, w), (top, left) = attributes.image, attributes.padding
+    p, q = attributes.places(h + 2 * top, w + 2 * left)
+    launch = Launch(
+        kernel=fold_kernel,
+        pointers={"x": X, "y": Y},
+        extras=operand_refs(problem),
+        rows=rows,
+        batch=out.spec.batch,
+        block_rows=tile["BLOCK_ROWS"],
+        columns=-(-channels // tile["BLOCK_COLUMNS"]),
+        constexprs={
+            "C": channels, "H": h, "WIDTH": w, "P": p, "Q": q,
+            "R": attributes.kernel[0], "S": attributes.kernel[1],
+            "STRIDE_H": attributes.stride[0], "STRIDE_W": attributes.stride[1],
+            "DILATION_H": attributes.dilation[0], "DILATION_W": attributes.dilation[1],
+            "TOP": top, "LEFT": left,
+            "X_OFFSET": x.offset, "X_STRIDES": x.strides,
+            "Y_PITCH": out.pitch, "Y_OFFSET": out.offset,
+            "EPILOGUE": ep.for_output(problem.epilogue, problem.operands, out.spec),
+            "WIDE": problem.is_wide,
+            **dict(tile.blocks),
+        },
+        num_warps=tile.num_warps,
+        num_stages=tile.num_stages,
+    )  # fmt: skip
+    return (launch,)
+
+
+def configs(problem: Problem, target: Target) -> Iterator[Config]:
+    """512 to 2048 results per program."""
+    for elements in (512, 1024, 2048):
+        for columns in (8, 32, 128):
+            yield config(4, 1, BLOCK_ROWS=elements // columns, BLOCK_COLUMNS=columns)
+
+
+def default(problem: Problem, target: Target) -> Config:
+    rows, columns = rows_and_columns(problem.output.spec)
+    return tile_config(rows, columns, target, elements=1024)
+
+
+def cost(problem: Problem) -> Cost:
+    """fold adds every element that it reads."""
+    read, written = tensor_bytes(problem)
+    return Cost(problem.inputs[0].spec.numel, read, written)
+
+
+def _capture_unfold(
+    g: Builder, x: Any, kernel: Any, dilation: Any, padding: Any, stride: Any
+) -> Any:
+    if g.spec(x).rank != 4:
+        return g.refuse("unfold of an unbatched image; pass a batch dimension")
+    top, left = pair(padding)
+    if top or left:
+        sides = (0, 0, top, left)
+        x = g.apply("pad", (x,), Pad(sides, sides))
+    return g.apply("unfold", (x,), Unfold(pair(kernel), pair(stride), pair(dilation)))
+
+
+def _capture_fold(
+    g: Builder, x: Any, size: Any, kernel: Any, dilation: Any, padding: Any, stride: Any
+) -> Any:
+    if g.spec(x).rank != 3:
+        return g.refuse("fold of unbatched columns; pass a batch dimension")
+    made = Fold(pair(kernel), pair(stride), pair(dilation), pair(size), pair(padding))
+    return g.apply("fold", (x,), made)
+
+
+def _build(draw: Mapping[str, Any]) -> tuple[Unfold, tuple[TensorSpec, ...]] | None:
+    attributes = Unfold(draw["kernel"], draw["stride"], draw["dilation"])
+    n, c, h, w = draw["shape"]
+    if min(attributes.places(h, w)) < 1:
+        return None
+    return attributes, (TensorSpec((n, c, h, w), torch.float32, draw["layout"]),)
+
+
+def _build_fold(draw: Mapping[str, Any]) -> tuple[Fold, tuple[TensorSpec, ...]] | None:
+    n, c, h, w = draw["shape"]
+    top, left = draw["padding"]
+    attributes = Fold(draw["kernel"], draw["stride"], draw["dilation"], (h, w), (top, left))
+    p, q = attributes.places(h + 2 * top, w + 2 * left)
+    if min(p, q) < 1:
+        return None
+    r, s = attributes.kernel
+    return attributes, (TensorSpec((n, c * r * s, p * q), torch.float32),)
+
+
+WINDOWS = {
+    "shape": ((1, 1, 1, 1), (2, 3, 5, 4), (2, 8, 7, 9), (1, 33, 6, 6)),
+    "kernel": ((1, 1), (2, 2), (3, 3), (1, 4), (3, 2)),
+    "stride": ((1, 1), (2, 2), (1, 3)),
+    "dilation": ((1, 1), (2, 1)),
+}
+OPS = (
+    Op(
+        name="unfold",
+        attributes=Unfold,
+        infer=infer,
+        reference=unfold,
+        launches=launches,
+        configs=pointwise.configs,
+        default=pointwise.default,
+        cost=movement.cost,
+        follows=True,
+        domain=Domain({**WINDOWS, "layout": (Layout.NHWC, Layout.DENSE)}, _build),
+        aten={"aten.im2col.default": _capture_unfold},
+    ),
+    Op(
+        name="fold",
+        attributes=Fold,
+        infer=infer_fold,
+        reference=fold,
+        launches=launches_fold,
+        configs=configs,
+        default=default,
+        cost=cost,
+        domain=Domain({**WINDOWS, "padding": ((0, 0), (1, 1), (0, 2))}, _build_fold),
+        aten={"aten.col2im.default": _capture_fold},
+    ),
+)
