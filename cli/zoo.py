@@ -16,32 +16,27 @@ from typing import TYPE_CHECKING, Any
 
 from .. import zoo
 from . import models, output, zoo_layers
-from .options import json_option
+from . import options as shared
 
 if TYPE_CHECKING:
+    from rich.table import Table
     from torch import nn
 
     from ..compiler.graph.ir import Graph
-    from .options import SubParsers
 
 FIGURES = Path(__file__).with_name("zoo_figures.json")
 
 
-def configure(commands: SubParsers) -> None:
-    """Adds the sub-command."""
-    parser = commands.add_parser(
-        "zoo",
-        help="list the models",
+def configure(commands: shared.SubParsers) -> None:
+    parser = shared.command(
+        commands, run, "zoo", help="list the models",
         description="Lists the models of the zoo: input, parameters, multiply-accumulates of the "
         "convolutions and linear layers, and bytes of all activations (the results of all ops), "
         "for one float32 image. One model by itself is also shown layer by layer.",
-        parents=[json_option()],
     )
     parser.add_argument("names", metavar="NAME", nargs="*", help="only these; one: its layers")
-    parser.add_argument(
-        "--measure", action="store_true", help="capture the models now (a minute or two for all)"
-    )
-    parser.set_defaults(run=run)
+    parser.add_argument("--measure", action="store_true",
+                        help="capture the models now (a minute or two for all)")
 
 
 def run(options: argparse.Namespace) -> int:
@@ -52,10 +47,8 @@ def run(options: argparse.Namespace) -> int:
         rows[0] = {**rows[0], "layers": layers(options.names[0])}
     if options.json:
         output.print_json(rows)
-        return 0
-    _print_table(rows)
-    if alone:
-        zoo_layers.print_table(rows[0]["layers"])
+    else:
+        output.say(_table(rows), *([zoo_layers.table(rows[0]["layers"])] if alone else []))
     return 0
 
 
@@ -68,14 +61,11 @@ def figures(names: Sequence[str], measured: bool) -> list[dict[str, Any]]:
     """
     entries = [zoo.entry(name) for name in names]
     recorded = {} if measured else {row["name"]: row for row in json.loads(FIGURES.read_text())}
-    rows = []
     for entry in entries:
-        if entry.name in recorded:
-            rows.append(recorded[entry.name])
-            continue
-        with output.working(f"capturing {entry.name}"):
-            rows.append(measure(entry.name))
-    return rows
+        if entry.name not in recorded:
+            with output.working(f"capturing {entry.name}"):
+                recorded[entry.name] = measure(entry.name)
+    return [recorded[entry.name] for entry in entries]
 
 
 def measure(name: str) -> dict[str, Any]:
@@ -111,17 +101,13 @@ def _captured(name: str) -> tuple[nn.Module, Graph]:
         model = models.build(name)
     # Weights with whatever memory holds: capture asks for data, nothing here depends on it.
     model = model.to_empty(device="cpu")
-    return model, capture(model, (torch.zeros(1, *zoo.entry(name).input_shape),))
+    return model, capture(model, (models.zeros(name, 1),))
 
 
-def _print_table(rows: Sequence[dict[str, Any]]) -> None:
-    from rich.table import Table
-
-    table = Table("model", "input", "parameters", "MACs", "activations", "source")
-    for column in table.columns[1:5]:
-        column.justify = "right"
-    for row in rows:
-        table.add_row(
+def _table(rows: Sequence[dict[str, Any]]) -> Table:
+    headings = ("model", ">input", ">parameters", ">MACs", ">activations", "source")
+    cells = [
+        (
             row["name"],
             "x".join(map(str, row["input_shape"])),
             f"{row['parameters']:,}",
@@ -129,4 +115,6 @@ def _print_table(rows: Sequence[dict[str, Any]]) -> None:
             output.readable_size(row["activation_bytes"]),
             zoo.entry(row["name"]).summary,
         )
-    output.console().print(table)
+        for row in rows
+    ]
+    return output.table(headings, cells)

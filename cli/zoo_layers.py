@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from . import output
 
 if TYPE_CHECKING:
+    from rich.table import Table
     from torch import nn
 
     from ..compiler.graph.ir import Graph, Node
@@ -100,24 +101,17 @@ def macs(graph: Graph, node: Node) -> int:
     return node.definition.cost(problem).flops // 2
 
 
-def print_table(rows: Sequence[dict[str, Any]]) -> None:
+def table(rows: Sequence[dict[str, Any]]) -> Table:
     """The layers and their sums, for one float32 image."""
-    from rich.table import Table
-
-    table = Table("layer", "ops", "output", "parameters", "MACs", "output bytes", show_footer=True)
-    for column in table.columns[2:]:
-        column.justify = "right"
-    totals = {key: sum(row[key] for row in rows) for key in ("parameters", "macs", "output_bytes")}
-    table.columns[0].footer = f"{len(rows)} layers"
-    for column, total in zip(table.columns[3:], totals.values(), strict=True):
-        column.footer = f"{total:,}"
-    for row in rows:
-        table.add_row(
-            row["layer"],
-            " ".join(row["ops"]),
-            "x".join(map(str, row["output"])),
-            f"{row['parameters']:,}" if row["parameters"] else "",
-            f"{row['macs']:,}" if row["macs"] else "",
-            f"{row['output_bytes']:,}",
-        )
-    output.console().print(table)
+    headings = ("layer", "ops", ">output", ">parameters", ">MACs", ">output bytes")
+    numbers = ("parameters", "macs", "output_bytes")
+    shown = output.table(headings, [
+        (row["layer"], " ".join(row["ops"]), "x".join(map(str, row["output"])),
+         *(f"{row[key]:,}" if row[key] or key == "output_bytes" else "" for key in numbers))
+        for row in rows
+    ])
+    shown.show_footer = True
+    shown.columns[0].footer = f"{len(rows)} layers"
+    for column, key in zip(shown.columns[3:], numbers, strict=True):
+        column.footer = f"{sum(row[key] for row in rows):,}"
+    return shown
