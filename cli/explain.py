@@ -113,7 +113,6 @@ def _measured(options: argparse.Namespace) -> tuple[Graph, Plan, Report]:
 
 def _explain(options: argparse.Namespace) -> None:
     from ..compiler.explain.account_text import refusals_by_reason
-    from ..compiler.run.executable import explanation
 
     _, plan, ledger = _measured(options) if options.measure else _planned(options)
     account = replace(ledger.account(), model=options.name)
@@ -127,7 +126,8 @@ def _explain(options: argparse.Namespace) -> None:
         output.print_json({**account.to_json(), "refusals": refusals, "summary": plan.summary(),
                            "plan": plan.to_json()})
     elif not (options.html or options.svg):
-        print(explanation(options.name, plan, ledger), end="")
+        text = ledger.explain(options.name, plan.target.name, plan.summary())
+        print(text, end="")
 
 
 def _explain_file(options: argparse.Namespace) -> None:

@@ -124,9 +124,26 @@ class Report(Ledger):
         read = account.from_json(data, source)
         return Report(list(read.events), read=read)
 
+    def explain(self, name: str, target: str, counts: Mapping[str, int]) -> str:
+        """The report as text, under the counts of the plan of the network `name`."""
+        arena, total = counts["arena_bytes"], counts["activation_bytes"]
+        ratio = f", {arena / total:.0%}" if total else ""
+        return (
+            f"{name} on {target}: {summary_line(counts)}\n"
+            f"arena {arena:,} bytes of {total:,} bytes of activations{ratio}\n\n{self.to_text()}"
+        )
+
     def to_text(self) -> str:
         """The account grouped by module, with rules, refusals and totals."""
         return account_text.to_text(self.account())
+
+
+def summary_line(counts: Mapping[str, int]) -> str:
+    """What became of the convolutions, in one line."""
+    return (
+        f"{counts['convs']} convs -> {counts['kernels']} kernels; "
+        f"{counts['torch_fallbacks']} torch fallbacks"
+    )
 
 
 def _kernel_of(holder: Node | None, kernels: Mapping[str, str]) -> str:

@@ -154,20 +154,12 @@ def requests(
 ) -> list[CompileRequest]:
     """What must be compiled for launches of a problem, in order."""
     packs = op.packs(problem.attributes)
-    groups = {
-        "input": problem.inputs,
-        "output": problem.outputs,
-        "operand": problem.operands,
-        "prologue": problem.prologue_operands,
-    }
 
     def dtype_of(ref: Ref) -> torch.dtype:
-        spec = groups[ref.kind][ref.index].spec
+        spec = problem.groups[ref.kind][ref.index].spec
         if ref.kind == "input" and ref.index in packs:
             tensor = torch.empty(spec.shape, dtype=spec.dtype, device="meta")
             return packs[ref.index](problem.attributes, tensor).dtype
         return spec.dtype
 
     return [offline.request(launch, dtype_of, target) for launch in launches]
-
-
