@@ -104,7 +104,7 @@ def summary_text(executable: Executable) -> str:
 
 def kernel_table(executable: Executable) -> Table:
     """Every kernel: where in the module, which ops, and what its machine code uses."""
-    ops = {fate.node: fate.op for fate in executable.ledger.fates}
+    ops = {record.node: record.op for record in executable.ledger.account().nodes}
     has_code = executable.target.is_gpu
     rows = []
     for kernel in executable.kernels:

@@ -153,7 +153,7 @@ def _works(
 ) -> list[Work]:
     """The distinct problems of every model at every batch, and of the fusions that were weighed
     against each other there."""
-    from ..compiler.records.timings import Timings
+    from ..compiler.records.choose import Timings
     from ..compiler.tuning.search import problems_of, works_for
 
     timings = Timings(records, target)

@@ -30,8 +30,7 @@ from .passes import LABELS, run_passes, select
 from .passes.slide_classifier import slide_classifier
 from .plan.lower import Options, lower
 from .plan.plan import Plan
-from .records.choose import Chooser, Records, heuristic, local_device
-from .records.timings import Timings
+from .records.choose import Chooser, Records, Timings, heuristic, local_device
 from .run.executable import Executable
 from .run.runtime import runner_for
 from .tuning.fit import fitted

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from convloom import zoo
 from convloom.compiler.fusion.overrides import CONCAT_RULE
-from convloom.compiler.graph.memory import ALIGNMENT, Place
+from convloom.compiler.graph.memory import ALIGNMENT, Place, arena_bytes_at
 from convloom.compiler.passes import NAMES
 from convloom.compiler.plan.arena import Lifetime, allocate
 from convloom.compiler.plan.lower import VIEW_RULE
@@ -210,12 +210,12 @@ def check_offsets(plan: Plan, batch: int) -> None:
         assert buffer.offset_at(batch) % ALIGNMENT == 0, buffer
         if buffer.kind in ("arena", "fixed"):
             end = buffer.offset_at(batch) + buffer.bytes_at(batch)
-            assert end <= plan.arena_bytes_at(buffer.kind, batch)
+            assert end <= arena_bytes_at(plan.buffers, buffer.kind, batch)
         if buffer.batch is not None:
             assert buffer.offset_at(batch) * buffer.batch == buffer.offset * batch
             assert buffer.bytes_at(batch) * buffer.batch == buffer.size_bytes * batch
     largest = plan.batch[1] if plan.batch else 1
-    total = sum(plan.arena_bytes_at(kind, largest) for kind in ("arena", "fixed"))
+    total = sum(arena_bytes_at(plan.buffers, kind, largest) for kind in ("arena", "fixed"))
     assert total == plan.arena_bytes
 
 

@@ -372,9 +372,12 @@ def test_occupancy_is_the_least_of_all_limits() -> None:
 def test_padding_and_spills_are_refused() -> None:
     op, problem = registry.get("conv2d"), conv(n=1, k=16, size=7)
     space = rank.space(op, problem, SM_90)
-    wasteful = rank.wasteful(op, problem, SM_90, space)
+    kept, rejected = rank.screened(op, problem, SM_90)
+    wasteful = {config: why for config, (stage, why) in rejected.items() if stage == "waste"}
     assert wasteful and all("is possible" in reason for reason in wasteful.values())
-    kept = [config for config in space if config not in wasteful]
+    assert {*kept, *rejected} == set(space) and {stage for stage, _ in rejected.values()} <= {
+        "illegal", "waste"
+    }
     assert min(c["BLOCK_M"] * c["BLOCK_N"] for c in wasteful) > min(
         c["BLOCK_M"] * c["BLOCK_N"] for c in kept
     )

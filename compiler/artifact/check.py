@@ -19,7 +19,7 @@ from ...kernels.contract import targets
 from ...kernels.contract.spec import MEMORY_FORMATS, Layout, Operand, TensorSpec
 from ..graph.interface import Port
 from ..graph.memory import Buffer
-from ..plan.hazards import MOST_STREAMS
+from ..plan.streams import MOST_STREAMS
 from .program import READ, ROWS, SCRATCH, WRITE, Argument, Call, Document, Image, Program
 from .program import check_nest as count_leaves
 

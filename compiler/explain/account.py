@@ -108,13 +108,13 @@ class Place:
     op: str
     computes: str
     module_path: str
-    nodes: tuple[str, ...]
-    launches: int
-    size_bytes: int
-    config: str
-    modelled: Time
-    measured: Time
-    share: float
+    nodes: tuple[str, ...] = ()
+    launches: int = 0
+    size_bytes: int = 0
+    config: str = ""
+    modelled: Time = UNKNOWN
+    measured: Time = UNKNOWN
+    share: float = 0.0
 
 
 @dataclass(frozen=True)

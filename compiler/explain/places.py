@@ -17,7 +17,7 @@ from ..graph.ledger import Closing, op_name
 from ..graph.text import stages_text
 from ..plan.plan import Plan, Step, TorchStep
 from . import account as acc
-from .account import UNKNOWN, Place
+from .account import Place
 
 # Families of ops, for colours; an op belongs to the first whose word is in its name.
 KINDS = (
@@ -161,29 +161,24 @@ def _places_of(
     what = {INPUT: acc.INPUT, OUTPUT: acc.OUTPUT}.get(node.op)
     if what is None:
         what = acc.IN_PLACE if steps else closing.kernels.get(node.name, acc.VIEW)
+    kind = what if node.op in (INPUT, OUTPUT) else kind
     shown = ", ".join(map(str, node.outputs))
-    yield Place(
-        node.name, what, what if node.op in (INPUT, OUTPUT) else kind, node.op, shown,
-        node.module_path, nodes, 0, 0, "", UNKNOWN, UNKNOWN, 0.0,
-    )  # fmt: skip
+    yield Place(node.name, what, kind, node.op, shown, node.module_path, nodes)
 
 
 def _step_place(step: Step, node: Node | None, nodes: tuple[str, ...], kind: str) -> Place:
     common = (step.module_path, nodes)
     if isinstance(step, TorchStep):
         shown = ", ".join(str(place.operand.spec) for place in step.outputs)
-        return Place(
-            step.name, acc.FALLBACK, OTHER, str(step.call), shown, *common, 0, 0, "",
-            UNKNOWN, UNKNOWN, 0.0,
-        )  # fmt: skip
+        return Place(step.name, acc.FALLBACK, OTHER, str(step.call), shown, *common)
     problem = step.problem
     stages = stages_text(node) if node else ""
     shown = ", ".join(str(operand.spec) for operand in problem.outputs)
-    size_bytes = registry.get(step.op).cost(problem).size_bytes
     return Place(
         step.name, acc.KERNEL, kind, step.op, f"{step.op}{stages} -> {shown}", *common,
-        len(step.launches), size_bytes, f"{step.config} ({step.chosen_by})", UNKNOWN, UNKNOWN, 0.0,
-    )  # fmt: skip
+        launches=len(step.launches), size_bytes=registry.get(step.op).cost(problem).size_bytes,
+        config=f"{step.config} ({step.chosen_by})",
+    )
 
 
 def _edges(

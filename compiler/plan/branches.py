@@ -1,6 +1,6 @@
 """Which steps of a plan may run side by side, and in which stream each of them runs.
 
-Steps that touch the same memory are ordered (`hazards.py`), the others may overlap.
+Steps that touch the same memory are ordered (`streams.py`), the others may overlap.
 
 Memory that is shared by buffers which are never alive together orders steps that could overlap, so
 where branches are wanted the arena keeps buffers apart unless the streams already order their uses
@@ -12,9 +12,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from .hazards import MOST_STREAMS, Touch, dependencies, overlap_in_buffer, scheduled
 from .plan import KernelStep, Plan, Step, TorchStep
-from .streams import Schedule
+from .streams import (
+    MOST_STREAMS,
+    Schedule,
+    Touch,
+    dependencies,
+    overlap_in_buffer,
+    scheduled,
+)
 
 
 def touches(step: Step) -> tuple[Touch, ...]:

@@ -228,6 +228,6 @@ def parity(
         problem = tolerance.compare(mine, true, theirs, depth)
         same = mine.shape == true.shape
         found = tolerance.worst(mine, true, theirs, depth) if same and not whole else None
-        ours, theirs = relative_error(mine, true), relative_error(theirs, true)
-        rows.append(OutputParity(name, ours, theirs, found, problem))
+        errors = relative_error(mine, true), relative_error(theirs, true)
+        rows.append(OutputParity(name, *errors, found, problem))
     return rows

@@ -42,7 +42,6 @@ NO_ANSWERS = {
     "compiler/tuning/judges.py": "measures times",
     "compiler/records/rank.py": "the cost model",
     "compiler/tuning/search.py": "chooses by time among configurations that were all verified",
-    "compiler/records/timings.py": "measures times",
     "kernels/emulator/*.py": "a judge of kernels, with tests of its own",
     "kernels/machine.py": "figures of GPUs for the cost model",
     "kernels/devices/offline.py": "compiles for GPUs and reads machine code",
