@@ -55,20 +55,16 @@ def module_tree(account: Account) -> Module:
 
 def to_text(account: Account) -> str:
     """Modules with their ops, kernels without a captured op, totals, refusals, rules."""
-    lines = [f"modelled times are for {account.machine}; {how_measured(account)}", ""]
+    measured = "nothing was measured"
+    if account.measured_on:
+        measured = f"measured times are from {account.measured_on}"
+    lines = [f"modelled times are for {account.machine}; {measured}", ""]
     writer = _Writer(account)
     for item in module_tree(account).inside:
         lines += writer.item("(top)", item, "")
     lines += ["", *_conversions(account), *totals_lines(account), "", *_refusals(account)]
     lines += ["", *_rules(account)]
     return "\n".join(lines).rstrip() + "\n"
-
-
-def how_measured(account: Account) -> str:
-    """Where measured times are from."""
-    if account.measured_on:
-        return f"measured times are from {account.measured_on}"
-    return "nothing was measured"
 
 
 class _Writer:

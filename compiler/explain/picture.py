@@ -14,14 +14,7 @@ from xml.sax.saxutils import escape, quoteattr
 
 from . import account as acc
 from .account import Account, Place, Record
-from .account_text import (
-    counted,
-    how_measured,
-    labels,
-    refusals_by_reason,
-    size_text,
-    with_paths,
-)
+from .account_text import counted, labels, refusals_by_reason, size_text, with_paths
 from .layers import Box, draw
 
 PAGE = Path(__file__).with_name("page.html")
@@ -74,9 +67,10 @@ def to_html(account: Account) -> str:
 
 def _headline(account: Account) -> str:
     t = account.totals
+    where = account.measured_on
     return (
         f"{t.kernels_before} -> {t.kernels_after} kernels; {t.before} -> {t.after}, for "
-        f"{account.machine}; {how_measured(account)}"
+        f"{account.machine}; {f'measured on {where}' if where else 'nothing was measured'}"
     )
 
 
