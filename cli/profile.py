@@ -59,7 +59,7 @@ def _profile(options: argparse.Namespace) -> Profile:
     import torch
 
     from ..benchmarks import profile
-    from ..compiler.tuning.judges import can_measure
+    from ..compiler.tuning.timers import can_measure
     from ..kernels.contract import targets
 
     entry = zoo.entry(options.name)

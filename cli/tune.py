@@ -91,14 +91,14 @@ def run(options: argparse.Namespace) -> int:
 
 def _tune(options: argparse.Namespace) -> int:
     from ..compiler.records.choose import Records, local_device
-    from ..compiler.tuning.judges import Model, measuring
     from ..compiler.tuning.search import Options, Tuner
+    from ..compiler.tuning.timers import Model, measuring
 
     started = time.monotonic()
     names = zoo.names() if options.names == [EVERY_MODEL] else options.names
     entries = [zoo.entry(name) for name in names]
     target = _target(options)
-    judge = Model(target) if options.offline else measuring(target)
+    timer = Model(target) if options.offline else measuring(target)
     records = Records.here(options.to, local_device(target))
     works = _works(options, [entry.name for entry in entries], target, records)
     left = None
@@ -110,7 +110,7 @@ def _tune(options: argparse.Namespace) -> int:
         def watch(now: Progress) -> None:
             update(completed=now.done, total=now.total, description=now.text)
 
-        tuner = Tuner(records, judge, settings, watch)
+        tuner = Tuner(records, timer, settings, watch)
         try:
             tuner.run(works)
         except KeyboardInterrupt:

@@ -24,7 +24,7 @@ from .capture.example_inputs import bounds_of, has_no_samples
 from .evaluation.validate import Validation
 from .explain.report import Report
 from .fusion import overrides
-from .graph.ir import Goal, Graph
+from .graph.ir import CompileTarget, Graph
 from .graph.ledger import Ledger
 from .passes import LABELS, run_passes, select
 from .passes.slide_classifier import slide_classifier
@@ -175,7 +175,7 @@ def lowered(
     overrides.check(captured, *wished, LABELS)
     if known is None and records and chosen.is_gpu:
         known = Timings(records, chosen)
-    captured.goal = Goal(chosen, dtype, *wished, precision, known)
+    captured.goal = CompileTarget(chosen, dtype, *wished, precision, known)
     options = Options(chosen, precision, dtype, elide_concats=passes != "none")
     optimise = partial(_optimised, captured, passes, fallback, validation)
     graph, ledger = optimise()

@@ -17,7 +17,7 @@ from convloom import zoo
 from convloom.compiler.api import lowered
 from convloom.compiler.explain import account as acc
 from convloom.compiler.explain import account_text, diff
-from convloom.compiler.explain.account import Account, Place, Record, from_json
+from convloom.compiler.explain.account import Account, KernelNode, Record, from_json
 from convloom.compiler.explain.report import Report
 from convloom.compiler.graph.ledger import Event, Ledger
 from convloom.errors import ArtifactError, GraphError, InvalidInputError
@@ -136,7 +136,7 @@ def record_of(account: Account, path: str, op: str = "") -> Record:
 def test_every_captured_node_has_one_record(net: Callable[[], Made], passes: str) -> None:
     ledger = ledger_of(net, passes)
     account = ledger.account()
-    captured = ledger.closing.captured.compute_nodes()
+    captured = ledger.snapshot.captured.compute_nodes()
     assert [r.node for r in account.nodes] == [node.name for node in captured]
     kernels = {place.name: place for place in account.kernels}
     assert list(kernels) == [step.name for step in ledger.plan.steps]
@@ -164,7 +164,7 @@ def test_without_fusion_nothing_is_saved(net: Callable[[], Made]) -> None:
         assert record.before.us == pytest.approx(record.after.us)
 
 
-def kernels_of_nodes(account: Account) -> list[Place]:
+def kernels_of_nodes(account: Account) -> list[KernelNode]:
     """Conversions belong to no node."""
     used = {record.kernel for record in account.nodes}
     return [place for place in account.kernels if place.name in used]

@@ -25,7 +25,17 @@ from ...kernels.contract.scalars import BY_NAME
 from ...kernels.contract.spec import TensorSpec
 from ...kernels.contract.targets import REFERENCE, Target
 from ...settings import BRANCHES, PROGRAMMATIC
-from ..graph.ir import CONSTANT, INPUT, OUTPUT, TORCH, Goal, Graph, NoAttributes, Node, Value
+from ..graph.ir import (
+    CONSTANT,
+    INPUT,
+    OUTPUT,
+    TORCH,
+    CompileTarget,
+    Graph,
+    NoAttributes,
+    Node,
+    Value,
+)
 from ..graph.ledger import Ledger
 from ..graph.typed import Reader, plain
 from ..graph.verify import verify
@@ -86,7 +96,7 @@ def record_of(graph: Graph, pool: Pool) -> GraphRecord:
             f"cannot save {graph.name}: {', '.join(fallbacks)} would run as torch ops, and a file "
             "holds no code but that of convloom's own kernels"
         )
-    goal = graph.goal or Goal(REFERENCE)
+    goal = graph.goal or CompileTarget(REFERENCE)
     nodes = [graph.node(name) for name in graph.net]
     # Passes leave behind constants that nobody reads any more.
     nodes = [node for node in nodes if node.op != CONSTANT or graph.net.out_degree(node.name)]
@@ -223,7 +233,8 @@ def _build(
     names = [node.name for node in record.nodes]
     if len(set(names)) != len(names) or len(names) > MOST_NODES:
         raise ArtifactError(f"{where} is damaged: {len(names)} nodes with equal names, or too many")
-    graph = Graph(name=record.name, goal=Goal(target, record.dtype, record.force, record.forbid))
+    goal = CompileTarget(target, record.dtype, record.force, record.forbid)
+    graph = Graph(name=record.name, goal=goal)
     graph.counter = len(names)
     for node in record.nodes:
         if node.op not in (INPUT, CONSTANT, OUTPUT) and node.op not in registry.BY_NAME:

@@ -13,7 +13,7 @@ from pathlib import Path
 from xml.sax.saxutils import escape, quoteattr
 
 from . import account as acc
-from .account import Account, Place, Record
+from .account import Account, KernelNode, Record
 from .account_text import counted, labels, refusals_by_reason, size_text, with_paths
 from .layers import Box, draw
 
@@ -105,7 +105,7 @@ class _Content:
     """What stands in a place's box."""
 
     def __init__(
-        self, place: Place, records: dict[str, Record], short: dict[str, str]
+        self, place: KernelNode, records: dict[str, Record], short: dict[str, str]
     ) -> None:
         self.place, self.short = place, short
         self.records = [records[name] for name in place.nodes]
@@ -183,7 +183,7 @@ class _Content:
         return "\n".join(lines)
 
 
-def _figures(place: Place) -> str:
+def _figures(place: KernelNode) -> str:
     if place.what in (acc.INPUT, acc.OUTPUT):
         return shortened(place.computes)
     if place.what == acc.FALLBACK:

@@ -58,12 +58,12 @@ class Report(Ledger):
     def _account(self) -> Account:
         if self.read is not None:
             return self.read
-        if self.closing is None or self.plan is None:
+        if self.snapshot is None or self.plan is None:
             raise GraphError("the ledger has no plan yet; ask the ledger of an executable")
         # Files are read where no kernel can be compiled; their accounts are written already.
         from .attribution import make_account
 
-        return make_account(self, self.closing, self.plan)
+        return make_account(self, self.snapshot, self.plan)
 
     def to_json(self) -> dict[str, Any]:
         """The account as plain data; `account.py` documents its fields."""

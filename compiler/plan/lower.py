@@ -28,7 +28,7 @@ from ..fusion.overrides import CONCAT_LABEL, CONCAT_RULE
 from ..graph.interface import Port
 from ..graph.ir import CONSTANT, INPUT, OUTPUT, TORCH, Graph, Node, Value
 from ..graph.ledger import Ledger
-from ..graph.memory import ALIGNMENT, Buffer, Place
+from ..graph.memory import ALIGNMENT, Buffer, BufferSlice
 from ..graph.torch_call import TorchCall
 from ..graph.verify import verify
 from ..records.choose import Chooser, heuristic
@@ -63,7 +63,7 @@ class _Lowering:
     graph: Graph
     options: Options
     ledger: Ledger
-    places: dict[Value, Place] = field(default_factory=dict)
+    places: dict[Value, BufferSlice] = field(default_factory=dict)
     buffers: dict[str, Buffer] = field(default_factory=dict)
     constants: dict[str, torch.Tensor] = field(default_factory=dict)
     destinations: dict[Value, tuple[Value, int]] = field(default_factory=dict)
@@ -136,12 +136,12 @@ def activation_bytes(captured: Graph, dtype: torch.dtype | None = None) -> int:
     )
 
 
-def _own_buffer(state: _Lowering, value: Value, name: str, kind: str) -> Place:
+def _own_buffer(state: _Lowering, value: Value, name: str, kind: str) -> BufferSlice:
     """Gives a value a buffer of its own."""
     spec = state.graph.spec(value)
     size_bytes = _rounded(spec.size_bytes, spec.batch)
     state.buffers[name] = Buffer(name, kind, spec.dtype, size_bytes, spec.batch)
-    state.places[value] = Place(name, Operand.dense(spec))
+    state.places[value] = BufferSlice(name, Operand.dense(spec))
     return state.places[value]
 
 
@@ -222,14 +222,14 @@ def _plan_outputs(state: _Lowering) -> None:
             _own_buffer(state, value, f"output{at}", "output")
 
 
-def _output_place(state: _Lowering, value: Value) -> Place:
+def _output_place(state: _Lowering, value: Value) -> BufferSlice:
     """Where the runtime finds an output: its own buffer, or wherever the value lies."""
     if state.graph.is_constant(value):
         return constant_place(state, value, state.graph.spec(value).dtype)
     return state.places[value]
 
 
-def _place(state: _Lowering, value: Value) -> Place:
+def _place(state: _Lowering, value: Value) -> BufferSlice:
     """The place a computed value will be written to."""
     if value in state.places:
         return state.places[value]
@@ -243,11 +243,11 @@ def _place(state: _Lowering, value: Value) -> Place:
     return place
 
 
-def _part(whole: Place, dim: int, start: int, size: int) -> Place:
+def _part(whole: BufferSlice, dim: int, start: int, size: int) -> BufferSlice:
     """A slice of a place, which memory allows."""
     part = movement.slice_operand(whole.operand, dim, start, size)
     assert part is not None
-    return Place(whole.buffer, part)
+    return BufferSlice(whole.buffer, part)
 
 
 # Nodes.
@@ -289,7 +289,7 @@ def _add_step(
     node: Node,
     name: str,
     problem: Problem,
-    places: Mapping[str, tuple[Place, ...]],
+    places: Mapping[str, tuple[BufferSlice, ...]],
 ) -> None:
     """Adds a step for a node; places: of the problem's tensors, by kind."""
     definition, target = registry.get(problem.op), state.options.target
@@ -366,7 +366,7 @@ def _finish_concat(state: _Lowering, node: Node) -> bool:
     return True
 
 
-def _copy(state: _Lowering, node: Node, value: Value, destination: Place) -> None:
+def _copy(state: _Lowering, node: Node, value: Value, destination: BufferSlice) -> None:
     """A step that copies one value into a slice."""
     source, spec = _read(state, value, node, None), destination.operand.spec
     attributes = movement.Relayout(spec.layout, spec.dtype)
@@ -389,7 +389,7 @@ def _becomes_view(state: _Lowering, node: Node) -> bool:
     view = movement.view_of(node.attributes, source.operand, node.spec)
     if view is None:
         return False
-    state.places[value] = Place(source.buffer, view)
+    state.places[value] = BufferSlice(source.buffer, view)
     state.views += 1
     state.ledger.accept(VIEW_RULE, [node], node.name, 2 * node.spec.size_bytes)
     return True
@@ -404,7 +404,7 @@ def _lower_torch(state: _Lowering, node: Node) -> None:
     state.kernels[node.name] = "torch"
 
 
-def _written(state: _Lowering, node: Node) -> tuple[Place, ...]:
+def _written(state: _Lowering, node: Node) -> tuple[BufferSlice, ...]:
     """Where a node's results go."""
     return tuple(_place(state, Value(node.name, at)) for at in range(len(node.outputs)))
 
@@ -412,12 +412,12 @@ def _written(state: _Lowering, node: Node) -> tuple[Place, ...]:
 # Constants.
 
 
-def _read_all(state: _Lowering, values: Iterable[Value], node: Node) -> tuple[Place, ...]:
+def _read_all(state: _Lowering, values: Iterable[Value], node: Node) -> tuple[BufferSlice, ...]:
     """The places of values that are no inputs of the op itself."""
     return tuple(_read(state, value, node, None) for value in values)
 
 
-def _read(state: _Lowering, value: Value, node: Node, slot: int | None) -> Place:
+def _read(state: _Lowering, value: Value, node: Node, slot: int | None) -> BufferSlice:
     """The place of an input; constants are packed as their reader wants them."""
     packs = node.definition.packs(node.attributes) if node.is_compute else {}
     if slot is not None and slot in packs:

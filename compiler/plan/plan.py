@@ -15,7 +15,7 @@ import torch
 from ...kernels.contract.op import Config, Launch, Problem, Ref
 from ...kernels.contract.targets import Target
 from ..graph.interface import Port, Structure
-from ..graph.memory import Buffer, Place
+from ..graph.memory import Buffer, BufferSlice
 from ..graph.torch_call import TorchCall
 
 
@@ -43,8 +43,8 @@ class TorchStep:
 
     name: str
     call: TorchCall
-    inputs: tuple[Place, ...]
-    outputs: tuple[Place, ...]
+    inputs: tuple[BufferSlice, ...]
+    outputs: tuple[BufferSlice, ...]
     module_path: str = ""
     origins: tuple[str, ...] = ()
 

@@ -19,7 +19,7 @@ from ...kernels import registry
 from ...kernels.contract import targets
 from ...kernels.contract.op import Config, Op, Problem
 from ...kernels.contract.targets import Target
-from ..graph.ir import Timed
+from ..graph.ir import Timing
 from . import rank
 from .keys import NEAR, Key, distance, key_of
 from .records import Record
@@ -159,7 +159,7 @@ class Timings:
         self._missing: dict[Key, Problem] = {}
         self._told: set[Key] = set()
 
-    def __call__(self, problem: Problem) -> Timed | None:
+    def __call__(self, problem: Problem) -> Timing | None:
         """The time of the problem in its best known configuration, or None."""
         key = key_of(problem, self.target)
         record = self.records.exact(key)
@@ -168,7 +168,7 @@ class Timings:
             if key not in self._told:
                 self._missing[key] = problem
             return None
-        return Timed(record.time_us, record.status)
+        return Timing(record.time_us, record.status)
 
     def new(self) -> list[tuple[Problem, Target]]:
         """What has been missing since the last call, each once in the life of this object."""

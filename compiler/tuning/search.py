@@ -28,8 +28,8 @@ from ..records.choose import Records
 from ..records.keys import Key, key_of
 from ..records.records import MEASURED, Record, Rejected, now, rounded, shortened
 from .bench import Trial
-from .children import ChildError, Crew
-from .judges import TRIAL_TIMEOUT_S, Judge, Model, can_measure, compiler_handler, measuring
+from .timers import TRIAL_TIMEOUT_S, Model, Timer, can_measure, compiler_handler, measuring
+from .workers import Crew, WorkerError
 
 LOG = logging.getLogger("convloom")
 FIRST_LOOK = 3
@@ -157,11 +157,11 @@ class Tuner:
     def __init__(
         self,
         records: Records,
-        judge: Judge,
+        timer: Timer,
         options: Options | None = None,
         watch: Callable[[Progress], None] = lambda progress: None,
     ) -> None:
-        self._records, self._judge = records, judge
+        self._records, self._timer = records, timer
         self._options = options or Options()
         self._watch = watch
         self._states: list[_State] = []
@@ -183,7 +183,7 @@ class Tuner:
             return self.outcomes
         crew = self._crew(open_states)
         try:
-            self._judge.open()
+            self._timer.open()
             for state in open_states:
                 self._select(state)
             self._compile(crew, open_states)
@@ -195,7 +195,7 @@ class Tuner:
         finally:
             if crew is not None:
                 crew.close()
-            self._judge.close()
+            self._timer.close()
         return self.outcomes
 
     @property
@@ -221,7 +221,7 @@ class Tuner:
             state.work.op, state.work.problem, record.config, state.work.target
         ):
             return False
-        measures = self._judge.status == MEASURED
+        measures = self._timer.status == MEASURED
         settled = record.complete and not self._options.retune
         # A model never replaces what a device has shown.
         if record.is_measured > measures or (settled and record.is_measured == measures):
@@ -249,10 +249,10 @@ class Tuner:
     def _resume(self, state: _State) -> None:
         """Takes over what an interrupted run on the same device has found out."""
         record = state.previous
-        judge = self._judge
+        timer = self._timer
         if record is None or self._options.retune or (
             record.status, record.device, record.driver
-        ) != (judge.status, judge.device, judge.driver):
+        ) != (timer.status, timer.device, timer.driver):
             return
         state.times[record.config] = Trial(None, record.time_us, record.spread_us, record.warm_us)
         for each in record.rejected:
@@ -339,8 +339,8 @@ class Tuner:
         limit = min(TRIAL_TIMEOUT_S, self._time_left() + GRACE_S)
         try:
             reports = state.reports.get(config, [])
-            trial = self._judge.trial(state.work.problem, config, reports, limit)
-        except ChildError as error:
+            trial = self._timer.trial(state.work.problem, config, reports, limit)
+        except WorkerError as error:
             if error.kind == "timeout" and limit < TRIAL_TIMEOUT_S:
                 raise _OutOfTimeError from error
             self._reject(state, config, "fault", str(error))
@@ -360,7 +360,7 @@ class Tuner:
 
     def _save(self, state: _State) -> None:
         """Keeps the best so far: in memory, and on disk where that can be written."""
-        best = state.best(self._judge.margin)
+        best = state.best(self._timer.margin)
         if best is None:
             return
         trial = state.times[best]
@@ -372,12 +372,12 @@ class Tuner:
         record = Record(
             key=state.work.key,
             config=best,
-            status=self._judge.status,
+            status=self._timer.status,
             time_us=rounded(trial.time_us),
             spread_us=round(trial.spread_us, 3),
             warm_us=None if trial.warm_us is None else rounded(trial.warm_us),
-            device=self._judge.device,
-            driver=self._judge.driver,
+            device=self._timer.device,
+            driver=self._timer.driver,
             date=now(),
             complete=state.complete,
             rejected=(*slower, *state.rejected.values()),
@@ -406,8 +406,8 @@ class Tuner:
 def search(records: Records, target: Target, works: Sequence[Work]) -> None:
     """Tunes what has no record: on this machine's device, or by the model and the compiler where
     the target is another GPU."""
-    judge = measuring(target) if can_measure(target) else Model(target)
-    Tuner(records, judge).run(works)
+    timer = measuring(target) if can_measure(target) else Model(target)
+    Tuner(records, timer).run(works)
 
 
 def _report(crew: Crew, request: CompileRequest) -> Future[Resources]:

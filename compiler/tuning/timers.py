@@ -19,13 +19,13 @@ from ..records import rank
 from ..records.choose import local_device
 from ..records.records import MEASURED, MODELLED
 from .bench import InterpreterBackend, Trial, handler_of
-from .children import Child, ChildError, Handler
+from .workers import Handler, WorkerError, WorkerProcess
 
 TRIAL_TIMEOUT_S = 180.0
 """One configuration, the exact result included; what takes longer hangs."""
 
 
-class Judge(ABC):
+class Timer(ABC):
     """Tries configurations. status, device and driver are what its records say.
 
     margin: how much faster than the default another must be, as a fraction, before it is believed.
@@ -37,7 +37,7 @@ class Judge(ABC):
     margin: float = 0.0
 
     def open(self) -> None:  # noqa: B027  nothing to do for a model
-        """Makes ready; raises TargetUnavailableError where there is nothing to judge with."""
+        """Makes ready; raises TargetUnavailableError where there is nothing to measure with."""
 
     @abstractmethod
     def trial(
@@ -45,15 +45,15 @@ class Judge(ABC):
     ) -> Trial:
         """What the configuration does.
 
-        Raises: ChildError where it failed; KernelError where the device has been unusable since.
+        Raises: WorkerError where it failed; KernelError where the device has been unusable since.
         """
 
     def close(self) -> None:  # noqa: B027
         """Lets go of the device."""
 
 
-class Model(Judge):
-    """Judges by the cost model and by what the compiler made of a configuration; results are not
+class Model(Timer):
+    """Times by the cost model and by what the compiler made of a configuration; results are not
     verified."""
 
     status = MODELLED
@@ -71,10 +71,10 @@ class Model(Judge):
         return Trial(None, modelled, 0.0)
 
 
-class Measured(Judge):
-    """Judges by running on a device, in a process of its own that a fault cannot harm.
+class Measured(Timer):
+    """Times by running on a device, in a process of its own that a fault cannot harm.
 
-    connect: makes something with `ask(request, timeout_s)` and `close()`, as `Child` has.
+    connect: makes something with `ask(request, timeout_s)` and `close()`, as `WorkerProcess` has.
     """
 
     status = MEASURED
@@ -87,7 +87,7 @@ class Measured(Judge):
         self._child = self._connect()
         try:
             self.device, self.driver = self._child.ask(None, TRIAL_TIMEOUT_S)
-        except ChildError as error:
+        except WorkerError as error:
             raise TargetUnavailableError(f"cannot measure here: {error}") from error
 
     def trial(
@@ -96,16 +96,16 @@ class Measured(Judge):
         try:
             trial: Trial = self._child.ask((problem, config), timeout_s)
             return trial
-        except ChildError as error:
+        except WorkerError as error:
             if error.kind != "error":
                 self._revive(config, error)
             raise
 
-    def _revive(self, config: Config, reason: ChildError) -> None:
+    def _revive(self, config: Config, reason: WorkerError) -> None:
         """Without this, a lost device would look like a fault of every configuration left."""
         try:
             self._child.ask(None, TRIAL_TIMEOUT_S)
-        except ChildError as error:
+        except WorkerError as error:
             raise KernelError(
                 f"{self.device} cannot be used any more: {error} (after {config}: {reason})"
             ) from error
@@ -141,7 +141,7 @@ def can_measure(target: Target) -> bool:
 
 
 def measuring(target: Target) -> Measured:
-    """The judge that runs configurations for the target on this machine.
+    """The timer that runs configurations for the target on this machine.
 
     Raises: TargetUnavailableError where there is no such device.
     """
@@ -151,4 +151,4 @@ def measuring(target: Target) -> Measured:
             "(or compile with tuning='search') to compile for it and rank by the model"
         )
     handler = interpreter_handler if target is INTERPRETER else cuda_handler
-    return Measured(partial(Child, handler))
+    return Measured(partial(WorkerProcess, handler))
