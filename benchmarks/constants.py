@@ -25,9 +25,9 @@ import triton.language as tl
 from convloom import zoo
 from convloom.compiler.api import lowered
 from convloom.compiler.records import rank
-from convloom.compiler.tuning.children import ChildError
-from convloom.compiler.tuning.judges import measuring
 from convloom.compiler.tuning.search import Work, problems_of, works_for
+from convloom.compiler.tuning.timers import measuring
+from convloom.compiler.tuning.workers import WorkerError
 from convloom.errors import ConvloomError, KernelError
 from convloom.kernels.contract import cost_model
 from convloom.kernels.contract.cost_model import Machine
@@ -220,20 +220,20 @@ class Trials:
     ) -> Iterator[Trial]:
         """The default and some other configurations of each problem, verified and timed."""
         _compile_ahead(works, per_problem, target)
-        judge = measuring(target)
-        judge.open()
+        timer = measuring(target)
+        timer.open()
         try:
             for number, work in enumerate(works):
                 tell(f"problem {number + 1} of {len(works)}: {work.key}")
                 for config in _spaced(work, per_problem):
-                    yield self._trial(judge, work, config)
+                    yield self._trial(timer, work, config)
         finally:
-            judge.close()
+            timer.close()
 
-    def _trial(self, judge: Any, work: Work, config: Config) -> Trial:
+    def _trial(self, timer: Any, work: Work, config: Config) -> Trial:
         name, key = str(work.key), f"{work.key.digest} {config}"
         if (known := self._known.get(key)) is None:
-            found = _trial(judge, work, config)
+            found = _trial(timer, work, config)
             self._known[key] = known = [found.time_us, found.wrong]
             write_text(self._path, json.dumps(self._known, indent=1) + "\n")
         return Trial(name, work, config, known[0], known[1])
@@ -264,11 +264,11 @@ def _spaced(work: Work, count: int) -> list[Config]:
     return [default, *others[::step][: count - 1]]
 
 
-def _trial(judge: Any, work: Work, config: Config) -> Trial:
+def _trial(timer: Any, work: Work, config: Config) -> Trial:
     name = str(work.key)
     try:
-        found = judge.trial(work.problem, config, (), TRIAL_S)
-    except (ChildError, ConvloomError) as error:
+        found = timer.trial(work.problem, config, (), TRIAL_S)
+    except (WorkerError, ConvloomError) as error:
         return Trial(name, work, config, None, f"{type(error).__name__}: {error}")
     if found.wrong is not None:
         return Trial(name, work, config, None, found.wrong)

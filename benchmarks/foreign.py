@@ -16,7 +16,7 @@ import torch
 from convloom.compiler.artifact.write import save
 from convloom.compiler.capture.capture import capture
 from convloom.compiler.explain.report import Report
-from convloom.compiler.graph.ir import Goal, Graph
+from convloom.compiler.graph.ir import CompileTarget, Graph
 from convloom.compiler.graph.torch_call import TorchCall
 from convloom.compiler.passes import run_passes
 from convloom.compiler.plan.lower import Options, lower
@@ -194,7 +194,7 @@ class Foreign:
     def executable(self, target: str) -> Executable:
         """Compiled for "reference" or "interpreter"; calls without a kernel run as torch ops."""
         ledger, chosen = Report(), targets.parse(target)
-        self.captured.goal = Goal(chosen)
+        self.captured.goal = CompileTarget(chosen)
         graph = run_passes(self.captured, ledger, fallback="torch")
         plan = lower(graph, self.captured, Options(chosen), ledger)
         reference = chosen is targets.REFERENCE

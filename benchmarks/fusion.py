@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 from convloom import zoo
 from convloom.compiler.capture.capture import capture
-from convloom.compiler.graph.ir import Goal, Graph
+from convloom.compiler.graph.ir import CompileTarget, Graph
 from convloom.compiler.graph.ledger import Event, Ledger
 from convloom.compiler.passes import LABELS, NAMES, run_passes
 from convloom.compiler.plan.lower import Options, lower
@@ -106,7 +106,7 @@ def plan_at(
 ) -> Plan:
     """The plan for sm_90 in fp16 under a choice of passes."""
     target = targets.parse("cuda:sm_90")
-    captured.goal = Goal(target, torch.float16, force)
+    captured.goal = CompileTarget(target, torch.float16, force)
     ledger = Ledger() if ledger is None else ledger
     graph = run_passes(captured, ledger, passes)
     options = Options(target, dtype=torch.float16, elide_concats=passes == "default")

@@ -23,7 +23,15 @@ from pathlib import Path
 
 import torch
 from convloom.compiler.explain.report import Report
-from convloom.compiler.graph.ir import INPUT, OUTPUT, Goal, Graph, NoAttributes, Node, Value
+from convloom.compiler.graph.ir import (
+    INPUT,
+    OUTPUT,
+    CompileTarget,
+    Graph,
+    NoAttributes,
+    Node,
+    Value,
+)
 from convloom.compiler.passes import run_passes
 from convloom.compiler.plan.lower import Options, lower
 from convloom.kernels.contract import targets
@@ -43,7 +51,7 @@ SIDE = 8
 
 def input_graph(target: str) -> tuple[Graph, Value]:
     """A graph of nothing but an image."""
-    graph = Graph(goal=Goal(targets.parse(target), torch.float16))
+    graph = Graph(goal=CompileTarget(targets.parse(target), torch.float16))
     spec = TensorSpec((1, CHANNELS, SIDE, SIDE), torch.float32, Layout.NHWC)
     return graph, graph.insert(Node("x", INPUT, NoAttributes(), (spec,), origins=("x",)))
 

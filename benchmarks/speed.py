@@ -22,7 +22,7 @@ import convloom
 import torch
 from convloom import zoo
 from convloom.compiler.capture.capture import capture
-from convloom.compiler.graph.ir import Goal
+from convloom.compiler.graph.ir import CompileTarget
 from convloom.compiler.graph.ledger import Ledger
 from convloom.compiler.passes import run_passes
 from convloom.compiler.plan.lower import Options, lower
@@ -76,7 +76,7 @@ def passes_and_lowering(name: str) -> float:
     model, x = example(name)
     captured = capture(model, (x,))
     target = targets.INTERPRETER
-    captured.goal = Goal(target)
+    captured.goal = CompileTarget(target)
 
     def run() -> None:
         ledger = Ledger()

@@ -3,114 +3,91 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import InvalidInputError
 from . import files, models, output
-from .options import compile_options, json_option
+from . import options as shared
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from ..compiler.run.executable import Executable, Kernel
+    from ..compiler.run.executable import Executable
     from ..kernels.devices.offline import KernelReport
-    from .options import SubParsers
 
 
-def configure(commands: SubParsers) -> None:
-    """Adds the sub-command."""
-    parser = commands.add_parser(
-        "compile",
+def configure(commands: shared.SubParsers) -> None:
+    parser = shared.command(
+        commands, run, "compile", shared.compile_options(several=True, slide=True),
         help="compile a model and list its kernels",
         description="Compiles a zoo model and lists its kernels; for a GPU generation (no GPU "
         "needed) with the registers, memory and instructions that the machine code uses. With -o "
         "it writes a file that runs without being compiled again.",
-        parents=[compile_options(several=True, slide=True), json_option()],
     )
-    parser.add_argument("name", metavar="NAME", help=models.NAME_HELP)
+    parser.add_argument("name", metavar="NAME", help=shared.MODEL)
     parser.add_argument(
-        "-o",
-        "--output",
-        metavar="FILE",
-        type=Path,
+        "-o", "--output", metavar="FILE", type=Path,
         help="write an executable (*.loom) of every target and batch, which `convloom run` takes",
     )
-    parser.add_argument(
-        "--weights",
-        metavar="FILE",
-        help='a .safetensors or .pth file, or "digits" for lenet5 (default: random, seed 0)',
-    )
-    parser.set_defaults(run=run)
+    shared.add_weights(parser)
 
 
 def run(options: argparse.Namespace) -> int:
     """Compiles and prints the summary and the kernels, or writes the file."""
-    executables = _executables(options)
+    executables = list(_executables(options))
     if options.output is not None:
         return _write(options, executables)
     if len(executables) > 1:
         raise InvalidInputError(
             "--target, --batch: expected one of each, or -o FILE to write all of them to"
         )
-    executable = executables[0]
     with output.working(f"reading the kernels of {options.name}"):
-        shown = _answer(executable) if options.json else kernel_table(executable)
+        shown = _answer(executables[0]) if options.json else kernel_table(executables[0])
     if options.json:
         output.print_json(shown)
-        return 0
-    console = output.console()
-    console.print(summary_text(executable))
-    console.print(shown)
+    else:
+        output.say(summary_text(executables[0]), shown)
     return 0
 
 
-def _executables(options: argparse.Namespace) -> list[Executable]:
+def _executables(options: argparse.Namespace) -> Iterator[Executable]:
     """One per target and batch; where there are several batches, each is a range of its own."""
-    made = []
     several = len(options.batch) > 1
     for target in options.target or [None]:
-        for each in options.batch:
-            batch = (each, each) if several and isinstance(each, int) else each
-            one = argparse.Namespace(**{**vars(options), "target": target})
+        for size in options.batch:
+            batch = (size, size) if several and isinstance(size, int) else size
             shown = "-".join(map(str, batch)) if isinstance(batch, tuple) else batch
             with output.working(f"compiling {options.name} for {target or 'here'}, batch {shown}"):
-                made.append(models.compile_model(one, batch, options.weights))
-    return made
+                one = shared.changed(options, target=target)
+                yield models.compile_model(one, batch, options.weights)
 
 
 def _write(options: argparse.Namespace, executables: list[Executable]) -> int:
     from ..compiler.artifact.read import open_artifact
 
     executables[0].save(options.output, *executables[1:], model=options.name)
-    found = files.facts(open_artifact(options.output))
+    facts = files.facts(open_artifact(options.output))
     if options.json:
-        output.print_json(found)
+        output.print_json(facts)
         return 0
-    console = output.console()
-    for executable in executables:
-        console.print(summary_text(executable))
     size = output.readable_size(options.output.stat().st_size)
-    console.print(f"wrote {options.output}: {size}, sha256 {found['sha256']}", markup=False)
+    told = f"wrote {options.output}: {size}, sha256 {facts['sha256']}"
+    output.say(*map(summary_text, executables), told)
     return 0
 
 
 def _answer(executable: Executable) -> dict[str, Any]:
-    has_code = executable.target.is_gpu
-    kernels = [_figures(kernel, has_code) for kernel in executable.kernels]
+    """Counts, and what every kernel computes and uses; None where there is no machine code."""
+    figures = ("registers", "spill_bytes", "shared_bytes")
+    reports = [k.report() if executable.target.is_gpu else None for k in executable.kernels]
+    kernels = [
+        {"name": kernel.name, "ops": list(kernel.ops),
+         **{name: getattr(report, name, None) for name in figures}}
+        for kernel, report in zip(executable.kernels, reports, strict=True)
+    ]
     return {"summary": executable.summary, "kernels": kernels}
-
-
-def _figures(kernel: Kernel, has_code: bool) -> dict[str, Any]:
-    """What the kernel computes and uses; None where the target has no machine code."""
-    report = kernel.report() if has_code else None
-    return {
-        "name": kernel.name,
-        "ops": list(kernel.ops),
-        "registers": report.registers if report else None,
-        "spill_bytes": report.spill_bytes if report else None,
-        "shared_bytes": report.shared_bytes if report else None,
-    }
 
 
 def summary_text(executable: Executable) -> str:
@@ -127,36 +104,32 @@ def summary_text(executable: Executable) -> str:
 
 def kernel_table(executable: Executable) -> Table:
     """Every kernel: where in the module, which ops, and what its machine code uses."""
-    from rich.table import Table
-
-    ops = {fate.node: fate.op for fate in executable.ledger.fates}
+    ops = {record.node: record.op for record in executable.ledger.account().nodes}
     has_code = executable.target.is_gpu
-    table = Table("kernel", "module", "ops")
-    for title in _FIGURES if has_code else ():
-        table.add_column(title, justify="right")
+    rows = []
     for kernel in executable.kernels:
         # In the order of the captured graph, which is that of the module.
         names = [op for node, op in ops.items() if node in kernel.ops]
-        figures = _machine_code(kernel.report()) if has_code else ()
+        figures = _machine_code(kernel.report()) if has_code else []
         computed = ", ".join(names) or "(layout change)"
-        table.add_row(kernel.name, kernel.module_path, computed, *figures)
-    return table
+        rows.append([kernel.name, kernel.module_path, computed, *figures])
+    return output.table(("kernel", "module", "ops", *(_FIGURES if has_code else ())), rows)
 
 
-_FIGURES = ("regs", "spilled\nbytes", "shared\nbytes", "tensor\ncore", "async\ncopies", "loads")
+_FIGURES = (
+    ">regs", ">spilled\nbytes", ">shared\nbytes", ">tensor\ncore", ">async\ncopies", ">loads"
+)
 
 
 def _machine_code(report: KernelReport) -> list[str]:
     """The report under the titles of `_FIGURES`; instructions are counted as they stand."""
     counts = report.instructions.items()
-    return [
-        f"{number:,}"
-        for number in (
-            report.registers,
-            report.spill_bytes,
-            report.shared_bytes,
-            sum(count for opcode, count in counts if "MMA" in opcode),
-            report.count("LDGSTS") + report.count("UTMALDG"),
-            sum(count for opcode, count in counts if opcode.partition(".")[0] == "LDG"),
-        )
-    ]
+    numbers = (
+        report.registers,
+        report.spill_bytes,
+        report.shared_bytes,
+        sum(count for opcode, count in counts if "MMA" in opcode),
+        report.count("LDGSTS") + report.count("UTMALDG"),
+        sum(count for opcode, count in counts if opcode.partition(".")[0] == "LDG"),
+    )
+    return [f"{number:,}" for number in numbers]

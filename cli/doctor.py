@@ -16,13 +16,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .. import __version__, settings
+from . import options as shared
 from . import output
-from .options import json_option
 
 if TYPE_CHECKING:
     import torch
-
-    from .options import SubParsers
 
 OK, MISSING, BROKEN = "ok", "missing", "broken"
 EVERYTHING = "everything but the list of models and this report"
@@ -45,19 +43,15 @@ class Check:
     disables: str = ""
 
 
-def configure(commands: SubParsers) -> None:
-    """Adds the sub-command."""
-    parser = commands.add_parser(
-        "doctor",
-        help="check this machine",
+def configure(commands: shared.SubParsers) -> None:
+    parser = shared.command(
+        commands, run, "doctor", help="check this machine",
         description="Checks Python, the libraries, the GPU, the compiler's tools and the cache, "
         "and tries a tiny model. Exits with 1 only where nothing could be compiled. With FILE it "
         "checks a saved executable instead: every hash, every launch, and that its plan and its "
         "machine code are what its graph gives when it is compiled again; exits with 1 otherwise.",
-        parents=[json_option()],
     )
     parser.add_argument("file", metavar="FILE", nargs="?", type=Path, help="a saved executable")
-    parser.set_defaults(run=run)
 
 
 def run(options: argparse.Namespace) -> int:
@@ -90,8 +84,9 @@ def examine() -> Iterator[Check]:
         yield from (_tool(name, disables) for name, disables in TOOLS.items())
     yield _cache()
     if present == set(REQUIRED):
-        yield _probe("interpreter", "interpreter", "target interpreter, which runs without a GPU")
-        yield _probe("cross-compilation", "cuda:sm_90", "targets cuda and cuda:sm_*")
+        disables = "target interpreter, which runs without a GPU"
+        yield _probe("interpreter", _probe_interpreter, disables)
+        yield _probe("cross-compilation", _probe_cross_compilation, "targets cuda and cuda:sm_*")
 
 
 def examine_file(path: Path) -> Iterator[Check]:
@@ -196,10 +191,10 @@ def _cache() -> Check:
         return Check("cache", BROKEN, f"{folder}: {error.strerror or error}", disables)
 
 
-def _probe(name: str, target: str, disables: str) -> Check:
+def _probe(name: str, tried: Callable[[], str], disables: str) -> Check:
     """Compiles, and where it can be, runs a tiny model."""
     try:
-        return Check(name, OK, _PROBES[target](), disables)
+        return Check(name, OK, tried(), disables)
     except Exception as error:  # Whatever it is, it is the finding.
         return Check(name, BROKEN, f"{type(error).__name__}: {_first_line(error)}", disables)
 
@@ -223,12 +218,6 @@ def _probe_cross_compilation() -> str:
     return f"a tiny model compiles for sm_90: {kernel.report().registers} registers"
 
 
-_PROBES: dict[str, Callable[[], str]] = {
-    "interpreter": _probe_interpreter,
-    "cuda:sm_90": _probe_cross_compilation,
-}
-
-
 def _tiny_model() -> tuple[torch.nn.Module, torch.Tensor]:
     import torch
 
@@ -242,14 +231,14 @@ def _first_line(error: Exception) -> str:
 
 
 def _print(checks: list[Check]) -> None:
-    from rich.markup import escape
-    from rich.table import Table
+    from rich.text import Text
 
     colors = {OK: "green", MISSING: "yellow", BROKEN: "red"}
-    table = Table("check", "status", "found", "so these do not work")
-    table.columns[2].overflow = "fold"
-    for check in checks:
-        color = colors[check.status]
-        disabled = "" if check.status == OK else check.disables
-        table.add_row(check.name, f"[{color}]{check.status}[/]", escape(check.found), disabled)
-    output.console().print(table)
+    rows = [
+        (check.name, Text(check.status, colors[check.status]), check.found,
+         "" if check.status == OK else check.disables)
+        for check in checks
+    ]
+    shown = output.table(("check", "status", "found", "so these do not work"), rows)
+    shown.columns[2].overflow = "fold"
+    output.say(shown)

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -21,7 +20,6 @@ if TYPE_CHECKING:
     from ..compiler.run.executable import Executable
     from ..zoo import ZooModel
     from ..zoo.accuracy import Errors
-    from .options import SubParsers
 
     Network: TypeAlias = Callable[[torch.Tensor], torch.Tensor]
 
@@ -30,38 +28,26 @@ CROPS = (1, inputs.TEN_CROPS)
 BATCH = 8
 
 
-def configure(commands: SubParsers) -> None:
-    """Adds the sub-command."""
-    parser = commands.add_parser(
-        "evaluate",
+def configure(commands: shared.SubParsers) -> None:
+    parser = shared.command(
+        commands, run, "evaluate", shared.compile_options(batch=False),
         help="top-1 and top-5 error on a folder of images",
         description="Runs a zoo model on every image of a folder that holds one sub-folder per "
         "class, in PyTorch and compiled, and prints both errors and both speeds. Classes are the "
         "sub-folders by name (by number where all names are numbers). Images are resized, cropped "
         "and normalised as torchvision does for the model's published weights.",
-        parents=[shared.compile_options(batch=False), shared.json_option()],
     )
-    parser.add_argument("name", metavar="NAME", help=models.NAME_HELP)
-    parser.add_argument("--data", metavar="FOLDER", type=Path, required=True,
-                        help="one sub-folder of images per class")  # fmt: skip
-    parser.add_argument(
-        "--weights",
-        metavar="FILE",
-        help='a .safetensors or .pth file, or "digits" for lenet5 (default: random, seed 0)',
-    )
-    parser.add_argument(
-        "--classes", metavar="N", type=shared.positive,
-        help="build the model with so many classes (default: its own number)",
-    )  # fmt: skip
+    parser.add_argument("name", metavar="NAME", help=shared.MODEL)
+    shared.add_data(parser, required=True)
+    shared.add_weights(parser)
+    parser.add_argument("--classes", metavar="N", type=shared.positive,
+                        help="build the model with so many classes (default: its own number)")
     parser.add_argument(
         "--crops", type=int, nargs="+", choices=CROPS, default=[1],
         help="1: the centre; 10: corners and centre, and these mirrored; or both (default: 1)",
-    )  # fmt: skip
+    )
     parser.add_argument("--batch", type=shared.positive, default=BATCH,
-                        help=f"crops per call (default: {BATCH})")  # fmt: skip
-    parser.add_argument("--limit", metavar="N", type=shared.positive,
-                        help="at most so many images, evenly from the whole folder")  # fmt: skip
-    parser.set_defaults(run=run)
+                        help=f"crops per call (default: {BATCH})")
 
 
 @dataclass(frozen=True)
@@ -143,15 +129,12 @@ class _Tally:
 
 def run(options: argparse.Namespace) -> int:
     """Evaluates the model and prints the table."""
-    import torch
-
-    entry = zoo.entry(options.name)
-    target = shared.target(options)
+    entry, target = zoo.entry(options.name), shared.target(options)
     folder = read_folder(options.data, options.classes or entry.num_classes, options.limit)
     model = models.build(entry.name, options.weights, options.classes)
-    example = torch.zeros(options.batch, *entry.input_shape)
     with output.working(f"compiling {entry.name} for {target}"):
-        executable = models.compile_for(model, example, target=target, options=options)
+        example = models.zeros(entry.name, options.batch)
+        executable = models.compile_for(model, example, options)
     _check_scores(executable, entry)
     networks = {
         "eager": _eager(model, executable),
@@ -163,18 +146,16 @@ def run(options: argparse.Namespace) -> int:
         for row in evaluate(networks, folder, entry, count, options.batch)
     ]
     if options.json:
-        output.print_json(
-            {
-                "model": entry.name,
-                "weights": options.weights,
-                "data": str(options.data),
-                "classes": len(folder.classes),
-                "images": len(folder.files),
-                "target": executable.target.name,
-                "dtype": options.dtype or "float32",
-                "results": results,
-            }
-        )
+        output.print_json({
+            "model": entry.name,
+            "weights": options.weights,
+            "data": str(options.data),
+            "classes": len(folder.classes),
+            "images": len(folder.files),
+            "target": executable.target.name,
+            "dtype": options.dtype or "float32",
+            "results": results,
+        })
         return 0
     if options.weights is None:
         models.warn_of_random_weights(entry.name)
@@ -226,7 +207,8 @@ def evaluate(
     from ..zoo.accuracy import Errors
 
     tallies = {name: _Tally(network, Errors()) for name, network in networks.items()}
-    with _progress(f"{count} crop{'s' if count > 1 else ''}", len(folder.files)) as advance:
+    title = f"{count} crop{'s' if count > 1 else ''}"
+    with output.progress(title, len(folder.files)) as update:
         for start in range(0, len(folder.files), batch):
             files = folder.files[start : start + batch]
             crops = torch.cat(
@@ -236,7 +218,7 @@ def evaluate(
             pieces = [crops[at : at + batch] for at in range(0, len(crops), batch)]
             for tally in tallies.values():
                 tally.add(pieces, labels, count)
-            advance(len(files))
+            update(advance=len(files))
     first = next(iter(tallies.values()))
     return [
         {
@@ -251,48 +233,23 @@ def evaluate(
     ]
 
 
-@contextmanager
-def _progress(what: str, images: int) -> Iterator[Callable[[int], None]]:
-    """A progress bar on stderr, where that is a terminal."""
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeRemainingColumn,
-    )
-
-    columns = (
-        TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(),
-        TimeRemainingColumn(),
-    )  # fmt: skip
-    notes = output.console(stderr=True)
-    with Progress(*columns, console=notes, disable=not notes.is_terminal, transient=True) as bar:
-        task = bar.add_task(what, total=images)
-        yield lambda done: bar.advance(task, done)
-
-
 def _print_table(
     results: Sequence[dict[str, Any]], folder: Folder, executable: Executable
 ) -> None:
-    from rich.table import Table
-
-    table = Table("crops", "network", "top-1 error", "top-5 error", "images/s", "as eager")
-    for column in table.columns[2:]:
-        column.justify = "right"
-    for row in results:
-        top5 = row["top5_error"]
-        table.add_row(
-            str(row["crops"]),
+    rows = [
+        (
+            row["crops"],
             row["network"] if row["network"] == "eager" else f"on {executable.target.name}",
             f"{row['top1_error']:.2%}",
-            "-" if top5 is None else f"{top5:.2%}",
+            "-" if row["top5_error"] is None else f"{row['top5_error']:.2%}",
             f"{row['images_per_s']:,.1f}",
             f"{row['same_answers']} of {len(folder.files)}",
         )
-    console = output.console()
-    console.print(table)
-    console.print(
+        for row in results
+    ]
+    headings = ("crops", "network", ">top-1 error", ">top-5 error", ">images/s", ">as eager")
+    output.say(
+        output.table(headings, rows),
         f"{len(folder.files)} images of {len(folder.classes)} classes; images/s without decoding; "
-        "as eager: images with the same likeliest class"
+        "as eager: images with the same likeliest class",
     )

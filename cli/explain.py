@@ -5,55 +5,46 @@ from __future__ import annotations
 
 import argparse
 import json
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ..errors import ArtifactError, InvalidInputError
 from . import files, models, output
-from .options import compile_options, json_option
+from . import options as shared
 
 if TYPE_CHECKING:
     from ..compiler.explain.account import Account
     from ..compiler.explain.report import Report
     from ..compiler.graph.ir import Graph
     from ..compiler.plan.plan import Plan
-    from ..compiler.run.executable import Executable, Kernel
-    from .options import SubParsers
+    from ..compiler.run.executable import Executable
 
 CODE = ("source", "ptx", "sass")
 
 
-def configure(commands: SubParsers) -> None:
-    """Adds the sub-command."""
-    parser = commands.add_parser(
-        "explain",
+def configure(commands: shared.SubParsers) -> None:
+    parser = shared.command(
+        commands, run, "explain", shared.compile_options(slide=True),
         help="print or draw the fusion ledger, compare two, or print a kernel's code",
         description="Prints, for every captured op of a zoo model, the kernel that computes it, "
         "the rules that put it there, the rules that declined and why, and what that saves; or "
         "draws it; or compares two compilations; or prints the code of one kernel.",
-        parents=[compile_options(slide=True), json_option()],
     )
-    parser.add_argument("name", metavar="NAME", nargs="?", help=files.NAME_HELP)
-    parser.add_argument("--html", metavar="FILE", type=Path, help="a picture to look around in")
-    parser.add_argument("--svg", metavar="FILE", type=Path, help="the same as a drawing")
-    parser.add_argument(
-        "--diff",
-        metavar=("A", "B"),
-        nargs="+",
-        help="compare two compilations: JSON files that --json wrote, or --passes of NAME, "
-        'such as "none default"',
-    )
-    parser.add_argument(
-        "--measure", action="store_true", help="run it once, kernel by kernel, and show the times"
-    )
-    parser.add_argument("--dot", action="store_true", help="the fused graph, for Graphviz")
-    parser.add_argument("--kernel", metavar="K", help="one kernel of the plan, by name")
+    add = parser.add_argument
+    add("name", metavar="NAME", nargs="?", help=shared.MODEL_OR_FILE)
+    add("--html", metavar="FILE", type=Path, help="a picture to look around in")
+    add("--svg", metavar="FILE", type=Path, help="the same as a drawing")
+    add("--diff", metavar=("A", "B"), nargs="+", help="compare two compilations: JSON files that "
+        '--json wrote, or --passes of NAME, such as "none default"')
+    add("--measure", action="store_true",
+        help="run it once, kernel by kernel, and show the times")
+    add("--dot", action="store_true", help="the fused graph, for Graphviz")
+    add("--kernel", metavar="K", help="one kernel of the plan, by name")
     code = parser.add_mutually_exclusive_group()
     for kind, shown in zip(CODE, ("Triton source (default)", "PTX", "machine code"), strict=True):
-        text = f"with --kernel: its {shown}"
-        code.add_argument(f"--{kind}", dest="code", action="store_const", const=kind, help=text)
-    parser.set_defaults(run=run)
+        code.add_argument(f"--{kind}", dest="code", action="store_const", const=kind,
+                          help=f"with --kernel: its {shown}")
 
 
 def run(options: argparse.Namespace) -> int:
@@ -61,17 +52,16 @@ def run(options: argparse.Namespace) -> int:
     _check(options)
     if options.diff:
         _compare(options)
-        return 0
-    if files.is_file(options.name):
+    elif shared.is_file(options.name):
         _explain_file(options)
-        return 0
-    if options.kernel:
-        kernel = _compiled(options).kernel(options.kernel)
-        _print_kernel(kernel, options.code or "source", options.json)
+    elif options.kernel:
+        _print_kernel(options)
     elif options.dot:
-        print(_dot(_lowered(options).graph), end="")
+        from ..compiler.graph import text
+
+        print(text.to_dot(_planned(options)[0]), end="")
     else:
-        _explain(_measured(options) if options.measure else _lowered(options), options)
+        _explain(options)
     return 0
 
 
@@ -100,27 +90,15 @@ def _compiled(options: argparse.Namespace) -> Executable:
         return models.compile_model(options, options.batch, weights=None)
 
 
-@dataclass(frozen=True)
-class _Planned:
+def _planned(options: argparse.Namespace) -> tuple[Graph, Plan, Report]:
     """What there is to explain of a model; no code has been generated for it."""
-
-    name: str
-    graph: Graph
-    plan: Plan
-    ledger: Report
-
-    def account(self) -> Account:
-        return replace(self.ledger.account(), model=self.name)
-
-
-def _lowered(options: argparse.Namespace) -> _Planned:
     with output.working(f"planning {options.name}"):
         graph, plan, ledger = models.lower_model(options, options.batch)
     ledger.plan = plan
-    return _Planned(options.name, graph, plan, ledger)
+    return graph, plan, ledger
 
 
-def _measured(options: argparse.Namespace) -> _Planned:
+def _measured(options: argparse.Namespace) -> tuple[Graph, Plan, Report]:
     """Compiled, and run once, kernel by kernel."""
     import torch
 
@@ -130,19 +108,26 @@ def _measured(options: argparse.Namespace) -> _Planned:
     x = torch.zeros(options.batch, *models.seen(zoo.entry(options.name), options).input_shape)
     with output.working(f"running {options.name} kernel by kernel"):
         executable.profile(x.to(executable.place))
-    return _Planned(options.name, executable.graph, executable.plan, executable.ledger)
+    return executable.graph, executable.plan, executable.ledger
 
 
-def _explain(planned: _Planned, options: argparse.Namespace) -> None:
-    account = planned.account()
-    if options.html or options.svg:
-        _draw(options, account)
+def _explain(options: argparse.Namespace) -> None:
+    from ..compiler.explain.account_text import refusals_by_reason
+
+    _, plan, ledger = _measured(options) if options.measure else _planned(options)
+    account = replace(ledger.account(), model=options.name)
+    _draw(options, account)
     if options.json:
-        output.print_json(_answer(planned.plan, account))
+        # The account, which `--diff` reads back, and beside it what can be looked up in it.
+        refusals = [
+            {"count": count, "rule": rule, "reason": reason}
+            for count, rule, reason in refusals_by_reason(account)
+        ]
+        output.print_json({**account.to_json(), "refusals": refusals, "summary": plan.summary(),
+                           "plan": plan.to_json()})
     elif not (options.html or options.svg):
-        from ..compiler.run.executable import explanation
-
-        print(explanation(planned.name, planned.plan, planned.ledger), end="")
+        text = ledger.explain(options.name, plan.target.name, plan.summary())
+        print(text, end="")
 
 
 def _explain_file(options: argparse.Namespace) -> None:
@@ -150,7 +135,7 @@ def _explain_file(options: argparse.Namespace) -> None:
     from ..compiler.artifact.load import explain, ledger_of
     from ..compiler.artifact.read import open_artifact
 
-    files.refuse_choices(options)
+    shared.refuse_choices(options)
     if options.kernel or options.dot or options.measure:
         raise InvalidInputError(
             f"--kernel, --dot, --measure: expected a model of the zoo, got the file "
@@ -159,8 +144,7 @@ def _explain_file(options: argparse.Namespace) -> None:
     artifact = open_artifact(options.name)
     program = files.pick(artifact, options)
     account = replace(ledger_of(artifact, program).account(), model=artifact.document.model)
-    if options.html or options.svg:
-        _draw(options, account)
+    _draw(options, account)
     if options.json:
         output.print_json({**account.to_json(), "artifact": files.facts(artifact)})
     elif not (options.html or options.svg):
@@ -169,32 +153,13 @@ def _explain_file(options: argparse.Namespace) -> None:
 
 
 def _draw(options: argparse.Namespace, account: Account) -> None:
+    """Writes the pictures that were asked for."""
     from ..compiler.explain import picture
 
     for path, drawn in ((options.html, picture.to_html), (options.svg, picture.to_svg)):
         if path is not None:
-            _write(path, drawn(account))
-
-
-def _write(path: Path, text: str) -> None:
-    output.write_file(path, lambda file: file.write(text.encode()))
-    output.console(stderr=True).print(f"wrote {path}", markup=False)
-
-
-def _answer(plan: Plan, account: Account) -> dict[str, Any]:
-    """The account, which `--diff` reads back, and beside it what can be looked up in it."""
-    from ..compiler.explain.account_text import refusals_by_reason
-
-    refusals = [
-        {"count": count, "rule": rule, "reason": reason}
-        for count, rule, reason in refusals_by_reason(account)
-    ]
-    return {
-        **account.to_json(),
-        "refusals": refusals,
-        "summary": plan.summary(),
-        "plan": plan.to_json(),
-    }
+            output.write_file(path, drawn(account))
+            output.say(f"wrote {path}", stderr=True)
 
 
 # Comparing.
@@ -227,8 +192,8 @@ def _side(word: str, options: argparse.Namespace) -> Account:
             f"--diff {' '.join(options.diff)}: there is no file '{word}'; to compare passes, say "
             "of which model: convloom explain NAME --diff A B"
         )
-    options = argparse.Namespace(**{**vars(options), "passes": word})
-    return _lowered(options).account()
+    _, _, ledger = _planned(shared.changed(options, passes=word))
+    return replace(ledger.account(), model=options.name)
 
 
 def read_account(path: Path) -> Account:
@@ -249,15 +214,10 @@ def read_account(path: Path) -> Account:
     return from_json(data, str(path))
 
 
-def _dot(graph: Graph) -> str:
-    from ..compiler.graph import text
-
-    return text.to_dot(graph)
-
-
-def _print_kernel(kernel: Kernel, code: str, as_json: bool) -> None:
+def _print_kernel(options: argparse.Namespace) -> None:
+    kernel, code = _compiled(options).kernel(options.kernel), options.code or "source"
     text = {"source": kernel.source, "ptx": kernel.ptx, "sass": kernel.sass}[code]()
-    if as_json:
+    if options.json:
         output.print_json({"kernel": kernel.name, "ops": list(kernel.ops), code: text})
-        return
-    print(text)
+    else:
+        print(text)

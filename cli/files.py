@@ -1,10 +1,9 @@
-"""Saved executables for the sub-commands: what is one, what goes with it, and its facts."""
+"""Saved executables for the sub-commands: what goes with one, and its facts."""
 
 from __future__ import annotations
 
 import argparse
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .. import zoo
@@ -15,36 +14,6 @@ if TYPE_CHECKING:
     from ..compiler.artifact.program import Program
     from ..compiler.artifact.read import Artifact
     from ..zoo import ZooModel
-
-SUFFIX = ".loom"
-NAME_HELP = f"a model of the zoo (see `convloom zoo`), or a file that compile -o wrote (*{SUFFIX})"
-CHOICES: dict[str, Any] = {
-    "dtype": None,
-    "precision": "ieee",
-    "passes": "default",
-    "fallback": "error",
-    "force": [],
-    "forbid": [],
-    "weights": None,
-    "batch": 1,
-    "slide": None,
-}
-"""Options of a compilation, and what they are where nobody chose."""
-
-
-def is_file(name: str) -> bool:
-    """Whether a NAME is a saved executable rather than a model of the zoo."""
-    return Path(name).suffix == SUFFIX
-
-
-def refuse_choices(options: argparse.Namespace) -> None:
-    """Raises InvalidInputError for options that come too late: the file is compiled already."""
-    for name, usual in CHOICES.items():
-        if getattr(options, name, usual) != usual:
-            raise InvalidInputError(
-                f"--{name}: expected a model of the zoo, got the file '{options.name}', which is "
-                "compiled already"
-            )
 
 
 def device(options: argparse.Namespace) -> str:

@@ -18,7 +18,6 @@ if TYPE_CHECKING:
     from torch import nn
 
     from ..compiler.artifact.load import LoadedExecutable
-    from ..compiler.evaluation.validate import Validation
     from ..compiler.explain.report import Report
     from ..compiler.graph.ir import Graph
     from ..compiler.plan.plan import Plan
@@ -26,7 +25,6 @@ if TYPE_CHECKING:
     from ..zoo import ZooModel
 
 SEED = 0
-NAME_HELP = "a model of the zoo (see `convloom zoo`)"
 
 
 def build(name: str, weights: str | None = None, classes: int | None = None) -> nn.Module:
@@ -47,9 +45,18 @@ def build(name: str, weights: str | None = None, classes: int | None = None) -> 
 def warn_of_random_weights(name: str) -> None:
     """Says on stderr that the answers of a model without a weight file mean nothing."""
     hint = "--weights digits" if name in inputs.DIGIT_MODELS else "--weights FILE"
-    output.console(stderr=True).print(
-        f"the weights are random (seed {SEED}), so the classes mean nothing; pass {hint}"
-    )
+    text = f"the weights are random (seed {SEED}), so the classes mean nothing; pass {hint}"
+    output.say(text, stderr=True)
+
+
+def zeros(name: str, batch: int) -> torch.Tensor:
+    """An example of the input of a zoo model, (N, C, H, W) float32.
+
+    Raises: InvalidInputError for an unknown name.
+    """
+    import torch
+
+    return torch.zeros(batch, *zoo.entry(name).input_shape)
 
 
 def compile_model(
@@ -59,35 +66,22 @@ def compile_model(
 
     Raises: ConvloomError for an unknown model, target or pass, or unusable weights.
     """
-    import torch
-
-    entry = zoo.entry(options.name)
-    target = shared.target(options)
-    model = build(entry.name, weights)
     bounds = batch if isinstance(batch, tuple) else None
-    example = torch.zeros(batch[1] if isinstance(batch, tuple) else batch, *entry.input_shape)
-    return compile_for(model, example, target=target, options=options, dynamic_batch=bounds)
+    example = zeros(options.name, batch[1] if isinstance(batch, tuple) else batch)
+    shared.target(options)
+    model = build(options.name, weights)
+    return compile_for(model, example, options, dynamic_batch=bounds)
 
 
 def compile_for(
-    model: nn.Module,
-    example: torch.Tensor,
-    *,
-    target: str,
-    options: argparse.Namespace,
-    dynamic_batch: tuple[int, int] | None = None,
-    validation: Validation | None = None,
+    model: nn.Module, example: torch.Tensor, options: argparse.Namespace, **more: Any
 ) -> Executable:
-    """The model compiled for inputs like `example`, or for a range of batches of such images;
-    `validation` watches the passes."""
+    """The model compiled for inputs like `example`; more: as `api.executable_for` takes it."""
     from ..compiler.api import executable_for
 
     # Under CONVLOOM_DEBUG the compiler prints: never into the JSON that a command answers with.
     with redirect_stdout(sys.stderr):
-        return executable_for(
-            model, (example,), target=target, dynamic_batch=dynamic_batch, validation=validation,
-            **_choices(options),
-        )  # fmt: skip
+        return executable_for(model, (example,), **{**_choices(options), **more})
 
 
 def lower_model(options: argparse.Namespace, batch: int) -> tuple[Graph, Plan, Report]:
@@ -95,54 +89,38 @@ def lower_model(options: argparse.Namespace, batch: int) -> tuple[Graph, Plan, R
 
     Raises: ConvloomError as `compile_model` does.
     """
-    import torch
-
-    entry = zoo.entry(options.name)
-    target = shared.target(options)
-    example = torch.zeros(batch, *entry.input_shape)
-    return lower_for(build(entry.name), example, target=target, options=options)
+    example = zeros(options.name, batch)
+    return lower_for(build(options.name), example, options)
 
 
 def lower_for(
-    model: nn.Module,
-    example: torch.Tensor,
-    *,
-    target: str,
-    options: argparse.Namespace,
-    validation: Validation | None = None,
+    model: nn.Module, example: torch.Tensor, options: argparse.Namespace, **more: Any
 ) -> tuple[Graph, Plan, Report]:
-    """The model as it would be compiled for inputs like `example`, without code; `validation`
-    watches the passes."""
+    """The model as it would be compiled for inputs like `example`, without code; more: as
+    `api.lowered` takes it."""
     from ..compiler.api import lowered
 
     with redirect_stdout(sys.stderr):
-        return lowered(
-            model, (example,), target=target, validation=validation, **_choices(options)
-        )
+        return lowered(model, (example,), **{**_choices(options), **more})
 
 
 def _choices(options: argparse.Namespace) -> dict[str, Any]:
-    """What the options say of a compilation, beside its target."""
+    """What the options say of a compilation."""
     return {
+        "target": shared.target(options),
         "dtype": shared.dtype(options),
         "precision": options.precision,
         "passes": shared.passes(options),
         "fallback": options.fallback,
         "force": options.force,
         "forbid": options.forbid,
-        "slide": slide(options),
+        "slide": getattr(options, "slide", None),
     }
-
-
-def slide(options: argparse.Namespace) -> tuple[int, int] | None:
-    """`--slide`, where the sub-command has it."""
-    size: tuple[int, int] | None = getattr(options, "slide", None)
-    return size
 
 
 def seen(entry: ZooModel, options: argparse.Namespace) -> ZooModel:
     """The model with the images that it takes: larger ones than its own under `--slide`."""
-    size = slide(options)
+    size = getattr(options, "slide", None)
     return entry if size is None else replace(entry, input_shape=(entry.input_shape[0], *size))
 
 

@@ -1,9 +1,13 @@
-"""Options that several sub-commands share, as parent parsers."""
+"""Sub-commands and the options that several of them share."""
 
 from __future__ import annotations
 
 import argparse
-from typing import TYPE_CHECKING, TypeAlias
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+from ..errors import InvalidInputError
 
 if TYPE_CHECKING:
     import torch
@@ -15,13 +19,26 @@ PRECISIONS = ("ieee", "tf32")
 FALLBACKS = ("error", "torch")
 CHECKED = "checked"
 """`--passes` without a value."""
+MODEL = "a model of the zoo (see `convloom zoo`)"
+SUFFIX = ".loom"
+MODEL_OR_FILE = f"{MODEL}, or a file that compile -o wrote (*{SUFFIX})"
 
 
-def json_option() -> argparse.ArgumentParser:
-    """`--json`."""
-    parent = argparse.ArgumentParser(add_help=False)
-    parent.add_argument("--json", action="store_true", help="print JSON, and nothing else")
-    return parent
+def command(
+    commands: SubParsers,
+    run: Callable[[argparse.Namespace], int],
+    name: str,
+    *compilation: argparse.ArgumentParser,
+    help: str,
+    description: str,
+) -> argparse.ArgumentParser:
+    """A sub-command that `run` executes, with `--json` and the options of parent parsers."""
+    parser = commands.add_parser(
+        name, help=help, description=description, parents=list(compilation)
+    )
+    parser.add_argument("--json", action="store_true", help="print JSON, and nothing else")
+    parser.set_defaults(run=run)
+    return parser
 
 
 def compile_options(
@@ -34,65 +51,50 @@ def compile_options(
     may stand alone, as `CHECKED`.
     """
     parent = argparse.ArgumentParser(add_help=False)
-    group = parent.add_argument_group("compilation")
-    group.add_argument(
-        "--target",
-        nargs="+" if several else None,
+    add = parent.add_argument_group("compilation").add_argument
+    add("--target", nargs="+" if several else None,
         help="cuda | cuda:sm_80, sm_86, sm_89, sm_90, sm_100 | interpreter | reference | "
-        "emulator:sm_80, sm_86, sm_89, sm_90 "
-        "(default: cuda where there is a GPU, else interpreter)",
-    )
-    group.add_argument("--dtype", choices=DTYPES, help="compute in this type (default: float32)")
-    group.add_argument(
-        "--precision",
-        choices=PRECISIONS,
-        default="ieee",
-        help="float32 matrix products: fp32-accurate, or TF32 (default: ieee)",
-    )
-    group.add_argument(
-        "--passes",
-        nargs="?" if checked else None,
-        const=CHECKED if checked else None,
-        default="default",
-        help='"default", "none", or names separated by commas (default: all)'
-        + ("; alone: compare what the graph computes after each pass, and nothing else"
-           if checked else ""),
-    )
-    group.add_argument(
-        "--fallback",
-        choices=FALLBACKS,
-        default="error",
-        help="ops without a kernel: refuse the model, or run them as torch ops (default: error)",
-    )
-    for name, what in (
-        ("force", "make although the cost model would not"),
-        ("forbid", "do not make"),
-    ):
-        group.add_argument(
-            f"--{name}",
-            metavar="FUSION",
-            nargs="+",
-            default=[],
-            help=f'fusions to {what}: "conv-pool", "layer1.*", "conv-pool@layer1.*"',
-        )
+        "emulator:sm_80, sm_86, sm_89, sm_90 (default: cuda where there is a GPU, else "
+        "interpreter)")
+    add("--dtype", choices=DTYPES, help="compute in this type (default: float32)")
+    add("--precision", choices=PRECISIONS, default="ieee",
+        help="float32 matrix products: fp32-accurate, or TF32 (default: ieee)")
+    alone = "; alone: compare what the graph computes after each pass, and nothing else"
+    add("--passes", nargs="?" if checked else None, const=CHECKED if checked else None,
+        default="default", help='"default", "none", or names separated by commas (default: all)'
+        f"{alone if checked else ''}")
+    add("--fallback", choices=FALLBACKS, default="error",
+        help="ops without a kernel: refuse the model, or run them as torch ops "
+        "(default: error)")
+    verbs = {"force": "make although the cost model would not", "forbid": "do not make"}
+    for name, verb in verbs.items():
+        add(f"--{name}", metavar="FUSION", nargs="+", default=[],
+            help=f'fusions to {verb}: "conv-pool", "layer1.*", "conv-pool@layer1.*"')
     if slide:
-        group.add_argument(
-            "--slide",
-            type=_height_and_width,
-            metavar="HxW",
-            help="take images of this size, larger than the model's own, and give a map of results",
-        )
+        add("--slide", type=_height_and_width, metavar="HxW", help="take images of this size, "
+            "larger than the model's own, and give a map of results")
     if several:
-        group.add_argument(
-            "--batch",
-            type=_batches,
-            nargs="+",
-            default=[1],
-            help="images per call, or a range of them such as 1-32 or 0-32 (default: 1)",
-        )
+        add("--batch", type=_batches, nargs="+", default=[1],
+            help="images per call, or a range of them such as 1-32 or 0-32 "
+            "(default: 1)")
     elif batch:
-        group.add_argument("--batch", type=positive, default=1, help="images per call (default: 1)")
+        add("--batch", type=positive, default=1, help="images per call (default: 1)")
     return parent
+
+
+def add_weights(parser: argparse.ArgumentParser) -> None:
+    """`--weights`."""
+    parser.add_argument("--weights", metavar="FILE", help="a .safetensors or .pth file, or "
+                        '"digits" for lenet5 (default: random, seed 0)')
+
+
+def add_data(parser: argparse.ArgumentParser, required: bool) -> None:
+    """`--data` and `--limit`."""
+    usual = "" if required else " (default: one random batch)"
+    parser.add_argument("--data", metavar="FOLDER", type=Path, required=required,
+                        help=f"one sub-folder of images per class{usual}")
+    parser.add_argument("--limit", metavar="N", type=positive,
+                        help="at most so many images, evenly from the whole folder")
 
 
 def positive(text: str) -> int:
@@ -119,6 +121,28 @@ def _batches(text: str) -> int | tuple[int, int]:
     return bounds
 
 
+def changed(options: argparse.Namespace, **changes: Any) -> argparse.Namespace:
+    """The options with some of them replaced."""
+    return argparse.Namespace(**{**vars(options), **changes})
+
+
+def is_file(name: str) -> bool:
+    """Whether a NAME is a saved executable rather than a model of the zoo."""
+    return Path(name).suffix == SUFFIX
+
+
+def refuse_choices(options: argparse.Namespace, *welcome: str) -> None:
+    """Raises InvalidInputError for options that come too late, as the file NAME is compiled
+    already; those that are `welcome` do not."""
+    usual = {**vars(compile_options(slide=True).parse_args([])), "weights": None}
+    for name in usual.keys() - {"target", *welcome}:
+        if getattr(options, name, usual[name]) != usual[name]:
+            raise InvalidInputError(
+                f"--{name}: expected a model of the zoo, got the file '{options.name}', which is "
+                "compiled already"
+            )
+
+
 def passes(options: argparse.Namespace) -> str | tuple[str, ...]:
     """`--passes` as `convloom.compile` takes it."""
     text: str = options.passes
@@ -131,8 +155,7 @@ def dtype(options: argparse.Namespace) -> torch.dtype | None:
     """`--dtype` as `convloom.compile` takes it."""
     import torch
 
-    found: torch.dtype | None = getattr(torch, options.dtype) if options.dtype else None
-    return found
+    return getattr(torch, options.dtype) if options.dtype else None
 
 
 def target(options: argparse.Namespace) -> str:
@@ -142,9 +165,7 @@ def target(options: argparse.Namespace) -> str:
     """
     from ..kernels.contract import targets
 
-    if options.target is None:
-        return default_target()
-    name: str = options.target
+    name: str = options.target or default_target()
     targets.parse(name)
     return name
 

@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import sys
-import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any, Literal
 
+from ..atomic import replacing
 from ..errors import ArtifactError
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from rich.table import Table
 
 PLAIN_WIDTH = 120
 """Columns where the output is no terminal; rich would take 80 and fold every table."""
@@ -47,6 +47,30 @@ def console(stderr: bool = False) -> Console:
     )
 
 
+def say(*lines: object, stderr: bool = False) -> None:
+    """Prints texts as they are, and tables."""
+    out = console(stderr)
+    for line in lines:
+        out.print(line, markup=False)
+
+
+def table(
+    headings: Sequence[str], rows: Iterable[Sequence[object]], title: str | None = None
+) -> Table:
+    """A table of cells as they are; a heading that begins with ">" stands over a column of numbers,
+    which ends at the right."""
+    from rich.table import Table
+    from rich.text import Text
+
+    shown = Table(title=title)
+    for heading in headings:
+        side: Literal["right", "left"] = "right" if heading.startswith(">") else "left"
+        shown.add_column(heading.removeprefix(">"), justify=side)
+    for row in rows:
+        shown.add_row(*(cell if isinstance(cell, Text) else Text(str(cell)) for cell in row))
+    return shown
+
+
 @contextmanager
 def working(what: str) -> Iterator[None]:
     """Shows on stderr that something takes its time, and afterwards how long it took."""
@@ -59,30 +83,32 @@ def working(what: str) -> Iterator[None]:
     notes.print(f"{what}: {time.perf_counter() - started:.1f} s", markup=False)
 
 
-def write_file(path: Path, write: Callable[[IO[bytes]], object]) -> None:
-    """Writes a file under a temporary name and renames it: it is whole or not there.
+@contextmanager
+def progress(what: str, total: int | None = None) -> Iterator[Callable[..., None]]:
+    """A progress bar on stderr, where that is a terminal. Yields what changes it: `advance` by so
+    many, or `completed`, `total` and `description`."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    columns = BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
+    text = TextColumn("{task.description}", markup=False)
+    notes = console(stderr=True)
+    quiet = not notes.is_terminal
+    with Progress(*columns, text, console=notes, disable=quiet, transient=True) as bar:
+        task = bar.add_task(what, total=total)
+        yield lambda **changes: bar.update(task, **changes)
+
+
+def write_file(path: Path, content: str | Callable[[IO[bytes]], object]) -> None:
+    """Writes a file that is whole or not there: a text, or what a function writes.
 
     Raises: ArtifactError when it cannot be written.
     """
-    temporary = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        with os.fdopen(handle, "wb") as file:
-            write(file)
-        os.chmod(temporary, 0o666 & ~_umask())
-        os.replace(temporary, path)
+        with replacing(path) as file:
+            file.write(content.encode()) if isinstance(content, str) else content(file)
     except OSError as error:
         raise ArtifactError(f"cannot write '{path}': {error.strerror or error}") from error
-    finally:
-        if temporary is not None:
-            Path(temporary).unlink(missing_ok=True)
-
-
-def _umask() -> int:
-    current = os.umask(0)
-    os.umask(current)
-    return current
 
 
 def readable_size(size_bytes: int) -> str:

@@ -12,55 +12,44 @@ from . import models, output
 from . import options as shared
 
 if TYPE_CHECKING:
-    from rich.table import Table
-
     from ..benchmarks.profile import Profile
-    from .options import SubParsers
 
 REPEATS = 5
+HEADINGS = ("kernel", "op", "configuration", ">us", ">share", ">GB/s", ">TFLOP/s", ">of bound")
 
 
-def configure(commands: SubParsers) -> None:
-    """Adds the sub-command."""
-    parser = commands.add_parser(
-        "profile",
-        help="time each kernel of a model",
+def configure(commands: shared.SubParsers) -> None:
+    parser = shared.command(
+        commands, run, "profile", shared.compile_options(), help="time each kernel of a model",
         description="Times every kernel of a zoo model by itself: its share, GB/s, TFLOP/s and the "
         "share of what the hardware allows. In the interpreter the times are those of the CPU; for "
         "a GPU that is not here they are modelled, and say so.",
-        parents=[shared.compile_options(), shared.json_option()],
     )
-    parser.add_argument("name", metavar="NAME", help=models.NAME_HELP)
-    parser.add_argument(
-        "--repeats", metavar="N", type=_count, default=REPEATS, help=f"(default: {REPEATS})"
-    )
-    parser.add_argument(
-        "--trace", metavar="FILE", type=Path, help="write a trace for chrome://tracing"
-    )
-    parser.set_defaults(run=run)
-
-
-def _count(text: str) -> int:
-    if not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"expected a positive integer, got {text!r}")
-    return int(text)
+    parser.add_argument("name", metavar="NAME", help=shared.MODEL)
+    parser.add_argument("--repeats", metavar="N", type=shared.positive, default=REPEATS,
+                        help=f"(default: {REPEATS})")
+    parser.add_argument("--trace", metavar="FILE", type=Path,
+                        help="write a trace for chrome://tracing")
 
 
 def run(options: argparse.Namespace) -> int:
     """Profiles, and prints the kernels, the slowest first."""
-    found = _profile(options)
+    profile = _profile(options)
     if options.trace is not None:
-        text = json.dumps(found.trace(), indent=1)
-        output.write_file(options.trace, lambda file: file.write(text.encode()))
+        output.write_file(options.trace, json.dumps(profile.trace(), indent=1))
     if options.json:
-        output.print_json(found.as_json())
+        output.print_json(profile.as_json())
         return 0
-    console = output.console()
-    console.print(_table(found))
-    console.print(
-        f"{found.model}, batch {found.batch}: {found.total_us:,.1f} us in {len(found.lines)} steps "
-        f"({found.timed_on})",
-        markup=False,
+    rows = [
+        (line.name, line.op, line.config, f"{line.time_us:,.1f}", f"{line.share:.1%}",
+         f"{line.gbps:,.1f}", f"{line.tflops:,.2f}",
+         "-" if line.of_bound is None else f"{line.of_bound:.0%}")
+        for line in profile.by_time()
+    ]
+    output.say(
+        output.table(HEADINGS, rows),
+        f"{profile.model}, batch {profile.batch}: {profile.total_us:,.1f} us in "
+        f"{len(profile.lines)} steps ({profile.timed_on})",
     )
     return 0
 
@@ -70,7 +59,7 @@ def _profile(options: argparse.Namespace) -> Profile:
     import torch
 
     from ..benchmarks import profile
-    from ..compiler.tuning.judges import can_measure
+    from ..compiler.tuning.timers import can_measure
     from ..kernels.contract import targets
 
     entry = zoo.entry(options.name)
@@ -85,24 +74,3 @@ def _profile(options: argparse.Namespace) -> Profile:
     with output.working(f"timing {entry.name}"):
         where = "cuda" if target.is_gpu else "cpu"
         return profile.measured(entry.name, executable, x.to(where), options.repeats)
-
-
-def _table(found: Profile) -> Table:
-    from rich.table import Table
-
-    right = ("us", "share", "GB/s", "TFLOP/s", "of bound")
-    table = Table("kernel", "op", "configuration")
-    for heading in right:
-        table.add_column(heading, justify="right")
-    for line in found.by_time():
-        table.add_row(
-            line.name,
-            line.op,
-            line.config,
-            f"{line.time_us:,.1f}",
-            f"{line.share:.1%}",
-            f"{line.gbps:,.1f}",
-            f"{line.tflops:,.2f}",
-            "-" if line.of_bound is None else f"{line.of_bound:.0%}",
-        )
-    return table

@@ -17,73 +17,63 @@ if TYPE_CHECKING:
     from ..compiler.artifact.load import LoadedExecutable
     from ..compiler.run.executable import Executable
     from ..zoo import ZooModel
-    from .options import SubParsers
 
 TOP = 5
 
 
-def configure(commands: SubParsers) -> None:
-    """Adds the sub-command."""
-    parser = commands.add_parser(
-        "run",
+def configure(commands: shared.SubParsers) -> None:
+    parser = shared.command(
+        commands, run, "run", shared.compile_options(batch=False, slide=True),
         help="run a model on an image or an array",
         description="Compiles a zoo model, runs it on an image file or a .npy array, and prints "
         "the five likeliest classes by index, or writes the output to a .npy file.",
-        parents=[shared.compile_options(batch=False, slide=True), shared.json_option()],
     )
-    parser.add_argument("name", metavar="NAME", help=files.NAME_HELP)
+    parser.add_argument("name", metavar="NAME", help=shared.MODEL_OR_FILE)
     parser.add_argument("input", metavar="INPUT", type=Path, help="an image, or a .npy file")
-    parser.add_argument(
-        "--weights",
-        metavar="FILE",
-        help='a .safetensors or .pth file, or "digits" for lenet5 (default: random, seed 0)',
-    )
+    shared.add_weights(parser)
     parser.add_argument("--output", metavar="FILE", type=Path, help="write the output as .npy")
-    parser.set_defaults(run=run)
 
 
 def run(options: argparse.Namespace) -> int:
     """Runs the model and prints or writes its output."""
-    entry, x, executable = _loaded(options) if files.is_file(options.name) else _compiled(options)
+    saved = shared.is_file(options.name)
+    entry, x, executable = _loaded(options) if saved else _compiled(options)
     with output.working(f"running {entry.name}"):
         y = models.run(executable, x)
     if options.output is not None:
         output.write_file(options.output, lambda file: _save(file, y))
     best = _best_classes(y)
     if options.json:
-        output.print_json(
-            {
-                "model": entry.name,
-                "target": executable.target.name,
-                "input_shape": list(x.shape),
-                "output_shape": list(y.shape),
-                "output": str(options.output) if options.output else None,
-                "top": best,
-            }
-        )
+        output.print_json({
+            "model": entry.name,
+            "target": executable.target.name,
+            "input_shape": list(x.shape),
+            "output_shape": list(y.shape),
+            "output": str(options.output) if options.output else None,
+            "top": best,
+        })
         return 0
-    if options.weights is None and not files.is_file(options.name):
+    if options.weights is None and not saved:
         models.warn_of_random_weights(entry.name)
-    _print_result(y, best, options.output)
+    if options.output is not None:
+        output.say(f"wrote {tuple(y.shape)} to {options.output}")
+    else:
+        output.say(*_result_lines(y, best))
     return 0
 
 
 def _compiled(options: argparse.Namespace) -> tuple[ZooModel, torch.Tensor, Executable]:
-    import torch
-
-    entry = zoo.entry(options.name)
-    target = shared.target(options)
+    entry, target = zoo.entry(options.name), shared.target(options)
     x = inputs.read_input(options.input, models.seen(entry, options))
     model = models.build(entry.name, options.weights)
-    example = torch.zeros(x.shape[0], *entry.input_shape)
     with output.working(f"compiling {entry.name} for {target}"):
-        return entry, x, models.compile_for(model, example, target=target, options=options)
+        return entry, x, models.compile_for(model, models.zeros(entry.name, len(x)), options)
 
 
 def _loaded(options: argparse.Namespace) -> tuple[ZooModel, torch.Tensor, LoadedExecutable]:
     from ..compiler.artifact.load import load
 
-    files.refuse_choices(options)
+    shared.refuse_choices(options)
     device = files.device(options)
     with output.working(f"loading {options.name} for {device}"):
         executable = load(options.name, device)
@@ -104,30 +94,19 @@ def _best_classes(y: torch.Tensor) -> list[list[dict[str, float]]] | None:
         return None
     best = y.float().softmax(1).topk(min(TOP, y.shape[1]))
     return [
-        [
-            {"class": index, "probability": share}
-            for index, share in zip(indices, shares, strict=True)
-        ]
-        for indices, shares in zip(best.indices.tolist(), best.values.tolist(), strict=True)
+        [{"class": index, "probability": share} for index, share in zip(*image, strict=True)]
+        for image in zip(best.indices.tolist(), best.values.tolist(), strict=True)
     ]
 
 
-def _print_result(
-    y: torch.Tensor, best: list[list[dict[str, float]]] | None, written: Path | None
-) -> None:
-    console = output.console()
-    if written is not None:
-        console.print(f"wrote {tuple(y.shape)} to {written}", markup=False)
-        return
+def _result_lines(y: torch.Tensor, best: list[list[dict[str, float]]] | None) -> list[str]:
     if best is None:
-        console.print(
+        return [
             f"output {tuple(y.shape)} from {y.min():.4g} to {y.max():.4g}, mean {y.mean():.4g}; "
-            "pass --output FILE.npy to keep it",
-            markup=False,
-        )
-        return
+            "pass --output FILE.npy to keep it"
+        ]
+    lines = []
     for index, classes in enumerate(best):
-        if len(best) > 1:
-            console.print(f"image {index}")
-        for place in classes:
-            console.print(f"  class {place['class']:>4}  {place['probability']:7.2%}")
+        lines += [f"image {index}"] if len(best) > 1 else []
+        lines += [f"  class {each['class']:>4}  {each['probability']:7.2%}" for each in classes]
+    return lines

@@ -4,10 +4,10 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, TypeAlias
 
 from .. import zoo
 from ..errors import ConvloomError, InvalidInputError
@@ -22,19 +22,16 @@ if TYPE_CHECKING:
     from ..compiler.run.executable import Executable, StepError
     from ..compiler.run.parity import Agreement, LayerParity, OutputParity, Truth
     from ..zoo import ZooModel
-    from .options import SubParsers
 
     Step: TypeAlias = StepError | LayerParity
 
-SUFFIX = ".loom"
 EXIT_DIFFERS = 1
 BATCH = 1
 
 
-def configure(commands: SubParsers) -> None:
-    """Adds the sub-command."""
-    parser = commands.add_parser(
-        "verify",
+def configure(commands: shared.SubParsers) -> None:
+    parser = shared.command(
+        commands, run, "verify", shared.compile_options(batch=False, checked=True),
         help="compare a model or a file with float64, layer by layer",
         description="Runs a zoo model or a saved executable on images or random numbers and prints "
         "the error of every layer and of the result against float64, beside PyTorch's own error in "
@@ -42,37 +39,29 @@ def configure(commands: SubParsers) -> None:
         "of a zoo model are compared with what its modules return, on random numbers, and what it "
         "computes before every pass with what it computes after. Exits with 0 where everything is "
         "as exact as its type allows, with 1 where something is not.",
-        parents=[shared.compile_options(batch=False, checked=True), shared.json_option()],
     )
-    parser.add_argument("name", metavar="NAME|FILE", nargs="?",
-                        help=f"{models.NAME_HELP}, or a {SUFFIX} file")  # fmt: skip
-    parser.add_argument("--weights", metavar="FILE",
-                        help='a .safetensors or .pth file, or "digits" for lenet5 '
-                        "(default: random, seed 0)")  # fmt: skip
-    parser.add_argument(
-        "--data", metavar="FOLDER", type=Path,
-        help="one sub-folder of images per class (default: one random batch)",
-    )  # fmt: skip
-    parser.add_argument("--limit", metavar="N", type=shared.positive,
-                        help="at most so many images, evenly from the whole folder")  # fmt: skip
+    parser.add_argument("name", metavar="NAME|FILE", nargs="?", help=shared.MODEL_OR_FILE)
+    shared.add_weights(parser)
+    shared.add_data(parser, required=False)
     parser.add_argument("--batch", type=shared.positive, default=BATCH,
-                        help=f"images per call (default: {BATCH})")  # fmt: skip
-    parser.set_defaults(run=run)
+                        help=f"images per call (default: {BATCH})")
 
 
 @dataclass(frozen=True)
 class Subject:
-    """What is verified. steps: the errors of its steps, from inputs, if they can be watched;
+    """What is verified, on batches of inputs of these shapes. steps: the errors of its steps, from
+    inputs, if they can be watched;
     entry: the zoo model that says how images become inputs, if it is one; passes: what became of
     the network, where that was watched."""
 
     name: str
     target: str
+    batch: int
+    shapes: Sequence[tuple[int, ...]]
     call: Executable | LoadedExecutable
     truth: Truth
     dtype: torch.dtype
     depth: int
-    outputs: tuple[str, ...]
     steps: Callable[[tuple[torch.Tensor, ...]], list[Step]] | None
     entry: ZooModel | None
     passes: tuple[PassCheck, ...] = ()
@@ -83,18 +72,27 @@ def run(options: argparse.Namespace) -> int:
     if options.name is None:  # `verify --passes NAME`
         if options.passes in ("default", shared.CHECKED):
             raise InvalidInputError("verify: expected a model of the zoo or a file, got none")
-        options.name, options.passes = options.passes, shared.CHECKED
-    is_file = Path(options.name).suffix == SUFFIX or Path(options.name).is_file()
+        options = shared.changed(options, name=options.passes, passes=shared.CHECKED)
+    is_file = shared.is_file(options.name) or Path(options.name).is_file()
     if options.passes == shared.CHECKED and not is_file:
-        return _run_passes(options)
+        return _run_passes(shared.changed(options, passes="default"))
     subject = _file(options) if is_file else _model(options)
-    batches = _random(options) if options.data is None else _images(options, subject)
+    batches = _random(subject) if options.data is None else _images(options, subject)
     steps, rows, agreement = _verify(subject, batches)
     problems = [check.problem for check in subject.passes if check.problem is not None]
     problems += _first_wrong_layer(steps)
     problems += [f"{row.name}: {row.problem}" for row in rows if row.problem is not None]
     if options.json:
-        output.print_json(_document(subject, steps, rows, agreement, not problems))
+        output.print_json({
+            "name": subject.name,
+            "target": subject.target,
+            "dtype": str(subject.dtype).removeprefix("torch."),
+            "passed": not problems,
+            "outputs": [asdict(row) for row in rows],
+            "agreement": asdict(agreement) if agreement else None,
+            "steps": [asdict(step) for step in steps],
+            "passes": [asdict(check) for check in subject.passes],
+        })
     else:
         _print(subject, steps, rows, agreement, problems)
     return EXIT_DIFFERS if problems else 0
@@ -102,33 +100,26 @@ def run(options: argparse.Namespace) -> int:
 
 def _run_passes(options: argparse.Namespace) -> int:
     """Compares what a zoo model computes before and after every pass."""
-    import torch
-    from rich.table import Table
-
     from ..compiler.evaluation.validate import Validation
 
     entry, target = zoo.entry(options.name), shared.target(options)
-    options.passes = "default"
     model, validation = models.build(entry.name, options.weights), Validation(strict=False)
-    example = torch.zeros(options.batch, *entry.input_shape)
     with output.working(f"running the passes on {entry.name} for {target}"):
-        models.lower_for(model, example, target=target, options=options, validation=validation)
+        example = models.zeros(entry.name, options.batch)
+        models.lower_for(model, example, options, validation=validation)
     checks = validation.checks
-    passed = all(check.problem is None for check in checks)
+    problems = [check.problem for check in checks if check.problem is not None]
     if options.json:
-        output.print_json({"name": entry.name, "target": target, "passed": passed,
-                           "passes": [asdict(check) for check in checks]})  # fmt: skip
-        return 0 if passed else EXIT_DIFFERS
-    table = Table("pass", "changed nodes", "largest error", "", title="before and after, float64")
-    for check in checks:
-        verdict = "ok" if check.problem is None else "WRONG"
-        table.add_row(check.name, str(check.changed), f"{check.error:.1e}", verdict)
-    console = output.console()
-    console.print(table)
-    for check in checks:
-        if check.problem is not None:
-            console.print(check.problem, markup=False)
-    return 0 if passed else EXIT_DIFFERS
+        output.print_json({"name": entry.name, "target": target, "passed": not problems,
+                           "passes": [asdict(check) for check in checks]})
+    else:
+        rows = [
+            (c.name, c.changed, f"{c.error:.1e}", "ok" if c.problem is None else "WRONG")
+            for c in checks
+        ]
+        headings = ("pass", "changed nodes", "largest error", "")
+        output.say(output.table(headings, rows, "before and after, float64"), *problems)
+    return EXIT_DIFFERS if problems else 0
 
 
 def _first_wrong_layer(steps: list[Step]) -> list[str]:
@@ -151,12 +142,12 @@ def _model(options: argparse.Namespace) -> Subject:
 
     entry, target = zoo.entry(options.name), shared.target(options)
     model = models.build(entry.name, options.weights)
-    options.shapes = [(options.batch, *entry.input_shape)]
-    (x,) = _random(options)
+    shapes = [(options.batch, *entry.input_shape)]
+    x = _normal(shapes)
     validation = Validation([each.double() for each in x], strict=False)
     with output.working(f"compiling {entry.name} for {target}"):
         executable = models.compile_for(
-            model, torch.zeros_like(x[0]), target=target, options=options, validation=validation
+            model, torch.zeros_like(x[0]), options, validation=validation
         )
     dtype = parity.dtype_of(executable.graph)
 
@@ -164,55 +155,48 @@ def _model(options: argparse.Namespace) -> Subject:
         layers = parity.layers_of(model, dtype, x)
         return list(parity.layer_parity(executable, validation, layers, x, dtype))
 
-    names = tuple(port.name for port in executable.plan.outputs)
-    truth, depth = parity.truth_of_module(model, dtype), parity.depth_of(executable.graph)
-    return Subject(entry.name, target, executable, truth, dtype, depth, names,
-                   steps if executable.has_steps else None, entry,
-                   tuple(validation.checks))  # fmt: skip
+    return Subject(
+        name=entry.name, target=target, batch=options.batch, shapes=shapes, call=executable,
+        truth=parity.truth_of_module(model, dtype), dtype=dtype,
+        depth=parity.depth_of(executable.graph), steps=steps if executable.has_steps else None,
+        entry=entry, passes=tuple(validation.checks),
+    )
 
 
 def _file(options: argparse.Namespace) -> Subject:
     from ..compiler.artifact.load import load
     from ..compiler.run import parity
 
-    chosen: dict[str, Any] = {
-        "dtype": None, "precision": "ieee", "passes": "default", "fallback": "error",
-        "force": [], "forbid": [], "weights": None,
-    }  # fmt: skip
-    for name, default in chosen.items():
-        if getattr(options, name) != default:
-            raise InvalidInputError(
-                f"--{name}: '{options.name}' is compiled already; expected a model of the zoo"
-            )
-    target = shared.default_target() if options.target is None else options.target
+    shared.refuse_choices(options, "batch")
+    target = options.target or shared.default_target()
     with output.working(f"loading {options.name}"):
         executable = load(options.name, target)
         graph = load(options.name, "reference").executables[-1].graph
-    batches = [program.batches for program in executable.programs]
-    held = max(high for _, high in batches)
-    options.batch = min(options.batch, held)
-    options.shapes = [port.spec.at(options.batch) if port.spec.batch else port.spec.shape
-                      for port in executable.plan.inputs]  # fmt: skip
+    batch = min(options.batch, max(high for _, high in (p.batches for p in executable.programs)))
     last = executable.executables[-1] if target != "cuda" else None
     watched = last if last is not None and last.has_steps else None
-
-    def steps(x: tuple[torch.Tensor, ...]) -> list[Step]:
-        return list(watched.errors(*x)) if watched is not None else []
-
-    names = tuple(port.name for port in executable.plan.outputs)
     model = executable.artifact.document.model
-    entry = zoo.entry(model) if model in zoo.names() else None
-    truth, dtype = parity.truth_of_graph(graph), parity.dtype_of(graph)
-    return Subject(options.name, target, executable, truth, dtype,
-                   parity.depth_of(graph), names, steps if watched else None, entry)  # fmt: skip
+    return Subject(
+        name=options.name, target=target, batch=batch,
+        shapes=[port.spec.at(batch) if port.spec.batch else port.spec.shape
+                for port in executable.plan.inputs],
+        call=executable, truth=parity.truth_of_graph(graph), dtype=parity.dtype_of(graph),
+        depth=parity.depth_of(graph),
+        steps=(lambda x: list(watched.errors(*x))) if watched is not None else None,
+        entry=zoo.entry(model) if model in zoo.names() else None,
+    )
 
 
-def _random(options: argparse.Namespace) -> Iterator[tuple[torch.Tensor, ...]]:
+def _random(subject: Subject) -> Iterator[tuple[torch.Tensor, ...]]:
     """One batch of normally distributed numbers, always the same."""
+    yield _normal(subject.shapes)
+
+
+def _normal(shapes: Sequence[tuple[int, ...]]) -> tuple[torch.Tensor, ...]:
     import torch
 
     generator = torch.Generator().manual_seed(models.SEED)
-    yield tuple(torch.randn(shape, generator=generator) for shape in options.shapes)
+    return tuple(torch.randn(shape, generator=generator) for shape in shapes)
 
 
 def _images(options: argparse.Namespace, subject: Subject) -> Iterator[tuple[torch.Tensor, ...]]:
@@ -225,10 +209,10 @@ def _images(options: argparse.Namespace, subject: Subject) -> Iterator[tuple[tor
             "be prepared for it; leave --data out"
         )
     folder = evaluate.read_folder(options.data, subject.entry.num_classes, options.limit)
-    for start in range(0, len(folder.files), options.batch):
-        files = [file for file, _ in folder.files[start : start + options.batch]]
+    for start in range(0, len(folder.files), subject.batch):
+        files = [file for file, _ in folder.files[start : start + subject.batch]]
         crops = [inputs.evaluation_crops(inputs.read_image(f), subject.entry, 1) for f in files]
-        crops += crops[-1:] * (options.batch - len(crops))
+        crops += crops[-1:] * (subject.batch - len(crops))
         yield (torch.cat(crops),)
 
 
@@ -238,6 +222,7 @@ def _verify(
     """Steps on the first batch; of every output the worst batch; answers on all of them."""
     from ..compiler.run import parity
 
+    names = [port.name for port in subject.call.plan.outputs]
     steps: list[Step] = []
     rows: list[OutputParity] = []
     agreement = parity.Agreement()
@@ -247,7 +232,7 @@ def _verify(
             truth = subject.truth(x)
             if at == 0 and subject.steps is not None:
                 steps = subject.steps(x)
-        new = parity.parity(subject.outputs, results, truth, subject.dtype, subject.depth)
+        new = parity.parity(names, results, truth, subject.dtype, subject.depth)
         rows = [max(pair, key=_badness) for pair in zip(rows, new, strict=True)] if rows else new
         if results[0].dim() == 2:
             agreement.add(results[0].double(), truth[1][0].double(), truth[0][0])
@@ -269,25 +254,6 @@ def _badness(row: OutputParity) -> tuple[bool, float]:
     return row.problem is not None, share
 
 
-def _document(
-    subject: Subject,
-    steps: list[Step],
-    rows: list[OutputParity],
-    agreement: Agreement | None,
-    passed: bool,
-) -> dict[str, Any]:
-    return {
-        "name": subject.name,
-        "target": subject.target,
-        "dtype": str(subject.dtype).removeprefix("torch."),
-        "passed": passed,
-        "outputs": [asdict(row) for row in rows],
-        "agreement": asdict(agreement) if agreement else None,
-        "steps": [asdict(step) for step in steps],
-        "passes": [asdict(check) for check in subject.passes],
-    }
-
-
 def _print(
     subject: Subject,
     steps: list[Step],
@@ -295,35 +261,26 @@ def _print(
     agreement: Agreement | None,
     problems: list[str],
 ) -> None:
-    from rich.table import Table
-
-    console = output.console()
     kind = str(subject.dtype).removeprefix("torch.")
-    table = Table("layer", "step", "compiled", "eager", title=f"largest error / rms, {kind}")
-    for column in table.columns[2:]:
-        column.justify = "right"
-    for step in steps:
-        layer = getattr(step, "layer", "") or step.module_path
-        table.add_row(layer, step.step, f"{step.compiled:.1e}", f"{step.eager:.1e}")
-    for row in rows:
-        table.add_row("result", row.name, f"{row.compiled:.1e}", f"{row.eager:.1e}")
-    console.print(table)
+    lines: list[tuple[str, str, Step | OutputParity]] = [
+        (getattr(step, "layer", "") or step.module_path, step.step, step) for step in steps
+    ]
+    lines += [("result", row.name, row) for row in rows]
+    cells = [(*names, f"{row.compiled:.1e}", f"{row.eager:.1e}") for *names, row in lines]
+    headings = ("layer", "step", ">compiled", ">eager")
+    output.say(output.table(headings, cells, f"largest error / rms, {kind}"))
     if not steps:
-        console.print("--target interpreter or emulator:sm_90 compares layers", markup=False)
+        output.say("--target interpreter or emulator:sm_90 compares layers")
     for row in rows:
-        if row.worst is not None:
-            console.print(
-                f"{row.name}: worst element {row.worst.index}: got {row.worst.got:.9g}, expected "
-                f"{row.worst.expected:.9g}; error {row.worst.error:.2g} of {row.worst.allowed:.2g} "
-                "allowed",
-                markup=False,
+        if (worst := row.worst) is not None:
+            output.say(
+                f"{row.name}: worst element {worst.index}: got {worst.got:.9g}, expected "
+                f"{worst.expected:.9g}; error {worst.error:.2g} of {worst.allowed:.2g} allowed"
             )
     if agreement is not None:
-        count = agreement.images
-        console.print(
-            f"likeliest class as in float64: compiled {agreement.compiled_top1} of {count}, eager "
-            f"{agreement.eager_top1}; among float64's five: compiled {agreement.compiled_top5}, "
-            f"eager {agreement.eager_top5}",
-            markup=False,
+        output.say(
+            f"likeliest class as in float64: compiled {agreement.compiled_top1} of "
+            f"{agreement.images}, eager {agreement.eager_top1}; among float64's five: compiled "
+            f"{agreement.compiled_top5}, eager {agreement.eager_top5}"
         )
-    console.print("\n".join(problems) if problems else "as exact as its type allows", markup=False)
+    output.say("\n".join(problems) if problems else "as exact as its type allows")

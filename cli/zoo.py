@@ -11,37 +11,36 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Sequence
+from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .. import zoo
-from . import models, output, zoo_layers
-from .options import json_option
+from . import models, output
+from . import options as shared
 
 if TYPE_CHECKING:
+    from rich.table import Table
     from torch import nn
 
-    from ..compiler.graph.ir import Graph
-    from .options import SubParsers
+    from ..compiler.graph.ir import Graph, Node
 
 FIGURES = Path(__file__).with_name("zoo_figures.json")
+PRODUCTS = ("conv2d", "conv3d", "conv_transpose2d", "conv_transpose3d", "linear")
+VIEWS = ("identity", "reshape")
+"""What moves nothing: dropout at inference, flatten."""
 
 
-def configure(commands: SubParsers) -> None:
-    """Adds the sub-command."""
-    parser = commands.add_parser(
-        "zoo",
-        help="list the models",
+def configure(commands: shared.SubParsers) -> None:
+    parser = shared.command(
+        commands, run, "zoo", help="list the models",
         description="Lists the models of the zoo: input, parameters, multiply-accumulates of the "
         "convolutions and linear layers, and bytes of all activations (the results of all ops), "
         "for one float32 image. One model by itself is also shown layer by layer.",
-        parents=[json_option()],
     )
     parser.add_argument("names", metavar="NAME", nargs="*", help="only these; one: its layers")
-    parser.add_argument(
-        "--measure", action="store_true", help="capture the models now (a minute or two for all)"
-    )
-    parser.set_defaults(run=run)
+    parser.add_argument("--measure", action="store_true",
+                        help="capture the models now (a minute or two for all)")
 
 
 def run(options: argparse.Namespace) -> int:
@@ -52,10 +51,8 @@ def run(options: argparse.Namespace) -> int:
         rows[0] = {**rows[0], "layers": layers(options.names[0])}
     if options.json:
         output.print_json(rows)
-        return 0
-    _print_table(rows)
-    if alone:
-        zoo_layers.print_table(rows[0]["layers"])
+    else:
+        output.say(_table(rows), *([_layer_table(rows[0]["layers"])] if alone else []))
     return 0
 
 
@@ -68,14 +65,11 @@ def figures(names: Sequence[str], measured: bool) -> list[dict[str, Any]]:
     """
     entries = [zoo.entry(name) for name in names]
     recorded = {} if measured else {row["name"]: row for row in json.loads(FIGURES.read_text())}
-    rows = []
     for entry in entries:
-        if entry.name in recorded:
-            rows.append(recorded[entry.name])
-            continue
-        with output.working(f"capturing {entry.name}"):
-            rows.append(measure(entry.name))
-    return rows
+        if entry.name not in recorded:
+            with output.working(f"capturing {entry.name}"):
+                recorded[entry.name] = measure(entry.name)
+    return [recorded[entry.name] for entry in entries]
 
 
 def measure(name: str) -> dict[str, Any]:
@@ -87,19 +81,19 @@ def measure(name: str) -> dict[str, Any]:
         "name": name,
         "input_shape": list(zoo.entry(name).input_shape),
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
-        "macs": sum(zoo_layers.macs(graph, node) for node in graph.nodes()),
+        "macs": sum(macs(graph, node) for node in graph.nodes()),
         "activation_bytes": activation_bytes(graph),
     }
 
 
 def layers(name: str) -> list[dict[str, Any]]:
-    """The model's layers, as `zoo_layers.layers` tells them.
+    """The model's layers, as `layers_of` tells them.
 
     Raises: InvalidInputError, with the nearest names, for an unknown model.
     """
     with output.working(f"capturing {zoo.entry(name).name}"):
         model, graph = _captured(name)
-    return zoo_layers.layers(graph, model)
+    return layers_of(graph, model)
 
 
 def _captured(name: str) -> tuple[nn.Module, Graph]:
@@ -111,17 +105,13 @@ def _captured(name: str) -> tuple[nn.Module, Graph]:
         model = models.build(name)
     # Weights with whatever memory holds: capture asks for data, nothing here depends on it.
     model = model.to_empty(device="cpu")
-    return model, capture(model, (torch.zeros(1, *zoo.entry(name).input_shape),))
+    return model, capture(model, (models.zeros(name, 1),))
 
 
-def _print_table(rows: Sequence[dict[str, Any]]) -> None:
-    from rich.table import Table
-
-    table = Table("model", "input", "parameters", "MACs", "activations", "source")
-    for column in table.columns[1:5]:
-        column.justify = "right"
-    for row in rows:
-        table.add_row(
+def _table(rows: Sequence[dict[str, Any]]) -> Table:
+    headings = ("model", ">input", ">parameters", ">MACs", ">activations", "source")
+    cells = [
+        (
             row["name"],
             "x".join(map(str, row["input_shape"])),
             f"{row['parameters']:,}",
@@ -129,4 +119,107 @@ def _print_table(rows: Sequence[dict[str, Any]]) -> None:
             output.readable_size(row["activation_bytes"]),
             zoo.entry(row["name"]).summary,
         )
-    output.console().print(table)
+        for row in rows
+    ]
+    return output.table(headings, cells)
+
+
+# Layers.
+
+
+def layers_of(graph: Graph, model: nn.Module) -> list[dict[str, Any]]:
+    """The captured graph's layers in order: {layer, ops, output, parameters, macs, output_bytes}.
+
+    A layer is one call of a module, or what a module does between the calls of its own; its output
+    is that of its last op. Ops that move nothing (flatten, dropout at inference) are no layers.
+    A parameter is counted where it is first read.
+    """
+    from ..compiler.graph.ledger import Ledger
+    from ..compiler.passes.recognise import recognise_composites
+
+    graph = recognise_composites(graph.copy(), Ledger())
+    fed = graph.fed()
+    owned = _parameters(graph, model, fed)
+    nodes = [node for node in graph.compute_nodes() if node.name in fed]
+    rows = []
+    for path, group in groupby(nodes, key=lambda node: node.module_path):
+        members = list(group)
+        ops = [_op(node) for node in members if node.op not in VIEWS]
+        if not ops:
+            continue
+        spec = members[-1].spec
+        rows.append(
+            {
+                "layer": path,
+                "ops": list(dict.fromkeys(ops)),
+                "output": list(spec.shape[1:]),
+                "parameters": sum(owned.get(node.name, 0) for node in members),
+                "macs": sum(macs(graph, node) for node in members),
+                "output_bytes": spec.numel * spec.dtype.itemsize,
+            }
+        )
+    return rows
+
+
+def _op(node: Node) -> str:
+    """The op; of a call without a kernel the aten op."""
+    return node.op if node.is_compute else str(node.attributes)
+
+
+def _parameters(graph: Graph, model: nn.Module, fed: set[str]) -> dict[str, int]:
+    """How many parameters each node is the first to read."""
+    from ..compiler.graph.ir import CONSTANT
+
+    sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
+    position = {node.name: at for at, node in enumerate(graph.nodes())}
+    owned: dict[str, int] = {}
+    for node in graph.nodes():
+        if node.op != CONSTANT or node.module_path not in sizes:
+            continue
+        readers = _readers(graph, node.name, fed)
+        if readers:
+            first = min(readers, key=position.__getitem__)
+            owned[first] = owned.get(first, 0) + sizes[node.module_path]
+    return owned
+
+
+def _readers(graph: Graph, constant: str, fed: set[str]) -> set[str]:
+    """Who reads a constant, or what was prepared from it alone."""
+    ahead, found = [constant], set()
+    while ahead:
+        for reader in graph.net.succ[ahead.pop()]:
+            if reader in fed:
+                found.add(reader)
+            else:
+                ahead.append(reader)
+    return found
+
+
+def macs(graph: Graph, node: Node) -> int:
+    """Multiply-accumulates of a convolution or linear layer, 0 for anything else."""
+    from ..kernels.contract.op import Problem
+    from ..kernels.contract.spec import Operand
+
+    if node.op not in PRODUCTS:
+        return 0
+    inputs = [graph.spec(value) for value in graph.own_inputs(node)]
+    operands = tuple(map(Operand.dense, inputs))
+    outputs = tuple(map(Operand.dense, node.outputs))
+    problem = Problem(node.op, node.attributes, operands, outputs)
+    return node.definition.cost(problem).flops // 2
+
+
+def _layer_table(rows: Sequence[dict[str, Any]]) -> Table:
+    """The layers and their sums, for one float32 image."""
+    headings = ("layer", "ops", ">output", ">parameters", ">MACs", ">output bytes")
+    numbers = ("parameters", "macs", "output_bytes")
+    shown = output.table(headings, [
+        (row["layer"], " ".join(row["ops"]), "x".join(map(str, row["output"])),
+         *(f"{row[key]:,}" if row[key] or key == "output_bytes" else "" for key in numbers))
+        for row in rows
+    ])
+    shown.show_footer = True
+    shown.columns[0].footer = f"{len(rows)} layers"
+    for column, key in zip(shown.columns[3:], numbers, strict=True):
+        column.footer = f"{sum(row[key] for row in rows):,}"
+    return shown

@@ -24,14 +24,13 @@ from .capture.example_inputs import bounds_of, has_no_samples
 from .evaluation.validate import Validation
 from .explain.report import Report
 from .fusion import overrides
-from .graph.ir import Goal, Graph
+from .graph.ir import CompileTarget, Graph
 from .graph.ledger import Ledger
 from .passes import LABELS, run_passes, select
 from .passes.slide_classifier import slide_classifier
 from .plan.lower import Options, lower
 from .plan.plan import Plan
-from .records.choose import Chooser, Records, heuristic, local_device
-from .records.timings import Timings
+from .records.choose import Chooser, Records, Timings, heuristic, local_device
 from .run.executable import Executable
 from .run.runtime import runner_for
 from .tuning.fit import fitted
@@ -176,7 +175,7 @@ def lowered(
     overrides.check(captured, *wished, LABELS)
     if known is None and records and chosen.is_gpu:
         known = Timings(records, chosen)
-    captured.goal = Goal(chosen, dtype, *wished, precision, known)
+    captured.goal = CompileTarget(chosen, dtype, *wished, precision, known)
     options = Options(chosen, precision, dtype, elide_concats=passes != "none")
     optimise = partial(_optimised, captured, passes, fallback, validation)
     graph, ledger = optimise()

@@ -19,10 +19,9 @@ from convloom.compiler.artifact import device, rederive
 from convloom.compiler.artifact.read import open_artifact
 from convloom.compiler.artifact.tensors import Pool
 from convloom.compiler.artifact.write import program_of
-from convloom.compiler.plan import branches, hazards, streams
-from convloom.compiler.plan.hazards import Touch
+from convloom.compiler.plan import branches, streams
 from convloom.compiler.plan.plan import Plan
-from convloom.compiler.plan.streams import Schedule
+from convloom.compiler.plan.streams import Schedule, Touch
 from convloom.compiler.run.runtime import InterpreterRunner
 from convloom.kernels.contract.spec import Layout, Operand, TensorSpec
 from hypothesis import given, settings
@@ -121,10 +120,10 @@ def must_be_ordered(one: tuple[Touch, ...], other: tuple[Touch, ...]) -> bool:
 def test_every_order_that_events_allow_is_right(
     steps: list[tuple[Touch, ...]], most: int, seed: int
 ) -> None:
-    before = hazards.dependencies(steps, hazards.overlap_in_buffer)
+    before = streams.dependencies(steps, streams.overlap_in_buffer)
     chosen = branches.assign(before, most)
     launches = tuple(at % 3 for at in range(len(steps)))
-    schedule = Schedule(chosen, hazards.waits(before, chosen), launches)
+    schedule = Schedule(chosen, streams.waits(before, chosen), launches)
     assert schedule.count <= most
     found = played(schedule).linearised(random.Random(seed))
     assert sorted(found) == [(at, n) for at, count in enumerate(launches) for n in range(count)]
@@ -139,7 +138,7 @@ def test_parts_that_alternate_in_memory_are_apart() -> None:
     left, right, both = Operand(spec, 24, 0), Operand(spec, 24, 8), Operand(spec, 24, 4)
 
     def overlap(one: Operand | None, other: Operand | None) -> bool:
-        return hazards.overlap_in_buffer(Touch("x", True, one), Touch("x", True, other))
+        return streams.overlap_in_buffer(Touch("x", True, one), Touch("x", True, other))
 
     assert not overlap(left, right) and overlap(left, both) and overlap(right, both)
     assert overlap(left, None) and overlap(left, left)
@@ -148,7 +147,7 @@ def test_parts_that_alternate_in_memory_are_apart() -> None:
     assert not overlap(left, behind) and not overlap(behind, left)
     second = Operand(spec.with_(shape=(1, 8, 3, 3)), 24, 9 * 24 + 8)
     assert not overlap(left, second), "the right part of the second image"
-    assert not hazards.overlap_in_buffer(Touch("x", True), Touch("y", True))
+    assert not streams.overlap_in_buffer(Touch("x", True), Touch("y", True))
 
 
 @st.composite
@@ -170,12 +169,12 @@ def places(part: Operand) -> set[int]:
 @given(one=parts(), other=parts())
 def test_parts_that_share_an_element_overlap(one: Operand, other: Operand) -> None:
     if places(one) & places(other):
-        assert hazards.overlap_in_buffer(Touch("x", True, one), Touch("x", True, other))
+        assert streams.overlap_in_buffer(Touch("x", True, one), Touch("x", True, other))
 
 
 def test_what_shares_no_memory_is_not_ordered() -> None:
     steps = [(Touch("x", True),), (Touch("y", True),), (Touch("x", False),)]
-    assert hazards.dependencies(steps, hazards.overlap_in_buffer) == (0b0, 0b0, 0b1)
+    assert streams.dependencies(steps, streams.overlap_in_buffer) == (0b0, 0b0, 0b1)
 
 
 def test_no_event_is_superfluous() -> None:
@@ -183,7 +182,7 @@ def test_no_event_is_superfluous() -> None:
     before = (0b0, 0b1, 0b1, 0b111, 0b1111)
     chosen = branches.assign(before)
     assert chosen == (0, 0, 1, 1, 1)
-    assert hazards.waits(before, chosen) == ((), (), (0,), (1,), ())
+    assert streams.waits(before, chosen) == ((), (), (0,), (1,), ())
 
 
 # Plans of networks.
@@ -229,8 +228,8 @@ def test_branches_of_a_network_run_side_by_side() -> None:
     writers = [at for at, step in enumerate(plan.steps) if step.name.startswith("conv2d")]
     assert len({stream[names[at]] for at in writers}) >= 2
     assert sum(map(len, made.waits)) < 2 * len(plan.steps)
-    before = hazards.dependencies(
-        [branches.touches(step) for step in plan.steps], hazards.overlap_in_memory(plan.buffers)
+    before = streams.dependencies(
+        [branches.touches(step) for step in plan.steps], streams.overlap_in_memory(plan.buffers)
     )
     independent = [
         (a, b) for b in range(len(names)) for a in range(b) if not before[b] >> a & 1
@@ -252,9 +251,9 @@ def test_memory_that_is_shared_orders_steps() -> None:
     found = [
         sum(
             before.bit_count()
-            for before in hazards.dependencies(
+            for before in streams.dependencies(
                 [branches.touches(step) for step in plan.steps],
-                hazards.overlap_in_memory(plan.buffers),
+                streams.overlap_in_memory(plan.buffers),
             )
         )
         for plan in (apart, tight)
@@ -320,6 +319,6 @@ def test_a_file_cannot_forget_to_wait(tmp_path: Path, monkeypatch: pytest.Monkey
         for at, step in enumerate(what[0] for what in played(made).linearised(random.Random(3)))
     }
     every = [branches.touches(step) for step in plan.steps]
-    before = hazards.dependencies(every, hazards.overlap_in_memory(plan.buffers))
+    before = streams.dependencies(every, streams.overlap_in_memory(plan.buffers))
     for step, earlier in enumerate(before):
         assert all(places[at] < places[step] for at in range(step) if earlier >> at & 1)

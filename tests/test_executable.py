@@ -282,17 +282,17 @@ def test_summary() -> None:
 
 @pytest.mark.parametrize("passes", ["default", "none"])
 @pytest.mark.parametrize("dtype", [None, torch.float16])
-def test_every_captured_node_has_a_fate(passes: str, dtype: torch.dtype | None) -> None:
+def test_every_captured_node_has_one_record(passes: str, dtype: torch.dtype | None) -> None:
     exe, _ = compiled("reference", passes=passes, dtype=dtype)
-    fates = {fate.node: fate for fate in exe.ledger.fates}
-    assert len(fates) == len(exe.ledger.fates), "one fate per node"
+    records = exe.ledger.account().nodes
+    assert len({record.node for record in records}) == len(records)
     steps = {step.name for step in exe.plan.steps}
-    for fate in fates.values():
-        assert fate.kernel in {*steps, "view", "in place", "removed", "constant"}, fate
-    ops = {fate.op for fate in fates.values()}
+    for record in records:
+        assert record.kernel in {*steps, "view", "in place", "removed", "constant"}, record
+    ops = {record.op for record in records}
     assert {"conv2d", "batch_norm", "relu", "identity", "add", "max_pool2d", "linear"} <= ops
     if passes == "default":
-        by_path = {f.module_path: f for f in fates.values() if f.op in ("conv2d", "batch_norm")}
+        by_path = {r.module_path: r for r in records if r.op in ("conv2d", "batch_norm")}
         assert by_path["norm1"].kernel == by_path["conv1"].kernel
         assert by_path["norm1"].rules[0].startswith("batch_norm(heavy")
 
@@ -300,7 +300,7 @@ def test_every_captured_node_has_a_fate(passes: str, dtype: torch.dtype | None) 
 def test_ledger() -> None:
     exe, _ = compiled("reference")
     data = json.loads(json.dumps(exe.ledger.to_json()))
-    assert len(data["nodes"]) == len(exe.ledger.fates)
+    assert len(data["nodes"]) == len(exe.ledger.account().nodes)
     assert len(data["events"]) == len(exe.ledger.events)
     assert exe.ledger.bytes_saved == sum(event["bytes_saved"] for event in data["events"]) > 0
     text = exe.ledger.to_text()

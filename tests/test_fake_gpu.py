@@ -12,8 +12,8 @@ import pytest
 import torch
 from convloom.benchmarks import constants, gpu, gpu_tests
 from convloom.cli.main import main
-from convloom.compiler.tuning import cuda, judges
-from convloom.compiler.tuning.judges import cuda_handler
+from convloom.compiler.tuning import cuda, timers
+from convloom.compiler.tuning.timers import cuda_handler
 from convloom.kernels import registry
 
 from . import gpu_checks, gpu_model_checks, gpu_stress, test_fusions
@@ -140,7 +140,7 @@ def test_constants_and_correlation(
         def close(self) -> None:
             pass
 
-    monkeypatch.setattr(judges, "Child", Near)
+    monkeypatch.setattr(timers, "WorkerProcess", Near)
     wanted = ["--models", "lenet5", "--batch", "1", "--problems", "1", "--per-problem", "2"]
     for stage in ("constants", "correlation"):
         assert gpu.main(["--stage", stage, "--output", str(tmp_path), *wanted]) == 0

@@ -12,7 +12,15 @@ import pytest
 import torch
 from convloom.compiler.explain.report import Report
 from convloom.compiler.fusion import estimate, pattern
-from convloom.compiler.graph.ir import INPUT, OUTPUT, Goal, Graph, NoAttributes, Node, Value
+from convloom.compiler.graph.ir import (
+    INPUT,
+    OUTPUT,
+    CompileTarget,
+    Graph,
+    NoAttributes,
+    Node,
+    Value,
+)
 from convloom.compiler.graph.ledger import Ledger
 from convloom.compiler.graph.verify import verify
 from convloom.compiler.passes import run_passes
@@ -32,7 +40,7 @@ from . import nets
 
 def start() -> tuple[Graph, Value]:
     """A graph of one image, for a GPU."""
-    graph = Graph(goal=Goal(targets.parse("cuda:sm_90"), torch.float16))
+    graph = Graph(goal=CompileTarget(targets.parse("cuda:sm_90"), torch.float16))
     spec = TensorSpec((1, 8, 6, 5), torch.float32, Layout.NHWC)
     return graph, graph.insert(Node("x", INPUT, NoAttributes(), (spec,), origins=("x",)))
 

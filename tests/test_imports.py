@@ -18,12 +18,13 @@ USERS = ("tests", "benchmarks")
 ALLOWED = {
     "errors": (),
     "settings": ("errors",),
+    "atomic": (),
     "kernels": ("errors", "settings"),
-    "compiler": ("errors", "settings", "kernels"),
+    "compiler": ("errors", "settings", "atomic", "kernels"),
     "zoo": ("errors",),
     "": ("errors", "settings", "compiler", "zoo"),
     # Of the kernels a command may know what describes machines and problems, never a kernel.
-    "cli": ("", "errors", "settings", "compiler", "zoo", "kernels.contract.targets",
+    "cli": ("", "errors", "settings", "atomic", "compiler", "zoo", "kernels.contract.targets",
             "kernels.contract.op", "kernels.contract.spec", "kernels.devices.offline",
             "benchmarks"),
     "benchmarks": ("", "errors", "settings", "kernels", "compiler", "zoo"),
@@ -33,6 +34,7 @@ ALLOWED = {
 LIBRARIES = {
     "errors": (),
     "settings": (),
+    "atomic": (),
     "kernels": ("torch", "triton", "numpy"),
     "compiler": ("torch", "networkx", "numpy", "safetensors"),
     "zoo": ("torch", "numpy", "safetensors", "sklearn"),

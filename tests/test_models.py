@@ -79,7 +79,6 @@ def check(exe: Executable, name: str, module: nn.Module, x: torch.Tensor) -> Non
     counts = exe.summary
     assert counts["convs"] == CONVS[name] and counts["torch_fallbacks"] == 0
     assert counts["arena_bytes"] < counts["activation_bytes"]
-    assert all(fate.kernel != "torch" for fate in exe.ledger.fates)
     assert not any(step.op == "batch_norm" for step in exe.plan.steps), "an unfolded batch norm"
 
 

@@ -29,7 +29,7 @@ def test_operators_do_what_their_examples_show(operator: type[sites.Operator]) -
 
 def test_a_seed_means_the_same_mutants() -> None:
     def keys(seed: int) -> list[str]:
-        mutants = itertools.islice(sites.host_mutants(seed, "compiler/plan/hazards.py"), 6)
+        mutants = itertools.islice(sites.host_mutants(seed, "compiler/plan/streams.py"), 6)
         return [mutant.key for mutant in mutants]
 
     assert keys(0) == keys(0) != keys(1)
@@ -114,7 +114,7 @@ def test_planted_mutants(planted: str, outcome: str) -> None:
 def test_a_small_sample(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Of one file, judged by one file: most are killed, and nothing is judged twice."""
     arguments = [
-        "--only", "compiler/plan/hazards.py", "--judges", "test_branches.py", "--mutants", "4",
+        "--only", "compiler/plan/streams.py", "--judges", "test_branches.py", "--mutants", "4",
         "--map", str(tmp_path / "map"), "--results", str(tmp_path / "results.jsonl"),
         "--report", str(tmp_path / "score.md"), "--at-least", "50", "--budget", "20",
     ]  # fmt: skip

@@ -14,7 +14,7 @@ from convloom.compiler import api
 from convloom.compiler.capture.capture import capture
 from convloom.compiler.fusion import overrides, partition
 from convloom.compiler.graph import text
-from convloom.compiler.graph.ir import OUTPUT, Goal, Value
+from convloom.compiler.graph.ir import OUTPUT, CompileTarget, Value
 from convloom.compiler.graph.ledger import Ledger
 from convloom.compiler.passes import LABELS, PASSES, choose_partition
 from convloom.compiler.passes.fusions import fuse
@@ -275,7 +275,7 @@ def test_a_sibling_that_another_fusion_needs_is_left_out() -> None:
     graph = nets.captured(module, inputs)
     for step in PASSES[: [p.name for p in PASSES].index("choose_partition")]:
         graph = step.run(graph, Ledger())
-    graph.goal = Goal(targets.parse("reference"))
+    graph.goal = CompileTarget(targets.parse("reference"))
     from convloom.compiler.passes.fusions.siblings import propose_siblings
 
     sizes = sorted(len(proposal.nodes) for proposal in propose_siblings(graph, Ledger()))

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from convloom import zoo
 from convloom.compiler.fusion.overrides import CONCAT_RULE
-from convloom.compiler.graph.memory import ALIGNMENT, Buffer, Place, arena_bytes_at
+from convloom.compiler.graph.memory import ALIGNMENT, Buffer, BufferSlice, arena_bytes_at
 from convloom.compiler.passes import NAMES
 from convloom.compiler.plan.arena import Lifetime, allocate
 from convloom.compiler.plan.lower import VIEW_RULE
@@ -88,7 +88,7 @@ def test_nothing_to_place() -> None:
 # Memory, step by step.
 
 
-def bytes_of(plan: Plan, place: Place, batch: int) -> tuple[str, torch.Tensor]:
+def bytes_of(plan: Plan, place: BufferSlice, batch: int) -> tuple[str, torch.Tensor]:
     """The piece of memory a place lies in, and the bytes of it that it covers."""
     buffer = plan.buffers[place.buffer]
     operand = place.operand
@@ -109,7 +109,7 @@ def indices(operand: Operand, batch: int) -> torch.Tensor:
     return index
 
 
-def places_of(step: Step) -> tuple[list[Place], list[Place]]:
+def places_of(step: Step) -> tuple[list[BufferSlice], list[BufferSlice]]:
     """What a step reads and what it writes; constants, which are packed, are left out."""
     if isinstance(step, TorchStep):
         return list(step.inputs), list(step.outputs)
@@ -121,7 +121,7 @@ def places_of(step: Step) -> tuple[list[Place], list[Place]]:
         "output": problem.outputs,
     }
     placed = {
-        kind: [Place(step.buffers[Ref(kind, at)], operand) for at, operand in enumerate(operands)]
+        kind: [BufferSlice(step.buffers[Ref(kind, at)], each) for at, each in enumerate(operands)]
         for kind, operands in groups.items()
     }
     return [*placed["input"], *placed["operand"], *placed["prologue"]], placed["output"]
@@ -134,7 +134,7 @@ def simulate(plan: Plan, batch: int) -> None:
     numbers = {name: at + 1 for at, name in enumerate(plan.buffers)}
     written: dict[str, set[int]] = {name: set() for name in plan.buffers}
 
-    def own(place: Place, memory: str, covered: torch.Tensor) -> None:
+    def own(place: BufferSlice, memory: str, covered: torch.Tensor) -> None:
         size = int(covered.max()) + 1 if covered.numel() else 0
         have = owner.get(memory, torch.zeros(0, dtype=torch.int64))
         if len(have) < size:
@@ -142,7 +142,7 @@ def simulate(plan: Plan, batch: int) -> None:
         have[covered] = numbers[place.buffer]
         owner[memory] = have
 
-    def read(place: Place, who: str) -> tuple[str, set[int]]:
+    def read(place: BufferSlice, who: str) -> tuple[str, set[int]]:
         memory, covered = bytes_of(plan, place, batch)
         have = owner.get(memory, torch.zeros(0, dtype=torch.int64))
         assert covered.numel() == 0 or int(covered.max()) < len(have), f"{who} reads the unwritten"
@@ -210,12 +210,12 @@ def check_offsets(plan: Plan, batch: int) -> None:
         assert buffer.offset_at(batch) % ALIGNMENT == 0, buffer
         if buffer.kind in ("arena", "fixed"):
             end = buffer.offset_at(batch) + buffer.bytes_at(batch)
-            assert end <= plan.arena_bytes_at(buffer.kind, batch)
+            assert end <= arena_bytes_at(plan.buffers, buffer.kind, batch)
         if buffer.batch is not None:
             assert buffer.offset_at(batch) * buffer.batch == buffer.offset * batch
             assert buffer.bytes_at(batch) * buffer.batch == buffer.size_bytes * batch
     largest = plan.batch[1] if plan.batch else 1
-    total = sum(plan.arena_bytes_at(kind, largest) for kind in ("arena", "fixed"))
+    total = sum(arena_bytes_at(plan.buffers, kind, largest) for kind in ("arena", "fixed"))
     assert total == plan.arena_bytes
 
 

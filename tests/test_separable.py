@@ -14,7 +14,7 @@ import pytest
 import torch
 from convloom import zoo
 from convloom.compiler.capture.capture import capture
-from convloom.compiler.graph.ir import Goal
+from convloom.compiler.graph.ir import CompileTarget
 from convloom.compiler.graph.ledger import Ledger
 from convloom.compiler.passes import run_passes
 from convloom.errors import InvalidInputError
@@ -240,7 +240,7 @@ def test_fusing_is_chosen_by_the_model_on_a_gpu() -> None:
     inputs = (torch.empty(32, 3, 224, 224),)
     captured = nets.captured(model("mobilenet_v1"), inputs)
     for force, least in (((), 9), (("separable",), 13)):
-        captured.goal = Goal(SM_90, torch.float16, force)
+        captured.goal = CompileTarget(SM_90, torch.float16, force)
         graph = run_passes(captured, Ledger())
         fused = sum(node.op == "separable" for node in graph.compute_nodes())
         assert least <= fused <= 13

@@ -13,7 +13,15 @@ import torch
 import torch.nn.functional as F
 from convloom.compiler.api import lowered
 from convloom.compiler.fusion import partition
-from convloom.compiler.graph.ir import INPUT, OUTPUT, Goal, Graph, NoAttributes, Node, Timed
+from convloom.compiler.graph.ir import (
+    INPUT,
+    OUTPUT,
+    CompileTarget,
+    Graph,
+    NoAttributes,
+    Node,
+    Timing,
+)
 from convloom.compiler.graph.ledger import Ledger
 from convloom.compiler.graph.verify import verify
 from convloom.compiler.passes import PASSES, choose_partition, run_passes
@@ -144,13 +152,13 @@ def test_whatever_times_are_measured_the_meaning_is_kept(seed: int, count: int) 
     """Times that favour some of the siblings first, and others later."""
     module, inputs = random_net(seed, count)
 
-    def known(problem: Problem) -> Timed:
+    def known(problem: Problem) -> Timing:
         width = problem.output.shape[1] + len(problem.epilogue)
-        return Timed(random.Random(f"{seed} {problem.op} {width}").uniform(1, 9), "measured")
+        return Timing(random.Random(f"{seed} {problem.op} {width}").uniform(1, 9), "measured")
 
     captured = nets.captured(module, inputs)
     for force in ((), ("siblings",)):
-        captured.goal = Goal(targets.parse("cuda:sm_90"), force=force, known=known)
+        captured.goal = CompileTarget(targets.parse("cuda:sm_90"), force=force, timing_lookup=known)
         graph = run_passes(captured, Ledger())
         verify(graph)
         nets.assert_same_meaning(captured, graph, inputs)
@@ -167,14 +175,14 @@ def test_times_that_favour_two_of_three_first() -> None:
     module, inputs = nets.make(function, nets.IMAGE, **{name: nn.Conv2d(6, 8, 1) for name in "abc"})
     asked: list[int] = []
 
-    def known(problem: Problem) -> Timed:
+    def known(problem: Problem) -> Timing:
         width = problem.output.shape[1]
         asked.append(width)
         three_at_once = width == 24 and asked.count(24) <= 1
-        return Timed(99.0 if three_at_once else 10.0, "measured")
+        return Timing(99.0 if three_at_once else 10.0, "measured")
 
     captured = nets.captured(module, inputs)
-    captured.goal = Goal(targets.parse("cuda:sm_90"), known=known)
+    captured.goal = CompileTarget(targets.parse("cuda:sm_90"), timing_lookup=known)
     graph = run_passes(captured, Ledger())
     (wide,) = (node for node in graph.nodes() if node.op == "conv2d")
     ranges = {stage.name: stage.channels for stage in wide.epilogue}
@@ -184,7 +192,7 @@ def test_times_that_favour_two_of_three_first() -> None:
 
 def graph_of_many(count: int, ends: int = 1) -> Graph:
     """`count` 1x1 convolutions of one image, with as many different ends as asked for."""
-    graph = Graph(goal=Goal(targets.parse("cuda:sm_90"), torch.float16))
+    graph = Graph(goal=CompileTarget(targets.parse("cuda:sm_90"), torch.float16))
     x = nets.add_input(graph, "x", (1, 8, 6, 5))
     values = []
     for at in range(count):

@@ -21,9 +21,9 @@ from convloom.compiler.records.keys import key_of
 from convloom.compiler.records.store import Store
 from convloom.compiler.tuning import bench, search
 from convloom.compiler.tuning.bench import Bench, InterpreterBackend, Trial
-from convloom.compiler.tuning.children import Child, ChildError, Crew
-from convloom.compiler.tuning.judges import Measured, Model
 from convloom.compiler.tuning.search import Options, Outcome, Tuner, Work
+from convloom.compiler.tuning.timers import Measured, Model
+from convloom.compiler.tuning.workers import Crew, WorkerError, WorkerProcess
 from convloom.errors import KernelError, TargetUnavailableError
 from convloom.kernels import registry
 from convloom.kernels.contract import cost_model
@@ -39,7 +39,7 @@ from . import harness
 from .nets import make
 from .test_records import SM_90, conv, record_of, relu, stale
 
-Answer = Trial | ChildError | BaseException
+Answer = Trial | WorkerError | BaseException
 X = (2, 3, 8, 8)
 
 
@@ -54,7 +54,7 @@ class Device:
 
     def ask(self, request: Any, timeout_s: float) -> Any:
         if self.dead and self.faulted:
-            raise ChildError("died", "no such device")
+            raise WorkerError("died", "no such device")
         if request is None:
             return "Made-up GPU", "1.0"
         self.asked.append(request[1])
@@ -120,9 +120,9 @@ def test_the_fastest_candidate_becomes_the_record(known: choose.Records) -> None
 
 FAULTS: dict[str, tuple[Answer, str, str]] = {
     "wrong": (Trial("output 0: NaN pattern differs"), "wrong", "NaN pattern"),
-    "error": (ChildError("error", "out of GPU memory"), "fault", "out of GPU memory"),
-    "fault": (ChildError("died", "illegal memory access"), "fault", "illegal memory access"),
-    "hang": (ChildError("timeout", "no answer after 180 s"), "fault", "no answer"),
+    "error": (WorkerError("error", "out of GPU memory"), "fault", "out of GPU memory"),
+    "fault": (WorkerError("died", "illegal memory access"), "fault", "illegal memory access"),
+    "hang": (WorkerError("timeout", "no answer after 180 s"), "fault", "no answer"),
 }
 
 
@@ -148,7 +148,7 @@ def test_a_lost_device_is_no_fault_of_the_candidates(known: choose.Records) -> N
 
     def answer(problem: Problem, tile: Config) -> Answer:
         if problem == works[1].problem and tile == bad:
-            return ChildError("died", "fell off the bus")
+            return WorkerError("died", "fell off the bus")
         return fine(problem, tile)
 
     with pytest.raises(KernelError, match=r"cannot be used any more: no such device .*off the bus"):
@@ -244,7 +244,7 @@ def test_the_budget_ends_the_run_with_the_best_so_far(known: choose.Records) -> 
 
 
 def test_a_trial_cut_short_by_the_budget_is_no_fault(known: choose.Records) -> None:
-    device = Device(lambda problem, tile: ChildError("timeout", "no answer"))
+    device = Device(lambda problem, tile: WorkerError("timeout", "no answer"))
     (outcome,), tuner = tune(known, device, work_of(relu()), budget_s=5.0)
     assert tuner.out_of_time and outcome.status == "started" and outcome.record is None
     assert len(device.asked) == 1
@@ -372,9 +372,12 @@ def test_occupancy_is_the_least_of_all_limits() -> None:
 def test_padding_and_spills_are_refused() -> None:
     op, problem = registry.get("conv2d"), conv(n=1, k=16, size=7)
     space = rank.space(op, problem, SM_90)
-    wasteful = rank.wasteful(op, problem, SM_90, space)
+    kept, rejected = rank.screened(op, problem, SM_90)
+    wasteful = {config: why for config, (stage, why) in rejected.items() if stage == "waste"}
     assert wasteful and all("is possible" in reason for reason in wasteful.values())
-    kept = [config for config in space if config not in wasteful]
+    assert {*kept, *rejected} == set(space) and {stage for stage, _ in rejected.values()} <= {
+        "illegal", "waste"
+    }
     assert min(c["BLOCK_M"] * c["BLOCK_N"] for c in wasteful) > min(
         c["BLOCK_M"] * c["BLOCK_N"] for c in kept
     )
@@ -479,9 +482,9 @@ def test_large_results_are_compared_in_parts(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_a_child_survives_errors_and_is_replaced_after_a_crash() -> None:
-    child = Child(partial(eval, "lambda code: eval(code)"))
+    child = WorkerProcess(partial(eval, "lambda code: eval(code)"))
     assert child.ask("6 * 7", 60) == 42
-    with pytest.raises(ChildError, match="division by zero") as caught:
+    with pytest.raises(WorkerError, match="division by zero") as caught:
         child.ask("1 / 0", 60)
     assert caught.value.kind == "error"
     pid = child.ask("__import__('os').getpid()", 60)
@@ -490,7 +493,7 @@ def test_a_child_survives_errors_and_is_replaced_after_a_crash() -> None:
         "print('last words', flush=True) or __import__('os').abort()": "SIGABRT: last words",
         "__import__('ctypes').string_at(0)": "signal SIGSEGV",
     }.items():
-        with pytest.raises(ChildError, match=words) as caught:
+        with pytest.raises(WorkerError, match=words) as caught:
             child.ask(crash, 60)
         assert caught.value.kind == "died"
     assert child.ask("__import__('os').getpid()", 60) != pid
@@ -499,24 +502,24 @@ def test_a_child_survives_errors_and_is_replaced_after_a_crash() -> None:
 
 
 def test_a_child_that_hangs_or_is_poisoned_is_ended() -> None:
-    child = Child(partial(eval, "lambda code: eval(code)"))
-    with pytest.raises(ChildError, match="no answer after 0 s") as caught:
+    child = WorkerProcess(partial(eval, "lambda code: eval(code)"))
+    with pytest.raises(WorkerError, match="no answer after 0 s") as caught:
         child.ask("__import__('time').sleep(60)", 0.2)
     assert caught.value.kind == "timeout"
     poison = (
-        "(_ for _ in ()).throw(__import__('convloom.compiler.tuning.children', fromlist=['x'])"
+        "(_ for _ in ()).throw(__import__('convloom.compiler.tuning.workers', fromlist=['x'])"
         ".PoisonedError('illegal address'))"
     )
-    with pytest.raises(ChildError, match="illegal address") as caught:
+    with pytest.raises(WorkerError, match="illegal address") as caught:
         child.ask(poison, 60)
     assert caught.value.kind == "died" and child.ask("1 + 1", 60) == 2
     child.close()
 
 
 def test_a_child_that_cannot_start_says_why() -> None:
-    child = Child(partial(operator.truediv, 1, 0))
+    child = WorkerProcess(partial(operator.truediv, 1, 0))
     for _ in range(2):
-        with pytest.raises(ChildError, match="division by zero"):
+        with pytest.raises(WorkerError, match="division by zero"):
             child.ask(None, 60)
 
 

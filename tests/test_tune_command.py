@@ -14,11 +14,11 @@ from convloom.cli.main import EXIT_ERROR, EXIT_INTERRUPTED, main
 from convloom.compiler import api
 from convloom.compiler.records import choose, records
 from convloom.compiler.records.store import Store
-from convloom.compiler.tuning import cuda, judges, search
+from convloom.compiler.tuning import cuda, search, timers
 from convloom.compiler.tuning.bench import Bench
-from convloom.compiler.tuning.children import PoisonedError
 from convloom.compiler.tuning.cuda import CudaBackend
 from convloom.compiler.tuning.search import Options, Tuner, Work
+from convloom.compiler.tuning.workers import PoisonedError
 from convloom.errors import InvalidInputError, KernelError, TargetUnavailableError
 from convloom.kernels.contract import targets
 from convloom.kernels.contract.op import config
@@ -129,13 +129,13 @@ def test_measured_alternatives_decide_what_is_fused(
 
 
 def test_who_can_measure(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert judges.can_measure(INTERPRETER)
+    assert timers.can_measure(INTERPRETER)
     monkeypatch.setattr(targets, "local_capability", lambda: None)
-    assert not judges.can_measure(SM_90) and choose.local_device(SM_90) is None
+    assert not timers.can_measure(SM_90) and choose.local_device(SM_90) is None
     with pytest.raises(TargetUnavailableError, match=r"no such GPU to measure on\. Pass --offline"):
-        judges.measuring(SM_90)
+        timers.measuring(SM_90)
     monkeypatch.setattr(targets, "local_capability", lambda: 75)
-    assert not judges.can_measure(SM_90)
+    assert not timers.can_measure(SM_90)
     monkeypatch.setattr(targets, "local_capability", lambda: 90)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H200")
     assert choose.local_device(SM_90) == "NVIDIA H200"
@@ -228,7 +228,7 @@ def test_configurations_are_verified_and_timed_on_the_device(tmp_path: Path) -> 
     target = targets.parse("cuda")
     known = choose.Records(Store(tmp_path / "shipped"), Store(tmp_path / "own"))
     works = [work_of(problem, target) for problem in (conv(n=32), conv(n=1), relu(4096, 256))]
-    outcomes = Tuner(known, judges.measuring(target), Options(candidates=4)).run(works)
+    outcomes = Tuner(known, timers.measuring(target), Options(candidates=4)).run(works)
     for outcome in outcomes:
         record = outcome.record
         assert outcome.status == "tuned" and record is not None and outcome.default_us
@@ -252,7 +252,7 @@ def lenet(*arguments: str) -> list[str]:
 def device(monkeypatch: pytest.MonkeyPatch) -> Device:
     """Whatever is measured is measured on a made-up device."""
     made = Device(faster_in_turn())
-    monkeypatch.setattr(judges, "Child", lambda handler: made)
+    monkeypatch.setattr(timers, "WorkerProcess", lambda handler: made)
     return made
 
 
@@ -283,7 +283,7 @@ def test_an_interrupted_command_says_what_it_kept(
     cache: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     made = interrupted_after(3)
-    monkeypatch.setattr(judges, "Child", lambda handler: made)
+    monkeypatch.setattr(timers, "WorkerProcess", lambda handler: made)
     assert main(lenet()) == EXIT_INTERRUPTED
     shown = capsys.readouterr()
     assert "started" in shown.err and "interrupted" in shown.err and not shown.out

@@ -15,7 +15,7 @@ from convloom.compiler.evaluation import validate
 from convloom.compiler.evaluation.validate import RELATIVE, Validation
 from convloom.compiler.fusion import rules
 from convloom.compiler.fusion.pattern import Match, absorb
-from convloom.compiler.graph.ir import Goal, Graph, Value
+from convloom.compiler.graph.ir import CompileTarget, Graph, Value
 from convloom.compiler.graph.ledger import Ledger
 from convloom.compiler.passes import pads, rearrangements
 from convloom.compiler.passes.fusions import siblings
@@ -247,7 +247,7 @@ def test_right_passes_pass(function: Any, batch: Any, dtype: torch.dtype | None)
     module, inputs = make(function, IMAGE, conv=nn.Conv2d(IMAGE[1], IMAGE[1], 3, padding=1))
     validation = Validation()
     graph = nets.captured(module, inputs, batch)
-    graph.goal = Goal(targets.parse("reference"), dtype)
+    graph.goal = CompileTarget(targets.parse("reference"), dtype)
     passes.run_passes(graph, Ledger(), fallback="torch", validation=validation)
     checks = {check.name: check for check in validation.checks}
     assert list(checks) == [*passes.NAMES[:-2], "choose_dtype", *passes.NAMES[-2:]]

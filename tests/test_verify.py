@@ -215,11 +215,11 @@ def test_passes_alone(capsys: pytest.CaptureFixture[str]) -> None:
     [
         ([], "verify: expected a model of the zoo or a file, got none"),
         (["--passes"], "verify: expected a model of the zoo or a file, got none"),
-        (["FILE", "--passes"], "--passes: 'FILE' is compiled already"),
+        (["FILE", "--passes"], "--passes: expected a model of the zoo, got the file 'FILE'"),
         (["no_such_model"], "unknown zoo model"),
         (["missing.loom", "--target", "reference"], "cannot read 'missing.loom'"),
-        (["FILE", "--dtype", "float16"], "--dtype: 'FILE' is compiled already"),
-        (["FILE", "--forbid", "conv-pool"], "--forbid: 'FILE' is compiled already"),
+        (["FILE", "--dtype", "float16"], "--dtype: expected a model of the zoo"),
+        (["FILE", "--forbid", "conv-pool"], "'FILE', which is compiled already"),
         (["lenet5", "--target", "reference", "--data", "missing"], "no such folder"),
     ],
 )

@@ -7,7 +7,6 @@ import json
 import pytest
 import torch
 from convloom.cli import zoo as zoo_command
-from convloom.cli import zoo_layers
 from convloom.cli.main import main
 from torch import nn
 
@@ -73,7 +72,7 @@ def test_shared_and_unused_parameters_are_counted_once_or_not_at_all() -> None:
         again=shared,
         idle=nn.Linear(3, 3),
     )
-    rows = zoo_layers.layers(nets.captured(module, inputs), module)
+    rows = zoo_command.layers_of(nets.captured(module, inputs), module)
     assert [row["parameters"] for row in rows] == [42, 0, 0]
 
 
@@ -91,6 +90,6 @@ def test_one_model_as_json_and_as_a_table(capsys: pytest.CaptureFixture[str]) ->
 def test_a_call_without_a_kernel_is_shown_by_its_name() -> None:
     module, inputs = nets.make(lambda m, x: torch.erfinv(m.conv(x)), nets.IMAGE,
                                conv=nn.Conv2d(6, 4, 1))  # fmt: skip
-    rows = zoo_layers.layers(nets.captured(module, inputs), module)
+    rows = zoo_command.layers_of(nets.captured(module, inputs), module)
     assert [row["ops"] for row in rows] == [["conv2d"], ["aten.erfinv.default"]]
 

@@ -15,14 +15,13 @@ import mmap
 import os
 import re
 import struct
-import tempfile
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
+from ...atomic import replacing
 from ...errors import ArtifactError
 
 ALIGNMENT = 64
@@ -80,48 +79,13 @@ def write(path: Path, members: Mapping[str, Content]) -> None:
             "or batch ranges"
         )
     _, headers, directory = arrange(entries)
-    with _replacing(path) as file:
-        for name, header in zip(names, headers, strict=True):
-            file.write(header)
-            for piece in members[name]:
-                file.write(piece)
-        file.write(directory)
-
-
-@contextmanager
-def _replacing(path: Path) -> Iterator[IO[bytes]]:
-    """A new file that takes the place of `path` once it is whole and on the disk."""
-    temporary = None
     try:
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        with os.fdopen(handle, "wb") as file:
-            yield file
-            file.flush()
-            os.fchmod(file.fileno(), 0o666 & ~_umask())
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-        temporary = None
-        _sync_folder(path.parent)
+        with replacing(path) as file:
+            for name, header in zip(names, headers, strict=True):
+                file.writelines([header, *members[name]])
+            file.write(directory)
     except OSError as error:
         raise ArtifactError(f"cannot write '{path}': {error.strerror or error}") from error
-    finally:
-        if temporary is not None:
-            Path(temporary).unlink(missing_ok=True)
-
-
-def _sync_folder(folder: Path) -> None:
-    """Makes a rename last: it is the folder's data."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def _umask() -> int:
-    current = os.umask(0)
-    os.umask(current)
-    return current
 
 
 def _size(content: Content) -> int:

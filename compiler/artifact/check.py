@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NoReturn
 
@@ -19,7 +19,7 @@ from ...kernels.contract import targets
 from ...kernels.contract.spec import MEMORY_FORMATS, Layout, Operand, TensorSpec
 from ..graph.interface import Port
 from ..graph.memory import Buffer
-from ..plan.hazards import MOST_STREAMS
+from ..plan.streams import MOST_STREAMS
 from .program import READ, ROWS, SCRATCH, WRITE, Argument, Call, Document, Image, Program
 from .program import check_nest as count_leaves
 
@@ -39,9 +39,25 @@ POINTERS = {
     torch.int64: "*i64",
     torch.int32: "*i32",
 }
+TARGETS = (targets.REFERENCE, targets.INTERPRETER, *targets.GPU_TARGETS)
 ARENAS = ("arena", "fixed")
 KINDS = ("input", "output", "constant", "zeroed", *ARENAS)
+TOUCHED = {READ: KINDS, WRITE: ("output", *ARENAS), SCRATCH: ("zeroed", *ARENAS)}
+"""Which buffers an argument of a kind may be."""
 _ENTRY = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,199}")
+
+
+def spec_problem(spec: TensorSpec) -> str | None:
+    """What no tensor can be, in words that follow its name, or None."""
+    fits = spec.rank <= MOST_DIMENSIONS and all(0 < size < LARGEST_EXTENT for size in spec.shape)
+    if not fits or math.prod(spec.shape) * spec.dtype.itemsize > LARGEST_MEMORY:
+        return f"has the shape {str(spec.shape)[:80]}"
+    if spec.layout is Layout.NHWC and spec.rank not in MEMORY_FORMATS:
+        return f"of rank {spec.rank} is NHWC"
+    batch = spec.batch
+    if batch is not None and (batch < 1 or not spec.rank or spec.shape[0] % batch):
+        return f"of shape {spec.shape} has no batch of {batch}"
+    return None
 
 
 def check_document(
@@ -95,7 +111,7 @@ class _Checker:
 
     def run(self, counts: tuple[int, int]) -> None:
         program = self.program
-        names = {target.name: target for target in self._targets()}
+        names = {target.name: target for target in TARGETS}
         if program.target not in names:
             self.refuse(f"unknown target; this convloom knows {', '.join(names)}")
         low, high = program.batches
@@ -117,10 +133,6 @@ class _Checker:
         self._check_calls()
         self._check_streams()
         self._check_lifetimes()
-
-    @staticmethod
-    def _targets() -> Iterator[targets.Target]:
-        yield from (targets.REFERENCE, targets.INTERPRETER, *targets.GPU_TARGETS)
 
     # Memory.
 
@@ -155,16 +167,15 @@ class _Checker:
 
     def _check_buffer(self, buffer: Buffer) -> None:
         where = f"buffer '{buffer.name[:80]}'"
-        high = self.program.batches[1]
         if buffer.kind not in KINDS or buffer.dtype not in POINTERS:
             self.refuse(f"{where} of kind {buffer.kind[:20]!r} and {buffer.dtype}")
         if not 0 < buffer.size_bytes <= LARGEST_MEMORY or not 0 <= buffer.offset <= LARGEST_MEMORY:
             self.refuse(f"{where} has {buffer.size_bytes:,} bytes at {buffer.offset:,}")
-        if buffer.batch is not None and (self.program.batch is None or buffer.batch != high):
-            self.refuse(f"{where} is of batch {buffer.batch}, the program of {high}")
+        self._check_batch(buffer.batch, where)
         scales = buffer.batch is not None
         fixed = buffer.kind in ("constant", "zeroed", "fixed")
-        in_arena = buffer.kind == "arena" and not scales and self._is_dynamic()
+        dynamic = any(other.batch is not None for other in self.program.buffer_list)
+        in_arena = buffer.kind == "arena" and not scales and dynamic
         if (scales and fixed) or in_arena or (buffer.offset and buffer.kind not in ARENAS):
             self.refuse(f"{where} of kind {buffer.kind} at {buffer.offset}, batch {buffer.batch}")
         parts = buffer.batch or 1
@@ -174,9 +185,6 @@ class _Checker:
             self.refuse(f"{where}: {buffer.size_bytes} bytes of {buffer.dtype}")
         if buffer.offset // parts % PROMISE:
             self.refuse(f"{where} is not aligned to {PROMISE} bytes for every batch")
-
-    def _is_dynamic(self) -> bool:
-        return any(buffer.batch is not None for buffer in self.program.buffer_list)
 
     def _check_operand(self, operand: Operand, buffer_name: str, where: str) -> None:
         """Refuses an operand that does not lie within its buffer, for any batch."""
@@ -201,18 +209,14 @@ class _Checker:
                 )
 
     def _check_spec(self, spec: TensorSpec, where: str) -> None:
-        fits = all(0 < extent < LARGEST_EXTENT for extent in spec.shape)
-        if not fits or spec.rank > MOST_DIMENSIONS:
-            self.refuse(f"{where} has the shape {str(spec.shape)[:80]}")
-        if spec.layout is Layout.NHWC and spec.rank not in MEMORY_FORMATS:
-            self.refuse(f"{where} of rank {spec.rank} is NHWC")
+        if problem := spec_problem(spec):
+            self.refuse(f"{where} {problem}")
+        self._check_batch(spec.batch, where)
+
+    def _check_batch(self, batch: int | None, where: str) -> None:
         high = self.program.batches[1]
-        if spec.batch is None:
-            return
-        if self.program.batch is None or spec.batch != high:
-            self.refuse(f"{where} is of batch {spec.batch}, the program of {high}")
-        if not spec.rank or spec.shape[0] % spec.batch:
-            self.refuse(f"{where} of shape {spec.shape} has no batch of {spec.batch}")
+        if batch is not None and (self.program.batch is None or batch != high):
+            self.refuse(f"{where} is of batch {batch}, the program of {high}")
 
     # The outside.
 
@@ -269,7 +273,8 @@ class _Checker:
 
     def _check_calls(self) -> None:
         program = self.program
-        if bool(program.calls) != bool(program.images) or (program.calls and not self._on_gpu()):
+        launched = bool(program.calls)
+        if launched != bool(program.images) or (launched and not program.architecture):
             self.refuse(f"{len(program.calls)} launches of {len(program.images)} kernels")
         previous = 0
         for at, call in enumerate(program.calls):
@@ -284,8 +289,8 @@ class _Checker:
                 self.refuse(
                     f"{where} passes {len(call.arguments)} arguments, expected {len(signature)}"
                 )
-            for argument, wanted in zip(call.arguments, signature, strict=True):
-                self._check_argument(argument, wanted, where)
+            for argument, kind in zip(call.arguments, signature, strict=True):
+                self._check_argument(argument, kind, where)
             self._check_grid(call, where)
 
     def _check_streams(self) -> None:
@@ -297,25 +302,17 @@ class _Checker:
                 f"{max(streams)}; expected every step of a GPU in one of {MOST_STREAMS}"
             )
 
-    def _on_gpu(self) -> bool:
-        return self.program.architecture > 0
-
-    def _check_argument(self, argument: Argument, wanted: str, where: str) -> None:
+    def _check_argument(self, argument: Argument, kind: str, where: str) -> None:
         if argument.kind == ROWS:
-            if wanted != "i32" or argument.buffer or argument.operand is not None:
-                self.refuse(f"{where} passes the number of rows as {wanted}")
+            if kind != "i32" or argument.buffer or argument.operand is not None:
+                self.refuse(f"{where} passes the number of rows as {kind}")
             return
         buffer = self.program.buffers.get(argument.buffer)
-        if buffer is None or argument.kind not in (READ, WRITE, SCRATCH):
+        if buffer is None or argument.kind not in TOUCHED:
             self.refuse(f"{where} passes {argument.kind[:20]!r} '{argument.buffer[:80]}'")
-        if POINTERS[buffer.dtype] != wanted:
-            self.refuse(f"{where} passes '{buffer.name}' of {buffer.dtype} as {wanted}")
-        allowed = {
-            READ: KINDS,
-            WRITE: ("output", *ARENAS),
-            SCRATCH: ("zeroed", *ARENAS),
-        }[argument.kind]
-        if buffer.kind not in allowed:
+        if POINTERS[buffer.dtype] != kind:
+            self.refuse(f"{where} passes '{buffer.name}' of {buffer.dtype} as {kind}")
+        if buffer.kind not in TOUCHED[argument.kind]:
             self.refuse(f"{where} would {argument.kind} '{buffer.name}', a buffer of {buffer.kind}")
         if argument.operand is None and argument.kind == WRITE:
             self.refuse(f"{where} does not say where in '{buffer.name}' it writes")

@@ -20,8 +20,7 @@ import torch
 from ...errors import KernelError, TargetUnavailableError
 from ...kernels.contract import targets
 from ..graph.memory import Memory
-from ..plan.hazards import Touch, scheduled
-from ..plan.streams import Action, Schedule
+from ..plan.streams import Action, Schedule, Touch, scheduled
 from ..run.cuda_graphs import GraphRunner
 from .check import PROMISE
 from .program import READ, ROWS, Call, Image, Program

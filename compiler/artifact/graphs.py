@@ -8,7 +8,6 @@ a torch op has no such table and cannot be saved.
 
 from __future__ import annotations
 
-import math
 import typing
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields, is_dataclass, replace
@@ -23,32 +22,33 @@ from ...kernels import registry
 from ...kernels.contract.epilogue import Epilogue, Stage
 from ...kernels.contract.op import Attributes, Config, Op, Problem
 from ...kernels.contract.scalars import BY_NAME
-from ...kernels.contract.spec import MEMORY_FORMATS, Layout, TensorSpec
-from ...kernels.contract.targets import Target
+from ...kernels.contract.spec import TensorSpec
+from ...kernels.contract.targets import REFERENCE, Target
 from ...settings import BRANCHES, PROGRAMMATIC
-from ..graph.ir import CONSTANT, INPUT, OUTPUT, TORCH, Goal, Graph, NoAttributes, Node, Value
+from ..graph.ir import (
+    CONSTANT,
+    INPUT,
+    OUTPUT,
+    TORCH,
+    CompileTarget,
+    Graph,
+    NoAttributes,
+    Node,
+    Value,
+)
 from ..graph.ledger import Ledger
 from ..graph.typed import Reader, plain
 from ..graph.verify import verify
 from ..plan.lower import Options, lower
 from ..plan.plan import Plan
 from ..records.choose import Choice, heuristic
-from .check import LARGEST_EXTENT, LARGEST_MEMORY, MOST_DIMENSIONS
+from .check import LARGEST_EXTENT, spec_problem
 from .program import Program
 from .tensors import Pool, Stored, logical
 
 WORDS = (
-    "",
-    "constant",
-    "reflect",
-    "replicate",
-    "circular",
-    "softmax",
-    "log_softmax",
-    "nearest",
-    "nearest-exact",
-    "linear",
-    "corners",
+    "", "constant", "reflect", "replicate", "circular", "softmax", "log_softmax", "nearest",
+    "nearest-exact", "linear", "corners",
 )
 """Every text that an attribute may be: kernels and references choose by them."""
 MOST_NODES = 100_000
@@ -96,7 +96,7 @@ def record_of(graph: Graph, pool: Pool) -> GraphRecord:
             f"cannot save {graph.name}: {', '.join(fallbacks)} would run as torch ops, and a file "
             "holds no code but that of convloom's own kernels"
         )
-    goal = graph.goal
+    goal = graph.goal or CompileTarget(REFERENCE)
     nodes = [graph.node(name) for name in graph.net]
     # Passes leave behind constants that nobody reads any more.
     nodes = [node for node in nodes if node.op != CONSTANT or graph.net.out_degree(node.name)]
@@ -105,14 +105,8 @@ def record_of(graph: Graph, pool: Pool) -> GraphRecord:
         for node in nodes
         if node.op == CONSTANT
     )
-    return GraphRecord(
-        name=graph.name,
-        dtype=goal.dtype if goal else None,
-        force=goal.force if goal else (),
-        forbid=goal.forbid if goal else (),
-        nodes=tuple(_node_record(graph, node) for node in nodes),
-        constants=constants,
-    )
+    records = tuple(_node_record(graph, node) for node in nodes)
+    return GraphRecord(graph.name, goal.dtype, goal.force, goal.forbid, records, constants)
 
 
 def _node_record(graph: Graph, node: Node) -> NodeRecord:
@@ -205,9 +199,9 @@ class _GraphReader(Reader):
     def _checked_stage(self, stage: Stage, where: str) -> Stage:
         if stage.name not in BY_NAME:
             self.refuse(where, "a pointwise function", stage.name)
-        wanted = len(BY_NAME[stage.name].parameters)
-        if len(stage.parameters) != wanted:
-            self.refuse(f"{where}.parameters", f"{wanted} numbers", stage.parameters)
+        count = len(BY_NAME[stage.name].parameters)
+        if len(stage.parameters) != count:
+            self.refuse(f"{where}.parameters", f"{count} numbers", stage.parameters)
         if stage.channels is not None and not 0 <= stage.channels[0] < stage.channels[1]:
             self.refuse(where, "a range of channels", stage.channels)
         return stage
@@ -239,13 +233,15 @@ def _build(
     names = [node.name for node in record.nodes]
     if len(set(names)) != len(names) or len(names) > MOST_NODES:
         raise ArtifactError(f"{where} is damaged: {len(names)} nodes with equal names, or too many")
-    graph = Graph(name=record.name, goal=Goal(target, record.dtype, record.force, record.forbid))
+    goal = CompileTarget(target, record.dtype, record.force, record.forbid)
+    graph = Graph(name=record.name, goal=goal)
     graph.counter = len(names)
     for node in record.nodes:
         if node.op not in (INPUT, CONSTANT, OUTPUT) and node.op not in registry.BY_NAME:
             raise ArtifactError(f"{where} is damaged: no op {node.op[:40]!r}")
         for spec in node.outputs:
-            _check_spec(spec, f"{where} is damaged: '{node.name[:80]}'")
+            if problem := spec_problem(spec):
+                raise ArtifactError(f"{where} is damaged: '{node.name[:80]}' {problem}")
         kept = {item.name: getattr(node, item.name) for item in fields(Node)}
         graph.insert(Node(**kept))
     for node in record.nodes:
@@ -256,18 +252,6 @@ def _build(
     for name, stored in record.constants:
         graph.tensors[name] = logical(stored, tensors, f"{where}: constant '{name[:80]}'")
     return graph
-
-
-def _check_spec(spec: TensorSpec, where: str) -> None:
-    fits = spec.rank <= MOST_DIMENSIONS and all(0 < size < LARGEST_EXTENT for size in spec.shape)
-    if not fits or math.prod(spec.shape) * spec.dtype.itemsize > LARGEST_MEMORY:
-        raise ArtifactError(f"{where} has the shape {str(spec.shape)[:80]}")
-    if spec.layout is Layout.NHWC and spec.rank not in MEMORY_FORMATS:
-        raise ArtifactError(f"{where} of rank {spec.rank} is NHWC")
-    if spec.batch is not None and (
-        spec.batch < 1 or not spec.rank or spec.shape[0] % spec.batch
-    ):
-        raise ArtifactError(f"{where} of shape {spec.shape} has no batch of {spec.batch}")
 
 
 # Lowering again.

@@ -47,15 +47,25 @@ def load(
             f"device: expected None, {', '.join(DEVICES)}, got {str(device)!r}"
         )
     artifact = open_artifact(path)
-    chosen = device or _made_for(artifact)
-    if chosen == "cuda":
-        return _on_gpu(artifact, recompile)
-    target = targets.parse(chosen)
+    device = device or _made_for(artifact)
+    if device == "cuda":
+        capability = gpu.capability_here(artifact)
+        try:
+            programs, by_ptx = gpu.pick(artifact, capability)
+        except TargetUnavailableError:
+            if not recompile:
+                raise
+            target = targets.nearest(capability)
+        else:
+            loaded: list[Part] = [(each, gpu.runner(artifact, each, by_ptx)) for each in programs]
+            return LoadedExecutable(artifact, device, targets.parse(programs[0].target), loaded)
+    else:
+        target = targets.parse(device)
     parts: list[Part] = [
-        (program, _planned(artifact, program, target, chosen))
+        (program, _planned(artifact, program, target, device))
         for program in _sources(artifact, target.name)
     ]
-    return LoadedExecutable(artifact, chosen, target, parts)
+    return LoadedExecutable(artifact, device, target, parts)
 
 
 def _made_for(artifact: Artifact) -> str:
@@ -83,25 +93,6 @@ def _planned(artifact: Artifact, program: Program, target: Target, device: str) 
     plan = lower_again(graph, program, target, artifact.path)
     ledger = ledger_of(artifact, program)
     return Executable(graph, plan, ledger, runner_for(graph, plan, target, device), save)
-
-
-def _on_gpu(artifact: Artifact, recompile: bool) -> LoadedExecutable:
-    capability = gpu.capability_here(artifact)
-    try:
-        programs, by_ptx = gpu.pick(artifact, capability)
-    except TargetUnavailableError:
-        if not recompile:
-            raise
-        target = targets.nearest(capability)
-        parts: list[Part] = [
-            (program, _planned(artifact, program, target, "cuda"))
-            for program in _sources(artifact, target.name)
-        ]
-        return LoadedExecutable(artifact, "cuda", target, parts)
-    loaded: list[Part] = [
-        (program, gpu.runner(artifact, program, by_ptx)) for program in programs
-    ]
-    return LoadedExecutable(artifact, "cuda", targets.parse(programs[0].target), loaded)
 
 
 class LoadedExecutable:
@@ -218,15 +209,8 @@ def ledger_of(artifact: Artifact, program: Program) -> Report:
 
 def explain(artifact: Artifact, program: Program) -> str:
     """A program's ledger as text, under its summary."""
-    counts = dict(program.summary)
+    ledger = ledger_of(artifact, program)
     try:
-        head = (
-            f"{artifact.document.model} on {program.target}: {counts['convs']} convs -> "
-            f"{counts['kernels']} kernels; {counts['torch_fallbacks']} torch fallbacks\n"
-            f"arena {counts['arena_bytes']:,} bytes of {counts['activation_bytes']:,} bytes of "
-            "activations\n\n"
-        )
+        return ledger.explain(artifact.document.model, program.target, dict(program.summary))
     except KeyError as error:
         raise ArtifactError(f"'{artifact.path}' is damaged: no {error} in its summary") from error
-    return head + ledger_of(artifact, program).to_text()
-

@@ -112,5 +112,5 @@ def _digests(manifest: Any, path: Path) -> dict[str, tuple[int, str]]:
     if not isinstance(listed, dict) or list(manifest) != ["members"]:
         raise ArtifactError(f"'{path}' is damaged: manifest.json lists no members")
     reader = Reader(f"manifest.json of '{path}'")
-    found = {name: reader.read(_Listed, entry, name[:80]) for name, entry in listed.items()}
-    return {name: (entry.size, entry.sha256) for name, entry in found.items()}
+    entries = {name: reader.read(_Listed, entry, name[:80]) for name, entry in listed.items()}
+    return {name: (entry.size, entry.sha256) for name, entry in entries.items()}

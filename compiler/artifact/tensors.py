@@ -22,6 +22,7 @@ from pathlib import Path
 import torch
 
 from ...errors import ArtifactError
+from ..graph.typed import Reader
 from .archive import Archive, Content, damaged
 
 MEMBER = "weights.safetensors"
@@ -126,21 +127,29 @@ def read(archive: Archive) -> dict[str, torch.Tensor]:
     return dict(_map(sizes, data[8 + length :]))
 
 
+@dataclass(frozen=True)
+class _Described:
+    """An entry of the header."""
+
+    dtype: str
+    shape: tuple[int]
+    data_offsets: tuple[int, int]
+
+
 def _sizes(path: Path, header: bytes) -> Iterator[tuple[str, tuple[torch.dtype, int]]]:
+    where = f"the header of '{MEMBER}'"
     try:
         described = json.loads(header.decode("ascii"))
     except (ValueError, RecursionError) as error:
-        raise damaged(path, f"the header of '{MEMBER}' is no JSON") from error
+        raise damaged(path, f"{where} is no JSON") from error
     if not isinstance(described, dict):
-        raise damaged(path, f"the header of '{MEMBER}' is no table")
+        raise damaged(path, f"{where} is no table")
+    reader = Reader(f"{where} of '{path}'")
     for name, entry in described.items():
-        found = entry if isinstance(entry, dict) else {}
-        dtype, shape = found.get("dtype"), found.get("shape")
-        if not isinstance(dtype, str) or dtype not in _DTYPES or not isinstance(shape, list):
-            raise damaged(path, f"'{MEMBER}' describes '{name[:40]}' in another way")
-        if len(shape) != 1 or type(shape[0]) is not int or shape[0] < 0:
+        tensor: _Described = reader.read(_Described, entry, name[:40])
+        if tensor.dtype not in _DTYPES or tensor.shape[0] < 0:
             raise damaged(path, f"'{MEMBER}' describes '{name[:40]}' as no flat tensor")
-        yield name, (_DTYPES[dtype], shape[0])
+        yield name, (_DTYPES[tensor.dtype], tensor.shape[0])
 
 
 def _map(

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ...errors import ArtifactError
-from ...kernels.contract.op import Launch, Operand, Ref
+from ...kernels.contract.op import Launch, Ref
 from ...kernels.devices import execute, offline
 from ...kernels.devices.kernel_hash import TRITON_VERSION
 from ...settings import VERSION
@@ -51,15 +51,18 @@ def save(path: str | Path, executables: Sequence[Executable], model: str = "") -
     path = Path(path)
     if not executables:
         raise ArtifactError(f"cannot write '{path}': expected at least one executable, got none")
-    writing = _Writing()
-    oldest = _oldest(executables)
-    for executable in sorted(executables, key=_rank):
-        _add(writing, executable, with_ptx=executable.target.name == oldest)
+    writing, ordered = _Writing(), sorted(executables, key=_rank)
+    # Newer GPU generations may compile the PTX of the oldest.
+    oldest = next((e.target for e in ordered if e.target.is_gpu), None)
+    for executable in ordered:
+        _add(writing, executable, with_ptx=executable.target == oldest)
     document = Document(
         format=program.FORMAT,
         version=program.VERSION,
         model=model or executables[0].graph.name,
-        versions=_versions(),
+        versions=(
+            ("convloom", VERSION), ("torch", torch.__version__), ("triton", TRITON_VERSION),
+        ),
         graphs=tuple(archive.digest([dump(graph)]) for graph in writing.graphs),
         programs=tuple(writing.programs),
     )
@@ -74,7 +77,7 @@ def save(path: str | Path, executables: Sequence[Executable], model: str = "") -
     counts = len(writing.graphs), len(writing.accounts)
     source = f"cannot write '{path}': plan.json"
     check_document(document, set(members), writing.pool.tensors, counts, source)
-    for executable, each in zip(sorted(executables, key=_rank), writing.programs, strict=True):
+    for executable, each in zip(ordered, writing.programs, strict=True):
         data = writing.graphs[each.graph]
         graphs.read_graph(data, writing.pool.tensors, executable.target, path)
     members["manifest.json"] = [dump({"members": archive.manifest_of(members)})]
@@ -84,20 +87,6 @@ def save(path: str | Path, executables: Sequence[Executable], model: str = "") -
 def _rank(executable: Executable) -> tuple[int, str, tuple[int, int]]:
     target = executable.target
     return target.capability, target.name, executable.plan.batch or (0, 0)
-
-
-def _oldest(executables: Sequence[Executable]) -> str | None:
-    """The oldest GPU generation, whose PTX newer ones may compile."""
-    found = [e.target for e in executables if e.target.is_gpu]
-    return min(found, key=lambda target: target.capability).name if found else None
-
-
-def _versions() -> tuple[tuple[str, str], ...]:
-    return (
-        ("convloom", VERSION),
-        ("torch", torch.__version__),
-        ("triton", TRITON_VERSION),
-    )
 
 
 def _add(writing: _Writing, executable: Executable, with_ptx: bool) -> None:
@@ -178,24 +167,22 @@ def _compiled(
         return (), ()
     requests = compile_requests(plan, plan.target)
     offline.compile_all(requests)
-    compiled = {wanted: offline.compile_request(wanted) for wanted in dict.fromkeys(requests)}
-    codes = [str(each.asm["ptx"]) for each in compiled.values()]
+    compiled = {each: offline.compile_request(each) for each in dict.fromkeys(requests)}
+    codes = [str(code.asm["ptx"]) for code in compiled.values()]
     # Code for one generation's own instructions (sm_90a) runs on no other.
     with_ptx = with_ptx and all(map(_PORTABLE.search, codes))
     images: list[Image] = []
     positions: list[int] = []
-    for wanted, (step, launch) in zip(requests, plan.kernels, strict=True):
+    for request, (step, launch) in zip(requests, plan.kernels, strict=True):
         signature = _signature(plan, step, launch)
-        image = _image(kernels, wanted, signature, compiled[wanted], with_ptx)
-        if image not in images:
-            images.append(image)
-        positions.append(images.index(image))
+        image = _image(kernels, request, signature, compiled[request], with_ptx)
+        positions.append(_index(images, image))
     return tuple(images), _calls(plan, positions)
 
 
 def _image(
     kernels: dict[str, Content],
-    wanted: offline.CompileRequest,
+    request: offline.CompileRequest,
     signature: tuple[str, ...],
     compiled: Any,
     with_ptx: bool,
@@ -209,10 +196,10 @@ def _image(
     for what, is_needed in needed.items():
         if is_needed:
             raise ArtifactError(
-                f"cannot save kernel {wanted.name}: it needs {what}, which a file cannot make "
+                f"cannot save kernel {request.name}: it needs {what}, which a file cannot make "
                 "again; choose another configuration or forbid the fusion"
             )
-    folder = f"kernels/sm_{wanted.capability}"
+    folder = f"kernels/sm_{request.capability}"
     cubin = _keep(kernels, folder, "cubin", bytes(compiled.asm["cubin"]))
     code = str(compiled.asm["ptx"]).encode()
     return Image(
@@ -254,11 +241,11 @@ def _calls(plan: Plan, images: Sequence[int]) -> tuple[Call, ...]:
             launch.rows, launch.block_rows, launch.columns, launch.batch, launch.most_programs
         )
         for batch in {1, *(plan.batch or (1,))}:
-            wanted = (grid.programs_at(batch), 1, 1)
-            if launch.grid_at(batch) != wanted or launch.m_at(batch) != grid.rows_at(batch):
+            programs = (grid.programs_at(batch), 1, 1)
+            if launch.grid_at(batch) != programs or launch.m_at(batch) != grid.rows_at(batch):
                 raise ArtifactError(
                     f"cannot save step {step.name}: its grid for a batch of {batch} is "
-                    f"{launch.grid_at(batch)}, and a file can only say {wanted}"
+                    f"{launch.grid_at(batch)}, and a file can only say {programs}"
                 )
         arguments = tuple(
             _argument(plan, step, launch, ref) for ref in execute.parameters(launch)
@@ -276,15 +263,5 @@ def _argument(plan: Plan, step: KernelStep, launch: Launch, ref: Ref | None) -> 
     kind = program.WRITE if ref.kind == "output" else program.READ
     # A packed constant has not the shape that its operand says: the kernel reads all of it.
     whole = plan.buffers[name].kind == "constant"
-    return Argument(kind, name, None if whole else _operand(step, ref))
-
-
-def _operand(step: KernelStep, ref: Ref) -> Operand:
-    problem = step.problem
-    groups = {
-        "input": problem.inputs,
-        "output": problem.outputs,
-        "operand": problem.operands,
-        "prologue": problem.prologue_operands,
-    }
-    return groups[ref.kind][ref.index]
+    operand = step.problem.groups[ref.kind][ref.index]
+    return Argument(kind, name, None if whole else operand)

@@ -91,3 +91,15 @@ def batch_of(graph: Graph, inputs: Sequence[torch.Tensor]) -> int:
 def rows_of(tensor: torch.Tensor, spec: TensorSpec, batch: int) -> torch.Tensor:
     """A tensor at the batch of a call: what follows from constants is that of the largest."""
     return tensor if spec.batch is None else tensor[: spec.at(batch)[0]]
+
+
+def relative_error(y: torch.Tensor, exact: torch.Tensor) -> float:
+    """Largest absolute error where the exact value is finite, relative to the rms there."""
+    if y.shape != exact.shape:
+        return float("inf")
+    finite = exact.isfinite()
+    if not finite.any():
+        return 0.0
+    true = exact[finite].double()
+    rms = true.square().mean().sqrt().clamp_min(1e-30)
+    return ((y[finite].double() - true).abs().nan_to_num(torch.inf, torch.inf).max() / rms).item()

@@ -10,7 +10,7 @@ or null, "how": "modelled" | "measured" | "not measured"}:
     measured_on                   where measured times come from; "" when nothing was measured
     totals                        before (every captured op alone: passes="none") and after
     nodes                         one per captured node: Record below
-    places                        kernels and what needs none (views, ...): Place below
+    places                        kernels and what needs none (views, ...): KernelNode below
     edges                         [from, to]: names of places; data flows along them
     events                        accepted and refused rewrites in order: `ledger.Event`
 """
@@ -92,7 +92,7 @@ class Record:
 
 
 @dataclass(frozen=True)
-class Place:
+class KernelNode:
     """A kernel of the plan, or something that needs none: a view, a buffer, an input or output.
 
     what: "kernel", "torch", "view", "in place", "input" or "output". kind: a family of ops, for
@@ -108,13 +108,13 @@ class Place:
     op: str
     computes: str
     module_path: str
-    nodes: tuple[str, ...]
-    launches: int
-    size_bytes: int
-    config: str
-    modelled: Time
-    measured: Time
-    share: float
+    nodes: tuple[str, ...] = ()
+    launches: int = 0
+    size_bytes: int = 0
+    config: str = ""
+    modelled: Time = UNKNOWN
+    measured: Time = UNKNOWN
+    share: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -143,16 +143,16 @@ class Account:
     measured_on: str
     totals: Totals
     nodes: tuple[Record, ...]
-    places: tuple[Place, ...]
+    places: tuple[KernelNode, ...]
     edges: tuple[tuple[str, str], ...]
     events: tuple[Event, ...]
 
     @property
-    def kernels(self) -> tuple[Place, ...]:
+    def kernels(self) -> tuple[KernelNode, ...]:
         """Steps of the plan, in order; those of torch fallbacks included."""
         return tuple(place for place in self.places if place.what in (KERNEL, FALLBACK))
 
-    def place(self, name: str) -> Place:
+    def place(self, name: str) -> KernelNode:
         """The place of that name."""
         return next(place for place in self.places if place.name == name)
 

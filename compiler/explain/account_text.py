@@ -11,11 +11,11 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from . import account as acc
-from .account import Account, Place, Record, Time
+from .account import Account, Record, Time
 
 
 @dataclass
@@ -55,20 +55,16 @@ def module_tree(account: Account) -> Module:
 
 def to_text(account: Account) -> str:
     """Modules with their ops, kernels without a captured op, totals, refusals, rules."""
-    lines = [_how_times_are_known(account), ""]
+    measured = "nothing was measured"
+    if account.measured_on:
+        measured = f"measured times are from {account.measured_on}"
+    lines = [f"modelled times are for {account.machine}; {measured}", ""]
     writer = _Writer(account)
     for item in module_tree(account).inside:
         lines += writer.item("(top)", item, "")
     lines += ["", *_conversions(account), *totals_lines(account), "", *_refusals(account)]
     lines += ["", *_rules(account)]
     return "\n".join(lines).rstrip() + "\n"
-
-
-def _how_times_are_known(account: Account) -> str:
-    measured = "nothing was measured"
-    if account.measured_on:
-        measured = f"measured times are from {account.measured_on}"
-    return f"modelled times are for {account.machine}; {measured}"
 
 
 class _Writer:
@@ -85,9 +81,9 @@ class _Writer:
 
     def item(self, name: str, item: Record | Module, indent: str) -> list[str]:
         """An op of module `name`, or a sub-module."""
-        return self.module(item, indent) if isinstance(item, Module) else self.op(
-            name, item, indent
-        )  # fmt: skip
+        if isinstance(item, Module):
+            return self.module(item, indent)
+        return self.op(name, item, indent)
 
     def module(self, module: Module, indent: str) -> list[str]:
         """A module's heading with its totals, then what is in it; one op needs no heading."""
@@ -193,13 +189,12 @@ def size_text(size_bytes: int) -> str:
 
 def _conversions(account: Account) -> list[str]:
     """Kernels that no captured op asked for."""
-    own: list[Place] = [place for place in account.kernels if not place.nodes]
-    if not own:
-        return []
-    lines = ["kernels of no captured op (conversions and copies)"]
-    for place in own:
-        lines.append(f"  {place.name}: {place.computes}; {place.modelled}, {place.measured}")
-    return [*lines, ""]
+    lines = [
+        f"  {place.name}: {place.computes}; {place.modelled}, {place.measured}"
+        for place in account.kernels
+        if not place.nodes
+    ]
+    return ["kernels of no captured op (conversions and copies)", *lines, ""] if lines else []
 
 
 def totals_lines(account: Account) -> list[str]:
@@ -215,8 +210,13 @@ def totals_lines(account: Account) -> list[str]:
     if t.torch_fallbacks:
         count = str(t.torch_fallbacks)
         rows.append(("torch fallbacks (in no figure above)", count, count))
-    width = max(len(name) for name, _, _ in rows)
-    return [f"{name:<{width}}  {before:>16}  {after:>16}".rstrip() for name, before, after in rows]
+    return side_by_side(rows)
+
+
+def side_by_side(rows: Sequence[tuple[str, str, str]]) -> list[str]:
+    """Lines of a name and its two figures."""
+    left, middle, right = (max(map(len, column)) for column in zip(*rows, strict=True))
+    return [f"{a:<{left}}  {b:>{middle}}  {c:>{right}}".rstrip() for a, b, c in rows]
 
 
 def us_text(time: Time) -> str:

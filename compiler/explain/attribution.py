@@ -29,18 +29,18 @@ from ...kernels.contract.targets import Target
 from ...kernels.movement import movement
 from ..fusion.estimate import ASSUMED
 from ..graph.ir import CONSTANT, INPUT, OUTPUT, TORCH, Graph, Node, Value
-from ..graph.ledger import Closing, Event, Ledger, op_name
+from ..graph.ledger import Event, Ledger, Snapshot, op_name
 from ..passes import LABELS, select
 from ..passes.layout import choose_dtype, choose_layout
 from ..plan.lower import is_movement
 from ..plan.plan import KernelStep, Plan, Step
 from . import account as acc
-from .account import Account, Place, Record, Refusal, Time, Totals
+from .account import Account, KernelNode, Record, Refusal, Time, Totals
 from .places import RANK, Places, find_places, kind_of
 
 
 @dataclass(frozen=True)
-class Alone:
+class UnfusedOp:
     """One op of the network without fusion; views and torch fallbacks have no launches."""
 
     node: Node
@@ -50,17 +50,17 @@ class Alone:
     is_view: bool = False
 
 
-def make_account(ledger: Ledger, closing: Closing, plan: Plan) -> Account:
+def make_account(ledger: Ledger, snapshot: Snapshot, plan: Plan) -> Account:
     """The account of a compilation."""
-    captured = closing.captured
+    captured = snapshot.captured
     dtype = captured.goal.dtype if captured.goal else None
     unfused = without_fusion(captured, dtype)
     precision = next((s.problem.precision for s in plan.steps if isinstance(s, KernelStep)), "ieee")
     alone = {a.node.name: a for a in _alone(unfused, plan.target, precision)}
-    places = find_places(closing, plan)
+    places = find_places(snapshot, plan)
     steps_us = {step.name: step_time_us(step, plan.target) for step in plan.steps}
     known_us = sum(us for us in steps_us.values() if us is not None)
-    nodes = _records(ledger, closing, places, unfused, alone, steps_us)
+    nodes = _records(ledger, snapshot, places, unfused, alone, steps_us)
     return Account(
         model=captured.name,
         target=plan.target.name,
@@ -93,7 +93,7 @@ def without_fusion(captured: Graph, dtype: torch.dtype | None) -> Graph:
     return graph
 
 
-def _alone(graph: Graph, target: Target, precision: str) -> list[Alone]:
+def _alone(graph: Graph, target: Target, precision: str) -> list[UnfusedOp]:
     """Every op of the graph by itself."""
     operands: dict[Value, Operand] = {}
     found = []
@@ -103,10 +103,10 @@ def _alone(graph: Graph, target: Target, precision: str) -> list[Alone]:
         if node.op in (INPUT, CONSTANT, OUTPUT):
             continue
         if node.op == TORCH:
-            found.append(Alone(node, us=None))
+            found.append(UnfusedOp(node, us=None))
         elif (view := _view(graph, node, operands)) is not None:
             operands[Value(node.name)] = view
-            found.append(Alone(node, is_view=True))
+            found.append(UnfusedOp(node, is_view=True))
         else:
             found.append(_in_a_kernel(graph, node, operands, target, precision))
     return found
@@ -125,7 +125,7 @@ def _view(graph: Graph, node: Node, operands: Mapping[Value, Operand]) -> Operan
 
 def _in_a_kernel(
     graph: Graph, node: Node, operands: Mapping[Value, Operand], target: Target, precision: str
-) -> Alone:
+) -> UnfusedOp:
     op = node.definition
     packed = op.packs(node.attributes)
 
@@ -146,7 +146,7 @@ def _in_a_kernel(
     )
     launches = op.launches(problem, op.default(problem, target), target)
     us = cost_model.problem_us(op, problem, target)
-    return Alone(node, len(launches), op.cost(problem).size_bytes, us)
+    return UnfusedOp(node, len(launches), op.cost(problem).size_bytes, us)
 
 
 def step_time_us(step: Step, target: Target) -> float | None:
@@ -177,7 +177,7 @@ def _dtype_name(captured: Graph, dtype: torch.dtype | None) -> str:
 
 
 def _totals(
-    plan: Plan, alone: Sequence[Alone], steps_us: Mapping[str, float | None]
+    plan: Plan, alone: Sequence[UnfusedOp], steps_us: Mapping[str, float | None]
 ) -> Totals:
     return Totals(
         kernels_before=sum(a.launches for a in alone),
@@ -192,8 +192,8 @@ def _totals(
 
 
 def _with_times(
-    place: Place, steps_us: Mapping[str, float | None], whole_us: float
-) -> Place:
+    place: KernelNode, steps_us: Mapping[str, float | None], whole_us: float
+) -> KernelNode:
     if place.what != acc.KERNEL:
         return place
     us = steps_us[place.name]
@@ -208,7 +208,7 @@ def _with_times(
 class _Figures:
     """What one node of the network without fusion costs and is spared."""
 
-    alone: Alone
+    alone: UnfusedOp
     bytes_saved: int
     kernels_saved: int
     after: Time
@@ -216,15 +216,15 @@ class _Figures:
 
 def _records(
     ledger: Ledger,
-    closing: Closing,
+    snapshot: Snapshot,
     places: Places,
     unfused: Graph,
-    alone: Mapping[str, Alone],
+    alone: Mapping[str, UnfusedOp],
     steps_us: Mapping[str, float | None],
 ) -> list[Record]:
     figures = _figures(places, unfused, alone, steps_us)
     # A composite's figures stand at the last of the captured nodes it was put together from.
-    order = {node.name: at for at, node in enumerate(closing.captured.nodes())}
+    order = {node.name: at for at, node in enumerate(snapshot.captured.nodes())}
     stands_at: dict[str, _Figures] = {}
     part_of: dict[str, str] = {}
     for name, found in figures.items():
@@ -238,7 +238,7 @@ def _records(
     return [
         _record(node, places, stands_at.get(node.name), part_of.get(node.name, ""),
                 accepted.get(node.name, []), refused.get(node.name, []))
-        for node in closing.captured.compute_nodes()
+        for node in snapshot.captured.compute_nodes()
     ]  # fmt: skip
 
 
@@ -278,11 +278,11 @@ def label_of(event: Event) -> str:
 def _figures(
     places: Places,
     unfused: Graph,
-    alone: Mapping[str, Alone],
+    alone: Mapping[str, UnfusedOp],
     steps_us: Mapping[str, float | None],
 ) -> dict[str, _Figures]:
     # Nodes that were captured, by the final node that holds them; "" where none does.
-    groups: dict[str, list[Alone]] = {}
+    groups: dict[str, list[UnfusedOp]] = {}
     holders: dict[str, str] = {}
     for name, found in alone.items():
         origins = [origin for origin in found.node.origins if origin in places.holder_of]
@@ -314,14 +314,14 @@ def _figures(
     return figures
 
 
-def _leads(member: Alone) -> tuple[int, float]:
+def _leads(member: UnfusedOp) -> tuple[int, float]:
     """The op that a kernel is named after sorts first: a convolution before a normalisation."""
     return RANK.get(kind_of(op_name(member.node)), len(RANK)), -(member.us or 0.0)
 
 
 def _bytes_saved(
     graph: Graph,
-    alone: Mapping[str, Alone],
+    alone: Mapping[str, UnfusedOp],
     holders: Mapping[str, str],
     steps_of: Mapping[str, Sequence[Step]],
 ) -> dict[str, int]:

@@ -9,14 +9,14 @@ or yesterday's JSON and today's.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from ...errors import InvalidInputError
 from . import account as acc
-from .account import Account, Place, Record
-from .account_text import counted, labels, refusals_by_reason, size_text, us_text
+from .account import Account, Record
+from .account_text import counted, labels, refusals_by_reason, side_by_side, size_text, us_text
 
 SCHEMA, VERSION = "convloom-ledger-diff", 1
 SHOWN = 6
@@ -163,23 +163,16 @@ def _missing(kernels: Sequence[Kernel], others: Sequence[Kernel]) -> Iterator[Ke
             yield kernel
 
 
-@dataclass(frozen=True)
-class _Group:
-    """What a captured op is computed by, and with which others."""
-
-    by: str
-    others: tuple[str, ...]
-
-
-def _groups(account: Account) -> dict[str, _Group]:
-    places: Mapping[str, Place] = {place.name: place for place in account.kernels}
-    members = _members(account)
-    found = {}
-    for record in account.nodes:
-        place = places.get(record.kernel)
-        others = tuple(n for n in members.get(record.kernel, ()) if n != record.node)
-        found[record.node] = _Group(place.op if place else record.kernel, others)
-    return found
+def _groups(account: Account) -> dict[str, tuple[str, tuple[str, ...]]]:
+    """What each captured op is computed by, and with which others."""
+    ops, members = {place.name: place.op for place in account.kernels}, _members(account)
+    return {
+        record.node: (
+            ops.get(record.kernel, record.kernel),
+            tuple(n for n in members.get(record.kernel, ()) if n != record.node),
+        )
+        for record in account.nodes
+    }
 
 
 def _changes(before: Account, after: Account) -> Iterator[Change]:
@@ -192,13 +185,7 @@ def _changes(before: Account, after: Account) -> Iterator[Change]:
             continue
         then, now = (_rules(each, short) for each in (earlier[node], record))
         yield Change(
-            node,
-            record.op,
-            record.module_path,
-            old[node].by,
-            old[node].others,
-            new[node].by,
-            new[node].others,
+            node, record.op, record.module_path, *old[node], *new[node],
             tuple(rule for rule in now if rule not in then),
             tuple(rule for rule in then if rule not in now),
         )
@@ -238,20 +225,18 @@ def to_text(difference: Difference) -> str:
 
 
 def _totals(d: Difference) -> list[str]:
-    sides = (d.before, d.after)
-    rows = [
-        ("", [side.name for side in sides]),
-        ("target", [f"{side.target} {side.dtype}" for side in sides]),
-        ("batch", [str(side.batch) for side in sides]),
-        ("kernels", [str(side.kernels) for side in sides]),
-        ("bytes read and written", [size_text(side.size_bytes) for side in sides]),
-        ("modelled time", [us_text(side.time) for side in sides]),
-        ("measured time", [us_text(side.measured) for side in sides]),
-        ("modelled for", [side.machine for side in sides]),
-        ("torch fallbacks", [str(side.torch_fallbacks) for side in sides]),
-    ]
-    width = max(len(cells[0]) for _, cells in rows)
-    lines = [f"{name:<24}{left:<{width}}   {right}".rstrip() for name, (left, right) in rows]
+    rows: dict[str, Callable[[Side], str]] = {
+        "": lambda side: side.name,
+        "target": lambda side: f"{side.target} {side.dtype}",
+        "batch": lambda side: str(side.batch),
+        "kernels": lambda side: str(side.kernels),
+        "bytes read and written": lambda side: size_text(side.size_bytes),
+        "modelled time": lambda side: us_text(side.time),
+        "measured time": lambda side: us_text(side.measured),
+        "modelled for": lambda side: side.machine,
+        "torch fallbacks": lambda side: str(side.torch_fallbacks),
+    }
+    lines = side_by_side([(name, show(d.before), show(d.after)) for name, show in rows.items()])
     if any(getattr(d.before, f) != getattr(d.after, f) for f in ("target", "dtype", "batch")):
         lines.append("target, dtype or batch differ: times and bytes are not for the same work")
     return lines

@@ -8,12 +8,12 @@ tells in a panel why each op is where it is. Both are made from an `Account` alo
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import re
 from pathlib import Path
 from xml.sax.saxutils import escape, quoteattr
 
 from . import account as acc
-from .account import Account, Place, Record
+from .account import Account, KernelNode, Record
 from .account_text import counted, labels, refusals_by_reason, size_text, with_paths
 from .layers import Box, draw
 
@@ -29,37 +29,8 @@ KINDS = (
     "other", "input", "output",
 )  # fmt: skip
 
-STYLE = """
-:root {
-  --page: #ffffff; --ink: #1b1f24; --dim: #59636e; --line: #8c959f; --edge: #6e7781;
-  --panel: #f6f8fa; --mark: #bf3989;
-  --convolution: #cfe3ff; --linear: #d6d3ff; --pooling: #c9f0d3; --normalisation: #fde2c4;
-  --reduction: #c7eeee; --pointwise: #fdf0b5; --movement: #e6e8eb; --other: #f6d0d6;
-  --input: #ffffff; --output: #ffffff;
-}
-@media (prefers-color-scheme: dark) { :root:not([data-theme=light]) { DARK } }
-:root[data-theme=dark] { DARK }
-svg.ledger { background: var(--page); font-family: ui-monospace, "DejaVu Sans Mono", Menlo,
-  Consolas, monospace; }
-svg.ledger text { fill: var(--ink); }
-svg.ledger .title { font-size: 13px; font-weight: 600; }
-svg.ledger .figures { font-size: 10.5px; fill: var(--dim); }
-svg.ledger .op text { font-size: 11px; }
-svg.ledger .far { display: none; text-anchor: middle; font-weight: 600; }
-svg.ledger .box { stroke: var(--line); stroke-width: 1.2; }
-svg.ledger .free > .box { stroke-dasharray: 4 3; }
-svg.ledger .op rect { fill: var(--page); opacity: 0.55; }
-svg.ledger .gone text { fill: var(--dim); text-decoration: line-through; }
-svg.ledger .edge { fill: none; stroke: var(--edge); stroke-width: 1.3; }
-svg.ledger #arrow path { fill: var(--edge); }
-""" + "\n".join(f"svg.ledger .{kind} > .box {{ fill: var(--{kind}); }}" for kind in KINDS)
-STYLE = STYLE.replace("DARK", (
-    "--page: #0d1117; --ink: #e6edf3; --dim: #9198a1; --line: #656c76; --edge: #8b949e; "
-    "--panel: #161b22; --mark: #ff8bcb; "
-    "--convolution: #16335c; --linear: #34306e; --pooling: #14432a; --normalisation: #57340f; "
-    "--reduction: #0f4348; --pointwise: #4a3c05; --movement: #2a3038; --other: #5a1e28; "
-    "--input: #0d1117; --output: #0d1117;"
-))  # fmt: skip
+STYLE = Path(__file__).with_name("picture.css").read_text(encoding="utf-8")
+"""Of the drawing and its page; kinds of boxes are classes and colours of these names."""
 
 
 def to_svg(account: Account) -> str:
@@ -91,20 +62,15 @@ def to_html(account: Account) -> str:
         "DATA": data,
     }
     page = PAGE.read_text(encoding="utf-8")
-    pieces = page.split("{{")
-    filled = [pieces[0]]
-    for piece in pieces[1:]:
-        name, _, rest = piece.partition("}}")
-        filled += [parts[name], rest]
-    return "".join(filled)
+    return re.sub(r"\{\{(\w+)\}\}", lambda name: parts[name[1]], page)
 
 
 def _headline(account: Account) -> str:
     t = account.totals
+    where = account.measured_on
     return (
         f"{t.kernels_before} -> {t.kernels_after} kernels; {t.before} -> {t.after}, for "
-        f"{account.machine}; {account.measured_on and 'measured on ' + account.measured_on}"
-        f"{'' if account.measured_on else 'nothing was measured'}"
+        f"{account.machine}; {f'measured on {where}' if where else 'nothing was measured'}"
     )
 
 
@@ -139,7 +105,7 @@ class _Content:
     """What stands in a place's box."""
 
     def __init__(
-        self, place: Place, records: dict[str, Record], short: dict[str, str]
+        self, place: KernelNode, records: dict[str, Record], short: dict[str, str]
     ) -> None:
         self.place, self.short = place, short
         self.records = [records[name] for name in place.nodes]
@@ -217,7 +183,7 @@ class _Content:
         return "\n".join(lines)
 
 
-def _figures(place: Place) -> str:
+def _figures(place: KernelNode) -> str:
     if place.what in (acc.INPUT, acc.OUTPUT):
         return shortened(place.computes)
     if place.what == acc.FALLBACK:
@@ -234,6 +200,3 @@ def shortened(text: str, characters: int = CHARACTERS) -> str:
         return text
     head = characters // 3
     return f"{text[:head]}…{text[head + 1 - characters:]}"
-
-
-__all__: Sequence[str] = ("to_html", "to_svg")

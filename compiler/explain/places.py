@@ -13,11 +13,11 @@ from dataclasses import dataclass
 from ...kernels import registry
 from ...kernels.contract import scalars
 from ..graph.ir import CONSTANT, INPUT, OUTPUT, Graph, Node
-from ..graph.ledger import Closing, op_name
+from ..graph.ledger import Snapshot, op_name
 from ..graph.text import stages_text
 from ..plan.plan import Plan, Step, TorchStep
 from . import account as acc
-from .account import UNKNOWN, Place
+from .account import KernelNode
 
 # Families of ops, for colours; an op belongs to the first whose word is in its name.
 KINDS = (
@@ -39,7 +39,7 @@ class Places:
     computes it; place_of, where it is drawn; holder_of, the final node that stands for it ("" for
     none). steps_of: the steps of each final node."""
 
-    drawn: tuple[Place, ...]
+    drawn: tuple[KernelNode, ...]
     edges: tuple[tuple[str, str], ...]
     kernel_of: Mapping[str, str]
     place_of: Mapping[str, str]
@@ -57,9 +57,9 @@ def kind_of(op: str) -> str:
     return OTHER
 
 
-def find_places(closing: Closing, plan: Plan) -> Places:
+def find_places(snapshot: Snapshot, plan: Plan) -> Places:
     """The places of a plan and of every captured node."""
-    captured, final = closing.captured, closing.final
+    captured, final = snapshot.captured, snapshot.final
     steps_of = _steps_by_node(final, plan)
     holders = {origin: node for node in final.nodes() for origin in node.origins}
     names = [node.name for node in captured.compute_nodes()]
@@ -70,7 +70,7 @@ def find_places(closing: Closing, plan: Plan) -> Places:
         holder = holders.get(name)
         if holder is not None and holder.name in kept:
             place_of[name] = holder.name
-        kernel_of[name] = _kernel_of(holder, steps_of, closing.kernels)
+        kernel_of[name] = _kernel_of(holder, steps_of, snapshot.kernels)
     placed = {**place_of, **_ports(captured)}
     for name in names:
         if name not in place_of:
@@ -82,7 +82,7 @@ def find_places(closing: Closing, plan: Plan) -> Places:
         place
         for node in final.nodes()
         if node.name in kept
-        for place in _places_of(captured, node, steps_of.get(node.name, ()), members, closing)
+        for place in _places_of(captured, node, steps_of.get(node.name, ()), members, snapshot)
     )
     drawn += tuple(
         _step_place(step, None, (), kind_of(getattr(step, "op", "")))
@@ -145,8 +145,8 @@ def _places_of(
     node: Node,
     steps: tuple[Step, ...],
     members: Mapping[str, list[str]],
-    closing: Closing,
-) -> Iterator[Place]:
+    snapshot: Snapshot,
+) -> Iterator[KernelNode]:
     """The node's own place, after those of the copies that a concatenation needs."""
     for step in steps:
         if step.name != node.name:
@@ -160,30 +160,25 @@ def _places_of(
         return
     what = {INPUT: acc.INPUT, OUTPUT: acc.OUTPUT}.get(node.op)
     if what is None:
-        what = acc.IN_PLACE if steps else closing.kernels.get(node.name, acc.VIEW)
+        what = acc.IN_PLACE if steps else snapshot.kernels.get(node.name, acc.VIEW)
+    kind = what if node.op in (INPUT, OUTPUT) else kind
     shown = ", ".join(map(str, node.outputs))
-    yield Place(
-        node.name, what, what if node.op in (INPUT, OUTPUT) else kind, node.op, shown,
-        node.module_path, nodes, 0, 0, "", UNKNOWN, UNKNOWN, 0.0,
-    )  # fmt: skip
+    yield KernelNode(node.name, what, kind, node.op, shown, node.module_path, nodes)
 
 
-def _step_place(step: Step, node: Node | None, nodes: tuple[str, ...], kind: str) -> Place:
+def _step_place(step: Step, node: Node | None, nodes: tuple[str, ...], kind: str) -> KernelNode:
     common = (step.module_path, nodes)
     if isinstance(step, TorchStep):
         shown = ", ".join(str(place.operand.spec) for place in step.outputs)
-        return Place(
-            step.name, acc.FALLBACK, OTHER, str(step.call), shown, *common, 0, 0, "",
-            UNKNOWN, UNKNOWN, 0.0,
-        )  # fmt: skip
+        return KernelNode(step.name, acc.FALLBACK, OTHER, str(step.call), shown, *common)
     problem = step.problem
     stages = stages_text(node) if node else ""
     shown = ", ".join(str(operand.spec) for operand in problem.outputs)
-    size_bytes = registry.get(step.op).cost(problem).size_bytes
-    return Place(
+    return KernelNode(
         step.name, acc.KERNEL, kind, step.op, f"{step.op}{stages} -> {shown}", *common,
-        len(step.launches), size_bytes, f"{step.config} ({step.chosen_by})", UNKNOWN, UNKNOWN, 0.0,
-    )  # fmt: skip
+        launches=len(step.launches), size_bytes=registry.get(step.op).cost(problem).size_bytes,
+        config=f"{step.config} ({step.chosen_by})",
+    )
 
 
 def _edges(

@@ -6,38 +6,21 @@ What fusion saved in bytes, kernels and modelled time is worked out when somebod
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
 from ...errors import GraphError, InvalidInputError, near_names
-from ..graph.ir import CONSTANT, Graph, Node
-from ..graph.ledger import Ledger, op_name
+from ..graph.ledger import Ledger
 from ..plan.plan import Plan
 from . import account, account_text
-from .account import Account, Record
-
-
-@dataclass(frozen=True)
-class Fate:
-    """What became of one captured node.
-
-    kernel: the step that computes it, "torch", or why none does: "view", "in place", "removed",
-    "constant".
-    """
-
-    node: str
-    op: str
-    module_path: str
-    kernel: str
-    rules: tuple[str, ...]
-    refused: tuple[str, ...]
+from .account import Account
 
 
 @dataclass
 class Report(Ledger):
-    """A ledger, and once the plan is made each captured node's fate and the whole account.
+    """A ledger, and once the plan is made the account of what became of each captured node.
 
     measured: microseconds of steps, on `measured_on`. read: the account, where the report was read
     back rather than written by passes.
@@ -48,46 +31,17 @@ class Report(Ledger):
     measured_on: str = ""
     read: Account | None = None
 
-    def close(self, captured: Graph, final: Graph, kernels: Mapping[str, str]) -> None:
-        super().close(captured, final, kernels)
-        self.__dict__.pop("fates", None)
-
-    @cached_property
-    def fates(self) -> tuple[Fate, ...]:
-        """One per captured node, in the order of the captured graph; none before `close`."""
-        if self.read is not None:
-            fallbacks = {place.name for place in self.read.places if place.what == "torch"}
-            return tuple(_fate_of(record, fallbacks) for record in self.read.nodes)
-        if self.closing is None:
-            return ()
-        captured, kernels = self.closing.captured, self.closing.kernels
-        holder = {origin: node for node in self.closing.final.nodes() for origin in node.origins}
-        rules, refused = self.by_node()
-        return tuple(
-            Fate(
-                node=node.name,
-                op=op_name(node),
-                module_path=node.module_path,
-                kernel=_kernel_of(holder.get(node.name), kernels),
-                rules=tuple(dict.fromkeys(event.rule for event in rules.get(node.name, ()))),
-                refused=tuple(
-                    dict.fromkeys(f"{e.rule}: {e.reason}" for e in refused.get(node.name, ()))
-                ),
-            )
-            for node in captured.compute_nodes()
-        )
-
     def with_measured(self, times_us: Mapping[str, float], where: str) -> Report:
         """The report with measured microseconds of steps (`Executable.profile`), and where.
 
         Raises: InvalidInputError for a step that the plan does not have.
         """
-        known = [step.name for step in self.plan.steps] if self.plan else []
-        known += [place.name for place in self.read.kernels] if self.read else []
+        steps = [step.name for step in self.plan.steps] if self.plan else []
+        steps += [place.name for place in self.read.kernels] if self.read else []
         for name in times_us:
-            if name not in known:
+            if name not in steps:
                 raise InvalidInputError(
-                    f"measured times: the plan has no step {name!r}; {near_names(name, known)}"
+                    f"measured times: the plan has no step {name!r}; {near_names(name, steps)}"
                 )
         return replace(self, measured=dict(times_us), measured_on=where)
 
@@ -104,12 +58,12 @@ class Report(Ledger):
     def _account(self) -> Account:
         if self.read is not None:
             return self.read
-        if self.closing is None or self.plan is None:
+        if self.snapshot is None or self.plan is None:
             raise GraphError("the ledger has no plan yet; ask the ledger of an executable")
         # Files are read where no kernel can be compiled; their accounts are written already.
         from .attribution import make_account
 
-        return make_account(self, self.closing, self.plan)
+        return make_account(self, self.snapshot, self.plan)
 
     def to_json(self) -> dict[str, Any]:
         """The account as plain data; `account.py` documents its fields."""
@@ -124,18 +78,23 @@ class Report(Ledger):
         read = account.from_json(data, source)
         return Report(list(read.events), read=read)
 
+    def explain(self, name: str, target: str, counts: Mapping[str, int]) -> str:
+        """The report as text, under the counts of the plan of the network `name`."""
+        arena, total = counts["arena_bytes"], counts["activation_bytes"]
+        ratio = f", {arena / total:.0%}" if total else ""
+        return (
+            f"{name} on {target}: {summary_line(counts)}\n"
+            f"arena {arena:,} bytes of {total:,} bytes of activations{ratio}\n\n{self.to_text()}"
+        )
+
     def to_text(self) -> str:
         """The account grouped by module, with rules, refusals and totals."""
         return account_text.to_text(self.account())
 
 
-def _kernel_of(holder: Node | None, kernels: Mapping[str, str]) -> str:
-    if holder is None:
-        return "removed"
-    return "constant" if holder.op == CONSTANT else kernels.get(holder.name, "view")
-
-
-def _fate_of(record: Record, fallbacks: Collection[str]) -> Fate:
-    kernel = "torch" if record.kernel in fallbacks else record.kernel
-    refused = tuple(f"{refusal.rule}: {refusal.reason}" for refusal in record.refused)
-    return Fate(record.node, record.op, record.module_path, kernel, record.rules, refused)
+def summary_line(counts: Mapping[str, int]) -> str:
+    """What became of the convolutions, in one line."""
+    return (
+        f"{counts['convs']} convs -> {counts['kernels']} kernels; "
+        f"{counts['torch_fallbacks']} torch fallbacks"
+    )

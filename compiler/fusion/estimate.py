@@ -108,10 +108,10 @@ def times_us(
 ) -> tuple[str, list[float]]:
     """The time of each alternative, a list of kernels, and how they are known: all by records where
     there are records of all of them, else all "modelled"."""
-    known = graph.goal.known if graph.goal else None
-    if known is not None:
+    lookup = graph.goal.timing_lookup if graph.goal else None
+    if lookup is not None:
         # All are asked for, also after a miss: what is not known can be timed later.
-        found = [[known(problem) for problem in each] for each in alternatives]
+        found = [[lookup(problem) for problem in each] for each in alternatives]
         statuses = {timed.status if timed else None for each in found for timed in each}
         if len(statuses) == 1 and None not in statuses:
             totals = [sum(timed.time_us for timed in each if timed) for each in found]

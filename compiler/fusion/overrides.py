@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
 from ...errors import InvalidInputError, near_names
-from ..graph.ir import Goal, Graph, Node
+from ..graph.ir import CompileTarget, Graph, Node
 from ..graph.ledger import Ledger
 
 
@@ -34,7 +34,7 @@ class Labels:
     heavy: frozenset[str]
 
 
-def of(goal: Goal | None, label: str, nodes: Iterable[Node]) -> Wish:
+def of(goal: CompileTarget | None, label: str, nodes: Iterable[Node]) -> Wish:
     """The wish that concerns a match of the rule with that label; rules without one are no fusions.
 
     Raises: InvalidInputError where the match is both forced and forbidden.

@@ -12,7 +12,7 @@ from torch.utils import _pytree as pytree
 
 from ...errors import InvalidInputError
 from ...kernels.contract.spec import TensorSpec
-from .memory import Place
+from .memory import BufferSlice
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Port:
 
     name: str
     spec: TensorSpec
-    place: Place
+    place: BufferSlice
 
 
 @dataclass(frozen=True)

@@ -84,11 +84,12 @@ class NoAttributes(Attributes):
 
 
 @dataclass(frozen=True)
-class Goal:
+class CompileTarget:
     """The machine the graph will run on and the dtype it will compute in (None: as captured).
 
-    force, forbid: fusions the user insists on or declines (`wishes.py`). precision: of fp32
-    products. known: the time of a problem by tuning records, None where nothing is looked up.
+    force, forbid: fusions the user insists on or declines (`overrides.py`). precision: of fp32
+    products. timing_lookup: the time of a problem by tuning records, None where nothing is
+    looked up.
     """
 
     target: Target
@@ -96,7 +97,7 @@ class Goal:
     force: tuple[str, ...] = ()
     forbid: tuple[str, ...] = ()
     precision: str = "ieee"
-    known: Callable[[Problem], Timed | None] | None = None
+    timing_lookup: Callable[[Problem], Timing | None] | None = None
 
 
 @dataclass
@@ -110,7 +111,7 @@ class Graph:
     net: nx.MultiDiGraph = field(default_factory=nx.MultiDiGraph)
     tensors: dict[str, torch.Tensor] = field(default_factory=dict)
     output_tree: Any = None
-    goal: Goal | None = None
+    goal: CompileTarget | None = None
     name: str = "graph"
     counter: int = 0
 
@@ -311,7 +312,7 @@ class Graph:
         return iter(self.nodes())
 
 
-class Timed(NamedTuple):
+class Timing(NamedTuple):
     """A time, and how it is known: "measured" on a device, or "modelled"."""
 
     time_us: float

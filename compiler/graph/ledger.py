@@ -35,7 +35,7 @@ class Event:
 
 
 @dataclass(frozen=True)
-class Closing:
+class Snapshot:
     """What the ledger is closed with: the graph as captured, as lowered, and what runs its nodes.
 
     The graphs are without tensors.
@@ -51,7 +51,7 @@ class Ledger:
     """Events in order, and what decides the fates of nodes once they are lowered."""
 
     events: list[Event] = field(default_factory=list)
-    closing: Closing | None = None
+    snapshot: Snapshot | None = None
     _refused: set[Event] = field(default_factory=set, init=False, repr=False, compare=False)
 
     def accept(
@@ -77,7 +77,7 @@ class Ledger:
     def close(self, captured: Graph, final: Graph, kernels: Mapping[str, str]) -> None:
         """Takes what decides the fates. `kernels` maps final nodes to what runs them ("view" where
         it does not)."""
-        self.closing = Closing(
+        self.snapshot = Snapshot(
             replace(captured, tensors={}, output_tree=None),
             replace(final, tensors={}, output_tree=None),
             dict(kernels),

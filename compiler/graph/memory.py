@@ -46,7 +46,7 @@ class Buffer:
 
 
 @dataclass(frozen=True)
-class Place:
+class BufferSlice:
     """Where a value lies: a buffer, and the operand (shape, pitch, offset) inside it."""
 
     buffer: str
@@ -108,7 +108,7 @@ class Memory:
         """The whole buffer."""
         return self._flat[name]
 
-    def view(self, place: Place) -> torch.Tensor:
+    def view(self, place: BufferSlice) -> torch.Tensor:
         """The logical tensor at a place."""
         operand = place.operand
         shape = operand.spec.at(self.batch)

@@ -1,6 +1,6 @@
 """Which steps of a plan may run side by side, and in which stream each of them runs.
 
-Steps that touch the same memory are ordered (`hazards.py`), the others may overlap.
+Steps that touch the same memory are ordered (`streams.py`), the others may overlap.
 
 Memory that is shared by buffers which are never alive together orders steps that could overlap, so
 where branches are wanted the arena keeps buffers apart unless the streams already order their uses
@@ -12,10 +12,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from ...kernels.contract.op import Ref
-from .hazards import MOST_STREAMS, Touch, dependencies, overlap_in_buffer, scheduled
 from .plan import KernelStep, Plan, Step, TorchStep
-from .streams import Schedule
+from .streams import (
+    MOST_STREAMS,
+    Schedule,
+    Touch,
+    dependencies,
+    overlap_in_buffer,
+    scheduled,
+)
 
 
 def touches(step: Step) -> tuple[Touch, ...]:
@@ -23,20 +28,13 @@ def touches(step: Step) -> tuple[Touch, ...]:
     if isinstance(step, TorchStep):
         read = tuple(Touch(place.buffer, False, place.operand) for place in step.inputs)
         return (*read, *(Touch(place.buffer, True, place.operand) for place in step.outputs))
-    return tuple(_touch(step, ref, name) for ref, name in step.buffers.items())
-
-
-def _touch(step: KernelStep, ref: Ref, name: str) -> Touch:
-    problem = step.problem
-    if ref.kind == "scratch":
-        return Touch(name, True)
-    operands = {
-        "input": problem.inputs,
-        "output": problem.outputs,
-        "operand": problem.operands,
-        "prologue": problem.prologue_operands,
-    }[ref.kind]
-    return Touch(name, ref.kind == "output", operands[ref.index])
+    groups = step.problem.groups
+    return tuple(
+        Touch(name, True)
+        if ref.kind == "scratch"
+        else Touch(name, ref.kind == "output", groups[ref.kind][ref.index])
+        for ref, name in step.buffers.items()
+    )
 
 
 def assign(before: Sequence[int], most: int = MOST_STREAMS) -> tuple[int, ...]:
@@ -85,9 +83,7 @@ def order(before: Sequence[int], chosen: Sequence[int]) -> tuple[int, ...]:
 def schedule(plan: Plan) -> Schedule | None:
     """How the streams that the plan's steps were given wait for each other, from what they touch in
     memory; None for a plan in one stream."""
-    launches = (
-        len(step.launches) if isinstance(step, KernelStep) else 1 for step in plan.steps
-    )
+    launches = (len(s.launches) if isinstance(s, KernelStep) else 1 for s in plan.steps)
     every = [touches(step) for step in plan.steps]
     return scheduled(plan.streams, every, plan.buffers, tuple(launches))
 

@@ -8,15 +8,17 @@ returns are written into the output buffers.
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 import torch
 
 from ... import settings
 from ...errors import KernelError, UnsupportedOpError
+from ...kernels import registry
 from ...kernels.contract import programmatic_launch
 from ...kernels.contract.op import Config, Launch, Op, Problem, Ref
-from ...kernels.contract.spec import Operand, TensorSpec
+from ...kernels.contract.spec import Operand
 from ...kernels.contract.targets import Target
 from ...kernels.movement import movement, rearrangement
 from ...kernels.movement.rearrangement import Rearrange
@@ -26,7 +28,7 @@ from ..fusion.overrides import CONCAT_LABEL, CONCAT_RULE
 from ..graph.interface import Port
 from ..graph.ir import CONSTANT, INPUT, OUTPUT, TORCH, Graph, Node, Value
 from ..graph.ledger import Ledger
-from ..graph.memory import ALIGNMENT, Buffer, Place
+from ..graph.memory import ALIGNMENT, Buffer, BufferSlice
 from ..graph.torch_call import TorchCall
 from ..graph.verify import verify
 from ..records.choose import Chooser, heuristic
@@ -38,26 +40,6 @@ from .plan import KernelStep, Plan, Step, TorchStep
 VIEW_RULE = "reshape, slice, permute => view"
 VECTOR = 8
 """Slices must start at multiples of this many elements: 128-bit stores of halves need it."""
-
-
-@dataclass
-class _Lowering:
-    """The state of one lowering."""
-
-    graph: Graph
-    target: Target
-    precision: str
-    ledger: Ledger
-    elide: bool
-    choose: Chooser
-    launch: frozenset[str]
-    places: dict[Value, Place] = field(default_factory=dict)
-    buffers: dict[str, Buffer] = field(default_factory=dict)
-    constants: dict[str, torch.Tensor] = field(default_factory=dict)
-    destinations: dict[Value, tuple[Value, int]] = field(default_factory=dict)
-    steps: list[Step] = field(default_factory=list)
-    kernels: dict[str, str] = field(default_factory=dict)
-    views: int = 0
 
 
 @dataclass(frozen=True)
@@ -74,6 +56,26 @@ class Options:
     launch: frozenset[str] = field(default_factory=lambda: settings.read().launch)
 
 
+@dataclass
+class _Lowering:
+    """The state of one lowering."""
+
+    graph: Graph
+    options: Options
+    ledger: Ledger
+    places: dict[Value, BufferSlice] = field(default_factory=dict)
+    buffers: dict[str, Buffer] = field(default_factory=dict)
+    constants: dict[str, torch.Tensor] = field(default_factory=dict)
+    destinations: dict[Value, tuple[Value, int]] = field(default_factory=dict)
+    steps: list[Step] = field(default_factory=list)
+    kernels: dict[str, str] = field(default_factory=dict)
+    views: int = 0
+
+    @property
+    def has_branches(self) -> bool:
+        return BRANCHES in self.options.launch and self.options.target.is_gpu
+
+
 def lower(graph: Graph, captured: Graph, options: Options, ledger: Ledger) -> Plan:
     """The plan of an optimised graph.
 
@@ -83,25 +85,19 @@ def lower(graph: Graph, captured: Graph, options: Options, ledger: Ledger) -> Pl
     for a graph that breaks a law, whose kernels would read memory that is not theirs.
     """
     verify(graph)
-    state = _Lowering(
-        graph, options.target, options.precision, ledger, options.elide_concats, options.choose,
-        options.launch,
-    )  # fmt: skip
-    for position, node in enumerate(graph.graph_inputs()):
-        name = f"input{position}"
-        state.buffers[name] = _buffer(name, "input", node.spec)
-        state.places[Value(node.name)] = Place(name, Operand.dense(node.spec))
+    state = _Lowering(graph, options, ledger)
     inputs = tuple(
-        Port(node.name, node.spec, state.places[Value(node.name)]) for node in graph.graph_inputs()
+        Port(node.name, node.spec, _own_buffer(state, Value(node.name), f"input{at}", "input"))
+        for at, node in enumerate(graph.graph_inputs())
     )
-    if state.elide:
+    if options.elide_concats:
         _plan_concats(state)
     _plan_outputs(state)
     for node in graph.nodes():
         if node.op not in (INPUT, CONSTANT, OUTPUT):
             _lower_node(state, node)
     outputs = tuple(
-        Port(f"output{at}", graph.spec(value), _output_place(state, value, at))
+        Port(f"output{at}", graph.spec(value), _output_place(state, value))
         for at, value in enumerate(graph.outputs())
     )
     arena_bytes, streams = _place_in_arena(state)
@@ -132,17 +128,21 @@ def activation_bytes(captured: Graph, dtype: torch.dtype | None = None) -> int:
     What follows from parameters alone (a bias that capture reshapes) is no activation.
     """
     fed = captured.fed()
-    specs = (
-        spec for node in captured.compute_nodes() if node.name in fed for spec in node.outputs
-    )
+    nodes = (node for node in captured.compute_nodes() if node.name in fed)
+    specs = (spec for node in nodes for spec in node.outputs)
     return sum(
         spec.numel * (dtype if dtype and spec.dtype.is_floating_point else spec.dtype).itemsize
         for spec in specs
     )
 
 
-def _buffer(name: str, kind: str, spec: TensorSpec) -> Buffer:
-    return Buffer(name, kind, spec.dtype, _rounded(spec.size_bytes, spec.batch), spec.batch)
+def _own_buffer(state: _Lowering, value: Value, name: str, kind: str) -> BufferSlice:
+    """Gives a value a buffer of its own."""
+    spec = state.graph.spec(value)
+    size_bytes = _rounded(spec.size_bytes, spec.batch)
+    state.buffers[name] = Buffer(name, kind, spec.dtype, size_bytes, spec.batch)
+    state.places[value] = BufferSlice(name, Operand.dense(spec))
+    return state.places[value]
 
 
 def _rounded(size_bytes: int, batch: int | None) -> int:
@@ -202,61 +202,52 @@ def _why_not_in_place(
     return None
 
 
+MOVEMENTS = (
+    rearrangement.Reshape, Rearrange, movement.FlattenPixels, movement.Permute, movement.Slice,
+    movement.Relayout, movement.Concat,
+)
+
+
 def is_movement(node: Node) -> bool:
     """Whether the op computes nothing and may become a view."""
-    return not node.epilogue and isinstance(
-        node.attributes,
-        (
-            rearrangement.Reshape,
-            movement.FlattenPixels,
-            movement.Permute,
-            Rearrange,
-            movement.Slice,
-            movement.Relayout,
-            movement.Concat,
-        ),
-    )
+    return not node.epilogue and isinstance(node.attributes, MOVEMENTS)
 
 
 def _plan_outputs(state: _Lowering) -> None:
     """Values that the module returns once, computed by a kernel, are written where they leave."""
     for at, value in enumerate(state.graph.outputs()):
         node = state.graph.node(value.node)
-        readers = state.graph.uses(value)
         own = node.op not in (INPUT, CONSTANT) and value not in state.destinations
-        if own and len(readers) == 1:
-            name = f"output{at}"
-            state.buffers[name] = _buffer(name, "output", state.graph.spec(value))
-            state.places[value] = Place(name, Operand.dense(state.graph.spec(value)))
+        if own and len(state.graph.uses(value)) == 1:
+            _own_buffer(state, value, f"output{at}", "output")
 
 
-def _output_place(state: _Lowering, value: Value, at: int) -> Place:
-    """Where the runtime finds output `at`: its own buffer, or wherever the value lies."""
+def _output_place(state: _Lowering, value: Value) -> BufferSlice:
+    """Where the runtime finds an output: its own buffer, or wherever the value lies."""
     if state.graph.is_constant(value):
         return constant_place(state, value, state.graph.spec(value).dtype)
     return state.places[value]
 
 
-def _place(state: _Lowering, value: Value) -> Place:
+def _place(state: _Lowering, value: Value) -> BufferSlice:
     """The place a computed value will be written to."""
     if value in state.places:
         return state.places[value]
-    spec = state.graph.spec(value)
-    if value in state.destinations:
-        concat, start = state.destinations[value]
-        whole = _place(state, concat)
-        attributes = state.graph.node(concat.node).attributes
-        assert isinstance(attributes, movement.Concat)
-        dim = attributes.dim
-        part = movement.slice_operand(whole.operand, dim, start, spec.shape[dim])
-        assert part is not None, value
-        place = Place(whole.buffer, part)
-    else:
-        name = str(value).removeprefix("%")
-        state.buffers[name] = _buffer(name, "arena", spec)
-        place = Place(name, Operand.dense(spec))
-    state.places[value] = place
+    if value not in state.destinations:
+        return _own_buffer(state, value, str(value).removeprefix("%"), "arena")
+    concat, start = state.destinations[value]
+    attributes = state.graph.node(concat.node).attributes
+    assert isinstance(attributes, movement.Concat)
+    size = state.graph.spec(value).shape[attributes.dim]
+    place = state.places[value] = _part(_place(state, concat), attributes.dim, start, size)
     return place
+
+
+def _part(whole: BufferSlice, dim: int, start: int, size: int) -> BufferSlice:
+    """A slice of a place, which memory allows."""
+    part = movement.slice_operand(whole.operand, dim, start, size)
+    assert part is not None
+    return BufferSlice(whole.buffer, part)
 
 
 # Nodes.
@@ -268,63 +259,56 @@ def _lower_node(state: _Lowering, node: Node) -> None:
         return
     if _becomes_view(state, node):
         return
-    inputs = tuple(
-        _read(state, value, node, slot)
-        for slot, value in enumerate(state.graph.own_inputs(node))
-    )
-    operands = tuple(_read(state, value, node, None) for value in state.graph.operands(node))
-    before = tuple(
-        _read(state, value, node, None) for value in state.graph.prologue_operands(node)
-    )
-    outputs = tuple(
-        _place(state, Value(node.name, index)) for index in range(len(node.outputs))
-    )
+    graph = state.graph
+    own = graph.own_inputs(node)
+    places = {
+        "input": tuple(_read(state, value, node, slot) for slot, value in enumerate(own)),
+        "operand": _read_all(state, graph.operands(node), node),
+        "prologue": _read_all(state, graph.prologue_operands(node), node),
+        "output": _written(state, node),
+    }
     if isinstance(node.attributes, movement.Concat) and _finish_concat(state, node):
         return
+    operands = {kind: tuple(place.operand for place in group) for kind, group in places.items()}
     problem = Problem(
         op=node.op,
         attributes=node.attributes,
-        inputs=tuple(place.operand for place in inputs),
-        outputs=tuple(place.operand for place in outputs),
+        inputs=operands["input"],
+        outputs=operands["output"],
         epilogue=node.epilogue,
-        operands=tuple(place.operand for place in operands),
+        operands=operands["operand"],
         prologue=node.prologue,
-        prologue_operands=tuple(place.operand for place in before),
-        precision=state.precision,
+        prologue_operands=operands["prologue"],
+        precision=state.options.precision,
     )
-    buffers: dict[Ref, str] = {}
-    groups = {"input": inputs, "output": outputs, "operand": operands, "prologue": before}
-    for kind, places in groups.items():
-        buffers |= {Ref(kind, index): place.buffer for index, place in enumerate(places)}
-    _add_step(state, node, problem, buffers)
+    _add_step(state, node, node.name, problem, places)
 
 
 def _add_step(
-    state: _Lowering, node: Node, problem: Problem, buffers: dict[Ref, str]
+    state: _Lowering,
+    node: Node,
+    name: str,
+    problem: Problem,
+    places: Mapping[str, tuple[BufferSlice, ...]],
 ) -> None:
-    definition = node.definition
-    choice = state.choose(definition, problem, state.target)
+    """Adds a step for a node; places: of the problem's tensors, by kind."""
+    definition, target = registry.get(problem.op), state.options.target
+    choice = state.options.choose(definition, problem, target)
     tile = choice.config
-    reason = definition.legal(problem, tile, state.target)
+    reason = definition.legal(problem, tile, target)
     if reason is not None:
-        raise KernelError(
-            f"{node.name}: configuration {tile} ({choice.source}) is not legal: {reason}"
-        )
+        raise KernelError(f"{name}: configuration {tile} ({choice.source}) is not legal: {reason}")
     launches = _launches(state, definition, problem, tile, node.name)
-    buffers = buffers | _scratch(state, node, launches)
-    step = KernelStep(
-        node.name,
-        node.op,
-        problem,
-        tile,
-        launches,
-        buffers,
-        node.module_path,
-        node.origins,
-        choice.source,
-    )
-    state.steps.append(step)
-    state.kernels[node.name] = node.name
+    buffers = {
+        Ref(kind, index): place.buffer
+        for kind in problem.groups
+        for index, place in enumerate(places.get(kind, ()))
+    }
+    state.steps.append(KernelStep(
+        name, problem.op, problem, tile, launches, buffers | _scratch(state, node, launches),
+        node.module_path, node.origins, choice.source,
+    ))
+    state.kernels[node.name] = name
 
 
 def _launches(
@@ -334,13 +318,14 @@ def _launches(
 
     Raises: KernelError where a tensor is too large to be indexed.
     """
-    launches = op.launches(problem, tile, state.target)
+    target = state.options.target
+    launches = op.launches(problem, tile, target)
     for reason in filter(None, (launch.too_large for launch in launches)):
         specs = ", ".join(str(each.spec) for each in (*problem.inputs, *problem.outputs))
         raise KernelError(f"{name}: {op.name} of {specs} has {reason}; make the batch smaller")
-    if PROGRAMMATIC not in state.launch:
+    if PROGRAMMATIC not in state.options.launch:
         return launches
-    return tuple(programmatic_launch.programmatic(launch, state.target) for launch in launches)
+    return tuple(programmatic_launch.programmatic(launch, target) for launch in launches)
 
 
 def _scratch(state: _Lowering, node: Node, launches: tuple[Launch, ...]) -> dict[Ref, str]:
@@ -348,14 +333,14 @@ def _scratch(state: _Lowering, node: Node, launches: tuple[Launch, ...]) -> dict
     zeroed."""
     buffers: dict[Ref, str] = {}
     for launch in launches:
-        for index, wanted in enumerate(launch.scratch):
-            shared = wanted.zeroed and not _branches(state)
+        for index, scratch in enumerate(launch.scratch):
+            shared = scratch.zeroed and not state.has_branches
             name = "zeroed" if shared else f"{node.name}.scratch{index}"
-            size_bytes = _rounded(wanted.elements * wanted.dtype.itemsize, None)
+            size_bytes = _rounded(scratch.elements * scratch.dtype.itemsize, None)
             if name in state.buffers:
                 size_bytes = max(size_bytes, state.buffers[name].size_bytes)
-            kind = "zeroed" if wanted.zeroed else "arena"
-            state.buffers[name] = Buffer(name, kind, wanted.dtype, size_bytes)
+            kind = "zeroed" if scratch.zeroed else "arena"
+            state.buffers[name] = Buffer(name, kind, scratch.dtype, size_bytes)
             buffers[Ref("scratch", index)] = name
     return buffers
 
@@ -373,9 +358,7 @@ def _finish_concat(state: _Lowering, node: Node) -> bool:
     for value, done in zip(values, here, strict=True):
         size = state.graph.spec(value).shape[attributes.dim]
         if not done:
-            part = movement.slice_operand(whole.operand, attributes.dim, start, size)
-            assert part is not None
-            _copy(state, node, value, Place(whole.buffer, part))
+            _copy(state, node, value, _part(whole, attributes.dim, start, size))
         start += size
     if all(here):
         state.kernels[node.name] = "in place"
@@ -383,30 +366,13 @@ def _finish_concat(state: _Lowering, node: Node) -> bool:
     return True
 
 
-def _copy(state: _Lowering, node: Node, value: Value, destination: Place) -> None:
+def _copy(state: _Lowering, node: Node, value: Value, destination: BufferSlice) -> None:
     """A step that copies one value into a slice."""
-    source = _read(state, value, node, None)
-    spec = destination.operand.spec
+    source, spec = _read(state, value, node, None), destination.operand.spec
     attributes = movement.Relayout(spec.layout, spec.dtype)
     problem = Problem("relayout", attributes, (source.operand,), (destination.operand,))
-    from ...kernels import registry
-
-    op = registry.get("relayout")
-    choice = state.choose(op, problem, state.target)
-    buffers = {Ref("input", 0): source.buffer, Ref("output", 0): destination.buffer}
-    step = KernelStep(
-        f"{node.name}.{value.node}",
-        "relayout",
-        problem,
-        choice.config,
-        _launches(state, op, problem, choice.config, node.name),
-        buffers,
-        node.module_path,
-        node.origins,
-        choice.source,
-    )
-    state.steps.append(step)
-    state.kernels[node.name] = step.name
+    places = {"input": (source,), "output": (destination,)}
+    _add_step(state, node, f"{node.name}.{value.node}", problem, places)
 
 
 def _becomes_view(state: _Lowering, node: Node) -> bool:
@@ -423,27 +389,35 @@ def _becomes_view(state: _Lowering, node: Node) -> bool:
     view = movement.view_of(node.attributes, source.operand, node.spec)
     if view is None:
         return False
-    state.places[value] = Place(source.buffer, view)
+    state.places[value] = BufferSlice(source.buffer, view)
     state.views += 1
     state.ledger.accept(VIEW_RULE, [node], node.name, 2 * node.spec.size_bytes)
     return True
 
 
 def _lower_torch(state: _Lowering, node: Node) -> None:
-    inputs = tuple(_read(state, value, node, None) for value in state.graph.inputs(node.name))
-    outputs = tuple(
-        _place(state, Value(node.name, index)) for index in range(len(node.outputs))
-    )
+    inputs = _read_all(state, state.graph.inputs(node.name), node)
+    outputs = _written(state, node)
     assert isinstance(node.attributes, TorchCall)
     step = TorchStep(node.name, node.attributes, inputs, outputs, node.module_path, node.origins)
     state.steps.append(step)
     state.kernels[node.name] = "torch"
 
 
+def _written(state: _Lowering, node: Node) -> tuple[BufferSlice, ...]:
+    """Where a node's results go."""
+    return tuple(_place(state, Value(node.name, at)) for at in range(len(node.outputs)))
+
+
 # Constants.
 
 
-def _read(state: _Lowering, value: Value, node: Node, slot: int | None) -> Place:
+def _read_all(state: _Lowering, values: Iterable[Value], node: Node) -> tuple[BufferSlice, ...]:
+    """The places of values that are no inputs of the op itself."""
+    return tuple(_read(state, value, node, None) for value in values)
+
+
+def _read(state: _Lowering, value: Value, node: Node, slot: int | None) -> BufferSlice:
     """The place of an input; constants are packed as their reader wants them."""
     packs = node.definition.packs(node.attributes) if node.is_compute else {}
     if slot is not None and slot in packs:
@@ -466,13 +440,8 @@ def _read(state: _Lowering, value: Value, node: Node, slot: int | None) -> Place
 
 def _place_in_arena(state: _Lowering) -> tuple[int, tuple[int, ...]]:
     """Assigns arena offsets; the arenas' size at the largest batch, and the steps' streams."""
-    outputs = enumerate(state.graph.outputs())
-    kept = [_output_place(state, value, at).buffer for at, value in outputs]
+    kept = [_output_place(state, value).buffer for value in state.graph.outputs()]
     used = [[touch.buffer for touch in branches.touches(step)] for step in state.steps]
-    streams = branches.streams(state.steps) if _branches(state) else ()
+    streams = branches.streams(state.steps) if state.has_branches else ()
     together = branches.keep_apart(state.steps, streams, kept) if streams else None
     return place(state.buffers, used, kept, together), streams
-
-
-def _branches(state: _Lowering) -> bool:
-    return BRANCHES in state.launch and state.target.is_gpu

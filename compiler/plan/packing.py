@@ -8,7 +8,7 @@ import torch
 
 from ...kernels.contract.spec import Operand
 from ..graph.ir import Graph, Node, Value
-from ..graph.memory import Buffer, Place
+from ..graph.memory import Buffer, BufferSlice
 
 
 class Constants(Protocol):
@@ -19,7 +19,7 @@ class Constants(Protocol):
     buffers: dict[str, Buffer]
 
 
-def constant_place(state: Constants, value: Value, dtype: torch.dtype) -> Place:
+def constant_place(state: Constants, value: Value, dtype: torch.dtype) -> BufferSlice:
     """Where a constant lies, dense and in a dtype."""
     spec = state.graph.spec(value).with_(dtype=dtype)
     short = str(dtype).removeprefix("torch.")
@@ -28,10 +28,10 @@ def constant_place(state: Constants, value: Value, dtype: torch.dtype) -> Place:
         tensor = state.graph.constant(value).detach()
         state.constants[name] = tensor.to(dtype).contiguous().reshape(-1).clone()
         state.buffers[name] = Buffer(name, "constant", dtype, spec.size_bytes)
-    return Place(name, Operand.dense(spec))
+    return BufferSlice(name, Operand.dense(spec))
 
 
-def packed_place(state: Constants, value: Value, node: Node, slot: int) -> Place:
+def packed_place(state: Constants, value: Value, node: Node, slot: int) -> BufferSlice:
     """Where a constant lies as the op of a node packs it for one of its inputs."""
     graph = state.graph
     compute = graph.spec(value).dtype
@@ -51,4 +51,4 @@ def packed_place(state: Constants, value: Value, node: Node, slot: int) -> Place
         state.constants[name] = packed
         size_bytes = packed.numel() * packed.element_size()
         state.buffers[name] = Buffer(name, "constant", packed.dtype, size_bytes)
-    return Place(name, Operand.dense(graph.spec(value).with_(dtype=compute)))
+    return BufferSlice(name, Operand.dense(graph.spec(value).with_(dtype=compute)))

@@ -7,7 +7,7 @@ a batch, and their place in the arena, scale linearly with it.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ import torch
 from ...kernels.contract.op import Config, Launch, Problem, Ref
 from ...kernels.contract.targets import Target
 from ..graph.interface import Port, Structure
-from ..graph.memory import Buffer, Place, arena_bytes_at
+from ..graph.memory import Buffer, BufferSlice
 from ..graph.torch_call import TorchCall
 
 
@@ -43,8 +43,8 @@ class TorchStep:
 
     name: str
     call: TorchCall
-    inputs: tuple[Place, ...]
-    outputs: tuple[Place, ...]
+    inputs: tuple[BufferSlice, ...]
+    outputs: tuple[BufferSlice, ...]
     module_path: str = ""
     origins: tuple[str, ...] = ()
 
@@ -73,7 +73,6 @@ class Plan:
     batch: tuple[int, int] | None = None
     convs: int = 0
     views: int = 0
-    notes: Mapping[str, str] = field(default_factory=dict)
     precision: str = "ieee"
     in_place: bool = True
     streams: tuple[int, ...] = ()
@@ -87,10 +86,6 @@ class Plan:
     @property
     def torch_fallbacks(self) -> int:
         return sum(isinstance(step, TorchStep) for step in self.steps)
-
-    def arena_bytes_at(self, kind: str, batch: int) -> int:
-        """Size of one of the arenas when the batch is `batch`."""
-        return arena_bytes_at(self.buffers, kind, batch)
 
     def summary(self) -> dict[str, int]:
         """The counts that `compile` logs."""
@@ -149,8 +144,8 @@ def _step_json(step: Step) -> dict[str, Any]:
         **common,
         "op": step.op,
         "attributes": str(step.problem.attributes),
-        "epilogue": [str(stage) for stage in step.problem.epilogue],
-        "prologue": [str(stage) for stage in step.problem.prologue],
+        "epilogue": list(map(str, step.problem.epilogue)),
+        "prologue": list(map(str, step.problem.prologue)),
         "config": {**dict(step.config.blocks), "num_warps": step.config.num_warps,
                    "num_stages": step.config.num_stages},
         "chosen_by": step.chosen_by,

@@ -19,6 +19,7 @@ from ...kernels import registry
 from ...kernels.contract import targets
 from ...kernels.contract.op import Config, Op, Problem
 from ...kernels.contract.targets import Target
+from ..graph.ir import Timing
 from . import rank
 from .keys import NEAR, Key, distance, key_of
 from .records import Record
@@ -143,6 +144,38 @@ class Records:
         if message not in self._told:
             self._told.add(message)
             LOG.warning(message)
+
+
+class Timings:
+    """What records say of the kernels that the choice of a partition compares (`partition.py`).
+
+    A record wins over the cost model: where the one fused kernel and each of the kernels that it
+    would replace have been timed, the times decide. What was asked for and has no record is kept,
+    so that `tuning="search"` and `convloom tune` can time the alternatives too.
+    """
+
+    def __init__(self, records: Records, target: Target) -> None:
+        self.records, self.target = records, target
+        self._missing: dict[Key, Problem] = {}
+        self._told: set[Key] = set()
+
+    def __call__(self, problem: Problem) -> Timing | None:
+        """The time of the problem in its best known configuration, or None."""
+        key = key_of(problem, self.target)
+        record = self.records.exact(key)
+        op = registry.get(problem.op)
+        if record is None or rank.misfit(op, problem, record.config, self.target) is not None:
+            if key not in self._told:
+                self._missing[key] = problem
+            return None
+        return Timing(record.time_us, record.status)
+
+    def new(self) -> list[tuple[Problem, Target]]:
+        """What has been missing since the last call, each once in the life of this object."""
+        found = [(problem, self.target) for problem in self._missing.values()]
+        self._told |= self._missing.keys()
+        self._missing.clear()
+        return found
 
 
 @dataclass(frozen=True)

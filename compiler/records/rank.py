@@ -109,23 +109,25 @@ def _tile_size(op: Op, problem: Problem, target: Target, config: Config) -> obje
     return tuple((launch.block_rows, launch.columns) for launch in launches)
 
 
-def wasteful(
-    op: Op, problem: Problem, target: Target, configs: Sequence[Config]
-) -> dict[Config, str]:
-    """The configurations that pad far more than others do, with the reason in words."""
-    padded = {
-        config: max(
-            cost_model.padding(each, config, problem)
-            for each in op.launches(problem, config, target)
-        )
-        for config in configs
-    }
+def screened(
+    op: Op, problem: Problem, target: Target
+) -> tuple[list[Config], dict[Config, tuple[str, str]]]:
+    """The configurations of the space that are worth compiling, and the others with the stage they
+    fall out at and the reason: "illegal", or "waste" where they pad far more than others do."""
+    rejected: dict[Config, tuple[str, str]] = {}
+    padded: dict[Config, float] = {}
+    for config in space(op, problem, target):
+        if (reason := op.legal(problem, config, target)) is not None:
+            rejected[config] = "illegal", reason
+        else:
+            launches = op.launches(problem, config, target)
+            padded[config] = max(cost_model.padding(each, config, problem) for each in launches)
     least = min(padded.values(), default=1.0)
-    return {
-        config: f"its tiles are {waste:.1f} times what they compute; {least:.1f} is possible"
-        for config, waste in padded.items()
-        if waste > WASTE_FACTOR * least
-    }
+    for config, waste in padded.items():
+        if waste > WASTE_FACTOR * least:
+            reason = f"its tiles are {waste:.1f} times what they compute; {least:.1f} is possible"
+            rejected[config] = "waste", reason
+    return [config for config in padded if config not in rejected], rejected
 
 
 def refused(
@@ -154,20 +156,12 @@ def requests(
 ) -> list[CompileRequest]:
     """What must be compiled for launches of a problem, in order."""
     packs = op.packs(problem.attributes)
-    groups = {
-        "input": problem.inputs,
-        "output": problem.outputs,
-        "operand": problem.operands,
-        "prologue": problem.prologue_operands,
-    }
 
     def dtype_of(ref: Ref) -> torch.dtype:
-        spec = groups[ref.kind][ref.index].spec
+        spec = problem.groups[ref.kind][ref.index].spec
         if ref.kind == "input" and ref.index in packs:
             tensor = torch.empty(spec.shape, dtype=spec.dtype, device="meta")
             return packs[ref.index](problem.attributes, tensor).dtype
         return spec.dtype
 
     return [offline.request(launch, dtype_of, target) for launch in launches]
-
-

@@ -6,15 +6,15 @@ Reading is strict: a record is what this page says or it is refused with the rea
 from __future__ import annotations
 
 import json
-import math
 import re
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import Any
+from typing import Any, NoReturn
 
 from ...errors import ArtifactError
 from ...kernels.contract.op import Config
+from ..graph.typed import Reader, plain
 from .keys import ARCHITECTURES, Key, shape_of
 
 FORMAT = 1
@@ -104,26 +104,12 @@ def shortened(reason: str) -> str:
 
 
 def to_json(record: Record) -> dict[str, Any]:
-    """The record as plain data."""
-    rejected = [
-        {"stage": each.stage, "reason": each.reason, "time_us": each.time_us,
-         "config": _config_json(each.config)}
-        for each in record.rejected
-    ]  # fmt: skip
-    plain = {item.name: getattr(record, item.name) for item in fields(record)}
-    return {
-        "format": FORMAT,
-        **plain,
-        "key": asdict(record.key),
-        "config": _config_json(record.config),
-        "rejected": rejected,
-    }
-
-
-def _config_json(config: Config) -> dict[str, int]:
-    return {
-        **dict(config.blocks), "num_warps": config.num_warps, "num_stages": config.num_stages,
-    }  # fmt: skip
+    """The record as plain data; configurations as one table of all their sizes."""
+    data: dict[str, Any] = plain(record)
+    for holder in (data, *data["rejected"]):
+        sizes = holder["config"]
+        holder["config"] = {**dict(sizes.pop("blocks")), **sizes}
+    return {"format": FORMAT, **data}
 
 
 def to_text(record: Record) -> str:
@@ -161,130 +147,82 @@ def from_json(data: Any) -> Record:
     """
     if not isinstance(data, dict) or "format" not in data or "key" not in data:
         raise ArtifactError("not a tuning record: expected an object with a format and a key")
-    version = _taken(data, "format", int)
-    if version > FORMAT:
+    version = data["format"]
+    if type(version) is int and version > FORMAT:
         raise NewerRecordError(
             f"a record from the future: format {version}; this version of convloom reads up to "
             f"format {FORMAT}. Update convloom to use it"
         )
-    if version != FORMAT:
-        raise ArtifactError(f"format: expected {FORMAT}, got {version}")
-    _check_names(data, {"format", *(item.name for item in fields(Record))}, "record")
-    status = _taken(data, "status", str)
-    if status not in (MEASURED, MODELLED):
-        raise ArtifactError(f"status: expected {MEASURED} or {MODELLED}, got {status!r}")
-    warm = data["warm_us"]
-    rejected = _taken(data, "rejected", list)
-    return Record(
-        key=_key(_taken(data, "key", dict)),
-        config=_config(_taken(data, "config", dict)),
-        status=status,
-        time_us=_time(data, "time_us", positive=True),
-        spread_us=_time(data, "spread_us"),
-        warm_us=None if warm is None else _time(data, "warm_us", positive=True),
-        device=_taken(data, "device", str),
-        driver=_taken(data, "driver", str),
-        date=_date(data),
-        complete=_taken(data, "complete", bool),
-        rejected=tuple(_rejected(each) for each in rejected),
-    )
+    if type(version) is not int or version != FORMAT:
+        raise ArtifactError(f"format: expected {FORMAT}, got {version!r:.60}")
+    fields = {name: value for name, value in data.items() if name != "format"}
+    record: Record = _RecordReader("tuning record").read(Record, fields, "record")
+    return record
 
 
-def _taken(data: Mapping[str, Any], name: str, kind: type) -> Any:
-    """data[name], which must be of that type exactly: true is no number."""
-    value = data.get(name)
-    if type(value) is not kind:
-        got = "nothing" if name not in data else f"{type(value).__name__} {value!r:.60}"
-        raise ArtifactError(f"{name}: expected {kind.__name__}, got {got}")
-    return value
+def _is_time(time_us: float | None) -> bool:
+    return time_us is None or 0 < time_us < LONGEST_US
 
 
-def _check_names(data: Mapping[str, Any], expected: set[str], what: str) -> None:
-    missing = sorted(expected - set(data))
-    unknown = sorted(set(data) - expected)
-    if missing or unknown:
-        raise ArtifactError(f"{what}: missing {missing}, unknown {unknown}")
-
-
-def _time(data: Mapping[str, Any], name: str, positive: bool = False) -> float:
-    value = data.get(name)
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise ArtifactError(f"{name}: expected a number, got {value!r:.60}")
-    found = float(value)
-    if not (0 <= found < LONGEST_US and math.isfinite(found)) or (positive and not found):
-        raise ArtifactError(f"{name}: expected microseconds below {LONGEST_US:g}, got {value}")
-    return found
-
-
-def _date(data: Mapping[str, Any]) -> str:
-    text = _taken(data, "date", str)
+def _is_date(text: str) -> bool:
     try:
-        moment = datetime.fromisoformat(text)
-    except ValueError as error:
-        raise ArtifactError(f"date: expected ISO 8601, got {text!r:.60}") from error
-    if moment.tzinfo is None:
-        raise ArtifactError(f"date: expected a time zone, got {text!r:.60}")
-    return str(text)
+        return datetime.fromisoformat(text).tzinfo is not None
+    except ValueError:
+        return False
 
 
-def _key(data: Mapping[str, Any]) -> Key:
-    names = {item.name: item.type for item in fields(Key)}
-    _check_names(data, set(names), "key")
-    values: dict[str, Any] = {}
-    for name, kind in names.items():
-        if kind == "str":
-            values[name] = _taken(data, name, str)
-        elif kind == "bool":
-            values[name] = _taken(data, name, bool)
-        else:
-            values[name] = tuple(_taken(data, name, list))
-            if not all(isinstance(each, str) for each in values[name]):
-                raise ArtifactError(f"key.{name}: expected texts, got {values[name]!r:.80}")
-    key = Key(**values)
-    # It becomes the name of a folder.
-    if not re.fullmatch(r"[a-z0-9_]{1,60}", key.op):
-        raise ArtifactError(f"key.op: expected the name of an op, got {key.op!r:.60}")
-    if key.architecture not in ARCHITECTURES:
-        raise ArtifactError(
-            f"key.architecture: expected one of {', '.join(ARCHITECTURES)}, got "
-            f"{key.architecture!r:.60}"
-        )
-    for tensor in (*key.inputs, *key.outputs):
-        if shape_of(tensor) is None:
-            raise ArtifactError(
-                f"key: expected tensors such as 'float16 8x64 dense', got {tensor!r:.60}"
-            )
-    return key
+def _are_tensors(texts: tuple[str, ...]) -> bool:
+    return None not in map(shape_of, texts)
 
 
-def _config(data: Mapping[str, Any]) -> Config:
-    """A configuration; that it fits its problem is checked where the problem is known."""
-    blocks = {name: size for name, size in data.items() if not name.startswith("num_")}
-    _check_names(data, {*blocks, "num_warps", "num_stages"}, "config")
-    for name, size in blocks.items():
-        if not re.fullmatch(r"[A-Z][A-Z0-9_]{0,40}", name) or type(size) is not int:
-            raise ArtifactError(f"config: expected sizes by name, got {name!r:.40}: {size!r:.40}")
-        if not 0 <= size <= MOST_BLOCK:
-            raise ArtifactError(f"config.{name}: expected 0 to {MOST_BLOCK}, got {size}")
-    warps, stages = _taken(data, "num_warps", int), _taken(data, "num_stages", int)
-    if warps not in (1, 2, 4, 8, 16, 32):
-        raise ArtifactError(f"config.num_warps: expected a power of two up to 32, got {warps}")
-    if not 1 <= stages <= MOST_STAGES:
-        raise ArtifactError(f"config.num_stages: expected 1 to {MOST_STAGES}, got {stages}")
-    return Config(tuple(blocks.items()), warps, stages)
+_TIME = _is_time, f"microseconds below {LONGEST_US:g}"
+_TENSORS = _are_tensors, "tensors such as 'float16 8x64 dense'"
+LAWS: dict[type, dict[str, tuple[Callable[[Any], bool], str]]] = {
+    Record: {
+        "status": ((MEASURED, MODELLED).__contains__, f"{MEASURED} or {MODELLED}"),
+        "time_us": _TIME,
+        "spread_us": (lambda us: 0 <= us < LONGEST_US, _TIME[1]),
+        "warm_us": _TIME,
+        "date": (_is_date, "ISO 8601 with a time zone"),
+    },
+    Rejected: {"stage": (STAGES.__contains__, f"one of {', '.join(STAGES)}"), "time_us": _TIME},
+    Key: {
+        # It becomes the name of a folder.
+        "op": (lambda op: bool(re.fullmatch(r"[a-z0-9_]{1,60}", op)), "the name of an op"),
+        "architecture": (ARCHITECTURES.__contains__, f"one of {', '.join(ARCHITECTURES)}"),
+        "inputs": _TENSORS,
+        "outputs": _TENSORS,
+    },
+    Config: {
+        "num_warps": ((1, 2, 4, 8, 16, 32).__contains__, "a power of two up to 32"),
+        "num_stages": (lambda stages: 1 <= stages <= MOST_STAGES, f"1 to {MOST_STAGES}"),
+    },
+}
+"""What must hold of fields beside their types."""
 
 
-def _rejected(data: Any) -> Rejected:
-    if not isinstance(data, dict):
-        raise ArtifactError(f"rejected: expected objects, got {data!r:.60}")
-    _check_names(data, {item.name for item in fields(Rejected)}, "rejected")
-    stage = _taken(data, "stage", str)
-    if stage not in STAGES:
-        raise ArtifactError(f"rejected.stage: expected one of {', '.join(STAGES)}, got {stage!r}")
-    timed = data["time_us"]
-    return Rejected(
-        config=_config(_taken(data, "config", dict)),
-        stage=stage,
-        reason=_taken(data, "reason", str),
-        time_us=None if timed is None else _time(data, "time_us", positive=True),
-    )
+class _RecordReader(Reader):
+    """Reads configurations as records write them, and holds every field to its law."""
+
+    def read_dataclass(self, kind: type, data: Any, where: str) -> Any:
+        if kind is Config and isinstance(data, dict):
+            blocks = {name: size for name, size in data.items() if not name.startswith("num_")}
+            self._check_blocks(blocks, where)
+            others = {name: size for name, size in data.items() if name not in blocks}
+            data = {**others, "blocks": list(blocks.items())}
+        value = super().read_dataclass(kind, data, where)
+        for name, (holds, expected) in LAWS[kind].items():
+            if not holds(getattr(value, name)):
+                self.refuse(f"{where}.{name}", expected, getattr(value, name))
+        return value
+
+    def _check_blocks(self, blocks: Mapping[str, Any], where: str) -> None:
+        """That a configuration fits its problem is checked where the problem is known."""
+        for name, size in blocks.items():
+            if not re.fullmatch(r"[A-Z][A-Z0-9_]{0,40}", name) or type(size) is not int:
+                self.refuse(where, "sizes by name", f"{name}: {size!r}")
+            if not 0 <= size <= MOST_BLOCK:
+                self.refuse(f"{where}.{name}", f"0 to {MOST_BLOCK}", size)
+
+    def refuse(self, where: str, expected: str, got: Any) -> NoReturn:
+        raise ArtifactError(f"{where}: expected {expected}, got {got!r:.60}")

@@ -7,16 +7,15 @@ not what it claims is a miss with a warning, never an error, and never deleted u
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import logging
 import os
-import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from ... import settings
+from ...atomic import replacing
 from ...errors import ArtifactError
 from .keys import Key
 from .records import NewerRecordError, Record, from_text, to_text
@@ -81,7 +80,9 @@ class Store:
         """
         path = self.path(record.key)
         try:
-            write_whole(path, to_text(record))
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with replacing(path) as file:
+                file.write(to_text(record).encode())
         except OSError as error:
             raise ArtifactError(_why_not(path, error)) from error
         self._known[path] = record
@@ -138,37 +139,6 @@ def read_anywhere(path: Path) -> Record:
         return from_text(path.read_text(encoding="utf-8"))
     except UnicodeDecodeError as error:
         raise ArtifactError("not a tuning record: no text") from error
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Writes a file that is whole or not there, and survives a power cut once this returns.
-
-    Raises: OSError.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            os.unlink(temporary)
-        raise
-    _sync_folder(path.parent)
-
-
-def _sync_folder(folder: Path) -> None:
-    """Makes a rename last; some file systems cannot, and then it lasts when they say so."""
-    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        with contextlib.suppress(OSError):
-            os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 # Records of other machines, and records that have had their day.

@@ -15,10 +15,10 @@ from ...kernels.contract.epilogue import GeneratedFunction
 from ...kernels.contract.op import Launch
 from ...kernels.contract.targets import Target
 from ...kernels.devices import offline
-from ..evaluation.evaluate import evaluate
-from ..explain.report import Report
+from ..evaluation.evaluate import evaluate, relative_error
+from ..explain.report import Report, summary_line
 from ..graph.interface import Interface, empty_outputs
-from ..graph.ir import Graph
+from ..graph.ir import Graph, Value
 from ..plan.plan import KernelStep, Plan, Step
 from .runtime import CudaRunner, Observer, Runner, StepRunner, compile_requests
 
@@ -38,18 +38,12 @@ class Kernel:
         """The Triton source: the kernel and the functions generated for it."""
         import inspect
 
+        constants = self.launch.constexprs.items()
+        generated = {n: v for n, v in constants if isinstance(v, GeneratedFunction)}
+        plain = ", ".join(f"{name}={value}" for name, value in constants if name not in generated)
+        functions = [f"# {name}\n{value.source}" for name, value in generated.items()]
         text = inspect.getsource(self.launch.kernel.fn)
-        generated = [
-            f"# {name}\n{value.source}"
-            for name, value in self.launch.constexprs.items()
-            if isinstance(value, GeneratedFunction)
-        ]
-        constants = ", ".join(
-            f"{name}={value}"
-            for name, value in self.launch.constexprs.items()
-            if not isinstance(value, GeneratedFunction)
-        )
-        return "\n".join([f"# {self.name}: {constants}", *generated, text])
+        return "\n".join([f"# {self.name}: {plain}", *functions, text])
 
     def report(self) -> offline.KernelReport:
         """Registers, spills, shared memory and instruction mix.
@@ -187,11 +181,11 @@ class Executable:
 
     def summary_line(self) -> str:
         """The line that `compile` logs."""
-        return summary_line(self.plan)
+        return summary_line(self.summary)
 
     def explain(self) -> str:
         """The ledger as text, under the summary; with measured times after `profile`."""
-        return explanation(self.graph.name, self.plan, self.ledger)
+        return self.ledger.explain(self.graph.name, self.target.name, self.summary)
 
     def profile(self, *inputs: Any) -> list[tuple[str, float]]:
         """(step, microseconds) in order; each step is run by itself once. The ledger keeps them.
@@ -240,18 +234,13 @@ class Executable:
         with torch.no_grad():
             exact = evaluate(self.graph, tensors, torch.float64)
             eager = evaluate(self.graph, tensors)
-        by_name = {value.node: tensor for value, tensor in exact.items() if value.index == 0}
-        eager_by_name = {value.node: tensor for value, tensor in eager.items() if value.index == 0}
         rows: list[StepError] = []
 
         def observe(step: Step, output: torch.Tensor) -> None:
-            truth = by_name.get(step.name)
-            if truth is None:
-                return
-            rms = truth.square().mean().sqrt().clamp_min(1e-30)
-            ours = ((output.double() - truth).abs().max() / rms).item()
-            theirs = ((eager_by_name[step.name].double() - truth).abs().max() / rms).item()
-            rows.append(StepError(step.name, step.module_path, ours, theirs))
+            value = Value(step.name)
+            if (truth := exact.get(value)) is not None:
+                ours, theirs = relative_error(output, truth), relative_error(eager[value], truth)
+                rows.append(StepError(step.name, step.module_path, ours, theirs))
 
         self.watch(inputs, observe)
         return rows
@@ -270,27 +259,6 @@ class Executable:
         if not isinstance(self._runner, StepRunner):
             raise KernelError("errors per step are measured in the interpreter and the emulator")
         return tensors, batch, self._runner
-
-
-def summary_line(plan: Plan) -> str:
-    """What became of the convolutions, in one line."""
-    counts = plan.summary()
-    return (
-        f"{counts['convs']} convs -> {counts['kernels']} kernels; "
-        f"{counts['torch_fallbacks']} torch fallbacks"
-    )
-
-
-def explanation(name: str, plan: Plan, ledger: Report) -> str:
-    """The ledger as text, under a summary of the plan of the network `name`."""
-    counts = plan.summary()
-    arena, total = counts["arena_bytes"], counts["activation_bytes"]
-    ratio = f", {arena / total:.0%}" if total else ""
-    head = (
-        f"{name} on {plan.target.name}: {summary_line(plan)}\n"
-        f"arena {arena:,} bytes of {total:,} bytes of activations{ratio}\n\n"
-    )
-    return head + ledger.to_text()
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from torch.utils import _pytree as pytree
 from ...errors import InvalidInputError
 from ...kernels.contract import tolerance
 from ...kernels.tile.torch_convolution import SoundConvolutions
-from ..evaluation.evaluate import evaluate
+from ..evaluation.evaluate import evaluate, relative_error
 from ..evaluation.validate import Validation, agree
 from ..graph.ir import Graph, Value
 from ..plan.plan import Step
@@ -228,19 +228,6 @@ def parity(
         problem = tolerance.compare(mine, true, theirs, depth)
         same = mine.shape == true.shape
         found = tolerance.worst(mine, true, theirs, depth) if same and not whole else None
-        rows.append(
-            OutputParity(name, _error(mine, true), _error(theirs, true), found, problem)
-        )
+        errors = relative_error(mine, true), relative_error(theirs, true)
+        rows.append(OutputParity(name, *errors, found, problem))
     return rows
-
-
-def _error(y: torch.Tensor, exact: torch.Tensor) -> float:
-    """Largest absolute error where the exact value is finite, relative to the rms there."""
-    if y.shape != exact.shape:
-        return float("inf")
-    finite = exact.isfinite()
-    if not finite.any():
-        return 0.0
-    true = exact[finite].double()
-    rms = true.square().mean().sqrt().clamp_min(1e-30)
-    return ((y[finite].double() - true).abs().nan_to_num(torch.inf, torch.inf).max() / rms).item()

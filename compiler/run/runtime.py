@@ -28,7 +28,7 @@ from ...kernels.contract.targets import EMULATED, EMULATOR, INTERPRETER, REFEREN
 from ...kernels.devices import emulator, execute, interpreter, offline
 from ..evaluation.evaluate import call_torch, evaluate
 from ..graph.ir import Graph, Value
-from ..graph.memory import Memory, Place
+from ..graph.memory import BufferSlice, Memory
 from ..plan.branches import schedule
 from ..plan.plan import KernelStep, Plan, Step, TorchStep
 from ..plan.streams import Action
@@ -153,11 +153,11 @@ class EmulatorRunner(StepRunner):
         emulator.run(launch, tensor_of, memory.batch, self._plan.target, places)
 
 
-def first_output(step: Step) -> Place:
+def first_output(step: Step) -> BufferSlice:
     """Where the step's first result lies."""
     if isinstance(step, TorchStep):
         return step.outputs[0]
-    return Place(step.buffers[Ref("output", 0)], step.problem.output)
+    return BufferSlice(step.buffers[Ref("output", 0)], step.problem.output)
 
 
 def _tensors_of(step: KernelStep, memory: Memory) -> Callable[[Ref], torch.Tensor]:

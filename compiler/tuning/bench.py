@@ -135,22 +135,17 @@ class Bench:
 
     def buffers(self) -> Buffers:
         """Flat buffers of their own for every tensor; the outputs' hold NaN."""
-        problem = self.problem
-        made: Buffers = {}
-        for slot, (operand, tensor) in enumerate(zip(problem.inputs, self.inputs, strict=True)):
-            if (pack := self._packs.get(slot)) is None:
-                made[Ref("input", slot)] = self._flat(operand, tensor)
-            else:
-                made[Ref("input", slot)] = pack(problem.attributes, tensor).clone()
-        for kind, placed, tensors in (
-            ("operand", problem.operands, self.operands),
-            ("prologue", problem.prologue_operands, self.before),
-        ):
-            for index, (operand, tensor) in enumerate(zip(placed, tensors, strict=True)):
-                made[Ref(kind, index)] = self._flat(operand, tensor)
-        for index, operand in enumerate(problem.outputs):
-            made[Ref("output", index)] = self._flat(operand, None)
-        return made
+        problem, flat = self.problem, Buffers()
+        tensors = {"input": self.inputs, "operand": self.operands, "prologue": self.before}
+        for kind, group in problem.groups.items():
+            for index, operand in enumerate(group):
+                tensor = tensors[kind][index] if kind in tensors else None
+                if kind == "input" and tensor is not None and index in self._packs:
+                    packed = self._packs[index](problem.attributes, tensor).clone()
+                    flat[Ref(kind, index)] = packed
+                else:
+                    flat[Ref(kind, index)] = self._flat(operand, tensor)
+        return flat
 
     def _flat(self, operand: Operand, tensor: torch.Tensor | None) -> torch.Tensor:
         size = max(operand.extent, operand.offset, 1) + SLACK

@@ -22,7 +22,7 @@ from ...kernels.devices import offline
 from ..records import rank
 from ..run.runtime import bind_launch
 from .bench import Bench, Buffers, Trial, runs_to_verify
-from .children import PoisonedError
+from .workers import PoisonedError
 
 CACHE_FACTOR = 2.5
 """Copies of a problem's tensors take together so many times the size of the L2 cache."""

@@ -102,13 +102,8 @@ class Fitting:
 
 def candidates(op: Op, problem: Problem, target: Target) -> list[Config]:
     """What may stand in for a refused default, the best by the model first."""
-    legal = [
-        config
-        for config in rank.space(op, problem, target)
-        if op.legal(problem, config, target) is None
-    ]
-    wasteful = rank.wasteful(op, problem, target, legal)
-    ranked = rank.rank(op, problem, target, (c for c in legal if c not in wasteful))
+    legal, _ = rank.screened(op, problem, target)
+    ranked = rank.rank(op, problem, target, legal)
     return rank.varied(op, problem, target, ranked, CANDIDATES)
 
 

@@ -28,8 +28,8 @@ from ..records.choose import Records
 from ..records.keys import Key, key_of
 from ..records.records import MEASURED, Record, Rejected, now, rounded, shortened
 from .bench import Trial
-from .children import ChildError, Crew
-from .judges import TRIAL_TIMEOUT_S, Judge, Model, can_measure, compiler_handler, measuring
+from .timers import TRIAL_TIMEOUT_S, Model, Timer, can_measure, compiler_handler, measuring
+from .workers import Crew, WorkerError
 
 LOG = logging.getLogger("convloom")
 FIRST_LOOK = 3
@@ -72,17 +72,14 @@ def problems_of(plan: Plan) -> list[tuple[Problem, Target]]:
     return [(step.problem, plan.target) for step in plan.steps if isinstance(step, KernelStep)]
 
 
-def works_for(wanted: Iterable[tuple[Problem, Target]]) -> list[Work]:
+def works_for(problems: Iterable[tuple[Problem, Target]]) -> list[Work]:
     """The distinct ones of problems, the heaviest first."""
-    counts: dict[Key, int] = {}
-    first: dict[Key, tuple[Problem, Target]] = {}
-    for problem, target in wanted:
-        key = key_of(problem, target)
-        counts[key] = counts.get(key, 0) + 1
-        first.setdefault(key, (problem, target))
+    groups: dict[Key, list[tuple[Problem, Target]]] = {}
+    for problem, target in problems:
+        groups.setdefault(key_of(problem, target), []).append((problem, target))
     works = [
-        Work(registry.get(problem.op), problem, target, key, counts[key])
-        for key, (problem, target) in first.items()
+        Work(registry.get(group[0][0].op), *group[0], key, len(group))
+        for key, group in groups.items()
     ]
     return sorted(works, key=lambda work: (-work.weight, work.key.digest))
 
@@ -160,11 +157,11 @@ class Tuner:
     def __init__(
         self,
         records: Records,
-        judge: Judge,
+        timer: Timer,
         options: Options | None = None,
         watch: Callable[[Progress], None] = lambda progress: None,
     ) -> None:
-        self._records, self._judge = records, judge
+        self._records, self._timer = records, timer
         self._options = options or Options()
         self._watch = watch
         self._states: list[_State] = []
@@ -186,7 +183,7 @@ class Tuner:
             return self.outcomes
         crew = self._crew(open_states)
         try:
-            self._judge.open()
+            self._timer.open()
             for state in open_states:
                 self._select(state)
             self._compile(crew, open_states)
@@ -198,7 +195,7 @@ class Tuner:
         finally:
             if crew is not None:
                 crew.close()
-            self._judge.close()
+            self._timer.close()
         return self.outcomes
 
     @property
@@ -224,7 +221,7 @@ class Tuner:
             state.work.op, state.work.problem, record.config, state.work.target
         ):
             return False
-        measures = self._judge.status == MEASURED
+        measures = self._timer.status == MEASURED
         settled = record.complete and not self._options.retune
         # A model never replaces what a device has shown.
         if record.is_measured > measures or (settled and record.is_measured == measures):
@@ -236,17 +233,12 @@ class Tuner:
         self._check_time()
         work = state.work
         op, problem, target = work.op, work.problem, work.target
-        default, *others = rank.space(op, problem, target)
-        legal = [default]
-        for config in others:
-            if (reason := op.legal(problem, config, target)) is not None:
-                self._reject(state, config, "illegal", reason)
-            else:
-                legal.append(config)
-        for config, reason in rank.wasteful(op, problem, target, legal).items():
+        default = op.default(problem, target)
+        legal, rejected = rank.screened(op, problem, target)
+        for config, (stage, reason) in rejected.items():
             if config != default:
-                self._reject(state, config, "waste", reason)
-        ranked = rank.rank(op, problem, target, (c for c in legal if c not in state.rejected))
+                self._reject(state, config, stage, reason)
+        ranked = rank.rank(op, problem, target, legal)
         hints = self._records.hints(op, problem, target, work.key)
         most = self._options.candidates
         best = rank.varied(op, problem, target, ranked, most)
@@ -257,14 +249,12 @@ class Tuner:
     def _resume(self, state: _State) -> None:
         """Takes over what an interrupted run on the same device has found out."""
         record = state.previous
-        same = record is not None and (record.status, record.device, record.driver) == (
-            self._judge.status, self._judge.device, self._judge.driver,
-        )  # fmt: skip
-        if record is None or not same or self._options.retune:
+        timer = self._timer
+        if record is None or self._options.retune or (
+            record.status, record.device, record.driver
+        ) != (timer.status, timer.device, timer.driver):
             return
-        state.times[record.config] = Trial(
-            None, record.time_us, record.spread_us, record.warm_us
-        )
+        state.times[record.config] = Trial(None, record.time_us, record.spread_us, record.warm_us)
         for each in record.rejected:
             if each.stage == "slower" and each.time_us is not None:
                 state.times[each.config] = Trial(None, each.time_us, 0.0)
@@ -292,8 +282,8 @@ class Tuner:
         work = state.work
         launches = work.op.launches(work.problem, config, work.target)
         try:
-            wanted = rank.requests(work.op, work.problem, launches, work.target)
-            state.futures[config] = [_report(crew, request) for request in wanted]
+            requests = rank.requests(work.op, work.problem, launches, work.target)
+            state.futures[config] = [_report(crew, request) for request in requests]
         except KernelError as error:
             self._reject(state, config, "compile", str(error))
 
@@ -327,11 +317,8 @@ class Tuner:
         """One look at a problem: its first candidates, or all the others in the model's order."""
         state.looks += 1
         waiting = self._open(state)
-        candidates = [
-            config
-            for config in (waiting if look else waiting[:FIRST_LOOK])
-            if self._compiled(state, config)
-        ]
+        looked = waiting if look else waiting[:FIRST_LOOK]
+        candidates = [config for config in looked if self._compiled(state, config)]
         work = state.work
         if look:
             ranked = rank.rank(work.op, work.problem, work.target, candidates, state.reports)
@@ -351,10 +338,9 @@ class Tuner:
         self._watch(self._progress(f"{state.work.key}: {config}"))
         limit = min(TRIAL_TIMEOUT_S, self._time_left() + GRACE_S)
         try:
-            trial = self._judge.trial(
-                state.work.problem, config, state.reports.get(config, []), limit
-            )
-        except ChildError as error:
+            reports = state.reports.get(config, [])
+            trial = self._timer.trial(state.work.problem, config, reports, limit)
+        except WorkerError as error:
             if error.kind == "timeout" and limit < TRIAL_TIMEOUT_S:
                 raise _OutOfTimeError from error
             self._reject(state, config, "fault", str(error))
@@ -374,29 +360,24 @@ class Tuner:
 
     def _save(self, state: _State) -> None:
         """Keeps the best so far: in memory, and on disk where that can be written."""
-        best = state.best(self._judge.margin)
+        best = state.best(self._timer.margin)
         if best is None:
             return
         trial = state.times[best]
-        slower = tuple(
-            Rejected(
-                config,
-                "slower",
-                f"takes {each.time_us / trial.time_us:.2f} times as long",
-                rounded(each.time_us),
-            )
-            for config, each in state.times.items()
-            if config != best
-        )
+        slower = []
+        for config, other in state.times.items():
+            if config != best:
+                reason = f"takes {other.time_us / trial.time_us:.2f} times as long"
+                slower.append(Rejected(config, "slower", reason, rounded(other.time_us)))
         record = Record(
             key=state.work.key,
             config=best,
-            status=self._judge.status,
+            status=self._timer.status,
             time_us=rounded(trial.time_us),
             spread_us=round(trial.spread_us, 3),
             warm_us=None if trial.warm_us is None else rounded(trial.warm_us),
-            device=self._judge.device,
-            driver=self._judge.driver,
+            device=self._timer.device,
+            driver=self._timer.driver,
             date=now(),
             complete=state.complete,
             rejected=(*slower, *state.rejected.values()),
@@ -425,15 +406,15 @@ class Tuner:
 def search(records: Records, target: Target, works: Sequence[Work]) -> None:
     """Tunes what has no record: on this machine's device, or by the model and the compiler where
     the target is another GPU."""
-    judge = measuring(target) if can_measure(target) else Model(target)
-    Tuner(records, judge).run(works)
+    timer = measuring(target) if can_measure(target) else Model(target)
+    Tuner(records, timer).run(works)
 
 
 def _report(crew: Crew, request: CompileRequest) -> Future[Resources]:
     """The report of a request, from disk where it is known."""
-    known = offline.known_resources(request)
-    if known is None:
+    resources = offline.known_resources(request)
+    if resources is None:
         return crew.submit(request)
     future: Future[Resources] = Future()
-    future.set_result(known)
+    future.set_result(resources)
     return future

@@ -70,11 +70,20 @@ class Problem:
     def output(self) -> Operand:
         return self.outputs[0]
 
+    @property
+    def groups(self) -> dict[str, tuple[Operand, ...]]:
+        """Every tensor by the kind of the `Ref` to it."""
+        return {
+            "input": self.inputs,
+            "output": self.outputs,
+            "operand": self.operands,
+            "prologue": self.prologue_operands,
+        }
+
     @cached_property
     def is_wide(self) -> bool:
         """Whether some tensor cannot be indexed by 32-bit offsets."""
-        everything = (*self.inputs, *self.outputs, *self.operands, *self.prologue_operands)
-        return any(operand.extent >= 2**31 for operand in everything)
+        return any(operand.extent >= 2**31 for group in self.groups.values() for operand in group)
 
 
 @dataclass(frozen=True)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
@@ -18,117 +19,98 @@ from ..records import rank
 from ..records.choose import local_device
 from ..records.records import MEASURED, MODELLED
 from .bench import InterpreterBackend, Trial, handler_of
-from .children import Child, ChildError, Handler
+from .workers import Handler, WorkerError, WorkerProcess
 
 TRIAL_TIMEOUT_S = 180.0
 """One configuration, the exact result included; what takes longer hangs."""
 
 
-class Judge(Protocol):
+class Timer(ABC):
     """Tries configurations. status, device and driver are what its records say.
 
     margin: how much faster than the default another must be, as a fraction, before it is believed.
     """
 
     status: str
-    device: str
-    driver: str
-    margin: float
+    device: str = ""
+    driver: str = ""
+    margin: float = 0.0
 
-    def open(self) -> None:
-        """Makes ready; raises TargetUnavailableError where there is nothing to judge with."""
-        ...
+    def open(self) -> None:  # noqa: B027  nothing to do for a model
+        """Makes ready; raises TargetUnavailableError where there is nothing to measure with."""
 
+    @abstractmethod
     def trial(
         self, problem: Problem, config: Config, reports: Sequence[Resources], timeout_s: float
     ) -> Trial:
-        """What the configuration does; raises ChildError where it fails."""
-        ...
+        """What the configuration does.
 
-    def close(self) -> None:
+        Raises: WorkerError where it failed; KernelError where the device has been unusable since.
+        """
+
+    def close(self) -> None:  # noqa: B027
         """Lets go of the device."""
-        ...
 
 
-class Model:
-    """Judges by the cost model and by what the compiler made of a configuration."""
+class Model(Timer):
+    """Times by the cost model and by what the compiler made of a configuration; results are not
+    verified."""
 
     status = MODELLED
     device = "model"
-    driver = ""
     margin = 0.05
 
     def __init__(self, target: Target) -> None:
         self._target = target
 
-    def open(self) -> None:
-        """Nothing to do."""
-
     def trial(
         self, problem: Problem, config: Config, reports: Sequence[Resources], timeout_s: float
     ) -> Trial:
-        """The modelled time; results are not verified."""
         op = registry.get(problem.op)
         modelled = rank.modelled_us(op, problem, self._target, config, reports or None)
         return Trial(None, modelled, 0.0)
 
-    def close(self) -> None:
-        """Nothing to do."""
 
+class Measured(Timer):
+    """Times by running on a device, in a process of its own that a fault cannot harm.
 
-class Measured:
-    """Judges by running on a device, in a process of its own that a fault cannot harm.
-
-    connect: makes something with `ask(request, timeout_s)` and `close()`, as `Child` has.
+    connect: makes something with `ask(request, timeout_s)` and `close()`, as `WorkerProcess` has.
     """
 
     status = MEASURED
-    device = ""
-    driver = ""
-    margin = 0.0
 
     def __init__(self, connect: Callable[[], Any]) -> None:
         self._connect = connect
         self._child: Any = None
 
     def open(self) -> None:
-        """Starts the process and asks what the device is.
-
-        Raises: TargetUnavailableError where the device cannot be used.
-        """
         self._child = self._connect()
         try:
             self.device, self.driver = self._child.ask(None, TRIAL_TIMEOUT_S)
-        except ChildError as error:
+        except WorkerError as error:
             raise TargetUnavailableError(f"cannot measure here: {error}") from error
 
     def trial(
         self, problem: Problem, config: Config, reports: Sequence[Resources], timeout_s: float
     ) -> Trial:
-        """The verdict and the times.
-
-        Raises: ChildError where the configuration failed; KernelError where the device has been
-        unusable since.
-        """
         try:
-            found: Trial = self._child.ask((problem, config), timeout_s)
-            return found
-        except ChildError as error:
+            trial: Trial = self._child.ask((problem, config), timeout_s)
+            return trial
+        except WorkerError as error:
             if error.kind != "error":
                 self._revive(config, error)
             raise
 
-    def _revive(self, config: Config, reason: ChildError) -> None:
+    def _revive(self, config: Config, reason: WorkerError) -> None:
         """Without this, a lost device would look like a fault of every configuration left."""
         try:
             self._child.ask(None, TRIAL_TIMEOUT_S)
-        except ChildError as error:
+        except WorkerError as error:
             raise KernelError(
                 f"{self.device} cannot be used any more: {error} (after {config}: {reason})"
             ) from error
 
     def close(self) -> None:
-        """Ends the process."""
         if self._child is not None:
             self._child.close()
 
@@ -159,7 +141,7 @@ def can_measure(target: Target) -> bool:
 
 
 def measuring(target: Target) -> Measured:
-    """The judge that runs configurations for the target on this machine.
+    """The timer that runs configurations for the target on this machine.
 
     Raises: TargetUnavailableError where there is no such device.
     """
@@ -169,4 +151,4 @@ def measuring(target: Target) -> Measured:
             "(or compile with tuning='search') to compile for it and rank by the model"
         )
     handler = interpreter_handler if target is INTERPRETER else cuda_handler
-    return Measured(partial(Child, handler))
+    return Measured(partial(WorkerProcess, handler))

@@ -1,6 +1,6 @@
 """Work in processes of its own: what crashes, hangs or poisons a CUDA context there harms nobody.
 
-A `Child` answers requests one at a time. It is started by a plain command line and not by
+A `WorkerProcess` answers requests one at a time. It is started by a plain command line and not by
 `multiprocessing`, whose processes first run the caller's main module again.
 """
 
@@ -29,7 +29,7 @@ TAIL = 500
 Handler = Callable[[Any], Any]
 
 
-class ChildError(ConvloomError):
+class WorkerError(ConvloomError):
     """A request that failed. kind: "error" (the child lives on), "died" or "timeout"."""
 
     def __init__(self, kind: str, message: str) -> None:
@@ -41,7 +41,7 @@ class PoisonedError(Exception):
     """Raised by a handler whose process cannot be trusted any more: it ends after the answer."""
 
 
-class Child:
+class WorkerProcess:
     """A process that makes a handler with `factory()` and answers `ask(x)` with `handler(x)`.
 
     factory: picklable, as are requests and answers. The process starts at the first request, and
@@ -57,8 +57,8 @@ class Child:
     def ask(self, request: Any, timeout_s: float) -> Any:
         """The handler's answer.
 
-        Raises: ChildError where the handler raised, the process died, or no answer came in time (it
-        is then ended).
+        Raises: WorkerError where the handler raised, the process died, or no answer came in time
+        (it is then ended).
         """
         if self._process is None:
             self._start()
@@ -84,7 +84,7 @@ class Child:
         self._pipe = here
         try:
             self._exchange(self._factory, START_TIMEOUT_S)
-        except ChildError:
+        except WorkerError:
             self.close()
             raise
 
@@ -94,10 +94,10 @@ class Child:
             self._pipe.send_bytes(pickle.dumps(message))
             if not self._pipe.poll(timeout_s):
                 self.close()
-                raise ChildError("timeout", f"no answer after {timeout_s:.0f} s")
+                raise WorkerError("timeout", f"no answer after {timeout_s:.0f} s")
             kind, answer = pickle.loads(self._pipe.recv_bytes())
         except (EOFError, OSError) as error:
-            raise ChildError("died", self._epitaph()) from error
+            raise WorkerError("died", self._epitaph()) from error
         except BaseException:
             # Interrupted in between: the next answer would be that of this request.
             self.close()
@@ -106,7 +106,7 @@ class Child:
             return answer
         if kind == "poisoned":
             self.close()
-        raise ChildError("died" if kind == "poisoned" else "error", answer)
+        raise WorkerError("died" if kind == "poisoned" else "error", answer)
 
     def _epitaph(self) -> str:
         """How the process ended, and its last words; it is gone afterwards."""
@@ -142,13 +142,13 @@ class Child:
 class Crew:
     """Several children that take requests from one queue, in order.
 
-    `submit` returns a future whose exceptions are those of `Child.ask`.
+    `submit` returns a future whose exceptions are those of `WorkerProcess.ask`.
     """
 
     def __init__(self, factory: Callable[[], Handler], workers: int, timeout_s: float) -> None:
         self._factory, self._timeout_s = factory, timeout_s
         self._own = threading.local()
-        self._children: list[Child] = []
+        self._children: list[WorkerProcess] = []
         self._closed = False
         self._threads = ThreadPoolExecutor(workers, thread_name_prefix="convloom-crew")
 
@@ -158,9 +158,9 @@ class Crew:
 
     def _ask(self, request: Any) -> Any:
         if self._closed:
-            raise ChildError("died", "no longer wanted")
+            raise WorkerError("died", "no longer wanted")
         if not hasattr(self._own, "child"):
-            self._own.child = Child(self._factory)
+            self._own.child = WorkerProcess(self._factory)
             self._children.append(self._own.child)
         return self._own.child.ask(request, self._timeout_s)
 
