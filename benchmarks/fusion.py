@@ -181,8 +181,8 @@ SIBLINGS = next(rule for rule, label in LABELS.all.items() if label == "siblings
 
 
 def reason_of(event: Event) -> str:
-    """The reason without the names of nodes, so that equal ones can be counted."""
-    return re.sub(r"%?\b(?!sm_)[a-z][a-z_0-9]*\d(\.\d+)?\b", "it", event.reason)
+    """The reason with ops for nodes ("conv2d" for "conv2d_4"), so that equal ones are counted."""
+    return re.sub(r"%?\b(?!sm_)([a-z][a-z0-9_]*?)(_\d+)+(\.\d+)?\b", r"\1", event.reason)
 
 
 MODELLED = re.compile(r"modelled ([\d.]+) us together, ([\d.]+) us apart")

@@ -7,7 +7,6 @@ structure); as published under `slow`. Weights and batch-norm statistics are ran
 
 from __future__ import annotations
 
-import copy
 from functools import cache
 
 import convloom
@@ -171,12 +170,6 @@ OTHERS = [name for name in zoo.names() if name not in (*SIDES, "unet")]
 """The rest of the zoo, but for U-Net, whose smallest image is large."""
 
 
-OVERFLOWING = ("resnet101", "resnet152", "resnext50_32x4d", "cifar_resnet56", "cifar_resnet110",
-               "fcn_resnet50")  # fmt: skip
-"""Their residual sums of random weights leave the range of fp16, in eager too, unless each
-normalisation makes them smaller."""
-
-
 def half_case(name: str) -> tuple[nn.Module, torch.Tensor, nets.Truth]:
     """A network, small images for it, and what fp16 makes of them."""
     if name in SIDES:
@@ -185,11 +178,7 @@ def half_case(name: str) -> tuple[nn.Module, torch.Tensor, nets.Truth]:
         module = nets.randomise(zoo.build(name, num_classes=10), seed=1)
         least = 188 if name == "unet" else 96
         x = image_of(name, min(zoo.entry(name).input_shape[1], least))
-    if name in OVERFLOWING:
-        module = copy.deepcopy(module)
-        for layer in module.modules():
-            if isinstance(layer, nn.BatchNorm2d):
-                layer.weight.data *= 0.7
+    module = nets.within_half(module, x)
     truth = nets.Truth(module, (x,), torch.float16)
     assert truth.eager[0].isfinite().all(), "these weights overflow in fp16"
     return module, x, truth

@@ -328,8 +328,9 @@ def test_batch_norm_is_not_folded_into_what_others_read() -> None:
     assert all(not event.accepted for event in ledger.events)
     reasons = {graph.node(e.nodes[-1]).module_path: e.reason for e in ledger.events}
     assert "is also read by" in reasons["norm_a"]
+    assert "so its result must be stored; it would be fused if only" in reasons["norm_a"]
     assert reasons["norm_b"].startswith("the weight is shared by")
-    assert reasons["norm_d"] == "the channels of linear are not its last dimension"
+    assert reasons["norm_d"] == "linear has rank 3; linear layers are folded at rank 2"
     assert reasons.keys() == {"norm_a", "norm_b", "norm_d"}, "others have no layer before them"
 
 

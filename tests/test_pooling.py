@@ -197,11 +197,11 @@ def test_other_medians_are_left_alone() -> None:
     (over_rows,) = declined(lambda x: windows(x, 3).median(2).values)
     assert "not that of whole windows but over dimension 2" in over_rows
     (large,) = declined(lambda x: windows(x, 8).median(-1).values, (1, 2, 9, 9))
-    assert large == "a window of (8, 8) has more than 49 elements"
+    assert large.startswith("a window of (8, 8) has more than 49 elements")
     (both,) = declined(lambda x: sum(windows(x, 3).median(-1)))
-    assert both == "its indices are read, too"
+    assert both == "the indices of median are read too, and median_pool2d has none"
     (dilated,) = declined(lambda x: F.unfold(x, 3, 2).view(2, 6, 9, 15).median(2).values)
-    assert dilated == "the windows are dilated"
+    assert dilated.startswith("the windows are dilated")
     (channels,) = declined(
         lambda x: x.unfold(1, 3, 1).unfold(2, 3, 1).flatten(-2).median(-1).values
     )

@@ -234,5 +234,5 @@ def test_siblings_with_too_many_ends_are_several_kernels() -> None:
     wide = [node for node in graph.nodes() if node.op == "conv2d"]
     assert sorted(len(node.epilogue) for node in wide) == [6, 32, 32]
     reasons = {event.reason for event in ledger.events if not event.accepted}
-    assert any("a chain has 33 stages, more than 32" in reason for reason in reasons)
+    assert any("the merged one has 33 stages, more than 32" in reason for reason in reasons)
     nets.assert_same_meaning(before, graph, nets.inputs_for(before))

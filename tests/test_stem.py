@@ -382,7 +382,7 @@ REFUSED: dict[str, tuple[Body, dict[str, Any], tuple[int, ...], str, tuple[str, 
         lambda m, x: m.conv(x * m.numbers.pixels), {}, SHAPE, "not one number per channel", FORMS,
     ),
     "times zero": (
-        lambda m, x: m.conv(x * m.numbers.zero), {}, SHAPE, "multiplied by zero", FORMS,
+        lambda m, x: m.conv(x * m.numbers.zero), {}, SHAPE, "multiplies a channel by zero", FORMS,
     ),
     "grey": (
         lambda m, x: m.conv(x - m.numbers.mean), {"in_channels": 3}, (2, 1, 9, 8), "broadcasts",

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 import torch
 
@@ -20,9 +20,6 @@ from ...kernels.contract.op import Attributes, Problem
 from ...kernels.contract.spec import Layout, Operand, TensorSpec
 from ...kernels.contract.targets import Target
 from ..graph.ir import Graph, Node, Value
-
-if TYPE_CHECKING:
-    pass
 
 ASSUMED = "cuda:sm_90"
 """The machine that fusions are made for where the target is no GPU."""
@@ -103,9 +100,7 @@ def misfit(graph: Graph, fused: Fused) -> str | None:
     return op.legal(asked, op.default(asked, target), target)
 
 
-def times_us(
-    graph: Graph, alternatives: Sequence[Sequence[Problem]]
-) -> tuple[str, list[float]]:
+def times_us(graph: Graph, alternatives: Sequence[Sequence[Problem]]) -> tuple[str, list[float]]:
     """The time of each alternative, a list of kernels, and how they are known: all by records where
     there are records of all of them, else all "modelled"."""
     lookup = graph.goal.timing_lookup if graph.goal else None

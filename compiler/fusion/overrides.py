@@ -60,9 +60,7 @@ def concerns(entry: str, label: str, paths: Iterable[str]) -> bool:
     return entry == label or any(fnmatchcase(p, entry) for p in paths)
 
 
-def check(
-    captured: Graph, force: tuple[str, ...], forbid: tuple[str, ...], labels: Labels
-) -> None:
+def check(captured: Graph, force: tuple[str, ...], forbid: tuple[str, ...], labels: Labels) -> None:
     """Refuses entries that can concern nothing.
 
     Raises: InvalidInputError for an entry that is neither a label nor a module path, with the near

@@ -133,15 +133,23 @@ def leak(graph: Graph, found: Match) -> str | None:
                 outside.add(value.node)
     for node in found.inner:
         if node.name in outside:
-            return f"{node.name} is read more than once"
+            return f"{node.name} is read more than once; a fused kernel reads it once"
         if node.name in found.kept:
             continue
         for index in range(len(node.outputs)):
             for reader, _ in graph.uses(Value(node.name, index)):
                 if reader not in consumed:
                     who = "the caller" if graph.node(reader).op == "output" else reader
-                    return f"{node.name} is also read by {who}"
+                    return read_by_others(node, who, found.root)
     return None
+
+
+def read_by_others(node: Node, who: str, reader: Node) -> str:
+    """The refusal where `who` reads the result of a node besides the `reader` it is fused with."""
+    return (
+        f"{node.name} is also read by {who}, so its result must be stored; it would be fused if "
+        f"only {reader.name} read it"
+    )
 
 
 def _op_name(node: Node) -> str:
@@ -283,7 +291,7 @@ def _cycle(graph: Graph, found: Match, fused: Fused) -> str | None:
             if value.node in before or not graph.net.pred[value.node]:
                 continue
             if value.node in nx.descendants(graph.net, kept) - names:
-                return f"{value} is computed from a result of the fused kernel"
+                return f"{value}, which the fused kernel would read, is computed from its result"
     return None
 
 

@@ -43,20 +43,14 @@ def _same_output(graph: Graph, found: Match) -> str | None:
     """An epilogue may not enlarge its anchor's output, nor change its dtype."""
     anchor, root = found.nodes["anchor"], found.root
     if len(anchor.outputs) != 1:
-        return f"{anchor.name} has several results"
+        return f"{anchor.name} has several results; an epilogue changes a single one"
     if anchor.spec.shape != root.spec.shape:
-        return f"{root.name} broadcasts {anchor.spec} to {root.spec}"
+        return f"{root.name} broadcasts {anchor.spec} to {root.spec}; epilogues keep the shape"
     if anchor.spec.dtype is not root.spec.dtype:
-        return f"{root.name} changes the dtype from {anchor.spec.dtype} to {root.spec.dtype}"
+        return f"{root.name} changes the dtype, {anchor.spec.dtype}; epilogues keep it"
     if len(anchor.epilogue) + 1 + len(root.epilogue) > MOST_STAGES:
-        return f"with {root.name} the chain of {anchor.name} has more than {MOST_STAGES} stages"
+        return f"with {root.name} the epilogue of {anchor.name} has more than {MOST_STAGES} stages"
     return None
-
-
-def _literal_only(graph: Graph, found: Match) -> str | None:
-    if len(graph.own_inputs(found.root)) != 1:
-        return f"{found.root.name} reads a second tensor"
-    return _same_output(graph, found)
 
 
 def _append(reverse: bool, graph: Graph, found: Match) -> Value:
@@ -105,14 +99,14 @@ def _prologue_guard(graph: Graph, found: Match) -> str | None:
     conv, root = found.root, found.nodes["before"]
     weight = graph.spec(graph.own_inputs(conv)[1])
     if conv.prologue:
-        return f"{conv.name} already has a prologue"
+        return f"{conv.name} already has a prologue, and its kernel applies one"
     if weight.shape[2:] != (1, 1):
         r, s = weight.shape[2:]
-        return f"{conv.name} would recompute {root.name} for each of its {r}x{s} taps"
+        return f"{conv.name}, which is not 1x1, would recompute {root.name} for {r}x{s} taps"
     if weight.shape[1] != root.spec.shape[1]:
-        return f"{conv.name} is grouped"
+        return f"{conv.name} is grouped; only convolutions with groups=1 have prologues"
     if (image := _image(graph, root)) is None:
-        return f"{root.name} broadcasts its inputs"
+        return f"{root.name} broadcasts its inputs: none of them has the shape of its result"
     # One number per image and channel needs rows of the product that are pixels of the image.
     in_place = conv.attributes == Conv2d()
     own = graph.own_inputs(root)
@@ -120,7 +114,7 @@ def _prologue_guard(graph: Graph, found: Match) -> str | None:
         spec = graph.spec(value)
         if not _per_channel(spec, in_place):
             per = "per channel" if not _per_channel(spec, True) else "per channel for all images"
-            return f"{value} {spec} is not one number {per}"
+            return f"{value} {spec}, which a prologue would read, is not one number {per}"
     return None
 
 
@@ -245,7 +239,7 @@ EPILOGUE_RULES = (
         Call(BINARY, Call(PRODUCTS, name="anchor"), name="root"),
         append_stage,
         _literal_example,
-        _literal_only,
+        _same_output,
         label="epilogue",
     ),
     Rule(
@@ -278,7 +272,7 @@ EPILOGUE_RULES = (
         Call(BINARY, Call(ANCHORS, name="anchor"), name="root"),
         append_stage,
         lambda: example(lambda m, x: torch.exp(x) * 2.0, IMAGE),
-        _literal_only,
+        _same_output,
         label="epilogue",
     ),
     Rule(
@@ -305,13 +299,13 @@ def _flatten_guard(graph: Graph, found: Match) -> str | None:
     weight = found.values["w"]
     image = graph.spec(found.values["x"])
     if graph.node(found.values["x"].node).op == INPUT:
-        return "the image arrives in torch's own layout: its flattening is a view already"
+        return "the image is an input in NCHW order: flattening it is a view already"
     rows = (image.shape[0], image.numel // image.shape[0])
     is_image = image.rank == 4 or (image.rank == 5 and image.layout is Layout.NHWC)
     if not is_image or found.nodes["flat"].spec.shape != rows:
         return f"{found.nodes['flat'].name} does not flatten an image to one row per sample"
     if len(graph.uses(weight)) > 1:
-        return f"the weight {weight} is shared"
+        return f"the weight {weight} is shared; its columns can be permuted for one layer only"
     return None
 
 

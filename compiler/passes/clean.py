@@ -95,9 +95,7 @@ def _fold_call(graph: Graph, node: Node, ledger: Ledger) -> None:
     graph.remove([node.name])
 
 
-def evaluate_exactly(
-    node: Node, tensors: tuple[torch.Tensor, ...]
-) -> tuple[torch.Tensor, ...]:
+def evaluate_exactly(node: Node, tensors: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
     """The node's outputs on fp64 copies of the tensors."""
     from ...kernels.contract.epilogue import operand_count
 

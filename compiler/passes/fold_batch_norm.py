@@ -67,19 +67,19 @@ def _why_not(graph: Graph, producer: Node, node: Node) -> str | None:
     if reason is not None:
         return reason
     if scale_and_shift(graph, node) is None:
-        return "its statistics are not constants"
+        return f"the statistics of {node.name} are not constants of the module"
     weight = graph.own_inputs(producer)[1]
     if not graph.is_constant(weight):
-        return f"the weight of {producer.name} is not a constant"
+        return f"the weight of {producer.name} is not a constant of the module"
     if len(graph.uses(weight)) > 1:
         readers = ", ".join(sorted(reader for reader, _ in graph.uses(weight)))
-        return f"the weight is shared by {readers}"
+        return f"the weight is shared by {readers}; folding would change it for all of them"
     stages = producer.epilogue
     is_bias = len(stages) == 1 and stages[0] == Stage("add")
     if stages and not (is_bias and graph.is_constant(graph.operands(producer)[0])):
         return f"{producer.name} has more than a bias: {', '.join(map(str, stages))}"
     if producer.op == "linear" and producer.spec.rank != 2:
-        return f"the channels of {producer.name} are not its last dimension"
+        return f"{producer.name} has rank {producer.spec.rank}; linear layers are folded at rank 2"
     return None
 
 

@@ -52,9 +52,9 @@ def _is_border(graph: Graph, node: Node) -> bool:
 def _geometry_reason(found: Match) -> str | None:
     pad, attributes = found.nodes["pad"], _pad_of(found)
     if any((*attributes.before[:2], *attributes.after[:2])):
-        return f"{pad.name} pads more than the image: {attributes}"
+        return f"{pad.name} pads more than the image, which no convolution does: {attributes}"
     if min((*attributes.before, *attributes.after)) < 0:
-        return f"{pad.name} crops: {attributes}"
+        return f"{pad.name} crops, which no convolution does: {attributes}"
     if pad.epilogue:
         return f"{pad.name} has stages of its own: {', '.join(map(str, pad.epilogue))}"
     return None
@@ -69,9 +69,9 @@ def _zeros_guard(graph: Graph, found: Match) -> str | None:
 def _border_guard(graph: Graph, found: Match) -> str | None:
     conv, attributes = found.nodes["conv"], _conv_of(found)
     if any(attributes.padding):
-        return f"{conv.name} pads once more, with zeros: {attributes}"
+        return f"{conv.name} pads once more, with zeros, around another border: {attributes}"
     if graph.spec(found.values["w"]).shape[1] == 1 < attributes.groups:
-        return f"{conv.name} is depthwise: only matrix products find borders in their loads"
+        return f"{conv.name} is depthwise, and its kernel pads with zeros only"
     return _geometry_reason(found)
 
 

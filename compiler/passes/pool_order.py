@@ -36,7 +36,7 @@ def _guard(graph: Graph, found: Match) -> str | None:
     x = found.values["x"]
     others = [graph.node(name) for name, slot in graph.uses(x) if slot == 0]
     if not any(other.op == "conv2d" and _is_projection(graph, other) for other in others):
-        return f"no other 1x1 convolution reads {x}, which {conv.name} could be merged with"
+        return f"no other 1x1 convolution reads {x}, with which {conv.name} could then be merged"
     return None
 
 

@@ -21,6 +21,7 @@ from ...kernels.movement.movement import Permute
 from ...kernels.movement.rearrangement import Rearrange, composed, permutation, rearrangement
 from ...kernels.products import bmm
 from ...kernels.products.bmm import Bmm
+from ..fusion import refusals
 from ..fusion.pattern import Call, Match, NearMiss, Rule, Var, absorb, replace_root
 from ..fusion.rules import example
 from ..graph.ir import Graph, Value
@@ -44,11 +45,11 @@ def _made(graph: Graph, found: Match) -> Rearrange | None:
 
 
 def _guard(graph: Graph, found: Match) -> str | None:
-    if any(node.epilogue for node in found.nodes.values()):
-        return "the permutation has an epilogue"
+    if busy := [node for node in found.nodes.values() if node.epilogue]:
+        return refusals.has_epilogue(busy[0])
     made = _made(graph, found)
     if made is None:
-        return "the reshapes cut across dimensions"
+        return "the reshapes cut across dimensions that are permuted: one copy cannot do both"
     try:
         rearrange.infer_rearrange(made, (graph.spec(found.values["x"]),))
     except InvalidInputError as error:
@@ -98,17 +99,17 @@ def _read_permuted(side: str, graph: Graph, found: Match) -> Value:
 
 def _bmm_guard(side: str, graph: Graph, found: Match) -> str | None:
     if found.nodes["moved"].epilogue:
-        return "the permutation has an epilogue"
+        return refusals.has_epilogue(found.nodes["moved"])
     factor = _factor(side, graph, found)
     if factor is None:
-        return "the movements of the factor cut across each other's dimensions"
+        return "the factor's reshapes cut across dimensions that are permuted"
     x = graph.spec(found.values["x"])
     try:
         rearrange.infer_rearrange(factor, (x,))
     except InvalidInputError as error:
         return str(error)
     if bmm.factor_of(factor, Operand.dense(x)) is None:
-        return "rows or columns of the factor have no single stride"
+        return "rows or columns of the factor have no single stride, so a copy has to be made"
     return None
 
 

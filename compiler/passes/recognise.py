@@ -49,9 +49,9 @@ def _lrn_guard(graph: Graph, found: Match) -> str | None:
     if _window(found) is None:
         return "the pooling does not run over neighbouring channels"
     if any(_literal(found, name) is None for name in ("alpha", "k")) or _beta(found) is None:
-        return "alpha, beta and k are not numbers"
+        return "alpha, beta and k are not all constant numbers"
     if graph.spec(found.values["x"]).shape != found.root.spec.shape:
-        return "the result has another shape"
+        return f"the result, {found.root.spec}, does not have the shape of the input"
     return None
 
 
@@ -95,9 +95,10 @@ def _lp_guard(graph: Graph, found: Match) -> str | None:
     assert isinstance(pool, AvgPool2d)
     area = _literal(found, "area")
     if any(pool.padding) or pool.divisor_override is not None:
-        return "the average pooling is padded"
+        return "the average pooling is padded or has a divisor of its own"
     if area != pool.kernel[0] * pool.kernel[1]:
-        return f"the mean is multiplied by {area}, not by the window's area"
+        window = pool.kernel[0] * pool.kernel[1]
+        return f"the mean is multiplied by {area}, not by the window's area, {window}"
     return None
 
 
@@ -110,9 +111,9 @@ def _exponent(found: Match, name: str) -> float | None:
 def _lp_root_guard(graph: Graph, found: Match) -> str | None:
     p, root = _exponent(found, "power"), _exponent(found, "root")
     if p is None or root is None or not abs(root * p - 1) <= 1e-6:
-        return "the root does not undo the power"
+        return f"the root, {root}, does not undo the power, {p}"
     if p < 0:
-        return f"the power {p} is negative"
+        return f"the power {p} is negative, and Lp pooling takes positive ones"
     return _lp_guard(graph, found)
 
 
@@ -181,7 +182,8 @@ def _mish_rule() -> Rule:
     def guard(graph: Graph, found: Match) -> str | None:
         attributes = found.nodes["softplus"].attributes
         assert isinstance(attributes, Pointwise)
-        return None if attributes.parameters[0] == 1.0 else "softplus has another beta"
+        beta = attributes.parameters[0]
+        return None if beta == 1.0 else f"softplus has beta={beta:g}, and in mish it is 1"
 
     return Rule(
         "x·tanh(softplus(x)) => mish(x)",
@@ -209,7 +211,7 @@ def _shrink_rule(name: str, equation: str, pattern: Call, width: Any, make: Any)
         return replace_root(graph, found, name, (found.values["x"],), parameters)
 
     def guard(graph: Graph, found: Match) -> str | None:
-        return "the two sides differ" if width(found) is None else None
+        return "positive and negative values shrink differently" if width(found) is None else None
 
     return Rule(f"{equation} => {name}(x, w)", pattern, rewrite, make, guard)
 

@@ -35,9 +35,7 @@ def _indices_are_unread(graph: Graph, node: Node) -> bool:
 
 def _drop_indices_rule() -> Rule:
     def rewrite(graph: Graph, found: Match) -> Value:
-        return replace_root(
-            graph, found, "max_pool2d", (found.values["x"],), found.root.attributes
-        )
+        return replace_root(graph, found, "max_pool2d", (found.values["x"],), found.root.attributes)
 
     return Rule(
         "values of max_pool2d_with_indices(x) => max_pool2d(x)",
@@ -74,11 +72,11 @@ def _refusal(graph: Graph, found: Match, window: tuple[int, int]) -> str | None:
     """Why the median of windows cannot be a `median_pool2d`, or None."""
     root, x = found.root, graph.spec(found.values["x"])
     if graph.uses(Value(root.name, 1)):
-        return "its indices are read, too"
+        return f"the indices of {root.name} are read too, and median_pool2d has none"
     if x.rank != 4:
-        return f"windows of {x}, which is no batch of images"
+        return f"the windows are of {x}, which is no batch of images (N, C, H, W)"
     if window[0] * window[1] > MOST_TAPS:
-        return f"a window of {window} has more than {MOST_TAPS} elements"
+        return f"a window of {window} has more than {MOST_TAPS} elements, the most of the kernel"
     return None
 
 
@@ -102,7 +100,7 @@ def _im2col_guard(graph: Graph, found: Match) -> str | None:
     r, s, dilation_h, dilation_w, *_ = _arguments(found.nodes["columns"])
     x, flat = graph.spec(found.values["x"]), found.nodes["flat"].spec
     if (dilation_h, dilation_w) != (1, 1):
-        return "the windows are dilated"
+        return "the windows are dilated, and those of median_pool2d are not"
     dim, *more = _arguments(found.root)
     if any(more) or x.rank != 4 or flat.shape[:-1] != (*x.shape[:2], r * s) or dim % 4 != 2:
         return f"the median is not that of whole windows but over dimension {dim} of {flat}"

@@ -18,7 +18,7 @@ Seven things differ from upstream, on purpose:
 - a scalar is an index with any numpy: Triton 3.6 leaves the conversion to numpy, which refuses it
   for arrays of one dimension since 2.4.
 
-What it proves is index arithmetic and fp32/fp16 maths only; see the README for the known gaps.
+What it proves is index arithmetic and fp32/fp16 maths only: docs/verification.md names the gaps.
 """
 
 from __future__ import annotations

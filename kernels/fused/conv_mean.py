@@ -66,7 +66,7 @@ class ConvMean(StagedConv):
 def unsupported(attributes: ConvMean, pixels: tuple[int, ...]) -> str | None:
     """Why the kernel cannot average a convolution's result of that height and width, or None."""
     if attributes.conv.groups != 1:
-        return f"the convolution has {attributes.conv.groups} groups"
+        return f"the convolution has {attributes.conv.groups} groups; the kernel takes groups=1"
     if math.prod(pixels) > MOST_PIXELS:
         shown = "x".join(map(str, pixels))
         return f"{shown} pixels do not fit one tile (at most {MOST_PIXELS})"

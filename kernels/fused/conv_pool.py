@@ -68,7 +68,7 @@ def unsupported(attributes: ConvPool, pixels: tuple[int, ...]) -> str | None:
     """Why the kernel cannot pool a convolution's result of that height and width, or None."""
     conv, pool = attributes.conv, attributes.pool
     if conv.groups != 1:
-        return f"the convolution has {conv.groups} groups"
+        return f"the convolution has {conv.groups} groups; the kernel takes groups=1"
     for name, value, only in (
         ("window", pool.kernel, PAIR),
         ("stride", pool.stride, PAIR),
@@ -79,7 +79,7 @@ def unsupported(attributes: ConvPool, pixels: tuple[int, ...]) -> str | None:
             return f"the pooling's {name} is {value[0]}x{value[1]}, not {only[0]}x{only[1]}"
     odd = any(size % 2 for size in pixels)
     if isinstance(pool, AvgPool2d) and pool.ceil_mode and odd:
-        return f"averages over windows that overhang an image of {pixels[0]}x{pixels[1]} pixels"
+        return f"averages windows that overhang {pixels[0]}x{pixels[1]} pixels (ceil_mode)"
     return None
 
 

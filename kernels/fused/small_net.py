@@ -87,9 +87,9 @@ def unsupported(attributes: SmallNet, inputs: tuple[TensorSpec, ...]) -> str | N
     if not 1 <= len(attributes.layers) <= MOST_LAYERS:
         return f"{len(attributes.layers)} convolutions, not 1 to {MOST_LAYERS}"
     if any(layer.before for layer in attributes.layers):
-        return "a convolution has stages before it"
+        return "a convolution has stages before it; the kernel applies none"
     if attributes.head.average:
-        return "the classifier averages pixels"
+        return "the classifier averages pixels; the kernel takes them flattened"
     *layers, last = attributes.parts(inputs)
     for part in layers:
         if part[0].shape[0] > MOST_CHANNELS:
@@ -98,7 +98,7 @@ def unsupported(attributes: SmallNet, inputs: tuple[TensorSpec, ...]) -> str | N
     weights += [part[0] for part in attributes.head.parts((inputs[0], *last))]
     size = sum(weight.size_bytes for weight in weights)
     if size > MOST_WEIGHTS:
-        return f"{size} bytes of weights do not fit a multiprocessor's {MOST_WEIGHTS}"
+        return f"{size} bytes of weights do not fit a multiprocessor (at most {MOST_WEIGHTS})"
     return None
 
 

@@ -18,11 +18,12 @@ from torch import nn
 
 from ....kernels.fused.chains.conv_chain import ConvChain
 from ....kernels.tile.conv_geometry import Conv2d
-from ...fusion import estimate
+from ...fusion import estimate, refusals
 from ...fusion.estimate import Fused
 from ...fusion.pattern import Call, Match, NearMiss, Rule, Var
 from ...fusion.rules import example
 from ...graph.ir import Graph, Node, Value
+from .pool_fusions import is_1x1
 from .shortcuts import Joined, adder_of, adds_only_constants, join, sum_reason
 
 LARGEST = 256
@@ -30,27 +31,21 @@ LARGEST_WITH_FRONT = 128
 """Channels of t and z that fit one tile, with and without a convolution in front."""
 
 
-def _is_1x1(graph: Graph, node: Node) -> bool:
-    return graph.spec(graph.own_inputs(node)[1]).shape[2:] == (1, 1)
-
-
 def _is_larger(graph: Graph, node: Node) -> bool:
-    return not _is_1x1(graph, node)
+    return not is_1x1(graph, node)
 
 
 def _is_plain(graph: Graph, node: Node) -> bool:
     """Whether it multiplies every pixel: beside a shortcut only such a one can be the expansion."""
-    return _is_1x1(graph, node) and node.attributes == Conv2d()
+    return is_1x1(graph, node) and node.attributes == Conv2d()
 
 
 def _shape_reason(graph: Graph, found: Match) -> str | None:
     """What the kernel cannot express."""
     for name in ("expand", "reduce"):
         node = found.nodes.get(name)
-        if node is not None and node.attributes != Conv2d():
-            return f"{node.name} is not dense with stride 1 and no padding: {node.attributes}"
-        if node is not None and node.prologue:
-            return f"{node.name} has a prologue"
+        if node is not None and (reason := refusals.not_plain_1x1(node)) is not None:
+            return reason
     for name, reason_of in (
         ("front", _front_reason), ("shortcut", _shortcut_reason), ("reduce", _reduce_reason)
     ):  # fmt: skip
@@ -68,22 +63,22 @@ def _front_reason(graph: Graph, found: Match, front: Node) -> str | None:
             f"product, {groups} times the work"
         )
     if front.prologue:
-        return f"{front.name} has a prologue"
+        return refusals.has_prologue(front)
     channels = graph.spec(graph.own_inputs(front)[1]).shape[1]
-    return f"{front.name} reads only {channels} channels" if channels < 16 else None
+    return f"{front.name} reads {channels} channels, not at least 16" if channels < 16 else None
 
 
 def _shortcut_reason(graph: Graph, found: Match, shortcut: Node) -> str | None:
     assert isinstance(shortcut.attributes, Conv2d)
     if any(shortcut.attributes.padding):
-        return f"the shortcut {shortcut.name} is padded"
+        return f"the shortcut {shortcut.name} is padded; the kernel reads it without a border"
     return sum_reason(graph, found)
 
 
 def _reduce_reason(graph: Graph, found: Match, reduce: Node) -> str | None:
     for value in graph.operands(reduce):
         if not graph.is_constant(value):
-            return f"{reduce.name} adds the computed tensor {value}"
+            return f"{reduce.name} adds the computed tensor {value}; the kernel adds only constants"
     return None
 
 
@@ -91,7 +86,7 @@ def _guard(graph: Graph, found: Match) -> str | None:
     if (reason := _shape_reason(graph, found)) is not None:
         return reason
     if estimate.dtype_of(graph, found.root.spec) is torch.float32:
-        return "fp32 products need three times the registers of half precision"
+        return "float32 needs too many registers; float16 and bfloat16 are fused"
     limit = LARGEST_WITH_FRONT if "front" in found.nodes else LARGEST
     narrow = [found.nodes["reduce"].spec.shape[1]] if "reduce" in found.nodes else []
     middle = graph.spec(graph.own_inputs(found.nodes["expand"])[0]).shape[1]
@@ -157,20 +152,20 @@ def _pattern(links: Links) -> Call:
     beside = ("conv2d", Var("s"), Var("ws"))
     kept = links.reduce
     if links.shortcut is None:
-        wide = Call(*product, name="expand", kept=kept, where=_is_1x1)
+        wide = Call(*product, name="expand", kept=kept, where=is_1x1)
     elif links.shortcut == "second":
         added = Call(*beside, name="shortcut", where=_is_added_1x1)
         wide = Call(*product, name="expand", kept=kept, where=_is_plain, operand=added)
     else:
         added = Call(*product, name="expand", where=_is_added_plain)
-        wide = Call(*beside, name="shortcut", kept=kept, where=_is_1x1, operand=added)
+        wide = Call(*beside, name="shortcut", kept=kept, where=is_1x1, operand=added)
     if not links.reduce:
         return wide
-    return Call("conv2d", wide, Var("w3"), name="reduce", where=_is_1x1)
+    return Call("conv2d", wide, Var("w3"), name="reduce", where=is_1x1)
 
 
 def _is_added_1x1(graph: Graph, node: Node) -> bool:
-    return _is_1x1(graph, node) and adds_only_constants(graph, node)
+    return is_1x1(graph, node) and adds_only_constants(graph, node)
 
 
 def _is_added_plain(graph: Graph, node: Node) -> bool:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from ....kernels.fused.head import MOST_LINKS, Head
 from ....kernels.normalisation.softmax import Softmax
+from ...fusion import refusals
 from ...fusion.estimate import Fused
 from ...fusion.pattern import Call, Constant, Match, NearMiss, Rule
 from ...fusion.rules import example
@@ -38,9 +39,9 @@ def as_head(graph: Graph, node: Node) -> tuple[Head, tuple[Value, ...]]:
 def _guard(graph: Graph, found: Match) -> str | None:
     for name, node in {**found.nodes, "root": found.root}.items():
         if node.prologue:
-            return f"{node.name} has a prologue"
+            return refusals.has_prologue(node)
         if name == "average" and node.epilogue:
-            return f"{node.name} has an epilogue"
+            return refusals.has_epilogue(node)
         if node.op == "linear" and node.spec.rank != 2:
             return f"{node.name} is applied to rank {node.spec.rank}, not to one row per sample"
     flat = found.nodes.get("flat")
@@ -49,12 +50,12 @@ def _guard(graph: Graph, found: Match) -> str | None:
     inner = found.nodes.get("inner")
     if inner is not None and isinstance(inner.attributes, Head):
         if inner.attributes.softmax:
-            return f"{inner.name} ends in {inner.attributes.softmax}"
+            return f"{inner.name} ends in {inner.attributes.softmax}, which has to come last"
         if len(inner.attributes.links) == MOST_LINKS and "last" in found.nodes:
-            return f"{inner.name} already has {MOST_LINKS} linear layers"
+            return f"{inner.name} already has {MOST_LINKS} linear layers, the most of one kernel"
     softmax = found.root.attributes
     if isinstance(softmax, Softmax) and softmax.dim != 1:
-        return f"{found.root.name} does not normalise over the classes"
+        return f"{found.root.name} does not normalise over the classes, dimension 1"
     return None
 
 

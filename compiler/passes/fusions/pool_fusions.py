@@ -18,7 +18,7 @@ from ....kernels.normalisation.lrn import LocalResponseNorm
 from ....kernels.normalisation.reduce import Reduce
 from ....kernels.pooling.adaptive_pool import AdaptivePool2d
 from ....kernels.pooling.pool_window import AvgPool2d, MaxPool2d
-from ....kernels.tile.conv_geometry import Conv2d
+from ...fusion import refusals
 from ...fusion.estimate import Fused
 from ...fusion.pattern import Call, Constant, Match, NearMiss, Rule, Var
 from ...fusion.rules import example
@@ -44,13 +44,6 @@ def averages_all(graph: Graph, node: Node) -> bool:
     return plain and attributes.kernel == x.shape[2:]
 
 
-def _not_plain(node: Node) -> str | None:
-    """Why a 1x1 convolution is no product of pixels with channels, or None."""
-    if node.attributes != Conv2d():
-        return f"{node.name} is not dense with stride 1 and no padding: {node.attributes}"
-    return None
-
-
 # Pooling -> 1x1 convolution.
 
 
@@ -59,7 +52,7 @@ def _is_shared(graph: Graph, node: Node) -> bool:
 
 
 def _pool_guard(graph: Graph, found: Match) -> str | None:
-    return _not_plain(found.root)
+    return refusals.not_plain_1x1(found.root, prologue=True)
 
 
 def _build_pool_conv(graph: Graph, found: Match) -> Fused:
@@ -74,9 +67,7 @@ def _build_pool_conv(graph: Graph, found: Match) -> Fused:
         *graph.prologue_operands(conv),
     )
     results = {conv.name: 0} | ({pool.name: 1} if keep else {})
-    return Fused(
-        "pool_conv", attributes, inputs, results, conv.epilogue, graph.operands(conv)
-    )
+    return Fused("pool_conv", attributes, inputs, results, conv.epilogue, graph.operands(conv))
 
 
 IMAGE = (2, 16, 7, 6)
@@ -126,9 +117,7 @@ POOLS = ("max_pool2d", "avg_pool2d")
 def _pool_rule(
     label: str, name: str, make: Any, shared: bool, near_misses: tuple[NearMiss, ...]
 ) -> Rule:
-    pool = Call(
-        POOLS, Var("x"), name="pool", kept=shared, where=_is_shared if shared else None
-    )
+    pool = Call(POOLS, Var("x"), name="pool", kept=shared, where=_is_shared if shared else None)
     return Rule(
         name,
         Call("conv2d", pool, Constant("w"), where=is_1x1),
@@ -150,15 +139,15 @@ def _layers(found: Match) -> tuple[Node, Node]:
 def _squeeze_guard(graph: Graph, found: Match) -> str | None:
     average = found.nodes.get("average")
     if average is not None and average.epilogue:
-        return f"{average.name} has an epilogue"
+        return refusals.has_epilogue(average)
     for node in _layers(found):
-        if node.op == "conv2d" and (reason := _not_plain(node)) is not None:
+        if node.op == "conv2d" and (reason := refusals.not_plain_1x1(node)) is not None:
             return reason
         if node.prologue:
-            return f"{node.name} has a prologue"
+            return refusals.has_prologue(node)
     channels = graph.spec(found.values["x"]).shape[1]
     if found.root.spec.shape[1] != channels:
-        return f"{found.root.name} does not give one number per channel of its input"
+        return f"{found.root.name} does not give one number per channel of the image it scales"
     return None
 
 
@@ -239,7 +228,7 @@ def _squeeze_rule(
 
 def _lrn_guard(graph: Graph, found: Match) -> str | None:
     inner = found.nodes["inner"]
-    return f"{inner.name} has an epilogue" if inner.epilogue else None
+    return refusals.has_epilogue(inner) if inner.epilogue else None
 
 
 def _build_lrn_pool(graph: Graph, found: Match) -> Fused:

@@ -14,10 +14,12 @@ from torch import nn
 
 from ....kernels.fused.chains.separable import Separable
 from ....kernels.tile.conv_geometry import Conv2d
+from ...fusion import refusals
 from ...fusion.estimate import Fused
 from ...fusion.pattern import Call, Constant, Match, NearMiss, Rule, Var
 from ...fusion.rules import example
 from ...graph.ir import Graph, Node, Value
+from .pool_fusions import is_1x1
 
 
 def _is_depthwise(graph: Graph, node: Node) -> bool:
@@ -25,22 +27,16 @@ def _is_depthwise(graph: Graph, node: Node) -> bool:
     return node.attributes.groups > 1 and graph.spec(graph.own_inputs(node)[1]).shape[1] == 1
 
 
-def _is_pointwise(graph: Graph, node: Node) -> bool:
-    return graph.spec(graph.own_inputs(node)[1]).shape[2:] == (1, 1)
-
-
 def _guard(graph: Graph, found: Match) -> str | None:
     """What the kernel cannot express."""
     depthwise = found.nodes["depthwise"]
     filters, channels = depthwise.spec.shape[1], graph.spec(found.values["x"]).shape[1]
     if filters != channels:
-        return f"{depthwise.name} makes {filters // channels} results per channel"
+        return f"{depthwise.name} makes {filters // channels} results per channel, not one"
     for name in ("project", "expand"):
         node = found.nodes.get(name)
-        if node is not None and node.attributes != Conv2d():
-            return f"{node.name} is not dense with stride 1 and no padding: {node.attributes}"
-        if node is not None and node.prologue:
-            return f"{node.name} has a prologue"
+        if node is not None and (reason := refusals.not_plain_1x1(node)) is not None:
+            return reason
     return None
 
 
@@ -101,11 +97,11 @@ RULES = (
         Call(
             "conv2d",
             Call(
-                "conv2d", DEPTHWISE, Constant("w2"), name="project", kept=True, where=_is_pointwise
+                "conv2d", DEPTHWISE, Constant("w2"), name="project", kept=True, where=is_1x1
             ),
             Constant("w3"),
             name="expand",
-            where=_is_pointwise,
+            where=is_1x1,
         ),
         example=lambda: _net(_inverted),
         guard=_guard,
@@ -118,7 +114,7 @@ RULES = (
     ),
     Rule(
         "conv1x1(depthwise(x)) => separable(x)",
-        Call("conv2d", DEPTHWISE, Constant("w2"), name="project", where=_is_pointwise),
+        Call("conv2d", DEPTHWISE, Constant("w2"), name="project", where=is_1x1),
         example=lambda: _net(_separable),
         guard=_guard,
         near_misses=(

@@ -18,6 +18,7 @@ from torch import nn
 from ....kernels.contract.epilogue import Epilogue, Stage
 from ....kernels.fused.conv_sum import ConvSum
 from ....kernels.tile.conv_geometry import Conv2d
+from ...fusion import refusals
 from ...fusion.estimate import Fused
 from ...fusion.pattern import Call, Match, NearMiss, Rule, Var
 from ...fusion.rules import example
@@ -69,18 +70,18 @@ def sum_reason(graph: Graph, found: Match) -> str | None:
     for node in (adder, added):
         assert isinstance(node.attributes, Conv2d)
         if node.attributes.groups != 1:
-            return f"{node.name} is grouped"
+            return f"{node.name} is grouped; only convolutions with groups=1 share a sum"
         if node.prologue:
-            return f"{node.name} has a prologue"
+            return refusals.has_prologue(node)
     if adder.spec != added.spec:
-        return f"{adder.name} is {adder.spec}, but {added.name} is {added.spec}"
+        return f"{adder.name} is {adder.spec}, but {added.name} is {added.spec}: the sum broadcasts"
     slots, at = _with_operands(graph, adder), _index_of(adder, position)
     stage = slots[at][0]
     if stage.name != "add" or stage.channels is not None:
-        return f"{adder.name} does not simply add {added.name}: {stage}"
+        return f"{adder.name} does not simply add {added.name}, but applies {stage}"
     for stage, value in slots[:at]:
         if not _is_constant_add(graph, stage, value):
-            return f"{adder.name} applies {stage} before it adds {added.name}"
+            return f"{adder.name} applies {stage} before it adds {added.name}; only constants may"
     early = (value for _, value in (*slots[:at], *_with_operands(graph, added)) if value)
     for value in early:
         spec = graph.spec(value)
@@ -172,9 +173,7 @@ RULES = (
             Var("x"),
             Var("w"),
             name="conv",
-            operand=Call(
-                "conv2d", Var("s"), Var("v"), name="shortcut", where=adds_only_constants
-            ),
+            operand=Call("conv2d", Var("s"), Var("v"), name="shortcut", where=adds_only_constants),
         ),
         example=lambda: _sum(_residual),
         guard=sum_reason,

@@ -96,7 +96,7 @@ def _with_few_ends(members: list[Node], ledger: Ledger) -> list[list[Node]]:
         if node.epilogue not in ends:
             stages = sum(map(len, ends)) + len(node.epilogue)
             if stages > MOST_STAGES and groups[-1]:
-                reason = f"with the ends of its siblings a chain has {stages} stages"
+                reason = f"with its siblings' epilogues the merged one has {stages} stages"
                 ledger.refuse(RULE, [node], f"{reason}, more than {MOST_STAGES}")
                 groups.append([])
                 ends.clear()
@@ -160,15 +160,15 @@ def _why_not(graph: Graph, node: Node) -> str | None:
     weight = graph.own_inputs(node)[1]
     channels = graph.spec(weight).shape[0]
     if len(graph.uses(weight)) > 1:
-        return f"the weight of {node.name} is shared"
+        return f"the weight of {node.name} is shared; merged weights would hold it twice"
     if node.op == "linear" and node.spec.rank != 2:
-        return f"the channels of {node.name} are not its second dimension"
+        return f"{node.name} has rank {node.spec.rank}; linear layers are merged at rank 2"
     if channels % VECTOR:
-        return f"{node.name} has {channels} channels, not a multiple of {VECTOR}"
+        return f"{node.name} has {channels} channels, not a multiple of {VECTOR}, to be aligned"
     per_channel = (channels, *(1 for _ in node.spec.shape[2:]))
     for value in graph.operands(node):
         if not graph.is_constant(value) or graph.spec(value).shape != per_channel:
-            return f"{node.name} reads {value}, which is not one constant per channel"
+            return f"the epilogue of {node.name} reads {value}, not one constant per channel"
     return None
 
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from ....kernels.fused import small_net
 from ....kernels.fused.conv_pool import ConvPool
 from ....kernels.fused.small_net import SmallNet
-from ...fusion import partition
+from ...fusion import partition, refusals
 from ...fusion.estimate import Fused
 from ...fusion.pattern import Call, Match, NearMiss, Rule
 from ...fusion.rules import example
@@ -52,18 +52,18 @@ def _parts(graph: Graph, found: Match) -> tuple[SmallNet, tuple[Value, ...]]:
 def _guard(graph: Graph, found: Match) -> str | None:
     for node in _layers(found):
         if node.epilogue:
-            return f"{node.name} goes on after its pooling"
+            return f"{node.name} goes on after its pooling, which has to come last in a layer"
     root = found.root
     if root.prologue:
-        return f"{root.name} has a prologue"
+        return refusals.has_prologue(root)
     if graph.goal is not None and not graph.goal.target.is_gpu:
         images = root.spec.shape[0]
         if images > MOST_INTERPRETED:
-            return f"off the GPU {images} images would be computed one after the other"
+            return f"without a GPU {images} images would be computed one after the other"
     attributes, inputs = _parts(graph, found)
     for link in attributes.head.parts((None, *inputs[-(attributes.head.inputs - 1) :])):
         if not graph.is_constant(link[0]):
-            return f"a weight of {root.name} is computed"
+            return f"a weight of {root.name} is computed, not a constant of the module"
     return small_net.unsupported(attributes, tuple(graph.spec(value) for value in inputs))
 
 

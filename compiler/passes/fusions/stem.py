@@ -30,6 +30,7 @@ from ....kernels.movement.movement import Relayout
 from ....kernels.movement.pointwise import Pointwise, stage_of
 from ....kernels.tile.conv_geometry import Conv2d
 from ...fusion import estimate, overrides
+from ...fusion.pattern import read_by_others
 from ...graph.ir import INPUT, Graph, Node, Value
 from ...graph.ledger import Ledger
 
@@ -127,17 +128,17 @@ def _why_not(graph: Graph, entrance: Entrance) -> str | None:
     if image.rank != 4 or image.shape[1] > CHANNELS:
         return f"{entrance.image} {image} is no image of at most {CHANNELS} channels"
     if conv.attributes.groups != 1:
-        return f"{conv.name} is grouped"
+        return f"{conv.name} is grouped; only a convolution with groups=1 reads the image itself"
     kept = (image.dtype, graph.spec(graph.own_inputs(conv)[1]).dtype, torch.float32)
     following = [*entrance.nodes[1:]]
     for node, reader in zip(entrance.between, following, strict=True):
         others = [name for name, _ in graph.uses(Value(node.name)) if name != reader.name]
         if others:
-            return f"{node.name} is also read by {others[0]}"
+            return read_by_others(node, others[0], reader)
         if node.spec.shape != image.shape:
-            return f"{node.name} broadcasts {image} to {node.spec}"
+            return f"{node.name} broadcasts {image} to {node.spec}; the image has to keep its shape"
         if node.spec.dtype not in kept:
-            return f"{node.name} rounds to {node.spec.dtype} on the way"
+            return f"{node.name} rounds to {node.spec.dtype} on the way, which the kernel does not"
     return None
 
 
@@ -171,7 +172,7 @@ def _normalisation(graph: Graph, entrance: Entrance) -> Normalisation | str:
     shift, scale = at_0.flatten(), (at_1 - at_0).flatten()
     mean = 0.0 - shift / scale
     if not (mean.isfinite() & scale.isfinite()).all():
-        return "a channel is multiplied by zero or by something that is not finite"
+        return "the image's normalisation multiplies a channel by zero, infinity or NaN"
     return Normalisation(tuple(mean.tolist()), tuple(scale.tolist()))
 
 
@@ -225,9 +226,9 @@ def _why_no_rows(graph: Graph, conv: Node) -> str | None:
     assert isinstance(attributes, Conv2d)
     zeros = CHANNELS - weight.shape[1]
     if zeros > 1:
-        return f"{zeros} of {CHANNELS} channels would be zeros"
+        return f"{zeros} of {CHANNELS} channels would be zeros; the image needs 3 or 4 channels"
     if weight.shape[3] == 1 or attributes.dilation[1] != 1:
-        return "the pixels of a filter row do not lie side by side"
+        return "the filter has one column or is dilated: its pixels do not lie side by side"
     if attributes.stride[1] * CHANNELS * weight.dtype.itemsize % VECTOR_BYTES:
         stride = attributes.stride[1]
         return f"with stride {stride} filter rows do not start at multiples of 128 bits"
@@ -290,9 +291,7 @@ def _choose(graph: Graph, entrance: Entrance, forms: list[Form], ledger: Ledger)
     best = min(eligible, key=lambda at: costs[at])
     forced = forms[best].forced
     stays = costs[best] >= costs[-1] if on_gpu else costs[best] > costs[-1]
-    taken, rival = (
-        (None, "as it is") if stays and not forced else (best, LABELS[forms[best].rule])
-    )
+    taken, rival = (None, "unfused") if stays and not forced else (best, LABELS[forms[best].rule])
     for at, form in enumerate(forms):
         if at == taken:
             made = form.make()
@@ -316,11 +315,11 @@ def _costs(
 
 
 def _slower(status: str, machine: str, mine_us: float, rival: str, rival_us: float) -> str:
-    return f"{status} {mine_us:.1f} us, {rival} {rival_us:.1f} us on {machine}"
+    return f"{status} {mine_us:.1f} us, but {rival} {rival_us:.1f} us on {machine}"
 
 
 def _more_kernels(mine: float, rival: str, rivals: float) -> str:
-    return f"number of kernels {mine:.0f}, {rival} {rivals:.0f}"
+    return f"{mine:.0f} kernels, but {rival} {rivals:.0f}"
 
 
 def _as_it_is(graph: Graph, entrance: Entrance) -> list[Problem]:
