@@ -6,7 +6,7 @@ The table is complete when this module has been imported and never changes after
 from __future__ import annotations
 
 from ..errors import UnsupportedOpError, near_names
-from .contract.op import Capture, Op
+from .contract.op import Op
 from .convolution import conv2d, conv_nd, conv_transpose
 from .fused import (
     conv_mean,
@@ -75,9 +75,7 @@ OPS: tuple[Op, ...] = (
     *upsample.OPS,
 )
 BY_NAME: dict[str, Op] = {op.name: op for op in OPS}
-CAPTURES: dict[str, Capture] = {
-    target: capture for op in OPS for target, capture in op.aten.items()
-}
+CAPTURES: dict[str, Op] = {target: op for op in OPS for target in op.aten}
 
 assert len(BY_NAME) == len(OPS), "two ops share a name"
 assert len(CAPTURES) == sum(len(op.aten) for op in OPS), "two ops capture the same aten overload"

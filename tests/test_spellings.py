@@ -48,7 +48,7 @@ POINTWISE: dict[str, tuple[Callable[..., torch.Tensor], ...]] = {
     "round": (
         lambda m, x, y: torch.round(x), lambda m, x, y: x.round(decimals=2),
         lambda m, x, y: torch.round(x * 100, decimals=-1), lambda m, x, y: torch.special.round(x),
-        lambda m, x, y: x.round(decimals=0),
+        lambda m, x, y: x.round(decimals=0), lambda m, x, y: torch.special.round(x, decimals=1),
     ),
     "trunc": (lambda m, x, y: x.trunc(), lambda m, x, y: torch.fix(x * 3)),
     "fmod": (lambda m, x, y: torch.fmod(x, y), lambda m, x, y: x.fmod(0.75)),

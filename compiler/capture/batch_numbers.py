@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch.utils import _pytree as pytree
 
-from ...kernels.contract.op import BatchExtent
+from ...kernels.contract.op import Arguments, BatchExtent
 from ..graph.torch_call import BatchNumber, in_words
 
 SYMBOLIC = (torch.SymInt, torch.SymFloat, torch.SymBool)
@@ -29,21 +29,18 @@ GENERATED = ("<string>", "<eval_with_key>")
 LIBRARIES = (str(Path(torch.__file__).parent), str(Path(__file__).parents[1]), *GENERATED)
 """How the names of files begin whose code is torch's or ours, not the user's."""
 
-SIZES = {
-    "aten.view.default": 1, "aten.reshape.default": 1, "aten._unsafe_view.default": 1,
-    "aten.expand.default": 1, "aten.repeat.default": 1,
-    "aten.new_zeros.default": 1, "aten.new_ones.default": 1, "aten.new_full.default": 1,
-    "aten.zeros.default": 0, "aten.ones.default": 0, "aten.full.default": 0,
-    "aten.arange.default": 0, "aten.arange.start": 1, "aten.arange.start_step": 1,
-}  # fmt: skip
-"""Calls that have, at a smaller batch, the first rows of their result at the largest; and which of
-their arguments says how many."""
-DROPPING: dict[str, Callable[[Any], Sequence[int]]] = {
-    "aten.squeeze.default": lambda dims: (),
-    "aten.squeeze.dim": lambda dim: (dim,),
-    "aten.squeeze.dims": lambda dims: dims,
-}
-"""Calls whose result has another rank where a dimension is 1, and the dimensions they name."""
+SIZES = ("size", "shape", "repeats", "end")
+SIZED = frozenset((
+    "aten.view.default", "aten.reshape.default", "aten._unsafe_view.default",
+    "aten.expand.default", "aten.repeat.default",
+    "aten.new_zeros.default", "aten.new_ones.default", "aten.new_full.default",
+    "aten.zeros.default", "aten.ones.default", "aten.full.default",
+    "aten.arange.default", "aten.arange.start", "aten.arange.start_step",
+))  # fmt: skip
+"""Calls that have, at a smaller batch, the first rows of their result at the largest; `SIZES`:
+which of their arguments says how many."""
+DROPPING = ("aten.squeeze.default", "aten.squeeze.dim", "aten.squeeze.dims")
+"""Calls whose result has another rank where a dimension is 1, of those they name or of all."""
 
 
 @dataclass(frozen=True)
@@ -65,30 +62,25 @@ class Batch:
             return number
         return BatchExtent(number.at(self.highest), self.highest)
 
-    def sized(self, target: str, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+    def sized(self, target: str, a: Arguments) -> Arguments:
         """The arguments of a call, with `BatchNumber`s in its shape as sizes."""
-        slot = SIZES.get(target)
-        if target == "aten.slice.Tensor" and _takes_first_rows(*arguments):
-            slot = 3
-        if slot is None or slot >= len(arguments):
-            return arguments
-        sizes = pytree.tree_map(self.size, arguments[slot])
-        return (*arguments[:slot], sizes, *arguments[slot + 1 :])
+        takes_rows = target == "aten.slice.Tensor" and (a.dim, a.start or 0, a.step) == (0, 0, 1)
+        if target not in SIZED and not takes_rows:
+            return a
+        return a.mapped(
+            lambda name, value: pytree.tree_map(self.size, value) if name in SIZES else value
+        )
 
-    def may_drop(self, target: str, shape: Sequence[Any], arguments: Sequence[Any]) -> int | None:
+    def may_drop(self, target: str, a: Arguments, shape: Sequence[Any]) -> int | None:
         """A dimension of size 1 at a batch of 1 only, which a call would drop then."""
         if target not in DROPPING or self.lowest > 1:
             return None
-        named = DROPPING[target](*arguments) if arguments else range(len(shape))
-        for dim in (dim % len(shape) for dim in named):
+        named = a.get("dim", range(len(shape)))
+        for dim in (dim % len(shape) for dim in ([named] if isinstance(named, int) else named)):
             size = shape[dim]
             if isinstance(size, torch.SymInt) and size.node.expr.subs(self.symbol, 1) == 1:
                 return dim
         return None
-
-
-def _takes_first_rows(x: Any, dim: int = 0, start: Any = 0, end: Any = None, step: int = 1) -> bool:
-    return (dim, start or 0, step) == (0, 0, 1)
 
 
 def follows_from_values(value: Any, batch: Batch | None) -> bool:

@@ -23,7 +23,7 @@ from torch.utils import _pytree as pytree
 from ...errors import CaptureError, InvalidInputError, UnsupportedOpError
 from ...kernels import registry
 from ...kernels.contract.epilogue import Epilogue
-from ...kernels.contract.op import Attributes
+from ...kernels.contract.op import Arguments, Attributes
 from ...kernels.contract.spec import FLOAT_DTYPES, TensorSpec
 from ..graph.interface import Structure
 from ..graph.ir import CONSTANT, INPUT, OUTPUT, TORCH, Graph, NoAttributes, Node, Value
@@ -44,8 +44,10 @@ from .refusals import (
     Refused,
     line_in_words,
     module_in_words,
+    read_whole,
     refuse_branches,
     refuse_numbers,
+    refuse_unbatched,
     refuse_unbounded,
     results_of,
     why_unknown,
@@ -251,34 +253,39 @@ def _add_call(state: _State, node: Any) -> None:
         _add_getitem(state, node)
         return
     refuse_unbounded(node, state.batch)
-    arguments = pytree.tree_map(lambda x: _lookup(state, x), (node.args, node.kwargs))
+    a = _arguments(state, node)
     state.added.clear()
     try:
-        result = _captured(state, node, _sized(state, node, *arguments))
+        result = _captured(state, node, _sized(state, node, a))
     except (Refused, InvalidInputError) as refusal:
         # Whatever the capture function had built before it declined goes again.
         state.graph.remove(reversed(state.added))
         state.computed.difference_update(state.added)
-        result = _add_torch_call(state, node, path_of(node), arguments, str(refusal))
+        result = _add_torch_call(state, node, a, str(refusal))
     state.values[node.name] = result
 
 
-def _captured(state: _State, node: Any, arguments: Any) -> Any:
+def _arguments(state: _State, node: Any) -> Arguments:
+    args, keywords = pytree.tree_map(lambda x: _lookup(state, x), (node.args, node.kwargs))
+    return Arguments(node.target._schema, args, keywords)
+
+
+def _captured(state: _State, node: Any, a: Arguments) -> Any:
     """What the call becomes in the graph. Raises: Refused, InvalidInputError."""
-    target, (args, keywords) = str(node.target), arguments
-    leaves = pytree.tree_leaves(arguments)
-    function = registry.CAPTURES.get(target)
-    refuse_numbers(node, args, keywords)
+    target = str(node.target)
+    op = registry.CAPTURES.get(target)
+    function = partial(read_whole, op.aten[target]) if op is not None else None
+    refuse_numbers(a)
     places = [_place_of(state, tensor) for tensor in results_of(node.meta["val"])]
     builder = _Builder(state, node.name, path_of(node))
-    if moved_batch.concerns(leaves, places):
+    if moved_batch.concerns(a, places):
         assert state.batch is not None
-        highest = state.batch.highest
-        result = moved_batch.call(builder, target, function, args, keywords, places, highest)
-    elif function is None:
+        result = moved_batch.call(builder, target, function, a, places, state.batch.highest)
+    elif op is None or function is None:
         raise Refused(why_unknown(target))
     else:
-        result = function(builder, *args, **keywords)
+        refuse_unbatched(builder, op, target, a)
+        result = function(builder, a)
     _check_result(state, node, result)
     _check_constants(state)
     return result
@@ -292,10 +299,9 @@ def _literal(state: _State, value: Any) -> Any:
     return state.batch.number(value)
 
 
-def _sized(state: _State, node: Any, args: Any, keywords: Any) -> tuple[Any, Any]:
+def _sized(state: _State, node: Any, a: Arguments) -> Arguments:
     """The arguments of a call, with numbers in its shape at the largest batch."""
-    batch = state.batch
-    return args if batch is None else batch.sized(str(node.target), args), keywords
+    return a if state.batch is None else state.batch.sized(str(node.target), a)
 
 
 def _place_of(state: _State, tensor: torch.Tensor | None) -> moved_batch.Place | None:
@@ -312,9 +318,8 @@ def _add_getitem(state: _State, node: Any) -> None:
     result = state.values[source.name]
     picked = result[index] if isinstance(result, (list, tuple)) else None
     if picked is None:
-        arguments = pytree.tree_map(lambda x: _lookup(state, x), (source.args, source.kwargs))
         reason = f"its result {index} is not computed by convloom"
-        picked = _add_torch_call(state, source, path_of(source), arguments, reason)[index]
+        picked = _add_torch_call(state, source, _arguments(state, source), reason)[index]
     state.values[node.name] = picked
 
 
@@ -354,7 +359,7 @@ def _check_constants(state: _State) -> None:
                 raise Refused(f"input {slot} of {node.op} depends on the batch")
 
 
-def _add_torch_call(state: _State, node: Any, path: str, arguments: Any, reason: str) -> Any:
+def _add_torch_call(state: _State, node: Any, a: Arguments, reason: str) -> Any:
     """Keeps the call as a torch op; its results are one value each."""
     inputs: list[Value] = []
 
@@ -364,8 +369,8 @@ def _add_torch_call(state: _State, node: Any, path: str, arguments: Any, reason:
         inputs.append(leaf)
         return Slot(len(inputs) - 1)
 
-    leaves = pytree.tree_leaves(arguments)
-    args, kwargs = pytree.tree_map(slot, arguments)
+    leaves, path = pytree.tree_leaves(a.given), path_of(node)
+    a = a.mapped(lambda _, value: pytree.tree_map(slot, value))
     many = isinstance(node.meta["val"], (list, tuple))
     try:
         if any(isinstance(leaf, moved_batch.Moved) for leaf in leaves):
@@ -377,12 +382,12 @@ def _add_torch_call(state: _State, node: Any, path: str, arguments: Any, reason:
         raise UnsupportedOpError(f"{called}: with a dynamic batch, {reason}{also}") from None
     if not any(value.node in state.computed for value in inputs):
         # Of a call on constants the result at the largest batch is kept.
-        args, kwargs = _sized(state, node, args, kwargs)
-    depends = any(isinstance(leaf, BatchNumber) for leaf in pytree.tree_leaves((args, kwargs)))
+        a = _sized(state, node, a)
+    depends = any(isinstance(leaf, BatchNumber) for leaf in pytree.tree_leaves(a.given))
     rows = _rows(state, inputs) if depends else (0, 0)
     name = node.name if node.name not in state.graph else state.graph.fresh_name(node.name)
     attributes = TorchCall(
-        node.target, args, tuple(kwargs.items()), reason, source_of(node), rows
+        node.target, a.args, tuple(a.keywords.items()), reason, source_of(node), rows
     )
     made = Node(name, TORCH, attributes, specs, module_path=path, origins=(name,))
     state.graph.insert(made, inputs)

@@ -10,11 +10,13 @@ counted, so that a dimension of length · batch is told from one of batch · len
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from ...kernels.contract.op import Builder
+from torch.utils import _pytree as pytree
+
+from ...kernels.contract.op import Arguments, Builder, Capture
 from ...kernels.movement import pointwise_ops
 from ...kernels.movement.movement import Permute
 from ...kernels.movement.rearrangement import Reshape
@@ -24,13 +26,16 @@ VIEWS = frozenset((
     "aten.view.default", "aten.reshape.default", "aten._unsafe_view.default",
     "aten.flatten.using_ints", "aten.squeeze.dim", "aten.squeeze.dims", "aten.unsqueeze.default",
 ))  # fmt: skip
-ALONG = {
-    "aten.select.int": 1, "aten.slice.Tensor": 1, "aten.unbind.int": 1, "aten.split.Tensor": 2,
-    "aten.split_with_sizes.default": 2, "aten.chunk.default": 2, "aten.softmax.int": 1,
-}  # fmt: skip
-"""Calls along one dimension, and which of their arguments says which; 0 where it is left out."""
-LAST = {"aten.linear.default": 1, "aten.layer_norm.default": None}
-"""Calls that compute along the last dimensions, and how many; None: as many as argument 1 has."""
+ALONG = frozenset((
+    "aten.select.int", "aten.slice.Tensor", "aten.unbind.int", "aten.split.Tensor",
+    "aten.split_with_sizes.default", "aten.chunk.default", "aten.softmax.int",
+))  # fmt: skip
+"""Calls along one dimension, `dim`."""
+LAST: dict[str, Callable[[Arguments], int]] = {
+    "aten.linear.default": lambda a: 1,
+    "aten.layer_norm.default": lambda a: len(a.normalized_shape),
+}
+"""Calls that compute along the last dimensions, and how many."""
 POINTWISE = frozenset(target for op in pointwise_ops.OPS for target in op.aten)
 
 
@@ -64,18 +69,17 @@ class Place:
     at: int
 
 
-def concerns(arguments: Sequence[Any], places: Sequence[Place | None]) -> bool:
+def concerns(a: Arguments, places: Sequence[Place | None]) -> bool:
     """Whether a call reads or makes a tensor whose batch is not in front."""
     made = any(place is not None and place.at != 0 for place in places)
-    return made or any(isinstance(argument, Moved) for argument in arguments)
+    return made or any(isinstance(leaf, Moved) for leaf in pytree.tree_leaves(a.given))
 
 
 def call(
     g: Builder,
     target: str,
-    function: Callable[..., Any] | None,
-    arguments: tuple[Any, ...],
-    keywords: Mapping[str, Any],
+    function: Capture | None,
+    a: Arguments,
     places: Sequence[Place | None],
     batch: int,
 ) -> Any:
@@ -83,7 +87,7 @@ def call(
 
     function: the call's capture function; places: of its results. Refuses what it does not know.
     """
-    x = _moved(g, arguments[0])
+    x = _moved(g, a.first)
     place = places[0]
     if x is None or place is None or function is None:
         return g.refuse("it joins samples of the batch, or its batch is not in dimension 0")
@@ -93,17 +97,18 @@ def call(
             return g.refuse(f"{x.shape} -> {place.shape} splits the batch")
         return _settled(g, replace(x, shape=place.shape, at=place.at), batch)
     if target in ("aten.permute.default", "aten.transpose.int"):
-        return _permuted(g, x, _dims(target, arguments, len(x.shape)), batch)
+        return _permuted(g, x, _dims(a, len(x.shape)), batch)
     if target in ALONG:
-        given = (_apart(g, x, batch), *arguments[1:])
-        result = function(g, *_along(g, target, x, given, batch), **keywords)
+        value = _apart(g, x, batch)
+        dim = _place_along(g, x, a.dim % len(x.shape), g.spec(value).rank)
+        result = function(g, a.replaced(self=value, dim=dim))
     elif target in LAST:
-        count = LAST[target] or len(arguments[1])
+        count = LAST[target](a)
         if x.at >= len(x.shape) - count:
             return g.refuse(f"the batch is among the last {count} dimensions of {x.shape}")
-        result = function(g, _apart(g, x, batch), *arguments[1:], **keywords)
+        result = function(g, a.replaced(input=_apart(g, x, batch)))
     elif target in POINTWISE:
-        result = function(g, *(_alike(g, x, it, batch) for it in arguments), **keywords)
+        result = function(g, a.mapped(lambda _, value: _alike(g, x, value, batch)))
     else:
         return g.refuse("its batch is not in dimension 0")
     if isinstance(result, (list, tuple)):
@@ -137,13 +142,12 @@ def _settled(g: Builder, x: Moved, batch: int) -> Value | Moved:
     return _reshaped(g, x.value, x.shape) if (x.at, x.before) == (0, 1) else x
 
 
-def _dims(target: str, arguments: tuple[Any, ...], rank: int) -> list[int]:
+def _dims(a: Arguments, rank: int) -> list[int]:
     """The order that a permutation brings dimensions into."""
-    if target == "aten.permute.default":
-        return [dim % rank for dim in arguments[1]]
+    if "dims" in a:
+        return [dim % rank for dim in a.dims]
     dims = list(range(rank))
-    a, b = arguments[1:]
-    dims[a], dims[b] = dims[b], dims[a]
+    dims[a.dim0], dims[a.dim1] = dims[a.dim1], dims[a.dim0]
     return dims
 
 
@@ -166,17 +170,11 @@ def _permuted(g: Builder, x: Moved, dims: list[int], batch: int) -> Value | Move
     return _settled(g, Moved(value, shape, at, before), batch)
 
 
-def _along(
-    g: Builder, target: str, x: Moved, given: tuple[Any, ...], batch: int
-) -> tuple[Any, ...]:
-    """The arguments of a call along a dimension, which another one of the graph's value is."""
-    slot = ALONG[target]
-    dim = (given[slot] if len(given) > slot else 0) % len(x.shape)
+def _place_along(g: Builder, x: Moved, dim: int, rank: int) -> int:
+    """The dimension of the graph's value, of that rank, which a dimension of torch's is."""
     if dim == x.at:
         g.refuse(f"it goes along dimension {dim} of {x.shape}, where the batch is")
-    apart = g.spec(given[0]).rank
-    place = 1 + dim if dim < x.at else apart - (len(x.shape) - dim)
-    return (*given[:slot], place, *given[slot + 1 :])
+    return 1 + dim if dim < x.at else rank - (len(x.shape) - dim)
 
 
 def _alike(g: Builder, x: Moved, argument: Any, batch: int) -> Any:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch.utils import _pytree as pytree
 
 from ...errors import CaptureError, UnsupportedOpError
 from ...kernels import registry
+from ...kernels.contract.op import Arguments, Builder, Capture, Op
 from ..graph.torch_call import BatchNumber
 from .batch_numbers import Batch, Decision, follows_from_values
 from .export import path_of, source_of
@@ -62,11 +64,9 @@ def refuse_branches(module: torch.nn.Module, decisions: list[Decision], batch: B
             )
 
 
-def refuse_numbers(node: Any, args: Sequence[Any], keywords: Mapping[str, Any]) -> None:
+def refuse_numbers(a: Arguments) -> None:
     """Raises: Refused for a call that needs a number which depends on the batch."""
-    names = [argument.name for argument in node.target._schema.arguments]
-    given = {**dict(zip(names, args, strict=False)), **keywords}
-    for name, argument in given.items():
+    for name, argument in a.given.items():
         for leaf in pytree.tree_leaves(argument):
             if isinstance(leaf, BatchNumber):
                 raise Refused(
@@ -74,6 +74,22 @@ def refuse_numbers(node: Any, args: Sequence[Any], keywords: Mapping[str, Any]) 
                     "batch of a call as a number. Compile for one batch (without dynamic_batch), "
                     "or pass what depends on it as an input"
                 )
+
+
+def read_whole(function: Capture, g: Builder, a: Arguments) -> Any:
+    """What a capture function makes of a call. Raises: Refused for a call with an argument that the
+    function does not know, as another version of torch may add one."""
+    result = function(g, a)
+    for name in a.unread:
+        raise Refused(f"its argument '{name}' is {a.given[name]!r}: only the default is known")
+    return result
+
+
+def refuse_unbatched(g: Builder, op: Op, target: str, a: Arguments) -> None:
+    """Raises: Refused where an image, which the name of the call tells, has no batch."""
+    image = re.search(r"(\d)d", target)
+    if op.batched and image and g.spec(a.first).rank != int(image[1]) + 2:
+        raise Refused(f"unbatched {op.batched}; pass a batch dimension")
 
 
 def refuse_unbounded(node: Any, batch: Batch | None) -> None:
@@ -86,10 +102,10 @@ def refuse_unbounded(node: Any, batch: Batch | None) -> None:
             "checkpoints, regions of autocast or no_grad). Compute both sides and choose with "
             "torch.where, or leave the region out: executables have no gradients"
         )
-    first = node.args[0] if node.args else None
-    x = first.meta.get("val") if isinstance(first, torch.fx.Node) else None
+    a = Arguments(node.target._schema, node.args, node.kwargs)
+    x = a.first.meta.get("val") if isinstance(a.first, torch.fx.Node) else None
     if batch is not None and isinstance(x, torch.Tensor):
-        dim = batch.may_drop(str(node.target), x.shape, node.args[1:])
+        dim = batch.may_drop(str(node.target), a, x.shape)
         if dim is not None:
             raise UnsupportedOpError(
                 f"{called}: it drops dimension {dim} where the batch is 1, which the range of "

@@ -14,6 +14,7 @@ from typing import Any, Protocol
 
 import torch
 
+from .aten import Arguments
 from .epilogue import Epilogue, GeneratedFunction
 from .spec import Operand, TensorSpec
 from .targets import Target
@@ -324,8 +325,10 @@ class Builder(Protocol):
 Pack = Callable[[Any, torch.Tensor], torch.Tensor]
 """`pack(attributes, tensor)`: a constant as the kernel wants it in memory."""
 
-Capture = Callable[..., Any]
-"""`capture(builder, *arguments, **keywords)` with an aten call's arguments, tensors as values."""
+Capture = Callable[[Builder, Arguments], Any]
+"""`capture(g, a)`: what the builder `g` makes of an ATen call with the arguments `a`; None for a
+result that is not computed. Each argument that matters is read on every way to a result: one that
+differs from its default and is not read is refused by its name."""
 
 
 @dataclass(frozen=True)
@@ -343,6 +346,9 @@ class Op:
     images: rank-4 tensors are NHWC for this op; False means it wants dense memory.
     integers: results may be int64: the op makes whole numbers (below 2^24) or moves them.
     follows: its kernel reads tensors in any layout, and a result of rank 4 lies as the first input.
+    aten: capture functions by the ATen overload that becomes this op. batched: what those calls do
+    in words ("pooling"), where they need the batch dimension that torch lets images go without; how
+    many dimensions an image has is in their names (`max_pool2d`).
     """
 
     name: str
@@ -356,6 +362,7 @@ class Op:
     domain: Domain
     legal: Callable[[Problem, Config, Target], str | None] = lambda problem, config, target: None
     aten: Mapping[str, Capture] = field(default_factory=lambda: NONE)
+    batched: str = ""
     packs: Callable[[Any], Mapping[int, Pack]] = lambda attributes: {}
     factors: tuple[int, ...] = ()
     takes_epilogue: bool = True
@@ -402,6 +409,7 @@ def tile_config(
 
 __all__ = [
     "NONE",
+    "Arguments",
     "Attributes",
     "BatchExtent",
     "Box",

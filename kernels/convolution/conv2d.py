@@ -28,13 +28,14 @@ import triton.language as tl
 
 from ...errors import InvalidInputError
 from ..contract import programmatic_launch
-from ..contract.op import Builder, Config, Cost, Domain, Launch, Op, Problem, W, X, Y, tensor_bytes
+from ..contract.op import Config, Cost, Domain, Launch, Op, Problem, W, X, Y, tensor_bytes
 from ..contract.spec import Layout, TensorSpec
 from ..contract.targets import Target
+from ..movement.arguments import convolution
 from ..products import gemm, product
 from ..tile import choice, residual
 from ..tile import split_k as split_k
-from ..tile.conv_geometry import Conv2d, infer, pair, reference, same_padding
+from ..tile.conv_geometry import Conv2d, infer, reference
 from . import conv_rows, conv_tma, depthwise, grouped
 
 
@@ -356,33 +357,6 @@ def _rows_draw(channels: int, filters: tuple[int, int], stride: tuple[int, int])
     }  # fmt: skip
 
 
-def _capture(
-    g: Builder,
-    x: Any,
-    w: Any,
-    b: Any = None,
-    stride: Any = 1,
-    padding: Any = 0,
-    dilation: Any = 1,
-    groups: int = 1,
-) -> Any:
-    dilations = pair(dilation)
-    if padding == "valid":
-        sides = (0, 0, 0, 0)
-    elif padding == "same":
-        r, s = g.spec(w).shape[2:]
-        sides = (*same_padding(r, dilations[0]), *same_padding(s, dilations[1]))
-    else:
-        vertical, horizontal = pair(padding)
-        sides = (vertical, vertical, horizontal, horizontal)
-    attributes = Conv2d(pair(stride), sides, dilations, int(groups))
-    if g.spec(x).rank != 4:
-        return g.refuse("unbatched convolution; pass a batch dimension")
-    from ..movement.arguments import with_bias
-
-    return with_bias(g, "conv2d", x, w, b, attributes)
-
-
 OP = Op(
     name="conv2d",
     attributes=Conv2d,
@@ -419,7 +393,12 @@ OP = Op(
             {**_rows_draw(33, (5, 5), (2, 2)), "padding": (2, 2, 2, 2), "depthwise": True},
         ),
     ),
-    aten={"aten.conv2d.default": _capture, "aten.conv2d.padding": _capture},
+    aten={
+        f"aten.conv{dims}d.{overload}": convolution("conv2d", Conv2d)
+        for dims in (1, 2)
+        for overload in ("default", "padding")
+    },
+    batched="convolution",
     packs=lambda attributes: {1: _pack_for_algorithm},
     takes_prologue=True,
 )

@@ -27,7 +27,6 @@ import triton.language as tl
 
 from ...errors import InvalidInputError
 from ..contract.op import (
-    Builder,
     Config,
     Cost,
     Domain,
@@ -42,11 +41,10 @@ from ..contract.op import (
 )
 from ..contract.spec import Layout, TensorSpec
 from ..contract.targets import Target
-from ..movement.arguments import as_image, as_sequence, both_sides, numbers, with_bias
+from ..movement.arguments import convolution
 from ..movement.pad import correction
 from ..products import gemm
 from ..tile import choice
-from ..tile.conv_geometry import Conv2d
 from .conv2d import runs_by_tap
 from .conv_window import BORDERS, BorderConv2d, Conv3d, ConvNd, infer, pack, reference
 
@@ -330,44 +328,6 @@ def cost(problem: Problem) -> Cost:
     return Cost(2 * problem.output.spec.numel * per_output, read, written)
 
 
-def _capture_3d(
-    g: Builder,
-    x: Any,
-    w: Any,
-    b: Any = None,
-    stride: Any = 1,
-    padding: Any = 0,
-    dilation: Any = 1,
-    groups: int = 1,
-) -> Any:
-    if g.spec(x).rank != 5:
-        return g.refuse("unbatched convolution; pass a batch dimension")
-    dilations = numbers(dilation, 3)
-    around = both_sides(padding, g.spec(w).shape[2:], dilations)
-    attributes = Conv3d(numbers(stride, 3), around, dilations, int(groups))
-    return with_bias(g, "conv3d", x, w, b, attributes)
-
-
-def _capture_1d(
-    g: Builder,
-    x: Any,
-    w: Any,
-    b: Any = None,
-    stride: Any = 1,
-    padding: Any = 0,
-    dilation: Any = 1,
-    groups: int = 1,
-) -> Any:
-    """conv1d as the conv2d of an image of one row."""
-    if g.spec(x).rank != 3:
-        return g.refuse("unbatched convolution; pass a batch dimension")
-    (step,), (apart,) = numbers(stride, 1), numbers(dilation, 1)
-    left, right = both_sides(padding, g.spec(w).shape[2:], (apart,))
-    attributes = Conv2d((1, step), (0, 0, left, right), (1, apart), int(groups))
-    row = with_bias(g, "conv2d", as_image(g, x), as_image(g, w), b, attributes)
-    return as_sequence(g, row)
-
-
 def _build(
     make: type[ConvNd], draw: Mapping[str, Any]
 ) -> tuple[ConvNd, tuple[TensorSpec, ...]] | None:
@@ -453,11 +413,10 @@ OPS = (
         Conv3d,
         ("constant", "constant", *BORDERS),
         aten={
-            "aten.conv3d.default": _capture_3d,
-            "aten.conv3d.padding": _capture_3d,
-            "aten.conv1d.default": _capture_1d,
-            "aten.conv1d.padding": _capture_1d,
+            f"aten.conv3d.{overload}": convolution("conv3d", Conv3d)
+            for overload in ("default", "padding")
         },
+        batched="convolution",
     ),
     _op(BorderConv2d, BORDERS),
 )

@@ -33,7 +33,6 @@ import triton.language as tl
 from ...errors import InvalidInputError
 from ..contract import epilogue as ep
 from ..contract.op import (
-    Builder,
     Capture,
     Config,
     Cost,
@@ -51,7 +50,7 @@ from ..contract.op import (
 )
 from ..contract.spec import Layout, TensorSpec
 from ..contract.targets import Target
-from ..movement.arguments import as_image, as_sequence, numbers, with_bias
+from ..movement.arguments import attributes_of, with_bias
 from ..products import gemm
 from ..tile import choice
 from .conv2d import runs_by_tap
@@ -370,32 +369,9 @@ def cost(problem: Problem) -> Cost:
     return Cost(2 * problem.inputs[0].spec.numel * per_input, read, written)
 
 
-def _capture(name: str, make: type[ConvTranspose], dims: int) -> Capture:
+def _capture(name: str, make: type[ConvTranspose]) -> Capture:
     """The capture of `aten.conv_transpose{1,2,3}d`; 1-d as an image of one row."""
-
-    def capture(
-        g: Builder,
-        x: Any,
-        w: Any,
-        b: Any = None,
-        stride: Any = 1,
-        padding: Any = 0,
-        output_padding: Any = 0,
-        groups: int = 1,
-        dilation: Any = 1,
-    ) -> Any:
-        if g.spec(x).rank != dims + 2:
-            return g.refuse("unbatched convolution; pass a batch dimension")
-        lead = (1, 0, 0, 1) if dims == 1 else None
-        given = [numbers(value, dims) for value in (stride, padding, output_padding, dilation)]
-        if lead is not None:
-            given = [(first, *rest) for first, rest in zip(lead, given, strict=True)]
-        attributes = make(given[0], given[1], given[2], given[3], int(groups))
-        if dims > 1:
-            return with_bias(g, name, x, w, b, attributes)
-        return as_sequence(g, with_bias(g, name, as_image(g, x), as_image(g, w), b, attributes))
-
-    return capture
+    return lambda g, a: with_bias(g, name, a, attributes_of(g, a, make))
 
 
 def _build(
@@ -478,6 +454,7 @@ def _op(make: type[ConvTranspose], aten: Mapping[str, Capture]) -> Op:
             ),
         ),
         aten=aten,
+        batched="convolution",
         packs=lambda attributes: {1: pack},
     )  # fmt: skip
 
@@ -486,12 +463,12 @@ OPS = (
     _op(
         ConvTranspose2d,
         {
-            "aten.conv_transpose1d.default": _capture("conv_transpose2d", ConvTranspose2d, 1),
-            "aten.conv_transpose2d.input": _capture("conv_transpose2d", ConvTranspose2d, 2),
+            "aten.conv_transpose1d.default": _capture("conv_transpose2d", ConvTranspose2d),
+            "aten.conv_transpose2d.input": _capture("conv_transpose2d", ConvTranspose2d),
         },
     ),
     _op(
         ConvTranspose3d,
-        {"aten.conv_transpose3d.input": _capture("conv_transpose3d", ConvTranspose3d, 3)},
+        {"aten.conv_transpose3d.input": _capture("conv_transpose3d", ConvTranspose3d)},
     ),
 )

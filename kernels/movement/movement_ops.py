@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from ..contract.op import Attributes, BatchExtent, Builder, Capture, Domain, Op
+from ..contract.op import Arguments, Attributes, BatchExtent, Builder, Capture, Domain, Op
 from ..contract.spec import FLOAT_DTYPES, Layout, TensorSpec
 from . import pointwise
 from .movement import (
@@ -49,48 +49,46 @@ from .rearrange import Flip
 from .rearrangement import Expand, Reshape
 
 
-def _capture_view(g: Builder, x: Any, shape: Any) -> Any:
+def _view(g: Builder, x: Any, shape: Any) -> Any:
     known = math.prod(size for size in shape if size != -1)
     full = (g.spec(x).numel // max(known, 1) if size == -1 else int(size) for size in shape)
     return g.apply("reshape", (x,), Reshape(tuple(full)))
 
 
-def _capture_flatten(g: Builder, x: Any, start: int = 0, end: int = -1) -> Any:
-    shape = g.spec(x).shape
-    end %= len(shape)
-    merged = 1
-    for size in shape[start : end + 1]:
-        merged *= size
-    return _capture_view(g, x, (*shape[:start], merged, *shape[end + 1 :]))
+def _flatten(g: Builder, a: Arguments) -> Any:
+    shape = g.spec(a.self).shape
+    start, end = a.start_dim, a.end_dim % len(shape)
+    merged = math.prod(shape[start : end + 1])
+    return _view(g, a.self, (*shape[:start], merged, *shape[end + 1 :]))
 
 
-def _capture_squeeze(g: Builder, x: Any, dims: Any = None) -> Any:
-    shape = g.spec(x).shape
+def _squeeze(g: Builder, a: Arguments) -> Any:
+    shape, dims = g.spec(a.self).shape, a.get("dim")
     chosen = range(len(shape)) if dims is None else [dims] if isinstance(dims, int) else dims
     drop = {dim % len(shape) for dim in chosen if shape[dim] == 1}
-    if g.spec(x).batch is not None:
+    if g.spec(a.self).batch is not None:
         drop.discard(0)
-    return _capture_view(g, x, [size for dim, size in enumerate(shape) if dim not in drop])
+    return _view(g, a.self, [size for dim, size in enumerate(shape) if dim not in drop])
 
 
-def _capture_unsqueeze(g: Builder, x: Any, dim: int) -> Any:
+def _unsqueeze(g: Builder, x: Any, dim: int) -> Any:
     shape = list(g.spec(x).shape)
     shape.insert(dim % (len(shape) + 1), 1)
-    return _capture_view(g, x, shape)
+    return _view(g, x, shape)
 
 
-def _capture_permute(g: Builder, x: Any, dims: Any) -> Any:
+def _permute(g: Builder, x: Any, dims: Any) -> Any:
     rank = g.spec(x).rank
     return g.apply("permute", (x,), Permute(tuple(dim % rank for dim in dims)))
 
 
-def _capture_transpose(g: Builder, x: Any, a: int, b: int) -> Any:
-    dims = list(range(g.spec(x).rank))
-    dims[a], dims[b] = dims[b], dims[a]
-    return _capture_permute(g, x, dims)
+def _transpose(g: Builder, a: Arguments) -> Any:
+    dims = list(range(g.spec(a.self).rank))
+    dims[a.dim0], dims[a.dim1] = dims[a.dim1], dims[a.dim0]
+    return _permute(g, a.self, dims)
 
 
-def _capture_expand(g: Builder, x: Any, size: Any, implicit: bool = False) -> Any:
+def _expand(g: Builder, x: Any, size: Any) -> Any:
     shape = g.spec(x).shape
     if _rows_of_batch(g, x, size[0] if size else 0):
         full = tuple(
@@ -107,18 +105,20 @@ def _rows_of_batch(g: Builder, x: Any, size: Any) -> bool:
     return isinstance(size, BatchExtent) and g.spec(x).batch is None
 
 
-def _capture_full(g: Builder, x: Any, size: Any, value: Any, dtype: Any = None, **_: Any) -> Any:
-    """A tensor of one number."""
-    dtype = dtype or g.spec(x).dtype
-    if dtype not in FLOAT_DTYPES:
-        return g.refuse(f"dtype {dtype} is not supported")
-    return _capture_expand(g, g.add_constant(torch.tensor(float(value)), dtype), tuple(size))
+def _full(number: float | None = None) -> Capture:
+    """The capture of a tensor of one number, `fill_value` where none is given, as large as `size`
+    says or as another tensor."""
 
+    def capture(g: Builder, a: Arguments) -> Any:
+        spec, dtype = g.spec(a.self), a.dtype or g.spec(a.self).dtype
+        if dtype not in FLOAT_DTYPES:
+            return g.refuse(f"dtype {dtype} is not supported")
+        rows = spec.shape[:1] if spec.batch is None else (BatchExtent(spec.shape[0], spec.batch),)
+        size = a.get("size", (*rows, *spec.shape[1:]))
+        value = torch.tensor(float(a.fill_value if number is None else number))
+        return _expand(g, g.add_constant(value, dtype), tuple(size))
 
-def _capture_full_like(g: Builder, x: Any, value: Any, **options: Any) -> Any:
-    spec = g.spec(x)
-    rows = spec.shape[:1] if spec.batch is None else (BatchExtent(spec.shape[0], spec.batch),)
-    return _capture_full(g, x, (*rows, *spec.shape[1:]), value, **options)
+    return capture
 
 
 def _cut(g: Builder, x: Any, dim: int, start: int, stop: int, step: int = 1) -> Any:
@@ -130,27 +130,26 @@ def _cut(g: Builder, x: Any, dim: int, start: int, stop: int, step: int = 1) -> 
     return g.apply("slice", (x,), Slice(dim, start, stop, step))
 
 
-def _capture_slice(
-    g: Builder, x: Any, dim: int = 0, start: Any = None, end: Any = None, step: int = 1
-) -> Any:
+def _slice(g: Builder, a: Arguments) -> Any:
+    dim, start, end, step = a.dim, a.start, a.end, a.step
     if isinstance(end, BatchExtent):
-        if not _rows_of_batch(g, x, end):
-            return x
-        piece = _cut(g, x, 0, 0, end)
-        return _capture_expand(g, piece, (end, *g.spec(piece).shape[1:]))
-    return _cut(g, x, dim, start, end, step)
+        if not _rows_of_batch(g, a.self, end):
+            return a.self
+        piece = _cut(g, a.self, 0, 0, end)
+        return _expand(g, piece, (end, *g.spec(piece).shape[1:]))
+    return _cut(g, a.self, dim, start, end, step)
 
 
-def _capture_select(g: Builder, x: Any, dim: int, index: int) -> Any:
+def _select(g: Builder, x: Any, dim: int, index: int) -> Any:
     size = g.spec(x).shape[dim]
     index %= size
     piece = _cut(g, x, dim, index, index + 1)
     shape = list(g.spec(x).shape)
     del shape[dim]
-    return _capture_view(g, piece, shape)
+    return _view(g, piece, shape)
 
 
-def _capture_split(g: Builder, x: Any, sizes: Any, dim: int = 0) -> Any:
+def _split(g: Builder, x: Any, sizes: Any, dim: int) -> Any:
     extent = g.spec(x).shape[dim]
     if isinstance(sizes, int):
         sizes = [min(sizes, extent - at) for at in range(0, extent, sizes)]
@@ -161,79 +160,78 @@ def _capture_split(g: Builder, x: Any, sizes: Any, dim: int = 0) -> Any:
     return pieces
 
 
-def _capture_chunk(g: Builder, x: Any, chunks: int, dim: int = 0) -> Any:
-    extent = g.spec(x).shape[dim]
-    return _capture_split(g, x, -(-extent // chunks), dim)
+def _chunk(g: Builder, a: Arguments) -> Any:
+    extent = g.spec(a.self).shape[a.dim]
+    return _split(g, a.self, -(-extent // a.chunks), a.dim)
 
 
-def _capture_cat(g: Builder, tensors: Any, dim: int = 0) -> Any:
+def _unbind(g: Builder, a: Arguments) -> Any:
+    return [_select(g, a.self, a.dim, at) for at in range(g.spec(a.self).shape[a.dim])]
+
+
+def _concat(g: Builder, tensors: Any, dim: int) -> Any:
     if len(tensors) == 1:
         return tensors[0]
     return g.apply("concat", tuple(tensors), Concat(dim % g.spec(tensors[0]).rank))
 
 
-def _capture_stack(g: Builder, tensors: Any, dim: int = 0) -> Any:
-    rank = g.spec(tensors[0]).rank + 1
-    return _capture_cat(g, [_capture_unsqueeze(g, x, dim) for x in tensors], dim % rank)
+def _stack(g: Builder, a: Arguments) -> Any:
+    dim, rank = a.dim, g.spec(a.tensors[0]).rank + 1
+    return _concat(g, [_unsqueeze(g, x, dim) for x in a.tensors], dim % rank)
 
 
-def _capture_unbind(g: Builder, x: Any, dim: int = 0) -> Any:
-    return [_capture_select(g, x, dim, index) for index in range(g.spec(x).shape[dim])]
+def _glu(g: Builder, a: Arguments) -> Any:
+    """x · sigmoid(y), the halves of one dimension."""
+    half = g.spec(a.self).shape[a.dim] // 2
+    x, y = _cut(g, a.self, a.dim, 0, half), _cut(g, a.self, a.dim, half, 2 * half)
+    gate = g.apply("sigmoid", (y,), pointwise.Pointwise())
+    return g.apply("mul", (x, gate), pointwise.Pointwise())
 
 
-def _capture_glu(g: Builder, x: Any, dim: int = -1) -> Any:
-    """a · sigmoid(b), the halves of one dimension."""
-    half = g.spec(x).shape[dim] // 2
-    a, b = _cut(g, x, dim, 0, half), _cut(g, x, dim, half, 2 * half)
-    gate = g.apply("sigmoid", (b,), pointwise.Pointwise())
-    return g.apply("mul", (a, gate), pointwise.Pointwise())
-
-
-def _capture_roll(g: Builder, x: Any, shifts: Any, dims: Any = ()) -> Any:
+def _roll(g: Builder, a: Arguments) -> Any:
     """The end of each dimension in front of its beginning."""
-    if not dims:
+    if not a.dims:
         return g.refuse("roll of the flattened tensor; pass dims")
-    for shift, dim in zip(shifts, dims, strict=True):
+    x = a.self
+    for shift, dim in zip(a.shifts, a.dims, strict=True):
         size = g.spec(x).shape[dim]
         if start := -shift % size:
-            x = _capture_cat(g, [_cut(g, x, dim, start, size), _cut(g, x, dim, 0, start)], dim)
+            x = _concat(g, [_cut(g, x, dim, start, size), _cut(g, x, dim, 0, start)], dim)
     return x
 
 
-def _capture_repeat(g: Builder, x: Any, repeats: Any) -> Any:
+def _repeat(g: Builder, x: Any, repeats: Any) -> Any:
     if repeats and _rows_of_batch(g, x, repeats[0]):
-        x = _capture_repeat(g, x, (1, *repeats[1:]))
+        x = _repeat(g, x, (1, *repeats[1:]))
         rows, *rest = g.spec(x).shape
-        many = _capture_expand(g, _capture_unsqueeze(g, x, 0), (repeats[0], rows, *rest))
-        return _capture_view(g, many, (repeats[0] * rows, *rest))
+        many = _expand(g, _unsqueeze(g, x, 0), (repeats[0], rows, *rest))
+        return _view(g, many, (repeats[0] * rows, *rest))
     for _ in range(len(repeats) - g.spec(x).rank):
         if g.spec(x).batch is not None:
             return g.refuse("repeat that moves the batch from dimension 0")
-        x = _capture_unsqueeze(g, x, 0)
+        x = _unsqueeze(g, x, 0)
     if 0 in repeats:
         return g.refuse("repeat zero times")
     for dim, count in enumerate(repeats):
-        x = _capture_cat(g, [x] * count, dim)
+        x = _concat(g, [x] * count, dim)
     return x
 
 
-def _capture_tile(g: Builder, x: Any, repeats: Any) -> Any:
-    missing = g.spec(x).rank - len(repeats)
-    return _capture_repeat(g, x, [*(1 for _ in range(missing)), *repeats])
+def _tile(g: Builder, a: Arguments) -> Any:
+    missing = g.spec(a.self).rank - len(a.dims)
+    return _repeat(g, a.self, [*(1 for _ in range(missing)), *a.dims])
 
 
-def _capture_repeat_interleave(
-    g: Builder, x: Any, count: int, dim: int | None = None, **_: Any
-) -> Any:
-    """Every element `count` times in a row."""
+def _repeat_interleave(g: Builder, a: Arguments) -> Any:
+    """Every element `repeats` times in a row."""
+    dim, count = a.dim, a.repeats
     if dim is None or count < 1:
         return g.refuse("repeat_interleave without a dimension, or zero times")
-    shape = g.spec(x).shape
+    shape = g.spec(a.self).shape
     dim %= len(shape)
-    wide = _capture_unsqueeze(g, x, dim + 1)
     kept = (*(-1 for _ in range(dim + 1)), count, *(-1 for _ in shape[dim + 1 :]))
-    wide = g.apply("expand", (wide,), Expand(kept))
-    return _capture_view(g, wide, (*shape[:dim], shape[dim] * count, *shape[dim + 1 :]))
+    wide = g.apply("expand", (_unsqueeze(g, a.self, dim + 1),), Expand(kept))
+    return _view(g, wide, (*shape[:dim], shape[dim] * count, *shape[dim + 1 :]))
 
 
 MOST_RUNS = 16
@@ -254,7 +252,7 @@ def _runs(indices: list[int]) -> list[tuple[int, int, int]]:
     return runs
 
 
-def _capture_index_select(g: Builder, x: Any, dim: int, index: Any) -> Any:
+def _index_select(g: Builder, x: Any, dim: int, index: Any) -> Any:
     """Indices known at compile time, as slices and flipped slices joined together."""
     known = g.constant(index)
     if known is None or known.dim() != 1 or known.dtype not in (torch.int32, torch.int64):
@@ -270,21 +268,21 @@ def _capture_index_select(g: Builder, x: Any, dim: int, index: Any) -> Any:
         if step < 0:
             piece = g.apply("flip", (piece,), Flip((dim % g.spec(x).rank,)))
         pieces.append(piece)
-    return _capture_cat(g, pieces, dim)
+    return _concat(g, pieces, dim)
 
 
-def _capture_index(g: Builder, x: Any, indices: Any) -> Any:
-    given = [dim for dim, index in enumerate(indices) if index is not None]
+def _index(g: Builder, a: Arguments) -> Any:
+    given = [dim for dim, index in enumerate(a.indices) if index is not None]
     if len(given) != 1:
         return g.refuse(f"indexing of {len(given)} dimensions at once; expected one")
-    return _capture_index_select(g, x, given[0], indices[given[0]])
+    return _index_select(g, a.self, given[0], a.indices[given[0]])
 
 
-def _capture_cast(g: Builder, x: Any, **options: Any) -> Any:
-    dtype = options.get("dtype") or g.spec(x).dtype
-    if dtype is g.spec(x).dtype:
-        return x
-    return g.apply("relayout", (x,), Relayout(g.spec(x).layout, dtype))
+def _cast(g: Builder, a: Arguments) -> Any:
+    dtype = a.dtype or g.spec(a.self).dtype
+    if dtype is g.spec(a.self).dtype:
+        return a.self
+    return g.apply("relayout", (a.self,), Relayout(g.spec(a.self).layout, dtype))
 
 
 def _op(
@@ -332,14 +330,14 @@ OPS = (
     _op(
         "reshape", Reshape, infer_reshape, reshape, build_reshape,
         {
-            "aten.view.default": _capture_view,
-            "aten.reshape.default": _capture_view,
-            "aten._unsafe_view.default": _capture_view,
-            "aten.flatten.using_ints": _capture_flatten,
-            "aten.squeeze.default": _capture_squeeze,
-            "aten.squeeze.dim": _capture_squeeze,
-            "aten.squeeze.dims": _capture_squeeze,
-            "aten.unsqueeze.default": _capture_unsqueeze,
+            "aten.view.default": lambda g, a: _view(g, a.self, a.size),
+            "aten.reshape.default": lambda g, a: _view(g, a.self, a.shape),
+            "aten._unsafe_view.default": lambda g, a: _view(g, a.self, a.size),
+            "aten.flatten.using_ints": _flatten,
+            "aten.squeeze.default": _squeeze,
+            "aten.squeeze.dim": _squeeze,
+            "aten.squeeze.dims": _squeeze,
+            "aten.unsqueeze.default": lambda g, a: _unsqueeze(g, a.self, a.dim),
         },
         images=False, launches=launches_linear, legal=legal_linear, takes_epilogue=False,
     ),
@@ -350,67 +348,59 @@ OPS = (
     _op(
         "permute", Permute, infer_permute, permute, build_permute,
         {
-            "aten.permute.default": _capture_permute,
-            "aten.transpose.int": _capture_transpose,
-            "aten.t.default": lambda g, x: _capture_permute(g, x, (1, 0)),
+            "aten.permute.default": lambda g, a: _permute(g, a.self, a.dims),
+            "aten.transpose.int": _transpose,
+            "aten.t.default": lambda g, a: _permute(g, a.self, (1, 0)),
         },
         follows=True,
     ),
     _op(
         "expand", Expand, infer_expand, expand, build_expand,
         {
-            "aten.expand.default": _capture_expand,
-            "aten.repeat_interleave.self_int": _capture_repeat_interleave,
-            "aten.new_zeros.default": lambda g, x, size, **options: _capture_full(
-                g, x, size, 0, **options
-            ),
-            "aten.new_ones.default": lambda g, x, size, **options: _capture_full(
-                g, x, size, 1, **options
-            ),
-            "aten.new_full.default": _capture_full,
-            "aten.zeros_like.default": lambda g, x, **options: _capture_full_like(
-                g, x, 0, **options
-            ),
-            "aten.ones_like.default": lambda g, x, **options: _capture_full_like(
-                g, x, 1, **options
-            ),
-            "aten.full_like.default": _capture_full_like,
+            "aten.expand.default": lambda g, a: _expand(g, a.self, a.size),
+            "aten.repeat_interleave.self_int": _repeat_interleave,
+            "aten.new_zeros.default": _full(0),
+            "aten.new_ones.default": _full(1),
+            "aten.new_full.default": _full(),
+            "aten.zeros_like.default": _full(0),
+            "aten.ones_like.default": _full(1),
+            "aten.full_like.default": _full(),
         },
         takes_epilogue=False,
     ),
     _op(
         "slice", Slice, infer_slice, slice_, build_slice,
         {
-            "aten.slice.Tensor": _capture_slice,
-            "aten.select.int": _capture_select,
-            "aten.narrow.default": lambda g, x, dim, start, length: _cut(
-                g, x, dim, start, start + length
+            "aten.slice.Tensor": _slice,
+            "aten.select.int": lambda g, a: _select(g, a.self, a.dim, a.index),
+            "aten.narrow.default": lambda g, a: _cut(
+                g, a.self, a.dim, a.start, a.start + a.length
             ),
-            "aten.split.Tensor": _capture_split,
-            "aten.split_with_sizes.default": _capture_split,
-            "aten.chunk.default": _capture_chunk,
-            "aten.unbind.int": _capture_unbind,
-            "aten.glu.default": _capture_glu,
-            "aten.index_select.default": _capture_index_select,
-            "aten.index.Tensor": _capture_index,
+            "aten.split.Tensor": lambda g, a: _split(g, a.self, a.split_size, a.dim),
+            "aten.split_with_sizes.default": lambda g, a: _split(
+                g, a.self, a.split_sizes, a.dim
+            ),
+            "aten.chunk.default": _chunk,
+            "aten.unbind.int": _unbind,
+            "aten.glu.default": _glu,
+            "aten.index_select.default": lambda g, a: _index_select(g, a.self, a.dim, a.index),
+            "aten.index.Tensor": _index,
         },
         takes_epilogue=False,
     ),
     _op(
         "concat", Concat, infer_concat, concat, build_concat,
         {
-            "aten.cat.default": _capture_cat,
-            "aten.stack.default": _capture_stack,
-            "aten.roll.default": _capture_roll,
-            "aten.repeat.default": _capture_repeat,
-            "aten.tile.default": _capture_tile,
+            "aten.cat.default": lambda g, a: _concat(g, a.tensors, a.dim),
+            "aten.stack.default": _stack,
+            "aten.roll.default": _roll,
+            "aten.repeat.default": lambda g, a: _repeat(g, a.self, a.repeats),
+            "aten.tile.default": _tile,
         },
         launches=launches_concat, takes_epilogue=False,
     ),
     _op(
         "relayout", Relayout, infer_relayout, relayout, build_relayout,
-        {"aten._to_copy.default": _capture_cast, "aten.to.dtype": lambda g, x, dtype, *_: (
-            _capture_cast(g, x, dtype=dtype)
-        )},
+        {"aten._to_copy.default": _cast, "aten.to.dtype": _cast},
     ),
 )  # fmt: skip

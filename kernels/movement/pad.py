@@ -27,6 +27,7 @@ import triton.language as tl
 from ...errors import InvalidInputError
 from ..contract import epilogue as ep
 from ..contract.op import (
+    Arguments,
     Attributes,
     Builder,
     Config,
@@ -264,23 +265,17 @@ def cost(problem: Problem) -> Cost:
     return Cost(0, read, written)
 
 
-def _capture(
-    g: Builder, x: Any, sides: Any, mode: str = "constant", value: float | None = None
-) -> Any:
+def _capture(g: Builder, a: Arguments) -> Any:
     """Sides are torch's: before and after of the last dimension, then of the one before it, ..."""
-    spec = g.spec(x)
+    spec, mode, value = g.spec(a.self), a.get("mode", "constant"), float(a.value or 0.0)
     if not 1 <= spec.rank <= MOST_DIMENSIONS:
         return g.refuse(f"padding of a rank-{spec.rank} tensor; ranks 1 to {MOST_DIMENSIONS} are")
-    if not any(sides):
-        return x
-    missing = [0] * (spec.rank - len(sides) // 2)
-    before = (*missing, *reversed([int(width) for width in sides[0::2]]))
-    after = (*missing, *reversed([int(width) for width in sides[1::2]]))
-    return g.apply("pad", (x,), Pad(before, after, float(value or 0.0), mode))
-
-
-def _capture_constant(g: Builder, x: Any, sides: Any, value: float = 0.0) -> Any:
-    return _capture(g, x, sides, value=value)
+    if not any(a.pad):
+        return a.self
+    missing = [0] * (spec.rank - len(a.pad) // 2)
+    before = (*missing, *reversed([int(width) for width in a.pad[0::2]]))
+    after = (*missing, *reversed([int(width) for width in a.pad[1::2]]))
+    return g.apply("pad", (a.self,), Pad(before, after, value, mode))
 
 
 def _build(draw: Mapping[str, Any]) -> tuple[Pad, tuple[TensorSpec, ...]] | None:
@@ -347,8 +342,5 @@ OP = Op(
             _draw((2, 3, 4), (0, 2, 1), (0, 1, 3), mode="reflect", layout=DENSE),
         ),
     ),
-    aten={
-        "aten.pad.default": _capture,
-        "aten.constant_pad_nd.default": _capture_constant,
-    },
+    aten={"aten.pad.default": _capture, "aten.constant_pad_nd.default": _capture},
 )  # fmt: skip

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from ..contract import epilogue as ep
-from ..contract.op import Builder, Capture, Domain, Op
+from ..contract.op import Arguments, Builder, Capture, Domain, Op
 from ..contract.scalars import SCALARS, Scalar
 from ..contract.spec import Layout, TensorSpec
 from .pointwise import Pointwise, configs, cost, default, infer, launches, reference
@@ -48,15 +48,19 @@ def _domain(scalar: Scalar) -> Domain:
     )
 
 
-def _unary(name: str, parameters: tuple[float, ...] = ()) -> Capture:
-    def capture(g: Builder, x: Any) -> Any:
-        return g.apply(name, (x,), Pointwise(parameters))
+def _unary(name: str, *parameters: float | str) -> Capture:
+    """The capture of a function of one tensor; parameters: numbers, or arguments that are."""
+
+    def capture(g: Builder, a: Arguments) -> Any:
+        given = (a[one] if isinstance(one, str) else one for one in parameters)
+        return g.apply(name, (a.self,), Pointwise(tuple(map(float, given))))
 
     return capture
 
 
-def _identity(g: Builder, x: Any, **_: Any) -> Any:
+def _identity(g: Builder, a: Arguments) -> Any:
     """Of indices, which no kernel reads, the indices themselves."""
+    x = a.self
     return g.apply("identity", (x,), Pointwise()) if g.spec(x).dtype.is_floating_point else x
 
 
@@ -64,41 +68,42 @@ def _is_value(value: Any) -> bool:
     return not isinstance(value, (int, float, bool)) and value is not None
 
 
+def _combined(g: Builder, name: str, a: Any, b: Any) -> Any:
+    """A function of two values, of which one may be a number."""
+    if not _is_value(b):
+        return g.apply(name, (a,), Pointwise(literal=float(b)))
+    if not _is_value(a):
+        return g.apply(name, (b,), Pointwise(literal=float(a), reverse=True))
+    return g.apply(name, (a, b), Pointwise())
+
+
+def _scaled(g: Builder, x: Any, factor: float) -> Any:
+    if factor == 1:
+        return x
+    return _combined(g, "mul", x, factor) if _is_value(x) else x * factor
+
+
 def _binary(name: str) -> Capture:
-    def capture(g: Builder, a: Any, b: Any, alpha: float = 1.0) -> Any:
-        if alpha != 1 and _is_value(b):
-            b = g.apply("mul", (b,), Pointwise(literal=float(alpha)))
-        elif alpha != 1:
-            b = b * alpha
-        if not _is_value(b):
-            return g.apply(name, (a,), Pointwise(literal=float(b)))
-        if not _is_value(a):
-            return g.apply(name, (b,), Pointwise(literal=float(a), reverse=True))
-        return g.apply(name, (a, b), Pointwise())
-
-    return capture
+    return lambda g, a: _combined(g, name, a.self, _scaled(g, a.other, a.get("alpha", 1)))
 
 
-def _reversed_sub(g: Builder, a: Any, b: Any, alpha: float = 1.0) -> Any:
-    if alpha != 1:
-        a = g.apply("mul", (a,), Pointwise(literal=float(alpha)))
-    if _is_value(b):
-        return g.apply("sub", (b, a), Pointwise())
-    return g.apply("sub", (a,), Pointwise(literal=float(b), reverse=True))
+def _reversed_sub(g: Builder, a: Arguments) -> Any:
+    return _combined(g, "sub", a.other, _scaled(g, a.self, a.alpha))
 
 
-def _div(g: Builder, a: Any, b: Any, rounding_mode: str | None = None) -> Any:
-    if rounding_mode is not None:
-        return g.refuse(f"division with rounding_mode={rounding_mode!r}; only true division is")
-    return _binary("div")(g, a, b)
+def _div(g: Builder, a: Arguments) -> Any:
+    if (mode := a.get("rounding_mode")) is not None:
+        return g.refuse(f"division with rounding_mode={mode!r}; only true division is")
+    return _combined(g, "div", a.self, a.other)
 
 
 def _addcmul(op: str) -> Capture:
     """x + value * (a op b), rounded once: the product of halves may overflow where the sum does
     not."""
 
-    def capture(g: Builder, x: Any, a: Any, b: Any, *, value: float = 1.0) -> Any:
-        factors, batch = [a, b], g.spec(x).batch
+    def capture(g: Builder, a: Arguments) -> Any:
+        x, value, factors = a.self, a.value, [a.tensor1, a.tensor2]
+        batch = g.spec(x).batch
         shapes = [g.spec(factor).shape for factor in factors]
         shape = tuple(torch.broadcast_shapes(*shapes, g.spec(x).shape))
         if torch.broadcast_shapes(*shapes) != shape:
@@ -106,7 +111,7 @@ def _addcmul(op: str) -> Capture:
             wide = [at for at, factor in enumerate(factors) if g.spec(factor).batch == batch]
             if not wide:
                 product = g.apply(op, factors, Pointwise())
-                return _binary("add")(g, x, product, alpha=value)
+                return _combined(g, "add", x, _scaled(g, product, value))
             factors[wide[0]] = _expand(g, factors[wide[0]], shape)
         scale = (ep.Stage("mul", literal=float(value)),) if value != 1 else ()
         return g.apply(op, (*factors, x), Pointwise(), (*scale, ep.Stage("add")))
@@ -114,14 +119,15 @@ def _addcmul(op: str) -> Capture:
     return capture
 
 
-def _pow(g: Builder, a: Any, b: Any) -> Any:
+def _pow(g: Builder, a: Arguments) -> Any:
     shortcuts = {2.0: "square", 0.5: "sqrt", -0.5: "rsqrt", 1.0: "identity"}
-    if not _is_value(b) and float(b) in shortcuts:
-        return g.apply(shortcuts[float(b)], (a,), Pointwise())
-    return _binary("pow")(g, a, b)
+    if not _is_value(a.exponent) and float(a.exponent) in shortcuts:
+        return g.apply(shortcuts[float(a.exponent)], (a.self,), Pointwise())
+    return _combined(g, "pow", a.self, a.exponent)
 
 
-def _clamp(g: Builder, x: Any, low: Any = None, high: Any = None) -> Any:
+def _clamp(g: Builder, a: Arguments) -> Any:
+    x, low, high = a.self, a.get("min"), a.get("max")
     if _is_value(low):
         x, low = g.apply("maximum", (x, low), Pointwise()), None
     if _is_value(high):
@@ -133,20 +139,12 @@ def _clamp(g: Builder, x: Any, low: Any = None, high: Any = None) -> Any:
     return g.apply("clamp", (x,), Pointwise(bounds))
 
 
-def _hardtanh(g: Builder, x: Any, low: float = -1.0, high: float = 1.0) -> Any:
-    return g.apply("clamp", (x,), Pointwise((float(low), float(high))))
-
-
-def _leaky_relu(g: Builder, x: Any, slope: float = 0.01) -> Any:
-    return g.apply("leaky_relu", (x,), Pointwise((float(slope),)))
-
-
-def _prelu(g: Builder, x: Any, slope: Any) -> Any:
-    spec = g.spec(x)
+def _prelu(g: Builder, a: Arguments) -> Any:
+    spec, slope = g.spec(a.self), a.weight
     if g.spec(slope).numel > 1 and spec.rank > 2:
         shape = (g.spec(slope).numel, *(1 for _ in range(spec.rank - 2)))
         slope = g.apply("reshape", (slope,), Reshape(shape))
-    return g.apply("prelu", (x, slope), Pointwise())
+    return g.apply("prelu", (a.self, slope), Pointwise())
 
 
 def _expand(g: Builder, x: Any, shape: tuple[int, ...]) -> Any:
@@ -157,58 +155,39 @@ def _expand(g: Builder, x: Any, shape: tuple[int, ...]) -> Any:
     return g.apply("expand", (x,), Expand(tuple(new)))
 
 
-def _elu(
-    g: Builder, x: Any, alpha: float = 1.0, scale: float = 1.0, input_scale: float = 1.0
-) -> Any:
-    return g.apply("elu", (x,), Pointwise((float(alpha), float(scale), float(input_scale))))
+def _gelu(g: Builder, a: Arguments) -> Any:
+    name = "gelu" if a.approximate == "none" else "gelu_tanh"
+    return g.apply(name, (a.self,), Pointwise())
 
 
-def _celu(g: Builder, x: Any, alpha: float = 1.0) -> Any:
-    return g.apply("celu", (x,), Pointwise((float(alpha),)))
-
-
-def _gelu(g: Builder, x: Any, approximate: str = "none") -> Any:
-    return g.apply("gelu" if approximate == "none" else "gelu_tanh", (x,), Pointwise())
-
-
-def _softplus(g: Builder, x: Any, beta: float = 1.0, threshold: float = 20.0) -> Any:
-    return g.apply("softplus", (x,), Pointwise((float(beta), float(threshold))))
-
-
-def _threshold(g: Builder, x: Any, limit: float, value: float) -> Any:
-    return g.apply("threshold", (x,), Pointwise((float(limit), float(value))))
-
-
-def _nan_to_num(
-    g: Builder, x: Any, nan: float | None = None, above: float | None = None,
-    below: float | None = None,
-) -> Any:  # fmt: skip
+def _nan_to_num(g: Builder, a: Arguments) -> Any:
     """Infinities become the largest numbers of the dtype, where no others are given."""
-    largest = torch.finfo(g.spec(x).dtype).max
+    largest = torch.finfo(g.spec(a.self).dtype).max
     parameters = (
-        0.0 if nan is None else float(nan),
-        largest if above is None else float(above),
-        -largest if below is None else float(below),
+        0.0 if a.nan is None else float(a.nan),
+        largest if a.posinf is None else float(a.posinf),
+        -largest if a.neginf is None else float(a.neginf),
     )
-    return g.apply("nan_to_num", (x,), Pointwise(parameters))
+    return g.apply("nan_to_num", (a.self,), Pointwise(parameters))
 
 
-def _lerp(g: Builder, start: Any, end: Any, weight: Any) -> Any:
+def _lerp(g: Builder, a: Arguments) -> Any:
     """start + weight * (end - start), rounded once."""
+    start, end, weight = a.self, a.end, a.weight
     if not _is_value(weight):
         return g.apply("lerp", (start, end), Pointwise((float(weight),)))
     stages = (ep.Stage("mul"), ep.Stage("add"))
     return g.apply("sub", (end, start, weight, start), Pointwise(), stages)
 
 
-def _round(g: Builder, x: Any, *, decimals: int) -> Any:
+def _round(g: Builder, a: Arguments) -> Any:
     """Rounded to so many decimal places, of which there may be less than none."""
-    if decimals == 0:
-        return g.apply("round", (x,), Pointwise())
-    scale, undo = ("mul", "div") if decimals > 0 else ("div", "mul")
-    power = 10.0 ** abs(decimals)
+    if a.decimals == 0:
+        return g.apply("round", (a.self,), Pointwise())
+    scale, undo = ("mul", "div") if a.decimals > 0 else ("div", "mul")
+    power = 10.0 ** abs(a.decimals)
     stages = (ep.Stage("round"), ep.Stage(undo, literal=power))
-    return g.apply(scale, (x,), Pointwise(literal=power), stages)
+    return g.apply(scale, (a.self,), Pointwise(literal=power), stages)
 
 
 SELU = (1.6732632423543772848170429916717, 1.0507009873554804934193349852946, 1.0)
@@ -219,7 +198,7 @@ UNARY_NAMES = (
 )  # fmt: skip
 ALIASES = {
     "special_log1p": "log1p", "special_expm1": "expm1", "special_erf": "erf", "arctan": "atan",
-    "fix": "trunc", "special_round": "round",
+    "fix": "trunc",
 }  # fmt: skip
 BINARY_NAMES = (
     "add.Tensor", "add.Scalar", "sub.Tensor", "sub.Scalar", "mul.Tensor", "mul.Scalar",
@@ -228,54 +207,58 @@ BINARY_NAMES = (
 )  # fmt: skip
 
 
-def _captures() -> dict[str, dict[str, Capture]]:
-    """aten overloads by the scalar they become."""
-    table: dict[str, dict[str, Capture]] = {scalar.name: {} for scalar in SCALARS}
-    for name in UNARY_NAMES:
-        table[name][f"aten.{name}.default"] = _unary(name)
-    for alias, name in ALIASES.items():
-        table[name][f"aten.{alias}.default"] = _unary(name)
-    for overload in BINARY_NAMES:
-        name = overload.partition(".")[0]
-        table[name][f"aten.{overload}"] = _binary(name)
-    table["atan2"]["aten.arctan2.default"] = _binary("atan2")
-    table["maximum"]["aten.max.other"] = _binary("maximum")
-    table["minimum"]["aten.min.other"] = _binary("minimum")
-    table["sub"]["aten.rsub.Scalar"] = _reversed_sub
-    table["sub"]["aten.rsub.Tensor"] = _reversed_sub
-    for overload in ("Tensor", "Scalar", "Tensor_mode", "Scalar_mode"):
-        table["div"][f"aten.div.{overload}"] = _div
-    table["div"]["aten.reciprocal.default"] = lambda g, x: _binary("div")(g, 1.0, x)
-    for overload in ("Tensor_Scalar", "Tensor_Tensor", "Scalar"):
-        table["pow"][f"aten.pow.{overload}"] = _pow
-    table["add"]["aten.addcmul.default"] = _addcmul("mul")
-    table["add"]["aten.addcdiv.default"] = _addcmul("div")
-    table["square"]["aten.square.default"] = _unary("square")
-    for name in ("clamp.default", "clamp.Tensor"):
-        table["clamp"][f"aten.{name}"] = _clamp
-    table["clamp"]["aten.clamp_min.default"] = _clamp
-    table["clamp"]["aten.clamp_max.default"] = lambda g, x, high: _clamp(g, x, None, high)
-    table["clamp"]["aten.hardtanh.default"] = _hardtanh
-    table["clamp"]["aten.relu6.default"] = _unary("clamp", (0.0, 6.0))
-    table["leaky_relu"]["aten.leaky_relu.default"] = _leaky_relu
-    table["prelu"]["aten.prelu.default"] = _prelu
-    table["elu"]["aten.elu.default"] = _elu
-    table["elu"]["aten.selu.default"] = _unary("elu", SELU)
-    table["celu"]["aten.celu.default"] = _celu
-    table["gelu"]["aten.gelu.default"] = _gelu
-    table["softplus"]["aten.softplus.default"] = _softplus
-    table["threshold"]["aten.threshold.default"] = _threshold
-    table["nan_to_num"]["aten.nan_to_num.default"] = _nan_to_num
-    table["lerp"]["aten.lerp.Scalar"] = _lerp
-    table["lerp"]["aten.lerp.Tensor"] = _lerp
-    table["round"]["aten.round.decimals"] = _round
-    for name in ("clone", "detach", "alias", "contiguous", "lift_fresh_copy"):
-        table["identity"][f"aten.{name}.default"] = _identity
-    return table
+PARAMETERS = {
+    "leaky_relu": ("negative_slope",), "elu": ("alpha", "scale", "input_scale"),
+    "celu": ("alpha",), "softplus": ("beta", "threshold"), "threshold": ("threshold", "value"),
+}  # fmt: skip
+"""Functions whose parameters are arguments, and which."""
+SPECIAL: dict[str, dict[str, Capture]] = {
+    "atan2": {"arctan2.default": _binary("atan2")},
+    "maximum": {"max.other": _binary("maximum")},
+    "minimum": {"min.other": _binary("minimum")},
+    "sub": {"rsub.Scalar": _reversed_sub, "rsub.Tensor": _reversed_sub},
+    "div": {
+        **{f"div.{kind}": _div for kind in ("Tensor", "Scalar", "Tensor_mode", "Scalar_mode")},
+        "reciprocal.default": lambda g, a: _combined(g, "div", 1.0, a.self),
+    },
+    "pow": {f"pow.{kind}": _pow for kind in ("Tensor_Scalar", "Tensor_Tensor", "Scalar")},
+    "add": {"addcmul.default": _addcmul("mul"), "addcdiv.default": _addcmul("div")},
+    "square": {"square.default": _unary("square")},
+    "clamp": {
+        **{
+            name: _clamp
+            for name in ("clamp.default", "clamp.Tensor", "clamp_min.default", "clamp_max.default")
+        },
+        "hardtanh.default": _unary("clamp", "min_val", "max_val"),
+        "relu6.default": _unary("clamp", 0.0, 6.0),
+    },
+    "prelu": {"prelu.default": _prelu},
+    "elu": {"selu.default": _unary("elu", *SELU)},
+    "gelu": {"gelu.default": _gelu},
+    "nan_to_num": {"nan_to_num.default": _nan_to_num},
+    "lerp": {"lerp.Scalar": _lerp, "lerp.Tensor": _lerp},
+    "round": {"round.decimals": _round, "special_round.default": _round},
+    "identity": {
+        f"{name}.default": _identity
+        for name in ("clone", "detach", "alias", "contiguous", "lift_fresh_copy")
+    },
+}
+"""Overloads that the other tables do not tell of, by the scalar they become."""
+
+
+def _captures(scalar: str) -> dict[str, Capture]:
+    """The aten overloads that become a scalar."""
+    table = dict(SPECIAL.get(scalar, {}))
+    if scalar in UNARY_NAMES or scalar in PARAMETERS:
+        table[f"{scalar}.default"] = _unary(scalar, *PARAMETERS.get(scalar, ()))
+    for alias in (alias for alias, name in ALIASES.items() if name == scalar):
+        table[f"{alias}.default"] = _unary(scalar)
+    for overload in (name for name in BINARY_NAMES if name.partition(".")[0] == scalar):
+        table[overload] = _binary(scalar)
+    return {f"aten.{overload}": capture for overload, capture in table.items()}
 
 
 def _make_ops() -> tuple[Op, ...]:
-    captures = _captures()
     return tuple(
         Op(
             name=scalar.name,
@@ -287,7 +270,7 @@ def _make_ops() -> tuple[Op, ...]:
             default=default,
             cost=cost,
             domain=_domain(scalar),
-            aten=captures[scalar.name],
+            aten=_captures(scalar.name),
             follows=True,
         )
         for scalar in SCALARS

@@ -19,6 +19,7 @@ import torch
 from ...errors import InvalidInputError
 from ..contract import epilogue as ep
 from ..contract.op import (
+    Arguments,
     Attributes,
     Builder,
     Config,
@@ -117,35 +118,36 @@ def launches_flip(problem: Problem, tile: Config, target: Target) -> tuple[Launc
     return (pointwise.launch_reads(problem, tile, (read,), (pointwise.LOAD,)),)
 
 
-def _capture_pixel_shuffle(g: Builder, x: Any, r: int) -> Any:
-    spec = g.spec(x)
+def _capture_pixel_shuffle(g: Builder, a: Arguments) -> Any:
+    r, spec = a.upscale_factor, g.spec(a.self)
     if spec.rank != 4:
         return g.refuse("pixel shuffle of other ranks than 4")
     n, c, h, w = spec.shape
     c //= r * r
     made = Rearrange((n, c, r, r, h, w), (0, 1, 4, 2, 5, 3), (n, c, h * r, w * r))
-    return g.apply("rearrange", (x,), made)
+    return g.apply("rearrange", (a.self,), made)
 
 
-def _capture_pixel_unshuffle(g: Builder, x: Any, r: int) -> Any:
-    spec = g.spec(x)
+def _capture_pixel_unshuffle(g: Builder, a: Arguments) -> Any:
+    r, spec = a.downscale_factor, g.spec(a.self)
     if spec.rank != 4:
         return g.refuse("pixel unshuffle of other ranks than 4")
     n, c, h, w = spec.shape
     h, w = h // r, w // r
     made = Rearrange((n, c, h, r, w, r), (0, 1, 3, 5, 2, 4), (n, c * r * r, h, w))
-    return g.apply("rearrange", (x,), made)
+    return g.apply("rearrange", (a.self,), made)
 
 
-def _capture_channel_shuffle(g: Builder, x: Any, groups: int) -> Any:
-    n, c, *pixels = g.spec(x).shape
-    split = (n, groups, c // groups, *pixels)
+def _capture_channel_shuffle(g: Builder, a: Arguments) -> Any:
+    n, c, *pixels = g.spec(a.self).shape
+    split = (n, a.groups, c // a.groups, *pixels)
     dims = (0, 2, 1, *range(3, len(split)))
-    return g.apply("rearrange", (x,), Rearrange(split, dims, g.spec(x).shape))
+    return g.apply("rearrange", (a.self,), Rearrange(split, dims, g.spec(a.self).shape))
 
 
-def _capture_flip(g: Builder, x: Any, dims: Any) -> Any:
-    return g.apply("flip", (x,), Flip(tuple(sorted(dim % g.spec(x).rank for dim in dims))))
+def _capture_flip(g: Builder, a: Arguments) -> Any:
+    dims = sorted(dim % g.spec(a.self).rank for dim in a.dims)
+    return g.apply("flip", (a.self,), Flip(tuple(dims)))
 
 
 REARRANGEMENTS = (

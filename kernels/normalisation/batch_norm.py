@@ -22,6 +22,7 @@ import triton.language as tl
 from ...errors import InvalidInputError
 from ..contract import epilogue as ep
 from ..contract.op import (
+    Arguments,
     Attributes,
     Builder,
     Config,
@@ -255,42 +256,23 @@ def _build(draw: Mapping[str, Any]) -> tuple[BatchNorm, tuple[TensorSpec, ...]] 
     return attributes, (x, *(channel for _ in attributes.inputs[1:]))
 
 
-def _apply(g: Builder, x: Any, w: Any, b: Any, mean: Any, var: Any, eps: float) -> Any:
-    if mean is None or var is None:
+def capture(g: Builder, a: Arguments) -> Any:
+    """Of calls with the statistics that the module has gathered."""
+    if a.get("training"):
+        return g.refuse(
+            "batch normalisation that would update its running statistics: the module is in "
+            "training mode; call .eval()"
+        )
+    if a.running_mean is None or a.running_var is None:
         return g.refuse("batch normalisation without running statistics")
-    attributes = BatchNorm(float(eps), w is not None, b is not None)
-    inputs = [value for value in (x, w, b, mean, var) if value is not None]
-    return g.apply("batch_norm", inputs, attributes)
+    inputs = (a.input, a.weight, a.bias, a.running_mean, a.running_var)
+    attributes = BatchNorm(float(a.eps), a.weight is not None, a.bias is not None)
+    return g.apply("batch_norm", [value for value in inputs if value is not None], attributes)
 
 
-def _capture_inference(
-    g: Builder, x: Any, w: Any, b: Any, mean: Any, var: Any, momentum: float, eps: float
-) -> Any:
-    return _apply(g, x, w, b, mean, var, eps), None, None
-
-
-def _capture(
-    g: Builder,
-    x: Any,
-    w: Any,
-    b: Any,
-    mean: Any,
-    var: Any,
-    training: bool,
-    momentum: float,
-    eps: float,
-    cudnn_enabled: bool = True,
-) -> Any:
-    if training:
-        return _capture_batch_statistics(g)
-    return _apply(g, x, w, b, mean, var, eps)
-
-
-def _capture_batch_statistics(g: Builder, *arguments: Any, **keywords: Any) -> Any:
-    return g.refuse(
-        "batch normalisation that would update its running statistics: the module is in training "
-        "mode; call .eval()"
-    )
+def _capture_native(g: Builder, a: Arguments) -> Any:
+    """The results are y, and what training would go on with."""
+    return capture(g, a), None, None
 
 
 OP = Op(
@@ -318,9 +300,9 @@ OP = Op(
         range=(0.1, 3.0),
     ),
     aten={
-        "aten._native_batch_norm_legit_no_training.default": _capture_inference,
-        "aten.batch_norm.default": _capture,
-        "aten._native_batch_norm_legit.default": _capture_batch_statistics,
+        "aten.batch_norm.default": capture,
+        "aten._native_batch_norm_legit.default": _capture_native,
+        "aten._native_batch_norm_legit_no_training.default": _capture_native,
     },
     packs=lambda attributes: {index: pack for index in range(1, len(attributes.inputs))},
 )  # fmt: skip

@@ -29,6 +29,7 @@ from ...errors import InvalidInputError
 from ..contract import epilogue as ep
 from ..contract.cost_model import MULTIPROCESSORS
 from ..contract.op import (
+    Arguments,
     Attributes,
     Builder,
     Config,
@@ -47,7 +48,7 @@ from ..contract.op import (
 from ..contract.spec import MEMORY_FORMATS, Layout, TensorSpec
 from ..contract.targets import Target
 from ..movement.rearrangement import Reshape
-from .batch_norm import BatchNorm
+from . import batch_norm
 from .normalize_kernel import normalize_kernel
 
 WHOLE = 16384
@@ -280,60 +281,45 @@ def _per_channel(spec: TensorSpec) -> tuple[int, ...]:
     return (spec.shape[1], *(1 for _ in spec.shape[2:]))
 
 
-def _capture_layer_norm(
-    g: Builder, x: Any, shape: Any, w: Any = None, b: Any = None, eps: float = 1e-5, *_: Any
-) -> Any:
-    rank = g.spec(x).rank
-    dims = tuple(range(rank - len(shape), rank))
-    return _affine(g, x, w, b, shape, Normalize(dims, eps=float(eps)))
+def _last(spec: TensorSpec, a: Arguments) -> tuple[int, ...]:
+    """The last dimensions, as many as `normalized_shape` has."""
+    return tuple(range(spec.rank - len(a.normalized_shape), spec.rank))
 
 
-def _capture_rms_norm(g: Builder, x: Any, shape: Any, w: Any = None, eps: Any = None) -> Any:
-    spec = g.spec(x)
+def _capture_layer_norm(g: Builder, a: Arguments) -> Any:
+    attributes = Normalize(_last(g.spec(a.input), a), eps=float(a.eps))
+    return _affine(g, a.input, a.weight, a.bias, a.normalized_shape, attributes)
+
+
+def _capture_rms_norm(g: Builder, a: Arguments) -> Any:
     # What torch takes where none is given.
-    eps = torch.finfo(torch.float32).eps if eps is None else float(eps)
-    dims = tuple(range(spec.rank - len(shape), spec.rank))
-    return _affine(g, x, w, None, shape, Normalize(dims, eps=eps, centred=False))
+    eps = torch.finfo(torch.float32).eps if a.eps is None else float(a.eps)
+    attributes = Normalize(_last(g.spec(a.input), a), eps=eps, centred=False)
+    return _affine(g, a.input, a.weight, None, a.normalized_shape, attributes)
 
 
-def _capture_group_norm(
-    g: Builder, x: Any, groups: int, w: Any = None, b: Any = None, eps: float = 1e-5, *_: Any
-) -> Any:
-    spec = g.spec(x)
+def _capture_group_norm(g: Builder, a: Arguments) -> Any:
+    spec, groups = g.spec(a.input), a.num_groups
     dims = tuple(range(1, spec.rank))
     if groups == spec.shape[1] and spec.rank > 2:
         dims, groups = dims[1:], 1
-    return _affine(g, x, w, b, _per_channel(spec), Normalize(dims, groups, float(eps)))
+    attributes = Normalize(dims, groups, float(a.eps))
+    return _affine(g, a.input, a.weight, a.bias, _per_channel(spec), attributes)
 
 
-def _capture_instance_norm(
-    g: Builder,
-    x: Any,
-    w: Any,
-    b: Any,
-    mean: Any,
-    var: Any,
-    use_input_stats: bool,
-    momentum: float,
-    eps: float,
-    cudnn_enabled: bool = True,
-) -> Any:
-    spec = g.spec(x)
-    if not use_input_stats:
-        inputs = [value for value in (x, w, b, mean, var) if value is not None]
-        attributes = BatchNorm(float(eps), w is not None, b is not None)
-        return g.apply("batch_norm", inputs, attributes)
-    dims = tuple(range(2, spec.rank))
-    return _affine(g, x, w, b, _per_channel(spec), Normalize(dims, eps=float(eps)))
+def _capture_instance_norm(g: Builder, a: Arguments) -> Any:
+    spec = g.spec(a.input)
+    if not a.use_input_stats:
+        return batch_norm.capture(g, a)
+    attributes = Normalize(tuple(range(2, spec.rank)), eps=float(a.eps))
+    return _affine(g, a.input, a.weight, a.bias, _per_channel(spec), attributes)
 
 
-def _capture_batch_statistics(
-    g: Builder, x: Any, w: Any, b: Any, training: bool, momentum: float, eps: float
-) -> Any:
+def _capture_batch_statistics(g: Builder, a: Arguments) -> Any:
     """Batch normalisation made with track_running_stats=False: y; no mean, no deviation."""
-    spec = g.spec(x)
-    dims = (0, *range(2, spec.rank))
-    return _affine(g, x, w, b, _per_channel(spec), Normalize(dims, eps=float(eps))), None, None
+    spec = g.spec(a.input)
+    attributes = Normalize((0, *range(2, spec.rank)), eps=float(a.eps))
+    return _affine(g, a.input, a.weight, a.bias, _per_channel(spec), attributes), None, None
 
 
 OP = Op(

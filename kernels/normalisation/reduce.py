@@ -29,6 +29,7 @@ from ..contract import epilogue as ep
 from ..contract.cost_model import MULTIPROCESSORS
 from ..contract.elementary import NAN
 from ..contract.op import (
+    Arguments,
     Attributes,
     Builder,
     Capture,
@@ -365,59 +366,54 @@ def _build(
     return kind(dims, draw["keepdim"]), (TensorSpec(shape, torch.float32, layout),)
 
 
+def _dims(g: Builder, a: Arguments) -> tuple[int, ...]:
+    """The dimensions of a reduction: all where none are named."""
+    dims, rank = a.get("dim"), g.spec(a.self).rank
+    chosen = [dims] if isinstance(dims, int) else dims or range(rank)
+    return tuple(sorted({dim % rank for dim in chosen}))
+
+
+def _reduced(g: Builder, name: str, x: Any, a: Arguments) -> Any:
+    """The reduction of x as a call of it asks for."""
+    dims, keepdim, dtype = _dims(g, a), a.get("keepdim", False), a.get("dtype")
+    if dtype not in (None, g.spec(x).dtype):
+        what = "a norm" if "ord" in a else name
+        return g.refuse(f"{what} that changes the dtype from {g.spec(x).dtype} to {dtype}")
+    return g.apply(name, (x,), Reduce(dims, keepdim)) if g.spec(x).rank else x
+
+
+def _plain(g: Builder, name: str, x: Any) -> Any:
+    return g.apply(name, (x,), Pointwise())
+
+
 def _capture(name: str) -> Capture:
-    def capture(
-        g: Builder, x: Any, dims: Any = None, keepdim: bool = False, *, dtype: Any = None
-    ) -> Any:
-        spec = g.spec(x)
-        if dtype not in (None, spec.dtype):
-            return g.refuse(f"{name} that changes the dtype from {spec.dtype} to {dtype}")
-        if spec.rank == 0:
-            return x
-        chosen = [dims] if isinstance(dims, int) else dims or range(spec.rank)
-        normalized = tuple(sorted({dim % spec.rank for dim in chosen}))
-        return g.apply(name, (x,), Reduce(normalized, keepdim))
-
-    return capture
-
-
-def _plain(g: Builder, name: str, *values: Any) -> Any:
-    return g.apply(name, values, Pointwise())
+    return lambda g, a: _reduced(g, name, a.self, a)
 
 
 def _capture_variance(name: str, with_mean: bool = False) -> Capture:
-    def capture(
-        g: Builder, x: Any, dims: Any = None, unbiased: bool = True, keepdim: bool = False,
-        *, correction: Any = None,
-    ) -> Any:  # fmt: skip
-        rank = g.spec(x).rank
-        chosen = [dims] if isinstance(dims, int) else dims or range(rank)
-        reduced = tuple(sorted({dim % rank for dim in chosen}))
-        less = float(unbiased if correction is None else correction)
-        result = g.apply(name, (x,), Variance(reduced, keepdim, less))
-        return (result, g.apply("mean", (x,), Reduce(reduced, keepdim))) if with_mean else result
+    def capture(g: Builder, a: Arguments) -> Any:
+        dims, correction = _dims(g, a), a.get("correction")
+        less = float(a.get("unbiased", True) if correction is None else correction)
+        y = g.apply(name, (a.self,), Variance(dims, a.keepdim, less))
+        return (y, g.apply("mean", (a.self,), Reduce(dims, a.keepdim))) if with_mean else y
 
     return capture
 
 
-def _capture_norm(
-    g: Builder, x: Any, order: float = 2, dims: Any = None, keepdim: bool = False,
-    *, dtype: Any = None,
-) -> Any:  # fmt: skip
+def _capture_norm(g: Builder, a: Arguments) -> Any:
     """The 1-, 2- and maximum norm of vectors; the first and the last are exact in any dtype until
     they are summed."""
     names = {1: "sum", 2: "norm", math.inf: "amax"}
-    if order not in names:
-        return g.refuse(f"the {order}-norm; only the 1-, 2- and maximum norm are")
-    if dtype not in (None, g.spec(x).dtype):
-        return g.refuse(f"a norm that changes the dtype from {g.spec(x).dtype} to {dtype}")
-    if order != 2 or g.spec(x).rank == 0:
+    if a.ord not in names:
+        return g.refuse(f"the {a.ord}-norm; only the 1-, 2- and maximum norm are")
+    x = a.self
+    if a.ord != 2 or g.spec(x).rank == 0:
         x = _plain(g, "abs", x)
-    return _capture(names[order])(g, x, dims, keepdim)
+    return _reduced(g, names[a.ord], x, a)
 
 
-def _capture_amin(g: Builder, x: Any, dims: Any = None, keepdim: bool = False) -> Any:
-    return _plain(g, "neg", _capture("amax")(g, _plain(g, "neg", x), dims, keepdim))
+def _capture_amin(g: Builder, a: Arguments) -> Any:
+    return _plain(g, "neg", _reduced(g, "amax", _plain(g, "neg", a.self), a))
 
 
 def _op(name: str, reference: Any, captures: Mapping[str, Capture]) -> Op:
@@ -478,8 +474,8 @@ OPS = (
             "amin.default": _capture_amin,
             "min.default": _capture_amin,
             # The values, and nothing for the indices: whoever uses those is not supported.
-            "max.dim": lambda g, x, *rest: (_capture("amax")(g, x, *rest), None),
-            "min.dim": lambda g, x, *rest: (_capture_amin(g, x, *rest), None),
+            "max.dim": lambda g, a: (_reduced(g, "amax", a.self, a), None),
+            "min.dim": lambda g, a: (_capture_amin(g, a), None),
         },
     ),
     _op("norm", _norm, {"linalg_vector_norm.default": _capture_norm}),

@@ -28,8 +28,10 @@ import triton.language as tl
 from ...errors import InvalidInputError
 from ..contract import epilogue as ep
 from ..contract.op import (
+    Arguments,
     Attributes,
     Builder,
+    Capture,
     Config,
     Cost,
     Domain,
@@ -307,19 +309,17 @@ def _build(draw: Mapping[str, Any]) -> tuple[Softmax, tuple[TensorSpec, ...]] | 
     return Softmax(draw["dim"] % len(shape)), (TensorSpec(shape, torch.float32, layout),)
 
 
-def _capture(name: str, half_to_float: bool) -> Any:
-    """The capture of `aten.<name>.int(x, dim, dtype?)` or of `aten._<name>(x, dim, to_float)`."""
+def _capture(name: str) -> Capture:
+    """The capture of `aten.<name>.int` and of `aten._<name>`, whose option is fp32 or nothing."""
 
-    def capture(g: Builder, x: Any, dim: int, option: Any = None, *, dtype: Any = None) -> Any:
-        spec = g.spec(x)
-        wanted = option if dtype is None else dtype
-        if half_to_float:
-            wanted = torch.float32 if option else None
-        if wanted not in (None, spec.dtype):
-            return g.refuse(f"{name} that changes the dtype from {spec.dtype} to {wanted}")
+    def capture(g: Builder, a: Arguments) -> Any:
+        spec = g.spec(a.self)
+        dtype = torch.float32 if a.get("half_to_float") else a.get("dtype")
+        if dtype not in (None, spec.dtype):
+            return g.refuse(f"{name} that changes the dtype from {spec.dtype} to {dtype}")
         if spec.rank == 0:
             return g.refuse(f"{name} of a scalar")
-        return g.apply(name, (x,), Softmax(dim % spec.rank))
+        return g.apply(name, (a.self,), Softmax(a.dim % spec.rank))
 
     return capture
 
@@ -352,10 +352,7 @@ def _op(name: str, log: bool) -> Op:
             ),
             range=(-8.0, 8.0),
         ),
-        aten={
-            f"aten.{name}.int": _capture(name, half_to_float=False),
-            f"aten._{name}.default": _capture(name, half_to_float=True),
-        },
+        aten={f"aten.{name}.int": _capture(name), f"aten._{name}.default": _capture(name)},
         follows=True,
     )  # fmt: skip
 

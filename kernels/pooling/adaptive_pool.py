@@ -27,8 +27,10 @@ import triton.language as tl
 from ...errors import InvalidInputError
 from ..contract.launch_tiles import tiled_launch, tiles_of
 from ..contract.op import (
+    Arguments,
     Attributes,
     Builder,
+    Capture,
     Config,
     Cost,
     Domain,
@@ -42,6 +44,7 @@ from ..contract.op import (
     tile_config,
 )
 from ..contract.spec import Layout, TensorSpec
+from ..movement.arguments import adaptive_size, as_image, as_rank_of
 from .pool import ENOUGH_PROGRAMS, MOST_UNROLLED_TAPS, channel_block, combine
 
 
@@ -276,24 +279,16 @@ def cost(problem: Problem) -> Cost:
     return Cost(taps * problem.output.spec.numel, read, written)
 
 
-def _size(g: Builder, x: Any, size: Any) -> tuple[int, int]:
-    height, width = g.spec(x).shape[2:]
-    values = [size] if isinstance(size, int) else list(size)
-    p, q = values[0], values[-1]
-    return (height if p is None else int(p), width if q is None else int(q))
+def _capture(name: str, indices: bool) -> Capture:
+    """The capture of adaptive poolings of images, and of sequences as images of one row. With
+    `indices` the call has a second result, for whose readers there is no kernel."""
 
+    def capture(g: Builder, a: Arguments) -> Any:
+        attributes = AdaptivePool2d(adaptive_size(g, a))
+        y = as_rank_of(g, g.apply(name, (as_image(g, a.self),), attributes), a.self)
+        return (y, None) if indices else y
 
-def _capture_avg(g: Builder, x: Any, size: Any) -> Any:
-    if g.spec(x).rank != 4:
-        return g.refuse("unbatched pooling; pass a batch dimension")
-    return g.apply("adaptive_avg_pool2d", (x,), AdaptivePool2d(_size(g, x, size)))
-
-
-def _capture_max(g: Builder, x: Any, size: Any) -> Any:
-    """The values, and nothing for the indices: whoever uses those is not supported."""
-    if g.spec(x).rank != 4:
-        return g.refuse("unbatched pooling; pass a batch dimension")
-    return g.apply("adaptive_max_pool2d", (x,), AdaptivePool2d(_size(g, x, size))), None
+    return capture
 
 
 def _build(draw: Mapping[str, Any]) -> tuple[AdaptivePool2d, tuple[TensorSpec, ...]] | None:
@@ -334,6 +329,7 @@ def _op(name: str, reference: Any, aten: Mapping[str, Any]) -> Op:
         cost=cost,
         domain=DOMAIN,
         aten=aten,
+        batched="pooling",
     )
 
 
@@ -341,11 +337,17 @@ OPS = (
     _op(
         "adaptive_avg_pool2d",
         reference_avg,
-        {"aten.adaptive_avg_pool2d.default": _capture_avg},
+        {
+            f"aten.adaptive_avg_pool{dims}d.default": _capture("adaptive_avg_pool2d", False)
+            for dims in (1, 2)
+        },
     ),
     _op(
         "adaptive_max_pool2d",
         reference_max,
-        {"aten.adaptive_max_pool2d.default": _capture_max},
+        {
+            f"aten.adaptive_max_pool{dims}d.default": _capture("adaptive_max_pool2d", True)
+            for dims in (1, 2)
+        },
     ),
 )

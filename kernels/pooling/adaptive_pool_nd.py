@@ -15,11 +15,10 @@ import torch
 import torch.nn.functional as F
 
 from ...errors import InvalidInputError
-from ..contract.op import Builder, Capture, Domain, Op
+from ..contract.op import Arguments, Builder, Capture, Domain, Op
 from ..contract.spec import Layout, TensorSpec
-from ..movement.arguments import as_image, as_sequence
+from ..movement.arguments import adaptive_size
 from ..normalisation.reduce import Reduce
-from .adaptive_pool import AdaptivePool2d
 from .pool_nd import configs, cost, default, launches, legal
 from .pool_window import AdaptivePool3d
 
@@ -44,33 +43,15 @@ def reference_max(attributes: AdaptivePool3d, x: torch.Tensor) -> torch.Tensor:
     return F.adaptive_max_pool3d(x, attributes.size)
 
 
-def _capture_3d(name: str, reduction: str, indices: bool) -> Capture:
+def _capture(name: str, reduction: str, indices: bool) -> Capture:
     """With `indices` the call has a second result, for whose readers there is no kernel."""
 
-    def capture(g: Builder, x: Any, size: Any) -> Any:
-        spec = g.spec(x)
-        if spec.rank != 5:
-            return g.refuse("unbatched pooling; pass a batch dimension")
-        wanted = [size] * 3 if isinstance(size, int) else list(size)
-        d, h, w = (spec.shape[at + 2] if new is None else new for at, new in enumerate(wanted))
-        if (d, h, w) == (1, 1, 1):
-            y = g.apply(reduction, (x,), Reduce((2, 3, 4), keepdim=True))
+    def capture(g: Builder, a: Arguments) -> Any:
+        size = adaptive_size(g, a)
+        if size == (1, 1, 1):
+            y = g.apply(reduction, (a.self,), Reduce((2, 3, 4), keepdim=True))
         else:
-            y = g.apply(name, (x,), AdaptivePool3d((d, h, w)))
-        return (y, None) if indices else y
-
-    return capture
-
-
-def _capture_1d(name: str, indices: bool) -> Capture:
-    """As the image of one row."""
-
-    def capture(g: Builder, x: Any, size: Any) -> Any:
-        if g.spec(x).rank != 3:
-            return g.refuse("unbatched pooling; pass a batch dimension")
-        length = size if isinstance(size, int) else size[0]
-        attributes = AdaptivePool2d((1, int(length)))
-        y = as_sequence(g, g.apply(name, (as_image(g, x),), attributes))
+            y = g.apply(name, (a.self,), AdaptivePool3d(size))
         return (y, None) if indices else y
 
     return capture
@@ -109,6 +90,7 @@ def _op(name: str, reference: Any, aten: Mapping[str, Capture]) -> Op:
         cost=cost,
         domain=DOMAIN,
         aten=aten,
+        batched="pooling",
     )
 
 
@@ -116,17 +98,11 @@ OPS = (
     _op(
         "adaptive_avg_pool3d",
         reference_avg,
-        {
-            "aten.adaptive_avg_pool1d.default": _capture_1d("adaptive_avg_pool2d", False),
-            "aten.adaptive_avg_pool3d.default": _capture_3d("adaptive_avg_pool3d", "mean", False),
-        },
+        {"aten.adaptive_avg_pool3d.default": _capture("adaptive_avg_pool3d", "mean", False)},
     ),
     _op(
         "adaptive_max_pool3d",
         reference_max,
-        {
-            "aten.adaptive_max_pool1d.default": _capture_1d("adaptive_max_pool2d", True),
-            "aten.adaptive_max_pool3d.default": _capture_3d("adaptive_max_pool3d", "amax", True),
-        },
+        {"aten.adaptive_max_pool3d.default": _capture("adaptive_max_pool3d", "amax", True)},
     ),
 )

@@ -25,7 +25,6 @@ import triton.language as tl
 from ...errors import InvalidInputError
 from ..contract.launch_tiles import tiled_launch, tiles_of
 from ..contract.op import (
-    Builder,
     Config,
     Cost,
     Domain,
@@ -41,8 +40,8 @@ from ..contract.op import (
     tile_config,
 )
 from ..contract.spec import Layout, TensorSpec
-from ..movement.arguments import as_image, as_sequence
-from .pool import MOST_UNROLLED_TAPS, channel_block, pair
+from ..movement.arguments import pooling
+from .pool import MOST_UNROLLED_TAPS, channel_block
 from .pool_window import MaxPool2d, window_sizes
 from .pool_window import infer as infer_window
 
@@ -224,49 +223,6 @@ def cost(problem: Problem) -> Cost:
     return Cost(taps * problem.output.spec.numel, read, written)
 
 
-def _capture(
-    g: Builder,
-    x: Any,
-    kernel: Any,
-    stride: Any = (),
-    padding: Any = 0,
-    dilation: Any = 1,
-    ceil_mode: bool = False,
-) -> Any:
-    if g.spec(x).rank != 4:
-        return g.refuse("unbatched pooling; pass a batch dimension")
-    window = pair(kernel)
-    attributes = MaxPool2d(
-        window, pair(stride, window), pair(padding), pair(dilation), bool(ceil_mode)
-    )
-    values = g.apply(NAME, (x,), attributes)
-    return values, g.output(values, 1)
-
-
-def _capture_1d(
-    g: Builder,
-    x: Any,
-    kernel: Any,
-    stride: Any = (),
-    padding: Any = 0,
-    dilation: Any = 1,
-    ceil_mode: bool = False,
-) -> Any:
-    """As the image of one row, where a pixel's index is its position."""
-    if g.spec(x).rank != 3:
-        return g.refuse("unbatched pooling; pass a batch dimension")
-    length = pair(kernel)[0]
-    attributes = MaxPool2d(
-        (1, length),
-        (1, pair(stride, (length, length))[0]),
-        (0, pair(padding)[0]),
-        (1, pair(dilation)[0]),
-        bool(ceil_mode),
-    )
-    values = g.apply(NAME, (as_image(g, x),), attributes)
-    return as_sequence(g, values), as_sequence(g, g.output(values, 1))
-
-
 def _build(draw: Mapping[str, Any]) -> tuple[MaxPool2d, tuple[TensorSpec, ...]] | None:
     attributes = MaxPool2d(
         draw["kernel"], draw["stride"], draw["padding"], draw["dilation"], draw["ceil_mode"]
@@ -314,8 +270,9 @@ OP = Op(
         ),
     ),
     aten={
-        "aten.max_pool2d_with_indices.default": _capture,
-        "aten.max_pool1d_with_indices.default": _capture_1d,
+        f"aten.max_pool{dims}d_with_indices.default": pooling(NAME, MaxPool2d, indices=True)
+        for dims in (1, 2)
     },
+    batched="pooling",
     integers=True,
 )  # fmt: skip

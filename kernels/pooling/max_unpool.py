@@ -29,6 +29,7 @@ import triton.language as tl
 from ...errors import InvalidInputError
 from ..contract.launch_tiles import tiled_launch, tiles_of
 from ..contract.op import (
+    Arguments,
     Attributes,
     Builder,
     Config,
@@ -312,16 +313,14 @@ def _turned(pair: tuple[int, int]) -> tuple[int, int]:
     return pair[1], pair[0]
 
 
-def _capture(g: Builder, x: Any, indices: Any, size: Any) -> Any:
-    found = _pooled(g, indices)
+def _capture(g: Builder, a: Arguments) -> Any:
+    x, found = g.spec(a.self), _pooled(g, a.indices)
     if found is None:
         return g.refuse("its indices must come straight from a max pooling of this module")
     pool, image, windows = found
     height, width = image.shape[2:]
-    if g.spec(x).rank != 4:
-        return g.refuse("unbatched unpooling; pass a batch dimension")
-    if windows.shape[2:] != g.spec(x).shape[2:]:
-        if 1 not in windows.shape[2:] or windows.shape[2:] != g.spec(x).shape[:1:-1]:
+    if windows.shape[2:] != x.shape[2:]:
+        if 1 not in windows.shape[2:] or windows.shape[2:] != x.shape[:1:-1]:
             return g.refuse(f"its indices were reshaped from {windows}")
         # A sequence: pooled as an image of one row, unpooled as one of one column.
         height, width = width, height
@@ -329,8 +328,9 @@ def _capture(g: Builder, x: Any, indices: Any, size: Any) -> Any:
             _turned(pool.kernel), _turned(pool.stride), _turned(pool.padding),
             _turned(pool.dilation), pool.ceil_mode,
         )  # fmt: skip
-    wanted = (int(size[0]), int(size[1]))
-    return g.apply("max_unpool2d", (x, indices), MaxUnpool2d(wanted, (height, width), pool))
+    rows, columns = a.output_size
+    attributes = MaxUnpool2d((int(rows), int(columns)), (height, width), pool)
+    return g.apply("max_unpool2d", (a.self, a.indices), attributes)
 
 
 def _build(draw: Mapping[str, Any]) -> tuple[MaxUnpool2d, tuple[TensorSpec, ...]] | None:
@@ -393,4 +393,5 @@ OP = Op(
         prepare=prepare,
     ),
     aten={"aten.max_unpool2d.default": _capture},
+    batched="unpooling",
 )  # fmt: skip

@@ -30,7 +30,6 @@ from ..contract import elementary, scalars
 from ..contract import epilogue as ep
 from ..contract.launch_tiles import tiled_launch
 from ..contract.op import (
-    Builder,
     Config,
     Cost,
     Domain,
@@ -44,6 +43,7 @@ from ..contract.op import (
     tile_config,
 )
 from ..contract.spec import Layout, TensorSpec
+from ..movement.arguments import pooling
 from .pool_window import (
     POOLS,
     AvgPool2d,
@@ -375,57 +375,6 @@ def cost(problem: Problem) -> Cost:
     return Cost(per_tap * taps * problem.output.spec.numel, read, written)
 
 
-def pair(value: Any, default: tuple[int, int] | None = None) -> tuple[int, int]:
-    """An aten argument (a number or a list of one or two, none for the default) as two numbers."""
-    values = [value] if isinstance(value, int) else list(value or ())
-    if not values:
-        assert default is not None
-        return default
-    return (int(values[0]), int(values[-1]))
-
-
-def _capture_max(
-    g: Builder,
-    x: Any,
-    kernel: Any,
-    stride: Any = (),
-    padding: Any = 0,
-    dilation: Any = 1,
-    ceil_mode: bool = False,
-) -> Any:
-    if g.spec(x).rank != 4:
-        return g.refuse("unbatched pooling; pass a batch dimension")
-    window = pair(kernel)
-    attributes = MaxPool2d(
-        window, pair(stride, window), pair(padding), pair(dilation), bool(ceil_mode)
-    )
-    return g.apply("max_pool2d", (x,), attributes)
-
-
-def _capture_avg(
-    g: Builder,
-    x: Any,
-    kernel: Any,
-    stride: Any = (),
-    padding: Any = 0,
-    ceil_mode: bool = False,
-    count_include_pad: bool = True,
-    divisor_override: int | None = None,
-) -> Any:
-    if g.spec(x).rank != 4:
-        return g.refuse("unbatched pooling; pass a batch dimension")
-    window = pair(kernel)
-    attributes = AvgPool2d(
-        window,
-        pair(stride, window),
-        pair(padding),
-        bool(ceil_mode),
-        bool(count_include_pad),
-        divisor_override,
-    )
-    return g.apply("avg_pool2d", (x,), attributes)
-
-
 def _build(name: str, draw: Mapping[str, Any]) -> tuple[Pool2d, tuple[TensorSpec, ...]] | None:
     kernel, stride, ceil_mode = draw["kernel"], draw["stride"], draw["ceil_mode"]
     attributes: Pool2d
@@ -498,7 +447,10 @@ OPS = (
         legal=legal,
         cost=cost,
         domain=_domain("max_pool2d", dilation=((1, 1), (2, 2), (1, 3))),
-        aten={"aten.max_pool2d.default": _capture_max},
+        aten={
+            f"aten.max_pool{dims}d.default": pooling("max_pool2d", MaxPool2d) for dims in (1, 2)
+        },
+        batched="pooling",
     ),
     Op(
         name="avg_pool2d",
@@ -511,7 +463,10 @@ OPS = (
         legal=legal,
         cost=cost,
         domain=_domain("avg_pool2d", count_include_pad=(True, False), divisor=(None, None, 1, 7)),
-        aten={"aten.avg_pool2d.default": _capture_avg},
+        aten={
+            f"aten.avg_pool{dims}d.default": pooling("avg_pool2d", AvgPool2d) for dims in (1, 2)
+        },
+        batched="pooling",
     ),
     Op(
         name="lp_pool2d",

@@ -28,7 +28,6 @@ from ...errors import InvalidInputError
 from ..contract import epilogue as ep
 from ..contract.launch_tiles import tiled_launch, tiles_of
 from ..contract.op import (
-    Builder,
     Capture,
     Config,
     Cost,
@@ -42,16 +41,13 @@ from ..contract.op import (
     tile_config,
 )
 from ..contract.spec import Layout, TensorSpec
-from ..movement.arguments import as_image, as_sequence, numbers
+from ..movement.arguments import pooling
 from .adaptive_pool import largest_window, window
 from .pool import MOST_LOADS, MOST_UNROLLED_TAPS, channel_block, combine, extent, reduction
 from .pool_window import (
     AdaptivePool3d,
-    AvgPool2d,
     AvgPool3d,
-    MaxPool2d,
     MaxPool3d,
-    Pool2d,
     Pool3d,
     infer,
     reference_avg_3d,
@@ -282,61 +278,6 @@ def cost(problem: Problem) -> Cost:
     return Cost(taps * problem.output.spec.numel, read, written)
 
 
-def _arguments(dims: int, kernel: Any, stride: Any, *more: Any) -> tuple[tuple[int, ...], ...]:
-    """Arguments of an aten pooling, one number per dimension; without a stride it is the window.
-
-    Of sequences, as those of images of one row: `more` are padding, then dilation.
-    """
-    window = numbers(kernel, dims)
-    stride = stride if isinstance(stride, int) or stride else window
-    given = [window, numbers(stride, dims), *(numbers(value, dims) for value in more)]
-    if dims == 1:
-        given = [(first, *rest) for first, rest in zip((1, 1, 0, 1), given, strict=False)]
-    return tuple(given)
-
-
-def _capture_max(name: str, make: Any, dims: int) -> Capture:
-    def capture(
-        g: Builder,
-        x: Any,
-        kernel: Any,
-        stride: Any = (),
-        padding: Any = 0,
-        dilation: Any = 1,
-        ceil_mode: bool = False,
-    ) -> Any:
-        window = _arguments(dims, kernel, stride, padding, dilation)
-        return _apply(g, name, x, make(*window, bool(ceil_mode)), dims)
-
-    return capture
-
-
-def _capture_avg(name: str, make: Any, dims: int) -> Capture:
-    def capture(
-        g: Builder,
-        x: Any,
-        kernel: Any,
-        stride: Any = (),
-        padding: Any = 0,
-        ceil_mode: bool = False,
-        count_include_pad: bool = True,
-        divisor: int | None = None,
-    ) -> Any:
-        window = _arguments(dims, kernel, stride, padding)
-        attributes = make(*window, bool(ceil_mode), bool(count_include_pad), divisor)
-        return _apply(g, name, x, attributes, dims)
-
-    return capture
-
-
-def _apply(g: Builder, name: str, x: Any, attributes: Pool2d | Pool3d, dims: int) -> Any:
-    if g.spec(x).rank != dims + 2:
-        return g.refuse("unbatched pooling; pass a batch dimension")
-    if dims > 1:
-        return g.apply(name, (x,), attributes)
-    return as_sequence(g, g.apply(name, (as_image(g, x),), attributes))
-
-
 def _build(name: str, draw: Mapping[str, Any]) -> tuple[Pool3d, tuple[TensorSpec, ...]] | None:
     window = (draw["kernel"], draw["stride"], draw["padding"])
     attributes: Pool3d
@@ -401,6 +342,7 @@ def _op(name: str, make: type[Pool3d], reference: Any, aten: Mapping[str, Captur
             interesting=tuple(draw for draw in INTERESTING if _build(name, draw) is not None),
         ),
         aten=aten,
+        batched="pooling",
     )  # fmt: skip
 
 
@@ -409,18 +351,12 @@ OPS = (
         "max_pool3d",
         MaxPool3d,
         reference_max_3d,
-        {
-            "aten.max_pool1d.default": _capture_max("max_pool2d", MaxPool2d, 1),
-            "aten.max_pool3d.default": _capture_max("max_pool3d", MaxPool3d, 3),
-        },
+        {"aten.max_pool3d.default": pooling("max_pool3d", MaxPool3d)},
     ),
     _op(
         "avg_pool3d",
         AvgPool3d,
         reference_avg_3d,
-        {
-            "aten.avg_pool1d.default": _capture_avg("avg_pool2d", AvgPool2d, 1),
-            "aten.avg_pool3d.default": _capture_avg("avg_pool3d", AvgPool3d, 3),
-        },
+        {"aten.avg_pool3d.default": pooling("avg_pool3d", AvgPool3d)},
     ),
 )

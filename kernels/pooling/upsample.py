@@ -17,7 +17,7 @@ neighbouring outputs share come from the cache.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -29,6 +29,7 @@ import triton.language as tl
 from ...errors import InvalidInputError
 from ..contract.launch_tiles import tiled_launch, tiles_of
 from ..contract.op import (
+    Arguments,
     Attributes,
     Builder,
     Capture,
@@ -44,7 +45,7 @@ from ..contract.op import (
 )
 from ..contract.spec import MEMORY_FORMATS, Layout, TensorSpec
 from ..contract.targets import Target
-from ..movement.arguments import as_image, as_sequence
+from ..movement.arguments import as_image, as_rank_of
 from .pool import channel_block
 
 NEAREST, EXACT, LINEAR, CORNERS = "nearest", "nearest-exact", "linear", "corners"
@@ -261,36 +262,23 @@ def step_of(size: int, outputs: int, rule: str, scale: float | None) -> float:
     return float(torch.tensor(ratio, dtype=torch.float32))
 
 
-def _apply(g: Builder, name: str, x: Any, size: Any, scales: Any, rule: str, rank: int) -> Any:
-    spec = g.spec(x)
-    if spec.rank != rank:
-        return g.refuse(f"upsampling of rank {spec.rank}; expected {rank}: pass a batch dimension")
-    extents = spec.shape[2:]
-    if size is None:
-        size = [math.floor(old * scale) for old, scale in zip(extents, scales, strict=True)]
-    known: Sequence[float | None] = scales or [None] * len(extents)
-    steps = [
-        step_of(old, int(new), rule, scale)
-        for old, new, scale in zip(extents, size, known, strict=True)
-    ]
-    size = tuple(int(new) for new in size)
-    if rank > 3:
-        return g.apply(name, (x,), Upsample(size, tuple(steps), rule))
-    attributes = Upsample((1, *size), (1.0, *steps), rule)
-    return as_sequence(g, g.apply(name, (as_image(g, x),), attributes))
+def _capture(name: str, rule: str) -> Capture:
+    """The capture of upsampling to a size or by a scale; rule: where corners are not aligned."""
 
-
-def _capture_nearest(rule: str, rank: int) -> Capture:
-    def capture(g: Builder, x: Any, size: Any, scales: Any) -> Any:
-        return _apply(g, "upsample_nearest", x, size, scales, rule, rank)
-
-    return capture
-
-
-def _capture_linear(rank: int) -> Capture:
-    def capture(g: Builder, x: Any, size: Any, align_corners: bool, scales: Any) -> Any:
-        rule = CORNERS if align_corners else LINEAR
-        return _apply(g, "upsample_linear", x, size, scales, rule, rank)
+    def capture(g: Builder, a: Arguments) -> Any:
+        x, size, scales = a.input, a.output_size, a.scale_factors
+        extents = g.spec(x).shape[2:]
+        chosen = CORNERS if a.get("align_corners") else rule
+        if size is None:
+            size = [math.floor(old * scale) for old, scale in zip(extents, scales, strict=True)]
+        steps = [
+            step_of(old, int(new), chosen, scale)
+            for old, new, scale in zip(extents, size, scales or [None] * len(size), strict=True)
+        ]
+        rows = (1,) * (2 - len(extents))
+        shape = (*rows, *map(int, size))
+        attributes = Upsample(shape, (*map(float, rows), *steps), chosen)
+        return as_rank_of(g, g.apply(name, (as_image(g, x),), attributes), x)
 
     return capture
 
@@ -335,22 +323,24 @@ def _op(name: str, aten: Mapping[str, Capture]) -> Op:
             ),
         ),
         aten=aten,
+        batched="upsampling",
     )
 
 
-RANKS = {3: "1d", 4: "2d", 5: "3d"}
-LINEAR_NAMES = {3: "linear1d", 4: "bilinear2d", 5: "trilinear3d"}
 OPS = (
     _op(
         "upsample_nearest",
         {
-            f"aten.{stem}{dims}.vec": _capture_nearest(rule, rank)
+            f"aten.{stem}{dims}d.vec": _capture("upsample_nearest", rule)
             for stem, rule in (("upsample_nearest", NEAREST), ("_upsample_nearest_exact", EXACT))
-            for rank, dims in RANKS.items()
+            for dims in (1, 2, 3)
         },
     ),
     _op(
         "upsample_linear",
-        {f"aten.upsample_{name}.vec": _capture_linear(rank) for rank, name in LINEAR_NAMES.items()},
+        {
+            f"aten.upsample_{name}.vec": _capture("upsample_linear", LINEAR)
+            for name in ("linear1d", "bilinear2d", "trilinear3d")
+        },
     ),
 )

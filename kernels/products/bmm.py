@@ -25,6 +25,7 @@ from ...errors import InvalidInputError
 from ..contract import epilogue as ep
 from ..contract.epilogue import Stage
 from ..contract.op import (
+    Arguments,
     Attributes,
     Builder,
     Config,
@@ -360,18 +361,12 @@ def _of_rank(g: Builder, x: Any, rank: int) -> Any:
     return g.apply("reshape", (x,), Reshape((*(1,) * missing, *shape))) if missing else x
 
 
-def _capture_matmul(g: Builder, a: Any, b: Any) -> Any:
-    return _product(g, a, b)
-
-
-def _capture_baddbmm(
-    g: Builder, c: Any, a: Any, b: Any, *, beta: float = 1, alpha: float = 1
-) -> Any:
+def _capture_baddbmm(g: Builder, a: Arguments) -> Any:
     """beta · c + alpha · a b."""
-    if beta != 1:
-        return g.refuse(f"baddbmm with beta={beta}; only 1 is")
-    scale = (Stage("mul", literal=float(alpha)),) if alpha != 1 else ()
-    return _product(g, a, b, (*scale, Stage("add")), c)
+    if a.beta != 1:
+        return g.refuse(f"baddbmm with beta={a.beta}; only 1 is")
+    scale = (Stage("mul", literal=float(a.alpha)),) if a.alpha != 1 else ()
+    return _product(g, a.batch1, a.batch2, (*scale, Stage("add")), a.self)
 
 
 def _added(g: Builder, seen: torch.Tensor, dtype: torch.dtype) -> Any:
@@ -379,29 +374,19 @@ def _added(g: Builder, seen: torch.Tensor, dtype: torch.dtype) -> Any:
     return g.add_constant(torch.zeros(seen.shape).masked_fill(~seen, -math.inf), dtype)
 
 
-def _capture_attention(
-    g: Builder,
-    q: Any,
-    k: Any,
-    v: Any,
-    mask: Any = None,
-    dropout: float = 0.0,
-    is_causal: bool = False,
-    *,
-    scale: float | None = None,
-    enable_gqa: bool = False,
-) -> Any:
+def _capture_attention(g: Builder, a: Arguments) -> Any:
     """softmax(q kᵀ · scale + mask) v."""
+    q, k, v, mask = a.query, a.key, a.value, a.attn_mask
     spec = g.spec(q)
-    if dropout or enable_gqa:
+    if a.dropout_p or a.enable_gqa:
         return g.refuse("attention with dropout or enable_gqa")
     if not spec.rank == g.spec(k).rank == g.spec(v).rank >= 3:
         return g.refuse("attention of factors of different ranks, or without leading dimensions")
     dims = tuple(range(spec.rank))
     keys = g.apply("permute", (k,), Permute((*dims[:-2], dims[-1], dims[-2])))
-    factor = 1 / math.sqrt(spec.shape[-1]) if scale is None else float(scale)
+    factor = 1 / math.sqrt(spec.shape[-1]) if a.scale is None else float(a.scale)
     stages: ep.Epilogue = (Stage("mul", literal=factor),)
-    if is_causal:
+    if a.is_causal:
         triangle = torch.ones(spec.shape[-2], g.spec(k).shape[-2], dtype=torch.bool).tril()
         mask = _added(g, triangle, spec.dtype)
     elif mask is not None and g.spec(mask).dtype is torch.bool:
@@ -445,9 +430,9 @@ OP = Op(
         ),
     ),
     aten={
-        "aten.bmm.default": _capture_matmul,
-        "aten.mm.default": _capture_matmul,
-        "aten.matmul.default": _capture_matmul,
+        "aten.bmm.default": lambda g, a: _product(g, a.self, a.mat2),
+        "aten.mm.default": lambda g, a: _product(g, a.self, a.mat2),
+        "aten.matmul.default": lambda g, a: _product(g, a.self, a.other),
         "aten.baddbmm.default": _capture_baddbmm,
         "aten.scaled_dot_product_attention.default": _capture_attention,
     },

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from ...errors import InvalidInputError
 from ..contract.epilogue import Stage
 from ..contract.op import (
+    Arguments,
     Attributes,
     Builder,
     Config,
@@ -74,16 +75,16 @@ def _build(draw: Mapping[str, Any]) -> tuple[Linear, tuple[TensorSpec, ...]] | N
     return Linear(), (x, TensorSpec((draw["K"], draw["C"]), torch.float32))
 
 
-def _capture(g: Builder, x: Any, w: Any, b: Any = None) -> Any:
+def _apply(g: Builder, x: Any, w: Any, b: Any) -> Any:
     if b is None:
         return g.apply("linear", (x, w))
     return g.apply("linear", (x, w, b), epilogue=(Stage("add"),))
 
 
-def _capture_addmm(g: Builder, b: Any, x: Any, wt: Any, beta: float = 1, alpha: float = 1) -> Any:
-    if beta != 1 or alpha != 1:
-        return g.refuse(f"addmm with beta={beta}, alpha={alpha}; only 1 and 1 are")
-    return _capture(g, x, _transposed(g, wt), b)
+def _capture_addmm(g: Builder, a: Arguments) -> Any:
+    if a.beta != 1 or a.alpha != 1:
+        return g.refuse(f"addmm with beta={a.beta}, alpha={a.alpha}; only 1 and 1 are")
+    return _apply(g, a.mat1, _transposed(g, a.mat2), a.self)
 
 
 def _transposed(g: Builder, wt: Any) -> Any:
@@ -110,7 +111,10 @@ OP = Op(
         },
         build=_build,
     ),
-    aten={"aten.linear.default": _capture, "aten.addmm.default": _capture_addmm},
+    aten={
+        "aten.linear.default": lambda g, a: _apply(g, a.input, a.weight, a.bias),
+        "aten.addmm.default": _capture_addmm,
+    },
     packs=lambda attributes: {1: lambda _, w: w.contiguous()},
     takes_prologue=True,
     images=False,
