@@ -130,6 +130,14 @@ def _cut(g: Builder, x: Any, dim: int, start: int, stop: int, step: int = 1) -> 
     return g.apply("slice", (x,), Slice(dim, start, stop, step))
 
 
+def _refuse_write(g: Builder, a: Arguments) -> Any:
+    """Other writes have been made concatenations (`capture/decompositions.py`)."""
+    return g.refuse(
+        "a write into every other element, or into some samples of a batch that varies; join or "
+        "stack the parts (torch.cat, torch.stack)"
+    )
+
+
 def _slice(g: Builder, a: Arguments) -> Any:
     dim, start, end, step = a.dim, a.start, a.end, a.step
     if isinstance(end, BatchExtent):
@@ -372,6 +380,8 @@ OPS = (
         "slice", Slice, infer_slice, slice_, build_slice,
         {
             "aten.slice.Tensor": _slice,
+            "aten.slice_scatter.default": _refuse_write,
+            "aten.select_scatter.default": _refuse_write,
             "aten.select.int": lambda g, a: _select(g, a.self, a.dim, a.index),
             "aten.narrow.default": lambda g, a: _cut(
                 g, a.self, a.dim, a.start, a.start + a.length

@@ -23,6 +23,7 @@ import triton.language as tl
 from ...errors import InvalidInputError
 from ..contract import epilogue as ep
 from ..contract.op import (
+    Arguments,
     Attributes,
     Builder,
     Config,
@@ -246,25 +247,22 @@ def cost(problem: Problem) -> Cost:
     return Cost(problem.inputs[0].spec.numel, read, written)
 
 
-def _capture_unfold(
-    g: Builder, x: Any, kernel: Any, dilation: Any, padding: Any, stride: Any
-) -> Any:
-    if g.spec(x).rank != 4:
+def _capture_unfold(g: Builder, a: Arguments) -> Any:
+    if g.spec(a.self).rank != 4:
         return g.refuse("unfold of an unbatched image; pass a batch dimension")
-    top, left = pair(padding)
+    x, (top, left) = a.self, pair(a.padding)
     if top or left:
         sides = (0, 0, top, left)
         x = g.apply("pad", (x,), Pad(sides, sides))
-    return g.apply("unfold", (x,), Unfold(pair(kernel), pair(stride), pair(dilation)))
+    windows = Unfold(pair(a.kernel_size), pair(a.stride), pair(a.dilation))
+    return g.apply("unfold", (x,), windows)
 
 
-def _capture_fold(
-    g: Builder, x: Any, size: Any, kernel: Any, dilation: Any, padding: Any, stride: Any
-) -> Any:
-    if g.spec(x).rank != 3:
+def _capture_fold(g: Builder, a: Arguments) -> Any:
+    if g.spec(a.self).rank != 3:
         return g.refuse("fold of unbatched columns; pass a batch dimension")
-    made = Fold(pair(kernel), pair(stride), pair(dilation), pair(size), pair(padding))
-    return g.apply("fold", (x,), made)
+    windows = pair(a.kernel_size), pair(a.stride), pair(a.dilation)
+    return g.apply("fold", (a.self,), Fold(*windows, pair(a.output_size), pair(a.padding)))
 
 
 def _build(draw: Mapping[str, Any]) -> tuple[Unfold, tuple[TensorSpec, ...]] | None:
