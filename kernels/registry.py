@@ -32,6 +32,7 @@ from .pooling import (
     mixed_pool,
     pool,
     pool_nd,
+    resample,
     upsample,
 )
 from .products import bmm, linear
@@ -73,6 +74,7 @@ OPS: tuple[Op, ...] = (
     lrn_pool.OP,
     pad.OP,
     *upsample.OPS,
+    resample.OP,
 )
 BY_NAME: dict[str, Op] = {op.name: op for op in OPS}
 CAPTURES: dict[str, Op] = {target: op for op in OPS for target in op.aten}

@@ -9,7 +9,7 @@ import convloom
 import pytest
 import torch
 import torch.nn.functional as F
-from convloom.errors import InvalidInputError, UnsupportedOpError
+from convloom.errors import InvalidInputError
 from convloom.kernels import registry
 from convloom.kernels.contract.op import Attributes
 from convloom.kernels.contract.spec import Layout, TensorSpec
@@ -139,12 +139,3 @@ def test_impossible_sizes_are_named(
     with pytest.raises(InvalidInputError, match=re.escape(message)) as raised:
         registry.get(name).infer(attributes, (spec,))
     assert str(raised.value).startswith(f"{name}: ")
-
-
-def test_bicubic_is_refused_by_name() -> None:
-    class Bicubic(nn.Module):
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return F.interpolate(x, scale_factor=2, mode="bicubic")
-
-    with pytest.raises(UnsupportedOpError, match=r"upsample_bicubic2d"):
-        convloom.compile(Bicubic(), (image(1, 2, 4, 4),), target="reference")

@@ -317,6 +317,13 @@ def resize(b: Builder) -> None:
     x = b.pick(*IMAGES)
     linear = {3: "linear", 4: "bilinear", 5: "trilinear"}[len(b.shape(x))]
     size = [b.one(2, 3, 7, 2 * side) for side in b.shape(x)[2:]]
+    if len(size) == 2 and b.chance(0.4):
+        b.let(b.one(
+            f"F.interpolate({x}, size={size}, mode='bicubic', align_corners={b.chance(0.5)})",
+            f"F.interpolate({x}, size={size}, mode='bilinear', antialias=True)",
+            f"F.interpolate({x}, scale_factor=0.5, mode='bicubic', antialias=True)",
+        ))  # fmt: skip
+        return
     b.let(b.alternative(
         f"F.interpolate({x}, scale_factor=2, mode='nearest')",
         f"F.interpolate({x}, size={size}, mode='nearest-exact')",

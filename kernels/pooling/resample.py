@@ -1,0 +1,379 @@
+"""Resizing of images by cubic filters and by filters that are as wide as the step between outputs
+(antialiasing), which `upsample` does not need.
+
+Output p looks at position s = (p + 1/2)·step − 1/2 of the input, or s = p·step where corners are
+aligned, and adds up inputs with the weights of a filter f around it, in every dimension:
+
+    cubic          f over the four pixels around s, a = −3/4; beyond the border its pixels repeat
+    antialiased    f(d / max(step, 1)) over all pixels of the image where it is not zero, divided by
+                   the sum of the weights, around (p + 1/2)·step; a triangle ("linear"), or cubic
+                   with a = −1/2. A dimension that keeps its size is left alone.
+
+The cubic filter is Keys' (1981, "Cubic convolution interpolation for digital image processing").
+x: (N, C, H, W) NHWC -> y: (N, C, *size) NHWC. Positions and weights are computed in fp32 for every
+dtype, as torch does on a GPU.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+
+from ...errors import InvalidInputError
+from ..contract.launch_tiles import tiled_launch, tiles_of
+from ..contract.op import (
+    Arguments,
+    Attributes,
+    Builder,
+    Config,
+    Cost,
+    Domain,
+    Launch,
+    Op,
+    Problem,
+    config,
+    tensor_bytes,
+    tile_config,
+)
+from ..contract.spec import Layout, TensorSpec
+from ..contract.targets import Target
+from .pool import channel_block
+
+CUBIC, LINEAR_WIDE, CUBIC_WIDE = "cubic", "antialiased-linear", "antialiased-cubic"
+REACH = {CUBIC: 2.0, LINEAR_WIDE: 1.0, CUBIC_WIDE: 2.0}
+"""Half of the width of each filter, in steps of at least one pixel."""
+
+
+@dataclass(frozen=True)
+class Resample(Attributes):
+    """size: of the output's image; steps: input pixels from one output to the next, fp32 values;
+    filter: one of `REACH`; corners: whether corner pixels lie on corner pixels."""
+
+    size: tuple[int, int] = (1, 1)
+    steps: tuple[float, float] = (1.0, 1.0)
+    filter: str = CUBIC
+    corners: bool = False
+
+
+def infer(attributes: Resample, inputs: tuple[TensorSpec, ...]) -> tuple[TensorSpec, ...]:
+    """(N, C, *size)."""
+    (x,) = inputs
+    if x.rank != 4 or min(*attributes.size, *x.shape[2:]) < 1:
+        raise InvalidInputError(f"resample: cannot resize {x} to {attributes.size}; expected "
+                                "x (N, C, H, W) and pixels in both")  # fmt: skip
+    if attributes.filter not in REACH or not all(0 <= s < math.inf for s in attributes.steps):
+        raise InvalidInputError(
+            f"resample: expected a filter of {', '.join(REACH)} and finite steps, got {attributes}"
+        )
+    return (TensorSpec((*x.shape[:2], *attributes.size), x.dtype, Layout.NHWC, x.batch),)
+
+
+def _filter(distance: torch.Tensor, kind: str) -> torch.Tensor:
+    d = distance.abs()
+    if kind == LINEAR_WIDE:
+        return (1 - d).clamp(min=0)
+    a = -0.75 if kind == CUBIC else -0.5
+    near = ((a + 2) * d - (a + 3)) * d * d + 1
+    far = ((a * d - 5 * a) * d + 8 * a) * d - 4 * a
+    return torch.where(d < 1, near, torch.where(d < 2, far, 0))
+
+
+def window(
+    attributes: Resample, dim: int, size: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """For every output along a dimension: (outputs, taps) pixels, weights, and which are there."""
+    kind, outputs, step = attributes.filter, attributes.size[dim], attributes.steps[dim]
+    index, offset = torch.arange(outputs, dtype=torch.float32), 0 if attributes.corners else 0.5
+    tap = torch.arange(taps(attributes, (size, size))[dim])
+    if kind == CUBIC:
+        centre = (index + offset) * step - offset
+        pixels = centre.floor().long()[:, None] - 1 + tap
+        weights = _filter(pixels - centre[:, None], kind)
+        return pixels.clamp(0, size - 1), weights, torch.ones_like(pixels, dtype=torch.bool)
+    if outputs == size:
+        pixels = index.long()[:, None]
+        return pixels, torch.ones(outputs, 1), torch.ones(outputs, 1, dtype=torch.bool)
+    width = max(step, 1.0)
+    middle, support = (index + 0.5) * step, REACH[kind] * width
+    start = (middle - support + 0.5).long().clamp(min=0)
+    stop = (middle + support + 0.5).long().clamp(max=size)
+    pixels = start[:, None] + tap
+    exists = pixels < stop[:, None]
+    weights = _filter((pixels + 0.5 - middle[:, None]) / width, kind) * exists
+    return pixels.clamp(max=size - 1), weights / weights.sum(1, keepdim=True), exists
+
+
+def reference(attributes: Resample, x: torch.Tensor) -> torch.Tensor:
+    """By torch's formulas, with positions and weights in fp32 whatever the dtype of x."""
+    y = x if x.dtype is torch.float64 else x.float()
+    for dim in (1, 0):
+        at = dim + 2
+        pixels, weights, exists = window(attributes, dim, x.shape[at])
+        column = (-1, *(1 for _ in range(at + 1, x.dim())))
+        total = torch.zeros((), dtype=y.dtype, device=x.device)
+        for tap in range(pixels.shape[1]):
+            taken = y.index_select(at, pixels[:, tap].to(x.device))
+            part = taken * weights[:, tap].to(y).view(column)
+            total = total + torch.where(exists[:, tap].to(x.device).view(column), part, 0)
+        y = total
+    return y.to(x.dtype)
+
+
+def taps(attributes: Resample, image: tuple[int, ...]) -> tuple[int, int]:
+    """Pixels that an output may look at, downwards and sideways."""
+
+    def along(size: int, outputs: int, step: float) -> int:
+        if attributes.filter == CUBIC:
+            return 4
+        reach = REACH[attributes.filter] * max(step, 1.0)
+        return 1 if size == outputs else min(size, 2 * math.ceil(reach) + 1)
+
+    vertical, horizontal = map(along, image, attributes.size, attributes.steps)
+    return vertical, horizontal
+
+
+@triton.jit
+def weight_of(distance, CUBIC: tl.constexpr, A: tl.constexpr):
+    """The filter at a distance from its centre, in steps."""
+    d = tl.abs(distance)
+    if CUBIC:
+        near = ((A + 2.0) * d - (A + 3.0)) * d * d + 1.0
+        far = ((A * d - 5.0 * A) * d + 8.0 * A) * d - 4.0 * A
+        result = tl.where(d < 1.0, near, tl.where(d < 2.0, far, 0.0))
+    else:
+        result = tl.maximum(1.0 - d, 0.0)
+    return result
+
+
+@triton.jit
+def window_of(
+    index,
+    SIZE: tl.constexpr,
+    OUTPUTS: tl.constexpr,
+    STEP: tl.constexpr,
+    FILTER: tl.constexpr,
+    CORNERS: tl.constexpr,
+    REACH: tl.constexpr,
+):
+    """The first pixel that an output looks at, the one behind its last, and the filter's centre
+    relative to the first."""
+    at = index.to(tl.float32)
+    if FILTER == "cubic":
+        centre = at * STEP if CORNERS else (at + 0.5) * STEP - 0.5
+        start = tl.floor(centre).to(tl.int32) - 1
+        stop = start + 4
+    elif SIZE == OUTPUTS:
+        start = index
+        stop = index + 1
+        centre = at
+    else:
+        support: tl.constexpr = REACH * max(STEP, 1.0)
+        middle = (at + 0.5) * STEP
+        start = tl.maximum((middle - support + 0.5).to(tl.int32), 0)
+        stop = tl.minimum((middle + support + 0.5).to(tl.int32), SIZE)
+        centre = middle - 0.5
+    return start, stop, centre - start.to(tl.float32)
+
+
+@triton.jit
+def share_of(
+    tap,
+    start,
+    stop,
+    centre,
+    SIZE: tl.constexpr,
+    OUTPUTS: tl.constexpr,
+    STEP: tl.constexpr,
+    FILTER: tl.constexpr,
+):
+    """The weight of a tap before normalisation, and whether it is one."""
+    if FILTER == "cubic":
+        weight = weight_of(tap - centre, True, -0.75)
+    elif SIZE == OUTPUTS:
+        weight = tl.where(stop > start, 1.0, 0.0)
+    else:
+        width: tl.constexpr = max(STEP, 1.0)
+        weight = weight_of((tap - centre) / width, FILTER == "antialiased-cubic", -0.5)
+    exists = start + tap < stop
+    return tl.where(exists, weight, 0.0), exists
+
+
+@triton.jit
+def resample_kernel(
+    x,
+    y,
+    extras,
+    m,
+    H: tl.constexpr,
+    WIDTH: tl.constexpr,
+    C: tl.constexpr,
+    P: tl.constexpr,
+    Q: tl.constexpr,
+    STEP_H: tl.constexpr,
+    STEP_W: tl.constexpr,
+    TAPS_H: tl.constexpr,
+    TAPS_W: tl.constexpr,
+    FILTER: tl.constexpr,
+    CORNERS: tl.constexpr,
+    REACH: tl.constexpr,
+    X_PITCH: tl.constexpr,
+    X_OFFSET: tl.constexpr,
+    Y_PITCH: tl.constexpr,
+    Y_OFFSET: tl.constexpr,
+    EPILOGUE: tl.constexpr,
+    WIDE: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_COLUMNS: tl.constexpr,
+):
+    column_tiles: tl.constexpr = (C + BLOCK_COLUMNS - 1) // BLOCK_COLUMNS
+    program = tl.program_id(0)
+    rows = program // column_tiles * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    columns = program % column_tiles * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
+    row_mask = rows < m
+    column_mask = columns < C
+    if WIDE:
+        rows = rows.to(tl.int64)
+    p, q = (rows // Q % P).to(tl.int32), (rows % Q).to(tl.int32)
+    top, bottom, middle = window_of(p, H, P, STEP_H, FILTER, CORNERS, REACH)
+    left, right, centre = window_of(q, WIDTH, Q, STEP_W, FILTER, CORNERS, REACH)
+    total_h = tl.zeros((BLOCK_ROWS,), tl.float32)
+    total_w = tl.zeros((BLOCK_ROWS,), tl.float32)
+    if FILTER != "cubic":
+        for tap in range(TAPS_H):
+            total_h += share_of(tap, top, bottom, middle, H, P, STEP_H, FILTER)[0]
+        for tap in range(TAPS_W):
+            total_w += share_of(tap, left, right, centre, WIDTH, Q, STEP_W, FILTER)[0]
+    else:
+        total_h += 1.0
+        total_w += 1.0
+    image = rows // (P * Q) * H
+    base = x + X_OFFSET + columns[None, :]
+    acc = tl.zeros((BLOCK_ROWS, BLOCK_COLUMNS), tl.float32)
+    for i in range(TAPS_H):
+        share, is_row = share_of(i, top, bottom, middle, H, P, STEP_H, FILTER)
+        # Beyond the border, where only cubic filters reach, its pixels repeat.
+        line = (image + tl.minimum(tl.maximum(top + i, 0), H - 1)) * WIDTH
+        row = tl.zeros((BLOCK_ROWS, BLOCK_COLUMNS), tl.float32)
+        for j in range(TAPS_W):
+            weight, is_column = share_of(j, left, right, centre, WIDTH, Q, STEP_W, FILTER)
+            pixel = line + tl.minimum(tl.maximum(left + j, 0), WIDTH - 1)
+            mask = (row_mask & is_row & is_column)[:, None] & column_mask[None, :]
+            value = tl.load(base + (pixel * X_PITCH)[:, None], mask=mask, other=0.0)
+            row += value.to(tl.float32) * (weight / total_w)[:, None]
+        acc += row * (share / total_h)[:, None]
+    acc = EPILOGUE(acc, rows, columns, row_mask, column_mask, extras)
+    address = y + Y_OFFSET + (rows * Y_PITCH)[:, None] + columns[None, :]
+    tl.store(address, acc.to(y.dtype.element_ty), mask=row_mask[:, None] & column_mask[None, :])
+
+
+def launches(problem: Problem, tile: Config, target: Target) -> tuple[Launch, ...]:
+    """One launch over all output pixels."""
+    attributes, (_, c, h, w) = problem.attributes, problem.inputs[0].shape
+    assert isinstance(attributes, Resample)
+    vertical, horizontal = taps(attributes, (h, w))
+    return tiled_launch(
+        problem,
+        tile,
+        resample_kernel,
+        {
+            "H": h, "WIDTH": w, "C": c, "P": attributes.size[0], "Q": attributes.size[1],
+            "STEP_H": attributes.steps[0], "STEP_W": attributes.steps[1],
+            "TAPS_H": vertical, "TAPS_W": horizontal, "FILTER": attributes.filter,
+            "CORNERS": attributes.corners, "REACH": REACH[attributes.filter],
+        },
+    )  # fmt: skip
+
+
+def configs(problem: Problem, target: Target) -> Iterator[Config]:
+    """256 to 1024 results per program."""
+    yield from tiles_of((256, 512, 1024), (16, 32, 64, 128))
+
+
+def default(problem: Problem, target: Target) -> Config:
+    """512 results, 4 per thread."""
+    c = problem.output.shape[1]
+    if target.name == "interpreter":
+        return tile_config(problem.output.spec.numel // c, c, target)
+    columns = channel_block(c)
+    return config(4, 1, BLOCK_ROWS=512 // columns, BLOCK_COLUMNS=columns)
+
+
+def cost(problem: Problem) -> Cost:
+    """A multiplication and an addition per pixel that an output looks at, and the weights."""
+    attributes = problem.attributes
+    assert isinstance(attributes, Resample)
+    read, written = tensor_bytes(problem)
+    vertical, horizontal = taps(attributes, problem.inputs[0].shape[2:])
+    return Cost(2 * vertical * horizontal * problem.output.spec.numel, read, written)
+
+
+def step_of(size: int, outputs: int, corners: bool, scale: float | None) -> float:
+    """Input pixels between neighbouring outputs, rounded to fp32 as torch's own kernels do: a scale
+    that the caller gave counts exactly, not the ratio of the sizes it led to."""
+    if corners:
+        ratio = (size - 1) / (outputs - 1) if outputs > 1 else 0.0
+    else:
+        ratio = 1.0 / scale if scale else size / outputs
+    return float(torch.tensor(ratio, dtype=torch.float32))
+
+
+def _capture(g: Builder, a: Arguments, kind: str) -> Any:
+    extents, size, scales = g.spec(a.input).shape[2:], a.output_size, a.scale_factors
+    corners = bool(a.align_corners)
+    if size is None:
+        size = [math.floor(old * scale) for old, scale in zip(extents, scales, strict=True)]
+    vertical, horizontal = (
+        step_of(old, int(new), corners, scale)
+        for old, new, scale in zip(extents, size, scales or [None] * 2, strict=True)
+    )
+    shape = (int(size[0]), int(size[1]))
+    return g.apply("resample", (a.input,), Resample(shape, (vertical, horizontal), kind, corners))
+
+
+def _build(draw: Mapping[str, Any]) -> tuple[Resample, tuple[TensorSpec, ...]]:
+    image, size, corners = draw["image"], draw["size"], draw["corners"]
+    vertical, horizontal = (
+        step_of(old, new, corners, None) for old, new in zip(image, size, strict=True)
+    )
+    x = TensorSpec((draw["N"], draw["C"], *image), torch.float32, Layout.NHWC)
+    return Resample(size, (vertical, horizontal), draw["filter"], corners), (x,)
+
+
+OP = Op(
+    name="resample",
+    attributes=Resample,
+    infer=infer,
+    reference=reference,
+    launches=launches,
+    configs=configs,
+    default=default,
+    cost=cost,
+    domain=Domain(
+        ranges={
+            "N": (1, 2),
+            "C": (1, 3, 8, 33),
+            "image": ((1, 1), (2, 3), (7, 5), (9, 12)),
+            "size": ((1, 1), (4, 6), (7, 7), (5, 13)),
+            "filter": tuple(REACH),
+            "corners": (False, True),
+        },
+        build=_build,
+        interesting=tuple(
+            {"N": 2, "C": 20, "image": (9, 7), "size": size, "filter": kind, "corners": False}
+            for kind in REACH
+            for size in ((4, 7), (18, 10))
+        ),
+    ),
+    aten={
+        "aten.upsample_bicubic2d.vec": lambda g, a: _capture(g, a, CUBIC),
+        "aten._upsample_bilinear2d_aa.vec": lambda g, a: _capture(g, a, LINEAR_WIDE),
+        "aten._upsample_bicubic2d_aa.vec": lambda g, a: _capture(g, a, CUBIC_WIDE),
+    },
+    batched="upsampling",
+)
