@@ -8,23 +8,15 @@ from typing import Any
 
 import torch
 
-from ..contract.op import Attributes, BatchExtent, Builder, Capture, Domain, Op
-from ..contract.spec import FLOAT_DTYPES, Layout, TensorSpec
+from ..contract.op import Attributes, BatchExtent, Builder, Capture, Op
+from ..contract.spec import FLOAT_DTYPES, TensorSpec
 from . import pointwise
 from .movement import (
-    SHAPES,
     Concat,
     FlattenPixels,
     Permute,
     Relayout,
     Slice,
-    build_concat,
-    build_expand,
-    build_flatten,
-    build_permute,
-    build_relayout,
-    build_reshape,
-    build_slice,
     concat,
     cost,
     expand,
@@ -292,7 +284,6 @@ def _op(
     attributes: type[Attributes],
     infer: Callable[[Any, tuple[TensorSpec, ...]], tuple[TensorSpec, ...]],
     reference: Callable[..., torch.Tensor],
-    build: Callable[[Mapping[str, Any]], Any],
     aten: Mapping[str, Capture],
     **changes: Any,
 ) -> Op:
@@ -301,18 +292,6 @@ def _op(
         "integers": True,
         "launches": launches,
         "takes_epilogue": True,
-        "domain": Domain(
-            ranges={
-                "shape": SHAPES,
-                "seed": tuple(range(1, 7)),
-                "cut": (0, 1),
-                "step": (1, 2),
-                "count": (1, 2, 3),
-                "flat": (False, True),
-                "layout": tuple(Layout),
-            },
-            build=build,
-        ),
     }
     fields.update(changes)
     return Op(
@@ -330,7 +309,7 @@ def _op(
 
 OPS = (
     _op(
-        "reshape", Reshape, infer_reshape, reshape, build_reshape,
+        "reshape", Reshape, infer_reshape, reshape,
         {
             "aten.view.default": _capture_view,
             "aten.reshape.default": _capture_view,
@@ -344,11 +323,11 @@ OPS = (
         images=False, launches=launches_linear, legal=legal_linear, takes_epilogue=False,
     ),
     _op(
-        "flatten_pixels", FlattenPixels, infer_flatten, flatten, build_flatten, {},
+        "flatten_pixels", FlattenPixels, infer_flatten, flatten, {},
         launches=launches_linear, legal=legal_linear, takes_epilogue=False,
     ),
     _op(
-        "permute", Permute, infer_permute, permute, build_permute,
+        "permute", Permute, infer_permute, permute,
         {
             "aten.permute.default": _capture_permute,
             "aten.transpose.int": _capture_transpose,
@@ -357,7 +336,7 @@ OPS = (
         follows=True,
     ),
     _op(
-        "expand", Expand, infer_expand, expand, build_expand,
+        "expand", Expand, infer_expand, expand,
         {
             "aten.expand.default": _capture_expand,
             "aten.repeat_interleave.self_int": _capture_repeat_interleave,
@@ -379,7 +358,7 @@ OPS = (
         takes_epilogue=False,
     ),
     _op(
-        "slice", Slice, infer_slice, slice_, build_slice,
+        "slice", Slice, infer_slice, slice_,
         {
             "aten.slice.Tensor": _capture_slice,
             "aten.select.int": _capture_select,
@@ -397,7 +376,7 @@ OPS = (
         takes_epilogue=False,
     ),
     _op(
-        "concat", Concat, infer_concat, concat, build_concat,
+        "concat", Concat, infer_concat, concat,
         {
             "aten.cat.default": _capture_cat,
             "aten.stack.default": _capture_stack,
@@ -408,7 +387,7 @@ OPS = (
         launches=launches_concat, takes_epilogue=False,
     ),
     _op(
-        "relayout", Relayout, infer_relayout, relayout, build_relayout,
+        "relayout", Relayout, infer_relayout, relayout,
         {"aten._to_copy.default": _capture_cast, "aten.to.dtype": lambda g, x, dtype, *_: (
             _capture_cast(g, x, dtype=dtype)
         )},

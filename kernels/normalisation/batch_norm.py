@@ -10,7 +10,7 @@ serves the ones that cannot be (after a concatenation or a pooling, as in DenseN
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,7 +26,6 @@ from ..contract.op import (
     Builder,
     Config,
     Cost,
-    Domain,
     Launch,
     Op,
     Problem,
@@ -38,7 +37,7 @@ from ..contract.op import (
     tensor_bytes,
     tile_config,
 )
-from ..contract.spec import MEMORY_FORMATS, Layout, TensorSpec
+from ..contract.spec import TensorSpec
 from ..contract.targets import Target
 
 
@@ -246,15 +245,6 @@ def cost(problem: Problem) -> Cost:
     return Cost(3 * problem.output.spec.numel, read, written)
 
 
-def _build(draw: Mapping[str, Any]) -> tuple[BatchNorm, tuple[TensorSpec, ...]] | None:
-    shape = tuple(draw["shape"])
-    attributes = BatchNorm(draw["eps"], draw["weight"], draw["bias"])
-    layout = Layout.NHWC if len(shape) in MEMORY_FORMATS and draw["nhwc"] else Layout.DENSE
-    channel = TensorSpec((shape[1],), torch.float32)
-    x = TensorSpec(shape, torch.float32, layout)
-    return attributes, (x, *(channel for _ in attributes.inputs[1:]))
-
-
 def _apply(g: Builder, x: Any, w: Any, b: Any, mean: Any, var: Any, eps: float) -> Any:
     if mean is None or var is None:
         return g.refuse("batch normalisation without running statistics")
@@ -302,21 +292,8 @@ OP = Op(
     configs=configs,
     default=default,
     cost=cost,
-    domain=Domain(
-        ranges={
-            "shape": (
-                (4, 1), (3, 10), (2, 5, 7), (1, 3, 9, 8), (2, 16, 5, 1), (2, 33, 3, 4),
-                (1, 1, 1, 1), (2, 3, 2, 4, 3),
-            ),
-            "nhwc": (True, True, False),
-            "weight": (True, True, False),
-            "bias": (True, True, False),
-            "eps": (1e-5, 1e-3),
-        },
-        build=_build,
-        # Variances are drawn from the same range as everything else.
-        range=(0.1, 3.0),
-    ),
+    # Variances are drawn from the same range as everything else.
+    input_range=(0.1, 3.0),
     aten={
         "aten._native_batch_norm_legit_no_training.default": _capture_inference,
         "aten.batch_norm.default": _capture,
