@@ -24,6 +24,7 @@ from convloom.kernels.contract import targets
 from convloom.kernels.contract.op import Op, Operand, Problem
 from convloom.kernels.devices import offline
 from convloom.kernels.devices.offline import CompileRequest
+from convloom.tests.domains import domain_of
 
 from . import ops, report
 
@@ -39,7 +40,7 @@ def problems() -> Iterator[tuple[str, Op, Problem]]:
         typical = ops.problem_of(op, {})
         if typical is not None:
             yield op.name, op, typical
-        for index, draw in enumerate(op.domain.interesting):
+        for index, draw in enumerate(domain_of(op).interesting):
             yield f"{op.name} interesting {index}", op, _drawn(op, draw)
     for name, (op_name, values) in ops.VARIANTS.items():
         op = registry.get(op_name)
@@ -49,7 +50,7 @@ def problems() -> Iterator[tuple[str, Op, Problem]]:
 
 
 def _drawn(op: Op, draw: Mapping[str, Any]) -> Problem:
-    built = op.domain.build(draw)
+    built = domain_of(op).build(draw)
     assert built is not None, (op.name, draw)
     attributes, specs = built
     half = tuple(

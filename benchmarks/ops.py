@@ -22,6 +22,7 @@ from convloom.compiler.tuning.cuda import CudaBackend
 from convloom.kernels import registry
 from convloom.kernels.contract import cost_model, targets
 from convloom.kernels.contract.op import Config, Op, Operand, Problem
+from convloom.tests.domains import domain_of
 
 from .machine_info import git_hash
 from .traffic import READ, WRITE, fetched_bytes, traffic
@@ -103,7 +104,7 @@ class Row:
 
 def draw_of(op: Op, values: Mapping[str, Any]) -> dict[str, Any]:
     """A draw of the op's domain with the values given by name, else the first of a range."""
-    ranges = op.domain.ranges
+    ranges = domain_of(op).ranges
     shaped: dict[str, Any] = {}
     for name, known in ranges.items():
         wanted, first = values.get(name), known[0]
@@ -123,10 +124,10 @@ def problem_of(op: Op, values: Mapping[str, Any]) -> Problem | None:
     """The op at a shape, in half precision, every tensor in a buffer of its own."""
     is_volume = any(
         isinstance(known[0], tuple) and len(known[0]) == 3
-        for name, known in op.domain.ranges.items() if name in ("image", "kernel", "stride")
+        for name, known in domain_of(op).ranges.items() if name in ("image", "kernel", "stride")
     )  # fmt: skip
     own = {**(VOLUME if is_volume else {}), **SHAPES.get(op.name, {})}
-    built = op.domain.build(draw_of(op, {**TYPICAL, **own, **values}))
+    built = domain_of(op).build(draw_of(op, {**TYPICAL, **own, **values}))
     if built is None:
         return None
     attributes, drawn = built
@@ -142,7 +143,7 @@ def problem_of(op: Op, values: Mapping[str, Any]) -> Problem | None:
 def typical(op: Op, values: Mapping[str, Any]) -> Problem:
     """The op at its typical shape, or the first of its domain's interesting ones."""
     problem = problem_of(op, values)
-    for draw in op.domain.interesting:
+    for draw in domain_of(op).interesting:
         problem = problem or problem_of(op, draw)
     assert problem is not None, f"{op.name}: no typical shape; name one in SHAPES"
     return problem
@@ -155,7 +156,7 @@ def counted(
     if op.cost(problem).size_bytes <= SMALL_MB * 1e6:
         return problem, tile
     smaller: dict[str, Any] = {**values, **COUNTED}
-    if any(len(known[0]) == 3 for known in [op.domain.ranges.get("image", ((),))]):
+    if any(len(known[0]) == 3 for known in [domain_of(op).ranges.get("image", ((),))]):
         smaller["image"] = (4, 14, 14)
     problem = problem_of(op, smaller) or problem
     usual = op.default(problem, TARGET)

@@ -19,6 +19,7 @@ from convloom.kernels.contract.op import Config, Op, Problem
 from convloom.kernels.contract.spec import TensorSpec
 
 from . import harness
+from .domains import domain_of
 from .fuzz.contract import NOISE_RUNS, Noise, same
 from .harness import Case, Interpreter
 
@@ -39,13 +40,13 @@ def drawn(op: Op, precision: str, count: int = DRAWS, interesting: int = 2) -> l
     """The first draws that the domain always tries, and random ones that the op's name decides."""
     chosen = random.Random(f"{op.name} {precision}")
     dtype = dtype_of(precision)
-    draws: list[Any] = list(op.domain.interesting[:interesting])
+    draws: list[Any] = list(domain_of(op).interesting[:interesting])
     cases = [case for draw in draws if (case := harness.case_of(op, draw, dtype)) is not None]
     wanted = len(cases) + count
     for _ in range(TRIES):
         if len(cases) == wanted:
             break
-        draw = {name: chosen.choice(list(values)) for name, values in op.domain.ranges.items()}
+        draw = {name: chosen.choice(list(values)) for name, values in domain_of(op).ranges.items()}
         if (case := harness.case_of(op, draw, dtype)) is not None:
             cases.append(case)
     assert cases, f"{op.name}: no draw of its domain is possible"

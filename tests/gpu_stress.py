@@ -175,8 +175,8 @@ def check_against_interpreter(device: Interpreter, name: str, precision: str) ->
     case = drawn(op, precision)[0]
     problem = problem_of(case, precision)
     tile = op.default(problem, device.target)
-    low, high = op.domain.range
-    whole = op.domain.prepare(
+    low, high = op.input_range
+    whole = op.prepare(
         case.attributes,
         tuple(harness.make_integers(spec, at, low, high) for at, spec in enumerate(case.specs)),
     )

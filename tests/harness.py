@@ -16,6 +16,8 @@ from convloom.kernels.contract.targets import EMULATOR, INTERPRETER, Target, par
 from convloom.kernels.devices import emulator, execute, interpreter
 from hypothesis import strategies as st
 
+from .domains import domain_of
+
 # ---------------------------------------------------------------------------------- drawing
 
 
@@ -36,22 +38,22 @@ class Case:
 
     def tensors(self, seed: int = 0) -> tuple[torch.Tensor, ...]:
         """Inputs with uniform values from the domain's range."""
-        low, high = self.op.domain.range
+        low, high = self.op.input_range
         drawn = tuple(
             make_tensor(spec, seed + index, low, high) for index, spec in enumerate(self.specs)
         )
-        return self.op.domain.prepare(self.attributes, drawn)
+        return self.op.prepare(self.attributes, drawn)
 
 
 def draws(op: Op) -> st.SearchStrategy[dict[str, Any]]:
     """A strategy over the plain ranges of the op's domain."""
-    ranges = {name: st.sampled_from(list(values)) for name, values in op.domain.ranges.items()}
+    ranges = {name: st.sampled_from(list(values)) for name, values in domain_of(op).ranges.items()}
     return st.fixed_dictionaries(ranges)
 
 
 def case_of(op: Op, draw: Any, dtype: torch.dtype = torch.float32) -> Case | None:
     """The case behind one draw of the domain, or None where the draw is impossible."""
-    built = op.domain.build(draw)
+    built = domain_of(op).build(draw)
     return built and Case(op, built[0], with_dtype(op, built[1], dtype))
 
 

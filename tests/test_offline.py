@@ -27,6 +27,7 @@ from convloom.kernels.tile import choice
 from convloom.kernels.tile.conv_geometry import Conv2d
 
 from . import harness
+from .domains import domain_of
 
 HALF = torch.float16
 BIAS = (Stage("add"), Stage("relu"))
@@ -209,7 +210,7 @@ def sample_problems(dtypes: tuple[torch.dtype, ...]) -> Iterator[tuple[str, Prob
         generator = random.Random(op.name)
         for dtype in dtypes:
             for _ in range(100):
-                draw = {name: generator.choice(list(v)) for name, v in op.domain.ranges.items()}
+                draw = {name: generator.choice(list(v)) for name, v in domain_of(op).ranges.items()}
                 if (case := harness.case_of(op, draw, dtype)) is not None:
                     yield op.name, harness.problem_for(op, case.attributes, case.specs)
                     break

@@ -27,6 +27,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from . import harness
+from .domains import domain_of
 from .harness import Case
 
 every_op = pytest.mark.parametrize("name", registry.BY_NAME)
@@ -78,7 +79,7 @@ def test_kernel_agrees_with_reference(
 INTERESTING = [
     pytest.param(op.name, draw, id=f"{op.name}-{index}")
     for op in registry.OPS
-    for index, draw in enumerate(op.domain.interesting)
+    for index, draw in enumerate(domain_of(op).interesting)
 ]
 
 
@@ -106,7 +107,7 @@ def test_what_stands_for_no_element_is_not_seen(name: str, draw: Any, first: str
     others are negative, and so is what a convolution of positive pixels makes of them."""
     op = registry.get(name)
     case = harness.case_of(op, draw)
-    low, high = op.domain.range
+    low, high = op.input_range
     if case is None or low >= 0:
         return
     drawn = [
@@ -114,7 +115,7 @@ def test_what_stands_for_no_element_is_not_seen(name: str, draw: Any, first: str
     ]
     if first == "positive":
         drawn[0] = harness.make_tensor(case.specs[0], 0, high / 4, high)
-    tensors = op.domain.prepare(case.attributes, tuple(drawn))
+    tensors = op.prepare(case.attributes, tuple(drawn))
     # Rows that lie apart and rows that do not may take different kernels.
     for pad in (3, 0):
         problem = harness.problem_for(op, case.attributes, case.specs, pad=pad)
@@ -223,10 +224,10 @@ def test_whole_numbers_are_exact(name: str, data: st.DataObject, seed: int) -> N
     case = data.draw(harness.cases(op))
     problem = harness.problem_for(op, case.attributes, case.specs)
     drawn = tuple(
-        harness.make_integers(spec, seed + index, *op.domain.range)
+        harness.make_integers(spec, seed + index, *op.input_range)
         for index, spec in enumerate(case.specs)
     )
-    tensors = op.domain.prepare(case.attributes, drawn)
+    tensors = op.prepare(case.attributes, drawn)
     exact = harness.expected(op, problem, tensors)
     if not all(torch.equal(truth, truth.round()) for truth in exact):
         return

@@ -36,6 +36,7 @@ from convloom.kernels.products.linear import Linear
 from torch import nn
 
 from . import harness
+from .domains import domain_of
 from .nets import make
 from .test_records import SM_90, conv, record_of, relu, stale
 
@@ -333,7 +334,7 @@ def _draws(op: Any) -> Iterator[dict[str, Any]]:
 
     generator = random.Random(op.name)
     for _ in range(200):
-        yield {name: generator.choice(list(v)) for name, v in op.domain.ranges.items()}
+        yield {name: generator.choice(list(v)) for name, v in domain_of(op).ranges.items()}
 
 
 def test_the_model_prefers_what_the_guide_says() -> None:

@@ -75,7 +75,7 @@ class Bench:
         self.batch = next((batch for batch in batches if batch is not None), 1)
         self._packs = self.op.packs(problem.attributes)
         generator = torch.Generator(device).manual_seed(seed)
-        low, high = self.op.domain.range
+        low, high = self.op.input_range
 
         def draw(spec: TensorSpec, low: float, high: float) -> torch.Tensor:
             values = torch.rand(spec.shape, generator=generator, device=device)
@@ -87,7 +87,7 @@ class Bench:
             else draw(operand.spec, low, high)
             for slot, operand in enumerate(problem.inputs)
         )
-        self.inputs = self.op.domain.prepare(problem.attributes, self.inputs)
+        self.inputs = self.op.prepare(problem.attributes, self.inputs)
         self.operands = tuple(draw(o.spec, *OPERAND_RANGE) for o in problem.operands)
         self.before = tuple(draw(o.spec, *OPERAND_RANGE) for o in problem.prologue_operands)
         self._exact = self._reference(torch.float64)

@@ -1,7 +1,7 @@
 """What an op is to the rest of convloom: one frozen record of functions, made by the op's file.
 
 An op's file holds, top to bottom: the maths, attributes, `infer`, `reference`, the kernels, the
-tuning space with its legality and its default, the launches, the cost, the domain tests draw from.
+tuning space with its legality and its default, the launches, the cost.
 """
 
 from __future__ import annotations
@@ -264,25 +264,6 @@ def tensor_bytes(problem: Problem) -> tuple[int, int]:
     )
 
 
-@dataclass(frozen=True)
-class Domain:
-    """Where tests draw an op's problems from, as plain data.
-
-    ranges: a name and the values it may take; `build` turns one draw into attributes and input
-    specs, or returns None where the draw is impossible. `interesting` lists draws that are always
-    tried: past failures and the shapes guards are checked on. `prepare(attributes, tensors)` makes
-    drawn tensors valid inputs, where not all are (indices).
-    """
-
-    ranges: Mapping[str, Sequence[Any]]
-    build: Callable[[Mapping[str, Any]], tuple[Attributes, tuple[TensorSpec, ...]] | None]
-    interesting: tuple[Mapping[str, Any], ...] = ()
-    range: tuple[float, float] = (-2.0, 2.0)
-    prepare: Callable[[Any, tuple[torch.Tensor, ...]], tuple[torch.Tensor, ...]] = (
-        lambda attributes, tensors: tensors
-    )
-
-
 class Builder(Protocol):
     """What an op's capture function may do: apply ops to values, look at their specs."""
 
@@ -342,6 +323,8 @@ class Op:
     packs(attributes): for inputs that must be constants, how their tensor lies in memory.
     factors: inputs that its matrix products take as they are: constants among them keep their
     dtype, where any other that is not packed is read as fp32.
+    input_range: where the tuner and the tests draw the elements of inputs from.
+    prepare(attributes, tensors): drawn tensors as valid inputs, where not all are (indices).
     takes_epilogue / takes_prologue: whether pointwise stages may be fused into the op.
     images: rank-4 tensors are NHWC for this op; False means it wants dense memory.
     integers: results may be int64: the op makes whole numbers (below 2^24) or moves them.
@@ -359,12 +342,15 @@ class Op:
     configs: Callable[[Problem, Target], Iterator[Config]]
     default: Callable[[Problem, Target], Config]
     cost: Callable[[Problem], Cost]
-    domain: Domain
     legal: Callable[[Problem, Config, Target], str | None] = lambda problem, config, target: None
     aten: Mapping[str, Capture] = field(default_factory=lambda: NONE)
     batched: str = ""
     packs: Callable[[Any], Mapping[int, Pack]] = lambda attributes: {}
     factors: tuple[int, ...] = ()
+    input_range: tuple[float, float] = (-2.0, 2.0)
+    prepare: Callable[[Any, tuple[torch.Tensor, ...]], tuple[torch.Tensor, ...]] = (
+        lambda attributes, tensors: tensors
+    )
     takes_epilogue: bool = True
     takes_prologue: bool = False
     images: bool = True
@@ -417,7 +403,6 @@ __all__ = [
     "Capture",
     "Config",
     "Cost",
-    "Domain",
     "Epilogue",
     "GeneratedFunction",
     "Launch",

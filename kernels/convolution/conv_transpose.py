@@ -24,19 +24,15 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from functools import partial
-from typing import Any
 
-import torch
 import triton
 import triton.language as tl
 
-from ...errors import InvalidInputError
 from ..contract import epilogue as ep
 from ..contract.op import (
     Capture,
     Config,
     Cost,
-    Domain,
     Launch,
     Op,
     Problem,
@@ -48,7 +44,6 @@ from ..contract.op import (
     power_of_two,
     tensor_bytes,
 )
-from ..contract.spec import Layout, TensorSpec
 from ..contract.targets import Target
 from ..movement.arguments import attributes_of, with_bias
 from ..products import gemm
@@ -374,44 +369,10 @@ def _capture(name: str, make: type[ConvTranspose]) -> Capture:
     return lambda g, a: with_bias(g, name, a, attributes_of(g, a, make))
 
 
-def _build(
-    make: type[ConvTranspose], draw: Mapping[str, Any]
-) -> tuple[ConvTranspose, tuple[TensorSpec, ...]] | None:
-    dims = 2 if make is ConvTranspose2d else 3
-    groups, per_group, per_group_out = draw["groups"], draw["C"], draw["K"]
-    if draw["depthwise"]:
-        groups, per_group, per_group_out = groups * per_group, 1, min(per_group_out, 2)
-    attributes = make(
-        draw["stride"][-dims:],
-        draw["padding"][-dims:],
-        draw["output_padding"][-dims:],
-        draw["dilation"][-dims:],
-        groups,
-    )
-    x = TensorSpec(
-        (draw["N"], groups * per_group, *draw["image"][-dims:]), torch.float32, Layout.NHWC
-    )
-    w = TensorSpec((groups * per_group, per_group_out, *draw["filter"][-dims:]), torch.float32)
-    try:
-        infer(OP_NAMES[make], attributes, (x, w))
-    except InvalidInputError:
-        return None
-    return attributes, (x, w)
-
-
 OP_NAMES: dict[type[ConvTranspose], str] = {
     ConvTranspose2d: "conv_transpose2d",
     ConvTranspose3d: "conv_transpose3d",
 }
-
-
-def _draw(**changes: Any) -> Mapping[str, Any]:
-    plain = {
-        "N": 2, "image": (2, 4, 3), "C": 16, "K": 8, "filter": (3, 3, 3), "stride": (2, 2, 2),
-        "padding": (1, 1, 1), "output_padding": (1, 1, 1), "dilation": (1, 1, 1), "groups": 1,
-        "depthwise": False,
-    }  # fmt: skip
-    return {**plain, **changes}
 
 
 def _op(make: type[ConvTranspose], aten: Mapping[str, Capture]) -> Op:
@@ -426,33 +387,6 @@ def _op(make: type[ConvTranspose], aten: Mapping[str, Capture]) -> Op:
         default=default,
         legal=legal,
         cost=cost,
-        domain=Domain(
-            ranges={
-                "N": (1, 2),
-                "image": ((1, 1, 1), (2, 5, 5), (3, 4, 6), (2, 7, 3)),
-                "C": (1, 3, 8, 16),
-                "K": (1, 8, 10),
-                "filter": ((1, 1, 1), (3, 3, 3), (2, 2, 2), (1, 5, 2), (2, 1, 6)),
-                "stride": ((1, 1, 1), (2, 2, 2), (1, 2, 3), (3, 4, 1)),
-                "padding": ((0, 0, 0), (1, 1, 1), (0, 2, 1), (3, 0, 2)),
-                "output_padding": ((0, 0, 0), (1, 1, 1), (0, 2, 1)),
-                "dilation": ((1, 1, 1), (1, 1, 1), (2, 2, 2), (1, 3, 4)),
-                "groups": (1, 2, 3),
-                "depthwise": (False, False, True),
-            },
-            build=partial(_build, make),
-            interesting=(
-                _draw(),
-                # The upsampling of U-Net, of DCGAN and of FCN.
-                _draw(filter=(2, 2, 2), padding=(0, 0, 0), output_padding=(0, 0, 0)),
-                _draw(filter=(4, 4, 4), output_padding=(0, 0, 0), K=33),
-                _draw(filter=(4, 4, 4), output_padding=(0, 0, 0), depthwise=True),
-                # Phases without taps: dilation and stride share a factor; fewer taps than phases.
-                _draw(dilation=(2, 2, 2), C=3),
-                _draw(filter=(1, 1, 1), stride=(3, 3, 3), padding=(0, 0, 0), groups=2),
-                _draw(stride=(2, 4, 3), dilation=(1, 6, 2), filter=(1, 3, 2), C=20),
-            ),
-        ),
         aten=aten,
         batched="convolution",
         packs=lambda attributes: {1: pack},

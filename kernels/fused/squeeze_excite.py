@@ -30,7 +30,6 @@ from ..contract.op import (
     Attributes,
     Config,
     Cost,
-    Domain,
     Launch,
     Op,
     Problem,
@@ -265,18 +264,6 @@ def packs(attributes: SqueezeExcite) -> Mapping[int, Callable[[Any, torch.Tensor
     }
 
 
-def _build(draw: Mapping[str, Any]) -> tuple[SqueezeExcite, tuple[TensorSpec, ...]] | None:
-    n, c, d, (h, width) = draw["N"], draw["C"], draw["D"], draw["image"]
-    ones = (1, 1) if draw["convolutions"] else ()
-    # The sigmoid is not zero at zero: units outside the layer must not leak.
-    stages = (ep.Stage("add"), ep.Stage("sigmoid")) if draw["stages"] else ()
-    x = TensorSpec((n, c, h, width), torch.float32, Layout.NHWC)
-    specs = [x, TensorSpec((d, c, *ones), torch.float32), TensorSpec((c, d, *ones), torch.float32)]
-    if stages:
-        specs.append(TensorSpec((d, *ones), torch.float32))
-    return SqueezeExcite(stages), tuple(specs)
-
-
 OP = Op(
     name="squeeze_excite",
     attributes=SqueezeExcite,
@@ -287,22 +274,7 @@ OP = Op(
     default=default,
     legal=legal,
     cost=cost,
-    domain=Domain(
-        ranges={
-            "N": (1, 2, 3),
-            "C": (1, 8, 33, 64, 120),
-            "D": (1, 6, 16, 20),
-            "image": ((1, 1), (5, 7), (14, 14)),
-            "convolutions": (True, False),
-            "stages": (True, False),
-        },
-        build=_build,
-        interesting=(
-            {"N": 2, "C": 72, "D": 24, "image": (28, 28), "convolutions": True, "stages": True},
-            {"N": 1, "C": 33, "D": 5, "image": (1, 1), "convolutions": False, "stages": True},
-        ),
-        # Not centred on zero: an error relative to a mean that cancels means nothing.
-        range=(-1.0, 2.0),
-    ),
+    # Not centred on zero: an error relative to a mean that cancels means nothing.
+    input_range=(-1.0, 2.0),
     packs=packs,
 )

@@ -15,9 +15,8 @@ whose filter taps are constants in its code. 3x3 over 3 channels, 128x64, half p
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -31,7 +30,6 @@ from ..contract.op import (
     Attributes,
     Config,
     Cost,
-    Domain,
     Launch,
     Op,
     Problem,
@@ -43,11 +41,11 @@ from ..contract.op import (
     power_of_two,
     tensor_bytes,
 )
-from ..contract.spec import Layout, TensorSpec
+from ..contract.spec import TensorSpec
 from ..contract.targets import Target
 from ..tile import choice, conv_geometry
 from ..tile.conv_geometry import Conv2d
-from .stem_input import check_normalisation, draw_image, normalised, side_by_side, strides_of_image
+from .stem_input import check_normalisation, normalised, side_by_side, strides_of_image
 
 MOST_TERMS = {torch.float16: 160, torch.bfloat16: 160, torch.float32: 48}
 """Terms of one sum, all unrolled, that fit registers. 7x7 over 3 channels takes 146 registers on
@@ -296,18 +294,6 @@ def cost(problem: Problem) -> Cost:
     return Cost(flops, read, written)
 
 
-def _build(draw: Mapping[str, Any]) -> tuple[Stem, tuple[TensorSpec, ...]] | None:
-    x, (mean, scale) = draw_image(draw)
-    conv = Conv2d(draw["stride"], draw["padding"], draw["dilation"])
-    w = TensorSpec((draw["K"], draw["C"], *draw["filter"]), torch.float32)
-    attributes = Stem(conv, mean, scale)
-    try:
-        infer(attributes, (x, w))
-    except InvalidInputError:
-        return None
-    return attributes, (x, w)
-
-
 OP = Op(
     name="stem",
     attributes=Stem,
@@ -318,21 +304,6 @@ OP = Op(
     default=default,
     legal=legal,
     cost=cost,
-    domain=Domain(
-        ranges={
-            "N": (1, 2, 3),
-            "image": ((1, 1), (5, 5), (7, 9), (12, 4), (16, 40)),
-            "C": (1, 2, 3, 4),
-            "K": (1, 6, 10, 33, 70),
-            "filter": ((1, 1), (3, 3), (5, 5), (2, 3), (1, 7)),
-            "stride": ((1, 1), (2, 2), (1, 2), (3, 1)),
-            "padding": ((0, 0, 0, 0), (1, 1, 1, 1), (3, 3, 3, 3), (0, 1, 2, 0)),
-            "dilation": ((1, 1), (2, 2), (1, 3)),
-            "layout": (Layout.DENSE, Layout.DENSE, Layout.NHWC),
-            "normalise": (False, True),
-        },
-        build=_build,
-    ),
     packs=lambda attributes: {1: pack},
     images=False,
 )

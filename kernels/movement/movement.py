@@ -8,9 +8,7 @@ otherwise they are the pointwise kernel loading with other strides.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
@@ -339,63 +337,3 @@ def cost(problem: Problem) -> Cost:
     return Cost(0, read, written)
 
 
-def _spec(shape: tuple[int, ...], layout: Layout) -> TensorSpec:
-    """Images are NHWC, volumes may be, everything else is dense."""
-    images = {4: Layout.NHWC, 5: layout}
-    return TensorSpec(shape, torch.float32, images.get(len(shape), Layout.DENSE))
-
-
-SHAPES = ((1,), (4, 6), (2, 3, 5), (2, 4, 3, 5), (1, 1, 8, 4), (3, 16, 1, 1), (2, 3, 2, 2, 3))
-
-
-def build_reshape(draw: Mapping[str, Any]) -> tuple[Reshape, tuple[TensorSpec, ...]] | None:
-    x = TensorSpec(draw["shape"], torch.float32)
-    if draw["flat"]:
-        return Reshape((x.shape[0], x.numel // x.shape[0])), (x,)
-    return Reshape((x.numel,)), (x,)
-
-
-def build_flatten(
-    draw: Mapping[str, Any],
-) -> tuple[FlattenPixels, tuple[TensorSpec, ...]] | None:
-    x = _spec(draw["shape"], Layout.NHWC)
-    return (FlattenPixels(), (x,)) if x.rank in MEMORY_FORMATS else None
-
-
-def build_permute(draw: Mapping[str, Any]) -> tuple[Permute, tuple[TensorSpec, ...]] | None:
-    rank = len(draw["shape"])
-    dims = sorted(range(rank), key=lambda dim: (draw["seed"] * (dim + 3)) % 7)
-    return Permute(tuple(dims)), (_spec(draw["shape"], draw["layout"]),)
-
-
-def build_expand(draw: Mapping[str, Any]) -> tuple[Expand, tuple[TensorSpec, ...]] | None:
-    shape = draw["shape"]
-    dim = draw["seed"] % len(shape)
-    small = tuple(1 if at == dim else size for at, size in enumerate(shape))
-    kept = tuple(-1 if draw["flat"] and at != dim else size for at, size in enumerate(shape))
-    return Expand(kept), (_spec(small, draw["layout"]),)
-
-
-def build_slice(draw: Mapping[str, Any]) -> tuple[Slice, tuple[TensorSpec, ...]] | None:
-    shape = draw["shape"]
-    dim = draw["seed"] % len(shape)
-    stop = shape[dim] - draw["cut"]
-    if stop - draw["cut"] < 1:
-        return None
-    return Slice(dim, draw["cut"], stop, draw["step"]), (_spec(shape, draw["layout"]),)
-
-
-def build_concat(draw: Mapping[str, Any]) -> tuple[Concat, tuple[TensorSpec, ...]] | None:
-    shape = draw["shape"]
-    if len(shape) == 1:
-        return None
-    dim = draw["seed"] % len(shape)
-    shapes = [(*shape[:dim], size, *shape[dim + 1 :]) for size in (3, shape[dim], 8)]
-    specs = [_spec(part, draw["layout"]) for part in shapes]
-    return Concat(dim), tuple(specs[: draw["count"]])
-
-
-def build_relayout(draw: Mapping[str, Any]) -> tuple[Relayout, tuple[TensorSpec, ...]] | None:
-    spec = _spec(draw["shape"], Layout.DENSE if draw["flat"] else Layout.NHWC)
-    layout = draw["layout"] if spec.rank in MEMORY_FORMATS else Layout.DENSE
-    return Relayout(layout, torch.float32), (spec,)

@@ -8,23 +8,15 @@ from typing import Any
 
 import torch
 
-from ..contract.op import Arguments, Attributes, BatchExtent, Builder, Capture, Domain, Op
-from ..contract.spec import FLOAT_DTYPES, Layout, TensorSpec
+from ..contract.op import Arguments, Attributes, BatchExtent, Builder, Capture, Op
+from ..contract.spec import FLOAT_DTYPES, TensorSpec
 from . import pointwise
 from .movement import (
-    SHAPES,
     Concat,
     FlattenPixels,
     Permute,
     Relayout,
     Slice,
-    build_concat,
-    build_expand,
-    build_flatten,
-    build_permute,
-    build_relayout,
-    build_reshape,
-    build_slice,
     concat,
     cost,
     expand,
@@ -298,7 +290,6 @@ def _op(
     attributes: type[Attributes],
     infer: Callable[[Any, tuple[TensorSpec, ...]], tuple[TensorSpec, ...]],
     reference: Callable[..., torch.Tensor],
-    build: Callable[[Mapping[str, Any]], Any],
     aten: Mapping[str, Capture],
     **changes: Any,
 ) -> Op:
@@ -307,18 +298,6 @@ def _op(
         "integers": True,
         "launches": launches,
         "takes_epilogue": True,
-        "domain": Domain(
-            ranges={
-                "shape": SHAPES,
-                "seed": tuple(range(1, 7)),
-                "cut": (0, 1),
-                "step": (1, 2),
-                "count": (1, 2, 3),
-                "flat": (False, True),
-                "layout": tuple(Layout),
-            },
-            build=build,
-        ),
     }
     fields.update(changes)
     return Op(
@@ -336,7 +315,7 @@ def _op(
 
 OPS = (
     _op(
-        "reshape", Reshape, infer_reshape, reshape, build_reshape,
+        "reshape", Reshape, infer_reshape, reshape,
         {
             "aten.view.default": lambda g, a: _view(g, a.self, a.size),
             "aten.reshape.default": lambda g, a: _view(g, a.self, a.shape),
@@ -350,11 +329,11 @@ OPS = (
         images=False, launches=launches_linear, legal=legal_linear, takes_epilogue=False,
     ),
     _op(
-        "flatten_pixels", FlattenPixels, infer_flatten, flatten, build_flatten, {},
+        "flatten_pixels", FlattenPixels, infer_flatten, flatten, {},
         launches=launches_linear, legal=legal_linear, takes_epilogue=False,
     ),
     _op(
-        "permute", Permute, infer_permute, permute, build_permute,
+        "permute", Permute, infer_permute, permute,
         {
             "aten.permute.default": lambda g, a: _permute(g, a.self, a.dims),
             "aten.transpose.int": _transpose,
@@ -363,7 +342,7 @@ OPS = (
         follows=True,
     ),
     _op(
-        "expand", Expand, infer_expand, expand, build_expand,
+        "expand", Expand, infer_expand, expand,
         {
             "aten.expand.default": lambda g, a: _expand(g, a.self, a.size),
             "aten.repeat_interleave.self_int": _repeat_interleave,
@@ -377,7 +356,7 @@ OPS = (
         takes_epilogue=False,
     ),
     _op(
-        "slice", Slice, infer_slice, slice_, build_slice,
+        "slice", Slice, infer_slice, slice_,
         {
             "aten.slice.Tensor": _slice,
             "aten.slice_scatter.default": _refuse_write,
@@ -399,7 +378,7 @@ OPS = (
         takes_epilogue=False,
     ),
     _op(
-        "concat", Concat, infer_concat, concat, build_concat,
+        "concat", Concat, infer_concat, concat,
         {
             "aten.cat.default": lambda g, a: _concat(g, a.tensors, a.dim),
             "aten.stack.default": _stack,
@@ -410,7 +389,7 @@ OPS = (
         launches=launches_concat, takes_epilogue=False,
     ),
     _op(
-        "relayout", Relayout, infer_relayout, relayout, build_relayout,
+        "relayout", Relayout, infer_relayout, relayout,
         {"aten._to_copy.default": _cast, "aten.to.dtype": _cast},
     ),
 )  # fmt: skip

@@ -2,50 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
 import torch
 
 from ..contract import epilogue as ep
-from ..contract.op import Arguments, Builder, Capture, Domain, Op
-from ..contract.scalars import SCALARS, Scalar
-from ..contract.spec import Layout, TensorSpec
+from ..contract.op import Arguments, Builder, Capture, Op
+from ..contract.scalars import SCALARS
 from .pointwise import Pointwise, configs, cost, default, infer, launches, reference
 from .rearrangement import Expand, Reshape
-
-
-def _domain(scalar: Scalar) -> Domain:
-    def build(draw: Mapping[str, Any]) -> tuple[Pointwise, tuple[TensorSpec, ...]] | None:
-        shape = tuple(draw["shape"])
-        layout = Layout.NHWC if len(shape) == 4 else Layout.DENSE
-        spec = TensorSpec(shape, torch.float32, layout)
-        parameters = draw["parameters"]
-        if scalar.operands == 1:
-            return Pointwise(parameters), (spec,)
-        kind = draw["operand"]
-        if kind == "literal":
-            return Pointwise(parameters, 1.5, draw["reverse"]), (spec,)
-        if kind == "channel":
-            other = TensorSpec((shape[1], *(1 for _ in shape[2:])), torch.float32)
-        elif kind == "sample":
-            smaller = (*shape[:2], *(1 for _ in shape[2:]))
-            other = TensorSpec(smaller, torch.float32, layout)
-        else:
-            other = spec
-        return Pointwise(parameters, None, draw["reverse"]), (spec, other)
-
-    return Domain(
-        ranges={
-            "shape": ((1, 1), (3, 10), (2, 5, 7), (1, 3, 9, 8), (2, 16, 5, 1), (2, 33, 3, 4)),
-            "operand": ("full", "channel", "sample", "literal"),
-            "reverse": (False, True),
-            "parameters": scalar.examples,
-        },
-        build=build,
-        range=scalar.range,
-    )
 
 
 def _unary(name: str, *parameters: float | str) -> Capture:
@@ -269,7 +235,6 @@ def _make_ops() -> tuple[Op, ...]:
             configs=configs,
             default=default,
             cost=cost,
-            domain=_domain(scalar),
             aten=_captures(scalar.name),
             follows=True,
         )

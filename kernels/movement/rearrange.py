@@ -10,7 +10,6 @@ x: any rank, dense or NHWC; y: `shape`, or x's own, in the layout of x where ran
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,7 +22,6 @@ from ..contract.op import (
     Attributes,
     Builder,
     Config,
-    Domain,
     Launch,
     Op,
     Problem,
@@ -150,33 +148,6 @@ def _capture_flip(g: Builder, a: Arguments) -> Any:
     return g.apply("flip", (a.self,), Flip(tuple(dims)))
 
 
-REARRANGEMENTS = (
-    # x, parts, their order, y: pixel shuffle and back, channel shuffle, windows and back, tokens.
-    ((2, 8, 3, 2), (2, 2, 2, 2, 3, 2), (0, 1, 4, 2, 5, 3), (2, 2, 6, 4)),
-    ((2, 3, 4, 6), (2, 3, 2, 2, 3, 2), (0, 1, 3, 5, 2, 4), (2, 12, 2, 3)),
-    ((2, 12, 3, 5), (2, 3, 4, 3, 5), (0, 2, 1, 3, 4), (2, 12, 3, 5)),
-    ((2, 4, 6, 5), (2, 2, 2, 3, 2, 5), (0, 1, 3, 2, 4, 5), (12, 4, 5)),
-    ((12, 4, 5), (2, 2, 3, 2, 2, 5), (0, 1, 3, 2, 4, 5), (2, 4, 6, 5)),
-    ((2, 6, 5), (2, 2, 3, 5), (0, 2, 3, 1), (2, 3, 5, 2)),
-    ((2, 3, 4, 1, 5), (2, 3, 4, 1, 5), (0, 2, 4, 1, 3), (2, 20, 3)),
-)
-
-
-def _build(draw: Mapping[str, Any]) -> tuple[Rearrange, tuple[TensorSpec, ...]]:
-    shape, split, dims, result = REARRANGEMENTS[draw["case"]]
-    nhwc = draw["nhwc"] and len(shape) in MEMORY_FORMATS
-    x = TensorSpec(shape, torch.float32, Layout.NHWC if nhwc else Layout.DENSE)
-    return Rearrange(split, dims, result), (x,)
-
-
-def _build_flip(draw: Mapping[str, Any]) -> tuple[Flip, tuple[TensorSpec, ...]]:
-    shape = draw["shape"]
-    dims = tuple(dim for dim in draw["dims"] if dim < len(shape))
-    nhwc = draw["nhwc"] and len(shape) in MEMORY_FORMATS
-    x = TensorSpec(shape, torch.float32, Layout.NHWC if nhwc else Layout.DENSE)
-    return Flip(dims), (x,)
-
-
 def _op(name: str, attributes: type[Attributes], **functions: Any) -> Op:
     """One op that copies by the pointwise kernel, whose tuning space it shares."""
     return Op(
@@ -197,7 +168,6 @@ OPS = (
         infer=infer_rearrange,
         reference=rearrange,
         launches=launches,
-        domain=Domain({"case": range(len(REARRANGEMENTS)), "nhwc": (True, False)}, _build),
         aten={
             "aten.pixel_shuffle.default": _capture_pixel_shuffle,
             "aten.pixel_unshuffle.default": _capture_pixel_unshuffle,
@@ -210,14 +180,6 @@ OPS = (
         infer=infer_flip,
         reference=flip,
         launches=launches_flip,
-        domain=Domain(
-            {
-                "shape": movement.SHAPES,
-                "dims": ((0,), (1,), (2, 3), (1, 2), (3,), (0, 1, 2, 3, 4)),
-                "nhwc": (True, False),
-            },
-            _build_flip,
-        ),
         aten={"aten.flip.default": _capture_flip},
     ),
 )

@@ -11,7 +11,7 @@ im2col and col2im (Chellapilla, Puri, Simard, 2006).
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,7 +28,6 @@ from ..contract.op import (
     Builder,
     Config,
     Cost,
-    Domain,
     Launch,
     Op,
     Problem,
@@ -265,31 +264,6 @@ def _capture_fold(g: Builder, a: Arguments) -> Any:
     return g.apply("fold", (a.self,), Fold(*windows, pair(a.output_size), pair(a.padding)))
 
 
-def _build(draw: Mapping[str, Any]) -> tuple[Unfold, tuple[TensorSpec, ...]] | None:
-    attributes = Unfold(draw["kernel"], draw["stride"], draw["dilation"])
-    n, c, h, w = draw["shape"]
-    if min(attributes.places(h, w)) < 1:
-        return None
-    return attributes, (TensorSpec((n, c, h, w), torch.float32, draw["layout"]),)
-
-
-def _build_fold(draw: Mapping[str, Any]) -> tuple[Fold, tuple[TensorSpec, ...]] | None:
-    n, c, h, w = draw["shape"]
-    top, left = draw["padding"]
-    attributes = Fold(draw["kernel"], draw["stride"], draw["dilation"], (h, w), (top, left))
-    p, q = attributes.places(h + 2 * top, w + 2 * left)
-    if min(p, q) < 1:
-        return None
-    r, s = attributes.kernel
-    return attributes, (TensorSpec((n, c * r * s, p * q), torch.float32),)
-
-
-WINDOWS = {
-    "shape": ((1, 1, 1, 1), (2, 3, 5, 4), (2, 8, 7, 9), (1, 33, 6, 6)),
-    "kernel": ((1, 1), (2, 2), (3, 3), (1, 4), (3, 2)),
-    "stride": ((1, 1), (2, 2), (1, 3)),
-    "dilation": ((1, 1), (2, 1)),
-}
 OPS = (
     Op(
         name="unfold",
@@ -301,7 +275,6 @@ OPS = (
         default=pointwise.default,
         cost=movement.cost,
         follows=True,
-        domain=Domain({**WINDOWS, "layout": (Layout.NHWC, Layout.DENSE)}, _build),
         aten={"aten.im2col.default": _capture_unfold},
     ),
     Op(
@@ -313,7 +286,6 @@ OPS = (
         configs=configs,
         default=default,
         cost=cost,
-        domain=Domain({**WINDOWS, "padding": ((0, 0), (1, 1), (0, 2))}, _build_fold),
         aten={"aten.col2im.default": _capture_fold},
     ),
 )

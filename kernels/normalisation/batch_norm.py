@@ -10,7 +10,7 @@ serves the ones that cannot be (after a concatenation or a pooling, as in DenseN
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,7 +27,6 @@ from ..contract.op import (
     Builder,
     Config,
     Cost,
-    Domain,
     Launch,
     Op,
     Problem,
@@ -39,7 +38,7 @@ from ..contract.op import (
     tensor_bytes,
     tile_config,
 )
-from ..contract.spec import MEMORY_FORMATS, Layout, TensorSpec
+from ..contract.spec import TensorSpec
 from ..contract.targets import Target
 
 
@@ -247,15 +246,6 @@ def cost(problem: Problem) -> Cost:
     return Cost(3 * problem.output.spec.numel, read, written)
 
 
-def _build(draw: Mapping[str, Any]) -> tuple[BatchNorm, tuple[TensorSpec, ...]] | None:
-    shape = tuple(draw["shape"])
-    attributes = BatchNorm(draw["eps"], draw["weight"], draw["bias"])
-    layout = Layout.NHWC if len(shape) in MEMORY_FORMATS and draw["nhwc"] else Layout.DENSE
-    channel = TensorSpec((shape[1],), torch.float32)
-    x = TensorSpec(shape, torch.float32, layout)
-    return attributes, (x, *(channel for _ in attributes.inputs[1:]))
-
-
 def capture(g: Builder, a: Arguments) -> Any:
     """Of calls with the statistics that the module has gathered."""
     if a.get("training"):
@@ -284,21 +274,6 @@ OP = Op(
     configs=configs,
     default=default,
     cost=cost,
-    domain=Domain(
-        ranges={
-            "shape": (
-                (4, 1), (3, 10), (2, 5, 7), (1, 3, 9, 8), (2, 16, 5, 1), (2, 33, 3, 4),
-                (1, 1, 1, 1), (2, 3, 2, 4, 3),
-            ),
-            "nhwc": (True, True, False),
-            "weight": (True, True, False),
-            "bias": (True, True, False),
-            "eps": (1e-5, 1e-3),
-        },
-        build=_build,
-        # Variances are drawn from the same range as everything else.
-        range=(0.1, 3.0),
-    ),
     aten={
         "aten.batch_norm.default": capture,
         "aten._native_batch_norm_legit.default": _capture_native,

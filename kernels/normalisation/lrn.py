@@ -16,9 +16,8 @@ A product with a banded matrix would need fewer operations, but one NaN poisons 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -31,7 +30,6 @@ from ..contract.op import (
     Attributes,
     Config,
     Cost,
-    Domain,
     Launch,
     Op,
     Problem,
@@ -40,7 +38,7 @@ from ..contract.op import (
     tensor_bytes,
     tile_config,
 )
-from ..contract.spec import Layout, TensorSpec
+from ..contract.spec import TensorSpec
 
 
 @dataclass(frozen=True)
@@ -296,11 +294,6 @@ def cost(problem: Problem) -> Cost:
     return Cost((2 * attributes.size + 8) * problem.output.spec.numel, read, written)
 
 
-def _build(draw: Mapping[str, Any]) -> tuple[LocalResponseNorm, tuple[TensorSpec, ...]] | None:
-    x = TensorSpec((draw["N"], draw["C"], *draw["image"]), torch.float32, Layout.NHWC)
-    return LocalResponseNorm(draw["size"], draw["alpha"], draw["beta"], draw["k"]), (x,)
-
-
 OP = Op(
     name="local_response_norm",
     attributes=LocalResponseNorm,
@@ -311,23 +304,5 @@ OP = Op(
     default=default,
     legal=legal,
     cost=cost,
-    domain=Domain(
-        ranges={
-            "N": (1, 2, 3),
-            "C": (1, 3, 8, 16, 24, 33, 96),
-            "image": ((1, 1), (5, 5), (7, 9)),
-            "size": (1, 2, 3, 4, 5, 9, 20),
-            "alpha": (1e-4, 0.5, 2.0),
-            "beta": (0.75, 0.5, 1.0, 0.3),
-            "k": (1.0, 2.0),
-        },
-        build=_build,
-        interesting=(
-            {"N": 1, "C": 1, "image": (1, 1), "size": 5, "alpha": 1.0, "beta": 0.75, "k": 1.0},
-            {"N": 2, "C": 64, "image": (5, 3), "size": 5, "alpha": 1.0, "beta": 0.75, "k": 2.0},
-            {"N": 1, "C": 33, "image": (3, 3), "size": 4, "alpha": 1.0, "beta": 0.75, "k": 1.0},
-            {"N": 1, "C": 8, "image": (3, 3), "size": 17, "alpha": 1.0, "beta": 0.0, "k": 1.0},
-        ),
-        range=(-4.0, 4.0),
-    ),
+    input_range=(-4.0, 4.0),
 )

@@ -35,7 +35,6 @@ from ..contract.op import (
     Capture,
     Config,
     Cost,
-    Domain,
     Launch,
     Op,
     Problem,
@@ -46,7 +45,7 @@ from ..contract.op import (
     power_of_two,
     tensor_bytes,
 )
-from ..contract.spec import MEMORY_FORMATS, Layout, TensorSpec
+from ..contract.spec import Layout, TensorSpec
 from ..contract.targets import Target
 from ..movement.pointwise import Pointwise
 
@@ -354,18 +353,6 @@ def cost(problem: Problem) -> Cost:
     return Cost(operations * problem.inputs[0].spec.numel, read, written)
 
 
-def _build(
-    kind: type[Reduce], draw: Mapping[str, Any]
-) -> tuple[Reduce, tuple[TensorSpec, ...]] | None:
-    shape = tuple(draw["shape"])
-    dims = tuple(dim for dim in draw["dims"] if dim < len(shape))
-    alone = math.prod(shape[dim] for dim in dims) == 1
-    if not dims or (alone and kind is Variance):
-        return None
-    layout = Layout.NHWC if len(shape) in MEMORY_FORMATS and draw["nhwc"] else Layout.DENSE
-    return kind(dims, draw["keepdim"]), (TensorSpec(shape, torch.float32, layout),)
-
-
 def _dims(g: Builder, a: Arguments) -> tuple[int, ...]:
     """The dimensions of a reduction: all where none are named."""
     dims, rank = a.get("dim"), g.spec(a.self).rank
@@ -427,31 +414,9 @@ def _op(name: str, reference: Any, captures: Mapping[str, Capture]) -> Op:
         configs=configs,
         default=default,
         cost=cost,
-        domain=Domain(
-            ranges={
-                "shape": (
-                    (1,), (37,), (4, 21), (3, 5, 8), (2, 7, 4, 3), (1, 33, 5, 5), (2, 64, 7, 7),
-                    (2, 1, 6, 1), (2, 3, 4, 2, 5),
-                ),
-                "dims": (
-                    (2, 3), (0,), (1,), (2,), (3,), (0, 1), (1, 3), (0, 2, 3), (2, 3, 4),
-                    (0, 1, 2, 3, 4),
-                ),
-                "keepdim": (False, True),
-                "nhwc": (True, True, False),
-            },
-            build=partial(_build, kind),
-            interesting=INTERESTING,
-            # Not centred on zero: an error relative to a sum that cancels means nothing.
-            range=(-1.0, 3.0),
-        ),
         aten={f"aten.{overload}": capture for overload, capture in captures.items()},
     )  # fmt: skip
 
-
-GLOBAL_AVERAGE_POOLING = {"shape": (3, 40, 14, 14), "dims": (2, 3), "keepdim": True, "nhwc": True}
-LONG_ROWS = {"shape": (5, 4500), "dims": (1,), "keepdim": False, "nhwc": False}
-INTERESTING = (GLOBAL_AVERAGE_POOLING, LONG_ROWS)
 
 OPS = (
     _op("sum", _sum, {name: _capture("sum") for name in ("sum.dim_IntList", "sum.default")}),

@@ -16,7 +16,7 @@ As in torch, NaN or +inf anywhere gives NaN in the whole row, and so does a row 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -34,7 +34,6 @@ from ..contract.op import (
     Capture,
     Config,
     Cost,
-    Domain,
     Launch,
     Op,
     Problem,
@@ -46,7 +45,7 @@ from ..contract.op import (
     tensor_bytes,
     tile_config,
 )
-from ..contract.spec import MEMORY_FORMATS, Layout, TensorSpec
+from ..contract.spec import TensorSpec
 from ..contract.targets import Target
 
 WHOLE_ROW = 8192
@@ -303,12 +302,6 @@ def cost(problem: Problem) -> Cost:
     return Cost(5 * problem.output.spec.numel, read, written)
 
 
-def _build(draw: Mapping[str, Any]) -> tuple[Softmax, tuple[TensorSpec, ...]] | None:
-    shape = tuple(draw["shape"])
-    layout = Layout.NHWC if len(shape) in MEMORY_FORMATS and draw["nhwc"] else Layout.DENSE
-    return Softmax(draw["dim"] % len(shape)), (TensorSpec(shape, torch.float32, layout),)
-
-
 def _capture(name: str) -> Capture:
     """The capture of `aten.<name>.int` and of `aten._<name>`, whose option is fp32 or nothing."""
 
@@ -334,24 +327,6 @@ def _op(name: str, log: bool) -> Op:
         configs=configs,
         default=default,
         cost=cost,
-        domain=Domain(
-            ranges={
-                "shape": (
-                    (1,), (37,), (4, 21), (1, 1000), (3, 5, 8), (2, 7, 4, 3), (1, 33, 5, 5),
-                    (2, 1, 6, 1), (2, 3, 4, 2, 5),
-                ),
-                "dim": (0, 1, 2, 3, 4),
-                "nhwc": (True, True, False),
-            },
-            build=_build,
-            # Longer than one tile of the smallest looping configuration.
-            interesting=(
-                {"shape": (3, 1500), "dim": 1, "nhwc": False},
-                # Read in several pieces, the last one not full.
-                {"shape": (2, WHOLE_ROW + 809), "dim": 1, "nhwc": False},
-            ),
-            range=(-8.0, 8.0),
-        ),
         aten={f"aten.{name}.int": _capture(name), f"aten._{name}.default": _capture(name)},
         follows=True,
     )  # fmt: skip

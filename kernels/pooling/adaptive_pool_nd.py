@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 
 from ...errors import InvalidInputError
-from ..contract.op import Arguments, Builder, Capture, Domain, Op
+from ..contract.op import Arguments, Builder, Capture, Op
 from ..contract.spec import Layout, TensorSpec
 from ..movement.arguments import adaptive_size
 from ..normalisation.reduce import Reduce
@@ -57,26 +57,6 @@ def _capture(name: str, reduction: str, indices: bool) -> Capture:
     return capture
 
 
-def _build(draw: Mapping[str, Any]) -> tuple[AdaptivePool3d, tuple[TensorSpec, ...]] | None:
-    x = TensorSpec((draw["N"], draw["C"], *draw["image"]), torch.float32, Layout.NHWC)
-    return AdaptivePool3d(draw["size"]), (x,)
-
-
-DOMAIN = Domain(
-    ranges={
-        "N": (1, 2, 3),
-        "C": (1, 3, 8, 33),
-        "image": ((1, 1, 1), (2, 3, 5), (4, 7, 6), (5, 4, 9)),
-        "size": ((1, 1, 1), (1, 2, 3), (2, 2, 2), (4, 3, 5), (3, 6, 2)),
-    },
-    build=_build,
-    interesting=(
-        {"N": 1, "C": 33, "image": (4, 13, 12), "size": (2, 2, 2)},
-        {"N": 2, "C": 8, "image": (1, 1, 1), "size": (2, 3, 4)},
-    ),
-)
-
-
 def _op(name: str, reference: Any, aten: Mapping[str, Capture]) -> Op:
     return Op(
         name=name,
@@ -88,7 +68,6 @@ def _op(name: str, reference: Any, aten: Mapping[str, Capture]) -> Op:
         default=default,
         legal=legal,
         cost=cost,
-        domain=DOMAIN,
         aten=aten,
         batched="pooling",
     )

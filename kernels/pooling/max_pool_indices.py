@@ -14,8 +14,7 @@ elements once.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
@@ -27,7 +26,6 @@ from ..contract.launch_tiles import tiled_launch, tiles_of
 from ..contract.op import (
     Config,
     Cost,
-    Domain,
     Launch,
     Op,
     Problem,
@@ -39,7 +37,7 @@ from ..contract.op import (
     tensor_bytes,
     tile_config,
 )
-from ..contract.spec import Layout, TensorSpec
+from ..contract.spec import TensorSpec
 from ..movement.arguments import pooling
 from .pool import MOST_UNROLLED_TAPS, channel_block
 from .pool_window import MaxPool2d, window_sizes
@@ -223,18 +221,6 @@ def cost(problem: Problem) -> Cost:
     return Cost(taps * problem.output.spec.numel, read, written)
 
 
-def _build(draw: Mapping[str, Any]) -> tuple[MaxPool2d, tuple[TensorSpec, ...]] | None:
-    attributes = MaxPool2d(
-        draw["kernel"], draw["stride"], draw["padding"], draw["dilation"], draw["ceil_mode"]
-    )
-    x = TensorSpec((draw["N"], draw["C"], *draw["image"]), torch.float32, Layout.NHWC)
-    try:
-        infer(attributes, (x,))
-    except InvalidInputError:
-        return None
-    return attributes, (x,)
-
-
 OP = Op(
     name=NAME,
     attributes=MaxPool2d,
@@ -245,30 +231,6 @@ OP = Op(
     default=default,
     legal=legal,
     cost=cost,
-    domain=Domain(
-        ranges={
-            "N": (1, 2, 3),
-            "image": ((1, 1), (2, 2), (5, 5), (7, 9), (12, 4)),
-            "C": (1, 3, 8, 33),
-            "kernel": ((1, 1), (2, 2), (3, 3), (1, 3), (7, 6)),
-            "stride": ((1, 1), (2, 2), (1, 2), (4, 4)),
-            "padding": ((0, 0), (1, 1), (0, 1)),
-            "dilation": ((1, 1), (2, 2), (1, 3)),
-            "ceil_mode": (False, True),
-        },
-        build=_build,
-        interesting=(
-            {
-                "N": 2, "image": (6, 6), "C": 8, "kernel": (3, 3), "stride": (2, 2),
-                "padding": (1, 1), "dilation": (1, 1), "ceil_mode": True,
-            },
-            # The only window has its taps above, below and beside the image.
-            {
-                "N": 1, "image": (2, 2), "C": 3, "kernel": (2, 2), "stride": (1, 1),
-                "padding": (1, 1), "dilation": (3, 3), "ceil_mode": False,
-            },
-        ),
-    ),
     aten={
         f"aten.max_pool{dims}d_with_indices.default": pooling(NAME, MaxPool2d, indices=True)
         for dims in (1, 2)

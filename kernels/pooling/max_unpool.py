@@ -17,7 +17,7 @@ and nothing is zeroed beforehand.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -34,7 +34,6 @@ from ..contract.op import (
     Builder,
     Config,
     Cost,
-    Domain,
     Launch,
     Op,
     Problem,
@@ -333,18 +332,6 @@ def _capture(g: Builder, a: Arguments) -> Any:
     return g.apply("max_unpool2d", (a.self, a.indices), attributes)
 
 
-def _build(draw: Mapping[str, Any]) -> tuple[MaxUnpool2d, tuple[TensorSpec, ...]] | None:
-    pool = MaxPool2d(draw["kernel"], draw["stride"], draw["padding"], ceil_mode=draw["ceil_mode"])
-    image = TensorSpec((draw["N"], draw["C"], *draw["image"]), torch.float32, Layout.NHWC)
-    try:
-        x, where = max_pool_indices.infer(pool, (image,))
-    except InvalidInputError:
-        return None
-    height, width = draw["image"]
-    size = (height + draw["more"], width + draw["more"])
-    return MaxUnpool2d(size, (height, width), pool), (x, where)
-
-
 def prepare(
     attributes: MaxUnpool2d, tensors: tuple[torch.Tensor, ...]
 ) -> tuple[torch.Tensor, ...]:
@@ -368,30 +355,7 @@ OP = Op(
     default=default,
     legal=legal,
     cost=cost,
-    domain=Domain(
-        ranges={
-            "N": (1, 2, 3),
-            "image": ((1, 1), (4, 4), (5, 7), (9, 6)),
-            "C": (1, 3, 8, 33),
-            "kernel": ((1, 1), (2, 2), (3, 3), (3, 1), (5, 4)),
-            "stride": ((1, 1), (2, 2), (3, 2)),
-            "padding": ((0, 0), (1, 0), (1, 1)),
-            "ceil_mode": (False, True),
-            "more": (0, 0, 1),
-        },
-        build=_build,
-        interesting=(
-            {
-                "N": 2, "image": (7, 6), "C": 8, "kernel": (2, 2), "stride": (2, 2),
-                "padding": (0, 0), "ceil_mode": False, "more": 0,
-            },
-            {
-                "N": 1, "image": (7, 6), "C": 3, "kernel": (3, 3), "stride": (1, 1),
-                "padding": (1, 1), "ceil_mode": False, "more": 2,
-            },
-        ),
-        prepare=prepare,
-    ),
+    prepare=prepare,
     aten={"aten.max_unpool2d.default": _capture},
     batched="unpooling",
 )  # fmt: skip

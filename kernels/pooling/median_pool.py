@@ -15,10 +15,9 @@ two elements for a 3x3 window, 132 for 5x5. The exchanges are generated once per
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
 
 import torch
 import triton
@@ -31,7 +30,6 @@ from ..contract.op import (
     Attributes,
     Config,
     Cost,
-    Domain,
     Launch,
     Op,
     Problem,
@@ -229,16 +227,6 @@ def cost(problem: Problem) -> Cost:
     return Cost(2 * len(pairs) * problem.output.spec.numel, *tensor_bytes(problem))
 
 
-def _build(draw: Mapping[str, Any]) -> tuple[MedianPool2d, tuple[TensorSpec, ...]] | None:
-    attributes = MedianPool2d(draw["kernel"], draw["stride"])
-    x = TensorSpec((draw["N"], draw["C"], *draw["image"]), torch.float32, Layout.NHWC)
-    try:
-        infer(attributes, (x,))
-    except InvalidInputError:
-        return None
-    return attributes, (x,)
-
-
 OP = Op(
     name="median_pool2d",
     attributes=MedianPool2d,
@@ -249,15 +237,4 @@ OP = Op(
     default=default,
     legal=legal,
     cost=cost,
-    domain=Domain(
-        ranges={
-            "N": (1, 2, 3),
-            "image": ((1, 1), (2, 2), (5, 5), (7, 9)),
-            "C": (1, 3, 8, 33),
-            "kernel": ((1, 1), (2, 2), (3, 3), (1, 3), (3, 2), (5, 5)),
-            "stride": ((1, 1), (2, 2), (1, 2)),
-        },
-        build=_build,
-        interesting=({"N": 1, "image": (8, 7), "C": 8, "kernel": (7, 7), "stride": (1, 1)},),
-    ),
 )

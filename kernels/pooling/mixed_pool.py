@@ -12,9 +12,8 @@ image is written.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -28,7 +27,6 @@ from ..contract.op import (
     Attributes,
     Config,
     Cost,
-    Domain,
     Launch,
     Op,
     Operand,
@@ -41,7 +39,7 @@ from ..contract.op import (
     tensor_bytes,
     tile_config,
 )
-from ..contract.spec import Layout, TensorSpec
+from ..contract.spec import TensorSpec
 from .pool import MOST_LOADS, MOST_UNROLLED_TAPS, channel_block
 from .pool_window import MaxPool2d
 from .pool_window import infer as infer_window
@@ -212,20 +210,6 @@ def cost(problem: Problem) -> Cost:
     return Cost(2 * taps * problem.output.spec.numel, *tensor_bytes(problem))
 
 
-def _build(draw: Mapping[str, Any]) -> tuple[MixedPool2d, tuple[TensorSpec, ...]] | None:
-    c = draw["C"]
-    x = TensorSpec((draw["N"], c, *draw["image"]), torch.float32, Layout.NHWC)
-    shapes = {"one": (), "channel": (c, 1, 1), "image": (1, c, 1, 1)}
-    weights = (TensorSpec(shapes[draw[name]], torch.float32) for name in ("a", "b"))
-    specs = (x, *weights)
-    attributes = MixedPool2d(draw["kernel"], draw["stride"])
-    try:
-        infer(attributes, specs)
-    except InvalidInputError:
-        return None
-    return attributes, specs
-
-
 OP = Op(
     name="mixed_pool2d",
     attributes=MixedPool2d,
@@ -236,16 +220,4 @@ OP = Op(
     default=default,
     legal=legal,
     cost=cost,
-    domain=Domain(
-        ranges={
-            "N": (1, 2, 3),
-            "image": ((1, 1), (2, 2), (5, 5), (7, 9)),
-            "C": (1, 3, 8, 33),
-            "kernel": ((1, 1), (2, 2), (3, 3), (1, 3), (6, 5)),
-            "stride": ((1, 1), (2, 2), (1, 2)),
-            "a": ("channel", "one", "image"),
-            "b": ("channel", "one", "image"),
-        },
-        build=_build,
-    ),
 )

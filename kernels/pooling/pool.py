@@ -16,23 +16,19 @@ loads instead of 25 and 25 instructions instead of 49 (sm_90, half precision).
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
-import torch
 import triton
 import triton.language as tl
 
-from ...errors import InvalidInputError
 from ..contract import elementary, scalars
 from ..contract import epilogue as ep
 from ..contract.launch_tiles import tiled_launch
 from ..contract.op import (
     Config,
     Cost,
-    Domain,
     Launch,
     Op,
     Problem,
@@ -42,7 +38,6 @@ from ..contract.op import (
     tensor_bytes,
     tile_config,
 )
-from ..contract.spec import Layout, TensorSpec
 from ..movement.arguments import pooling
 from .pool_window import (
     POOLS,
@@ -375,66 +370,6 @@ def cost(problem: Problem) -> Cost:
     return Cost(per_tap * taps * problem.output.spec.numel, read, written)
 
 
-def _build(name: str, draw: Mapping[str, Any]) -> tuple[Pool2d, tuple[TensorSpec, ...]] | None:
-    kernel, stride, ceil_mode = draw["kernel"], draw["stride"], draw["ceil_mode"]
-    attributes: Pool2d
-    if name == "max_pool2d":
-        attributes = MaxPool2d(kernel, stride, draw["padding"], draw["dilation"], ceil_mode)
-    elif name == "avg_pool2d":
-        counts = draw["count_include_pad"], draw["divisor"]
-        attributes = AvgPool2d(kernel, stride, draw["padding"], ceil_mode, *counts)
-    else:
-        attributes = LpPool2d(draw["norm"], kernel, stride, ceil_mode)
-    x = TensorSpec((draw["N"], draw["C"], *draw["image"]), torch.float32, Layout.NHWC)
-    try:
-        infer(name, attributes, (x,))
-    except InvalidInputError:
-        return None
-    return attributes, (x,)
-
-
-def _draw(**changes: Any) -> Mapping[str, Any]:
-    """A draw of every op's domain: a 3x3 window with stride 2, but for the changes."""
-    plain = {
-        "N": 1, "image": (7, 9), "C": 8, "kernel": (3, 3), "stride": (2, 2), "padding": (0, 0),
-        "dilation": (1, 1), "ceil_mode": False, "count_include_pad": True, "divisor": None,
-        "norm": 2.0,
-    }  # fmt: skip
-    return {**plain, **changes}
-
-
-INTERESTING = (
-    _draw(image=(6, 6), padding=(1, 1), ceil_mode=True),
-    _draw(image=(6, 6), padding=(1, 1), ceil_mode=True, count_include_pad=False),
-    _draw(image=(2, 2), kernel=(5, 5), stride=(4, 4), ceil_mode=True),
-    # The only window has its taps above, below and beside the image.
-    _draw(image=(2, 2), kernel=(2, 2), stride=(1, 1), padding=(1, 1), dilation=(3, 3)),
-    _draw(image=(1, 1), padding=(1, 1), C=1),
-    _draw(image=(1, 1), kernel=(1, 1), stride=(1, 1), C=33),
-    _draw(kernel=(7, 7), padding=(3, 3), stride=(1, 1), C=3),
-    _draw(image=(3, 3), kernel=(2, 2), ceil_mode=True),
-    _draw(divisor=-3, C=33, N=2),
-    _draw(norm=3.0),
-)
-
-
-def _domain(name: str, **changes: Any) -> Domain:
-    ranges: dict[str, Any] = {
-        "N": (1, 2, 3),
-        "image": ((1, 1), (2, 2), (5, 5), (7, 9), (12, 4), (16, 16)),
-        "C": (1, 3, 8, 16, 33),
-        "kernel": ((1, 1), (2, 2), (3, 3), (5, 5), (1, 3), (3, 2), (7, 6)),
-        "stride": ((1, 1), (2, 2), (1, 2), (3, 1), (4, 4)),
-        "padding": ((0, 0), (1, 1), (0, 1), (2, 2)),
-        "ceil_mode": (False, True),
-        **changes,
-    }
-    # Positive values: the cube root of a sum of cubes of either sign is ill-conditioned near zero.
-    low = 0.05 if name == "lp_pool2d" else -2.0
-    possible = tuple(draw for draw in INTERESTING if _build(name, draw) is not None)
-    return Domain(ranges, partial(_build, name), possible, (low, 2.0))
-
-
 OPS = (
     Op(
         name="max_pool2d",
@@ -446,7 +381,6 @@ OPS = (
         default=default,
         legal=legal,
         cost=cost,
-        domain=_domain("max_pool2d", dilation=((1, 1), (2, 2), (1, 3))),
         aten={
             f"aten.max_pool{dims}d.default": pooling("max_pool2d", MaxPool2d) for dims in (1, 2)
         },
@@ -462,7 +396,6 @@ OPS = (
         default=default,
         legal=legal,
         cost=cost,
-        domain=_domain("avg_pool2d", count_include_pad=(True, False), divisor=(None, None, 1, 7)),
         aten={
             f"aten.avg_pool{dims}d.default": pooling("avg_pool2d", AvgPool2d) for dims in (1, 2)
         },
@@ -478,6 +411,5 @@ OPS = (
         default=default,
         legal=legal,
         cost=cost,
-        domain=_domain("lp_pool2d", norm=(1.0, 2.0, 3.0, 4.0, 17.0, 1.5), padding=((0, 0),)),
     ),
 )

@@ -17,7 +17,7 @@ dtype, as torch does on a GPU.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,7 +33,6 @@ from ..contract.op import (
     Builder,
     Config,
     Cost,
-    Domain,
     Launch,
     Op,
     Problem,
@@ -336,15 +335,6 @@ def _capture(g: Builder, a: Arguments, kind: str) -> Any:
     return g.apply("resample", (a.input,), Resample(shape, (vertical, horizontal), kind, corners))
 
 
-def _build(draw: Mapping[str, Any]) -> tuple[Resample, tuple[TensorSpec, ...]]:
-    image, size, corners = draw["image"], draw["size"], draw["corners"]
-    vertical, horizontal = (
-        step_of(old, new, corners, None) for old, new in zip(image, size, strict=True)
-    )
-    x = TensorSpec((draw["N"], draw["C"], *image), torch.float32, Layout.NHWC)
-    return Resample(size, (vertical, horizontal), draw["filter"], corners), (x,)
-
-
 OP = Op(
     name="resample",
     attributes=Resample,
@@ -354,22 +344,6 @@ OP = Op(
     configs=configs,
     default=default,
     cost=cost,
-    domain=Domain(
-        ranges={
-            "N": (1, 2),
-            "C": (1, 3, 8, 33),
-            "image": ((1, 1), (2, 3), (7, 5), (9, 12)),
-            "size": ((1, 1), (4, 6), (7, 7), (5, 13)),
-            "filter": tuple(REACH),
-            "corners": (False, True),
-        },
-        build=_build,
-        interesting=tuple(
-            {"N": 2, "C": 20, "image": (9, 7), "size": size, "filter": kind, "corners": False}
-            for kind in REACH
-            for size in ((4, 7), (18, 10))
-        ),
-    ),
     aten={
         "aten.upsample_bicubic2d.vec": lambda g, a: _capture(g, a, CUBIC),
         "aten._upsample_bilinear2d_aa.vec": lambda g, a: _capture(g, a, LINEAR_WIDE),

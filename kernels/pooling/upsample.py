@@ -35,7 +35,6 @@ from ..contract.op import (
     Capture,
     Config,
     Cost,
-    Domain,
     Launch,
     Op,
     Problem,
@@ -283,20 +282,6 @@ def _capture(name: str, rule: str) -> Capture:
     return capture
 
 
-def _build(name: str, draw: Mapping[str, Any]) -> tuple[Upsample, tuple[TensorSpec, ...]] | None:
-    extents = draw["image"]
-    size, rule, scale = draw["size"][: len(extents)], RULES[name][draw["rule"]], draw["scale"]
-    if scale is not None:
-        size = tuple(math.floor(extent * scale) for extent in extents)
-        if min(size) < 1:
-            return None
-    steps = tuple(
-        step_of(old, new, rule, scale) for old, new in zip(extents, size, strict=True)
-    )
-    x = TensorSpec((draw["N"], draw["C"], *extents), torch.float32, Layout.NHWC)
-    return Upsample(size, steps, rule), (x,)
-
-
 def _op(name: str, aten: Mapping[str, Capture]) -> Op:
     return Op(
         name=name,
@@ -307,21 +292,6 @@ def _op(name: str, aten: Mapping[str, Capture]) -> Op:
         configs=configs,
         default=default,
         cost=cost,
-        domain=Domain(
-            ranges={
-                "N": (1, 2, 3),
-                "C": (1, 3, 8, 33),
-                "image": ((1, 1), (2, 3), (7, 5), (9, 12), (2, 3, 4), (1, 4, 3)),
-                "size": ((1, 1, 1), (4, 6, 8), (7, 7, 3), (5, 13, 9)),
-                "scale": (None, None, 2.0, 1.5, 2.3, 0.6),
-                "rule": (0, 1),
-            },
-            build=partial(_build, name),
-            interesting=(
-                {"N": 2, "C": 21, "image": (7, 7), "size": (20, 23), "scale": None, "rule": 0},
-                {"N": 1, "C": 8, "image": (4, 5), "size": (), "scale": 2.0, "rule": 1},
-            ),
-        ),
         aten=aten,
         batched="upsampling",
     )

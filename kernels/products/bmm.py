@@ -13,7 +13,7 @@ bmm, softmax, bmm: correct, but its matrix of scores goes through memory.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -30,7 +30,6 @@ from ..contract.op import (
     Builder,
     Config,
     Cost,
-    Domain,
     Launch,
     Op,
     Problem,
@@ -295,37 +294,6 @@ def cost(problem: Problem) -> Cost:
     return Cost(size_of(problem).flops, read, written)
 
 
-def _build(draw: Mapping[str, Any]) -> tuple[Bmm, tuple[TensorSpec, ...]]:
-    *leading, rows, depth, columns = draw["shape"]
-    shapes = [(*leading, rows, depth), (*leading, depth, columns)]
-    if leading and (shared := draw["shared"]) is not None:
-        shapes[shared] = (1, *shapes[shared][1:])
-    made = [_read_as(kind, shape) for kind, shape in zip(draw["read"], shapes, strict=True)]
-    (left, a), (right, b) = made
-    specs = TensorSpec(a, torch.float32), TensorSpec(b, torch.float32)
-    return Bmm(left, right, draw["wide"]), specs
-
-
-def _shared_draw(shared: int, read: tuple[str, str], wide: bool) -> dict[str, Any]:
-    """A problem one of whose factors all samples share."""
-    return {"shape": (2, 3, 7, 5, 6), "read": read, "shared": shared, "wide": wide}
-
-
-def _read_as(kind: str, shape: tuple[int, ...]) -> tuple[Rearrange | None, tuple[int, ...]]:
-    """A rearrangement to a shape, and the shape it starts from."""
-    dims = tuple(range(len(shape)))
-    if kind == "transposed":
-        dims = (*dims[:-2], dims[-1], dims[-2])
-        return Rearrange(tuple(shape[dim] for dim in dims), dims, shape), tuple(
-            shape[dim] for dim in dims
-        )
-    if kind == "heads" and len(shape) == 4:
-        n, heads, length, width = shape
-        split = (n, length, heads, width)
-        return Rearrange(split, (0, 2, 1, 3), shape), (n, length, heads * width)
-    return None, shape
-
-
 def _product(
     g: Builder, a: Any, b: Any, stages: ep.Epilogue = (), *operands: Any, wide: bool = False
 ) -> Any:
@@ -410,25 +378,6 @@ OP = Op(
     default=default,
     legal=legal,
     cost=cost,
-    domain=Domain(
-        ranges={
-            "shape": (
-                (3, 1, 1, 1), (2, 5, 8, 3), (1, 17, 20, 9), (2, 3, 7, 5, 6), (3, 2, 16, 33, 18),
-                (4, 6, 5), (2, 40, 64, 36),
-            ),
-            "read": (
-                ("plain", "plain"), ("transposed", "plain"), ("plain", "transposed"),
-                ("heads", "heads"), ("heads", "transposed"),
-            ),
-            "shared": (None, 0, 1),
-            "wide": (False, True),
-        },
-        build=_build,
-        interesting=(
-            _shared_draw(1, ("heads", "plain"), wide=False),
-            _shared_draw(0, ("transposed", "heads"), wide=True),
-        ),
-    ),
     aten={
         "aten.bmm.default": lambda g, a: _product(g, a.self, a.mat2),
         "aten.mm.default": lambda g, a: _product(g, a.self, a.mat2),

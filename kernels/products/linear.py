@@ -5,7 +5,7 @@ x: (..., C) dense; w: (K, C), a constant; y: (..., K). fp32 accumulation. The bi
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +20,6 @@ from ..contract.op import (
     Builder,
     Config,
     Cost,
-    Domain,
     Launch,
     Op,
     Problem,
@@ -70,11 +69,6 @@ def cost(problem: Problem) -> Cost:
     return Cost(2 * size.rows * size.columns * size.depth, read, written)
 
 
-def _build(draw: Mapping[str, Any]) -> tuple[Linear, tuple[TensorSpec, ...]] | None:
-    x = TensorSpec((*draw["leading"], draw["C"]), torch.float32)
-    return Linear(), (x, TensorSpec((draw["K"], draw["C"]), torch.float32))
-
-
 def _apply(g: Builder, x: Any, w: Any, b: Any) -> Any:
     if b is None:
         return g.apply("linear", (x, w))
@@ -103,14 +97,6 @@ OP = Op(
     default=default,
     legal=legal,
     cost=cost,
-    domain=Domain(
-        ranges={
-            "leading": ((1,), (5,), (2, 3), (33,)),
-            "C": (1, 8, 20, 64, 130),
-            "K": (1, 10, 16, 72),
-        },
-        build=_build,
-    ),
     aten={
         "aten.linear.default": lambda g, a: _apply(g, a.input, a.weight, a.bias),
         "aten.addmm.default": _capture_addmm,

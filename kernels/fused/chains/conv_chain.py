@@ -28,7 +28,7 @@ import torch
 from ....errors import InvalidInputError
 from ...contract import cost_model
 from ...contract import epilogue as ep
-from ...contract.op import Attributes, Config, Cost, Domain, Launch, Op, Problem, Ref, tensor_bytes
+from ...contract.op import Attributes, Config, Cost, Launch, Op, Problem, Ref, tensor_bytes
 from ...contract.spec import Layout, Operand, TensorSpec
 from ...contract.targets import Target
 from ...tile import choice, conv_geometry, taps
@@ -309,40 +309,6 @@ def _pack(attributes: ConvChain, w: torch.Tensor) -> torch.Tensor:
     return w.permute(0, 2, 3, 1).reshape(w.shape[0], -1).contiguous()
 
 
-def _build(draw: Mapping[str, Any]) -> tuple[ConvChain, tuple[TensorSpec, ...]] | None:
-    n, (h, width), c, wide = draw["N"], draw["image"], draw["C"], draw["E"]
-    bias, residual = (ep.Stage("add"), ep.Stage("relu")), (ep.Stage("add"),) * 2
-    r, pad = draw["filter"]
-    stride, step = draw["stride"], draw["shortcut"]
-    front = Conv2d((stride, stride), (pad,) * 4) if draw["front"] else None
-    beside = Conv2d((step, step)) if step else None
-    mid = draw["M"] if front else c
-    attributes = ConvChain(
-        front, bias if front else (), (*residual, ep.Stage("relu")), draw["reduce"],
-        bias if draw["reduce"] else (), beside,
-    )  # fmt: skip
-    x = TensorSpec((n, c, h, width), torch.float32, Layout.NHWC)
-
-    def weight(k: int, c: int, size: int = 1) -> TensorSpec:
-        return TensorSpec((k, c, size, size), torch.float32)
-
-    def vector(k: int) -> TensorSpec:
-        return TensorSpec((k, 1, 1), torch.float32)
-
-    specs = [x, *((weight(mid, c, r), vector(mid)) if front else ())]
-    try:
-        p, q = middle(attributes, tuple(specs)).shape[2:]
-    except InvalidInputError:
-        return None
-    specs.append(weight(wide, mid))
-    if beside is not None:
-        specs += [x.with_(shape=(n, draw["D"], p * step, q * step)), weight(wide, draw["D"])]
-    specs += [vector(wide), x.with_(shape=(n, wide, p, q))]
-    if draw["reduce"]:
-        specs += [weight(draw["O"], wide), vector(draw["O"])]
-    return attributes, tuple(specs)
-
-
 OP = Op(
     name="conv_chain",
     attributes=ConvChain,
@@ -353,37 +319,9 @@ OP = Op(
     default=default,
     legal=legal,
     cost=cost,
-    domain=Domain(
-        ranges={
-            "N": (1, 2),
-            "image": ((1, 1), (5, 7), (8, 8)),
-            "C": (8, 20, 33),
-            "M": (8, 16, 20),
-            "E": (8, 40, 72),
-            "O": (8, 16, 33),
-            "filter": ((3, 1), (1, 0), (5, 1)),
-            "stride": (1, 2),
-            "front": (True, True, False),
-            "reduce": (True, True, False),
-            "shortcut": (0, 0, 1, 2),
-            "D": (8, 20, 72),
-        },
-        build=_build,
-        interesting=(
-            # A shortcut of more channels than stay in shared memory, and one that ends a net.
-            {
-                "N": 2, "image": (5, 7), "C": 20, "M": 16, "E": 40, "O": 33, "filter": (3, 1),
-                "stride": 1, "front": True, "reduce": True, "shortcut": 2, "D": 300,
-            },
-            {
-                "N": 1, "image": (8, 8), "C": 20, "M": 16, "E": 72, "O": 8, "filter": (3, 1),
-                "stride": 2, "front": True, "reduce": False, "shortcut": 1, "D": 20,
-            },
-        ),
-        # Mostly positive: an intermediate that is rounded to the other side, as the order of a sum
-        # decides, means nothing beside a result that cancels.
-        range=(-1.0, 3.0),
-    ),
+    # Mostly positive: an intermediate that is rounded to the other side, as the order of a sum
+    # decides, means nothing beside a result that cancels.
+    input_range=(-1.0, 3.0),
     packs=packs,
     takes_epilogue=False,
 )

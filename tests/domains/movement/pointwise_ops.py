@@ -1,0 +1,47 @@
+"""Problems of `kernels/movement/pointwise_ops.py` for the tests."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from convloom.kernels.contract.scalars import SCALARS, Scalar
+from convloom.kernels.contract.spec import Layout, TensorSpec
+from convloom.kernels.movement.pointwise import Pointwise
+
+from ..domain import Domain
+
+
+def _domain(scalar: Scalar) -> Domain:
+    def build(draw: Mapping[str, Any]) -> tuple[Pointwise, tuple[TensorSpec, ...]] | None:
+        shape = tuple(draw["shape"])
+        layout = Layout.NHWC if len(shape) == 4 else Layout.DENSE
+        spec = TensorSpec(shape, torch.float32, layout)
+        parameters = draw["parameters"]
+        if scalar.operands == 1:
+            return Pointwise(parameters), (spec,)
+        kind = draw["operand"]
+        if kind == "literal":
+            return Pointwise(parameters, 1.5, draw["reverse"]), (spec,)
+        if kind == "channel":
+            other = TensorSpec((shape[1], *(1 for _ in shape[2:])), torch.float32)
+        elif kind == "sample":
+            smaller = (*shape[:2], *(1 for _ in shape[2:]))
+            other = TensorSpec(smaller, torch.float32, layout)
+        else:
+            other = spec
+        return Pointwise(parameters, None, draw["reverse"]), (spec, other)
+
+    return Domain(
+        ranges={
+            "shape": ((1, 1), (3, 10), (2, 5, 7), (1, 3, 9, 8), (2, 16, 5, 1), (2, 33, 3, 4)),
+            "operand": ("full", "channel", "sample", "literal"),
+            "reverse": (False, True),
+            "parameters": scalar.examples,
+        },
+        build=build,
+    )
+
+
+DOMAINS = {scalar.name: _domain(scalar) for scalar in SCALARS}
