@@ -28,30 +28,11 @@ from ...kernels.contract.spec import FLOAT_DTYPES, TensorSpec
 from ..graph.interface import Structure
 from ..graph.ir import CONSTANT, INPUT, OUTPUT, TORCH, Graph, NoAttributes, Node, Value
 from ..graph.torch_call import BatchNumber, Slot, TorchCall, in_words
-from . import moved_batch
+from . import example_inputs, moved_batch, refusals
 from .batch_numbers import SYMBOLIC, Batch, follows_from_values
-from .example_inputs import (
-    check_example,
-    check_module,
-    check_range,
-    place_of,
-    stand_in,
-    two_samples,
-)
 from .export import export, path_of, source_of
 from .features import observed
-from .refusals import (
-    Refused,
-    line_in_words,
-    module_in_words,
-    read_whole,
-    refuse_branches,
-    refuse_numbers,
-    refuse_unbatched,
-    refuse_unbounded,
-    results_of,
-    why_unknown,
-)
+from .refusals import Refused, called, line_in_words, module_in_words, results_of
 
 
 @dataclass
@@ -139,22 +120,22 @@ def capture(
     sense or unknown outputs; CaptureError when torch.export fails or the module would still train.
     """
     arguments = tuple(example)
-    leaves = check_example(arguments, dynamic_batch is not None)
-    check_module(module)
-    place = place_of(module, leaves)
+    leaves = example_inputs.check_example(arguments, dynamic_batch is not None)
+    example_inputs.check_module(module)
+    place = example_inputs.place_of(module, leaves)
     highest = None
     if dynamic_batch is None:
-        arguments = pytree.tree_map(partial(stand_in, place=place), arguments)
+        arguments = pytree.tree_map(partial(example_inputs.stand_in, place=place), arguments)
     else:
-        highest = check_range(dynamic_batch, leaves)[1]
-        arguments = pytree.tree_map(partial(two_samples, place=place), arguments)
+        highest = example_inputs.check_range(dynamic_batch, leaves)[1]
+        arguments = pytree.tree_map(partial(example_inputs.two_samples, place=place), arguments)
     with observed(module, outputs):
         program, decisions = export(module, arguments, highest)
     graph = Graph(name=type(module).__name__)
     state = _State(graph)
     if dynamic_batch is not None:
         state.batch = _batch(program, dynamic_batch)
-        refuse_branches(module, decisions, state.batch)
+        refusals.refuse_branches(module, decisions, state.batch)
     _add_sources(state, program, leaves)
     for node in program.graph.nodes:
         if node.op == "get_attr":
@@ -252,7 +233,7 @@ def _add_call(state: _State, node: Any) -> None:
     if node.target is operator.getitem:
         _add_getitem(state, node)
         return
-    refuse_unbounded(node, state.batch)
+    refusals.refuse_unbounded(node, state.batch)
     a = _arguments(state, node)
     state.added.clear()
     try:
@@ -274,17 +255,17 @@ def _captured(state: _State, node: Any, a: Arguments) -> Any:
     """What the call becomes in the graph. Raises: Refused, InvalidInputError."""
     target = str(node.target)
     op = registry.CAPTURES.get(target)
-    function = partial(read_whole, op.aten[target]) if op is not None else None
-    refuse_numbers(a)
+    function = partial(refusals.read_whole, op.aten[target]) if op is not None else None
+    refusals.refuse_numbers(a)
     places = [_place_of(state, tensor) for tensor in results_of(node.meta["val"])]
     builder = _Builder(state, node.name, path_of(node))
     if moved_batch.concerns(a, places):
         assert state.batch is not None
         result = moved_batch.call(builder, target, function, a, places, state.batch.highest)
     elif op is None or function is None:
-        raise Refused(why_unknown(target))
+        raise Refused(refusals.why_unknown(target))
     else:
-        refuse_unbatched(builder, op, target, a)
+        refusals.refuse_unbatched(builder, op, target, a)
         result = function(builder, a)
     _check_result(state, node, result)
     _check_constants(state)
@@ -378,8 +359,7 @@ def _add_torch_call(state: _State, node: Any, a: Arguments, reason: str) -> Any:
         specs = tuple(_spec_of(state, x) for x in results_of(node.meta["val"]))
     except Refused as refusal:
         also = "" if str(refusal) == reason else f"; torch cannot run it either: {refusal}"
-        called = f"{module_in_words(path)}: {node.target}{line_in_words(source_of(node))}"
-        raise UnsupportedOpError(f"{called}: with a dynamic batch, {reason}{also}") from None
+        raise UnsupportedOpError(f"{called(node)}: with a dynamic batch, {reason}{also}") from None
     if not any(value.node in state.computed for value in inputs):
         # Of a call on constants the result at the largest batch is kept.
         a = _sized(state, node, a)

@@ -32,6 +32,11 @@ def line_in_words(source: str) -> str:
     return f" at {source}" if source else ""
 
 
+def called(node: Any) -> str:
+    """The module, the call and the user's line of a node of an exported program."""
+    return f"{module_in_words(path_of(node))}: {node.target}{line_in_words(source_of(node))}"
+
+
 def why_unknown(target: str) -> str:
     """Why an ATen call has no kernel, and which similar ones have."""
     if target.startswith("aten.fft_"):
@@ -95,10 +100,9 @@ def refuse_unbatched(g: Builder, op: Op, target: str, a: Arguments) -> None:
 def refuse_unbounded(node: Any, batch: Batch | None) -> None:
     """Raises: UnsupportedOpError for control flow, and for results whose size only the values of a
     tensor tell, or whose rank the batch does: what follows cannot be planned."""
-    called = f"{module_in_words(path_of(node))}: {node.target}{line_in_words(source_of(node))}"
     if not hasattr(node.target, "_schema"):
         raise UnsupportedOpError(
-            f"{called}: no kernel calls functions (control flow by the values of a tensor, "
+            f"{called(node)}: no kernel calls functions (control flow by the values of a tensor, "
             "checkpoints, regions of autocast or no_grad). Compute both sides and choose with "
             "torch.where, or leave the region out: executables have no gradients"
         )
@@ -108,17 +112,18 @@ def refuse_unbounded(node: Any, batch: Batch | None) -> None:
         dim = batch.may_drop(str(node.target), a, x.shape)
         if dim is not None:
             raise UnsupportedOpError(
-                f"{called}: it drops dimension {dim} where the batch is 1, which the range of "
-                "dynamic_batch allows, and has another rank then. Name other dimensions to drop, "
-                "such as squeeze(1) or flatten(1), or compile with dynamic_batch=(2, ...)"
+                f"{called(node)}: it drops dimension {dim} where the batch is 1, which the "
+                "range of dynamic_batch allows, and has another rank then. Name other "
+                "dimensions to drop, such as squeeze(1) or flatten(1), or compile with "
+                "dynamic_batch=(2, ...)"
             )
     for tensor in results_of(node.meta["val"]):
         sizes = tensor.shape if isinstance(tensor, torch.Tensor) else ()
         if any(follows_from_values(size, batch) for size in sizes):
             raise UnsupportedOpError(
-                f"{called}: how large its result is depends on the values of a tensor. Where that "
-                "is a mask of booleans which never changes, keep the indices as a buffer instead "
-                "(mask.nonzero().squeeze(1)); else mask with torch.where"
+                f"{called(node)}: how large its result is depends on the values of a tensor. "
+                "Where that is a mask of booleans which never changes, keep the indices as a "
+                "buffer instead (mask.nonzero().squeeze(1)); else mask with torch.where"
             )
 
 
