@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ...kernels.convolution.conv2d import Conv2d
+from ...kernels.tile.conv_geometry import Conv2d
 from ..graph.ir import Node
 
 
