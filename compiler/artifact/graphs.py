@@ -25,17 +25,8 @@ from ...kernels.contract.scalars import BY_NAME
 from ...kernels.contract.spec import TensorSpec
 from ...kernels.contract.targets import REFERENCE, Target
 from ...settings import BRANCHES, PROGRAMMATIC
-from ..graph.ir import (
-    CONSTANT,
-    INPUT,
-    OUTPUT,
-    TORCH,
-    CompileTarget,
-    Graph,
-    NoAttributes,
-    Node,
-    Value,
-)
+from ..graph import ir
+from ..graph.ir import CONSTANT, INPUT, OUTPUT, TORCH, CompileTarget, Graph, Node, Value
 from ..graph.ledger import Ledger
 from ..graph.typed import Reader, plain
 from ..graph.verify import verify
@@ -128,21 +119,7 @@ def _as_read(graph: Graph, node: Node) -> torch.Tensor:
 
 def to_json(record: GraphRecord) -> Any:
     """The record as plain data, attributes with the name of their class."""
-    data = plain(replace(record, nodes=()))
-    data["nodes"] = [
-        {**plain(replace(node, attributes=NoAttributes())), "attributes": _tagged(node.attributes)}
-        for node in record.nodes
-    ]
-    return data
-
-
-def _tagged(value: Any) -> Any:
-    if isinstance(value, Attributes):
-        held = {item.name: _tagged(getattr(value, item.name)) for item in fields(value)}
-        return {"is": type(value).__name__, "has": held}
-    if isinstance(value, tuple):
-        return [_tagged(item) for item in value]
-    return plain(value)
+    return plain(record, (Attributes,))
 
 
 # Reading.
@@ -152,7 +129,7 @@ def _tagged(value: Any) -> Any:
 def _attribute_classes() -> dict[str, type]:
     """Every attribute class of the registry, by name, those inside others included."""
     found: dict[str, type] = {}
-    waiting: list[Any] = [NoAttributes, *(op.attributes for op in registry.OPS)]
+    waiting: list[Any] = [ir.NoAttributes, *(op.attributes for op in registry.OPS)]
     while waiting:
         kind = waiting.pop()
         if not (isinstance(kind, type) and is_dataclass(kind)):
