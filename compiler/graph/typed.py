@@ -20,16 +20,10 @@ import torch
 
 from ...errors import ArtifactError
 
+FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 DTYPES = {
     str(dtype).removeprefix("torch."): dtype
-    for dtype in (
-        torch.float64,
-        torch.float32,
-        torch.float16,
-        torch.bfloat16,
-        torch.int64,
-        torch.int32,
-    )
+    for dtype in (*FLOATS, torch.int64, torch.int32)
 }
 LARGEST = 2**62
 """No size, offset or count of a tensor that exists is as large."""

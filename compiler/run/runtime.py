@@ -176,7 +176,7 @@ class CudaRunner(GraphRunner):
         device = torch.device("cuda", torch.cuda.current_device())
         requests = compile_requests(plan, target)
         offline.compile_all(requests)
-        compiled = [offline.compile_request(wanted) for wanted in requests]
+        compiled = [offline.compile_request(request) for request in requests]
         bind = partial(bind_plan, plan, compiled)
         super().__init__(plan, constants_on(plan, device), bind, schedule(plan))
 
