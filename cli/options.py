@@ -66,10 +66,10 @@ def compile_options(
     add("--fallback", choices=FALLBACKS, default="error",
         help="ops without a kernel: refuse the model, or run them as torch ops "
         "(default: error)")
-    verbs = {"force": "make although the cost model would not", "forbid": "do not make"}
+    verbs = {"force": "to make although the cost model would not", "forbid": "not to make"}
     for name, verb in verbs.items():
         add(f"--{name}", metavar="FUSION", nargs="+", default=[],
-            help=f'fusions to {verb}: "conv-pool", "layer1.*", "conv-pool@layer1.*"')
+            help=f'fusions {verb}: "conv-pool", "layer1.*", "conv-pool@layer1.*"')
     if slide:
         add("--slide", type=_height_and_width, metavar="HxW", help="take images of this size, "
             "larger than the model's own, and give a map of results")

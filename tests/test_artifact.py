@@ -22,7 +22,7 @@ import torch
 from convloom.compiler.artifact import archive, graphs, rederive
 from convloom.compiler.artifact.graphs import lower_again, read_graph
 from convloom.compiler.artifact.read import open_artifact
-from convloom.compiler.graph.typed import dump
+from convloom.compiler.graph.typed import dump, plain
 from convloom.compiler.run.executable import Executable
 from convloom.errors import ArtifactError, InvalidInputError, TargetUnavailableError
 from convloom.kernels import registry
@@ -483,7 +483,7 @@ def test_attributes_of_every_op_come_back(op: Op) -> None:
         if built is None:
             continue
         attributes = built[0]
-        data = json.loads(dump(graphs._tagged(attributes)))
+        data = json.loads(dump(plain(attributes, (Attributes,))))
         assert graphs._GraphReader("test").read(Attributes, data, op.name) == attributes
         seen += 1
     assert seen

@@ -177,9 +177,9 @@ class Archive:
     def verify(self, digests: Mapping[str, tuple[int, str]]) -> None:
         """Raises ArtifactError unless the members but the manifest are those with these sizes and
         sha256."""
-        wanted = sorted({*digests, "manifest.json"})
-        if wanted != sorted(self.members):
-            differing = sorted(set(wanted) ^ set(self.members))
+        expected = sorted({*digests, "manifest.json"})
+        if expected != sorted(self.members):
+            differing = sorted(set(expected) ^ set(self.members))
             raise damaged(self.path, f"manifest.json does not list '{differing[0]}' as it is there")
         for name, (size, sha256) in digests.items():
             span = self.members[name]
@@ -222,16 +222,16 @@ def damaged(path: Path, what: str) -> ArtifactError:
 def _hash(file: IO[bytes], span: Span, checksum: int) -> str:
     """The sha256 of a member; "" where already the checksum is wrong."""
     file.seek(span.offset)
-    hashed, found = hashlib.sha256(), 0
+    hashed, actual = hashlib.sha256(), 0
     remaining = span.size
     while remaining:
         piece = file.read(min(CHUNK, remaining))
         if not piece:
             return ""
         hashed.update(piece)
-        found = zlib.crc32(piece, found)
+        actual = zlib.crc32(piece, actual)
         remaining -= len(piece)
-    return hashed.hexdigest() if found == checksum else ""
+    return hashed.hexdigest() if actual == checksum else ""
 
 
 def _directory(path: Path, file: IO[bytes], size: int) -> list[Entry]:

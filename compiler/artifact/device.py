@@ -204,28 +204,27 @@ def _launch(
 def _attributes(driver: Any, image: Image) -> list[Any]:
     """What a launch asks for beyond its grid, as Triton's launcher does."""
     kinds = driver.CUlaunchAttributeID
-    found = []
+    attributes = []
 
-    def attribute(kind: Any) -> Any:
-        made = driver.CUlaunchAttribute()
-        made.id = kind
-        found.append(made)
-        return made
+    def add(kind: Any) -> Any:
+        attribute = driver.CUlaunchAttribute()
+        attribute.id = kind
+        attributes.append(attribute)
+        return attribute.value
 
     if image.programmatic:
-        made = attribute(kinds.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION)
-        made.value.programmaticStreamSerializationAllowed = 1
+        value = add(kinds.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION)
+        value.programmaticStreamSerializationAllowed = 1
     if image.cooperative:
-        made = attribute(kinds.CU_LAUNCH_ATTRIBUTE_COOPERATIVE)
-        made.value.cooperative = 1
+        add(kinds.CU_LAUNCH_ATTRIBUTE_COOPERATIVE).cooperative = 1
     if image.num_ctas > 1:
-        made = attribute(kinds.CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION)
-        made.value.clusterDim.x = image.num_ctas
-        made.value.clusterDim.y = made.value.clusterDim.z = 1
-        made = attribute(kinds.CU_LAUNCH_ATTRIBUTE_CLUSTER_SCHEDULING_POLICY_PREFERENCE)
+        value = add(kinds.CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION)
+        value.clusterDim.x = image.num_ctas
+        value.clusterDim.y = value.clusterDim.z = 1
+        value = add(kinds.CU_LAUNCH_ATTRIBUTE_CLUSTER_SCHEDULING_POLICY_PREFERENCE)
         spread = driver.CUclusterSchedulingPolicy.CU_CLUSTER_SCHEDULING_POLICY_SPREAD
-        made.value.clusterSchedulingPolicyPreference = spread
-    return found
+        value.clusterSchedulingPolicyPreference = spread
+    return attributes
 
 
 def upload(
@@ -250,7 +249,11 @@ def runner(artifact: Artifact, program: Program, by_ptx: bool) -> GraphRunner:
     constants = upload(program, artifact.tensors, device)
     torch.cuda.current_stream()
     kernels = load_kernels(driver, program, artifact.code, by_ptx)
-    bind_here = partial(_bind_here, driver, program, kernels)
+
+    def bind_here(memory: Memory) -> list[Action]:
+        stream = torch.cuda.current_stream
+        return bind(driver, program, kernels, memory, lambda: stream().cuda_stream)
+
     return GraphRunner(program, constants, bind_here, schedule_of(program))
 
 
@@ -268,12 +271,6 @@ def schedule_of(program: Program) -> Schedule | None:
         )
     every = [tuple(touches) for touches in touched]
     return scheduled(program.streams, every, program.buffers, tuple(launches))
-
-
-def _bind_here(
-    driver: Any, program: Program, kernels: Sequence[Kernel], memory: Memory
-) -> list[Action]:
-    return bind(driver, program, kernels, memory, lambda: torch.cuda.current_stream().cuda_stream)
 
 
 def capability_here(artifact: Artifact) -> int:

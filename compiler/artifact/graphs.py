@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import typing
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, fields, is_dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -25,17 +26,8 @@ from ...kernels.contract.scalars import BY_NAME
 from ...kernels.contract.spec import TensorSpec
 from ...kernels.contract.targets import REFERENCE, Target
 from ...settings import BRANCHES, PROGRAMMATIC
-from ..graph.ir import (
-    CONSTANT,
-    INPUT,
-    OUTPUT,
-    TORCH,
-    CompileTarget,
-    Graph,
-    NoAttributes,
-    Node,
-    Value,
-)
+from ..graph import ir
+from ..graph.ir import CONSTANT, INPUT, OUTPUT, TORCH, CompileTarget, Graph, Node, Value
 from ..graph.ledger import Ledger
 from ..graph.typed import Reader, plain
 from ..graph.verify import verify
@@ -128,21 +120,7 @@ def _as_read(graph: Graph, node: Node) -> torch.Tensor:
 
 def to_json(record: GraphRecord) -> Any:
     """The record as plain data, attributes with the name of their class."""
-    data = plain(replace(record, nodes=()))
-    data["nodes"] = [
-        {**plain(replace(node, attributes=NoAttributes())), "attributes": _tagged(node.attributes)}
-        for node in record.nodes
-    ]
-    return data
-
-
-def _tagged(value: Any) -> Any:
-    if isinstance(value, Attributes):
-        held = {item.name: _tagged(getattr(value, item.name)) for item in fields(value)}
-        return {"is": type(value).__name__, "has": held}
-    if isinstance(value, tuple):
-        return [_tagged(item) for item in value]
-    return plain(value)
+    return plain(record, (Attributes,))
 
 
 # Reading.
@@ -152,7 +130,7 @@ def _tagged(value: Any) -> Any:
 def _attribute_classes() -> dict[str, type]:
     """Every attribute class of the registry, by name, those inside others included."""
     found: dict[str, type] = {}
-    waiting: list[Any] = [NoAttributes, *(op.attributes for op in registry.OPS)]
+    waiting: list[Any] = [ir.NoAttributes, *(op.attributes for op in registry.OPS)]
     while waiting:
         kind = waiting.pop()
         if not (isinstance(kind, type) and is_dataclass(kind)):
@@ -215,16 +193,23 @@ def read_graph(
     Raises: ArtifactError.
     """
     where = f"graph.json of '{source}'"
-    try:
+    with _damaged(where):
         record: GraphRecord = _GraphReader(where).read(GraphRecord, data, "graph")
         graph = _build(record, tensors, target, where)
         verify(graph)
+    return graph
+
+
+@contextmanager
+def _damaged(where: str) -> Iterator[None]:
+    """Turns whatever goes wrong into an ArtifactError: what infers shapes and lowers was written
+    for graphs that capture made, here anything may come."""
+    try:
+        yield
     except ArtifactError:
         raise
-    # What infers shapes was written for graphs that capture made: here anything may come.
     except Exception as error:
         raise ArtifactError(f"{where} is damaged: {type(error).__name__}: {error}") from error
-    return graph
 
 
 def _build(
@@ -263,21 +248,19 @@ def lower_again(graph: Graph, program: Program, target: Target, source: Path | s
 
     Raises: ArtifactError where the graph cannot be what the program was made of.
     """
-    goal = graph.goal
-    options = Options(target, program.precision, goal.dtype if goal else None, program.in_place)
+    dtype = graph.goal.dtype if graph.goal else None
+    options = Options(target, program.precision, dtype, program.in_place)
     if target.name == program.target:
         launch = {PROGRAMMATIC for image in program.images if image.programmatic}
         launch |= {BRANCHES} if program.streams else set()
         choose = _Recorded(program).choose
         options = replace(options, choose=choose, launch=frozenset(launch))
-    try:
-        plan = lower(graph, graph, options, Ledger())
-    except ConvloomError as error:
-        raise ArtifactError(f"'{source}' cannot be planned for {target.name}: {error}") from error
-    except Exception as error:
-        raise ArtifactError(
-            f"graph.json of '{source}' is damaged: {type(error).__name__}: {error}"
-        ) from error
+    with _damaged(f"graph.json of '{source}'"):
+        try:
+            plan = lower(graph, graph, options, Ledger())
+        except ConvloomError as error:
+            problem = f"'{source}' cannot be planned for {target.name}: {error}"
+            raise ArtifactError(problem) from error
     interface = program.interface
     counts = dict(program.summary)
     plan = replace(

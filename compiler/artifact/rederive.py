@@ -29,13 +29,13 @@ def compares_code(artifact: Artifact) -> bool:
 
 def differences(artifact: Artifact) -> list[str]:
     """What is not as it would be made here, program by program; empty where all is."""
-    found = []
+    told = []
     for program in artifact.programs:
         try:
-            found += [f"{program.target}: {what}" for what in _of_program(artifact, program)]
+            told += [f"{program.target}: {what}" for what in _of_program(artifact, program)]
         except ConvloomError as error:
-            found.append(f"{program.target}: {error}")
-    return found
+            told.append(f"{program.target}: {error}")
+    return told
 
 
 def _of_program(artifact: Artifact, program: Program) -> Iterator[str]:
@@ -43,12 +43,12 @@ def _of_program(artifact: Artifact, program: Program) -> Iterator[str]:
     graph = read_graph(artifact.graphs[program.graph], artifact.tensors, target, artifact.path)
     plan = lower_again(graph, program, target, artifact.path)
     with_ptx = any(image.ptx is not None for image in program.images)
-    made = program_of(plan, Pool(), {}, with_ptx)
-    made = replace(made, graph=program.graph, account=program.account)
+    derived = program_of(plan, Pool(), {}, with_ptx)
+    derived = replace(derived, graph=program.graph, account=program.account)
     if not compares_code(artifact):
-        made, program = _without_code(made), _without_code(program)
+        derived, program = _without_code(derived), _without_code(program)
     for item in fields(Program):
-        if getattr(made, item.name) != getattr(program, item.name):
+        if getattr(derived, item.name) != getattr(program, item.name):
             yield f"its {_SHOWN.get(item.name, item.name)} are not those of its graph"
 
 

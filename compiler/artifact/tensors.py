@@ -70,10 +70,10 @@ class Pool:
         orders = [tuple(range(tensor.dim()))]
         if tensor.dim() > 2:
             orders.append((0, *range(2, tensor.dim()), 1))
-        known = set(self.tensors)
+        names = set(self.tensors)
         for order in orders:
             name = Pool().add(tensor.permute(order))
-            if name in known:
+            if name in names:
                 return Stored(name, shape, order)
         return Stored(self.add(tensor), shape, orders[0])
 

@@ -91,11 +91,11 @@ def _rank(executable: Executable) -> tuple[int, str, tuple[int, int]]:
 
 def _add(writing: _Writing, executable: Executable, with_ptx: bool) -> None:
     """Adds one program. Packed constants go first: a graph's own tensors are then found there."""
-    made = program_of(executable.plan, writing.pool, writing.kernels, with_ptx)
+    added = program_of(executable.plan, writing.pool, writing.kernels, with_ptx)
     record = graphs.to_json(graphs.record_of(executable.graph, writing.pool))
     ledger = replace(executable.ledger, measured={}, measured_on="").to_json()
     graph, account = _index(writing.graphs, record), _index(writing.accounts, plain(ledger))
-    writing.programs.append(replace(made, graph=graph, account=account))
+    writing.programs.append(replace(added, graph=graph, account=account))
 
 
 def program_of(

@@ -96,20 +96,20 @@ def without_fusion(captured: Graph, dtype: torch.dtype | None) -> Graph:
 def _alone(graph: Graph, target: Target, precision: str) -> list[UnfusedOp]:
     """Every op of the graph by itself."""
     operands: dict[Value, Operand] = {}
-    found = []
+    ops = []
     for node in graph.nodes():
         for index, spec in enumerate(node.outputs):
             operands[Value(node.name, index)] = Operand.dense(spec)
         if node.op in (INPUT, CONSTANT, OUTPUT):
             continue
         if node.op == TORCH:
-            found.append(UnfusedOp(node, us=None))
+            ops.append(UnfusedOp(node, us=None))
         elif (view := _view(graph, node, operands)) is not None:
             operands[Value(node.name)] = view
-            found.append(UnfusedOp(node, is_view=True))
+            ops.append(UnfusedOp(node, is_view=True))
         else:
-            found.append(_in_a_kernel(graph, node, operands, target, precision))
-    return found
+            ops.append(_in_a_kernel(graph, node, operands, target, precision))
+    return ops
 
 
 def _view(graph: Graph, node: Node, operands: Mapping[Value, Operand]) -> Operand | None:
@@ -371,11 +371,11 @@ def _source(graph: Graph, value: Value, through: set[str]) -> Value:
 
 
 def _readers(graph: Graph, value: Value, through: set[str]) -> set[str]:
-    found: set[str] = set()
+    readers: set[str] = set()
     for reader, _ in graph.uses(value):
         if reader in through:
             for index in range(len(graph.node(reader).outputs)):
-                found |= _readers(graph, Value(reader, index), through)
+                readers |= _readers(graph, Value(reader, index), through)
         else:
-            found.add(reader)
-    return found
+            readers.add(reader)
+    return readers

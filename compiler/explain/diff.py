@@ -141,11 +141,11 @@ def _side(account: Account, name: str) -> Side:
 
 def _members(account: Account) -> dict[str, tuple[str, ...]]:
     """The captured ops of each kernel, without those that vanished beside it."""
-    found: dict[str, list[str]] = {place.name: [] for place in account.kernels}
+    members: dict[str, list[str]] = {place.name: [] for place in account.kernels}
     for record in account.nodes:
-        if record.kernel in found:
-            found[record.kernel].append(record.node)
-    return {name: tuple(nodes) for name, nodes in found.items()}
+        if record.kernel in members:
+            members[record.kernel].append(record.node)
+    return {name: tuple(nodes) for name, nodes in members.items()}
 
 
 def _kernels(account: Account) -> list[Kernel]:

@@ -130,17 +130,17 @@ def _ordered(bent: nx.DiGraph, rows: list[list[Key]]) -> list[list[Key]]:
 
 def _swept(bent: nx.DiGraph, rows: list[list[Key]], down: bool) -> list[list[Key]]:
     """Rows sorted one after the other by the mean position of their neighbours in the last."""
-    found = [list(row) for row in rows]
+    swept = [list(row) for row in rows]
     order = range(1, len(rows)) if down else range(len(rows) - 2, -1, -1)
     for at in order:
-        fixed = {key: place for place, key in enumerate(found[at - 1 if down else at + 1])}
+        fixed = {key: place for place, key in enumerate(swept[at - 1 if down else at + 1])}
         near = bent.pred if down else bent.succ
         means = {}
-        for place, key in enumerate(found[at]):
+        for place, key in enumerate(swept[at]):
             places = [fixed[other] for other in near[key] if other in fixed]
             means[key] = sum(places) / len(places) if places else float(place)
-        found[at].sort(key=means.__getitem__)
-    return found
+        swept[at].sort(key=means.__getitem__)
+    return swept
 
 
 def crossings(bent: nx.DiGraph, rows: Sequence[Sequence[Key]]) -> int:
@@ -193,12 +193,12 @@ def _pulls(near: Iterable[Key], key: Key, x: Mapping[Key, float]) -> list[tuple[
 
 def _gaps(row: Sequence[Key], sizes: Mapping[str, tuple[float, float]]) -> list[float]:
     """The least distances between the centres of neighbours in a row."""
-    found = []
+    gaps = []
     for left, right in pairwise(row):
         bends = (left[1] >= 0) + (right[1] >= 0)
         gap = BEND_GAP if bends == 2 else BOX_GAP
-        found.append((_width(left, sizes) + _width(right, sizes)) / 2 + gap)
-    return found
+        gaps.append((_width(left, sizes) + _width(right, sizes)) / 2 + gap)
+    return gaps
 
 
 def _width(key: Key, sizes: Mapping[str, tuple[float, float]]) -> float:

@@ -97,11 +97,11 @@ def find_places(snapshot: Snapshot, plan: Plan) -> Places:
 def _steps_by_node(final: Graph, plan: Plan) -> dict[str, tuple[Step, ...]]:
     """The steps of each final node; a concatenation has one for each input that must be copied,
     named "node.input"."""
-    found: dict[str, list[Step]] = {}
+    by_node: dict[str, list[Step]] = {}
     for step in plan.steps:
         name = step.name if step.name in final else step.name.rpartition(".")[0]
-        found.setdefault(name, []).append(step)
-    return {name: tuple(steps) for name, steps in found.items()}
+        by_node.setdefault(name, []).append(step)
+    return {name: tuple(steps) for name, steps in by_node.items()}
 
 
 def _is_place(node: Node, steps_of: Mapping[str, tuple[Step, ...]]) -> bool:

@@ -20,29 +20,24 @@ import torch
 
 from ...errors import ArtifactError
 
+FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 DTYPES = {
     str(dtype).removeprefix("torch."): dtype
-    for dtype in (
-        torch.float64,
-        torch.float32,
-        torch.float16,
-        torch.bfloat16,
-        torch.int64,
-        torch.int32,
-    )
+    for dtype in (*FLOATS, torch.int64, torch.int32)
 }
 LARGEST = 2**62
 """No size, offset or count of a tensor that exists is as large."""
 
 
-def plain(value: Any) -> Any:
-    """The value as JSON can hold it."""
+def plain(value: Any, tagged: tuple[type, ...] = ()) -> Any:
+    """The value as JSON can hold it; of dataclasses of the `tagged` types with their own names."""
     if is_dataclass(value):
-        return {item.name: plain(getattr(value, item.name)) for item in fields(value)}
+        data = {item.name: plain(getattr(value, item.name), tagged) for item in fields(value)}
+        return {"is": type(value).__name__, "has": data} if isinstance(value, tagged) else data
     if isinstance(value, Mapping):
-        return {key: plain(item) for key, item in value.items()}
+        return {key: plain(item, tagged) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [plain(item) for item in value]
+        return [plain(item, tagged) for item in value]
     if isinstance(value, torch.dtype):
         return str(value).removeprefix("torch.")
     if isinstance(value, enum.Enum):

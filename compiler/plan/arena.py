@@ -53,15 +53,15 @@ def allocate(
 
 def _alive_together(lifetimes: Mapping[str, Lifetime]) -> dict[str, list[str]]:
     """For each buffer those that are alive at some step at which it is."""
-    found: dict[str, list[str]] = {name: [] for name in lifetimes}
+    neighbours: dict[str, list[str]] = {name: [] for name in lifetimes}
     alive: list[str] = []
     for name in sorted(lifetimes, key=lambda name: lifetimes[name].first):
         alive = [other for other in alive if lifetimes[other].last >= lifetimes[name].first]
         for other in alive:
-            found[name].append(other)
-            found[other].append(name)
+            neighbours[name].append(other)
+            neighbours[other].append(name)
         alive.append(name)
-    return found
+    return neighbours
 
 
 def place(

@@ -110,15 +110,15 @@ def overlap_in_memory(buffers: Mapping[str, Buffer]) -> Overlap:
 def dependencies(steps: Sequence[tuple[Touch, ...]], overlap: Overlap) -> tuple[int, ...]:
     """For each step the earlier ones it must follow, as bits, whatever is implied by others
     included."""
-    found: list[int] = []
+    followed: list[int] = []
     for at, mine in enumerate(steps):
         before = 0
         # The latest first: what they follow need not be looked at.
         for earlier in reversed(range(at)):
             if not before >> earlier & 1 and _conflict(mine, steps[earlier], overlap):
-                before |= found[earlier] | 1 << earlier
-        found.append(before)
-    return tuple(found)
+                before |= followed[earlier] | 1 << earlier
+        followed.append(before)
+    return tuple(followed)
 
 
 def _conflict(mine: Sequence[Touch], theirs: Sequence[Touch], overlap: Overlap) -> bool:
@@ -130,21 +130,21 @@ def _conflict(mine: Sequence[Touch], theirs: Sequence[Touch], overlap: Overlap) 
 def waits(before: Sequence[int], chosen: Sequence[int]) -> tuple[tuple[int, ...], ...]:
     """For each step the steps of other streams to wait for: those that nothing else implies."""
     last: dict[int, int] = {}
-    known: list[int] = []  # For each step what is complete when it starts, as bits.
-    found: list[tuple[int, ...]] = []
+    complete_at: list[int] = []  # For each step what is complete when it starts, as bits.
+    awaited: list[tuple[int, ...]] = []
     for step, stream in enumerate(chosen):
         complete = 0
         if stream in last:
-            complete = known[last[stream]] | 1 << last[stream]
+            complete = complete_at[last[stream]] | 1 << last[stream]
         needed = []
         for earlier in reversed(range(step)):
             if before[step] >> earlier & 1 and not complete >> earlier & 1:
                 needed.append(earlier)
-                complete |= known[earlier] | 1 << earlier
+                complete |= complete_at[earlier] | 1 << earlier
         last[stream] = step
-        known.append(complete)
-        found.append(tuple(reversed(needed)))
-    return tuple(found)
+        complete_at.append(complete)
+        awaited.append(tuple(reversed(needed)))
+    return tuple(awaited)
 
 
 def scheduled(

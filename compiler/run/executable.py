@@ -160,13 +160,13 @@ class Executable:
         if self.target.is_gpu:
             requests = compile_requests(self.plan, self.target)
         counts: dict[str, int] = {}
-        found = []
-        for (step, launch), wanted in zip(launches, requests, strict=True):
+        kernels = []
+        for (step, launch), request in zip(launches, requests, strict=True):
             counts[step.name] = counts.get(step.name, 0) + 1
             single = len(step.launches) == 1
             name = step.name if single else f"{step.name}.{counts[step.name]}"
-            found.append(Kernel(name, step.origins, step.module_path, step, launch, wanted))
-        return tuple(found)
+            kernels.append(Kernel(name, step.origins, step.module_path, step, launch, request))
+        return tuple(kernels)
 
     def kernel(self, name: str) -> Kernel:
         """The launch of that name.

@@ -27,7 +27,7 @@ from ...kernels.contract.op import Launch, Ref
 from ...kernels.contract.targets import EMULATED, EMULATOR, INTERPRETER, REFERENCE, Target
 from ...kernels.devices import emulator, execute, interpreter, offline
 from ..evaluation.evaluate import call_torch, evaluate
-from ..graph.ir import Graph, Value
+from ..graph.ir import Graph
 from ..graph.memory import BufferSlice, Memory
 from ..plan.branches import schedule
 from ..plan.plan import KernelStep, Plan, Step, TorchStep
@@ -69,11 +69,6 @@ class ReferenceRunner:
         with torch.no_grad():
             values = evaluate(self._graph, inputs)
         return [values[value].contiguous().clone() for value in self._graph.outputs()]
-
-    def value(self, inputs: Sequence[torch.Tensor], node: str) -> torch.Tensor:
-        """The first output of one node."""
-        with torch.no_grad():
-            return evaluate(self._graph, inputs)[Value(node)]
 
 
 class StepRunner(ABC):
@@ -181,7 +176,7 @@ class CudaRunner(GraphRunner):
         device = torch.device("cuda", torch.cuda.current_device())
         requests = compile_requests(plan, target)
         offline.compile_all(requests)
-        compiled = [offline.compile_request(wanted) for wanted in requests]
+        compiled = [offline.compile_request(request) for request in requests]
         bind = partial(bind_plan, plan, compiled)
         super().__init__(plan, constants_on(plan, device), bind, schedule(plan))
 

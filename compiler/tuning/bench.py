@@ -237,14 +237,14 @@ def _interpreted_us(bound: Sequence[tuple[Launch, Buffers]], batch: int) -> floa
 
 def handler_of(backend: Callable[[], Backend]) -> Callable[[Any], Any]:
     """What a child answers with the backend: None asks who it is, (problem, config) for a trial."""
-    made = backend()
+    device = backend()
 
     def handle(request: Any) -> Any:
         if request is None:
-            return made.device, made.driver
+            return device.device, device.driver
         problem, config = request
         if not isinstance(problem, Problem) or not isinstance(config, Config):
             raise KernelError(f"expected a problem and a configuration, got {request!r:.80}")
-        return made.trial(problem, config)
+        return device.trial(problem, config)
 
     return handle

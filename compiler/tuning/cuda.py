@@ -87,7 +87,7 @@ class CudaBackend:
         bench = self._bench
         launches = bench.op.launches(problem, config, self._target)
         requests = rank.requests(bench.op, problem, launches, self._target)
-        compiled = [offline.compile_request(wanted) for wanted in requests]
+        compiled = [offline.compile_request(request) for request in requests]
         buffers = bench.buffers()
         actions = _bound(bench, launches, compiled, buffers)
         for _ in range(runs_to_verify(launches)):
@@ -110,9 +110,9 @@ class CudaBackend:
         """Enough copies of the problem's tensors that none is still in the cache at its turn."""
         first = bench.buffers()
         size = sum(tensor.numel() * tensor.element_size() for tensor in first.values())
-        wanted = int(CACHE_FACTOR * self._cache_bytes / max(size, 1)) + 2
+        needed = int(CACHE_FACTOR * self._cache_bytes / max(size, 1)) + 2
         free, _ = torch.cuda.mem_get_info(self._place)
-        count = max(1, min(wanted, MOST_COPIES, int(0.5 * free / max(size, 1))))
+        count = max(1, min(needed, MOST_COPIES, int(0.5 * free / max(size, 1))))
         return [first, *(bench.buffers() for _ in range(count - 1))]
 
 
