@@ -77,7 +77,7 @@ def unsupported(attributes: ConvPool, pixels: tuple[int, ...]) -> str | None:
             return f"the pooling's {name} is {value[0]}x{value[1]}, not {only[0]}x{only[1]}"
     odd = any(size % 2 for size in pixels)
     if isinstance(pool, AvgPool2d) and pool.ceil_mode and odd:
-        return f"averages windows that overhang {pixels[0]}x{pixels[1]} pixels (ceil_mode)"
+        return f"averages over windows that overhang {pixels[0]}x{pixels[1]} pixels (ceil_mode)"
     return None
 
 
