@@ -15,7 +15,7 @@ from pathlib import Path
 
 LIMITS = {
     ("kernels", "compiler", "cli"): 45_893,
-    ("zoo",): 3_302,
+    ("zoo",): 3_440,
     ("benchmarks",): 5_872,
 }
 """Folders that are counted together, and how many lines they may have."""

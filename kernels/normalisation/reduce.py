@@ -48,6 +48,7 @@ from ..contract.op import (
 from ..contract.spec import Layout, TensorSpec
 from ..contract.targets import Target
 from ..movement.pointwise import Pointwise
+from . import topk
 
 
 @dataclass(frozen=True)
@@ -403,6 +404,14 @@ def _capture_amin(g: Builder, a: Arguments) -> Any:
     return _plain(g, "neg", _reduced(g, "amax", _plain(g, "neg", a.self), a))
 
 
+def _with_places(g: Builder, a: Arguments, values: Any, x: Any) -> Any:
+    """The extremes along a dimension and where they stand: kernels of their own, of which those
+    that nobody reads are left out."""
+    if a.dim % max(1, g.spec(x).rank) == 0 and g.spec(x).batch is not None:
+        return values, None
+    return values, topk.place_of(g, x, a.dim, a.keepdim)
+
+
 def _op(name: str, reference: Any, captures: Mapping[str, Capture]) -> Op:
     kind = Variance if name in ("var", "std") else Reduce
     return Op(
@@ -438,9 +447,10 @@ OPS = (
             "max.default": _capture("amax"),
             "amin.default": _capture_amin,
             "min.default": _capture_amin,
-            # The values, and nothing for the indices: whoever uses those is not supported.
-            "max.dim": lambda g, a: (_reduced(g, "amax", a.self, a), None),
-            "min.dim": lambda g, a: (_capture_amin(g, a), None),
+            "max.dim": lambda g, a: _with_places(g, a, _reduced(g, "amax", a.self, a), a.self),
+            "min.dim": lambda g, a: _with_places(
+                g, a, _capture_amin(g, a), _plain(g, "neg", a.self)
+            ),
         },
     ),
     _op("norm", _norm, {"linalg_vector_norm.default": _capture_norm}),

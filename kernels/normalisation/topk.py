@@ -1,0 +1,332 @@
+"""topk: the k largest (or smallest) elements along a dimension in order, and where they stand.
+
+    y[..., j, ...] = x[..., i_j, ...],   x[i_0] >= x[i_1] >= ...
+
+of equal elements the first comes first, NaN counts as larger than every number, as in torch. With
+k = 1 it is max, argmax and their counterparts, with k the whole length a stable sort.
+
+x: any rank and layout, length L along the dimension -> y: as x, with length k, and i likewise in
+int64. A program holds some rows. Element and place become one 64-bit number, of which the largest
+is found and struck out k times; for k = 1 long rows are read in blocks. k steps over L elements
+each: k is at most MOST_SELECTED, and L for k > 1 at most LONGEST.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+
+from ...errors import InvalidInputError
+from ..contract import epilogue as ep
+from ..contract.op import (
+    Arguments,
+    Attributes,
+    Builder,
+    Config,
+    Cost,
+    Launch,
+    Op,
+    Operand,
+    Problem,
+    Ref,
+    Target,
+    X,
+    Y,
+    config,
+    power_of_two,
+    tensor_bytes,
+)  # fmt: skip
+from ..contract.spec import TensorSpec
+from ..movement.pointwise import Pointwise
+from ..movement.rearrangement import Reshape
+
+MOST_SELECTED = 64
+LONGEST = 4096
+MOST_PLACES = 2**24
+"""Whole numbers up to which fp32, through which elements are moved, is exact."""
+BLOCK = 1024
+
+
+@dataclass(frozen=True)
+class TopK(Attributes):
+    """Along which dimension, how many, and whether the largest ones."""
+
+    dim: int = 0
+    k: int = 1
+    largest: bool = True
+
+
+def infer(attributes: TopK, inputs: tuple[TensorSpec, ...]) -> tuple[TensorSpec, ...]:
+    """x's spec with k elements along the dimension; the same in int64."""
+    (x,) = inputs
+    dim, k = attributes.dim, attributes.k
+    if not 0 <= dim < x.rank or not 1 <= k <= x.shape[dim]:
+        raise InvalidInputError(f"topk: {x} has no {k} elements along dimension {dim}")
+    if x.batch is not None and dim == 0:
+        raise InvalidInputError(f"topk: the batch dimension of {x} cannot be searched")
+    if k > MOST_SELECTED:
+        raise InvalidInputError(
+            f"topk: {k} elements of {x} along dimension {dim}; at most {MOST_SELECTED} are found, "
+            "one after the other"
+        )
+    longest = LONGEST if k > 1 else MOST_PLACES
+    if x.shape[dim] > longest:
+        raise InvalidInputError(
+            f"topk: {x} has {x.shape[dim]} elements along dimension {dim}; for k = {k} at most "
+            f"{longest}"
+        )
+    values = x.with_(shape=(*x.shape[:dim], k, *x.shape[dim + 1 :]))
+    return values, values.with_(dtype=torch.int64)
+
+
+def reference(attributes: TopK, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    values, places = x.sort(dim=attributes.dim, descending=attributes.largest, stable=True)
+    return (
+        values.narrow(attributes.dim, 0, attributes.k),
+        places.narrow(attributes.dim, 0, attributes.k),
+    )
+
+
+@triton.jit
+def ranked(value, place, exists, LARGEST: tl.constexpr):
+    """A number that is larger the earlier an element comes: its order in the upper half, its place
+    counted from the end in the lower."""
+    bits = (value + 0.0).to(tl.int32, bitcast=True)  # -0 and 0 are equal.
+    order = bits ^ ((bits >> 31) & 0x7FFFFFFF)
+    order = tl.where(value != value, 0x7FFFFFFF, order)
+    if not LARGEST:
+        order = ~order
+    both = (order.to(tl.int64) << 32) | (0x7FFFFFFF - place).to(tl.int64)
+    return tl.where(exists, both, -(2**63))
+
+
+@triton.jit
+def ranked_block(
+    source, places, row_mask, L: tl.constexpr, LARGEST: tl.constexpr, STRIDE: tl.constexpr
+):
+    """Elements at some places of every row, ranked."""
+    mask = row_mask[:, None] & (places < L)[None, :]
+    value = tl.load(source[:, None] + (places * STRIDE)[None, :], mask=mask, other=0.0)
+    return ranked(value.to(tl.float32), places[None, :], mask, LARGEST)
+
+
+@triton.jit
+def store_selected(
+    best,
+    j,
+    source,
+    values,
+    places,
+    row_mask,
+    X_STRIDE: tl.constexpr,
+    Y_STRIDE: tl.constexpr,
+    I_STRIDE: tl.constexpr,
+):
+    """The element of that rank as it lies in x, and its place, as the results' element j."""
+    place = 0x7FFFFFFF - (best & 0x7FFFFFFF)
+    value = tl.load(source + place * X_STRIDE, mask=row_mask, other=0.0)
+    tl.store(values + j * Y_STRIDE, value, mask=row_mask)
+    tl.store(places + j * I_STRIDE, place, mask=row_mask)
+
+
+@triton.jit
+def topk_kernel(
+    x,
+    y,
+    i,
+    extras,
+    m,
+    L: tl.constexpr,
+    K: tl.constexpr,
+    LARGEST: tl.constexpr,
+    X_ROW: tl.constexpr,
+    Y_ROW: tl.constexpr,
+    I_ROW: tl.constexpr,
+    X_STRIDE: tl.constexpr,
+    Y_STRIDE: tl.constexpr,
+    I_STRIDE: tl.constexpr,
+    X_OFFSET: tl.constexpr,
+    Y_OFFSET: tl.constexpr,
+    I_OFFSET: tl.constexpr,
+    WIDE: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_COLUMNS: tl.constexpr,
+):
+    rows = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    row_mask = rows < m
+    if WIDE:
+        rows = rows.to(tl.int64)
+    source = x + X_OFFSET + X_ROW(rows)
+    lanes = tl.arange(0, BLOCK_COLUMNS)
+    if K == 1:
+        best = tl.full((BLOCK_ROWS,), -(2**63), tl.int64)
+        for start in range(0, L, BLOCK_COLUMNS):
+            block = ranked_block(source, start + lanes, row_mask, L, LARGEST, X_STRIDE)
+            best = tl.maximum(best, tl.max(block, axis=1))
+        store_selected(
+            best, 0, source, y + Y_OFFSET + Y_ROW(rows), i + I_OFFSET + I_ROW(rows), row_mask,
+            X_STRIDE, Y_STRIDE, I_STRIDE,
+        )  # fmt: skip
+    else:
+        left = ranked_block(source, lanes, row_mask, L, LARGEST, X_STRIDE)
+        for j in range(K):
+            best = tl.max(left, axis=1)
+            left = tl.where(left == best[:, None], -(2**63), left)
+            store_selected(
+                best, j, source, y + Y_OFFSET + Y_ROW(rows), i + I_OFFSET + I_ROW(rows), row_mask,
+                X_STRIDE, Y_STRIDE, I_STRIDE,
+            )  # fmt: skip
+
+
+def launches(problem: Problem, tile: Config, target: Target) -> tuple[Launch, ...]:
+    """One launch over all rows, in the order of the dimensions that are left."""
+    attributes, x = problem.attributes, problem.inputs[0]
+    assert isinstance(attributes, TopK)
+    dim = attributes.dim
+    rest = [at for at in range(x.spec.rank) if at != dim]
+    sizes = tuple(x.shape[at] for at in rest) or (1,)
+
+    def row(operand: Operand) -> ep.GeneratedFunction:
+        strides = tuple(operand.strides[at] for at in rest) or (0,)
+        return ep.row_offset_function(sizes, strides)
+
+    values, places = problem.outputs
+    launch = Launch(
+        kernel=topk_kernel,
+        pointers={"x": X, "y": Y, "i": Ref("output", 1)},
+        rows=x.spec.numel // x.shape[dim],
+        batch=x.spec.batch,
+        block_rows=tile["BLOCK_ROWS"],
+        columns=1,
+        constexprs={
+            "L": x.shape[dim], "K": attributes.k, "LARGEST": attributes.largest,
+            "X_ROW": row(x), "Y_ROW": row(values), "I_ROW": row(places),
+            "X_STRIDE": x.strides[dim], "Y_STRIDE": values.strides[dim],
+            "I_STRIDE": places.strides[dim],
+            "X_OFFSET": x.offset, "Y_OFFSET": values.offset, "I_OFFSET": places.offset,
+            "WIDE": problem.is_wide,
+            **dict(tile.blocks),
+        },
+        num_warps=tile.num_warps,
+        num_stages=tile.num_stages,
+    )  # fmt: skip
+    return (launch,)
+
+
+def _length(problem: Problem) -> int:
+    assert isinstance(problem.attributes, TopK)
+    return problem.inputs[0].shape[problem.attributes.dim]
+
+
+def configs(problem: Problem, target: Target) -> Iterator[Config]:
+    """1024 to 4096 elements per program, at least a row of them."""
+    length = power_of_two(_length(problem))
+    blocks = (256, 1024) if _is_one(problem) else (length,)
+    for block in blocks:
+        for elements in (1024, 2048, 4096):
+            columns = min(block, length)
+            yield config(
+                4, 1, BLOCK_ROWS=max(1, elements // columns), BLOCK_COLUMNS=columns
+            )
+
+
+def _is_one(problem: Problem) -> bool:
+    assert isinstance(problem.attributes, TopK)
+    return problem.attributes.k == 1
+
+
+def legal(problem: Problem, tile: Config, target: Target) -> str | None:
+    length = _length(problem)
+    if not _is_one(problem) and tile["BLOCK_COLUMNS"] < length:
+        return f"{tile['BLOCK_COLUMNS']} of {length} elements: more than one are taken of all"
+    return None
+
+
+def default(problem: Problem, target: Target) -> Config:
+    length = power_of_two(_length(problem))
+    columns = min(length, BLOCK) if _is_one(problem) else length
+    if target.name == "interpreter":
+        rows = power_of_two(problem.inputs[0].spec.numel // _length(problem))
+        return config(1, 1, BLOCK_ROWS=min(rows, (1 << 18) // columns), BLOCK_COLUMNS=columns)
+    return config(4, 1, BLOCK_ROWS=max(1, 2048 // columns), BLOCK_COLUMNS=columns)
+
+
+def cost(problem: Problem) -> Cost:
+    """A comparison per element and selected one."""
+    assert isinstance(problem.attributes, TopK)
+    read, written = tensor_bytes(problem)
+    return Cost(problem.inputs[0].spec.numel * problem.attributes.k, read, written)
+
+
+def _selected(g: Builder, x: Any, dim: int, k: int, largest: bool) -> tuple[Any, Any]:
+    """Values and places."""
+    attributes = TopK(dim % max(1, g.spec(x).rank), int(k), bool(largest))
+    values = g.apply("topk", (x,), attributes)
+    return values, g.output(values, 1)
+
+
+def _topk(g: Builder, a: Arguments) -> Any:
+    _ = a.sorted  # They come in order, whether asked for or not.
+    return _selected(g, a.self, a.dim, a.k, a.largest)
+
+
+def _sort(g: Builder, a: Arguments) -> tuple[Any, Any]:
+    _ = a.get("stable")
+    length = g.spec(a.self).shape[a.dim]
+    return _selected(g, a.self, a.dim, length, a.descending)
+
+
+def _argsort(g: Builder, a: Arguments) -> Any:
+    return _sort(g, a)[1]
+
+
+def place_of(g: Builder, x: Any, dim: int | None, keepdim: bool) -> Any:
+    """argmax; of all elements where no dimension is given."""
+    spec = g.spec(x)
+    if dim is None:
+        if spec.batch is not None:
+            return g.refuse("the place of the largest of all samples; give a dimension")
+        x, dim = g.apply("reshape", (x,), Reshape((spec.numel,))), 0
+        shape: tuple[int, ...] = (1,) * spec.rank if keepdim else ()
+    else:
+        dim %= max(1, spec.rank)
+        kept = (1,) if keepdim else ()
+        shape = (*spec.shape[:dim], *kept, *spec.shape[dim + 1 :])
+    _, places = _selected(g, x, dim, 1, largest=True)
+    return g.apply("reshape", (places,), Reshape(shape))
+
+
+def _argmin(g: Builder, a: Arguments) -> Any:
+    """Of -x: NaN, the largest in a sort, comes first in a minimum."""
+    negated = g.apply("neg", (a.self,), Pointwise())
+    return place_of(g, negated, a.dim, a.keepdim)
+
+
+OP = Op(
+    name="topk",
+    attributes=TopK,
+    infer=infer,
+    reference=reference,
+    launches=launches,
+    configs=configs,
+    default=default,
+    legal=legal,
+    cost=cost,
+    aten={
+        "aten.topk.default": _topk,
+        "aten.sort.default": _sort,
+        "aten.sort.stable": _sort,
+        "aten.argsort.default": _argsort,
+        "aten.argsort.stable": _argsort,
+        "aten.argmax.default": lambda g, a: place_of(g, a.self, a.dim, a.keepdim),
+        "aten.argmin.default": _argmin,
+    },
+    takes_epilogue=False,
+    follows=True,
+    integers=True,
+)
