@@ -18,7 +18,7 @@ import pytest
 import torch
 from convloom.compiler.capture.capture import capture
 from convloom.compiler.fusion import partition, rules
-from convloom.compiler.fusion.pattern import NearMiss, Rule, always, apply_rules, match
+from convloom.compiler.fusion.pattern import Rule, always, apply_rules, match
 from convloom.compiler.fusion.rules import BINARY, HEAVY, UNARY
 from convloom.compiler.graph import text
 from convloom.compiler.graph.ir import INPUT, OUTPUT, Graph, NoAttributes, Node, Value
@@ -42,6 +42,7 @@ from torch import nn
 
 from . import nets
 from .nets import Made
+from .rules import EXAMPLES, Example, NearMiss, example_for
 
 
 def every_rule() -> dict[str, Rule]:
@@ -61,10 +62,12 @@ def every_rule() -> dict[str, Rule]:
 
 
 RULES = every_rule()
+NAMES = {id(rule): name for name, rule in RULES.items()}
 NEAR_MISSES = [
-    pytest.param(rule, at, id=f"{name}: {miss.reason}")
-    for name, rule in RULES.items()
-    for at, miss in enumerate(rule.near_misses)
+    pytest.param(RULES[name], at, id=f"{name}: {miss.reason}")
+    for name, example in EXAMPLES.items()
+    if name in RULES
+    for at, miss in enumerate(example.near_misses)
 ]
 by_rule = pytest.mark.parametrize("rule", RULES.values(), ids=RULES.keys())
 RELAYS = {
@@ -114,10 +117,14 @@ def before(rule: Rule, made: Made) -> Graph:
     return graph
 
 
+def example_by(rule: Rule) -> Example:
+    return example_for(NAMES[id(rule)])
+
+
 @cache
 def example_of(rule: Rule) -> tuple[Made, Graph]:
     """The rule's example and its graph; copy the graph before changing it."""
-    made = rule.example()
+    made = example_by(rule).make()
     return made, before(rule, made)
 
 
@@ -133,6 +140,24 @@ def applied(graph: Graph, *rules: Rule) -> tuple[Graph, list[Event], list[Event]
 def test_every_rule_belongs_to_a_pass() -> None:
     assert len(RULES) > 10
     assert {id(rule) for rule in RULES.values()} == owners().keys()
+
+
+@by_rule
+def test_every_rule_has_an_example(rule: Rule) -> None:
+    assert example_by(rule).make is not None
+
+
+def test_every_example_is_that_of_a_rule() -> None:
+    assert EXAMPLES.keys() == RULES.keys()
+
+
+def test_a_rule_without_an_example_says_where_to_add_one() -> None:
+    with pytest.raises(LookupError) as caught:
+        example_for("f(x) => g(x)")
+    assert caught.value.args == (
+        'rule "f(x) => g(x)" has no example: add "f(x) => g(x)": Example(...) to EXAMPLES in the '
+        "file of tests/rules that is named as the rule's file in compiler",
+    )
 
 
 @by_rule
@@ -227,7 +252,7 @@ def inner_nodes(rule: Rule, graph: Graph) -> list[str]:
 
 @pytest.mark.parametrize(("rule", "at"), NEAR_MISSES)
 def test_near_misses_are_refused_for_the_stated_reason(rule: Rule, at: int) -> None:
-    miss = rule.near_misses[at]
+    miss = example_by(rule).near_misses[at]
     graph = before(rule, made_of(miss))
     after, accepted, refused = applied(graph, rule)
     assert not accepted and text.to_text(after) == text.to_text(graph)
@@ -237,7 +262,7 @@ def test_near_misses_are_refused_for_the_stated_reason(rule: Rule, at: int) -> N
 @pytest.mark.interpreter
 @pytest.mark.parametrize(("rule", "at"), NEAR_MISSES)
 def test_near_misses_still_compute_the_right_thing(rule: Rule, at: int) -> None:
-    module, inputs = made_of(rule.near_misses[at])
+    module, inputs = made_of(example_by(rule).near_misses[at])
     with nets.exporting_once():
         exe = convloom.compile(module, inputs, target="interpreter")
     nets.check(exe(*inputs), module, inputs)
@@ -250,7 +275,7 @@ def made_of(miss: NearMiss) -> Made:
 
 def test_refusals_are_recorded_once() -> None:
     rule = next(iter(rules.PROLOGUE_RULES))
-    graph = before(rule, rule.near_misses[0].make())
+    graph = before(rule, example_by(rule).near_misses[0].make())
     ledger = Ledger()
     for _ in range(3):
         apply_rules(graph, (rule,), ledger)

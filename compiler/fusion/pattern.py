@@ -7,7 +7,7 @@ matcher's duty: a match whose inner result is read elsewhere, or returned, is a 
 reason.
 
 A `Rule` is one fusion: an equation as its name, a pattern, a guard that returns a reason when it
-refuses, a rewrite, and examples from which the generic tests are made. A rule that puts one node
+refuses, and a rewrite; `tests/rules` has its examples. A rule that puts one node
 in the place of several heavy ones gives a `build` instead of a rewrite: whether the new kernel fits
 the machine and pays is then asked for it.
 """
@@ -223,9 +223,6 @@ def _match_value(graph: Graph, value: Value, pattern: Any, found: Match) -> Iter
 
 Guard = Callable[[Graph, Match], str | None]
 Rewrite = Callable[[Graph, Match], Value]
-Example = Callable[[], tuple[Any, tuple[Any, ...]]]
-
-
 Build = Callable[[Graph, Match], Fused]
 
 
@@ -235,30 +232,19 @@ def always(graph: Graph, found: Match) -> str | None:
 
 
 @dataclass(frozen=True)
-class NearMiss:
-    """A module on which a rule must refuse, and a part of the reason it must give."""
-
-    make: Example
-    reason: str
-
-
-@dataclass(frozen=True)
 class Rule:
     """One declarative fusion.
 
     name: the equation; rewrite: builds the replacement and returns the value that stands for the
-    root's first output; example: a module and inputs on which the rule fires; guard: what the
-    kernels cannot express; label: the short name by which users force or forbid the rule, empty
-    where it fuses nothing; build: instead of a rewrite, the node that is to stand for the whole
-    match.
+    root's first output; guard: what the kernels cannot express; label: the short name by which
+    users force or forbid the rule, empty where it fuses nothing; build: instead of a rewrite, the
+    node that is to stand for the whole match.
     """
 
     name: str
     pattern: Call
     rewrite: Rewrite | None = None
-    example: Example = lambda: (None, ())
     guard: Guard = always
-    near_misses: tuple[NearMiss, ...] = ()
     label: str = field(kw_only=True, default="")
     build: Build | None = field(kw_only=True, default=None)
 

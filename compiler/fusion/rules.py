@@ -8,10 +8,6 @@ has another reader, refuses its near misses for the stated reason) run on it by 
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
-
-import torch
-from torch import nn
 
 from ...kernels.contract.scalars import SCALARS
 from ...kernels.contract.spec import Layout, TensorSpec
@@ -19,7 +15,7 @@ from ...kernels.movement.movement import FlattenPixels
 from ...kernels.movement.pointwise import Pointwise, stage_of
 from ...kernels.tile.conv_geometry import Conv2d
 from ..graph.ir import INPUT, Graph, Node, Value
-from .pattern import Call, Constant, Match, NearMiss, Rule, Var, absorb
+from .pattern import Call, Constant, Match, Rule, Var, absorb
 
 HEAVY = ("conv2d", "linear")
 PRODUCTS = (*HEAVY, "conv3d", "conv_transpose2d", "conv_transpose3d")
@@ -138,99 +134,11 @@ def sink_into_prologue(graph: Graph, found: Match) -> Value:
     return absorb(graph, found, conv.name, inputs, prologue=(first, *before.epilogue))
 
 
-class _Net(nn.Module):
-    """An example network from a function of its layers and inputs."""
-
-    def __init__(self, function: Any, **layers: nn.Module) -> None:
-        super().__init__()
-        self.layers = nn.ModuleDict(layers)
-        self.function = function
-
-    def forward(self, *inputs: torch.Tensor) -> torch.Tensor:
-        result: torch.Tensor = self.function(self.layers, *inputs)
-        return result
-
-
-def example(function: Any, *shapes: tuple[int, ...], **layers: nn.Module) -> Any:
-    """A seeded module and inputs of the given shapes."""
-    generator = torch.Generator().manual_seed(0)
-    inputs = tuple(torch.randn(shape, generator=generator) for shape in shapes)
-    return _Net(function, **layers).eval(), inputs
-
-
-IMAGE = (2, 6, 7, 5)
-
-
-def _conv(r: int = 3, k: int = 8) -> nn.Conv2d:
-    return nn.Conv2d(IMAGE[1], k, r, padding=r // 2)
-
-
-def _unary_example() -> Any:
-    return example(lambda m, x: torch.sigmoid(m["conv"](x)), IMAGE, conv=_conv())
-
-
-def _literal_example() -> Any:
-    return example(lambda m, x: 1.5 - m["conv"](x), IMAGE, conv=_conv())
-
-
-def _residual_example() -> Any:
-    return example(lambda m, x, r: m["conv"](x) + r, IMAGE, (2, 8, 7, 5), conv=_conv())
-
-
-def _reversed_example() -> Any:
-    return example(lambda m, x, r: r / m["conv"](x), IMAGE, (2, 8, 7, 5), conv=_conv())
-
-
-def _pointwise_example() -> Any:
-    return example(lambda m, x, r: torch.tanh(x) - r, IMAGE, IMAGE)
-
-
-def _pointwise_reversed_example() -> Any:
-    return example(lambda m, x, r: r - torch.tanh(x), IMAGE, IMAGE)
-
-
-def _activation_example() -> Any:
-    return example(lambda m, x: torch.relu(m["pool"](x)), IMAGE, pool=nn.MaxPool2d(2))
-
-
-def _prologue_example() -> Any:
-    """Of a chain whose first operand is not the image."""
-
-    def run(m: Any, x: torch.Tensor, g: torch.Tensor) -> Any:
-        return m["conv"](torch.tanh(g - x))
-
-    return example(run, IMAGE, (2, 6, 1, 1), conv=_conv(1))
-
-
-def _enlarging() -> Any:
-    return example(lambda m, x, r: m["conv"](x) + r, (1, 6, 7, 5), (2, 8, 7, 5), conv=_conv())
-
-
-def _recomputing() -> Any:
-    return example(lambda m, x: m["conv"](torch.relu(x)), IMAGE, conv=_conv(3))
-
-
-def _grouped() -> Any:
-    conv = nn.Conv2d(6, 6, 1, groups=3)
-    return example(lambda m, x: m["conv"](torch.relu(x)), IMAGE, conv=conv)
-
-
-def _gate(**options: Any) -> Any:
-    conv = nn.Conv2d(IMAGE[1], 8, 1, **options)
-    return example(lambda m, x, g: m["conv"](x * g), IMAGE, (2, 6, 1, 1), conv=conv)
-
-
-def _not_channelwise() -> Any:
-    return example(lambda m, x, r: m["conv"](x * r), IMAGE, IMAGE, conv=_conv(1))
-
-
-ENLARGES = NearMiss(_enlarging, "broadcasts")
 EPILOGUE_RULES = (
     Rule(
         "f(heavy(x)) => heavy(x, epilogue=[f])",
         Call(UNARY, Call(PRODUCTS, name="anchor"), name="root"),
         append_stage,
-        _unary_example,
         _same_output,
         label="epilogue",
     ),
@@ -238,7 +146,6 @@ EPILOGUE_RULES = (
         "f(heavy(x), literal) => heavy(x, epilogue=[f literal])",
         Call(BINARY, Call(PRODUCTS, name="anchor"), name="root"),
         append_stage,
-        _literal_example,
         _same_output,
         label="epilogue",
     ),
@@ -246,16 +153,13 @@ EPILOGUE_RULES = (
         "f(heavy(x), r) => heavy(x, epilogue=[f r])",
         Call(BINARY, Call(PRODUCTS, name="anchor"), Var("r"), name="root"),
         append_stage,
-        _residual_example,
         _same_output,
-        (ENLARGES,),
         label="epilogue",
     ),
     Rule(
         "f(r, heavy(x)) => heavy(x, epilogue=[reversed f r])",
         Call(BINARY, Var("r"), Call(PRODUCTS, name="anchor"), name="root"),
         append_reversed_stage,
-        _reversed_example,
         _same_output,
         label="epilogue",
     ),
@@ -263,7 +167,6 @@ EPILOGUE_RULES = (
         "f(op(x)) => op(x, epilogue=[f])",
         Call(UNARY, Call(ANCHORS, name="anchor"), name="root"),
         append_stage,
-        _activation_example,
         _same_output,
         label="epilogue",
     ),
@@ -271,7 +174,6 @@ EPILOGUE_RULES = (
         "f(op(x), literal) => op(x, epilogue=[f literal])",
         Call(BINARY, Call(ANCHORS, name="anchor"), name="root"),
         append_stage,
-        lambda: example(lambda m, x: torch.exp(x) * 2.0, IMAGE),
         _same_output,
         label="epilogue",
     ),
@@ -279,7 +181,6 @@ EPILOGUE_RULES = (
         "f(op(x), r) => op(x, epilogue=[f r])",
         Call(BINARY, Call(ANCHORS, name="anchor"), Var("r"), name="root"),
         append_stage,
-        _pointwise_example,
         _same_output,
         label="epilogue",
     ),
@@ -287,7 +188,6 @@ EPILOGUE_RULES = (
         "f(r, op(x)) => op(x, epilogue=[reversed f r])",
         Call(BINARY, Var("r"), Call(ANCHORS, name="anchor"), name="root"),
         append_reversed_stage,
-        _pointwise_reversed_example,
         _same_output,
         label="epilogue",
     ),
@@ -323,52 +223,12 @@ def flatten_in_memory_order(graph: Graph, found: Match) -> Value:
     return Value(root.name)
 
 
-def _flatten_example() -> Any:
-    layers = {"pool": nn.MaxPool2d(2, 1), "fc": nn.Linear(6 * 6 * 4, 4)}
-    return example(lambda m, x: m["fc"](m["pool"](x).flatten(1)), IMAGE, **layers)
-
-
-def _partly_flattened() -> Any:
-    layers = {"pool": nn.MaxPool2d(2, 1), "fc": nn.Linear(6 * 4, 4)}
-    return example(lambda m, x: m["fc"](m["pool"](x).flatten(2)), IMAGE, **layers)
-
-
-def _flattened_groups() -> Any:
-    """The groups of a channel shuffle are no volume: channels are not innermost in memory."""
-    layers = {"pool": nn.MaxPool2d(2, 1), "fc": nn.Linear(6 * 6 * 4, 4)}
-
-    def run(m: Any, x: torch.Tensor) -> Any:
-        groups = m["pool"](x).reshape(-1, 2, 3, 6, 4)
-        return m["fc"]((groups * groups.sum(2, keepdim=True)).flatten(1))
-
-    return example(run, IMAGE, **layers)
-
-
-def _flattened_input() -> Any:
-    return example(lambda m, x: m["fc"](x.flatten(1)), IMAGE, fc=nn.Linear(6 * 7 * 5, 4))
-
-
-def _shared_weight() -> Any:
-    def run(m: Any, x: torch.Tensor, r: torch.Tensor) -> Any:
-        return m["fc"](m["pool"](x).flatten(1)) - m["fc"](m["pool"](r).flatten(1))
-
-    layers = {"pool": nn.MaxPool2d(2, 1), "fc": nn.Linear(6 * 6 * 4, 4)}
-    return example(run, IMAGE, IMAGE, **layers)
-
-
 FLATTEN_RULES = (
     Rule(
         "linear(reshape(x), w) => linear(flatten_pixels(x), w with permuted columns)",
         Call("linear", Call("reshape", Var("x"), name="flat"), Constant("w"), name="root"),
         flatten_in_memory_order,
-        _flatten_example,
         _flatten_guard,
-        (
-            NearMiss(_partly_flattened, "one row per sample"),
-            NearMiss(_flattened_groups, "does not flatten an image"),
-            NearMiss(_flattened_input, "a view already"),
-            NearMiss(_shared_weight, "is shared"),
-        ),
         label="flatten",
     ),
 )
@@ -382,15 +242,7 @@ PROLOGUE_RULES = (
             name="root",
         ),
         sink_into_prologue,
-        _prologue_example,
         _prologue_guard,
-        (
-            NearMiss(_recomputing, "taps"),
-            NearMiss(_grouped, "grouped"),
-            NearMiss(_not_channelwise, "per channel"),
-            NearMiss(lambda: _gate(stride=2), "per channel for all images"),
-            NearMiss(lambda: _gate(padding=1), "per channel for all images"),
-        ),
         label="prologue",
     ),
 )

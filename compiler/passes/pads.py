@@ -10,16 +10,11 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-import torch
-import torch.nn.functional as F
-from torch import nn
-
 from ...kernels.convolution.conv_window import BorderConv2d, Conv3d
 from ...kernels.movement.pad import Pad
 from ...kernels.tile.conv_geometry import Conv2d
 from ..fusion.estimate import Fused
-from ..fusion.pattern import Call, Match, NearMiss, Rule, Var
-from ..fusion.rules import IMAGE, example
+from ..fusion.pattern import Call, Match, Rule, Var
 from ..graph.ir import Graph, Node
 
 LABEL = "pad-into-conv"
@@ -110,41 +105,11 @@ def _with_border(graph: Graph, found: Match) -> Fused:
     return _fused(graph, found, "border_conv2d", image)
 
 
-def _padded(
-    sides: tuple[int, ...],
-    mode: str = "constant",
-    value: float | None = None,
-    between: Any = None,
-    **options: Any,
-) -> Any:
-    """A 3x3 convolution of a padded image, with something between the two."""
-    channels = IMAGE[1] + sum(sides[4:])
-    conv = nn.Conv2d(channels, options.pop("k", 8), 3, **options)
-
-    def run(m: Any, x: torch.Tensor) -> Any:
-        y = F.pad(x, sides, mode, value)
-        return torch.relu(m["conv"](between(y) if between else y))
-
-    return example(run, IMAGE, conv=conv)
-
-
-def _volume(mode: str) -> Any:
-    def run(m: Any, x: torch.Tensor) -> Any:
-        return torch.relu(m["conv"](F.pad(x, (1, 1, 2, 0, 0, 1), mode)))
-
-    return example(run, (2, 4, 3, 5, 4), conv=nn.Conv3d(4, 8, 3))
-
-
 def _convolution(op: str, where: Any) -> Call:
     pad = Call("pad", Var("x"), name="pad", where=where)
     return Call(op, pad, Var("w"), name="conv", where=_is_plain)
 
 
-GEOMETRY = (
-    NearMiss(lambda: _padded((1, -1, 1, 1)), "crops"),
-    NearMiss(lambda: _padded((1, 1, 1, 1, 1, 0)), "more than the image"),
-    NearMiss(lambda: _padded((1, 1, 1, 1), between=torch.tanh), "stages of its own"),
-)
 ZERO_RULES = (
     Rule(
         name="conv2d(pad(x, 0), w) => conv2d(x, w, padding)",
@@ -152,8 +117,6 @@ ZERO_RULES = (
         pattern=_convolution("conv2d", _is_constant),
         build=_with_zeros,
         guard=_zeros_guard,
-        example=lambda: _padded((0, 1, 2, 1), padding=1),
-        near_misses=(NearMiss(lambda: _padded((1, 1, 1, 1), value=1.0), "with 1;"), *GEOMETRY),
     ),
     Rule(
         name="conv3d(pad(x, 0), w) => conv3d(x, w, padding)",
@@ -161,7 +124,6 @@ ZERO_RULES = (
         pattern=_convolution("conv3d", _is_constant),
         build=_with_zeros,
         guard=_zeros_guard,
-        example=lambda: _volume("constant"),
     ),
 )
 BORDER_RULES = (
@@ -171,12 +133,6 @@ BORDER_RULES = (
         pattern=_convolution("conv2d", _is_border),
         build=_with_border,
         guard=_border_guard,
-        example=lambda: _padded((1, 1, 2, 0), "reflect"),
-        near_misses=(
-            NearMiss(lambda: _padded((1, 1, 1, 1), "circular", padding=1), "once more"),
-            NearMiss(lambda: _padded((1, 1, 1, 1), "reflect", k=6, groups=6), "is depthwise"),
-            NearMiss(lambda: _padded((1, -1, 1, 1), "replicate"), "crops"),
-        ),
     ),
     Rule(
         name="conv3d(pad(x, border), w) => conv3d(x, w, padding, border)",
@@ -184,7 +140,6 @@ BORDER_RULES = (
         pattern=_convolution("conv3d", _is_border),
         build=_with_border,
         guard=_border_guard,
-        example=lambda: _volume("replicate"),
     ),
 )
 RULES = (*ZERO_RULES, *BORDER_RULES)

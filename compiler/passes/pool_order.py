@@ -7,15 +7,9 @@ In an Inception module the pooling branch's projection then reads the module's i
 
 from __future__ import annotations
 
-from typing import Any
-
-import torch
-from torch import nn
-
 from ...kernels.pooling.pool_window import AvgPool2d
 from ...kernels.tile.conv_geometry import Conv2d
-from ..fusion.pattern import Call, Match, NearMiss, Rule, Var, apply_rules
-from ..fusion.rules import example
+from ..fusion.pattern import Call, Match, Rule, Var, apply_rules
 from ..graph.ir import Graph, Node, Value
 from ..graph.ledger import Ledger
 
@@ -54,23 +48,6 @@ def _project_first(graph: Graph, found: Match) -> Value:
     return averaged
 
 
-IMAGE = (2, 16, 7, 5)
-
-
-def _module(**changes: Any) -> Any:
-    stride, channels = changes.get("stride", 1), changes.get("channels", 8)
-    layers = {
-        "pool": nn.AvgPool2d(3, stride, 1),
-        "a": nn.Conv2d(IMAGE[1], channels, 1),
-        "b": nn.Conv2d(IMAGE[1], 8, 3 if changes.get("alone") else 1),
-    }
-
-    def run(m: Any, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        return torch.relu(m["a"](m["pool"](x))), torch.relu(m["b"](x))
-
-    return example(run, IMAGE, **layers)
-
-
 RULES = (
     Rule(
         "conv1x1(avg_pool2d(x)) => avg_pool2d(conv1x1(x))",
@@ -82,13 +59,7 @@ RULES = (
             where=_is_projection,
         ),
         _project_first,
-        _module,
         _guard,
-        (
-            NearMiss(lambda: _module(stride=2), "drops"),
-            NearMiss(lambda: _module(channels=24), "would average more"),
-            NearMiss(lambda: _module(alone=True), "no other 1x1 convolution"),
-        ),
         label="project-first",
     ),
 )

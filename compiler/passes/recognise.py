@@ -8,12 +8,7 @@ SiLU, hard-swish and mish as products.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Any
-
-import torch
-import torch.nn.functional as F
-from torch import nn
 
 from ...kernels.movement.pad import Pad
 from ...kernels.movement.pointwise import Pointwise
@@ -21,7 +16,6 @@ from ...kernels.movement.rearrangement import Reshape
 from ...kernels.normalisation.lrn import LocalResponseNorm
 from ...kernels.pooling.pool_window import AvgPool2d, AvgPool3d, LpPool2d
 from ..fusion.pattern import Call, Match, Rule, Var, apply_rules, replace_root
-from ..fusion.rules import IMAGE, example
 from ..graph.ir import Graph, Value
 from ..graph.ledger import Ledger
 from .recognise_pools import POOL_RULES
@@ -69,14 +63,7 @@ def _make_lrn(graph: Graph, found: Match) -> Value:
     return replace_root(graph, found, "local_response_norm", (found.values["x"],), attributes)
 
 
-def _lrn_by_hand(m: nn.ModuleDict, x: torch.Tensor) -> torch.Tensor:
-    n, c, h, w = x.shape
-    padded = F.pad(x.square().view(n, 1, c, h, w), (0, 0, 0, 0, 2, 2))
-    mean = F.avg_pool3d(padded, (5, 1, 1), stride=1).squeeze(1).view(n, c, h, w)
-    return x / (mean * 1e-3 + 2.0) ** 0.75
-
-
-def _lrn_rule(squared: Call, make: Callable[[], Any]) -> Rule:
+def _lrn_rule(squared: Call) -> Rule:
     padded = Call("pad", Call("reshape", squared), name="pad")
     pooled = Call("avg_pool3d", padded, name="pool")
     scaled = Call("mul", Call("reshape", Call("reshape", pooled)), name="alpha")
@@ -85,7 +72,6 @@ def _lrn_rule(squared: Call, make: Callable[[], Any]) -> Rule:
         "x / (k + alpha*mean_c(x²))^beta => local_response_norm(x)",
         Call("div", X, power, name="root"),
         _make_lrn,
-        make,
         _lrn_guard,
     )
 
@@ -154,16 +140,11 @@ def _lp_rule(of_sequences: bool) -> Rule:
         "(R·S·avg_pool(x^p))^(1/p) => lp_pool2d(x, p)",
         Call(POWERS, Call("mul", signed, name="area"), name="root"),
         _make_lp_of_sequences if of_sequences else _make_lp,
-        lambda: (
-            example(lambda m, x: F.lp_pool1d(x, 3.0, 2), (2, 6, 15))
-            if of_sequences
-            else example(lambda m, x: F.lp_pool2d(x, 3.0, 2), IMAGE)
-        ),
         _lp_root_guard,
     )
 
 
-def _product_rule(name: str, factor: str, make: Any) -> Rule:
+def _product_rule(name: str, factor: str) -> Rule:
     def rewrite(graph: Graph, found: Match) -> Value:
         return replace_root(graph, found, name, (found.values["x"],), Pointwise())
 
@@ -171,7 +152,6 @@ def _product_rule(name: str, factor: str, make: Any) -> Rule:
         f"x·{factor}(x) => {name}(x)",
         Call("mul", X, Call(factor, X), name="root", commutes=True),
         rewrite,
-        make,
     )
 
 
@@ -192,7 +172,6 @@ def _mish_rule() -> Rule:
             name="root", commutes=True,
         ),
         rewrite,
-        lambda: example(lambda m, x: x * torch.tanh(F.softplus(x)), IMAGE),
         guard,
     )  # fmt: skip
 
@@ -203,7 +182,7 @@ def _parameters(found: Match, name: str) -> tuple[float, ...]:
     return attributes.parameters
 
 
-def _shrink_rule(name: str, equation: str, pattern: Call, width: Any, make: Any) -> Rule:
+def _shrink_rule(name: str, equation: str, pattern: Call, width: Any) -> Rule:
     """width: what a match shrinks by, or None where it is something else."""
 
     def rewrite(graph: Graph, found: Match) -> Value:
@@ -213,7 +192,7 @@ def _shrink_rule(name: str, equation: str, pattern: Call, width: Any, make: Any)
     def guard(graph: Graph, found: Match) -> str | None:
         return "positive and negative values shrink differently" if width(found) is None else None
 
-    return Rule(f"{equation} => {name}(x, w)", pattern, rewrite, make, guard)
+    return Rule(f"{equation} => {name}(x, w)", pattern, rewrite, guard)
 
 
 def _hard_width(found: Match) -> float | None:
@@ -237,31 +216,22 @@ SHRINK_RULES = (
             Call("threshold", Call("neg", X), name="below"), name="root",
         ),
         _hard_width,
-        lambda: example(lambda m, x: F.hardshrink(x, 0.4), IMAGE),
     ),
     _shrink_rule(
         "softshrink",
         "x - clamp(x, -w, w)",
         Call("sub", X, Call("clamp", X, name="clamp"), name="root"),
         _soft_width,
-        lambda: example(lambda m, x: F.softshrink(x, 0.4), IMAGE),
     ),
 )  # fmt: skip
 
 RULES = (
-    _lrn_rule(
-        SQUARE,
-        lambda: example(lambda m, x: F.local_response_norm(x, 5, 1e-3, 0.75, 2.0), IMAGE),
-    ),
-    _lrn_rule(Call("square", X), lambda: example(_lrn_by_hand, IMAGE)),
+    _lrn_rule(SQUARE),
+    _lrn_rule(Call("square", X)),
     _lp_rule(of_sequences=False),
     _lp_rule(of_sequences=True),
-    _product_rule(
-        "silu", "sigmoid", lambda: example(lambda m, x: x * torch.sigmoid(x), IMAGE)
-    ),
-    _product_rule(
-        "hardswish", "hardsigmoid", lambda: example(lambda m, x: x * F.hardsigmoid(x), IMAGE)
-    ),
+    _product_rule("silu", "sigmoid"),
+    _product_rule("hardswish", "hardsigmoid"),
     _mish_rule(),
     *SHRINK_RULES,
 )

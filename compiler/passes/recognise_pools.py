@@ -7,10 +7,7 @@ written as `x.unfold(2, r, sh).unfold(3, s, sw)`, or as `F.unfold(x, r)`, flatte
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
-import torch.nn.functional as F
 
 from ...kernels.movement.pad import Pad
 from ...kernels.movement.pointwise import Pointwise
@@ -18,8 +15,7 @@ from ...kernels.movement.rearrangement import Reshape
 from ...kernels.pooling.median_pool import MOST_TAPS, MedianPool2d
 from ...kernels.pooling.mixed_pool import MixedPool2d, is_weight
 from ...kernels.pooling.pool_window import AvgPool2d, MaxPool2d
-from ..fusion.pattern import Call, Match, NearMiss, Rule, Var, replace_root
-from ..fusion.rules import IMAGE, example
+from ..fusion.pattern import Call, Match, Rule, Var, replace_root
 from ..graph.ir import Graph, Node, Value
 from ..graph.torch_call import TorchCall
 
@@ -41,7 +37,6 @@ def _drop_indices_rule() -> Rule:
         "values of max_pool2d_with_indices(x) => max_pool2d(x)",
         Call("max_pool2d_with_indices", X, where=_indices_are_unread),
         rewrite,
-        lambda: example(lambda m, x: F.max_pool2d(x, 2, return_indices=True)[0], IMAGE),
     )
 
 
@@ -117,15 +112,6 @@ def _make_from_im2col(graph: Graph, found: Match) -> Value:
     return replace_root(graph, found, "reshape", (y,), Reshape(found.root.spec.shape))
 
 
-def _unfolded(x: torch.Tensor) -> torch.Tensor:
-    return x.unfold(2, 3, 1).unfold(3, 3, 1).flatten(-2).median(dim=-1).values
-
-
-def _columns(x: torch.Tensor) -> torch.Tensor:
-    columns = F.unfold(x, 3)
-    return columns.view(*x.shape[:2], 9, columns.shape[2]).median(dim=2).values
-
-
 # Mixtures.
 
 
@@ -176,36 +162,13 @@ def _mixture_rule(learned: bool) -> Rule:
         by_a, by_b = Call("mul", most, name="by_a"), Call("mul", mean, name="by_b")
         name = "0.5·max_pool(x) + 0.5·avg_pool(x) => mixed_pool2d(x, 0.5, 0.5)"
 
-    def blend(m: Any, x: torch.Tensor, padding: int = 0) -> torch.Tensor:
-        a, b = (torch.sigmoid(m.a.bias), m.a.bias) if learned else (0.25, 0.75)
-        return a * F.max_pool2d(x, 2, 2, padding) + b * F.avg_pool2d(x, 2, 2, padding)
-
-    return Rule(
-        name,
-        Call("add", by_a, by_b, commutes=True),
-        _make_mixture,
-        lambda: example(blend, IMAGE, a=torch.nn.Linear(1, 1)),
-        _mixture_guard,
-        near_misses=(
-            NearMiss(
-                lambda: example(lambda m, x: blend(m, x, 1), IMAGE, a=torch.nn.Linear(1, 1)),
-                "the windows differ",
-            ),
-        ),
-    )
+    return Rule(name, Call("add", by_a, by_b, commutes=True), _make_mixture, _mixture_guard)
 
 
 def _unfold_rule(name: str, copied: bool) -> Rule:
     windows = Call(UNFOLD, Call(UNFOLD, X, name="inner"), name="outer")
     flat = Call("reshape", Call("identity", windows) if copied else windows, name="flat")
-    shape = IMAGE if copied else (*IMAGE[:3], 3)
-    return Rule(
-        name,
-        Call(MEDIAN, flat),
-        _make_from_unfold,
-        lambda: example(lambda m, x: _unfolded(x), shape),
-        _unfold_guard,
-    )
+    return Rule(name, Call(MEDIAN, flat), _make_from_unfold, _unfold_guard)
 
 
 UNFOLD, IM2COL, MEDIAN = "aten.unfold.default", "aten.im2col.default", "aten.median.dim"
@@ -221,7 +184,6 @@ POOL_RULES = (
         "median(im2col(x)) => median_pool2d(x)",
         Call(MEDIAN, Call("reshape", Call(IM2COL, X, name="columns"), name="flat")),
         _make_from_im2col,
-        lambda: example(lambda m, x: _columns(x), IMAGE),
         _im2col_guard,
     ),
 )

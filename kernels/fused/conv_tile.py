@@ -259,8 +259,3 @@ def l2_bytes(problem: Problem, rows: int, columns: int, result: TensorSpec) -> i
 def pack(attributes: StagedConv, w: torch.Tensor) -> torch.Tensor:
     """As conv2d packs it."""
     return conv2d.pack(attributes.conv, w)
-
-
-# What tests draw.
-
-

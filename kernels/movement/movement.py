@@ -335,5 +335,3 @@ def _same_walk(a: tuple[int, ...], b: tuple[int, ...], shape: tuple[int, ...]) -
 def cost(problem: Problem) -> Cost:
     read, written = tensor_bytes(problem)
     return Cost(0, read, written)
-
-

@@ -7,18 +7,12 @@ Chains grow at their end: `linear(head(x))` and `softmax(head(x))` are heads aga
 from __future__ import annotations
 
 from dataclasses import replace
-from itertools import pairwise
-from typing import Any
-
-import torch
-from torch import Tensor, nn
 
 from ....kernels.fused.head import MOST_LINKS, Head
 from ....kernels.normalisation.softmax import Softmax
 from ...fusion import refusals
 from ...fusion.estimate import Fused
-from ...fusion.pattern import Call, Constant, Match, NearMiss, Rule
-from ...fusion.rules import example
+from ...fusion.pattern import Build, Call, Constant, Match, Rule
 from ...graph.ir import Graph, Node, Value
 from .pool_fusions import AVERAGE
 
@@ -88,36 +82,6 @@ def _build_softmax(graph: Graph, found: Match) -> Fused:
     return Fused("head", made, inputs, {root.name: 0}, root.epilogue, graph.operands(root))
 
 
-class _Stack(nn.Module):
-    """Linear layers with ReLU between them, and what comes after them."""
-
-    def __init__(self, *widths: int, end: nn.Module | None = None) -> None:
-        super().__init__()
-        self.layers = nn.ModuleList(nn.Linear(*pair) for pair in pairwise(widths))
-        self.end = end or nn.Identity()
-
-    def forward(self, x: Tensor) -> Tensor:
-        for position, layer in enumerate(self.layers):
-            x = layer(torch.relu(x) if position else x)
-        result: Tensor = self.end(x)
-        return result
-
-
-def _chain(*widths: int, end: nn.Module | None = None, shape: tuple[int, ...] = (5,)) -> Any:
-    return example(lambda m, x: m["fc"](x), (*shape, widths[0]), fc=_Stack(*widths, end=end))
-
-
-def _averaged(*, keepdim: bool, activation: Any = None) -> Any:
-    def run(m: Any, x: Tensor) -> Tensor:
-        s = x.mean((2, 3), keepdim=keepdim)
-        result: Tensor = m["fc"]((activation(s) if activation else s).flatten(1))
-        return result
-
-    return example(run, (3, 16, 5, 4), fc=nn.Linear(16, 10))
-
-
-NARROW = (40, 24, 16, 10)
-TOO_WIDE = (64, 1024, 1024)
 INNER = Call(LAYERS, name="inner")
 TWO = Call("linear", INNER, Constant("w"), name="last")
 THREE = Call(
@@ -129,77 +93,37 @@ THREE = Call(
 NORMALISERS = ("softmax", "log_softmax")
 
 
-def _chain_rule(name: str, pattern: Call, near_misses: tuple[NearMiss, ...], links: int) -> Rule:
-    return Rule(
-        name,
-        pattern,
-        build=_build_chain,
-        guard=_guard,
-        example=lambda: _chain(*NARROW[: links + 1]),
-        near_misses=near_misses,
-        label="linear-chain",
-    )
-
-
-def _average_rule(name: str, source: Call, near_misses: tuple[NearMiss, ...], flat: bool) -> Rule:
-    return Rule(
-        name,
-        Call("linear", source, Constant("w")),
-        build=_build_average,
-        guard=_guard,
-        example=lambda: _averaged(keepdim=flat),
-        near_misses=near_misses,
-        label="head",
-    )
-
-
-def _softmax_rule(name: str, chain: Call, near_misses: tuple[NearMiss, ...], links: int) -> Rule:
-    return Rule(
-        name,
-        Call(NORMALISERS, chain),
-        build=_build_softmax,
-        guard=_guard,
-        example=lambda: _chain(*NARROW[: links + 1], end=nn.Softmax(1)),
-        near_misses=near_misses,
-        label="head",
-    )
+def _rule(name: str, pattern: Call, label: str, build: Build) -> Rule:
+    return Rule(name, pattern, build=build, guard=_guard, label=label)
 
 
 RULES = (
-    _chain_rule(
+    _rule(
         "linear(linear(linear(x, u), v), w) => head(x, u, v, w)",
         THREE,
-        (NearMiss(lambda: _chain(64, 512, 512, 10), "more than"),),
-        links=3,
+        "linear-chain",
+        _build_chain,
     ),
-    _chain_rule(
-        "linear(linear(x, v), w) => head(x, v, w)",
-        TWO,
-        (
-            NearMiss(lambda: _chain(*TOO_WIDE), "more than"),
-            NearMiss(lambda: _chain(*NARROW[:3], shape=(2, 3)), "one row per sample"),
-        ),
-        links=2,
-    ),
-    _average_rule(
+    _rule("linear(linear(x, v), w) => head(x, v, w)", TWO, "linear-chain", _build_chain),
+    _rule(
         "linear(flatten(mean(x)), w) => head(x, w)",
-        Call(("reshape", "flatten_pixels"), AVERAGE, name="flat"),
-        (NearMiss(lambda: _averaged(keepdim=True, activation=torch.tanh), "has an epilogue"),),
-        flat=True,
+        Call("linear", Call(("reshape", "flatten_pixels"), AVERAGE, name="flat"), Constant("w")),
+        "head",
+        _build_average,
     ),
-    _average_rule("linear(mean(x), w) => head(x, w)", AVERAGE, (), flat=False),
+    _rule(
+        "linear(mean(x), w) => head(x, w)",
+        Call("linear", AVERAGE, Constant("w")),
+        "head",
+        _build_average,
+    ),
     # Longest first: a softmax that has taken the last layer leaves the others behind.
-    _softmax_rule(
-        "softmax(linear(linear(linear(x, u), v), w)) => head(x, u, v, w, softmax)",
-        THREE,
-        (),
-        links=3,
-    ),
-    _softmax_rule("softmax(linear(linear(x, v), w)) => head(x, v, w, softmax)", TWO, (), links=2),
-    _softmax_rule(
-        "softmax(linear(x, w)) => head(x, w, softmax)",
-        INNER,
-        (NearMiss(lambda: _chain(*NARROW[:2], end=nn.Softmax(0)), "over the classes"),),
-        links=1,
+    *(
+        _rule(name, Call(NORMALISERS, chain), "head", _build_softmax)
+        for name, chain in (
+            ("softmax(linear(linear(linear(x, u), v), w)) => head(x, u, v, w, softmax)", THREE),
+            ("softmax(linear(linear(x, v), w)) => head(x, v, w, softmax)", TWO),
+            ("softmax(linear(x, w)) => head(x, w, softmax)", INNER),
+        )
     ),
 )

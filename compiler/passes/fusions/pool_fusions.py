@@ -6,11 +6,6 @@ before or after it (`lrn_pool`).
 
 from __future__ import annotations
 
-from typing import Any
-
-import torch
-from torch import Tensor, nn
-
 from ....kernels.fused.lrn_pool import LrnPool
 from ....kernels.fused.pool_conv import PoolConv
 from ....kernels.fused.squeeze_excite import SqueezeExcite
@@ -20,8 +15,7 @@ from ....kernels.pooling.adaptive_pool import AdaptivePool2d
 from ....kernels.pooling.pool_window import AvgPool2d, MaxPool2d
 from ...fusion import refusals
 from ...fusion.estimate import Fused
-from ...fusion.pattern import Call, Constant, Match, NearMiss, Rule, Var
-from ...fusion.rules import example
+from ...fusion.pattern import Call, Constant, Match, Rule, Var
 from ...graph.ir import Graph, Node, Value
 
 AVERAGES = ("adaptive_avg_pool2d", "mean", "avg_pool2d")
@@ -70,52 +64,11 @@ def _build_pool_conv(graph: Graph, found: Match) -> Fused:
     return Fused("pool_conv", attributes, inputs, results, conv.epilogue, graph.operands(conv))
 
 
-IMAGE = (2, 16, 7, 6)
-
-
-def _pooled(*, shared: bool = False, **changes: Any) -> Any:
-    """relu(conv1x1(pool(x))), and the pooled tensor's sigmoid where it is shared."""
-    layers = {
-        "pool": changes.get("pool", nn.MaxPool2d(3, 1, 1)),
-        "conv": nn.Conv2d(
-            IMAGE[1], 24, 1, changes.get("stride", 1), groups=changes.get("groups", 1)
-        ),
-    }
-
-    def run(m: Any, x: Tensor) -> Any:
-        t = m["pool"](x)
-        y = torch.relu(m["conv"](t))
-        return (y, torch.sigmoid(t)) if shared else y
-
-    return example(run, IMAGE, **layers)
-
-
-def _after_pooling(m: Any, x: Tensor) -> tuple[Tensor, Tensor]:
-    """DenseNet's: the normalised, activated tensor is read by the convolution alone."""
-    t = m["pool"](x)
-    result: Tensor = m["conv"](torch.relu(m["norm"](t)))
-    return result, torch.sigmoid(t)
-
-
-def _dense_block() -> Any:
-    layers = {
-        "pool": nn.AvgPool2d(2),
-        "norm": nn.BatchNorm2d(IMAGE[1]),
-        "conv": nn.Conv2d(IMAGE[1], 24, 1),
-    }
-    return example(_after_pooling, IMAGE, **layers)
-
-
-POOL_NEAR_MISSES = (
-    NearMiss(lambda: _pooled(stride=2), "not dense with stride 1"),
-    NearMiss(lambda: _pooled(groups=2), "not dense with stride 1"),
-    NearMiss(lambda: _pooled(pool=nn.MaxPool2d(7, 1, 3)), "loads per thread"),
-)
 POOLS = ("max_pool2d", "avg_pool2d")
 
 
 def _pool_rule(
-    label: str, name: str, make: Any, shared: bool, near_misses: tuple[NearMiss, ...]
+    label: str, name: str, shared: bool
 ) -> Rule:
     pool = Call(POOLS, Var("x"), name="pool", kept=shared, where=_is_shared if shared else None)
     return Rule(
@@ -123,8 +76,6 @@ def _pool_rule(
         Call("conv2d", pool, Constant("w"), where=is_1x1),
         build=_build_pool_conv,
         guard=_pool_guard,
-        example=make,
-        near_misses=near_misses,
         label=label,
     )
 
@@ -166,49 +117,8 @@ def _is_one_pixel(graph: Graph, node: Node) -> bool:
     return is_1x1(graph, node) and graph.spec(graph.own_inputs(node)[0]).shape[2:] == (1, 1)
 
 
-def _gate(**changes: Any) -> Any:
-    """x scaled by the gate of its averages, as convolutions compute it."""
-    channels, hidden = IMAGE[1], 6
-    layers = {
-        "down": nn.Conv2d(channels, hidden, 1, groups=changes.get("groups", 1)),
-        "up": nn.Conv2d(hidden, changes.get("up", channels), 1),
-    }
-    activation = changes.get("activation", lambda s: s)
-
-    def run(m: Any, x: Tensor) -> Tensor:
-        s = activation(x.mean((2, 3), keepdim=True))
-        gate = torch.sigmoid(m["up"](torch.relu(m["down"](s))))
-        return gate if "up" in changes else x * gate
-
-    return example(run, IMAGE, **layers)
-
-
-def _excited() -> Any:
-    """The gate of averages that somebody else needs as well."""
-    layers = {"down": nn.Conv2d(IMAGE[1], 6, 1), "up": nn.Conv2d(6, IMAGE[1], 1)}
-
-    def run(m: Any, x: Tensor) -> tuple[Tensor, Tensor]:
-        s = x.mean((2, 3), keepdim=True)
-        return torch.sigmoid(m["up"](torch.relu(m["down"](s)))), s
-
-    return example(run, IMAGE, **layers)
-
-
-def _linear_gate(*, keepdim: bool) -> Any:
-    """The same as linear layers compute it."""
-    channels, hidden = IMAGE[1], 6
-    layers = {"down": nn.Linear(channels, hidden), "up": nn.Linear(hidden, channels)}
-
-    def run(m: Any, x: Tensor) -> Tensor:
-        s = x.mean((2, 3), keepdim=keepdim).flatten(1)
-        gate = torch.sigmoid(m["up"](torch.relu(m["down"](s))))
-        return x * gate.view(*gate.shape, 1, 1)
-
-    return example(run, IMAGE, **layers)
-
-
 def _squeeze_rule(
-    name: str, layer: str, source: Call, make: Any, near_misses: tuple[NearMiss, ...] = ()
+    name: str, layer: str, source: Call
 ) -> Rule:
     where = is_1x1 if layer == "conv2d" else None
     squeeze = Call(layer, source, Constant("w1"), name="squeeze", where=where)
@@ -217,8 +127,6 @@ def _squeeze_rule(
         Call(layer, squeeze, Constant("w2"), where=where),
         build=_build_squeeze_excite,
         guard=_squeeze_guard,
-        example=make,
-        near_misses=near_misses,
         label="squeeze-excite",
     )
 
@@ -243,56 +151,32 @@ def _build_lrn_pool(graph: Graph, found: Match) -> Fused:
     return Fused("lrn_pool", attributes, (found.values["x"],), results, root.epilogue, operands)
 
 
-def _normalised(*, lrn_first: bool, activation: Any = None) -> Any:
-    layers = [nn.LocalResponseNorm(5, 1e-2), nn.MaxPool2d(3, 2)]
-    first, last = layers if lrn_first else layers[::-1]
-
-    def run(m: Any, x: Tensor) -> Tensor:
-        t = m["first"](x)
-        result: Tensor = torch.relu(m["last"](activation(t) if activation else t))
-        return result
-
-    return example(run, IMAGE, first=first, last=last)
-
-
 AVERAGE = Call(AVERAGES, Var("x"), name="average", where=averages_all)
 RULES = (
     _pool_rule(
         "pool-conv",
         "conv1x1(pool(x), w) => pool_conv(x, w)",
-        _pooled,
         shared=False,
-        near_misses=POOL_NEAR_MISSES,
     ),
     _pool_rule(
         "pool-conv-kept",
         "conv1x1(t = pool(x), w) => pool_conv(x, w) giving t as well",
-        _dense_block,
         shared=True,
-        near_misses=(NearMiss(lambda: _pooled(shared=True, stride=2), "not dense with stride 1"),),
     ),
     _squeeze_rule(
         "conv1x1(conv1x1(mean(x), v), w) => squeeze_excite(x, v, w)",
         "conv2d",
         AVERAGE,
-        _gate,
-        near_misses=(
-            NearMiss(lambda: _gate(up=10), "one number per channel"),
-            NearMiss(lambda: _gate(groups=2), "not dense with stride 1"),
-            NearMiss(lambda: _gate(activation=torch.tanh), "has an epilogue"),
-        ),
     ),
     _squeeze_rule(
         "linear(linear(mean(x), v), w) => squeeze_excite(x, v, w)",
         "linear",
         AVERAGE,
-        lambda: _linear_gate(keepdim=False),
     ),
     _squeeze_rule(
         "linear(linear(flatten(mean(x)), v), w) => squeeze_excite(x, v, w)",
         "linear",
         Call(("reshape", "flatten_pixels"), AVERAGE),
-        lambda: _linear_gate(keepdim=True),
     ),
     Rule(
         "conv1x1(conv1x1(s, v), w) => squeeze_excite(s, v, w), s of one pixel",
@@ -304,8 +188,6 @@ RULES = (
         ),
         build=_build_squeeze_excite,
         guard=_squeeze_guard,
-        example=_excited,
-        near_misses=(NearMiss(lambda: _gate(up=10), "one number per channel"),),
         label="excite",
     ),
     Rule(
@@ -313,12 +195,6 @@ RULES = (
         Call("max_pool2d", Call("local_response_norm", Var("x"), name="inner")),
         build=_build_lrn_pool,
         guard=_lrn_guard,
-        example=lambda: _normalised(lrn_first=True),
-        near_misses=(
-            NearMiss(
-                lambda: _normalised(lrn_first=True, activation=torch.tanh), "has an epilogue"
-            ),
-        ),
         label="lrn-pool",
     ),
     Rule(
@@ -326,7 +202,6 @@ RULES = (
         Call("local_response_norm", Call("max_pool2d", Var("x"), name="inner")),
         build=_build_lrn_pool,
         guard=_lrn_guard,
-        example=lambda: _normalised(lrn_first=False),
         label="lrn-pool",
     ),
 )

@@ -7,17 +7,11 @@ The projection's result is then written only where somebody else reads it.
 
 from __future__ import annotations
 
-from typing import Any
-
-import torch
-from torch import nn
-
 from ....kernels.fused.chains.separable import Separable
 from ....kernels.tile.conv_geometry import Conv2d
 from ...fusion import refusals
 from ...fusion.estimate import Fused
-from ...fusion.pattern import Call, Constant, Match, NearMiss, Rule, Var
-from ...fusion.rules import example
+from ...fusion.pattern import Call, Constant, Match, Rule, Var
 from ...graph.ir import Graph, Node, Value
 from .pool_fusions import is_1x1
 
@@ -65,31 +59,6 @@ def _build(graph: Graph, found: Match) -> Fused:
     return Fused("separable", attributes, tuple(inputs), results)
 
 
-def _net(run: Any, stride: int = 1, results: int = 1) -> Any:
-    layers = {
-        "depthwise": nn.Conv2d(16, 16 * results, 3, padding=1, groups=16),
-        "project": nn.Conv2d(16 * results, 24, 1, stride=stride),
-        "expand": nn.Conv2d(24, 40, 1, stride=stride),
-    }
-    return example(run, (2, 16, 6, 5), **layers)
-
-
-def _separable(m: Any, x: torch.Tensor) -> torch.Tensor:
-    y: torch.Tensor = nn.functional.relu6(m["project"](nn.functional.relu6(m["depthwise"](x))))
-    return y
-
-
-def _inverted(m: Any, x: torch.Tensor) -> torch.Tensor:
-    y = m["project"](nn.functional.relu6(m["depthwise"](x)))
-    z: torch.Tensor = nn.functional.hardswish(m["expand"](y))
-    return z
-
-
-def _inverted_kept(m: Any, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    y = m["project"](nn.functional.relu6(m["depthwise"](x)))
-    return y, m["expand"](torch.relu(y))
-
-
 DEPTHWISE = Call("conv2d", Var("x"), Constant("w1"), name="depthwise", where=_is_depthwise)
 RULES = (
     Rule(
@@ -103,24 +72,14 @@ RULES = (
             name="expand",
             where=is_1x1,
         ),
-        example=lambda: _net(_inverted),
         guard=_guard,
-        near_misses=(
-            NearMiss(lambda: _net(_inverted, stride=2), "with stride 1"),
-            NearMiss(lambda: _net(_inverted_kept), "has a prologue"),
-        ),
         label="separable-chain",
         build=_build,
     ),
     Rule(
         "conv1x1(depthwise(x)) => separable(x)",
         Call("conv2d", DEPTHWISE, Constant("w2"), name="project", where=is_1x1),
-        example=lambda: _net(_separable),
         guard=_guard,
-        near_misses=(
-            NearMiss(lambda: _net(_separable, stride=2), "with stride 1"),
-            NearMiss(lambda: _net(_separable, results=2), "2 results per channel"),
-        ),
         label="separable",
         build=_build,
     ),

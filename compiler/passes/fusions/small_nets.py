@@ -7,20 +7,12 @@ in or linear layers become a head.
 
 from __future__ import annotations
 
-from functools import partial
-from itertools import pairwise
-from typing import Any
-
-import torch
-from torch import Tensor, nn
-
 from ....kernels.fused import small_net
 from ....kernels.fused.conv_pool import ConvPool
 from ....kernels.fused.small_net import SmallNet
 from ...fusion import partition, refusals
 from ...fusion.estimate import Fused
-from ...fusion.pattern import Call, Match, NearMiss, Rule
-from ...fusion.rules import example
+from ...fusion.pattern import Call, Match, Rule
 from ...graph.ir import Graph, Node, Value
 from ...graph.ledger import Ledger
 from .heads import LAYERS, as_head
@@ -87,54 +79,19 @@ def _equation(layers: int) -> str:
     return f"head(flatten({inner})) => small_net(x, ...)"
 
 
-class _Net(nn.Module):
-    """LeNet-like: convolutions, each with its pooling, and two linear layers."""
-
-    def __init__(
-        self, layers: int, channels: int = 8, hidden: int = 12, after: Any = None
-    ) -> None:
-        super().__init__()
-        self.after = after
-        widths = [1, *(channels for _ in range(layers))]
-        self.convs = nn.ModuleList(nn.Conv2d(*pair, 3, padding=1) for pair in pairwise(widths))
-        pixels = (16 >> layers) ** 2
-        self.fc1, self.fc2 = nn.Linear(channels * pixels, hidden), nn.Linear(hidden, 10)
-
-    def forward(self, x: Tensor) -> Tensor:
-        for conv in self.convs:
-            x = nn.functional.max_pool2d(conv(x).relu(), 2)
-            x = self.after(x) if self.after else x
-        result: Tensor = self.fc2(self.fc1(x.flatten(1)).relu())
-        return result
-
-
-def _example(layers: int, **changes: Any) -> Any:
-    net = _Net(layers, **changes)
-    return example(lambda m, x: m["net"](x), (2, 1, 16, 16), net=net)
-
-
-def _rule(layers: int, near_misses: tuple[NearMiss, ...] = ()) -> Rule:
+def _rule(layers: int) -> Rule:
     return Rule(
         _equation(layers),
         _pattern(layers),
         build=_build,
         guard=_guard,
-        example=partial(_example, layers),
-        near_misses=near_misses,
         label=LABEL,
     )
 
 
 RULES = (
     _rule(3),
-    _rule(
-        2,
-        (
-            NearMiss(lambda: _example(2, channels=72), "do not fit one tile"),
-            NearMiss(lambda: _example(2, channels=64, hidden=500), "do not fit a multiprocessor"),
-            NearMiss(lambda: _example(2, after=torch.tanh), "goes on after its pooling"),
-        ),
-    ),
+    _rule(2),
     _rule(1),
 )
 """The longest first: of equal savings the earlier rule is taken."""
