@@ -14,9 +14,9 @@ import sys
 from pathlib import Path
 
 LIMITS = {
-    ("kernels", "compiler", "cli"): 45_893,
+    ("kernels", "compiler", "cli"): 43_900,
     ("zoo",): 3_440,
-    ("benchmarks",): 5_872,
+    ("benchmarks",): 5_881,
 }
 """Folders that are counted together, and how many lines they may have."""
 

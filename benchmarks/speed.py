@@ -50,7 +50,6 @@ if __name__ == "__main__":
     export = time.perf_counter() - start
     start = time.perf_counter()
     exe = convloom.compile(model, (x,), target="cuda:sm_90", dtype=torch.float16)
-    [kernel.report() for kernel in exe.kernels]
     print(time.perf_counter() - start - export)
 """
 

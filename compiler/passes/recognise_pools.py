@@ -7,11 +7,13 @@ written as `x.unfold(2, r, sh).unfold(3, s, sw)`, or as `F.unfold(x, r)`, flatte
 
 from __future__ import annotations
 
+import math
+
 import torch
 
-from ...kernels.movement.pad import Pad
 from ...kernels.movement.pointwise import Pointwise
 from ...kernels.movement.rearrangement import Reshape
+from ...kernels.movement.unfold import Unfold
 from ...kernels.pooling.median_pool import MOST_TAPS, MedianPool2d
 from ...kernels.pooling.mixed_pool import MixedPool2d, is_weight
 from ...kernels.pooling.pool_window import AvgPool2d, MaxPool2d
@@ -91,24 +93,23 @@ def _make_from_unfold(graph: Graph, found: Match) -> Value:
     return replace_root(graph, found, "median_pool2d", (found.values["x"],), pool)
 
 
-def _im2col_guard(graph: Graph, found: Match) -> str | None:
-    r, s, dilation_h, dilation_w, *_ = _arguments(found.nodes["columns"])
+def _columns_guard(graph: Graph, found: Match) -> str | None:
+    windows = found.nodes["columns"].attributes
+    assert isinstance(windows, Unfold)
     x, flat = graph.spec(found.values["x"]), found.nodes["flat"].spec
-    if (dilation_h, dilation_w) != (1, 1):
+    if windows.dilation != (1, 1):
         return "the windows are dilated, and those of median_pool2d are not"
     dim, *more = _arguments(found.root)
-    if any(more) or x.rank != 4 or flat.shape[:-1] != (*x.shape[:2], r * s) or dim % 4 != 2:
+    if any(more) or flat.shape[:-1] != (*x.shape[:2], math.prod(windows.kernel)) or dim % 4 != 2:
         return f"the median is not that of whole windows but over dimension {dim} of {flat}"
-    return _refusal(graph, found, (r, s))
+    return _refusal(graph, found, windows.kernel)
 
 
-def _make_from_im2col(graph: Graph, found: Match) -> Value:
-    r, s, _, _, padding_h, padding_w, *stride = _arguments(found.nodes["columns"])
-    x, like = found.values["x"], list(reversed(found.consumed))
-    if padding_h or padding_w:
-        around = (0, 0, padding_h, padding_w)
-        x = graph.add("pad", (x,), Pad(around, around), like=like)
-    y = graph.add("median_pool2d", (x,), MedianPool2d((r, s), (stride[0], stride[1])), like=like)
+def _make_from_columns(graph: Graph, found: Match) -> Value:
+    windows, like = found.nodes["columns"].attributes, list(reversed(found.consumed))
+    assert isinstance(windows, Unfold)
+    pool = MedianPool2d(windows.kernel, windows.stride)
+    y = graph.add("median_pool2d", (found.values["x"],), pool, like=like)
     return replace_root(graph, found, "reshape", (y,), Reshape(found.root.spec.shape))
 
 
@@ -171,7 +172,7 @@ def _unfold_rule(name: str, copied: bool) -> Rule:
     return Rule(name, Call(MEDIAN, flat), _make_from_unfold, _unfold_guard)
 
 
-UNFOLD, IM2COL, MEDIAN = "aten.unfold.default", "aten.im2col.default", "aten.median.dim"
+UNFOLD, MEDIAN = "aten.unfold.default", "aten.median.dim"
 DROP_INDICES = _drop_indices_rule()
 POOL_RULES = (
     DROP_INDICES,
@@ -182,8 +183,8 @@ POOL_RULES = (
     _unfold_rule("median(flatten(unfold(unfold(x)))) => median_pool2d(x)", copied=False),
     Rule(
         "median(im2col(x)) => median_pool2d(x)",
-        Call(MEDIAN, Call("reshape", Call(IM2COL, X, name="columns"), name="flat")),
-        _make_from_im2col,
-        _im2col_guard,
+        Call(MEDIAN, Call("reshape", Call("unfold", X, name="columns"), name="flat")),
+        _make_from_columns,
+        _columns_guard,
     ),
 )
