@@ -22,7 +22,7 @@ from .fused import (
 )
 from .fused.chains import conv_chain, separable
 from .movement import movement_ops, pad, pointwise_ops, rearrange, unfold
-from .normalisation import batch_norm, lrn, normalize, reduce, softmax, topk
+from .normalisation import batch_norm, lrn, normalize, reduce, scan, softmax, topk
 from .pooling import (
     adaptive_pool,
     adaptive_pool_nd,
@@ -58,6 +58,7 @@ OPS: tuple[Op, ...] = (
     *unfold.OPS,
     *softmax.OPS,
     *reduce.OPS,
+    *scan.OPS,
     topk.OP,
     batch_norm.OP,
     normalize.OP,

@@ -14,6 +14,7 @@ from convloom.kernels.contract.scalars import BY_NAME
 from convloom.kernels.contract.spec import FLOAT_DTYPES, Layout, Operand, TensorSpec, as_layout
 from convloom.kernels.contract.targets import EMULATOR, INTERPRETER, Target, parse
 from convloom.kernels.devices import emulator, execute, interpreter
+from convloom.kernels.normalisation.scan import Scan
 from hypothesis import strategies as st
 
 from .domains import domain_of
@@ -413,6 +414,8 @@ def as_tf32(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def reduction_length(op: Op, problem: Problem) -> int:
-    """How many terms one output sums, from the op's own operation count."""
+    """How many terms one output sums, from the op's own operation count; a scan shares its sums."""
+    if isinstance(problem.attributes, Scan):
+        return problem.inputs[0].shape[problem.attributes.dim]
     cost = op.cost(replace(problem, epilogue=(), operands=()))
     return max(1, cost.flops // max(1, 2 * problem.output.spec.numel))

@@ -178,6 +178,7 @@ def reduce(b: Builder) -> None:
         "{x}.min({e}, keepdim={k}).values", "torch.linalg.vector_norm({x}, 2, {d}, {k})",
         "{x}.var({d}, correction=0, keepdim={k})", "({x}.std({d}, correction=0, keepdim={k}) + 1)",
         "{x}.norm(1, {d}, keepdim={k})", "{x}.topk(1, {e}).values", "{x}.sort({e}).values",
+        "{x}.cumsum({e})", "torch.tanh({x}).cumprod({e})",
     )  # fmt: skip
     b.let(text.format(x=x, d=dims, e=dims[0], k=keep))
 

@@ -1,0 +1,211 @@
+"""cumsum and cumprod: every element and all before it along a dimension, added up or multiplied.
+
+    y[..., j, ...] = x[..., 0, ...] + ... + x[..., j, ...]
+
+x: any rank and layout -> y likewise. Sums are kept in fp32. A program scans some rows, long ones
+block by block (Blelloch, 1990, "Prefix sums and their applications"); each element is read and
+written once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+
+from ...errors import InvalidInputError
+from ..contract import epilogue as ep
+from ..contract.op import (
+    Arguments,
+    Attributes,
+    Builder,
+    Capture,
+    Config,
+    Cost,
+    Launch,
+    Op,
+    Operand,
+    Problem,
+    Target,
+    X,
+    Y,
+    config,
+    power_of_two,
+    tensor_bytes,
+)
+from ..contract.spec import TensorSpec
+
+BLOCK = 1024
+
+
+@dataclass(frozen=True)
+class Scan(Attributes):
+    """Along which dimension."""
+
+    dim: int = 0
+
+
+def infer(name: str, attributes: Scan, inputs: tuple[TensorSpec, ...]) -> tuple[TensorSpec, ...]:
+    """x's own spec."""
+    (x,) = inputs
+    if not 0 <= attributes.dim < x.rank:
+        raise InvalidInputError(f"{name}: {x} has no dimension {attributes.dim}")
+    if x.batch is not None and attributes.dim == 0:
+        raise InvalidInputError(f"{name}: the batch dimension of {x} cannot be scanned")
+    return (x,)
+
+
+def cumsum(attributes: Scan, x: torch.Tensor) -> torch.Tensor:
+    wide = x if x.dtype is torch.float64 else x.float()
+    return wide.cumsum(attributes.dim).to(x.dtype)
+
+
+def cumprod(attributes: Scan, x: torch.Tensor) -> torch.Tensor:
+    wide = x if x.dtype is torch.float64 else x.float()
+    return wide.cumprod(attributes.dim).to(x.dtype)
+
+
+@triton.jit
+def _sum(a, b):
+    return a + b
+
+
+@triton.jit
+def _product(a, b):
+    return a * b
+
+
+@triton.jit
+def scan_kernel(
+    x,
+    y,
+    extras,
+    m,
+    L: tl.constexpr,
+    MULTIPLY: tl.constexpr,
+    X_ROW: tl.constexpr,
+    Y_ROW: tl.constexpr,
+    X_STRIDE: tl.constexpr,
+    Y_STRIDE: tl.constexpr,
+    X_OFFSET: tl.constexpr,
+    Y_OFFSET: tl.constexpr,
+    WIDE: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_COLUMNS: tl.constexpr,
+):
+    rows = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    row_mask = rows < m
+    if WIDE:
+        rows = rows.to(tl.int64)
+    source = (x + X_OFFSET + X_ROW(rows))[:, None]
+    target = (y + Y_OFFSET + Y_ROW(rows))[:, None]
+    NEUTRAL: tl.constexpr = 1.0 if MULTIPLY else 0.0
+    before = tl.full((BLOCK_ROWS,), NEUTRAL, tl.float32)
+    for start in range(0, L, BLOCK_COLUMNS):
+        places = start + tl.arange(0, BLOCK_COLUMNS)
+        mask = row_mask[:, None] & (places < L)[None, :]
+        value = tl.load(source + (places * X_STRIDE)[None, :], mask=mask, other=NEUTRAL)
+        value = value.to(tl.float32)
+        if MULTIPLY:
+            result = tl.associative_scan(value, 1, _product) * before[:, None]
+            before = before * tl.reduce(value, 1, _product)
+        else:
+            result = tl.associative_scan(value, 1, _sum) + before[:, None]
+            before = before + tl.sum(value, axis=1)
+        tl.store(target + (places * Y_STRIDE)[None, :], result.to(y.dtype.element_ty), mask=mask)
+
+
+def launches(
+    multiply: bool, problem: Problem, tile: Config, target: Target
+) -> tuple[Launch, ...]:
+    """One launch over all rows, in the order of the dimensions that are left."""
+    attributes, x, out = problem.attributes, problem.inputs[0], problem.output
+    assert isinstance(attributes, Scan)
+    dim = attributes.dim
+    rest = [at for at in range(x.spec.rank) if at != dim]
+    sizes = tuple(x.shape[at] for at in rest) or (1,)
+
+    def row(operand: Operand) -> ep.GeneratedFunction:
+        return ep.row_offset_function(sizes, tuple(operand.strides[at] for at in rest) or (0,))
+
+    launch = Launch(
+        kernel=scan_kernel,
+        pointers={"x": X, "y": Y},
+        rows=x.spec.numel // x.shape[dim],
+        batch=x.spec.batch,
+        block_rows=tile["BLOCK_ROWS"],
+        columns=1,
+        constexprs={
+            "L": x.shape[dim], "MULTIPLY": multiply, "X_ROW": row(x), "Y_ROW": row(out),
+            "X_STRIDE": x.strides[dim], "Y_STRIDE": out.strides[dim],
+            "X_OFFSET": x.offset, "Y_OFFSET": out.offset,
+            "WIDE": problem.is_wide,
+            **dict(tile.blocks),
+        },
+        num_warps=tile.num_warps,
+        num_stages=tile.num_stages,
+    )  # fmt: skip
+    return (launch,)
+
+
+def _length(problem: Problem) -> int:
+    assert isinstance(problem.attributes, Scan)
+    return problem.inputs[0].shape[problem.attributes.dim]
+
+
+def configs(problem: Problem, target: Target) -> Iterator[Config]:
+    """1024 to 4096 elements per program, in blocks of up to so many of a row."""
+    for block in (64, 256, 1024):
+        columns = min(block, power_of_two(_length(problem)))
+        for elements in (1024, 2048, 4096):
+            yield config(4, 1, BLOCK_ROWS=max(1, elements // columns), BLOCK_COLUMNS=columns)
+
+
+def default(problem: Problem, target: Target) -> Config:
+    columns = min(power_of_two(_length(problem)), BLOCK)
+    if target.name == "interpreter":
+        rows = power_of_two(problem.output.spec.numel // _length(problem))
+        return config(1, 1, BLOCK_ROWS=min(rows, (1 << 18) // columns), BLOCK_COLUMNS=columns)
+    return config(4, 1, BLOCK_ROWS=max(1, 2048 // columns), BLOCK_COLUMNS=columns)
+
+
+def cost(problem: Problem) -> Cost:
+    """Two operations per element: those of a scan that goes up and down a tree."""
+    read, written = tensor_bytes(problem)
+    return Cost(2 * problem.output.spec.numel, read, written)
+
+
+def _capture(name: str) -> Capture:
+    def capture(g: Builder, a: Arguments) -> Any:
+        spec = g.spec(a.self)
+        if a.dtype not in (None, spec.dtype):
+            return g.refuse(f"{name} that changes the dtype from {spec.dtype} to {a.dtype}")
+        if spec.rank == 0:
+            _ = a.dim
+            return a.self
+        return g.apply(name, (a.self,), Scan(a.dim % spec.rank))
+
+    return capture
+
+
+OPS = tuple(
+    Op(
+        name=name,
+        attributes=Scan,
+        infer=partial(infer, name),
+        reference=reference,
+        launches=partial(launches, name == "cumprod"),
+        configs=configs,
+        default=default,
+        cost=cost,
+        aten={f"aten.{name}.default": _capture(name)},
+        takes_epilogue=False,
+        follows=True,
+    )
+    for name, reference in (("cumsum", cumsum), ("cumprod", cumprod))
+)
