@@ -42,7 +42,7 @@ from ..contract.spec import Layout, Operand, TensorSpec
 from ..contract.targets import Target
 from ..normalisation import lrn
 from ..normalisation.lrn import LocalResponseNorm
-from ..pooling import pool, pool_window
+from ..pooling import pool_kernel, pool_window
 from ..pooling.pool_window import MaxPool2d
 
 POOLED = 3
@@ -178,13 +178,13 @@ def lanes_kernel(
                     energy = lane_energy(v, LANES + lane, BELOW, ABOVE)
                     value = lrn.scaled(v[LANES + lane], K + ALPHA * energy, BETA)
                     value = tl.where(inside[:, None], value, EMPTY)
-                    updated = updated + (pool.combine(best[lane], value, True),)
+                    updated = updated + (pool_kernel.combine(best[lane], value, True),)
                 best = updated
             else:
                 a, b, c = load_lanes(address, channels, live, C, LANES, EMPTY)
-                before = pool.combine(before, a, True)
-                here = pool.combine(here, b, True)
-                after = pool.combine(after, c, True)
+                before = pool_kernel.combine(before, a, True)
+                here = pool_kernel.combine(here, b, True)
+                after = pool_kernel.combine(after, c, True)
     if not LRN_FIRST:
         # Channels that do not exist count as zero, not as windows without pixels.
         before = tl.where(channels >= LANES, before, 0.0)
@@ -247,7 +247,7 @@ def shifted_kernel(
             mask = inside & column_mask[None, :]
             value = tl.load(pixel + columns[None, :], mask=mask, other=0.0).to(tl.float32)
             value = lrn.scaled(value, K + ALPHA * energy, BETA)
-            acc = pool.combine(acc, tl.where(inside, value, EMPTY), True)
+            acc = pool_kernel.combine(acc, tl.where(inside, value, EMPTY), True)
     else:
         energy = tl.zeros((BLOCK_ROWS, BLOCK_COLUMNS), tl.float32)
         for shift in range(-BELOW, ABOVE + 1):
@@ -260,7 +260,7 @@ def shifted_kernel(
                 mask = is_inside(top + r, left + s, H, WIDTH)[:, None] & exists
                 pixel = base + (r * WIDTH + s) * X_PITCH
                 value = tl.load(pixel + near[None, :], mask=mask, other=EMPTY)
-                best = pool.combine(best, value.to(tl.float32), True)
+                best = pool_kernel.combine(best, value.to(tl.float32), True)
             best = tl.where(exists, best, 0.0)
             energy += best * best
             acc = tl.where(shift == 0, best, acc)

@@ -26,6 +26,7 @@ from ...errors import InvalidInputError
 from ..contract.launch_tiles import tiled_launch, tiles_of
 from ..contract.op import (
     Builder,
+    Capture,
     Config,
     Cost,
     Domain,
@@ -42,9 +43,10 @@ from ..contract.op import (
 )
 from ..contract.spec import Layout, TensorSpec
 from ..movement.arguments import as_image, as_sequence
-from .pool import MOST_UNROLLED_TAPS, channel_block, pair
+from .pool import MOST_UNROLLED_TAPS, window_arguments
 from .pool_window import MaxPool2d, window_sizes
 from .pool_window import infer as infer_window
+from .tiles import channel_block
 
 NAME = "max_pool2d_with_indices"
 MOST_PIXELS = 2**24
@@ -224,47 +226,28 @@ def cost(problem: Problem) -> Cost:
     return Cost(taps * problem.output.spec.numel, read, written)
 
 
-def _capture(
-    g: Builder,
-    x: Any,
-    kernel: Any,
-    stride: Any = (),
-    padding: Any = 0,
-    dilation: Any = 1,
-    ceil_mode: bool = False,
-) -> Any:
-    if g.spec(x).rank != 4:
-        return g.refuse("unbatched pooling; pass a batch dimension")
-    window = pair(kernel)
-    attributes = MaxPool2d(
-        window, pair(stride, window), pair(padding), pair(dilation), bool(ceil_mode)
-    )
-    values = g.apply(NAME, (x,), attributes)
-    return values, g.output(values, 1)
+def _capture(dims: int) -> Capture:
+    """Sequences as images of one row, where a pixel's index is its position."""
 
+    def capture(
+        g: Builder,
+        x: Any,
+        kernel: Any,
+        stride: Any = (),
+        padding: Any = 0,
+        dilation: Any = 1,
+        ceil_mode: bool = False,
+    ) -> Any:
+        if g.spec(x).rank != dims + 2:
+            return g.refuse("unbatched pooling; pass a batch dimension")
+        window = window_arguments(dims, kernel, stride, padding, dilation)
+        image = x if dims == 2 else as_image(g, x)
+        attributes = MaxPool2d(*window, bool(ceil_mode))  # type: ignore[arg-type, call-arg]
+        values = g.apply(NAME, (image,), attributes)
+        results = (values, g.output(values, 1))
+        return results if dims == 2 else tuple(as_sequence(g, each) for each in results)
 
-def _capture_1d(
-    g: Builder,
-    x: Any,
-    kernel: Any,
-    stride: Any = (),
-    padding: Any = 0,
-    dilation: Any = 1,
-    ceil_mode: bool = False,
-) -> Any:
-    """As the image of one row, where a pixel's index is its position."""
-    if g.spec(x).rank != 3:
-        return g.refuse("unbatched pooling; pass a batch dimension")
-    length = pair(kernel)[0]
-    attributes = MaxPool2d(
-        (1, length),
-        (1, pair(stride, (length, length))[0]),
-        (0, pair(padding)[0]),
-        (1, pair(dilation)[0]),
-        bool(ceil_mode),
-    )
-    values = g.apply(NAME, (as_image(g, x),), attributes)
-    return as_sequence(g, values), as_sequence(g, g.output(values, 1))
+    return capture
 
 
 def _build(draw: Mapping[str, Any]) -> tuple[MaxPool2d, tuple[TensorSpec, ...]] | None:
@@ -314,8 +297,8 @@ OP = Op(
         ),
     ),
     aten={
-        "aten.max_pool2d_with_indices.default": _capture,
-        "aten.max_pool1d_with_indices.default": _capture_1d,
+        "aten.max_pool2d_with_indices.default": _capture(2),
+        "aten.max_pool1d_with_indices.default": _capture(1),
     },
     integers=True,
 )  # fmt: skip

@@ -47,8 +47,8 @@ from ..contract.op import (
 )
 from ..contract.spec import Layout, TensorSpec, as_layout
 from . import max_pool_indices
-from .pool import channel_block
 from .pool_window import MaxPool2d, output_size
+from .tiles import channel_block
 
 MOST_HELD = 9
 """Candidates kept in registers: those of a 3x3 window with stride 1."""

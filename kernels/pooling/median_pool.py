@@ -41,7 +41,7 @@ from ..contract.op import (
     tile_config,
 )
 from ..contract.spec import Layout, TensorSpec
-from .pool import channel_block
+from .tiles import channel_block
 
 MOST_TAPS = 49
 """A 7x7 window: 27 elements at a time, for each result of a thread, stay in registers."""

@@ -45,7 +45,7 @@ from ..contract.op import (
 from ..contract.spec import MEMORY_FORMATS, Layout, TensorSpec
 from ..contract.targets import Target
 from ..movement.arguments import as_image, as_sequence
-from .pool import channel_block
+from .tiles import channel_block
 
 NEAREST, EXACT, LINEAR, CORNERS = "nearest", "nearest-exact", "linear", "corners"
 RULES = {"upsample_nearest": (NEAREST, EXACT), "upsample_linear": (LINEAR, CORNERS)}

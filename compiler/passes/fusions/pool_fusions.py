@@ -16,8 +16,7 @@ from ....kernels.fused.pool_conv import PoolConv
 from ....kernels.fused.squeeze_excite import SqueezeExcite
 from ....kernels.normalisation.lrn import LocalResponseNorm
 from ....kernels.normalisation.reduce import Reduce
-from ....kernels.pooling.adaptive_pool import AdaptivePool2d
-from ....kernels.pooling.pool_window import AvgPool2d, MaxPool2d
+from ....kernels.pooling.pool_window import AdaptivePool2d, AvgPool2d, MaxPool2d
 from ....kernels.tile.conv_geometry import Conv2d
 from ...fusion.estimate import Fused
 from ...fusion.pattern import Call, Constant, Match, NearMiss, Rule, Var
