@@ -45,7 +45,7 @@ from ..tile.geometry import tile_launch
 from . import pool
 from .pool_kernel import combine, span
 from .pool_window import AdaptivePool, AdaptivePool2d, AdaptivePool3d, reduction, windows
-from .tiles import channel_block, output_tile, store
+from .tiles import MOST_UNROLLED_TAPS, channel_block, output_tile, store
 
 
 def infer(
@@ -112,7 +112,7 @@ def region_kernel(
 def uses_region(problem: Problem) -> bool:
     """Whether the second algorithm computes the problem."""
     is_image = problem.output.spec.rank == 4
-    return is_image and windows(problem).taps > pool.MOST_UNROLLED_TAPS
+    return is_image and windows(problem).taps > MOST_UNROLLED_TAPS
 
 
 def launches(problem: Problem, tile: Config, target: Target) -> tuple[Launch, ...]:

@@ -56,10 +56,8 @@ from .pool_window import (
     reference,
     windows,
 )
-from .tiles import Tiles
+from .tiles import MOST_UNROLLED_TAPS, Tiles
 
-# Up to here the taps are unrolled: a loop over taps loses the packed half-precision maximum.
-MOST_UNROLLED_TAPS = 25
 # Programs that keep an H200 busy: 4 blocks of 128 threads on each multiprocessor.
 ENOUGH_PROGRAMS = 4 * 132
 

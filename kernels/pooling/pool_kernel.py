@@ -82,6 +82,24 @@ def in_window(start, tap, length, AXIS: tl.constexpr, ADAPTIVE: tl.constexpr):
 
 
 @triton.jit
+def image_windows(rows, WINDOWS: tl.constexpr):
+    """Of output pixels: the top and the left of their windows, and the pixel there as an index."""
+    HEIGHT: tl.constexpr = WINDOWS.height
+    WIDTH: tl.constexpr = WINDOWS.width
+    top = (rows // WIDTH.outputs % HEIGHT.outputs).to(tl.int32) * HEIGHT.stride - HEIGHT.padding
+    left = (rows % WIDTH.outputs).to(tl.int32) * WIDTH.stride - WIDTH.padding
+    image = rows // (HEIGHT.outputs * WIDTH.outputs)
+    return top, left, (image * HEIGHT.size + top) * WIDTH.size + left
+
+
+@triton.jit
+def in_image(top, left, WINDOWS: tl.constexpr):
+    """Whether pixels lie in the image."""
+    row_inside = top.to(tl.uint32, bitcast=True) < WINDOWS.height.size
+    return row_inside & (left.to(tl.uint32, bitcast=True) < WINDOWS.width.size)
+
+
+@triton.jit
 def without_dead(start, length, live, ADAPTIVE: tl.constexpr):
     """Windows of one dimension such that those of dead rows have no tap inside."""
     if ADAPTIVE:

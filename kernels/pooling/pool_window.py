@@ -278,19 +278,19 @@ def infer(
     return (TensorSpec((n, c, *sizes), x.dtype, Layout.NHWC, x.batch),)
 
 
-def reference(
-    function: Callable[..., torch.Tensor], attributes: Attributes, x: torch.Tensor
-) -> torch.Tensor:
+def reference(function: Callable[..., Any], attributes: Attributes, x: torch.Tensor) -> Any:
     """By a function of torch, whose arguments the attributes are, in its order."""
     return function(x, *(getattr(attributes, item.name) for item in fields(attributes)))
 
 
 def reference_max(attributes: MaxPool2d, x: torch.Tensor) -> torch.Tensor:
-    return reference(F.max_pool2d, attributes, x)
+    pooled: torch.Tensor = reference(F.max_pool2d, attributes, x)
+    return pooled
 
 
 def reference_avg(attributes: AvgPool2d, x: torch.Tensor) -> torch.Tensor:
-    return reference(F.avg_pool2d, attributes, x)
+    pooled: torch.Tensor = reference(F.avg_pool2d, attributes, x)
+    return pooled
 
 
 def window_sizes(

@@ -11,6 +11,10 @@ import triton.language as tl
 
 from ..contract.launch_tiles import tiles_of
 from ..contract.op import Config, Problem, Target, config, power_of_two, tile_config
+from .pool_window import windows
+
+# Up to here the taps are unrolled: a loop over taps loses the packed half-precision maximum.
+MOST_UNROLLED_TAPS = 25
 
 
 @triton.jit
@@ -49,6 +53,12 @@ def channel_block(channels: int) -> int:
 def output_pixels(problem: Problem) -> int:
     """N * P * Q, or N * O * P * Q of volumes."""
     return problem.output.spec.numel // problem.output.shape[1]
+
+
+def unrolled_taps(problem: Problem) -> int:
+    """Loads of a result that are started together: those of a window that is unrolled."""
+    taps = windows(problem).taps
+    return taps if taps <= MOST_UNROLLED_TAPS else 0
 
 
 @dataclass(frozen=True)
