@@ -24,19 +24,7 @@ import triton
 import triton.language as tl
 
 from ...errors import InvalidInputError
-from ..contract.op import (
-    Builder,
-    Capture,
-    Config,
-    Domain,
-    Launch,
-    Op,
-    Problem,
-    Ref,
-    Target,
-    X,
-    Y,
-)
+from ..contract.op import Builder, Capture, Config, Domain, Launch, Op, Problem, Ref, Target, X, Y
 from ..contract.spec import Layout, TensorSpec
 from ..movement.arguments import as_image, as_sequence
 from ..tile.geometry import Image, tile_launch

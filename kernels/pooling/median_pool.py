@@ -26,16 +26,7 @@ import triton.language as tl
 
 from ...errors import InvalidInputError
 from ..contract.epilogue import GeneratedFunction
-from ..contract.op import (
-    Config,
-    Cost,
-    Domain,
-    Launch,
-    Op,
-    Problem,
-    Target,
-    tensor_bytes,
-)
+from ..contract.op import Config, Cost, Domain, Launch, Op, Problem, Target, tensor_bytes
 from ..contract.spec import Layout, TensorSpec
 from ..tile.geometry import tile_launch
 from .pool_kernel import image_windows
