@@ -100,8 +100,8 @@ def in_image(top, left, WINDOWS: tl.constexpr):
 
 
 @triton.jit
-def without_dead(start, length, live, ADAPTIVE: tl.constexpr):
-    """Windows of one dimension such that those of dead rows have no tap inside."""
+def empty_past_end(start, length, live, ADAPTIVE: tl.constexpr):
+    """Where windows start and how long they are, such that those of rows past the end are empty."""
     if ADAPTIVE:
         length = tl.where(live, length, 0)
     else:
@@ -225,13 +225,13 @@ def pool_kernel(
     corner = ((plane // DEPTH.outputs * DEPTH.size + front) * HEIGHT.size + top) * WIDTH.size + left
     base = x + WINDOWS.offset + (corner * WINDOWS.row_stride)[:, None]
     base = base + columns[None, :]
-    # No tap of rows past the end lies inside, in the outer loop: one mask serves both.
+    # Rows past the end have no tap inside in the outer loop: one mask serves both.
     safe_front, safe_depth = front, depth
     safe_top, safe_height = top, height
     if DEPTH.taps > 1:
-        safe_front, safe_depth = without_dead(front, depth, live, ADAPTIVE)
+        safe_front, safe_depth = empty_past_end(front, depth, live, ADAPTIVE)
     else:
-        safe_top, safe_height = without_dead(top, height, live, ADAPTIVE)
+        safe_top, safe_height = empty_past_end(top, height, live, ADAPTIVE)
     accs = ()
     for _ in tl.static_range(TILE_ROWS):
         # Tuples grow by addition: Triton has no starred elements.
