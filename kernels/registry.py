@@ -25,13 +25,11 @@ from .movement import movement_ops, pad, pointwise_ops, rearrange, unfold
 from .normalisation import batch_norm, lrn, normalize, reduce, scan, softmax, topk
 from .pooling import (
     adaptive_pool,
-    adaptive_pool_nd,
     max_pool_indices,
     max_unpool,
     median_pool,
     mixed_pool,
     pool,
-    pool_nd,
     resample,
     upsample,
 )
@@ -67,11 +65,9 @@ OPS: tuple[Op, ...] = (
     max_unpool.OP,
     median_pool.OP,
     mixed_pool.OP,
-    *pool_nd.OPS,
     pool_conv.OP,
     squeeze_excite.OP,
     *adaptive_pool.OPS,
-    *adaptive_pool_nd.OPS,
     lrn.OP,
     lrn_pool.OP,
     pad.OP,

@@ -18,10 +18,10 @@ from convloom.kernels.contract.spec import MEMORY_FORMATS, Layout, TensorSpec
 from convloom.kernels.convolution.conv_phases import ConvTranspose2d, ConvTranspose3d
 from convloom.kernels.convolution.conv_window import BorderConv2d, Conv3d
 from convloom.kernels.movement.pad import Pad
-from convloom.kernels.pooling.adaptive_pool import AdaptivePool2d
 from convloom.kernels.pooling.max_unpool import MaxUnpool2d
 from convloom.kernels.pooling.median_pool import MedianPool2d
 from convloom.kernels.pooling.pool_window import (
+    AdaptivePool2d,
     AdaptivePool3d,
     AvgPool2d,
     AvgPool3d,

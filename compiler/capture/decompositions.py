@@ -82,14 +82,14 @@ def _copy(x: torch.Tensor, source: torch.Tensor, non_blocking: bool = False) -> 
     return torch.zeros_like(x) + source if source.dim() == 0 else source.expand(x.shape).clone()
 
 
-def _fill(x: torch.Tensor, value: Any) -> torch.Tensor:
+def _fill(x: torch.Tensor, value: Any) -> Any:
     return torch.zeros_like(x) + value
 
 
 def _slice_scatter(
     x: torch.Tensor, source: torch.Tensor, dim: int = 0, start: int | None = None,
     end: int | None = None, step: int = 1,
-) -> torch.Tensor:  # fmt: skip
+) -> Any:  # fmt: skip
     """x[..., start:end, ...] = source, as what lies before, in and behind the slice. Every other
     element, and some samples of a batch that varies, are refused by name."""
     dim %= x.dim()
@@ -101,7 +101,7 @@ def _slice_scatter(
     return torch.cat([part for part in parts if part.shape[dim]], dim)
 
 
-def _select_scatter(x: torch.Tensor, source: torch.Tensor, dim: int, index: int) -> torch.Tensor:
+def _select_scatter(x: torch.Tensor, source: torch.Tensor, dim: int, index: int) -> Any:
     if not isinstance(x.shape[dim], int):
         return NotImplemented
     index %= x.shape[dim]

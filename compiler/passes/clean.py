@@ -8,7 +8,7 @@ import torch
 
 from ...kernels.contract.epilogue import apply_reference
 from ...kernels.movement import movement, rearrangement
-from ...kernels.pooling.adaptive_pool import AdaptivePool2d
+from ...kernels.pooling.pool_window import AdaptivePool2d
 from ..evaluation.evaluate import call_torch
 from ..graph.ir import CONSTANT, INPUT, OUTPUT, TORCH, Graph, Node, Value
 from ..graph.ledger import Ledger

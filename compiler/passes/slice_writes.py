@@ -15,6 +15,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import torch
+
 from ...kernels.movement.movement import Concat, Slice
 from ...kernels.movement.pad import MOST_DIMENSIONS, Pad
 from ..graph.ir import Graph, Node, Value
@@ -121,7 +123,7 @@ def _pad(graph: Graph, node: Node, ledger: Ledger) -> None:
     assert isinstance(node.attributes, Concat)
     dim, parts = node.attributes.dim, graph.own_inputs(node)
     others = [part for part in parts if graph.is_constant(part)]
-    numbers = [graph.constant(part).double().unique() for part in others]
+    numbers = [torch.unique(graph.constant(part).double()) for part in others]
     if dim == 0 or node.spec.rank > MOST_DIMENSIONS or len(parts) - len(others) != 1 or not others:
         return
     if any(number.numel() != 1 or not number.equal(numbers[0]) for number in numbers):

@@ -26,8 +26,7 @@ from ...kernels.movement.rearrangement import Expand, Reshape
 from ...kernels.normalisation.normalize import Normalize
 from ...kernels.normalisation.reduce import Reduce
 from ...kernels.normalisation.softmax import Softmax
-from ...kernels.pooling.adaptive_pool import AdaptivePool2d
-from ...kernels.pooling.pool_window import AvgPool2d, MaxPool2d
+from ...kernels.pooling.pool_window import AdaptivePool2d, AvgPool2d, MaxPool2d
 from ...kernels.pooling.upsample import CORNERS, Upsample, step_of
 from ...kernels.tile.conv_geometry import Conv2d
 from ..graph.ir import CONSTANT, INPUT, OUTPUT, Graph, Node, Value

@@ -11,7 +11,7 @@ from typing import Any, NoReturn
 import torch
 
 from ...errors import ArtifactError, InvalidInputError, KernelError, near_names
-from ...kernels.contract.epilogue import GeneratedFunction
+from ...kernels.contract.epilogue import GeneratedFunction, flat, named
 from ...kernels.contract.op import Launch
 from ...kernels.contract.targets import Target
 from ...kernels.devices import offline
@@ -38,7 +38,7 @@ class Kernel:
         """The Triton source: the kernel and the functions generated for it."""
         import inspect
 
-        constants = self.launch.constexprs.items()
+        constants = flat(named(self.launch.constexprs)).items()
         generated = {n: v for n, v in constants if isinstance(v, GeneratedFunction)}
         plain = ", ".join(f"{name}={value}" for name, value in constants if name not in generated)
         functions = [f"# {name}\n{value.source}" for name, value in generated.items()]

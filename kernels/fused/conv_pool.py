@@ -39,7 +39,7 @@ from ..contract.op import (
 from ..contract.spec import TensorSpec
 from ..contract.targets import Target
 from ..pooling import pool_window
-from ..pooling.pool import combine
+from ..pooling.pool_kernel import combine
 from ..pooling.pool_window import AvgPool2d, MaxPool2d
 from ..products import gemm
 from ..tile import choice

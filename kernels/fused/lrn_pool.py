@@ -18,13 +18,14 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 
 from ...errors import InvalidInputError
-from ..contract.launch_tiles import tiled_launch
+from ..contract.launch_tiles import tiles_of
 from ..contract.op import (
     Attributes,
     Config,
@@ -40,8 +41,11 @@ from ..contract.spec import Operand, TensorSpec
 from ..contract.targets import Target
 from ..normalisation import lrn
 from ..normalisation.lrn import LocalResponseNorm
-from ..pooling import pool, pool_window
+from ..pooling import pool_window
+from ..pooling.pool_kernel import FAR_OUTSIDE, combine, image_windows, in_image
 from ..pooling.pool_window import MaxPool2d
+from ..pooling.tiles import output_tile, store
+from ..tile.geometry import tile_launch
 
 POOLED = 3
 """Thread instructions for one element of a window with its neighbours: 139 per output of a 3x3
@@ -100,173 +104,144 @@ def lane_energy(v, lane: tl.constexpr, BELOW: tl.constexpr, ABOVE: tl.constexpr)
     return energy
 
 
-@triton.jit
-def pixels_of(
-    rows,
-    row_mask,
-    P: tl.constexpr,
-    Q: tl.constexpr,
-    H: tl.constexpr,
-    WIDTH: tl.constexpr,
-    STRIDE_H: tl.constexpr,
-    STRIDE_W: tl.constexpr,
-    PADDING_H: tl.constexpr,
-    PADDING_W: tl.constexpr,
-):
-    """Top and left of the outputs' windows, and the pixel there as an index."""
-    top = (rows // Q % P).to(tl.int32) * STRIDE_H - PADDING_H
-    left = (rows % Q).to(tl.int32) * STRIDE_W - PADDING_W
-    corner = (rows // (P * Q) * H + top) * WIDTH + left
-    # Rows past the end get a position that no tap brings inside the image: one mask serves both.
-    return tl.where(row_mask, top, -1048576), left, corner
+class Norm(NamedTuple):
+    """y = x / (k + alpha · s)^beta, s the sum of squares from `below` channels before it to `above`
+    channels after it."""
+
+    below: int
+    above: int
+    alpha: float
+    k: float
+    beta: float
+
+    @staticmethod
+    def of(attributes: LocalResponseNorm) -> Norm:
+        size, alpha, k = attributes.size, attributes.alpha / attributes.size, attributes.k
+        return Norm(size // 2, (size - 1) // 2, alpha, float(k), float(attributes.beta))
 
 
 @triton.jit
-def is_inside(top, left, H: tl.constexpr, WIDTH: tl.constexpr):
-    """Whether pixels lie in the image."""
-    return (top.to(tl.uint32, bitcast=True) < H) & (left.to(tl.uint32, bitcast=True) < WIDTH)
+def normalised(value, energy, NORM: tl.constexpr):
+    """A channel divided by what the sum of squares around it gives."""
+    return lrn.scaled(value, NORM.k + NORM.alpha * energy, NORM.beta)
 
 
 @triton.jit
 def lanes_kernel(
     x, y, extras, m,
-    H: tl.constexpr, WIDTH: tl.constexpr, C: tl.constexpr, P: tl.constexpr, Q: tl.constexpr,
-    R: tl.constexpr, S: tl.constexpr, STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr,
-    PADDING_H: tl.constexpr, PADDING_W: tl.constexpr,
-    DILATION_H: tl.constexpr, DILATION_W: tl.constexpr,
-    BELOW: tl.constexpr, ABOVE: tl.constexpr, ALPHA: tl.constexpr, K: tl.constexpr,
-    BETA: tl.constexpr, LRN_FIRST: tl.constexpr,
-    X_PITCH: tl.constexpr, X_OFFSET: tl.constexpr, Y_PITCH: tl.constexpr, Y_OFFSET: tl.constexpr,
-    EPILOGUE: tl.constexpr, WIDE: tl.constexpr,
-    LANES: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
+    WINDOWS: tl.constexpr, NORM: tl.constexpr, LRN_FIRST: tl.constexpr, LANES: tl.constexpr,
+    OUTPUT: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     # C is a multiple of LANES, and the window of channels reaches at most LANES to either side.
     EMPTY: tl.constexpr = float("-inf")
-    GROUPS: tl.constexpr = BLOCK_COLUMNS // LANES
-    column_tiles: tl.constexpr = (C + BLOCK_COLUMNS - 1) // BLOCK_COLUMNS
-    program = tl.program_id(0)
-    rows = program // column_tiles * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
-    start = program % column_tiles * BLOCK_COLUMNS
-    row_mask = rows < m
-    if WIDE:
-        rows = rows.to(tl.int64)
-    top, left, corner = pixels_of(
-        rows, row_mask, P, Q, H, WIDTH, STRIDE_H, STRIDE_W, PADDING_H, PADDING_W
-    )
+    M: tl.constexpr = TILE.M
+    GROUPS: tl.constexpr = TILE.N // LANES
+    C: tl.constexpr = OUTPUT.K
+    HEIGHT: tl.constexpr = WINDOWS.height
+    WIDTH: tl.constexpr = WINDOWS.width
+    R: tl.constexpr = HEIGHT.taps
+    S: tl.constexpr = WIDTH.taps
+    rows, columns, row_mask, column_mask = output_tile(m, OUTPUT, TILE)
+    top, left, corner = image_windows(rows, WINDOWS)
+    # Rows past the end get a position that no tap brings inside the image: one mask serves both.
+    top = tl.where(row_mask, top, FAR_OUTSIDE)
+    start = tl.program_id(0) % ((C + TILE.N - 1) // TILE.N) * TILE.N
     group = start + tl.arange(0, GROUPS) * LANES
     channels = (group[:, None] + tl.arange(0, LANES)[None, :])[None, :, :]
-    base = x + X_OFFSET + (corner * X_PITCH)[:, None, None] + channels
+    base = x + WINDOWS.offset + (corner * WINDOWS.row_stride)[:, None, None] + channels
     best = ()
     for lane in tl.static_range(LANES):
         # Tuples grow by addition: Triton has no starred elements.
-        best = best + (tl.full((BLOCK_ROWS, GROUPS), EMPTY, tl.float32),)
-    before = tl.full((BLOCK_ROWS, GROUPS, LANES), EMPTY, tl.float32)
+        best = best + (tl.full((M, GROUPS), EMPTY, tl.float32),)
+    before = tl.full((M, GROUPS, LANES), EMPTY, tl.float32)
     here = before
     after = before
     for r in tl.static_range(R):
         for s in tl.static_range(S):
-            inside = is_inside(top + r * DILATION_H, left + s * DILATION_W, H, WIDTH)
-            address = base + (r * DILATION_H * WIDTH + s * DILATION_W) * X_PITCH
+            inside = in_image(top + r * HEIGHT.dilation, left + s * WIDTH.dilation, WINDOWS)
+            pixel = r * HEIGHT.dilation * WIDTH.size + s * WIDTH.dilation
+            address = base + pixel * WINDOWS.row_stride
             live = inside[:, None, None]
             if LRN_FIRST:
                 a, b, c = load_lanes(address, channels, live, C, LANES, 0.0)
-                v = lane_values(a, b, c, BLOCK_ROWS, GROUPS, LANES)
+                v = lane_values(a, b, c, M, GROUPS, LANES)
                 updated = ()
                 for lane in tl.static_range(LANES):
-                    energy = lane_energy(v, LANES + lane, BELOW, ABOVE)
-                    value = lrn.scaled(v[LANES + lane], K + ALPHA * energy, BETA)
+                    energy = lane_energy(v, LANES + lane, NORM.below, NORM.above)
+                    value = normalised(v[LANES + lane], energy, NORM)
                     value = tl.where(inside[:, None], value, EMPTY)
-                    updated = updated + (pool.combine(best[lane], value, True),)
+                    updated = updated + (combine(best[lane], value, True),)
                 best = updated
             else:
                 a, b, c = load_lanes(address, channels, live, C, LANES, EMPTY)
-                before = pool.combine(before, a, True)
-                here = pool.combine(here, b, True)
-                after = pool.combine(after, c, True)
+                before = combine(before, a, True)
+                here = combine(here, b, True)
+                after = combine(after, c, True)
     if not LRN_FIRST:
         # Channels that do not exist count as zero, not as windows without pixels.
         before = tl.where(channels >= LANES, before, 0.0)
         after = tl.where(channels < C - LANES, after, 0.0)
-        v = lane_values(before, here, after, BLOCK_ROWS, GROUPS, LANES)
+        v = lane_values(before, here, after, M, GROUPS, LANES)
         best = ()
         for lane in tl.static_range(LANES):
-            energy = lane_energy(v, LANES + lane, BELOW, ABOVE)
-            best = best + (lrn.scaled(v[LANES + lane], K + ALPHA * energy, BETA),)
-    acc = lrn.pack(best, BLOCK_ROWS, GROUPS, LANES)
-    columns = start + tl.arange(0, BLOCK_COLUMNS)
-    column_mask = columns < C
-    acc = EPILOGUE(acc, rows, columns, row_mask, column_mask, extras)
-    address = y + Y_OFFSET + (rows * Y_PITCH)[:, None] + columns[None, :]
-    mask = row_mask[:, None] & column_mask[None, :]
-    tl.store(address, acc.to(y.dtype.element_ty), mask=mask)
+            energy = lane_energy(v, LANES + lane, NORM.below, NORM.above)
+            best = best + (normalised(v[LANES + lane], energy, NORM),)
+    acc = lrn.pack(best, M, GROUPS, LANES)
+    store(y, acc, rows, columns, row_mask, column_mask, extras, OUTPUT)
 
 
 @triton.jit
 def shifted_kernel(
     x, y, extras, m,
-    H: tl.constexpr, WIDTH: tl.constexpr, C: tl.constexpr, P: tl.constexpr, Q: tl.constexpr,
-    R: tl.constexpr, S: tl.constexpr, STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr,
-    PADDING_H: tl.constexpr, PADDING_W: tl.constexpr,
-    DILATION_H: tl.constexpr, DILATION_W: tl.constexpr,
-    BELOW: tl.constexpr, ABOVE: tl.constexpr, ALPHA: tl.constexpr, K: tl.constexpr,
-    BETA: tl.constexpr, LRN_FIRST: tl.constexpr,
-    X_PITCH: tl.constexpr, X_OFFSET: tl.constexpr, Y_PITCH: tl.constexpr, Y_OFFSET: tl.constexpr,
-    EPILOGUE: tl.constexpr, WIDE: tl.constexpr,
-    LANES: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
+    WINDOWS: tl.constexpr, NORM: tl.constexpr, LRN_FIRST: tl.constexpr, LANES: tl.constexpr,
+    OUTPUT: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     EMPTY: tl.constexpr = float("-inf")
+    M: tl.constexpr = TILE.M
+    N: tl.constexpr = TILE.N
+    HEIGHT: tl.constexpr = WINDOWS.height
+    WIDTH: tl.constexpr = WINDOWS.width
     # The neighbouring channels are walked inside the window, or the window for every neighbour.
-    taps: tl.constexpr = R * S
-    column_tiles: tl.constexpr = (C + BLOCK_COLUMNS - 1) // BLOCK_COLUMNS
-    program = tl.program_id(0)
-    rows = program // column_tiles * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
-    columns = program % column_tiles * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
-    row_mask = rows < m
-    column_mask = columns < C
-    if WIDE:
-        rows = rows.to(tl.int64)
-    top, left, corner = pixels_of(
-        rows, row_mask, P, Q, H, WIDTH, STRIDE_H, STRIDE_W, PADDING_H, PADDING_W
-    )
-    base = x + X_OFFSET + (corner * X_PITCH)[:, None]
-    acc = tl.full((BLOCK_ROWS, BLOCK_COLUMNS), EMPTY, tl.float32)
+    taps: tl.constexpr = HEIGHT.taps * WIDTH.taps
+    rows, columns, row_mask, column_mask = output_tile(m, OUTPUT, TILE)
+    top, left, corner = image_windows(rows, WINDOWS)
+    top = tl.where(row_mask, top, FAR_OUTSIDE)
+    base = x + WINDOWS.offset + (corner * WINDOWS.row_stride)[:, None]
+    acc = tl.full((M, N), EMPTY, tl.float32)
     if LRN_FIRST:
         for tap in range(taps):
-            r = tap // S * DILATION_H
-            s = tap % S * DILATION_W
-            inside = is_inside(top + r, left + s, H, WIDTH)[:, None]
-            pixel = base + (r * WIDTH + s) * X_PITCH
-            energy = tl.zeros((BLOCK_ROWS, BLOCK_COLUMNS), tl.float32)
-            for shift in range(-BELOW, ABOVE + 1):
+            r = tap // WIDTH.taps * HEIGHT.dilation
+            s = tap % WIDTH.taps * WIDTH.dilation
+            inside = in_image(top + r, left + s, WINDOWS)[:, None]
+            pixel = base + (r * WIDTH.size + s) * WINDOWS.row_stride
+            energy = tl.zeros((M, N), tl.float32)
+            for shift in range(-NORM.below, NORM.above + 1):
                 near = columns + shift
-                mask = inside & ((near >= 0) & (near < C))[None, :]
+                mask = inside & ((near >= 0) & (near < OUTPUT.K))[None, :]
                 value = tl.load(pixel + near[None, :], mask=mask, other=0.0).to(tl.float32)
                 energy += value * value
             mask = inside & column_mask[None, :]
             value = tl.load(pixel + columns[None, :], mask=mask, other=0.0).to(tl.float32)
-            value = lrn.scaled(value, K + ALPHA * energy, BETA)
-            acc = pool.combine(acc, tl.where(inside, value, EMPTY), True)
+            value = normalised(value, energy, NORM)
+            acc = combine(acc, tl.where(inside, value, EMPTY), True)
     else:
-        energy = tl.zeros((BLOCK_ROWS, BLOCK_COLUMNS), tl.float32)
-        for shift in range(-BELOW, ABOVE + 1):
+        energy = tl.zeros((M, N), tl.float32)
+        for shift in range(-NORM.below, NORM.above + 1):
             near = columns + shift
-            exists = ((near >= 0) & (near < C))[None, :]
-            best = tl.full((BLOCK_ROWS, BLOCK_COLUMNS), EMPTY, tl.float32)
+            exists = ((near >= 0) & (near < OUTPUT.K))[None, :]
+            best = tl.full((M, N), EMPTY, tl.float32)
             for tap in range(taps):
-                r = tap // S * DILATION_H
-                s = tap % S * DILATION_W
-                mask = is_inside(top + r, left + s, H, WIDTH)[:, None] & exists
-                pixel = base + (r * WIDTH + s) * X_PITCH
+                r = tap // WIDTH.taps * HEIGHT.dilation
+                s = tap % WIDTH.taps * WIDTH.dilation
+                mask = in_image(top + r, left + s, WINDOWS)[:, None] & exists
+                pixel = base + (r * WIDTH.size + s) * WINDOWS.row_stride
                 value = tl.load(pixel + near[None, :], mask=mask, other=EMPTY)
-                best = pool.combine(best, value.to(tl.float32), True)
+                best = combine(best, value.to(tl.float32), True)
             best = tl.where(exists, best, 0.0)
             energy += best * best
             acc = tl.where(shift == 0, best, acc)
-        acc = lrn.scaled(acc, K + ALPHA * energy, BETA)
-    acc = EPILOGUE(acc, rows, columns, row_mask, column_mask, extras)
-    address = y + Y_OFFSET + (rows * Y_PITCH)[:, None] + columns[None, :]
-    mask = row_mask[:, None] & column_mask[None, :]
-    tl.store(address, acc.to(y.dtype.element_ty), mask=mask)
+        acc = normalised(acc, energy, NORM)
+    store(y, acc, rows, columns, row_mask, column_mask, extras, OUTPUT)
 
 
 def _attributes(problem: Problem) -> LrnPool:
@@ -283,21 +258,20 @@ def lanes(problem: Problem) -> int:
 
 def launches(problem: Problem, tile: Config, target: Target) -> tuple[Launch, ...]:
     """One launch of the kernel that the tile's LANES chooses."""
-    attributes, x, y = _attributes(problem), problem.inputs[0], problem.output
-    norm, window = attributes.lrn, attributes.pool
-    return tiled_launch(
+    attributes = _attributes(problem)
+    launch = tile_launch(
         problem,
         tile,
         shifted_kernel if tile["LANES"] == 1 else lanes_kernel,
-        {
-            **pool_window.window_sizes(window, x, y),
-            "BELOW": norm.size // 2, "ABOVE": (norm.size - 1) // 2,
-            "ALPHA": norm.alpha / norm.size, "K": float(norm.k), "BETA": float(norm.beta),
-            "LRN_FIRST": attributes.lrn_first,
+        constexprs={
+            "WINDOWS": pool_window.Windows.of(attributes.pool, problem.inputs[0], problem.output),
+            "NORM": Norm.of(attributes.lrn), "LRN_FIRST": attributes.lrn_first,
+            "LANES": tile["LANES"],
         },
         l2_bytes=_l2_bytes(problem, tile),
         instructions=_instructions(problem, tile),
     )  # fmt: skip
+    return (launch,)
 
 
 def _l2_bytes(problem: Problem, tile: Config) -> int:
@@ -320,12 +294,8 @@ def _instructions(problem: Problem, tile: Config) -> int:
 def configs(problem: Problem, target: Target) -> Iterator[Config]:
     """512 to 2048 results per program, in both forms."""
     for count in sorted({1, lanes(problem)}):
-        for elements in (512, 1024, 2048):
-            for columns in (32, 64, 128):
-                blocks = {"BLOCK_ROWS": elements // columns, "BLOCK_COLUMNS": columns}
-                tile = config(4, 1, LANES=count, **blocks)
-                if legal(problem, tile, target) is None:
-                    yield tile
+        for tile in tiles_of((512, 1024, 2048), (32, 64, 128)):
+            yield config(4, 1, LANES=count, **dict(tile.blocks))
 
 
 def legal(problem: Problem, tile: Config, target: Target) -> str | None:

@@ -50,7 +50,7 @@ from ..contract.op import (
 from ..contract.spec import Operand, TensorSpec
 from ..contract.targets import Target
 from ..convolution import conv2d
-from ..pooling import pool, pool_window
+from ..pooling import pool_kernel, pool_window
 from ..pooling.pool_window import AvgPool2d, MaxPool2d
 from ..tile import choice, conv_geometry
 from ..tile.conv_geometry import Conv2d
@@ -181,8 +181,9 @@ def pool_conv_kernel(
     top = (rows // Q % P).to(tl.int32) * STRIDE_H - PADDING_H
     left = (rows % Q).to(tl.int32) * STRIDE_W - PADDING_W
     if COUNT is not None:
-        height = pool.extent(top, R, H, PADDING_H, COUNT)
-        count = (height * pool.extent(left, S, WIDTH, PADDING_W, COUNT)).to(tl.float32)[:, None]
+        height = pool_kernel.extent(top, R, H, PADDING_H, COUNT)
+        width = pool_kernel.extent(left, S, WIDTH, PADDING_W, COUNT)
+        count = (height * width).to(tl.float32)[:, None]
     corner = (image * H + top) * WIDTH + left
     # Rows past the end get a position that no tap brings inside the image: one mask serves both.
     top = tl.where(row_mask, top, -1048576)
@@ -203,7 +204,7 @@ def pool_conv_kernel(
                     mask = mask & exists[None, :]
                 offset = (r * DILATION_H * WIDTH + s * DILATION_W) * X_PITCH
                 value = tl.load(x_tile + (offset + start), mask=mask, other=EMPTY).to(tl.float32)
-                pooled = pool.combine(pooled, value, MAXIMUM)
+                pooled = pool_kernel.combine(pooled, value, MAXIMUM)
         # A sum over an axis of length 2 costs one addition and is what keeps the compiler from
         # converting every tap, instead of the result, to the layout of the product's operand: 4
         # barriers and 117 registers per block of channels at 64x64x32, 22 and 146 without it.
@@ -289,7 +290,7 @@ def _outline(problem: Problem, tile: Config) -> Launch:
 def launches(problem: Problem, tile: Config, target: Target) -> tuple[Launch, ...]:
     """One launch; neighbouring programs share their pixels, which stay in L2."""
     attributes, inner = _attributes(problem), pooling(problem)
-    window, chosen = attributes.pool, pool.reduction(inner)
+    window, chosen = attributes.pool, pool_window.reduction(inner)
     x, y, t = problem.inputs[0], problem.output, problem.outputs[-1]
     functions, extras = _chains(problem, chosen.divisor)
     constants = {
@@ -298,7 +299,7 @@ def launches(problem: Problem, tile: Config, target: Target) -> tuple[Launch, ..
         "X_PITCH": x.pitch, "X_OFFSET": x.offset,
         "Y_PITCH": y.pitch, "Y_OFFSET": y.offset,
         "T_PITCH": t.pitch, "T_OFFSET": t.offset,
-        "MAXIMUM": chosen.maximum, "COUNT": chosen.count, "KEEP": attributes.keep,
+        "MAXIMUM": chosen.maximum, "COUNT": chosen.counts, "KEEP": attributes.keep,
         **functions,
         "PRECISION": choice.dot_precision(problem, x.shape[1]),
         "WIDE": problem.is_wide,

@@ -235,6 +235,7 @@ def _make_ops() -> tuple[Op, ...]:
             configs=configs,
             default=default,
             cost=cost,
+            input_range=scalar.range,
             aten=_captures(scalar.name),
             follows=True,
         )

@@ -274,6 +274,8 @@ OP = Op(
     configs=configs,
     default=default,
     cost=cost,
+    # Variances are drawn from the same range as everything else.
+    input_range=(0.1, 3.0),
     aten={
         "aten.batch_norm.default": capture,
         "aten._native_batch_norm_legit.default": _capture_native,

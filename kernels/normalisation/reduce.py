@@ -423,6 +423,8 @@ def _op(name: str, reference: Any, captures: Mapping[str, Capture]) -> Op:
         configs=configs,
         default=default,
         cost=cost,
+        # Not centred on zero: an error relative to a sum that cancels means nothing.
+        input_range=(-1.0, 3.0),
         aten={f"aten.{overload}": capture for overload, capture in captures.items()},
     )  # fmt: skip
 

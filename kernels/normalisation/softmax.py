@@ -327,6 +327,7 @@ def _op(name: str, log: bool) -> Op:
         configs=configs,
         default=default,
         cost=cost,
+        input_range=(-8.0, 8.0),
         aten={f"aten.{name}.int": _capture(name), f"aten._{name}.default": _capture(name)},
         follows=True,
     )  # fmt: skip

@@ -14,7 +14,7 @@ elements once.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -22,26 +22,15 @@ import triton
 import triton.language as tl
 
 from ...errors import InvalidInputError
-from ..contract.launch_tiles import tiled_launch, tiles_of
-from ..contract.op import (
-    Config,
-    Cost,
-    Launch,
-    Op,
-    Problem,
-    Ref,
-    Target,
-    X,
-    Y,
-    config,
-    tensor_bytes,
-    tile_config,
-)
+from ..contract.op import Config, Launch, Op, Problem, Ref, Target, X, Y
 from ..contract.spec import TensorSpec
 from ..movement.arguments import pooling
-from .pool import MOST_UNROLLED_TAPS, channel_block
-from .pool_window import MaxPool2d, window_sizes
+from ..tile.geometry import Image, tile_launch
+from .pool import cost
+from .pool_kernel import FAR_OUTSIDE, image_windows, in_image
+from .pool_window import MaxPool2d, reference, windows
 from .pool_window import infer as infer_window
+from .tiles import MOST_UNROLLED_TAPS, Tiles, output_tile, store, unrolled_taps
 
 NAME = "max_pool2d_with_indices"
 MOST_PIXELS = 2**24
@@ -58,178 +47,100 @@ def infer(attributes: MaxPool2d, inputs: tuple[TensorSpec, ...]) -> tuple[Tensor
     return values, values.with_(dtype=torch.int64)
 
 
-def reference(attributes: MaxPool2d, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    window = (attributes.kernel, attributes.stride, attributes.padding, attributes.dilation)
-    values, indices = F.max_pool2d_with_indices(x, *window, attributes.ceil_mode)
-    return values, indices
+@triton.jit
+def later_tap(
+    best, where, base, safe_top, top, left, column_mask, tap, WINDOWS: tl.constexpr
+):  # fmt: skip
+    """The largest value so far and its place, after one more tap in row-major order."""
+    HEIGHT: tl.constexpr = WINDOWS.height
+    WIDTH: tl.constexpr = WINDOWS.width
+    r = tap // WIDTH.taps * HEIGHT.dilation
+    s = tap % WIDTH.taps * WIDTH.dilation
+    mask = in_image(safe_top + r, left + s, WINDOWS)[:, None] & column_mask[None, :]
+    offset = (r * WIDTH.size + s) * WINDOWS.row_stride
+    value = tl.load(base + offset, mask=mask, other=float("-inf")).to(tl.float32)
+    # Only a larger value wins, so the first of equals stays; every NaN wins, so the last one does.
+    better = (value > best) | (value != value)
+    best = tl.where(better, value, best)
+    return best, tl.where(better, ((top + r) * WIDTH.size + left + s)[:, None], where)
+
+
+@triton.jit
+def first_inside(start, AXIS: tl.constexpr):
+    """The first tap of a window that does not lie before the image."""
+    return start + (tl.maximum(-start, 0) + AXIS.dilation - 1) // AXIS.dilation * AXIS.dilation
 
 
 @triton.jit
 def max_pool_indices_kernel(
-    x,
-    y,
-    i,
-    extras,
-    m,
-    H: tl.constexpr,
-    WIDTH: tl.constexpr,
-    C: tl.constexpr,
-    P: tl.constexpr,
-    Q: tl.constexpr,
-    R: tl.constexpr,
-    S: tl.constexpr,
-    STRIDE_H: tl.constexpr,
-    STRIDE_W: tl.constexpr,
-    PADDING_H: tl.constexpr,
-    PADDING_W: tl.constexpr,
-    DILATION_H: tl.constexpr,
-    DILATION_W: tl.constexpr,
-    X_PITCH: tl.constexpr,
-    X_OFFSET: tl.constexpr,
-    Y_PITCH: tl.constexpr,
-    Y_OFFSET: tl.constexpr,
-    I_PITCH: tl.constexpr,
-    I_OFFSET: tl.constexpr,
-    EPILOGUE: tl.constexpr,
-    WIDE: tl.constexpr,
-    UNROLL: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr,
-    BLOCK_COLUMNS: tl.constexpr,
-):
-    column_tiles: tl.constexpr = (C + BLOCK_COLUMNS - 1) // BLOCK_COLUMNS
-    program = tl.program_id(0)
-    rows = program // column_tiles * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
-    columns = program % column_tiles * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
-    row_mask = rows < m
-    column_mask = columns < C
-    if WIDE:
-        rows = rows.to(tl.int64)
-    image = rows // (P * Q)
-    top = (rows // Q % P).to(tl.int32) * STRIDE_H - PADDING_H
-    left = (rows % Q).to(tl.int32) * STRIDE_W - PADDING_W
-    base = x + X_OFFSET + (((image * H + top) * WIDTH + left) * X_PITCH)[:, None]
+    x, y, i, extras, m,
+    WINDOWS: tl.constexpr, INDICES: tl.constexpr, UNROLL: tl.constexpr,
+    OUTPUT: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    M: tl.constexpr = TILE.M
+    N: tl.constexpr = TILE.N
+    TAPS: tl.constexpr = WINDOWS.height.taps * WINDOWS.width.taps
+    rows, columns, row_mask, column_mask = output_tile(m, OUTPUT, TILE)
+    top, left, corner = image_windows(rows, WINDOWS)
+    base = x + WINDOWS.offset + (corner * WINDOWS.row_stride)[:, None]
     base = base + columns[None, :]
     # Rows past the end get a position that no tap brings inside the image: one mask serves both.
-    safe_top = tl.where(row_mask, top, -1048576)
+    safe_top = tl.where(row_mask, top, FAR_OUTSIDE)
     # The first pixel of the window: what a window without a larger value than -inf points at.
-    first_h = top + (tl.maximum(-top, 0) + DILATION_H - 1) // DILATION_H * DILATION_H
-    first_w = left + (tl.maximum(-left, 0) + DILATION_W - 1) // DILATION_W * DILATION_W
-    best = tl.full((BLOCK_ROWS, BLOCK_COLUMNS), float("-inf"), tl.float32)
-    where = tl.broadcast_to((first_h * WIDTH + first_w)[:, None], (BLOCK_ROWS, BLOCK_COLUMNS))
+    first = first_inside(top, WINDOWS.height) * WINDOWS.width.size
+    first = first + first_inside(left, WINDOWS.width)
+    best = tl.full((M, N), float("-inf"), tl.float32)
+    where = tl.broadcast_to(first[:, None], (M, N))
     if UNROLL:
-        for tap in tl.static_range(R * S):
+        for tap in tl.static_range(TAPS):
             best, where = later_tap(
-                best, where, base, safe_top, top, left, column_mask, tap, H, WIDTH, S,
-                DILATION_H, DILATION_W, X_PITCH,
-            )  # fmt: skip
+                best, where, base, safe_top, top, left, column_mask, tap, WINDOWS
+            )
     else:
-        for tap in range(R * S):
+        for tap in range(TAPS):
             best, where = later_tap(
-                best, where, base, safe_top, top, left, column_mask, tap, H, WIDTH, S,
-                DILATION_H, DILATION_W, X_PITCH,
-            )  # fmt: skip
+                best, where, base, safe_top, top, left, column_mask, tap, WINDOWS
+            )
     mask = row_mask[:, None] & column_mask[None, :]
-    target = i + I_OFFSET + (rows * I_PITCH)[:, None] + columns[None, :]
+    target = i + INDICES.offset + (rows * INDICES.row_stride)[:, None] + columns[None, :]
     tl.store(target, where.to(tl.int64), mask=mask)
-    acc = EPILOGUE(best, rows, columns, row_mask, column_mask, extras)
-    address = y + Y_OFFSET + (rows * Y_PITCH)[:, None] + columns[None, :]
-    tl.store(address, acc.to(y.dtype.element_ty), mask=mask)
-
-
-@triton.jit
-def later_tap(
-    best,
-    where,
-    base,
-    safe_top,
-    top,
-    left,
-    column_mask,
-    tap,
-    H: tl.constexpr,
-    WIDTH: tl.constexpr,
-    S: tl.constexpr,
-    DILATION_H: tl.constexpr,
-    DILATION_W: tl.constexpr,
-    X_PITCH: tl.constexpr,
-):
-    """The largest value so far and its place, after one more tap in row-major order."""
-    r = tap // S * DILATION_H
-    s = tap % S * DILATION_W
-    inside = ((safe_top + r).to(tl.uint32, bitcast=True) < H) & (
-        (left + s).to(tl.uint32, bitcast=True) < WIDTH
-    )
-    mask = inside[:, None] & column_mask[None, :]
-    value = tl.load(base + (r * WIDTH + s) * X_PITCH, mask=mask, other=float("-inf"))
-    value = value.to(tl.float32)
-    # Only a larger value wins, so the first of equals stays; every NaN wins, so the last one does.
-    better = (value > best) | (value != value)
-    best = tl.where(better, value, best)
-    return best, tl.where(better, ((top + r) * WIDTH + left + s)[:, None], where)
+    store(y, best, rows, columns, row_mask, column_mask, extras, OUTPUT)
 
 
 def launches(problem: Problem, tile: Config, target: Target) -> tuple[Launch, ...]:
     """The one launch of the kernel."""
-    attributes = problem.attributes
-    assert isinstance(attributes, MaxPool2d)
-    x, out, where = problem.inputs[0], problem.outputs[0], problem.outputs[1]
-    return tiled_launch(
+    launch = tile_launch(
         problem,
         tile,
         max_pool_indices_kernel,
-        {
-            **window_sizes(attributes, x, out),
-            "I_PITCH": where.pitch, "I_OFFSET": where.offset,
-            "UNROLL": math.prod(attributes.kernel) <= MOST_UNROLLED_TAPS,
+        constexprs={
+            "WINDOWS": windows(problem), "INDICES": Image.of(problem.outputs[1]),
+            "UNROLL": windows(problem).taps <= MOST_UNROLLED_TAPS,
         },
         pointers={"x": X, "y": Y, "i": Ref("output", 1)},
     )  # fmt: skip
+    return (launch,)
 
 
-def configs(problem: Problem, target: Target) -> Iterator[Config]:
-    """256 to 1024 results per program: each costs a value, an index and, unrolled, its loads."""
-    for tile in tiles_of((256, 512, 1024), (16, 32, 64)):
-        if legal(problem, tile, target) is None:
-            yield tile
-
-
-def legal(problem: Problem, tile: Config, target: Target) -> str | None:
-    assert isinstance(problem.attributes, MaxPool2d)
-    taps = math.prod(problem.attributes.kernel)
-    results = tile["BLOCK_ROWS"] * tile["BLOCK_COLUMNS"] // (32 * tile.num_warps)
-    if target.is_gpu and taps <= MOST_UNROLLED_TAPS and results * taps > 100:
-        return "more than 100 loads per thread spill"
-    return None
-
-
-def default(problem: Problem, target: Target) -> Config:
-    """Four results per thread, or as few as the loads of an unrolled window leave registers for."""
-    n, c, p, q = problem.output.shape
-    if target.name == "interpreter":
-        return config(1, 1, **dict(tile_config(n * p * q, c, target).blocks))
-    assert isinstance(problem.attributes, MaxPool2d)
-    many = math.prod(problem.attributes.kernel) > 9
-    columns = channel_block(c)
-    return config(4, 1, BLOCK_ROWS=(256 if many else 512) // columns, BLOCK_COLUMNS=columns)
-
-
-def cost(problem: Problem) -> Cost:
-    """One comparison per tap."""
-    assert isinstance(problem.attributes, MaxPool2d)
-    read, written = tensor_bytes(problem)
-    taps = math.prod(problem.attributes.kernel)
-    return Cost(taps * problem.output.spec.numel, read, written)
+# Each result costs a value, an index and, unrolled, its loads.
+TILES = Tiles(
+    (256, 512, 1024),
+    (16, 32, 64),
+    usual=lambda problem: 512 if windows(problem).taps <= 9 else 256,
+    held=unrolled_taps,
+    most=100,
+)
 
 
 OP = Op(
     name=NAME,
     attributes=MaxPool2d,
     infer=infer,
-    reference=reference,
+    reference=partial(reference, F.max_pool2d_with_indices),
     launches=launches,
-    configs=configs,
-    default=default,
-    legal=legal,
+    configs=TILES.configs,
+    default=TILES.default,
+    legal=TILES.legal,
     cost=cost,
     aten={
         f"aten.max_pool{dims}d_with_indices.default": pooling(NAME, MaxPool2d, indices=True)

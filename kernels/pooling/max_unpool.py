@@ -17,9 +17,8 @@ and nothing is zeroed beforehand.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -27,7 +26,6 @@ import triton
 import triton.language as tl
 
 from ...errors import InvalidInputError
-from ..contract.launch_tiles import tiled_launch, tiles_of
 from ..contract.op import (
     Arguments,
     Attributes,
@@ -41,14 +39,13 @@ from ..contract.op import (
     Target,
     X,
     Y,
-    config,
     tensor_bytes,
-    tile_config,
 )
 from ..contract.spec import Layout, TensorSpec, as_layout
+from ..tile.geometry import Image, tile_launch
 from . import max_pool_indices
-from .pool import channel_block
 from .pool_window import MaxPool2d, output_size
+from .tiles import Tiles, output_tile, store
 
 MOST_HELD = 9
 """Candidates kept in registers: those of a 3x3 window with stride 1."""
@@ -126,110 +123,88 @@ def reference(
     return torch.where(last >= 0, values, 0.0).view(n, c, *attributes.size)
 
 
+class CellAxis(NamedTuple):
+    """The cells of one dimension: how many, the windows that may name a pixel of each, the cell's
+    pixels, and those of the first cell that lie before the image."""
+
+    cells: int
+    candidates: int
+    stride: int
+    padding: int
+
+
+class Cells(NamedTuple):
+    """Cells by their row and column; the pixels of a row of the image, and of the result."""
+
+    height: CellAxis
+    width: CellAxis
+    row_pixels: int
+    pixels: int
+
+
 @triton.jit
 def candidate(
-    x,
-    i,
-    image,
-    p,
-    q,
-    columns,
-    row_mask,
-    column_mask,
-    P: tl.constexpr,
-    Q: tl.constexpr,
-    X_PITCH: tl.constexpr,
-    I_PITCH: tl.constexpr,
-):
-    """A window's value and the pixel it names; -1 where there is no such window."""
-    inside = (p.to(tl.uint32, bitcast=True) < P) & (q.to(tl.uint32, bitcast=True) < Q) & row_mask
-    mask = inside[:, None] & column_mask[None, :]
-    row = (image * P + p) * Q + q
-    named = tl.load(i + (row * I_PITCH)[:, None] + columns[None, :], mask=mask, other=-1)
-    value = tl.load(x + (row * X_PITCH)[:, None] + columns[None, :], mask=mask, other=0.0)
+    x, i, image, cell_h, cell_w, k, columns, row_mask, column_mask,
+    CELLS: tl.constexpr, VALUES: tl.constexpr, INDICES: tl.constexpr,
+):  # fmt: skip
+    """The value of the k-th window that may name a cell's pixels, and the pixel that it names; -1
+    where there is no such window."""
+    p = cell_h - (CELLS.height.candidates - 1) + k // CELLS.width.candidates
+    q = cell_w - (CELLS.width.candidates - 1) + k % CELLS.width.candidates
+    inside = (p.to(tl.uint32, bitcast=True) < VALUES.H) & (q.to(tl.uint32, bitcast=True) < VALUES.W)
+    mask = (inside & row_mask)[:, None] & column_mask[None, :]
+    row = (image * VALUES.H + p) * VALUES.W + q
+    named = tl.load(i + (row * INDICES.row_stride)[:, None] + columns[None, :], mask=mask, other=-1)
+    value = tl.load(x + (row * VALUES.row_stride)[:, None] + columns[None, :], mask=mask, other=0.0)
     return named.to(tl.int32), value.to(tl.float32)
 
 
 @triton.jit
 def max_unpool_kernel(
-    x,
-    i,
-    y,
-    extras,
-    m,
-    WIDTH: tl.constexpr,
-    PIXELS: tl.constexpr,
-    C: tl.constexpr,
-    P: tl.constexpr,
-    Q: tl.constexpr,
-    CELLS_H: tl.constexpr,
-    CELLS_W: tl.constexpr,
-    COUNT_H: tl.constexpr,
-    COUNT_W: tl.constexpr,
-    STRIDE_H: tl.constexpr,
-    STRIDE_W: tl.constexpr,
-    PADDING_H: tl.constexpr,
-    PADDING_W: tl.constexpr,
-    X_PITCH: tl.constexpr,
-    X_OFFSET: tl.constexpr,
-    I_PITCH: tl.constexpr,
-    I_OFFSET: tl.constexpr,
-    Y_PITCH: tl.constexpr,
-    Y_OFFSET: tl.constexpr,
-    EPILOGUE: tl.constexpr,
-    WIDE: tl.constexpr,
-    HELD: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr,
-    BLOCK_COLUMNS: tl.constexpr,
-):
-    # m counts cells: N * CELLS_H * CELLS_W.
-    column_tiles: tl.constexpr = (C + BLOCK_COLUMNS - 1) // BLOCK_COLUMNS
-    program = tl.program_id(0)
-    index = program // column_tiles * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
-    columns = program % column_tiles * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
-    live = index < m
-    column_mask = columns < C
-    if WIDE:
-        index = index.to(tl.int64)
-    image = index // (CELLS_H * CELLS_W)
-    cell_h = (index // CELLS_W % CELLS_H).to(tl.int32)
-    cell_w = (index % CELLS_W).to(tl.int32)
-    x += X_OFFSET
-    i += I_OFFSET
+    x, i, y, extras, m,
+    CELLS: tl.constexpr, VALUES: tl.constexpr, INDICES: tl.constexpr, HELD: tl.constexpr,
+    OUTPUT: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    M: tl.constexpr = TILE.M
+    N: tl.constexpr = TILE.N
+    HEIGHT: tl.constexpr = CELLS.height
+    WIDTH: tl.constexpr = CELLS.width
+    COUNT: tl.constexpr = HEIGHT.candidates * WIDTH.candidates
+    # m counts cells.
+    index, columns, live, column_mask = output_tile(m, OUTPUT, TILE)
+    image = index // (HEIGHT.cells * WIDTH.cells)
+    cell_h = (index // WIDTH.cells % HEIGHT.cells).to(tl.int32)
+    cell_w = (index % WIDTH.cells).to(tl.int32)
+    x += VALUES.offset
+    i += INDICES.offset
     # Row-major order: where two windows name one pixel the later one overwrites the earlier.
     named = ()
     values = ()
     if HELD:
-        for k in tl.static_range(COUNT_H * COUNT_W):
-            p = cell_h - (COUNT_H - 1) + k // COUNT_W
-            q = cell_w - (COUNT_W - 1) + k % COUNT_W
+        for k in tl.static_range(COUNT):
             place, value = candidate(
-                x, i, image, p, q, columns, live, column_mask, P, Q, X_PITCH, I_PITCH
+                x, i, image, cell_h, cell_w, k, columns, live, column_mask, CELLS, VALUES, INDICES
             )
             named = named + (place,)  # type: ignore[assignment]
             values = values + (value,)  # type: ignore[assignment]
-    for pixel in range(STRIDE_H * STRIDE_W):
-        h = cell_h * STRIDE_H - PADDING_H + pixel // STRIDE_W
-        w = cell_w * STRIDE_W - PADDING_W + pixel % STRIDE_W
-        here = h * WIDTH + w
-        acc = tl.zeros((BLOCK_ROWS, BLOCK_COLUMNS), tl.float32)
+    for pixel in range(HEIGHT.stride * WIDTH.stride):
+        h = cell_h * HEIGHT.stride - HEIGHT.padding + pixel // WIDTH.stride
+        w = cell_w * WIDTH.stride - WIDTH.padding + pixel % WIDTH.stride
+        here = h * CELLS.row_pixels + w
+        acc = tl.zeros((M, N), tl.float32)
         if HELD:
-            for k in tl.static_range(COUNT_H * COUNT_W):
+            for k in tl.static_range(COUNT):
                 acc = tl.where(named[k] == here[:, None], values[k], acc)
         else:
-            for k in range(COUNT_H * COUNT_W):
-                p = cell_h - (COUNT_H - 1) + k // COUNT_W
-                q = cell_w - (COUNT_W - 1) + k % COUNT_W
+            for k in range(COUNT):
                 place, value = candidate(
-                    x, i, image, p, q, columns, live, column_mask, P, Q, X_PITCH, I_PITCH
-                )
+                    x, i, image, cell_h, cell_w, k, columns, live, column_mask,
+                    CELLS, VALUES, INDICES,
+                )  # fmt: skip
                 acc = tl.where(place == here[:, None], value, acc)
-        row_mask = live & (h >= 0) & (w >= 0) & (w < WIDTH) & (here < PIXELS)
-        rows = image * PIXELS + here
-        acc = EPILOGUE(acc, rows, columns, row_mask, column_mask, extras)
-        address = y + Y_OFFSET + (rows * Y_PITCH)[:, None] + columns[None, :]
-        mask = row_mask[:, None] & column_mask[None, :]
-        tl.store(address, acc.to(y.dtype.element_ty), mask=mask)
+        row_mask = live & (h >= 0) & (w >= 0) & (w < CELLS.row_pixels) & (here < CELLS.pixels)
+        rows = image * CELLS.pixels + here
+        store(y, acc, rows, columns, row_mask, column_mask, extras, OUTPUT)
 
 
 def _attributes(problem: Problem) -> MaxUnpool2d:
@@ -237,62 +212,57 @@ def _attributes(problem: Problem) -> MaxUnpool2d:
     return problem.attributes
 
 
+def candidates(problem: Problem) -> int:
+    """How many windows may name one pixel."""
+    return math.prod(_attributes(problem).candidates)
+
+
+def cell_rows(problem: Problem) -> int:
+    """Cells of all images."""
+    return problem.output.shape[0] * math.prod(_attributes(problem).cells)
+
+
 def launches(problem: Problem, tile: Config, target: Target) -> tuple[Launch, ...]:
     """The one launch of the kernel."""
     attributes = _attributes(problem)
-    pool, (cells_h, cells_w) = attributes.pool, attributes.cells
-    (x, where), out = problem.inputs, problem.output
-    n, c, h, w = out.shape
-    return tiled_launch(
+    pool, (x, where) = attributes.pool, problem.inputs
+    height, width = (
+        CellAxis(*of_axis)
+        for of_axis in zip(
+            attributes.cells, attributes.candidates, pool.stride, pool.padding, strict=True
+        )
+    )
+    cells = Cells(height, width, attributes.image[1], math.prod(attributes.size))
+    launch = tile_launch(
         problem,
         tile,
         max_unpool_kernel,
-        {
-            "WIDTH": attributes.image[1], "PIXELS": h * w, "C": c,
-            "P": x.shape[2], "Q": x.shape[3], "CELLS_H": cells_h, "CELLS_W": cells_w,
-            "COUNT_H": attributes.candidates[0], "COUNT_W": attributes.candidates[1],
-            "STRIDE_H": pool.stride[0], "STRIDE_W": pool.stride[1],
-            "PADDING_H": pool.padding[0], "PADDING_W": pool.padding[1],
-            "I_PITCH": where.pitch, "I_OFFSET": where.offset,
-            "HELD": math.prod(attributes.candidates) <= MOST_HELD,
+        constexprs={
+            "CELLS": cells, "VALUES": Image.of(x), "INDICES": Image.of(where),
+            "HELD": candidates(problem) <= MOST_HELD,
         },
-        rows=n * cells_h * cells_w,
+        rows=cell_rows(problem),
         pointers={"x": X, "i": Ref("input", 1), "y": Y},
     )  # fmt: skip
+    return (launch,)
 
 
-def configs(problem: Problem, target: Target) -> Iterator[Config]:
-    """128 to 1024 elements per program: each costs a value and an index per candidate."""
-    for tile in tiles_of((128, 256, 512, 1024), (16, 32, 64)):
-        if legal(problem, tile, target) is None:
-            yield tile
-
-
-def legal(problem: Problem, tile: Config, target: Target) -> str | None:
-    held = math.prod(_attributes(problem).candidates)
-    elements = tile["BLOCK_ROWS"] * tile["BLOCK_COLUMNS"] // (32 * tile.num_warps)
-    if target.is_gpu and held <= MOST_HELD and held * elements > 36:
-        return "more than 36 candidates per thread spill"
-    return None
-
-
-def default(problem: Problem, target: Target) -> Config:
-    """Eight elements per thread where windows do not overlap, else two."""
-    attributes = _attributes(problem)
-    n, c = problem.output.shape[:2]
-    if target.name == "interpreter":
-        rows = n * math.prod(attributes.cells)
-        return config(1, 1, **dict(tile_config(rows, c, target).blocks))
-    single = math.prod(attributes.candidates) == 1
-    columns = channel_block(c)
-    return config(4, 1, BLOCK_ROWS=(1024 if single else 256) // columns, BLOCK_COLUMNS=columns)
+# Eight elements per thread where windows do not overlap, else two: each costs a value and an index
+# per candidate.
+TILES = Tiles(
+    (128, 256, 512, 1024),
+    (16, 32, 64),
+    usual=lambda problem: 1024 if candidates(problem) == 1 else 256,
+    held=lambda problem: candidates(problem) if candidates(problem) <= MOST_HELD else 0,
+    most=36,
+    what="candidates",
+    rows=cell_rows,
+)
 
 
 def cost(problem: Problem) -> Cost:
     """One comparison per pixel and candidate."""
-    read, written = tensor_bytes(problem)
-    per_pixel = math.prod(_attributes(problem).candidates)
-    return Cost(per_pixel * problem.output.spec.numel, read, written)
+    return Cost(candidates(problem) * problem.output.spec.numel, *tensor_bytes(problem))
 
 
 def _pooled(g: Builder, value: Any) -> tuple[MaxPool2d, TensorSpec, TensorSpec] | None:
@@ -351,11 +321,9 @@ OP = Op(
     infer=infer,
     reference=reference,
     launches=launches,
-    configs=configs,
-    default=default,
-    legal=legal,
+    configs=TILES.configs,
+    default=TILES.default,
+    legal=TILES.legal,
     cost=cost,
-    prepare=prepare,
     aten={"aten.max_unpool2d.default": _capture},
-    batched="unpooling",
 )  # fmt: skip

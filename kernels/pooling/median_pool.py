@@ -15,7 +15,6 @@ two elements for a 3x3 window, 132 for 5x5. The exchanges are generated once per
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 
@@ -25,57 +24,30 @@ import triton.language as tl
 
 from ...errors import InvalidInputError
 from ..contract.epilogue import GeneratedFunction
-from ..contract.launch_tiles import tiled_launch, tiles_of
-from ..contract.op import (
-    Attributes,
-    Config,
-    Cost,
-    Launch,
-    Op,
-    Problem,
-    Target,
-    config,
-    tensor_bytes,
-    tile_config,
-)
-from ..contract.spec import Layout, TensorSpec
-from .pool import channel_block
+from ..contract.op import Config, Cost, Launch, Op, Problem, Target, tensor_bytes
+from ..contract.spec import TensorSpec
+from ..tile.geometry import tile_launch
+from .pool_kernel import image_windows
+from .pool_window import InnerWindow, windows
+from .pool_window import infer as infer_window
+from .tiles import Tiles, output_tile, store
 
 MOST_TAPS = 49
 """A 7x7 window: 27 elements at a time, for each result of a thread, stay in registers."""
 
 
 @dataclass(frozen=True)
-class MedianPool2d(Attributes):
+class MedianPool2d(InnerWindow):
     """The window and its stride as (vertical, horizontal)."""
-
-    kernel: tuple[int, int] = (1, 1)
-    stride: tuple[int, int] = (1, 1)
 
 
 def infer(attributes: MedianPool2d, inputs: tuple[TensorSpec, ...]) -> tuple[TensorSpec, ...]:
     """P = floor((H - R) / sh) + 1, Q likewise."""
-    (x,) = inputs
-    if x.rank != 4:
-        raise InvalidInputError(f"median_pool2d: expected x (N,C,H,W), got {x}")
-    if min(*attributes.kernel, *attributes.stride) < 1:
-        raise InvalidInputError(
-            f"median_pool2d: window and stride must be positive: {attributes}"
-        )
     if math.prod(attributes.kernel) > MOST_TAPS:
         raise InvalidInputError(
             f"median_pool2d: a window of {attributes.kernel} has more than {MOST_TAPS} elements"
         )
-    sizes = []
-    for axis in (0, 1):
-        room = x.shape[2 + axis] - attributes.kernel[axis]
-        if room < 0:
-            raise InvalidInputError(
-                f"median_pool2d: a window of {attributes.kernel[axis]} pixels does not fit "
-                f"dimension {axis + 2} of {x}"
-            )
-        sizes.append(room // attributes.stride[axis] + 1)
-    return (TensorSpec((*x.shape[:2], *sizes), x.dtype, Layout.NHWC, x.batch),)
+    return infer_window("median_pool2d", attributes, inputs)
 
 
 def reference(attributes: MedianPool2d, x: torch.Tensor) -> torch.Tensor:
@@ -124,106 +96,56 @@ def selection(count: int) -> GeneratedFunction:
 
 @triton.jit
 def median_pool_kernel(
-    x,
-    y,
-    extras,
-    m,
-    H: tl.constexpr,
-    WIDTH: tl.constexpr,
-    C: tl.constexpr,
-    P: tl.constexpr,
-    Q: tl.constexpr,
-    R: tl.constexpr,
-    S: tl.constexpr,
-    STRIDE_H: tl.constexpr,
-    STRIDE_W: tl.constexpr,
-    X_PITCH: tl.constexpr,
-    X_OFFSET: tl.constexpr,
-    Y_PITCH: tl.constexpr,
-    Y_OFFSET: tl.constexpr,
-    MEDIAN: tl.constexpr,
-    EPILOGUE: tl.constexpr,
-    WIDE: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr,
-    BLOCK_COLUMNS: tl.constexpr,
-):
-    column_tiles: tl.constexpr = (C + BLOCK_COLUMNS - 1) // BLOCK_COLUMNS
-    program = tl.program_id(0)
-    rows = program // column_tiles * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
-    columns = program % column_tiles * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
-    row_mask = rows < m
-    column_mask = columns < C
+    x, y, extras, m,
+    WINDOWS: tl.constexpr, MEDIAN: tl.constexpr, OUTPUT: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    M: tl.constexpr = TILE.M
+    N: tl.constexpr = TILE.N
+    S: tl.constexpr = WINDOWS.width.taps
+    TAPS: tl.constexpr = WINDOWS.height.taps * S
+    rows, columns, row_mask, column_mask = output_tile(m, OUTPUT, TILE)
     mask = row_mask[:, None] & column_mask[None, :]
-    if WIDE:
-        rows = rows.to(tl.int64)
-    pixel = (rows // (P * Q) * H + rows // Q % P * STRIDE_H) * WIDTH + rows % Q * STRIDE_W
-    base = x + X_OFFSET + (pixel * X_PITCH)[:, None] + columns[None, :]
+    _, _, corner = image_windows(rows, WINDOWS)
+    base = x + WINDOWS.offset + (corner * WINDOWS.row_stride)[:, None] + columns[None, :]
     values = ()
     # Minima and maxima of a GPU drop NaN: it is carried beside them.
-    poisoned = tl.zeros((BLOCK_ROWS, BLOCK_COLUMNS), tl.float32)
-    for tap in tl.static_range(R * S):
-        offset = (tap // S * WIDTH + tap % S) * X_PITCH
+    poisoned = tl.zeros((M, N), tl.float32)
+    for tap in tl.static_range(TAPS):
+        offset = (tap // S * WINDOWS.width.size + tap % S) * WINDOWS.row_stride
         value = tl.load(base + offset, mask=mask, other=0.0).to(tl.float32)
         poisoned = tl.where(value != value, value, poisoned)
         values = values + (value,)  # type: ignore[assignment]
     acc = tl.where(poisoned != poisoned, poisoned, MEDIAN(values))
-    acc = EPILOGUE(acc, rows, columns, row_mask, column_mask, extras)
-    address = y + Y_OFFSET + (rows * Y_PITCH)[:, None] + columns[None, :]
-    tl.store(address, acc.to(y.dtype.element_ty), mask=mask)
-
-
-def _attributes(problem: Problem) -> MedianPool2d:
-    assert isinstance(problem.attributes, MedianPool2d)
-    return problem.attributes
+    store(y, acc, rows, columns, row_mask, column_mask, extras, OUTPUT)
 
 
 def launches(problem: Problem, tile: Config, target: Target) -> tuple[Launch, ...]:
     """The one launch of the kernel."""
-    attributes = _attributes(problem)
-    x, out = problem.inputs[0], problem.output
-    _, c, p, q = out.shape
-    return tiled_launch(
-        problem,
-        tile,
-        median_pool_kernel,
-        {
-            "H": x.shape[2], "WIDTH": x.shape[3], "C": c, "P": p, "Q": q,
-            "R": attributes.kernel[0], "S": attributes.kernel[1],
-            "STRIDE_H": attributes.stride[0], "STRIDE_W": attributes.stride[1],
-            "MEDIAN": selection(math.prod(attributes.kernel)),
-        },
-    )  # fmt: skip
+    window = windows(problem)
+    constexprs = {"WINDOWS": window, "MEDIAN": selection(window.taps)}
+    return (tile_launch(problem, tile, median_pool_kernel, constexprs=constexprs),)
 
 
-def configs(problem: Problem, target: Target) -> Iterator[Config]:
-    """128 to 1024 results per program: each holds its whole window in registers."""
-    for tile in tiles_of((128, 256, 512, 1024), (16, 32, 64)):
-        if legal(problem, tile, target) is None:
-            yield tile
-
-
-def legal(problem: Problem, tile: Config, target: Target) -> str | None:
-    taps = math.prod(_attributes(problem).kernel)
-    results = tile["BLOCK_ROWS"] * tile["BLOCK_COLUMNS"] // (32 * tile.num_warps)
-    if target.is_gpu and results > 1 and results * taps > 100:
-        return "more than 100 elements per thread spill"
-    return None
-
-
-def default(problem: Problem, target: Target) -> Config:
+def _usual(problem: Problem) -> int:
     """Four results per thread for windows up to 3x3, two up to 5x5, one beyond."""
-    n, c, p, q = problem.output.shape
-    if target.name == "interpreter":
-        return config(1, 1, **dict(tile_config(n * p * q, c, target).blocks))
-    taps = math.prod(_attributes(problem).kernel)
-    elements = 512 if taps <= 9 else 256 if taps <= 25 else 128
-    columns = channel_block(c)
-    return config(4, 1, BLOCK_ROWS=elements // columns, BLOCK_COLUMNS=columns)
+    taps = windows(problem).taps
+    return 512 if taps <= 9 else 256 if taps <= 25 else 128
+
+
+# Each result holds its whole window in registers.
+TILES = Tiles(
+    (128, 256, 512, 1024),
+    (16, 32, 64),
+    usual=_usual,
+    held=lambda problem: windows(problem).taps,
+    most=100,
+    what="elements",
+)
 
 
 def cost(problem: Problem) -> Cost:
     """A minimum and a maximum per exchange; nothing is rounded."""
-    pairs, _ = exchanges(math.prod(_attributes(problem).kernel))
+    pairs, _ = exchanges(windows(problem).taps)
     return Cost(2 * len(pairs) * problem.output.spec.numel, *tensor_bytes(problem))
 
 
@@ -233,8 +155,8 @@ OP = Op(
     infer=infer,
     reference=reference,
     launches=launches,
-    configs=configs,
-    default=default,
-    legal=legal,
+    configs=TILES.configs,
+    default=TILES.default,
+    legal=TILES.legal,
     cost=cost,
 )

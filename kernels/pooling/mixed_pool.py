@@ -11,9 +11,8 @@ image is written.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -22,9 +21,7 @@ import triton.language as tl
 
 from ...errors import InvalidInputError
 from ..contract import scalars
-from ..contract.launch_tiles import tiled_launch, tiles_of
 from ..contract.op import (
-    Attributes,
     Config,
     Cost,
     Launch,
@@ -35,22 +32,19 @@ from ..contract.op import (
     Target,
     X,
     Y,
-    config,
     tensor_bytes,
-    tile_config,
 )
 from ..contract.spec import TensorSpec
-from .pool import MOST_LOADS, MOST_UNROLLED_TAPS, channel_block
-from .pool_window import MaxPool2d
+from ..tile.geometry import tile_launch
+from .pool_kernel import image_windows
+from .pool_window import InnerWindow, windows
 from .pool_window import infer as infer_window
+from .tiles import MOST_UNROLLED_TAPS, Tiles, output_tile, store, unrolled_taps
 
 
 @dataclass(frozen=True)
-class MixedPool2d(Attributes):
-    """The window and its stride as (vertical, horizontal); windows lie inside the image."""
-
-    kernel: tuple[int, int] = (1, 1)
-    stride: tuple[int, int] = (1, 1)
+class MixedPool2d(InnerWindow):
+    """The window and its stride as (vertical, horizontal)."""
 
 
 def is_weight(spec: TensorSpec, channels: int) -> bool:
@@ -63,8 +57,7 @@ def infer(attributes: MixedPool2d, inputs: tuple[TensorSpec, ...]) -> tuple[Tens
     if len(inputs) != 3:
         raise InvalidInputError(f"mixed_pool2d: expected x, a and b, got {len(inputs)} tensors")
     x, *weights = inputs
-    window = MaxPool2d(attributes.kernel, attributes.stride)
-    specs = infer_window("mixed_pool2d", window, (x,))
+    specs = infer_window("mixed_pool2d", attributes, (x,))
     for weight in weights:
         if not is_weight(weight, x.shape[1]) or weight.batch is not None:
             raise InvalidInputError(
@@ -90,124 +83,74 @@ def blended(most, total, value, mask):
 
 @triton.jit
 def mixed_pool_kernel(
-    x,
-    a,
-    b,
-    y,
-    extras,
-    m,
-    H: tl.constexpr,
-    WIDTH: tl.constexpr,
-    C: tl.constexpr,
-    P: tl.constexpr,
-    Q: tl.constexpr,
-    R: tl.constexpr,
-    S: tl.constexpr,
-    STRIDE_H: tl.constexpr,
-    STRIDE_W: tl.constexpr,
-    X_PITCH: tl.constexpr,
-    X_OFFSET: tl.constexpr,
-    A_STEP: tl.constexpr,
-    A_OFFSET: tl.constexpr,
-    B_STEP: tl.constexpr,
-    B_OFFSET: tl.constexpr,
-    Y_PITCH: tl.constexpr,
-    Y_OFFSET: tl.constexpr,
-    EPILOGUE: tl.constexpr,
-    WIDE: tl.constexpr,
-    UNROLL: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr,
-    BLOCK_COLUMNS: tl.constexpr,
-):
-    column_tiles: tl.constexpr = (C + BLOCK_COLUMNS - 1) // BLOCK_COLUMNS
-    program = tl.program_id(0)
-    rows = program // column_tiles * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
-    columns = program % column_tiles * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
-    row_mask = rows < m
-    column_mask = columns < C
+    x, a, b, y, extras, m,
+    WINDOWS: tl.constexpr, A: tl.constexpr, B: tl.constexpr, UNROLL: tl.constexpr,
+    OUTPUT: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    M: tl.constexpr = TILE.M
+    N: tl.constexpr = TILE.N
+    S: tl.constexpr = WINDOWS.width.taps
+    TAPS: tl.constexpr = WINDOWS.height.taps * S
+    rows, columns, row_mask, column_mask = output_tile(m, OUTPUT, TILE)
     mask = row_mask[:, None] & column_mask[None, :]
-    if WIDE:
-        rows = rows.to(tl.int64)
-    pixel = (rows // (P * Q) * H + rows // Q % P * STRIDE_H) * WIDTH + rows % Q * STRIDE_W
-    base = x + X_OFFSET + (pixel * X_PITCH)[:, None] + columns[None, :]
-    most = tl.full((BLOCK_ROWS, BLOCK_COLUMNS), float("-inf"), tl.float32)
-    total = tl.zeros((BLOCK_ROWS, BLOCK_COLUMNS), tl.float32)
+    _, _, corner = image_windows(rows, WINDOWS)
+    base = x + WINDOWS.offset + (corner * WINDOWS.row_stride)[:, None] + columns[None, :]
+    most = tl.full((M, N), float("-inf"), tl.float32)
+    total = tl.zeros((M, N), tl.float32)
     if UNROLL:
-        for tap in tl.static_range(R * S):
-            offset = (tap // S * WIDTH + tap % S) * X_PITCH
+        for tap in tl.static_range(TAPS):
+            offset = (tap // S * WINDOWS.width.size + tap % S) * WINDOWS.row_stride
             most, total = blended(most, total, tl.load(base + offset, mask=mask, other=0.0), mask)
     else:
-        for tap in range(R * S):
-            offset = (tap // S * WIDTH + tap % S) * X_PITCH
+        for tap in range(TAPS):
+            offset = (tap // S * WINDOWS.width.size + tap % S) * WINDOWS.row_stride
             most, total = blended(most, total, tl.load(base + offset, mask=mask, other=0.0), mask)
-    for_most = tl.load(a + A_OFFSET + columns * A_STEP, mask=column_mask, other=0.0)
-    for_mean = tl.load(b + B_OFFSET + columns * B_STEP, mask=column_mask, other=0.0)
-    mean = total / (R * S)
+    for_most = tl.load(a + A.offset + columns * A.step, mask=column_mask, other=0.0)
+    for_mean = tl.load(b + B.offset + columns * B.step, mask=column_mask, other=0.0)
+    mean = total / TAPS
     acc = for_most.to(tl.float32)[None, :] * most + for_mean.to(tl.float32)[None, :] * mean
-    acc = EPILOGUE(acc, rows, columns, row_mask, column_mask, extras)
-    address = y + Y_OFFSET + (rows * Y_PITCH)[:, None] + columns[None, :]
-    tl.store(address, acc.to(y.dtype.element_ty), mask=mask)
+    store(y, acc, rows, columns, row_mask, column_mask, extras, OUTPUT)
 
 
-def _attributes(problem: Problem) -> MixedPool2d:
-    assert isinstance(problem.attributes, MixedPool2d)
-    return problem.attributes
+class Weight(NamedTuple):
+    """Elements from the number of one channel to that of the next, and before the first."""
 
+    step: int
+    offset: int
 
-def _step(weight: Operand) -> int:
-    """Elements from the number of one channel to that of the next."""
-    return 0 if weight.spec.numel == 1 else weight.strides[-3]
+    @staticmethod
+    def of(weight: Operand) -> Weight:
+        return Weight(0 if weight.spec.numel == 1 else weight.strides[-3], weight.offset)
 
 
 def launches(problem: Problem, tile: Config, target: Target) -> tuple[Launch, ...]:
     """The one launch of the kernel."""
-    attributes = _attributes(problem)
-    (x, a, b), out = problem.inputs, problem.output
-    _, c, p, q = out.shape
-    return tiled_launch(
+    _, a, b = problem.inputs
+    launch = tile_launch(
         problem,
         tile,
         mixed_pool_kernel,
-        {
-            "H": x.shape[2], "WIDTH": x.shape[3], "C": c, "P": p, "Q": q,
-            "R": attributes.kernel[0], "S": attributes.kernel[1],
-            "STRIDE_H": attributes.stride[0], "STRIDE_W": attributes.stride[1],
-            "A_STEP": _step(a), "A_OFFSET": a.offset, "B_STEP": _step(b), "B_OFFSET": b.offset,
-            "UNROLL": math.prod(attributes.kernel) <= MOST_UNROLLED_TAPS,
+        constexprs={
+            "WINDOWS": windows(problem), "A": Weight.of(a), "B": Weight.of(b),
+            "UNROLL": windows(problem).taps <= MOST_UNROLLED_TAPS,
         },
         pointers={"x": X, "a": Ref("input", 1), "b": Ref("input", 2), "y": Y},
     )  # fmt: skip
+    return (launch,)
 
 
-def configs(problem: Problem, target: Target) -> Iterator[Config]:
-    """256 to 2048 results per program, as far as their loads fit the registers."""
-    for tile in tiles_of((256, 512, 1024, 2048), (32, 64, 128)):
-        if legal(problem, tile, target) is None:
-            yield tile
-
-
-def legal(problem: Problem, tile: Config, target: Target) -> str | None:
-    taps = math.prod(_attributes(problem).kernel)
-    results = tile["BLOCK_ROWS"] * tile["BLOCK_COLUMNS"] // (32 * tile.num_warps)
-    if target.is_gpu and taps <= MOST_UNROLLED_TAPS and results * taps > MOST_LOADS // 2:
-        return f"more than {MOST_LOADS // 2} loads per thread spill"
-    return None
-
-
-def default(problem: Problem, target: Target) -> Config:
-    """Eight results per thread, four for windows of more than nine elements."""
-    n, c, p, q = problem.output.shape
-    if target.name == "interpreter":
-        return config(1, 1, **dict(tile_config(n * p * q, c, target).blocks))
-    columns = channel_block(c)
-    elements = 1024 if math.prod(_attributes(problem).kernel) <= 9 else 512
-    return config(4, 1, BLOCK_ROWS=elements // columns, BLOCK_COLUMNS=columns)
+TILES = Tiles(
+    (256, 512, 1024, 2048),
+    (32, 64, 128),
+    usual=lambda problem: 1024 if windows(problem).taps <= 9 else 512,
+    held=unrolled_taps,
+    most=100,
+)
 
 
 def cost(problem: Problem) -> Cost:
     """A comparison and an addition per tap."""
-    taps = math.prod(_attributes(problem).kernel)
-    return Cost(2 * taps * problem.output.spec.numel, *tensor_bytes(problem))
+    return Cost(2 * windows(problem).taps * problem.output.spec.numel, *tensor_bytes(problem))
 
 
 OP = Op(
@@ -216,8 +159,8 @@ OP = Op(
     infer=infer,
     reference=reference,
     launches=launches,
-    configs=configs,
-    default=default,
-    legal=legal,
+    configs=TILES.configs,
+    default=TILES.default,
+    legal=TILES.legal,
     cost=cost,
 )

@@ -1,18 +1,20 @@
 """What windowed pooling computes: attributes, the output-size rule, and torch's own results.
 
-The kernels that compute it are in `pool.py` and, of volumes, in `pool_nd.py`.
+The kernel that computes it is in `pool.py`.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 
 from ...errors import InvalidInputError
-from ..contract.op import Attributes
+from ..contract.op import Attributes, Problem
 from ..contract.spec import Layout, Operand, TensorSpec
 
 
@@ -84,6 +86,25 @@ class AvgPool3d(Attributes):
 
 
 @dataclass(frozen=True)
+class InnerWindow(Attributes):
+    """The window and its stride as (vertical, horizontal); windows lie inside the image."""
+
+    kernel: tuple[int, int] = (1, 1)
+    stride: tuple[int, int] = (1, 1)
+
+    padding = (0, 0)
+    dilation = (1, 1)
+    ceil_mode = False
+
+
+@dataclass(frozen=True)
+class AdaptivePool2d(Attributes):
+    """The output's height and width."""
+
+    size: tuple[int, int] = (1, 1)
+
+
+@dataclass(frozen=True)
 class AdaptivePool3d(Attributes):
     """The output's depth, height and width."""
 
@@ -92,7 +113,118 @@ class AdaptivePool3d(Attributes):
 
 Pool2d = MaxPool2d | AvgPool2d | LpPool2d
 Pool3d = MaxPool3d | AvgPool3d
+AdaptivePool = AdaptivePool2d | AdaptivePool3d
 POOLS = (MaxPool2d, AvgPool2d, LpPool2d, MaxPool3d, AvgPool3d)
+
+
+class Axis(NamedTuple):
+    """The windows of one dimension, which takes part in none by default.
+
+    size: of the input; outputs: how many windows; taps: of each (the largest where they differ);
+    then the distance from one window to the next, from the first window to the input, and from one
+    tap to the next.
+    """
+
+    size: int = 1
+    outputs: int = 1
+    taps: int = 1
+    stride: int = 1
+    padding: int = 0
+    dilation: int = 1
+
+
+class Windows(NamedTuple):
+    """The windows over depth (of images: of one plane), height and width; from one pixel to the
+    next the input has `row_stride` elements, and `offset` before the first."""
+
+    depth: Axis
+    height: Axis
+    width: Axis
+    row_stride: int
+    offset: int
+
+    @staticmethod
+    def of(attributes: Any, x: Operand, y: Operand) -> Windows:
+        """Of a pooling of x (N, C, H, W) or (N, C, D, H, W) to y."""
+        sizes = zip(x.shape[2:], y.shape[2:], strict=True)
+        if isinstance(attributes, (AdaptivePool2d, AdaptivePool3d)):
+            axes = [Axis(size, outputs, largest_window(size, outputs)) for size, outputs in sizes]
+        else:
+            geometry = zip(
+                attributes.kernel, attributes.stride, attributes.padding, attributes.dilation,
+                strict=True,
+            )  # fmt: skip
+            axes = [Axis(*pair, *rest) for pair, rest in zip(sizes, geometry, strict=True)]
+        depth, height, width = [Axis()] * (3 - len(axes)) + axes
+        return Windows(depth, height, width, x.pitch, x.offset)
+
+    @property
+    def plane_taps(self) -> int:
+        """Taps of one plane of a window."""
+        return self.height.taps * self.width.taps
+
+    @property
+    def taps(self) -> int:
+        return self.depth.taps * self.plane_taps
+
+
+def windows(problem: Problem) -> Windows:
+    """The windows of a problem, whose attributes and first input say where they lie."""
+    return Windows.of(problem.attributes, problem.inputs[0], problem.output)
+
+
+def largest_window(size: int, outputs: int) -> int:
+    """The most elements that one of `outputs` adaptive windows takes of `size`."""
+    return max(-(-(at + 1) * size // outputs) - at * size // outputs for at in range(outputs))
+
+
+class Reduction(NamedTuple):
+    """How the kernel reduces a window.
+
+    maximum: the maximum instead of the sum; counts: whose pixels divide the sum ("padded", "image",
+    or the "taps" of an adaptive window) where their number differs between windows; divisor: their
+    number where it does not; norm: the p of an Lp norm; adaptive: how the windows lie.
+    """
+
+    maximum: bool = False
+    counts: str | None = None
+    divisor: int | None = None
+    norm: float | None = None
+    adaptive: bool = False
+
+
+def reduction(problem: Problem) -> Reduction:
+    """The reduction that the problem's attributes ask for."""
+    attributes = problem.attributes
+    if isinstance(attributes, (MaxPool2d, MaxPool3d)):
+        return Reduction(maximum=True)
+    if isinstance(attributes, (AdaptivePool2d, AdaptivePool3d)):
+        maximum = problem.op.startswith("adaptive_max")
+        return Reduction(maximum, None if maximum else "taps", adaptive=True)
+    if isinstance(attributes, LpPool2d):
+        # Without overhang the mean times R·S is the sum.
+        counts = "padded" if _overhangs(problem) else None
+        norm = attributes.norm
+        return Reduction(counts=counts, norm=int(norm) if norm == int(norm) else norm)
+    assert isinstance(attributes, (AvgPool2d, AvgPool3d))
+    if attributes.divisor_override is not None:
+        return Reduction(divisor=attributes.divisor_override)
+    padded = attributes.count_include_pad or not any(attributes.padding)
+    if not padded or _overhangs(problem):
+        return Reduction(counts="padded" if padded else "image")
+    return Reduction(divisor=math.prod(attributes.kernel))
+
+
+def _overhangs(problem: Problem) -> bool:
+    """Whether the last window reaches beyond the padded image, as `ceil_mode` allows."""
+    attributes = problem.attributes
+    assert isinstance(attributes, POOLS)
+    for axis in range(len(attributes.kernel)):
+        last = (problem.output.shape[2 + axis] - 1) * attributes.stride[axis]
+        size = problem.inputs[0].shape[2 + axis] + 2 * attributes.padding[axis]
+        if last + attributes.kernel[axis] > size:
+            return True
+    return False
 
 
 def output_size(
@@ -108,7 +240,7 @@ def output_size(
 
 
 def infer(
-    name: str, attributes: Pool2d | Pool3d, inputs: tuple[TensorSpec, ...]
+    name: str, attributes: Pool2d | Pool3d | InnerWindow, inputs: tuple[TensorSpec, ...]
 ) -> tuple[TensorSpec, ...]:
     """P = floor or ceil of (H + 2·ph − dh·(R − 1) − 1) / sh, plus 1; the others likewise."""
     (x,) = inputs
@@ -146,56 +278,19 @@ def infer(
     return (TensorSpec((n, c, *sizes), x.dtype, Layout.NHWC, x.batch),)
 
 
+def reference(function: Callable[..., Any], attributes: Attributes, x: torch.Tensor) -> Any:
+    """By a function of torch, whose arguments the attributes are, in its order."""
+    return function(x, *(getattr(attributes, item.name) for item in fields(attributes)))
+
+
 def reference_max(attributes: MaxPool2d, x: torch.Tensor) -> torch.Tensor:
-    return F.max_pool2d(
-        x,
-        attributes.kernel,
-        attributes.stride,
-        attributes.padding,
-        attributes.dilation,
-        attributes.ceil_mode,
-    )
+    pooled: torch.Tensor = reference(F.max_pool2d, attributes, x)
+    return pooled
 
 
 def reference_avg(attributes: AvgPool2d, x: torch.Tensor) -> torch.Tensor:
-    return F.avg_pool2d(
-        x,
-        attributes.kernel,
-        attributes.stride,
-        attributes.padding,
-        attributes.ceil_mode,
-        attributes.count_include_pad,
-        attributes.divisor_override,
-    )
-
-
-def reference_max_3d(attributes: MaxPool3d, x: torch.Tensor) -> torch.Tensor:
-    return F.max_pool3d(
-        x,
-        attributes.kernel,
-        attributes.stride,
-        attributes.padding,
-        attributes.dilation,
-        attributes.ceil_mode,
-    )
-
-
-def reference_avg_3d(attributes: AvgPool3d, x: torch.Tensor) -> torch.Tensor:
-    return F.avg_pool3d(
-        x,
-        attributes.kernel,
-        attributes.stride,
-        attributes.padding,
-        attributes.ceil_mode,
-        attributes.count_include_pad,
-        attributes.divisor_override,
-    )
-
-
-def reference_lp(attributes: LpPool2d, x: torch.Tensor) -> torch.Tensor:
-    return F.lp_pool2d(
-        x, attributes.norm, attributes.kernel, attributes.stride, attributes.ceil_mode
-    )
+    pooled: torch.Tensor = reference(F.avg_pool2d, attributes, x)
+    return pooled
 
 
 def window_sizes(

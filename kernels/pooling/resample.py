@@ -42,7 +42,7 @@ from ..contract.op import (
 )
 from ..contract.spec import Layout, TensorSpec
 from ..contract.targets import Target
-from .pool import channel_block
+from .tiles import channel_block
 
 CUBIC, LINEAR_WIDE, CUBIC_WIDE = "cubic", "antialiased-linear", "antialiased-cubic"
 REACH = {CUBIC: 2.0, LINEAR_WIDE: 1.0, CUBIC_WIDE: 2.0}

@@ -17,17 +17,16 @@ neighbouring outputs share come from the cache.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 
 from ...errors import InvalidInputError
-from ..contract.launch_tiles import tiled_launch, tiles_of
 from ..contract.op import (
     Arguments,
     Attributes,
@@ -38,14 +37,13 @@ from ..contract.op import (
     Launch,
     Op,
     Problem,
-    config,
     tensor_bytes,
-    tile_config,
 )
 from ..contract.spec import MEMORY_FORMATS, Layout, TensorSpec
 from ..contract.targets import Target
 from ..movement.arguments import as_image, as_rank_of
-from .pool import channel_block
+from ..tile.geometry import tile_launch
+from .tiles import Tiles, output_tile, store
 
 NEAREST, EXACT, LINEAR, CORNERS = "nearest", "nearest-exact", "linear", "corners"
 RULES = {"upsample_nearest": (NEAREST, EXACT), "upsample_linear": (LINEAR, CORNERS)}
@@ -113,127 +111,91 @@ def reference(attributes: Upsample, x: torch.Tensor) -> torch.Tensor:
     return y.to(x.dtype)
 
 
+class Axis(NamedTuple):
+    """One dimension: pixels of the input and of the output, input pixels from one output to the
+    next; a dimension that images do not have is kept as it is."""
+
+    size: int = 1
+    outputs: int = 1
+    step: float = 1.0
+
+
 @triton.jit
-def position(
-    index, SIZE: tl.constexpr, OUTPUTS: tl.constexpr, STEP: tl.constexpr, RULE: tl.constexpr
-):
+def position(index, AXIS: tl.constexpr, RULE: tl.constexpr):
     """Lower and upper input pixel of an output along one dimension, and the upper one's weight."""
     at = index.to(tl.float32)
     if RULE == "nearest" or RULE == "corners":
-        at = at * STEP
+        at = at * AXIS.step
     elif RULE == "nearest-exact":
-        at = (at + 0.5) * STEP
+        at = (at + 0.5) * AXIS.step
     else:
         # max(s - 1/2, 0), so written that product and difference stay two roundings, as in torch:
         # a GPU would make them one.
-        at = tl.maximum((at + 0.5) * STEP, 0.5) - 0.5
-    low = tl.minimum(at.to(tl.int32), SIZE - 1)
+        at = tl.maximum((at + 0.5) * AXIS.step, 0.5) - 0.5
+    low = tl.minimum(at.to(tl.int32), AXIS.size - 1)
     weight = tl.minimum(tl.maximum(at - low.to(tl.float32), 0.0), 1.0)
     high = low
-    if OUTPUTS != SIZE:
-        high = tl.minimum(low + 1, SIZE - 1)
+    if AXIS.outputs != AXIS.size:
+        high = tl.minimum(low + 1, AXIS.size - 1)
     return low, high, weight
 
 
 @triton.jit
 def upsample_kernel(
-    x,
-    y,
-    extras,
-    m,
-    D: tl.constexpr,
-    H: tl.constexpr,
-    WIDTH: tl.constexpr,
-    C: tl.constexpr,
-    DEEP: tl.constexpr,
-    P: tl.constexpr,
-    Q: tl.constexpr,
-    STEP_D: tl.constexpr,
-    STEP_H: tl.constexpr,
-    STEP_W: tl.constexpr,
-    VOLUME: tl.constexpr,
-    RULE: tl.constexpr,
-    X_PITCH: tl.constexpr,
-    X_OFFSET: tl.constexpr,
-    Y_PITCH: tl.constexpr,
-    Y_OFFSET: tl.constexpr,
-    EPILOGUE: tl.constexpr,
-    WIDE: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr,
-    BLOCK_COLUMNS: tl.constexpr,
-):
-    # DEEP, P, Q: the output's depth, height and width; images have a depth of one.
-    column_tiles: tl.constexpr = (C + BLOCK_COLUMNS - 1) // BLOCK_COLUMNS
-    program = tl.program_id(0)
-    rows = program // column_tiles * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
-    columns = program % column_tiles * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
-    row_mask = rows < m
-    column_mask = columns < C
+    x, y, extras, m,
+    DEPTH: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr, PLANES: tl.constexpr,
+    RULE: tl.constexpr, X_PITCH: tl.constexpr, X_OFFSET: tl.constexpr,
+    OUTPUT: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    # PLANES: of the input, which an output lies between.
+    M: tl.constexpr = TILE.M
+    N: tl.constexpr = TILE.N
+    rows, columns, row_mask, column_mask = output_tile(m, OUTPUT, TILE)
     mask = row_mask[:, None] & column_mask[None, :]
-    if WIDE:
-        rows = rows.to(tl.int64)
-    depth, height = (rows // (P * Q) % DEEP).to(tl.int32), (rows // Q % P).to(tl.int32)
-    front, back, depth_weight = position(depth, D, DEEP, STEP_D, RULE)
-    top, bottom, height_weight = position(height, H, P, STEP_H, RULE)
-    left, right, width_weight = position((rows % Q).to(tl.int32), WIDTH, Q, STEP_W, RULE)
-    image = rows // (DEEP * P * Q)
+    line, plane = rows // WIDTH.outputs, rows // (HEIGHT.outputs * WIDTH.outputs)
+    front, back, depth_weight = position((plane % DEPTH.outputs).to(tl.int32), DEPTH, RULE)
+    top, bottom, height_weight = position((line % HEIGHT.outputs).to(tl.int32), HEIGHT, RULE)
+    left, right, width_weight = position((rows % WIDTH.outputs).to(tl.int32), WIDTH, RULE)
+    image = plane // DEPTH.outputs
     base = x + X_OFFSET + columns[None, :]
     if RULE == "nearest" or RULE == "nearest-exact":
-        pixel = ((image * D + front) * H + top) * WIDTH + left
+        pixel = ((image * DEPTH.size + front) * HEIGHT.size + top) * WIDTH.size + left
         acc = tl.load(base + (pixel * X_PITCH)[:, None], mask=mask, other=0.0).to(tl.float32)
     else:
-        acc = tl.zeros((BLOCK_ROWS, BLOCK_COLUMNS), tl.float32)
-        for at_depth in tl.static_range(2 if VOLUME else 1):
-            plane = tl.zeros((BLOCK_ROWS, BLOCK_COLUMNS), tl.float32)
+        acc = tl.zeros((M, N), tl.float32)
+        for at_depth in tl.static_range(PLANES):
+            total = tl.zeros((M, N), tl.float32)
             for at_height in tl.static_range(2):
-                line = (image * D + (back if at_depth else front)) * H
-                line = (line + (bottom if at_height else top)) * WIDTH
+                line = (image * DEPTH.size + (back if at_depth else front)) * HEIGHT.size
+                line = (line + (bottom if at_height else top)) * WIDTH.size
                 low = tl.load(base + ((line + left) * X_PITCH)[:, None], mask=mask, other=0.0)
                 high = tl.load(base + ((line + right) * X_PITCH)[:, None], mask=mask, other=0.0)
                 row = low.to(tl.float32) * (1.0 - width_weight)[:, None]
                 row += high.to(tl.float32) * width_weight[:, None]
                 share = height_weight if at_height else 1.0 - height_weight
-                plane += row * share[:, None]
+                total += row * share[:, None]
             share = depth_weight if at_depth else 1.0 - depth_weight
-            acc += plane * share[:, None]
-    acc = EPILOGUE(acc, rows, columns, row_mask, column_mask, extras)
-    address = y + Y_OFFSET + (rows * Y_PITCH)[:, None] + columns[None, :]
-    tl.store(address, acc.to(y.dtype.element_ty), mask=mask)
+            acc += total * share[:, None]
+    store(y, acc, rows, columns, row_mask, column_mask, extras, OUTPUT)
 
 
 def launches(problem: Problem, tile: Config, target: Target) -> tuple[Launch, ...]:
     """One launch over all output pixels."""
     attributes, x, out = problem.attributes, problem.inputs[0], problem.output
     assert isinstance(attributes, Upsample)
-    is_image = out.spec.rank == 4
-    d, h, width = (1, *x.shape[2:]) if is_image else x.shape[2:]
-    o, p, q = (1, *out.shape[2:]) if is_image else out.shape[2:]
-    steps = (1.0, *attributes.steps) if is_image else attributes.steps
-    c = out.shape[1]
-    return tiled_launch(
-        problem,
-        tile,
-        upsample_kernel,
-        {
-            "D": d, "H": h, "WIDTH": width, "C": c, "DEEP": o, "P": p, "Q": q,
-            "STEP_D": steps[0], "STEP_H": steps[1], "STEP_W": steps[2], "RULE": attributes.rule,
-            "VOLUME": not is_image,
-        },
-    )  # fmt: skip
+    geometry = zip(x.shape[2:], out.shape[2:], attributes.steps, strict=True)
+    axes = [Axis(*of_axis) for of_axis in geometry]
+    is_volume = len(axes) == 3
+    depth, height, width = axes if is_volume else (Axis(), *axes)
+    constexprs = {
+        "DEPTH": depth, "HEIGHT": height, "WIDTH": width, "PLANES": 2 if is_volume else 1,
+        "RULE": attributes.rule, "X_PITCH": x.pitch, "X_OFFSET": x.offset,
+    }  # fmt: skip
+    return (tile_launch(problem, tile, upsample_kernel, constexprs=constexprs),)
 
 
-def configs(problem: Problem, target: Target) -> Iterator[Config]:
-    """512 to 2048 results per program."""
-    yield from tiles_of((512, 1024, 2048), (16, 32, 64, 128))
-
-
-def default(problem: Problem, target: Target) -> Config:
-    """1024 results, 8 per thread: each takes up to eight loads, all in flight together."""
-    c = problem.output.shape[1]
-    if target.name == "interpreter":
-        return tile_config(problem.output.spec.numel // c, c, target)
-    columns = channel_block(c)
-    return config(4, 1, BLOCK_ROWS=1024 // columns, BLOCK_COLUMNS=columns)
+# 8 results per thread by default: each takes up to eight loads, all in flight together.
+TILES = Tiles((512, 1024, 2048), (16, 32, 64, 128), usual=lambda problem: 1024)
 
 
 def cost(problem: Problem) -> Cost:
@@ -289,8 +251,8 @@ def _op(name: str, aten: Mapping[str, Capture]) -> Op:
         infer=partial(infer, name),
         reference=reference,
         launches=launches,
-        configs=configs,
-        default=default,
+        configs=TILES.configs,
+        default=TILES.default,
         cost=cost,
         aten=aten,
         batched="upsampling",

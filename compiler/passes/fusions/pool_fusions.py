@@ -11,8 +11,7 @@ from ....kernels.fused.pool_conv import PoolConv
 from ....kernels.fused.squeeze_excite import SqueezeExcite
 from ....kernels.normalisation.lrn import LocalResponseNorm
 from ....kernels.normalisation.reduce import Reduce
-from ....kernels.pooling.adaptive_pool import AdaptivePool2d
-from ....kernels.pooling.pool_window import AvgPool2d, MaxPool2d
+from ....kernels.pooling.pool_window import AdaptivePool2d, AvgPool2d, MaxPool2d
 from ...fusion import refusals
 from ...fusion.estimate import Fused
 from ...fusion.pattern import Call, Constant, Match, Rule, Var

@@ -1,4 +1,4 @@
-"""Problems of `kernels/pooling/pool_nd.py` for the tests."""
+"""Problems of volumes of `kernels/pooling/pool.py` for the tests."""
 
 from __future__ import annotations
 

@@ -1,0 +1,100 @@
+"""Tiles of outputs, some pixels times some channels: what the kernels of poolings and of upsampling
+and their tuning spaces have in common."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import triton
+import triton.language as tl
+
+from ..contract.launch_tiles import tiles_of
+from ..contract.op import Config, Problem, Target, config, power_of_two, tile_config
+from .pool_window import windows
+
+# Up to here the taps are unrolled: a loop over taps loses the packed half-precision maximum.
+MOST_UNROLLED_TAPS = 25
+
+
+@triton.jit
+def output_tile(m, OUTPUT: tl.constexpr, TILE: tl.constexpr):
+    """The program's rows, of `m`, and its channels, and which of them exist."""
+    M: tl.constexpr = TILE.M
+    N: tl.constexpr = TILE.N
+    column_tiles: tl.constexpr = (OUTPUT.K + N - 1) // N
+    program = tl.program_id(0)
+    rows = program // column_tiles * M + tl.arange(0, M)
+    columns = program % column_tiles * N + tl.arange(0, N)
+    row_mask = rows < m
+    if TILE.wide:
+        rows = rows.to(tl.int64)
+    return rows, columns, row_mask, columns < OUTPUT.K
+
+
+@triton.jit
+def store(y, acc, rows, columns, row_mask, column_mask, extras, OUTPUT: tl.constexpr):
+    """The epilogue, and a tile of its results into y."""
+    acc = OUTPUT.epilogue(acc, rows, columns, row_mask, column_mask, extras)
+    address = y + OUTPUT.offset + (rows * OUTPUT.row_stride)[:, None] + columns[None, :]
+    mask = row_mask[:, None] & column_mask[None, :]
+    tl.store(address, acc.to(y.dtype.element_ty), mask=mask)
+
+
+def channel_block(channels: int) -> int:
+    """Channels per program: 64 (128 bytes in half precision), or fewer where that wastes fewer."""
+    if channels < 32:
+        return power_of_two(channels)
+    if channels >= 256:
+        return 64
+    return min((64, 32), key=lambda block: -(-channels // block) * block)
+
+
+def output_pixels(problem: Problem) -> int:
+    """N * P * Q, or N * O * P * Q of volumes."""
+    return problem.output.spec.numel // problem.output.shape[1]
+
+
+def unrolled_taps(problem: Problem) -> int:
+    """Loads of a result that are started together: those of a window that is unrolled."""
+    taps = windows(problem).taps
+    return taps if taps <= MOST_UNROLLED_TAPS else 0
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """The tuning space of a kernel with one program per tile.
+
+    results, channels: of the tiles worth trying; usual: results of the default tile. held: values
+    that a thread keeps at a time for each of its results; most: how many fit its registers; what:
+    their name. rows: how many the output has, its pixels by default.
+    """
+
+    results: tuple[int, ...]
+    channels: tuple[int, ...]
+    usual: Callable[[Problem], int]
+    held: Callable[[Problem], int] = lambda problem: 0
+    most: int = 0
+    what: str = "loads"
+    rows: Callable[[Problem], int] = output_pixels
+
+    def configs(self, problem: Problem, target: Target) -> Iterator[Config]:
+        """The tiles whose values fit the registers."""
+        for tile in tiles_of(self.results, self.channels):
+            if self.legal(problem, tile, target) is None:
+                yield tile
+
+    def legal(self, problem: Problem, tile: Config, target: Target) -> str | None:
+        """Why a tile spills registers, or None; the interpreter has no registers."""
+        results = tile["BLOCK_ROWS"] * tile["BLOCK_COLUMNS"] // (32 * tile.num_warps)
+        if target.is_gpu and results * self.held(problem) > self.most:
+            return f"more than {self.most} {self.what} per thread spill"
+        return None
+
+    def default(self, problem: Problem, target: Target) -> Config:
+        """The usual number of results; in the interpreter as many as memory allows."""
+        channels = problem.output.shape[1]
+        if target.name == "interpreter":
+            return config(1, 1, **dict(tile_config(self.rows(problem), channels, target).blocks))
+        columns = channel_block(channels)
+        return config(4, 1, BLOCK_ROWS=self.usual(problem) // columns, BLOCK_COLUMNS=columns)
