@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import triton
@@ -125,7 +125,7 @@ def launch_chain(
     if len(sizes) == 1 and keep_first:
         sizes, strides = (*sizes, 1), tuple((*steps, 0) for steps in strides)
     reads = tuple(
-        ep.Access(steps, read.offset, read.label)
+        replace(read, strides=steps)
         for steps, read in zip(strides[1:], reads, strict=True)
     )
     rows, columns = math.prod(sizes[:-1]), sizes[-1]
@@ -157,11 +157,16 @@ def launch_chain(
 
 
 def launch_reads(
-    problem: Problem, tile: Config, reads: tuple[ep.Access, ...], stages: ep.Epilogue
+    problem: Problem,
+    tile: Config,
+    reads: tuple[ep.Access, ...],
+    stages: ep.Epilogue,
+    refs: tuple[Ref, ...] | None = None,
 ) -> Launch:
-    """The launch over the whole output: `stages` on the inputs, then the problem's epilogue."""
+    """The launch over the whole output: `stages` on the inputs, or on some (`refs`), then the
+    problem's epilogue."""
     out = problem.output.spec
-    inputs = tuple(Ref("input", index) for index in range(len(reads)))
+    inputs = refs or tuple(Ref("input", index) for index in range(len(reads)))
     operands = tuple(ep.access(operand, out) for operand in problem.operands)
     return launch_chain(
         problem,

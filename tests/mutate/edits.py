@@ -64,7 +64,7 @@ LAUNCHED_BY = {
     "conv_tile": "conv_pool",
     "gemm_loop": "gemm",
     "head_kernel": "head",
-    "normalize_kernel": "normalize",
+    "statistics": "normalize",
     "residual": "gemm",
     "scalars": "pointwise",
     "separable_kernels": "separable",
