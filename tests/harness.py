@@ -319,8 +319,19 @@ def written(op: Op, operand: Operand, buffer: torch.Tensor) -> torch.Tensor:
 
 def widened(launch: Launch) -> Launch:
     """The launch with 64-bit offsets."""
-    assert "WIDE" in launch.constexprs, f"{launch.kernel.fn.__name__} has no 64-bit offsets"
-    return replace(launch, constexprs={**launch.constexprs, "WIDE": True})
+    changed: dict[str, Any] = dict(launch.constexprs)
+    if (tile := changed.get("TILE")) is not None:
+        changed["TILE"] = tile._replace(wide=True)
+    else:
+        assert "WIDE" in changed, f"{launch.kernel.fn.__name__} has no 64-bit offsets"
+        changed["WIDE"] = True
+    return replace(launch, constexprs=changed)
+
+
+def is_wide(launch: Launch) -> bool:
+    """Whether its offsets have 64 bits."""
+    tile = launch.constexprs.get("TILE")
+    return bool(launch.constexprs["WIDE"] if tile is None else tile.wide)
 
 
 # -------------------------------------------------------------------------------- comparing

@@ -22,6 +22,7 @@ from convloom.kernels.contract import targets
 from convloom.kernels.devices import offline
 from torch import nn
 
+from . import harness
 from .fake_cuda import FakeCuda, on_fake_cuda
 
 SM_90 = "cuda:sm_90"
@@ -37,10 +38,10 @@ def plan_of(module: nn.Module, *shape: int) -> Any:
 
 def test_offsets_beyond_2_to_the_31_are_64_bits_wide() -> None:
     plan = plan_of(nn.ReLU(), 2**16, 64, 32, 32)
-    assert all(launch.constexprs["WIDE"] for _, launch in plan.kernels)
+    assert all(harness.is_wide(launch) for _, launch in plan.kernels)
     assert plan.buffers["output0"].size_bytes == 4 * 2**32
     below = plan_of(nn.ReLU(), 2**15 - 1, 64, 32, 32)
-    assert not any(launch.constexprs["WIDE"] for _, launch in below.kernels)
+    assert not any(harness.is_wide(launch) for _, launch in below.kernels)
 
 
 def test_the_arena_is_planned_beyond_2_to_the_31() -> None:

@@ -93,7 +93,7 @@ def test_rows_beyond_32_bits_are_found(name: str) -> None:
         buffers[Ref("output", index)] = reserved(operand)
     tile = op.default(problem, INTERPRETED.target)
     for launch in op.launches(problem, tile, INTERPRETED.target):
-        assert launch.constexprs["WIDE"]
+        assert harness.is_wide(launch)
         scratch = execute.scratch(launch)
         INTERPRETED.run(launch, {**buffers, **scratch}.__getitem__, 1)
     results = tuple(

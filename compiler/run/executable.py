@@ -11,7 +11,7 @@ from typing import Any, NoReturn
 import torch
 
 from ...errors import ArtifactError, InvalidInputError, KernelError, near_names
-from ...kernels.contract.epilogue import GeneratedFunction
+from ...kernels.contract.epilogue import GeneratedFunction, flat, named
 from ...kernels.contract.op import Launch
 from ...kernels.contract.targets import Target
 from ...kernels.devices import offline
@@ -39,14 +39,15 @@ class Kernel:
         import inspect
 
         text = inspect.getsource(self.launch.kernel.fn)
+        shown = flat(named(self.launch.constexprs))
         generated = [
             f"# {name}\n{value.source}"
-            for name, value in self.launch.constexprs.items()
+            for name, value in shown.items()
             if isinstance(value, GeneratedFunction)
         ]
         constants = ", ".join(
             f"{name}={value}"
-            for name, value in self.launch.constexprs.items()
+            for name, value in shown.items()
             if not isinstance(value, GeneratedFunction)
         )
         return "\n".join([f"# {self.name}: {constants}", *generated, text])

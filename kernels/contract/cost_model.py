@@ -135,6 +135,8 @@ class Block(NamedTuple):
 def block_of(launch: Launch) -> Block | None:
     """The block of a launch's products; None where its kernel has none."""
     sizes = launch.constexprs
+    if (tile := sizes.get("TILE")) is not None:
+        return Block(tile.M, tile.N, tile.K) if tile.K else None
     if not {"BLOCK_M", "BLOCK_N", "BLOCK_K"} <= sizes.keys():
         return None
     return Block(sizes["BLOCK_M"], sizes["BLOCK_N"], sizes["BLOCK_K"])

@@ -16,9 +16,10 @@ The function is as fast as an epilogue written by hand: the machine code is the 
 from __future__ import annotations
 
 import hashlib
+import importlib
 import linecache
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -26,6 +27,7 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
+from triton.runtime.jit import JITFunction
 
 from . import scalars
 from .spec import Operand, TensorSpec
@@ -373,9 +375,57 @@ def for_output(
     return generate(stages, reads, memory_sizes(output), first)
 
 
+@dataclass(frozen=True)
+class FunctionName:
+    """A jit function of a module by its name, which unlike the function can be sent to another
+    process."""
+
+    module: str
+    name: str
+
+    def resolve(self) -> Any:
+        """The `JITFunction`."""
+        return getattr(importlib.import_module(self.module), self.name)
+
+
 def resolved(constexprs: Mapping[str, Any]) -> dict[str, Any]:
-    """Compile-time arguments with generated sources turned into jit functions."""
+    """Compile-time arguments with generated sources and names turned into jit functions, those in
+    tuples too."""
+    sources = (GeneratedFunction, FunctionName)
     return {
-        name: value.resolve() if isinstance(value, GeneratedFunction) else value
+        name: replaced(value, lambda leaf: leaf.resolve() if isinstance(leaf, sources) else leaf)
         for name, value in constexprs.items()
     }
+
+
+def named(constexprs: Mapping[str, Any]) -> dict[str, Any]:
+    """Compile-time arguments with the names of jit functions in their place."""
+
+    def name_of(leaf: Any) -> Any:
+        if isinstance(leaf, JITFunction):
+            return FunctionName(leaf.fn.__module__, leaf.fn.__name__)
+        return leaf
+
+    return {name: replaced(value, name_of) for name, value in constexprs.items()}
+
+
+def replaced(value: Any, change: Callable[[Any], Any]) -> Any:
+    """A compile-time argument with every leaf of its tuples changed; named tuples stay of their
+    kind."""
+    if not isinstance(value, tuple):
+        return change(value)
+    members = (replaced(member, change) for member in value)
+    return type(value)(*members) if hasattr(value, "_fields") else tuple(members)
+
+
+def flat(constexprs: Mapping[str, Any]) -> dict[str, Any]:
+    """Compile-time arguments, the members of tuples under names like `TILE.M`."""
+    found: dict[str, Any] = {}
+    for name, value in constexprs.items():
+        if isinstance(value, tuple):
+            fields = getattr(value, "_fields", range(len(value)))
+            members = {f"{name}.{field}": x for field, x in zip(fields, value, strict=True)}
+            found |= flat(members)
+        else:
+            found[name] = value
+    return found

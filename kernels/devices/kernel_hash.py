@@ -46,7 +46,8 @@ def kernels_of(op: Op) -> dict[str, JITFunction[Any]]:
     """The jit functions that the op's launches can reach, nested ones included, by full name.
 
     What can be reached is read from the code: the names that functions mention, the attributes that
-    they may take of a module of this room, what partial functions and tables hold.
+    they may take of a module of this room, what partial functions, tables, tuples and the defaults
+    of named tuples hold.
     """
     found: dict[str, JITFunction[Any]] = {}
     seen: set[int] = set()
@@ -69,6 +70,8 @@ def kernels_of(op: Op) -> dict[str, JITFunction[Any]]:
             waiting += value.values()
         elif isinstance(value, (tuple, list, set, frozenset)):
             waiting += value
+        elif isinstance(value, type) and hasattr(value, "_field_defaults"):
+            waiting += value._field_defaults.values()
     return found
 
 

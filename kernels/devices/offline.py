@@ -36,7 +36,7 @@ from triton.compiler import ASTSource
 
 from ... import settings
 from ...errors import KernelError
-from ..contract.epilogue import GeneratedFunction, resolved
+from ..contract.epilogue import GeneratedFunction, flat, named, resolved
 from ..contract.op import Box, Launch, Ref
 from ..contract.programmatic_launch import is_programmatic
 from ..contract.targets import Target
@@ -55,7 +55,8 @@ ALIGNED = [["tt.divisibility", 16]]
 class CompileRequest:
     """One kernel variant: function, argument types, compile-time constants, options, target.
 
-    pointers: tensors by name, as pointers or as TMA descriptors of a box.
+    pointers: tensors by name, as pointers or as TMA descriptors of a box. constexprs: numbers,
+    words, generated sources, names of functions, and tuples of those.
     """
 
     kernel: str
@@ -73,7 +74,8 @@ class CompileRequest:
     @property
     def generated(self) -> tuple[GeneratedFunction, ...]:
         """The generated sources among the constants."""
-        return tuple(v for _, v in self.constexprs if isinstance(v, GeneratedFunction))
+        constants = flat(dict(self.constexprs)).values()
+        return tuple(value for value in constants if isinstance(value, GeneratedFunction))
 
 
 @dataclass(frozen=True)
@@ -124,11 +126,20 @@ def request(
             *((name, descriptor(box)) for name, box in launch.boxes.items()),
         ),
         extras=tuple(pointer(ref) for ref in launch.extras),
-        constexprs=tuple(sorted(launch.constexprs.items())),
+        constexprs=tuple(sorted(named(launch.constexprs).items())),
         num_warps=launch.num_warps,
         num_stages=launch.num_stages,
         capability=target.capability,
     )
+
+
+class _Source(ASTSource):  # type: ignore[misc]
+    """A kernel whose constants may be tuples of functions: Triton hashes only their names."""
+
+    def hash(self) -> str:
+        held = flat({str(at): value for at, value in self.constants.items()}).values()
+        keys = [value.cache_key for value in held if hasattr(value, "cache_key")]
+        return hashlib.sha256(f"{super().hash()} {keys}".encode()).hexdigest()
 
 
 def _source(wanted: CompileRequest) -> ASTSource:
@@ -148,7 +159,7 @@ def _source(wanted: CompileRequest) -> ASTSource:
     }
     at = names.index("extras")
     attributes |= {(at, index): ALIGNED for index in range(len(wanted.extras))}
-    return ASTSource(
+    return _Source(
         fn=kernel,
         signature={n: "constexpr" if n in constants else types[n] for n in names},
         constexprs={(names.index(n),): value for n, value in constants.items()},

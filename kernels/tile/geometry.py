@@ -1,0 +1,145 @@
+"""What kernels know of images, windows, tiles and outputs at compile time, as named tuples.
+
+A named tuple is one compile-time argument; kernels read its fields by name (`IMAGE.H`), functions
+that are fields are called (`OUTPUT.epilogue(acc, ...)`). A field that gives a shape, or the length
+of a `tl.static_range`, is first bound to a local constant: `R: tl.constexpr = WINDOW.R`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from ..contract import epilogue as ep
+from ..contract.op import Config, Launch, Operand, Problem, Ref, X, Y, operand_refs
+
+FROM_X_TO_Y: Mapping[str, Ref] = {"x": X, "y": Y}
+
+
+class Image(NamedTuple):
+    """An NHWC tensor that is read: its height, width and channels, the elements from one pixel to
+    the next, and those before the first."""
+
+    H: int
+    W: int
+    C: int
+    row_stride: int
+    offset: int
+
+    @staticmethod
+    def of(x: Operand) -> Image:
+        """Of a tensor (N, C, H, W)."""
+        _, c, h, w = x.shape
+        return Image(h, w, c, x.pitch, x.offset)
+
+
+class Window(NamedTuple):
+    """Which pixels an output pixel sees: R x S of them, from (p·stride_h − top, q·stride_w − left)
+    on, each `dilation` from the one before."""
+
+    R: int
+    S: int
+    stride_h: int = 1
+    stride_w: int = 1
+    top: int = 0
+    left: int = 0
+    dilation_h: int = 1
+    dilation_w: int = 1
+
+    @staticmethod
+    def of(size: tuple[int, ...], attributes: Any) -> Window:
+        """Of a filter or pooling window of that size, with the stride, padding and dilation of
+        `attributes`; its padding is (top, left) or (top, bottom, left, right)."""
+        padding = attributes.padding
+        top, left = padding if len(padding) == 2 else (padding[0], padding[2])
+        (r, s), (sh, sw), (dh, dw) = size, attributes.stride, attributes.dilation
+        return Window(r, s, sh, sw, top, left, dh, dw)
+
+
+class Tile(NamedTuple):
+    """What one program computes: M rows (pixels) by N columns (channels), and K terms of their sums
+    in a step, 0 where nothing is summed up.
+
+    GROUP_M: tiles of rows that share the same columns one after the other. precision: of fp32
+    products, as Triton names it. wide: whether offsets need 64 bits.
+    """
+
+    M: int
+    N: int
+    K: int = 0
+    GROUP_M: int = 1
+    precision: str = "ieee"
+    wide: bool = False
+
+    @staticmethod
+    def of(problem: Problem, tile: Config, precision: str = "ieee") -> Tile:
+        """Of a configuration with BLOCK_M and BLOCK_N, or BLOCK_ROWS and BLOCK_COLUMNS."""
+        sizes = dict(tile.blocks)
+        m = sizes["BLOCK_M"] if "BLOCK_M" in sizes else sizes["BLOCK_ROWS"]
+        n = sizes["BLOCK_N"] if "BLOCK_N" in sizes else sizes["BLOCK_COLUMNS"]
+        k, group = sizes.get("BLOCK_K", 0), sizes.get("GROUP_M", 1)
+        return Tile(m, n, k, group, precision, problem.is_wide)
+
+
+class Output(NamedTuple):
+    """An NHWC tensor that is written: its height, width and channels, the elements from one pixel
+    to the next and those before the first, and what is applied to a tile before it is stored
+    (`contract/epilogue.py`)."""
+
+    P: int
+    Q: int
+    K: int
+    row_stride: int
+    offset: int
+    epilogue: Any
+
+    @staticmethod
+    def of(y: Operand, epilogue: Any) -> Output:
+        """Of a tensor (N, K, P, Q), (N, K, O, P, Q) or (N, K)."""
+        *_, p, q = (1, 1, *y.shape[2:])
+        return Output(p, q, y.shape[1], y.pitch, y.offset, epilogue)
+
+
+def tile_launch(
+    problem: Problem,
+    tile: Config,
+    kernel: Any,
+    *,
+    constexprs: Mapping[str, Any],
+    precision: str = "ieee",
+    before: ep.Epilogue = (),
+    epilogue: ep.GeneratedFunction | None = None,
+    pointers: Mapping[str, Ref] = FROM_X_TO_Y,
+    extras: tuple[Ref, ...] = (),
+    rows: int | None = None,
+    block_rows: int | None = None,
+    programs: int = 1,
+    **modelled: Any,
+) -> Launch:
+    """A launch of one program per tile of the output, whose kernel takes TILE and OUTPUT beside
+    `constexprs`.
+
+    before: stages in front of the epilogue; epilogue: another function in place of both. extras:
+    tensors that the kernel reads, in front of those of the epilogue. rows: what `m` counts, the
+    output's pixels by default, of which a tile has `block_rows`. programs: how many there are for
+    each tile of M by N. modelled: what the cost model asks of a `Launch`.
+    """
+    out = problem.output
+    if epilogue is None:
+        stages = (*before, *problem.epilogue)
+        epilogue = ep.for_output(stages, problem.operands, out.spec, len(extras))
+    sizes = Tile.of(problem, tile, precision)
+    return Launch(
+        kernel=kernel,
+        pointers=pointers,
+        extras=(*extras, *operand_refs(problem)),
+        rows=out.shape[0] * math.prod(out.shape[2:]) if rows is None else rows,
+        batch=out.spec.batch,
+        block_rows=sizes.M if block_rows is None else block_rows,
+        columns=-(-out.shape[1] // sizes.N) * programs,
+        constexprs={"TILE": sizes, "OUTPUT": Output.of(out, epilogue), **constexprs},
+        num_warps=tile.num_warps,
+        num_stages=tile.num_stages,
+        **modelled,
+    )
