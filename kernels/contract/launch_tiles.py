@@ -57,6 +57,7 @@ def tiled_launch(
     rows: int | None = None,
     columns: int | None = None,
     blocks: tuple[str, str] = ("BLOCK_ROWS", "BLOCK_COLUMNS"),
+    programs: int = 1,
     pointers: Mapping[str, Ref] = FROM_X_TO_Y,
     before: Epilogue = (),
     **more: Any,
@@ -64,8 +65,8 @@ def tiled_launch(
     """One program for each tile of a matrix, by default of the output's rows and columns in memory.
 
     The kernel also takes what it names of {X,Y}_{PITCH,OFFSET}, EPILOGUE, WIDE and the tile's
-    blocks. blocks: those of the matrix; before: stages in front of the epilogue; more: what else a
-    `Launch` says, or says otherwise.
+    blocks. blocks: those of the matrix; programs: for each tile; before: stages in front of the
+    epilogue; more: what else a `Launch` says, or says otherwise.
     """
     x, out = problem.inputs[0], problem.output
     all_rows, all_columns = rows_and_columns(out.spec)
@@ -83,7 +84,7 @@ def tiled_launch(
         "rows": all_rows if rows is None else rows,
         "batch": out.spec.batch,
         "block_rows": tile[blocks[0]],
-        "columns": -(-(all_columns if columns is None else columns) // tile[blocks[1]]),
+        "columns": -(-(all_columns if columns is None else columns) // tile[blocks[1]]) * programs,
         "constexprs": {**named, **constexprs},
         "num_warps": tile.num_warps,
         "num_stages": tile.num_stages,

@@ -16,11 +16,11 @@ import torch
 
 from ...errors import InvalidInputError, KernelError
 from ..contract import epilogue as ep
-from ..contract.op import Attributes, Config, Cost, Launch, Problem, Ref, tensor_bytes
+from ..contract.op import Attributes, Config, Launch, Problem, Ref
 from ..contract.spec import MEMORY_FORMATS, Layout, Operand, TensorSpec, as_layout
 from ..contract.targets import Target
 from . import pointwise, rearrangement
-from .rearrangement import Expand, Reshape
+from .rearrangement import Expand, Flip, Reshape
 
 
 @dataclass(frozen=True)
@@ -199,15 +199,16 @@ def relayout(attributes: Relayout, x: torch.Tensor) -> torch.Tensor:
 def read_strides(problem: Problem) -> ep.Access:
     """How the single input is read in the memory order of the output."""
     x, out, attributes = problem.inputs[0], problem.output.spec, problem.attributes
-    strides, offset = x.strides, x.offset
+    strides, offset = list(x.strides), x.offset
     if isinstance(attributes, Permute):
-        strides = tuple(strides[dim] for dim in attributes.dims)
+        strides = [strides[dim] for dim in attributes.dims]
     elif isinstance(attributes, Slice):
         offset += attributes.start * strides[attributes.dim]
-        strides = tuple(
-            step * attributes.step if dim == attributes.dim else step
-            for dim, step in enumerate(strides)
-        )
+        strides[attributes.dim] *= attributes.step
+    elif isinstance(attributes, Flip):
+        for dim in attributes.dims:
+            offset += (x.shape[dim] - 1) * strides[dim]
+            strides[dim] = -strides[dim]
     else:
         return ep.access(x, out)
     order = out.layout.order(out.rank)
@@ -318,25 +319,19 @@ def view_of(
     is_whole = x.pitch == Operand.dense(x.spec).pitch
     if isinstance(attributes, (Reshape, FlattenPixels)):
         return candidate if is_whole else None
-    if isinstance(attributes, Relayout):
-        same = Operand(out, x.pitch, x.offset)
-        for place in (same, candidate):
-            if _same_walk(x.strides, place.strides, out.shape):
-                return place
+    strides = x.strides
+    if isinstance(attributes, Permute) and is_whole:
+        strides = tuple(strides[dim] for dim in attributes.dims)
+    elif not isinstance(attributes, Relayout):
         return None
-    if isinstance(attributes, Permute):
-        strides = tuple(x.strides[dim] for dim in attributes.dims)
-        return candidate if is_whole and _same_walk(strides, candidate.strides, out.shape) else None
+    for place in (Operand(out, x.pitch, x.offset), candidate):
+        if _same_walk(strides, place.strides, out.shape):
+            return place
     return None
 
 
 def _same_walk(a: tuple[int, ...], b: tuple[int, ...], shape: tuple[int, ...]) -> bool:
     return all(left == right or size == 1 for left, right, size in zip(a, b, shape, strict=True))
-
-
-def cost(problem: Problem) -> Cost:
-    read, written = tensor_bytes(problem)
-    return Cost(0, read, written)
 
 
 def _spec(shape: tuple[int, ...], layout: Layout) -> TensorSpec:

@@ -10,43 +10,9 @@ import torch
 
 from ..contract.op import Attributes, BatchExtent, Builder, Capture, Domain, Op
 from ..contract.spec import FLOAT_DTYPES, Layout, TensorSpec
-from . import pointwise
-from .movement import (
-    SHAPES,
-    Concat,
-    FlattenPixels,
-    Permute,
-    Relayout,
-    Slice,
-    build_concat,
-    build_expand,
-    build_flatten,
-    build_permute,
-    build_relayout,
-    build_reshape,
-    build_slice,
-    concat,
-    cost,
-    expand,
-    flatten,
-    infer_concat,
-    infer_expand,
-    infer_flatten,
-    infer_permute,
-    infer_relayout,
-    infer_reshape,
-    infer_slice,
-    launches,
-    launches_concat,
-    launches_linear,
-    legal_linear,
-    permute,
-    relayout,
-    reshape,
-    slice_,
-)
-from .rearrange import Flip
-from .rearrangement import Expand, Reshape
+from . import movement, pointwise
+from .movement import Concat, FlattenPixels, Permute, Relayout, Slice
+from .rearrangement import Expand, Flip, Reshape
 
 
 def _capture_view(g: Builder, x: Any, shape: Any) -> Any:
@@ -297,24 +263,18 @@ def _op(
     **changes: Any,
 ) -> Op:
     """One movement op; they share kernel, tuning space and cost."""
-    fields: dict[str, Any] = {
-        "integers": True,
-        "launches": launches,
-        "takes_epilogue": True,
-        "domain": Domain(
-            ranges={
-                "shape": SHAPES,
-                "seed": tuple(range(1, 7)),
-                "cut": (0, 1),
-                "step": (1, 2),
-                "count": (1, 2, 3),
-                "flat": (False, True),
-                "layout": tuple(Layout),
-            },
-            build=build,
-        ),
-    }
-    fields.update(changes)
+    domain = Domain(
+        ranges={
+            "shape": movement.SHAPES,
+            "seed": tuple(range(1, 7)),
+            "cut": (0, 1),
+            "step": (1, 2),
+            "count": (1, 2, 3),
+            "flat": (False, True),
+            "layout": tuple(Layout),
+        },
+        build=build,
+    )
     return Op(
         name=name,
         attributes=attributes,
@@ -322,15 +282,15 @@ def _op(
         reference=reference,
         configs=pointwise.configs,
         default=pointwise.default,
-        cost=cost,
+        domain=domain,
         aten=aten,
-        **fields,
+        **{"integers": True, "launches": movement.launches, **changes},
     )
 
 
 OPS = (
     _op(
-        "reshape", Reshape, infer_reshape, reshape, build_reshape,
+        "reshape", Reshape, movement.infer_reshape, movement.reshape, movement.build_reshape,
         {
             "aten.view.default": _capture_view,
             "aten.reshape.default": _capture_view,
@@ -341,14 +301,16 @@ OPS = (
             "aten.squeeze.dims": _capture_squeeze,
             "aten.unsqueeze.default": _capture_unsqueeze,
         },
-        images=False, launches=launches_linear, legal=legal_linear, takes_epilogue=False,
+        images=False, launches=movement.launches_linear, legal=movement.legal_linear,
+        takes_epilogue=False,
     ),
     _op(
-        "flatten_pixels", FlattenPixels, infer_flatten, flatten, build_flatten, {},
-        launches=launches_linear, legal=legal_linear, takes_epilogue=False,
+        "flatten_pixels", FlattenPixels, movement.infer_flatten, movement.flatten,
+        movement.build_flatten, {},
+        launches=movement.launches_linear, legal=movement.legal_linear, takes_epilogue=False,
     ),
     _op(
-        "permute", Permute, infer_permute, permute, build_permute,
+        "permute", Permute, movement.infer_permute, movement.permute, movement.build_permute,
         {
             "aten.permute.default": _capture_permute,
             "aten.transpose.int": _capture_transpose,
@@ -357,7 +319,7 @@ OPS = (
         follows=True,
     ),
     _op(
-        "expand", Expand, infer_expand, expand, build_expand,
+        "expand", Expand, movement.infer_expand, movement.expand, movement.build_expand,
         {
             "aten.expand.default": _capture_expand,
             "aten.repeat_interleave.self_int": _capture_repeat_interleave,
@@ -379,7 +341,7 @@ OPS = (
         takes_epilogue=False,
     ),
     _op(
-        "slice", Slice, infer_slice, slice_, build_slice,
+        "slice", Slice, movement.infer_slice, movement.slice_, movement.build_slice,
         {
             "aten.slice.Tensor": _capture_slice,
             "aten.select.int": _capture_select,
@@ -397,7 +359,7 @@ OPS = (
         takes_epilogue=False,
     ),
     _op(
-        "concat", Concat, infer_concat, concat, build_concat,
+        "concat", Concat, movement.infer_concat, movement.concat, movement.build_concat,
         {
             "aten.cat.default": _capture_cat,
             "aten.stack.default": _capture_stack,
@@ -405,10 +367,10 @@ OPS = (
             "aten.repeat.default": _capture_repeat,
             "aten.tile.default": _capture_tile,
         },
-        launches=launches_concat, takes_epilogue=False,
+        launches=movement.launches_concat, takes_epilogue=False,
     ),
     _op(
-        "relayout", Relayout, infer_relayout, relayout, build_relayout,
+        "relayout", Relayout, movement.infer_relayout, movement.relayout, movement.build_relayout,
         {"aten._to_copy.default": _capture_cast, "aten.to.dtype": lambda g, x, dtype, *_: (
             _capture_cast(g, x, dtype=dtype)
         )},

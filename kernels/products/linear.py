@@ -5,7 +5,7 @@ x: (..., C) dense; w: (K, C), a constant; y: (..., K). fp32 accumulation. The bi
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,17 +14,7 @@ import torch.nn.functional as F
 
 from ...errors import InvalidInputError
 from ..contract.epilogue import Stage
-from ..contract.op import (
-    Attributes,
-    Builder,
-    Config,
-    Cost,
-    Domain,
-    Launch,
-    Op,
-    Problem,
-    tensor_bytes,
-)
+from ..contract.op import Attributes, Builder, Config, Domain, Launch, Op, Problem, counted
 from ..contract.spec import TensorSpec
 from ..contract.targets import Target
 from . import gemm, product
@@ -51,22 +41,10 @@ def launches(problem: Problem, tile: Config, target: Target) -> tuple[Launch, ..
     return (product.launch(problem, tile, target),)
 
 
-def configs(problem: Problem, target: Target) -> Iterator[Config]:
-    return product.configs(problem, target)
-
-
-def legal(problem: Problem, tile: Config, target: Target) -> str | None:
-    return product.legal(problem, tile, target)
-
-
-def default(problem: Problem, target: Target) -> Config:
-    return product.default(problem, target)
-
-
-def cost(problem: Problem) -> Cost:
+@counted
+def cost(problem: Problem) -> int:
     size = gemm.problem_size(problem)
-    read, written = tensor_bytes(problem)
-    return Cost(2 * size.rows * size.columns * size.depth, read, written)
+    return 2 * size.rows * size.columns * size.depth
 
 
 def _build(draw: Mapping[str, Any]) -> tuple[Linear, tuple[TensorSpec, ...]] | None:
@@ -98,9 +76,9 @@ OP = Op(
     infer=infer,
     reference=reference,
     launches=launches,
-    configs=configs,
-    default=default,
-    legal=legal,
+    configs=product.configs,
+    default=product.default,
+    legal=product.legal,
     cost=cost,
     domain=Domain(
         ranges={

@@ -62,7 +62,6 @@ EDITS = (
 LAUNCHED_BY = {
     "conv_chain_kernel": "conv_chain",
     "conv_tile": "conv_pool",
-    "gemm_loop": "gemm",
     "head_kernel": "head",
     "statistics": "normalize",
     "residual": "gemm",
