@@ -7,7 +7,6 @@ otherwise they are the pointwise kernel loading with other strides.
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -20,7 +19,7 @@ from ..contract.op import Attributes, Config, Launch, Problem, Ref
 from ..contract.spec import MEMORY_FORMATS, Layout, Operand, TensorSpec, as_layout
 from ..contract.targets import Target
 from . import pointwise, rearrangement
-from .rearrangement import Expand, Flip, Reshape
+from .rearrangement import Expand, Flip, Reshape, refine
 
 
 @dataclass(frozen=True)
@@ -227,18 +226,15 @@ def linear_sizes(x: Operand, out: Operand) -> tuple[int, ...] | None:
     A boundary is needed wherever either side jumps (its pitch is wider than its row) and where the
     batch dimension ends. None where the boundaries do not nest.
     """
-    boundaries = {1, x.spec.numel}
-    for operand in (x, out):
-        row = ep.memory_sizes(operand.spec)[-1]
-        if operand.pitch != row:
-            boundaries.add(row)
-        if operand.spec.batch is not None:
-            boundaries.add(operand.spec.numel // operand.shape[0])
-    ordered = sorted(boundaries)
-    pairs = list(itertools.pairwise(ordered))
-    if any(large % small for small, large in pairs):
-        return None
-    return tuple(large // small for small, large in reversed(pairs)) or (1,)
+    return refine(_boundaries(x), _boundaries(out))
+
+
+def _boundaries(operand: Operand) -> tuple[int, int, int]:
+    """A tensor's samples, the rows of each, and their elements; 1 where no walk needs to know."""
+    row = ep.memory_sizes(operand.spec)[-1]
+    row = row if operand.pitch != row and operand.spec.rank > 1 else 1
+    samples = operand.shape[0] if operand.spec.batch is not None else 1
+    return samples, operand.spec.numel // samples // row, row
 
 
 def _linear_access(operand: Operand, sizes: tuple[int, ...]) -> ep.Access:

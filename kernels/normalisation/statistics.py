@@ -53,13 +53,13 @@ def fold(value, AXIS: tl.constexpr, IS_MAXIMUM: tl.constexpr):
 
 
 @triton.jit
-def together(value, TILE: tl.constexpr, IS_MAXIMUM: tl.constexpr):
+def together(value, HELD: tl.constexpr, IS_MAXIMUM: tl.constexpr):
     """Sums, or maxima, of a tile (outer·length, groups·width) over length and width; they broadcast
     against it."""
-    OUTER: tl.constexpr = TILE.outer
-    LENGTH: tl.constexpr = TILE.length
-    GROUPS: tl.constexpr = TILE.groups
-    WIDTH: tl.constexpr = TILE.width
+    OUTER: tl.constexpr = HELD.outer
+    LENGTH: tl.constexpr = HELD.length
+    GROUPS: tl.constexpr = HELD.groups
+    WIDTH: tl.constexpr = HELD.width
     if LENGTH == 1 and GROUPS == 1:
         total = fold(value, 1, IS_MAXIMUM)[:, None]
     elif OUTER == 1 and WIDTH == 1:
@@ -90,27 +90,27 @@ def normalized(value, peak, total, LOG: tl.constexpr):
 
 @triton.jit
 def over_deviation(
-    value, mask, COUNT: tl.constexpr, TILE: tl.constexpr, CENTRED: tl.constexpr, EPS: tl.constexpr
+    value, mask, COUNT: tl.constexpr, HELD: tl.constexpr, CENTRED: tl.constexpr, EPS: tl.constexpr
 ):
     """The result for a tile that holds all that is taken together."""
     if CENTRED:
         # Twice: a long sum of large values rounds, the mean of what is left does not.
         for _ in tl.static_range(2):
-            total = together(value, TILE, False)
+            total = together(value, HELD, False)
             mean = tl.div_rn(total, tl.full(total.shape, COUNT, tl.float32))
             value = tl.where(mask, value - mean, 0.0)
-    return value * scale_of(together(value * value, TILE, False), COUNT, EPS)
+    return value * scale_of(together(value * value, HELD, False), COUNT, EPS)
 
 
 @triton.jit
-def rescaled(value, peak, total, TILE: tl.constexpr):
+def rescaled(value, peak, total, HELD: tl.constexpr):
     """The maximum and the sum relative to it with those of one more tile."""
-    new_peak = tl.maximum(peak, together(value, TILE, True))
+    new_peak = tl.maximum(peak, together(value, HELD, True))
     # A row of -inf so far must not give exp(-inf + inf) = NaN: later elements may be finite. NaN
     # needs no care: whether the maximum keeps it or not, the sum does.
     shift = tl.where(new_peak == float("-inf"), 0.0, new_peak)
     total = total * tl.exp(peak - shift)
-    return new_peak, total + together(tl.exp(value - shift), TILE, False)
+    return new_peak, total + together(tl.exp(value - shift), HELD, False)
 
 
 @triton.jit
@@ -126,13 +126,13 @@ def deviated(value, mask, seen, mean, squares):
 @triton.jit
 def read_step(
     source, step, m, outer, within, group, across, first, left, LENGTH_ROW: tl.constexpr,
-    X_PITCH: tl.constexpr, SIZES: tl.constexpr, TILE: tl.constexpr, OUTSIDE: tl.constexpr,
+    X_PITCH: tl.constexpr, SIZES: tl.constexpr, HELD: tl.constexpr, OUTSIDE: tl.constexpr,
 ):  # fmt: skip
     """The tile of one step in fp32, OUTSIDE where there is nothing; its rows and columns, and which
     of them there are."""
-    width_tiles: tl.constexpr = (SIZES.width + TILE.width - 1) // TILE.width
-    length = step // width_tiles * TILE.length + within
-    start = step % width_tiles * TILE.width
+    width_tiles: tl.constexpr = (SIZES.width + HELD.width - 1) // HELD.width
+    length = step // width_tiles * HELD.length + within
+    start = step % width_tiles * HELD.width
     rows = first + LENGTH_ROW(length)
     columns = left + start
     row_mask = (outer < m) & (length < SIZES.length)
@@ -144,7 +144,7 @@ def read_step(
 
 @triton.jit
 def statistics_kernel(
-    x, y, extras, m, SIZES: tl.constexpr, TILE: tl.constexpr,
+    x, y, extras, m, SIZES: tl.constexpr, HELD: tl.constexpr,
     OUTER_ROW: tl.constexpr, LENGTH_ROW: tl.constexpr,
     X_PITCH: tl.constexpr, X_OFFSET: tl.constexpr, Y_PITCH: tl.constexpr, Y_OFFSET: tl.constexpr,
     KIND: tl.constexpr, CENTRED: tl.constexpr, EPS: tl.constexpr, EPILOGUE: tl.constexpr,
@@ -155,19 +155,19 @@ def statistics_kernel(
     DEVIATES: tl.constexpr = KIND == "deviation"
     LOG: tl.constexpr = KIND == "log_softmax"
     OUTSIDE: tl.constexpr = 0.0 if DEVIATES else float("-inf")
-    height: tl.constexpr = TILE.outer * TILE.length
-    breadth: tl.constexpr = TILE.groups * TILE.width
-    group_tiles: tl.constexpr = (SIZES.groups + TILE.groups - 1) // TILE.groups
-    width_tiles: tl.constexpr = (SIZES.width + TILE.width - 1) // TILE.width
-    steps: tl.constexpr = (SIZES.length + TILE.length - 1) // TILE.length * width_tiles
+    height: tl.constexpr = HELD.outer * HELD.length
+    breadth: tl.constexpr = HELD.groups * HELD.width
+    group_tiles: tl.constexpr = (SIZES.groups + HELD.groups - 1) // HELD.groups
+    width_tiles: tl.constexpr = (SIZES.width + HELD.width - 1) // HELD.width
+    steps: tl.constexpr = (SIZES.length + HELD.length - 1) // HELD.length * width_tiles
     program = tl.program_id(0)
     vertical = tl.arange(0, height)
-    outer = program // group_tiles * TILE.outer + vertical // TILE.length
-    within = vertical % TILE.length
+    outer = program // group_tiles * HELD.outer + vertical // HELD.length
+    within = vertical % HELD.length
     horizontal = tl.arange(0, breadth)
-    group = program % group_tiles * TILE.groups + horizontal // TILE.width
-    across = horizontal % TILE.width
-    if TILE.width == SIZES.width:
+    group = program % group_tiles * HELD.groups + horizontal // HELD.width
+    across = horizontal % HELD.width
+    if HELD.width == SIZES.width:
         # Neighbouring lanes are neighbouring columns: said so that the compiler sees it.
         left = program % group_tiles * breadth + horizontal
     else:
@@ -180,20 +180,20 @@ def statistics_kernel(
     if steps == 1:
         value, rows, columns, row_mask, column_mask = read_step(
             source, 0, m, outer, within, group, across, first, left,
-            LENGTH_ROW, X_PITCH, SIZES, TILE, OUTSIDE,
+            LENGTH_ROW, X_PITCH, SIZES, HELD, OUTSIDE,
         )  # fmt: skip
         if DEVIATES:
             mask = row_mask[:, None] & column_mask[None, :]
-            acc = over_deviation(value, mask, COUNT, TILE, CENTRED, EPS)
+            acc = over_deviation(value, mask, COUNT, HELD, CENTRED, EPS)
         else:
-            peak = together(value, TILE, True)
-            acc = normalized(value, peak, together(tl.exp(value - peak), TILE, False), LOG)
+            peak = together(value, HELD, True)
+            acc = normalized(value, peak, together(tl.exp(value - peak), HELD, False), LOG)
         finish_tile(
             acc, y, rows, columns, row_mask, column_mask, extras, EPILOGUE, Y_PITCH, Y_OFFSET
         )
     else:
         # Of softmax: sums relative to the maximum so far.
-        peak = together(tl.full((height, breadth), float("-inf"), tl.float32), TILE, True)
+        peak = together(tl.full((height, breadth), float("-inf"), tl.float32), HELD, True)
         total = tl.zeros(peak.shape, tl.float32)
         # Of deviations: a value of the group is close to most others, and means of differences to
         # it round less.
@@ -208,10 +208,10 @@ def statistics_kernel(
         for step in range(steps):
             value, rows, columns, row_mask, column_mask = read_step(
                 source, step, m, outer, within, group, across, first, left,
-                LENGTH_ROW, X_PITCH, SIZES, TILE, OUTSIDE,
+                LENGTH_ROW, X_PITCH, SIZES, HELD, OUTSIDE,
             )  # fmt: skip
             if not DEVIATES:
-                peak, total = rescaled(value, peak, total, TILE)
+                peak, total = rescaled(value, peak, total, HELD)
             elif CENTRED:
                 mask = row_mask[:, None] & column_mask[None, :]
                 seen, mean, squares = deviated(value - pivot, mask, seen, mean, squares)
@@ -219,14 +219,14 @@ def statistics_kernel(
                 squares += value * value
         centre = tl.zeros((1, 1), tl.float32)
         if DEVIATES and CENTRED:
-            sums = together(mean * seen, TILE, False)
+            sums = together(mean * seen, HELD, False)
             centre = tl.div_rn(sums, tl.full(sums.shape, COUNT, tl.float32))
             squares += seen * (mean - centre) * (mean - centre)
-        scale = scale_of(together(squares, TILE, False), COUNT, EPS)
+        scale = scale_of(together(squares, HELD, False), COUNT, EPS)
         for step in range(steps):
             value, rows, columns, row_mask, column_mask = read_step(
                 source, step, m, outer, within, group, across, first, left,
-                LENGTH_ROW, X_PITCH, SIZES, TILE, OUTSIDE,
+                LENGTH_ROW, X_PITCH, SIZES, HELD, OUTSIDE,
             )  # fmt: skip
             if DEVIATES:
                 acc = ((value - pivot) - centre) * scale
@@ -308,7 +308,7 @@ def launches(
         statistics_kernel,
         {
             "SIZES": Sizes(walk.outer, walk.length, walk.groups, walk.width),
-            "TILE": Sizes(*(size for _, size in tile.blocks)),
+            "HELD": Sizes(*(size for _, size in tile.blocks)),
             "OUTER_ROW": ep.row_offset_function(walk.outer_sizes, walk.outer_rows),
             "LENGTH_ROW": ep.row_offset_function(walk.length_sizes, walk.length_rows),
             "KIND": kind, "CENTRED": centred, "EPS": eps,
