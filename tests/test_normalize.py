@@ -13,7 +13,7 @@ from convloom.kernels import registry
 from convloom.kernels.contract.op import Problem
 from convloom.kernels.contract.spec import Layout, TensorSpec
 from convloom.kernels.contract.targets import GPU_TARGETS, parse
-from convloom.kernels.normalisation import normalize
+from convloom.kernels.normalisation import normalize, statistics
 from convloom.kernels.normalisation.normalize import Normalize
 from torch import nn
 
@@ -72,15 +72,15 @@ def test_group_norm_takes_the_activation_along_also_between_1d_convolutions() ->
 
 
 @pytest.mark.interpreter
-@pytest.mark.parametrize("most", [64, normalize.WHOLE], ids=["walked twice", "held"])
+@pytest.mark.parametrize("most", [64, statistics.WHOLE], ids=["walked twice", "held"])
 def test_a_large_mean_does_not_cancel(most: int) -> None:
     """A deviation of 1 around 10000: E[x²] − E[x]² would leave two digits."""
     op, attributes = registry.get("normalize"), Normalize((1,))
     spec = TensorSpec((3, 700), torch.float32)
     problem = harness.problem_for(op, attributes, (spec,))
     x = 1e4 + torch.randn(spec.shape, generator=torch.Generator().manual_seed(2))
-    tile = normalize._tile(normalize.walk_of(problem), 64, most)
-    assert normalize.walk_of(problem).is_whole(tile) is (most > 64)
+    tile = statistics.tile_of(statistics.walk_of(problem), 64, most)
+    assert statistics.walk_of(problem).is_whole(tile) is (most > 64)
     harness.check(op, problem, (x,), tile=tile)
 
 
@@ -105,10 +105,10 @@ def test_one_read_and_one_write(name: str) -> None:
     parts that they read in whole sectors."""
     problem = READ_ONCE[name]
     for target in GPU_TARGETS:
-        tile = normalize.default(problem, target)
+        tile = statistics.default(problem, target)
         (launch,) = normalize.launches(problem, tile, target)
         programs = launch.grid_at(1)[0]
-        assert normalize.walk_of(problem).is_whole(tile)
+        assert statistics.walk_of(problem).is_whole(tile)
         assert programs * launch.l2_bytes < 1.2 * problem.inputs[0].spec.size_bytes
         assert tile["BLOCK_GROUPS"] * tile["BLOCK_WIDTH"] >= 16
         assert programs >= 32
@@ -117,7 +117,7 @@ def test_one_read_and_one_write(name: str) -> None:
 def test_what_no_program_can_hold_is_read_twice() -> None:
     """Documented: 56x56 pixels of a group of 8 channels are more than the registers hold."""
     problem = problem_of(Normalize((1, 2, 3), 8), 8, 64, 56, 56)
-    (launch,) = normalize.launches(problem, normalize.default(problem, parse("cuda:sm_90")), None)
+    (launch,) = normalize.launches(problem, statistics.default(problem, parse("cuda:sm_90")), None)
     owned = problem.inputs[0].spec.size_bytes
     assert 2 * owned <= launch.grid_at(1)[0] * launch.l2_bytes
 
@@ -142,7 +142,7 @@ def test_impossible_statistics_are_named(
 
 def test_groups_wider_than_a_tile_go_one_by_one() -> None:
     problem = problem_of(Normalize((1, 2, 3), 2), 1, 96, 4, 4)
-    tile: Any = normalize.config(
+    tile: Any = statistics.config(
         4, 1, BLOCK_OUTER=1, BLOCK_LENGTH=16, BLOCK_GROUPS=2, BLOCK_WIDTH=16
     )
-    assert "2 groups of 48 columns" in str(normalize.legal(problem, tile, GPU_TARGETS[0]))
+    assert "2 groups of 48 columns" in str(statistics.legal(problem, tile, GPU_TARGETS[0]))

@@ -23,7 +23,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import torch
 
@@ -110,13 +110,17 @@ FEW_REGISTERS = 40
 """Of a thread without accumulators, where no report tells (assumed)."""
 
 
-class Resources(Protocol):
-    """What the compiler's report says of a kernel."""
+@dataclass(frozen=True)
+class Resources:
+    """What a compiled kernel needs of a multiprocessor.
 
-    @property
-    def registers(self) -> int: ...
-    @property
-    def shared_bytes(self) -> int: ...
+    registers: per thread; spill_bytes: stack per thread (0 when nothing spilled); shared_bytes: per
+    block.
+    """
+
+    registers: int
+    spill_bytes: int
+    shared_bytes: int
 
 
 def machine_for(target: Target) -> Machine:

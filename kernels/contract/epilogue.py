@@ -150,12 +150,14 @@ def _compile_source(generated: GeneratedFunction) -> Any:
 class Access:
     """How a tensor is read while walking an iteration space: element strides and a start.
 
-    strides follow the space's dimensions, 0 where the tensor repeats.
+    strides follow the space's dimensions, 0 where the tensor repeats. through: the scalar function,
+    and its parameters, that its elements go through before they are spread over rows or columns.
     """
 
     strides: tuple[int, ...]
     offset: int
     label: str = ""
+    through: tuple[str, float] | None = None
 
     def is_full(self, sizes: tuple[int, ...]) -> bool:
         """Whether the tensor has an element of its own for every point of a space of those sizes:
@@ -253,16 +255,23 @@ def load_source(
     step = read.strides[-1]
     column = "" if step == 0 else "columns" if step == 1 else f"columns * {step}"
     base = f"{pointer} + {read.offset}" if read.offset else pointer
+    spread = ""
     if row and column:
         address = f"{base} + ({row})[:, None] + ({column})[None, :]"
         mask = "row_mask[:, None] & column_mask[None, :]"
-        return f"tl.load({address}, mask={mask}, other=0.0){cast}"
-    if column:
-        load = f"tl.load({base} + {column}, mask=column_mask, other=0.0)"
-        return f"{load}{cast}[None, :]"
-    if row:
-        return f"tl.load({base} + {row}, mask=row_mask, other=0.0){cast}[:, None]"
-    return f"tl.load({base}){cast}"
+        load = f"tl.load({address}, mask={mask}, other=0.0){cast}"
+    elif column:
+        load = f"tl.load({base} + {column}, mask=column_mask, other=0.0){cast}"
+        spread = "[None, :]"
+    elif row:
+        load = f"tl.load({base} + {row}, mask=row_mask, other=0.0){cast}"
+        spread = "[:, None]"
+    else:
+        load = f"tl.load({base}){cast}"
+    if read.through is not None:
+        function, parameter = read.through
+        load = f"{function}({load}, {_literal(parameter)})"
+    return load + spread
 
 
 def _literal(value: float) -> str:
@@ -331,6 +340,8 @@ def generate(
         arguments = ["acc"]
         if at is not None:
             load = load_source(f"extras[{first + at}]", sizes, reads[at])
+            if (through := reads[at].through) is not None:
+                symbols.append(through[0])
             lines.append(f"    # {stage.name} {reads[at].label}")
             lines.append(f"    operand{at} = {load}")
             arguments.append(f"operand{at}")

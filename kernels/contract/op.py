@@ -14,10 +14,13 @@ from typing import Any, Protocol
 
 import torch
 
-from .aten import Arguments
-from .epilogue import Epilogue, GeneratedFunction
-from .spec import Operand, TensorSpec
-from .targets import Target
+from .aten import Arguments as Arguments
+from .epilogue import Epilogue as Epilogue
+from .epilogue import GeneratedFunction as GeneratedFunction
+from .spec import Operand as Operand
+from .spec import TensorSpec as TensorSpec
+from .spec import rows_and_columns
+from .targets import Target as Target
 
 
 @dataclass(frozen=True)
@@ -264,6 +267,54 @@ def tensor_bytes(problem: Problem) -> tuple[int, int]:
     )
 
 
+def power_of_two(value: int) -> int:
+    """The smallest power of two that is at least `value` (and at least 1)."""
+    return 1 << max(0, value - 1).bit_length()
+
+
+def tile_config(
+    rows: int, columns: int, target: Target, elements: int = 2048, num_warps: int = 4
+) -> Config:
+    """BLOCK_ROWS x BLOCK_COLUMNS for a memory-bound kernel, 16 elements per thread by default.
+
+    The interpreter pays per program, so there one program covers as much as memory allows.
+    """
+    if target.name == "interpreter":
+        block_columns = min(power_of_two(columns), 4096)
+        block_rows = min(power_of_two(rows), max(1, (1 << 20) // block_columns))
+    else:
+        block_columns = min(power_of_two(columns), elements if rows == 1 else 128)
+        block_rows = min(power_of_two(rows), max(1, elements // block_columns))
+    return config(num_warps, 1, BLOCK_ROWS=block_rows, BLOCK_COLUMNS=block_columns)
+
+
+def tiles_of(results: Sequence[int], columns: Sequence[int]) -> Iterator[Config]:
+    """Tiles of so many results, so many of them side by side, for four warps."""
+    for elements in results:
+        for width in columns:
+            if width <= elements:
+                yield config(4, 1, BLOCK_ROWS=elements // width, BLOCK_COLUMNS=width)
+
+
+def matrix_tiles(problem: Problem, target: Target) -> Iterator[Config]:
+    """512 to 4096 results per program, in wide or in square tiles: the tuning space of a
+    memory-bound op."""
+    return tiles_of((512, 1024, 2048, 4096), (32, 64, 128, 512))
+
+
+def matrix_tile(problem: Problem, target: Target) -> Config:
+    """2048 results of a memory-bound op, 16 per thread, at most 128 of them along the columns."""
+    return tile_config(*rows_and_columns(problem.output.spec), target)
+
+
+def counted(operations: Callable[[Problem], int]) -> Callable[[Problem], Cost]:
+    """The cost of an op that touches each tensor once and computes so many operations."""
+    return lambda problem: Cost(operations(problem), *tensor_bytes(problem))
+
+
+movement_cost = counted(lambda problem: 0)
+
+
 class Builder(Protocol):
     """What an op's capture function may do: apply ops to values, look at their specs."""
 
@@ -318,7 +369,8 @@ class Op:
 
     infer(attributes, inputs): the output specs; raises InvalidInputError for impossible geometry.
     reference(attributes, *tensors): the output tensor(s) by torch, without the epilogue.
-    configs / default / legal: the tuning space, its no-search choice, and why a config is refused.
+    configs / default / legal: the tuning space, its no-search choice, and why a config is refused;
+    without them those of a memory-bound kernel, tiles of the output's rows and columns.
     launches(problem, config, target): the kernels to run, in order.
     packs(attributes): for inputs that must be constants, how their tensor lies in memory.
     factors: inputs that its matrix products take as they are: constants among them keep their
@@ -339,9 +391,9 @@ class Op:
     infer: Callable[[Any, tuple[TensorSpec, ...]], tuple[TensorSpec, ...]]
     reference: Callable[..., Any]
     launches: Callable[[Problem, Config, Target], tuple[Launch, ...]]
-    configs: Callable[[Problem, Target], Iterator[Config]]
-    default: Callable[[Problem, Target], Config]
-    cost: Callable[[Problem], Cost]
+    configs: Callable[[Problem, Target], Iterator[Config]] = matrix_tiles
+    default: Callable[[Problem, Target], Config] = matrix_tile
+    cost: Callable[[Problem], Cost] = movement_cost
     legal: Callable[[Problem, Config, Target], str | None] = lambda problem, config, target: None
     aten: Mapping[str, Capture] = field(default_factory=lambda: NONE)
     batched: str = ""
@@ -370,55 +422,3 @@ class Op:
             for index, operand in enumerate(operands)
             if kind != "input" or index not in packed
         }
-
-
-def power_of_two(value: int) -> int:
-    """The smallest power of two that is at least `value` (and at least 1)."""
-    return 1 << max(0, value - 1).bit_length()
-
-
-def tile_config(
-    rows: int, columns: int, target: Target, elements: int = 2048, num_warps: int = 4
-) -> Config:
-    """BLOCK_ROWS x BLOCK_COLUMNS for a memory-bound kernel, 16 elements per thread by default.
-
-    The interpreter pays per program, so there one program covers as much as memory allows.
-    """
-    if target.name == "interpreter":
-        block_columns = min(power_of_two(columns), 4096)
-        block_rows = min(power_of_two(rows), max(1, (1 << 20) // block_columns))
-    else:
-        block_columns = min(power_of_two(columns), elements if rows == 1 else 128)
-        block_rows = min(power_of_two(rows), max(1, elements // block_columns))
-    return config(num_warps, 1, BLOCK_ROWS=block_rows, BLOCK_COLUMNS=block_columns)
-
-
-__all__ = [
-    "NONE",
-    "Arguments",
-    "Attributes",
-    "BatchExtent",
-    "Box",
-    "Builder",
-    "Capture",
-    "Config",
-    "Cost",
-    "Epilogue",
-    "GeneratedFunction",
-    "Launch",
-    "Op",
-    "Operand",
-    "Problem",
-    "Ref",
-    "Scratch",
-    "Target",
-    "TensorSpec",
-    "W",
-    "X",
-    "Y",
-    "config",
-    "operand_refs",
-    "power_of_two",
-    "tensor_bytes",
-    "tile_config",
-]  # fmt: skip

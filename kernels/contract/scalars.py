@@ -212,6 +212,15 @@ def sign(v):
 
 
 @triton.jit
+def inverse_deviation(variance, eps):
+    # Corrected by a step of Newton's method: it is per channel, and its error in every element.
+    v = variance + eps
+    root = tl.rsqrt(v)
+    better = root * (1.5 - 0.5 * v * root * root)
+    return tl.where(better == better, better, root)
+
+
+@triton.jit
 def add(a, b):
     return a + b
 

@@ -36,6 +36,7 @@ from triton.compiler import ASTSource
 
 from ... import settings
 from ...errors import KernelError
+from ..contract.cost_model import Resources as Resources
 from ..contract.epilogue import GeneratedFunction, flat, named, resolved
 from ..contract.op import Box, Launch, Ref
 from ..contract.programmatic_launch import is_programmatic
@@ -76,19 +77,6 @@ class CompileRequest:
         """The generated sources among the constants."""
         constants = flat(dict(self.constexprs)).values()
         return tuple(value for value in constants if isinstance(value, GeneratedFunction))
-
-
-@dataclass(frozen=True)
-class Resources:
-    """What a compiled kernel needs of a multiprocessor.
-
-    registers: per thread; spill_bytes: stack per thread (0 when nothing spilled); shared_bytes: per
-    block.
-    """
-
-    registers: int
-    spill_bytes: int
-    shared_bytes: int
 
 
 @dataclass(frozen=True)

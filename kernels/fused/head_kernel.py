@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ..normalisation.softmax import normalized
+from ..normalisation.statistics import normalized
 
 
 @triton.jit

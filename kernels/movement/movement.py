@@ -7,18 +7,17 @@ otherwise they are the pointwise kernel loading with other strides.
 
 from __future__ import annotations
 
-import itertools
 from dataclasses import dataclass
 
 import torch
 
 from ...errors import InvalidInputError, KernelError
 from ..contract import epilogue as ep
-from ..contract.op import Attributes, Config, Cost, Launch, Problem, Ref, tensor_bytes
+from ..contract.op import Attributes, Config, Launch, Problem, Ref
 from ..contract.spec import MEMORY_FORMATS, Layout, Operand, TensorSpec, as_layout
 from ..contract.targets import Target
 from . import pointwise, rearrangement
-from .rearrangement import Expand, Reshape
+from .rearrangement import Expand, Flip, Reshape, refine
 
 
 @dataclass(frozen=True)
@@ -197,15 +196,16 @@ def relayout(attributes: Relayout, x: torch.Tensor) -> torch.Tensor:
 def read_strides(problem: Problem) -> ep.Access:
     """How the single input is read in the memory order of the output."""
     x, out, attributes = problem.inputs[0], problem.output.spec, problem.attributes
-    strides, offset = x.strides, x.offset
+    strides, offset = list(x.strides), x.offset
     if isinstance(attributes, Permute):
-        strides = tuple(strides[dim] for dim in attributes.dims)
+        strides = [strides[dim] for dim in attributes.dims]
     elif isinstance(attributes, Slice):
         offset += attributes.start * strides[attributes.dim]
-        strides = tuple(
-            step * attributes.step if dim == attributes.dim else step
-            for dim, step in enumerate(strides)
-        )
+        strides[attributes.dim] *= attributes.step
+    elif isinstance(attributes, Flip):
+        for dim in attributes.dims:
+            offset += (x.shape[dim] - 1) * strides[dim]
+            strides[dim] = -strides[dim]
     else:
         return ep.access(x, out)
     order = out.layout.order(out.rank)
@@ -224,18 +224,15 @@ def linear_sizes(x: Operand, out: Operand) -> tuple[int, ...] | None:
     A boundary is needed wherever either side jumps (its pitch is wider than its row) and where the
     batch dimension ends. None where the boundaries do not nest.
     """
-    boundaries = {1, x.spec.numel}
-    for operand in (x, out):
-        row = ep.memory_sizes(operand.spec)[-1]
-        if operand.pitch != row:
-            boundaries.add(row)
-        if operand.spec.batch is not None:
-            boundaries.add(operand.spec.numel // operand.shape[0])
-    ordered = sorted(boundaries)
-    pairs = list(itertools.pairwise(ordered))
-    if any(large % small for small, large in pairs):
-        return None
-    return tuple(large // small for small, large in reversed(pairs)) or (1,)
+    return refine(_boundaries(x), _boundaries(out))
+
+
+def _boundaries(operand: Operand) -> tuple[int, int, int]:
+    """A tensor's samples, the rows of each, and their elements; 1 where no walk needs to know."""
+    row = ep.memory_sizes(operand.spec)[-1]
+    row = row if operand.pitch != row and operand.spec.rank > 1 else 1
+    samples = operand.shape[0] if operand.spec.batch is not None else 1
+    return samples, operand.spec.numel // samples // row, row
 
 
 def _linear_access(operand: Operand, sizes: tuple[int, ...]) -> ep.Access:
@@ -316,22 +313,16 @@ def view_of(
     is_whole = x.pitch == Operand.dense(x.spec).pitch
     if isinstance(attributes, (Reshape, FlattenPixels)):
         return candidate if is_whole else None
-    if isinstance(attributes, Relayout):
-        same = Operand(out, x.pitch, x.offset)
-        for place in (same, candidate):
-            if _same_walk(x.strides, place.strides, out.shape):
-                return place
+    strides = x.strides
+    if isinstance(attributes, Permute) and is_whole:
+        strides = tuple(strides[dim] for dim in attributes.dims)
+    elif not isinstance(attributes, Relayout):
         return None
-    if isinstance(attributes, Permute):
-        strides = tuple(x.strides[dim] for dim in attributes.dims)
-        return candidate if is_whole and _same_walk(strides, candidate.strides, out.shape) else None
+    for place in (Operand(out, x.pitch, x.offset), candidate):
+        if _same_walk(strides, place.strides, out.shape):
+            return place
     return None
 
 
 def _same_walk(a: tuple[int, ...], b: tuple[int, ...], shape: tuple[int, ...]) -> bool:
     return all(left == right or size == 1 for left, right, size in zip(a, b, shape, strict=True))
-
-
-def cost(problem: Problem) -> Cost:
-    read, written = tensor_bytes(problem)
-    return Cost(0, read, written)

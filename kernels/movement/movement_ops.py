@@ -10,35 +10,9 @@ import torch
 
 from ..contract.op import Arguments, Attributes, BatchExtent, Builder, Capture, Op
 from ..contract.spec import FLOAT_DTYPES, TensorSpec
-from . import pointwise
-from .movement import (
-    Concat,
-    FlattenPixels,
-    Permute,
-    Relayout,
-    Slice,
-    concat,
-    cost,
-    expand,
-    flatten,
-    infer_concat,
-    infer_expand,
-    infer_flatten,
-    infer_permute,
-    infer_relayout,
-    infer_reshape,
-    infer_slice,
-    launches,
-    launches_concat,
-    launches_linear,
-    legal_linear,
-    permute,
-    relayout,
-    reshape,
-    slice_,
-)
-from .rearrange import Flip
-from .rearrangement import Expand, Reshape
+from . import movement, pointwise
+from .movement import Concat, FlattenPixels, Permute, Relayout, Slice
+from .rearrangement import Expand, Flip, Reshape
 
 
 def _view(g: Builder, x: Any, shape: Any) -> Any:
@@ -294,12 +268,6 @@ def _op(
     **changes: Any,
 ) -> Op:
     """One movement op; they share kernel, tuning space and cost."""
-    fields: dict[str, Any] = {
-        "integers": True,
-        "launches": launches,
-        "takes_epilogue": True,
-    }
-    fields.update(changes)
     return Op(
         name=name,
         attributes=attributes,
@@ -307,15 +275,14 @@ def _op(
         reference=reference,
         configs=pointwise.configs,
         default=pointwise.default,
-        cost=cost,
         aten=aten,
-        **fields,
+        **{"integers": True, "launches": movement.launches, **changes},
     )
 
 
 OPS = (
     _op(
-        "reshape", Reshape, infer_reshape, reshape,
+        "reshape", Reshape, movement.infer_reshape, movement.reshape,
         {
             "aten.view.default": lambda g, a: _view(g, a.self, a.size),
             "aten.reshape.default": lambda g, a: _view(g, a.self, a.shape),
@@ -326,14 +293,15 @@ OPS = (
             "aten.squeeze.dims": _squeeze,
             "aten.unsqueeze.default": lambda g, a: _unsqueeze(g, a.self, a.dim),
         },
-        images=False, launches=launches_linear, legal=legal_linear, takes_epilogue=False,
+        images=False, launches=movement.launches_linear, legal=movement.legal_linear,
+        takes_epilogue=False,
     ),
     _op(
-        "flatten_pixels", FlattenPixels, infer_flatten, flatten, {},
-        launches=launches_linear, legal=legal_linear, takes_epilogue=False,
+        "flatten_pixels", FlattenPixels, movement.infer_flatten, movement.flatten, {},
+        launches=movement.launches_linear, legal=movement.legal_linear, takes_epilogue=False,
     ),
     _op(
-        "permute", Permute, infer_permute, permute,
+        "permute", Permute, movement.infer_permute, movement.permute,
         {
             "aten.permute.default": lambda g, a: _permute(g, a.self, a.dims),
             "aten.transpose.int": _transpose,
@@ -342,7 +310,7 @@ OPS = (
         follows=True,
     ),
     _op(
-        "expand", Expand, infer_expand, expand,
+        "expand", Expand, movement.infer_expand, movement.expand,
         {
             "aten.expand.default": lambda g, a: _expand(g, a.self, a.size),
             "aten.repeat_interleave.self_int": _repeat_interleave,
@@ -356,7 +324,7 @@ OPS = (
         takes_epilogue=False,
     ),
     _op(
-        "slice", Slice, infer_slice, slice_,
+        "slice", Slice, movement.infer_slice, movement.slice_,
         {
             "aten.slice.Tensor": _slice,
             "aten.slice_scatter.default": _refuse_write,
@@ -378,7 +346,7 @@ OPS = (
         takes_epilogue=False,
     ),
     _op(
-        "concat", Concat, infer_concat, concat,
+        "concat", Concat, movement.infer_concat, movement.concat,
         {
             "aten.cat.default": lambda g, a: _concat(g, a.tensors, a.dim),
             "aten.stack.default": _stack,
@@ -386,10 +354,10 @@ OPS = (
             "aten.repeat.default": lambda g, a: _repeat(g, a.self, a.repeats),
             "aten.tile.default": _tile,
         },
-        launches=launches_concat, takes_epilogue=False,
+        launches=movement.launches_concat, takes_epilogue=False,
     ),
     _op(
-        "relayout", Relayout, infer_relayout, relayout,
+        "relayout", Relayout, movement.infer_relayout, movement.relayout,
         {"aten._to_copy.default": _cast, "aten.to.dtype": _cast},
     ),
 )  # fmt: skip

@@ -15,9 +15,8 @@ x: rank 1 to 5 in any layout -> y: the same layout, each dimension `before + siz
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -25,25 +24,18 @@ import triton
 import triton.language as tl
 
 from ...errors import InvalidInputError
-from ..contract import epilogue as ep
+from ..contract.launch_tiles import finish_tile, tile_of_program, tiled_launch
 from ..contract.op import (
     Arguments,
     Attributes,
     Builder,
     Config,
-    Cost,
     Launch,
     Op,
     Problem,
     Target,
-    X,
-    Y,
-    config,
-    operand_refs,
-    tensor_bytes,
-    tile_config,
 )
-from ..contract.spec import Layout, TensorSpec, rows_and_columns
+from ..contract.spec import Layout, TensorSpec
 
 MOST_DIMENSIONS = 5
 MODES = ("constant", "reflect", "replicate", "circular")
@@ -133,70 +125,54 @@ def correction(index, SIZE: tl.constexpr, MODE: tl.constexpr):
     return result
 
 
+class Sides(NamedTuple):
+    """The dimensions in memory order, of which all but the last make up the rows: their sizes in x
+    and y, what is added before them, whether an index may leave x, and their strides in x."""
+
+    sizes: tuple[int, ...]
+    outputs: tuple[int, ...]
+    before: tuple[int, ...]
+    is_open: tuple[bool, ...]
+    strides: tuple[int, ...]
+
+
 @triton.jit
 def pad_kernel(
-    x,
-    y,
-    extras,
-    m,
-    DIMS: tl.constexpr,
-    SIZES: tl.constexpr,
-    OUTPUTS: tl.constexpr,
-    BEFORE: tl.constexpr,
-    OPEN: tl.constexpr,
-    STRIDES: tl.constexpr,
-    X_OFFSET: tl.constexpr,
-    Y_PITCH: tl.constexpr,
-    Y_OFFSET: tl.constexpr,
-    MODE: tl.constexpr,
-    VALUE: tl.constexpr,
-    EPILOGUE: tl.constexpr,
-    WIDE: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr,
-    BLOCK_COLUMNS: tl.constexpr,
-):
-    # Tuples hold the dimensions in memory order: all but the last make up the rows. OPEN tells
-    # where an index may leave the input.
-    INNER: tl.constexpr = SIZES[DIMS - 1]
-    INNER_OUT: tl.constexpr = OUTPUTS[DIMS - 1]
-    column_tiles: tl.constexpr = (INNER_OUT + BLOCK_COLUMNS - 1) // BLOCK_COLUMNS
-    program = tl.program_id(0)
-    rows = program // column_tiles * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
-    columns = program % column_tiles * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
-    row_mask = rows < m
-    column_mask = columns < INNER_OUT
-    if WIDE:
-        rows = rows.to(tl.int64)
+    x, y, extras, m, DIMS: tl.constexpr, SIDES: tl.constexpr, X_OFFSET: tl.constexpr,
+    Y_PITCH: tl.constexpr, Y_OFFSET: tl.constexpr, MODE: tl.constexpr, VALUE: tl.constexpr,
+    EPILOGUE: tl.constexpr, WIDE: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
+):  # fmt: skip
+    rows, columns, row_mask, column_mask = tile_of_program(
+        m, SIDES.outputs[DIMS - 1], WIDE, BLOCK_ROWS, BLOCK_COLUMNS
+    )
     rows_inside = row_mask
     columns_inside = column_mask
-    inner = columns - BEFORE[DIMS - 1]
-    if OPEN[DIMS - 1]:
+    inner = columns - SIDES.before[DIMS - 1]
+    if SIDES.is_open[DIMS - 1]:
         if MODE == "constant":
-            columns_inside = (inner >= 0) & (inner < INNER)
+            columns_inside = (inner >= 0) & (inner < SIDES.sizes[DIMS - 1])
         else:
-            inner = inner + correction(inner, INNER, MODE)
+            inner = inner + correction(inner, SIDES.sizes[DIMS - 1], MODE)
     rest = rows
     source = tl.zeros_like(rows)
-    for step in tl.static_range(DIMS - 1):
+    for dim in tl.static_range(DIMS - 2, -1, -1):
         # The outermost dimension may be the batch of this call: it is bounded by m alone.
-        index = rest if step == DIMS - 2 else rest % OUTPUTS[DIMS - 2 - step]
-        rest = rest // OUTPUTS[DIMS - 2 - step]
-        index = index - BEFORE[DIMS - 2 - step]
-        if OPEN[DIMS - 2 - step]:
+        index = rest if dim == 0 else rest % SIDES.outputs[dim]
+        rest = rest // SIDES.outputs[dim]
+        index = index - SIDES.before[dim]
+        if SIDES.is_open[dim]:
             if MODE == "constant":
-                rows_inside = rows_inside & (index >= 0) & (index < SIZES[DIMS - 2 - step])
+                rows_inside = rows_inside & (index >= 0) & (index < SIDES.sizes[dim])
             else:
-                index = index + correction(index, SIZES[DIMS - 2 - step], MODE)
-        source += index * STRIDES[DIMS - 2 - step]
+                index = index + correction(index, SIDES.sizes[dim], MODE)
+        source += index * SIDES.strides[dim]
     inside = rows_inside[:, None] & columns_inside[None, :]
     value = tl.load(x + X_OFFSET + source[:, None] + inner[None, :], mask=inside, other=0.0)
     acc = value.to(tl.float32)
     if MODE == "constant":
         acc = tl.where(inside, acc, VALUE)
-    acc = EPILOGUE(acc, rows, columns, row_mask, column_mask, extras)
-    address = y + Y_OFFSET + (rows * Y_PITCH)[:, None] + columns[None, :]
-    mask = row_mask[:, None] & column_mask[None, :]
-    tl.store(address, acc.to(y.dtype.element_ty), mask=mask)
+    finish_tile(acc, y, rows, columns, row_mask, column_mask, extras, EPILOGUE, Y_PITCH, Y_OFFSET)
 
 
 def launches(problem: Problem, tile: Config, target: Target) -> tuple[Launch, ...]:
@@ -216,52 +192,19 @@ def launches(problem: Problem, tile: Config, target: Target) -> tuple[Launch, ..
         sizes = tuple(size - a - b for size, a, b in zip(sizes, low, high, strict=True))
         offset += sum(a * stride for a, stride in zip(low, strides, strict=True))
         before = tuple(max(width, 0) for width in before)
-    rows, columns = rows_and_columns(out.spec)
-    launch = Launch(
-        kernel=pad_kernel,
-        pointers={"x": X, "y": Y},
-        extras=operand_refs(problem),
-        rows=rows,
-        batch=out.spec.batch,
-        block_rows=tile["BLOCK_ROWS"],
-        columns=-(-columns // tile["BLOCK_COLUMNS"]),
-        constexprs={
+    is_open = tuple(low > 0 or high > 0 for low, high in zip(before, after, strict=True))
+    return tiled_launch(
+        problem,
+        tile,
+        pad_kernel,
+        {
             "DIMS": len(order),
-            "SIZES": sizes,
-            "OUTPUTS": in_memory(out.shape),
-            "BEFORE": before,
-            "OPEN": tuple(low > 0 or high > 0 for low, high in zip(before, after, strict=True)),
-            "STRIDES": strides,
+            "SIDES": Sides(sizes, in_memory(out.shape), before, is_open, strides),
             "X_OFFSET": offset,
-            "Y_PITCH": out.pitch,
-            "Y_OFFSET": out.offset,
             "MODE": attributes.mode,
             "VALUE": float(attributes.value),
-            "EPILOGUE": ep.for_output(problem.epilogue, problem.operands, out.spec),
-            "WIDE": problem.is_wide,
-            **dict(tile.blocks),
         },
-        num_warps=tile.num_warps,
-        num_stages=tile.num_stages,
     )
-    return (launch,)
-
-
-def configs(problem: Problem, target: Target) -> Iterator[Config]:
-    """512 to 4096 elements per program, in wide or in square tiles."""
-    for elements in (512, 1024, 2048, 4096):
-        for columns in (32, 64, 128, 512):
-            yield config(4, 1, BLOCK_ROWS=elements // columns, BLOCK_COLUMNS=columns)
-
-
-def default(problem: Problem, target: Target) -> Config:
-    rows, columns = rows_and_columns(problem.output.spec)
-    return tile_config(rows, columns, target)
-
-
-def cost(problem: Problem) -> Cost:
-    read, written = tensor_bytes(problem)
-    return Cost(0, read, written)
 
 
 def _capture(g: Builder, a: Arguments) -> Any:
@@ -286,8 +229,5 @@ OP = Op(
     infer=infer,
     reference=reference,
     launches=launches,
-    configs=configs,
-    default=default,
-    cost=cost,
     aten={"aten.pad.default": _capture, "aten.constant_pad_nd.default": _capture},
 )  # fmt: skip

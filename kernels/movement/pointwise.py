@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import triton
@@ -19,19 +19,9 @@ import triton.language as tl
 
 from ...errors import InvalidInputError
 from ..contract import epilogue as ep
-from ..contract import programmatic_launch
-from ..contract.op import (
-    Attributes,
-    Config,
-    Cost,
-    Launch,
-    Problem,
-    Ref,
-    config,
-    operand_refs,
-    power_of_two,
-    tensor_bytes,
-)
+from ..contract import op, programmatic_launch
+from ..contract.launch_tiles import tile_of_program
+from ..contract.op import Attributes, Config, Launch, Problem, Ref, operand_refs, power_of_two
 from ..contract.spec import MEMORY_FORMATS, Layout, TensorSpec
 from ..contract.targets import Target
 
@@ -55,28 +45,13 @@ class Pointwise(Attributes):
 
 @triton.jit
 def pointwise_kernel(
-    y,
-    extras,
-    m,
-    COLUMNS: tl.constexpr,
-    OFFSET: tl.constexpr,
-    COLUMN_STRIDE: tl.constexpr,
-    ROW_OFFSET: tl.constexpr,
-    CHAIN: tl.constexpr,
-    WIDE: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr,
-    BLOCK_COLUMNS: tl.constexpr,
-    PDL: tl.constexpr,
-):
-    column_tiles: tl.constexpr = (COLUMNS + BLOCK_COLUMNS - 1) // BLOCK_COLUMNS
-    program = tl.program_id(0)
-    rows = program // column_tiles * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
-    columns = program % column_tiles * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
-    row_mask = rows < m
-    column_mask = columns < COLUMNS
-    if WIDE:
-        rows = rows.to(tl.int64)
-        columns = columns.to(tl.int64)
+    y, extras, m, COLUMNS: tl.constexpr, OFFSET: tl.constexpr, COLUMN_STRIDE: tl.constexpr,
+    ROW_OFFSET: tl.constexpr, CHAIN: tl.constexpr, WIDE: tl.constexpr, BLOCK_ROWS: tl.constexpr,
+    BLOCK_COLUMNS: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    rows, columns, row_mask, column_mask = tile_of_program(
+        m, COLUMNS, WIDE, BLOCK_ROWS, BLOCK_COLUMNS
+    )
     acc = tl.zeros((BLOCK_ROWS, BLOCK_COLUMNS), tl.float32)
     programmatic_launch.wait(PDL)
     acc = CHAIN(acc, rows, columns, row_mask, column_mask, extras)
@@ -125,7 +100,7 @@ def launch_chain(
     if len(sizes) == 1 and keep_first:
         sizes, strides = (*sizes, 1), tuple((*steps, 0) for steps in strides)
     reads = tuple(
-        ep.Access(steps, read.offset, read.label)
+        replace(read, strides=steps)
         for steps, read in zip(strides[1:], reads, strict=True)
     )
     rows, columns = math.prod(sizes[:-1]), sizes[-1]
@@ -157,11 +132,16 @@ def launch_chain(
 
 
 def launch_reads(
-    problem: Problem, tile: Config, reads: tuple[ep.Access, ...], stages: ep.Epilogue
+    problem: Problem,
+    tile: Config,
+    reads: tuple[ep.Access, ...],
+    stages: ep.Epilogue,
+    refs: tuple[Ref, ...] | None = None,
 ) -> Launch:
-    """The launch over the whole output: `stages` on the inputs, then the problem's epilogue."""
+    """The launch over the whole output: `stages` on the inputs, or on some (`refs`), then the
+    problem's epilogue."""
     out = problem.output.spec
-    inputs = tuple(Ref("input", index) for index in range(len(reads)))
+    inputs = refs or tuple(Ref("input", index) for index in range(len(reads)))
     operands = tuple(ep.access(operand, out) for operand in problem.operands)
     return launch_chain(
         problem,
@@ -214,10 +194,7 @@ def launches(name: str, problem: Problem, tile: Config, target: Target) -> tuple
 
 def configs(problem: Problem, target: Target) -> Iterator[Config]:
     """Tiles of 512 to 4096 elements; wide ones suit contiguous tensors, square ones transposes."""
-    for elements in (512, 1024, 2048, 4096):
-        for columns in (32, 64, 256, 1024, 4096):
-            if columns <= elements:
-                yield config(4, 1, BLOCK_ROWS=elements // columns, BLOCK_COLUMNS=columns)
+    return op.tiles_of((512, 1024, 2048, 4096), (32, 64, 256, 1024, 4096))
 
 
 def default(problem: Problem, target: Target) -> Config:
@@ -226,11 +203,11 @@ def default(problem: Problem, target: Target) -> Config:
     In the interpreter, which pays per program, about a million elements.
     """
     if target.name == "interpreter":
-        return config(1, 1, BLOCK_ROWS=1, BLOCK_COLUMNS=1 << 20)
-    return config(4, 1, BLOCK_ROWS=1, BLOCK_COLUMNS=2048)
+        return op.config(1, 1, BLOCK_ROWS=1, BLOCK_COLUMNS=1 << 20)
+    return op.config(4, 1, BLOCK_ROWS=1, BLOCK_COLUMNS=2048)
 
 
-def cost(problem: Problem) -> Cost:
-    """One operation per element and stage; each tensor touched once."""
-    read, written = tensor_bytes(problem)
-    return Cost(problem.output.spec.numel * (1 + len(problem.epilogue)), read, written)
+@op.counted
+def cost(problem: Problem) -> int:
+    """One operation per element and stage."""
+    return problem.output.spec.numel * (1 + len(problem.epilogue))

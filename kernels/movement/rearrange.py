@@ -10,7 +10,6 @@ x: any rank, dense or NHWC; y: `shape`, or x's own, in the layout of x where ran
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -31,14 +30,7 @@ from ..contract.op import (
 from ..contract.spec import MEMORY_FORMATS, Layout, TensorSpec
 from ..contract.targets import Target
 from . import movement, pointwise
-from .rearrangement import Rearrange, factors, parts_of
-
-
-@dataclass(frozen=True)
-class Flip(Attributes):
-    """The dimensions whose order is reversed."""
-
-    dims: tuple[int, ...] = ()
+from .rearrangement import Flip, Rearrange, factors, parts_of
 
 
 def infer_rearrange(
@@ -103,19 +95,6 @@ def launches(problem: Problem, tile: Config, target: Target) -> tuple[Launch, ..
     return (pointwise.launch_chain(problem, tile, walk, reads, stages, refs),)
 
 
-def launches_flip(problem: Problem, tile: Config, target: Target) -> tuple[Launch, ...]:
-    """One copy that walks the input backwards."""
-    attributes, x, out = problem.attributes, problem.inputs[0], problem.output
-    assert isinstance(attributes, Flip)
-    offset, strides = x.offset, list(x.strides)
-    for dim in attributes.dims:
-        offset += (x.shape[dim] - 1) * strides[dim]
-        strides[dim] = -strides[dim]
-    order = out.spec.layout.order(out.spec.rank)
-    read = ep.Access(tuple(strides[dim] for dim in order), offset, str(x.spec))
-    return (pointwise.launch_reads(problem, tile, (read,), (pointwise.LOAD,)),)
-
-
 def _capture_pixel_shuffle(g: Builder, a: Arguments) -> Any:
     r, spec = a.upscale_factor, g.spec(a.self)
     if spec.rank != 4:
@@ -155,7 +134,6 @@ def _op(name: str, attributes: type[Attributes], **functions: Any) -> Op:
         attributes=attributes,
         configs=pointwise.configs,
         default=pointwise.default,
-        cost=movement.cost,
         follows=True,
         **functions,
     )
@@ -179,7 +157,7 @@ OPS = (
         Flip,
         infer=infer_flip,
         reference=flip,
-        launches=launches_flip,
+        launches=movement.launches,
         aten={"aten.flip.default": _capture_flip},
     ),
 )

@@ -178,6 +178,13 @@ class Reshape(Attributes):
 
 
 @dataclass(frozen=True)
+class Flip(Attributes):
+    """The dimensions whose order is reversed."""
+
+    dims: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
 class Expand(Attributes):
     """The shape to broadcast to; -1 keeps the input's extent, which may be the batch of a call.
 

@@ -42,7 +42,7 @@ from ..contract.op import (
 from ..contract.spec import Layout, TensorSpec, rows_and_columns
 from ..contract.targets import Target
 from ..tile.conv_geometry import pair
-from . import movement, pointwise
+from . import pointwise
 from .pad import Pad
 
 
@@ -273,7 +273,6 @@ OPS = (
         launches=launches,
         configs=pointwise.configs,
         default=pointwise.default,
-        cost=movement.cost,
         follows=True,
         aten={"aten.im2col.default": _capture_unfold},
     ),

@@ -25,19 +25,9 @@ import triton
 import triton.language as tl
 
 from ...errors import InvalidInputError
-from ..contract.launch_tiles import tiled_launch
-from ..contract.op import (
-    Attributes,
-    Config,
-    Cost,
-    Launch,
-    Op,
-    Problem,
-    Target,
-    config,
-    tensor_bytes,
-    tile_config,
-)
+from ..contract import op
+from ..contract.launch_tiles import finish_tile, tile_of_program, tiled_launch
+from ..contract.op import Attributes, Config, Launch, Op, Problem, Target
 from ..contract.spec import TensorSpec
 
 
@@ -89,35 +79,14 @@ def scaled(value, energy, BETA: tl.constexpr):
 
 @triton.jit
 def shifted_kernel(
-    x,
-    y,
-    extras,
-    m,
-    C: tl.constexpr,
-    BELOW: tl.constexpr,
-    ABOVE: tl.constexpr,
-    ALPHA: tl.constexpr,
-    K: tl.constexpr,
-    BETA: tl.constexpr,
-    X_PITCH: tl.constexpr,
-    X_OFFSET: tl.constexpr,
-    Y_PITCH: tl.constexpr,
-    Y_OFFSET: tl.constexpr,
-    EPILOGUE: tl.constexpr,
-    WIDE: tl.constexpr,
-    LANES: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr,
-    BLOCK_COLUMNS: tl.constexpr,
-):
-    column_tiles: tl.constexpr = (C + BLOCK_COLUMNS - 1) // BLOCK_COLUMNS
-    program = tl.program_id(0)
-    rows = program // column_tiles * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
-    columns = program % column_tiles * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
-    row_mask = rows < m
-    column_mask = columns < C
+    x, y, extras, m, C: tl.constexpr, BELOW: tl.constexpr, ABOVE: tl.constexpr,
+    ALPHA: tl.constexpr, K: tl.constexpr, BETA: tl.constexpr,
+    X_PITCH: tl.constexpr, X_OFFSET: tl.constexpr, Y_PITCH: tl.constexpr, Y_OFFSET: tl.constexpr,
+    EPILOGUE: tl.constexpr, WIDE: tl.constexpr, LANES: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
+):  # fmt: skip
+    rows, columns, row_mask, column_mask = tile_of_program(m, C, WIDE, BLOCK_ROWS, BLOCK_COLUMNS)
     mask = row_mask[:, None] & column_mask[None, :]
-    if WIDE:
-        rows = rows.to(tl.int64)
     pixel = x + X_OFFSET + (rows * X_PITCH)[:, None]
     energy = tl.zeros((BLOCK_ROWS, BLOCK_COLUMNS), tl.float32)
     for shift in range(-BELOW, ABOVE + 1):
@@ -128,9 +97,7 @@ def shifted_kernel(
         energy += value * value
     value = tl.load(pixel + columns[None, :], mask=mask, other=0.0).to(tl.float32)
     acc = scaled(value, K + ALPHA * energy, BETA)
-    acc = EPILOGUE(acc, rows, columns, row_mask, column_mask, extras)
-    address = y + Y_OFFSET + (rows * Y_PITCH)[:, None] + columns[None, :]
-    tl.store(address, acc.to(y.dtype.element_ty), mask=mask)
+    finish_tile(acc, y, rows, columns, row_mask, column_mask, extras, EPILOGUE, Y_PITCH, Y_OFFSET)
 
 
 @triton.jit
@@ -167,26 +134,12 @@ def pack(v, ROWS: tl.constexpr, GROUPS: tl.constexpr, LANES: tl.constexpr):
 
 @triton.jit
 def lanes_kernel(
-    x,
-    y,
-    extras,
-    m,
-    C: tl.constexpr,
-    BELOW: tl.constexpr,
-    ABOVE: tl.constexpr,
-    ALPHA: tl.constexpr,
-    K: tl.constexpr,
-    BETA: tl.constexpr,
-    X_PITCH: tl.constexpr,
-    X_OFFSET: tl.constexpr,
-    Y_PITCH: tl.constexpr,
-    Y_OFFSET: tl.constexpr,
-    EPILOGUE: tl.constexpr,
-    WIDE: tl.constexpr,
-    LANES: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr,
-    BLOCK_COLUMNS: tl.constexpr,
-):
+    x, y, extras, m, C: tl.constexpr, BELOW: tl.constexpr, ABOVE: tl.constexpr,
+    ALPHA: tl.constexpr, K: tl.constexpr, BETA: tl.constexpr,
+    X_PITCH: tl.constexpr, X_OFFSET: tl.constexpr, Y_PITCH: tl.constexpr, Y_OFFSET: tl.constexpr,
+    EPILOGUE: tl.constexpr, WIDE: tl.constexpr, LANES: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
+):  # fmt: skip
     # C is a multiple of LANES, and the window reaches at most LANES channels to either side.
     GROUPS: tl.constexpr = BLOCK_COLUMNS // LANES
     column_tiles: tl.constexpr = (C + BLOCK_COLUMNS - 1) // BLOCK_COLUMNS
@@ -220,10 +173,7 @@ def lanes_kernel(
     acc = pack(results, BLOCK_ROWS, GROUPS, LANES)
     columns = start + tl.arange(0, BLOCK_COLUMNS)
     column_mask = columns < C
-    acc = EPILOGUE(acc, rows, columns, row_mask, column_mask, extras)
-    address = y + Y_OFFSET + (rows * Y_PITCH)[:, None] + columns[None, :]
-    mask = row_mask[:, None] & column_mask[None, :]
-    tl.store(address, acc.to(y.dtype.element_ty), mask=mask)
+    finish_tile(acc, y, rows, columns, row_mask, column_mask, extras, EPILOGUE, Y_PITCH, Y_OFFSET)
 
 
 def lanes(problem: Problem) -> int:
@@ -263,11 +213,8 @@ def instructions_per_result(tile: Config) -> int:
 def configs(problem: Problem, target: Target) -> Iterator[Config]:
     """512 to 2048 results per program, in both forms."""
     for count in sorted({1, lanes(problem)}):
-        for elements in (512, 1024, 2048):
-            for columns in (32, 64, 128):
-                yield config(
-                    4, 1, LANES=count, BLOCK_ROWS=elements // columns, BLOCK_COLUMNS=columns
-                )
+        for tile in op.tiles_of((512, 1024, 2048), (32, 64, 128)):
+            yield op.config(tile.num_warps, 1, LANES=count, **dict(tile.blocks))
 
 
 def legal(problem: Problem, tile: Config, target: Target) -> str | None:
@@ -279,19 +226,18 @@ def legal(problem: Problem, tile: Config, target: Target) -> str | None:
 def default(problem: Problem, target: Target) -> Config:
     """1024 results per program; a pixel's channels in 16-byte pieces where they line up."""
     n, c, h, width = problem.output.shape
-    tile = tile_config(n * h * width, c, target, elements=1024)
+    tile = op.tile_config(n * h * width, c, target, elements=1024)
     blocks = dict(tile.blocks)
     count = lanes(problem)
     blocks["BLOCK_COLUMNS"] = max(blocks["BLOCK_COLUMNS"], count)
-    return config(tile.num_warps, 1, LANES=count, **blocks)
+    return op.config(tile.num_warps, 1, LANES=count, **blocks)
 
 
-def cost(problem: Problem) -> Cost:
+@op.counted
+def cost(problem: Problem) -> int:
     """A multiply-add per neighbour, then about 8 operations."""
-    attributes = problem.attributes
-    assert isinstance(attributes, LocalResponseNorm)
-    read, written = tensor_bytes(problem)
-    return Cost((2 * attributes.size + 8) * problem.output.spec.numel, read, written)
+    assert isinstance(problem.attributes, LocalResponseNorm)
+    return (2 * problem.attributes.size + 8) * problem.output.spec.numel
 
 
 OP = Op(

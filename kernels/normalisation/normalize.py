@@ -4,22 +4,11 @@ Layer, group and instance normalisation, and batch normalisation by the batch's 
 differ only in the set: the last dimensions; the pixels and a group's channels; the pixels; samples
 and pixels. RMS normalisation leaves the mean out. Weight and bias are stages of the epilogue.
 
-x and y: any rank, dense or NHWC; fp32 inside. In memory the tensor is a matrix of rows and columns
-(the innermost dimension). Its columns are `groups` runs of `width` neighbours that are normalised
-together; its rows are (outer, length): `length` of them share their statistics. A program owns
-BLOCK_OUTER outer indices by BLOCK_GROUPS groups and
-- holds all they normalise in registers, where that fits: one read, mean and variance in two passes
-  over registers, one write;
-- otherwise walks it twice: every lane keeps mean and squared deviations of what it has seen
-  (Welford 1962), as differences to the first element; the lanes are combined (Chan, Golub and
-  LeVeque 1979), and a second read, mostly from the L2 cache, writes the result.
-E[x²] − E[x]² is never formed: it cancels where the mean is large.
+x and y: any rank, dense or NHWC; fp32 inside. `statistics.py` has the kernel.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,33 +16,11 @@ import torch
 
 from ...errors import InvalidInputError
 from ..contract import epilogue as ep
-from ..contract.cost_model import MULTIPROCESSORS
-from ..contract.op import (
-    Arguments,
-    Attributes,
-    Builder,
-    Config,
-    Cost,
-    Launch,
-    Op,
-    Problem,
-    X,
-    Y,
-    config,
-    operand_refs,
-    power_of_two,
-    tensor_bytes,
-)
+from ..contract.op import Arguments, Attributes, Builder, Config, Launch, Op, Problem
 from ..contract.spec import TensorSpec
 from ..contract.targets import Target
 from ..movement.rearrangement import Reshape
-from . import batch_norm
-from .normalize_kernel import normalize_kernel
-
-WHOLE = 16384
-"""Most elements that a program keeps in registers: 32 per thread at 16 warps."""
-RUN, SHORTEST_RUN = 32, 16
-"""Neighbouring elements that a program reads of a row, and at least: a 32-byte sector of halves."""
+from . import batch_norm, statistics
 
 
 @dataclass(frozen=True)
@@ -97,158 +64,14 @@ def reference(attributes: Normalize, x: torch.Tensor) -> torch.Tensor:
     return (y / torch.sqrt(variance + attributes.eps)).reshape(x.shape).to(x.dtype)
 
 
-@dataclass(frozen=True)
-class Walk:
-    """The tensor as the kernel goes over it: rows (outer, length), columns (groups, width).
-
-    outer_rows, length_rows: row strides of the dimensions that make up the two, with their sizes.
-    """
-
-    outer_sizes: tuple[int, ...]
-    outer_rows: tuple[int, ...]
-    length_sizes: tuple[int, ...]
-    length_rows: tuple[int, ...]
-    groups: int
-    width: int
-
-    @property
-    def outer(self) -> int:
-        return math.prod(self.outer_sizes)
-
-    @property
-    def length(self) -> int:
-        return math.prod(self.length_sizes)
-
-    def is_whole(self, tile: Config) -> bool:
-        """Whether a program reads all it normalises at once."""
-        return self.length <= tile["BLOCK_LENGTH"] and self.width <= tile["BLOCK_WIDTH"]
-
-
-def walk_of(problem: Problem) -> Walk:
-    """How the kernel goes over the problem's tensor."""
-    attributes, spec = problem.attributes, problem.inputs[0].spec
-    assert isinstance(attributes, Normalize)
-
-    def parts(dim: int) -> tuple[tuple[int, bool], ...]:
-        """A dimension's sizes, outermost first, and whether each is normalised over."""
-        size = spec.shape[dim]
-        if dim == 1 and attributes.groups > 1:
-            return (attributes.groups, False), (size // attributes.groups, True)
-        return ((size, dim in attributes.dims),)
-
-    *row_dims, last = spec.layout.order(spec.rank)
-    kept: list[tuple[int, int]] = []
-    reduced: list[tuple[int, int]] = []
-    stride = 1
-    for size, is_reduced in reversed([part for dim in row_dims for part in parts(dim)]):
-        (reduced if is_reduced else kept).insert(0, (size, stride))
-        stride *= size
-    columns = parts(last)
-    return Walk(
-        tuple(size for size, _ in kept),
-        tuple(step for _, step in kept),
-        tuple(size for size, _ in reduced),
-        tuple(step for _, step in reduced),
-        math.prod(size for size, is_reduced in columns if not is_reduced),
-        math.prod(size for size, is_reduced in columns if is_reduced),
-    )
-
-
 def launches(problem: Problem, tile: Config, target: Target) -> tuple[Launch, ...]:
-    """One launch; its cost model counts the second read where there is one."""
-    attributes, walk = problem.attributes, walk_of(problem)
+    attributes = problem.attributes
     assert isinstance(attributes, Normalize)
-    x, out = problem.inputs[0], problem.output
-    reads = 1 if walk.is_whole(tile) else 2
-    owned = walk.length * walk.width * tile["BLOCK_OUTER"] * tile["BLOCK_GROUPS"]
-    launch = Launch(
-        kernel=normalize_kernel,
-        pointers={"x": X, "y": Y},
-        extras=operand_refs(problem),
-        rows=walk.outer,
-        batch=out.spec.batch,
-        block_rows=tile["BLOCK_OUTER"],
-        columns=-(-walk.groups // tile["BLOCK_GROUPS"]),
-        constexprs={
-            "LENGTH": walk.length, "GROUPS": walk.groups, "WIDTH": walk.width,
-            "OUTER_ROW": ep.row_offset_function(walk.outer_sizes, walk.outer_rows),
-            "LENGTH_ROW": ep.row_offset_function(walk.length_sizes, walk.length_rows),
-            "X_PITCH": x.pitch, "X_OFFSET": x.offset,
-            "Y_PITCH": out.pitch, "Y_OFFSET": out.offset,
-            "EPS": attributes.eps,
-            "CENTRED": attributes.centred,
-            "EPILOGUE": ep.for_output(problem.epilogue, problem.operands, out.spec),
-            "WIDE": problem.is_wide,
-            **dict(tile.blocks),
-        },
-        num_warps=tile.num_warps,
-        num_stages=tile.num_stages,
-        l2_bytes=reads * owned * x.spec.dtype.itemsize,
-    )  # fmt: skip
-    return (launch,)
-
-
-def _tile(walk: Walk, least: int, whole: int, run: int = RUN, warps: int | None = None) -> Config:
-    """A tile that holds `least` elements or more, everything it normalises if that is at most
-    `whole`, and reads runs of `run` neighbours."""
-    width = min(power_of_two(walk.width), whole)
-    groups = 1
-    if width >= walk.width:
-        groups = min(max(1, run // width), power_of_two(walk.groups))
-    length = power_of_two(walk.length)
-    if length * groups * width > whole:
-        length = max(1, min(length, whole // 4 // (groups * width)))
-    elif width >= walk.width:
-        groups = max(groups, min(power_of_two(walk.groups), least // (length * width)))
-    outer = max(1, min(power_of_two(walk.outer), least // (length * groups * width)))
-    elements = outer * length * groups * width
-    return config(
-        warps or min(16, max(4, power_of_two(elements) // 512)),
-        1,
-        BLOCK_OUTER=outer,
-        BLOCK_LENGTH=length,
-        BLOCK_GROUPS=groups,
-        BLOCK_WIDTH=width,
+    return statistics.launches(
+        problem, tile, statistics.DEVIATION, attributes.eps, attributes.centred
     )
 
 
-def configs(problem: Problem, target: Target) -> Iterator[Config]:
-    """512 to 2048 elements or one whole group per program; loops over groups of 2048 to 16384
-    elements."""
-    walk = walk_of(problem)
-    yield from {
-        _tile(walk, least, whole, run): None
-        for least in (512, 1024, 2048)
-        for whole in (2048, 4096, WHOLE)
-        for run in (16, RUN, 64)
-    }
-
-
-def legal(problem: Problem, tile: Config, target: Target) -> str | None:
-    """Groups whose columns take several tiles are done one at a time."""
-    walk = walk_of(problem)
-    if walk.width > tile["BLOCK_WIDTH"] and tile["BLOCK_GROUPS"] > 1:
-        return f"{tile['BLOCK_GROUPS']} groups of {walk.width} columns in tiles of fewer"
-    return None
-
-
-def default(problem: Problem, target: Target) -> Config:
-    """1024 elements, 8 per thread, or whatever is normalised together up to `WHOLE`; fewer groups
-    side by side where that saves the second read or keeps more multiprocessors busy."""
-    walk = walk_of(problem)
-    if target.name == "interpreter":
-        return _tile(walk, 1 << 18, 1 << 20, run=256, warps=1)
-    tile, narrow = (_tile(walk, 1024, WHOLE, run) for run in (RUN, SHORTEST_RUN))
-    programs = -(-walk.outer // tile["BLOCK_OUTER"]) * -(-walk.groups // tile["BLOCK_GROUPS"])
-    if programs < MULTIPROCESSORS or (walk.is_whole(narrow) and not walk.is_whole(tile)):
-        return narrow
-    return tile
-
-
-def cost(problem: Problem) -> Cost:
-    """Sum, difference, square, its sum and the scaling."""
-    read, written = tensor_bytes(problem)
-    return Cost(5 * problem.output.spec.numel, read, written)
 
 
 def _affine(g: Builder, x: Any, w: Any, b: Any, shape: Any, attributes: Normalize) -> Any:
@@ -316,10 +139,10 @@ OP = Op(
     infer=infer,
     reference=reference,
     launches=launches,
-    configs=configs,
-    default=default,
-    legal=legal,
-    cost=cost,
+    configs=statistics.configs,
+    default=statistics.default,
+    legal=statistics.legal,
+    cost=statistics.cost,
     # Far from zero: squares would cancel.
     input_range=(4.0, 8.0),
     aten={

@@ -26,24 +26,19 @@ import triton.language as tl
 
 from ...errors import InvalidInputError
 from ..contract import epilogue as ep
+from ..contract import op
 from ..contract.cost_model import MULTIPROCESSORS
 from ..contract.elementary import NAN
+from ..contract.launch_tiles import tile_of_program, tiled_launch
 from ..contract.op import (
     Arguments,
     Attributes,
     Builder,
     Capture,
     Config,
-    Cost,
     Launch,
     Op,
     Problem,
-    X,
-    Y,
-    config,
-    operand_refs,
-    power_of_two,
-    tensor_bytes,
 )
 from ..contract.spec import Layout, TensorSpec
 from ..contract.targets import Target
@@ -92,68 +87,35 @@ def infer(name: str, attributes: Reduce, inputs: tuple[TensorSpec, ...]) -> tupl
     return (TensorSpec(shape, x.dtype, layout, x.batch),)
 
 
-def _sum(attributes: Reduce, x: torch.Tensor) -> torch.Tensor:
-    return x.sum(attributes.dims, attributes.keepdim)
-
-
-def _mean(attributes: Reduce, x: torch.Tensor) -> torch.Tensor:
-    return x.mean(attributes.dims, attributes.keepdim)
-
-
-def _amax(attributes: Reduce, x: torch.Tensor) -> torch.Tensor:
-    return x.amax(attributes.dims, attributes.keepdim)
-
-
-def _norm(attributes: Reduce, x: torch.Tensor) -> torch.Tensor:
-    norm: torch.Tensor = torch.linalg.vector_norm(x, 2, attributes.dims, attributes.keepdim)
-    return norm
-
-
-def _var(attributes: Variance, x: torch.Tensor) -> torch.Tensor:
-    return x.var(attributes.dims, correction=attributes.correction, keepdim=attributes.keepdim)
-
-
-def _std(attributes: Variance, x: torch.Tensor) -> torch.Tensor:
-    return x.std(attributes.dims, correction=attributes.correction, keepdim=attributes.keepdim)
+def reference(name: str, attributes: Reduce, x: torch.Tensor) -> torch.Tensor:
+    dims, keepdim = attributes.dims, attributes.keepdim
+    if isinstance(attributes, Variance):
+        made: torch.Tensor = getattr(x, name)(
+            dims, correction=attributes.correction, keepdim=keepdim
+        )
+    elif name == "norm":
+        made = torch.linalg.vector_norm(x, 2, dims, keepdim)
+    else:
+        made = getattr(x, name)(dims, keepdim)
+    return made
 
 
 @triton.jit
 def reduce_kernel(
-    x,
-    y,
-    extras,
-    m,
-    COLUMNS: tl.constexpr,
-    LENGTH: tl.constexpr,
-    X_OFFSET: tl.constexpr,
-    X_ROW: tl.constexpr,
-    X_REDUCED: tl.constexpr,
+    x, y, extras, m, COLUMNS: tl.constexpr, LENGTH: tl.constexpr,
+    X_OFFSET: tl.constexpr, X_ROW: tl.constexpr, X_REDUCED: tl.constexpr,
     X_COLUMN_STRIDE: tl.constexpr,
-    Y_OFFSET: tl.constexpr,
-    Y_ROW: tl.constexpr,
-    Y_COLUMN_STRIDE: tl.constexpr,
-    IS_MAXIMUM: tl.constexpr,
-    IS_CENTRED: tl.constexpr,
-    IS_SQUARED: tl.constexpr,
-    IS_ROOT: tl.constexpr,
-    DIVISOR: tl.constexpr,
-    EPILOGUE: tl.constexpr,
-    WIDE: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr,
-    BLOCK_LENGTH: tl.constexpr,
-    BLOCK_COLUMNS: tl.constexpr,
-):
-    column_tiles: tl.constexpr = (COLUMNS + BLOCK_COLUMNS - 1) // BLOCK_COLUMNS
-    program = tl.program_id(0)
-    rows = program // column_tiles * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
-    columns = program % column_tiles * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
+    Y_OFFSET: tl.constexpr, Y_ROW: tl.constexpr, Y_COLUMN_STRIDE: tl.constexpr,
+    IS_MAXIMUM: tl.constexpr, IS_CENTRED: tl.constexpr, IS_SQUARED: tl.constexpr,
+    IS_ROOT: tl.constexpr, DIVISOR: tl.constexpr, EPILOGUE: tl.constexpr, WIDE: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr, BLOCK_LENGTH: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
+):  # fmt: skip
+    rows, columns, row_mask, column_mask = tile_of_program(
+        m, COLUMNS, WIDE, BLOCK_ROWS, BLOCK_COLUMNS
+    )
     lanes = tl.arange(0, BLOCK_LENGTH)
-    row_mask = rows < m
-    column_mask = columns < COLUMNS
     mask = row_mask[:, None] & column_mask[None, :]
     if WIDE:
-        rows = rows.to(tl.int64)
-        columns = columns.to(tl.int64)
         lanes = lanes.to(tl.int64)
     base = x + X_OFFSET + X_ROW(rows)[:, None] + (columns * X_COLUMN_STRIDE)[None, :]
     base = base[:, None, :]
@@ -269,27 +231,20 @@ def _divisor(name: str, attributes: Reduce, length: int) -> float:
 def _launches(name: str, problem: Problem, tile: Config, target: Target) -> tuple[Launch, ...]:
     walk, attributes = walk_of(problem), problem.attributes
     assert isinstance(attributes, Reduce)
-    x, out = problem.inputs[0], problem.output
     reads = tuple(
         ep.Access(strides, operand.offset, str(operand.spec))
         for strides, operand in zip(walk.operands, problem.operands, strict=True)
     )
-    launch = Launch(
-        kernel=reduce_kernel,
-        pointers={"x": X, "y": Y},
-        extras=operand_refs(problem),
-        rows=walk.rows,
-        batch=out.spec.batch,
-        block_rows=tile["BLOCK_ROWS"],
-        columns=-(-walk.columns // tile["BLOCK_COLUMNS"]),
-        constexprs={
+    return tiled_launch(
+        problem,
+        tile,
+        reduce_kernel,
+        {
             "COLUMNS": walk.columns,
             "LENGTH": walk.length,
-            "X_OFFSET": x.offset,
             "X_ROW": ep.row_offset_function(walk.sizes[:-1], walk.read[:-1]),
             "X_REDUCED": ep.row_offset_function(walk.reduced_sizes, walk.reduced_strides),
             "X_COLUMN_STRIDE": walk.read[-1],
-            "Y_OFFSET": out.offset,
             "Y_ROW": ep.row_offset_function(walk.sizes[:-1], walk.written[:-1]),
             "Y_COLUMN_STRIDE": walk.written[-1],
             "IS_MAXIMUM": name == "amax",
@@ -298,26 +253,23 @@ def _launches(name: str, problem: Problem, tile: Config, target: Target) -> tupl
             "IS_ROOT": name in ("std", "norm"),
             "DIVISOR": _divisor(name, attributes, walk.length),
             "EPILOGUE": ep.generate(problem.epilogue, reads, walk.sizes),
-            "WIDE": problem.is_wide,
-            **dict(tile.blocks),
         },
-        num_warps=tile.num_warps,
-        num_stages=tile.num_stages,
+        rows=walk.rows,
+        columns=walk.columns,
     )
-    return (launch,)
 
 
 def _tile(walk: Walk, elements: int, contiguous: int, num_warps: int) -> Config:
     """A tile of `elements`, `contiguous` of them along the dimension that is contiguous."""
+    columns, length = op.power_of_two(walk.columns), op.power_of_two(walk.length)
     if walk.is_along_columns:
-        columns = min(contiguous, power_of_two(walk.columns))
-        length = min(elements // columns, power_of_two(walk.length))
-        rows = min(max(1, elements // (columns * length)), power_of_two(walk.rows))
+        columns = min(contiguous, columns)
+        length = min(elements // columns, length)
     else:
-        length = min(contiguous, power_of_two(walk.length))
-        columns = min(elements // length, power_of_two(walk.columns))
-        rows = min(max(1, elements // (columns * length)), power_of_two(walk.rows))
-    return config(num_warps, 1, BLOCK_ROWS=rows, BLOCK_LENGTH=length, BLOCK_COLUMNS=columns)
+        length = min(contiguous, length)
+        columns = min(elements // length, columns)
+    rows = min(max(1, elements // (columns * length)), op.power_of_two(walk.rows))
+    return op.config(num_warps, 1, BLOCK_ROWS=rows, BLOCK_LENGTH=length, BLOCK_COLUMNS=columns)
 
 
 def configs(problem: Problem, target: Target) -> Iterator[Config]:
@@ -347,11 +299,11 @@ def default(problem: Problem, target: Target) -> Config:
     return _tile(walk, 2048, contiguous, num_warps=4)
 
 
-def cost(problem: Problem) -> Cost:
+@op.counted
+def cost(problem: Problem) -> int:
     """One operation per input element, four where its squared difference to the mean is summed."""
-    read, written = tensor_bytes(problem)
     operations = 4 if isinstance(problem.attributes, Variance) else 1
-    return Cost(operations * problem.inputs[0].spec.numel, read, written)
+    return operations * problem.inputs[0].spec.numel
 
 
 def _dims(g: Builder, a: Arguments) -> tuple[int, ...]:
@@ -412,13 +364,13 @@ def _with_places(g: Builder, a: Arguments, values: Any, x: Any) -> Any:
     return values, topk.place_of(g, x, a.dim, a.keepdim)
 
 
-def _op(name: str, reference: Any, captures: Mapping[str, Capture]) -> Op:
+def _op(name: str, captures: Mapping[str, Capture]) -> Op:
     kind = Variance if name in ("var", "std") else Reduce
     return Op(
         name=name,
         attributes=kind,
         infer=partial(infer, name),
-        reference=reference,
+        reference=partial(reference, name),
         launches=partial(_launches, name),
         configs=configs,
         default=default,
@@ -430,10 +382,9 @@ def _op(name: str, reference: Any, captures: Mapping[str, Capture]) -> Op:
 
 
 OPS = (
-    _op("sum", _sum, {name: _capture("sum") for name in ("sum.dim_IntList", "sum.default")}),
+    _op("sum", {name: _capture("sum") for name in ("sum.dim_IntList", "sum.default")}),
     _op(
         "mean",
-        _mean,
         {
             "mean.dim": _capture("mean"),
             "mean.default": _capture("mean"),
@@ -443,7 +394,6 @@ OPS = (
     ),
     _op(
         "amax",
-        _amax,
         {
             "amax.default": _capture("amax"),
             "max.default": _capture("amax"),
@@ -455,16 +405,15 @@ OPS = (
             ),
         },
     ),
-    _op("norm", _norm, {"linalg_vector_norm.default": _capture_norm}),
+    _op("norm", {"linalg_vector_norm.default": _capture_norm}),
     *(
         _op(
             name,
-            reference,
             {
                 f"{name}.correction": _capture_variance(name),
                 f"{name}.dim": _capture_variance(name),
             },
         )
-        for name, reference in (("var", _var), ("std", _std))
+        for name in ("var", "std")
     ),
 )

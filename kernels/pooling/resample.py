@@ -26,7 +26,7 @@ import triton
 import triton.language as tl
 
 from ...errors import InvalidInputError
-from ..contract.launch_tiles import tiled_launch, tiles_of
+from ..contract.launch_tiles import tiled_launch
 from ..contract.op import (
     Arguments,
     Attributes,
@@ -39,6 +39,7 @@ from ..contract.op import (
     config,
     tensor_bytes,
     tile_config,
+    tiles_of,
 )
 from ..contract.spec import Layout, TensorSpec
 from ..contract.targets import Target

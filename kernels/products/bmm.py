@@ -24,20 +24,19 @@ import triton.language as tl
 from ...errors import InvalidInputError
 from ..contract import epilogue as ep
 from ..contract.epilogue import Stage
+from ..contract.launch_tiles import tiled_launch
 from ..contract.op import (
     Arguments,
     Attributes,
     Builder,
     Config,
-    Cost,
     Launch,
     Op,
     Problem,
     W,
     X,
     Y,
-    operand_refs,
-    tensor_bytes,
+    counted,
 )
 from ..contract.spec import Layout, Operand, TensorSpec
 from ..contract.targets import Target
@@ -159,32 +158,13 @@ def reference(attributes: Bmm, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor
 
 @triton.jit
 def bmm_kernel(
-    x,
-    w,
-    y,
-    extras,
-    m,
-    HEIGHT: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    DEPTH: tl.constexpr,
-    X_MATRIX: tl.constexpr,
-    X_OFFSET: tl.constexpr,
-    X_ROW: tl.constexpr,
-    X_DEPTH: tl.constexpr,
-    W_MATRIX: tl.constexpr,
-    W_OFFSET: tl.constexpr,
-    W_DEPTH: tl.constexpr,
-    W_COLUMN: tl.constexpr,
-    Y_PITCH: tl.constexpr,
-    Y_OFFSET: tl.constexpr,
-    EPILOGUE: tl.constexpr,
-    PRECISION: tl.constexpr,
-    WIDE: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
+    x, w, y, extras, m, HEIGHT: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
+    X_MATRIX: tl.constexpr, X_OFFSET: tl.constexpr, X_ROW: tl.constexpr, X_DEPTH: tl.constexpr,
+    W_MATRIX: tl.constexpr, W_OFFSET: tl.constexpr, W_DEPTH: tl.constexpr, W_COLUMN: tl.constexpr,
+    Y_PITCH: tl.constexpr, Y_OFFSET: tl.constexpr, EPILOGUE: tl.constexpr, PRECISION: tl.constexpr,
+    WIDE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     GROUP_M: tl.constexpr,
-):
+):  # fmt: skip
     # m counts products; the tiles of one are neighbours, and share its factors in L2.
     row_tiles: tl.constexpr = (HEIGHT + BLOCK_M - 1) // BLOCK_M
     column_tiles: tl.constexpr = (COLUMNS + BLOCK_N - 1) // BLOCK_N
@@ -215,17 +195,9 @@ def bmm_kernel(
         b = tl.load(w_columns + (at * W_DEPTH)[:, None], mask=b_mask, other=0.0)
         acc = tl.dot(a, b, acc, input_precision=PRECISION)
     gemm.finish_tile(
-        acc,
-        y,
-        matrix * HEIGHT + rows,
-        columns,
-        row_mask,
-        column_mask,
-        extras,
-        EPILOGUE,
-        Y_PITCH,
+        acc, y, matrix * HEIGHT + rows, columns, row_mask, column_mask, extras, EPILOGUE, Y_PITCH,
         Y_OFFSET,
-    )
+    )  # fmt: skip
 
 
 def size_of(problem: Problem) -> choice.Size:
@@ -239,42 +211,34 @@ def size_of(problem: Problem) -> choice.Size:
 
 def launches(problem: Problem, tile: Config, target: Target) -> tuple[Launch, ...]:
     """One launch over the tiles of all products."""
-    attributes, (a, b), out = problem.attributes, problem.inputs, problem.output
+    attributes, (a, b), size = problem.attributes, problem.inputs, size_of(problem)
     assert isinstance(attributes, Bmm)
-    size = size_of(problem)
-    leading = out.shape[:-2]
+    leading = problem.output.shape[:-2]
     left = factor_of(attributes.left, a, leading)
     right = factor_of(attributes.right, b, leading)
     assert left is not None and right is not None
-    block_m, block_n = tile["BLOCK_M"], tile["BLOCK_N"]
-
-    launch = Launch(
-        kernel=bmm_kernel,
-        pointers={"x": X, "w": W, "y": Y},
-        extras=operand_refs(problem),
-        rows=size.groups,
-        batch=out.spec.batch,
-        block_rows=1,
-        columns=-(-size.rows // block_m) * -(-size.columns // block_n),
-        constexprs={
+    return tiled_launch(
+        problem,
+        tile,
+        bmm_kernel,
+        {
             "HEIGHT": size.rows, "COLUMNS": size.columns, "DEPTH": size.depth,
-            "X_MATRIX": ep.row_offset_function(left.sizes, left.leading), "X_OFFSET": a.offset,
+            "X_MATRIX": ep.row_offset_function(left.sizes, left.leading),
             "X_ROW": left.rows, "X_DEPTH": left.columns,
             "W_MATRIX": ep.row_offset_function(right.sizes, right.leading), "W_OFFSET": b.offset,
             "W_DEPTH": right.rows, "W_COLUMN": right.columns,
-            "Y_PITCH": out.pitch, "Y_OFFSET": out.offset,
-            "EPILOGUE": ep.for_output(problem.epilogue, problem.operands, out.spec),
             "PRECISION": choice.dot_precision(problem, size.depth),
-            "WIDE": problem.is_wide,
-            **dict(tile.blocks),
         },
-        num_warps=tile.num_warps,
-        num_stages=tile.num_stages,
+        pointers={"x": X, "w": W, "y": Y},
+        rows=size.groups,
+        block_rows=1,
+        columns=size.columns,
+        blocks=("BLOCK_M", "BLOCK_N"),
+        programs=-(-size.rows // tile["BLOCK_M"]),
         l2_bytes=choice.l2_bytes(problem, tile, size.depth),
         steps=size.steps(tile["BLOCK_K"]),
         step_instructions=choice.step_instructions(tile, size.dtype, taps=1),
     )  # fmt: skip
-    return (launch,)
 
 
 def configs(problem: Problem, target: Target) -> Iterator[Config]:
@@ -289,9 +253,6 @@ def default(problem: Problem, target: Target) -> Config:
     return choice.default_tile(size_of(problem), target)
 
 
-def cost(problem: Problem) -> Cost:
-    read, written = tensor_bytes(problem)
-    return Cost(size_of(problem).flops, read, written)
 
 
 def _product(
@@ -377,7 +338,7 @@ OP = Op(
     configs=configs,
     default=default,
     legal=legal,
-    cost=cost,
+    cost=counted(lambda problem: size_of(problem).flops),
     aten={
         "aten.bmm.default": lambda g, a: _product(g, a.self, a.mat2),
         "aten.mm.default": lambda g, a: _product(g, a.self, a.mat2),

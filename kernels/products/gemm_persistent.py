@@ -22,7 +22,7 @@ import triton.language as tl
 from ..contract import cost_model, programmatic_launch
 from ..contract.op import Config, Launch, Problem, Target
 from ..tile import choice, residual
-from . import gemm, gemm_loop
+from . import gemm
 
 BLOCK = "PERSISTENT"
 RESIDENT = (1, 2)
@@ -33,29 +33,12 @@ STAGES = 3
 
 @triton.jit
 def persistent_kernel(
-    x,
-    w,
-    y,
-    extras,
-    m,
-    C: tl.constexpr,
-    K: tl.constexpr,
-    X_PITCH: tl.constexpr,
-    X_OFFSET: tl.constexpr,
-    Y_PITCH: tl.constexpr,
-    Y_OFFSET: tl.constexpr,
-    EPILOGUE: tl.constexpr,
-    PROLOGUE: tl.constexpr,
-    FINITE: tl.constexpr,
-    PRECISION: tl.constexpr,
-    WIDE: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    GROUP_M: tl.constexpr,
-    TMA: tl.constexpr,
-    PDL: tl.constexpr,
-):
+    x, w, y, extras, m, C: tl.constexpr, K: tl.constexpr, X_PITCH: tl.constexpr,
+    X_OFFSET: tl.constexpr, Y_PITCH: tl.constexpr, Y_OFFSET: tl.constexpr, EPILOGUE: tl.constexpr,
+    PROLOGUE: tl.constexpr, FINITE: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
+    TMA: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
     column_tiles: tl.constexpr = (K + BLOCK_N - 1) // BLOCK_N
     row_tiles = tl.cdiv(m, BLOCK_M)
     programmatic_launch.wait(PDL)
@@ -63,10 +46,10 @@ def persistent_kernel(
         tl.program_id(0), row_tiles * column_tiles, tl.num_programs(0), flatten=True
     ):
         row_tile, column_tile = gemm.tile_index(tile, row_tiles, column_tiles, GROUP_M)
-        rows, columns, row_mask, column_mask = gemm_loop.places(
+        rows, columns, row_mask, column_mask = gemm.places(
             row_tile, column_tile, m, K, WIDE, BLOCK_M, BLOCK_N
         )
-        acc = gemm_loop.add_products(
+        acc = gemm.add_products(
             tl.zeros((BLOCK_M, BLOCK_N), tl.float32), x, w, row_tile, column_tile, rows, columns,
             row_mask, column_mask, 0, (C + BLOCK_K - 1) // BLOCK_K, extras, C, X_PITCH, X_OFFSET,
             PROLOGUE, FINITE, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K, TMA,

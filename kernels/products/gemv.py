@@ -17,6 +17,7 @@ import triton.language as tl
 
 from ..contract import cost_model
 from ..contract import epilogue as ep
+from ..contract.launch_tiles import tiled_launch
 from ..contract.op import Config, Launch, Problem, Target, W, X, Y, config, power_of_two
 from ..contract.spec import Operand
 from ..tile import choice
@@ -33,24 +34,11 @@ VECTOR_BYTES = 16
 
 @triton.jit
 def gemv_kernel(
-    x,
-    w,
-    y,
-    extras,
-    m,
-    C: tl.constexpr,
-    K: tl.constexpr,
-    X_PITCH: tl.constexpr,
-    X_OFFSET: tl.constexpr,
-    Y_PITCH: tl.constexpr,
-    Y_OFFSET: tl.constexpr,
-    EPILOGUE: tl.constexpr,
-    PROLOGUE: tl.constexpr,
-    WIDE: tl.constexpr,
-    ROWS: tl.constexpr,
-    BLOCK_N: tl.constexpr,
+    x, w, y, extras, m, C: tl.constexpr, K: tl.constexpr, X_PITCH: tl.constexpr,
+    X_OFFSET: tl.constexpr, Y_PITCH: tl.constexpr, Y_OFFSET: tl.constexpr, EPILOGUE: tl.constexpr,
+    PROLOGUE: tl.constexpr, WIDE: tl.constexpr, ROWS: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
-):
+):  # fmt: skip
     columns = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     rows = tl.arange(0, ROWS)
     depth = tl.arange(0, BLOCK_K)
@@ -177,34 +165,22 @@ def outline(size: choice.Size, tile: Config) -> Launch:
 
 def launch(problem: Problem, tile: Config, x: Operand, columns: int) -> Launch:
     """The product of `x` seen as a matrix of its innermost dimension with the packed weight."""
-    out = problem.output
     depth = ep.memory_sizes(x.spec)[-1]
     after, before = gemm.chains(problem)
-    rows = out.spec.numel // columns
+    rows = problem.output.spec.numel // columns
     modelled = outline(choice.Size(rows, columns, depth, x.spec.dtype), tile)
-    return Launch(
-        kernel=gemv_kernel,
+    (launch,) = tiled_launch(
+        problem,
+        tile,
+        gemv_kernel,
+        {"C": depth, "K": columns, "EPILOGUE": after, "PROLOGUE": before},
+        rows=rows,
+        columns=columns,
+        blocks=("ROWS", "BLOCK_N"),
         pointers={"x": X, "w": W, "y": Y},
         extras=gemm.all_extras(problem),
-        rows=rows,
-        batch=out.spec.batch,
-        block_rows=tile["ROWS"],
-        columns=modelled.columns,
-        constexprs={
-            "C": depth,
-            "K": columns,
-            "X_PITCH": x.pitch,
-            "X_OFFSET": x.offset,
-            "Y_PITCH": out.pitch,
-            "Y_OFFSET": out.offset,
-            "EPILOGUE": after,
-            "PROLOGUE": before,
-            "WIDE": problem.is_wide,
-            **dict(tile.blocks),
-        },
-        num_warps=tile.num_warps,
-        num_stages=tile.num_stages,
         l2_bytes=modelled.l2_bytes,
         instructions=modelled.instructions,
         steps=modelled.steps,
     )
+    return launch

@@ -5,7 +5,6 @@ x: (..., C) dense; w: (K, C), a constant; y: (..., K). fp32 accumulation. The bi
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,11 +18,10 @@ from ..contract.op import (
     Attributes,
     Builder,
     Config,
-    Cost,
     Launch,
     Op,
     Problem,
-    tensor_bytes,
+    counted,
 )
 from ..contract.spec import TensorSpec
 from ..contract.targets import Target
@@ -51,22 +49,10 @@ def launches(problem: Problem, tile: Config, target: Target) -> tuple[Launch, ..
     return (product.launch(problem, tile, target),)
 
 
-def configs(problem: Problem, target: Target) -> Iterator[Config]:
-    return product.configs(problem, target)
-
-
-def legal(problem: Problem, tile: Config, target: Target) -> str | None:
-    return product.legal(problem, tile, target)
-
-
-def default(problem: Problem, target: Target) -> Config:
-    return product.default(problem, target)
-
-
-def cost(problem: Problem) -> Cost:
+@counted
+def cost(problem: Problem) -> int:
     size = gemm.problem_size(problem)
-    read, written = tensor_bytes(problem)
-    return Cost(2 * size.rows * size.columns * size.depth, read, written)
+    return 2 * size.rows * size.columns * size.depth
 
 
 def _apply(g: Builder, x: Any, w: Any, b: Any) -> Any:
@@ -93,9 +79,9 @@ OP = Op(
     infer=infer,
     reference=reference,
     launches=launches,
-    configs=configs,
-    default=default,
-    legal=legal,
+    configs=product.configs,
+    default=product.default,
+    legal=product.legal,
     cost=cost,
     aten={
         "aten.linear.default": lambda g, a: _apply(g, a.input, a.weight, a.bias),

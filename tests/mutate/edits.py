@@ -62,9 +62,8 @@ EDITS = (
 LAUNCHED_BY = {
     "conv_chain_kernel": "conv_chain",
     "conv_tile": "conv_pool",
-    "gemm_loop": "gemm",
     "head_kernel": "head",
-    "normalize_kernel": "normalize",
+    "statistics": "normalize",
     "residual": "gemm",
     "scalars": "pointwise",
     "separable_kernels": "separable",

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 
 from .arithmetic import UnsupportedPtxError
-from .memory import Array, Shared, scatter
+from .memory import Array, scatter
 from .registers import Action, Registers
 from .source import Instruction
 from .tma import Boxes
@@ -30,20 +29,16 @@ class Copy:
 class Copies:
     """The copies of all threads. What they bring is in shared memory only after the wait."""
 
-    def __init__(self, shared: Shared, count: int) -> None:
-        self.shared = shared
-        self.committed = np.zeros(count, np.int64)
+    def __init__(self, machine: Registers, boxes: Boxes) -> None:
+        self.machine, self.shared, self.boxes = machine, machine.shared, boxes
+        self.committed = np.zeros(machine.count, np.int64)
         self.waiting: list[Copy] = []
 
-    def decoder(
-        self, machine: Registers, boxes: Boxes
-    ) -> Callable[[Instruction], Action]:
-        return lambda instruction: self._decode(machine, boxes, instruction)
-
-    def _decode(self, machine: Registers, boxes: Boxes, instruction: Instruction) -> Action:
+    def decode(self, instruction: Instruction) -> Action:
+        """`cp`. Raises: UnsupportedPtxError."""
         words = instruction.opcode[2:]
         if instruction.opcode[1:4] == ("async", "bulk", "tensor"):
-            return boxes.decode(instruction)
+            return self.boxes.decode(instruction)
         if instruction.opcode[1] != "async" or "bulk" in words or "mbarrier" in words:
             raise UnsupportedPtxError("this form")
         if words == ("commit_group",):
@@ -52,9 +47,10 @@ class Copies:
             return lambda lanes: self._wait(lanes, int(str(instruction.operands[0])))
         if words == ("wait_all",):
             return self._wait_for_all
-        return self._start(machine, instruction)
+        return self._start(instruction)
 
-    def _start(self, machine: Registers, instruction: Instruction) -> Action:
+    def _start(self, instruction: Instruction) -> Action:
+        machine = self.machine
         goal, source, size_text, *present = instruction.operands
         size = int(str(size_text), 0)
         shared = machine.address(goal, "b32")

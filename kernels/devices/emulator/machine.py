@@ -46,11 +46,11 @@ class Machine(Registers):
         super().__init__(
             kernel, memory, parameters, blocks, grid, threads, shared_bytes, order
         )
-        self.copies = asynchronous.Copies(self.shared, self.count)
         self.products = products.Pending(self)
         self.check = self.products.check
         self.accesses = Accesses(self)
         self.boxes = tma.Boxes(self, maps or {})
+        self.copies = asynchronous.Copies(self, self.boxes)
         self._made: dict[int, Action] = {}
 
     # Control.
@@ -155,7 +155,7 @@ class Machine(Registers):
         makers: dict[str, Callable[[Instruction], Action]] = {
             "ld": self.accesses.load, "st": self.accesses.store,
             "atom": self.accesses.atomic, "red": self.accesses.atomic,
-            "shfl": self._shuffle, "cp": self.copies.decoder(self, self.boxes), "mov": self._move,
+            "shfl": self._shuffle, "cp": self.copies.decode, "mov": self._move,
             "cvta": self.accesses.convert_address, "elect": self._elect,
             "redux": self._reduce, "mbarrier": self.boxes.decode,
         }  # fmt: skip

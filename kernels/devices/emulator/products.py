@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from ..barriers import SWIZZLES
 from . import values
 from .arithmetic import UnsupportedPtxError
 from .memory import Array, FaultError, gather, scatter, swizzled
@@ -262,10 +263,6 @@ class Pending:
         self.waiting = left
 
 
-SWIZZLE_BYTES = {0: 16, 1: 128, 2: 64, 3: 32}
-"""Of the mode in a descriptor's two highest bits: bytes of a row of the repeating pattern."""
-
-
 @dataclass(frozen=True)
 class Descriptor:
     """Where an operand lies in shared memory: bytes from the block's first, and strides."""
@@ -281,7 +278,7 @@ class Descriptor:
         if bits >> 49 & 7:
             raise UnsupportedPtxError("a matrix descriptor with a base offset")
         start, leading, stride = ((bits >> at & 0x3FFF) << 4 for at in (0, 16, 32))
-        return cls(start, leading, stride, SWIZZLE_BYTES[bits >> 62])
+        return cls(start, leading, stride, SWIZZLES[bits >> 62])
 
     def places(self, major: Array, depth: Array, size: int, transposed: bool) -> Array:
         """Positions of elements of `size` bytes.
