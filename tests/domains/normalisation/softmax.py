@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from convloom.kernels.contract.spec import MEMORY_FORMATS, Layout, TensorSpec
 from convloom.kernels.normalisation.softmax import Softmax
-from convloom.kernels.normalisation.statistics import HELD
+from convloom.kernels.normalisation.statistics import WHOLE
 
 from ..domain import Domain
 
@@ -34,7 +34,7 @@ def _domain() -> Domain:
         interesting=(
             {"shape": (3, 1500), "dim": 1, "nhwc": False},
             # Read in several pieces, the last one not full.
-            {"shape": (2, HELD + 809), "dim": 1, "nhwc": False},
+            {"shape": (2, WHOLE + 809), "dim": 1, "nhwc": False},
         ),
     )
 
