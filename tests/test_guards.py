@@ -66,8 +66,7 @@ NARROW = {
 """Kernels with matrix products whose loads need no asynchronous copies, and why."""
 
 ONE_STEP: dict[str, Callable[[Mapping[str, Any]], bool]] = {
-    "conv_chain_kernel": lambda has: has["FRONT"] is None
-    and has["WIDE_CHANNELS"] <= has["BLOCK_N"],
+    "conv_chain_kernel": lambda has: has["FRONT"] is None and has["Y"].K <= has["TILE"].N,
     "resident_kernel": lambda has: has["SPAN"] <= has["BLOCK_N"],
 }
 """Kernels whose loop has a single step with these constants, though their launch does not say so:
