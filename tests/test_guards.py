@@ -65,9 +65,8 @@ NARROW = {
 """Kernels with matrix products whose loads need no asynchronous copies, and why."""
 
 ONE_STEP: dict[str, Callable[[Mapping[str, Any]], bool]] = {
-    "conv_chain_kernel": lambda has: has["FRONT"] is None
-    and has["WIDE_CHANNELS"] <= has["BLOCK_N"],
-    "resident_kernel": lambda has: has["SPAN"] <= has["BLOCK_N"],
+    "conv_chain_kernel": lambda has: has["FRONT"] is None and has["Y"].K <= has["TILE"].N,
+    "resident_kernel": lambda has: has["TILE"].SPAN <= has["TILE"].N,
 }
 """Kernels whose loop has a single step with these constants, though their launch does not say so:
 there is nothing to pipeline, and operands are loaded directly, 16 bytes at a time."""

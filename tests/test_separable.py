@@ -171,7 +171,7 @@ MESSAGES: tuple[tuple[Separable, tuple[TensorSpec, ...], str], ...] = (
     (Separable(CONV), (X, W1), "expected 3 inputs, got 2"),
     (Separable(CONV, keep=False), (X, W1, W2), "without an expansion, expected keep=True"),
     (Separable(CONV), (X, W1.with_(shape=(16, 1, 3, 3)), W2), "one filter per channel"),
-    (Separable(CONV), (X, W1, W2.with_(shape=(4, 8, 3, 3))), "expected a 1x1 filter as w2"),
+    (Separable(CONV), (X, W1, W2.with_(shape=(4, 8, 3, 3))), "a weight (K,8,1,1) as w2"),
     (Separable(CONV, (Stage("add"),)), (X, W1, channels(3), W2), "read after depthwise"),
     (Separable(CONV, (), (Stage("add"),)), (X, W1, W2, channels(3)), "read after project"),
 )

@@ -17,40 +17,26 @@ again for each image, which is why only those that fit the L1 cache are taken.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, field
-from functools import partial
+from itertools import pairwise
 from typing import Any
 
 import torch
 
 from ...errors import InvalidInputError
-from ..contract import epilogue as ep
-from ..contract.op import (
-    Attributes,
-    Config,
-    Cost,
-    Launch,
-    Op,
-    Problem,
-    Ref,
-    Scratch,
-    X,
-    Y,
-    config,
-    operand_refs,
-    power_of_two,
-    tensor_bytes,
-)
+from ..contract import op
+from ..contract.op import Attributes, Config, Cost, Launch, Op, Problem, Ref, Scratch, X, Y
 from ..contract.spec import Operand, TensorSpec
 from ..contract.targets import Target
 from ..convolution import conv2d
 from ..pooling.pool_window import MaxPool2d
 from ..tile import choice
-from ..tile.conv_geometry import Conv2d
-from . import conv_pool, conv_tile, head
+from ..tile.geometry import Image
+from . import conv_pool, conv_tile, head, links
 from .conv_pool import ConvPool
 from .head import Head
+from .links import Link
 from .small_net_kernel import small_net_kernel
 
 MOST_LAYERS = 3
@@ -71,14 +57,23 @@ class SmallNet(Attributes):
     layers: tuple[ConvPool, ...] = (ConvPool(),)
     head: Head = field(default_factory=Head)
 
+    @property
+    def links(self) -> tuple[Link, ...]:
+        """Each convolution with the stages in front of its pooling, those behind it, and the links
+        of the head."""
+        chain: list[Link] = []
+        for number, layer in enumerate(self.layers, 1):
+            stay, move = conv_pool.split_stages(layer)
+            chain.append(Link(f"layer{number}", (f"v{number}",), stay, layer.conv))
+            chain.append(Link(f"pooled{number}", (), move))
+        return (*chain, *self.head.chain)
+
     def parts(self, values: tuple[Any, ...]) -> tuple[tuple[Any, ...], ...]:
         """The inputs of each layer but its x, and last those of the head."""
-        parts, at = [], 1
-        for layer in self.layers:
-            stop = at + 1 + ep.operand_count(layer.stages)
-            parts.append(values[at:stop])
-            at = stop
-        return (*parts, values[at:])
+        where = links.slots(self.links).links
+        starts = [where[link.name].start for link in self.links if link.conv is not None]
+        starts.append(1 + len(values) - links.slots(self.head.chain).count)
+        return (*(values[start:stop] for start, stop in pairwise(starts)), values[starts[-1] :])
 
 
 def unsupported(attributes: SmallNet, inputs: tuple[TensorSpec, ...]) -> str | None:
@@ -89,13 +84,11 @@ def unsupported(attributes: SmallNet, inputs: tuple[TensorSpec, ...]) -> str | N
         return "a convolution has stages before it; the kernel applies none"
     if attributes.head.average:
         return "the classifier averages pixels; the kernel takes them flattened"
-    *layers, last = attributes.parts(inputs)
-    for part in layers:
+    for part in attributes.parts(inputs)[:-1]:
         if part[0].shape[0] > MOST_CHANNELS:
             return f"{part[0].shape[0]} channels do not fit one tile (at most {MOST_CHANNELS})"
-    weights = [part[0] for part in layers]
-    weights += [part[0] for part in attributes.head.parts((inputs[0], *last))]
-    size = sum(weight.size_bytes for weight in weights)
+    own = links.tensors(attributes.links, inputs)
+    size = sum(own[name].size_bytes for name in links.weights(attributes.links))
     if size > MOST_WEIGHTS:
         return f"{size} bytes of weights do not fit a multiprocessor (at most {MOST_WEIGHTS})"
     return None
@@ -117,10 +110,7 @@ def _rows(spec: TensorSpec) -> TensorSpec:
 
 def infer(attributes: SmallNet, inputs: tuple[TensorSpec, ...]) -> tuple[TensorSpec, ...]:
     """(N, classes)."""
-    wanted = 1 + sum(1 + ep.operand_count(layer.stages) for layer in attributes.layers)
-    wanted += attributes.head.inputs - 1
-    if len(inputs) != wanted:
-        raise InvalidInputError(f"small_net: expected {wanted} inputs, got {len(inputs)}")
+    links.check_count("small_net", attributes.links, inputs)
     if (reason := unsupported(attributes, inputs)) is not None:
         raise InvalidInputError(f"small_net: {reason}")
     last = tensors(attributes, inputs)[-1]
@@ -161,58 +151,49 @@ def _head_problem(problem: Problem) -> Problem:
 def launches(problem: Problem, tile: Config, target: Target) -> tuple[Launch, ...]:
     """One launch, one program per image."""
     attributes, y, specs = _attributes(problem), problem.output, _tensors(problem)
-    extras = list(operand_refs(problem))
+    inputs = tuple(operand.spec for operand in problem.inputs)
+    parts, x, written = attributes.parts(problem.inputs), problem.inputs[0], 0
+    chain = head.results(attributes.head, (_rows(specs[-1]), *attributes.parts(inputs)[-1]))
+    for number, (layer, part) in enumerate(zip(attributes.layers, parts, strict=False), 1):
+        chain[f"layer{number}"] = _result(layer, specs[number - 1], part)
+        chain[f"pooled{number}"] = specs[number]
+    exchanged = sum(spec.numel for spec in specs[1:-1])
+    inner = math.prod(specs[-1].shape[1:])
+    image = Image(1, 1, inner, inner, exchanged)
+    classifier, bound = head.bind(
+        problem, attributes.head, attributes.links, chain, image, tile
+    )
     weights: dict[str, Ref] = {}
     constants: dict[str, Any] = {"LAYERS": len(attributes.layers)}
     for number in range(1, MOST_LAYERS + 1):
         # Absent layers are compiled out; their pointers are never read.
         weights[f"v{number}"], constants[f"GEOMETRY{number}"] = Ref("input", 1), ()
         constants |= {f"STAGES{number}": None, f"MOVED{number}": None, f"COLUMNS{number}": 16}
-    at, x, written = 1, problem.inputs[0], 0
-    parts = attributes.parts(problem.inputs)
     for number, (each, part) in enumerate(zip(attributes.layers, parts, strict=False), 1):
-        result = _result(each, x.spec, part)
-        stay, move = conv_pool.split_stages(each)
-        reads = tuple(ep.access(operand, result) for operand in part[1:])
-        kept = ep.operand_count(stay)
-        pooled = specs[number]
-        moved = tuple(ep.access(operand, pooled) for operand in part[1 + kept :])
-        first = len(extras)
-        extras += [Ref("input", at + 1 + index) for index in range(len(part) - 1)]
-        weights[f"v{number}"] = Ref("input", at)
-        name = f"layer{number}"
+        result, pooled = chain[f"layer{number}"], specs[number]
+        weights[f"v{number}"] = bound.tensors[f"v{number}"]
         constants |= {
-            f"STAGES{number}": ep.generate(
-                stay, reads[:kept], ep.memory_sizes(result), first, f"{name}_stages"
-            ),
-            f"MOVED{number}": ep.generate(
-                move, moved, ep.memory_sizes(pooled), first + kept, f"{name}_pooled"
-            ),
+            f"STAGES{number}": bound.functions[f"layer{number}"],
+            f"MOVED{number}": bound.functions[f"pooled{number}"],
             f"GEOMETRY{number}": _geometry(each, x, part, result, pooled, written),
-            f"COLUMNS{number}": max(16, power_of_two(part[0].shape[0])),
+            f"COLUMNS{number}": max(16, op.power_of_two(part[0].shape[0])),
         }
-        at += len(part)
         x = Operand(pooled, pooled.shape[1], written)
         written += pooled.numel
-    links = head.bind_links(
-        attributes.head, (x, *parts[-1]), _rows(specs[-1]), at, tuple(extras), tile
-    )
     launch = Launch(
         kernel=small_net_kernel,
-        pointers={"x": X, **weights, **links.weights, "y": Y, "between": Ref("scratch", 0)},
-        extras=links.extras,
+        pointers={"x": X, **weights, "y": Y, "between": Ref("scratch", 0)},
+        extras=bound.extras,
         rows=y.shape[0],
         batch=y.spec.batch,
         block_rows=1,
         columns=1,
         constexprs={
-            "C": math.prod(specs[-1].shape[1:]), "LAST_OFFSET": x.offset,
-            "Y_PITCH": y.pitch, "Y_OFFSET": y.offset,
-            "SOFTMAX": attributes.head.softmax,
-            "EPILOGUE": ep.for_output(problem.epilogue, problem.operands, y.spec),
+            "HEAD": classifier,
             "PRECISION": choice.dot_precision(problem, 16),
             "WIDE": problem.is_wide or written >= 2**31,
-            **constants, **links.constants, **dict(tile.blocks),
+            "BLOCK_PIXELS": tile["BLOCK_PIXELS"], "BLOCK_DEPTH": tile["BLOCK_DEPTH"],
+            **constants,
         },
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
@@ -269,13 +250,13 @@ def _steps(problem: Problem, tile: Config) -> int:
     for spec, part in zip(specs[1:], parts, strict=False):
         tiles = -(-4 * math.prod(spec.shape[2:]) // tile["BLOCK_PIXELS"])
         count += tiles * _depth(part, tile["BLOCK_DEPTH"])
-    links = len(_attributes(problem).head.links)
-    return count + -(-math.prod(specs[-1].shape[1:]) // tile["BLOCK_K"]) + links - 1
+    linked = len(_attributes(problem).head.links)
+    return count + -(-math.prod(specs[-1].shape[1:]) // tile["BLOCK_K"]) + linked - 1
 
 
 def _tile(problem: Problem, pixels: int, depth: int, warps: int, stages: int) -> Config:
-    inner = max(16, power_of_two(math.prod(_tensors(problem)[-1].shape[1:])))
-    return config(
+    inner = max(16, op.power_of_two(math.prod(_tensors(problem)[-1].shape[1:])))
+    return op.config(
         warps, stages, BLOCK_PIXELS=pixels, BLOCK_DEPTH=depth, BLOCK_M=16, BLOCK_K=min(inner, 64)
     )
 
@@ -299,7 +280,7 @@ def legal(problem: Problem, tile: Config, target: Target) -> str | None:
     if (reason := head.legal(alone, tile, target)) is not None:
         return reason
     parts = _attributes(problem).parts(problem.inputs)[:-1]
-    widest = max(max(16, power_of_two(p[0].shape[0])) for p in parts)
+    widest = max(max(16, op.power_of_two(p[0].shape[0])) for p in parts)
     # Gathered operands take registers for addresses and masks.
     elements = tile["BLOCK_PIXELS"] * max(widest, tile["BLOCK_DEPTH"]) // (32 * tile.num_warps)
     if elements > 64:
@@ -311,7 +292,7 @@ def default(problem: Problem, target: Target) -> Config:
     """128 pixels at a time; more warps where the classifier is wide."""
     if target.name == "interpreter":
         pixels = 4 * max(math.prod(spec.shape[2:]) for spec in _tensors(problem)[1:])
-        return _tile(problem, max(16, min(1024, power_of_two(pixels))), 512, 1, 1)
+        return _tile(problem, max(16, min(1024, op.power_of_two(pixels))), 512, 1, 1)
     tiles = [
         _tile(problem, pixels, 32, warps, 2)
         for warps in (4, 8)
@@ -328,25 +309,8 @@ def cost(problem: Problem) -> Cost:
     for spec, part in zip(specs[1:], parts, strict=False):
         _, c, r, s = part[0].shape
         flops += 2 * 4 * spec.numel * c * r * s
-    read, written = tensor_bytes(problem)
+    read, written = op.tensor_bytes(problem)
     return Cost(flops, read, written)
-
-
-def _pack(conv: Conv2d, _: SmallNet, w: torch.Tensor) -> torch.Tensor:
-    return conv2d.pack(conv, w)
-
-
-def packs(attributes: SmallNet) -> Mapping[int, Callable[[Any, torch.Tensor], torch.Tensor]]:
-    """Filters as conv2d packs them, the head's weights as they are."""
-    slots = range(1 + sum(1 + ep.operand_count(each.stages) for each in attributes.layers))
-    last = range(slots.stop, slots.stop + attributes.head.inputs - 1)
-    parts = attributes.parts((*slots, *last))
-    found: dict[int, Callable[[Any, torch.Tensor], torch.Tensor]] = {}
-    for each, part in zip(attributes.layers, parts, strict=False):
-        found[part[0]] = partial(_pack, each.conv)
-    for part in attributes.head.parts((0, *parts[-1])):
-        found[part[0]] = lambda _, w: w.contiguous()
-    return found
 
 
 OP = Op(
@@ -361,6 +325,6 @@ OP = Op(
     cost=cost,
     # Small logits, as for `head`.
     input_range=(-0.5, 0.5),
-    packs=packs,
+    packs=lambda net: links.packs(net.links),
     images=True,
 )

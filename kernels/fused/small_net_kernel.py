@@ -67,9 +67,6 @@ def small_net_kernel(
     v1,
     v2,
     v3,
-    w1,
-    w2,
-    w3,
     y,
     between,
     extras,
@@ -87,27 +84,11 @@ def small_net_kernel(
     COLUMNS1: tl.constexpr,
     COLUMNS2: tl.constexpr,
     COLUMNS3: tl.constexpr,
-    LAST_OFFSET: tl.constexpr,
-    C: tl.constexpr,
-    K1: tl.constexpr,
-    K2: tl.constexpr,
-    K3: tl.constexpr,
-    Y_PITCH: tl.constexpr,
-    Y_OFFSET: tl.constexpr,
-    SOFTMAX: tl.constexpr,
-    LINK1: tl.constexpr,
-    LINK2: tl.constexpr,
-    LINK3: tl.constexpr,
-    EPILOGUE: tl.constexpr,
+    HEAD: tl.constexpr,
     PRECISION: tl.constexpr,
     WIDE: tl.constexpr,
-    BLOCK_1: tl.constexpr,
-    BLOCK_2: tl.constexpr,
-    BLOCK_3: tl.constexpr,
     BLOCK_PIXELS: tl.constexpr,
     BLOCK_DEPTH: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_K: tl.constexpr,
 ):
     image = tl.program_id(0)
     if WIDE:
@@ -127,9 +108,5 @@ def small_net_kernel(
             BLOCK_PIXELS, COLUMNS3, BLOCK_DEPTH,
         )  # fmt: skip
     # A matrix product takes 16 rows at least; this image is the first of them.
-    index = tl.arange(0, BLOCK_M)
-    classify(
-        between, w1, w2, w3, y, extras, image + index, index < 1, C, 1, K1, K2, K3,
-        C, LAST_OFFSET, Y_PITCH, Y_OFFSET, False, SOFTMAX, LINK1, LINK2, LINK3, EPILOGUE,
-        PRECISION, BLOCK_1, BLOCK_2, BLOCK_3, BLOCK_M, BLOCK_K, 1,
-    )  # fmt: skip
+    index = tl.arange(0, HEAD.M)
+    classify(between, y, extras, image + index, index < 1, HEAD)

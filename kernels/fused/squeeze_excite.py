@@ -26,24 +26,13 @@ import triton.language as tl
 
 from ...errors import InvalidInputError
 from ..contract import epilogue as ep
-from ..contract.op import (
-    Attributes,
-    Config,
-    Cost,
-    Launch,
-    Op,
-    Problem,
-    Ref,
-    W,
-    X,
-    Y,
-    config,
-    operand_refs,
-    power_of_two,
-    tensor_bytes,
-)
+from ..contract import op
+from ..contract.op import Attributes, Config, Cost, Launch, Op, Problem, Y
 from ..contract.spec import Layout, TensorSpec
 from ..contract.targets import Target
+from ..tile.geometry import Image, Output
+from . import links
+from .links import Link
 
 MOST_CHANNELS = 4096
 """Channels that one tile holds: 8 per thread at 16 warps."""
@@ -54,6 +43,11 @@ class SqueezeExcite(Attributes):
     """The stages F after W1, its bias and activation. Inputs: x, w1, w2, operands of F."""
 
     after_squeeze: ep.Epilogue = ()
+
+    @property
+    def links(self) -> tuple[Link, ...]:
+        """One, with both weights: the other product is followed by the epilogue."""
+        return (Link("w1", ("w1", "w2"), self.after_squeeze),)
 
 
 def _hidden(inputs: tuple[TensorSpec, ...]) -> TensorSpec:
@@ -66,9 +60,7 @@ def _hidden(inputs: tuple[TensorSpec, ...]) -> TensorSpec:
 
 def infer(attributes: SqueezeExcite, inputs: tuple[TensorSpec, ...]) -> tuple[TensorSpec, ...]:
     """(N, C, 1, 1), or (N, C) where the weights are those of linear layers."""
-    expected = 3 + ep.operand_count(attributes.after_squeeze)
-    if len(inputs) != expected:
-        raise InvalidInputError(f"squeeze_excite: expected {expected} inputs, got {len(inputs)}")
+    links.check_count("squeeze_excite", attributes.links, inputs)
     x, w1, w2, *operands = inputs
     if x.rank != 4 or min(x.shape[2:]) < 1:
         raise InvalidInputError(f"squeeze_excite: expected x (N,C,H,W) with pixels, got {x}")
@@ -81,11 +73,7 @@ def infer(attributes: SqueezeExcite, inputs: tuple[TensorSpec, ...]) -> tuple[Te
             f"{w1} and {w2}"
         )
     t = _hidden(inputs)
-    for operand in operands:
-        if not ep.broadcasts(operand, t):
-            raise InvalidInputError(
-                f"squeeze_excite: {operand}, read after w1, does not broadcast to {t}"
-            )
+    links.check_operands("squeeze_excite", "w1", operands, t)
     return (t.with_(shape=(x.shape[0], channels, *ones)),)
 
 
@@ -112,33 +100,31 @@ def squeeze_excite_kernel(
     y,
     extras,
     m,
-    C: tl.constexpr,
+    IMAGE: tl.constexpr,
     HIDDEN: tl.constexpr,
-    PIXELS: tl.constexpr,
-    X_PITCH: tl.constexpr,
-    X_OFFSET: tl.constexpr,
-    Y_PITCH: tl.constexpr,
-    Y_OFFSET: tl.constexpr,
     AFTER_SQUEEZE: tl.constexpr,
-    EPILOGUE: tl.constexpr,
+    OUTPUT: tl.constexpr,
     WIDE: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_PIXELS: tl.constexpr,
     BLOCK_HIDDEN: tl.constexpr,
 ):
     # m counts images, one per program; w1 and w2 are both (HIDDEN, C).
+    C: tl.constexpr = IMAGE.C
+    PIXELS: tl.constexpr = IMAGE.H * IMAGE.W
     row = tl.program_id(0) + tl.arange(0, 1)
     channels = tl.arange(0, BLOCK_C)
     exists = channels < C
     row_mask = row < m
     if WIDE:
         row = row.to(tl.int64)
-    first = x + X_OFFSET + (row * (PIXELS * X_PITCH))[:, None] + channels[None, :]
+    first = x + IMAGE.offset + (row * (PIXELS * IMAGE.row_stride))[:, None] + channels[None, :]
     total = tl.zeros((BLOCK_PIXELS, BLOCK_C), tl.float32)
     for start in range(0, PIXELS, BLOCK_PIXELS):
         pixels = start + tl.arange(0, BLOCK_PIXELS)
         inside = (pixels < PIXELS)[:, None] & exists[None, :]
-        total += tl.load(first + (pixels * X_PITCH)[:, None], mask=inside, other=0.0).to(tl.float32)
+        tile = first + (pixels * IMAGE.row_stride)[:, None]
+        total += tl.load(tile, mask=inside, other=0.0).to(tl.float32)
     mean = tl.sum(total, axis=0) / PIXELS
     # Every lane keeps its own part of the sum over hidden units until the end.
     partial = tl.zeros((BLOCK_HIDDEN, BLOCK_C), tl.float32)
@@ -155,53 +141,43 @@ def squeeze_excite_kernel(
         hidden = tl.where(known[None, :], hidden, 0.0)
         partial += up * tl.reshape(hidden, (BLOCK_HIDDEN, 1))
     gate = tl.sum(partial, axis=0)[None, :]
-    gate = EPILOGUE(gate, row, channels, row_mask, exists, extras)
-    address = y + Y_OFFSET + (row * Y_PITCH)[:, None] + channels[None, :]
-    tl.store(address, gate.to(y.dtype.element_ty), mask=row_mask[:, None] & exists[None, :])
+    gate = OUTPUT.epilogue(gate, row, channels, row_mask, exists, extras)
+    links.store_tile(y, gate, row, channels, row_mask, exists, OUTPUT)
 
 
 def launches(problem: Problem, tile: Config, target: Target) -> tuple[Launch, ...]:
     """One launch of one program per image."""
     attributes = problem.attributes
     assert isinstance(attributes, SqueezeExcite)
-    x, out, operands = problem.inputs[0], problem.output, problem.inputs[3:]
-    refs = operand_refs(problem)
+    x, out = problem.inputs[0], problem.output
     hidden = _hidden(tuple(operand.spec for operand in problem.inputs))
-    reads = tuple(ep.access(operand, hidden) for operand in operands)
-    squeeze = ep.generate(
-        attributes.after_squeeze, reads, ep.memory_sizes(hidden), len(refs), "after_squeeze"
-    )
+    refs = op.operand_refs(problem)
+    bound = links.bind(attributes.links, problem.inputs, {"w1": hidden}, refs)
+    epilogue = ep.for_output(problem.epilogue, problem.operands, out.spec)
     n, channels, pixels, units = _sizes(problem)
     itemsize = x.spec.dtype.itemsize
     launch = Launch(
         kernel=squeeze_excite_kernel,
-        pointers={"x": X, "w1": W, "w2": Ref("input", 2), "y": Y},
-        extras=(*refs, *(Ref("input", 3 + index) for index in range(len(operands)))),
+        pointers={**bound.tensors, "y": Y},
+        extras=bound.extras,
         rows=n,
         batch=out.spec.batch,
         block_rows=1,
         columns=1,
         constexprs={
-            "C": channels,
-            "HIDDEN": units,
-            "PIXELS": pixels,
-            "X_PITCH": x.pitch,
-            "X_OFFSET": x.offset,
-            "Y_PITCH": out.pitch,
-            "Y_OFFSET": out.offset,
-            "AFTER_SQUEEZE": squeeze,
-            "EPILOGUE": ep.for_output(problem.epilogue, problem.operands, out.spec),
+            "IMAGE": Image.of(x), "HIDDEN": units, "AFTER_SQUEEZE": bound.functions["w1"],
+            "OUTPUT": Output.of(out, epilogue),
             "WIDE": problem.is_wide,
-            "BLOCK_C": power_of_two(channels),
+            "BLOCK_C": op.power_of_two(channels),
             **dict(tile.blocks),
         },
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
         l2_bytes=(pixels + 2 * units) * channels * itemsize,
         # A load serves eight elements; conversion and addition, or conversion and multiplication.
-        instructions=(2 * pixels + 4 * units) * power_of_two(channels),
+        instructions=(2 * pixels + 4 * units) * op.power_of_two(channels),
         steps=-(-pixels // tile["BLOCK_PIXELS"]) + -(-units // tile["BLOCK_HIDDEN"]),
-    )
+    )  # fmt: skip
     return (launch,)
 
 
@@ -214,13 +190,10 @@ def _sizes(problem: Problem) -> tuple[int, int, int, int]:
 def _tile(problem: Problem, warps: int, per_thread: int) -> Config:
     """Blocks of pixels and of hidden units with that many elements per thread."""
     _, channels, pixels, units = _sizes(problem)
-    most = max(1, 32 * warps * per_thread // power_of_two(channels))
-    return config(
-        warps,
-        1,
-        BLOCK_PIXELS=min(most, power_of_two(pixels)),
-        BLOCK_HIDDEN=min(most, power_of_two(units)),
-    )
+    most = max(1, 32 * warps * per_thread // op.power_of_two(channels))
+    sizes = {"PIXELS": pixels, "HIDDEN": units}
+    blocks = {f"BLOCK_{name}": min(most, op.power_of_two(size)) for name, size in sizes.items()}
+    return op.config(warps, 1, **blocks)
 
 
 def configs(problem: Problem, target: Target) -> Iterator[Config]:
@@ -244,7 +217,7 @@ def default(problem: Problem, target: Target) -> Config:
     _, channels, pixels, units = _sizes(problem)
     if target.name == "interpreter":
         return _tile(problem, 1, 1 << 15)
-    elements = power_of_two(channels) * max(pixels, units)
+    elements = op.power_of_two(channels) * max(pixels, units)
     warps = 16 if elements >= 1 << 16 else 8 if elements >= 1 << 13 else 4
     return _tile(problem, warps, 32)
 
@@ -252,7 +225,7 @@ def default(problem: Problem, target: Target) -> Config:
 def cost(problem: Problem) -> Cost:
     """The mean, and two products with one row per image."""
     n, channels, pixels, units = _sizes(problem)
-    read, written = tensor_bytes(problem)
+    read, written = op.tensor_bytes(problem)
     return Cost(n * channels * (pixels + 4 * units), read, written)
 
 

@@ -24,28 +24,15 @@ import triton
 import triton.language as tl
 
 from ...errors import InvalidInputError
-from ..contract import cost_model
-from ..contract import epilogue as ep
-from ..contract.op import (
-    Attributes,
-    Config,
-    Cost,
-    Launch,
-    Op,
-    Problem,
-    W,
-    X,
-    Y,
-    config,
-    operand_refs,
-    power_of_two,
-    tensor_bytes,
-)
+from ..contract import cost_model, op
+from ..contract.op import Attributes, Config, Cost, Launch, Op, Problem, W, X, Y
 from ..contract.spec import TensorSpec
 from ..contract.targets import Target
 from ..tile import choice, conv_geometry
 from ..tile.conv_geometry import Conv2d
-from .stem_input import check_normalisation, normalised, side_by_side, strides_of_image
+from ..tile.geometry import Window, tile_launch
+from .links import store_tile
+from .stem_input import StridedImage, check_normalisation, normalised, side_by_side
 
 MOST_TERMS = {torch.float16: 160, torch.bfloat16: 160, torch.float32: 48}
 """Terms of one sum, all unrolled, that fit registers. 7x7 over 3 channels takes 146 registers on
@@ -100,50 +87,32 @@ def stem_kernel(
     y,
     extras,
     m,
-    H: tl.constexpr,
-    WIDTH: tl.constexpr,
-    K: tl.constexpr,
-    P: tl.constexpr,
-    Q: tl.constexpr,
-    R: tl.constexpr,
-    S: tl.constexpr,
+    IMAGE: tl.constexpr,
+    WINDOW: tl.constexpr,
+    OUTPUT: tl.constexpr,
     TERMS: tl.constexpr,
-    STRIDE_H: tl.constexpr,
-    STRIDE_W: tl.constexpr,
-    TOP: tl.constexpr,
-    LEFT: tl.constexpr,
-    DILATION_H: tl.constexpr,
-    DILATION_W: tl.constexpr,
-    X_SAMPLE: tl.constexpr,
-    X_CHANNEL: tl.constexpr,
-    X_ROW: tl.constexpr,
-    X_COLUMN: tl.constexpr,
-    X_OFFSET: tl.constexpr,
     W_PITCH: tl.constexpr,
-    Y_PITCH: tl.constexpr,
-    Y_OFFSET: tl.constexpr,
     MEAN: tl.constexpr,
     SCALE: tl.constexpr,
-    EPILOGUE: tl.constexpr,
-    PRECISION: tl.constexpr,
-    WIDE: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
     LEVELS: tl.constexpr,
+    TILE: tl.constexpr,
 ):
-    column_tiles: tl.constexpr = (K + BLOCK_N - 1) // BLOCK_N
+    BLOCK_M: tl.constexpr = TILE.M
+    BLOCK_N: tl.constexpr = TILE.N
+    BLOCK_K: tl.constexpr = TILE.K
+    taps: tl.constexpr = WINDOW.R * WINDOW.S
+    column_tiles: tl.constexpr = (OUTPUT.K + BLOCK_N - 1) // BLOCK_N
     program = tl.program_id(0)
     rows = program // column_tiles * BLOCK_M + tl.arange(0, BLOCK_M)
     columns = program % column_tiles * BLOCK_N + tl.arange(0, BLOCK_N)
     row_mask = rows < m
-    column_mask = columns < K
-    if WIDE:
+    column_mask = columns < OUTPUT.K
+    if TILE.wide:
         rows = rows.to(tl.int64)
-    image = rows // (P * Q)
-    top = (rows // Q % P).to(tl.int32) * STRIDE_H - TOP
-    left = (rows % Q).to(tl.int32) * STRIDE_W - LEFT
-    corner = x + X_OFFSET + (image * X_SAMPLE + top * X_ROW + left * X_COLUMN)
+    image = rows // (OUTPUT.P * OUTPUT.Q)
+    top = (rows // OUTPUT.Q % OUTPUT.P).to(tl.int32) * WINDOW.stride_h - WINDOW.top
+    left = (rows % OUTPUT.Q).to(tl.int32) * WINDOW.stride_w - WINDOW.left
+    corner = x + IMAGE.offset + (image * IMAGE.sample + top * IMAGE.row + left * IMAGE.column)
     # Rows past the end get a position that no tap brings inside the image: one mask serves both.
     top = tl.where(row_mask, top, -1048576)
     w_tile = w + (columns * W_PITCH)[:, None] + tl.arange(0, BLOCK_K)[None, :]
@@ -152,62 +121,47 @@ def stem_kernel(
         values = ()
         for term in tl.static_range(start, start + BLOCK_K):
             if term < TERMS:
-                channel = term // (R * S)
-                r = term // S % R * DILATION_H
-                s = term % S * DILATION_W
-                inside = ((top + r).to(tl.uint32, bitcast=True) < H) & (
-                    (left + s).to(tl.uint32, bitcast=True) < WIDTH
+                channel = term // taps
+                r = term // WINDOW.S % WINDOW.R * WINDOW.dilation_h
+                s = term % WINDOW.S * WINDOW.dilation_w
+                inside = ((top + r).to(tl.uint32, bitcast=True) < IMAGE.H) & (
+                    (left + s).to(tl.uint32, bitcast=True) < IMAGE.W
                 )
                 # Neighbouring threads load neighbouring pixels.
-                offset = channel * X_CHANNEL + r * X_ROW + s * X_COLUMN
+                offset = channel * IMAGE.channel + r * IMAGE.row + s * IMAGE.column
                 value = tl.load(corner + offset, mask=inside, other=0.0).to(tl.float32)
                 if MEAN is not None:
                     # The border is zero after the normalisation, not before it.
-                    value = (value - MEAN[term // (R * S)]) * SCALE[term // (R * S)]
+                    value = (value - MEAN[term // taps]) * SCALE[term // taps]
                     value = tl.where(inside, value, 0.0)
             else:
                 value = tl.zeros((BLOCK_M,), tl.float32)
             values = values + (value,)
         a = side_by_side(values, BLOCK_K, LEVELS).to(w.dtype.element_ty)
         b = tl.load(w_tile + start, mask=column_mask[:, None], other=0.0)
-        acc = tl.dot(a, b.T, acc, input_precision=PRECISION)
-    acc = EPILOGUE(acc, rows, columns, row_mask, column_mask, extras)
-    address = y + Y_OFFSET + (rows * Y_PITCH)[:, None] + columns[None, :]
-    mask = row_mask[:, None] & column_mask[None, :]
-    tl.store(address, acc.to(y.dtype.element_ty), mask=mask)
+        acc = tl.dot(a, b.T, acc, input_precision=TILE.precision)
+    acc = OUTPUT.epilogue(acc, rows, columns, row_mask, column_mask, extras)
+    store_tile(y, acc, rows, columns, row_mask, column_mask, OUTPUT)
 
 
 def launches(problem: Problem, tile: Config, target: Target) -> tuple[Launch, ...]:
     """One launch."""
     attributes = problem.attributes
     assert isinstance(attributes, Stem)
-    conv = attributes.conv
-    x, out = problem.inputs[0], problem.output
     w = problem.inputs[1].spec
-    n, k, p, q = out.shape
-    launch = Launch(
-        kernel=stem_kernel,
-        pointers={"x": X, "w": W, "y": Y},
-        extras=operand_refs(problem),
-        rows=n * p * q,
-        batch=out.spec.batch,
-        block_rows=tile["BLOCK_M"],
-        columns=-(-k // tile["BLOCK_N"]),
+    launch = tile_launch(
+        problem,
+        tile,
+        stem_kernel,
         constexprs={
-            "H": x.shape[2], "WIDTH": x.shape[3], "K": k, "P": p, "Q": q,
-            "R": w.shape[2], "S": w.shape[3], "TERMS": terms(w),
-            "STRIDE_H": conv.stride[0], "STRIDE_W": conv.stride[1],
-            "TOP": conv.padding[0], "LEFT": conv.padding[2],
-            "DILATION_H": conv.dilation[0], "DILATION_W": conv.dilation[1],
-            **strides_of_image(x), "W_PITCH": _pitch(w),
-            "Y_PITCH": out.pitch, "Y_OFFSET": out.offset,
+            "IMAGE": StridedImage.of(problem.inputs[0]),
+            "WINDOW": Window.of(w.shape[2:], attributes.conv),
+            "TERMS": terms(w), "W_PITCH": _pitch(w),
             "MEAN": attributes.mean or None, "SCALE": attributes.scale or None,
-            "EPILOGUE": ep.for_output(problem.epilogue, problem.operands, out.spec),
-            "PRECISION": choice.dot_precision(problem, _pitch(w)),
-            "WIDE": problem.is_wide,
-            **dict(tile.blocks), "LEVELS": tile["BLOCK_K"].bit_length() - 1,
+            "LEVELS": tile["BLOCK_K"].bit_length() - 1,
         },
-        num_warps=tile.num_warps,
+        precision=choice.dot_precision(problem, _pitch(w)),
+        pointers={"x": X, "w": W, "y": Y},
         l2_bytes=_l2_bytes(problem, tile),
         instructions=_instructions(problem, tile),
         steps=-(-terms(w) // tile["BLOCK_K"]),
@@ -253,7 +207,7 @@ def configs(problem: Problem, target: Target) -> Iterator[Config]:
     half = problem.output.spec.dtype is not torch.float32
     for warps in (4, 2, 1):
         for block_n in (16, 32, 64) if half else (16, 32):
-            tile = config(warps, 1, BLOCK_M=32 * warps, BLOCK_N=block_n, BLOCK_K=BLOCK)
+            tile = op.config(warps, 1, BLOCK_M=32 * warps, BLOCK_N=block_n, BLOCK_K=BLOCK)
             if legal(problem, tile, target) is None:
                 yield tile
 
@@ -272,24 +226,24 @@ def default(problem: Problem, target: Target) -> Config:
     n, k, p, q = problem.output.shape
     half = problem.output.spec.dtype is not torch.float32
     if target.name == "interpreter":
-        block_m = max(16, min(4096, power_of_two(n * p * q)))
-        block_n = max(16, min(1024, (1 << 20) // block_m, power_of_two(k)))
-        return config(1, 1, BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=BLOCK)
-    block_n = min(64 if half else 32, max(16, power_of_two(k)))
+        block_m = max(16, min(4096, op.power_of_two(n * p * q)))
+        block_n = max(16, min(1024, (1 << 20) // block_m, op.power_of_two(k)))
+        return op.config(1, 1, BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=BLOCK)
+    block_n = min(64 if half else 32, max(16, op.power_of_two(k)))
     tiles = -(-k // block_n) * n * p * q // 128
     enough = cost_model.MULTIPROCESSORS
     warps = 4 if tiles >= enough else 2 if 2 * tiles >= enough else 1
-    tile = config(warps, 1, BLOCK_M=32 * warps, BLOCK_N=block_n, BLOCK_K=BLOCK)
+    tile = op.config(warps, 1, BLOCK_M=32 * warps, BLOCK_N=block_n, BLOCK_K=BLOCK)
     if legal(problem, tile, target) is None:
         return tile
-    return config(4, 1, BLOCK_M=128, BLOCK_N=block_n, BLOCK_K=BLOCK)
+    return op.config(4, 1, BLOCK_M=128, BLOCK_N=block_n, BLOCK_K=BLOCK)
 
 
 def cost(problem: Problem) -> Cost:
     """The products, and two operations for each element that is normalised."""
     attributes = problem.attributes
     assert isinstance(attributes, Stem)
-    read, written = tensor_bytes(problem)
+    read, written = op.tensor_bytes(problem)
     flops = 2 * problem.output.spec.numel * terms(problem.inputs[1].spec)
     return Cost(flops, read, written)
 

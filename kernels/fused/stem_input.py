@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -20,21 +21,11 @@ import triton
 import triton.language as tl
 
 from ...errors import InvalidInputError
-from ..contract.op import (
-    Attributes,
-    Config,
-    Cost,
-    Launch,
-    Op,
-    Problem,
-    X,
-    Y,
-    config,
-    power_of_two,
-    tensor_bytes,
-)
+from ..contract import op
+from ..contract.op import Attributes, Config, Cost, Launch, Op, Problem, X, Y
 from ..contract.spec import Layout, Operand, TensorSpec
 from ..contract.targets import Target
+from ..tile.geometry import Output
 
 
 @dataclass(frozen=True)
@@ -110,6 +101,26 @@ def reference(attributes: StemInput, x: torch.Tensor) -> torch.Tensor:
     return F.pad(value, (attributes.left, right, 0, 0, 0, more))
 
 
+class StridedImage(NamedTuple):
+    """An image in any layout: its sizes, the elements from one sample, channel, row and column to
+    the next, and those before the first."""
+
+    H: int
+    W: int
+    C: int
+    sample: int
+    channel: int
+    row: int
+    column: int
+    offset: int
+
+    @staticmethod
+    def of(x: Operand) -> StridedImage:
+        """Of a tensor (N, C, H, W)."""
+        (_, c, h, w), (sample, channel, row, column) = x.shape, x.strides
+        return StridedImage(h, w, c, sample, channel, row, column, x.offset)
+
+
 @triton.jit
 def side_by_side(vectors, COUNT: tl.constexpr, LEVELS: tl.constexpr):
     """COUNT = 2**LEVELS vectors of length M as an (M, COUNT) matrix.
@@ -132,37 +143,30 @@ def stem_input_kernel(
     y,
     extras,
     m,
-    H: tl.constexpr,
-    WIDTH: tl.constexpr,
-    C: tl.constexpr,
+    IMAGE: tl.constexpr,
+    OUTPUT: tl.constexpr,
     LEFT: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    CHANNELS: tl.constexpr,
     LEVELS: tl.constexpr,
-    X_SAMPLE: tl.constexpr,
-    X_CHANNEL: tl.constexpr,
-    X_ROW: tl.constexpr,
-    X_COLUMN: tl.constexpr,
-    X_OFFSET: tl.constexpr,
-    Y_PITCH: tl.constexpr,
-    Y_OFFSET: tl.constexpr,
     MEAN: tl.constexpr,
     SCALE: tl.constexpr,
     WIDE: tl.constexpr,
     BLOCK_M: tl.constexpr,
 ):
+    CHANNELS: tl.constexpr = OUTPUT.K
     pixels = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     live = pixels < m
     if WIDE:
         pixels = pixels.to(tl.int64)
-    column = (pixels % COLUMNS).to(tl.int32) - LEFT
-    inside = live & (column.to(tl.uint32, bitcast=True) < WIDTH)
-    start = pixels // (H * COLUMNS) * X_SAMPLE + pixels // COLUMNS % H * X_ROW + column * X_COLUMN
+    sample = pixels // (IMAGE.H * OUTPUT.Q)
+    row = pixels // OUTPUT.Q % IMAGE.H
+    column = (pixels % OUTPUT.Q).to(tl.int32) - LEFT
+    inside = live & (column.to(tl.uint32, bitcast=True) < IMAGE.W)
+    start = x + IMAGE.offset + (sample * IMAGE.sample + row * IMAGE.row + column * IMAGE.column)
     values = ()
     for channel in tl.static_range(CHANNELS):
-        if channel < C:
+        if channel < IMAGE.C:
             # Neighbouring threads load neighbouring pixels.
-            value = tl.load(x + X_OFFSET + start + channel * X_CHANNEL, mask=inside, other=0.0)
+            value = tl.load(start + channel * IMAGE.channel, mask=inside, other=0.0)
             value = value.to(tl.float32)
             if MEAN is not None:
                 value = tl.where(inside, (value - MEAN[channel]) * SCALE[channel], 0.0)
@@ -170,18 +174,10 @@ def stem_input_kernel(
             value = tl.zeros((BLOCK_M,), tl.float32)
         values = values + (value,)
     # And each thread writes all channels of its pixels.
-    out = y + Y_OFFSET + (pixels * Y_PITCH)[:, None] + tl.arange(0, CHANNELS)[None, :]
+    rows = (pixels * OUTPUT.row_stride)[:, None]
+    out = y + OUTPUT.offset + rows + tl.arange(0, CHANNELS)[None, :]
     matrix = side_by_side(values, CHANNELS, LEVELS).to(y.dtype.element_ty)
     tl.store(out, matrix, mask=live[:, None])
-
-
-def strides_of_image(x: Operand) -> dict[str, int]:
-    """How a kernel finds the elements of an image in any layout."""
-    sample, channel, row, column = x.strides
-    return {
-        "X_SAMPLE": sample, "X_CHANNEL": channel, "X_ROW": row, "X_COLUMN": column,
-        "X_OFFSET": x.offset,
-    }  # fmt: skip
 
 
 def launches(problem: Problem, tile: Config, target: Target) -> tuple[Launch, ...]:
@@ -189,7 +185,6 @@ def launches(problem: Problem, tile: Config, target: Target) -> tuple[Launch, ..
     attributes = problem.attributes
     assert isinstance(attributes, StemInput)
     x, out = problem.inputs[0], problem.output
-    _, c, h, width = x.shape
     rows = out.spec.numel // attributes.channels
     launch = Launch(
         kernel=stem_input_kernel,
@@ -199,17 +194,14 @@ def launches(problem: Problem, tile: Config, target: Target) -> tuple[Launch, ..
         block_rows=tile["BLOCK_M"],
         columns=1,
         constexprs={
-            "H": h, "WIDTH": width, "C": c, "LEFT": attributes.left,
-            "COLUMNS": attributes.width,
-            "CHANNELS": attributes.channels, "LEVELS": attributes.channels.bit_length() - 1,
-            **strides_of_image(x),
-            "Y_PITCH": out.pitch, "Y_OFFSET": out.offset,
+            "IMAGE": StridedImage.of(x), "OUTPUT": Output.of(out, None),
+            "LEFT": attributes.left, "LEVELS": attributes.channels.bit_length() - 1,
             "MEAN": attributes.mean or None, "SCALE": attributes.scale or None,
             "WIDE": problem.is_wide,
             **dict(tile.blocks),
         },
         num_warps=tile.num_warps,
-        l2_bytes=tile["BLOCK_M"] * c * x.spec.dtype.itemsize,
+        l2_bytes=tile["BLOCK_M"] * x.shape[1] * x.spec.dtype.itemsize,
         # 112 per thread for two pixels, of sm_90 code that casts and normalises.
         instructions=tile["BLOCK_M"] * 56,
     )  # fmt: skip
@@ -218,7 +210,7 @@ def launches(problem: Problem, tile: Config, target: Target) -> tuple[Launch, ..
 
 def configs(problem: Problem, target: Target) -> Iterator[Config]:
     for pixels in (128, 256, 512, 1024):
-        yield config(4, 1, BLOCK_M=pixels)
+        yield op.config(4, 1, BLOCK_M=pixels)
 
 
 def default(problem: Problem, target: Target) -> Config:
@@ -228,15 +220,15 @@ def default(problem: Problem, target: Target) -> Config:
     """
     if target.name == "interpreter":
         rows = problem.output.spec.numel // problem.output.shape[1]
-        return config(1, 1, BLOCK_M=min(1 << 18, power_of_two(rows)))
-    return config(4, 1, BLOCK_M=1024)
+        return op.config(1, 1, BLOCK_M=min(1 << 18, op.power_of_two(rows)))
+    return op.config(4, 1, BLOCK_M=1024)
 
 
 def cost(problem: Problem) -> Cost:
     """Two operations per element where it normalises; each tensor touched once."""
     attributes = problem.attributes
     assert isinstance(attributes, StemInput)
-    read, written = tensor_bytes(problem)
+    read, written = op.tensor_bytes(problem)
     operations = 2 if attributes.mean else 0
     return Cost(operations * problem.inputs[0].spec.numel, read, written)
 

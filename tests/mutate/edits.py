@@ -60,7 +60,6 @@ EDITS = (
 )  # fmt: skip
 
 LAUNCHED_BY = {
-    "conv_chain_kernel": "conv_chain",
     "conv_tile": "conv_pool",
     "head_kernel": "head",
     "statistics": "normalize",

@@ -7,7 +7,7 @@ in or linear layers become a head.
 
 from __future__ import annotations
 
-from ....kernels.fused import small_net
+from ....kernels.fused import links, small_net
 from ....kernels.fused.conv_pool import ConvPool
 from ....kernels.fused.small_net import SmallNet
 from ...fusion import partition, refusals
@@ -53,8 +53,9 @@ def _guard(graph: Graph, found: Match) -> str | None:
         if images > MOST_INTERPRETED:
             return f"without a GPU {images} images would be computed one after the other"
     attributes, inputs = _parts(graph, found)
-    for link in attributes.head.parts((None, *inputs[-(attributes.head.inputs - 1) :])):
-        if not graph.is_constant(link[0]):
+    own = links.tensors(attributes.links, inputs)
+    for name in links.weights(attributes.head.chain):
+        if not graph.is_constant(own[name]):
             return f"a weight of {root.name} is computed, not a constant of the module"
     return small_net.unsupported(attributes, tuple(graph.spec(value) for value in inputs))
 

@@ -18,14 +18,16 @@ registers: CUTLASS example 13.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+import math
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import Any
+from typing import NamedTuple
 
 import torch
+import triton
+import triton.language as tl
 
-from ....errors import InvalidInputError
 from ...contract import cost_model
 from ...contract import epilogue as ep
 from ...contract.op import Attributes, Config, Cost, Launch, Op, Problem, Ref, tensor_bytes
@@ -33,9 +35,10 @@ from ...contract.spec import Layout, Operand, TensorSpec
 from ...contract.targets import Target
 from ...tile import choice, conv_geometry, taps
 from ...tile.conv_geometry import Conv2d
-from ...tile.torch_convolution import convolve
+from ...tile.geometry import Image, Output
+from .. import links
+from ..links import Link
 from . import conv_chain_tiles as tiles
-from .conv_chain_kernel import conv_chain_kernel
 
 
 @dataclass(frozen=True)
@@ -55,32 +58,15 @@ class ConvChain(Attributes):
     shortcut: Conv2d | None = None
 
     @property
-    def slots(self) -> dict[str, int]:
-        """Where each weight and each group of operands starts among the inputs."""
-        at, slots = 1, {"x": 0}
+    def links(self) -> tuple[Link, ...]:
+        """Those that there are."""
+        beside = () if self.shortcut is None else ("s", "ws")
+        chain = [Link("expand", ("w2", *beside), self.after_expand, shortcut=self.shortcut)]
         if self.front is not None:
-            slots |= {"w1": at, "front": at + 1}
-            at += 1 + ep.operand_count(self.after_front)
-        slots["w2"] = at
-        at += 1
-        if self.shortcut is not None:
-            slots |= {"s": at, "ws": at + 1}
-            at += 2
-        slots["expand"] = at
-        at += ep.operand_count(self.after_expand)
+            chain.insert(0, Link("front", ("w1",), self.after_front, self.front))
         if self.has_reduce:
-            slots |= {"w3": at, "reduce": at + 1}
-            at += 1 + ep.operand_count(self.after_reduce)
-        return slots | {"end": at}
-
-
-def _part(attributes: ConvChain, name: str, values: tuple[Any, ...]) -> tuple[Any, ...]:
-    """The inputs that the stages of one link read."""
-    stages = getattr(attributes, f"after_{name}")
-    if name not in attributes.slots:
-        return ()
-    start = attributes.slots[name]
-    return values[start : start + ep.operand_count(stages)]
+            chain.append(Link("reduce", ("w3",), self.after_reduce))
+        return tuple(chain)
 
 
 def middle(attributes: ConvChain, inputs: tuple[TensorSpec, ...]) -> TensorSpec:
@@ -92,115 +78,159 @@ def middle(attributes: ConvChain, inputs: tuple[TensorSpec, ...]) -> TensorSpec:
 
 def infer(attributes: ConvChain, inputs: tuple[TensorSpec, ...]) -> tuple[TensorSpec, ...]:
     """y, and z where there is a reduction."""
-    slots = attributes.slots
-    if len(inputs) != slots["end"]:
-        raise InvalidInputError(f"conv_chain: expected {slots['end']} inputs, got {len(inputs)}")
-    t = middle(attributes, inputs)
-    outputs = conv_geometry.infer(Conv2d(), (t, inputs[slots["w2"]]))
-    if attributes.shortcut is not None:
-        _check_shortcut(attributes.shortcut, inputs[slots["s"]], inputs[slots["ws"]], outputs)
-    links = {"front": t, "expand": outputs[0]}
-    if attributes.has_reduce:
-        outputs += conv_geometry.infer(Conv2d(), (outputs[0], inputs[slots["w3"]]))
-        links["reduce"] = outputs[1]
-    for name, result in links.items():
-        for operand in _part(attributes, name, inputs):
-            if not ep.broadcasts(operand, result):
-                raise InvalidInputError(
-                    f"conv_chain: {operand}, read after {name}, does not broadcast to {result}"
-                )
-    return outputs
+    results = links.check("conv_chain", attributes.links, inputs)
+    return tuple(results[name] for name in ("expand", "reduce") if name in results)
 
 
-def _check_shortcut(
-    shortcut: Conv2d, s: TensorSpec, ws: TensorSpec, outputs: tuple[TensorSpec, ...]
-) -> None:
-    if shortcut.groups != 1 or any(shortcut.padding) or ws.shape[2:] != (1, 1):
-        raise InvalidInputError(
-            f"conv_chain: expected a shortcut that is 1x1 without padding or groups, got "
-            f"{shortcut} with weight {ws}"
+def reference(attributes: ConvChain, *inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    results = links.reference(attributes.links, inputs)
+    return tuple(results[name] for name in ("expand", "reduce") if name in results)
+
+
+class ChainTile(NamedTuple):
+    """M pixels of a program, K channels of the first convolution and N wide channels in a step;
+    MIDDLE, NARROW: channels of t and z, filled up to powers of two; SHORTCUT: of s in a step;
+    stages: of the loop over wide channels."""
+
+    M: int
+    N: int
+    K: int
+    MIDDLE: int
+    NARROW: int
+    SHORTCUT: int
+    stages: int
+    precision: str
+    wide: bool
+
+
+@triton.jit
+def conv_chain_kernel(
+    x,
+    w1,
+    w2,
+    w3,
+    s,
+    ws,
+    y,
+    z,
+    extras,
+    m,
+    IMAGE: tl.constexpr,
+    FRONT_GEOMETRY: tl.constexpr,
+    FRONT: tl.constexpr,
+    SHORTCUT: tl.constexpr,
+    MIDDLE: tl.constexpr,
+    Y: tl.constexpr,
+    Z: tl.constexpr,
+    TILE: tl.constexpr,
+):
+    # One program owns the pixels of its rows and all their channels; IMAGE is x, MIDDLE counts the
+    # channels of t, and the links that are absent are None.
+    BLOCK_M: tl.constexpr = TILE.M
+    BLOCK_N: tl.constexpr = TILE.N
+    BLOCK_MIDDLE: tl.constexpr = TILE.MIDDLE
+    BLOCK_NARROW: tl.constexpr = TILE.NARROW
+    BLOCK_SHORTCUT: tl.constexpr = TILE.SHORTCUT
+    rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    row_mask = rows < m
+    if TILE.wide:
+        rows = rows.to(tl.int64)
+    inner = tl.arange(0, BLOCK_MIDDLE)
+    inner_mask = inner < MIDDLE
+    if FRONT is None:
+        tile = x + IMAGE.offset + (rows * IMAGE.row_stride)[:, None] + inner[None, :]
+        t = tl.load(tile, mask=row_mask[:, None] & inner_mask[None, :], other=0.0)
+    else:
+        acc = tl.zeros((BLOCK_M, BLOCK_MIDDLE), tl.float32)
+        acc = taps.add_convolution(
+            acc, x, w1, rows, row_mask, inner, inner_mask, FRONT_GEOMETRY, TILE.precision, TILE.K
         )
-    if (made := conv_geometry.infer(shortcut, (s, ws))) != outputs:
-        raise InvalidInputError(f"conv_chain: the shortcut gives {made[0]}, not {outputs[0]}")
-
-
-def reference(
-    attributes: ConvChain, *tensors: torch.Tensor
-) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-    slots = attributes.slots
-    t = tensors[0]
-    if attributes.front is not None:
-        t = conv_geometry.reference(attributes.front, t, tensors[slots["w1"]])
-        t = ep.apply_reference(attributes.after_front, t, _part(attributes, "front", tensors))
-    y = convolve(t, tensors[slots["w2"]])
-    if attributes.shortcut is not None:
-        s, ws = tensors[slots["s"]], tensors[slots["ws"]]
-        y = y + conv_geometry.reference(attributes.shortcut, s, ws)
-    y = ep.apply_reference(attributes.after_expand, y, _part(attributes, "expand", tensors))
-    if not attributes.has_reduce:
-        return y
-    z = convolve(y, tensors[slots["w3"]])
-    z = ep.apply_reference(attributes.after_reduce, z, _part(attributes, "reduce", tensors))
-    return y, z
-
-
-def _function(
-    stages: ep.Epilogue, operands: tuple[Operand, ...], spec: TensorSpec, first: int, name: str
-) -> ep.GeneratedFunction:
-    reads = tuple(ep.access(operand, spec) for operand in operands)
-    return ep.generate(stages, reads, ep.memory_sizes(spec), first, name)
+        acc = FRONT(acc, rows, inner, row_mask, inner_mask, extras)
+        # Channels past MIDDLE must stay zero whatever the stages made of them.
+        t = tl.where(inner_mask[None, :], acc, 0.0).to(x.dtype.element_ty)
+    if SHORTCUT is not None:
+        beside = tl.arange(0, BLOCK_SHORTCUT)
+        beside_mask = beside < SHORTCUT[2]
+        if SHORTCUT[2] <= BLOCK_SHORTCUT:
+            # All channels in one tile: it stays, like t, where every step of the loop reads it.
+            s_tile = taps.load_pixels(s, rows, row_mask, beside, beside_mask, SHORTCUT)
+    if Z is not None:
+        narrow = tl.arange(0, BLOCK_NARROW)
+        narrow_mask = narrow < Z.K
+        total = tl.zeros((BLOCK_M, BLOCK_NARROW), tl.float32)
+    for begin in tl.range(0, Y.K, BLOCK_N, num_stages=TILE.stages):
+        columns = begin + tl.arange(0, BLOCK_N)
+        column_mask = columns < Y.K
+        b = links.load_weights(w2, columns, column_mask, inner, inner_mask, MIDDLE, BLOCK_MIDDLE)
+        product = tl.dot(t, b.T, input_precision=TILE.precision)
+        if SHORTCUT is not None:
+            if SHORTCUT[2] <= BLOCK_SHORTCUT:
+                b = links.load_weights(
+                    ws, columns, column_mask, beside, beside_mask, SHORTCUT[2], BLOCK_SHORTCUT
+                )
+                product = tl.dot(s_tile, b.T, product, input_precision=TILE.precision)
+            else:
+                product = taps.add_convolution(
+                    product, s, ws, rows, row_mask, columns, column_mask, SHORTCUT, TILE.precision,
+                    BLOCK_SHORTCUT,
+                )  # fmt: skip
+        product = Y.epilogue(product, rows, columns, row_mask, column_mask, extras)
+        wide = product.to(y.dtype.element_ty)
+        links.store_tile(y, wide, rows, columns, row_mask, column_mask, Y)
+        if Z is not None:
+            if Y.K % BLOCK_N != 0:
+                wide = tl.where(column_mask[None, :], wide, 0.0).to(y.dtype.element_ty)
+            b = links.load_weights(w3, narrow, narrow_mask, columns, column_mask, Y.K, BLOCK_N)
+            total = tl.dot(wide, b.T, total, input_precision=TILE.precision)
+    if Z is not None:
+        total = Z.epilogue(total, rows, narrow, row_mask, narrow_mask, extras)
+        links.store_tile(z, total, rows, narrow, row_mask, narrow_mask, Z)
 
 
 def launches(problem: Problem, tile: Config, target: Target) -> tuple[Launch, ...]:
     """One launch; every program owns BLOCK_M pixels and all their channels."""
-    attributes = problem.attributes
-    assert isinstance(attributes, ConvChain)
-    slots, inputs = attributes.slots, problem.inputs
-    t = middle(attributes, tuple(operand.spec for operand in inputs))
-    x, y, z = inputs[0], problem.outputs[0], problem.outputs[-1]
-    refs: list[Ref] = []
-    functions: dict[str, ep.GeneratedFunction | None] = {}
-    for name, spec in (("front", t), ("expand", y.spec), ("reduce", z.spec)):
-        if name not in slots:
-            functions[name] = None
-            continue
-        stages = getattr(attributes, f"after_{name}")
-        operands = _part(attributes, name, inputs)
-        functions[name] = _function(stages, operands, spec, len(refs), name)
-        refs += [Ref("input", slots[name] + index) for index in range(len(operands))]
-    last = attributes.has_reduce
-    front, shortcut = _geometries(problem)
+    chain, inputs, specs = _chain(problem)
+    own = links.tensors(chain.links, inputs)
+    results = links.check("conv_chain", chain.links, specs)
+    bound = links.bind(chain.links, inputs, results)
+    y, z = problem.outputs[0], problem.outputs[-1]
+    front, shortcut = (
+        None if conv is None else taps.geometry(conv, own[x], own[w].spec, y.spec)
+        for conv, x, w in ((chain.front, "x", "w1"), (chain.shortcut, "s", "ws"))
+    )
     sizes = _sizes(problem)
+    # Absent links are compiled out; their pointers are never read.
+    absent = dict.fromkeys(("w1", "w3", "s", "ws"), bound.tensors["w2"])
     launch = replace(
         outline(problem, tile),
         kernel=conv_chain_kernel,
         pointers={
-            # Absent links are compiled out; their pointers are never read.
-            **{
-                name: Ref("input", slots.get(name, slots["w2"]))
-                for name in ("x", "w1", "w2", "w3", "s", "ws")
-            },
-            "y": Ref("output", 0),
-            "z": Ref("output", 1 if last else 0),
+            **absent, **bound.tensors,
+            "y": Ref("output", 0), "z": Ref("output", len(problem.outputs) - 1),
         },
-        extras=tuple(refs),
+        extras=bound.extras,
         batch=y.spec.batch,
         constexprs={
-            "GEOMETRY": front, "SHORTCUT": shortcut, "MIDDLE": t.shape[1],
-            "WIDE_CHANNELS": y.shape[1], "NARROW": z.shape[1] if last else 1,
-            "X_PITCH": x.pitch, "X_OFFSET": x.offset,
-            "Y_PITCH": y.pitch, "Y_OFFSET": y.offset,
-            "Z_PITCH": z.pitch, "Z_OFFSET": z.offset,
-            "FRONT": functions["front"], "EXPAND": functions["expand"],
-            "REDUCE": functions["reduce"],
-            "PRECISION": choice.dot_precision(problem, 16),
-            "WIDE": problem.is_wide,
-            "BLOCK_MIDDLE": sizes.block_middle, "BLOCK_NARROW": sizes.block_narrow,
-            "BLOCK_SHORTCUT": 16,
-            **dict(tile.blocks),
+            "IMAGE": Image.of(inputs[0]),
+            "FRONT_GEOMETRY": front, "FRONT": bound.functions.get("front"),
+            "SHORTCUT": shortcut,
+            "MIDDLE": own["w2"].shape[1],
+            "Y": Output.of(y, bound.functions["expand"]),
+            "Z": Output.of(z, bound.functions["reduce"]) if chain.has_reduce else None,
+            "TILE": ChainTile(
+                tile["BLOCK_M"], tile["BLOCK_N"], tile["BLOCK_K"], sizes.block_middle,
+                sizes.block_narrow, tile["BLOCK_SHORTCUT"] if shortcut else 16,
+                tile["INNER_STAGES"], choice.dot_precision(problem, 16), problem.is_wide,
+            ),
         },
     )  # fmt: skip
     return (launch,)
+
+
+def _chain(problem: Problem) -> tuple[ConvChain, tuple[Operand, ...], tuple[TensorSpec, ...]]:
+    """The attributes, the inputs and their specs."""
+    assert isinstance(problem.attributes, ConvChain)
+    return problem.attributes, problem.inputs, tuple(operand.spec for operand in problem.inputs)
 
 
 def outline(problem: Problem, tile: Config) -> Launch:
@@ -211,48 +241,30 @@ def outline(problem: Problem, tile: Config) -> Launch:
 
 def _l2_bytes(problem: Problem, tile: Config) -> int:
     """What one program reads: its pixels of every link, all weights, and the residual."""
-    attributes, y = problem.attributes, problem.outputs[0]
-    assert isinstance(attributes, ConvChain)
-    slots, inputs, block_m = attributes.slots, problem.inputs, tile["BLOCK_M"]
-    weights = sum(inputs[slots[n]].spec.numel for n in ("w1", "w2", "ws", "w3") if n in slots)
-    _, c, r, s = inputs[slots.get("w1", slots["w2"])].shape
+    chain, inputs, _ = _chain(problem)
+    own, y = links.tensors(chain.links, inputs), problem.outputs[0]
+    weights = sum(own[name].spec.numel for name in links.weights(chain.links))
+    _, c, r, s = own.get("w1", own["w2"]).shape
     channels = r * s * c
-    if attributes.shortcut is not None:
-        beside = inputs[slots["s"]].shape[1]
+    if chain.shortcut is not None:
+        beside = own["s"].shape[1]
         steps = -(-y.shape[1] // tile["BLOCK_N"]) if beside > tile["BLOCK_SHORTCUT"] else 1
         channels += steps * beside
-    residuals = _part(attributes, "expand", inputs)
+    residuals = inputs[links.slots(chain.links).operands["expand"]]
     channels += sum(y.shape[1] for o in residuals if o.spec.numel == y.spec.numel)
-    return (block_m * channels + weights) * inputs[0].spec.dtype.itemsize
-
-
-def _geometries(problem: Problem) -> tuple[taps.Geometry | None, taps.Geometry | None]:
-    """Of the first convolution and of the shortcut."""
-    attributes, inputs, y = problem.attributes, problem.inputs, problem.outputs[0].spec
-    assert isinstance(attributes, ConvChain)
-    slots, found = attributes.slots, []
-    for link, x, w in ((attributes.front, "x", "w1"), (attributes.shortcut, "s", "ws")):
-        here = None
-        if link is not None:
-            here = taps.geometry(link, inputs[slots[x]], inputs[slots[w]].spec, y)
-        found.append(here)
-    return found[0], found[1]
+    return (tile["BLOCK_M"] * channels + weights) * inputs[0].spec.dtype.itemsize
 
 
 def _sizes(problem: Problem) -> tiles.Sizes:
-    attributes, inputs, y = problem.attributes, problem.inputs, problem.outputs[0]
-    assert isinstance(attributes, ConvChain)
-    slots, taps_of_front = attributes.slots, 0
-    if attributes.front is not None:
-        r, s = inputs[slots["w1"]].shape[2:]
-        taps_of_front = r * s
+    chain, inputs, _ = _chain(problem)
+    own, y = links.tensors(chain.links, inputs), problem.outputs[0]
     return tiles.Sizes(
         rows=y.spec.numel // y.shape[1],
         channels=inputs[0].shape[1],
-        middle=inputs[slots["w2"]].shape[1],
-        narrow=problem.outputs[1].shape[1] if attributes.has_reduce else 0,
-        shortcut=inputs[slots["s"]].shape[1] if attributes.shortcut is not None else 0,
-        taps=taps_of_front,
+        middle=own["w2"].shape[1],
+        narrow=problem.outputs[1].shape[1] if chain.has_reduce else 0,
+        shortcut=own["s"].shape[1] if "s" in own else 0,
+        taps=math.prod(own["w1"].shape[2:]) if "w1" in own else 0,
         dtype=inputs[0].spec.dtype,
     )
 
@@ -282,31 +294,11 @@ def default(problem: Problem, target: Target) -> Config:
 
 def cost(problem: Problem) -> Cost:
     """The products of all links; t is neither written nor read, y is not read."""
-    attributes = problem.attributes
-    assert isinstance(attributes, ConvChain)
-    slots = attributes.slots
-    y = problem.outputs[0]
-    pixels = y.spec.numel // y.shape[1]
-    products = y.shape[1] * problem.inputs[slots["w2"]].shape[1]
-    if attributes.front is not None:
-        k, per_group, r, s = problem.inputs[slots["w1"]].shape
-        products += k * per_group * r * s
-    if attributes.shortcut is not None:
-        products += y.shape[1] * problem.inputs[slots["s"]].shape[1]
-    if attributes.has_reduce:
-        products += y.shape[1] * problem.outputs[1].shape[1]
+    chain, inputs, _ = _chain(problem)
+    own, y = links.tensors(chain.links, inputs), problem.outputs[0]
+    products = sum(own[name].spec.numel for name in links.weights(chain.links))
     read, written = tensor_bytes(problem)
-    return Cost(2 * pixels * products, read, written)
-
-
-def packs(attributes: ConvChain) -> Mapping[int, Callable[[Any, torch.Tensor], torch.Tensor]]:
-    """Every weight K-major, as conv2d packs it."""
-    slots = attributes.slots
-    return {slots[name]: _pack for name in ("w1", "w2", "ws", "w3") if name in slots}
-
-
-def _pack(attributes: ConvChain, w: torch.Tensor) -> torch.Tensor:
-    return w.permute(0, 2, 3, 1).reshape(w.shape[0], -1).contiguous()
+    return Cost(2 * y.spec.numel // y.shape[1] * products, read, written)
 
 
 OP = Op(
@@ -319,9 +311,8 @@ OP = Op(
     default=default,
     legal=legal,
     cost=cost,
-    # Mostly positive: an intermediate that is rounded to the other side, as the order of a sum
     # decides, means nothing beside a result that cancels.
     input_range=(-1.0, 3.0),
-    packs=packs,
+    packs=lambda chain: links.packs(chain.links),
     takes_epilogue=False,
 )

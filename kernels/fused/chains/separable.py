@@ -19,7 +19,7 @@ The kernels are in `separable_kernels.py`, their tile sizes and what they cost i
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
@@ -32,11 +32,13 @@ from ...contract import epilogue as ep
 from ...contract.op import Attributes, Config, Cost, Launch, Op, Problem, Ref, tensor_bytes
 from ...contract.spec import TensorSpec
 from ...contract.targets import Target
-from ...convolution import depthwise
-from ...tile import choice, conv_geometry, taps
+from ...tile import choice
 from ...tile.conv_geometry import Conv2d
-from ...tile.torch_convolution import convolve
+from ...tile.geometry import Image, Output, Window
+from .. import links
+from ..links import Link
 from . import separable_kernels, separable_tiles
+from .separable_kernels import SeparableTile
 from .separable_tiles import Block
 
 
@@ -57,143 +59,78 @@ class Separable(Attributes):
     keep: bool = True
 
     @property
-    def slots(self) -> dict[str, int]:
-        """Where each weight and each group of operands starts among the inputs."""
-        slots = {"x": 0, "w1": 1, "depthwise": 2}
-        slots["w2"] = 2 + ep.operand_count(self.after_depthwise)
-        slots["project"] = slots["w2"] + 1
-        end = slots["project"] + ep.operand_count(self.after_project)
-        if self.has_expand:
-            slots |= {"w3": end, "expand": end + 1}
-            end += 1 + ep.operand_count(self.after_expand)
-        return slots | {"end": end}
+    def links(self) -> tuple[Link, ...]:
+        """The products, in order."""
+        chain = (
+            Link("depthwise", ("w1",), self.after_depthwise, self.depthwise),
+            Link("project", ("w2",), self.after_project),
+        )
+        return (*chain, Link("expand", ("w3",), self.after_expand)) if self.has_expand else chain
 
     @property
-    def parts(self) -> tuple[str, ...]:
-        """The products, in order, that pointwise stages may follow."""
-        return ("depthwise", "project", "expand")[: 3 if self.has_expand else 2]
-
-    def operands(self, part: str, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-        """The inputs that the stages after one part read."""
-        start = self.slots[part]
-        return inputs[start : start + ep.operand_count(getattr(self, f"after_{part}"))]
-
-
-def results(attributes: Separable, inputs: tuple[TensorSpec, ...]) -> dict[str, TensorSpec]:
-    """The specs of t, y and z by the part that makes them."""
-    slots, x, w1 = attributes.slots, inputs[0], inputs[1]
-    if x.rank != 4 or w1.rank != 4 or w1.shape[0] != x.shape[1] or w1.shape[1] != 1:
-        raise InvalidInputError(
-            f"separable: expected x (N,C,H,W) and one filter per channel (C,1,R,S), got {x}, {w1}"
-        )
-    made = {"depthwise": conv_geometry.infer(attributes.depthwise, (x, w1))[0]}
-    for before, part, weight in (("depthwise", "project", "w2"), ("project", "expand", "w3")):
-        if part in attributes.parts:
-            made[part] = conv_geometry.infer(Conv2d(), (made[before], inputs[slots[weight]]))[0]
-    return made
+    def stored(self) -> tuple[str, ...]:
+        """The links whose results are outputs."""
+        return ("project",) * self.keep + ("expand",) * self.has_expand
 
 
 def infer(attributes: Separable, inputs: tuple[TensorSpec, ...]) -> tuple[TensorSpec, ...]:
     """y where it is kept, and z where there is an expansion."""
-    slots = attributes.slots
-    if len(inputs) != slots["end"]:
-        raise InvalidInputError(f"separable: expected {slots['end']} inputs, got {len(inputs)}")
-    if not (attributes.keep or attributes.has_expand):
+    links.check_count("separable", attributes.links, inputs)
+    if not attributes.stored:
         raise InvalidInputError("separable: without an expansion, expected keep=True")
-    made = results(attributes, inputs)
-    for part, result in made.items():
-        for operand in attributes.operands(part, inputs):
-            if not ep.broadcasts(operand, result):
-                raise InvalidInputError(
-                    f"separable: {operand}, read after {part}, does not broadcast to {result}"
-                )
-    for weight in ("w2", "w3")[: len(made) - 1]:
-        if inputs[slots[weight]].shape[2:] != (1, 1):
-            raise InvalidInputError(
-                f"separable: expected a 1x1 filter as {weight}, got {inputs[slots[weight]]}"
-            )
-    kept = made["project"] if attributes.keep else None
-    return tuple(spec for spec in (kept, made.get("expand")) if spec is not None)
+    x, w1 = inputs[:2]
+    if x.rank != 4 or w1.rank != 4 or w1.shape[0] != x.shape[1] or w1.shape[1] != 1:
+        raise InvalidInputError(
+            f"separable: expected x (N,C,H,W) and one filter per channel (C,1,R,S), got {x}, {w1}"
+        )
+    results = links.check("separable", attributes.links, inputs)
+    return tuple(results[name] for name in attributes.stored)
 
 
-def reference(
-    attributes: Separable, *tensors: torch.Tensor
-) -> torch.Tensor | tuple[torch.Tensor, ...]:
-    slots = attributes.slots
-    value = conv_geometry.reference(attributes.depthwise, tensors[0], tensors[1])
-    value = ep.apply_reference(
-        attributes.after_depthwise, value, attributes.operands("depthwise", tensors)
-    )
-    made = []
-    for part, weight in (("project", "w2"), ("expand", "w3"))[: len(attributes.parts) - 1]:
-        stages = getattr(attributes, f"after_{part}")
-        value = convolve(value, tensors[slots[weight]])
-        value = ep.apply_reference(stages, value, attributes.operands(part, tensors))
-        made.append(value)
-    return tuple(made if attributes.keep else made[1:])
+def reference(attributes: Separable, *inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    results = links.reference(attributes.links, inputs)
+    return tuple(results[name] for name in attributes.stored)
 
 
 def _specs(problem: Problem) -> tuple[Separable, dict[str, TensorSpec]]:
-    """The attributes, and the specs of t, y and z."""
+    """The attributes, and the specs of t, y and z by the link that makes them."""
     attributes = problem.attributes
     assert isinstance(attributes, Separable)
-    return attributes, results(attributes, tuple(operand.spec for operand in problem.inputs))
+    inputs = tuple(operand.spec for operand in problem.inputs)
+    return attributes, links.check("separable", attributes.links, inputs)
 
 
 def launches(problem: Problem, tile: Config, target: Target) -> tuple[Launch, ...]:
     """One launch; a program owns TILE_ROWS rows of BLOCK_M pixel columns."""
-    attributes, made = _specs(problem)
-    slots, x, y = attributes.slots, problem.inputs[0], made["project"]
-    w1 = problem.inputs[1].spec
-    refs: list[Ref] = []
-    functions: dict[str, Any] = {"EXPAND": None}
-    for part, spec in made.items():
-        operands = attributes.operands(part, problem.inputs)
-        reads = tuple(ep.access(operand, spec) for operand in operands)
-        stages = getattr(attributes, f"after_{part}")
-        sizes = ep.memory_sizes(spec)
-        functions[part.upper()] = ep.generate(stages, reads, sizes, len(refs), part)
-        refs += [Ref("input", slots[part] + index) for index in range(len(operands))]
-    kept = problem.outputs[0]
+    attributes, results = _specs(problem)
+    bound = links.bind(attributes.links, problem.inputs, results)
+    y, z = problem.outputs[0], problem.outputs[-1]
+    n, k, p, q = results["project"].shape
     constexprs = {
-        "GEOMETRY": taps.geometry(attributes.depthwise, x, w1, made["depthwise"]),
-        "K": y.shape[1],
-        "Y_PITCH": kept.pitch, "Y_OFFSET": kept.offset,
-        "DEPTHWISE": functions["DEPTHWISE"], "PROJECT": functions["PROJECT"],
-        "PRECISION": choice.dot_precision(problem, 16),
-        "WIDE": problem.is_wide,
-        **{name: size for name, size in tile.blocks if name != "SPAN"},
+        "IMAGE": Image.of(problem.inputs[0]),
+        "WINDOW": Window.of(problem.inputs[1].shape[2:], attributes.depthwise),
+        "DEPTHWISE": bound.functions["depthwise"],
+        "Y": Output.of(y, bound.functions["project"])._replace(K=k),
+        "TILE": SeparableTile(
+            tile["TILE_ROWS"], tile["BLOCK_M"], tile["BLOCK_K"], tile["BLOCK_N"], tile["SPAN"],
+            separable_tiles.BLOCK_LAST, choice.dot_precision(problem, 16), problem.is_wide,
+        ),
     }  # fmt: skip
-    pointers = {
-        "x": Ref("input", 0),
-        "w1": Ref("input", 1),
-        "w2": Ref("input", slots["w2"]),
-        "y": Ref("output", 0),
-    }
-    if tile["SPAN"]:
-        kernel: Any = separable_kernels.resident_kernel
-        constexprs["SPAN"] = tile["SPAN"]
-    else:
+    pointers = {**bound.tensors, "y": Ref("output", 0)}
+    kernel: Any = separable_kernels.resident_kernel
+    if not tile["SPAN"]:
         kernel = separable_kernels.accumulate_kernel
-        last = problem.outputs[-1]
+        last = bound.functions.get("expand")
         # Absent parts are compiled out; their pointers are never read.
-        pointers |= {
-            "w3": Ref("input", slots.get("w3", slots["w2"])),
-            "z": Ref("output", len(problem.outputs) - 1),
-        }
-        constexprs |= {
-            "EXPAND": functions["EXPAND"], "KEEP": attributes.keep,
-            "LAST": last.shape[1], "BLOCK_LAST": separable_tiles.BLOCK_LAST,
-            "Z_PITCH": last.pitch, "Z_OFFSET": last.offset,
-        }  # fmt: skip
-    n, k, p, q = y.shape
+        pointers = {"w3": pointers["w2"], **pointers, "z": Ref("output", len(problem.outputs) - 1)}
+        constexprs |= {"Z": Output.of(z, last) if last else None, "KEEP": attributes.keep}
     block = _block(problem)
     launch = Launch(
         kernel=kernel,
         pointers=pointers,
-        extras=tuple(refs),
+        extras=bound.extras,
         rows=n * -(-p // tile["TILE_ROWS"]) * q,
-        batch=y.batch,
+        batch=y.spec.batch,
         block_rows=tile["BLOCK_M"],
         columns=-(-k // (tile["SPAN"] or tile["BLOCK_N"])),
         constexprs=constexprs,
@@ -210,10 +147,11 @@ def launches(problem: Problem, tile: Config, target: Target) -> tuple[Launch, ..
 
 def _block(problem: Problem) -> Block:
     """The problem's sizes, as its tiles depend on them."""
-    attributes, made = _specs(problem)
-    y, widths, counts = made["project"], [0, 0, 0], [0, 0, 0]
-    for at, (part, spec) in enumerate(made.items()):
-        operands = attributes.operands(part, problem.inputs)
+    attributes, results = _specs(problem)
+    y, where = results["project"], links.slots(attributes.links)
+    widths, counts = [0, 0, 0], [0, 0, 0]
+    for at, (name, spec) in enumerate(results.items()):
+        operands = problem.inputs[where.operands[name]]
         widths[at] = spec.shape[1]
         counts[at] = sum(operand.shape == spec.shape for operand in operands)
     r, s = problem.inputs[1].shape[2:]
@@ -267,30 +205,11 @@ def time_us(problem: Problem, tile: Config, target: Target) -> float:
 
 def cost(problem: Problem) -> Cost:
     """The products of all parts; t is neither written nor read, y is not read."""
-    attributes, made = _specs(problem)
-    r, s = problem.inputs[1].shape[2:]
-    n, k, p, q = made["project"].shape
-    c = problem.inputs[0].shape[1]
-    products = c * (r * s + k)
-    if attributes.has_expand:
-        products += k * made["expand"].shape[1]
+    attributes, results = _specs(problem)
+    own, y = links.tensors(attributes.links, problem.inputs), results["project"]
+    products = sum(own[name].spec.numel for name in links.weights(attributes.links))
     read, written = tensor_bytes(problem)
-    return Cost(2 * n * p * q * products, read, written)
-
-
-def packs(attributes: Separable) -> Mapping[int, Callable[[Any, torch.Tensor], torch.Tensor]]:
-    """The depthwise filter as the depthwise kernel has it, the 1x1 weights K-major."""
-    slots = attributes.slots
-    pointwise = {slots[name]: _pack_pointwise for name in ("w2", "w3") if name in slots}
-    return {slots["w1"]: _pack_depthwise} | pointwise
-
-
-def _pack_depthwise(attributes: Separable, w: torch.Tensor) -> torch.Tensor:
-    return depthwise.pack(w)
-
-
-def _pack_pointwise(attributes: Separable, w: torch.Tensor) -> torch.Tensor:
-    return w.reshape(w.shape[0], -1).contiguous()
+    return Cost(2 * y.numel // y.shape[1] * products, read, written)
 
 
 OP = Op(
@@ -303,6 +222,6 @@ OP = Op(
     default=default,
     legal=legal,
     cost=cost,
-    packs=packs,
+    packs=lambda separable: links.packs(separable.links),
     takes_epilogue=False,
 )
