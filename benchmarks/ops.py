@@ -48,6 +48,7 @@ STEM: dict[str, Any] = {
 }  # fmt: skip
 SHAPES: dict[str, dict[str, Any]] = {
     "conv2d": {"padding": (1, 1, 1, 1)},
+    "conv_rearrange": {"r": 2, "padding": (1, 1, 1, 1)},
     "conv_mean": {"image": (7, 7), "filter": (1, 1), "K": 256, "C": 64},
     "stem": STEM,
     "stem_input": {**STEM, "left": 3, "right": 3},

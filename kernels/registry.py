@@ -11,6 +11,7 @@ from .convolution import conv2d, conv_nd, conv_transpose
 from .fused import (
     conv_mean,
     conv_pool,
+    conv_rearrange,
     conv_sum,
     head,
     lrn_pool,
@@ -42,6 +43,7 @@ OPS: tuple[Op, ...] = (
     *conv_transpose.OPS,
     conv_mean.OP,
     conv_pool.OP,
+    conv_rearrange.OP,
     conv_sum.OP,
     separable.OP,
     stem.OP,

@@ -25,13 +25,14 @@ from convloom.kernels.contract.op import Config, Problem
 from convloom.kernels.contract.spec import Layout, TensorSpec
 from convloom.kernels.contract.targets import Target
 from convloom.kernels.fused.chains import separable
-from convloom.kernels.fused.chains.separable import RELU6, Separable
+from convloom.kernels.fused.chains.separable import Separable
 from convloom.kernels.fused.chains.separable_tiles import Block
 from convloom.kernels.fused.chains.separable_tiles import make_tile as tile
 from convloom.kernels.tile.conv_geometry import Conv2d
 from torch import nn
 
 from . import harness, nets
+from .domains.fused.separable import RELU6
 from .test_offline import GENERATIONS, TENSOR_CORES, assert_healthy, channels
 
 SM_80, SM_90 = targets.parse("cuda:sm_80"), targets.parse("cuda:sm_90")

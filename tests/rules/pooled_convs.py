@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from .example import Example, NearMiss, example
@@ -24,6 +25,17 @@ def _pooled(**changes: Any) -> Any:
         return result
 
     return example(run, changes.get("image", IMAGE), **layers)
+
+
+def _shuffled(groups: int = 1, residual: bool = False) -> Any:
+    """The end of ESPCN: a convolution, its result's channels as 2x2 pixels, and something more."""
+    conv = nn.Conv2d(IMAGE[1], 12, 3, padding=1, groups=groups)
+
+    def run(m: Any, x: Tensor, r: Tensor) -> Tensor:
+        y = nn.functional.pixel_shuffle(m["conv"](x), 2)
+        return y + r if residual else torch.relu(y)
+
+    return example(run, IMAGE, (2, 3, 16, 12), conv=conv)
 
 
 class _Mean(nn.Module):
@@ -66,5 +78,12 @@ EXAMPLES = {
     "mean(conv2d(x, w)) => conv_mean(x, w)": Example(lambda: _pooled(pool=_Mean())),
     "avg_pool2d(conv2d(x, w)) => conv_mean(x, w)": Example(
         lambda: _pooled(pool=nn.AvgPool2d(IMAGE[2:]))
+    ),
+    "rearrange(conv2d(x, w)) => conv_rearrange(x, w)": Example(
+        _shuffled,
+        (
+            NearMiss(lambda: _shuffled(groups=4), "the convolution has 4 groups"),
+            NearMiss(lambda: _shuffled(residual=True), "reads a tensor"),
+        ),
     ),
 }
