@@ -45,9 +45,9 @@ from ..contract.targets import Target
 from ..movement.arguments import as_image, as_sequence, both_sides, numbers, with_bias
 from ..movement.pad import correction
 from ..products import gemm
-from ..tile import choice
+from ..tile import choice, space
 from ..tile.conv_geometry import Conv2d
-from .conv2d import runs_by_tap
+from ..tile.source import runs_by_tap
 from .conv_window import BORDERS, BorderConv2d, Conv3d, ConvNd, infer, pack, reference
 
 
@@ -142,7 +142,7 @@ def conv_nd_kernel(
     # C and K count the channels of one group. OPEN: whether some tap can leave the input in that
     # dimension; where none can, nothing is checked.
     group_tiles: tl.constexpr = (K + BLOCK_N - 1) // BLOCK_N
-    row_tile, column_tile = gemm.tile_index(
+    row_tile, column_tile = space.tile_index(
         tl.program_id(0), tl.cdiv(m, BLOCK_M), GROUPS * group_tiles, GROUP_M
     )
     group = column_tile // group_tiles

@@ -47,12 +47,14 @@ from ..contract.spec import Layout, Operand, TensorSpec
 from ..contract.targets import Target
 from ..convolution import conv2d
 from ..pooling.pool_window import AvgPool2d, MaxPool2d
-from ..tile import choice
+from ..tile import choice, finish, source, space
 from ..tile.conv_geometry import Conv2d
+from ..tile.finish import Finish
+from ..tile.geometry import Output, Tile
 from . import conv_pool, conv_tile, head
 from .conv_pool import ConvPool
 from .head import Head
-from .small_net_kernel import small_net_kernel
+from .small_net_kernel import Layer, small_net_kernel
 
 MOST_LAYERS = 3
 MOST_CHANNELS = 64
@@ -164,13 +166,14 @@ def launches(problem: Problem, tile: Config, target: Target) -> tuple[Launch, ..
     attributes, y, specs = _attributes(problem), problem.output, _tensors(problem)
     extras = list(operand_refs(problem))
     weights: dict[str, Ref] = {}
-    constants: dict[str, Any] = {"LAYERS": len(attributes.layers)}
+    constants: dict[str, Any] = {}
     for number in range(1, MOST_LAYERS + 1):
         # Absent layers are compiled out; their pointers are never read.
-        weights[f"v{number}"], constants[f"GEOMETRY{number}"] = Ref("input", 1), ()
-        constants |= {f"STAGES{number}": None, f"MOVED{number}": None, f"COLUMNS{number}": 16}
+        weights[f"v{number}"], constants[f"LAYER{number}"] = Ref("input", 1), None
     at, x, written = 1, problem.inputs[0], 0
     parts = attributes.parts(problem.inputs)
+    precision = choice.dot_precision(problem, 16)
+    wide = problem.is_wide or sum(spec.numel for spec in specs[1:]) >= 2**31
     for number, (each, part) in enumerate(zip(attributes.layers, parts, strict=False), 1):
         result = _result(each, x.spec, part)
         stay, move = conv_pool.split_stages(each)
@@ -182,18 +185,21 @@ def launches(problem: Problem, tile: Config, target: Target) -> tuple[Launch, ..
         extras += [Ref("input", at + 1 + index) for index in range(len(part) - 1)]
         weights[f"v{number}"] = Ref("input", at)
         name = f"layer{number}"
-        constants |= {
-            f"STAGES{number}": ep.generate(
-                stay, reads[:kept], ep.memory_sizes(result), first, f"{name}_stages"
-            ),
-            f"MOVED{number}": ep.generate(
-                move, moved, ep.memory_sizes(pooled), first + kept, f"{name}_pooled"
-            ),
-            f"GEOMETRY{number}": _geometry(each, x, part, result, pooled, written),
-            f"COLUMNS{number}": max(16, power_of_two(part[0].shape[0])),
-        }
+        stages = ep.generate(stay, reads[:kept], ep.memory_sizes(result), first, f"{name}_stages")
+        after = ep.generate(
+            move, moved, ep.memory_sizes(pooled), first + kept, f"{name}_pooled"
+        )
+        pixels, depth = tile["BLOCK_PIXELS"], tile["BLOCK_DEPTH"]
+        y_layer = Operand(pooled, pooled.shape[1], written)
+        constants[f"LAYER{number}"] = Layer(
+            space.of_windows(result, pixels, pooled),
+            source.of_convolution(each.conv, x, part[0].shape),
+            Finish(finish.pool_windows, stages, isinstance(each.pool, MaxPool2d)),
+            Output.of(y_layer, after),
+            Tile(pixels, max(16, power_of_two(pooled.shape[1])), depth, 1, precision, wide),
+        )
         at += len(part)
-        x = Operand(pooled, pooled.shape[1], written)
+        x = y_layer
         written += pooled.numel
     links = head.bind_links(
         attributes.head, (x, *parts[-1]), _rows(specs[-1]), at, tuple(extras), tile
@@ -211,9 +217,9 @@ def launches(problem: Problem, tile: Config, target: Target) -> tuple[Launch, ..
             "Y_PITCH": y.pitch, "Y_OFFSET": y.offset,
             "SOFTMAX": attributes.head.softmax,
             "EPILOGUE": ep.for_output(problem.epilogue, problem.operands, y.spec),
-            "PRECISION": choice.dot_precision(problem, 16),
-            "WIDE": problem.is_wide or written >= 2**31,
-            **constants, **links.constants, **dict(tile.blocks),
+            "PRECISION": precision, "WIDE": wide,
+            "BLOCK_M": tile["BLOCK_M"], "BLOCK_K": tile["BLOCK_K"],
+            **constants, **links.constants,
         },
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
@@ -227,23 +233,6 @@ def launches(problem: Problem, tile: Config, target: Target) -> tuple[Launch, ..
 def _result(each: ConvPool, x: TensorSpec, part: tuple[Operand, ...]) -> TensorSpec:
     """What is pooled."""
     return conv_tile.result_of("small_net", each, (x, *(operand.spec for operand in part)))
-
-
-def _geometry(
-    each: ConvPool,
-    x: Operand,
-    part: tuple[Operand, ...],
-    result: TensorSpec,
-    pooled: TensorSpec,
-    offset: int,
-) -> tuple[int, ...]:
-    """The sizes of a layer, in the order in which `layer` takes them apart."""
-    conv, (k, c, r, s) = each.conv, part[0].shape
-    return (
-        *x.shape[2:], c, k, *result.shape[2:], *pooled.shape[2:], r, s, *conv.stride,
-        conv.padding[0], conv.padding[2], *conv.dilation, x.pitch, x.offset, offset,
-        int(isinstance(each.pool, MaxPool2d)), int(conv2d.runs_by_tap(c, r * s)),
-    )  # fmt: skip
 
 
 def _l2_bytes(problem: Problem) -> int:
@@ -260,7 +249,7 @@ def _l2_bytes(problem: Problem) -> int:
 def _depth(part: tuple[Operand, ...], block: int) -> int:
     """Steps of a convolution's sums."""
     _, c, r, s = part[0].shape
-    return r * s * -(-c // block) if conv2d.runs_by_tap(c, r * s) else -(-c * r * s // block)
+    return r * s * -(-c // block) if source.runs_by_tap(c, r * s) else -(-c * r * s // block)
 
 
 def _steps(problem: Problem, tile: Config) -> int:

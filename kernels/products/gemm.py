@@ -19,27 +19,18 @@ from ..contract.op import (
     Config,
     Launch,
     Problem,
-    Ref,
     W,
     X,
     Y,
-    operand_refs,
 )
 from ..contract.spec import Operand
 from ..tile import residual
 from ..tile import split_k as split_k
 from ..tile.choice import Size, dot_precision, l2_bytes, split_of, step_instructions
+from ..tile.geometry import problem_extras
+from ..tile.product import share_of
+from ..tile.space import tile_index
 from . import gemm_loop
-
-
-@triton.jit
-def tile_index(program, row_tiles, COLUMN_TILES: tl.constexpr, GROUP_M: tl.constexpr):
-    """Row and column tile of a program; GROUP_M row tiles share their weights in L2."""
-    group = program // (GROUP_M * COLUMN_TILES)
-    first = group * GROUP_M
-    height = tl.minimum(row_tiles - first, GROUP_M)
-    within = program % (GROUP_M * COLUMN_TILES)
-    return first + within % height, within // height
 
 
 @triton.jit
@@ -60,14 +51,6 @@ def finish_tile(
     address = y + Y_OFFSET + (rows * Y_PITCH)[:, None] + columns[None, :]
     mask = row_mask[:, None] & column_mask[None, :]
     tl.store(address, acc.to(y.dtype.element_ty), mask=mask)
-
-
-@triton.jit
-def share_of(split, STEPS: tl.constexpr, SPLIT: tl.constexpr):
-    """First and past-the-end step of one of SPLIT programs."""
-    share: tl.constexpr = (STEPS + SPLIT - 1) // SPLIT
-    first = tl.minimum(split * share, STEPS)
-    return first, tl.minimum(first + share, STEPS)
 
 
 @triton.jit
@@ -188,12 +171,6 @@ def is_finite_at_zero(problem: Problem) -> bool:
     return all(read.strides[-1] for read in reads) and bool(made.isfinite().all())
 
 
-def all_extras(problem: Problem) -> tuple[Ref, ...]:
-    """Operands of the epilogue, then of the prologue."""
-    count = len(problem.prologue_operands)
-    return (*operand_refs(problem), *(Ref("prologue", index) for index in range(count)))
-
-
 def launch(problem: Problem, tile: Config, x: Operand, columns: int) -> Launch:
     """The product of `x` seen as a matrix of its innermost dimension with the packed weight."""
     out = problem.output
@@ -205,7 +182,7 @@ def launch(problem: Problem, tile: Config, x: Operand, columns: int) -> Launch:
     return Launch(
         kernel=gemm_kernel,
         pointers={"x": X, "w": W, "y": Y, **split_k.pointers(split)},
-        extras=all_extras(problem),
+        extras=problem_extras(problem),
         rows=rows,
         batch=out.spec.batch,
         block_rows=tile["BLOCK_M"],

@@ -20,6 +20,7 @@ from ..contract import epilogue as ep
 from ..contract.op import Config, Launch, Problem, Target, W, X, Y, config, power_of_two
 from ..contract.spec import Operand
 from ..tile import choice
+from ..tile.geometry import problem_extras
 from . import gemm
 
 MOST_ROWS = 8
@@ -185,7 +186,7 @@ def launch(problem: Problem, tile: Config, x: Operand, columns: int) -> Launch:
     return Launch(
         kernel=gemv_kernel,
         pointers={"x": X, "w": W, "y": Y},
-        extras=gemm.all_extras(problem),
+        extras=problem_extras(problem),
         rows=rows,
         batch=out.spec.batch,
         block_rows=tile["ROWS"],
