@@ -334,7 +334,7 @@ def test_kernels_show_their_source() -> None:
     exe, _ = compiled()
     (second,) = (k for k in exe.kernels if (k.module_path, k.step.op) == ("conv2", "conv2d"))
     source = exe.kernel(second.name).source()
-    assert "def gemm" in source or "def tile_kernel" in source and "def store(" in source
+    assert "def gemm" in source or ("def tile_kernel" in source and "def store(" in source)
     assert "def epilogue(acc, rows, columns" in source
     assert "relu(acc)" in source and "# add" in source and "tl.load(extras[0]" in source
     assert f"# {second.name}: " in source and ("BLOCK_M=" in source or "TILE.M=" in source)

@@ -60,7 +60,7 @@ CUDA_CORES = {
 
 NARROW = {
     "accumulate_kernel": "taps of the depthwise part are read between products, not pipelined",
-    "pool_conv_kernel": "windows are pooled while they are read, which needs them in registers",
+    "pool_conv": "windows are pooled while they are read, which needs them in registers",
     "head_kernel": "rows of the hidden layer, which may be shorter than a tile",
 }
 """Kernels with matrix products whose loads need no asynchronous copies, and why."""
@@ -79,7 +79,7 @@ ISSUE_LIMITS = {
     "conv_chain_kernel": (1.3, "two products with different tiles share each of its loops"),
     "conv_pool": (0.8, "pixels come window by window: their masks are 20 more instructions"),
     "accumulate_kernel": (None, "depthwise taps on the CUDA cores decide, not the products"),
-    "pool_conv_kernel": (None, "pooling on the CUDA cores decides, not the products"),
+    "pool_conv": (None, "pooling on the CUDA cores decides, not the products"),
     "head_kernel": (None, "a few rows: waits for weights"),
 }
 SPLIT_LIMIT = 0.75
@@ -104,7 +104,7 @@ LOOP_BARRIERS_OF = {
     "conv_chain_kernel": (12, "each of two products waits for the tile of the other"),
     "accumulate_kernel": (4, "each step's depthwise result goes through shared memory"),
     "resident_kernel": (4, "each step stores results, which go through shared memory in two parts"),
-    "pool_conv_kernel": (8, "each step's pooled windows go through shared memory"),
+    "pool_conv": (8, "each step's pooled windows go through shared memory"),
 }
 
 

@@ -79,7 +79,11 @@ def tile_kernel(
         tl.program_id(0) // SPLIT, tl.cdiv(m, SPACE.per_tile), GROUPS * group_tiles, TILE.GROUP_M
     )
     tile = row_tile * (GROUPS * group_tiles) + column_tile
-    columns = column_tile * TILE.N + tl.arange(0, TILE.N)
+    columns = tl.arange(0, TILE.N)
+    # Where one tile has all channels and more, its mask is a constant. Of full tiles it is better
+    # none: 3x3 over 64 channels, 128x64 by 4 warps on sm_90, takes 204 registers instead of 152.
+    if group_tiles > 1 or WIDTH % TILE.N == 0:
+        columns += column_tile * TILE.N
     column_mask = columns < WIDTH
     if GROUPS > 1:
         group = column_tile // group_tiles

@@ -28,8 +28,8 @@ class Space(NamedTuple):
 
 
 def of_pixels(result: TensorSpec, rows: int) -> Space:
-    """Tiles of so many pixels of a result (N, K, P, Q)."""
-    p, q = result.shape[2:]
+    """Tiles of so many pixels of a result (N, K, P, Q) or (N, K, O, P, Q), which is O images."""
+    p, q = result.shape[-2:]
     return Space(pixels, p, q, rows)
 
 
