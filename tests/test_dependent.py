@@ -60,7 +60,7 @@ def launch_of(filters: int, tma: bool, target: Target = SM_90) -> Launch:
 
 
 CASES = {
-    "gemm_kernel": (1, False), "gemm_kernel by TMA": (1, True), "conv2d_kernel": (3, False),
+    "gemm_kernel": (1, False), "gemm_kernel by TMA": (1, True), "tile_kernel": (3, False),
     "conv_tma_kernel": (3, True), "pointwise_kernel": (0, False),
 }  # fmt: skip
 
@@ -100,7 +100,7 @@ def test_the_flag_compiles_out() -> None:
     assert not programmatic_launch.is_programmatic(launch.constexprs)
     made = offline.compile_request(request(launch))
     assert "griddepcontrol" not in made.asm["ptx"] and not made.metadata.launch_pdl
-    assert "griddepcontrol.wait" in compiled("conv2d_kernel").asm["ptx"]
+    assert "griddepcontrol.wait" in compiled("tile_kernel").asm["ptx"]
 
 
 def test_only_kernels_and_targets_that_can_are_launched_so() -> None:
@@ -127,7 +127,7 @@ def network() -> tuple[nn.Module, tuple[torch.Tensor, ...]]:
     ("launch", "target", "expected"),
     [
         ("", "cuda:sm_90", set()),
-        ("programmatic", "cuda:sm_90", {"gemm_kernel", "conv2d_kernel"}),
+        ("programmatic", "cuda:sm_90", {"gemm_kernel", "tile_kernel"}),
         ("programmatic", "cuda:sm_80", set()),
         ("programmatic", "interpreter", set()),
     ],
@@ -151,7 +151,7 @@ def test_a_saved_file_launches_as_it_was_compiled(
 ) -> None:
     monkeypatch.setenv("CONVLOOM_LAUNCH", "programmatic")
     module, inputs = network()
-    exe = convloom.compile(module, inputs, target="cuda:sm_90", tuning="heuristic")
+    exe = convloom.compile(module, inputs, target="cuda:sm_90", tuning="heuristic", passes=())
     exe.save(tmp_path / "net.loom")
     monkeypatch.delenv("CONVLOOM_LAUNCH")
     artifact = open_artifact(tmp_path / "net.loom")

@@ -59,7 +59,7 @@ CUDA_CORES = {
 
 NARROW = {
     "accumulate_kernel": "taps of the depthwise part are read between products, not pipelined",
-    "pool_conv_kernel": "windows are pooled while they are read, which needs them in registers",
+    "pool_conv": "windows are pooled while they are read, which needs them in registers",
     "head_kernel": "rows of the hidden layer, which may be shorter than a tile",
 }
 """Kernels with matrix products whose loads need no asynchronous copies, and why."""
@@ -75,9 +75,9 @@ ISSUE_LIMIT = 0.7
 """Instructions per tensor-core cycle; above it a loop is bound by issuing."""
 ISSUE_LIMITS = {
     "conv_chain_kernel": (1.3, "two products with different tiles share each of its loops"),
-    "conv_pool_kernel": (0.8, "pixels come window by window: their masks are 20 more instructions"),
+    "conv_pool": (0.8, "pixels come window by window: their masks are 20 more instructions"),
     "accumulate_kernel": (None, "depthwise taps on the CUDA cores decide, not the products"),
-    "pool_conv_kernel": (None, "pooling on the CUDA cores decides, not the products"),
+    "pool_conv": (None, "pooling on the CUDA cores decides, not the products"),
     "head_kernel": (None, "a few rows: waits for weights"),
 }
 SPLIT_LIMIT = 0.75
@@ -102,7 +102,7 @@ LOOP_BARRIERS_OF = {
     "conv_chain_kernel": (12, "each of two products waits for the tile of the other"),
     "accumulate_kernel": (4, "each step's depthwise result goes through shared memory"),
     "resident_kernel": (4, "each step stores results, which go through shared memory in two parts"),
-    "pool_conv_kernel": (8, "each step's pooled windows go through shared memory"),
+    "pool_conv": (8, "each step's pooled windows go through shared memory"),
 }
 
 
@@ -118,7 +118,8 @@ class Kernel:
 
     @property
     def name(self) -> str:
-        return self.request.name
+        """Of the function; of the op where it is the tile kernel, which is a kernel for each."""
+        return self.step.op if self.request.name == "tile_kernel" else self.request.name
 
     @property
     def channels(self) -> int:
@@ -249,7 +250,7 @@ def issue_limit(kernel: Kernel) -> float | None:
     if blocks.get("SPLIT", 1) > 1:
         return SPLIT_LIMIT
     steps = kernel.channels // blocks["BLOCK_K"]
-    is_uneven = kernel.name == "conv2d_kernel" and steps & (steps - 1)
+    is_uneven = kernel.name == "conv2d" and steps & (steps - 1)
     return UNEVEN_LIMIT if is_uneven else ISSUE_LIMIT
 
 
@@ -324,7 +325,7 @@ FAULTS: dict[str, tuple[KernelReport, str, str]] = {
 @pytest.mark.parametrize("fault", FAULTS)
 def test_faults_are_found(fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
     report, sass, complaint = FAULTS[fault]
-    kernel = next(k for k in kernels_of("resnet18", 32) if k.name == "conv2d_kernel" and k.is_even)
+    kernel = next(k for k in kernels_of("resnet18", 32) if k.name == "conv2d" and k.is_even)
     monkeypatch.setattr(offline, "report", lambda wanted: report)
     monkeypatch.setattr(offline, "compile_request", lambda wanted: None)
     monkeypatch.setattr(offline, "disassembly", lambda compiled: sass)
@@ -334,7 +335,7 @@ def test_faults_are_found(fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("copies", ["LDGSTS.128", "UTMALDG"])
 def test_copies_by_threads_and_by_tma_are_asynchronous(copies: str) -> None:
-    kernel = next(k for k in kernels_of("resnet18", 32) if k.name == "conv2d_kernel" and k.is_even)
+    kernel = next(k for k in kernels_of("resnet18", 32) if k.name == "conv2d" and k.is_even)
     assert not list(_loads(kernel, KernelReport(64, 0, 0, {"HGMMA": 4, copies: 6, "LDG.128": 8})))
     assert list(_loads(kernel, KernelReport(64, 0, 0, {"HGMMA": 4, "LDG.128": 8})))
 

@@ -350,7 +350,7 @@ def test_a_kernel_without_its_barrier_is_refused() -> None:
     for at in waits:
         behind = next(n for n in range(at, len(lines)) if "bar.sync" in lines[n])
         text = "\n".join((*lines[:behind], *lines[behind + 1 :]))
-        with pytest.raises(KernelError, match=r"conv2d_kernel for sm_90, 8 warps: .*use 4 warps"):
+        with pytest.raises(KernelError, match=r"tile_kernel for sm_90, 8 warps: .*use 4 warps"):
             offline.check_barriers(wanted, text)
         offline.check_barriers(replace(wanted, num_warps=4), text)
 

@@ -11,7 +11,7 @@ from typing import Any, NoReturn
 import torch
 
 from ...errors import ArtifactError, InvalidInputError, KernelError, near_names
-from ...kernels.contract.epilogue import GeneratedFunction, flat, named
+from ...kernels.contract.epilogue import FunctionName, GeneratedFunction, flat, named
 from ...kernels.contract.op import Launch
 from ...kernels.contract.targets import Target
 from ...kernels.devices import offline
@@ -35,15 +35,17 @@ class Kernel:
     request: offline.CompileRequest | None
 
     def source(self) -> str:
-        """The Triton source: the kernel and the functions generated for it."""
+        """The Triton source: the kernel and the functions that it is given."""
         import inspect
 
-        constants = flat(named(self.launch.constexprs)).items()
-        generated = {n: v for n, v in constants if isinstance(v, GeneratedFunction)}
-        plain = ", ".join(f"{name}={value}" for name, value in constants if name not in generated)
-        functions = [f"# {name}\n{value.source}" for name, value in generated.items()]
         text = inspect.getsource(self.launch.kernel.fn)
-        return "\n".join([f"# {self.name}: {plain}", *functions, text])
+        functions, constants = [], []
+        for name, value in flat(named(self.launch.constexprs)).items():
+            if isinstance(value, (GeneratedFunction, FunctionName)):
+                functions.append(f"# {name}\n{value.source}")
+            else:
+                constants.append(f"{name}={value}")
+        return "\n".join([f"# {self.name}: {', '.join(constants)}", *functions, text])
 
     def report(self) -> offline.KernelReport:
         """Registers, spills, shared memory and instruction mix.

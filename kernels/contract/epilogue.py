@@ -387,6 +387,11 @@ class FunctionName:
         """The `JITFunction`."""
         return getattr(importlib.import_module(self.module), self.name)
 
+    @property
+    def source(self) -> str:
+        """Its text."""
+        return str(self.resolve().src)
+
 
 def resolved(constexprs: Mapping[str, Any]) -> dict[str, Any]:
     """Compile-time arguments with generated sources and names turned into jit functions, those in

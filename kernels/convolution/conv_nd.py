@@ -8,10 +8,11 @@ x: (N, C, D, H, W) channels innermost in memory; w: (K, C/G, T, R, S), a constan
 `border_conv2d` is the same without D, O and T, and x outside its image is what `pad` would have put
 there (reflect, replicate, circular): nothing is padded, the loads find their pixels themselves.
 
-Implicit GEMM as in `conv2d.py`: one loop flattened over (t, r, s) and channel blocks, or with few
-channels per group over (tap, channel) pairs. A step of that loop at 128x64 and 4 warps on sm_90:
-3x3x3 218 instructions, 152 without padding, against 171 of conv2d's 3x3; a 3x3 filter with borders
-232 (replicate) to 256 (circular). A 1x1x1 filter with stride 1 is a matrix product (`gemm.py`).
+Implicit GEMM by the tile engine, as conv2d: one loop flattened over (t, r, s) and channel blocks,
+or with few channels per group over (tap, channel) pairs. A step of that loop at 128x64 and 4 warps
+on sm_90: 3x3x3 218 instructions, 152 without padding, against 171 of conv2d's 3x3; a 3x3 filter
+with borders 232 (replicate) to 256 (circular). A 1x1x1 filter with stride 1 is a matrix product
+(`gemm.py`).
 """
 
 from __future__ import annotations
@@ -19,197 +20,129 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import triton
 import triton.language as tl
 
-from ..contract.op import (
-    Config,
-    Cost,
-    Launch,
-    Op,
-    Problem,
-    W,
-    X,
-    Y,
-    operand_refs,
-    tensor_bytes,
-)
+from ..contract.op import Config, Cost, Launch, Op, Problem, tensor_bytes
 from ..contract.targets import Target
 from ..movement.arguments import convolution
 from ..movement.pad import correction
 from ..products import gemm
-from ..tile import choice
-from .conv2d import runs_by_tap
+from ..tile import choice, engine, space
+from ..tile.geometry import Image, Window
+from ..tile.source import Source, runs_by_tap
 from .conv_window import BORDERS, BorderConv2d, Conv3d, ConvNd, infer, pack, reference
+
+
+class Volume(NamedTuple):
+    """What a window of three dimensions, or with a border, has beside one of two.
+
+    D, O: depth of input and output; T: of the filter. open: whether some tap can leave the input in
+    that dimension; where none can, nothing is checked. border: what x is outside its image.
+    """
+
+    D: int
+    O: int  # noqa: E741
+    T: int
+    stride_d: int
+    front: int
+    dilation_d: int
+    open_d: bool
+    open_h: bool
+    open_w: bool
+    border: str
+
+
+@triton.jit
+def volume_corner(image, p, q, live, SOURCE: tl.constexpr):
+    """The index of the first pixel that each row sees, and where it lies in the input."""
+    IMAGE: tl.constexpr = SOURCE.image
+    WINDOW: tl.constexpr = SOURCE.window
+    VOLUME: tl.constexpr = SOURCE.detail
+    front = (image % VOLUME.O).to(tl.int32) * VOLUME.stride_d - VOLUME.front
+    top = p * WINDOW.stride_h - WINDOW.top
+    left = q * WINDOW.stride_w - WINDOW.left
+    pixel = ((image // VOLUME.O * VOLUME.D + front) * IMAGE.H + top) * IMAGE.W + left
+    if VOLUME.border == "constant":
+        # One mask for both: 218 instead of 230 instructions per step (3x3x3, 128x64, sm_90).
+        top = tl.where(live, top, -1048576)
+    return pixel, front, top, left, live
 
 
 @triton.jit
 def locate(
-    row_mask,
-    front,
-    top,
-    left,
-    D: tl.constexpr,
-    H: tl.constexpr,
-    WIDTH: tl.constexpr,
-    OPEN_D: tl.constexpr,
-    OPEN_H: tl.constexpr,
-    OPEN_W: tl.constexpr,
-    BORDER: tl.constexpr,
-    WIDE: tl.constexpr,
+    live, front, top, left, IMAGE: tl.constexpr, VOLUME: tl.constexpr, TILE: tl.constexpr
 ):
-    """Whether there is something to load at a position, and how many pixels further it lies.
-
-    OPEN: whether a position can be outside the input in that dimension.
-    """
-    inside = row_mask
+    """Whether there is something to load at a position, and how many pixels further it lies."""
+    inside = live
     move = left * 0
-    if WIDE:
+    if TILE.wide:
         move = move.to(tl.int64)
-    if BORDER == "constant":
-        if OPEN_H:
+    if VOLUME.border == "constant":
+        if VOLUME.open_h:
             # Rows past the end are where no tap comes inside: they need no mask of their own.
-            inside = top.to(tl.uint32, bitcast=True) < H
-        if OPEN_W:
-            inside = inside & (left.to(tl.uint32, bitcast=True) < WIDTH)
-        if OPEN_D:
-            inside = inside & (front.to(tl.uint32, bitcast=True) < D)
+            inside = top.to(tl.uint32, bitcast=True) < IMAGE.H
+        if VOLUME.open_w:
+            inside = inside & (left.to(tl.uint32, bitcast=True) < IMAGE.W)
+        if VOLUME.open_d:
+            inside = inside & (front.to(tl.uint32, bitcast=True) < VOLUME.D)
     else:
-        if OPEN_D:
-            move += correction(front, D, BORDER)
-        move = move * H
-        if OPEN_H:
-            move += correction(top, H, BORDER)
-        move = move * WIDTH
-        if OPEN_W:
-            move += correction(left, WIDTH, BORDER)
+        if VOLUME.open_d:
+            move += correction(front, VOLUME.D, VOLUME.border)
+        move = move * IMAGE.H
+        if VOLUME.open_h:
+            move += correction(top, IMAGE.H, VOLUME.border)
+        move = move * IMAGE.W
+        if VOLUME.open_w:
+            move += correction(left, IMAGE.W, VOLUME.border)
     return inside, move
 
 
 @triton.jit
-def conv_nd_kernel(
-    x,
-    w,
-    y,
-    extras,
-    m,
-    D: tl.constexpr,
-    H: tl.constexpr,
-    WIDTH: tl.constexpr,
-    C: tl.constexpr,
-    K: tl.constexpr,
-    OUT_D: tl.constexpr,
-    P: tl.constexpr,
-    Q: tl.constexpr,
-    T: tl.constexpr,
-    R: tl.constexpr,
-    S: tl.constexpr,
-    STRIDE_D: tl.constexpr,
-    STRIDE_H: tl.constexpr,
-    STRIDE_W: tl.constexpr,
-    FRONT: tl.constexpr,
-    TOP: tl.constexpr,
-    LEFT: tl.constexpr,
-    DILATION_D: tl.constexpr,
-    DILATION_H: tl.constexpr,
-    DILATION_W: tl.constexpr,
-    OPEN_D: tl.constexpr,
-    OPEN_H: tl.constexpr,
-    OPEN_W: tl.constexpr,
-    GROUPS: tl.constexpr,
-    BORDER: tl.constexpr,
-    X_PITCH: tl.constexpr,
-    X_OFFSET: tl.constexpr,
-    Y_PITCH: tl.constexpr,
-    Y_OFFSET: tl.constexpr,
-    EPILOGUE: tl.constexpr,
-    PRECISION: tl.constexpr,
-    WIDE: tl.constexpr,
-    BY_TAP: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    GROUP_M: tl.constexpr,
-):
-    # C and K count the channels of one group. OPEN: whether some tap can leave the input in that
-    # dimension; where none can, nothing is checked.
-    group_tiles: tl.constexpr = (K + BLOCK_N - 1) // BLOCK_N
-    row_tile, column_tile = gemm.tile_index(
-        tl.program_id(0), tl.cdiv(m, BLOCK_M), GROUPS * group_tiles, GROUP_M
+def volume_tap(x, at, step, start, extras, SOURCE: tl.constexpr, TILE: tl.constexpr):
+    """A block of channels of one tap (t, r, s)."""
+    pixel, front, top, left, live = at
+    IMAGE: tl.constexpr = SOURCE.image
+    WINDOW: tl.constexpr = SOURCE.window
+    VOLUME: tl.constexpr = SOURCE.detail
+    t = step // (WINDOW.R * WINDOW.S) * VOLUME.dilation_d
+    r = step // WINDOW.S % WINDOW.R * WINDOW.dilation_h
+    s = step % WINDOW.S * WINDOW.dilation_w
+    there, move = locate(live, front + t, top + r, left + s, IMAGE, VOLUME, TILE)
+    if TILE.wide:
+        t = tl.cast(t, tl.int64)
+    depth = tl.arange(0, TILE.K)
+    x_step = x + IMAGE.offset + (((t * IMAGE.H + r) * IMAGE.W + s) * IMAGE.row_stride + start)
+    x_tile = (pixel * IMAGE.row_stride)[:, None] + depth[None, :]
+    mask = there[:, None]
+    if IMAGE.C % TILE.K != 0:
+        mask = mask & (start + depth < IMAGE.C)[None, :]
+    return tl.load(x_step + (x_tile + (move * IMAGE.row_stride)[:, None]), mask=mask, other=0.0)
+
+
+@triton.jit
+def volume_gather(x, at, step, start, extras, SOURCE: tl.constexpr, TILE: tl.constexpr):
+    """(tap, channel) pairs from `start` on."""
+    pixel, front, top, left, live = at
+    IMAGE: tl.constexpr = SOURCE.image
+    WINDOW: tl.constexpr = SOURCE.window
+    VOLUME: tl.constexpr = SOURCE.detail
+    index = start + tl.arange(0, TILE.K)[None, :]
+    tap = index // IMAGE.C
+    t = tap // (WINDOW.R * WINDOW.S) * VOLUME.dilation_d
+    r = tap // WINDOW.S % WINDOW.R * WINDOW.dilation_h
+    s = tap % WINDOW.S * WINDOW.dilation_w
+    there, move = locate(
+        live[:, None], front[:, None] + t, top[:, None] + r, left[:, None] + s, IMAGE, VOLUME, TILE
     )
-    group = column_tile // group_tiles
-    within = column_tile % group_tiles * BLOCK_N + tl.arange(0, BLOCK_N)
-    columns = group * K + within
-    column_mask = within < K
-    rows = row_tile * BLOCK_M + tl.arange(0, BLOCK_M)
-    row_mask = rows < m
-    if WIDE:
-        rows = rows.to(tl.int64)
-    image = rows // (OUT_D * P * Q)
-    front = (rows // (P * Q) % OUT_D).to(tl.int32) * STRIDE_D - FRONT
-    top = (rows // Q % P).to(tl.int32) * STRIDE_H - TOP
-    left = (rows % Q).to(tl.int32) * STRIDE_W - LEFT
-    corner = ((image * D + front) * H + top) * WIDTH + left
-    if BORDER == "constant":
-        # One mask for both: 218 instead of 230 instructions per step (3x3x3, 128x64, sm_90).
-        top = tl.where(row_mask, top, -1048576)
-    depth = tl.arange(0, BLOCK_K)
-    x_group = x + X_OFFSET + group * C
-    x_corner = (corner * X_PITCH)[:, None]
-    w_tile = w + (columns * (T * R * S * C))[:, None] + depth[None, :]
-    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    if BY_TAP:
-        blocks: tl.constexpr = (C + BLOCK_K - 1) // BLOCK_K
-        x_tile = x_corner + depth[None, :]
-        for step in range(T * R * S * blocks):
-            tap = step // blocks
-            start = step % blocks * BLOCK_K
-            t = tap // (R * S) * DILATION_D
-            r = tap // S % R * DILATION_H
-            s = tap % S * DILATION_W
-            inside, move = locate(
-                row_mask, front + t, top + r, left + s,
-                D, H, WIDTH, OPEN_D, OPEN_H, OPEN_W, BORDER, WIDE,
-            )  # fmt: skip
-            if WIDE:
-                t = t.to(tl.int64)
-            x_step = x_group + (((t * H + r) * WIDTH + s) * X_PITCH + start)
-            w_step = w_tile + (tap * C + start)
-            channels = start + depth
-            a_mask = inside[:, None]
-            b_mask = column_mask[:, None]
-            if C % BLOCK_K != 0:
-                a_mask = a_mask & (channels < C)[None, :]
-                b_mask = b_mask & (channels < C)[None, :]
-            a = tl.load(x_step + (x_tile + (move * X_PITCH)[:, None]), mask=a_mask, other=0.0)
-            b = tl.load(w_step, mask=b_mask, other=0.0)
-            acc = tl.dot(a, b.T, acc, input_precision=PRECISION)
-    else:
-        for start in range(0, T * R * S * C, BLOCK_K):
-            index = start + depth[None, :]
-            live = index < T * R * S * C
-            tap = index // C
-            t = tap // (R * S) * DILATION_D
-            r = tap // S % R * DILATION_H
-            s = tap % S * DILATION_W
-            inside, move = locate(
-                row_mask[:, None], front[:, None] + t, top[:, None] + r, left[:, None] + s,
-                D, H, WIDTH, OPEN_D, OPEN_H, OPEN_W, BORDER, WIDE,
-            )  # fmt: skip
-            if WIDE:
-                t = t.to(tl.int64)
-            offset = x_corner + ((t * H + r) * WIDTH + s) * X_PITCH + index % C
-            offset = offset + move * X_PITCH
-            a = tl.load(x_group + offset, mask=inside & live, other=0.0)
-            b_mask = column_mask[:, None] & live
-            b = tl.load(w_tile + start, mask=b_mask, other=0.0)
-            acc = tl.dot(a, b.T, acc, input_precision=PRECISION)
-    acc = EPILOGUE(acc, rows, columns, row_mask, column_mask, extras)
-    address = y + Y_OFFSET + (rows * Y_PITCH)[:, None] + columns[None, :]
-    mask = row_mask[:, None] & column_mask[None, :]
-    tl.store(address, acc.to(y.dtype.element_ty), mask=mask)
+    if TILE.wide:
+        t = t.to(tl.int64)
+    offset = ((t * IMAGE.H + r) * IMAGE.W + s) * IMAGE.row_stride + index % IMAGE.C
+    x_tile = (pixel * IMAGE.row_stride)[:, None] + offset + move * IMAGE.row_stride
+    mask = there & (index < SOURCE.depth)
+    return tl.load(x + IMAGE.offset + x_tile, mask=mask, other=0.0)
 
 
 def _attributes(problem: Problem) -> ConvNd:
@@ -234,11 +167,13 @@ def _size(problem: Problem) -> choice.Size:
     return choice.Size(rows, columns, depth, x.dtype, groups, not by_tap, taps)
 
 
-def _three(values: tuple[int, ...], missing: int) -> tuple[int, ...]:
-    return (*(missing for _ in range(3 - len(values))), *values)
+def _three(values: tuple[int, ...], missing: int) -> tuple[int, int, int]:
+    """For depth, height and width; images have no depth."""
+    depth, height, width = (missing, *values) if len(values) == 2 else values
+    return depth, height, width
 
 
-def _open_dimensions(problem: Problem) -> tuple[bool, ...]:
+def _open_dimensions(problem: Problem) -> tuple[int, ...]:
     """Where some tap leaves the input."""
     attributes = _attributes(problem)
     x, w, y = problem.inputs[0].shape, problem.inputs[1].shape, problem.output.shape
@@ -252,57 +187,45 @@ def _open_dimensions(problem: Problem) -> tuple[bool, ...]:
     return tuple(result)
 
 
+def _source(problem: Problem) -> Source:
+    attributes, x, w = _attributes(problem), problem.inputs[0], problem.inputs[1].shape
+    d, h, width = _three(x.shape[2:], 1)
+    (t, r, s), taps = _three(w[2:], 1), math.prod(w[2:])
+    strides, dilations = _three(attributes.stride, 1), _three(attributes.dilation, 1)
+    front, top, left = _three(attributes.padding[::2], 0)
+    out_d = _three(problem.output.shape[2:], 1)[0]
+    is_open = _three(_open_dimensions(problem), False)
+    volume = Volume(
+        d, out_d, t, strides[0], front, dilations[0],
+        bool(is_open[0]), bool(is_open[1]), bool(is_open[2]), attributes.border,
+    )  # fmt: skip
+    image = Image(h, width, w[1], x.pitch, x.offset)
+    window = Window(r, s, *strides[1:], top, left, *dilations[1:])
+    by_tap = runs_by_tap(w[1], taps)
+    steps = (taps, w[1]) if by_tap else (1, taps * w[1])
+    load = volume_tap if by_tap else volume_gather
+    return Source(image, window, volume_corner, load, *steps, detail=volume)
+
+
 def launches(problem: Problem, tile: Config, target: Target) -> tuple[Launch, ...]:
     """One launch: of the matrix product where the convolution is one."""
-    attributes = _attributes(problem)
-    x, out, w = problem.inputs[0], problem.output, problem.inputs[1].spec
+    x, size = problem.inputs[0], _size(problem)
     if is_matrix_product(problem):
-        return (gemm.launch(problem, tile, x, out.shape[1]),)
-    size = _size(problem)
-    per_group, taps = w.shape[1], math.prod(w.shape[2:])
-    names = (
-        ("D", "H", "WIDTH"), ("OUT_D", "P", "Q"), ("T", "R", "S"),
-        ("STRIDE_D", "STRIDE_H", "STRIDE_W"), ("FRONT", "TOP", "LEFT"),
-        ("DILATION_D", "DILATION_H", "DILATION_W"), ("OPEN_D", "OPEN_H", "OPEN_W"),
-    )  # fmt: skip
-    values = (
-        (x.shape[2:], 1), (out.shape[2:], 1), (w.shape[2:], 1),
-        (attributes.stride, 1), (attributes.padding[::2], 0), (attributes.dilation, 1),
-        (_open_dimensions(problem), False),
-    )  # fmt: skip
-    geometry = {
-        name: number
-        for three, (given, missing) in zip(names, values, strict=True)
-        for name, number in zip(three, _three(given, missing), strict=True)
-    }
-    steps = -(-size.depth // tile["BLOCK_K"]) * (1 if size.gathers else taps)
+        return (gemm.launch(problem, tile, x, problem.output.shape[1]),)
+    steps = size.steps(tile["BLOCK_K"])
     area = tile["BLOCK_K"] * (tile["BLOCK_M"] + tile["BLOCK_N"])
-    launch = Launch(
-        kernel=conv_nd_kernel,
-        pointers={"x": X, "w": W, "y": Y},
-        extras=operand_refs(problem),
-        rows=size.rows,
-        batch=out.spec.batch,
-        block_rows=tile["BLOCK_M"],
-        columns=size.groups * -(-size.columns // tile["BLOCK_N"]),
-        constexprs={
-            **geometry,
-            "C": per_group, "K": size.columns, "GROUPS": size.groups,
-            "BORDER": attributes.border,
-            "X_PITCH": x.pitch, "X_OFFSET": x.offset,
-            "Y_PITCH": out.pitch, "Y_OFFSET": out.offset,
-            "EPILOGUE": gemm.chains(problem)[0],
-            "PRECISION": choice.dot_precision(problem, per_group * taps),
-            "WIDE": problem.is_wide,
-            "BY_TAP": not size.gathers,
-            **dict(tile.blocks),
-        },
-        num_warps=tile.num_warps,
-        num_stages=tile.num_stages,
+    launch = engine.launch(
+        problem,
+        tile,
+        target,
+        space.of_pixels(problem.output.spec, tile["BLOCK_M"]),
+        _source(problem),
+        groups=size.groups,
+        precision=choice.dot_precision(problem, math.prod(problem.inputs[1].shape[1:])),
         l2_bytes=steps * area * x.spec.dtype.itemsize,
         steps=steps,
-        step_instructions=choice.step_instructions(tile, size.dtype, taps),
-    )  # fmt: skip
+        step_instructions=choice.step_instructions(tile, size.dtype, size.taps),
+    )
     return (launch,)
 
 

@@ -27,8 +27,9 @@ from ..contract import cost_model
 from ..contract.op import Config, Launch, Problem, W, X, Y, config, power_of_two
 from ..contract.targets import Target
 from ..products import gemm
-from ..tile import choice
+from ..tile import choice, residual, space
 from ..tile.conv_geometry import Conv2d
+from ..tile.geometry import problem_extras
 
 CHANNELS = (4, 8)
 BLOCK = 16
@@ -87,7 +88,7 @@ def conv_rows_kernel(
     GROUP_M: tl.constexpr,
 ):
     column_tiles: tl.constexpr = (K + BLOCK_N - 1) // BLOCK_N
-    row_tile, column_tile = gemm.tile_index(
+    row_tile, column_tile = space.tile_index(
         tl.program_id(0), tl.cdiv(m, BLOCK_M), column_tiles, GROUP_M
     )
     rows = row_tile * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -130,7 +131,7 @@ def conv_rows_kernel(
     tl.store(address, acc.to(y.dtype.element_ty), mask=mask)
 
 
-def launch(problem: Problem, tile: Config) -> Launch:
+def launch(problem: Problem, tile: Config, target: Target) -> Launch:
     """The one launch of the kernel."""
     attributes = cast("Conv2d", problem.attributes)
     x, out = problem.inputs[0], problem.output
@@ -141,7 +142,7 @@ def launch(problem: Problem, tile: Config) -> Launch:
     return Launch(
         kernel=conv_rows_kernel,
         pointers={"x": X, "w": W, "y": Y},
-        extras=gemm.all_extras(problem),
+        extras=problem_extras(problem),
         rows=n * p * q,
         batch=out.spec.batch,
         block_rows=tile["BLOCK_M"],
@@ -192,6 +193,11 @@ def configs(problem: Problem, target: Target) -> Iterator[Config]:
     for tile in dict.fromkeys((*tiles, *_wide_tiles(wanted))):
         if choice.legal_tile(wanted.dtype, tile, target) is None:
             yield tile
+
+
+def legal(problem: Problem, tile: Config, target: Target) -> str | None:
+    """Why a configuration cannot run on the target, or None."""
+    return residual.legal(problem, tile) or choice.legal(size(problem), tile, target)
 
 
 def _wide_tiles(wanted: choice.Size) -> tuple[Config, ...]:

@@ -26,6 +26,7 @@ from ..contract import programmatic_launch
 from ..contract.op import Box, Config, Launch, Problem, Target, W, X, Y, config, power_of_two
 from ..products import gemm, gemm_tma
 from ..tile import choice, residual
+from ..tile.geometry import problem_extras
 
 TILES = (
     (128, 256, 8), (256, 128, 8), (128, 128, 8), (128, 128, 4), (256, 64, 8), (128, 64, 4),
@@ -206,7 +207,7 @@ def launch(problem: Problem, tile: Config) -> Launch:
             "x": Box(X, shape, strides, read, x.offset, x.spec.batch),
             "w": Box(W, (k, r * s * c), (r * s * c, 1), (tile["BLOCK_N"], tile["BLOCK_K"])),
         },
-        extras=gemm.all_extras(problem),
+        extras=problem_extras(problem),
         rows=n,
         batch=out.spec.batch,
         block_rows=box[0],

@@ -46,9 +46,8 @@ from ..contract.op import (
 )
 from ..contract.targets import Target
 from ..movement.arguments import attributes_of, with_bias
-from ..products import gemm
-from ..tile import choice
-from .conv2d import runs_by_tap
+from ..tile import choice, space
+from ..tile.source import runs_by_tap
 from .conv_nd import locate
 from .conv_phases import (
     ConvTranspose,
@@ -150,7 +149,7 @@ def conv_transpose_kernel(
     LINES: tl.constexpr = (HEIGHT[OUTPUTS] + HEIGHT[STRIDE] - 1) // HEIGHT[STRIDE]
     POINTS: tl.constexpr = (WIDTH[OUTPUTS] + WIDTH[STRIDE] - 1) // WIDTH[STRIDE]
     group_tiles: tl.constexpr = (K + BLOCK_N - 1) // BLOCK_N
-    row_tile, column_tile = gemm.tile_index(
+    row_tile, column_tile = space.tile_index(
         tl.program_id(0), tl.cdiv(m, BLOCK_M), PHASES * GROUPS * group_tiles, GROUP_M
     )
     phase = column_tile % PHASES

@@ -22,6 +22,11 @@ from ..contract.targets import Target
 from ..tile.conv_geometry import Conv2d
 
 
+def applies(attributes: Conv2d, filters: tuple[int, ...]) -> bool:
+    """Whether every group has one input channel."""
+    return attributes.groups > 1 and filters[1] == 1
+
+
 @triton.jit
 def depthwise_kernel(
     x,
@@ -110,7 +115,7 @@ def pack(w: torch.Tensor) -> torch.Tensor:
     return w.reshape(w.shape[0], -1).t().contiguous().float()
 
 
-def launch(problem: Problem, tile: Config) -> Launch:
+def launch(problem: Problem, tile: Config, target: Target) -> Launch:
     """The one launch of the kernel."""
     attributes: Conv2d = problem.attributes
     x, out = problem.inputs[0], problem.output
@@ -160,6 +165,11 @@ def configs(problem: Problem, target: Target) -> Iterator[Config]:
     for tile_rows in (1, 2, 4):
         for block_n in (32, 64, 128):
             yield config(4, 1, TILE_ROWS=tile_rows, BLOCK_M=1024 // block_n, BLOCK_N=block_n)
+
+
+def legal(problem: Problem, tile: Config, target: Target) -> None:
+    """Every configuration can run."""
+    return
 
 
 def default(problem: Problem, target: Target) -> Config:

@@ -27,8 +27,7 @@ from ..contract import cost_model
 from ..contract import epilogue as ep
 from ..contract.op import Config, Launch, Problem, W, X, Y, config, operand_refs, power_of_two
 from ..contract.targets import Target
-from ..products import gemm
-from ..tile import choice
+from ..tile import choice, space
 from ..tile.conv_geometry import Conv2d
 
 BLOCK = 32
@@ -118,7 +117,7 @@ def grouped_kernel(
     WIDTH_IN: tl.constexpr = GROUPS_PER_BLOCK * PER_GROUP
     WIDTH_OUT: tl.constexpr = GROUPS_PER_BLOCK * PER_GROUP_OUT
     blocks: tl.constexpr = (K + WIDTH_OUT - 1) // WIDTH_OUT
-    row_tile, block = gemm.tile_index(tl.program_id(0), tl.cdiv(m, BLOCK_M), blocks, GROUP_M)
+    row_tile, block = space.tile_index(tl.program_id(0), tl.cdiv(m, BLOCK_M), blocks, GROUP_M)
     rows = row_tile * BLOCK_M + tl.arange(0, BLOCK_M)
     row_mask = rows < m
     if WIDE:
@@ -182,7 +181,7 @@ def _sizes(problem: Problem) -> tuple[int, int, int]:
     return per_group, out, groups_per_block(attributes.groups, per_group, out)
 
 
-def launch(problem: Problem, tile: Config) -> Launch:
+def launch(problem: Problem, tile: Config, target: Target) -> Launch:
     """The one launch of the kernel."""
     attributes = cast("Conv2d", problem.attributes)
     x, out = problem.inputs[0], problem.output

@@ -82,6 +82,7 @@ def _named_by_function(function: types.FunctionType) -> Iterator[Any]:
     for cell in function.__closure__ or ():
         yield cell.cell_contents
     yield from function.__defaults__ or ()
+    yield from (function.__kwdefaults__ or {}).values()
 
 
 def _code_names(code: types.CodeType) -> Iterator[str]:

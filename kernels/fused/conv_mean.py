@@ -18,29 +18,22 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
-import triton
-import triton.language as tl
 
 from ...errors import InvalidInputError
-from ..contract import epilogue as ep
 from ..contract.op import (
     Config,
     Cost,
     Launch,
     Op,
     Problem,
-    W,
-    X,
-    Y,
     config,
-    operand_refs,
     power_of_two,
     tensor_bytes,
-)
+)  # fmt: skip
 from ..contract.spec import Layout, TensorSpec
 from ..contract.targets import Target
-from ..products import gemm
-from ..tile import choice
+from ..tile import choice, finish, space
+from ..tile.space import Space
 from . import conv_tile
 from .conv_tile import StagedConv
 
@@ -86,77 +79,6 @@ def reference(attributes: ConvMean, *tensors: torch.Tensor) -> torch.Tensor:
     return conv_tile.reference(attributes, tensors).mean((2, 3), attributes.keepdim)
 
 
-@triton.jit
-def conv_mean_kernel(
-    x,
-    w,
-    y,
-    extras,
-    m,
-    H: tl.constexpr,
-    WIDTH: tl.constexpr,
-    C: tl.constexpr,
-    K: tl.constexpr,
-    P: tl.constexpr,
-    Q: tl.constexpr,
-    R: tl.constexpr,
-    S: tl.constexpr,
-    STRIDE_H: tl.constexpr,
-    STRIDE_W: tl.constexpr,
-    TOP: tl.constexpr,
-    LEFT: tl.constexpr,
-    DILATION_H: tl.constexpr,
-    DILATION_W: tl.constexpr,
-    X_PITCH: tl.constexpr,
-    X_OFFSET: tl.constexpr,
-    Y_PITCH: tl.constexpr,
-    Y_OFFSET: tl.constexpr,
-    PROLOGUE: tl.constexpr,
-    STAGES: tl.constexpr,
-    EPILOGUE: tl.constexpr,
-    PRECISION: tl.constexpr,
-    WIDE: tl.constexpr,
-    BY_TAP: tl.constexpr,
-    PIXELS: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    GROUP_M: tl.constexpr,
-):
-    # m counts images; each takes PIXELS rows, of which P * Q are its pixels.
-    IMAGES: tl.constexpr = BLOCK_M // PIXELS
-    column_tiles: tl.constexpr = (K + BLOCK_N - 1) // BLOCK_N
-    row_tile, column_tile = gemm.tile_index(
-        tl.program_id(0), tl.cdiv(m, IMAGES), column_tiles, GROUP_M
-    )
-    columns = column_tile * BLOCK_N + tl.arange(0, BLOCK_N)
-    column_mask = columns < K
-    index = tl.arange(0, BLOCK_M)
-    pixel = index % PIXELS
-    image = row_tile * IMAGES + index // PIXELS
-    live = (image < m) & (pixel < P * Q)
-    if WIDE:
-        image = image.to(tl.int64)
-    acc = conv_tile.convolve(
-        x, w, image, pixel // Q, pixel % Q, live, columns, column_mask, extras,
-        H, WIDTH, C, R, S, STRIDE_H, STRIDE_W, TOP, LEFT, DILATION_H, DILATION_W,
-        X_PITCH, X_OFFSET, PROLOGUE, PRECISION, BY_TAP, BLOCK_M, BLOCK_N, BLOCK_K,
-    )  # fmt: skip
-    acc = STAGES(acc, image * (P * Q) + pixel, columns, live, column_mask, extras)
-    # Rows without a pixel must stay zero whatever the stages made of them.
-    acc = tl.where(live[:, None], acc, 0.0)
-    total = tl.sum(tl.reshape(acc, (IMAGES, PIXELS, BLOCK_N)), axis=1)
-    mean = tl.div_rn(total, tl.full(total.shape, P * Q, tl.float32))
-    rows = row_tile * IMAGES + tl.arange(0, IMAGES)
-    row_mask = rows < m
-    if WIDE:
-        rows = rows.to(tl.int64)
-    mean = EPILOGUE(mean, rows, columns, row_mask, column_mask, extras)
-    address = y + Y_OFFSET + (rows * Y_PITCH)[:, None] + columns[None, :]
-    mask = row_mask[:, None] & column_mask[None, :]
-    tl.store(address, mean.to(y.dtype.element_ty), mask=mask)
-
-
 def _result(problem: Problem) -> TensorSpec:
     """The spec of what is averaged."""
     assert isinstance(problem.attributes, ConvMean)
@@ -170,34 +92,23 @@ def _pixels(problem: Problem) -> int:
 
 
 def launches(problem: Problem, tile: Config, target: Target) -> tuple[Launch, ...]:
-    """One launch of the kernel."""
-    attributes, out, result = problem.attributes, problem.output, _result(problem)
+    """One launch of the tile kernel."""
+    attributes, result = problem.attributes, _result(problem)
     assert isinstance(attributes, ConvMean)
-    chains = conv_tile.chains(problem, attributes.stages, result)
-    first = len(chains.extras)
-    n, k, p, q = result.shape
+    n, _, p, q = result.shape
     images = tile["BLOCK_M"] // _pixels(problem)
-    launch = Launch(
-        kernel=conv_mean_kernel,
-        pointers={"x": X, "w": W, "y": Y},
-        extras=(*chains.extras, *operand_refs(problem)),
+    launch = conv_tile.launch(
+        problem,
+        tile,
+        target,
+        Space(space.images, p, q, images),
+        attributes.stages,
+        result,
+        finish.average_images,
         rows=n,
-        batch=out.spec.batch,
-        block_rows=images,
-        columns=-(-k // tile["BLOCK_N"]),
-        constexprs={
-            **conv_tile.constants(problem, chains),
-            "K": k, "P": p, "Q": q, "PIXELS": _pixels(problem),
-            "Y_PITCH": out.pitch, "Y_OFFSET": out.offset,
-            "EPILOGUE": ep.for_output(problem.epilogue, problem.operands, out.spec, first),
-            **dict(tile.blocks),
-        },
-        num_warps=tile.num_warps,
-        num_stages=tile.num_stages,
         l2_bytes=conv_tile.l2_bytes(problem, images * p * q, tile["BLOCK_N"], result),
         instructions=2 * tile["BLOCK_M"] * tile["BLOCK_N"],
-        step_instructions=conv_tile.step_instructions(problem, tile),
-    )  # fmt: skip
+    )
     return (launch,)
 
 

@@ -15,7 +15,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
 import torch
 import triton
@@ -27,8 +28,8 @@ from ..contract.spec import TensorSpec
 from ..contract.targets import Target
 from ..movement import rearrange
 from ..movement.rearrangement import Rearrange, factors, spread
-from ..products import gemm
-from ..tile import choice
+from ..tile import choice, space
+from ..tile.product import add_product
 from . import conv_tile
 from .conv_tile import StagedConv
 
@@ -68,40 +69,44 @@ def place(index, SIZES: tl.constexpr, STRIDES: tl.constexpr):
     return total
 
 
+class Walk(NamedTuple):
+    """The parts of pixels and of channels, the innermost first, with their strides in y; for
+    channels also those in w's order. K: channels of the convolution; offset: of y."""
+
+    pixels: tuple[int, ...]
+    pixel_strides: tuple[int, ...]
+    channels: tuple[int, ...]
+    channel_strides: tuple[int, ...]
+    channel_order: tuple[int, ...]
+    K: int
+    offset: int
+
+
 @triton.jit
 def conv_rearrange_kernel(
-    x, w, y, extras, m,
-    H: tl.constexpr, WIDTH: tl.constexpr, C: tl.constexpr, K: tl.constexpr, P: tl.constexpr,
-    Q: tl.constexpr, R: tl.constexpr, S: tl.constexpr, STRIDE_H: tl.constexpr,
-    STRIDE_W: tl.constexpr, TOP: tl.constexpr, LEFT: tl.constexpr, DILATION_H: tl.constexpr,
-    DILATION_W: tl.constexpr, X_PITCH: tl.constexpr, X_OFFSET: tl.constexpr,
-    Y_OFFSET: tl.constexpr, PIXELS: tl.constexpr, PIXEL_STRIDES: tl.constexpr,
-    CHANNELS: tl.constexpr, CHANNEL_STRIDES: tl.constexpr, CHANNEL_ORDER: tl.constexpr,
-    PROLOGUE: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr,
-    BY_TAP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-    GROUP_M: tl.constexpr,
+    x, w, y, extras, m, SPACE: tl.constexpr, SOURCE: tl.constexpr, FINISH: tl.constexpr,
+    TILE: tl.constexpr, WALK: tl.constexpr,
 ):  # fmt: skip
-    column_tiles: tl.constexpr = (K + BLOCK_N - 1) // BLOCK_N
-    row_tile, column_tile = gemm.tile_index(
-        tl.program_id(0), tl.cdiv(m, BLOCK_M), column_tiles, GROUP_M
+    # The engine's tile with its columns in y's order, so that neighbours are stored together.
+    column_tiles: tl.constexpr = (WALK.K + TILE.N - 1) // TILE.N
+    row_tile, column_tile = space.tile_index(
+        tl.program_id(0), tl.cdiv(m, TILE.M), column_tiles, TILE.GROUP_M
     )
-    columns = column_tile * BLOCK_N + tl.arange(0, BLOCK_N)
-    column_mask = columns < K
-    channels = place(columns, CHANNELS, CHANNEL_ORDER)
-    rows = row_tile * BLOCK_M + tl.arange(0, BLOCK_M)
-    row_mask = rows < m
-    if WIDE:
-        rows = rows.to(tl.int64)
-    p, q = (rows // Q % P).to(tl.int32), (rows % Q).to(tl.int32)
-    acc = conv_tile.convolve(
-        x, w, rows // (P * Q), p, q, row_mask, channels, column_mask, extras,
-        H, WIDTH, C, R, S, STRIDE_H, STRIDE_W, TOP, LEFT, DILATION_H, DILATION_W,
-        X_PITCH, X_OFFSET, PROLOGUE, PRECISION, BY_TAP, BLOCK_M, BLOCK_N, BLOCK_K,
-    )  # fmt: skip
-    acc = STAGES(acc, rows, channels, row_mask, column_mask, extras)
-    pixel = place(rows, PIXELS, PIXEL_STRIDES)
-    address = y + Y_OFFSET + pixel[:, None] + place(columns, CHANNELS, CHANNEL_STRIDES)[None, :]
-    tl.store(address, acc.to(y.dtype.element_ty), mask=row_mask[:, None] & column_mask[None, :])
+    columns = column_tile * TILE.N + tl.arange(0, TILE.N)
+    column_mask = columns < WALK.K
+    channels = place(columns, WALK.channels, WALK.channel_order)
+    image, p, q, live = SPACE.place(row_tile * TILE.M, m, SPACE, TILE)
+    at = SOURCE.begin(image, p, q, live, SOURCE)
+    BLOCK_M: tl.constexpr = TILE.M
+    BLOCK_N: tl.constexpr = TILE.N
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    acc = add_product(acc, x, w, at, channels, column_mask, m, 0, extras, SOURCE, TILE, 1)
+    rows = space.pixel_index(row_tile * TILE.M, image, p, q, SPACE, TILE)
+    acc = FINISH.stages(acc, rows, channels, live, column_mask, extras)
+    pixel = place(rows, WALK.pixels, WALK.pixel_strides)
+    address = y + WALK.offset + pixel[:, None]
+    address += place(columns, WALK.channels, WALK.channel_strides)[None, :]
+    tl.store(address, acc.to(y.dtype.element_ty), mask=live[:, None] & column_mask[None, :])
 
 
 def _result(problem: Problem) -> TensorSpec:
@@ -111,9 +116,7 @@ def _result(problem: Problem) -> TensorSpec:
     return conv_tile.result_of("conv_rearrange", problem.attributes, specs)
 
 
-def _walk(problem: Problem, result: TensorSpec) -> dict[str, tuple[int, ...]]:
-    """The parts of pixels and of channels, the innermost first, with their strides in y; for
-    channels also those in w's order."""
+def _walk(problem: Problem, result: TensorSpec) -> Walk:
     assert isinstance(problem.attributes, ConvRearrange)
     then, out = problem.attributes.then, problem.output
     before, after = factors(result.shape, then.split), factors(out.shape, then.parts)
@@ -123,38 +126,41 @@ def _walk(problem: Problem, result: TensorSpec) -> dict[str, tuple[int, ...]]:
     images, channels, *pixels = before
     rows = [part for dim in (images, *pixels) for part in dim][::-1]
     columns = sorted(channels, key=lambda part: (written[part], own[part]))
-    return {
-        "PIXELS": tuple(then.split[part] for part in rows),
-        "PIXEL_STRIDES": tuple(written[part] for part in rows),
-        "CHANNELS": tuple(then.split[part] for part in columns),
-        "CHANNEL_STRIDES": tuple(written[part] for part in columns),
-        "CHANNEL_ORDER": tuple(own[part] for part in columns),
-    }
+    return Walk(
+        tuple(then.split[part] for part in rows),
+        tuple(written[part] for part in rows),
+        tuple(then.split[part] for part in columns),
+        tuple(written[part] for part in columns),
+        tuple(own[part] for part in columns),
+        result.shape[1],
+        out.offset,
+    )
 
 
 def launches(problem: Problem, tile: Config, target: Target) -> tuple[Launch, ...]:
     """One launch of the kernel."""
-    attributes, out, result = problem.attributes, problem.output, _result(problem)
+    attributes, result = problem.attributes, _result(problem)
     assert isinstance(attributes, ConvRearrange)
-    chains = conv_tile.chains(problem, attributes.stages, result)
     n, k, p, q = result.shape
-    launch = Launch(
+    launch = conv_tile.launch(
+        problem,
+        tile,
+        target,
+        space.of_pixels(result, tile["BLOCK_M"]),
+        attributes.stages,
+        result,
+        None,
+        rows=n * p * q,
+        l2_bytes=conv_tile.l2_bytes(problem, tile["BLOCK_M"], tile["BLOCK_N"], result),
+    )
+    constants = {name: launch.constexprs[name] for name in ("SPACE", "SOURCE", "FINISH", "TILE")}
+    launch = replace(
+        launch,
         kernel=conv_rearrange_kernel,
         pointers={"x": X, "w": W, "y": Y},
-        extras=chains.extras,
-        rows=n * p * q,
-        batch=out.spec.batch,
-        block_rows=tile["BLOCK_M"],
         columns=-(-k // tile["BLOCK_N"]),
-        constexprs={
-            **conv_tile.constants(problem, chains), **_walk(problem, result),
-            "K": k, "P": p, "Q": q, "Y_OFFSET": out.offset, **dict(tile.blocks),
-        },
-        num_warps=tile.num_warps,
-        num_stages=tile.num_stages,
-        l2_bytes=conv_tile.l2_bytes(problem, tile["BLOCK_M"], tile["BLOCK_N"], result),
-        step_instructions=conv_tile.step_instructions(problem, tile),
-    )  # fmt: skip
+        constexprs={**constants, "WALK": _walk(problem, result)},
+    )
     return (launch,)
 
 

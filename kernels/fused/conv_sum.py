@@ -12,15 +12,13 @@ over taps and channel blocks, one after the other, share the accumulator and the
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import torch
-import triton
-import triton.language as tl
 
 from ...errors import InvalidInputError
-from ..contract import epilogue as ep
 from ..contract.op import (
     Attributes,
     Config,
@@ -29,18 +27,13 @@ from ..contract.op import (
     Op,
     Problem,
     Ref,
-    W,
-    X,
-    Y,
     config,
-    operand_refs,
     tensor_bytes,
-)
+)  # fmt: skip
 from ..contract.spec import TensorSpec
 from ..contract.targets import Target
 from ..convolution import conv2d
-from ..products import gemm
-from ..tile import choice, conv_geometry, taps
+from ..tile import choice, conv_geometry, engine, source, space
 from ..tile.conv_geometry import Conv2d
 
 
@@ -75,90 +68,22 @@ def reference(
     return first + conv_geometry.reference(attributes.second, x2, w2)
 
 
-@triton.jit
-def conv_sum_kernel(
-    x1,
-    w1,
-    x2,
-    w2,
-    y,
-    extras,
-    m,
-    K: tl.constexpr,
-    FIRST: tl.constexpr,
-    SECOND: tl.constexpr,
-    Y_PITCH: tl.constexpr,
-    Y_OFFSET: tl.constexpr,
-    EPILOGUE: tl.constexpr,
-    PRECISION: tl.constexpr,
-    WIDE: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    GROUP_M: tl.constexpr,
-):
-    column_tiles: tl.constexpr = (K + BLOCK_N - 1) // BLOCK_N
-    row_tile, column_tile = gemm.tile_index(
-        tl.program_id(0), tl.cdiv(m, BLOCK_M), column_tiles, GROUP_M
-    )
-    rows = row_tile * BLOCK_M + tl.arange(0, BLOCK_M)
-    columns = column_tile * BLOCK_N + tl.arange(0, BLOCK_N)
-    row_mask = rows < m
-    column_mask = columns < K
-    if WIDE:
-        rows = rows.to(tl.int64)
-    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    acc = taps.add_convolution(
-        acc, x1, w1, rows, row_mask, columns, column_mask, FIRST, PRECISION, BLOCK_K
-    )
-    acc = taps.add_convolution(
-        acc, x2, w2, rows, row_mask, columns, column_mask, SECOND, PRECISION, BLOCK_K
-    )
-    acc = EPILOGUE(acc, rows, columns, row_mask, column_mask, extras)
-    address = y + Y_OFFSET + (rows * Y_PITCH)[:, None] + columns[None, :]
-    mask = row_mask[:, None] & column_mask[None, :]
-    tl.store(address, acc.to(y.dtype.element_ty), mask=mask)
-
-
-def _geometries(problem: Problem) -> tuple[taps.Geometry, taps.Geometry]:
-    attributes = problem.attributes
+def launches(problem: Problem, tile: Config, target: Target) -> tuple[Launch, ...]:
+    """One launch of the tile kernel; every program computes one tile of both products."""
+    attributes, size = problem.attributes, _size(problem)
     assert isinstance(attributes, ConvSum)
     x1, w1, x2, w2 = problem.inputs
-    y = problem.output.spec
-    return (
-        taps.geometry(attributes.first, x1, w1.spec, y),
-        taps.geometry(attributes.second, x2, w2.spec, y),
-    )
-
-
-def launches(problem: Problem, tile: Config, target: Target) -> tuple[Launch, ...]:
-    """One launch; every program computes one tile of both products."""
-    out = problem.output
-    first, second = _geometries(problem)
-    k = out.shape[1]
-    launch = Launch(
-        kernel=conv_sum_kernel,
-        pointers={"x1": X, "w1": W, "x2": Ref("input", 2), "w2": Ref("input", 3), "y": Y},
-        extras=operand_refs(problem),
-        rows=out.spec.numel // k,
-        batch=out.spec.batch,
-        block_rows=tile["BLOCK_M"],
-        columns=-(-k // tile["BLOCK_N"]),
-        constexprs={
-            "K": k,
-            "FIRST": first,
-            "SECOND": second,
-            "Y_PITCH": out.pitch,
-            "Y_OFFSET": out.offset,
-            "EPILOGUE": ep.for_output(problem.epilogue, problem.operands, out.spec),
-            "PRECISION": choice.dot_precision(problem, _size(problem).depth),
-            "WIDE": problem.is_wide,
-            **dict(tile.blocks),
-        },
-        num_warps=tile.num_warps,
-        num_stages=tile.num_stages,
+    launch = engine.launch(
+        problem,
+        tile,
+        target,
+        space.of_pixels(problem.output.spec, tile["BLOCK_M"]),
+        source.of_convolution(attributes.first, x1, w1.shape),
+        second=source.of_convolution(attributes.second, x2, w2.shape),
+        pointers={"x2": Ref("input", 2), "w2": Ref("input", 3)},
+        precision=choice.dot_precision(problem, size.depth),
         l2_bytes=choice.l2_bytes(problem, tile, _terms(problem)),
-        step_instructions=choice.step_instructions(tile, out.spec.dtype, _size(problem).taps),
+        step_instructions=choice.step_instructions(tile, size.dtype, size.taps),
     )
     return (launch,)
 
@@ -178,8 +103,8 @@ def configs(problem: Problem, target: Target) -> Iterator[Config]:
 
 def _has_loops(problem: Problem, tile: Config) -> bool:
     """Whether some loop has a second step; without one all operands are in registers at once."""
-    depths = (geometry[2] * geometry[5] * geometry[6] for geometry in _geometries(problem))
-    return any(depth > tile["BLOCK_K"] for depth in depths)
+    filters = (problem.inputs[slot].shape for slot in (1, 3))
+    return any(math.prod(shape[1:]) > tile["BLOCK_K"] for shape in filters)
 
 
 def legal(problem: Problem, tile: Config, target: Target) -> str | None:

@@ -21,15 +21,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 
 from ...errors import InvalidInputError
-from ..contract import cost_model
 from ..contract import epilogue as ep
 from ..contract.op import (
     Attributes,
@@ -39,21 +38,19 @@ from ..contract.op import (
     Op,
     Problem,
     Ref,
-    W,
-    X,
-    Y,
     config,
-    operand_refs,
     power_of_two,
     tensor_bytes,
-)
+)  # fmt: skip
 from ..contract.spec import Operand, TensorSpec
 from ..contract.targets import Target
 from ..convolution import conv2d
 from ..pooling import pool_kernel, pool_window
 from ..pooling.pool_window import AvgPool2d, MaxPool2d
-from ..tile import choice, conv_geometry
+from ..tile import choice, conv_geometry, engine, source, space
 from ..tile.conv_geometry import Conv2d
+from ..tile.geometry import Image, Output, Window
+from ..tile.source import Source
 from ..tile.torch_convolution import convolve
 
 MOST_LOADS = 144
@@ -127,109 +124,86 @@ def reference(
     return (y, t) if attributes.keep else y
 
 
+class Pooling(NamedTuple):
+    """How the operand is pooled. maximum: instead of the sum; counted: as the `count` of
+    `pool.Reduction`; after_pool, before_conv: the stages; t: where the pooled pixels lie; keep:
+    which of `extras` they are stored in, by the programs of the first of so many tiles of output
+    channels; None where they are not.
+    """
+
+    maximum: bool
+    counted: str | None
+    after_pool: Any
+    before_conv: Any
+    t: Output
+    keep: int | None
+    column_tiles: int
+
+
 @triton.jit
-def pool_conv_kernel(
-    x,
-    w,
-    y,
-    t,
-    extras,
-    m,
-    H: tl.constexpr,
-    WIDTH: tl.constexpr,
-    C: tl.constexpr,
-    K: tl.constexpr,
-    P: tl.constexpr,
-    Q: tl.constexpr,
-    R: tl.constexpr,
-    S: tl.constexpr,
-    STRIDE_H: tl.constexpr,
-    STRIDE_W: tl.constexpr,
-    PADDING_H: tl.constexpr,
-    PADDING_W: tl.constexpr,
-    DILATION_H: tl.constexpr,
-    DILATION_W: tl.constexpr,
-    X_PITCH: tl.constexpr,
-    X_OFFSET: tl.constexpr,
-    Y_PITCH: tl.constexpr,
-    Y_OFFSET: tl.constexpr,
-    T_PITCH: tl.constexpr,
-    T_OFFSET: tl.constexpr,
-    MAXIMUM: tl.constexpr,
-    COUNT: tl.constexpr,
-    KEEP: tl.constexpr,
-    AFTER_POOL: tl.constexpr,
-    BEFORE_CONV: tl.constexpr,
-    EPILOGUE: tl.constexpr,
-    PRECISION: tl.constexpr,
-    WIDE: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-):
-    EMPTY: tl.constexpr = float("-inf") if MAXIMUM else 0.0
-    column_tiles: tl.constexpr = (K + BLOCK_N - 1) // BLOCK_N
-    column_tile = tl.program_id(0) % column_tiles
-    rows = tl.program_id(0) // column_tiles * BLOCK_M + tl.arange(0, BLOCK_M)
-    columns = column_tile * BLOCK_N + tl.arange(0, BLOCK_N)
-    depth = tl.arange(0, BLOCK_K)
-    row_mask = rows < m
-    column_mask = columns < K
-    if WIDE:
-        rows = rows.to(tl.int64)
-    image = rows // (P * Q)
-    top = (rows // Q % P).to(tl.int32) * STRIDE_H - PADDING_H
-    left = (rows % Q).to(tl.int32) * STRIDE_W - PADDING_W
-    if COUNT is not None:
-        height = pool_kernel.extent(top, R, H, PADDING_H, COUNT)
-        width = pool_kernel.extent(left, S, WIDTH, PADDING_W, COUNT)
-        count = (height * width).to(tl.float32)[:, None]
-    corner = (image * H + top) * WIDTH + left
-    # Rows past the end get a position that no tap brings inside the image: one mask serves both.
-    top = tl.where(row_mask, top, -1048576)
-    x_tile = x + X_OFFSET + (corner * X_PITCH)[:, None] + depth[None, :]
-    w_tile = w + (columns * C)[:, None] + depth[None, :]
-    t_tile = t + T_OFFSET + (rows * T_PITCH)[:, None] + depth[None, :]
-    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    for start in range(0, C, BLOCK_K):
-        channels = start + depth
-        exists = channels < C
-        pooled = tl.full((BLOCK_M, BLOCK_K), EMPTY, tl.float32)
-        for r in tl.static_range(R):
-            row_inside = (top + r * DILATION_H).to(tl.uint32, bitcast=True) < H
-            for s in tl.static_range(S):
-                inside = row_inside & ((left + s * DILATION_W).to(tl.uint32, bitcast=True) < WIDTH)
-                mask = inside[:, None]
-                if C % BLOCK_K != 0:
-                    mask = mask & exists[None, :]
-                offset = (r * DILATION_H * WIDTH + s * DILATION_W) * X_PITCH
-                value = tl.load(x_tile + (offset + start), mask=mask, other=EMPTY).to(tl.float32)
-                pooled = pool_kernel.combine(pooled, value, MAXIMUM)
-        # A sum over an axis of length 2 costs one addition and is what keeps the compiler from
-        # converting every tap, instead of the result, to the layout of the product's operand: 4
-        # barriers and 117 registers per block of channels at 64x64x32, 22 and 146 without it.
-        pooled = tl.sum(tl.join(pooled, tl.zeros((BLOCK_M, BLOCK_K), tl.float32)), axis=2)
-        if COUNT is not None:
-            pooled = pooled / count
-        pooled = AFTER_POOL(pooled, rows, channels, row_mask, exists, extras)
-        a = pooled.to(x.dtype.element_ty)
-        if KEEP:
-            stored = row_mask & (column_tile == 0)
-            tl.store(t_tile + start, a, mask=stored[:, None] & exists[None, :])
-        if BEFORE_CONV is not None:
-            value = BEFORE_CONV(a.to(tl.float32), rows, channels, row_mask, exists, extras)
-            a = value.to(x.dtype.element_ty)
-        b_mask = column_mask[:, None]
-        if C % BLOCK_K != 0:
-            # Channels outside the tensor must be zero whatever the stages made of -inf or zero.
-            a = tl.where(exists[None, :], a, 0.0).to(x.dtype.element_ty)
-            b_mask = b_mask & exists[None, :]
-        b = tl.load(w_tile + start, mask=b_mask, other=0.0)
-        acc = tl.dot(a, b.T, acc, input_precision=PRECISION)
-    acc = EPILOGUE(acc, rows, columns, row_mask, column_mask, extras)
-    address = y + Y_OFFSET + (rows * Y_PITCH)[:, None] + columns[None, :]
-    mask = row_mask[:, None] & column_mask[None, :]
-    tl.store(address, acc.to(y.dtype.element_ty), mask=mask)
+def window_corner(image, p, q, live, SOURCE: tl.constexpr):
+    """As `source.corner`; and the pixels themselves, which exist, and the pixels of their
+    windows."""
+    pixel, top, left = source.corner(image, p, q, live, SOURCE)
+    count = top
+    POOLING: tl.constexpr = SOURCE.detail
+    WINDOW: tl.constexpr = SOURCE.window
+    if POOLING.counted is not None:
+        above = p * WINDOW.stride_h - WINDOW.top
+        height = pool_kernel.extent(above, WINDOW.R, SOURCE.image.H, WINDOW.top, POOLING.counted)
+        width = pool_kernel.extent(left, WINDOW.S, SOURCE.image.W, WINDOW.left, POOLING.counted)
+        count = height * width
+    rows = (image * POOLING.t.P + p) * POOLING.t.Q + q
+    return pixel, top, left, rows, live, count
+
+
+@triton.jit
+def pooled(x, at, step, start, extras, SOURCE: tl.constexpr, TILE: tl.constexpr):
+    """A block of channels of the pooled windows."""
+    pixel, top, left, rows, live, count = at
+    IMAGE: tl.constexpr = SOURCE.image
+    WINDOW: tl.constexpr = SOURCE.window
+    POOLING: tl.constexpr = SOURCE.detail
+    EMPTY: tl.constexpr = float("-inf") if POOLING.maximum else 0.0
+    R: tl.constexpr = WINDOW.R
+    S: tl.constexpr = WINDOW.S
+    M: tl.constexpr = TILE.M
+    K: tl.constexpr = TILE.K
+    depth = tl.arange(0, K)
+    channels = start + depth
+    exists = channels < IMAGE.C
+    x_tile = x + IMAGE.offset + (pixel * IMAGE.row_stride)[:, None] + depth[None, :]
+    best = tl.full((M, K), EMPTY, tl.float32)
+    for r in tl.static_range(R):
+        for s in tl.static_range(S):
+            down = r * WINDOW.dilation_h
+            right = s * WINDOW.dilation_w
+            mask = source.inside(top + down, left + right, IMAGE)[:, None]
+            if IMAGE.C % K != 0:
+                mask = mask & exists[None, :]
+            offset = (down * IMAGE.W + right) * IMAGE.row_stride
+            value = tl.load(x_tile + (offset + start), mask=mask, other=EMPTY).to(tl.float32)
+            best = pool_kernel.combine(best, value, POOLING.maximum)
+    # A sum over an axis of length 2 costs one addition and is what keeps the compiler from
+    # converting every tap, instead of the result, to the layout of the product's operand: 4
+    # barriers and 117 registers per block of channels at 64x64x32, 22 and 146 without it.
+    best = tl.sum(tl.join(best, tl.zeros((M, K), tl.float32)), axis=2)
+    if POOLING.counted is not None:
+        best = best / count.to(tl.float32)[:, None]
+    best = POOLING.after_pool(best, rows, channels, live, exists, extras)
+    a = best.to(x.dtype.element_ty)
+    if POOLING.keep is not None:
+        t = extras[POOLING.keep] + POOLING.t.offset + start
+        stored = live & (tl.program_id(0) % POOLING.column_tiles == 0)
+        t_tile = (rows * POOLING.t.row_stride)[:, None] + depth[None, :]
+        tl.store(t + t_tile, a, mask=stored[:, None] & exists[None, :])
+    if POOLING.before_conv is not None:
+        value = POOLING.before_conv(a.to(tl.float32), rows, channels, live, exists, extras)
+        a = value.to(x.dtype.element_ty)
+    if IMAGE.C % K != 0:
+        # Channels outside the tensor must be zero whatever the stages made of -inf or zero.
+        a = tl.where(exists[None, :], a, 0.0).to(x.dtype.element_ty)
+    return a
 
 
 def _attributes(problem: Problem) -> PoolConv:
@@ -244,75 +218,60 @@ def pooling(problem: Problem) -> Problem:
     return Problem(attributes.pool_op, attributes.pool, (x,), (t,))
 
 
-def _chains(
-    problem: Problem, divisor: int | None
-) -> tuple[dict[str, ep.GeneratedFunction | None], tuple[Ref, ...]]:
-    """The three chains of stages, and the tensors they read in the order of `extras`."""
-    attributes, refs = _attributes(problem), operand_refs(problem)
-    t = pooled_spec(attributes, problem.inputs[0].spec)
-    divide = () if divisor is None else (ep.Stage("div", literal=float(divisor)),)
+def _source(problem: Problem, tile: Config) -> Source:
+    """The pooled image: one block of channels after the other."""
+    attributes, chosen = _attributes(problem), pool_window.reduction(pooling(problem))
+    x, y, kept = problem.inputs[0], problem.output, problem.outputs[1:]
+    t = pooled_spec(attributes, x.spec)
     after, before = attributes.parts(problem.inputs)
     reads = [tuple(ep.access(operand, t) for operand in part) for part in (after, before)]
-    sizes, first = ep.memory_sizes(t), len(refs)
+    sizes, first = ep.memory_sizes(t), len(problem.operands)
+    divide = () if chosen.divisor is None else (ep.Stage("div", literal=float(chosen.divisor)),)
     stages = (*divide, *attributes.after_pool)
-    functions = {
-        "EPILOGUE": ep.for_output(problem.epilogue, problem.operands, problem.output.spec),
-        "AFTER_POOL": ep.generate(stages, reads[0], sizes, first, "after_pool"),
-        "BEFORE_CONV": None,
-    }
+    before_conv = None
     if attributes.before_conv:
-        functions["BEFORE_CONV"] = ep.generate(
+        before_conv = ep.generate(
             attributes.before_conv, reads[1], sizes, first + len(after), "before_conv"
         )
-    own = tuple(Ref("input", index) for index in range(2, len(problem.inputs)))
-    return functions, (*refs, *own)
-
-
-def _outline(problem: Problem, tile: Config) -> Launch:
-    """The launch as the cost model sees it: without arguments."""
-    y, k = problem.output, problem.output.shape[1]
-    return Launch(
-        kernel=pool_conv_kernel,
-        pointers={},
-        rows=y.spec.numel // k,
-        batch=y.spec.batch,
-        block_rows=tile["BLOCK_M"],
-        columns=-(-k // tile["BLOCK_N"]),
-        constexprs={},
-        num_warps=tile.num_warps,
-        num_stages=tile.num_stages,
-        l2_bytes=_l2_bytes(problem, tile),
-        instructions=_instructions(problem, tile),
-        steps=-(-problem.inputs[0].shape[1] // tile["BLOCK_K"]),
+    detail = Pooling(
+        chosen.maximum,
+        chosen.counts,
+        ep.generate(stages, reads[0], sizes, first, "after_pool"),
+        before_conv,
+        Output.of(kept[0] if kept else Operand.dense(t), None),
+        first + len(after) + len(before) if kept else None,
+        -(-y.shape[1] // tile["BLOCK_N"]),
     )
+    window = Window.of(attributes.pool.kernel, attributes.pool)
+    c = x.shape[1]
+    return Source(Image.of(x), window, window_corner, pooled, 1, c, detail=detail)
 
 
 def launches(problem: Problem, tile: Config, target: Target) -> tuple[Launch, ...]:
-    """One launch; neighbouring programs share their pixels, which stay in L2."""
-    attributes, inner = _attributes(problem), pooling(problem)
-    window, chosen = attributes.pool, pool_window.reduction(inner)
-    x, y, t = problem.inputs[0], problem.output, problem.outputs[-1]
-    functions, extras = _chains(problem, chosen.divisor)
-    constants = {
-        **pool_window.window_sizes(window, x, y),
-        "K": y.shape[1],
-        "X_PITCH": x.pitch, "X_OFFSET": x.offset,
-        "Y_PITCH": y.pitch, "Y_OFFSET": y.offset,
-        "T_PITCH": t.pitch, "T_OFFSET": t.offset,
-        "MAXIMUM": chosen.maximum, "COUNT": chosen.counts, "KEEP": attributes.keep,
-        **functions,
-        "PRECISION": choice.dot_precision(problem, x.shape[1]),
-        "WIDE": problem.is_wide,
-        **dict(tile.blocks),
-    }  # fmt: skip
-    launch = replace(
-        _outline(problem, tile),
-        # Where t is not kept its pointer is never used.
-        pointers={"x": X, "w": W, "y": Y, "t": Ref("output", len(problem.outputs) - 1)},
-        extras=extras,
-        constexprs=constants,
+    """One launch of the tile kernel; neighbouring programs share their pixels, which stay in
+    L2."""
+    own = [Ref("input", index) for index in range(2, len(problem.inputs))]
+    kept = [Ref("output", index) for index in range(1, len(problem.outputs))]
+    launch = engine.launch(
+        problem,
+        tile,
+        target,
+        space.of_pixels(problem.output.spec, tile["BLOCK_M"]),
+        _source(problem, tile),
+        extras=(*own, *kept),
+        precision=choice.dot_precision(problem, problem.inputs[0].shape[1]),
+        **_modelled(problem, tile),
     )
     return (launch,)
+
+
+def _modelled(problem: Problem, tile: Config) -> dict[str, Any]:
+    """What the cost model asks of the launch."""
+    return {
+        "l2_bytes": _l2_bytes(problem, tile),
+        "instructions": _instructions(problem, tile),
+        "steps": -(-problem.inputs[0].shape[1] // tile["BLOCK_K"]),
+    }
 
 
 def _l2_bytes(problem: Problem, tile: Config) -> int:
@@ -402,19 +361,22 @@ def default(problem: Problem, target: Target) -> Config:
         tile = choice.interpreter_tile(choice.Size(rows, k, c, problem.inputs[0].spec.dtype))
         names = ("BLOCK_M", "BLOCK_N", "BLOCK_K")
         return config(1, 1, **{name: tile[name] for name in names})
-    gpu, work = cost_model.machine_for(target), cost(problem).flops
-    dtype = problem.inputs[0].spec.dtype
+    rows, _, k = _size(problem)
 
-    def time_us(tile: Config) -> float:
+    def slower(tile: Config) -> float:
         # 16 pooled elements beside 64 accumulators leave room for one program: 64x256x64 takes 158
         # to 186 registers (sm_80 to sm_100), 64x256x32 112 to 158.
         threads = 32 * tile.num_warps
-        crowded = tile["BLOCK_M"] * (tile["BLOCK_K"] + tile["BLOCK_N"]) > 72 * threads
-        ends = cost_model.end_bytes(problem)
-        time = cost_model.launch_us(gpu, _outline(problem, tile), work, dtype, ends)
-        return time * 2 if crowded else time
+        return 2 if tile["BLOCK_M"] * (tile["BLOCK_K"] + tile["BLOCK_N"]) > 72 * threads else 1
 
-    return min(configs(problem, target), key=time_us, default=_tile(16, 16, 16, 4))
+    return choice.choose(
+        configs(problem, target),
+        lambda tile: choice.sketch(tile, rows, k, **_modelled(problem, tile)),
+        choice.Work.of(problem, cost(problem).flops),
+        target,
+        factor=slower,
+        default=_tile(16, 16, 16, 4),
+    )
 
 
 def cost(problem: Problem) -> Cost:

@@ -29,15 +29,15 @@ from ..contract import op
 from ..contract.op import Attributes, Config, Cost, Launch, Op, Problem, Ref, Scratch, X, Y
 from ..contract.spec import Operand, TensorSpec
 from ..contract.targets import Target
-from ..convolution import conv2d
 from ..pooling.pool_window import MaxPool2d
-from ..tile import choice
-from ..tile.geometry import Image
+from ..tile import choice, finish, source, space
+from ..tile.finish import Finish
+from ..tile.geometry import Image, Output, Tile
 from . import conv_pool, conv_tile, head, links
 from .conv_pool import ConvPool
 from .head import Head
 from .links import Link
-from .small_net_kernel import small_net_kernel
+from .small_net_kernel import Layer, small_net_kernel
 
 MOST_LAYERS = 3
 MOST_CHANNELS = 64
@@ -164,21 +164,26 @@ def launches(problem: Problem, tile: Config, target: Target) -> tuple[Launch, ..
         problem, attributes.head, attributes.links, chain, image, tile
     )
     weights: dict[str, Ref] = {}
-    constants: dict[str, Any] = {"LAYERS": len(attributes.layers)}
+    constants: dict[str, Any] = {}
     for number in range(1, MOST_LAYERS + 1):
         # Absent layers are compiled out; their pointers are never read.
-        weights[f"v{number}"], constants[f"GEOMETRY{number}"] = Ref("input", 1), ()
-        constants |= {f"STAGES{number}": None, f"MOVED{number}": None, f"COLUMNS{number}": 16}
+        weights[f"v{number}"], constants[f"LAYER{number}"] = Ref("input", 1), None
+    wide = problem.is_wide or sum(spec.numel for spec in specs[1:]) >= 2**31
+    pixels, depth = tile["BLOCK_PIXELS"], tile["BLOCK_DEPTH"]
+    precision = choice.dot_precision(problem, 16)
     for number, (each, part) in enumerate(zip(attributes.layers, parts, strict=False), 1):
         result, pooled = chain[f"layer{number}"], specs[number]
         weights[f"v{number}"] = bound.tensors[f"v{number}"]
-        constants |= {
-            f"STAGES{number}": bound.functions[f"layer{number}"],
-            f"MOVED{number}": bound.functions[f"pooled{number}"],
-            f"GEOMETRY{number}": _geometry(each, x, part, result, pooled, written),
-            f"COLUMNS{number}": max(16, op.power_of_two(part[0].shape[0])),
-        }
-        x = Operand(pooled, pooled.shape[1], written)
+        stages, after = bound.functions[f"layer{number}"], bound.functions[f"pooled{number}"]
+        written_to = Operand(pooled, pooled.shape[1], written)
+        constants[f"LAYER{number}"] = Layer(
+            space.of_windows(result, pixels, pooled),
+            source.of_convolution(each.conv, x, part[0].shape),
+            Finish(finish.pool_windows, stages, isinstance(each.pool, MaxPool2d)),
+            Output.of(written_to, after),
+            Tile(pixels, max(16, op.power_of_two(pooled.shape[1])), depth, 1, precision, wide),
+        )
+        x = written_to
         written += pooled.numel
     launch = Launch(
         kernel=small_net_kernel,
@@ -189,10 +194,7 @@ def launches(problem: Problem, tile: Config, target: Target) -> tuple[Launch, ..
         block_rows=1,
         columns=1,
         constexprs={
-            "HEAD": classifier,
-            "PRECISION": choice.dot_precision(problem, 16),
-            "WIDE": problem.is_wide or written >= 2**31,
-            "BLOCK_PIXELS": tile["BLOCK_PIXELS"], "BLOCK_DEPTH": tile["BLOCK_DEPTH"],
+            "HEAD": classifier, "WIDE": wide,
             **constants,
         },
         num_warps=tile.num_warps,
@@ -209,23 +211,6 @@ def _result(each: ConvPool, x: TensorSpec, part: tuple[Operand, ...]) -> TensorS
     return conv_tile.result_of("small_net", each, (x, *(operand.spec for operand in part)))
 
 
-def _geometry(
-    each: ConvPool,
-    x: Operand,
-    part: tuple[Operand, ...],
-    result: TensorSpec,
-    pooled: TensorSpec,
-    offset: int,
-) -> tuple[int, ...]:
-    """The sizes of a layer, in the order in which `layer` takes them apart."""
-    conv, (k, c, r, s) = each.conv, part[0].shape
-    return (
-        *x.shape[2:], c, k, *result.shape[2:], *pooled.shape[2:], r, s, *conv.stride,
-        conv.padding[0], conv.padding[2], *conv.dilation, x.pitch, x.offset, offset,
-        int(isinstance(each.pool, MaxPool2d)), int(conv2d.runs_by_tap(c, r * s)),
-    )  # fmt: skip
-
-
 def _l2_bytes(problem: Problem) -> int:
     """A program reads its image, all weights, and what its layers exchange twice: it is written to
     be read, R*S times but out of the L1 cache."""
@@ -240,7 +225,7 @@ def _l2_bytes(problem: Problem) -> int:
 def _depth(part: tuple[Operand, ...], block: int) -> int:
     """Steps of a convolution's sums."""
     _, c, r, s = part[0].shape
-    return r * s * -(-c // block) if conv2d.runs_by_tap(c, r * s) else -(-c * r * s // block)
+    return r * s * -(-c // block) if source.runs_by_tap(c, r * s) else -(-c * r * s // block)
 
 
 def _steps(problem: Problem, tile: Config) -> int:

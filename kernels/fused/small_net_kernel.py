@@ -2,60 +2,40 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import triton
 import triton.language as tl
 
-from .conv_pool import pool_tile
+from ..tile.engine import compute_tile
+from ..tile.finish import Finish
+from ..tile.geometry import Output, Tile
+from ..tile.source import Source
+from ..tile.space import Space
 from .head_kernel import classify
 
 
+class Layer(NamedTuple):
+    """A convolution and its pooling, as the tile engine takes them; a tile has all channels."""
+
+    space: Space
+    source: Source
+    finish: Finish
+    output: Output
+    tile: Tile
+
+
 @triton.jit
-def layer(
-    x,
-    w,
-    y,
-    image,
-    extras,
-    GEOMETRY: tl.constexpr,
-    STAGES: tl.constexpr,
-    MOVED: tl.constexpr,
-    PRECISION: tl.constexpr,
-    WIDE: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-):
+def layer(x, w, y, image, extras, LAYER: tl.constexpr):
     """One convolution and its pooling for one image, to the end."""
-    H: tl.constexpr = GEOMETRY[0]
-    WIDTH: tl.constexpr = GEOMETRY[1]
-    C: tl.constexpr = GEOMETRY[2]
-    K: tl.constexpr = GEOMETRY[3]
-    P: tl.constexpr = GEOMETRY[4]
-    Q: tl.constexpr = GEOMETRY[5]
-    POOLED_P: tl.constexpr = GEOMETRY[6]
-    POOLED_Q: tl.constexpr = GEOMETRY[7]
-    R: tl.constexpr = GEOMETRY[8]
-    S: tl.constexpr = GEOMETRY[9]
-    STRIDE_H: tl.constexpr = GEOMETRY[10]
-    STRIDE_W: tl.constexpr = GEOMETRY[11]
-    TOP: tl.constexpr = GEOMETRY[12]
-    LEFT: tl.constexpr = GEOMETRY[13]
-    DILATION_H: tl.constexpr = GEOMETRY[14]
-    DILATION_W: tl.constexpr = GEOMETRY[15]
-    X_PITCH: tl.constexpr = GEOMETRY[16]
-    X_OFFSET: tl.constexpr = GEOMETRY[17]
-    Y_OFFSET: tl.constexpr = GEOMETRY[18]
-    MAXIMUM: tl.constexpr = GEOMETRY[19]
-    BY_TAP: tl.constexpr = GEOMETRY[20]
-    columns = tl.arange(0, BLOCK_N)
-    windows: tl.constexpr = POOLED_P * POOLED_Q
-    first = image * windows
-    for start in range(0, windows, BLOCK_M // 4):
-        pool_tile(
-            x, w, y, first + start, first + windows, columns, columns < K, extras,
-            H, WIDTH, C, P, Q, POOLED_P, POOLED_Q, R, S, STRIDE_H, STRIDE_W, TOP, LEFT,
-            DILATION_H, DILATION_W, X_PITCH, X_OFFSET, K, Y_OFFSET, MAXIMUM,
-            None, STAGES, MOVED, PRECISION, WIDE, BY_TAP, BLOCK_M, BLOCK_N, BLOCK_K,
+    columns = tl.arange(0, LAYER.tile.N)
+    units: tl.constexpr = LAYER.space.down * LAYER.space.across
+    first = image * units
+    for start in range(0, units, LAYER.space.per_tile):
+        compute_tile(
+            x, w, x, w, y, y, y, 0, 0, first + start, first + units, columns,
+            columns < LAYER.output.K, extras, LAYER.space, LAYER.source, None, None, LAYER.finish,
+            LAYER.output, LAYER.tile, 1, False,
         )  # fmt: skip
     # The next layer reads what other threads of this program wrote.
     tl.debug_barrier()
@@ -71,42 +51,20 @@ def small_net_kernel(
     between,
     extras,
     m,
-    LAYERS: tl.constexpr,
-    GEOMETRY1: tl.constexpr,
-    GEOMETRY2: tl.constexpr,
-    GEOMETRY3: tl.constexpr,
-    STAGES1: tl.constexpr,
-    STAGES2: tl.constexpr,
-    STAGES3: tl.constexpr,
-    MOVED1: tl.constexpr,
-    MOVED2: tl.constexpr,
-    MOVED3: tl.constexpr,
-    COLUMNS1: tl.constexpr,
-    COLUMNS2: tl.constexpr,
-    COLUMNS3: tl.constexpr,
+    LAYER1: tl.constexpr,
+    LAYER2: tl.constexpr,
+    LAYER3: tl.constexpr,
     HEAD: tl.constexpr,
-    PRECISION: tl.constexpr,
     WIDE: tl.constexpr,
-    BLOCK_PIXELS: tl.constexpr,
-    BLOCK_DEPTH: tl.constexpr,
 ):
     image = tl.program_id(0)
     if WIDE:
         image = image.to(tl.int64)
-    layer(
-        x, v1, between, image, extras, GEOMETRY1, STAGES1, MOVED1, PRECISION, WIDE,
-        BLOCK_PIXELS, COLUMNS1, BLOCK_DEPTH,
-    )  # fmt: skip
-    if LAYERS > 1:
-        layer(
-            between, v2, between, image, extras, GEOMETRY2, STAGES2, MOVED2, PRECISION, WIDE,
-            BLOCK_PIXELS, COLUMNS2, BLOCK_DEPTH,
-        )  # fmt: skip
-    if LAYERS > 2:
-        layer(
-            between, v3, between, image, extras, GEOMETRY3, STAGES3, MOVED3, PRECISION, WIDE,
-            BLOCK_PIXELS, COLUMNS3, BLOCK_DEPTH,
-        )  # fmt: skip
+    layer(x, v1, between, image, extras, LAYER1)
+    if LAYER2 is not None:
+        layer(between, v2, between, image, extras, LAYER2)
+    if LAYER3 is not None:
+        layer(between, v3, between, image, extras, LAYER3)
     # A matrix product takes 16 rows at least; this image is the first of them.
     index = tl.arange(0, HEAD.M)
     classify(between, y, extras, image + index, index < 1, HEAD)

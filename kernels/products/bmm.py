@@ -44,7 +44,7 @@ from ..movement.movement import Permute
 from ..movement.rearrange import infer_rearrange, rearrange
 from ..movement.rearrangement import Expand, Rearrange, Reshape, parts_of
 from ..normalisation.softmax import Softmax
-from ..tile import choice
+from ..tile import choice, space
 from . import gemm
 
 
@@ -170,7 +170,7 @@ def bmm_kernel(
     column_tiles: tl.constexpr = (COLUMNS + BLOCK_N - 1) // BLOCK_N
     program = tl.program_id(0)
     matrix = program // (row_tiles * column_tiles)
-    row_tile, column_tile = gemm.tile_index(
+    row_tile, column_tile = space.tile_index(
         program % (row_tiles * column_tiles), row_tiles, column_tiles, GROUP_M
     )
     rows = row_tile * BLOCK_M + tl.arange(0, BLOCK_M)

@@ -17,20 +17,13 @@ from ..contract import epilogue as ep
 from ..contract import programmatic_launch
 from ..contract.launch_tiles import finish_tile as finish_tile
 from ..contract.launch_tiles import tiled_launch
-from ..contract.op import Config, Launch, Problem, Ref, W, X, Y, operand_refs
+from ..contract.op import Config, Launch, Problem, W, X, Y
 from ..contract.spec import Operand
 from ..tile import residual, split_k
 from ..tile.choice import Size, dot_precision, l2_bytes, split_of, step_instructions
-
-
-@triton.jit
-def tile_index(program, row_tiles, COLUMN_TILES: tl.constexpr, GROUP_M: tl.constexpr):
-    """Row and column tile of a program; GROUP_M row tiles share their weights in L2."""
-    group = program // (GROUP_M * COLUMN_TILES)
-    first = group * GROUP_M
-    height = tl.minimum(row_tiles - first, GROUP_M)
-    within = program % (GROUP_M * COLUMN_TILES)
-    return first + within % height, within // height
+from ..tile.geometry import problem_extras
+from ..tile.product import share_of
+from ..tile.space import tile_index
 
 
 @triton.jit
@@ -88,14 +81,6 @@ def add_products(
             a = value.to(a.dtype)
         acc = tl.dot(a, b.T, acc, input_precision=PRECISION)
     return acc
-
-
-@triton.jit
-def share_of(split, STEPS: tl.constexpr, SPLIT: tl.constexpr):
-    """First and past-the-end step of one of SPLIT programs."""
-    share: tl.constexpr = (STEPS + SPLIT - 1) // SPLIT
-    first = tl.minimum(split * share, STEPS)
-    return first, tl.minimum(first + share, STEPS)
 
 
 @triton.jit
@@ -181,12 +166,6 @@ def is_finite_at_zero(problem: Problem) -> bool:
     return all(read.strides[-1] for read in reads) and bool(made.isfinite().all())
 
 
-def all_extras(problem: Problem) -> tuple[Ref, ...]:
-    """Operands of the epilogue, then of the prologue."""
-    count = len(problem.prologue_operands)
-    return (*operand_refs(problem), *(Ref("prologue", index) for index in range(count)))
-
-
 def launch(problem: Problem, tile: Config, x: Operand, columns: int) -> Launch:
     """The product of `x` seen as a matrix of its innermost dimension with the packed weight."""
     depth = ep.memory_sizes(x.spec)[-1]
@@ -214,7 +193,7 @@ def launch(problem: Problem, tile: Config, x: Operand, columns: int) -> Launch:
         blocks=("BLOCK_M", "BLOCK_N"),
         programs=split,
         pointers={"x": X, "w": W, "y": Y, **split_k.pointers(split)},
-        extras=all_extras(problem),
+        extras=problem_extras(problem),
         l2_bytes=l2_bytes(problem, tile, min(depth, steps * tile["BLOCK_K"])),
         steps=steps,
         step_instructions=step_instructions(tile, x.spec.dtype, taps=1),

@@ -21,7 +21,7 @@ import triton.language as tl
 
 from ..contract import cost_model, programmatic_launch
 from ..contract.op import Config, Launch, Problem, Target
-from ..tile import choice, residual
+from ..tile import choice, residual, space
 from . import gemm
 
 BLOCK = "PERSISTENT"
@@ -45,7 +45,7 @@ def persistent_kernel(
     for tile in tl.range(
         tl.program_id(0), row_tiles * column_tiles, tl.num_programs(0), flatten=True
     ):
-        row_tile, column_tile = gemm.tile_index(tile, row_tiles, column_tiles, GROUP_M)
+        row_tile, column_tile = space.tile_index(tile, row_tiles, column_tiles, GROUP_M)
         rows, columns, row_mask, column_mask = gemm.places(
             row_tile, column_tile, m, K, WIDE, BLOCK_M, BLOCK_N
         )

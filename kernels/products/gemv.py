@@ -21,6 +21,7 @@ from ..contract.launch_tiles import tiled_launch
 from ..contract.op import Config, Launch, Problem, Target, W, X, Y, config, power_of_two
 from ..contract.spec import Operand
 from ..tile import choice
+from ..tile.geometry import problem_extras
 from . import gemm
 
 MOST_ROWS = 8
@@ -178,7 +179,7 @@ def launch(problem: Problem, tile: Config, x: Operand, columns: int) -> Launch:
         columns=columns,
         blocks=("ROWS", "BLOCK_N"),
         pointers={"x": X, "w": W, "y": Y},
-        extras=gemm.all_extras(problem),
+        extras=problem_extras(problem),
         l2_bytes=modelled.l2_bytes,
         instructions=modelled.instructions,
         steps=modelled.steps,

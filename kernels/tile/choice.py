@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any, NamedTuple
 
 import torch
 
 from ..contract import cost_model
 from ..contract.cost_model import MULTIPROCESSORS
-from ..contract.op import Config, Launch, Problem, config, power_of_two
+from ..contract.op import NONE, Config, Launch, Problem, config, power_of_two
 from ..contract.targets import Target
 from . import split_k
 
@@ -208,13 +209,86 @@ def default_tile(size: Size, target: Target) -> Config:
     return fastest(size, candidates, target)
 
 
+class Work(NamedTuple):
+    """What a launch has to do whatever its tiles: products and sums, of which dtype, and the bytes
+    that its end writes and reads."""
+
+    flops: int
+    dtype: torch.dtype
+    end_bytes: int
+
+    @staticmethod
+    def of(problem: Problem, flops: int) -> Work:
+        """Of a problem of so many operations."""
+        return Work(flops, problem.inputs[0].spec.dtype, cost_model.end_bytes(problem))
+
+
+def choose(
+    candidates: Iterable[Config],
+    outline: Callable[[Config], Launch],
+    work: Work,
+    target: Target,
+    *,
+    factor: Callable[[Config], float] = lambda tile: 1,
+    waste: Callable[[Config], int] = lambda tile: 0,
+    default: Config | None = None,
+) -> Config:
+    """The candidate of least modelled time; of equals that of least `waste`, and of those the
+    first.
+
+    outline: what the cost model needs to know of a launch; factor: what the model does not know of
+    a configuration, as a multiple of its time. default: where there is no candidate.
+    """
+    gpu = cost_model.machine_for(target)
+
+    def time_us(tile: Config) -> float:
+        return factor(tile) * cost_model.launch_us(gpu, outline(tile), *work)
+
+    ranked = ((time_us(tile), waste(tile), at, tile) for at, tile in enumerate(candidates))
+    least = min(ranked, default=None, key=lambda each: each[:3])
+    if least is None:
+        assert default is not None, "no configuration can run"
+        return default
+    return least[3]
+
+
 def fastest(size: Size, candidates: Iterable[Config], target: Target) -> Config:
     """The configuration of least modelled time; of equals the one with the fewest columns of zeros,
     which only cost registers, and of those the first."""
-    gpu = cost_model.machine_for(target)
-    return min(
+    return choose(
         candidates,
-        key=lambda tile: (outlined_us(gpu, size, tile), -size.columns % tile["BLOCK_N"]),
+        lambda tile: outline(size, tile),
+        _work(size),
+        target,
+        waste=lambda tile: -size.columns % tile["BLOCK_N"],
+    )
+
+
+def _work(size: Size) -> Work:
+    results = size.rows * size.columns * size.groups * size.dtype.itemsize
+    return Work(size.flops, size.dtype, results)
+
+
+def sketch(
+    tile: Config,
+    rows: int,
+    columns: int,
+    programs: int = 1,
+    constexprs: Mapping[str, int] = NONE,
+    **modelled: Any,
+) -> Launch:
+    """A launch that only the cost model sees: of BLOCK_M of the rows times BLOCK_N of the columns
+    in each program, of which every tile has so many."""
+    return Launch(
+        kernel=None,
+        pointers={},
+        rows=rows,
+        block_rows=tile["BLOCK_M"],
+        columns=-(-columns // tile["BLOCK_N"]) * programs,
+        constexprs=constexprs,
+        num_warps=tile.num_warps,
+        num_stages=tile.num_stages,
+        **modelled,
     )
 
 
@@ -233,8 +307,7 @@ def default_depths(size: Size, block: tuple[int, int, int], target: Target) -> I
 
 def outlined_us(gpu: cost_model.Machine, size: Size, tile: Config) -> float:
     """Modelled time of the launch that a tile would become."""
-    results = size.rows * size.columns * size.groups * size.dtype.itemsize
-    return cost_model.launch_us(gpu, outline(size, tile), size.flops, size.dtype, results)
+    return cost_model.launch_us(gpu, outline(size, tile), *_work(size))
 
 
 def outline(size: Size, tile: Config) -> Launch:
@@ -242,15 +315,12 @@ def outline(size: Size, tile: Config) -> Launch:
     block_m, block_n, split = tile["BLOCK_M"], tile["BLOCK_N"], split_of(tile)
     steps = -(-size.steps(tile["BLOCK_K"]) // split)
     elements = steps * tile["BLOCK_K"] * (block_m + block_n)
-    return Launch(
-        kernel=None,
-        pointers={},
-        rows=size.rows,
-        block_rows=block_m,
-        columns=-(-size.columns // block_n) * size.groups * split,
-        constexprs=dict(tile.blocks),
-        num_warps=tile.num_warps,
-        num_stages=tile.num_stages,
+    return sketch(
+        tile,
+        size.rows,
+        size.columns,
+        size.groups * split,
+        dict(tile.blocks),
         l2_bytes=elements * size.dtype.itemsize,
         steps=steps,
         step_instructions=step_instructions(tile, size.dtype, size.taps),

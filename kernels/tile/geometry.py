@@ -62,7 +62,8 @@ class Tile(NamedTuple):
     in a step, 0 where nothing is summed up.
 
     GROUP_M: tiles of rows that share the same columns one after the other. precision: of fp32
-    products, as Triton names it. wide: whether offsets need 64 bits.
+    products, as Triton names it. wide: whether offsets need 64 bits. rolled: from how many steps on
+    the compiler is kept from unrolling the loop over them; 0 for never.
     """
 
     M: int
@@ -71,6 +72,7 @@ class Tile(NamedTuple):
     GROUP_M: int = 1
     precision: str = "ieee"
     wide: bool = False
+    rolled: int = 0
 
     @staticmethod
     def of(problem: Problem, tile: Config, precision: str = "ieee") -> Tile:
@@ -101,6 +103,12 @@ class Output(NamedTuple):
         return Output(p, q, y.shape[1], y.pitch, y.offset, epilogue)
 
 
+def problem_extras(problem: Problem) -> tuple[Ref, ...]:
+    """Operands of the epilogue, then of the prologue: the first `extras` of every kernel."""
+    count = len(problem.prologue_operands)
+    return (*operand_refs(problem), *(Ref("prologue", index) for index in range(count)))
+
+
 def tile_launch(
     problem: Problem,
     tile: Config,
@@ -110,10 +118,12 @@ def tile_launch(
     precision: str = "ieee",
     before: ep.Epilogue = (),
     epilogue: ep.GeneratedFunction | None = None,
+    rolled: int = 0,
     pointers: Mapping[str, Ref] = FROM_X_TO_Y,
     extras: tuple[Ref, ...] = (),
     rows: int | None = None,
     block_rows: int | None = None,
+    groups: int = 1,
     programs: int = 1,
     **modelled: Any,
 ) -> Launch:
@@ -121,23 +131,24 @@ def tile_launch(
     `constexprs`.
 
     before: stages in front of the epilogue; epilogue: another function in place of both. extras:
-    tensors that the kernel reads, in front of those of the epilogue. rows: what `m` counts, the
-    output's pixels by default, of which a tile has `block_rows`. programs: how many there are for
-    each tile of M by N. modelled: what the cost model asks of a `Launch`.
+    more tensors that the kernel reads, behind those of the epilogue and the prologue. rows: what
+    `m` counts, the output's pixels by default, of which a tile has `block_rows`. groups: of
+    channels, which share no tile; programs: how many there are for each tile of M by N. modelled:
+    what the cost model asks of a `Launch`.
     """
     out = problem.output
     if epilogue is None:
         stages = (*before, *problem.epilogue)
-        epilogue = ep.for_output(stages, problem.operands, out.spec, len(extras))
-    sizes = Tile.of(problem, tile, precision)
+        epilogue = ep.for_output(stages, problem.operands, out.spec)
+    sizes = Tile.of(problem, tile, precision)._replace(rolled=rolled)
     return Launch(
         kernel=kernel,
         pointers=pointers,
-        extras=(*extras, *operand_refs(problem)),
+        extras=(*problem_extras(problem), *extras),
         rows=out.shape[0] * math.prod(out.shape[2:]) if rows is None else rows,
         batch=out.spec.batch,
         block_rows=sizes.M if block_rows is None else block_rows,
-        columns=-(-out.shape[1] // sizes.N) * programs,
+        columns=-(-(out.shape[1] // groups) // sizes.N) * groups * programs,
         constexprs={"TILE": sizes, "OUTPUT": Output.of(out, epilogue), **constexprs},
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,

@@ -1,0 +1,93 @@
+"""The general algorithm of conv2d: an implicit matrix product by the tile engine.
+
+One loop flattened over taps and channel blocks, which is what Triton's pipeliner turns into
+asynchronous copies; with few channels per group it runs over (tap, channel) pairs instead. Where
+output tiles are few (batch 1), SPLIT programs share the sums of each (`tile/split_k.py`). From
+sm_90 on its configurations may also read boxes of pixels through descriptors (`conv_tma.py`).
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from typing import cast
+
+from ..contract.op import Config, Launch, Problem
+from ..contract.targets import Target
+from ..products import gemm
+from ..tile import choice, engine, residual, source, space, split_k
+from ..tile.conv_geometry import Conv2d
+from . import conv_tma
+
+
+def size(problem: Problem) -> choice.Size:
+    """The matrix product that the convolution is."""
+    groups = cast("Conv2d", problem.attributes).groups
+    n, k, p, q = problem.output.shape
+    _, per_group, r, s = problem.inputs[1].shape
+    by_tap = source.runs_by_tap(per_group, r * s) or bool(problem.prologue)
+    depth = per_group if by_tap else per_group * r * s
+    dtype = problem.inputs[0].spec.dtype
+    return choice.Size(
+        n * p * q, k // groups, depth, dtype, groups, not by_tap, taps=r * s, splits=by_tap
+    )
+
+
+def launch(problem: Problem, tile: Config, target: Target) -> Launch:
+    """The launch of the tile kernel, or of boxes where the configuration says so."""
+    if conv_tma.is_one(tile):
+        return conv_tma.launch(problem, tile)
+    attributes = cast("Conv2d", problem.attributes)
+    x, w, wanted = problem.inputs[0], problem.inputs[1].shape, size(problem)
+    terms, split = w[1] * w[2] * w[3], choice.split_of(tile)
+    block_m, block_n, block_k = tile["BLOCK_M"], tile["BLOCK_N"], tile["BLOCK_K"]
+    steps = -(-wanted.steps(block_k) // split)
+    chains = residual.constants(problem, tile)
+    copied = 0 if wanted.gathers else choice.step_instructions(tile, wanted.dtype, wanted.taps)
+    return engine.launch(
+        problem,
+        tile,
+        target,
+        space.of_pixels(problem.output.spec, block_m),
+        source.of_convolution(attributes, x, w, gemm.prologue_of(problem)),
+        constexprs={"RESIDUAL": chains["RESIDUAL"]},
+        epilogue=chains["EPILOGUE"],
+        groups=attributes.groups,
+        split=split,
+        precision=choice.dot_precision(problem, terms),
+        l2_bytes=choice.l2_bytes(problem, tile, min(terms, steps * block_k)),
+        instructions=_gathering(wanted, tile),
+        steps=steps,
+        step_instructions=copied,
+        combine_bytes=split_k.combine_bytes(split, block_m, block_n),
+        scratch=split_k.scratch(wanted.tiles(block_m, block_n), split, block_m, block_n),
+    )
+
+
+def _gathering(wanted: choice.Size, tile: Config) -> int:
+    """Instructions of one program that loads its input element by element: 23 for each, 16 for each
+    result, as counted in sm_90 code for half precision; 0 where blocks of channels are copied."""
+    if not wanted.gathers:
+        return 0
+    steps = -(-wanted.depth // tile["BLOCK_K"])
+    return tile["BLOCK_M"] * (23 * steps * tile["BLOCK_K"] + 16 * tile["BLOCK_N"])
+
+
+def configs(problem: Problem, target: Target) -> Iterator[Config]:
+    """Tiles, boxes, and those that read the residual first."""
+    tiles = (*choice.tile_configs(size(problem), target), *conv_tma.configs(problem, target))
+    return itertools.chain(tiles, residual.variants(problem, tiles))
+
+
+def legal(problem: Problem, tile: Config, target: Target) -> str | None:
+    """Why a configuration cannot run on the target, or None."""
+    if (refused := residual.legal(problem, tile)) is not None:
+        return refused
+    if conv_tma.is_one(tile):
+        return conv_tma.legal(problem, tile, target)
+    return choice.legal(size(problem), tile, target)
+
+
+def default(problem: Problem, target: Target) -> Config:
+    """The fastest by the model."""
+    return choice.default_tile(size(problem), target)
