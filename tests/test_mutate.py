@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import re
 from pathlib import Path
 
 import pytest
@@ -15,7 +14,7 @@ pytest.importorskip("cosmic_ray", reason="pip install -e '.[mutate]'")
 from cosmic_ray.mutating import mutate_code
 
 from .mutate import __main__ as command
-from .mutate import edits, judge, score, sites
+from .mutate import judge, score, sites
 from .mutate.mutant import Mutant, changed_lines
 from .mutate.score import ALIVE, EQUIVALENT, KILLED, Result
 
@@ -46,25 +45,9 @@ def test_mutants_change_what_computes() -> None:
         assert mutant.before in " ".join(line.strip() for line in source[first - 1 : last])
 
 
-@pytest.mark.parametrize("edit", edits.EDITS, ids=lambda edit: edit.pattern)
-def test_every_edit_of_a_kernel_applies(edit: edits.Edit) -> None:
-    kernels = (judge.ROOT / "kernels").glob("*.py")
-    assert any(re.search(edit.pattern, path.read_text(), re.M) for path in kernels)
-
-
-def test_edited_kernels_are_programs() -> None:
-    mutants = edits.mutants(0)
-    assert len(mutants) > 300
-    for mutant in mutants[:60]:
-        compile(mutant.code, mutant.file, "exec", dont_inherit=True)
-
-
-@pytest.mark.parametrize("key", score.equivalents())
-def test_equivalent_mutants_are_of_this_source(key: str) -> None:
-    file, _, rest = key.partition("::")
-    before = rest.partition(": ")[2].partition(" => ")[0]
-    lines = (line.strip() for line in (judge.ROOT / file).read_text().splitlines())
-    assert before in " ".join(lines)
+@pytest.mark.parametrize("pattern", sites.NO_ANSWERS)
+def test_files_that_compute_no_answer_are_there(pattern: str) -> None:
+    assert list(judge.ROOT.glob(pattern))
 
 
 def test_the_score_counts_what_could_be_noticed() -> None:

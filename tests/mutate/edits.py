@@ -12,8 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from .judge import ROOT
-from .mutant import Mutant, changed_lines
-from .sites import order
+from .mutant import Mutant, changed_lines, order
 
 
 @dataclass(frozen=True)
@@ -57,34 +56,57 @@ EDITS = (
     Edit("the comparison turned", r"tl\.where\(v > 0,", "tl.where(v < 0,"),
     Edit("without the epilogue", r"\bacc = EPILOGUE\(acc, .*\)$", "acc = acc"),
     Edit("a pitch for a size", r"\(rows \* Y_PITCH\)", "(rows * (Y_PITCH + 1))"),
+    # The same of kernels whose sizes are named tuples.
+    Edit("one input row too many", r"bitcast=True\) < IMAGE\.H\b", "bitcast=True) <= IMAGE.H"),
+    Edit("one pixel too many", r"bitcast=True\) < IMAGE\.W\b", "bitcast=True) <= IMAGE.W"),
+    Edit("the stride of the other axis", r"\.stride_w\b", ".stride_h"),
+    Edit("the dilation of the other axis", r"\.dilation_w\b", ".dilation_h"),
+    Edit("the padding of the other side", r" - (\w+\.)*window\.left\b", " - 0"),
+    Edit("without the offset of the input", r"x \+ IMAGE\.offset", "x"),
+    Edit("without the offset of the output", r"y \+ OUTPUT\.offset", "y"),
+    Edit("without the epilogue", r"\bacc = OUTPUT\.epilogue\(acc, .*\)$", "acc = acc"),
+    Edit("a pitch for a size", r"\(rows \* OUTPUT\.row_stride\)",
+         "(rows * (OUTPUT.row_stride + 1))"),
 )  # fmt: skip
 
 LAUNCHED_BY = {
-    "conv_tile": "conv_pool",
-    "head_kernel": "head",
-    "statistics": "normalize",
-    "residual": "gemm",
-    "scalars": "pointwise",
-    "separable_kernels": "separable",
-    "small_net_kernel": "small_net",
-    "split": "gemm",
-    "taps": "conv_sum",
-}
-"""The op's file whose tests judge the functions of a kernel's own file."""
-NOT_EDITED = ("dependent", "epilogue", "gemm_persistent", "interpreter")
+    "contract/elementary": "movement/pointwise",
+    "contract/launch_tiles": "movement/pad",
+    "contract/scalars": "movement/pointwise",
+    "fused/chains/separable_kernels": "fused/chains/separable",
+    "fused/head_kernel": "fused/head",
+    "fused/links": "fused/head",
+    "fused/small_net_kernel": "fused/small_net",
+    "normalisation/statistics": "normalisation/normalize",
+    "pooling/pool_kernel": "pooling/pool",
+    "pooling/tiles": "pooling/upsample",
+    "tile/residual": "products/gemm",
+    "tile/split_k": "products/gemm",
+    "tile/taps": "fused/chains/conv_chain",
+    **{f"tile/{name}": "convolution/implicit"
+       for name in ("engine", "finish", "product", "source", "space")},
+}  # fmt: skip
+"""The op's file whose tests judge the functions of a kernel's own file, both in `kernels/`."""
+NOT_EDITED = ("contract/programmatic_launch", "contract/epilogue", "products/gemm_persistent")
+
+
+def sources() -> list[str]:
+    """The files of kernels that are edited, without `kernels/` and `.py`."""
+    folder = ROOT / "kernels"
+    names = (path.relative_to(folder).with_suffix("").as_posix() for path in folder.rglob("*.py"))
+    return sorted(n for n in names if n not in NOT_EDITED and not n.startswith("devices/"))
 
 
 def mutants(seed: int, only: str = "") -> list[Mutant]:
     """All edits that apply, in the order of the seed."""
-    applied = (mutant for path in sorted((ROOT / "kernels").glob("*.py"))
-               if path.stem not in NOT_EDITED and f"kernels/{path.name}".startswith(only)
-               for mutant in _edited(path.stem))  # fmt: skip
+    applied = (mutant for name in sources() if f"kernels/{name}.py".startswith(only)
+               for mutant in _edited(name))  # fmt: skip
     different = {mutant.key: mutant for mutant in applied}
     return [different[key] for key in sorted(different, key=lambda key: order(seed, key))]
 
 
-def _edited(stem: str) -> Iterator[Mutant]:
-    file, judged = f"kernels/{stem}.py", f"kernels/{LAUNCHED_BY.get(stem, stem)}.py"
+def _edited(name: str) -> Iterator[Mutant]:
+    file, judged = f"kernels/{name}.py", f"kernels/{LAUNCHED_BY.get(name, name)}.py"
     source = (ROOT / file).read_text()
     lines = source.splitlines(keepends=True)
     where = (judged, _launching(judged))

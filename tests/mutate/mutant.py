@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
+from functools import cache
 
 
 @dataclass(frozen=True)
@@ -43,3 +45,9 @@ def changed_lines(old: str, new: str) -> tuple[str, str]:
 
 def _joined(lines: list[str]) -> str:
     return " ".join(line.strip() for line in lines)
+
+
+@cache
+def order(seed: int, text: str) -> bytes:
+    """A place in the order of a seed."""
+    return hashlib.sha256(f"{seed} {text}".encode()).digest()

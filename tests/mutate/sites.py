@@ -7,13 +7,11 @@ mutants as long as those lines stay, wherever they move.
 from __future__ import annotations
 
 import ast
-import hashlib
 import itertools
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from fnmatch import fnmatch
-from functools import cache
 from typing import Any
 
 import parso
@@ -23,10 +21,10 @@ from cosmic_ray.operators.operator import Example, Operator
 from cosmic_ray.operators.provider import OperatorProvider
 
 from .judge import ROOT
-from .mutant import Mutant, changed_lines
+from .mutant import Mutant, changed_lines, order
 
 NO_ANSWERS = {
-    "compiler/account*.py": "tables of bytes and times for people",
+    "compiler/explain/account*.py": "tables of bytes and times for people",
     "compiler/explain/attribution.py": "names the layers behind kernels, for people",
     "compiler/explain/diff.py": "compares two files, for people",
     "compiler/fusion/estimate.py": "the cost model: a wrong time makes a slower choice",
@@ -42,8 +40,8 @@ NO_ANSWERS = {
     "compiler/tuning/timers.py": "measures times",
     "compiler/records/rank.py": "the cost model",
     "compiler/tuning/search.py": "chooses by time among configurations that were all verified",
-    "kernels/emulator/*.py": "a judge of kernels, with tests of its own",
-    "kernels/machine.py": "figures of GPUs for the cost model",
+    "kernels/devices/emulator/*.py": "a judge of kernels, with tests of its own",
+    "kernels/contract/cost_model.py": "figures of GPUs for the cost model",
     "kernels/devices/offline.py": "compiles for GPUs and reads machine code",
     "kernels/devices/kernel_hash.py": "prints generated source",
 }
@@ -264,9 +262,3 @@ def _compiles(code: str | None) -> bool:
     except (SyntaxError, ValueError):
         return False
     return True
-
-
-@cache
-def order(seed: int, text: str) -> bytes:
-    """A place in the order of a seed."""
-    return hashlib.sha256(f"{seed} {text}".encode()).digest()
