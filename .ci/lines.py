@@ -14,9 +14,9 @@ import sys
 from pathlib import Path
 
 LIMITS = {
-    ("kernels", "compiler", "cli"): 43_900,
+    ("kernels", "compiler", "cli"): 43_000,
     ("zoo",): 3_440,
-    ("benchmarks",): 5_881,
+    ("benchmarks",): 5_882,
 }
 """Folders that are counted together, and how many lines they may have."""
 

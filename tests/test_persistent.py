@@ -20,6 +20,7 @@ from convloom.kernels.contract.epilogue import Stage
 from convloom.kernels.contract.op import Config, Launch, Problem
 from convloom.kernels.contract.spec import FLOAT_DTYPES, TensorSpec
 from convloom.kernels.contract.targets import GPU_TARGETS, INTERPRETER, Target, parse
+from convloom.kernels.convolution import conv2d
 from convloom.kernels.devices import offline
 from convloom.kernels.products import gemm_persistent, gemm_tma, product
 from torch import nn
@@ -248,7 +249,11 @@ def test_a_file_keeps_the_programs(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         return torch.relu(m.conv(x))
 
     module, inputs = make(forward, (4, 16, 64, 64), conv=nn.Conv2d(16, 64, 1))
-    monkeypatch.setattr(product, "default", stays)
+    algorithms = (
+        each._replace(default=stays) if each.default is default else each
+        for each in conv2d.ALGORITHMS
+    )
+    monkeypatch.setattr(conv2d, "ALGORITHMS", tuple(algorithms))
     exe = convloom.compile(
         module, inputs, target="cuda:sm_90", dtype=torch.float16, dynamic_batch=(1, 4),
         tuning="heuristic", passes=(),

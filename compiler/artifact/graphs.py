@@ -40,7 +40,7 @@ from .tensors import Pool, Stored, logical
 
 WORDS = (
     "", "constant", "reflect", "replicate", "circular", "softmax", "log_softmax", "nearest",
-    "nearest-exact", "linear", "corners",
+    "nearest-exact", "linear", "corners", "cubic", "antialiased-linear", "antialiased-cubic",
 )
 """Every text that an attribute may be: kernels and references choose by them."""
 MOST_NODES = 100_000

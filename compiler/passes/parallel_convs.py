@@ -112,8 +112,12 @@ def _reader(graph: Graph, node: Node) -> Node | None:
     if len(uses) != 1:
         return None
     reader = graph.node(uses[0][0])
-    plain = reader.op == "add" and reader.attributes == Pointwise() and not reader.epilogue
-    return reader if plain and reader.spec.shape == node.spec.shape else None
+    is_sum = _is_addition(reader) and reader.spec.shape == node.spec.shape
+    return reader if is_sum else None
+
+
+def _is_addition(node: Node) -> bool:
+    return node.op == "add" and node.attributes == Pointwise() and not node.epilogue
 
 
 def _sum_of(graph: Graph, node: Node) -> str | None:
@@ -190,33 +194,46 @@ def _together(graph: Graph, branches: Sequence[_Branch]) -> Problem:
 
 
 def _make(names: Sequence[str], graph: Graph, ledger: Ledger) -> bool:
-    """Adds the other branches to the first, the largest, and takes them out of their sums."""
+    """Adds the other branches to the first, the largest, and writes their sum anew: what the
+    additions in between have computed is computed no more."""
     branches = [_branch(graph, graph.node(name)) for name in names]
     weight, bias = _weight_and_bias(graph, branches)
-    largest, *others = (branch.node for branch in branches)
+    merged = [branch.node for branch in branches]
+    largest = merged[0]
+    total = _sum_of(graph, largest)
+    assert total is not None
+    additions, addends = _addends(graph, graph.node(total))
     dtype = graph.spec(graph.own_inputs(largest)[1]).dtype
-    totals = []
-    for node in others:
-        total = _reader(graph, node)
-        assert total is not None
-        (rest,) = (addend for addend in graph.own_inputs(total) if addend.node != node.name)
-        graph.redirect(Value(total.name), rest)
-        graph.remove([total.name, node.name])
-        totals.append(total)
     inputs = (
         branches[0].x,
         graph.add_constant(weight, "parallel_weight", dtype),
         graph.add_constant(bias.reshape(-1, 1, 1), "parallel_bias", dtype),
     )
-    nodes = (largest, *others, *totals)
-    value = graph.add(
+    nodes = (*merged, *additions)
+    conv = graph.add(
         "conv2d", inputs, largest.attributes, epilogue=(Stage("add"),), like=nodes, rule=RULE
     )
-    graph.redirect(Value(largest.name), value)
-    graph.remove([largest.name])
-    saved = len(others) * (graph.spec(branches[0].x).size_bytes + 3 * largest.spec.size_bytes)
-    ledger.accept(RULE, nodes, value.node, saved)
+    value = conv
+    for addend in addends:
+        if addend.node not in names:
+            value = graph.add("add", (value, addend), Pointwise(), like=additions)
+    graph.redirect(Value(total), value)
+    graph.remove(node.name for node in reversed(nodes))
+    saved = (len(merged) - 1) * (graph.spec(branches[0].x).size_bytes + 3 * largest.spec.size_bytes)
+    ledger.accept(RULE, nodes, conv.node, saved)
     return True
+
+
+def _addends(graph: Graph, total: Node) -> tuple[list[Node], list[Value]]:
+    """The additions that make up a sum, the last first, and what they add."""
+    additions, addends = [total], []
+    for value in graph.own_inputs(total):
+        node = graph.node(value.node)
+        inner = _is_addition(node) and _reader(graph, node) is not None
+        more, values = _addends(graph, node) if inner else ([], [value])
+        additions += more
+        addends += values
+    return additions, addends
 
 
 def _weight_and_bias(

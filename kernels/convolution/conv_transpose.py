@@ -48,7 +48,6 @@ from ..contract.targets import Target
 from ..movement.arguments import attributes_of, with_bias
 from ..tile import choice, space
 from ..tile.source import runs_by_tap
-from .conv_nd import locate
 from .conv_phases import (
     ConvTranspose,
     ConvTranspose2d,
@@ -103,11 +102,14 @@ def reach(
     back_d = d * (DEPTH[DILATION] // DEPTH[SHARED])
     back_h = h * (HEIGHT[DILATION] // HEIGHT[SHARED])
     back_w = v * (WIDTH[DILATION] // WIDTH[SHARED])
-    inside, _ = locate(
-        row_mask, front - back_d, top - back_h, left - back_w,
-        DEPTH[SIZE], HEIGHT[SIZE], WIDTH[SIZE], DEPTH[OPEN], HEIGHT[OPEN], WIDTH[OPEN],
-        "constant", WIDE,
-    )  # fmt: skip
+    inside = row_mask
+    if HEIGHT[OPEN]:
+        # Rows past the end are where no tap comes inside: they need no mask of their own.
+        inside = (top - back_h).to(tl.uint32, bitcast=True) < HEIGHT[SIZE]
+    if WIDTH[OPEN]:
+        inside = inside & ((left - back_w).to(tl.uint32, bitcast=True) < WIDTH[SIZE])
+    if DEPTH[OPEN]:
+        inside = inside & ((front - back_d).to(tl.uint32, bitcast=True) < DEPTH[SIZE])
     if WIDE:
         back_d = back_d.to(tl.int64)
     back = (back_d * HEIGHT[SIZE] + back_h) * WIDTH[SIZE] + back_w

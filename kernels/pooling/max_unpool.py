@@ -325,5 +325,7 @@ OP = Op(
     default=TILES.default,
     legal=TILES.legal,
     cost=cost,
+    prepare=prepare,
     aten={"aten.max_unpool2d.default": _capture},
+    batched="unpooling",
 )  # fmt: skip
