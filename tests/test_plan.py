@@ -195,7 +195,7 @@ def unread(plan: Plan) -> set[str]:
     return {name for name, made in results if not any(place.buffer in read for place in made)}
 
 
-@pytest.mark.parametrize("seed", [60, 62, 63, 64])
+@pytest.mark.parametrize("seed", [60, 63, 64, 66])
 def test_no_step_disturbs_another_at_any_batch(seed: int) -> None:
     module, inputs = random_network(seed)
     plan = convloom.compile(module, inputs, target="interpreter", dynamic_batch=(1, 5)).plan
