@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import convloom
@@ -114,3 +115,14 @@ def test_searches_among_samples_and_long_sorts_are_refused(
     module, inputs = nets.make(lambda m, x: function(x), (2, 4, 5, 7))
     with pytest.raises(UnsupportedOpError, match=message):
         convloom.compile(module, inputs, target="interpreter", dynamic_batch=(1, 4))
+
+
+def test_places_have_a_cost_and_go_into_files(tmp_path: Path) -> None:
+    """Kernels that move whole numbers are modelled like others: for the ledger of a saved file."""
+    module, inputs = nets.make(lambda m, x: tuple(x.max(1)), (2, 6, 5, 7))
+    exe = convloom.compile(module, inputs, target="cuda:sm_90", dtype=torch.float16)
+    exe.save(tmp_path / "net.loom")
+    assert "topk" in {kernel.step.op for kernel in exe.kernels}
+    (x,) = inputs
+    loaded = convloom.load(tmp_path / "net.loom", device="interpreter")
+    assert torch.equal(loaded(x)[1], module(x.half().float())[1])

@@ -335,7 +335,8 @@ class _Modelled:
         weights = next(iter(op.packs(problem.attributes)), 0)
         dtype = problem.inputs[weights].spec.dtype
         tf32 = dtype is torch.float32 and problem.precision == "tf32"
-        rate = TF32_RATE if tf32 else RATE[dtype]
+        # Whole numbers are only moved: nothing is multiplied at this rate.
+        rate = TF32_RATE if tf32 else RATE.get(dtype, RATE[torch.float32])
         ends = end_bytes(problem) / len(launches)
         self.memory_us = memory_us(self.machine, problem, cost.size_bytes)
         self.launched_us = self.machine.launch_us * len(launches)
