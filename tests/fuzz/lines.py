@@ -177,10 +177,19 @@ def reduce(b: Builder) -> None:
         "{x}.amin({d}, keepdim={k})", "{x}.max({e}, keepdim={k}).values",
         "{x}.min({e}, keepdim={k}).values", "torch.linalg.vector_norm({x}, 2, {d}, {k})",
         "{x}.var({d}, correction=0, keepdim={k})", "({x}.std({d}, correction=0, keepdim={k}) + 1)",
-        "{x}.norm(1, {d}, keepdim={k})", "{x}.topk(1, {e}).values", "{x}.sort({e}).values",
-        "{x}.cumsum({e})", "torch.tanh({x}).cumprod({e})",
+        "{x}.norm(1, {d}, keepdim={k})",
     )  # fmt: skip
     b.let(text.format(x=x, d=dims, e=dims[0], k=keep))
+
+
+def scan(b: Builder) -> None:
+    """Sums and products so far, and elements by their size, along a dimension."""
+    x = b.pick(*IMAGES)
+    dim = b.random.randrange(1, len(b.shape(x)))
+    b.let(b.alternative(
+        f"{x}.cumsum({dim})", f"{x}.topk(1, {dim}).values", f"torch.tanh({x}).cumprod({dim})",
+        f"{x}.sort({dim}).values",
+    ))  # fmt: skip
 
 
 def pool(b: Builder) -> None:
@@ -336,5 +345,5 @@ LINES = (
     convolve, convolve, convolve, unary, unary, unary, binary, binary, join, join, batch_norm,
     pool, pool, cut, cut, move, move, reduce, broadcast, constants, prelu, convolve_back,
     share_a_layer, linear, matmul, attend, normalise, local_norm, softmax, power_pool, mixed_pool,
-    median_pool, pool_and_back, flatten, columns, write, surround, resize,
+    median_pool, pool_and_back, flatten, columns, write, scan, surround, resize,
 )  # fmt: skip

@@ -217,6 +217,13 @@ def normalised_conv(b: Builder) -> None:
     b.let(f"torch.relu({y} + {x})")
 
 
+def sub_pixel(b: Builder) -> None:
+    """A convolution whose channels become pixels."""
+    x, act = _image(b, b.one(4, 8)), b.one("torch.relu({0})", "{0}")
+    y = _conv_act(b, x, 4 * b.one(2, 8), b.one(1, 3), act)
+    b.let(f"F.pixel_shuffle({y}, 2)")
+
+
 def parallel(b: Builder) -> None:
     """Branches of one image that are added up, most of them linear."""
     x = _image(b, 6)
@@ -246,4 +253,5 @@ MOTIFS = (
     bottleneck, separable, shortcut, pooled_conv, conv_mean, conv_pool, pool_conv, averaged_branch,
     dense_block, squeeze_excite, lrn_pool, head, small_net, stem, rows_of_a_stem, volume,
     padded_conv, normalised_conv, preactivation, parallel,
+    sub_pixel,
 )  # fmt: skip
