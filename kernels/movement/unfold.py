@@ -22,6 +22,7 @@ import triton.language as tl
 
 from ...errors import InvalidInputError
 from ..contract import epilogue as ep
+from ..contract.launch_tiles import finish_tile, tile_of_program, tiled_launch
 from ..contract.op import (
     Arguments,
     Attributes,
@@ -32,8 +33,6 @@ from ..contract.op import (
     Op,
     Problem,
     Ref,
-    X,
-    Y,
     config,
     operand_refs,
     tensor_bytes,
@@ -166,14 +165,7 @@ def fold_kernel(
     BLOCK_COLUMNS: tl.constexpr,
 ):
     # Rows are pixels, columns are channels; of the columns of x a tile reads one element per tap.
-    column_tiles: tl.constexpr = (C + BLOCK_COLUMNS - 1) // BLOCK_COLUMNS
-    program = tl.program_id(0)
-    rows = program // column_tiles * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
-    channels = program % column_tiles * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
-    row_mask = rows < m
-    column_mask = channels < C
-    if WIDE:
-        rows = rows.to(tl.int64)
+    rows, channels, row_mask, column_mask = tile_of_program(m, C, WIDE, BLOCK_ROWS, BLOCK_COLUMNS)
     h = (rows // WIDTH % H).to(tl.int32) + TOP
     w = (rows % WIDTH).to(tl.int32) + LEFT
     image = x + X_OFFSET + (rows // (H * WIDTH) * X_STRIDES[0])[:, None]
@@ -190,42 +182,29 @@ def fold_kernel(
             address = image + terms[None, :] + ((p * Q + q) * X_STRIDES[2])[:, None]
             mask = there[:, None] & column_mask[None, :]
             acc += tl.load(address, mask=mask, other=0.0).to(tl.float32)
-    acc = EPILOGUE(acc, rows, channels, row_mask, column_mask, extras)
-    address = y + Y_OFFSET + (rows * Y_PITCH)[:, None] + channels[None, :]
-    tl.store(address, acc.to(y.dtype.element_ty), mask=row_mask[:, None] & column_mask[None, :])
+    finish_tile(
+        acc, y, rows, channels, row_mask, column_mask, extras, EPILOGUE, Y_PITCH, Y_OFFSET
+    )
 
 
 def launches_fold(problem: Problem, tile: Config, target: Target) -> tuple[Launch, ...]:
     """One launch over the pixels of the result."""
     attributes, x, out = problem.attributes, problem.inputs[0], problem.output
     assert isinstance(attributes, Fold)
-    rows, channels = rows_and_columns(out.spec)
     (h, w), (top, left) = attributes.image, attributes.padding
     p, q = attributes.places(h + 2 * top, w + 2 * left)
-    launch = Launch(
-        kernel=fold_kernel,
-        pointers={"x": X, "y": Y},
-        extras=operand_refs(problem),
-        rows=rows,
-        batch=out.spec.batch,
-        block_rows=tile["BLOCK_ROWS"],
-        columns=-(-channels // tile["BLOCK_COLUMNS"]),
-        constexprs={
-            "C": channels, "H": h, "WIDTH": w, "P": p, "Q": q,
+    return tiled_launch(
+        problem,
+        tile,
+        fold_kernel,
+        {
+            "C": out.shape[1], "H": h, "WIDTH": w, "P": p, "Q": q,
             "R": attributes.kernel[0], "S": attributes.kernel[1],
             "STRIDE_H": attributes.stride[0], "STRIDE_W": attributes.stride[1],
             "DILATION_H": attributes.dilation[0], "DILATION_W": attributes.dilation[1],
-            "TOP": top, "LEFT": left,
-            "X_OFFSET": x.offset, "X_STRIDES": x.strides,
-            "Y_PITCH": out.pitch, "Y_OFFSET": out.offset,
-            "EPILOGUE": ep.for_output(problem.epilogue, problem.operands, out.spec),
-            "WIDE": problem.is_wide,
-            **dict(tile.blocks),
+            "TOP": top, "LEFT": left, "X_STRIDES": x.strides,
         },
-        num_warps=tile.num_warps,
-        num_stages=tile.num_stages,
     )  # fmt: skip
-    return (launch,)
 
 
 def configs(problem: Problem, target: Target) -> Iterator[Config]:

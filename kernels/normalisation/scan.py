@@ -19,7 +19,6 @@ import triton
 import triton.language as tl
 
 from ...errors import InvalidInputError
-from ..contract import epilogue as ep
 from ..contract.op import (
     Arguments,
     Attributes,
@@ -29,7 +28,6 @@ from ..contract.op import (
     Cost,
     Launch,
     Op,
-    Operand,
     Problem,
     Target,
     X,
@@ -39,6 +37,7 @@ from ..contract.op import (
     tensor_bytes,
 )
 from ..contract.spec import TensorSpec
+from .along import launch_along
 
 BLOCK = 1024
 
@@ -123,34 +122,11 @@ def scan_kernel(
 def launches(
     multiply: bool, problem: Problem, tile: Config, target: Target
 ) -> tuple[Launch, ...]:
-    """One launch over all rows, in the order of the dimensions that are left."""
-    attributes, x, out = problem.attributes, problem.inputs[0], problem.output
-    assert isinstance(attributes, Scan)
-    dim = attributes.dim
-    rest = [at for at in range(x.spec.rank) if at != dim]
-    sizes = tuple(x.shape[at] for at in rest) or (1,)
-
-    def row(operand: Operand) -> ep.GeneratedFunction:
-        return ep.row_offset_function(sizes, tuple(operand.strides[at] for at in rest) or (0,))
-
-    launch = Launch(
-        kernel=scan_kernel,
-        pointers={"x": X, "y": Y},
-        rows=x.spec.numel // x.shape[dim],
-        batch=x.spec.batch,
-        block_rows=tile["BLOCK_ROWS"],
-        columns=1,
-        constexprs={
-            "L": x.shape[dim], "MULTIPLY": multiply, "X_ROW": row(x), "Y_ROW": row(out),
-            "X_STRIDE": x.strides[dim], "Y_STRIDE": out.strides[dim],
-            "X_OFFSET": x.offset, "Y_OFFSET": out.offset,
-            "WIDE": problem.is_wide,
-            **dict(tile.blocks),
-        },
-        num_warps=tile.num_warps,
-        num_stages=tile.num_stages,
-    )  # fmt: skip
-    return (launch,)
+    """One launch over all rows."""
+    assert isinstance(problem.attributes, Scan)
+    tensors = {"x": (X, problem.inputs[0]), "y": (Y, problem.output)}
+    constants = {"MULTIPLY": multiply}
+    return launch_along(problem, tile, scan_kernel, problem.attributes.dim, tensors, constants)
 
 
 def _length(problem: Problem) -> int:

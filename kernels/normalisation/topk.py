@@ -22,7 +22,6 @@ import triton
 import triton.language as tl
 
 from ...errors import InvalidInputError
-from ..contract import epilogue as ep
 from ..contract.op import (
     Arguments,
     Attributes,
@@ -31,7 +30,6 @@ from ..contract.op import (
     Cost,
     Launch,
     Op,
-    Operand,
     Problem,
     Ref,
     Target,
@@ -44,6 +42,7 @@ from ..contract.op import (
 from ..contract.spec import TensorSpec
 from ..movement.pointwise import Pointwise
 from ..movement.rearrangement import Reshape
+from .along import launch_along
 
 MOST_SELECTED = 64
 LONGEST = 4096
@@ -184,38 +183,12 @@ def topk_kernel(
 
 
 def launches(problem: Problem, tile: Config, target: Target) -> tuple[Launch, ...]:
-    """One launch over all rows, in the order of the dimensions that are left."""
-    attributes, x = problem.attributes, problem.inputs[0]
+    """One launch over all rows."""
+    attributes, (values, places) = problem.attributes, problem.outputs
     assert isinstance(attributes, TopK)
-    dim = attributes.dim
-    rest = [at for at in range(x.spec.rank) if at != dim]
-    sizes = tuple(x.shape[at] for at in rest) or (1,)
-
-    def row(operand: Operand) -> ep.GeneratedFunction:
-        strides = tuple(operand.strides[at] for at in rest) or (0,)
-        return ep.row_offset_function(sizes, strides)
-
-    values, places = problem.outputs
-    launch = Launch(
-        kernel=topk_kernel,
-        pointers={"x": X, "y": Y, "i": Ref("output", 1)},
-        rows=x.spec.numel // x.shape[dim],
-        batch=x.spec.batch,
-        block_rows=tile["BLOCK_ROWS"],
-        columns=1,
-        constexprs={
-            "L": x.shape[dim], "K": attributes.k, "LARGEST": attributes.largest,
-            "X_ROW": row(x), "Y_ROW": row(values), "I_ROW": row(places),
-            "X_STRIDE": x.strides[dim], "Y_STRIDE": values.strides[dim],
-            "I_STRIDE": places.strides[dim],
-            "X_OFFSET": x.offset, "Y_OFFSET": values.offset, "I_OFFSET": places.offset,
-            "WIDE": problem.is_wide,
-            **dict(tile.blocks),
-        },
-        num_warps=tile.num_warps,
-        num_stages=tile.num_stages,
-    )  # fmt: skip
-    return (launch,)
+    tensors = {"x": (X, problem.inputs[0]), "y": (Y, values), "i": (Ref("output", 1), places)}
+    constants = {"K": attributes.k, "LARGEST": attributes.largest}
+    return launch_along(problem, tile, topk_kernel, attributes.dim, tensors, constants)
 
 
 def _length(problem: Problem) -> int:

@@ -26,7 +26,7 @@ import triton
 import triton.language as tl
 
 from ...errors import InvalidInputError
-from ..contract.launch_tiles import tiled_launch
+from ..contract.launch_tiles import finish_tile, tile_of_program, tiled_launch
 from ..contract.op import (
     Arguments,
     Attributes,
@@ -231,14 +231,7 @@ def resample_kernel(
     BLOCK_ROWS: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr,
 ):
-    column_tiles: tl.constexpr = (C + BLOCK_COLUMNS - 1) // BLOCK_COLUMNS
-    program = tl.program_id(0)
-    rows = program // column_tiles * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
-    columns = program % column_tiles * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
-    row_mask = rows < m
-    column_mask = columns < C
-    if WIDE:
-        rows = rows.to(tl.int64)
+    rows, columns, row_mask, column_mask = tile_of_program(m, C, WIDE, BLOCK_ROWS, BLOCK_COLUMNS)
     p, q = (rows // Q % P).to(tl.int32), (rows % Q).to(tl.int32)
     top, bottom, middle = window_of(p, H, P, STEP_H, FILTER, CORNERS, REACH)
     left, right, centre = window_of(q, WIDTH, Q, STEP_W, FILTER, CORNERS, REACH)
@@ -267,9 +260,9 @@ def resample_kernel(
             value = tl.load(base + (pixel * X_PITCH)[:, None], mask=mask, other=0.0)
             row += value.to(tl.float32) * (weight / total_w)[:, None]
         acc += row * (share / total_h)[:, None]
-    acc = EPILOGUE(acc, rows, columns, row_mask, column_mask, extras)
-    address = y + Y_OFFSET + (rows * Y_PITCH)[:, None] + columns[None, :]
-    tl.store(address, acc.to(y.dtype.element_ty), mask=row_mask[:, None] & column_mask[None, :])
+    finish_tile(
+        acc, y, rows, columns, row_mask, column_mask, extras, EPILOGUE, Y_PITCH, Y_OFFSET
+    )
 
 
 def launches(problem: Problem, tile: Config, target: Target) -> tuple[Launch, ...]:
