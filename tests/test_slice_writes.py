@@ -13,7 +13,10 @@ import torch.nn.functional as F
 from convloom.compiler.graph.ledger import Ledger
 from convloom.compiler.passes import run_passes
 from convloom.compiler.passes.slice_writes import simplify_slice_writes
-from convloom.errors import UnsupportedOpError
+from convloom.errors import InvalidInputError, UnsupportedOpError
+from convloom.kernels import registry
+from convloom.kernels.contract.spec import TensorSpec
+from convloom.kernels.movement.unfold import Fold, Unfold
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
@@ -223,3 +226,20 @@ def test_columns_without_a_batch_are_refused(
     module, inputs = nets.make(function, (2, 4, 8, 8) if "unfold" in message else (2, 4, 2, 2))
     with pytest.raises(UnsupportedOpError, match=message):
         convloom.compile(module, inputs, target="interpreter")
+
+
+@pytest.mark.parametrize(
+    ("name", "attributes", "shape", "message"),
+    [
+        ("unfold", Unfold((3, 3)), (2, 3, 2, 5), "a 3x3 window does not fit"),
+        ("unfold", Unfold((3, 3)), (2, 3, 9), "expected x (N, C, H, W)"),
+        ("fold", Fold((2, 2), (2, 2), image=(4, 6)), (2, 8, 7), "expected x (N, C*2*2, 2*3)"),
+        ("fold", Fold((2, 2), image=(4, 6)), (2, 7, 15), "expected x (N, C*2*2, 3*5)"),
+    ],
+)
+def test_windows_that_do_not_fit_are_named(
+    name: str, attributes: Unfold, shape: tuple[int, ...], message: str
+) -> None:
+    with pytest.raises(InvalidInputError) as caught:
+        registry.get(name).infer(attributes, (TensorSpec(shape, torch.float32),))
+    assert message in str(caught.value)
