@@ -115,18 +115,21 @@ def test_the_kernels_of_an_op_are_found_through_modules_and_nested_calls() -> No
 
 
 def test_the_hash_is_that_of_the_code_not_of_its_text(monkeypatch: pytest.MonkeyPatch) -> None:
-    op = next(op for op in registry.OPS if len(kernel_hash.kernels_of(op)) == 1)
-    (kernel,) = kernel_hash.kernels_of(op).values()
-    before, text = kernel_hash.hash_of(op), kernel.src
-    assert before == kernel_hash.source_hash(op.name)
+    kernels = kernel_hash.kernels_of(CONV)
+    kernel = next(found for name, found in kernels.items() if name.endswith(".tile_kernel"))
+    before, text = kernel_hash.hash_of(CONV), kernel.src
+    sources = {id(found): found.src for found in kernels.values()}
+    assert before == kernel_hash.source_hash("conv2d")
 
     def now(changed: str) -> str:
-        monkeypatch.setattr(type(kernel), "src", property(lambda self: changed))
-        return kernel_hash.hash_of(op)
+        texts = sources | {id(kernel): changed}
+        monkeypatch.setattr(type(kernel), "src", property(lambda self: texts[id(self)]))
+        return kernel_hash.hash_of(CONV)
 
-    head, _, rest = text.partition("):\n")
-    assert now(f"{head}):\n    # A comment.\n\n    'A docstring.'\n{rest}") == before
-    assert now(f"{head}):\n    changed = 1\n{rest}") != before
+    assert "One tile of the output" in text
+    assert now(text.replace("One tile of the output", "Another docstring")) == before
+    assert now(f"{text}\n\n    # A comment.\n") == before
+    assert now(f"{text}\n    changed = 1\n") != before
 
 
 # Keys.
