@@ -387,6 +387,13 @@ def test_profile() -> None:
 
 
 @pytest.mark.interpreter
+def test_a_batch_of_nothing_has_no_profile() -> None:
+    exe, (_, (x,)) = compiled(dynamic_batch=(0, 2))
+    with pytest.raises(InvalidInputError, match="batch"):
+        exe.profile(x[:0])
+
+
+@pytest.mark.interpreter
 def test_errors_per_step() -> None:
     exe, (_, inputs) = compiled()
     rows = exe.errors(*inputs)

@@ -122,6 +122,10 @@ def test_few_columns_of_a_pooled_product_are_refused_where_they_spill() -> None:
     assert "144 loads per thread and block of channels; more than 72 spill" in str(
         op.legal(problem, tile, SM_90)
     )
+    wide = config(4, 1, BLOCK_M=16, BLOCK_N=256, BLOCK_K=64)
+    assert "256 bytes of weights per thread; more than 128 spill" in str(
+        op.legal(problem, wide, SM_90)
+    )
 
 
 # One number per image and channel in a prologue.

@@ -79,6 +79,18 @@ def test_of_one_number(scalar: Scalar, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.interpreter
+@pytest.mark.parametrize("scalar", UNARY, ids=lambda scalar: scalar.name)
+def test_of_ordinary_numbers(scalar: Scalar) -> None:
+    op, (low, high) = registry.get(scalar.name), scalar.range
+    x = torch.linspace(max(low, -4.0), min(high, 4.0), 81).reshape(1, 81)
+    for parameters in scalar.examples:
+        problem = harness.problem_for(op, Pointwise(parameters), (TensorSpec((1, 81), x.dtype),))
+        (got,) = harness.run_on(harness.INTERPRETED, op, problem, (x,))
+        (truth,) = harness.expected(op, problem, (x,), dtype=torch.float64)
+        torch.testing.assert_close(got.double(), truth.double(), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.interpreter
 @both
 @pytest.mark.parametrize("scalar", BINARY, ids=lambda scalar: scalar.name)
 def test_of_two_numbers(scalar: Scalar, dtype: torch.dtype) -> None:

@@ -117,6 +117,14 @@ def test_searches_among_samples_and_long_sorts_are_refused(
         convloom.compile(module, inputs, target="interpreter", dynamic_batch=(1, 4))
 
 
+@pytest.mark.interpreter
+def test_what_follows_a_selection_is_computed() -> None:
+    """By another kernel: the selection's own stores numbers as they lie in x."""
+    module, inputs = nets.make(lambda m, x: torch.relu(x.topk(2, 1)[0] * 3 - 1), (2, 6, 5, 7))
+    exe = convloom.compile(module, inputs, target="interpreter")
+    torch.testing.assert_close(exe(*inputs), module(*inputs))
+
+
 def test_places_have_a_cost_and_go_into_files(tmp_path: Path) -> None:
     """Kernels that move whole numbers are modelled like others: for the ledger of a saved file."""
     module, inputs = nets.make(lambda m, x: tuple(x.max(1)), (2, 6, 5, 7))
