@@ -21,13 +21,6 @@ def _view(g: Builder, x: Any, shape: Any) -> Any:
     return g.apply("reshape", (x,), Reshape(tuple(full)))
 
 
-def _flatten(g: Builder, a: Arguments) -> Any:
-    shape = g.spec(a.self).shape
-    start, end = a.start_dim, a.end_dim % len(shape)
-    merged = math.prod(shape[start : end + 1])
-    return _view(g, a.self, (*shape[:start], merged, *shape[end + 1 :]))
-
-
 def _squeeze(g: Builder, a: Arguments) -> Any:
     shape, dims = g.spec(a.self).shape, a.get("dim")
     chosen = range(len(shape)) if dims is None else [dims] if isinstance(dims, int) else dims
@@ -287,7 +280,6 @@ OPS = (
             "aten.view.default": lambda g, a: _view(g, a.self, a.size),
             "aten.reshape.default": lambda g, a: _view(g, a.self, a.shape),
             "aten._unsafe_view.default": lambda g, a: _view(g, a.self, a.size),
-            "aten.flatten.using_ints": _flatten,
             "aten.squeeze.default": _squeeze,
             "aten.squeeze.dim": _squeeze,
             "aten.squeeze.dims": _squeeze,
