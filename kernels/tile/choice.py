@@ -293,16 +293,33 @@ def sketch(
 
 
 def default_depths(size: Size, block: tuple[int, int, int], target: Target) -> Iterator[int]:
-    """Terms of a step: 128 bytes of a row where registers allow it, or fewer where that fills the
-    last step of a row of channels with less zeros (80 channels are 128 in steps of 64)."""
+    """Terms of a step: 128 bytes of a row where registers allow it; fewer where that fills the last
+    step of a row of channels with less zeros (80 channels are 128 in steps of 64); and 32 where a
+    multiprocessor then holds two programs."""
     large = target.capability < 90 and block[0] * block[1] >= LARGE * 32 * block[2]
     widest = 32 if size.gathers or size.dtype is torch.float32 or large else 64
     deepest, least = max(16, min(widest, power_of_two(size.depth))), 1 << 62
     for block_k in (64, 32, 16):
         padded = -(-size.depth // block_k) * block_k
-        if block_k <= deepest and padded < least:
-            least = padded
+        halved = deepest == 64 and block_k == 32 and _halves_fit_in_twos(size, block, target)
+        if block_k <= deepest and (padded < least or halved):
+            least = min(least, padded)
             yield block_k
+
+
+def _halves_fit_in_twos(size: Size, block: tuple[int, int, int], target: Target) -> bool:
+    """Whether a multiprocessor holds two programs that take 32 terms per step, and one that takes
+    64: the end of one program is then hidden behind the loop of the other. 256x64 by 8 warps over
+    3x3 taps, sm_90: 120 to 124 registers and 60 kB with 32 terms, 147 and 120 kB with 64."""
+    if target.capability < 90:
+        return False
+    gpu = cost_model.machine_for(target)
+
+    def held(block_k: int) -> int:
+        tile = config_of(size, block, block_k, min(DEFAULT_STAGES), 1)
+        return cost_model.resident(gpu, outline(size, tile), size.dtype)
+
+    return held(64) == 1 and held(32) > 1
 
 
 def outlined_us(gpu: cost_model.Machine, size: Size, tile: Config) -> float:
