@@ -16,7 +16,8 @@ import numpy as np
 from ..barriers import SWIZZLES
 from . import values
 from .arithmetic import UnsupportedPtxError
-from .memory import Array, FaultError, gather, scatter, swizzled
+from .clocks import Array
+from .memory import FaultError, gather, scatter, swizzled
 from .registers import Action, Registers
 from .source import Instruction
 from .values import BITS
@@ -85,9 +86,7 @@ def whole(lanes: Array, size: int) -> Array:
     raise FaultError(f"not all {size} threads take part")
 
 
-def _unpacked(
-    machine: Registers, names: tuple[str, ...], kind: str
-) -> Callable[[Array], Array]:
+def _unpacked(machine: Registers, names: tuple[str, ...], kind: str) -> Callable[[Array], Array]:
     """Reads registers as (lane, register, place in the register)."""
     form = {"f16": "f16x2", "bf16": "bf16x2", "tf32": "tf32", "f32": "f32"}[kind]
     read = [machine.getter(name, form) for name in names]
@@ -253,7 +252,7 @@ class Pending:
                 continue
             if not done.all():
                 raise FaultError("some threads wait for a product that others do not wait for")
-            self.machine.shared.end_product(product.places, product.lanes)
+            self.machine.shared.end_reading(product.places, product.lanes)
             for name in product.names:
                 pending = self.under_way[name]
                 pending[product.lanes] -= 1
@@ -354,7 +353,7 @@ def _warpgroup_product(pending: Pending, instruction: Instruction) -> Action:
                 left = left.reshape(4, 16, depth)
                 touched.append(at)
             right, at = operand(group, bits_b[index], columns, major_b)
-            places = machine.shared.start_product(np.concatenate([*touched, at]), group)
+            places = machine.shared.start_reading(np.concatenate([*touched, at]), group)
             product = left.astype(np.float64) @ right.T.astype(np.float64)
             mine = product[:, out[0], out[1]].transpose(0, 2, 1).reshape(WARPGROUP, -1)
             total = mine + np.where(starts[span, None], before[span], 0)
