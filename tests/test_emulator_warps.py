@@ -17,10 +17,14 @@ from .test_emulator import (
     ARRIVED,
     BOX,
     HEAD,
+    OPERANDS,
+    PRODUCT,
+    SEEN,
     STARTED,
     TAKEN,
     THREADS,
     TOLD,
+    WAITED,
     copied,
     emulate,
     store,
@@ -200,6 +204,18 @@ def test_what_a_warp_has_seen_it_passes_on() -> None:
     assert early != PASSED
     with pytest.raises(FaultError, match="read of what another warp wrote"):
         emulate(early, threads=96)
+
+
+def test_only_phases_that_have_ended_tell_anything() -> None:
+    """The first warp arrives, writes and arrives again, but for one thread."""
+    body = f"""
+      {MADE} {SYNC} setp.eq.u32 %p4, %r2, 1;
+      @%p2 bra $second; {arrive(20)} st.shared.b32 [%r4], %r2; {arrive(20, "@!%p4")} bra.uni $end;
+      $second: {wait(20)} ld.shared.b32 %r9, [%r4];
+      $end:
+    """
+    with pytest.raises(FaultError, match="read of what another warp wrote"):
+        emulate(body)
 
 
 def test_a_barrier_of_one_block_tells_nothing_to_another() -> None:
@@ -387,3 +403,39 @@ def test_faults_of_registers_are_seen(body: str, message: str) -> None:
 def test_registers_of_nobody_knows_how_many_are_refused() -> None:
     with pytest.raises(UnsupportedPtxError, match=r"no \.maxnreg says how many registers there"):
         registers(REGISTERS, HEAD)
+
+
+# ------------------------------------------------------------------------------- warpgroups
+
+# The first warp waits for the fifth one on its way to a product of the first four.
+LATE = f"""
+  setp.lt.u32 %p3, %r2, 32; setp.lt.u32 %p4, %r2, 128; mov.b32 %r20, 3072;
+  setp.eq.u32 %p5, %r2, 0; @%p5 mbarrier.init.shared::cta.b64 [%r20], 32;
+  {OPERANDS.replace("setp.lt.u32 %p1, %r2, 64;", "setp.lt.u32 %p1, %r2, 64; @!%p4 bra $laid;")
+    .replace("shl.b32 %r4", "@!%p4 bra $laid; shl.b32 %r4")} $laid: {SEEN}
+  @!%p4 bra $fifth; @!%p3 bra $product; {wait(20)} $product: {PRODUCT}
+"""
+REST = f"bra.uni $end; $fifth: {arrive(20)} $end:"
+
+
+def test_a_product_waits_for_all_warps_of_its_group() -> None:
+    got = emulate(f"{LATE} {WAITED} {store('%r13')} {REST}", threads=160).view(torch.float32)
+    assert (got[:128] == 16 * 2).all() and (got[128:] == 0).all()
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        (f"{LATE.replace('@!%p3 bra $product;', '@%p3 bra $end;')} {REST}",
+         "not all 128 threads take part"),
+        # Only the first warp has waited for its part of the product.
+        (f"{LATE} @%p3 {WAITED} @%p3 st.shared.b32 [%r3], %r2; {REST}",
+         "a product under way reads"),
+        (f"{LATE} {WAITED} @%p3 st.shared.b32 [%r3], %r2; {REST}",
+         "overwritten what another warp read"),
+        (f"{LATE} @%p5 {WAITED} {REST}", "not all 32 threads take part"),
+    ],
+)  # fmt: skip
+def test_faults_of_warpgroups_are_seen(body: str, message: str) -> None:
+    with pytest.raises(FaultError, match=message):
+        emulate(body, threads=160)

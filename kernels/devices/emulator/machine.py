@@ -29,6 +29,7 @@ FINISHED = np.iinfo(np.int64).max
 DEADLOCKS = {
     "mbarrier": "a wait at an mbarrier that nothing under way will end",
     "setmaxnreg": "a wait for registers that no warp gives back",
+    "wgmma": f"not all {products.WARPGROUP} threads take part",
 }
 
 
@@ -144,6 +145,12 @@ class Machine(Registers):
     def _execute(self, instruction: Instruction, at: int, lanes: Lanes, active: Lanes) -> bool:
         """Executes what is no branch; whether all threads of the group go on together."""
         root = instruction.opcode[0]
+        if instruction.opcode[:2] == ("wgmma", "mma_async") and active is not self.everyone:
+            late, others = self._incomplete(at, active)
+            if late.size or others.size:
+                self._block(at, lanes, late)
+                self._blocked[others], self.where[active] = False, at
+                return False
         if root in ("bar", "barrier") and instruction.opcode[1] != "warp":
             self.where[lanes] = at + 1
             self.block_barriers.wait(instruction, active, self.where)
@@ -154,14 +161,23 @@ class Machine(Registers):
                 self._trials[at] = of(instruction)
             done = self._trials[at](active)
             self.barriers.changed |= root == "setmaxnreg" and bool(done.any())
-            if done.all():
-                return True
-            self.where[lanes] = at + 1
-            late = active[~done]
-            self.where[late], self._blocked[late] = at, True
-            return False
+            return True if done.all() else self._block(at, lanes, active[~done])
         self._action(at)(active)
         return True
+
+    def _block(self, at: int, lanes: Lanes, late: Lanes) -> bool:
+        """Of a group, some threads wait at an instruction; the others go on."""
+        self.where[lanes] = at + 1
+        self.where[late], self._blocked[late] = at, True
+        return False
+
+    def _incomplete(self, at: int, lanes: Lanes) -> tuple[Lanes, Lanes]:
+        """(those of the threads that must wait for others of their warpgroup at an instruction,
+        others that have waited there for the rest of them)"""
+        size = products.WARPGROUP
+        waiting = np.flatnonzero(self._blocked & (self.where == at))
+        arrived = np.bincount(np.concatenate([lanes, waiting]) // size, minlength=self.count)
+        return lanes[arrived[lanes // size] < size], waiting[arrived[waiting // size] == size]
 
     def _fault(self, instruction: Instruction, what: str) -> FaultError:
         return FaultError(f"{self.kernel.name}: {instruction.text}: {what}")

@@ -260,9 +260,10 @@ class Shared:
         self.being_read[places] += 1
         return places
 
-    def end_reading(self, places: Array, lanes: Array) -> None:
-        """It was waited for: who has seen that these warps did so may overwrite what was read."""
-        self.being_read[places] -= 1
+    def end_reading(self, places: Array, lanes: Array, is_last: bool = True) -> None:
+        """These warps have waited for it, the last ones perhaps: who has seen that they all did may
+        overwrite what was read."""
+        self.being_read[places] -= is_last
         time = self.clocks.now[self.clocks.block[lanes[0]]]
         for warp in np.unique(self.clocks.warp[lanes]).tolist():
             self.read_time[places + warp * self.writer.size] = time

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -243,6 +243,7 @@ class Pending:
 
     def wait(self, lanes: Array, newest: int) -> None:
         """All but the `newest` groups that these threads have committed arrive."""
+        whole(lanes, WARP)
         left = []
         for product in self.waiting:
             done = np.isin(product.lanes, lanes)
@@ -250,15 +251,17 @@ class Pending:
             if not done.any():
                 left.append(product)
                 continue
-            if not done.all():
-                raise FaultError("some threads wait for a product that others do not wait for")
-            self.machine.shared.end_reading(product.places, product.lanes)
+            lanes_done, rest = product.lanes[done], ~done
+            self.machine.shared.end_reading(product.places, lanes_done, not rest.any())
             for name in product.names:
                 pending = self.under_way[name]
-                pending[product.lanes] -= 1
-                arrived = product.lanes[pending[product.lanes] == 0]
+                pending[lanes_done] -= 1
+                arrived = lanes_done[pending[lanes_done] == 0]
                 bits = self.machine.register(name).view(np.float32)
                 bits[arrived] = self.results[name][arrived]
+            if rest.any():
+                lanes_left, group = product.lanes[rest], product.group[rest]
+                left.append(replace(product, lanes=lanes_left, group=group))
         self.waiting = left
 
 
