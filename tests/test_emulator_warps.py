@@ -227,8 +227,10 @@ def test_a_barrier_of_one_block_tells_nothing_to_another() -> None:
 
 
 def test_what_waits_is_named() -> None:
-    with pytest.raises(FaultError, match=r"^tried: mbarrier.try_wait.parity\S* complete, \[%r21\]"):
-        emulate(MADE + SYNC + wait(21))
+    """The instruction, the block and its warps."""
+    expected = r"^tried: mbarrier\.try_wait\S* .* \(block 0, warps 1, 2\)$"
+    with pytest.raises(FaultError, match=expected):
+        emulate(f"{MADE} {SYNC} @%p1 bra $end; {wait(21)} $end:", threads=96)
 
 
 # ------------------------------------------------------------------- boxes to shared memory
@@ -418,8 +420,13 @@ LATE = f"""
 REST = f"bra.uni $end; $fifth: {arrive(20)} $end:"
 
 
-def test_a_product_waits_for_all_warps_of_its_group() -> None:
-    got = emulate(f"{LATE} {WAITED} {store('%r13')} {REST}", threads=160).view(torch.float32)
+@pytest.mark.parametrize("meet", ["", "bar.sync 1, 64;"])
+def test_a_product_waits_for_all_warps_of_its_group(meet: str) -> None:
+    """However the first one is held up."""
+    body = f"{LATE} {WAITED} {store('%r13')} {REST}"
+    if meet:
+        body = body.replace(wait(20), meet).replace(arrive(20), meet)
+    got = emulate(body, threads=160).view(torch.float32)
     assert (got[:128] == 16 * 2).all() and (got[128:] == 0).all()
 
 

@@ -88,8 +88,7 @@ class Machine(Registers):
                 int(others.min()) if others.size else FINISHED,
             )
         if self._blocked.any():
-            instruction = self.kernel.instructions[int(self.where[self._blocked][0])]
-            raise self._fault(instruction, DEADLOCKS[instruction.opcode[0]])
+            raise self._deadlock()
         if waiting.any():
             raise FaultError(
                 f"{self.kernel.name}: some threads wait at a barrier that other threads of their "
@@ -178,6 +177,16 @@ class Machine(Registers):
         waiting = np.flatnonzero(self._blocked & (self.where == at))
         arrived = np.bincount(np.concatenate([lanes, waiting]) // size, minlength=self.count)
         return lanes[arrived[lanes // size] < size], waiting[arrived[waiting // size] == size]
+
+    def _deadlock(self) -> FaultError:
+        """What names an instruction that some threads wait at for ever, and their warps."""
+        clocks, lanes = self.shared.clocks, np.flatnonzero(self._blocked)
+        at, block = self.where[lanes[0]], clocks.block[lanes[0]]
+        held = lanes[(self.where[lanes] == at) & (clocks.block[lanes] == block)]
+        warps = ", ".join(map(str, np.unique(clocks.warp[held]).tolist()))
+        instruction = self.kernel.instructions[int(at)]
+        what = f"{DEADLOCKS[instruction.opcode[0]]} (block {self.blocks[block]}, warps {warps})"
+        return self._fault(instruction, what)
 
     def _fault(self, instruction: Instruction, what: str) -> FaultError:
         return FaultError(f"{self.kernel.name}: {instruction.text}: {what}")
