@@ -419,8 +419,11 @@ def test_faults_of_boxes_are_seen(body: str, message: str) -> None:
         "sad.u32 %r9, %r2, %r2, %r2;",
         "add.rz.f32 %r9, %r2, %r2;",
         "mov.u32 %r9, %clock;",
-        "bar.sync 1;",
-        "cp.async.bulk.tensor.2d.global.shared::cta.bulk_group [%rd1, {%r2, %r2}], [%r3];",
+        "bar.arrive 1, 64;",
+        "bar.sync %r2, 64;",
+        "mbarrier.test_wait.parity.shared::cta.b64 %p1, [%r3], 0;",
+        "cp.async.bulk.shared::cta.global.mbarrier::complete_tx::bytes [%r3], [%rd1], 64, [%r3];",
+        "cp.async.bulk.tensor.2d.global.shared::cta.im2col.bulk_group [%rd1, {%r2}], [%r3];",
         "ld.tensor.b32 %r9, [%rd1];",
     ],
 )

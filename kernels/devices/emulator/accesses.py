@@ -9,7 +9,8 @@ import numpy as np
 
 from . import stack, values
 from .arithmetic import UnsupportedPtxError
-from .memory import Array, gather, scatter
+from .clocks import Array
+from .memory import gather, scatter
 from .registers import Action, Registers
 from .source import Address, Instruction, Operand
 from .values import BITS, UNSIGNED

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from ....errors import KernelError
-from .memory import Array
+from .clocks import Array
 from .values import BITS, FLOATS, NUMPY, rounded_tf32
 
 Function = Callable[..., Array]

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from .arithmetic import UnsupportedPtxError
-from .memory import Array, scatter
+from .clocks import Array
+from .memory import scatter
 from .registers import Action, Registers
 from .source import Instruction
 from .tma import Boxes
@@ -37,9 +38,9 @@ class Copies:
     def decode(self, instruction: Instruction) -> Action:
         """`cp`. Raises: UnsupportedPtxError."""
         words = instruction.opcode[2:]
-        if instruction.opcode[1:4] == ("async", "bulk", "tensor"):
+        if instruction.opcode[1:3] == ("async", "bulk"):
             return self.boxes.decode(instruction)
-        if instruction.opcode[1] != "async" or "bulk" in words or "mbarrier" in words:
+        if instruction.opcode[1] != "async" or "mbarrier" in words:
             raise UnsupportedPtxError("this form")
         if words == ("commit_group",):
             return self._commit

@@ -15,8 +15,9 @@ from ...contract.spec import Operand
 from ...contract.targets import Target
 from .. import execute, offline
 from . import source
+from .clocks import Array
 from .machine import Machine
-from .memory import Array, Bounded, Global
+from .memory import Bounded, Global
 from .registers import WARP
 from .tma import MAP_BYTES, MAPS, SWIZZLE_BYTES, TensorMap
 
@@ -42,7 +43,7 @@ def run(
     Raises: FaultError for what a device would fault at or might get wrong; UnsupportedPtxError.
     """
     wanted = offline.request(launch, lambda ref: tensor_of(ref).dtype, target)
-    kernel, shared_bytes, maps = _compiled(wanted)
+    kernel, shared_bytes, warps, maps = _compiled(wanted)
     arguments = list(_arguments(launch, execute.bind(launch, tensor_of, batch), iter(maps)))
     bounds = [
         _bounded(ref, tensor_of(ref), places.get(ref), batch)
@@ -51,7 +52,7 @@ def run(
         )
     ]
     blocks = launch.grid_at(batch)[0]
-    emulate(kernel, arguments, blocks, WARP * launch.num_warps, shared_bytes, seed, bounds)
+    emulate(kernel, arguments, blocks, WARP * warps, shared_bytes, seed, bounds)
 
 
 def _bounded(ref: Ref, buffer: torch.Tensor, place: Operand | None, batch: int) -> Bounded:
@@ -67,11 +68,15 @@ def _bounded(ref: Ref, buffer: torch.Tensor, place: Operand | None, batch: int) 
 
 
 @lru_cache(maxsize=256)
-def _compiled(wanted: offline.CompileRequest) -> tuple[source.Kernel, int, list[dict[str, Any]]]:
-    """(kernel, bytes of shared memory, what the compiler says of every tensor map)"""
+def _compiled(
+    wanted: offline.CompileRequest,
+) -> tuple[source.Kernel, int, int, list[dict[str, Any]]]:
+    """(kernel, bytes of shared memory, warps with those that the compiler adds, what it says of
+    every tensor map)"""
     compiled = offline.compile_request(wanted)
-    maps = getattr(compiled.metadata, "tensordesc_meta", None) or []
-    return source.parse(compiled.asm["ptx"]), compiled.metadata.shared, list(maps)
+    metadata = compiled.metadata
+    maps = list(getattr(metadata, "tensordesc_meta", None) or [])
+    return source.parse(compiled.asm["ptx"]), metadata.shared, metadata.num_warps, maps
 
 
 def _arguments(
@@ -130,8 +135,6 @@ def emulate(
     with np.errstate(all="ignore"):
         for at in range(0, blocks, together):
             part = numbers[at : at + together].tolist()
-            machine = Machine(
-                kernel, memory, raw, part, blocks, threads, shared_bytes, order, maps
-            )
+            machine = Machine(kernel, memory, raw, part, blocks, threads, shared_bytes, order, maps)
             machine.run()
     memory.copy_back()

@@ -1,7 +1,8 @@
 """Runs the instructions of a kernel: all threads of several blocks at once, as arrays.
 
 Threads that took different branches form groups; the group that is furthest behind runs until it
-meets the next one, which brings structured code together again where its branches meet.
+meets the next one, which brings structured code together again where its branches meet. Threads
+that wait let the others run; where all that are left wait for each other, that is a deadlock.
 """
 
 from __future__ import annotations
@@ -10,19 +11,26 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from . import arithmetic, asynchronous, products, tma
+from . import arithmetic, asynchronous, products, tma, waits
 from .accesses import Accesses
 from .arithmetic import UnsupportedPtxError
-from .memory import Array, FaultError, Global
+from .clocks import Array
+from .memory import FaultError, Global
 from .registers import WARP, Action, Lanes, Registers
 from .source import Instruction, Kernel
 from .values import BITS, UNSIGNED
 
 IGNORED = {
-    "fence", "membar", "griddepcontrol", "setmaxnreg", "prefetch", "discard", "nanosleep",
-    "createpolicy", "pragma",
+    "fence", "membar", "griddepcontrol", "prefetch", "discard", "nanosleep", "createpolicy",
+    "pragma",
 }  # fmt: skip
+BRANCHES = {"bra", "brx", "ret", "exit"}
 FINISHED = np.iinfo(np.int64).max
+DEADLOCKS = {
+    "mbarrier": "a wait at an mbarrier that nothing under way will end",
+    "setmaxnreg": "a wait for registers that no warp gives back",
+    "wgmma": f"not all {products.WARPGROUP} threads take part",
+}
 
 
 class Machine(Registers):
@@ -43,15 +51,19 @@ class Machine(Registers):
         order: np.random.Generator,
         maps: dict[int, tma.TensorMap] | None = None,
     ) -> None:
-        super().__init__(
-            kernel, memory, parameters, blocks, grid, threads, shared_bytes, order
-        )
+        super().__init__(kernel, memory, parameters, blocks, grid, threads, shared_bytes, order)
         self.products = products.Pending(self)
         self.check = self.products.check
         self.accesses = Accesses(self)
-        self.boxes = tma.Boxes(self, maps or {})
+        self.barriers = waits.Mbarriers(self)
+        self.block_barriers = waits.BlockBarriers(self)
+        self.pool = waits.RegisterPool(self)
+        self.boxes = tma.Boxes(self, maps or {}, self.barriers)
         self.copies = asynchronous.Copies(self, self.boxes)
+        self.where = np.zeros(self.count, np.int64)
+        self._blocked = np.zeros(self.count, bool)
         self._made: dict[int, Action] = {}
+        self._trials: dict[int, Callable[[Lanes], Array]] = {}
 
     # Control.
 
@@ -60,59 +72,124 @@ class Machine(Registers):
 
         Raises: FaultError, naming the instruction; UnsupportedPtxError.
         """
-        where = np.zeros(self.count, np.int64)
-        waiting = np.zeros(self.count, bool)
+        waiting = self.block_barriers.waiting
         while True:
-            ready = np.where(waiting, FINISHED, where)
+            if self.barriers.changed:
+                self._blocked[:], self.barriers.changed = False, False
+            ready = np.where(waiting | self._blocked, FINISHED, self.where)
             at = int(ready.min())
             if at == FINISHED:
-                if waiting.any():
-                    raise FaultError(
-                        f"{self.kernel.name}: some threads wait at a barrier that other threads of "
-                        "their block never reach"
-                    )
-                return
+                break
             others = ready[ready > at]
             lanes = np.flatnonzero(ready == at)
             self._advance(
                 self.everyone if lanes.size == self.count else lanes,
                 at,
                 int(others.min()) if others.size else FINISHED,
-                where,
-                waiting,
             )
+        if self._blocked.any():
+            raise self._deadlock()
+        if waiting.any():
+            raise FaultError(
+                f"{self.kernel.name}: some threads wait at a barrier that other threads of their "
+                "block never reach"
+            )
+        for parts in (self.boxes, self.barriers):
+            try:
+                parts.check_ended()
+            except FaultError as fault:
+                raise FaultError(f"{self.kernel.name}: {fault}") from None
 
-    def _advance(self, lanes: Lanes, at: int, meeting: int, where: Array, waiting: Array) -> None:
+    def _advance(self, lanes: Lanes, at: int, meeting: int) -> None:
         """Runs a group from `at` until it meets another one, splits up, waits or ends."""
         while at < meeting:
             instruction = self.kernel.instructions[at]
             active = self._guarded(instruction, lanes)
             root = instruction.opcode[0]
-            if root in ("bra", "ret", "exit"):
-                goal = FINISHED
-                if root == "bra":
-                    goal = self.kernel.target(str(instruction.operands[0]), at)
-                if 0 < active.size < lanes.size:
-                    where[lanes], where[active] = at + 1, goal
+            if root in BRANCHES:
+                goals = self._goals(instruction, at, active)
+                if 0 < active.size < lanes.size or isinstance(goals, np.ndarray):
+                    self.where[lanes] = at + 1
+                    self.where[active] = goals
                     return
-                at = goal if active.size else at + 1
+                at = goals if active.size else at + 1
                 continue
-            if root in ("bar", "barrier") and instruction.opcode[1] != "warp":
-                if instruction.operands != ("0",):
-                    raise self._unknown(instruction, "only barrier 0")
-                where[lanes], waiting[lanes] = at + 1, True
-                self._release(waiting, where)
-                if lanes is not self.everyone or waiting.any():
-                    return
-            elif active.size:
+            if active.size:
                 try:
-                    self._action(at)(active)
+                    if not self._execute(instruction, at, lanes, active):
+                        return
                 except FaultError as fault:
-                    raise FaultError(f"{self.kernel.name}: {instruction.text}: {fault}") from None
+                    raise self._fault(instruction, str(fault)) from None
                 except UnsupportedPtxError as error:
                     raise self._unknown(instruction, str(error)) from None
             at += 1
-        where[lanes] = at
+        self.where[lanes] = at
+
+    def _goals(self, instruction: Instruction, at: int, lanes: Lanes) -> int | Array:
+        """Where a branch leads these threads, all of them or each.
+
+        Raises: FaultError for a number that no label has.
+        """
+        root = instruction.opcode[0]
+        if root == "bra":
+            return self.kernel.target(str(instruction.operands[0]), at)
+        if root != "brx":
+            return FINISHED
+        names = self.kernel.tables[str(instruction.operands[1])]
+        index = self.getter(instruction.operands[0], "u32")(lanes)
+        if (index >= len(names)).any():
+            raise self._fault(instruction, f"a branch to none of {len(names)} labels")
+        return np.array([self.kernel.target(name, at) for name in names])[index]
+
+    def _execute(self, instruction: Instruction, at: int, lanes: Lanes, active: Lanes) -> bool:
+        """Executes what is no branch; whether all threads of the group go on together."""
+        root = instruction.opcode[0]
+        if instruction.opcode[:2] == ("wgmma", "mma_async") and active is not self.everyone:
+            late, others = self._incomplete(at, active)
+            if late.size or others.size:
+                self._block(at, lanes, late)
+                self._blocked[others], self.where[active] = False, at
+                return False
+        if root in ("bar", "barrier") and instruction.opcode[1] != "warp":
+            self.where[lanes] = at + 1
+            self.block_barriers.wait(instruction, active, self.where)
+            return lanes is self.everyone and not self.block_barriers.waiting.any()
+        if root == "setmaxnreg" or (root == "mbarrier" and instruction.opcode[1] == "try_wait"):
+            if at not in self._trials:
+                of = self.pool.change if root == "setmaxnreg" else self.barriers.wait
+                self._trials[at] = of(instruction)
+            done = self._trials[at](active)
+            self.barriers.changed |= root == "setmaxnreg" and bool(done.any())
+            return True if done.all() else self._block(at, lanes, active[~done])
+        self._action(at)(active)
+        return True
+
+    def _block(self, at: int, lanes: Lanes, late: Lanes) -> bool:
+        """Of a group, some threads wait at an instruction; the others go on."""
+        self.where[lanes] = at + 1
+        self.where[late], self._blocked[late] = at, True
+        return False
+
+    def _incomplete(self, at: int, lanes: Lanes) -> tuple[Lanes, Lanes]:
+        """(those of the threads that must wait for others of their warpgroup at an instruction,
+        others that have waited there for the rest of them)"""
+        size = products.WARPGROUP
+        waiting = np.flatnonzero(self._blocked & (self.where == at))
+        arrived = np.bincount(np.concatenate([lanes, waiting]) // size, minlength=self.count)
+        return lanes[arrived[lanes // size] < size], waiting[arrived[waiting // size] == size]
+
+    def _deadlock(self) -> FaultError:
+        """What names an instruction that some threads wait at for ever, and their warps."""
+        clocks, lanes = self.shared.clocks, np.flatnonzero(self._blocked)
+        at, block = self.where[lanes[0]], clocks.block[lanes[0]]
+        held = lanes[(self.where[lanes] == at) & (clocks.block[lanes] == block)]
+        warps = ", ".join(map(str, np.unique(clocks.warp[held]).tolist()))
+        instruction = self.kernel.instructions[int(at)]
+        what = f"{DEADLOCKS[instruction.opcode[0]]} (block {self.blocks[block]}, warps {warps})"
+        return self._fault(instruction, what)
+
+    def _fault(self, instruction: Instruction, what: str) -> FaultError:
+        return FaultError(f"{self.kernel.name}: {instruction.text}: {what}")
 
     def _unknown(self, instruction: Instruction, why: str) -> UnsupportedPtxError:
         return UnsupportedPtxError(
@@ -129,16 +206,6 @@ class Machine(Registers):
         chosen = wanted if lanes is self.everyone else wanted[lanes]
         return lanes if chosen.all() else lanes[chosen]
 
-    def _release(self, waiting: Array, where: Array) -> None:
-        """Lets the blocks go on of which every thread has reached the barrier."""
-        by_block = waiting.reshape(-1, self.threads)
-        arrived = by_block.all(1)
-        places = where.reshape(-1, self.threads)[arrived]
-        if (places != places[:, :1]).any():
-            raise FaultError(f"{self.kernel.name}: threads of one block wait at different barriers")
-        self.shared.barrier(np.flatnonzero(arrived))
-        by_block[arrived] = False
-
     # Instructions.
 
     def _action(self, at: int) -> Action:
@@ -150,14 +217,14 @@ class Machine(Registers):
         root = instruction.opcode[0]
         if root in IGNORED or instruction.opcode[:2] == ("bar", "warp"):
             if instruction.opcode[:3] == ("fence", "proxy", "async"):
-                return lambda lanes: self.shared.fence()
+                return self.shared.fence
             return lambda lanes: None
         makers: dict[str, Callable[[Instruction], Action]] = {
             "ld": self.accesses.load, "st": self.accesses.store,
             "atom": self.accesses.atomic, "red": self.accesses.atomic,
             "shfl": self._shuffle, "cp": self.copies.decode, "mov": self._move,
             "cvta": self.accesses.convert_address, "elect": self._elect,
-            "redux": self._reduce, "mbarrier": self.boxes.decode,
+            "redux": self._reduce, "mbarrier": self.barriers.decode,
         }  # fmt: skip
         if root in makers:
             return makers[root](instruction)
@@ -170,9 +237,7 @@ class Machine(Registers):
         meaning = arithmetic.function_of(instruction.opcode, len(instruction.operands))
         if len(operands) != len(meaning.kinds):
             raise UnsupportedPtxError("this form")
-        read = [
-            self.getter(op, kind) for op, kind in zip(operands, meaning.kinds, strict=True)
-        ]
+        read = [self.getter(op, kind) for op, kind in zip(operands, meaning.kinds, strict=True)]
         function = meaning.function
         if instruction.opcode[0] == "setp" and "|" in str(result):
             return self._both(str(result), lambda lanes: function(*(each(lanes) for each in read)))
@@ -274,4 +339,3 @@ class Machine(Registers):
         assert isinstance(goal, str)
         write = self.setter(goal.partition("|")[2], "pred")
         return lambda lanes: write(lanes, lanes % WARP == 0)
-

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
 
 from ....errors import KernelError
+from .clocks import Array, Clocks
 
-Array = np.ndarray[Any, Any]
 BASE = 0x7F3A_0000_0000
 """No address of a tensor fits into 32 bits: an offset that lost its upper half is noticed."""
 GUARD = 512
@@ -22,8 +21,6 @@ POISON = 0xFF
 ALIGNMENT = 16
 GRAIN = 2
 """Bytes that races are told apart by: the smallest element in shared memory."""
-SEVERAL = -2
-"""Stands for more than one warp."""
 
 
 class FaultError(KernelError):
@@ -41,10 +38,8 @@ class Bounded:
 
 
 READ, WRITE = 1, 2
-Moment = tuple[int, int]
-"""(a warp of a block, barriers that it had met)."""
-Moments = dict[int, list[Moment]]
-"""By block."""
+Released = dict[int, Array]
+"""By block, the times of its warps up to which what they did was released."""
 
 
 class Global:
@@ -66,8 +61,8 @@ class Global:
         self.bytes = np.full(-(-size // 32) * 32, POISON, np.uint8)
         self.access = np.zeros(self.bytes.size, np.uint8)
         self.writers = np.zeros(self.bytes.size // GRAIN, np.int64)
-        self.released: dict[int, Moments] = {}
-        self.acquired: dict[int, list[tuple[Moment, Moments]]] = {}
+        self.released: dict[int, Released] = {}
+        self.acquired: dict[int, list[tuple[int, int, Released]]] = {}
         self._tensors = [each.tensor for each in arguments]
         for each in arguments:
             self._place(each.tensor)[:] = _bytes_of(each.tensor)
@@ -75,9 +70,7 @@ class Global:
                 each.touchable)  # fmt: skip
             code = np.where(allowed, READ | WRITE * each.writable, 0).astype(np.uint8)
             at = self.address(each.tensor) - BASE
-            self.access[at : at + each.tensor.nbytes] |= np.repeat(
-                code, each.tensor.element_size()
-            )
+            self.access[at : at + each.tensor.nbytes] |= np.repeat(code, each.tensor.element_size())
 
     def _place(self, tensor: torch.Tensor) -> Array:
         at = self.address(tensor) - BASE
@@ -107,9 +100,7 @@ class Global:
         inside &= self.access[np.where(inside, at + size - 1, 0)] > 0
         if not inside.all():
             bad = int(at[~inside][0])
-            raise FaultError(
-                f"an access of {size} bytes outside every tensor{self._near(bad)}"
-            )
+            raise FaultError(f"an access of {size} bytes outside every tensor{self._near(bad)}")
         if (at % size).any():
             raise FaultError(f"an access of {size} bytes at an address that is no multiple")
         return at
@@ -179,33 +170,29 @@ def _bytes_of(tensor: torch.Tensor) -> Array:
 
 
 class Shared:
-    """The shared memory of several blocks, and who touched it last.
+    """The shared memory of several blocks, and who touched it when.
 
-    A place that one warp wrote may be touched by another one only behind a barrier. What an
-    asynchronous copy writes is in nobody's hands between its start and the wait for it. What is
-    stored must be fenced before warpgroups multiply it. By the letter of the manual so must what
+    A place that one warp touched may be touched by another one only when it has seen that: behind a
+    barrier, or a wait at an mbarrier at which the first one has arrived. What an asynchronous copy
+    writes is in nobody's hands between its start and the wait for it. What is stored must be fenced
+    before warpgroups multiply it or a box of it is stored. By the letter of the manual so must what
     `cp.async` brings; Triton before 3.7 does without, so that is not asked for here.
     """
 
     def __init__(self, blocks: int, size: int, threads: int) -> None:
         self.size = -(-max(size, 16) // 16) * 16
         self.bytes = np.full(blocks * self.size, POISON, np.uint8)
-        lanes = np.arange(blocks * threads)
-        self.origin = lanes // threads * self.size
-        self.block = lanes // threads
-        self.warp = (lanes % threads // 32).astype(np.int16)
-        self.epoch = np.zeros(blocks, np.int32)
+        self.clocks = Clocks(blocks, threads)
+        self.origin = self.clocks.block * self.size
         grains = self.bytes.size // GRAIN
-        self.write_epoch = np.full(grains, -1, np.int32)
-        self.write_warp = np.full(grains, -1, np.int16)
-        self.read_epoch = np.full(grains, -1, np.int32)
-        self.read_warp = np.full(grains, -1, np.int16)
+        # Time 0 is before everything: nobody has been there.
+        self.write_time = np.zeros(grains, np.int32)
+        self.writer = np.zeros(grains, np.int16)
+        self.read_time = np.zeros(self.clocks.warps * grains, np.int32)
+        self.last_read = np.zeros(grains, np.int32)
         self.in_flight = np.zeros(grains, bool)
         self.unfenced = np.zeros(grains, bool)
-        self.multiplied = np.zeros(grains, np.int32)
-
-    def barrier(self, blocks: Array) -> None:
-        self.epoch[blocks] += 1
+        self.being_read = np.zeros(grains, np.int32)
 
     def alike(self, at: Array, old: Array, new: Array) -> Array:
         """Whether two values that threads write to a place at once are one: both NaN perhaps."""
@@ -225,83 +212,114 @@ class Shared:
         return np.asarray(at + self.origin[lanes])
 
     def _grains(self, at: Array, size: int, lanes: Array) -> tuple[Array, Array, Array]:
-        """(places, warp, epoch) of accesses of `size` bytes each, flattened."""
-        count = max(size // GRAIN, 1)
-        places = (at[:, None] // GRAIN + np.arange(count)).ravel()
-        warp = np.repeat(self.warp[lanes], count)
-        return places, warp, np.repeat(self.epoch[self.block[lanes]], count)
+        """Of accesses of `size` bytes: (the places of each in a column, its thread's row of the
+        clocks, the time)."""
+        places = at // GRAIN + np.arange(max(size // GRAIN, 1))[:, None]
+        clocks = self.clocks
+        return places, clocks.row[lanes], clocks.now[clocks.block[lanes]]
 
     def note_read(self, at: Array, size: int, lanes: Array) -> None:
         """Raises: FaultError where another warp may still be writing, or nothing was written."""
-        places, warp, epoch = self._grains(at, size, lanes)
-        self._check_read(places, warp, epoch)
-        several = (self.read_epoch[places] == epoch) & (self.read_warp[places] != warp)
-        self.read_warp[places] = np.where(several, SEVERAL, warp)
-        self.read_epoch[places] = epoch
-        # Of several warps that read in this very instruction the last one's name has stayed.
-        self.read_warp[places[self.read_warp[places] != warp]] = SEVERAL
+        places, rows, times = self._grains(at, size, lanes)
+        self._check_read(places, self.clocks.known(rows, self.writer[places]))
+        self.read_time[self._reader(places, lanes)] = times
+        self.last_read[places] = times
 
-    def _check_read(self, places: Array, warp: Array, epoch: Array) -> None:
+    def _reader(self, places: Array, lanes: Array) -> Array:
+        """Where it is kept when the warps of these threads read places."""
+        return np.asarray(places + self.clocks.warp[lanes] * self.writer.size)
+
+    def _check_read(self, places: Array, known: Array) -> None:
+        """known: up to when those who read have seen what the last writer of each place did."""
         if self.in_flight[places].any():
             raise FaultError("shared memory is read before the copy into it was waited for")
-        written = self.write_epoch[places]
-        if (written < 0).any():
+        written = self.write_time[places]
+        if not written.all():
             raise FaultError("shared memory is read that nothing was written to")
-        if ((written == epoch) & (self.write_warp[places] != warp)).any():
-            raise FaultError("read of what another warp wrote since the last barrier")
+        self._check_writers(places, known < written, "read of")
 
-    def start_product(self, at: Array, lanes: Array) -> Array:
-        """Tensor cores begin to read elements of `GRAIN` bytes, for all warps; the places read.
+    def _check_writers(self, places: Array, unseen: Array, verb: str) -> None:
+        """Raises: FaultError where the last write of places has not been seen."""
+        if not unseen.any():
+            return
+        if self.writer[places[unseen]].max() >= self.clocks.warps:
+            raise FaultError(f"{verb} what a copy wrote that this warp has not waited for")
+        raise FaultError(f"{verb} what another warp wrote since the last barrier")
+
+    def start_reading(self, at: Array, lanes: Array) -> Array:
+        """Tensor cores or the copy engine begin to read elements of `GRAIN` bytes, for warps of one
+        block; the places read.
 
         Raises: FaultError where what they read may not be there yet.
         """
-        places = np.unique(at // GRAIN)
-        epoch = self.epoch[np.unique(self.block[lanes])]
-        if epoch.size > 1 and (epoch != epoch[0]).any():
-            raise FaultError("blocks that have met different numbers of barriers multiply together")
-        self._check_read(places, np.full(1, SEVERAL, np.int16), epoch[:1])
+        places = at // GRAIN
+        seen = self.clocks.seen[np.unique(self.clocks.row[lanes])].min(0)
+        self._check_read(places, seen[self.writer[places]])
         if self.unfenced[places].any():
-            raise FaultError("tensor cores read what no fence.proxy.async made visible")
-        self.multiplied[places] += 1
+            raise FaultError("tensor cores or a copy read what no fence.proxy.async made visible")
+        self.being_read[places] += 1
         return places
 
-    def end_product(self, places: Array, lanes: Array) -> None:
-        """The product was waited for: its operands may be overwritten behind a barrier."""
-        self.multiplied[places] -= 1
-        self.read_epoch[places] = self.epoch[self.block[lanes]].max()
-        self.read_warp[places] = SEVERAL
+    def end_reading(self, places: Array, lanes: Array, is_last: bool = True) -> None:
+        """These warps have waited for it, the last ones perhaps: who has seen that they all did may
+        overwrite what was read."""
+        self.being_read[places] -= is_last
+        time = self.clocks.now[self.clocks.block[lanes[0]]]
+        for warp in np.unique(self.clocks.warp[lanes]).tolist():
+            self.read_time[places + warp * self.writer.size] = time
+        self.last_read[places] = time
 
     def note_write(self, at: Array, size: int, lanes: Array) -> None:
         """Raises: FaultError where another warp may still be reading or writing."""
-        places, warp, epoch = self._grains(at, size, lanes)
+        self.unfenced[self._write(at, size, lanes)] = True
+
+    def _write(self, at: Array, size: int, lanes: Array) -> Array:
+        """The places that threads write now."""
+        places, rows, times = self._grains(at, size, lanes)
         if self.in_flight[places].any():
             raise FaultError("shared memory is written while a copy into it is under way")
-        if self.multiplied[places].any():
-            raise FaultError("shared memory is written that a product under way reads")
-        if ((self.write_epoch[places] == epoch) & (self.write_warp[places] != warp)).any():
-            raise FaultError("overwritten what another warp wrote since the last barrier")
-        if ((self.read_epoch[places] == epoch) & (self.read_warp[places] != warp)).any():
-            raise FaultError("overwritten what another warp read since the last barrier")
-        self.write_epoch[places], self.write_warp[places] = epoch, warp
-        self.unfenced[places] = True
+        if self.being_read[places].any():
+            raise FaultError("shared memory is written that a product under way reads, or a copy")
+        known = self.clocks.known(rows, self.writer[places])
+        self._check_writers(places, known < self.write_time[places], "overwritten")
+        # Mostly a warp has seen everything up to the last read, whoever did it.
+        late = self.last_read[places] > self.clocks.floor[rows]
+        if late.any():
+            self._check_readers(places[late], np.broadcast_to(rows, places.shape)[late])
+        self.write_time[places], self.writer[places] = times, self.clocks.warp[lanes]
+        return places
+
+    def _check_readers(self, places: Array, rows: Array) -> None:
+        for warp in range(self.clocks.warps):
+            read = self.read_time[places + warp * self.writer.size]
+            if (self.clocks.known(rows, warp) < read).any():
+                raise FaultError("overwritten what another warp read since the last barrier")
 
     def start_copy(self, at: Array, size: int, lanes: Array) -> None:
         """An asynchronous copy begins: the places may change from now on."""
-        self.note_write(at, size, lanes)
-        places, _, _ = self._grains(at, size, lanes)
+        places = self._write(at, size, lanes)
         self.in_flight[places] = True
         self.unfenced[places] = False
 
-    def end_copy(self, at: Array, size: int, lanes: Array, told: bool = False) -> None:
-        """The copy was waited for: by the thread that began it, whose warp has written it then, or
-        by everybody (`told`), as behind a barrier."""
-        places, warp, epoch = self._grains(at, size, lanes)
+    def end_copy(self, at: Array, size: int, lanes: Array, agent: int | None = None) -> None:
+        """The copy was waited for by the thread that began it, whose warp has written it then; or
+        an agent is told of it, which has."""
+        places, _, times = self._grains(at, size, lanes)
         self.in_flight[places] = False
-        self.write_epoch[places], self.write_warp[places] = epoch - told, warp
+        self.write_time[places] = times
+        self.writer[places] = self.clocks.warp[lanes] if agent is None else agent
 
-    def fence(self) -> None:
-        """What is written and has arrived is visible to tensor cores."""
-        self.unfenced &= self.in_flight
+    def fence(self, lanes: Array) -> None:
+        """What these warps have seen is visible to tensor cores and the copy engine."""
+        if not (places := np.flatnonzero(self.unfenced)).size:
+            return
+        clocks = self.clocks
+        seen = np.full((clocks.now.size, clocks.seen.shape[1]), -1, np.int32)
+        rows = np.unique(clocks.row[lanes])
+        np.maximum.at(seen, rows // clocks.warps, clocks.seen[rows])
+        blocks = places // (self.size // GRAIN)
+        fenced = seen[blocks, self.writer[places]] >= self.write_time[places]
+        self.unfenced[places[fenced]] = False
 
 
 def swizzled(place: Array, width: int) -> Array:

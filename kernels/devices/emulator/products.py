@@ -9,14 +9,15 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from ..barriers import SWIZZLES
 from . import values
 from .arithmetic import UnsupportedPtxError
-from .memory import Array, FaultError, gather, scatter, swizzled
+from .clocks import Array
+from .memory import FaultError, gather, scatter, swizzled
 from .registers import Action, Registers
 from .source import Instruction
 from .values import BITS
@@ -85,9 +86,7 @@ def whole(lanes: Array, size: int) -> Array:
     raise FaultError(f"not all {size} threads take part")
 
 
-def _unpacked(
-    machine: Registers, names: tuple[str, ...], kind: str
-) -> Callable[[Array], Array]:
+def _unpacked(machine: Registers, names: tuple[str, ...], kind: str) -> Callable[[Array], Array]:
     """Reads registers as (lane, register, place in the register)."""
     form = {"f16": "f16x2", "bf16": "bf16x2", "tf32": "tf32", "f32": "f32"}[kind]
     read = [machine.getter(name, form) for name in names]
@@ -244,6 +243,7 @@ class Pending:
 
     def wait(self, lanes: Array, newest: int) -> None:
         """All but the `newest` groups that these threads have committed arrive."""
+        whole(lanes, WARP)
         left = []
         for product in self.waiting:
             done = np.isin(product.lanes, lanes)
@@ -251,15 +251,17 @@ class Pending:
             if not done.any():
                 left.append(product)
                 continue
-            if not done.all():
-                raise FaultError("some threads wait for a product that others do not wait for")
-            self.machine.shared.end_product(product.places, product.lanes)
+            lanes_done, rest = product.lanes[done], ~done
+            self.machine.shared.end_reading(product.places, lanes_done, not rest.any())
             for name in product.names:
                 pending = self.under_way[name]
-                pending[product.lanes] -= 1
-                arrived = product.lanes[pending[product.lanes] == 0]
+                pending[lanes_done] -= 1
+                arrived = lanes_done[pending[lanes_done] == 0]
                 bits = self.machine.register(name).view(np.float32)
                 bits[arrived] = self.results[name][arrived]
+            if rest.any():
+                lanes_left, group = product.lanes[rest], product.group[rest]
+                left.append(replace(product, lanes=lanes_left, group=group))
         self.waiting = left
 
 
@@ -354,7 +356,7 @@ def _warpgroup_product(pending: Pending, instruction: Instruction) -> Action:
                 left = left.reshape(4, 16, depth)
                 touched.append(at)
             right, at = operand(group, bits_b[index], columns, major_b)
-            places = machine.shared.start_product(np.concatenate([*touched, at]), group)
+            places = machine.shared.start_reading(np.concatenate([*touched, at]), group)
             product = left.astype(np.float64) @ right.T.astype(np.float64)
             mine = product[:, out[0], out[1]].transpose(0, 2, 1).reshape(WARPGROUP, -1)
             total = mine + np.where(starts[span, None], before[span], 0)

@@ -9,8 +9,9 @@ import numpy as np
 
 from . import values
 from .arithmetic import UnsupportedPtxError
+from .clocks import Array
 from .exchange import Exchange
-from .memory import POISON, Array, Global, Shared
+from .memory import POISON, Global, Shared
 from .source import Address, Kernel, Operand
 from .stack import Stack
 from .values import BITS, UNSIGNED

@@ -10,7 +10,9 @@ from ....errors import KernelError
 
 WIDTHS = {"pred": 1, "b8": 8, "b16": 16, "b32": 32, "b64": 64, "f32": 32, "f64": 64}
 COMMENT = re.compile(r"//[^\n]*|/\*.*?\*/", re.DOTALL)
-ENTRY = re.compile(r"\.entry\s+([\w$.]+)\s*\((.*?)\)[^{]*\{", re.DOTALL)
+ENTRY = re.compile(r"\.entry\s+([\w$.]+)\s*\((.*?)\)([^{]*)\{", re.DOTALL)
+MOST_REGISTERS = re.compile(r"\.maxnreg\s+(\d+)")
+TARGETS = ".branchtargets"
 PARAMETER = re.compile(r"\.[busf](\d+)\s.*?([\w$]+)(?:\[(\d+)\])?$")
 REGISTERS = re.compile(r"\.reg\s+\.(\w+)\s+(.*)")
 ARRAY = re.compile(r"\.align\s+(\d+)\s+\.b8\s+([\w$]+)\[(\d*)\]")
@@ -45,7 +47,8 @@ class Instruction:
 class Kernel:
     """One entry. parameters: name -> bytes, in order; registers: bits by name or by prefix;
     labels: numbers of the instructions behind, several where a scope has its own; arrays: (space,
-    bytes) by name."""
+    bytes) by name; tables: labels that a branch chooses from, by name; most_registers: of a thread
+    when the kernel begins, where that is said."""
 
     name: str
     parameters: dict[str, int]
@@ -53,6 +56,8 @@ class Kernel:
     instructions: tuple[Instruction, ...]
     labels: dict[str, list[int]]
     arrays: dict[str, tuple[str, int]] = field(default_factory=dict)
+    tables: dict[str, list[str]] = field(default_factory=dict)
+    most_registers: int | None = None
 
     def width(self, register: str) -> int:
         """Bits of a register.
@@ -81,11 +86,14 @@ def parse(text: str) -> Kernel:
     arrays = {name: ("shared", 0) for _, name, _ in ARRAY.findall(text[: entry.start()])}
     registers: dict[str, int] = {}
     labels: dict[str, list[int]] = {}
+    tables: dict[str, list[str]] = {}
     instructions: list[Instruction] = []
     for statement in _statements(text[entry.end() :]):
         while label := LABEL.match(statement):
             labels.setdefault(label[1], []).append(len(instructions))
             statement = _unscoped(statement[label.end() :])
+            if statement.startswith(TARGETS):
+                tables[label[1]] = list(_split(statement.removeprefix(TARGETS)))
         if declared := REGISTERS.match(statement):
             for name in declared[2].split(","):
                 registers[name.strip().partition("<")[0]] = WIDTHS[declared[1]]
@@ -98,17 +106,20 @@ def parse(text: str) -> Kernel:
         for each in entry[2].split(",")
         for bits, name, count in PARAMETER.findall(each.strip())
     }
-    return Kernel(entry[1], parameters, registers, tuple(instructions), labels, arrays)
+    most = MOST_REGISTERS.search(entry[3])
+    return Kernel(
+        entry[1], parameters, registers, tuple(instructions), labels, arrays, tables,
+        int(most[1]) if most else None,
+    )  # fmt: skip
 
 
 def _statements(body: str) -> Iterator[str]:
     """What stands between semicolons, without the braces of scopes."""
     for part in body.split(";"):
-        # Braces of vectors have operands in front of them in the same statement.
-        statement = _unscoped(part)
         # Directives that end with the line, not with a semicolon.
-        lines = [line for line in statement.splitlines() if line.split()[:1] != [".loc"]]
-        yield " ".join(line.strip() for line in lines).strip()
+        lines = [line for line in part.splitlines() if line.split()[:1] != [".loc"]]
+        # Braces of vectors have operands in front of them in the same statement.
+        yield _unscoped(" ".join(line.strip() for line in lines)).strip()
 
 
 def _unscoped(statement: str) -> str:

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from .memory import POISON, Array, FaultError, alike_by_width
+from .clocks import Array
+from .memory import POISON, FaultError, alike_by_width
 from .source import Kernel
 
 BASE = 0x7E00_0000_0000

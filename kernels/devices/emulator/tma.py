@@ -1,21 +1,22 @@
-"""The tensor memory accelerator of sm_90: boxes of tensors, copied to shared memory, and the
-barriers in shared memory that tell when they have arrived.
+"""The tensor memory accelerator of sm_90: boxes of tensors, copied to and from shared memory.
 
-Source: Parallel Thread Execution ISA, "cp.async.bulk.tensor" and "mbarrier".
+Source: Parallel Thread Execution ISA, "cp.async.bulk.tensor".
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 
 from .arithmetic import UnsupportedPtxError
-from .memory import Array, FaultError, scatter, swizzled
+from .clocks import Array
+from .memory import FaultError, scatter, swizzled
 from .registers import Action, Registers
-from .source import Address, Instruction
+from .source import Address, Instruction, Operand
+from .waits import Mbarriers
 
 MAPS = 0x6D00_0000_0000
 """Where tensor maps are, in the emulated constant memory."""
@@ -36,25 +37,11 @@ class TensorMap:
     width: int
 
 
-@dataclass
-class Barrier:
-    """count: arrivals that end a phase; left: of this phase; bytes_left: to be copied before."""
-
-    count: int
-    left: int
-    bytes_left: int = 0
-    phase: int = 0
-
-    def settle(self) -> None:
-        """Ends the phase where all have arrived."""
-        if self.left == 0 and self.bytes_left == 0:
-            self.phase, self.left = self.phase ^ 1, self.count
-
-
 @dataclass(frozen=True)
-class BoxCopy:
-    """A copy under way. barrier: where the barrier lies that tells of its end; lane: who began it;
-    at: places in shared memory; size: bytes of an element; data: what will be there."""
+class Load:
+    """A box on its way to shared memory. barrier: where the barrier lies that tells of its end;
+    lane: who began it; at: places in shared memory; size: bytes of an element; data: what will be
+    there."""
 
     barrier: int
     lane: Array
@@ -63,161 +50,165 @@ class BoxCopy:
     data: Array
 
 
-class Boxes:
-    """Copies of boxes and barriers. A copy arrives when somebody waits for it, no sooner."""
+@dataclass(frozen=True)
+class Store:
+    """A box on its way to global memory. group: its number in the thread that began it; places: of
+    shared memory that are read, none when that is over; at: positions in global memory."""
 
-    def __init__(self, machine: Registers, maps: dict[int, TensorMap]) -> None:
-        self.machine, self.maps = machine, maps
-        self.barriers: dict[int, Barrier] = {}
-        self.under_way: list[BoxCopy] = []
+    lane: Array
+    group: int
+    places: Array
+    at: Array
+    size: int
+
+
+class Boxes:
+    """Copies of boxes. One to shared memory arrives when somebody waits for it, no sooner."""
+
+    def __init__(self, machine: Registers, maps: dict[int, TensorMap], barriers: Mbarriers) -> None:
+        self.machine, self.maps, self.barriers = machine, maps, barriers
+        barriers.deliver = self._deliver
+        self.loads: list[Load] = []
+        self.stores: list[Store] = []
+        self._committed = np.zeros(machine.count, np.int64)
 
     def decode(self, instruction: Instruction) -> Action:
-        """`mbarrier` and `cp.async.bulk.tensor`. Raises: UnsupportedPtxError."""
-        if instruction.opcode[0] == "cp":
-            return self._copy(instruction)
-        what = instruction.opcode[1]
-        makers: dict[str, Callable[[Instruction], Action]] = {
-            "init": self._init, "inval": self._inval, "arrive": self._arrive,
-            "try_wait": self._try_wait,
-        }  # fmt: skip
-        if what not in makers:
+        """`cp.async.bulk`. Raises: UnsupportedPtxError."""
+        words = instruction.opcode[3:]
+        if words == ("commit_group",):
+            return self._commit
+        if words in (("wait_group",), ("wait_group", "read")):
+            newest = int(str(instruction.operands[0]))
+            return lambda lanes: self._wait(lanes, newest, "read" in words)
+        if words[:1] != ("tensor",):
             raise UnsupportedPtxError("this form")
-        return makers[what](instruction)
+        goal_space, source_space, *kinds = words[2:]
+        kinds = [word for word in kinds if word != "tile"]
+        if goal_space.startswith("shared::") and (source_space, kinds) == (
+            "global", ["mbarrier::complete_tx::bytes"]
+        ):  # fmt: skip
+            return self._load(instruction)
+        if (goal_space, source_space, kinds) == ("global", "shared::cta", ["bulk_group"]):
+            return self._store(instruction)
+        raise UnsupportedPtxError("this form")
 
-    def _places(self, operand: object) -> Callable[[Array], Array]:
-        assert isinstance(operand, Address)
-        address = self.machine.address(operand, "b32")
-        return lambda lanes: self.machine.shared.locate(address(lanes), 8, lanes)
+    def check_ended(self) -> None:
+        """Raises: FaultError for copies under way when all threads have returned."""
+        if self.loads or any(store.places.size for store in self.stores):
+            raise FaultError("a block ends while its shared memory is copied from or to")
 
-    def _at(self, place: int) -> Barrier:
-        if place not in self.barriers:
-            raise FaultError("no mbarrier was made here")
-        return self.barriers[place]
-
-    def _init(self, instruction: Instruction) -> Action:
-        places = self._places(instruction.operands[0])
-        count = self.machine.getter(instruction.operands[1], "u32")
-
-        def init(lanes: Array) -> None:
-            counts = np.broadcast_to(count(lanes), lanes.shape)
-            for place, each in zip(places(lanes).tolist(), counts.tolist(), strict=True):
-                self.barriers[place] = Barrier(each, each)
-
-        return init
-
-    def _inval(self, instruction: Instruction) -> Action:
-        places = self._places(instruction.operands[0])
-
-        def inval(lanes: Array) -> None:
-            for place in places(lanes).tolist():
-                self._at(place)
-                del self.barriers[place]
-
-        return inval
-
-    def _arrive(self, instruction: Instruction) -> Action:
-        goal, barrier, *size = instruction.operands
-        if goal != "_":
+    def _boxes(self, operand: Operand) -> Callable[[Array], list[tuple[TensorMap, list[int]]]]:
+        """For lanes, the map and the corner of a box that `[map, {corner}]` stands for."""
+        if not isinstance(operand, Address) or len(operand.more) != 1:
             raise UnsupportedPtxError("this form")
-        expects = "expect_tx" in instruction.opcode
-        places = self._places(barrier)
-        number = self.machine.getter(size[0], "u32") if size else None
-
-        def arrive(lanes: Array) -> None:
-            given = np.broadcast_to(number(lanes), lanes.shape) if number else np.ones_like(lanes)
-            for place, each in zip(places(lanes).tolist(), given.tolist(), strict=True):
-                found = self._at(place)
-                found.bytes_left += each if expects else 0
-                found.left -= 1 if expects else each
-                if found.left < 0:
-                    raise FaultError("more threads arrive at an mbarrier than it was made for")
-                found.settle()
-
-        return arrive
-
-    def _try_wait(self, instruction: Instruction) -> Action:
-        if "parity" not in instruction.opcode:
-            raise UnsupportedPtxError("this form")
-        goal, barrier, parity, *_ = instruction.operands
-        places = self._places(barrier)
-        read = self.machine.getter(parity, "u32")
-        write = self.machine.setter(goal, "pred")
-
-        def try_wait(lanes: Array) -> None:
-            waited = places(lanes)
-            self._deliver(set(waited.tolist()))
-            phases = np.array([self._at(place).phase for place in waited.tolist()], np.uint32)
-            if (phases == np.broadcast_to(read(lanes), lanes.shape)).any():
-                raise FaultError("a wait at an mbarrier that nothing under way will end")
-            write(lanes, np.ones(lanes.size, bool))
-
-        return try_wait
-
-    def _deliver(self, barriers: set[int]) -> None:
-        """The copies arrive that are told of by these barriers."""
-        shared = self.machine.shared
-        left = []
-        for copy in self.under_way:
-            if copy.barrier not in barriers:
-                left.append(copy)
-                continue
-            scatter(shared.bytes, copy.at, copy.size, [copy.data])
-            shared.end_copy(copy.at, copy.size, np.repeat(copy.lane, copy.at.size), told=True)
-            barrier = self._at(copy.barrier)
-            barrier.bytes_left -= copy.data.nbytes
-            if barrier.bytes_left < 0:
-                raise FaultError("more bytes are copied than an mbarrier was told of")
-            barrier.settle()
-        self.under_way = left
-
-    def _copy(self, instruction: Instruction) -> Action:
-        goal_space, source_space, *words = instruction.opcode[5:]
-        known = {"tile", "mbarrier::complete_tx::bytes"}
-        if not goal_space.startswith("shared::") or source_space != "global" or {*words} - known:
-            raise UnsupportedPtxError("only boxes to shared memory")
-        goal, source, barrier = instruction.operands[:3]
-        assert isinstance(source, Address) and len(source.more) == 1
-        shared = self.machine.address(goal, "b32")
-        which = self.machine.address(source, "b64")
-        names = source.more[0].strip("{} ").split(",")
+        which = self.machine.address(operand, "b64")
+        names = operand.more[0].strip("{} ").split(",")
         corner = [self.machine.getter(name.strip(), "s32") for name in reversed(names)]
-        places = self._places(barrier)
 
-        def copy(lanes: Array) -> None:
-            maps = which(lanes)
-            corners = [np.broadcast_to(each(lanes), lanes.shape) for each in corner]
-            goals, told = shared(lanes), places(lanes)
-            for index, lane in enumerate(lanes):
-                found = self.maps.get(int(maps[index]))
-                if found is None:
-                    raise FaultError("a box of what is no tensor map")
-                start = [int(each[index]) for each in corners]
-                alone = lanes[index : index + 1]
-                self._start(found, start, int(goals[index]), int(told[index]), alone)
+        def boxes(lanes: Array) -> list[tuple[TensorMap, list[int]]]:
+            starts = np.stack([np.broadcast_to(each(lanes), lanes.shape) for each in corner], 1)
+            maps = [self.maps.get(address) for address in which(lanes).tolist()]
+            found = [each for each in maps if each is not None]
+            if len(found) < len(maps):
+                raise FaultError("a box of what is no tensor map")
+            return list(zip(found, starts.tolist(), strict=True))
 
-        return copy
+        return boxes
 
-    def _start(
-        self, found: TensorMap, corner: list[int], goal: int, barrier: int, lane: Array
-    ) -> None:
-        """corner: position of the box in the tensor, which it may reach outside of."""
-        shared, memory = self.machine.shared, self.machine.memory
-        size = found.tensor.element_size()
+    def _located(self, found: TensorMap, corner: list[int]) -> tuple[Array, Array]:
+        """(which elements of a box lie in the tensor, where these are in global memory)"""
         spans = zip(found.box, corner, strict=True)
         axes = np.ix_(*(np.arange(extent) + at for extent, at in spans))
         inside = np.ones(found.box, bool)
         offset = np.zeros(found.box, np.int64)
+        size = found.tensor.element_size()
         for axis, extent, stride in zip(axes, found.shape, found.strides, strict=True):
             inside &= (axis >= 0) & (axis < extent)
             offset = offset + axis * stride * size
+        memory = self.machine.memory
         address = np.uint64(memory.address(found.tensor)) + offset[inside].astype(np.uint64)
-        data = np.zeros(found.box, f"u{size}")
-        read = memory.locate(address, size)
-        self.machine.everywhere.note_read(read, size, np.repeat(lane, read.size))
-        data[inside] = memory.bytes.view(f"u{size}")[read // size]
-        if goal % 128:
-            raise FaultError("a box is copied to a place that is no multiple of 128 bytes")
-        at = swizzled(goal + np.arange(data.size) * size, found.width)
-        at = shared.locate(at, size, np.repeat(lane, at.size))
-        shared.start_copy(at, size, np.repeat(lane, at.size))
-        self.under_way.append(BoxCopy(barrier, lane, at, size, data.ravel()))
+        return inside, memory.locate(address, size)
+
+    def _places(self, found: TensorMap, start: int, lane: Array) -> Array:
+        """Where the elements of a box lie in shared memory."""
+        if start % 128:
+            raise FaultError("a box lies at a place that is no multiple of 128 bytes")
+        size, count = found.tensor.element_size(), int(np.prod(found.box))
+        at = swizzled(start + np.arange(count) * size, found.width)
+        return self.machine.shared.locate(at, size, np.repeat(lane, count))
+
+    def _load(self, instruction: Instruction) -> Action:
+        goal, source, barrier = instruction.operands[:3]
+        shared, boxes = self.machine.address(goal, "b32"), self._boxes(source)
+        places = self.barriers.places(barrier)
+
+        def load(lanes: Array) -> None:
+            goals, told = shared(lanes).tolist(), places(lanes).tolist()
+            for index, (found, corner) in enumerate(boxes(lanes)):
+                lane = lanes[index : index + 1]
+                size = found.tensor.element_size()
+                inside, read = self._located(found, corner)
+                self.machine.everywhere.note_read(read, size, np.repeat(lane, read.size))
+                data = np.zeros(found.box, f"u{size}")
+                data[inside] = self.machine.memory.bytes.view(f"u{size}")[read // size]
+                at = self._places(found, goals[index], lane)
+                self.machine.shared.start_copy(at, size, np.repeat(lane, at.size))
+                self.loads.append(Load(told[index], lane, at, size, data.ravel()))
+            self.barriers.changed = True
+
+        return load
+
+    def _deliver(self, barriers: set[int]) -> None:
+        """The boxes arrive that are told of by these barriers."""
+        shared = self.machine.shared
+        for place in sorted({load.barrier for load in self.loads} & barriers):
+            arrived = [load for load in self.loads if load.barrier == place]
+            self.loads = [load for load in self.loads if load.barrier != place]
+            # Together: which of them is first nobody knows.
+            agent = self.barriers.arrived(place, sum(load.data.nbytes for load in arrived))
+            for load in arrived:
+                scatter(shared.bytes, load.at, load.size, [load.data])
+                shared.end_copy(load.at, load.size, np.repeat(load.lane, load.at.size), agent)
+            shared.clocks.tick(place // shared.size)
+
+    def _store(self, instruction: Instruction) -> Action:
+        goal, source = instruction.operands[:2]
+        shared, boxes = self.machine.address(source, "b32"), self._boxes(goal)
+
+        def store(lanes: Array) -> None:
+            sources = shared(lanes).tolist()
+            for index, (found, corner) in enumerate(boxes(lanes)):
+                lane = lanes[index : index + 1]
+                size = found.tensor.element_size()
+                inside, written = self._located(found, corner)
+                at = self._places(found, sources[index], lane)
+                grains = (at[:, None] + np.arange(0, size, 2)).ravel()
+                places = self.machine.shared.start_reading(grains, lane)
+                data = self.machine.shared.bytes.view(f"u{size}")[at // size].reshape(found.box)
+                self.machine.everywhere.note_box(written, size, np.repeat(lane, written.size))
+                self.machine.memory.bytes.view(f"u{size}")[written // size] = data[inside]
+                group = int(self._committed[lane[0]])
+                self.stores.append(Store(lane, group, places, written, size))
+
+        return store
+
+    def _commit(self, lanes: Array) -> None:
+        self._committed[lanes] += 1
+
+    def _wait(self, lanes: Array, newest: int, only_read: bool) -> None:
+        """All but the `newest` groups that these threads have committed have been read from shared
+        memory, or have arrived as well."""
+        left = []
+        for store in self.stores:
+            lane = int(store.lane[0])
+            if lane not in lanes or store.group >= self._committed[lane] - newest:
+                left.append(store)
+                continue
+            if store.places.size:
+                self.machine.shared.end_reading(store.places, store.lane)
+            if only_read:
+                left.append(replace(store, places=store.places[:0]))
+            else:
+                alone = np.repeat(store.lane, store.at.size)
+                self.machine.everywhere.note_write(store.at, store.size, alone)
+        self.stores = left

@@ -6,7 +6,7 @@ import re
 
 import numpy as np
 
-from .memory import Array
+from .clocks import Array
 
 NUMPY = {
     "pred": np.dtype(bool),
