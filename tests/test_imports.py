@@ -55,7 +55,7 @@ FLOORS = {
     ),
     "compiler": (
         ("graph",), ("fusion", "records", "evaluation", "capture"), ("plan", "passes"),
-        ("explain",), ("run",), ("artifact", "tuning"), ("api",),
+        ("explain",), ("run",), ("artifact", "tuning"), ("api",), ("torch_compile",),
     ),
 }  # fmt: skip
 MOST_FILES = 16
