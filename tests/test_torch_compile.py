@@ -12,6 +12,7 @@ import convloom
 import pytest
 import torch
 from convloom import zoo
+from convloom.benchmarks import foreign
 from convloom.compiler.torch_compile import backend
 from convloom.errors import InvalidInputError
 from torch import nn
@@ -362,10 +363,10 @@ def test_whole_networks(name: str) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["torchvision/mobilenet_v3_small", "timm/seresnet50"])
 def test_networks_of_others(name: str) -> None:
-    pytest.importorskip(name.partition("/")[0])
-    from convloom.benchmarks import foreign
-
-    model = foreign.build(name)
+    try:
+        model = foreign.build(name)
+    except ImportError as error:
+        pytest.skip(f"needs torchvision and timm: {error}")
     x = foreign.fitting_input(model)
     (exe,) = made_by(lambda: same(faster(model)(x), model(x)))
     assert exe.summary["torch_fallbacks"] == 0
