@@ -13,6 +13,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from torch.export import ExportedProgram
 
 from .. import settings
 from ..errors import InvalidInputError
@@ -48,7 +49,7 @@ CAPTURING = threading.Lock()
 
 
 def compile(
-    module: torch.nn.Module,
+    module: torch.nn.Module | ExportedProgram,
     example: Any = (),
     *,
     kwargs: Mapping[str, Any] | None = None,
@@ -64,7 +65,8 @@ def compile(
     slide: tuple[int, int] | None = None,
     outputs: Sequence[str] | None = None,
 ) -> Executable:
-    """The module compiled for inputs like `example` (a tuple, or one tensor) and `kwargs`.
+    """The module compiled for inputs like `example` (a tuple, or one tensor) and `kwargs`; of an
+    `ExportedProgram` for its own example where none is given.
 
     Tensors are of floats; NumPy's arrays stand for them. Constants among the arguments (bool, int,
     float, str, None) become part of the code, and every call must have the same.
@@ -113,7 +115,7 @@ def compile(
 
 
 def executable_for(
-    module: torch.nn.Module,
+    module: torch.nn.Module | ExportedProgram,
     example: Any,
     *,
     target: str,
@@ -134,7 +136,7 @@ def executable_for(
 
 
 def lowered(
-    module: torch.nn.Module,
+    module: torch.nn.Module | ExportedProgram,
     example: Any,
     *,
     target: str,

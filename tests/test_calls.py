@@ -167,3 +167,26 @@ def test_bytes_are_the_file(tmp_path: Path) -> None:
     same(again(X), X)
     with pytest.raises(convloom.ArtifactError, match="no executable of convloom, or it was cut"):
         convloom.load(io.BytesIO(held[:-1]))
+
+
+def test_exported_programs() -> None:
+    program = torch.export.export(MODEL, (X,), {"mode": "more"})
+    exe = convloom.compile(program, target="reference")
+    same(exe(X, mode="more"), X, mode="more")
+    direct = compiled((X,), kwargs={"mode": "more"})
+    assert exe.graph.name == "Net" and exe.plan.to_text() == direct.plan.to_text()
+    assert [record.module_path for record in exe.ledger.account().nodes] == [
+        record.module_path for record in direct.ledger.account().nodes
+    ]
+    with pytest.raises(CaptureError, match=r"could not capture Net: Guard failed: x.size"):
+        convloom.compile(program, (X[:, :, 1:],), kwargs={"mode": "more"}, target="reference")
+    with pytest.raises(CaptureError, match=r"Net \(with a dynamic batch\)|Net cannot"):
+        convloom.compile(program, target="reference", dynamic_batch=(1, 4))
+
+
+def test_exported_programs_with_a_range_of_batches() -> None:
+    batch = torch.export.Dim("batch", min=1, max=8)
+    program = torch.export.export(MODEL, (X,), dynamic_shapes=({0: batch},))
+    exe = convloom.compile(program, (X[:1],), target="reference", dynamic_batch=(1, 4))
+    for count in (1, 2):
+        same(exe(X[:count]), X[:count])

@@ -147,7 +147,8 @@ def test_gpus_that_are_too_old() -> None:
     [(torch.relu, "builtin_function_or_method"), (nn.ReLU, "type"), ("resnet50", "str")],
 )
 def test_not_a_module(module: Any, got: str) -> None:
-    refused(InvalidInputError, "model: expected a torch.nn.Module, got ", got, module=module)
+    expected = "model: expected a torch.nn.Module or a torch.export.ExportedProgram, got "
+    refused(InvalidInputError, expected + got, module=module)
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ from functools import partial
 from typing import Any, NoReturn
 
 import torch
+from torch.export import ExportedProgram
 from torch.export.graph_signature import OutputKind
 from torch.utils import _pytree as pytree
 
@@ -104,13 +105,14 @@ class _Builder:
 
 
 def capture(
-    module: torch.nn.Module,
+    model: torch.nn.Module | ExportedProgram,
     example: Any,
     dynamic_batch: tuple[int, int] | None = None,
     outputs: Sequence[str] | None = None,
     keywords: Mapping[str, Any] | None = None,
 ) -> Graph:
-    """The module's dataflow graph for inputs like `example` and `keywords`.
+    """The dataflow graph of a module, or of what torch.export made of it, for inputs like `example`
+    and `keywords`.
 
     dynamic_batch: (lo, hi); every input's dimension 0 is then the batch. outputs: the module paths
     whose activations the graph returns, by name, instead of the module's result (`features.py`).
@@ -120,6 +122,7 @@ def capture(
     Raises: InvalidInputError for arguments that are not float tensors, a batch range that makes no
     sense or unknown outputs; CaptureError when torch.export fails or the module would still train.
     """
+    module, example, keywords = example_inputs.opened(model, example, keywords)
     example_inputs.check_module(module)
     arguments: Any = example_inputs.arguments_of(module, example, keywords)
     leaves = example_inputs.check_example(arguments, dynamic_batch is not None)

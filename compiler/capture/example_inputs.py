@@ -10,11 +10,30 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 
 from ...errors import InvalidInputError
 from ...kernels.contract.spec import FLOAT_DTYPES
 from ..graph.interface import CONSTANTS, with_tensors
+
+
+def opened(
+    model: Any, example: Any, keywords: Mapping[str, Any] | None
+) -> tuple[Any, Any, Mapping[str, Any] | None]:
+    """The module of an exported program, and the program's own example where none is given; any
+    other model as it is."""
+    if not isinstance(model, ExportedProgram):
+        return model, example, keywords
+    if isinstance(example, tuple) and not example and not keywords and model.example_inputs:
+        example, keywords = model.example_inputs
+    module: Any = model.module()
+    stacks = (node.meta.get("nn_module_stack") for node in model.graph.nodes)
+    if stack := next(filter(None, stacks), None):
+        _, owner = next(iter(stack.values()))
+        # Every GraphModule has a class of its own; results and errors name the module by it.
+        type(module).__name__ = str(getattr(owner, "__name__", owner)).rpartition(".")[2]
+    return module, example, keywords
 
 
 def arguments_of(
@@ -36,7 +55,8 @@ def arguments_of(
     if not isinstance(given, Mapping) or not all(isinstance(name, str) for name in given):
         raise InvalidInputError(f"kwargs: expected a dict by name, got {keywords!r}")
     positional, named = with_tensors((tuple(example), dict(given)))
-    if not named:
+    # An exported program takes by name what it took by name.
+    if not named or isinstance(module, torch.fx.GraphModule):
         return positional, named
     try:
         bound = inspect.signature(module.forward).bind(*positional, **named)
@@ -144,4 +164,7 @@ def two_samples(x: torch.Tensor, place: torch.device) -> torch.Tensor:
 def check_module(module: Any) -> None:
     """Raises: InvalidInputError."""
     if not isinstance(module, torch.nn.Module):
-        raise InvalidInputError(f"model: expected a torch.nn.Module, got {type(module).__name__}")
+        raise InvalidInputError(
+            "model: expected a torch.nn.Module or a torch.export.ExportedProgram, got "
+            f"{type(module).__name__}"
+        )
