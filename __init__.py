@@ -28,12 +28,14 @@ if TYPE_CHECKING:
     from .compiler.api import compile
     from .compiler.artifact.load import LoadedExecutable, load
     from .compiler.run.executable import Executable
+    from .compiler.torch_compile import executables
 
 _LAZY = {
     "compile": ("convloom.compiler.api", "compile"),
     "load": ("convloom.compiler.artifact.load", "load"),
     "LoadedExecutable": ("convloom.compiler.artifact.load", "LoadedExecutable"),
     "Executable": ("convloom.compiler.run.executable", "Executable"),
+    "executables": ("convloom.compiler.torch_compile", "executables"),
     "zoo": ("convloom.zoo", None),
 }
 
@@ -59,6 +61,7 @@ __all__ = [
     "UnsupportedOpError",
     "__version__",
     "compile",
+    "executables",
     "load",
     "zoo",
 ]

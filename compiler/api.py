@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
+import copyreg
 import gc
 import logging
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import torch
+from torch.export import ExportedProgram
 
 from .. import settings
 from ..errors import InvalidInputError
 from ..kernels.contract import targets
 from ..kernels.contract.spec import FLOAT_DTYPES
 from ..kernels.contract.targets import REFERENCE, Target
+from .artifact.load import pickled
 from .artifact.write import save
 from .capture.capture import capture
 from .capture.example_inputs import bounds_of, has_no_samples
@@ -40,16 +43,18 @@ LOG = logging.getLogger("convloom")
 PRECISIONS = ("ieee", "tf32")
 TUNINGS = ("heuristic", "records", "search")
 FALLBACKS = ("error", "torch")
+copyreg.pickle(Executable, pickled)
 CAPTURING = threading.Lock()
 """torch.export keeps state for the whole process; all else about a compilation is its own."""
 
 
 def compile(
-    module: torch.nn.Module,
-    example: Sequence[Any],
+    module: torch.nn.Module | ExportedProgram,
+    example: Any = (),
     *,
+    kwargs: Mapping[str, Any] | None = None,
     target: str = "cuda",
-    dtype: torch.dtype | None = None,
+    dtype: torch.dtype | str | None = None,
     precision: str = "ieee",
     dynamic_batch: tuple[int, int] | None = None,
     tuning: str = "records",
@@ -60,12 +65,16 @@ def compile(
     slide: tuple[int, int] | None = None,
     outputs: Sequence[str] | None = None,
 ) -> Executable:
-    """The module compiled for inputs like `example` (a tuple of float tensors).
+    """The module compiled for inputs like `example` (a tuple, or one tensor) and `kwargs`; of an
+    `ExportedProgram` for its own example where none is given.
+
+    Tensors are of floats; NumPy's arrays stand for them. Constants among the arguments (bool, int,
+    float, str, None) become part of the code, and every call must have the same.
 
     target: "cuda" (this machine's GPU), "cuda:sm_80|86|89|90|100" (compiled, not run),
     "interpreter" (the same kernels on the CPU), "emulator:sm_90" (what they are compiled to, on the
     CPU) or "reference" (torch ops, node by node).
-    dtype: computes in float16 or bfloat16; inputs and outputs keep the module's own dtype.
+    dtype: computes in float16 or bfloat16 (or "float16"); inputs and outputs keep the module's own.
     precision: fp32 products are fp32-accurate ("ieee") or "tf32". dynamic_batch: (lo, hi); (0, 1)
     for an example without samples.
     tuning: where configurations come from: "heuristic" (needs nothing, and is the same in every
@@ -90,6 +99,7 @@ def compile(
     return executable_for(
         module,
         example,
+        kwargs=kwargs,
         target=target,
         dtype=dtype,
         precision=precision,
@@ -105,8 +115,8 @@ def compile(
 
 
 def executable_for(
-    module: torch.nn.Module,
-    example: Sequence[Any],
+    module: torch.nn.Module | ExportedProgram,
+    example: Any,
     *,
     target: str,
     tuning: str = "records",
@@ -126,11 +136,12 @@ def executable_for(
 
 
 def lowered(
-    module: torch.nn.Module,
-    example: Sequence[Any],
+    module: torch.nn.Module | ExportedProgram,
+    example: Any,
     *,
     target: str,
-    dtype: torch.dtype | None = None,
+    kwargs: Mapping[str, Any] | None = None,
+    dtype: torch.dtype | str | None = None,
     precision: str = "ieee",
     dynamic_batch: tuple[int, int] | None = None,
     tuning: str = "heuristic",
@@ -154,21 +165,15 @@ def lowered(
     _check_choice("precision", precision, PRECISIONS)
     _check_choice("tuning", tuning, TUNINGS)
     _check_choice("fallback", fallback, FALLBACKS)
-    if dtype is not None and dtype not in FLOAT_DTYPES:
-        raise InvalidInputError(
-            f"dtype: expected None, float32, float16 or bfloat16, got {dtype}"
-        )
+    dtype = _dtype(dtype)
     chosen = targets.parse(target)
     select(passes)
-    if not isinstance(example, (tuple, list)):
-        got = "a tensor" if isinstance(example, torch.Tensor) else type(example).__name__
-        raise InvalidInputError(f"example inputs: expected a tuple of tensors, got {got}")
-    if dynamic_batch is None and has_no_samples(example):
+    if dynamic_batch is None and has_no_samples((example, kwargs)):
         dynamic_batch = (0, 1)  # No plan has a batch of none alone.
     bounds = None if dynamic_batch is None else bounds_of(dynamic_batch)
     records = _records(tuning, chosen)
     with CAPTURING, uncollected():
-        captured = capture(module, example, bounds, outputs)
+        captured = capture(module, example, bounds, outputs, kwargs)
     if slide is not None:
         captured = slide_classifier(captured, slide)
     wished = _names("force", force), _names("forbid", forbid)
@@ -233,6 +238,15 @@ def _records(tuning: str, target: Target) -> Records | None:
     if tuning == "search" and target is REFERENCE:
         raise InvalidInputError("tuning='search': target 'reference' runs no kernels to tune")
     return Records.here(device=local_device(target))
+
+
+def _dtype(dtype: Any) -> torch.dtype | None:
+    """The dtype to compute in, by itself or by name."""
+    by_name = {str(known).removeprefix("torch."): known for known in FLOAT_DTYPES}
+    chosen = by_name.get(dtype, dtype) if isinstance(dtype, str) else dtype
+    if chosen is None or chosen in FLOAT_DTYPES:
+        return chosen
+    raise InvalidInputError(f"dtype: expected None, float32, float16 or bfloat16, got {dtype}")
 
 
 def _names(argument: str, names: Sequence[str]) -> tuple[str, ...]:

@@ -153,9 +153,12 @@ def captured(
     inputs: Sequence[Any],
     batch: tuple[int, int] | None = None,
     outputs: Sequence[str] | None = None,
+    keywords: Any = None,
 ) -> Graph:
     """The captured graph of a module that no test changes: torch.export, which takes longer than
     everything else about a small network, runs once. The graph is the caller's own."""
+    if keywords or not isinstance(inputs, (tuple, list)):
+        return capture(module, inputs, batch, outputs, keywords)
     leaves = pytree.tree_leaves(tuple(inputs))
     described = ((getattr(x, "shape", x), getattr(x, "dtype", None)) for x in leaves)
     key = id(module), batch, tuple(described), None if outputs is None else tuple(outputs)

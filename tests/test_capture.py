@@ -565,9 +565,9 @@ def test_views_are_captured_as_tensors_of_their_own(monkeypatch: pytest.MonkeyPa
     seen: list[torch.Tensor] = []
     real = torch.export.export
 
-    def export(module: Any, arguments: Any, **options: Any) -> Any:
+    def export(module: Any, arguments: Any, keywords: Any, **options: Any) -> Any:
         seen.extend(arguments)
-        return real(module, arguments, **options)
+        return real(module, arguments, keywords, **options)
 
     monkeypatch.setattr(torch.export, "export", export)
     whole = torch.zeros(3, 2, 6, 7)

@@ -23,6 +23,7 @@ ALLOWED = {
     "compiler": ("errors", "settings", "atomic", "kernels"),
     "zoo": ("errors",),
     "": ("errors", "settings", "compiler", "zoo"),
+    "__main__": ("cli",),
     # Of the kernels a command may know what describes machines and problems, never a kernel.
     "cli": ("", "errors", "settings", "atomic", "compiler", "zoo", "kernels.contract.targets",
             "kernels.contract.op", "kernels.contract.spec", "kernels.devices.offline",
@@ -40,6 +41,7 @@ LIBRARIES = {
     "compiler": ("torch", "networkx", "numpy", "safetensors"),
     "zoo": ("torch", "numpy", "safetensors", "sklearn"),
     "": (),
+    "__main__": (),
     "cli": ("torch", "triton", "numpy", "rich", "PIL", "sklearn"),
     # PIL and ray: the examples.
     "benchmarks": ("torch", "triton", "numpy", "rich", "PIL", "ray"),
@@ -55,7 +57,7 @@ FLOORS = {
     ),
     "compiler": (
         ("graph",), ("fusion", "records", "evaluation", "capture"), ("plan", "passes"),
-        ("explain",), ("run",), ("artifact", "tuning"), ("api",),
+        ("explain",), ("run",), ("artifact", "tuning"), ("api",), ("torch_compile",),
     ),
 }  # fmt: skip
 MOST_FILES = 16

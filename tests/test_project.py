@@ -153,6 +153,13 @@ def test_import_needs_neither_torch_nor_triton() -> None:
     assert "No module named 'torch'" in done.stdout
 
 
+def test_the_package_is_a_program() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "convloom", "--version"], capture_output=True, text=True, check=True
+    )
+    assert done.stdout == f"convloom {convloom.__version__}\n"
+
+
 def test_help_needs_neither_torch_nor_triton() -> None:
     done = run_without_torch(
         "from convloom.cli.main import COMMANDS, main\n"

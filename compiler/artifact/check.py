@@ -234,7 +234,7 @@ class _Checker:
                 if kind == "input" and (buffer.kind != "input" or inner.dtype != port.spec.dtype):
                     self.refuse(f"{where} lies in '{buffer.name}' of kind {buffer.kind}")
         where = f"{self.where}: its structure"
-        taken = count_leaves(program.arguments, where)
+        taken = count_leaves(program.arguments, where, constants=True)
         given = count_leaves(program.result, where)
         if taken != len(program.inputs) or given != len(program.results):
             self.refuse(f"{taken} inputs and {given} results are nested, not those it has")

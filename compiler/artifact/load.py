@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import copyreg
+import tempfile
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
 import torch
 
 from ...errors import ArtifactError, InvalidInputError, TargetUnavailableError
 from ...kernels.contract import targets
 from ...kernels.contract.targets import INTERPRETER, REFERENCE, Target
-from ..graph.interface import Interface, empty_outputs
+from ..graph.interface import Interface, Port, empty_outputs
 from ..run.cuda_graphs import GraphRunner
 from . import device as gpu
 from .program import Program
@@ -27,9 +29,11 @@ Part = tuple[Program, "GraphRunner | Executable"]
 
 
 def load(
-    path: str | Path, device: str | None = None, *, recompile: bool = False
+    path: str | Path | IO[bytes], device: str | None = None, *, recompile: bool = False
 ) -> LoadedExecutable:
     """The executable in a file that `Executable.save` or `convloom compile -o` wrote.
+
+    path: a name, or a file that is open for reading bytes.
 
     device: "cuda" runs the file's machine code on this machine's GPU; "interpreter", "reference"
     and "emulator:sm_90" plan its graph again, the last one compiles it too, and run it on the CPU.
@@ -46,6 +50,8 @@ def load(
         raise TargetUnavailableError(
             f"device: expected None, {', '.join(DEVICES)}, got {str(device)!r}"
         )
+    if hasattr(path, "read"):
+        return load_bytes(path.read(), device, recompile)
     artifact = open_artifact(path)
     device = device or _made_for(artifact)
     if device == "cuda":
@@ -66,6 +72,22 @@ def load(
         for program in _sources(artifact, target.name)
     ]
     return LoadedExecutable(artifact, device, target, parts)
+
+
+def load_bytes(data: bytes, device: str | None = None, recompile: bool = False) -> LoadedExecutable:
+    """The executable in the bytes of a file, which it keeps. Raises: as `load` does."""
+    with tempfile.NamedTemporaryFile(suffix=".loom") as file:
+        file.write(data)
+        file.flush()
+        loaded = load(file.name, device, recompile=recompile)
+    loaded.data = data
+    return loaded
+
+
+def pickled(executable: Executable) -> tuple[Any, ...]:
+    """How `Executable`s are pickled: as files, of which whoever unpickles one loads the bytes.
+    Their own file stands below this one, so `copyreg` is told."""
+    return load_bytes, (executable.to_bytes(),)
 
 
 def _made_for(artifact: Artifact) -> str:
@@ -89,6 +111,7 @@ def _planned(artifact: Artifact, program: Program, target: Target, device: str) 
     from .graphs import lower_again, read_graph
     from .write import save
 
+    copyreg.pickle(Executable, pickled)
     graph = read_graph(artifact.graphs[program.graph], artifact.tensors, target, artifact.path)
     plan = lower_again(graph, program, target, artifact.path)
     ledger = ledger_of(artifact, program)
@@ -107,6 +130,7 @@ class LoadedExecutable:
     ) -> None:
         self.artifact, self.device, self.target = artifact, device, target
         self._parts = list(parts)
+        self.data: bytes | None = None
         program = parts[0][0]
         bounds = None
         if program.batch is not None:
@@ -114,28 +138,40 @@ class LoadedExecutable:
             bounds = min(low for low, _ in ranges), max(high for _, high in ranges)
         self.interface = Interface(program.inputs, program.interface.structure, bounds)
 
-    def __call__(self, *inputs: Any) -> Any:
+    def __call__(self, *inputs: Any, **keywords: Any) -> Any:
         """The module's outputs, in the module's own structure.
 
-        Raises: InvalidInputError for the wrong number, structure, rank, shape, dtype or device, or
-        a batch that the file has no program for.
+        Raises: InvalidInputError for the wrong number, structure, rank, shape, dtype or device,
+        another constant, or a batch that the file has no program for.
         """
-        tensors = self.interface.flatten(inputs)
+        tensors = self.interface.flatten(inputs, keywords)
         batch = self.interface.check(tensors, self.place)
         _, part = self._part(batch)
         if batch == 0:
             return self.interface.unflatten(empty_outputs(self.plan.outputs, self.place))
         if isinstance(part, GraphRunner):
             return self.interface.unflatten(part.run(tensors, batch))
-        return part(*inputs)
+        return part(*inputs, **keywords)
 
     def __reduce__(self) -> tuple[Any, ...]:
+        if self.data is not None:
+            return load_bytes, (self.data, self.device, bool(self.executables))
         return _reload, (str(self.path), self.device, bool(self.executables))
 
     @property
     def path(self) -> Path:
         """The file."""
         return self.artifact.path.absolute()
+
+    @property
+    def inputs(self) -> tuple[Port, ...]:
+        """Name and spec of each tensor that a call takes, in order."""
+        return self.plan.inputs
+
+    @property
+    def outputs(self) -> tuple[Port, ...]:
+        """Name and spec of each tensor that a call returns, in order."""
+        return self.plan.outputs
 
     @property
     def programs(self) -> tuple[Program, ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -11,7 +12,7 @@ from torch.utils import _pytree as pytree
 
 from ...errors import ArtifactError
 from ...kernels.contract.spec import Operand
-from ..graph.interface import Interface, Port, Structure
+from ..graph.interface import CONSTANTS, Constant, Interface, Port, Structure
 from ..graph.memory import Buffer
 from ..graph.typed import Reader
 
@@ -113,7 +114,8 @@ Literal = bool | int | float | str | None
 
 @dataclass(frozen=True)
 class Nest:
-    """How tensors are nested: "tensor", or a "tuple", "list" or "dict" of `items` (and `keys`)."""
+    """How tensors are nested: "tensor", or a "tuple", "list" or "dict" of `items` (and `keys`), or
+    among arguments a "constant", whose only key is its value as JSON."""
 
     kind: str
     items: tuple[Nest, ...] = ()
@@ -199,7 +201,7 @@ def read_document(data: Any, source: str) -> Document:
     """
     found = data if isinstance(data, dict) else {}
     if found.get("format") != FORMAT:
-        raise ArtifactError(f"{source} is no plan of convloom: expected \"format\": \"{FORMAT}\"")
+        raise ArtifactError(f'{source} is no plan of convloom: expected "format": "{FORMAT}"')
     if found.get("version") != VERSION:
         raise ArtifactError(
             f"{source} has format version {str(found.get('version'))[:20]}; this convloom reads "
@@ -230,6 +232,8 @@ _LEAF = object()
 def _nest(value: Any) -> Nest:
     if value is _LEAF:
         return Nest("tensor")
+    if isinstance(value, Constant):
+        return Nest("constant", keys=(json.dumps(value.value),))
     if type(value) in (tuple, list):
         return Nest(type(value).__name__, tuple(map(_nest, value)))
     if type(value) is dict and all(isinstance(key, str) for key in value):
@@ -242,27 +246,43 @@ def _nest(value: Any) -> Nest:
 
 def as_nested(nest: Nest) -> Any:
     """Containers of the structure, with None where tensors go."""
+    if nest.kind == "constant":
+        return Constant(json.loads(*nest.keys))
     items = [as_nested(item) for item in nest.items]
     if nest.kind == "dict":
         return dict(zip(nest.keys, items, strict=True))
     return {"tuple": tuple, "list": list}[nest.kind](items) if nest.kind != "tensor" else None
 
 
-def check_nest(nest: Nest, where: str, depth: int = 0) -> int:
-    """The number of tensors in a structure.
+def check_nest(nest: Nest, where: str, constants: bool = False, depth: int = 0) -> int:
+    """The number of tensors in a structure, which may have constants or not.
 
     Raises: ArtifactError where it is none.
     """
-    if depth > DEEPEST or nest.kind not in ("tensor", "tuple", "list", "dict"):
+    kinds = ("tensor", "tuple", "list", "dict") + ("constant",) * constants
+    if depth > DEEPEST or nest.kind not in kinds:
         raise ArtifactError(f"{where} is no structure of tuples, lists and dicts")
+    if nest.kind == "constant":
+        _check_constant(nest, where)
+        return 0
     count = len(nest.items)
     wanted = count if nest.kind == "dict" else 0
     if len(set(nest.keys)) != wanted or len(nest.keys) != wanted:
         raise ArtifactError(f"{where} is a {nest.kind} with {len(nest.keys)} keys")
     if nest.kind == "tensor" and count:
         raise ArtifactError(f"{where} is a tensor with items")
-    leaves = sum(check_nest(item, where, depth + 1) for item in nest.items)
+    leaves = sum(check_nest(item, where, constants, depth + 1) for item in nest.items)
     leaves += nest.kind == "tensor"
     if leaves > MOST_LEAVES:
         raise ArtifactError(f"{where} has more than {MOST_LEAVES} tensors")
     return leaves
+
+
+def _check_constant(nest: Nest, where: str) -> None:
+    try:
+        (text,) = nest.keys
+        value = json.loads(text)
+    except (ValueError, RecursionError):
+        value = ...
+    if nest.items or not isinstance(value, CONSTANTS) or json.dumps(value) != text:
+        raise ArtifactError(f"{where} has a constant that is no bool, number, text or null")

@@ -11,12 +11,13 @@ may vary, as a multiple of the batch. Where it leaves that dimension for a while
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, NoReturn
 
 import torch
+from torch.export import ExportedProgram
 from torch.export.graph_signature import OutputKind
 from torch.utils import _pytree as pytree
 
@@ -25,7 +26,7 @@ from ...kernels import registry
 from ...kernels.contract.epilogue import Epilogue
 from ...kernels.contract.op import Arguments, Attributes
 from ...kernels.contract.spec import FLOAT_DTYPES, TensorSpec
-from ..graph.interface import Structure
+from ..graph.interface import Structure, with_constants
 from ..graph.ir import CONSTANT, INPUT, OUTPUT, TORCH, Graph, NoAttributes, Node, Value
 from ..graph.torch_call import BatchNumber, Slot, TorchCall, in_words
 from . import example_inputs, moved_batch, refusals
@@ -104,12 +105,14 @@ class _Builder:
 
 
 def capture(
-    module: torch.nn.Module,
-    example: Sequence[Any],
+    model: torch.nn.Module | ExportedProgram,
+    example: Any,
     dynamic_batch: tuple[int, int] | None = None,
     outputs: Sequence[str] | None = None,
+    keywords: Mapping[str, Any] | None = None,
 ) -> Graph:
-    """The module's dataflow graph for inputs like `example`.
+    """The dataflow graph of a module, or of what torch.export made of it, for inputs like `example`
+    and `keywords`.
 
     dynamic_batch: (lo, hi); every input's dimension 0 is then the batch. outputs: the module paths
     whose activations the graph returns, by name, instead of the module's result (`features.py`).
@@ -119,18 +122,21 @@ def capture(
     Raises: InvalidInputError for arguments that are not float tensors, a batch range that makes no
     sense or unknown outputs; CaptureError when torch.export fails or the module would still train.
     """
-    arguments = tuple(example)
-    leaves = example_inputs.check_example(arguments, dynamic_batch is not None)
+    module, example, keywords = example_inputs.opened(model, example, keywords)
     example_inputs.check_module(module)
+    arguments: Any = example_inputs.arguments_of(module, example, keywords)
+    leaves = example_inputs.check_example(arguments, dynamic_batch is not None)
     place = example_inputs.place_of(module, leaves)
     highest = None
     if dynamic_batch is None:
-        arguments = pytree.tree_map(partial(example_inputs.stand_in, place=place), arguments)
+        stand_in = partial(example_inputs.stand_in, place=place)
     else:
         highest = example_inputs.check_range(dynamic_batch, leaves)[1]
-        arguments = pytree.tree_map(partial(example_inputs.two_samples, place=place), arguments)
+        stand_in = partial(example_inputs.two_samples, place=place)
+    arguments = pytree.tree_map_only(torch.Tensor, stand_in, arguments)
     with observed(module, outputs):
-        program, decisions = export(module, arguments, highest)
+        positional, named = arguments
+        program, decisions = export(module, positional, named, highest)
     graph = Graph(name=type(module).__name__)
     state = _State(graph)
     if dynamic_batch is not None:
@@ -142,7 +148,7 @@ def capture(
             state.values[node.name] = node.target
         elif node.op == "call_function":
             _add_call(state, node)
-    _add_output(state, program)
+    _add_output(state, program, pytree.tree_structure(with_constants(arguments)))
     _remove_unused_constants(graph)
     return graph
 
@@ -173,9 +179,7 @@ def _batch_of(state: _State, shape: Sequence[Any]) -> int | None:
     assert state.batch is not None
     multiple = shape[0].node.expr / state.batch.symbol if symbolic == [0] else None
     if multiple is None or not multiple.is_Integer:
-        raise Refused(
-            f"the batch N must stay in dimension 0, got shape {in_words(tuple(shape))}"
-        )
+        raise Refused(f"the batch N must stay in dimension 0, got shape {in_words(tuple(shape))}")
     return state.batch.highest
 
 
@@ -390,7 +394,7 @@ def _rows(state: _State, inputs: list[Value]) -> tuple[int, int]:
     raise AssertionError("a batch without an input that has it")
 
 
-def _add_output(state: _State, program: Any) -> None:
+def _add_output(state: _State, program: Any, arguments: pytree.TreeSpec) -> None:
     output = next(node for node in program.graph.nodes if node.op == "output")
     outputs: list[Value] = []
     results: list[tuple[str, Any]] = []
@@ -417,8 +421,8 @@ def _add_output(state: _State, program: Any) -> None:
     if not outputs:
         raise CaptureError("the module returns no tensor")
     state.graph.insert(Node(OUTPUT, OUTPUT, NoAttributes(), ()), outputs)
-    trees = program.call_spec
-    state.graph.output_tree = Structure(trees.in_spec, trees.out_spec, tuple(results))
+    result = program.call_spec.out_spec
+    state.graph.output_tree = Structure(arguments, result, tuple(results))
 
 
 def _remove_unused_constants(graph: Graph) -> None:

@@ -2,33 +2,90 @@
 
 from __future__ import annotations
 
+import inspect
 import itertools
+from collections.abc import Mapping
 from numbers import Integral
 from typing import Any
 
+import numpy as np
 import torch
+from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 
 from ...errors import InvalidInputError
 from ...kernels.contract.spec import FLOAT_DTYPES
+from ..graph.interface import CONSTANTS, with_tensors
 
 
-def check_example(arguments: tuple[Any, ...], dynamic: bool = False) -> list[torch.Tensor]:
+def opened(
+    model: Any, example: Any, keywords: Mapping[str, Any] | None
+) -> tuple[Any, Any, Mapping[str, Any] | None]:
+    """The module of an exported program, and the program's own example where none is given; any
+    other model as it is."""
+    if not isinstance(model, ExportedProgram):
+        return model, example, keywords
+    if isinstance(example, tuple) and not example and not keywords and model.example_inputs:
+        example, keywords = model.example_inputs
+    module: Any = model.module()
+    stacks = (node.meta.get("nn_module_stack") for node in model.graph.nodes)
+    if stack := next(filter(None, stacks), None):
+        _, owner = next(iter(stack.values()))
+        # Every GraphModule has a class of its own; results and errors name the module by it.
+        type(module).__name__ = str(getattr(owner, "__name__", owner)).rpartition(".")[2]
+    return module, example, keywords
+
+
+def arguments_of(
+    module: torch.nn.Module, example: Any, keywords: Mapping[str, Any] | None
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The arguments of an example as the module's `forward` takes them: by position where it can.
+
+    A tensor or an array stands for a tuple of it.
+
+    Raises: InvalidInputError for an example that is no tuple, or keywords that are no mapping.
+    """
+    if isinstance(example, (torch.Tensor, np.ndarray)):
+        example = (example,)
+    if not isinstance(example, (tuple, list)):
+        raise InvalidInputError(
+            f"example inputs: expected a tuple of tensors, got {type(example).__name__}"
+        )
+    given = {} if keywords is None else keywords
+    if not isinstance(given, Mapping) or not all(isinstance(name, str) for name in given):
+        raise InvalidInputError(f"kwargs: expected a dict by name, got {keywords!r}")
+    positional, named = with_tensors((tuple(example), dict(given)))
+    # An exported program takes by name what it took by name.
+    if not named or isinstance(module, torch.fx.GraphModule):
+        return positional, named
+    try:
+        bound = inspect.signature(module.forward).bind(*positional, **named)
+    except (TypeError, ValueError):
+        return positional, named  # torch.export says what does not fit.
+    return bound.args, bound.kwargs
+
+
+def check_example(arguments: Any, dynamic: bool = False) -> list[torch.Tensor]:
     """The tensors of an example's arguments. dynamic: the batch varies, and may be none.
 
-    Raises: InvalidInputError where one is no tensor of floats with elements.
+    Raises: InvalidInputError where one is no tensor of floats with elements, and no constant.
     """
     leaves = pytree.tree_leaves(arguments)
-    if not leaves:
-        raise InvalidInputError("example inputs: expected a tuple of tensors, got nothing")
+    tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
     for at, leaf in enumerate(leaves):
+        if isinstance(leaf, CONSTANTS):
+            continue
         if not isinstance(leaf, torch.Tensor):
             raise InvalidInputError(
-                f"example input {at}: expected a tensor, got {type(leaf).__name__}"
+                f"example input {at}: expected a tensor or a constant (bool, int, float, str, "
+                f"None), got {type(leaf).__name__}"
             )
         if leaf.dtype not in FLOAT_DTYPES:
+            both = "convert both, model.float() and x.float()"
+            hint = both if leaf.dtype is torch.float64 else "convert it outside, x.float()"
             raise InvalidInputError(
-                f"example input {at}: expected float32, float16 or bfloat16, got {leaf.dtype}"
+                f"example input {at}: expected float32, float16 or bfloat16, got {leaf.dtype}; "
+                f"{hint}"
             )
         samples = leaf.shape[1:] if dynamic else leaf.shape
         if 0 in samples:
@@ -36,14 +93,16 @@ def check_example(arguments: tuple[Any, ...], dynamic: bool = False) -> list[tor
                 f"example input {at}: expected at least one element, got shape {tuple(leaf.shape)}"
                 "; for empty batches pass dynamic_batch=(0, highest)"
             )
-    return leaves
+    if not tensors:
+        raise InvalidInputError("example inputs: expected a tuple of tensors, got nothing")
+    return tensors
 
 
 def has_no_samples(arguments: Any) -> bool:
     """Whether each tensor of an example is an empty batch."""
     leaves = pytree.tree_leaves(arguments)
     shapes = [leaf.shape for leaf in leaves if isinstance(leaf, torch.Tensor)]
-    return bool(shapes) and len(shapes) == len(leaves) and all(s[:1] == (0,) for s in shapes)
+    return bool(shapes) and all(shape[:1] == (0,) for shape in shapes)
 
 
 def bounds_of(bounds: Any) -> tuple[int, int]:
@@ -105,4 +164,7 @@ def two_samples(x: torch.Tensor, place: torch.device) -> torch.Tensor:
 def check_module(module: Any) -> None:
     """Raises: InvalidInputError."""
     if not isinstance(module, torch.nn.Module):
-        raise InvalidInputError(f"model: expected a torch.nn.Module, got {type(module).__name__}")
+        raise InvalidInputError(
+            "model: expected a torch.nn.Module or a torch.export.ExportedProgram, got "
+            f"{type(module).__name__}"
+        )

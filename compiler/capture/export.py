@@ -29,7 +29,10 @@ STATISTICS = "_native_batch_norm_legit_functional"
 
 
 def export(
-    module: torch.nn.Module, arguments: tuple[Any, ...], highest: int | None
+    module: torch.nn.Module,
+    arguments: tuple[Any, ...],
+    keywords: dict[str, Any],
+    highest: int | None,
 ) -> tuple[Any, list[Decision]]:
     """The module as an exported program of functional ATen calls, and what its code decides by
     numbers that depend on the batch. highest: of a dynamic batch.
@@ -38,26 +41,33 @@ def export(
     """
     with watched() as decisions:
         try:
-            program = _program(module, arguments, highest)
+            program = _program(module, arguments, keywords, highest)
         except Exception as error:
-            raise CaptureError(_reason(module, arguments, highest, error, decisions)) from error
+            reason = _reason(module, arguments, keywords, highest, error, decisions)
+            raise CaptureError(reason) from error
     _refuse_changing(module, program)
     return program, decisions
 
 
-def _program(module: torch.nn.Module, arguments: tuple[Any, ...], highest: int | None) -> Any:
+def _program(
+    module: torch.nn.Module,
+    arguments: tuple[Any, ...],
+    keywords: dict[str, Any],
+    highest: int | None,
+) -> Any:
     # By tensor, not by argument: `forward(self, *images)` has one argument, a tuple.
     shapes: Any = ShapesCollection()  # type: ignore[no-untyped-call]
     if highest is not None:
         batch = Dim("batch", min=1, max=max(highest, 2))
-        for leaf in pytree.tree_leaves(arguments):
-            shapes[leaf] = {0: batch}
+        for leaf in pytree.tree_leaves((arguments, keywords)):
+            if isinstance(leaf, torch.Tensor):
+                shapes[leaf] = {0: batch}
     with ExitStack() as stack:
         stack.enter_context(warnings.catch_warnings())
         warnings.simplefilter("ignore")
         stack.enter_context(_quiet())
         stack.enter_context(_plain_tensors(module))
-        program = torch.export.export(module, arguments, dynamic_shapes=shapes)
+        program = torch.export.export(module, arguments, keywords, dynamic_shapes=shapes)
         decompose(program)
         return program.run_decompositions(dict(own()))
 
@@ -111,6 +121,7 @@ def _quiet() -> Iterator[None]:
 def _reason(
     module: torch.nn.Module,
     arguments: tuple[Any, ...],
+    keywords: dict[str, Any],
     highest: int | None,
     error: Exception,
     decisions: list[Decision],
@@ -135,9 +146,14 @@ def _reason(
             f"{name} cannot be compiled with a dynamic batch: its code depends on the value of the "
             f"batch{why}. Compile it for one batch (without dynamic_batch), or write it for any"
         )
+    if double := [name for name, held in module.named_parameters() if held.dtype is torch.float64]:
+        return (
+            f"{name} computes in float64 ('{double[0]}' and {len(double) - 1} more), which has no "
+            "kernels; convert it, and the example: model.float(), x.float()"
+        )
     hint = " (with a dynamic batch)" if highest is not None else ""
     return f"torch.export could not capture {name}{hint}: " + (
-        _mismatch(module, arguments) or _first_lines(error)
+        _mismatch(module, arguments, keywords) or _first_lines(error)
     )
 
 
@@ -151,22 +167,23 @@ def _scripted(module: torch.nn.Module) -> str | None:
     scripts = (
         path
         for path, child in module.named_modules()
-        if isinstance(child, torch.jit.ScriptModule)
-        and not isinstance(child, TopLevelTracedModule)
+        if isinstance(child, torch.jit.ScriptModule) and not isinstance(child, TopLevelTracedModule)
     )
     return next(scripts, None)
 
 
-def _mismatch(module: torch.nn.Module, arguments: tuple[Any, ...]) -> str | None:
+def _mismatch(
+    module: torch.nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]
+) -> str | None:
     """Why `forward` cannot be called with the example, or None."""
     try:
         signature = inspect.signature(module.forward)
-        signature.bind(*arguments)
+        signature.bind(*arguments, **keywords)
     except TypeError as error:
         return (
-            f"forward{signature} cannot be called with the example's {len(arguments)} argument(s), "
-            f"which are given by position ({error}). Wrap keyword-only arguments in a module that "
-            "takes them by position"
+            f"forward{signature} cannot be called with the example's {len(arguments)} argument(s) "
+            f"and keywords ({', '.join(keywords) or 'none'}): {error}. Keywords are passed as "
+            "kwargs={...}"
         )
     except ValueError:
         return None

@@ -3,10 +3,12 @@ every call. Nothing here knows of kernels, so that saved executables are called 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
+import numpy as np
 import torch
 from torch.utils import _pytree as pytree
 
@@ -14,10 +16,57 @@ from ...errors import InvalidInputError
 from ...kernels.contract.spec import TensorSpec
 from .memory import BufferSlice
 
+CONSTANTS = (bool, int, float, str, type(None))
+"""What may stand among the arguments beside tensors: part of the compiled code."""
+
+
+class Constant:
+    """A constant among the arguments, as a container without tensors: structures that differ in a
+    constant differ."""
+
+    def __init__(self, value: Any) -> None:
+        self.value = value
+
+    def __repr__(self) -> str:
+        return repr(self.value)
+
+    def __eq__(self, other: object) -> bool:
+        # By their text: 1 is not True, 0.0 is not -0.0, and nan is nan.
+        return isinstance(other, Constant) and repr(self) == repr(other)
+
+    def __hash__(self) -> int:
+        return hash(repr(self))
+
+
+pytree.register_pytree_node(Constant, lambda constant: ([], constant), lambda _, constant: constant)
+
+
+def with_constants(arguments: Any) -> Any:
+    """The arguments with `Constant`s as constants."""
+    return pytree.tree_map(
+        lambda leaf: Constant(leaf) if isinstance(leaf, CONSTANTS) else leaf, arguments
+    )
+
+
+def with_tensors(arguments: Any) -> Any:
+    """The arguments with tensors instead of NumPy's arrays; they share memory where they can."""
+    return pytree.tree_map(_tensor, arguments)
+
+
+def _tensor(leaf: Any) -> Any:
+    if not isinstance(leaf, np.ndarray):
+        return leaf
+    try:
+        return torch.from_numpy(np.require(leaf, requirements=("C", "W")))
+    except TypeError as error:
+        raise InvalidInputError(
+            f"inputs: expected an array of numbers, got NumPy's {leaf.dtype}"
+        ) from error
+
 
 @dataclass(frozen=True)
 class Structure:
-    """How the module's arguments and result are nested.
+    """How the module's arguments (positional ones, keywords) and its result are nested.
 
     results: for each leaf of the result, the index of a graph output or a literal.
     """
@@ -44,19 +93,71 @@ class Interface:
     structure: Structure
     batch: tuple[int, int] | None = None
 
-    def flatten(self, inputs: Sequence[Any]) -> list[torch.Tensor]:
+    def flatten(
+        self, inputs: Sequence[Any], keywords: Mapping[str, Any] | None = None
+    ) -> list[torch.Tensor]:
         """The tensors of a call's arguments.
 
-        Raises: InvalidInputError where they are not structured as the example was.
+        Raises: InvalidInputError where they are not structured as the example was, or a constant
+        among them is another.
         """
-        leaves, spec = pytree.tree_flatten((tuple(inputs), {}))
+        arguments: Any = (tuple(inputs), {})
+        if keywords:
+            arguments = self._placed(inputs, keywords)
+        if self._has_constants:
+            arguments = with_constants(arguments)
+        leaves, spec = pytree.tree_flatten(arguments)
         if spec != self.structure.arguments:
-            expected = [f"{port.name} {port.spec}" for port in self.inputs]
-            raise InvalidInputError(
-                f"inputs: expected {len(expected)} tensor(s) structured as the example "
-                f"({', '.join(expected)}), got {len(leaves)}"
-            )
+            self._refuse(arguments)
+        if any(isinstance(leaf, np.ndarray) for leaf in leaves):
+            leaves = with_tensors(leaves)
         return leaves
+
+    @cached_property
+    def _example(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The arguments of the example, with the names of inputs in the place of tensors."""
+        names = [port.name for port in self.inputs]
+        example: tuple[tuple[Any, ...], dict[str, Any]] = pytree.tree_unflatten(
+            names, self.structure.arguments
+        )
+        return example
+
+    @cached_property
+    def _has_constants(self) -> bool:
+        return any(isinstance(leaf, Constant) for leaf in _leaves(self._example))
+
+    def _placed(self, inputs: Sequence[Any], keywords: Mapping[str, Any]) -> Any:
+        """The arguments of a call as those of the example stand: what was given by position there
+        may be given by name, if it is a tensor."""
+        given, rest = list(inputs), dict(keywords)
+        positional, named = self._example
+        for name in positional[len(given) :]:
+            if not isinstance(name, str) or name not in rest:
+                break
+            given.append(rest.pop(name))
+        ordered = {name: rest.pop(name) for name in named if name in rest}
+        return tuple(given), {**ordered, **rest}
+
+    def _refuse(self, arguments: Any) -> None:
+        """Raises: InvalidInputError for arguments whose structure is not the example's."""
+        expected, got = _leaves(self._example), _leaves(arguments)
+        same = _form(self._example) == _form(arguments)
+        for one, other in zip(expected, got, strict=True) if same else ():
+            if isinstance(one, Constant) and one != other:
+                found = other if isinstance(other, Constant) else type(other).__name__
+                raise InvalidInputError(
+                    f"inputs: expected the constant {one} of the example, got {found}; it is part "
+                    "of the compiled code: compile again for another"
+                )
+        specs = [f"{port.name} {port.spec}" for port in self.inputs]
+        constants = [f"constant {leaf}" for leaf in expected if isinstance(leaf, Constant)]
+        names = f" and keywords {', '.join(self._example[1])}" if self._example[1] else ""
+        count = sum(not isinstance(leaf, Constant) for leaf in got)
+        raise InvalidInputError(
+            f"inputs: expected {len(specs)} tensor(s) structured as the example "
+            f"({', '.join(specs + constants)}{names}), got {count}"
+            + (f" and keywords {', '.join(arguments[1])}" if arguments[1] else "")
+        )
 
     def check(
         self, tensors: Sequence[torch.Tensor], device: torch.device, at_least: int = 0
@@ -79,10 +180,23 @@ class Interface:
     def unflatten(self, outputs: Sequence[torch.Tensor]) -> Any:
         """The outputs in the module's own structure."""
         leaves = [
-            outputs[value] if kind == "tensor" else value
-            for kind, value in self.structure.results
+            outputs[value] if kind == "tensor" else value for kind, value in self.structure.results
         ]
         return pytree.tree_unflatten(leaves, self.structure.result)
+
+
+def _is_constant(leaf: Any) -> bool:
+    return isinstance(leaf, Constant)
+
+
+def _leaves(arguments: Any) -> list[Any]:
+    """Tensors and constants."""
+    return pytree.tree_leaves(arguments, is_leaf=_is_constant)
+
+
+def _form(arguments: Any) -> pytree.TreeSpec:
+    """The structure, whatever the constants."""
+    return pytree.tree_structure(arguments, is_leaf=_is_constant)
 
 
 def _check_input(
@@ -113,8 +227,6 @@ def _check_input(
     if tuple(tensor.shape) != expected:
         raise InvalidInputError(f"input {port.name}: expected shape {expected}, got {got}")
     return batch
-
-
 
 
 def empty_outputs(ports: Sequence[Port], device: torch.device) -> list[torch.Tensor]:

@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import IO, Any
 
 import torch
 
-from ...errors import ArtifactError, InvalidInputError, KernelError, near_names
+from ...errors import InvalidInputError, KernelError, near_names
 from ...kernels.contract.epilogue import FunctionName, GeneratedFunction, flat, named
 from ...kernels.contract.op import Launch
 from ...kernels.contract.targets import Target
 from ...kernels.devices import offline
 from ..evaluation.evaluate import evaluate, relative_error
 from ..explain.report import Report, summary_line
-from ..graph.interface import Interface, empty_outputs
+from ..graph.interface import Interface, Port, empty_outputs
 from ..graph.ir import Graph, Value
 from ..plan.plan import KernelStep, Plan, Step
 from .runtime import CudaRunner, Observer, Runner, StepRunner, compile_requests
@@ -93,13 +94,15 @@ class Executable:
         self._runner, self._saver = runner, saver
         self._interface = Interface(plan.inputs, plan.structure, plan.batch)
 
-    def __call__(self, *inputs: Any) -> Any:
+    def __call__(self, *inputs: Any, **keywords: Any) -> Any:
         """The module's outputs, in the module's own structure.
 
-        Raises: InvalidInputError for the wrong number, structure, rank, shape, dtype or device;
-        TargetUnavailableError where the target is not this machine.
+        NumPy's arrays are taken for tensors; constants must be those of the example.
+
+        Raises: InvalidInputError for the wrong number, structure, rank, shape, dtype or device, or
+        another constant; TargetUnavailableError where the target is not this machine.
         """
-        tensors = self._interface.flatten(inputs)
+        tensors = self._interface.flatten(inputs, keywords)
         batch = self._interface.check(tensors, self.place)
         if batch == 0:
             return self._interface.unflatten(empty_outputs(self.plan.outputs, self.place))
@@ -114,12 +117,26 @@ class Executable:
     def __deepcopy__(self, memo: dict[int, Any]) -> Executable:
         return self.__copy__()
 
-    def __reduce__(self) -> NoReturn:
-        raise ArtifactError(
-            f"the executable of {self.graph.name} cannot be pickled, or sent to another process: "
-            "it holds kernels and buffers of this one. Save it, exe.save('net.loom'), and call "
-            "convloom.load('net.loom') there; what that returns can be pickled"
+    def __repr__(self) -> str:
+        inputs, outputs = (
+            ", ".join(f"{port.name} {port.spec}" for port in ports)
+            for ports in (self.inputs, self.outputs)
         )
+        count = len(self.plan.kernels)
+        return (
+            f"<Executable of {self.graph.name} for {self.target.name}: {count} kernel(s), "
+            f"({inputs}) -> ({outputs})>"
+        )
+
+    @property
+    def inputs(self) -> tuple[Port, ...]:
+        """Name and spec of each tensor that a call takes, in order."""
+        return self.plan.inputs
+
+    @property
+    def outputs(self) -> tuple[Port, ...]:
+        """Name and spec of each tensor that a call returns, in order."""
+        return self.plan.outputs
 
     @property
     def target(self) -> Target:
@@ -131,16 +148,27 @@ class Executable:
         runner = self._runner
         return runner.device if isinstance(runner, CudaRunner) else torch.device("cpu")
 
-    def save(self, path: str | Path, *others: Executable, model: str = "") -> None:
+    def save(self, path: str | Path | IO[bytes], *others: Executable, model: str = "") -> None:
         """Writes a file that `convloom.load` reads, whole or not at all (`artifact/`).
 
-        others: the same module compiled for other targets or ranges of batches, for the same file.
+        path: a name, or a file that is open for writing bytes. others: the same module compiled for
+        other targets or ranges of batches, for the same file.
         model: what it is of, in words; by default the class of the module.
 
         Raises: ArtifactError where something cannot be in a file: torch fallbacks, outputs in
         containers other than tuple, list and dict, executables that do not belong together.
         """
-        self._saver(path, (self, *others), model)
+        if isinstance(path, str | Path):
+            self._saver(path, (self, *others), model)
+        else:
+            path.write(self.to_bytes(*others, model=model))
+
+    def to_bytes(self, *others: Executable, model: str = "") -> bytes:
+        """What `save` would write, which `convloom.load(io.BytesIO(...))` reads."""
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / f"{self.graph.name}.loom"
+            self._saver(path, (self, *others), model)
+            return path.read_bytes()
 
     # Inspection.
 
@@ -189,13 +217,13 @@ class Executable:
         """The ledger as text, under the summary; with measured times after `profile`."""
         return self.ledger.explain(self.graph.name, self.target.name, self.summary)
 
-    def profile(self, *inputs: Any) -> list[tuple[str, float]]:
+    def profile(self, *inputs: Any, **keywords: Any) -> list[tuple[str, float]]:
         """(step, microseconds) in order; each step is run by itself once. The ledger keeps them.
 
         On a GPU by CUDA events outside the CUDA graph; in the interpreter and the emulator by the
         wall clock, where it says what these cost and nothing about a GPU.
         """
-        tensors = self._interface.flatten(inputs)
+        tensors = self._interface.flatten(inputs, keywords)
         batch = self._interface.check(tensors, self.place, at_least=1)
         times = self._time_steps(tensors, batch)
         summed: dict[str, float] = {}

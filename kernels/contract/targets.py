@@ -57,6 +57,11 @@ def parse(name: str) -> Target:
     for target in (REFERENCE, INTERPRETER, *GPU_TARGETS):
         if target.name == wanted:
             return target
+    if name == "cpu":
+        raise TargetUnavailableError(
+            "target 'cpu': use 'interpreter', which runs the kernels on the CPU (slowly), or "
+            "'reference', which runs the fused graph by torch ops"
+        )
     if name != "cuda":
         raise TargetUnavailableError(f"unknown target {name!r}; {near_names(str(name), NAMES)}")
     capability = local_capability()
