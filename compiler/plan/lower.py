@@ -30,7 +30,7 @@ from ..graph.ir import CONSTANT, INPUT, OUTPUT, TORCH, Graph, Node, Value
 from ..graph.ledger import Ledger
 from ..graph.memory import ALIGNMENT, Buffer, BufferSlice
 from ..graph.torch_call import TorchCall
-from ..graph.verify import verify
+from ..graph.verify import verify, verify_layouts
 from ..records.choose import Chooser, heuristic
 from . import branches
 from .arena import place
@@ -85,6 +85,7 @@ def lower(graph: Graph, captured: Graph, options: Options, ledger: Ledger) -> Pl
     for a graph that breaks a law, whose kernels would read memory that is not theirs.
     """
     verify(graph)
+    verify_layouts(graph)
     state = _Lowering(graph, options, ledger)
     inputs = tuple(
         Port(node.name, node.spec, _own_buffer(state, Value(node.name), f"input{at}", "input"))
