@@ -35,7 +35,7 @@ from ..plan.lower import Options, lower
 from ..plan.plan import Plan
 from ..records.choose import Choice, heuristic
 from .check import LARGEST_EXTENT, spec_problem
-from .program import Program
+from .program import Literal, Nest, Program, nest_of
 from .tensors import Pool, Stored, logical
 
 WORDS = (
@@ -43,7 +43,7 @@ WORDS = (
     "nearest-exact", "linear", "corners", "cubic", "antialiased-linear", "antialiased-cubic",
 )
 """Every text that an attribute may be: kernels and references choose by them."""
-MOST_NODES = 100_000
+MOST_NODES = 20_000
 
 
 @dataclass(frozen=True)
@@ -64,9 +64,16 @@ class NodeRecord:
 
 @dataclass(frozen=True)
 class GraphRecord:
-    """A graph; nodes in the order of their insertion."""
+    """A graph; nodes in the order of their insertion. batch, arguments, result, results, summary:
+    what the programs that are made of it have under these names; of the counts, those of the graph
+    as it was captured."""
 
     name: str
+    batch: tuple[int, int] | None
+    arguments: Nest
+    result: Nest
+    results: tuple[tuple[str, Literal], ...]
+    summary: tuple[tuple[str, int], ...]
     dtype: torch.dtype | None
     force: tuple[str, ...]
     forbid: tuple[str, ...]
@@ -77,8 +84,12 @@ class GraphRecord:
 # Writing.
 
 
-def record_of(graph: Graph, pool: Pool) -> GraphRecord:
-    """The graph as data; its tensors go to the pool.
+CAPTURED = "activation_bytes", "convs"
+"""Counts of the graph as it was captured, which its plan cannot be asked for."""
+
+
+def record_of(graph: Graph, plan: Plan, pool: Pool) -> GraphRecord:
+    """The graph behind a plan as data; its tensors go to the pool.
 
     Raises: ArtifactError for calls of torch ops.
     """
@@ -98,7 +109,19 @@ def record_of(graph: Graph, pool: Pool) -> GraphRecord:
         if node.op == CONSTANT
     )
     records = tuple(_node_record(graph, node) for node in nodes)
-    return GraphRecord(graph.name, goal.dtype, goal.force, goal.forbid, records, constants)
+    return GraphRecord(
+        name=graph.name,
+        batch=plan.batch,
+        arguments=nest_of(plan.structure.arguments),
+        result=nest_of(plan.structure.result),
+        results=plan.structure.results,
+        summary=tuple((name, plan.summary()[name]) for name in CAPTURED),
+        dtype=goal.dtype,
+        force=goal.force,
+        forbid=goal.forbid,
+        nodes=records,
+        constants=constants,
+    )
 
 
 def _node_record(graph: Graph, node: Node) -> NodeRecord:
@@ -169,8 +192,6 @@ class _GraphReader(Reader):
         if isinstance(value, int) and not -LARGEST_EXTENT < value < LARGEST_EXTENT:
             self.refuse(where, f"a number below {LARGEST_EXTENT}", value)
         if isinstance(value, tuple):
-            if len(value) > 1 << 16:
-                self.refuse(where, "at most 65536 values", f"{len(value)} values")
             for item in value:
                 self._check_plain(item, where)
 
@@ -186,18 +207,35 @@ class _GraphReader(Reader):
 
 
 def read_graph(
-    data: Any, tensors: Mapping[str, torch.Tensor], target: Target, source: Path | str
+    data: Any,
+    program: Program,
+    tensors: Mapping[str, torch.Tensor],
+    target: Target,
+    source: Path | str,
 ) -> Graph:
-    """The graph of one entry of graph.json, verified, to be lowered for `target`.
+    """The graph of one entry of graph.json, which `program` was made of, verified, to be lowered
+    for `target`.
 
     Raises: ArtifactError.
     """
     where = f"graph.json of '{source}'"
     with _damaged(where):
         record: GraphRecord = _GraphReader(where).read(GraphRecord, data, "graph")
+        for name in ("batch", "arguments", "result", "results"):
+            _check_same(name, getattr(program, name), getattr(record, name), where)
+        counts = dict(program.summary)
+        _check_same("summary", [(c, counts.get(c)) for c in CAPTURED], [*record.summary], where)
         graph = _build(record, tensors, target, where)
         verify(graph)
     return graph
+
+
+def _check_same(name: str, planned: Any, graphs: Any, where: str) -> None:
+    if planned != graphs:
+        raise ArtifactError(
+            f"{where} is not that of its plan: {name}: expected {str(graphs)[:80]}, the plan says "
+            f"{str(planned)[:80]}"
+        )
 
 
 @contextmanager
@@ -272,7 +310,7 @@ def lower_again(graph: Graph, program: Program, target: Target, source: Path | s
     )
     ports = (plan.inputs, plan.outputs), (program.inputs, program.outputs)
     for planned, stored in zip(*ports, strict=True):
-        if [port.spec for port in planned] != [port.spec for port in stored]:
+        if [(p.name, p.spec) for p in planned] != [(p.name, p.spec) for p in stored]:
             raise ArtifactError(f"'{source}' is damaged: its graph is not that of its plan")
     return plan
 

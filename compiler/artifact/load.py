@@ -89,7 +89,8 @@ def _planned(artifact: Artifact, program: Program, target: Target, device: str) 
     from .graphs import lower_again, read_graph
     from .write import save
 
-    graph = read_graph(artifact.graphs[program.graph], artifact.tensors, target, artifact.path)
+    data = artifact.graphs[program.graph]
+    graph = read_graph(data, program, artifact.tensors, target, artifact.path)
     plan = lower_again(graph, program, target, artifact.path)
     ledger = ledger_of(artifact, program)
     return Executable(graph, plan, ledger, runner_for(graph, plan, target, device), save)
