@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import logging
-import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -18,6 +17,7 @@ from ..errors import InvalidInputError
 from ..kernels.contract import targets
 from ..kernels.contract.spec import FLOAT_DTYPES
 from ..kernels.contract.targets import REFERENCE, Target
+from ..kernels.devices.language import forkable_lock
 from .artifact.write import save
 from .capture.capture import capture
 from .capture.example_inputs import bounds_of, has_no_samples
@@ -40,7 +40,7 @@ LOG = logging.getLogger("convloom")
 PRECISIONS = ("ieee", "tf32")
 TUNINGS = ("heuristic", "records", "search")
 FALLBACKS = ("error", "torch")
-CAPTURING = threading.Lock()
+CAPTURING = forkable_lock()
 """torch.export keeps state for the whole process; all else about a compilation is its own."""
 
 

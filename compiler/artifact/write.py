@@ -17,6 +17,7 @@ from ...kernels.devices import execute, offline
 from ...kernels.devices.kernel_hash import TRITON_VERSION
 from ...settings import VERSION
 from ..graph.ir import Graph
+from ..graph.memory import on_cpu
 from ..graph.typed import dump, plain
 from ..plan.plan import KernelStep, Plan
 from ..run.runtime import compile_requests, dtype_of
@@ -70,6 +71,7 @@ class Writing:
         }
 
 
+@on_cpu
 def save(path: str | Path, executables: Sequence[Executable], model: str = "") -> None:
     """Writes executables of one module, for different targets or ranges of batches, as one file.
 

@@ -26,6 +26,9 @@ def check_example(arguments: tuple[Any, ...], dynamic: bool = False) -> list[tor
             raise InvalidInputError(
                 f"example input {at}: expected a tensor, got {type(leaf).__name__}"
             )
+        if leaf.layout is not torch.strided or leaf.is_nested:
+            kind = "a nested one" if leaf.is_nested else str(leaf.layout)
+            raise InvalidInputError(f"example input {at}: expected a dense tensor, got {kind}")
         if leaf.dtype not in FLOAT_DTYPES:
             raise InvalidInputError(
                 f"example input {at}: expected float32, float16 or bfloat16, got {leaf.dtype}"
@@ -42,7 +45,8 @@ def check_example(arguments: tuple[Any, ...], dynamic: bool = False) -> list[tor
 def has_no_samples(arguments: Any) -> bool:
     """Whether each tensor of an example is an empty batch."""
     leaves = pytree.tree_leaves(arguments)
-    shapes = [leaf.shape for leaf in leaves if isinstance(leaf, torch.Tensor)]
+    tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
+    shapes = [tensor.shape for tensor in tensors if not tensor.is_nested]
     return bool(shapes) and len(shapes) == len(leaves) and all(s[:1] == (0,) for s in shapes)
 
 

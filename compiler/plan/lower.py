@@ -28,7 +28,7 @@ from ..fusion.overrides import CONCAT_LABEL, CONCAT_RULE
 from ..graph.interface import Port
 from ..graph.ir import CONSTANT, INPUT, OUTPUT, TORCH, Graph, Node, Value
 from ..graph.ledger import Ledger
-from ..graph.memory import ALIGNMENT, Buffer, BufferSlice
+from ..graph.memory import ALIGNMENT, Buffer, BufferSlice, on_cpu
 from ..graph.torch_call import TorchCall
 from ..graph.verify import verify, verify_layouts
 from ..records.choose import Chooser, heuristic
@@ -76,6 +76,7 @@ class _Lowering:
         return BRANCHES in self.options.launch and self.options.target.is_gpu
 
 
+@on_cpu
 def lower(graph: Graph, captured: Graph, options: Options, ledger: Ledger) -> Plan:
     """The plan of an optimised graph.
 
