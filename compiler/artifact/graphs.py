@@ -64,12 +64,14 @@ class NodeRecord:
 
 @dataclass(frozen=True)
 class GraphRecord:
-    """A graph; nodes in the order of their insertion. batch, arguments, result, results, summary:
-    what the programs that are made of it have under these names; of the counts, those of the graph
-    as it was captured."""
+    """A graph; nodes in the order of their insertion. From `batch` to `results`: what the programs
+    that are made of it have under these names; summary: of their counts, those of the graph as it
+    was captured."""
 
     name: str
     batch: tuple[int, int] | None
+    precision: str
+    in_place: bool
     arguments: Nest
     result: Nest
     results: tuple[tuple[str, Literal], ...]
@@ -112,6 +114,8 @@ def record_of(graph: Graph, plan: Plan, pool: Pool) -> GraphRecord:
     return GraphRecord(
         name=graph.name,
         batch=plan.batch,
+        precision=plan.precision,
+        in_place=plan.in_place,
         arguments=nest_of(plan.structure.arguments),
         result=nest_of(plan.structure.result),
         results=plan.structure.results,
@@ -221,7 +225,7 @@ def read_graph(
     where = f"graph.json of '{source}'"
     with _damaged(where):
         record: GraphRecord = _GraphReader(where).read(GraphRecord, data, "graph")
-        for name in ("batch", "arguments", "result", "results"):
+        for name in ("batch", "precision", "in_place", "arguments", "result", "results"):
             _check_same(name, getattr(program, name), getattr(record, name), where)
         counts = dict(program.summary)
         _check_same("summary", [(c, counts.get(c)) for c in CAPTURED], [*record.summary], where)
