@@ -20,7 +20,7 @@ from convloom.compiler.artifact.read import open_artifact
 from convloom.compiler.graph.typed import dump
 from torch import nn
 
-from .artifact_files import members_of, refused, save_small, write
+from .artifact_files import members_of, refused, rewrite, save_small, write
 from .nets import make
 
 pytestmark = pytest.mark.interpreter
@@ -217,6 +217,15 @@ def test_programs_in_another_order_are_found(two: Members, mutant: Path) -> None
     assert "'plan.json' is not what its graphs give" in told
 
 
+def test_geometry_that_torch_would_trip_over_is_refused(two: Members, mutant: Path) -> None:
+    changed = two["graph.json"].replace(b'"dilation":[1,1]', b'"dilation":[0,1]')
+    data = json.loads(changed)
+    assert changed != two["graph.json"]
+    rewrite(mutant, two, "graph.json", data)
+    with pytest.raises(convloom.ArtifactError, match=r"dilation expected numbers of 1 or more"):
+        convloom.load(mutant, "reference")
+
+
 def test_a_graph_that_nobody_uses_is_found(two: Members, mutant: Path) -> None:
     graphs, plan = json.loads(two["graph.json"])["graphs"], json.loads(two["plan.json"])
     more = copy.deepcopy(graphs[0])
@@ -225,3 +234,12 @@ def test_a_graph_that_nobody_uses_is_found(two: Members, mutant: Path) -> None:
     plan["graphs"].append(digest([dump(more)]))
     changed = {**two, "graph.json": dump({"graphs": graphs}), "plan.json": dump(plan)}
     assert "'graph.json' is not what" in differences(mutant, changed)[0]
+
+
+def test_a_tile_that_no_memory_holds_is_refused(two: Members, mutant: Path) -> None:
+    plan = json.loads(two["plan.json"])
+    (program,) = (each for each in plan["programs"] if each["target"] == "interpreter")
+    program["steps"][0]["tile"]["blocks"][0][1] = 2**40
+    write(mutant, {**two, "plan.json": dump(plan)})
+    with pytest.raises(convloom.ArtifactError, match=r"step \w+: BLOCK_\w+ is 1,099,511,627,776"):
+        convloom.load(mutant, "interpreter")

@@ -10,7 +10,7 @@ import pytest
 import torch
 from convloom.compiler.graph import text
 from convloom.compiler.graph.ir import CONSTANT, INPUT, OUTPUT, Graph, NoAttributes, Node, Value
-from convloom.compiler.graph.verify import verify, verify_layouts
+from convloom.compiler.graph.verify import verify, verify_memory
 from convloom.errors import GraphError, InvalidInputError, UnsupportedOpError
 from convloom.kernels.contract.epilogue import Stage
 from convloom.kernels.contract.spec import Layout, TensorSpec
@@ -190,12 +190,19 @@ def laid_out(graph: Graph) -> Graph:
 ])  # fmt: skip
 def test_a_layout_that_kernels_do_not_expect_is_named(name: str, message: str) -> None:
     graph = laid_out(small())
-    verify_layouts(graph)
+    verify_memory(graph)
     spec = graph.node(name).spec
     other = Layout.NHWC if spec.layout is Layout.DENSE else Layout.DENSE
     graph.update(name, outputs=(spec.with_(layout=other),))
     with pytest.raises(GraphError, match=message):
-        verify_layouts(graph)
+        verify_memory(graph)
+
+
+def test_factors_of_two_types_are_named() -> None:
+    graph = laid_out(small())
+    graph.update("w_1", outputs=(graph.node("w_1").spec.with_(dtype=torch.float16),))
+    with pytest.raises(GraphError, match=r"y: conv2d takes float16.* as input 1, expected torch.f"):
+        verify_memory(graph)
 
 
 def test_impossible_geometry_is_found_when_a_node_is_added() -> None:

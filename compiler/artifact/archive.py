@@ -19,6 +19,7 @@ import struct
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from io import BufferedReader
 from pathlib import Path
 from typing import IO
 
@@ -208,7 +209,7 @@ class Archive:
         return self._data[span.offset : span.offset + span.size]
 
 
-def _opened(path: Path) -> IO[bytes]:
+def _opened(path: Path) -> BufferedReader:
     """The file, open for reading. What is no file, a pipe that nobody writes into, is not waited
     for.
 
@@ -222,7 +223,7 @@ def _opened(path: Path) -> IO[bytes]:
         os.close(handle)
         kind = "Is a directory" if path.is_dir() else "it is no file, but a pipe or a device"
         raise ArtifactError(f"cannot read '{path}': {kind}")
-    return os.fdopen(handle, "rb")
+    return open(handle, "rb")
 
 
 def damaged(path: Path, what: str) -> ArtifactError:

@@ -43,7 +43,11 @@ WORDS = (
     "nearest-exact", "linear", "corners", "cubic", "antialiased-linear", "antialiased-cubic",
 )
 """Every text that an attribute may be: kernels and references choose by them."""
+POSITIVE = ("dilation", "groups", "image", "k", "kernel", "size", "split", "step", "stride")
+"""Attributes that are no counts of nothing, which geometry does not ask about."""
 MOST_NODES = 20_000
+LARGEST_BLOCK = 4096
+"""Of a configuration that a file names, unless the default is larger: a tile takes memory."""
 
 
 @dataclass(frozen=True)
@@ -187,7 +191,11 @@ class _GraphReader(Reader):
             self.refuse(where, f"a class of {kind.__name__}", data["is"])
         value = super().read_dataclass(named, data["has"], f"{where}.{named.__name__}")
         for item in fields(value):
-            self._check_plain(getattr(value, item.name), f"{where}.{item.name}")
+            own = getattr(value, item.name)
+            self._check_plain(own, f"{where}.{item.name}")
+            numbers = own if isinstance(own, tuple) else (own,)
+            if item.name in POSITIVE and any(type(n) is int and n < 1 for n in numbers):
+                self.refuse(f"{where}.{item.name}", "numbers of 1 or more", own)
         return value
 
     def _check_plain(self, value: Any, where: str) -> None:
@@ -330,4 +338,8 @@ class _Recorded:
         if step is None or step.op != op.name:
             return heuristic(op, problem, target)
         tile = step.tile
+        known = heuristic(op, problem, target).config
+        for name, size in tile.blocks:
+            if not 0 <= size <= max(LARGEST_BLOCK, dict(known.blocks).get(name, 0)):
+                raise ArtifactError(f"step {step.name[:80]}: {name} is {size:,}")
         return Choice(Config(tile.blocks, tile.num_warps, tile.num_stages), step.chosen_by)

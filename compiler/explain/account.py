@@ -240,8 +240,10 @@ def _misfit(account: Account) -> str | None:
     for what, name, known in named:
         if name not in known:
             return f"it names the {what} {name[:80]!r}, which it does not have"
-    timed = (t for p in account.places for t in (p.modelled, p.measured))
-    timed = chain(timed, (t for r in account.nodes for t in (r.before, r.after)))
+    timed = chain(
+        (time for place in account.places for time in (place.modelled, place.measured)),
+        (time for record in account.nodes for time in (record.before, record.after)),
+    )
     if any((time.us is None) != (time.how == NOT_MEASURED) for time in timed):
         return f"a time that is {NOT_MEASURED}, or none that is measured or modelled"
     readers: dict[str, list[str]] = {}

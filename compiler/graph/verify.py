@@ -92,9 +92,9 @@ def _agree(node: Node, inferred: tuple[TensorSpec, ...]) -> bool:
     return floats and node.definition.takes_epilogue and said == [rounded, *expected[1:]]
 
 
-def verify_layouts(graph: Graph) -> None:
-    """Raises GraphError where a kernel would take a tensor for one that lies otherwise in memory;
-    to be asked once passes have chosen layouts."""
+def verify_memory(graph: Graph) -> None:
+    """Raises GraphError where a kernel would take a tensor for one that lies otherwise in memory,
+    or multiply two types; to be asked once passes have chosen layouts and types."""
     for node in graph.nodes():
         if node.op in (INPUT, CONSTANT, OUTPUT, TORCH):
             if node.op == CONSTANT and node.spec.layout is not Layout.DENSE:
@@ -103,6 +103,13 @@ def verify_layouts(graph: Graph) -> None:
         definition = node.definition
         specs = tuple(graph.spec(value) for value in graph.own_inputs(node))
         inferred = definition.infer(node.attributes, specs)
+        # Vectors may be more exact than matrices; the stem rounds the image as its weights are.
+        kind = node.spec.dtype if node.op == "stem" else specs[0].dtype
+        for slot in {*definition.packs(node.attributes), *definition.factors}:
+            if slot < len(specs) and specs[slot].rank > 1 and specs[slot].dtype is not kind:
+                raise GraphError(
+                    f"{node.name}: {node.op} takes {specs[slot]} as input {slot}, expected {kind}"
+                )
         for value, spec in zip(graph.own_inputs(node), specs, strict=True):
             wanted = Layout.NHWC if definition.images else Layout.DENSE
             if definition.images and spec.rank != 4:

@@ -30,7 +30,7 @@ from ..graph.ir import CONSTANT, INPUT, OUTPUT, TORCH, Graph, Node, Value
 from ..graph.ledger import Ledger
 from ..graph.memory import ALIGNMENT, Buffer, BufferSlice, on_cpu
 from ..graph.torch_call import TorchCall
-from ..graph.verify import verify, verify_layouts
+from ..graph.verify import verify, verify_memory
 from ..records.choose import Chooser, heuristic
 from . import branches
 from .arena import place
@@ -86,7 +86,7 @@ def lower(graph: Graph, captured: Graph, options: Options, ledger: Ledger) -> Pl
     for a graph that breaks a law, whose kernels would read memory that is not theirs.
     """
     verify(graph)
-    verify_layouts(graph)
+    verify_memory(graph)
     state = _Lowering(graph, options, ledger)
     inputs = tuple(
         Port(node.name, node.spec, _own_buffer(state, Value(node.name), f"input{at}", "input"))

@@ -24,7 +24,8 @@ what one thread interprets must not be what another one is compiling."""
 
 
 def _open_in_child() -> None:
-    for lock in (*_LOCKS, *(() if LANGUAGE._is_owned() else (LANGUAGE,))):  # type: ignore[attr-defined]
+    language: Any = LANGUAGE
+    for lock in (*_LOCKS, *(() if language._is_owned() else (language,))):
         lock._at_fork_reinit()
 
 
