@@ -16,7 +16,7 @@ import convloom
 import torch
 from convloom.compiler.artifact import tensors
 from convloom.compiler.artifact.archive import digest
-from convloom.compiler.graph.typed import dump
+from convloom.compiler.graph.typed import DTYPES, dump
 from torch import nn
 from torch.nn import functional
 
@@ -141,7 +141,7 @@ class Mutator:
     def __iter__(self) -> Iterator[Mutant]:
         kinds = (
             self._number, self._alike, self._alike, self._order, self._text, self._flag,
-            self._left_out, self._weights, self._kernel, self._exchange,
+            self._left_out, self._weights, self._kernel, self._exchange, self._spec, self._source,
         )  # fmt: skip
         while True:
             mutant = self.draw.choice(kinds)()
@@ -236,6 +236,33 @@ class Mutator:
         _at(data, place[:-1])[place[-1]] = _at(self.parsed[name], other)
         _at(data, other[:-1])[other[-1]] = value
         return self._with(name, data, f"{name} {place} and {other} exchanged")
+
+    def _node(self, data: Any) -> Any:
+        """Any node of a graph that reads something."""
+        graph = self.draw.choice(data["graphs"])
+        return graph, self.draw.choice([node for node in graph["nodes"] if node["inputs"]])
+
+    def _spec(self) -> Mutant:
+        """The dtype or the layout of a node or constant."""
+        data = copy.deepcopy(self.parsed["graph.json"])
+        graph = self.draw.choice(data["graphs"])
+        node = self.draw.choice([node for node in graph["nodes"] if node["outputs"]])
+        spec = self.draw.choice(node["outputs"])
+        field = self.draw.choice(("dtype", "layout"))
+        layouts = ("dense", "nhwc")
+        spec[field] = self.draw.choice(tuple(DTYPES) if field == "dtype" else layouts)
+        return self._with("graph.json", data, f"{node['name']}: {field} {spec[field]}")
+
+    def _source(self) -> Mutant:
+        """Another value that a node reads, of the same shape where there is one."""
+        data = copy.deepcopy(self.parsed["graph.json"])
+        graph, node = self._node(data)
+        shapes = {each["name"]: each["outputs"][0]["shape"] for each in graph["nodes"]
+                  if each["outputs"]}  # fmt: skip
+        slot = self.draw.choice(node["inputs"])
+        same = [name for name, shape in shapes.items() if shape == shapes[slot[0]]]
+        slot[0] = self.draw.choice(same if self.draw.random() < 0.8 else sorted(shapes))
+        return self._with("graph.json", data, f"{node['name']} reads {slot[0]}")
 
     def _weights(self) -> Mutant | None:
         """Numbers of a tensor, under its old name or, wherever it is named, under its new one."""

@@ -27,7 +27,7 @@ from .nets import Made, tensors_of
 from .semantic_mutants import NETWORKS, Members, Mutant, Mutator, saved, write_mutant
 
 pytestmark = pytest.mark.interpreter
-FEW, MANY = 40, 334
+FEW, MANY = 34, 334
 """Of each of six networks; many are 2,004."""
 LONGEST_S = 5.0
 MEMORY, SLACK = 1.5, 32 << 20
