@@ -243,3 +243,15 @@ def test_a_tile_that_no_memory_holds_is_refused(two: Members, mutant: Path) -> N
     write(mutant, {**two, "plan.json": dump(plan)})
     with pytest.raises(convloom.ArtifactError, match=r"step \w+: BLOCK_\w+ is 1,099,511,627,776"):
         convloom.load(mutant, "interpreter")
+
+
+def test_constants_that_are_more_exact_than_kernels_are_refused(
+    two: Members, mutant: Path
+) -> None:
+    data = json.loads(two["graph.json"])
+    for graph in data["graphs"]:
+        spec = next(n["outputs"][0] for n in graph["nodes"] if n["op"] == "constant")
+        spec["dtype"] = "float64"
+    rewrite(mutant, two, "graph.json", data)
+    with pytest.raises(convloom.ArtifactError, match=r"is float64\["):
+        convloom.load(mutant, "reference")

@@ -1,4 +1,5 @@
-"""The cache of compiled kernels after crashes and on full disks, and where others may write."""
+"""The cache of compiled kernels after crashes and on full disks, and it and tuning records where
+others may write."""
 
 from __future__ import annotations
 
@@ -16,10 +17,13 @@ from pathlib import Path
 import convloom
 import pytest
 import torch
-from convloom.errors import KernelError
+from convloom.compiler.records.store import Store
+from convloom.errors import ArtifactError, KernelError
 from convloom.kernels.devices import offline
 from convloom.kernels.devices.offline import CompileRequest
 from torch import nn
+
+from .test_records import conv, record_of
 
 
 @pytest.fixture(scope="module")
@@ -184,3 +188,22 @@ def test_eight_writers_killed_at_any_moment_leave_no_wrong_entry(
             writer.kill()
             writer.join()
         assert code(wanted) == held
+
+
+@pytest.mark.parametrize("what", ["folder", "architecture", "op", "file"])
+def test_a_record_that_others_may_write_is_ignored_with_a_warning(
+    tmp_path: Path, what: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A record chooses what is compiled and saved."""
+    record, folder = record_of(conv()), tmp_path / "records"
+    Store(folder).put(record)
+    path = Store(folder).path(record.key)
+    places = {"folder": folder, "architecture": path.parent.parent, "op": path.parent, "file": path}
+    assert all(place.stat().st_mode & 0o077 == 0 for place in places.values())
+    places[what].chmod(0o777)
+    with caplog.at_level(logging.WARNING, "convloom"):
+        assert Store(folder).get(record.key) is None
+    assert "is ignored" in caplog.text and "others may write it" in caplog.text
+    if what != "file":
+        with pytest.raises(ArtifactError, match="others may write it"):
+            Store(folder).put(record)

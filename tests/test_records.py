@@ -587,22 +587,3 @@ def test_listing(known: choose.Records) -> None:
     assert [each.record.key.op for each in choose.listed(known, "relu")] == ["relu"]
     with pytest.raises(InvalidInputError, match="unknown op 'conv'; did you mean"):
         choose.listed(known, "conv")
-
-
-@pytest.mark.parametrize("what", ["folder", "architecture", "op", "file"])
-def test_what_others_may_write_is_ignored_with_a_warning(
-    folder: Path, what: str, caplog: pytest.LogCaptureFixture
-) -> None:
-    """A record chooses what is compiled and saved."""
-    record = record_of(conv())
-    Store(folder).put(record)
-    path = Store(folder).path(record.key)
-    places = {"folder": folder, "architecture": path.parent.parent, "op": path.parent, "file": path}
-    assert all(place.stat().st_mode & 0o077 == 0 for place in places.values())
-    places[what].chmod(0o777)
-    with caplog.at_level(logging.WARNING, "convloom"):
-        assert Store(folder).get(record.key) is None
-    assert "is ignored" in caplog.text and "others may write it" in caplog.text
-    if what != "file":
-        with pytest.raises(ArtifactError, match="others may write it"):
-            Store(folder).put(record)

@@ -277,6 +277,8 @@ def _build(
         for spec in node.outputs:
             if problem := spec_problem(spec):
                 raise ArtifactError(f"{where} is damaged: '{node.name[:80]}' {problem}")
+            if spec.dtype is torch.float64 and spec.rank:
+                raise ArtifactError(f"{where} is damaged: '{node.name[:80]}' is {spec}")
         kept = {item.name: getattr(node, item.name) for item in fields(Node)}
         graph.insert(Node(**kept))
     for node in record.nodes:
