@@ -17,6 +17,7 @@ from pathlib import Path
 import convloom
 import pytest
 import torch
+from convloom.cli import doctor
 from convloom.compiler.records.store import Store
 from convloom.errors import ArtifactError, KernelError
 from convloom.kernels.devices import offline
@@ -114,6 +115,12 @@ def test_a_folder_that_others_may_write_is_refused(
     (cache / folder).chmod(0o777)
     with pytest.raises(KernelError, match=r"others may write it: its permissions are 777; .*chmod"):
         offline.compile_request(wanted)
+
+
+def test_doctor_says_that_others_may_write_the_cache(cache: Path) -> None:
+    cache.chmod(0o777)
+    found = doctor._cache()
+    assert found.status == doctor.BROKEN and "others may write it" in found.found
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root gives files away")
