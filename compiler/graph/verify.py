@@ -102,7 +102,13 @@ def verify_memory(graph: Graph) -> None:
             continue
         definition = node.definition
         specs = tuple(graph.spec(value) for value in graph.own_inputs(node))
-        inferred = definition.infer(node.attributes, specs)
+        # A constant is read as it lies; what its op makes of a value lies as its other inputs do.
+        laid = zip(graph.own_inputs(node), specs, strict=True)
+        inferred = definition.infer(node.attributes, tuple(
+            spec.with_(layout=node.spec.layout)
+            if graph.is_constant(value) and spec.rank == node.spec.rank else spec
+            for value, spec in laid
+        ))  # fmt: skip
         # Vectors may be more exact than matrices; the stem rounds the image as its weights are.
         kind = node.spec.dtype if node.op == "stem" else specs[0].dtype
         for slot in {*definition.packs(node.attributes), *definition.factors}:
