@@ -1,8 +1,11 @@
-"""Files that are whole or not there, whoever writes them and whenever the power fails."""
+"""Files that are whole or not there, whoever writes them and whenever the power fails; and folders
+for files that will be trusted, which nobody else may write."""
 
 from __future__ import annotations
 
+import errno
 import os
+import stat
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -11,9 +14,9 @@ from typing import IO
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[IO[bytes]]:
+def replacing(path: Path, mode: int = 0o666) -> Iterator[IO[bytes]]:
     """A new file that takes the place of `path` once it is written and on the disk; where that
-    fails, what was there stays and nothing is left behind.
+    fails, what was there stays and nothing is left behind. mode: its permissions, less the umask.
 
     Raises: OSError.
     """
@@ -22,7 +25,7 @@ def replacing(path: Path) -> Iterator[IO[bytes]]:
         with os.fdopen(handle, "wb") as file:
             yield file
             file.flush()
-            os.fchmod(handle, 0o666 & ~_umask())
+            os.fchmod(handle, mode & ~_umask())
             os.fsync(handle)
         os.replace(temporary, path)
     except BaseException:
@@ -42,3 +45,35 @@ def _umask() -> int:
     current = os.umask(0)
     os.umask(current)
     return current
+
+
+PRIVATE = 0o600
+"""Permissions of files that only this user reads and writes."""
+
+
+def private_folder(folder: Path, *below: str) -> Path:
+    """The folder `below` another, both made for this user alone where they are not there.
+
+    Raises: OSError, PermissionError too where somebody else may write there.
+    """
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    refuse_others(folder)
+    for name in below:
+        folder = folder / name
+        folder.mkdir(mode=0o700, exist_ok=True)
+        refuse_others(folder)
+    return folder
+
+
+def refuse_others(path: Path) -> None:
+    """Raises PermissionError where a user other than this one and root may write a file or folder;
+    OSError where it cannot be asked."""
+    found = path.stat()
+    mode = stat.S_IMODE(found.st_mode)
+    if found.st_uid not in (os.geteuid(), 0):
+        who = f"it belongs to user {found.st_uid}, this is {os.geteuid()}"
+    elif mode & 0o022:
+        who = f"its permissions are {mode:o}; expected 700, chmod go-w"
+    else:
+        return
+    raise PermissionError(errno.EPERM, f"others may write it: {who}", str(path))

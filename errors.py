@@ -48,3 +48,13 @@ def near_names(name: str, known: Iterable[str]) -> str:
     if close:
         return "did you mean " + ", ".join(close) + "?"
     return "known: " + ", ".join(known)
+
+
+def visible(text: str) -> str:
+    """The text with what a terminal would obey, or cannot encode, as escapes: controls, marks that
+    turn the direction of writing, lone surrogates. Names come from files and modules of anybody."""
+    if text.isprintable():
+        return text
+    return "".join(
+        c if c in "\n\t" or c.isprintable() else c.encode("unicode_escape").decode() for c in text
+    )

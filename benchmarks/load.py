@@ -2,9 +2,9 @@
 
 Everything that happens on the host is measured, in a process of its own, from the first import of
 convloom to a callable: reading and hashing the file, checking its plan, reading every weight once
-from the mapped file, handing every kernel to the driver. The driver and the copy to a GPU's memory
-are none: on a machine without a GPU they take no time and no memory, and a GPU's own part is not in
-these figures. The file is in the page cache ("warm disk"), and torch is imported before the clock
+from memory, handing every kernel to the driver. The driver and the copy to a GPU's memory are none:
+on a machine without a GPU they take no time and no memory, and a GPU's own part is not in these
+figures. The file is in the page cache ("warm disk"), and torch is imported before the clock
 starts. Results go to benchmarks/results/cpu/load.json.
 """
 

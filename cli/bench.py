@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..benchmarks.options import MODELS, add_options
+from ..errors import visible
 from . import options as shared
 from . import output
 
@@ -62,10 +63,12 @@ def _telling() -> Iterator[Callable[[str], None]]:
     """Shows on stderr what is being done."""
     notes = output.console(stderr=True)
     if not notes.is_terminal:
-        yield lambda text: notes.print(text, markup=False)
+        yield lambda text: notes.print(visible(text), markup=False)
         return
+    from rich.text import Text
+
     with notes.status("starting") as status:
-        yield status.update
+        yield lambda text: status.update(Text(visible(text)))
 
 
 def _table(rows: list[Row], details: bool) -> Table:

@@ -16,13 +16,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .. import __version__, settings
+from ..atomic import private_folder
 from . import options as shared
 from . import output
 
 if TYPE_CHECKING:
     import torch
 
-OK, MISSING, BROKEN = "ok", "missing", "broken"
+OK, MISSING, BROKEN, UNCOMPARED = "ok", "missing", "broken", "not compared"
+EXIT_UNCOMPARED = 3
 EVERYTHING = "everything but the list of models and this report"
 REQUIRED = ("torch", "triton", "numpy", "networkx", "safetensors", "rich")
 OPTIONAL = {"PIL": "reading images, the demo", "sklearn": "the demo, the digits data"}
@@ -48,8 +50,9 @@ def configure(commands: shared.SubParsers) -> None:
         commands, run, "doctor", help="check this machine",
         description="Checks Python, the libraries, the GPU, the compiler's tools and the cache, "
         "and tries a tiny model. Exits with 1 only where nothing could be compiled. With FILE it "
-        "checks a saved executable instead: every hash, every launch, and that its plan and its "
-        "machine code are what its graph gives when it is compiled again; exits with 1 otherwise.",
+        "checks a saved executable instead: every hash, every launch, and that every byte is what "
+        "its graph gives when it is compiled again; exits with 1 where something is not, with "
+        f"{EXIT_UNCOMPARED} where something cannot be compared here.",
     )
     parser.add_argument("file", metavar="FILE", nargs="?", type=Path, help="a saved executable")
 
@@ -58,15 +61,16 @@ def run(options: argparse.Namespace) -> int:
     """Prints every check."""
     if options.file is not None:
         checks = list(examine_file(options.file))
-        usable = all(check.status == OK for check in checks)
+        found = {check.status for check in checks}
+        status = 1 if BROKEN in found else EXIT_UNCOMPARED if UNCOMPARED in found else 0
     else:
         checks = list(examine())
-        usable = not any(check.disables == EVERYTHING and check.status != OK for check in checks)
+        status = int(any(c.disables == EVERYTHING and c.status != OK for c in checks))
     if options.json:
-        output.print_json({"ok": usable, "checks": [asdict(check) for check in checks]})
+        output.print_json({"ok": not status, "checks": [asdict(check) for check in checks]})
     else:
         _print(checks)
-    return 0 if usable else 1
+    return status
 
 
 def examine() -> Iterator[Check]:
@@ -106,12 +110,19 @@ def examine_file(path: Path) -> Iterator[Check]:
     kinds = {"weights": "safetensors", "machine code": "cubin", "PTX": "ptx"}
     sizes = [f"{w} {output.readable_size(artifact.size_bytes(k))}" for w, k in kinds.items()]
     yield Check("sizes", OK, ", ".join(sizes))
-    with output.working(f"making the plan of {path} again"):
+    # Not with what was compiled before: a cache says what was written there.
+    with output.working(f"making {path} again"), rederive.nothing_compiled_yet():
         differing = rederive.differences(artifact)
-    code = rederive.compares_code(artifact)
-    compared = "plan and machine code" if code else "plan (another triton made its machine code)"
-    text = "; ".join(differing) if differing else f"{compared}: what its graph gives here"
+    text = "; ".join(differing) or "plan and weights: what the graphs give here"
     yield Check("made again", BROKEN if differing else OK, text, "trust in what it computes")
+    if not rederive.compares_code(artifact):
+        text = f"made with triton {found['versions'].get('triton', 'unknown')}, this is another"
+        yield Check("machine code", UNCOMPARED, text, "trust in what its kernels do")
+    elif artifact.size_bytes("cubin"):
+        status, text = (BROKEN, "see above") if differing else (OK, "what the graphs give here")
+        yield Check("machine code", status, text, "trust in what its kernels do")
+    yield Check("on trust", OK, "the graphs with their weights and names, the ledgers, the model "
+                "and the versions named above: nothing else in the file says what they should be")
 
 
 def _python() -> Check:
@@ -184,7 +195,7 @@ def _cache() -> Check:
     disables = "compiling for GPUs; set CONVLOOM_CACHE_DIR to a folder that can be written"
     folder = settings.read().cache_dir
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        private_folder(folder)
         with tempfile.TemporaryFile(dir=folder):
             return Check("cache", OK, str(folder), disables)
     except OSError as error:
@@ -233,7 +244,7 @@ def _first_line(error: Exception) -> str:
 def _print(checks: list[Check]) -> None:
     from rich.text import Text
 
-    colors = {OK: "green", MISSING: "yellow", BROKEN: "red"}
+    colors = {OK: "green", MISSING: "yellow", BROKEN: "red", UNCOMPARED: "yellow"}
     rows = [
         (check.name, Text(check.status, colors[check.status]), check.found,
          "" if check.status == OK else check.disables)

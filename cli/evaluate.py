@@ -211,9 +211,8 @@ def evaluate(
     with output.progress(title, len(folder.files)) as update:
         for start in range(0, len(folder.files), batch):
             files = folder.files[start : start + batch]
-            crops = torch.cat(
-                [inputs.evaluation_crops(inputs.read_image(p), entry, count) for p, _ in files]
-            )
+            images = [inputs.read_image(path, entry) for path, _ in files]
+            crops = torch.cat([inputs.evaluation_crops(each, entry, count) for each in images])
             labels = torch.tensor([label for _, label in files])
             pieces = [crops[at : at + batch] for at in range(0, len(crops), batch)]
             for tally in tallies.values():

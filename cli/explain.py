@@ -59,7 +59,7 @@ def run(options: argparse.Namespace) -> int:
     elif options.dot:
         from ..compiler.graph import text
 
-        print(text.to_dot(_planned(options)[0]), end="")
+        output.show(text.to_dot(_planned(options)[0]))
     else:
         _explain(options)
     return 0
@@ -127,7 +127,7 @@ def _explain(options: argparse.Namespace) -> None:
                            "plan": plan.to_json()})
     elif not (options.html or options.svg):
         text = ledger.explain(options.name, plan.target.name, plan.summary())
-        print(text, end="")
+        output.show(text)
 
 
 def _explain_file(options: argparse.Namespace) -> None:
@@ -148,8 +148,8 @@ def _explain_file(options: argparse.Namespace) -> None:
     if options.json:
         output.print_json({**account.to_json(), "artifact": files.facts(artifact)})
     elif not (options.html or options.svg):
-        print(f"{options.name} holds {artifact.holds()}; sha256 {artifact.sha256}\n")
-        print(explain(artifact, program), end="")
+        output.show(f"{options.name} holds {artifact.holds()}; sha256 {artifact.sha256}\n\n")
+        output.show(explain(artifact, program))
 
 
 def _draw(options: argparse.Namespace, account: Account) -> None:
@@ -178,7 +178,7 @@ def _compare(options: argparse.Namespace) -> None:
     if options.json:
         output.print_json(difference.to_json())
     else:
-        print(diff.to_text(difference), end="")
+        output.show(diff.to_text(difference))
 
 
 def _side(word: str, options: argparse.Namespace) -> Account:
@@ -207,7 +207,7 @@ def read_account(path: Path) -> Account:
         data = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ArtifactError(f"cannot read '{path}': {error.strerror or error}") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ArtifactError(
             f"'{path}': expected JSON as `convloom explain NAME --json` writes it: {error}"
         ) from error
@@ -220,4 +220,4 @@ def _print_kernel(options: argparse.Namespace) -> None:
     if options.json:
         output.print_json({"kernel": kernel.name, "ops": list(kernel.ops), code: text})
     else:
-        print(text)
+        output.show(text)

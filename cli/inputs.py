@@ -27,6 +27,8 @@ HALF_RANGE_MODELS = (
 """Whose published weights (torchvision's and timm's) take pixels in [-1, 1]."""
 LARGEST_SEEN_WHOLE = 64
 """Networks for larger images than this are evaluated on a crop of a larger image."""
+MOST_PIXELS = 1 << 25
+"""Of a resized image: 400 MB as fp32 in three colours."""
 TEN_CROPS = 10
 
 
@@ -41,7 +43,7 @@ def read_input(path: Path, entry: ZooModel) -> torch.Tensor:
         raise ArtifactError(f"input '{path}': expected an image or a .npy file, got {found}")
     if path.suffix == ".npy":
         return _read_array(path, entry.input_shape)
-    return image_tensor(read_image(path), entry)
+    return image_tensor(read_image(path, entry), entry)
 
 
 def _read_array(path: Path, shape: tuple[int, int, int]) -> torch.Tensor:
@@ -49,10 +51,14 @@ def _read_array(path: Path, shape: tuple[int, int, int]) -> torch.Tensor:
     import torch
 
     try:
-        array = np.load(path, allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
+        # Mapped: a header may claim more than any memory holds, the file cannot.
+        array = np.load(path, mmap_mode="r", allow_pickle=False)
+        if not isinstance(array, np.ndarray):
+            raise ValueError("several arrays")
+    except Exception as error:  # Numpy has as many errors as headers have ways to be wrong.
         raise ArtifactError(
-            f"input '{path}': expected a .npy file of numbers, got {error or type(error).__name__}"
+            f"input '{path}': expected a .npy file of numbers, got "
+            f"{error if str(error) else type(error).__name__}"
         ) from error
     if array.ndim == 3:
         array = array[None]
@@ -70,11 +76,11 @@ def _read_array(path: Path, shape: tuple[int, int, int]) -> torch.Tensor:
     return torch.from_numpy(array.astype(np.float32))
 
 
-def read_image(path: Path) -> Image:
-    """The image, upright.
+def read_image(path: Path, entry: ZooModel) -> Image:
+    """The image, upright, of 8 bits.
 
-    Raises: ArtifactError when the file is no image that Pillow can decode, ConvloomError where
-    Pillow is missing.
+    Raises: ArtifactError when the file is no image that Pillow can decode, or would be too large
+    once it is resized for the model; ConvloomError where Pillow is missing.
     """
     try:
         from PIL import Image, ImageOps, UnidentifiedImageError
@@ -84,13 +90,49 @@ def read_image(path: Path) -> Image:
         ) from error
     try:
         with Image.open(path) as image:
-            return ImageOps.exif_transpose(image)
+            _check_size(path, image.size, entry)  # By the header: nothing is decoded yet.
+            return _in_bytes(path, ImageOps.exif_transpose(image))
+    except ArtifactError:
+        raise
     except UnidentifiedImageError as error:
         raise ArtifactError(
             f"input '{path}': expected an image or a .npy file; its content is no known image"
         ) from error
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except Exception as error:  # Each of Pillow's formats has errors of its own.
         raise ArtifactError(f"input '{path}': the image cannot be decoded: {error}") from error
+
+
+def _check_size(path: Path, size: tuple[int, int], entry: ZooModel) -> None:
+    """Refuses what resizing by the shorter side would make larger than memory."""
+    _, height, width = entry.input_shape
+    share = height / CROP_SHARE / size[1], width / CROP_SHARE / size[0]
+    pixels = size[0] * size[1] * max(*share, 1.0) ** 2
+    most = max(MOST_PIXELS, 2 * height * width)
+    if pixels > most:
+        raise ArtifactError(
+            f"input '{path}': an image of {size[0]} x {size[1]} has {pixels:,.0f} pixels once its "
+            f"shorter side is as long as {entry.name} wants it, expected at most {most:,}; crop it"
+        )
+
+
+def _in_bytes(path: Path, image: Image) -> Image:
+    """The image with values from 0 to 255, to which Pillow clips wider ones.
+
+    Raises: ArtifactError where nothing says what is white.
+    """
+    import numpy as np
+    from PIL import Image
+
+    if image.mode in ("I", "F"):
+        kind = "32-bit whole" if image.mode == "I" else "floating-point"
+        raise ArtifactError(
+            f"input '{path}': expected an image of 8 or 16 bits, got {kind} numbers (Pillow's mode "
+            f"{image.mode}), of which nothing says what is white; convert it, or pass a .npy file"
+        )
+    if not image.mode.startswith("I;16"):
+        return image
+    wide = np.asarray(image).astype(np.uint32)
+    return Image.fromarray(((wide * 255 + 32767) // 65535).astype(np.uint8))
 
 
 def image_tensor(image: Image, entry: ZooModel) -> torch.Tensor:

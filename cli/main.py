@@ -11,7 +11,7 @@ import sys
 from collections.abc import Sequence
 
 from .. import __version__, settings
-from ..errors import ConvloomError
+from ..errors import ConvloomError, visible
 from . import bench, demo, doctor, evaluate, explain, profile, run, tune, verify, zoo
 from . import compile as compile_command
 
@@ -45,7 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ConvloomError as error:
         if _wants_traceback():
             raise
-        print(f"convloom: error: {error}", file=sys.stderr)
+        print(f"convloom: error: {visible(str(error))}", file=sys.stderr)
         return EXIT_ERROR
     except KeyboardInterrupt:
         print("convloom: interrupted", file=sys.stderr)

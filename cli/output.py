@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, Literal
 
 from ..atomic import replacing
-from ..errors import ArtifactError
+from ..errors import ArtifactError, visible
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -51,7 +51,12 @@ def say(*lines: object, stderr: bool = False) -> None:
     """Prints texts as they are, and tables."""
     out = console(stderr)
     for line in lines:
-        out.print(line, markup=False)
+        out.print(visible(line) if isinstance(line, str) else line, markup=False)
+
+
+def show(text: str) -> None:
+    """Prints a text whose lines keep their length."""
+    print(visible(text), end="" if text.endswith("\n") else "\n")
 
 
 def table(
@@ -62,23 +67,27 @@ def table(
     from rich.table import Table
     from rich.text import Text
 
-    shown = Table(title=title)
+    shown = Table(title=title and Text(title))
     for heading in headings:
         side: Literal["right", "left"] = "right" if heading.startswith(">") else "left"
         shown.add_column(heading.removeprefix(">"), justify=side)
     for row in rows:
-        shown.add_row(*(cell if isinstance(cell, Text) else Text(str(cell)) for cell in row))
+        shown.add_row(
+            *(cell if isinstance(cell, Text) else Text(visible(str(cell))) for cell in row)
+        )
     return shown
 
 
 @contextmanager
 def working(what: str) -> Iterator[None]:
     """Shows on stderr that something takes its time, and afterwards how long it took."""
-    notes = console(stderr=True)
+    from rich.text import Text
+
+    notes, what = console(stderr=True), visible(what)
     started = time.perf_counter()
     if not notes.is_terminal:
         notes.print(f"{what} ...", markup=False)
-    with notes.status(what):
+    with notes.status(Text(what)):
         yield
     notes.print(f"{what}: {time.perf_counter() - started:.1f} s", markup=False)
 
@@ -94,7 +103,7 @@ def progress(what: str, total: int | None = None) -> Iterator[Callable[..., None
     notes = console(stderr=True)
     quiet = not notes.is_terminal
     with Progress(*columns, text, console=notes, disable=quiet, transient=True) as bar:
-        task = bar.add_task(what, total=total)
+        task = bar.add_task(visible(what), total=total)
         yield lambda **changes: bar.update(task, **changes)
 
 

@@ -211,7 +211,8 @@ def _images(options: argparse.Namespace, subject: Subject) -> Iterator[tuple[tor
     folder = evaluate.read_folder(options.data, subject.entry.num_classes, options.limit)
     for start in range(0, len(folder.files), subject.batch):
         files = [file for file, _ in folder.files[start : start + subject.batch]]
-        crops = [inputs.evaluation_crops(inputs.read_image(f), subject.entry, 1) for f in files]
+        images = [inputs.read_image(file, subject.entry) for file in files]
+        crops = [inputs.evaluation_crops(image, subject.entry, 1) for image in images]
         crops += crops[-1:] * (subject.batch - len(crops))
         yield (torch.cat(crops),)
 

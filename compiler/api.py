@@ -5,7 +5,6 @@ from __future__ import annotations
 import copyreg
 import gc
 import logging
-import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -20,6 +19,7 @@ from ..errors import InvalidInputError
 from ..kernels.contract import targets
 from ..kernels.contract.spec import FLOAT_DTYPES
 from ..kernels.contract.targets import REFERENCE, Target
+from ..kernels.devices.language import forkable_lock
 from .artifact.load import pickled
 from .artifact.write import save
 from .capture.capture import capture
@@ -44,7 +44,7 @@ PRECISIONS = ("ieee", "tf32")
 TUNINGS = ("heuristic", "records", "search")
 FALLBACKS = ("error", "torch")
 copyreg.pickle(Executable, pickled)
-CAPTURING = threading.Lock()
+CAPTURING = forkable_lock()
 """torch.export keeps state for the whole process; all else about a compilation is its own."""
 
 

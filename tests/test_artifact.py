@@ -139,7 +139,9 @@ def test_the_graph_comes_back_as_it_was(tmp_path: Path) -> None:
     artifact = open_artifact(tmp_path / "net.loom")
     program = artifact.programs[0]
     target = targets.parse("cuda:sm_90")
-    graph = read_graph(artifact.graphs[0], artifact.tensors, target, "net.loom")
+    graph = read_graph(
+        artifact.graphs[0], artifact.programs[0], artifact.tensors, target, "net.loom"
+    )
     assert graph.goal == exe.graph.goal
     kept = [name for name in exe.graph.net if name in graph]
     assert [graph.node(name) for name in graph.net] == [exe.graph.node(name) for name in kept]

@@ -13,9 +13,7 @@ import pytest
 import torch
 from convloom import zoo
 from convloom.cli import main as cli
-from convloom.compiler.artifact import archive, rederive
 from convloom.compiler.artifact.read import open_artifact
-from convloom.compiler.graph.typed import dump
 
 pytestmark = pytest.mark.interpreter
 
@@ -128,34 +126,6 @@ def test_explain_a_file(path: Path, tmp_path: Path, answer: Callable[..., Any]) 
 
 def test_explain_names_what_the_file_holds(path: Path, refusal: Callable[..., str]) -> None:
     assert "holds cuda:sm_80 (batch 1 to 1)" in refusal("explain", path, "--target", "cuda:sm_100")
-
-
-def test_doctor_makes_the_plan_again(path: Path, answer: Callable[..., Any]) -> None:
-    checks = {check["name"]: check for check in answer("doctor", path, "--json")["checks"]}
-    assert checks["made again"]["found"] == "plan and machine code: what its graph gives here"
-
-
-def test_doctor_finds_out_a_plan_that_is_not_its_graphs(
-    path: Path, tmp_path: Path, answer: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Two kernels of equal arguments, exchanged: nothing but making the plan again notices."""
-    artifact = open_artifact(path)
-    members: dict[str, Any] = {name: [bytes(artifact.archive.view(name))]
-                               for name in artifact.archive.members}  # fmt: skip
-    plan = json.loads(members["plan.json"][0])
-    plan["programs"][0]["calls"][0]["grid"]["block_rows"] *= 2
-    members["plan.json"] = [dump(plan)]
-    del members["manifest.json"]
-    members["manifest.json"] = [dump({"members": archive.manifest_of(members)})]
-    archive.write(tmp_path / "other.loom", members)
-    found = answer("doctor", tmp_path / "other.loom", "--json", status=1)
-    assert "its launches are not those of its graph" in found["checks"][-1]["found"]
-    # Another compiler's machine code cannot be compared, the plan can.
-    monkeypatch.setattr(rederive, "compares_code", lambda artifact: False)
-    found = answer("doctor", tmp_path / "other.loom", "--json", status=1)
-    assert "its launches are not those of its graph" in found["checks"][-1]["found"]
-    found = answer("doctor", path, "--json")
-    assert "another triton made its machine code" in found["checks"][-1]["found"]
 
 
 def test_doctor_refuses_what_is_no_executable(

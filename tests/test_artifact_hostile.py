@@ -5,9 +5,11 @@ from __future__ import annotations
 import copy
 import io
 import json
+import os
 import pickle
 import random
 import struct
+import time
 import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -337,3 +339,74 @@ def test_a_stream_of_zeros_is_no_loop(mutant: Path) -> None:
     end = struct.pack("<4s4H2IH", b"PK\5\6", 0, 0, 60_000, 60_000, 0, 0, 0)
     mutant.write_bytes(io.BytesIO(end).getvalue())
     assert "its directory of 60000 members" in refused(mutant)
+
+
+# Files that change, and what is no file.
+
+
+def test_a_file_that_is_cut_off_later_is_still_whole_in_memory(
+    path: Path, members: dict[str, bytes], mutant: Path
+) -> None:
+    """It was read as it was checked: whoever writes into it now changes nothing."""
+    mutant.write_bytes(path.read_bytes())
+    artifact, exe = open_artifact(mutant), convloom.load(mutant, "interpreter")
+    x = torch.ones(2, 3, 4, 4)
+    y = exe(x)
+    with mutant.open("r+b") as file:
+        file.write(bytes(1000))
+        file.truncate(2000)
+    assert torch.equal(exe(x), y)
+    (name, *_) = (name for name in members if name.endswith(".cubin"))
+    assert artifact.code(name) == members[name]
+    assert all(tensor.isfinite().all() for tensor in artifact.tensors.values())
+
+
+def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    assert "it is no file, but a pipe or a device" in refused(tmp_path / "pipe")
+    assert "it is no file, but a pipe or a device" in refused(Path("/dev/zero"))
+
+
+def test_a_name_that_no_file_can_have_is_refused() -> None:
+    assert "no file has this name" in refused(Path("a\0b.loom"))
+
+
+# Sizes.
+
+
+def spread(members: dict[str, bytes], count: int) -> Any:
+    """The plan with so many buffers more, which nobody uses."""
+    plan = json.loads(members["plan.json"])
+    buffer = next(b for b in plan["programs"][0]["buffer_list"] if b["kind"] == "arena")
+    more = [{**buffer, "name": f"more{at}"} for at in range(count)]
+    plan["programs"][0]["buffer_list"] += more
+    return plan
+
+
+def test_checks_take_time_in_proportion_to_a_plan(
+    members: dict[str, bytes], mutant: Path
+) -> None:
+    """Four times the buffers, side by side and one after the other, at most six times as long."""
+
+    def seconds(count: int) -> float:
+        plan = spread(members, count)
+        program = plan["programs"][0]
+        used = [copy.deepcopy(program["calls"][0]) for _ in range(count // 8)]
+        for at, call in enumerate(used):
+            argument = next(a for a in call["arguments"] if a["kind"] == "write")
+            argument["buffer"] = f"more{at}"
+        program["calls"] = used + program["calls"]
+        rewrite(mutant, members, "plan.json", plan)
+        started = time.process_time()
+        open_artifact(mutant)
+        return time.process_time() - started
+
+    seconds(400)
+    assert seconds(8_000) < 6 * seconds(2_000)
+
+
+def test_too_many_programs_are_refused(members: dict[str, bytes], mutant: Path) -> None:
+    plan = json.loads(members["plan.json"])
+    plan["programs"] *= 257
+    rewrite(mutant, members, "plan.json", plan)
+    assert "it has 257 programs" in refused(mutant)

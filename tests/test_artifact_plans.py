@@ -9,6 +9,7 @@ from typing import Any
 
 import convloom
 import pytest
+from convloom.compiler.artifact import archive
 from convloom.compiler.graph.typed import dump
 from convloom.errors import ArtifactError
 
@@ -44,7 +45,7 @@ def change(plan: Any, place: str, value: Any) -> None:
 
 P = "programs.0."
 ABSURD = {
-    "version": ("version", 1, "this convloom reads version 2"),
+    "version": ("version", 1, "this convloom reads version 3"),
     "format": ("format", "zip", "no plan of convloom"),
     "no programs": ("programs", [], "it has no programs"),
     "unknown field": (P + "more", 1, "expected no field 'more'"),
@@ -233,9 +234,12 @@ def test_a_read_before_the_write_is_refused(members: dict[str, bytes], mutant: P
 
 
 def test_code_that_is_no_machine_code_is_refused(members: dict[str, bytes], mutant: Path) -> None:
-    name = next(name for name in members if name.endswith(".cubin"))
-    write(mutant, {**members, name: b"#!/bin/sh\n"})
-    assert f"'{name}' is no machine code" in refused(mutant)
+    name, code = next(name for name in members if name.endswith(".cubin")), b"#!/bin/sh\n"
+    new = f"kernels/sm_80/{archive.digest([code])[:32]}.cubin"
+    changed = {each: data for each, data in members.items() if each != name}
+    changed["plan.json"] = changed["plan.json"].replace(name.encode(), new.encode())
+    write(mutant, {**changed, new: code})
+    assert f"'{new}' is no machine code" in refused(mutant)
 
 
 def test_json_in_another_form_is_refused(members: dict[str, bytes], mutant: Path) -> None:

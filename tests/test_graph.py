@@ -10,10 +10,10 @@ import pytest
 import torch
 from convloom.compiler.graph import text
 from convloom.compiler.graph.ir import CONSTANT, INPUT, OUTPUT, Graph, NoAttributes, Node, Value
-from convloom.compiler.graph.verify import verify
+from convloom.compiler.graph.verify import verify, verify_memory
 from convloom.errors import GraphError, InvalidInputError, UnsupportedOpError
 from convloom.kernels.contract.epilogue import Stage
-from convloom.kernels.contract.spec import TensorSpec
+from convloom.kernels.contract.spec import Layout, TensorSpec
 from convloom.kernels.movement.movement import Concat, Slice
 from convloom.kernels.movement.pointwise import Pointwise
 from convloom.kernels.tile.conv_geometry import Conv2d
@@ -129,6 +129,18 @@ def mismatch_an_operand(graph: Graph) -> None:
     graph.set_inputs("y", (*graph.inputs("y")[:2], Value("x")))
 
 
+def mistake_the_type_of_a_movement(graph: Graph) -> None:
+    graph.update("cut", outputs=(graph.node("cut").spec.with_(dtype=torch.float16),))
+
+
+def round_to_whole_numbers(graph: Graph) -> None:
+    graph.update("y", outputs=(graph.node("y").spec.with_(dtype=torch.int64),))
+
+
+def take_weights_for_whole_numbers(graph: Graph) -> None:
+    graph.update("w_1", outputs=(graph.node("w_1").spec.with_(dtype=torch.int32),))
+
+
 LAWS: dict[Callable[[Graph], None], str] = {
     make_cycle: "cycle",
     remove_output: r"expected one output node named 'output', got \[\]",
@@ -147,6 +159,9 @@ LAWS: dict[Callable[[Graph], None], str] = {
     mistake_the_batch: r"cut: slice of .* gives float32\[2, .* the node says float32\[N, ",
     enlarge_by_an_operand: "y: epilogue operand .* does not broadcast",
     mismatch_an_operand: "y: epilogue operand .* does not broadcast",
+    mistake_the_type_of_a_movement: r"cut: slice of .* the node says float16\[2, 4, 4, 4\]",
+    round_to_whole_numbers: "y: conv2d of .* the node says int64",
+    take_weights_for_whole_numbers: "w_1: constant int32.*, its tensor is torch.float32",
 }
 
 
@@ -156,6 +171,38 @@ def test_a_broken_law_is_named(law: Callable[[Graph], None]) -> None:
     law(graph)
     with pytest.raises(GraphError, match=LAWS[law]):
         verify(graph)
+
+
+def laid_out(graph: Graph) -> Graph:
+    """As passes leave it: images have their channels innermost, but for what comes and goes."""
+    for node in graph.nodes():
+        nhwc = node.is_compute or node.op == INPUT
+        specs = (spec.with_(layout=Layout.NHWC if nhwc else Layout.DENSE) for spec in node.outputs)
+        graph.update(node.name, outputs=tuple(specs))
+    return graph
+
+
+@pytest.mark.parametrize("name, message", [
+    ("x", "y: conv2d reads %x .*, expected nhwc"),
+    ("y", "y: conv2d gives .* nhwc, the node says"),
+    ("cut", "cut: slice gives .* nhwc, the node says"),
+    ("w_1", "w_1: constant .* nhwc, expected a dense one"),
+])  # fmt: skip
+def test_a_layout_that_kernels_do_not_expect_is_named(name: str, message: str) -> None:
+    graph = laid_out(small())
+    verify_memory(graph)
+    spec = graph.node(name).spec
+    other = Layout.NHWC if spec.layout is Layout.DENSE else Layout.DENSE
+    graph.update(name, outputs=(spec.with_(layout=other),))
+    with pytest.raises(GraphError, match=message):
+        verify_memory(graph)
+
+
+def test_factors_of_two_types_are_named() -> None:
+    graph = laid_out(small())
+    graph.update("w_1", outputs=(graph.node("w_1").spec.with_(dtype=torch.float16),))
+    with pytest.raises(GraphError, match=r"y: conv2d takes float16.* as input 1, expected torch.f"):
+        verify_memory(graph)
 
 
 def test_impossible_geometry_is_found_when_a_node_is_added() -> None:

@@ -19,7 +19,7 @@ ALLOWED = {
     "errors": (),
     "settings": ("errors",),
     "atomic": (),
-    "kernels": ("errors", "settings"),
+    "kernels": ("errors", "settings", "atomic"),
     "compiler": ("errors", "settings", "atomic", "kernels"),
     "zoo": ("errors",),
     "": ("errors", "settings", "compiler", "zoo"),

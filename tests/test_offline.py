@@ -255,7 +255,7 @@ def test_a_damaged_report_is_read_from_the_machine_code_again(
     offline.report.cache_clear()
     first = offline.report(wanted)
     path = offline._path_of(offline.KernelReport, wanted)
-    assert json.loads(path.read_text())["registers"] == first.registers
+    assert json.loads(path.read_text())["data"]["registers"] == first.registers
     path.write_text(path.read_text()[:20])
     offline.report.cache_clear()
     assert offline.report(wanted) == first

@@ -215,7 +215,7 @@ DAMAGE: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     "no key": (lambda d: d.pop("key"), "expected an object with a format and a key"),
     "missing": (lambda d: d.pop("device"), "record: expected the field 'device'"),
     "unknown": (lambda d: d.update(speed=1), "record: expected no field 'speed'"),
-    "status": (lambda d: d.update(status="guessed"), "expected measured or modelled"),
+    "status": (lambda d: d.update(status="guessed"), "expected one of measured, modelled"),
     "time": (lambda d: d.update(time_us=-1.0), "time_us: expected microseconds"),
     "zero": (lambda d: d.update(time_us=0), "time_us: expected microseconds"),
     "nan": (lambda d: d.update(time_us=float("nan")), "time_us: expected microseconds"),

@@ -52,6 +52,11 @@ def load_weights(
         for name, value in state.items()
         if name in found and found[name].shape != value.shape
     ]
+    misshaped += [
+        f"{name} (expected {_kind(value)}, got {_kind(found[name])})"
+        for name, value in state.items()
+        if name in found and _kind(found[name]) != _kind(value)
+    ]
     if missing or unexpected or misshaped:
         raise ArtifactError(
             f"cannot load weights from '{path}': it does not fit this {type(model).__name__}; "
@@ -114,7 +119,7 @@ def _parse_safetensors(path: Path) -> object:
 
     try:
         return load_file(path)
-    except SafetensorError as error:
+    except (SafetensorError, KeyError, MemoryError, TypeError) as error:
         raise ValueError(f"a damaged one ({_one_line(error)})") from error
 
 
@@ -124,8 +129,15 @@ def _parse_pickle(path: Path) -> object:
         return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise ValueError("a pickle that is damaged or holds more than tensors") from error
-    except (EOFError, KeyError, RuntimeError) as error:
+    except Exception as error:  # A pickle may fail in anything that it can name.
         raise ValueError(f"a damaged one ({_one_line(error)})") from error
+
+
+def _kind(tensor: Tensor) -> str:
+    """What values can be copied from: a cast from whole numbers or truth values would be silent."""
+    if tensor.is_quantized or tensor.is_meta or tensor.layout is not torch.strided:
+        return f"{tensor.dtype} {tensor.layout} on {tensor.device}".replace("torch.", "")
+    return "floats" if tensor.is_floating_point() else str(tensor.dtype).removeprefix("torch.")
 
 
 def _listed(names: Iterable[str]) -> str:

@@ -14,12 +14,14 @@ What can be relied on:
 - A file is accepted only if it is, byte for byte, what the writer would have written around its
   members (`archive.py`): nothing is compressed, no name appears twice or leaves the table of known
   names, nothing lies between members, and every JSON text is in its one canonical form.
+- The file is read once: what is checked is what is used, whatever becomes of it afterwards.
 - Every member is hashed and `plan.json` is checked (`check.py`) before a kernel is loaded or memory
   of a size that the file names is allocated: offsets within arenas, arguments within buffers,
   grids, reads of what nobody wrote, buffers that overlap while both are alive.
 - Nothing is unpickled and nothing in a file is code, except the machine code of kernels (cubin and
   PTX), which is native code for the GPU: hashes prove that it is what was saved, not that whoever
-  saved it meant well. Load kernels only from people you would accept a program from.
+  saved it meant well. Load kernels only from people you would accept a program from, or once
+  `rederive.py` has made the same ones from the graphs.
 - The same module, weights, versions and tuning records give the same bytes: times are fixed,
   members sorted, and kernels compiled without the paths of their sources.
 - A file appears under its name whole or not at all: it is written beside it, synced and renamed.

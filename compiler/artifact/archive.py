@@ -14,10 +14,12 @@ import hashlib
 import mmap
 import os
 import re
+import stat
 import struct
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from io import BufferedReader
 from pathlib import Path
 from typing import IO
 
@@ -33,7 +35,9 @@ NAME = re.compile(
     r"(graph|ledger|manifest|plan)\.json|weights\.safetensors"
     r"|kernels/sm_[0-9]{2,3}/[0-9a-f]{32}\.(cubin|ptx)"
 )
-CHUNK = 1 << 20
+NAME_DIGITS = 32
+"""Of its sha256, in the name of a kernel and of a tensor."""
+PRIVATE = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
 
 # Version 2.0, no flags, stored; midnight of 1 January 1980, the first moment of zip's calendar.
 _FIXED = (20, 0, 0, 0, 0x21)
@@ -141,42 +145,32 @@ def arrange(entries: Sequence[Entry]) -> tuple[list[Span], list[bytes], bytes]:
 
 
 class Archive:
-    """An open file of the one accepted form; what its members hold is checked by `verify`.
+    """A file of the one accepted form, in memory; what its members hold is checked by `verify`.
 
-    Used as a context, it closes the file at the end; what is mapped stays so for as long as a
-    tensor made from it is alive, also where another file takes this one's name.
+    All of it is read at once: what is checked is what is used, whoever changes the file or cuts it
+    off afterwards.
     """
 
     def __init__(self, path: Path) -> None:
         """Raises: ArtifactError for anything but what `write` writes."""
         self.path = path
         try:
-            self._file = path.open("rb")
+            with _opened(path) as file:
+                size = os.fstat(file.fileno()).st_size
+                entries = _directory(path, file, size)
+                # Whole pages, which torch may take for its own and which start at one.
+                self._data = memoryview(mmap.mmap(-1, size, flags=PRIVATE))
+                file.seek(0)
+                if file.readinto(self._data) != size or file.read(1):
+                    raise damaged(path, "it was changed while it was read")
         except OSError as error:
             raise ArtifactError(f"cannot read '{path}': {error.strerror or error}") from error
-        try:
-            size = os.fstat(self._file.fileno()).st_size
-            entries = _directory(path, self._file, size)
-            self.members = _members(path, self._file, entries)
-            self._checksums = {entry.name: entry.checksum for entry in entries}
-            # Private to this process: torch wants memory it could write to.
-            self._map = mmap.mmap(self._file.fileno(), size, access=mmap.ACCESS_COPY)
-        except OSError as error:
-            self._file.close()
-            raise ArtifactError(f"cannot read '{path}': {error.strerror or error}") from error
-        except ArtifactError:
-            self._file.close()
-            raise
-
-    def __enter__(self) -> Archive:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self._file.close()
+        self.members = _members(path, self._data, entries)
+        self._checksums = {entry.name: entry.checksum for entry in entries}
 
     def verify(self, digests: Mapping[str, tuple[int, str]]) -> None:
         """Raises ArtifactError unless the members but the manifest are those with these sizes and
-        sha256."""
+        sha256, and kernels are named by theirs."""
         expected = sorted({*digests, "manifest.json"})
         if expected != sorted(self.members):
             differing = sorted(set(expected) ^ set(self.members))
@@ -187,51 +181,54 @@ class Archive:
                 raise damaged(
                     self.path, f"'{name}' has {span.size} bytes, manifest.json says {size}"
                 )
-            # Read, not mapped: what has been hashed need not stay in memory.
-            if _hash(self._file, span, self._checksums[name]) != sha256:
+            data = self.view(name)
+            if zlib.crc32(data) != self._checksums[name] or digest([data]) != sha256:
                 raise damaged(self.path, f"the sha256 of '{name}' is not manifest.json's")
+            if name.startswith("kernels/") and Path(name).stem != sha256[:NAME_DIGITS]:
+                raise damaged(self.path, f"'{name}' is not named by its sha256, {sha256}")
 
     def read(self, name: str, most_bytes: int) -> bytes:
         """A member's bytes, checked against the zip's own checksum.
 
         Raises: ArtifactError where it is missing, too large or damaged.
         """
-        span = self.members.get(name)
-        if span is None:
+        if name not in self.members:
             raise ArtifactError(
                 f"'{self.path}' is no executable of convloom: it has no '{name}'"
             )
-        if span.size > most_bytes:
-            raise damaged(self.path, f"'{name}' has {span.size:,} bytes, more than {most_bytes:,}")
-        data = self._map[span.offset : span.offset + span.size]
+        data = self.view(name)
+        if len(data) > most_bytes:
+            raise damaged(self.path, f"'{name}' has {len(data):,} bytes, more than {most_bytes:,}")
         if zlib.crc32(data) != self._checksums[name]:
             raise damaged(self.path, f"the checksum of '{name}' is wrong")
-        return data
+        return bytes(data)
 
     def view(self, name: str) -> memoryview:
-        """A member's bytes, mapped."""
+        """A member's bytes, without a copy."""
         span = self.members[name]
-        return memoryview(self._map)[span.offset : span.offset + span.size]
+        return self._data[span.offset : span.offset + span.size]
+
+
+def _opened(path: Path) -> BufferedReader:
+    """The file, open for reading. What is no file, a pipe that nobody writes into, is not waited
+    for.
+
+    Raises: ArtifactError for it, and for what is no path; OSError.
+    """
+    try:
+        handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    except ValueError as error:
+        raise ArtifactError(f"cannot read {str(path)!r}: no file has this name: {error}") from error
+    if not stat.S_ISREG(os.fstat(handle).st_mode):
+        os.close(handle)
+        kind = "Is a directory" if path.is_dir() else "it is no file, but a pipe or a device"
+        raise ArtifactError(f"cannot read '{path}': {kind}")
+    return open(handle, "rb")
 
 
 def damaged(path: Path, what: str) -> ArtifactError:
     """The error for a file that once was an executable."""
     return ArtifactError(f"'{path}' is damaged: {what}. Build it again, or copy it again")
-
-
-def _hash(file: IO[bytes], span: Span, checksum: int) -> str:
-    """The sha256 of a member; "" where already the checksum is wrong."""
-    file.seek(span.offset)
-    hashed, actual = hashlib.sha256(), 0
-    remaining = span.size
-    while remaining:
-        piece = file.read(min(CHUNK, remaining))
-        if not piece:
-            return ""
-        hashed.update(piece)
-        actual = zlib.crc32(piece, actual)
-        remaining -= len(piece)
-    return hashed.hexdigest() if actual == checksum else ""
 
 
 def _directory(path: Path, file: IO[bytes], size: int) -> list[Entry]:
@@ -270,7 +267,7 @@ def _entries(path: Path, central: bytes) -> Iterator[Entry]:
         yield Entry(name, size, checksum)
 
 
-def _members(path: Path, file: IO[bytes], entries: Sequence[Entry]) -> dict[str, Span]:
+def _members(path: Path, data: memoryview, entries: Sequence[Entry]) -> dict[str, Span]:
     """Members by name, once everything around them is what `arrange` makes."""
     names = [entry.name for entry in entries]
     if not _fits(entries):
@@ -279,12 +276,10 @@ def _members(path: Path, file: IO[bytes], entries: Sequence[Entry]) -> dict[str,
         raise damaged(path, "its members are not each there once, in order")
     spans, headers, directory = arrange(entries)
     for name, span, header in zip(names, spans, headers, strict=True):
-        file.seek(span.offset - len(header))
-        if file.read(len(header)) != header:
+        if data[span.offset - len(header) : span.offset] != header:
             raise damaged(path, f"the header of '{name}' is not what convloom writes")
     end = spans[-1].offset + spans[-1].size if spans else 0
-    file.seek(end)
-    if file.read(len(directory) + 1) != directory:
+    if data[end:] != directory:
         raise damaged(path, "its directory is not what convloom writes")
     return dict(zip(names, spans, strict=True))
 

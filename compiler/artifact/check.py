@@ -8,8 +8,11 @@ from __future__ import annotations
 
 import math
 import re
+from bisect import bisect_left
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from heapq import heappop, heappush
 from typing import NoReturn
 
 import torch
@@ -28,6 +31,7 @@ LARGEST_MEMORY = 1 << 38
 """Bytes of all buffers at the largest batch: more than any supported GPU has."""
 LARGEST_EXTENT = 2**31
 MOST_DIMENSIONS = 8
+MOST_PROGRAMS = 256
 LARGEST_GRID = 2**31 - 1
 MOST_ARGUMENTS = 256
 PROMISE = 16
@@ -72,8 +76,8 @@ def check_document(
     members, tensors: what the file holds; counts: of its graphs and accounts.
     """
     programs = document.programs
-    if not programs:
-        raise ArtifactError(f"{source} is damaged: it has no programs")
+    if not 0 < len(programs) <= MOST_PROGRAMS:
+        raise ArtifactError(f"{source} is damaged: it has {len(programs) or 'no'} programs")
     seen: list[tuple[str, int, int]] = []
     for at, program in enumerate(programs):
         checker = _Checker(program, members, tensors, f"{source}: program {at} ({program.target})")
@@ -136,6 +140,11 @@ class _Checker:
 
     # Memory.
 
+    @cached_property
+    def _is_dynamic(self) -> bool:
+        """Whether some buffer holds a batch."""
+        return any(buffer.batch is not None for buffer in self.program.buffer_list)
+
     def _check_buffers(self) -> None:
         buffers = self.program.buffer_list
         if len({buffer.name for buffer in buffers}) != len(buffers):
@@ -174,8 +183,7 @@ class _Checker:
         self._check_batch(buffer.batch, where)
         scales = buffer.batch is not None
         fixed = buffer.kind in ("constant", "zeroed", "fixed")
-        dynamic = any(other.batch is not None for other in self.program.buffer_list)
-        in_arena = buffer.kind == "arena" and not scales and dynamic
+        in_arena = buffer.kind == "arena" and not scales and self._is_dynamic
         if (scales and fixed) or in_arena or (buffer.offset and buffer.kind not in ARENAS):
             self.refuse(f"{where} of kind {buffer.kind} at {buffer.offset}, batch {buffer.batch}")
         parts = buffer.batch or 1
@@ -371,15 +379,23 @@ class _Checker:
             died[buffer.name] = len(program.calls)
         for kind in ARENAS:
             living = [b for b in program.buffer_list if b.kind == kind and b.name in born]
-            self._check_overlaps(sorted(living, key=lambda b: b.offset), born, died)
+            self._check_overlaps(sorted(living, key=lambda b: born[b.name]), born, died)
 
     def _check_overlaps(
         self, buffers: Sequence[Buffer], born: Mapping[str, int], died: Mapping[str, int]
     ) -> None:
-        for at, one in enumerate(buffers):
-            for other in buffers[at + 1 :]:
-                if other.offset >= one.offset + one.size_bytes:
-                    break
-                apart = died[one.name] < born[other.name] or died[other.name] < born[one.name]
-                if not apart:
-                    self.refuse(f"'{one.name}' and '{other.name}' share memory while both are used")
+        """buffers: in the order of their birth. Those alive at one time lie apart, so that a new
+        one can only meet its two neighbours."""
+        alive: list[tuple[int, int, str]] = []
+        deaths: list[tuple[int, tuple[int, int, str]]] = []
+        for buffer in buffers:
+            while deaths and deaths[0][0] < born[buffer.name]:
+                _, gone = heappop(deaths)
+                del alive[bisect_left(alive, gone)]
+            place = buffer.offset, buffer.offset + buffer.size_bytes, buffer.name
+            at = bisect_left(alive, place)
+            for start, end, name in alive[max(at - 1, 0) : at + 1]:
+                if start < place[1] and place[0] < end:
+                    self.refuse(f"'{name}' and '{buffer.name}' share memory while both are used")
+            alive.insert(at, place)
+            heappush(deaths, (died[buffer.name], place))

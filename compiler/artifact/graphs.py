@@ -35,7 +35,7 @@ from ..plan.lower import Options, lower
 from ..plan.plan import Plan
 from ..records.choose import Choice, heuristic
 from .check import LARGEST_EXTENT, spec_problem
-from .program import Program
+from .program import Literal, Nest, Program, nest_of
 from .tensors import Pool, Stored, logical
 
 WORDS = (
@@ -43,7 +43,11 @@ WORDS = (
     "nearest-exact", "linear", "corners", "cubic", "antialiased-linear", "antialiased-cubic",
 )
 """Every text that an attribute may be: kernels and references choose by them."""
-MOST_NODES = 100_000
+POSITIVE = ("dilation", "groups", "image", "k", "kernel", "size", "split", "step", "stride")
+"""Attributes that are no counts of nothing, which geometry does not ask about."""
+MOST_NODES = 20_000
+LARGEST_BLOCK = 4096
+"""Of a configuration that a file names, unless the default is larger: a tile takes memory."""
 
 
 @dataclass(frozen=True)
@@ -64,9 +68,18 @@ class NodeRecord:
 
 @dataclass(frozen=True)
 class GraphRecord:
-    """A graph; nodes in the order of their insertion."""
+    """A graph; nodes in the order of their insertion. From `batch` to `results`: what the programs
+    that are made of it have under these names; summary: of their counts, those of the graph as it
+    was captured."""
 
     name: str
+    batch: tuple[int, int] | None
+    precision: str
+    in_place: bool
+    arguments: Nest
+    result: Nest
+    results: tuple[tuple[str, Literal], ...]
+    summary: tuple[tuple[str, int], ...]
     dtype: torch.dtype | None
     force: tuple[str, ...]
     forbid: tuple[str, ...]
@@ -77,8 +90,12 @@ class GraphRecord:
 # Writing.
 
 
-def record_of(graph: Graph, pool: Pool) -> GraphRecord:
-    """The graph as data; its tensors go to the pool.
+CAPTURED = "activation_bytes", "convs"
+"""Counts of the graph as it was captured, which its plan cannot be asked for."""
+
+
+def record_of(graph: Graph, plan: Plan, pool: Pool) -> GraphRecord:
+    """The graph behind a plan as data; its tensors go to the pool.
 
     Raises: ArtifactError for calls of torch ops.
     """
@@ -98,7 +115,21 @@ def record_of(graph: Graph, pool: Pool) -> GraphRecord:
         if node.op == CONSTANT
     )
     records = tuple(_node_record(graph, node) for node in nodes)
-    return GraphRecord(graph.name, goal.dtype, goal.force, goal.forbid, records, constants)
+    return GraphRecord(
+        name=graph.name,
+        batch=plan.batch,
+        precision=plan.precision,
+        in_place=plan.in_place,
+        arguments=nest_of(plan.structure.arguments),
+        result=nest_of(plan.structure.result),
+        results=plan.structure.results,
+        summary=tuple((name, plan.summary()[name]) for name in CAPTURED),
+        dtype=goal.dtype,
+        force=goal.force,
+        forbid=goal.forbid,
+        nodes=records,
+        constants=constants,
+    )
 
 
 def _node_record(graph: Graph, node: Node) -> NodeRecord:
@@ -160,7 +191,11 @@ class _GraphReader(Reader):
             self.refuse(where, f"a class of {kind.__name__}", data["is"])
         value = super().read_dataclass(named, data["has"], f"{where}.{named.__name__}")
         for item in fields(value):
-            self._check_plain(getattr(value, item.name), f"{where}.{item.name}")
+            own = getattr(value, item.name)
+            self._check_plain(own, f"{where}.{item.name}")
+            numbers = own if isinstance(own, tuple) else (own,)
+            if item.name in POSITIVE and any(type(n) is int and n < 1 for n in numbers):
+                self.refuse(f"{where}.{item.name}", "numbers of 1 or more", own)
         return value
 
     def _check_plain(self, value: Any, where: str) -> None:
@@ -169,8 +204,6 @@ class _GraphReader(Reader):
         if isinstance(value, int) and not -LARGEST_EXTENT < value < LARGEST_EXTENT:
             self.refuse(where, f"a number below {LARGEST_EXTENT}", value)
         if isinstance(value, tuple):
-            if len(value) > 1 << 16:
-                self.refuse(where, "at most 65536 values", f"{len(value)} values")
             for item in value:
                 self._check_plain(item, where)
 
@@ -186,18 +219,35 @@ class _GraphReader(Reader):
 
 
 def read_graph(
-    data: Any, tensors: Mapping[str, torch.Tensor], target: Target, source: Path | str
+    data: Any,
+    program: Program,
+    tensors: Mapping[str, torch.Tensor],
+    target: Target,
+    source: Path | str,
 ) -> Graph:
-    """The graph of one entry of graph.json, verified, to be lowered for `target`.
+    """The graph of one entry of graph.json, which `program` was made of, verified, to be lowered
+    for `target`.
 
     Raises: ArtifactError.
     """
     where = f"graph.json of '{source}'"
     with _damaged(where):
         record: GraphRecord = _GraphReader(where).read(GraphRecord, data, "graph")
+        for name in ("batch", "precision", "in_place", "arguments", "result", "results"):
+            _check_same(name, getattr(program, name), getattr(record, name), where)
+        counts = dict(program.summary)
+        _check_same("summary", [(c, counts.get(c)) for c in CAPTURED], [*record.summary], where)
         graph = _build(record, tensors, target, where)
         verify(graph)
     return graph
+
+
+def _check_same(name: str, planned: Any, graphs: Any, where: str) -> None:
+    if planned != graphs:
+        raise ArtifactError(
+            f"{where} is not that of its plan: {name}: expected {str(graphs)[:80]}, the plan says "
+            f"{str(planned)[:80]}"
+        )
 
 
 @contextmanager
@@ -227,6 +277,8 @@ def _build(
         for spec in node.outputs:
             if problem := spec_problem(spec):
                 raise ArtifactError(f"{where} is damaged: '{node.name[:80]}' {problem}")
+            if spec.dtype is torch.float64 and spec.rank:
+                raise ArtifactError(f"{where} is damaged: '{node.name[:80]}' is {spec}")
         kept = {item.name: getattr(node, item.name) for item in fields(Node)}
         graph.insert(Node(**kept))
     for node in record.nodes:
@@ -272,7 +324,7 @@ def lower_again(graph: Graph, program: Program, target: Target, source: Path | s
     )
     ports = (plan.inputs, plan.outputs), (program.inputs, program.outputs)
     for planned, stored in zip(*ports, strict=True):
-        if [port.spec for port in planned] != [port.spec for port in stored]:
+        if [(p.name, p.spec) for p in planned] != [(p.name, p.spec) for p in stored]:
             raise ArtifactError(f"'{source}' is damaged: its graph is not that of its plan")
     return plan
 
@@ -288,4 +340,8 @@ class _Recorded:
         if step is None or step.op != op.name:
             return heuristic(op, problem, target)
         tile = step.tile
+        known = heuristic(op, problem, target).config
+        for name, size in tile.blocks:
+            if not 0 <= size <= max(LARGEST_BLOCK, dict(known.blocks).get(name, 0)):
+                raise ArtifactError(f"step {step.name[:80]}: {name} is {size:,}")
         return Choice(Config(tile.blocks, tile.num_warps, tile.num_stages), step.chosen_by)

@@ -112,7 +112,8 @@ def _planned(artifact: Artifact, program: Program, target: Target, device: str) 
     from .write import save
 
     copyreg.pickle(Executable, pickled)
-    graph = read_graph(artifact.graphs[program.graph], artifact.tensors, target, artifact.path)
+    data = artifact.graphs[program.graph]
+    graph = read_graph(data, program, artifact.tensors, target, artifact.path)
     plan = lower_again(graph, program, target, artifact.path)
     ledger = ledger_of(artifact, program)
     return Executable(graph, plan, ledger, runner_for(graph, plan, target, device), save)

@@ -22,7 +22,7 @@ LARGEST_JSON = 1 << 28
 class Artifact:
     """An opened file. graphs, ledgers: as plain data, read when somebody asks for them.
 
-    tensors: mapped from the file.
+    tensors: views of what was read; nothing is asked of the file again.
     """
 
     path: Path
@@ -70,9 +70,8 @@ def open_artifact(path: str | Path) -> Artifact:
     if not isinstance(path, str | Path):
         raise InvalidInputError(f"path: expected a file's name, got {type(path).__name__}")
     path = Path(path)
-    with Archive(path) as opened:
-        manifest = _json(opened, "manifest.json")
-        opened.verify(_digests(manifest, path))
+    opened = Archive(path)
+    opened.verify(_digests(_json(opened, "manifest.json"), path))
     document = read_document(_json(opened, "plan.json"), f"plan.json of '{path}'")
     graphs = _list(opened, "graph.json", "graphs")
     ledgers = _list(opened, "ledger.json", "ledgers")

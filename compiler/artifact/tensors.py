@@ -23,7 +23,7 @@ import torch
 
 from ...errors import ArtifactError
 from ..graph.typed import Reader
-from .archive import Archive, Content, damaged
+from .archive import NAME_DIGITS, Archive, Content, damaged
 
 MEMBER = "weights.safetensors"
 LONGEST_HEADER = 1 << 24
@@ -60,7 +60,7 @@ class Pool:
             raise ArtifactError(f"constants of dtype {flat.dtype} cannot be saved")
         hashed = hashlib.sha256(CODES[flat.dtype].encode())
         hashed.update(_bytes_of(flat))
-        name = hashed.hexdigest()[:32]
+        name = hashed.hexdigest()[:NAME_DIGITS]
         self.tensors.setdefault(name, flat)
         return name
 
@@ -106,7 +106,7 @@ def _header(sizes: Mapping[str, tuple[torch.dtype, int]]) -> bytes:
 
 
 def read(archive: Archive) -> dict[str, torch.Tensor]:
-    """The tensors by name, mapped from the file: nothing is read before it is used.
+    """The tensors by name, as views of what was read of the file.
 
     Raises: ArtifactError for anything but what `Pool.content` writes.
     """

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,9 +12,12 @@ import torch
 
 from ...errors import ArtifactError
 from ...kernels.contract.op import Launch, Ref
+from ...kernels.contract.targets import Target
 from ...kernels.devices import execute, offline
 from ...kernels.devices.kernel_hash import TRITON_VERSION
 from ...settings import VERSION
+from ..graph.ir import Graph
+from ..graph.memory import on_cpu
 from ..graph.typed import dump, plain
 from ..plan.plan import KernelStep, Plan
 from ..run.runtime import compile_requests, dtype_of
@@ -30,7 +33,7 @@ _PORTABLE = re.compile(r"^\.target sm_[0-9]+\s*$", re.MULTILINE)
 
 
 @dataclass
-class _Writing:
+class Writing:
     """What one file accumulates. kernels: members by name; distinct ones once."""
 
     pool: tensors.Pool = field(default_factory=tensors.Pool)
@@ -39,7 +42,36 @@ class _Writing:
     accounts: list[Any] = field(default_factory=list)
     programs: list[Program] = field(default_factory=list)
 
+    def add(self, graph: Graph, plan: Plan, account: Any, with_ptx: bool) -> Program:
+        """Adds a program. Packed constants go first: a graph's own tensors are then found there."""
+        added = program_of(plan, self.pool, self.kernels, with_ptx)
+        record = graphs.to_json(graphs.record_of(graph, plan, self.pool))
+        positions = _index(self.graphs, record), _index(self.accounts, account)
+        self.programs.append(replace(added, graph=positions[0], account=positions[1]))
+        return self.programs[-1]
 
+    def file(
+        self, model: str, versions: tuple[tuple[str, str], ...]
+    ) -> tuple[Document, dict[str, Content]]:
+        """All of plan.json, and every member but the manifest."""
+        document = Document(
+            format=program.FORMAT,
+            version=program.VERSION,
+            model=model,
+            versions=versions,
+            graphs=tuple(archive.digest([dump(graph)]) for graph in self.graphs),
+            programs=tuple(self.programs),
+        )
+        return document, {
+            **self.kernels,
+            "plan.json": [dump(plain(document))],
+            "graph.json": [dump({"graphs": self.graphs})],
+            "ledger.json": [dump({"ledgers": self.accounts})],
+            tensors.MEMBER: self.pool.content(),
+        }
+
+
+@on_cpu
 def save(path: str | Path, executables: Sequence[Executable], model: str = "") -> None:
     """Writes executables of one module, for different targets or ranges of batches, as one file.
 
@@ -51,51 +83,34 @@ def save(path: str | Path, executables: Sequence[Executable], model: str = "") -
     path = Path(path)
     if not executables:
         raise ArtifactError(f"cannot write '{path}': expected at least one executable, got none")
-    writing, ordered = _Writing(), sorted(executables, key=_rank)
-    # Newer GPU generations may compile the PTX of the oldest.
-    oldest = next((e.target for e in ordered if e.target.is_gpu), None)
+    writing = Writing()
+    ordered = sorted(executables, key=lambda each: rank(each.target, each.plan.batch))
+    oldest = oldest_of(executable.target for executable in ordered)
     for executable in ordered:
-        _add(writing, executable, with_ptx=executable.target == oldest)
-    document = Document(
-        format=program.FORMAT,
-        version=program.VERSION,
-        model=model or executables[0].graph.name,
-        versions=(
-            ("convloom", VERSION), ("torch", torch.__version__), ("triton", TRITON_VERSION),
-        ),
-        graphs=tuple(archive.digest([dump(graph)]) for graph in writing.graphs),
-        programs=tuple(writing.programs),
-    )
-    members: dict[str, Content] = {
-        **writing.kernels,
-        "plan.json": [dump(plain(document))],
-        "graph.json": [dump({"graphs": writing.graphs})],
-        "ledger.json": [dump({"ledgers": writing.accounts})],
-        tensors.MEMBER: writing.pool.content(),
-    }
+        ledger = plain(replace(executable.ledger, measured={}, measured_on="").to_json())
+        with_ptx = executable.target == oldest
+        writing.add(executable.graph, executable.plan, ledger, with_ptx)
+    versions = ("convloom", VERSION), ("torch", torch.__version__), ("triton", TRITON_VERSION)
+    document, members = writing.file(model or executables[0].graph.name, versions)
     # By the checks of the reader: what would be refused there is not written.
     counts = len(writing.graphs), len(writing.accounts)
     source = f"cannot write '{path}': plan.json"
     check_document(document, set(members), writing.pool.tensors, counts, source)
     for executable, each in zip(ordered, writing.programs, strict=True):
         data = writing.graphs[each.graph]
-        graphs.read_graph(data, writing.pool.tensors, executable.target, path)
+        graphs.read_graph(data, each, writing.pool.tensors, executable.target, path)
     members["manifest.json"] = [dump({"members": archive.manifest_of(members)})]
     archive.write(path, members)
 
 
-def _rank(executable: Executable) -> tuple[int, str, tuple[int, int]]:
-    target = executable.target
-    return target.capability, target.name, executable.plan.batch or (0, 0)
+def rank(target: Target, batch: tuple[int, int] | None) -> tuple[int, str, tuple[int, int]]:
+    """Where a program stands among those of a file."""
+    return target.capability, target.name, batch or (0, 0)
 
 
-def _add(writing: _Writing, executable: Executable, with_ptx: bool) -> None:
-    """Adds one program. Packed constants go first: a graph's own tensors are then found there."""
-    added = program_of(executable.plan, writing.pool, writing.kernels, with_ptx)
-    record = graphs.to_json(graphs.record_of(executable.graph, writing.pool))
-    ledger = replace(executable.ledger, measured={}, measured_on="").to_json()
-    graph, account = _index(writing.graphs, record), _index(writing.accounts, plain(ledger))
-    writing.programs.append(replace(added, graph=graph, account=account))
+def oldest_of(ordered: Iterable[Target]) -> Target | None:
+    """The GPU generation whose PTX newer ones may compile; None where there is none."""
+    return next((target for target in ordered if target.is_gpu), None)
 
 
 def program_of(
@@ -224,7 +239,7 @@ def _signature(plan: Plan, step: KernelStep, launch: Launch) -> tuple[str, ...]:
 
 
 def _keep(kernels: dict[str, Content], folder: str, kind: str, code: bytes) -> str:
-    name = f"{folder}/{archive.digest([code])[:32]}.{kind}"
+    name = f"{folder}/{archive.digest([code])[: archive.NAME_DIGITS]}.{kind}"
     kernels[name] = [code]
     return name
 
@@ -247,9 +262,7 @@ def _calls(plan: Plan, images: Sequence[int]) -> tuple[Call, ...]:
                     f"cannot save step {step.name}: its grid for a batch of {batch} is "
                     f"{launch.grid_at(batch)}, and a file can only say {programs}"
                 )
-        arguments = tuple(
-            _argument(plan, step, launch, ref) for ref in execute.parameters(launch)
-        )
+        arguments = tuple(_argument(plan, step, launch, ref) for ref in execute.parameters(launch))
         calls.append(Call(names.index(step.name), image, arguments, grid))
     return tuple(calls)
 

@@ -80,6 +80,9 @@ def check_example(arguments: Any, dynamic: bool = False) -> list[torch.Tensor]:
                 f"example input {at}: expected a tensor or a constant (bool, int, float, str, "
                 f"None), got {type(leaf).__name__}"
             )
+        if leaf.layout is not torch.strided or leaf.is_nested:
+            kind = "a nested one" if leaf.is_nested else str(leaf.layout)
+            raise InvalidInputError(f"example input {at}: expected a dense tensor, got {kind}")
         if leaf.dtype not in FLOAT_DTYPES:
             both = "convert both, model.float() and x.float()"
             hint = both if leaf.dtype is torch.float64 else "convert it outside, x.float()"
@@ -101,8 +104,10 @@ def check_example(arguments: Any, dynamic: bool = False) -> list[torch.Tensor]:
 def has_no_samples(arguments: Any) -> bool:
     """Whether each tensor of an example is an empty batch."""
     leaves = pytree.tree_leaves(arguments)
-    shapes = [leaf.shape for leaf in leaves if isinstance(leaf, torch.Tensor)]
-    return bool(shapes) and all(shape[:1] == (0,) for shape in shapes)
+    tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
+    shapes = [tensor.shape for tensor in tensors if not tensor.is_nested]
+    same = len(shapes) == len(tensors)
+    return bool(shapes) and same and all(shape[:1] == (0,) for shape in shapes)
 
 
 def bounds_of(bounds: Any) -> tuple[int, int]:

@@ -17,18 +17,27 @@ or null, "how": "modelled" | "measured" | "not measured"}:
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
+from graphlib import CycleError, TopologicalSorter
+from itertools import chain
 from typing import Any
 
 from ...errors import ArtifactError
 from ..graph.ledger import Event
-from ..graph.typed import Reader
+from ..graph.typed import Laws, Reader, one_of
 
 SCHEMA, VERSION = "convloom-ledger", 1
 MODELLED, MEASURED, NOT_MEASURED = "modelled", "measured", "not measured"
 KERNEL, FALLBACK, VIEW, IN_PLACE = "kernel", "torch", "view", "in place"
 REMOVED, CONSTANT, INPUT, OUTPUT = "removed", "constant", "input", "output"
+KINDS = (
+    "convolution", "linear", "pooling", "normalisation", "reduction", "pointwise", "movement",
+    "other", INPUT, OUTPUT,
+)  # fmt: skip
+"""Families of ops, in the order of the legend; the page has a colour of each name."""
+LONGEST_US = 1e15
 
 
 @dataclass(frozen=True)
@@ -191,5 +200,57 @@ def from_json(data: Any, source: str) -> Account:
             f"'{source}': expected version {VERSION} of the ledger's schema, got "
             f"{data.get('version')!r}; write it again with this convloom"
         )
-    account: Account = Reader(source, loose=True).read(Account, data, "ledger")
+    account: Account = Reader(source, loose=True, laws=_LAWS).read(Account, data, "ledger")
+    if problem := _misfit(account):
+        raise ArtifactError(f"'{source}' is damaged: {problem}")
     return account
+
+
+def _is_time(us: float | None) -> bool:
+    return us is None or 0 <= us < LONGEST_US
+
+
+_TIME = _is_time, f"microseconds below {LONGEST_US:g}"
+_COUNT = (0).__le__, "0 or more"
+_LAWS: Laws = {
+    Time: {"us": _TIME, "how": one_of(MODELLED, MEASURED, NOT_MEASURED)},
+    KernelNode: {
+        "what": one_of(KERNEL, FALLBACK, VIEW, IN_PLACE, INPUT, OUTPUT),
+        "kind": one_of(*KINDS),
+        "launches": _COUNT,
+        "size_bytes": _COUNT,
+        "share": (lambda share: 0 <= share < 1.001, "a share of 1"),
+    },
+    Event: {"time_us_before": _TIME, "time_us_after": _TIME},
+}
+"""What must hold of fields beside their types."""
+
+
+def _misfit(account: Account) -> str | None:
+    """What does not fit together of an account's parts, or None."""
+    nodes = Counter(record.node for record in account.nodes)
+    places = Counter(place.name for place in account.places)
+    inside = Counter(name for place in account.places for name in place.nodes)
+    for what, counts in (("node", nodes), ("place", places), ("node in a place", inside)):
+        if twice := next((name for name, count in counts.items() if count > 1), None):
+            return f"{what} {twice[:80]!r} is there twice"
+    named = [("place", record.place, places) for record in account.nodes]
+    named += [("node", name, nodes) for name in inside]
+    named += [("place", name, places) for edge in account.edges for name in edge]
+    for what, name, known in named:
+        if name not in known:
+            return f"it names the {what} {name[:80]!r}, which it does not have"
+    timed = chain(
+        (time for place in account.places for time in (place.modelled, place.measured)),
+        (time for record in account.nodes for time in (record.before, record.after)),
+    )
+    if any((time.us is None) != (time.how == NOT_MEASURED) for time in timed):
+        return f"a time that is {NOT_MEASURED}, or none that is measured or modelled"
+    readers: dict[str, list[str]] = {}
+    for source, reader in account.edges:
+        readers.setdefault(reader, []).append(source)
+    try:
+        TopologicalSorter(readers).prepare()
+    except CycleError as error:
+        return f"its places follow each other in a circle: {' '.join(error.args[1])[:80]}"
+    return None

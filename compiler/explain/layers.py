@@ -18,6 +18,8 @@ from itertools import pairwise
 
 import networkx as nx
 
+from ...errors import InvalidInputError
+
 Key = tuple[str, int]
 """A box (its name, -1) or the bend of its edges in a layer (its name, layer)."""
 
@@ -26,6 +28,9 @@ COLUMN_GAP, LANE = 90.0, 9.0
 ASPECT = 1.45
 """Width to height of the part of a screen that shows the drawing."""
 MOST_COLUMNS = 12
+MOST_KEYS = 50_000
+"""Boxes, and bends of edges that pass by layers: sorting out more takes longer than anybody waits.
+"""
 SWEEPS = 12
 
 
@@ -64,7 +69,7 @@ class Drawing:
 def draw(sizes: Mapping[str, tuple[float, float]], edges: Iterable[tuple[str, str]]) -> Drawing:
     """The drawing of boxes of the given (width, height); edges between them form no cycle.
 
-    Raises: ValueError where they do.
+    Raises: ValueError where they do; InvalidInputError where it is too large to be looked at.
     """
     graph = nx.DiGraph()
     graph.add_nodes_from(sizes)
@@ -72,6 +77,13 @@ def draw(sizes: Mapping[str, tuple[float, float]], edges: Iterable[tuple[str, st
     if not sizes:
         return Drawing({}, {}, 0.0, 0.0)
     layer = layers_of(graph)
+    reach = (max((layer[after] for after in graph.succ[name]), default=0) - layer[name]
+             for name in graph)  # fmt: skip
+    if (keys := len(graph) + sum(max(length - 1, 0) for length in reach)) > MOST_KEYS:
+        raise InvalidInputError(
+            f"the picture would have {keys:,} boxes and bends of edges, expected at most "
+            f"{MOST_KEYS:,}; look at the text or the JSON"
+        )
     bent = _with_bends(graph, layer)
     rows = _ordered(bent, _rows(bent, layer))
     x = _positions(bent, rows, sizes)

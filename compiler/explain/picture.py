@@ -9,9 +9,12 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
+from typing import Any
 from xml.sax.saxutils import escape, quoteattr
 
+from ...errors import visible
 from . import account as acc
 from .account import Account, KernelNode, Record
 from .account_text import counted, labels, refusals_by_reason, size_text, with_paths
@@ -24,17 +27,26 @@ TITLE_PX, LINE_PX, ROW_PX = 13.0, 10.5, 11.0
 ADVANCE = 0.61
 """Width of a monospaced character, in font sizes: 0.60 to 0.602 in the usual fonts."""
 HEAD, ROW, PAD = 38.0, 17.0, 8.0
-KINDS = (
-    "convolution", "linear", "pooling", "normalisation", "reduction", "pointwise", "movement",
-    "other", "input", "output",
-)  # fmt: skip
 
 STYLE = Path(__file__).with_name("picture.css").read_text(encoding="utf-8")
 """Of the drawing and its page; kinds of boxes are classes and colours of these names."""
 
 
+def _visible(value: Any) -> Any:
+    """An account, all texts of which can be shown: names come from anybody's modules and files."""
+    if isinstance(value, str):
+        return visible(value)
+    if isinstance(value, tuple):
+        return tuple(map(_visible, value))
+    if is_dataclass(value) and not isinstance(value, type):
+        shown = {item.name: _visible(getattr(value, item.name)) for item in fields(value)}
+        return replace(value, **shown)
+    return value
+
+
 def to_svg(account: Account) -> str:
     """A whole SVG file."""
+    account = _visible(account)
     return '<?xml version="1.0" encoding="UTF-8"?>\n' + _svg(
         account, f"<style>{STYLE}</style>", ' xmlns="http://www.w3.org/2000/svg"'
     )
@@ -42,6 +54,7 @@ def to_svg(account: Account) -> str:
 
 def to_html(account: Account) -> str:
     """One page that needs nothing else."""
+    account = _visible(account)
     refusals = [{"count": n, "rule": r, "reason": why} for n, r, why in refusals_by_reason(account)]
     data = json.dumps({**account.to_json(), "refusals": refusals}, allow_nan=False)
     # Inside a script element neither tags nor comments may begin.
@@ -50,7 +63,7 @@ def to_html(account: Account) -> str:
     shown = {place.kind for place in account.places}
     legend = "".join(
         f'<span><i style="background:var(--{kind})"></i>{kind}</span>'
-        for kind in KINDS
+        for kind in acc.KINDS
         if kind in shown and kind not in (acc.INPUT, acc.OUTPUT)
     )
     parts = {
@@ -124,7 +137,8 @@ class _Content:
         free = "" if place.what in (acc.KERNEL, acc.FALLBACK) else " free"
         name = "kernel" if not free else "place"
         lines = [
-            f'<g class="place {place.kind}{free}" data-{name}={quoteattr(place.name)} '
+            f'<g class={quoteattr(f"place {place.kind}{free}")} '
+            f"data-{name}={quoteattr(place.name)} "
             f'transform="translate({box.left:.1f} {box.top:.1f})">',
             f"<title>{escape(self.tooltip())}</title>",
             f'<rect class="box" width="{box.width:.1f}" height="{box.height:.1f}" rx="6"/>',

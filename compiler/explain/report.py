@@ -13,6 +13,7 @@ from typing import Any
 
 from ...errors import GraphError, InvalidInputError, near_names
 from ..graph.ledger import Ledger
+from ..graph.memory import on_cpu
 from ..plan.plan import Plan
 from . import account, account_text
 from .account import Account
@@ -55,6 +56,7 @@ class Report(Ledger):
         return self._account.with_measured(self.measured, self.measured_on)
 
     @cached_property
+    @on_cpu
     def _account(self) -> Account:
         if self.read is not None:
             return self.read

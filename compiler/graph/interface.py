@@ -208,6 +208,9 @@ def _check_input(
         raise InvalidInputError(
             f"input {port.name}: expected a tensor {spec}, got {type(tensor).__name__}"
         )
+    if tensor.layout is not torch.strided or tensor.is_nested:
+        kind = "a nested one" if tensor.is_nested else str(tensor.layout)
+        raise InvalidInputError(f"input {port.name}: expected a dense tensor {spec}, got {kind}")
     got = f"{tensor.dtype} {tuple(tensor.shape)} on {tensor.device}"
     if tensor.dim() != spec.rank:
         raise InvalidInputError(f"input {port.name}: expected rank {spec.rank} ({spec}), got {got}")

@@ -6,14 +6,33 @@ linearly with it. Nothing here knows of kernels, so that saved executables are r
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from functools import wraps
+from typing import ParamSpec, Protocol, TypeVar
 
 import torch
 
 from ... import settings
 from ...kernels.contract.spec import Operand
+
+Arguments = ParamSpec("Arguments")
+Result = TypeVar("Result")
+
+
+def on_cpu(function: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
+    """A function whose new tensors are on the CPU, whatever the caller's default device is: only
+    the user's own module is run with that."""
+
+    @wraps(function)
+    def run(*args: Arguments.args, **keywords: Arguments.kwargs) -> Result:
+        if torch.get_default_device().type == "cpu":
+            return function(*args, **keywords)
+        with torch.device("cpu"):
+            return function(*args, **keywords)
+
+    return run
+
 
 ALIGNMENT = 256
 """Bytes; CUDA's allocator gives the same, and 128-bit accesses need 16."""

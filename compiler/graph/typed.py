@@ -11,8 +11,8 @@ import json
 import math
 import types
 import typing
-from collections.abc import Mapping
-from dataclasses import dataclass, fields, is_dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields, is_dataclass
 from functools import lru_cache
 from typing import Any, NoReturn
 
@@ -25,6 +25,9 @@ DTYPES = {
     str(dtype).removeprefix("torch."): dtype
     for dtype in (*FLOATS, torch.int64, torch.int32)
 }
+MOST_VALUES = 1 << 21
+"""Of one JSON text: a list of them takes 130 MB, the largest network of the zoo 1/20 of them."""
+LONGEST_LIST = 1 << 16
 LARGEST = 2**62
 """No size, offset or count of a tensor that exists is as large."""
 
@@ -56,8 +59,14 @@ def dump(value: Any) -> bytes:
 def parse(data: bytes, source: str) -> Any:
     """The plain value of a text that `dump` wrote; `source` names it in errors.
 
-    Raises: ArtifactError for any other text, of the same value too.
+    Raises: ArtifactError for any other text, of the same value too, and for one of more values
+    than any network needs, before they are built.
     """
+    values = sum(map(data.count, (b"[", b"{", b",")))
+    if values > MOST_VALUES:
+        raise ArtifactError(
+            f"{source} is damaged: expected at most {MOST_VALUES:,} values, got about {values:,}"
+        )
     try:
         value = json.loads(data.decode("ascii"))
         same = dump(value) == data
@@ -66,6 +75,15 @@ def parse(data: bytes, source: str) -> Any:
     if not same:
         raise ArtifactError(f"{source} is damaged: expected JSON in its canonical form")
     return value
+
+
+Laws = Mapping[type, Mapping[str, tuple[Callable[[Any], bool], str]]]
+"""By dataclass and field: what must hold beside the type, and in words."""
+
+
+def one_of(*values: str) -> tuple[Callable[[Any], bool], str]:
+    """The law of a field that has one of these values."""
+    return values.__contains__, f"one of {', '.join(values)}"
 
 
 @lru_cache(maxsize=256)
@@ -78,10 +96,12 @@ class Reader:
     """Reads plain data as annotated types.
 
     source: what is read, for errors. loose: fields that a dataclass does not have are skipped.
+    laws: what must hold of fields.
     """
 
     source: str
     loose: bool = False
+    laws: Laws = field(default_factory=dict)
 
     def read(self, kind: Any, data: Any, where: str) -> Any:
         """`data` as a value of the type `kind`.
@@ -123,9 +143,11 @@ class Reader:
         if unknown and not self.loose:
             self.refuse(where, f"no field {unknown[0]!r}", data)
         hints = _hints(kind)
-        return kind(
-            **{name: self.read(hints[name], found[name], f"{where}.{name}") for name in names}
-        )
+        read = {name: self.read(hints[name], found[name], f"{where}.{name}") for name in names}
+        for name, (holds, expected) in self.laws.get(kind, {}).items():
+            if not holds(read[name]):
+                self.refuse(f"{where}.{name}", expected, read[name])
+        return kind(**read)
 
     def refuse(self, where: str, expected: str, got: Any) -> NoReturn:
         """Raises the error for a value that is not what it should be."""
@@ -161,6 +183,8 @@ class Reader:
     def _read_tuple(self, parts: tuple[Any, ...], data: Any, where: str) -> tuple[Any, ...]:
         if not isinstance(data, list | tuple):
             self.refuse(where, "a list", data)
+        if len(data) > LONGEST_LIST:
+            self.refuse(where, f"at most {LONGEST_LIST:,} values", f"{len(data):,} values")
         if parts[-1] is Ellipsis:
             parts = (parts[0],) * len(data)
         if len(parts) != len(data):

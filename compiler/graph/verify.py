@@ -7,7 +7,7 @@ import torch
 
 from ...errors import GraphError, InvalidInputError
 from ...kernels.contract.epilogue import operand_count
-from ...kernels.contract.spec import TensorSpec
+from ...kernels.contract.spec import FLOAT_DTYPES, Layout, TensorSpec
 from .ir import CONSTANT, INPUT, OUTPUT, TORCH, Graph, Node
 
 
@@ -38,6 +38,8 @@ def verify_node(graph: Graph, node: Node) -> None:
         tensor = graph.tensors.get(node.name)
         if tensor is None or tuple(tensor.shape) != node.spec.shape:
             raise GraphError(f"{node.name}: constant {node.spec} without a tensor of its shape")
+        if tensor.is_floating_point() != node.spec.dtype.is_floating_point:
+            raise GraphError(f"{node.name}: constant {node.spec}, its tensor is {tensor.dtype}")
     if node.op in (INPUT, CONSTANT, OUTPUT, TORCH):
         return
     _verify_compute(graph, node)
@@ -59,7 +61,7 @@ def _verify_compute(graph: Graph, node: Node) -> None:
         inferred = definition.infer(node.attributes, specs)
     except InvalidInputError as error:
         raise GraphError(f"{node.name}: {error}") from error
-    if [_logical(spec) for spec in inferred] != [_logical(spec) for spec in node.outputs]:
+    if not _agree(node, inferred):
         raise GraphError(
             f"{node.name}: {node.op} of {', '.join(map(str, specs))} gives "
             f"{', '.join(map(str, inferred))}, the node says {', '.join(map(str, node.outputs))}"
@@ -78,5 +80,54 @@ def _verify_compute(graph: Graph, node: Node) -> None:
             )
 
 
-def _logical(spec: TensorSpec) -> tuple[object, ...]:
-    return spec.shape, spec.batch
+def _agree(node: Node, inferred: tuple[TensorSpec, ...]) -> bool:
+    """Whether a node's results are what its op infers. Kernels that take an epilogue round one
+    result once, to the float dtype that the node says; layouts are the passes' to choose."""
+    said = [spec.with_(layout=Layout.DENSE) for spec in node.outputs]
+    expected = [spec.with_(layout=Layout.DENSE) for spec in inferred]
+    if said == expected or len(said) != len(expected):
+        return said == expected
+    floats = all(spec.dtype in FLOAT_DTYPES for spec in (node.spec, inferred[0]))
+    rounded = expected[0].with_(dtype=node.spec.dtype)
+    return floats and node.definition.takes_epilogue and said == [rounded, *expected[1:]]
+
+
+def verify_memory(graph: Graph) -> None:
+    """Raises GraphError where a kernel would take a tensor for one that lies otherwise in memory,
+    or multiply two types; to be asked once passes have chosen layouts and types."""
+    for node in graph.nodes():
+        if node.op in (INPUT, CONSTANT, OUTPUT, TORCH):
+            if node.op == CONSTANT and node.spec.layout is not Layout.DENSE:
+                raise GraphError(f"{node.name}: constant {node.spec}, expected a dense one")
+            continue
+        definition = node.definition
+        specs = tuple(graph.spec(value) for value in graph.own_inputs(node))
+        # A constant is read as it lies; what its op makes of a value lies as its other inputs do.
+        laid = zip(graph.own_inputs(node), specs, strict=True)
+        inferred = definition.infer(node.attributes, tuple(
+            spec.with_(layout=node.spec.layout)
+            if graph.is_constant(value) and spec.rank == node.spec.rank else spec
+            for value, spec in laid
+        ))  # fmt: skip
+        # Vectors may be more exact than matrices; the stem rounds the image as its weights are.
+        kind = node.spec.dtype if node.op == "stem" else specs[0].dtype
+        for slot in {*definition.packs(node.attributes), *definition.factors}:
+            if slot < len(specs) and specs[slot].rank > 1 and specs[slot].dtype is not kind:
+                raise GraphError(
+                    f"{node.name}: {node.op} takes {specs[slot]} as input {slot}, expected {kind}"
+                )
+        for value, spec in zip(graph.own_inputs(node), specs, strict=True):
+            wanted = Layout.NHWC if definition.images else Layout.DENSE
+            if definition.images and spec.rank != 4:
+                wanted = node.spec.layout if node.spec.rank == spec.rank else spec.layout
+            free = definition.follows or node.op == "relayout" or graph.is_constant(value)
+            if not free and spec.layout is not wanted:
+                raise GraphError(
+                    f"{node.name}: {node.op} reads {value} {spec}, expected {wanted.value}"
+                )
+        for spec, expected in zip(node.outputs, inferred, strict=True):
+            # These write elements wherever they are to lie.
+            if spec.layout is not expected.layout and node.op not in ("permute", "rearrange"):
+                raise GraphError(
+                    f"{node.name}: {node.op} gives {expected}, the node says {spec}"
+                )

@@ -17,6 +17,7 @@ from ..fusion.rules import EPILOGUE_RULES, FLATTEN_RULES, PROLOGUE_RULES
 from ..graph import text
 from ..graph.ir import Graph
 from ..graph.ledger import Ledger
+from ..graph.memory import on_cpu
 from ..graph.verify import verify
 from . import parallel_convs, pool_order, rearrangements
 from .clean import (
@@ -144,6 +145,7 @@ def _begin(validation: Validation, graph: Graph, fallback: str) -> None:
         raise
 
 
+@on_cpu
 def run_passes(
     graph: Graph,
     ledger: Ledger,

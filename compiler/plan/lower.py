@@ -28,9 +28,9 @@ from ..fusion.overrides import CONCAT_LABEL, CONCAT_RULE
 from ..graph.interface import Port
 from ..graph.ir import CONSTANT, INPUT, OUTPUT, TORCH, Graph, Node, Value
 from ..graph.ledger import Ledger
-from ..graph.memory import ALIGNMENT, Buffer, BufferSlice
+from ..graph.memory import ALIGNMENT, Buffer, BufferSlice, on_cpu
 from ..graph.torch_call import TorchCall
-from ..graph.verify import verify
+from ..graph.verify import verify, verify_memory
 from ..records.choose import Chooser, heuristic
 from . import branches
 from .arena import place
@@ -76,6 +76,7 @@ class _Lowering:
         return BRANCHES in self.options.launch and self.options.target.is_gpu
 
 
+@on_cpu
 def lower(graph: Graph, captured: Graph, options: Options, ledger: Ledger) -> Plan:
     """The plan of an optimised graph.
 
@@ -85,6 +86,7 @@ def lower(graph: Graph, captured: Graph, options: Options, ledger: Ledger) -> Pl
     for a graph that breaks a law, whose kernels would read memory that is not theirs.
     """
     verify(graph)
+    verify_memory(graph)
     state = _Lowering(graph, options, ledger)
     inputs = tuple(
         Port(node.name, node.spec, _own_buffer(state, Value(node.name), f"input{at}", "input"))

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ... import settings
-from ...atomic import replacing
+from ...atomic import PRIVATE, private_folder, refuse_others, replacing
 from ...errors import ArtifactError
 from .keys import Key
 from .records import NewerRecordError, Record, from_text, to_text
@@ -66,7 +66,11 @@ class Store:
         if path not in self._known:
             self._known[path] = None
             try:
-                self._known[path] = read(path)
+                record = read(path)
+                if self.folder != SHIPPED:  # That one is as safe as the package that it is in.
+                    for each in (self.folder, *path.parents[:2], path):
+                        refuse_others(each)
+                self._known[path] = record
             except (FileNotFoundError, NotADirectoryError):
                 pass
             except (ArtifactError, OSError) as error:
@@ -80,8 +84,8 @@ class Store:
         """
         path = self.path(record.key)
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with replacing(path) as file:
+            private_folder(self.folder, record.key.architecture, record.key.op)
+            with replacing(path, PRIVATE) as file:
                 file.write(to_text(record).encode())
         except OSError as error:
             raise ArtifactError(_why_not(path, error)) from error

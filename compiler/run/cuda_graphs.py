@@ -3,7 +3,6 @@ were compiled in this process (`runtime.py`), or loaded from a file (`artifact/d
 
 from __future__ import annotations
 
-import threading
 import traceback
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -13,6 +12,7 @@ from typing import Any, Protocol
 import torch
 
 from ...errors import KernelError
+from ...kernels.devices.language import forkable_lock
 from ..graph.interface import Port
 from ..graph.memory import Buffered, Memory
 from ..plan.streams import Action, Schedule, TorchStreams, play
@@ -54,7 +54,7 @@ class GraphRunner:
         self._plan, self._constants, self._bind = plan, constants, bind
         self._schedule = schedule
         self._graphs: OrderedDict[int, _CapturedPlan] = OrderedDict()
-        self._lock = threading.Lock()
+        self._lock = forkable_lock()
         self._before: Any = None
         self._dead = ""
 

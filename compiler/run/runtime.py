@@ -11,7 +11,6 @@ an arena is the memory that a network needs, and a GPU gains nothing from two of
 
 from __future__ import annotations
 
-import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -26,9 +25,10 @@ from ...kernels.contract import targets
 from ...kernels.contract.op import Launch, Ref
 from ...kernels.contract.targets import EMULATED, EMULATOR, INTERPRETER, REFERENCE, Target
 from ...kernels.devices import emulator, execute, interpreter, offline
+from ...kernels.devices.language import forkable_lock
 from ..evaluation.evaluate import call_torch, evaluate
 from ..graph.ir import Graph
-from ..graph.memory import BufferSlice, Memory
+from ..graph.memory import BufferSlice, Memory, on_cpu
 from ..plan.branches import schedule
 from ..plan.plan import KernelStep, Plan, Step, TorchStep
 from ..plan.streams import Action
@@ -65,6 +65,7 @@ class ReferenceRunner:
     def __init__(self, graph: Graph) -> None:
         self._graph = graph
 
+    @on_cpu
     def run(self, inputs: Sequence[torch.Tensor], batch: int) -> list[torch.Tensor]:
         with torch.no_grad():
             values = evaluate(self._graph, inputs)
@@ -79,10 +80,11 @@ class StepRunner(ABC):
 
     def __init__(self, plan: Plan) -> None:
         self._plan = plan
-        self._lock = threading.Lock()
+        self._lock = forkable_lock()
         self._constants = constants_on(plan, torch.device("cpu"))
         self._memory: Memory | None = None
 
+    @on_cpu
     def run(
         self, inputs: Sequence[torch.Tensor], batch: int, observe: Observer | None = None
     ) -> list[torch.Tensor]:
@@ -94,9 +96,11 @@ class StepRunner(ABC):
         self, inputs: Sequence[torch.Tensor], batch: int, observe: Observer | None
     ) -> list[torch.Tensor]:
         plan = self._plan
-        if self._memory is None or self._memory.batch != batch:
-            self._memory = Memory(plan, self._constants, batch)
-        memory = self._memory
+        # Not kept where the call does not end (an error, an interruption, a fork() in between):
+        # what kernels expect to be zero may not be.
+        memory, self._memory = self._memory, None
+        if memory is None or memory.batch != batch:
+            memory = Memory(plan, self._constants, batch)
         for port, tensor in zip(plan.inputs, inputs, strict=True):
             memory.view(port.place).copy_(tensor)
         with self._running():
@@ -104,7 +108,9 @@ class StepRunner(ABC):
                 self._run_step(step, memory)
                 if observe is not None:
                     observe(step, memory.view(first_output(step)).clone())
-        return [memory.view(port.place).clone() for port in plan.outputs]
+        outputs = [memory.view(port.place).clone() for port in plan.outputs]
+        self._memory = memory
+        return outputs
 
     def _run_step(self, step: Step, memory: Memory) -> None:
         if isinstance(step, TorchStep):
@@ -234,6 +240,7 @@ class CrossCompiledRunner:
         )
 
 
+@on_cpu
 def runner_for(graph: Graph, plan: Plan, chosen: Target, target: str) -> Runner:
     """What runs a plan; `target` is the user's word for `chosen`: "cuda" means this machine's GPU,
     "emulator:sm_90" a GPU that is emulated."""

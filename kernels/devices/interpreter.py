@@ -26,7 +26,9 @@ from __future__ import annotations
 import inspect
 import itertools
 import math
-from collections.abc import Iterator, Mapping
+import os
+import threading
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -122,24 +124,44 @@ def interpreting() -> Iterator[None]:
     """
     with LANGUAGE:
         builder = upstream.interpreter_builder
-        scope = upstream._patch_lang(_language_user)
         original_call, original_options = JITFunction.__call__, builder.options
-        builder.options = replace(original_options, sanitize_overflow=False)
-        builder.create_dot, builder.cast_impl = _dot, _cast
-        scope.set_attr(core.tensor, "__init__", _make_tensor)
-        scope.set_attr(core.tensor, "__index__", _index)
-        scope.set_attr(core.block_type, "with_element_ty", _with_element_type)
-        scope.set_attr(core.block_type, "to_ir", lambda kind, builder: kind)
-        JITFunction.__call__ = _call_nested
+        scope = upstream._patch_lang(_language_user)
+
+        def restore() -> None:
+            JITFunction.__call__ = original_call
+            vars(builder).pop("create_dot", None)
+            vars(builder).pop("cast_impl", None)
+            builder.options = original_options
+            scope.restore()
+
+        _PATCHED.append((threading.get_ident(), restore))
         try:
+            builder.options = replace(original_options, sanitize_overflow=False)
+            builder.create_dot, builder.cast_impl = _dot, _cast
+            scope.set_attr(core.tensor, "__init__", _make_tensor)
+            scope.set_attr(core.tensor, "__index__", _index)
+            scope.set_attr(core.block_type, "with_element_ty", _with_element_type)
+            scope.set_attr(core.block_type, "to_ir", lambda kind, builder: kind)
+            JITFunction.__call__ = _call_nested
             # Padding lanes compute on garbage (0/0, inf - inf); their results are never stored.
             with np.errstate(all="ignore"):
                 yield
         finally:
-            JITFunction.__call__ = original_call
-            del builder.create_dot, builder.cast_impl
-            builder.options = original_options
-            scope.restore()
+            _PATCHED.pop()
+            restore()
+
+
+_PATCHED: list[tuple[int, Callable[[], None]]] = []
+"""The thread that has patched the language, and what undoes it."""
+
+
+def _restore_in_child() -> None:
+    """After a fork(): the thread that would is not there."""
+    while _PATCHED and _PATCHED[-1][0] != threading.get_ident():
+        _PATCHED.pop()[1]()
+
+
+os.register_at_fork(after_in_child=_restore_in_child)
 
 
 def _language_user() -> tuple[Any, Any]:

@@ -11,7 +11,6 @@ from __future__ import annotations
 import gc
 import hashlib
 import importlib
-import json
 import multiprocessing
 import os
 import re
@@ -42,6 +41,7 @@ from ..contract.op import Box, Launch, Ref
 from ..contract.programmatic_launch import is_programmatic
 from ..contract.targets import Target
 from . import barriers
+from .compile_cache import read_entry, triton_cache, unwritable, write_entry
 from .language import LANGUAGE
 
 POINTER_TYPES = {
@@ -155,25 +155,6 @@ def _source(wanted: CompileRequest) -> ASTSource:
     )
 
 
-@contextmanager
-def _cache() -> Iterator[Path]:
-    """Triton's cache inside ours, for the duration of the block."""
-    root = settings.read().cache_dir
-    try:
-        (root / "triton").mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise KernelError(
-            f"the cache folder {root} cannot be written: {error.strerror}. Set CONVLOOM_CACHE_DIR "
-            "to a folder that can"
-        ) from error
-    previous = triton.knobs.cache.dir
-    triton.knobs.cache.dir = str(root / "triton")
-    try:
-        yield root
-    finally:
-        triton.knobs.cache.dir = previous
-
-
 def compile_request(wanted: CompileRequest) -> Any:
     """Triton's `CompiledKernel`.
 
@@ -182,7 +163,7 @@ def compile_request(wanted: CompileRequest) -> Any:
     options: dict[str, Any] = {"num_warps": wanted.num_warps, "num_stages": wanted.num_stages}
     if is_programmatic(dict(wanted.constexprs)):
         options["launch_pdl"] = True  # The launcher reads it from the compiled kernel.
-    with LANGUAGE, _cache(), triton.knobs.compilation.scope():
+    with LANGUAGE, triton_cache() as root, triton.knobs.compilation.scope():
         # The same machine code wherever the sources lie: what is saved must be reproducible.
         triton.knobs.compilation.disable_line_info = True
         try:
@@ -194,6 +175,8 @@ def compile_request(wanted: CompileRequest) -> Any:
             return compiled
         except KernelError:
             raise
+        except OSError as error:
+            raise unwritable(root, error) from error
         except Exception as error:
             first = str(error).strip().splitlines() or [repr(error)]
             raise KernelError(
@@ -266,11 +249,7 @@ def _stored_or_made(
     if (stored := _stored(kind, path)) is not None:
         return stored
     result = make(compile_request(request))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent)
-    with os.fdopen(handle, "w") as file:
-        json.dump(asdict(result), file, sort_keys=True)
-    os.replace(name, path)
+    write_entry(path, asdict(result))
     return result
 
 
@@ -283,10 +262,8 @@ def _path_of(kind: type[Resources], request: CompileRequest) -> Path:
 
 def _stored(kind: type[Kind], path: Path) -> Kind | None:
     """None where nothing is stored yet, or what a crash cut off."""
-    try:
-        return kind(**json.loads(path.read_text()))
-    except (OSError, ValueError, TypeError):
-        return None
+    data = read_entry(path)
+    return None if data is None else kind(**data)
 
 
 def _tool(name: str) -> str:

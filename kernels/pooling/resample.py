@@ -44,6 +44,7 @@ from ..contract.op import (
 from ..contract.spec import Layout, TensorSpec
 from ..contract.targets import Target
 from .tiles import channel_block
+from .upsample import are_steps
 
 CUBIC, LINEAR_WIDE, CUBIC_WIDE = "cubic", "antialiased-linear", "antialiased-cubic"
 REACH = {CUBIC: 2.0, LINEAR_WIDE: 1.0, CUBIC_WIDE: 2.0}
@@ -67,9 +68,10 @@ def infer(attributes: Resample, inputs: tuple[TensorSpec, ...]) -> tuple[TensorS
     if x.rank != 4 or min(*attributes.size, *x.shape[2:]) < 1:
         raise InvalidInputError(f"resample: cannot resize {x} to {attributes.size}; expected "
                                 "x (N, C, H, W) and pixels in both")  # fmt: skip
-    if attributes.filter not in REACH or not all(0 <= s < math.inf for s in attributes.steps):
+    if attributes.filter not in REACH or not are_steps(attributes.steps, attributes.size):
         raise InvalidInputError(
-            f"resample: expected a filter of {', '.join(REACH)} and finite steps, got {attributes}"
+            f"resample: expected a filter of {', '.join(REACH)} and steps to pixels that can "
+            f"be counted, got {attributes}"
         )
     return (TensorSpec((*x.shape[:2], *attributes.size), x.dtype, Layout.NHWC, x.batch),)
 

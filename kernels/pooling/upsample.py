@@ -72,11 +72,17 @@ def infer(
         )
     if min(*size, *x.shape[2:]) < 1:
         raise InvalidInputError(f"{name}: cannot resize {x} to {size}; both need pixels")
-    if attributes.rule not in RULES[name] or not all(0 <= step < math.inf for step in steps):
+    if attributes.rule not in RULES[name] or not are_steps(steps, size):
         raise InvalidInputError(
-            f"{name}: expected a rule of {RULES[name]} and finite steps, got {attributes}"
+            f"{name}: expected a rule of {RULES[name]} and steps to pixels that can be counted, "
+            f"got {attributes}"
         )
     return (TensorSpec((*x.shape[:2], *size), x.dtype, Layout.NHWC, x.batch),)
+
+
+def are_steps(steps: tuple[float, ...], outputs: tuple[int, ...]) -> bool:
+    """Whether all outputs lie at pixels that fp32 can count."""
+    return all(0 <= step * count <= 2**24 for step, count in zip(steps, outputs, strict=True))
 
 
 def positions(
