@@ -37,7 +37,7 @@ LIBRARIES = {
     "settings": (),
     "atomic": (),
     "kernels": ("torch", "triton", "numpy"),
-    "compiler": ("torch", "networkx", "numpy", "safetensors"),
+    "compiler": ("torch", "networkx", "numpy", "safetensors", "onnx"),
     "zoo": ("torch", "numpy", "safetensors", "sklearn"),
     "": (),
     "cli": ("torch", "triton", "numpy", "rich", "PIL", "sklearn"),
@@ -54,7 +54,7 @@ FLOORS = {
         ("convolution",), ("fused",), ("registry",), ("devices",),
     ),
     "compiler": (
-        ("graph",), ("fusion", "records", "evaluation", "capture"), ("plan", "passes"),
+        ("graph", "onnx"), ("fusion", "records", "evaluation", "capture"), ("plan", "passes"),
         ("explain",), ("run",), ("artifact", "tuning"), ("api",),
     ),
 }  # fmt: skip
