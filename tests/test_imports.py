@@ -38,7 +38,7 @@ LIBRARIES = {
     "settings": (),
     "atomic": (),
     "kernels": ("torch", "triton", "numpy"),
-    "compiler": ("torch", "networkx", "numpy", "safetensors"),
+    "compiler": ("torch", "networkx", "numpy", "safetensors", "onnx"),
     "zoo": ("torch", "numpy", "safetensors", "sklearn"),
     "": (),
     "__main__": (),
@@ -56,7 +56,7 @@ FLOORS = {
         ("convolution",), ("fused",), ("registry",), ("devices",),
     ),
     "compiler": (
-        ("graph",), ("fusion", "records", "evaluation", "capture"), ("plan", "passes"),
+        ("graph", "onnx"), ("fusion", "records", "evaluation", "capture"), ("plan", "passes"),
         ("explain",), ("run",), ("artifact", "tuning"), ("api",), ("torch_compile",),
     ),
 }  # fmt: skip
