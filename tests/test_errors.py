@@ -94,6 +94,7 @@ def test_near_names() -> None:
         ("dynamic_batch", (1, 2, 3), "expected (lowest, highest), got (1, 2, 3)"),
         ("dynamic_batch", (1.0, 4.0), "expected (lowest, highest), got (1.0, 4.0)"),
         ("dynamic_batch", (True, 3), "got (True, 3); both are whole numbers"),
+        ("dynamic_batch", (1.5, 3), "got (1.5, 3); both are whole numbers"),
         ("dynamic_batch", (1, np.bool_(True)), "both are whole numbers"),
         ("dynamic_batch", (1, torch.tensor(3)), "both are whole numbers"),
         ("dynamic_batch", (-1, 4), "at least 1 as highest, got (-1, 4)"),

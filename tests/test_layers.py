@@ -274,6 +274,7 @@ REFUSED: dict[str, tuple[Callable[..., Any], str]] = {
         lambda x: F.scaled_dot_product_attention(x, x, x, torch.ones(6, 6).tril() > 0), "a buffer"
     ),
     "vector": (lambda x: x @ x[0, 0, 0], "products with vectors"),
+    "pad of rank 6": (lambda x: F.pad(x[:, None, None], (1, 0)), "a rank-6 tensor; ranks 1 to 5"),
     "pixels of rank 5": (lambda x: F.pixel_unshuffle(x[:, None], 2), "other ranks than 4"),
 }  # fmt: skip
 

@@ -408,12 +408,6 @@ def test_a_record_may_be_deleted_twice(folder: Path) -> None:
     assert not path.exists()
 
 
-def test_reasons_are_one_line_of_at_most_400_characters() -> None:
-    assert records.shortened("too\n  long ") == "too long"
-    assert records.shortened("x" * 400) == "x" * 400
-    assert records.shortened("x" * 401) == "x" * 397 + "..."
-
-
 def test_a_folder_that_cannot_be_made(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(ArtifactError, match=r"Set CONVLOOM_CACHE_DIR to a folder"):

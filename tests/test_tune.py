@@ -18,6 +18,7 @@ import torch
 from convloom.compiler.plan.plan import KernelStep
 from convloom.compiler.records import choose, rank
 from convloom.compiler.records.keys import key_of
+from convloom.compiler.records.records import shortened
 from convloom.compiler.records.store import Store
 from convloom.compiler.tuning import bench, search
 from convloom.compiler.tuning.bench import Bench, InterpreterBackend, Trial
@@ -98,6 +99,12 @@ def afresh(known: choose.Records) -> choose.Records:
 
 
 # The search.
+
+
+def test_reasons_are_one_line_of_at_most_400_characters() -> None:
+    assert shortened("too\n  long ") == "too long"
+    assert shortened("x" * 400) == "x" * 400
+    assert shortened("x" * 401) == "x" * 397 + "..."
 
 
 def test_the_fastest_candidate_becomes_the_record(known: choose.Records) -> None:
