@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -49,7 +50,7 @@ CAPTURING = forkable_lock()
 
 
 def compile(
-    module: torch.nn.Module | ExportedProgram,
+    module: torch.nn.Module | ExportedProgram | str | Path,
     example: Any = (),
     *,
     kwargs: Mapping[str, Any] | None = None,
@@ -66,7 +67,7 @@ def compile(
     outputs: Sequence[str] | None = None,
 ) -> Executable:
     """The module compiled for inputs like `example` (a tuple, or one tensor) and `kwargs`; of an
-    `ExportedProgram` for its own example where none is given.
+    `ExportedProgram` or an ONNX file (its path) for the inputs that it names, where none is given.
 
     Tensors are of floats; NumPy's arrays stand for them. Constants among the arguments (bool, int,
     float, str, None) become part of the code, and every call must have the same.
@@ -115,7 +116,7 @@ def compile(
 
 
 def executable_for(
-    module: torch.nn.Module | ExportedProgram,
+    module: torch.nn.Module | ExportedProgram | str | Path,
     example: Any,
     *,
     target: str,
@@ -136,7 +137,7 @@ def executable_for(
 
 
 def lowered(
-    module: torch.nn.Module | ExportedProgram,
+    module: torch.nn.Module | ExportedProgram | str | Path,
     example: Any,
     *,
     target: str,

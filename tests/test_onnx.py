@@ -321,6 +321,19 @@ def test_a_light_model_as_an_executable(tmp_path: Path) -> None:
     torch.testing.assert_close(exe(x), net(x), rtol=1e-4, atol=1e-5)
 
 
+def test_a_path_stands_where_a_module_does(tmp_path: Path) -> None:
+    path = saved(shuffled(), tmp_path)
+    exe = convloom.compile(path, target="reference")
+    x = torch.from_numpy(numbers(1, *X4[1:]))
+    torch.testing.assert_close(exe(x), load(path)(x))
+    assert exe.graph.name == "net"
+    exe = convloom.compile(str(path), (torch.zeros(3, *X4[1:]),), target="reference")
+    x = torch.from_numpy(numbers(3, *X4[1:]))
+    torch.testing.assert_close(exe(x), load(path)(x))
+    with pytest.raises(InvalidInputError, match=r"path of an .onnx file, got 'net.pt'"):
+        convloom.compile("net.pt", target="reference")
+
+
 # Files that lie.
 
 

@@ -14,6 +14,7 @@ import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
@@ -105,7 +106,7 @@ class _Builder:
 
 
 def capture(
-    model: torch.nn.Module | ExportedProgram,
+    model: torch.nn.Module | ExportedProgram | str | Path,
     example: Any,
     dynamic_batch: tuple[int, int] | None = None,
     outputs: Sequence[str] | None = None,

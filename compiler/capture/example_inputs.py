@@ -6,6 +6,7 @@ import inspect
 import itertools
 from collections.abc import Mapping
 from numbers import Integral
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,13 +17,24 @@ from torch.utils import _pytree as pytree
 from ...errors import InvalidInputError
 from ...kernels.contract.spec import FLOAT_DTYPES
 from ..graph.interface import CONSTANTS, with_tensors
+from ..onnx.model import load
 
 
 def opened(
     model: Any, example: Any, keywords: Mapping[str, Any] | None
 ) -> tuple[Any, Any, Mapping[str, Any] | None]:
-    """The module of an exported program, and the program's own example where none is given; any
-    other model as it is."""
+    """The module of an exported program or of an ONNX file, and its own example where none is
+    given; any other model as it is."""
+    if isinstance(model, (str, Path)):
+        if Path(model).suffix != ".onnx":
+            raise InvalidInputError(
+                f"model: expected a module, an ExportedProgram or the path of an .onnx file, got "
+                f"'{model}'"
+            )
+        network = load(model)
+        if isinstance(example, tuple) and not example and not keywords:
+            example = network.example()
+        return network, example, keywords
     if not isinstance(model, ExportedProgram):
         return model, example, keywords
     if isinstance(example, tuple) and not example and not keywords and model.example_inputs:

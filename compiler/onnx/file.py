@@ -128,7 +128,7 @@ def _read(onnx: Any, path: Path) -> File:
     nodes = tuple(_node(onnx, node, index, path) for index, node in enumerate(graph.node))
     inputs = tuple(_input(value) for value in graph.input if value.name not in constants)
     outputs = tuple(value.name for value in graph.output)
-    return File(graph.name or path.stem, opset, nodes, constants, inputs, outputs)
+    return File(path.stem, opset, nodes, constants, inputs, outputs)
 
 
 def _mapped(path: Path) -> memoryview:

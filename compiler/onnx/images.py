@@ -115,7 +115,7 @@ def max_pool(call: Call, x: torch.Tensor) -> Any:
 
 
 @operator("AveragePool")
-def average_pool(call: Call, x: torch.Tensor) -> torch.Tensor:
+def average_pool(call: Call, x: torch.Tensor) -> Any:
     kernel = call.get("kernel_shape")
     strides = call.get("strides", [1] * len(kernel))
     if any(each != 1 for each in call.get("dilations", [1])):
@@ -124,7 +124,7 @@ def average_pool(call: Call, x: torch.Tensor) -> torch.Tensor:
     ceil, counts = bool(call.get("ceil_mode", 0)), bool(call.get("count_include_pad", 0))
     pool = _of_rank(call, AVG_POOLS, x)
     if before == behind and all(2 * pad <= size for pad, size in zip(before, kernel, strict=True)):
-        return pool(x, kernel, strides, before, ceil, counts)  # type: ignore[no-any-return]
+        return pool(x, kernel, strides, before, ceil, counts)
     y: torch.Tensor = pool(_padded(x, (before, behind)), kernel, strides, 0, ceil)
     if counts:
         return y
@@ -155,7 +155,7 @@ def global_max_pool(call: Call, x: torch.Tensor) -> Any:
 
 
 @operator("GlobalLpPool")
-def global_lp_pool(call: Call, x: torch.Tensor) -> torch.Tensor:
+def global_lp_pool(call: Call, x: torch.Tensor) -> Any:
     return torch.linalg.vector_norm(x, call.get("p", 2), tuple(range(2, x.dim())), keepdim=True)
 
 
@@ -192,8 +192,8 @@ def layer_normalization(
     call: Call, x: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None = None
 ) -> torch.Tensor:
     sizes = x.shape[call.get("axis", -1) % x.dim() :]
-    whole = [None if each is None else each.expand(sizes) for each in (scale, bias)]
-    return F.layer_norm(x, sizes, *whole, eps=call.get("epsilon", 1e-5))
+    scale, bias = scale.expand(sizes), None if bias is None else bias.expand(sizes)
+    return F.layer_norm(x, sizes, scale, bias, call.get("epsilon", 1e-5))
 
 
 @operator("LRN")

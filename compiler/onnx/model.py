@@ -26,7 +26,10 @@ def load(path: str | Path) -> OnnxModule:
     UnsupportedOpError naming every operator that is not supported, CaptureError for a use of one
     that is not.
     """
-    return OnnxModule(file.read(Path(path))).eval()
+    source = file.read(Path(path))
+    # A class of its own: results and errors name a network by its class.
+    named: type[OnnxModule] = type(source.name, (OnnxModule,), {})
+    return named(source).eval()
 
 
 class OnnxModule(nn.Module):

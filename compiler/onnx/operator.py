@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -65,8 +65,18 @@ def operator(*names: str, known: Sequence[int] = ()) -> Callable[[Function], Fun
 
     def enter(function: Function) -> Function:
         for name in names:
-            before = OPERATORS.get(name)
-            OPERATORS[name] = Operator(function, before and before.of_arrays, known)
+            OPERATORS[name] = Operator(function, known=known)
+        return function
+
+    return enter
+
+
+def of_arrays(*names: str) -> Callable[[Function], Function]:
+    """Enters what operators that are in the table do to arrays."""
+
+    def enter(function: Function) -> Function:
+        for name in names:
+            OPERATORS[name] = replace(OPERATORS[name], of_arrays=function)
         return function
 
     return enter

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from .operator import OPERATORS, Call, Operator, Value, as_tensor, operator
+from .operator import OPERATORS, Call, Operator, Value, as_tensor, of_arrays, operator
 
 UNARY: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "Abs": torch.abs, "Ceil": torch.ceil, "Cos": torch.cos, "Erf": torch.erf, "Exp": torch.exp,
@@ -41,7 +41,7 @@ def _quotient(a: Any, b: Any) -> Any:
     return a // b if isinstance(a, torch.SymInt) or a * b >= 0 else -(-a // b)
 
 
-BINARY_OF_ARRAYS = {
+BINARY_OF_ARRAYS: dict[str, Callable[..., Any]] = {
     **BINARY, "Div": _quotient, "Mod": lambda a, b: a % b, "Min": min, "Max": max,
 }  # fmt: skip
 
@@ -73,12 +73,14 @@ def _of_arrays(function: Callable[..., Any]) -> Any:
     return lambda call, *arrays: reduce(lambda a, b: each(function, a, b), arrays)
 
 
-for _name, _function in UNARY.items():
-    _by_number = UNARY_OF_ARRAYS.get(_name)
-    _enter(_name, _unary(_function),
-           _by_number and (lambda call, x, f=_by_number: each(f, x)))  # fmt: skip
-for _name, _function in BINARY.items():
-    _enter(_name, _binary(_function), _of_arrays(BINARY_OF_ARRAYS[_name]))
+def _of_array(function: Callable[[Any], Any] | None) -> Any:
+    return None if function is None else lambda call, x: each(function, x)
+
+
+for _name in UNARY:
+    _enter(_name, _unary(UNARY[_name]), _of_array(UNARY_OF_ARRAYS.get(_name)))
+for _name in BINARY:
+    _enter(_name, _binary(BINARY[_name]), _of_arrays(BINARY_OF_ARRAYS[_name]))
 
 
 def _many(function: Callable[[Any, Any], Any]) -> Any:
@@ -161,7 +163,7 @@ SELU = (1.67326319217681884765625, 1.05070102214813232421875)
 
 
 @operator("Selu")
-def selu(call: Call, x: torch.Tensor) -> torch.Tensor:
+def selu(call: Call, x: torch.Tensor) -> Any:
     alpha, gamma = call.get("alpha", SELU[0]), call.get("gamma", SELU[1])
     if (alpha, gamma) == SELU:
         return F.selu(x)
@@ -169,7 +171,7 @@ def selu(call: Call, x: torch.Tensor) -> torch.Tensor:
 
 
 @operator("HardSigmoid")
-def hard_sigmoid(call: Call, x: torch.Tensor) -> torch.Tensor:
+def hard_sigmoid(call: Call, x: torch.Tensor) -> Any:
     alpha, beta = call.get("alpha", 0.2), call.get("beta", 0.5)
     if abs(alpha - 1 / 6) < 1e-6 and beta == 0.5:
         return F.hardsigmoid(x)
@@ -255,21 +257,19 @@ def reduction(call: Call, x: torch.Tensor, axes: Value = None) -> torch.Tensor:
     return REDUCTIONS[call.op](x, found, bool(call.get("keepdims", 1))) if found else x
 
 
-def _product_of_array(call: Call, x: Any, axes: Value = None) -> Any:
-    found = _axes(call, axes, x.ndim, tuple(range(x.ndim)))
-    return np.asarray(np.multiply.reduce(x, found, keepdims=bool(call.get("keepdims", 1))), object)
-
-
 @operator("ReduceProd", known=(1,))
 def product(call: Call, x: torch.Tensor, axes: Value = None) -> torch.Tensor:
     raise call.fail("products of pixels are not supported")
 
 
-OPERATORS["ReduceProd"] = Operator(product, _product_of_array, (1,))
+@of_arrays("ReduceProd")
+def _product_of_array(call: Call, x: Any, axes: Value = None) -> Any:
+    found = _axes(call, axes, x.ndim, tuple(range(x.ndim)))
+    return np.asarray(np.prod(x, found, keepdims=bool(call.get("keepdims", 1))), object)
 
 
 @operator("LpNormalization")
-def lp_normalization(call: Call, x: torch.Tensor) -> torch.Tensor:
+def lp_normalization(call: Call, x: torch.Tensor) -> Any:
     order, axis = call.get("p", 2), call.get("axis", -1)
     return x / torch.linalg.vector_norm(x, order, axis, keepdim=True)
 

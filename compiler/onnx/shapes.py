@@ -10,20 +10,10 @@ import torch
 import torch.nn.functional as F
 
 from .file import DTYPES
-from .operator import OPERATORS, Call, Operator, Value, as_tensor, operator
+from .operator import Call, Value, as_tensor, of_arrays, operator
 
 MOST_ELEMENTS = 1 << 28
 """Of a constant that a file asks to be filled."""
-
-
-def _of_arrays(name: str) -> Any:
-    """Enters a function as what its operator does to arrays."""
-
-    def enter(function: Any) -> Any:
-        OPERATORS[name] = Operator(OPERATORS[name].function, function, OPERATORS[name].known)
-        return function
-
-    return enter
 
 
 def objects(values: Any) -> Any:
@@ -47,8 +37,8 @@ def size(call: Call, x: torch.Tensor) -> Any:
     return np.asarray(math.prod(x.shape), object)
 
 
-for _name in ("Shape", "Size"):
-    _of_arrays(_name)(OPERATORS[_name].function)
+of_arrays("Shape")(shape)
+of_arrays("Size")(size)
 
 
 @operator("ConstantOfShape", known=(0,))
@@ -62,7 +52,7 @@ def constant_of_shape(call: Call, sizes: Value) -> Any:
     return np.full(wanted, value.item(), object)
 
 
-_of_arrays("ConstantOfShape")(constant_of_shape)
+of_arrays("ConstantOfShape")(constant_of_shape)
 
 
 @operator("Constant")
@@ -84,7 +74,7 @@ def number_range(call: Call, start: Value, limit: Value, step: Value) -> Any:
     return objects(range(*bounds))
 
 
-_of_arrays("Range")(number_range)
+of_arrays("Range")(number_range)
 
 
 @operator("Cast", "CastLike")
@@ -95,7 +85,7 @@ def cast(call: Call, x: torch.Tensor, like: torch.Tensor | None = None) -> torch
     return x.to(dtype)
 
 
-@_of_arrays("Cast")
+@of_arrays("Cast")
 def _cast_array(call: Call, x: Any) -> Any:
     dtype = DTYPES.get(call.get("to"), torch.int64)
     kind = float if dtype.is_floating_point else bool if dtype is torch.bool else int
@@ -115,7 +105,7 @@ def identity(call: Call, x: Any) -> Any:
     return x
 
 
-_of_arrays("Identity")(identity)
+of_arrays("Identity")(identity)
 
 
 @operator("Reshape", known=(1,))
@@ -141,7 +131,7 @@ def transpose(call: Call, x: torch.Tensor) -> torch.Tensor:
     return x.permute(call.get("perm", list(range(x.dim()))[::-1]))
 
 
-@_of_arrays("Transpose")
+@of_arrays("Transpose")
 def _transpose_array(call: Call, x: Any) -> Any:
     return x.transpose(call.get("perm"))
 
@@ -167,8 +157,9 @@ def unsqueeze(call: Call, x: Any, axes: Value = None) -> Any:
     return x.reshape([1 if axis in new else next(sizes) for axis in range(rank)])
 
 
-for _name in ("Reshape", "Squeeze", "Unsqueeze"):
-    _of_arrays(_name)(OPERATORS[_name].function)
+of_arrays("Reshape")(reshape)
+of_arrays("Squeeze")(squeeze)
+of_arrays("Unsqueeze")(unsqueeze)
 
 
 @operator("Expand", known=(1,))
@@ -180,7 +171,7 @@ def expand(call: Call, x: torch.Tensor, sizes: Value) -> torch.Tensor:
     return x.expand([have if want == 1 else want for have, want in zip(own, wanted, strict=True)])
 
 
-@_of_arrays("Expand")
+@of_arrays("Expand")
 def _expand_array(call: Call, x: Any, sizes: Any) -> Any:
     return x * np.ones([int(each) for each in sizes], object)
 
@@ -202,13 +193,13 @@ def concat(call: Call, *parts: Value) -> torch.Tensor:
     return torch.cat(found, call.get("axis"))
 
 
-@_of_arrays("Concat")
+@of_arrays("Concat")
 def _concat_arrays(call: Call, *parts: Any) -> Any:
     return np.concatenate([np.asarray(part, object) for part in parts], call.get("axis"))
 
 
 @operator("Split", known=(1,))
-def split(call: Call, x: torch.Tensor, sizes: Value = None) -> Any:
+def split(call: Call, x: Any, sizes: Value = None) -> Any:
     axis = call.get("axis", 0)
     found = call.get("split") if sizes is None else call.numbers(sizes, "split")
     if found is None:
@@ -233,21 +224,21 @@ def slices(call: Call, x: torch.Tensor, *known: Value) -> torch.Tensor:
 def _ranges(call: Call, rank: int, known: tuple[Value, ...]) -> list[tuple[Any, ...]]:
     """(axis, start, stop, step) for each dimension that is cut."""
     if call.opset < 10:
-        starts, ends = call.get("starts"), call.get("ends")
-        axes, steps = call.get("axes", list(range(len(starts)))), [1] * len(starts)
+        starts: Any = call.get("starts")
+        ends, axes, steps = call.get("ends"), call.get("axes"), None
     else:
         starts, ends, axes, steps = (
             None if value is None else call.numbers(value, "place")
             for value in (*known, None, None)[:4]
         )
-        axes, steps = axes or list(range(len(starts))), steps or [1] * len(starts)
+    axes, steps = axes or list(range(len(starts))), steps or [1] * len(starts)
     return [
         (int(axis) % rank, start, stop, int(step))
         for axis, start, stop, step in zip(axes, starts, ends, steps, strict=True)
     ]
 
 
-@_of_arrays("Slice")
+@of_arrays("Slice")
 def _slice_array(call: Call, x: Any, *known: Value) -> Any:
     for axis, start, stop, step in _ranges(call, x.ndim, known):
         x = x[(slice(None),) * axis + (slice(int(start), int(stop), step),)]
@@ -269,7 +260,7 @@ def gather(call: Call, x: torch.Tensor, places: Value) -> torch.Tensor:
     raise call.fail(f"places of rank {places.ndim}; expected 0 or 1")
 
 
-@_of_arrays("Gather")
+@of_arrays("Gather")
 def _gather_array(call: Call, x: Any, places: Any) -> Any:
     return np.asarray(np.take(x, np.asarray(places).astype(np.int64), call.get("axis", 0)), object)
 
@@ -297,11 +288,11 @@ def pad(call: Call, x: torch.Tensor, *known: Value) -> torch.Tensor:
 
 
 @operator("Where")
-def where(call: Call, condition: Value, a: Value, b: Value) -> torch.Tensor:
+def where(call: Call, condition: Value, a: Value, b: Value) -> Any:
     like = next(each for each in (a, b, condition) if isinstance(each, torch.Tensor))
     return torch.where(*(as_tensor(each, like) for each in (condition, a, b)))
 
 
-@_of_arrays("Where")
+@of_arrays("Where")
 def _where_array(call: Call, condition: Any, a: Any, b: Any) -> Any:
     return np.asarray(np.where(condition.astype(bool), a, b), object)
