@@ -14,9 +14,9 @@ import sys
 from pathlib import Path
 
 LIMITS = {
-    ("kernels", "compiler", "cli"): 43_000,
+    ("kernels", "compiler", "cli"): 46_500,
     ("zoo",): 3_440,
-    ("benchmarks",): 5_882,
+    ("benchmarks",): 5_970,
 }
 """Folders that are counted together, and how many lines they may have."""
 
