@@ -46,16 +46,21 @@ def runs_by_tap(channels: int, taps: int) -> bool:
     return channels >= WIDEST_GATHER or taps == 1
 
 
-def of_convolution(
-    conv: Conv2d, x: Operand, w: tuple[int, ...], before: Any = None
-) -> Source:
+def of_convolution(conv: Conv2d, x: Operand, w: tuple[int, ...], before: Any = None) -> Source:
     """What a convolution with a filter (K, C, R, S) reads: a tap's channels in blocks, or (tap,
     channel) pairs one by one where those are few; `before` can only be applied to blocks."""
     _, c, r, s = w
-    image, window = Image.of(x)._replace(C=c), Window.of((r, s), conv)
+    convolved = by_tap(conv, x, w, before)
     if before is not None or runs_by_tap(c, r * s):
-        return Source(image, window, corner, tap, r * s, c, before)
-    return Source(image, window, corner, gather, 1, r * s * c)
+        return convolved
+    return convolved._replace(load=gather, taps=1, depth=r * s * c)
+
+
+def by_tap(conv: Conv2d, x: Operand, w: tuple[int, ...], before: Any = None) -> Source:
+    """As `of_convolution`, a tap's channels in blocks however few they are."""
+    _, c, r, s = w
+    image = Image.of(x)._replace(C=c)
+    return Source(image, Window.of((r, s), conv), corner, tap, r * s, c, before)
 
 
 @triton.jit
