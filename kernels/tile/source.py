@@ -1,8 +1,9 @@
 """Where the left operand of an implicit matrix product comes from.
 
-The terms of a sum are taken in steps: `taps` times `depth` of them, K at a time. `begin(image, p,
-q, live, ...)` finds what the rows of a tile start from; `load(x, at, rows, tap, start, ...)` makes
-the operand tile [M, K] of one step, zero where the image, the filter or the rows end.
+The terms of a sum are taken in steps: `taps` times `depth` of them, K at a time. `begin(first,
+stop, image, p, q, live, ...)` finds what the rows of a tile start from, by its units and by what
+`space.py` makes of them; `load(x, at, tap, start, ...)` makes the operand tile [M, K] of one step,
+zero where the image, the filter or the rows end.
 """
 
 from __future__ import annotations
@@ -72,7 +73,10 @@ def inside(top, left, IMAGE: tl.constexpr):
 
 
 @triton.jit
-def corner(image, p, q, live, SOURCE: tl.constexpr):
+def corner(
+    first, stop, image, p, q, live,
+    SOURCE: tl.constexpr, SPACE: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
     """The index of the first pixel that each row sees, its height and its place in the row."""
     top = p * SOURCE.window.stride_h - SOURCE.window.top
     left = q * SOURCE.window.stride_w - SOURCE.window.left

@@ -97,19 +97,6 @@ class Product(NamedTuple):
     tile: Tile
 
 
-class ChainTile(NamedTuple):
-    """M pixels of a program, N wide channels in a step of a loop of so many stages; MIDDLE, NARROW:
-    channels of t and z, filled up to powers of two."""
-
-    M: int
-    N: int
-    MIDDLE: int
-    NARROW: int
-    stages: int
-    precision: str
-    wide: bool
-
-
 @triton.jit
 def conv_chain_kernel(
     x,
@@ -131,13 +118,15 @@ def conv_chain_kernel(
     Y: tl.constexpr,
     Z: tl.constexpr,
     TILE: tl.constexpr,
+    BLOCK_MIDDLE: tl.constexpr,
+    BLOCK_NARROW: tl.constexpr,
+    LOOP_STAGES: tl.constexpr,
 ):
-    # One program owns the pixels of its rows and all their channels; IMAGE is x, STAGES follow
-    # FRONT, MIDDLE counts the channels of t, and the links that are absent are None.
+    # One program owns the pixels of its rows and all their channels, N of the wide ones in a step
+    # of a loop of LOOP_STAGES. IMAGE is x, STAGES follow FRONT, MIDDLE counts the channels of t,
+    # BLOCK_* those of t and z filled up; the links that are absent are None.
     BLOCK_M: tl.constexpr = TILE.M
     BLOCK_N: tl.constexpr = TILE.N
-    BLOCK_MIDDLE: tl.constexpr = TILE.MIDDLE
-    BLOCK_NARROW: tl.constexpr = TILE.NARROW
     first = tl.program_id(0) * BLOCK_M
     image, p, q, row_mask = SPACE.place(first, m, SPACE, TILE)
     rows = pixel_index(first, image, p, q, SPACE, TILE)
@@ -147,7 +136,7 @@ def conv_chain_kernel(
         tile = x + IMAGE.offset + (rows * IMAGE.row_stride)[:, None] + inner[None, :]
         t = tl.load(tile, mask=row_mask[:, None] & inner_mask[None, :], other=0.0)
     else:
-        at = FRONT.source.begin(image, p, q, row_mask, FRONT.source)
+        at = FRONT.source.begin(first, m, image, p, q, row_mask, FRONT.source, SPACE, FRONT.tile)
         acc = tl.zeros((BLOCK_M, BLOCK_MIDDLE), tl.float32)
         acc = add_product(
             acc, x, w1, at, inner, inner_mask, m, 0, extras, FRONT.source, FRONT.tile, 1
@@ -159,7 +148,7 @@ def conv_chain_kernel(
         SOURCE: tl.constexpr = SHORTCUT.source
         BLOCK_SHORTCUT: tl.constexpr = SHORTCUT.tile.K
         beside = tl.arange(0, BLOCK_SHORTCUT)
-        at = SOURCE.begin(image, p, q, row_mask, SOURCE)
+        at = SOURCE.begin(first, m, image, p, q, row_mask, SOURCE, SPACE, SHORTCUT.tile)
         if SOURCE.depth <= BLOCK_SHORTCUT:
             # All channels in one tile: it stays, like t, where every step of the loop reads it.
             s_tile = SOURCE.load(s, at, 0, 0, extras, SOURCE, SHORTCUT.tile)
@@ -167,7 +156,7 @@ def conv_chain_kernel(
         narrow = tl.arange(0, BLOCK_NARROW)
         narrow_mask = narrow < Z.K
         total = tl.zeros((BLOCK_M, BLOCK_NARROW), tl.float32)
-    for begin in tl.range(0, Y.K, BLOCK_N, num_stages=TILE.stages):
+    for begin in tl.range(0, Y.K, BLOCK_N, num_stages=LOOP_STAGES):
         columns = begin + tl.arange(0, BLOCK_N)
         column_mask = columns < Y.K
         b = links.load_weights(w2, columns, column_mask, inner, inner_mask, MIDDLE, BLOCK_MIDDLE)
@@ -204,15 +193,14 @@ def launches(problem: Problem, tile: Config, target: Target) -> tuple[Launch, ..
     results = links.check("conv_chain", chain.links, specs)
     bound = links.bind(chain.links, inputs, results)
     y, z = problem.outputs[0], problem.outputs[-1]
-    sizes, m, n = _sizes(problem), tile["BLOCK_M"], tile["BLOCK_N"]
-    precision, wide = choice.dot_precision(problem, 16), problem.is_wide
+    sizes, block = _sizes(problem), Tile.of(problem, tile, choice.dot_precision(problem, 16))
     front = shortcut = None
     if chain.front is not None:
-        inside = Tile(m, sizes.block_middle, tile["BLOCK_K"], 1, precision, wide)
-        front = Product(source.by_tap(chain.front, own["x"], own["w1"].shape), inside)
+        read = source.by_tap(chain.front, own["x"], own["w1"].shape)
+        front = Product(read, block._replace(N=sizes.block_middle))
     if chain.shortcut is not None:
-        inside = Tile(m, n, tile["BLOCK_SHORTCUT"], 1, precision, wide)
-        shortcut = Product(source.by_tap(chain.shortcut, own["s"], own["ws"].shape), inside)
+        read = source.by_tap(chain.shortcut, own["s"], own["ws"].shape)
+        shortcut = Product(read, block._replace(K=tile["BLOCK_SHORTCUT"]))
     # Absent links are compiled out; their pointers are never read.
     absent = dict.fromkeys(("w1", "w3", "s", "ws"), bound.tensors["w2"])
     launch = replace(
@@ -228,12 +216,11 @@ def launches(problem: Problem, tile: Config, target: Target) -> tuple[Launch, ..
             "IMAGE": Image.of(inputs[0]),
             "FRONT": front, "STAGES": bound.functions.get("front"), "SHORTCUT": shortcut,
             "MIDDLE": own["w2"].shape[1],
-            "SPACE": space.of_pixels(y.spec, m),
+            "SPACE": space.of_pixels(y.spec, block.M),
             "Y": Output.of(y, bound.functions["expand"]),
             "Z": Output.of(z, bound.functions["reduce"]) if chain.has_reduce else None,
-            "TILE": ChainTile(
-                m, n, sizes.block_middle, sizes.block_narrow, tile["INNER_STAGES"], precision, wide
-            ),
+            "TILE": block, "LOOP_STAGES": tile["INNER_STAGES"],
+            "BLOCK_MIDDLE": sizes.block_middle, "BLOCK_NARROW": sizes.block_narrow,
         },
     )  # fmt: skip
     return (launch,)
