@@ -58,7 +58,7 @@ CUDA_CORES = {
 """Kernels without matrix products, and why."""
 
 NARROW = {
-    "accumulate_kernel": "taps of the depthwise part are read between products, not pipelined",
+    "separable": "taps of the depthwise part are read between products, not pipelined",
     "pool_conv": "windows are pooled while they are read, which needs them in registers",
     "head_kernel": "rows of the hidden layer, which may be shorter than a tile",
 }
@@ -66,7 +66,7 @@ NARROW = {
 
 ONE_STEP: dict[str, Callable[[Mapping[str, Any]], bool]] = {
     "conv_chain_kernel": lambda has: has["FRONT"] is None and has["Y"].K <= has["TILE"].N,
-    "resident_kernel": lambda has: has["TILE"].SPAN <= has["TILE"].N,
+    "resident_kernel": lambda has: has["SPAN"] <= has["TILE"].N,
 }
 """Kernels whose loop has a single step with these constants, though their launch does not say so:
 there is nothing to pipeline, and operands are loaded directly, 16 bytes at a time."""
@@ -76,7 +76,7 @@ ISSUE_LIMIT = 0.7
 ISSUE_LIMITS = {
     "conv_chain_kernel": (1.3, "two products with different tiles share each of its loops"),
     "conv_pool": (0.8, "pixels come window by window: their masks are 20 more instructions"),
-    "accumulate_kernel": (None, "depthwise taps on the CUDA cores decide, not the products"),
+    "separable": (None, "depthwise taps on the CUDA cores decide, not the products"),
     "pool_conv": (None, "pooling on the CUDA cores decides, not the products"),
     "head_kernel": (None, "a few rows: waits for weights"),
 }
@@ -100,7 +100,7 @@ LEAST_ROWS, LEAST_COLUMNS = 128, 64
 LOOP_BARRIERS = 3
 LOOP_BARRIERS_OF = {
     "conv_chain_kernel": (12, "each of two products waits for the tile of the other"),
-    "accumulate_kernel": (4, "each step's depthwise result goes through shared memory"),
+    "separable": (4, "each step's depthwise result goes through shared memory"),
     "resident_kernel": (4, "each step stores results, which go through shared memory in two parts"),
     "pool_conv": (8, "each step's pooled windows go through shared memory"),
 }

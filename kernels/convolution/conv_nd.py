@@ -56,7 +56,10 @@ class Volume(NamedTuple):
 
 
 @triton.jit
-def volume_corner(image, p, q, live, SOURCE: tl.constexpr):
+def volume_corner(
+    first, stop, image, p, q, live,
+    SOURCE: tl.constexpr, SPACE: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
     """The index of the first pixel that each row sees, and where it lies in the input."""
     IMAGE: tl.constexpr = SOURCE.image
     WINDOW: tl.constexpr = SOURCE.window
@@ -72,9 +75,7 @@ def volume_corner(image, p, q, live, SOURCE: tl.constexpr):
 
 
 @triton.jit
-def locate(
-    live, front, top, left, IMAGE: tl.constexpr, VOLUME: tl.constexpr, TILE: tl.constexpr
-):
+def locate(live, front, top, left, IMAGE: tl.constexpr, VOLUME: tl.constexpr, TILE: tl.constexpr):
     """Whether there is something to load at a position, and how many pixels further it lies."""
     inside = live
     move = left * 0

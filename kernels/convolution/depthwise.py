@@ -16,10 +16,12 @@ import torch
 import triton
 import triton.language as tl
 
-from ..contract import epilogue as ep
-from ..contract.op import Config, Launch, Problem, W, X, Y, config, operand_refs, power_of_two
+from ..contract.op import Config, Launch, Problem, W, X, Y, config, power_of_two
 from ..contract.targets import Target
 from ..tile.conv_geometry import Conv2d
+from ..tile.finish import put
+from ..tile.geometry import Image, Window, tile_launch
+from ..tile.space import band_columns, of_bands
 
 
 def applies(attributes: Conv2d, filters: tuple[int, ...]) -> bool:
@@ -28,86 +30,85 @@ def applies(attributes: Conv2d, filters: tuple[int, ...]) -> bool:
 
 
 @triton.jit
-def depthwise_kernel(
-    x,
-    w,
-    y,
-    extras,
-    m,
-    H: tl.constexpr,
-    WIDTH: tl.constexpr,
-    K: tl.constexpr,
-    P: tl.constexpr,
-    Q: tl.constexpr,
-    R: tl.constexpr,
-    S: tl.constexpr,
-    STRIDE_H: tl.constexpr,
-    STRIDE_W: tl.constexpr,
-    TOP: tl.constexpr,
-    LEFT: tl.constexpr,
-    DILATION_H: tl.constexpr,
-    DILATION_W: tl.constexpr,
-    MULTIPLIER: tl.constexpr,
-    X_PITCH: tl.constexpr,
-    X_OFFSET: tl.constexpr,
-    Y_PITCH: tl.constexpr,
-    Y_OFFSET: tl.constexpr,
-    EPILOGUE: tl.constexpr,
-    WIDE: tl.constexpr,
-    TILE_ROWS: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
+def band_corner(
+    first, stop, IMAGE: tl.constexpr, WINDOW: tl.constexpr, SPACE: tl.constexpr, TILE: tl.constexpr
 ):
-    # m counts columns of output tiles: N * ceil(P / TILE_ROWS) * Q.
-    bands: tl.constexpr = (P + TILE_ROWS - 1) // TILE_ROWS
-    column_tiles: tl.constexpr = (K + BLOCK_N - 1) // BLOCK_N
-    program = tl.program_id(0)
-    index = program // column_tiles * BLOCK_M + tl.arange(0, BLOCK_M)
-    columns = program % column_tiles * BLOCK_N + tl.arange(0, BLOCK_N)
-    live = index < m
-    column_mask = columns < K
-    if WIDE:
-        index = index.to(tl.int64)
-    image = index // (bands * Q)
-    first = (index // Q % bands).to(tl.int32) * TILE_ROWS
-    q = (index % Q).to(tl.int32)
-    top = first * STRIDE_H - TOP
-    left = q * STRIDE_W - LEFT
-    base = x + X_OFFSET + (((image * H + top) * WIDTH + left) * X_PITCH)[:, None]
-    base = base + (columns // MULTIPLIER)[None, :]
-    top = tl.where(live, top, -1048576)
-    accs = ()
-    for j in tl.static_range(TILE_ROWS):
-        accs = accs + (tl.zeros((BLOCK_M, BLOCK_N), tl.float32),)
-    # Walk the input rows of the tile; row i feeds output row j through tap (i - j*stride)/dilation.
-    for i in tl.static_range((TILE_ROWS - 1) * STRIDE_H + (R - 1) * DILATION_H + 1):
-        row_inside = (top + i).to(tl.uint32, bitcast=True) < H
+    """Of every column of the bands from `first` on (`space.bands`): image, p and q of its first
+    output pixel and whether it exists; the index of the first pixel which that sees, and its row
+    and column in the image. Columns past the end have no row inside any image."""
+    image, p, q, live = band_columns(first, stop, SPACE, TILE)
+    top = p * WINDOW.stride_h - WINDOW.top
+    left = q * WINDOW.stride_w - WINDOW.left
+    pixel = (image * IMAGE.H + top) * IMAGE.W + left
+    return image, p, q, live, pixel, tl.where(live, top, -1048576), left
+
+
+@triton.jit
+def band_sums(
+    base, w, top, left, columns, column_mask, IMAGE: tl.constexpr, WINDOW: tl.constexpr,
+    CHANNELS: tl.constexpr, HEIGHT: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
+):  # fmt: skip
+    """fp32 [M, N] for each of the HEIGHT rows of a band, over the pixels from `base` on.
+
+    w: (R·S, CHANNELS) in fp32. Every input row is read once for all the output rows it feeds.
+    """
+    STRIDE: tl.constexpr = WINDOW.stride_h
+    DILATION: tl.constexpr = WINDOW.dilation_h
+    S: tl.constexpr = WINDOW.S
+    sums = ()
+    for j in tl.static_range(HEIGHT):
+        sums = sums + (tl.zeros((M, N), tl.float32),)
+    # Walk the input rows of the band; row i feeds output row j by tap (i - j*stride) / dilation.
+    for i in tl.static_range((HEIGHT - 1) * STRIDE + (WINDOW.R - 1) * DILATION + 1):
+        row_inside = (top + i).to(tl.uint32, bitcast=True) < IMAGE.H
         for s in tl.static_range(S):
-            inside = row_inside & ((left + s * DILATION_W).to(tl.uint32, bitcast=True) < WIDTH)
-            mask = inside[:, None] & column_mask[None, :]
-            offset = (i * WIDTH + s * DILATION_W) * X_PITCH
-            value = tl.load(base + offset, mask=mask, other=0.0).to(tl.float32)
+            column = s * WINDOW.dilation_w
+            inside = row_inside & ((left + column).to(tl.uint32, bitcast=True) < IMAGE.W)
+            mask = inside[:, None]
+            if CHANNELS % N != 0:
+                mask = mask & column_mask[None, :]
+            address = base + (i * IMAGE.W + column) * IMAGE.row_stride
+            value = tl.load(address, mask=mask, other=0.0).to(tl.float32)
             updated = ()
-            for j in tl.static_range(TILE_ROWS):
+            for j in tl.static_range(HEIGHT):
                 if (
-                    (i - j * STRIDE_H >= 0)
-                    and ((i - j * STRIDE_H) % DILATION_H == 0)
-                    and ((i - j * STRIDE_H) // DILATION_H < R)
+                    (i - j * STRIDE >= 0)
+                    and ((i - j * STRIDE) % DILATION == 0)
+                    and ((i - j * STRIDE) // DILATION < WINDOW.R)
                 ):
-                    tap = (i - j * STRIDE_H) // DILATION_H * S + s
-                    weight = tl.load(w + tap * K + columns, mask=column_mask, other=0.0)
-                    updated = updated + (accs[j] + value * weight[None, :],)
+                    tap = (i - j * STRIDE) // DILATION * S + s
+                    weight = tl.load(w + tap * CHANNELS + columns, mask=column_mask, other=0.0)
+                    updated = updated + (sums[j] + value * weight[None, :],)
                 else:
-                    updated = updated + (accs[j],)
-            accs = updated
-    for j in tl.static_range(TILE_ROWS):
+                    updated = updated + (sums[j],)
+            sums = updated
+    return sums
+
+
+@triton.jit
+def depthwise_kernel(
+    x, w, y, extras, m, IMAGE: tl.constexpr, WINDOW: tl.constexpr, MULTIPLIER: tl.constexpr,
+    SPACE: tl.constexpr, OUTPUT: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    BLOCK_M: tl.constexpr = SPACE.per_tile
+    BLOCK_N: tl.constexpr = TILE.N
+    HEIGHT: tl.constexpr = TILE.M // BLOCK_M
+    column_tiles: tl.constexpr = (OUTPUT.K + BLOCK_N - 1) // BLOCK_N
+    program = tl.program_id(0)
+    columns = program % column_tiles * BLOCK_N + tl.arange(0, BLOCK_N)
+    column_mask = columns < OUTPUT.K
+    image, first, q, live, pixel, top, left = band_corner(
+        program // column_tiles * BLOCK_M, m, IMAGE, WINDOW, SPACE, TILE
+    )
+    base = x + IMAGE.offset + (pixel * IMAGE.row_stride)[:, None]
+    base = base + (columns // MULTIPLIER)[None, :]
+    sums = band_sums(
+        base, w, top, left, columns, column_mask, IMAGE, WINDOW, OUTPUT.K, HEIGHT, BLOCK_M, BLOCK_N
+    )
+    for j in tl.static_range(HEIGHT):
         p = first + j
-        rows = (image * P + p) * Q + q
-        row_mask = live & (p < P)
-        acc = EPILOGUE(accs[j], rows, columns, row_mask, column_mask, extras)
-        address = y + Y_OFFSET + (rows * Y_PITCH)[:, None] + columns[None, :]
-        mask = row_mask[:, None] & column_mask[None, :]
-        tl.store(address, acc.to(y.dtype.element_ty), mask=mask)
+        rows = (image * OUTPUT.P + p) * OUTPUT.Q + q
+        put(sums[j], y, rows, live & (p < OUTPUT.P), columns, column_mask, extras, OUTPUT)
 
 
 def pack(w: torch.Tensor) -> torch.Tensor:
@@ -119,38 +120,25 @@ def launch(problem: Problem, tile: Config, target: Target) -> Launch:
     """The one launch of the kernel."""
     attributes: Conv2d = problem.attributes
     x, out = problem.inputs[0], problem.output
-    n, k, p, q = out.shape
-    _, c, h, width = x.shape
-    r, s = problem.inputs[1].shape[2:]
-    bands = -(-p // tile["TILE_ROWS"])
-    results = tile["TILE_ROWS"] * tile["BLOCK_M"] * tile["BLOCK_N"]
+    filters, (height, block_m, block_n) = problem.inputs[1].shape[2:], dict(tile.blocks).values()
+    space = of_bands(out.spec, block_m, height)
     # The L1 cache serves the taps of one program: it fetches each pixel of its window once.
-    window = (tile["TILE_ROWS"] - 1) * attributes.stride[0] + (r - 1) * attributes.dilation[0] + 1
-    fetched = window * tile["BLOCK_M"] * attributes.stride[1] * tile["BLOCK_N"]
-    return Launch(
-        kernel=depthwise_kernel,
-        pointers={"x": X, "w": W, "y": Y},
-        extras=operand_refs(problem),
-        rows=n * bands * q,
-        batch=out.spec.batch,
-        block_rows=tile["BLOCK_M"],
-        columns=-(-k // tile["BLOCK_N"]),
+    window = (height - 1) * attributes.stride[0] + (filters[0] - 1) * attributes.dilation[0] + 1
+    fetched = window * block_m * attributes.stride[1] * block_n
+    each = instructions_per_result(filters[0] * filters[1], height)
+    return tile_launch(
+        problem,
+        tile,
+        depthwise_kernel,
         constexprs={
-            "H": h, "WIDTH": width, "K": k, "P": p, "Q": q, "R": r, "S": s,
-            "STRIDE_H": attributes.stride[0], "STRIDE_W": attributes.stride[1],
-            "TOP": attributes.padding[0], "LEFT": attributes.padding[2],
-            "DILATION_H": attributes.dilation[0], "DILATION_W": attributes.dilation[1],
-            "MULTIPLIER": k // c,
-            "X_PITCH": x.pitch, "X_OFFSET": x.offset,
-            "Y_PITCH": out.pitch, "Y_OFFSET": out.offset,
-            "EPILOGUE": ep.for_output(problem.epilogue, problem.operands, out.spec),
-            "WIDE": problem.is_wide,
-            **dict(tile.blocks),
+            "IMAGE": Image.of(x), "WINDOW": Window.of(filters, attributes), "SPACE": space,
+            "MULTIPLIER": out.shape[1] // x.shape[1],
         },
-        num_warps=tile.num_warps,
-        num_stages=1,
+        pointers={"x": X, "w": W, "y": Y},
+        rows=out.shape[0] * space.down * space.across,
+        block_rows=block_m,
         l2_bytes=fetched * x.spec.dtype.itemsize,
-        instructions=int(results * instructions_per_result(r * s, tile["TILE_ROWS"])),
+        instructions=int(height * block_m * block_n * each),
     )  # fmt: skip
 
 

@@ -17,6 +17,7 @@ from ..contract.targets import Target
 from ..products import gemm
 from ..tile import choice, engine, residual, source, space, split_k
 from ..tile.conv_geometry import Conv2d
+from ..tile.geometry import Output
 from . import conv_tma
 
 
@@ -51,7 +52,7 @@ def launch(problem: Problem, tile: Config, target: Target) -> Launch:
         space.of_pixels(problem.output.spec, block_m),
         source.of_convolution(attributes, x, w, gemm.prologue_of(problem)),
         constexprs={"RESIDUAL": chains["RESIDUAL"]},
-        epilogue=chains["EPILOGUE"],
+        output=Output.of(problem.output, chains["EPILOGUE"]),
         groups=attributes.groups,
         split=split,
         precision=choice.dot_precision(problem, terms),

@@ -95,13 +95,14 @@ def conv_rearrange_kernel(
     columns = column_tile * TILE.N + tl.arange(0, TILE.N)
     column_mask = columns < WALK.K
     channels = place(columns, WALK.channels, WALK.channel_order)
-    image, p, q, live = SPACE.place(row_tile * TILE.M, m, SPACE, TILE)
-    at = SOURCE.begin(image, p, q, live, SOURCE)
+    first = row_tile * TILE.M
+    image, p, q, live = SPACE.place(first, m, SPACE, TILE)
+    at = SOURCE.begin(first, m, image, p, q, live, SOURCE, SPACE, TILE)
     BLOCK_M: tl.constexpr = TILE.M
     BLOCK_N: tl.constexpr = TILE.N
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     acc = add_product(acc, x, w, at, channels, column_mask, m, 0, extras, SOURCE, TILE, 1)
-    rows = space.pixel_index(row_tile * TILE.M, image, p, q, SPACE, TILE)
+    rows = space.pixel_index(first, image, p, q, SPACE, TILE)
     acc = FINISH.stages(acc, rows, channels, live, column_mask, extras)
     pixel = place(rows, WALK.pixels, WALK.pixel_strides)
     address = y + WALK.offset + pixel[:, None]

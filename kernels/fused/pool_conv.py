@@ -141,10 +141,13 @@ class Pooling(NamedTuple):
 
 
 @triton.jit
-def window_corner(image, p, q, live, SOURCE: tl.constexpr):
+def window_corner(
+    first, stop, image, p, q, live,
+    SOURCE: tl.constexpr, SPACE: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
     """As `source.corner`; and the pixels themselves, which exist, and the pixels of their
     windows."""
-    pixel, top, left = source.corner(image, p, q, live, SOURCE)
+    pixel, top, left = source.corner(first, stop, image, p, q, live, SOURCE, SPACE, TILE)
     count = top
     POOLING: tl.constexpr = SOURCE.detail
     WINDOW: tl.constexpr = SOURCE.window

@@ -23,7 +23,7 @@ from ..contract.op import Config, Launch, Problem, Ref, W, X, Y
 from ..contract.targets import Target
 from . import residual, split_k
 from .finish import Finish, store
-from .geometry import tile_launch
+from .geometry import Tile, tile_launch
 from .product import add_product, least_rolled
 from .source import Source
 from .space import Space, pixel_index, tile_index
@@ -38,17 +38,15 @@ def compute_tile(
 ):  # fmt: skip
     """The units of SPACE from `first` on, those before `stop`, in the output channels `columns`."""
     image, p, q, live = SPACE.place(first, stop, SPACE, TILE)
-    at = SOURCE.begin(image, p, q, live, SOURCE)
+    at = SOURCE.begin(first, stop, image, p, q, live, SOURCE, SPACE, TILE)
     programmatic_launch.wait(PDL)
     acc = residual.begin(
         pixel_index(first, image, p, q, SPACE, TILE), columns, live, column_mask, extras,
         RESIDUAL, RESIDUAL is not None, TILE.M, TILE.N,
     )  # fmt: skip
-    acc = add_product(
-        acc, x, w, at, columns, column_mask, stop, split, extras, SOURCE, TILE, SPLIT
-    )
+    acc = add_product(acc, x, w, at, columns, column_mask, stop, split, extras, SOURCE, TILE, SPLIT)
     if SECOND is not None:
-        at = SECOND.begin(image, p, q, live, SECOND)
+        at = SECOND.begin(first, stop, image, p, q, live, SECOND, SPACE, TILE)
         acc = add_product(
             acc, x2, w2, at, columns, column_mask, stop, split, extras, SECOND, TILE, 1
         )
@@ -132,7 +130,7 @@ def launch(
         block_rows=space.per_tile,
         groups=groups,
         programs=split,
-        rolled=least_rolled(tile, target),
+        rolled=least_rolled(Tile.of(problem, tile), tile.num_warps, target),
         constexprs={
             "SPACE": space, "SOURCE": source, "SECOND": second, "FINISH": finish,
             "RESIDUAL": None, "GROUPS": groups, "SPLIT": split, "PDL": False,

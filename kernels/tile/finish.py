@@ -18,20 +18,28 @@ from . import split_k
 
 class Finish(NamedTuple):
     """end: one of the functions below. stages: applied to the sums before they are pooled or
-    averaged; maximum: whether pooling takes the maximum, else the sum."""
+    averaged; maximum: whether pooling takes the maximum, else the sum; detail: what only one `end`
+    knows of."""
 
     end: Any
     stages: Any = None
     maximum: bool = True
+    detail: Any = None
+
+
+@triton.jit
+def write(tile, y, rows, row_mask, columns, column_mask, OUTPUT: tl.constexpr):
+    """Stores a tile in the output's dtype."""
+    address = y + OUTPUT.offset + (rows * OUTPUT.row_stride)[:, None] + columns[None, :]
+    mask = row_mask[:, None] & column_mask[None, :]
+    tl.store(address, tile.to(y.dtype.element_ty), mask=mask)
 
 
 @triton.jit
 def put(acc, y, rows, row_mask, columns, column_mask, extras, OUTPUT: tl.constexpr):
     """The epilogue of an output tile, and its store."""
     acc = OUTPUT.epilogue(acc, rows, columns, row_mask, column_mask, extras)
-    address = y + OUTPUT.offset + (rows * OUTPUT.row_stride)[:, None] + columns[None, :]
-    mask = row_mask[:, None] & column_mask[None, :]
-    tl.store(address, acc.to(y.dtype.element_ty), mask=mask)
+    write(acc, y, rows, row_mask, columns, column_mask, OUTPUT)
 
 
 @triton.jit

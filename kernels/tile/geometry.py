@@ -76,9 +76,11 @@ class Tile(NamedTuple):
 
     @staticmethod
     def of(problem: Problem, tile: Config, precision: str = "ieee") -> Tile:
-        """Of a configuration with BLOCK_M and BLOCK_N, or BLOCK_ROWS and BLOCK_COLUMNS."""
+        """Of a configuration with BLOCK_M and BLOCK_N, or BLOCK_ROWS and BLOCK_COLUMNS; with
+        TILE_ROWS, so many rows of BLOCK_M."""
         sizes = dict(tile.blocks)
         m = sizes["BLOCK_M"] if "BLOCK_M" in sizes else sizes["BLOCK_ROWS"]
+        m *= sizes.get("TILE_ROWS", 1)
         n = sizes["BLOCK_N"] if "BLOCK_N" in sizes else sizes["BLOCK_COLUMNS"]
         k, group = sizes.get("BLOCK_K", 0), sizes.get("GROUP_M", 1)
         return Tile(m, n, k, group, precision, problem.is_wide)
@@ -117,7 +119,7 @@ def tile_launch(
     constexprs: Mapping[str, Any],
     precision: str = "ieee",
     before: ep.Epilogue = (),
-    epilogue: ep.GeneratedFunction | None = None,
+    output: Output | None = None,
     rolled: int = 0,
     pointers: Mapping[str, Ref] = FROM_X_TO_Y,
     extras: tuple[Ref, ...] = (),
@@ -130,16 +132,16 @@ def tile_launch(
     """A launch of one program per tile of the output, whose kernel takes TILE and OUTPUT beside
     `constexprs`.
 
-    before: stages in front of the epilogue; epilogue: another function in place of both. extras:
-    more tensors that the kernel reads, behind those of the epilogue and the prologue. rows: what
-    `m` counts, the output's pixels by default, of which a tile has `block_rows`. groups: of
-    channels, which share no tile; programs: how many there are for each tile of M by N. modelled:
-    what the cost model asks of a `Launch`.
+    before: stages in front of the epilogue; output: in place of the problem's first one and of
+    both. extras: more tensors that the kernel reads, behind those of the epilogue and the prologue.
+    rows: what `m` counts, the output's pixels by default, of which a tile has `block_rows`. groups:
+    of channels, which share no tile; programs: how many there are for each tile of M by N.
+    modelled: what the cost model asks of a `Launch`.
     """
     out = problem.output
-    if epilogue is None:
+    if output is None:
         stages = (*before, *problem.epilogue)
-        epilogue = ep.for_output(stages, problem.operands, out.spec)
+        output = Output.of(out, ep.for_output(stages, problem.operands, out.spec))
     sizes = Tile.of(problem, tile, precision)._replace(rolled=rolled)
     return Launch(
         kernel=kernel,
@@ -148,8 +150,8 @@ def tile_launch(
         rows=out.shape[0] * math.prod(out.shape[2:]) if rows is None else rows,
         batch=out.spec.batch,
         block_rows=sizes.M if block_rows is None else block_rows,
-        columns=-(-(out.shape[1] // groups) // sizes.N) * groups * programs,
-        constexprs={"TILE": sizes, "OUTPUT": Output.of(out, epilogue), **constexprs},
+        columns=-(-(output.K // groups) // sizes.N) * groups * programs,
+        constexprs={"TILE": sizes, "OUTPUT": output, **constexprs},
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
         **modelled,

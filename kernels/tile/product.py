@@ -5,15 +5,15 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ..contract.op import Config
 from ..contract.targets import Target
+from .geometry import Tile
 
 MANY_SUMS = 128
 """Of a thread: beside so many sums no loop should be unrolled on any GPU."""
 FEW_SUMS = 16
 
 
-def least_rolled(tile: Config, target: Target) -> int:
+def least_rolled(tile: Tile, num_warps: int, target: Target) -> int:
     """From how many steps on their number is kept from ptxas, which unrolls loops of 8 to 18 steps;
     0 where it is not.
 
@@ -24,7 +24,7 @@ def least_rolled(tile: Config, target: Target) -> int:
     """
     if not target.is_gpu:
         return 0
-    sums = tile["BLOCK_M"] * tile["BLOCK_N"] // (32 * tile.num_warps)
+    sums = tile.M * tile.N // (32 * num_warps)
     if sums >= MANY_SUMS:
         return 2
     return 4 if target.capability < 90 or sums < FEW_SUMS else 0

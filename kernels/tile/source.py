@@ -1,8 +1,9 @@
 """Where the left operand of an implicit matrix product comes from.
 
-The terms of a sum are taken in steps: `taps` times `depth` of them, K at a time. `begin(image, p,
-q, live, ...)` finds what the rows of a tile start from; `load(x, at, rows, tap, start, ...)` makes
-the operand tile [M, K] of one step, zero where the image, the filter or the rows end.
+The terms of a sum are taken in steps: `taps` times `depth` of them, K at a time. `begin(first,
+stop, image, p, q, live, ...)` finds what the rows of a tile start from, by its units and by what
+`space.py` makes of them; `load(x, at, tap, start, ...)` makes the operand tile [M, K] of one step,
+zero where the image, the filter or the rows end.
 """
 
 from __future__ import annotations
@@ -46,16 +47,21 @@ def runs_by_tap(channels: int, taps: int) -> bool:
     return channels >= WIDEST_GATHER or taps == 1
 
 
-def of_convolution(
-    conv: Conv2d, x: Operand, w: tuple[int, ...], before: Any = None
-) -> Source:
+def of_convolution(conv: Conv2d, x: Operand, w: tuple[int, ...], before: Any = None) -> Source:
     """What a convolution with a filter (K, C, R, S) reads: a tap's channels in blocks, or (tap,
     channel) pairs one by one where those are few; `before` can only be applied to blocks."""
     _, c, r, s = w
-    image, window = Image.of(x)._replace(C=c), Window.of((r, s), conv)
+    convolved = by_tap(conv, x, w, before)
     if before is not None or runs_by_tap(c, r * s):
-        return Source(image, window, corner, tap, r * s, c, before)
-    return Source(image, window, corner, gather, 1, r * s * c)
+        return convolved
+    return convolved._replace(load=gather, taps=1, depth=r * s * c)
+
+
+def by_tap(conv: Conv2d, x: Operand, w: tuple[int, ...], before: Any = None) -> Source:
+    """As `of_convolution`, a tap's channels in blocks however few they are."""
+    _, c, r, s = w
+    image = Image.of(x)._replace(C=c)
+    return Source(image, Window.of((r, s), conv), corner, tap, r * s, c, before)
 
 
 @triton.jit
@@ -67,7 +73,10 @@ def inside(top, left, IMAGE: tl.constexpr):
 
 
 @triton.jit
-def corner(image, p, q, live, SOURCE: tl.constexpr):
+def corner(
+    first, stop, image, p, q, live,
+    SOURCE: tl.constexpr, SPACE: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
     """The index of the first pixel that each row sees, its height and its place in the row."""
     top = p * SOURCE.window.stride_h - SOURCE.window.top
     left = q * SOURCE.window.stride_w - SOURCE.window.left

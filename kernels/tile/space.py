@@ -1,8 +1,8 @@
 """Which output pixels a program computes, and in which order they are the rows of its tile.
 
-A tile's units are pixels, pooling windows or images; `m` counts them. `place(first, stop, ...)`
-gives the rows of the units from `first` on, those before `stop`: image (64 bits wide where offsets
-are), p and q of the convolution's result, and which of them exist.
+A tile's units are pixels, pooling windows, images or columns of bands; `m` counts them.
+`place(first, stop, ...)` gives the rows of the units from `first` on, those before `stop`: image
+(64 bits wide where offsets are), p and q of the convolution's result, and which of them exist.
 """
 
 from __future__ import annotations
@@ -37,6 +37,12 @@ def of_windows(result: TensorSpec, rows: int, pooled: TensorSpec) -> Space:
     """Tiles of so many pixels, as windows of a result of which `pooled` is made."""
     (p, q), (down, across) = result.shape[2:], pooled.shape[2:]
     return Space(windows, p, q, rows // 4, down, across)
+
+
+def of_bands(result: TensorSpec, columns: int, height: int) -> Space:
+    """Tiles of so many pixels side by side, of bands that are so many rows of a result high."""
+    p, q = result.shape[2:]
+    return Space(bands, p, q, columns, -(-p // height), q)
 
 
 @triton.jit
@@ -100,6 +106,32 @@ def images(first, stop, SPACE: tl.constexpr, TILE: tl.constexpr):
     if TILE.wide:
         image = image.to(tl.int64)
     return image, pixel // SPACE.Q, pixel % SPACE.Q, live
+
+
+@triton.jit
+def band_columns(first, stop, SPACE: tl.constexpr, TILE: tl.constexpr):
+    """The first rows of per_tile columns of bands: image, p, q, and which columns there are."""
+    index = first + tl.arange(0, SPACE.per_tile)
+    live = index < stop
+    if TILE.wide:
+        index = index.to(tl.int64)
+    HEIGHT: tl.constexpr = TILE.M // SPACE.per_tile
+    p = (index // SPACE.across % SPACE.down).to(tl.int32) * HEIGHT
+    return index // (SPACE.down * SPACE.across), p, (index % SPACE.across).to(tl.int32), live
+
+
+@triton.jit
+def bands(first, stop, SPACE: tl.constexpr, TILE: tl.constexpr):
+    """Bands of M / per_tile rows of an image, row after row, each per_tile columns long."""
+    lane = tl.arange(0, TILE.M)
+    index = first + lane % SPACE.per_tile
+    live = index < stop
+    if TILE.wide:
+        index = index.to(tl.int64)
+    HEIGHT: tl.constexpr = TILE.M // SPACE.per_tile
+    p = (index // SPACE.across % SPACE.down).to(tl.int32) * HEIGHT + lane // SPACE.per_tile
+    image = index // (SPACE.down * SPACE.across)
+    return image, p, (index % SPACE.across).to(tl.int32), live & (p < SPACE.P)
 
 
 @triton.jit

@@ -82,7 +82,6 @@ LAUNCHED_BY = {
     "pooling/tiles": "pooling/upsample",
     "tile/residual": "products/gemm",
     "tile/split_k": "products/gemm",
-    "tile/taps": "fused/chains/conv_chain",
     **{f"tile/{name}": "convolution/implicit"
        for name in ("engine", "finish", "product", "source", "space")},
 }  # fmt: skip

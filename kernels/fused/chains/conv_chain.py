@@ -33,9 +33,12 @@ from ...contract import epilogue as ep
 from ...contract.op import Attributes, Config, Cost, Launch, Op, Problem, Ref, tensor_bytes
 from ...contract.spec import Layout, Operand, TensorSpec
 from ...contract.targets import Target
-from ...tile import choice, conv_geometry, taps
+from ...tile import choice, conv_geometry, source, space
 from ...tile.conv_geometry import Conv2d
-from ...tile.geometry import Image, Output
+from ...tile.geometry import Image, Output, Tile
+from ...tile.product import add_product
+from ...tile.source import Source
+from ...tile.space import pixel_index
 from .. import links
 from ..links import Link
 from . import conv_chain_tiles as tiles
@@ -87,20 +90,11 @@ def reference(attributes: ConvChain, *inputs: torch.Tensor) -> tuple[torch.Tenso
     return tuple(results[name] for name in ("expand", "reduce") if name in results)
 
 
-class ChainTile(NamedTuple):
-    """M pixels of a program, K channels of the first convolution and N wide channels in a step;
-    MIDDLE, NARROW: channels of t and z, filled up to powers of two; SHORTCUT: of s in a step;
-    stages: of the loop over wide channels."""
+class Product(NamedTuple):
+    """A convolution inside the kernel: what it reads, and the tile that it is computed in."""
 
-    M: int
-    N: int
-    K: int
-    MIDDLE: int
-    NARROW: int
-    SHORTCUT: int
-    stages: int
-    precision: str
-    wide: bool
+    source: Source
+    tile: Tile
 
 
 @triton.jit
@@ -116,63 +110,68 @@ def conv_chain_kernel(
     extras,
     m,
     IMAGE: tl.constexpr,
-    FRONT_GEOMETRY: tl.constexpr,
     FRONT: tl.constexpr,
+    STAGES: tl.constexpr,
     SHORTCUT: tl.constexpr,
     MIDDLE: tl.constexpr,
+    SPACE: tl.constexpr,
     Y: tl.constexpr,
     Z: tl.constexpr,
     TILE: tl.constexpr,
+    BLOCK_MIDDLE: tl.constexpr,
+    BLOCK_NARROW: tl.constexpr,
+    LOOP_STAGES: tl.constexpr,
 ):
-    # One program owns the pixels of its rows and all their channels; IMAGE is x, MIDDLE counts the
-    # channels of t, and the links that are absent are None.
+    # One program owns the pixels of its rows and all their channels, N of the wide ones in a step
+    # of a loop of LOOP_STAGES. IMAGE is x, STAGES follow FRONT, MIDDLE counts the channels of t,
+    # BLOCK_* those of t and z filled up; the links that are absent are None.
     BLOCK_M: tl.constexpr = TILE.M
     BLOCK_N: tl.constexpr = TILE.N
-    BLOCK_MIDDLE: tl.constexpr = TILE.MIDDLE
-    BLOCK_NARROW: tl.constexpr = TILE.NARROW
-    BLOCK_SHORTCUT: tl.constexpr = TILE.SHORTCUT
-    rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
-    row_mask = rows < m
-    if TILE.wide:
-        rows = rows.to(tl.int64)
+    first = tl.program_id(0) * BLOCK_M
+    image, p, q, row_mask = SPACE.place(first, m, SPACE, TILE)
+    rows = pixel_index(first, image, p, q, SPACE, TILE)
     inner = tl.arange(0, BLOCK_MIDDLE)
     inner_mask = inner < MIDDLE
     if FRONT is None:
         tile = x + IMAGE.offset + (rows * IMAGE.row_stride)[:, None] + inner[None, :]
         t = tl.load(tile, mask=row_mask[:, None] & inner_mask[None, :], other=0.0)
     else:
+        at = FRONT.source.begin(first, m, image, p, q, row_mask, FRONT.source, SPACE, FRONT.tile)
         acc = tl.zeros((BLOCK_M, BLOCK_MIDDLE), tl.float32)
-        acc = taps.add_convolution(
-            acc, x, w1, rows, row_mask, inner, inner_mask, FRONT_GEOMETRY, TILE.precision, TILE.K
+        acc = add_product(
+            acc, x, w1, at, inner, inner_mask, m, 0, extras, FRONT.source, FRONT.tile, 1
         )
-        acc = FRONT(acc, rows, inner, row_mask, inner_mask, extras)
+        acc = STAGES(acc, rows, inner, row_mask, inner_mask, extras)
         # Channels past MIDDLE must stay zero whatever the stages made of them.
         t = tl.where(inner_mask[None, :], acc, 0.0).to(x.dtype.element_ty)
     if SHORTCUT is not None:
+        SOURCE: tl.constexpr = SHORTCUT.source
+        BLOCK_SHORTCUT: tl.constexpr = SHORTCUT.tile.K
         beside = tl.arange(0, BLOCK_SHORTCUT)
-        beside_mask = beside < SHORTCUT[2]
-        if SHORTCUT[2] <= BLOCK_SHORTCUT:
+        at = SOURCE.begin(first, m, image, p, q, row_mask, SOURCE, SPACE, SHORTCUT.tile)
+        if SOURCE.depth <= BLOCK_SHORTCUT:
             # All channels in one tile: it stays, like t, where every step of the loop reads it.
-            s_tile = taps.load_pixels(s, rows, row_mask, beside, beside_mask, SHORTCUT)
+            s_tile = SOURCE.load(s, at, 0, 0, extras, SOURCE, SHORTCUT.tile)
     if Z is not None:
         narrow = tl.arange(0, BLOCK_NARROW)
         narrow_mask = narrow < Z.K
         total = tl.zeros((BLOCK_M, BLOCK_NARROW), tl.float32)
-    for begin in tl.range(0, Y.K, BLOCK_N, num_stages=TILE.stages):
+    for begin in tl.range(0, Y.K, BLOCK_N, num_stages=LOOP_STAGES):
         columns = begin + tl.arange(0, BLOCK_N)
         column_mask = columns < Y.K
         b = links.load_weights(w2, columns, column_mask, inner, inner_mask, MIDDLE, BLOCK_MIDDLE)
         product = tl.dot(t, b.T, input_precision=TILE.precision)
         if SHORTCUT is not None:
-            if SHORTCUT[2] <= BLOCK_SHORTCUT:
+            if SOURCE.depth <= BLOCK_SHORTCUT:
                 b = links.load_weights(
-                    ws, columns, column_mask, beside, beside_mask, SHORTCUT[2], BLOCK_SHORTCUT
-                )
+                    ws, columns, column_mask, beside, beside < SOURCE.depth, SOURCE.depth,
+                    BLOCK_SHORTCUT,
+                )  # fmt: skip
                 product = tl.dot(s_tile, b.T, product, input_precision=TILE.precision)
             else:
-                product = taps.add_convolution(
-                    product, s, ws, rows, row_mask, columns, column_mask, SHORTCUT, TILE.precision,
-                    BLOCK_SHORTCUT,
+                product = add_product(
+                    product, s, ws, at, columns, column_mask, m, 0, extras, SOURCE, SHORTCUT.tile,
+                    1,
                 )  # fmt: skip
         product = Y.epilogue(product, rows, columns, row_mask, column_mask, extras)
         wide = product.to(y.dtype.element_ty)
@@ -194,11 +193,14 @@ def launches(problem: Problem, tile: Config, target: Target) -> tuple[Launch, ..
     results = links.check("conv_chain", chain.links, specs)
     bound = links.bind(chain.links, inputs, results)
     y, z = problem.outputs[0], problem.outputs[-1]
-    front, shortcut = (
-        None if conv is None else taps.geometry(conv, own[x], own[w].spec, y.spec)
-        for conv, x, w in ((chain.front, "x", "w1"), (chain.shortcut, "s", "ws"))
-    )
-    sizes = _sizes(problem)
+    sizes, block = _sizes(problem), Tile.of(problem, tile, choice.dot_precision(problem, 16))
+    front = shortcut = None
+    if chain.front is not None:
+        read = source.by_tap(chain.front, own["x"], own["w1"].shape)
+        front = Product(read, block._replace(N=sizes.block_middle))
+    if chain.shortcut is not None:
+        read = source.by_tap(chain.shortcut, own["s"], own["ws"].shape)
+        shortcut = Product(read, block._replace(K=tile["BLOCK_SHORTCUT"]))
     # Absent links are compiled out; their pointers are never read.
     absent = dict.fromkeys(("w1", "w3", "s", "ws"), bound.tensors["w2"])
     launch = replace(
@@ -212,16 +214,13 @@ def launches(problem: Problem, tile: Config, target: Target) -> tuple[Launch, ..
         batch=y.spec.batch,
         constexprs={
             "IMAGE": Image.of(inputs[0]),
-            "FRONT_GEOMETRY": front, "FRONT": bound.functions.get("front"),
-            "SHORTCUT": shortcut,
+            "FRONT": front, "STAGES": bound.functions.get("front"), "SHORTCUT": shortcut,
             "MIDDLE": own["w2"].shape[1],
+            "SPACE": space.of_pixels(y.spec, block.M),
             "Y": Output.of(y, bound.functions["expand"]),
             "Z": Output.of(z, bound.functions["reduce"]) if chain.has_reduce else None,
-            "TILE": ChainTile(
-                tile["BLOCK_M"], tile["BLOCK_N"], tile["BLOCK_K"], sizes.block_middle,
-                sizes.block_narrow, tile["BLOCK_SHORTCUT"] if shortcut else 16,
-                tile["INNER_STAGES"], choice.dot_precision(problem, 16), problem.is_wide,
-            ),
+            "TILE": block, "LOOP_STAGES": tile["INNER_STAGES"],
+            "BLOCK_MIDDLE": sizes.block_middle, "BLOCK_NARROW": sizes.block_narrow,
         },
     )  # fmt: skip
     return (launch,)

@@ -20,7 +20,7 @@ The kernels are in `separable_kernels.py`, their tile sizes and what they cost i
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Any
 
@@ -29,16 +29,19 @@ import torch
 from ....errors import InvalidInputError
 from ...contract import cost_model
 from ...contract import epilogue as ep
-from ...contract.op import Attributes, Config, Cost, Launch, Op, Problem, Ref, tensor_bytes
+from ...contract.op import Attributes, Config, Cost, Launch, Op, Problem, Ref, X, Y, tensor_bytes
 from ...contract.spec import TensorSpec
 from ...contract.targets import Target
-from ...tile import choice
+from ...tile import choice, engine
 from ...tile.conv_geometry import Conv2d
-from ...tile.geometry import Image, Output, Window
+from ...tile.finish import Finish
+from ...tile.geometry import Image, Output, Window, tile_launch
+from ...tile.source import Source
+from ...tile.space import of_bands
 from .. import links
 from ..links import Link
-from . import separable_kernels, separable_tiles
-from .separable_kernels import SeparableTile
+from . import separable_kernels as parts
+from . import separable_tiles
 from .separable_tiles import Block
 
 
@@ -103,46 +106,51 @@ def _specs(problem: Problem) -> tuple[Separable, dict[str, TensorSpec]]:
 def launches(problem: Problem, tile: Config, target: Target) -> tuple[Launch, ...]:
     """One launch; a program owns TILE_ROWS rows of BLOCK_M pixel columns."""
     attributes, results = _specs(problem)
-    bound = links.bind(attributes.links, problem.inputs, results)
-    y, z = problem.outputs[0], problem.outputs[-1]
-    n, k, p, q = results["project"].shape
-    constexprs = {
-        "IMAGE": Image.of(problem.inputs[0]),
-        "WINDOW": Window.of(problem.inputs[1].shape[2:], attributes.depthwise),
-        "DEPTHWISE": bound.functions["depthwise"],
-        "Y": Output.of(y, bound.functions["project"])._replace(K=k),
-        "TILE": SeparableTile(
-            tile["TILE_ROWS"], tile["BLOCK_M"], tile["BLOCK_K"], tile["BLOCK_N"], tile["SPAN"],
-            separable_tiles.BLOCK_LAST, choice.dot_precision(problem, 16), problem.is_wide,
-        ),
-    }  # fmt: skip
-    pointers = {**bound.tensors, "y": Ref("output", 0)}
-    kernel: Any = separable_kernels.resident_kernel
-    if not tile["SPAN"]:
-        kernel = separable_kernels.accumulate_kernel
-        last = bound.functions.get("expand")
-        # Absent parts are compiled out; their pointers are never read.
-        pointers = {"w3": pointers["w2"], **pointers, "z": Ref("output", len(problem.outputs) - 1)}
-        constexprs |= {"Z": Output.of(z, last) if last else None, "KEEP": attributes.keep}
+    chain, x, w1 = attributes.links, problem.inputs[0], problem.inputs[1].shape
+    own = {name: Ref("input", at) for name, at in links.slots(chain).tensors.items()}
+    # In front of what the stages read; what is absent is compiled out.
+    front = (own["w1"], own.get("w3", own["w2"]), Ref("output", len(problem.outputs) - 1))
+    bound = links.bind(chain, problem.inputs, results, front)
+    stages, z = bound.functions, problem.outputs[-1] if attributes.has_expand else None
+    channels = results["project"].shape[1]
+    source = Source(
+        Image.of(x), Window.of(w1[2:], attributes.depthwise), parts.corner, parts.filtered, 1,
+        x.shape[1], detail=parts.Depthwise(stages["depthwise"], 0),
+    )  # fmt: skip
+    expansion = parts.Expansion(
+        attributes.keep, Output.of(z, stages["expand"]) if z else None, 1, 2,
+        separable_tiles.BLOCK_LAST,
+    )  # fmt: skip
+    space = of_bands(results["project"], tile["BLOCK_M"], tile["TILE_ROWS"])
     block = _block(problem)
-    launch = Launch(
-        kernel=kernel,
-        pointers=pointers,
-        extras=bound.extras,
-        rows=n * -(-p // tile["TILE_ROWS"]) * q,
-        batch=y.spec.batch,
-        block_rows=tile["BLOCK_M"],
-        columns=-(-k // (tile["SPAN"] or tile["BLOCK_N"])),
-        constexprs=constexprs,
-        num_warps=tile.num_warps,
-        num_stages=tile.num_stages,
-        l2_bytes=separable_tiles.l2_bytes(block, tile),
-        instructions=separable_tiles.instructions(block, tile),
-        shared_traffic=separable_tiles.shared_traffic(block, tile),
-        shared_held=separable_tiles.shared_bytes(block, tile),
-        registers=separable_tiles.registers(block, tile),
+    shared: dict[str, Any] = {
+        "output": Output.of(problem.outputs[0], stages["project"])._replace(K=channels),
+        "extras": bound.extras,
+        "precision": choice.dot_precision(problem, 16),
+        "rows": x.shape[0] * space.down * space.across,
+        "l2_bytes": separable_tiles.l2_bytes(block, tile),
+        "instructions": separable_tiles.instructions(block, tile),
+        "shared_traffic": separable_tiles.shared_traffic(block, tile),
+        "shared_held": separable_tiles.shared_bytes(block, tile),
+        "registers": separable_tiles.registers(block, tile),
+    }
+    if not tile["SPAN"]:
+        finish = Finish(parts.expand, detail=expansion)
+        pointers = {"w": own["w2"]}
+        launch = engine.launch(
+            problem, tile, target, space, source, finish=finish, pointers=pointers, **shared
+        )
+        return (launch,)
+    launch = tile_launch(
+        problem,
+        tile,
+        parts.resident_kernel,
+        constexprs={"SPACE": space, "SOURCE": source, "SPAN": tile["SPAN"]},
+        pointers={"x": X, "w": own["w2"], "y": Y},
+        block_rows=space.per_tile,
+        **shared,
     )
-    return (launch,)
+    return (replace(launch, columns=-(-channels // tile["SPAN"])),)
 
 
 def _block(problem: Problem) -> Block:
