@@ -29,16 +29,21 @@ from ..contract import op
 from ..contract.op import Attributes, Config, Cost, Launch, Op, Problem, Ref, X, Y
 from ..contract.spec import Operand, TensorSpec
 from ..contract.targets import Target
-from ..tile import choice
-from ..tile.geometry import Image, Output
+from ..tile import choice, source
+from ..tile.geometry import Image, Output, Tile, Window
+from ..tile.source import Source
 from . import links
-from .head_kernel import Classifier, HeadLink, head_kernel
+from .head_kernel import Classifier, HeadLink, averaged, head_kernel
 from .links import Link
 
 MOST_LINKS = 3
 SOFTMAX = ("", "softmax", "log_softmax")
 MOST_WEIGHTS = 256
 """Bytes of a whole weight tile that a thread may hold on its way to shared memory: 64 registers."""
+
+LEAST_ROLLED = 4
+"""Steps of the first product from which ptxas does not know their number: it would unroll loops
+that are short, to 1024 instead of 864 instructions on sm_90 (400 -> 120 -> 84 -> 10)."""
 
 
 @dataclass(frozen=True)
@@ -130,12 +135,13 @@ def bind(
         for width in specs[link.name].shape[1:]
     )
     epilogue = ep.for_output(problem.epilogue, problem.operands, y.spec, len(weights))
-    pixels = tile["BLOCK_PIXELS"] if head.average else 1
-    classifier = Classifier(
-        x, head.average, linked, len(linked), head.softmax, Output.of(y, epilogue),
-        tile["BLOCK_M"], tile["BLOCK_K"], pixels, choice.dot_precision(problem, 16),
-    )  # fmt: skip
-    return classifier, bound
+    load, pixels = (averaged, tile["BLOCK_PIXELS"]) if head.average else (source.tap, 1)
+    read = Source(x, Window(1, 1), source.corner, load, 1, x.C, detail=pixels)
+    precision = choice.dot_precision(problem, 16)
+    sizes = (tile["BLOCK_M"], linked[0].block, tile["BLOCK_K"])
+    first = Tile(*sizes, 1, precision, problem.is_wide, LEAST_ROLLED)
+    output = Output.of(y, epilogue)
+    return Classifier(read, first, linked, len(linked), head.softmax, output), bound
 
 
 def launches(problem: Problem, tile: Config, target: Target) -> tuple[Launch, ...]:

@@ -8,8 +8,11 @@ import triton
 import triton.language as tl
 
 from ..normalisation.statistics import normalized
-from ..tile.geometry import Image, Output
-from .links import load_weights, store_tile
+from ..tile.finish import put
+from ..tile.geometry import Output, Tile
+from ..tile.product import add_product
+from ..tile.source import Source, inside
+from .links import load_weights
 
 
 class HeadLink(NamedTuple):
@@ -23,38 +26,39 @@ class HeadLink(NamedTuple):
 
 
 class Classifier(NamedTuple):
-    """A head of `length` links. image: whose pixels are averaged, PIXELS at a time, or one pixel; M
-    samples and K of the first product's inputs at a time."""
+    """A head of `length` links. source: a pixel, or `averaged` ones; tile: of the first product."""
 
-    image: Image
-    average: bool
+    source: Source
+    tile: Tile
     links: tuple[HeadLink, ...]
     length: int
     softmax: str
     output: Output
-    M: int
-    K: int
-    PIXELS: int
-    precision: str
 
 
 @triton.jit
-def averaged(x_tile, mask, HEAD: tl.constexpr):
-    """fp32 [M, K]: averages over an image's pixels; PIXELS reads in flight."""
-    BLOCK_M: tl.constexpr = HEAD.M
-    BLOCK_K: tl.constexpr = HEAD.K
-    BLOCK_PIXELS: tl.constexpr = HEAD.PIXELS
-    pixels: tl.constexpr = HEAD.image.H * HEAD.image.W
+def averaged(x, at, step, start, extras, SOURCE: tl.constexpr, TILE: tl.constexpr):
+    """A block of channels of an image's average; `detail` reads of pixels in flight."""
+    pixel, top, left = at
+    BLOCK_M: tl.constexpr = TILE.M
+    BLOCK_K: tl.constexpr = TILE.K
+    BLOCK_PIXELS: tl.constexpr = SOURCE.detail
+    IMAGE: tl.constexpr = SOURCE.image
+    pixels: tl.constexpr = IMAGE.H * IMAGE.W
+    depth = tl.arange(0, BLOCK_K)
+    x_tile = x + IMAGE.offset + (pixel * IMAGE.row_stride)[:, None] + depth[None, :] + start
+    mask = inside(top, left, IMAGE)[:, None] & (start + depth < IMAGE.C)[None, :]
     total = tl.zeros((BLOCK_M, BLOCK_K), tl.float32)
-    for start in range(0, pixels, BLOCK_PIXELS):
-        for at in tl.static_range(BLOCK_PIXELS):
+    for first in range(0, pixels, BLOCK_PIXELS):
+        for number in tl.static_range(BLOCK_PIXELS):
             live = mask
             if pixels % BLOCK_PIXELS != 0:
-                live = mask & (start + at < pixels)
-            value = tl.load(x_tile + (start + at) * HEAD.image.row_stride, mask=live, other=0.0)
+                live = mask & (first + number < pixels)
+            value = tl.load(x_tile + (first + number) * IMAGE.row_stride, mask=live, other=0.0)
             total += value.to(tl.float32)
     # As in pool_conv.py: keeps the compiler from converting every pixel to the operand's layout.
-    return tl.sum(tl.join(total, tl.zeros((BLOCK_M, BLOCK_K), tl.float32)), axis=2) / pixels
+    mean = tl.sum(tl.join(total, tl.zeros((BLOCK_M, BLOCK_K), tl.float32)), axis=2) / pixels
+    return mean.to(x.dtype.element_ty)
 
 
 @triton.jit
@@ -80,34 +84,25 @@ def linked(acc, x, rows, row_mask, extras, HEAD: tl.constexpr, NUMBER: tl.conste
         extras[LINK.weight], columns, columns < LINK.K, depth, depth < BEFORE.K, BEFORE.K,
         BLOCK_DEPTH,
     )  # fmt: skip
-    acc = tl.dot(t, b.T, input_precision=HEAD.precision)
+    acc = tl.dot(t, b.T, input_precision=HEAD.tile.precision)
     return staged(acc, rows, columns, row_mask, extras, LINK)
 
 
 @triton.jit
-def classify(x, y, extras, rows, row_mask, HEAD: tl.constexpr):
+def classify(x, y, extras, rows, row_mask, m, HEAD: tl.constexpr):
     """The head of the samples in `rows`, stored."""
-    BLOCK_M: tl.constexpr = HEAD.M
-    BLOCK_K: tl.constexpr = HEAD.K
-    BLOCK_1: tl.constexpr = HEAD.links[0].block
+    BLOCK_M: tl.constexpr = HEAD.tile.M
+    BLOCK_N: tl.constexpr = HEAD.tile.N
     COUNT: tl.constexpr = HEAD.length
-    C: tl.constexpr = HEAD.image.C
-    depth = tl.arange(0, BLOCK_K)
-    columns = tl.arange(0, BLOCK_1)
-    first = rows * (HEAD.image.H * HEAD.image.W * HEAD.image.row_stride)
-    x_tile = x + HEAD.image.offset + first[:, None] + depth[None, :]
-    w_tile = extras[HEAD.links[0].weight] + (columns * C)[:, None] + depth[None, :]
-    acc = tl.zeros((BLOCK_M, BLOCK_1), tl.float32)
-    for start in range(0, C, BLOCK_K):
-        exists = (start + depth < C)[None, :]
-        if HEAD.average:
-            a = averaged(x_tile + start, row_mask[:, None] & exists, HEAD).to(x.dtype.element_ty)
-        else:
-            a = tl.load(x_tile + start, mask=row_mask[:, None] & exists, other=0.0)
-        mask = (columns < HEAD.links[0].K)[:, None] & exists
-        b = tl.load(w_tile + start, mask=mask, other=0.0)
-        acc = tl.dot(a, b.T, acc, input_precision=HEAD.precision)
-    acc = staged(acc, rows, columns, row_mask, extras, HEAD.links[0])
+    FIRST: tl.constexpr = HEAD.links[0]
+    origin = tl.zeros((BLOCK_M,), tl.int32)
+    at = HEAD.source.begin(0, 0, rows, origin, origin, row_mask, HEAD.source, None, HEAD.tile)
+    columns = tl.arange(0, BLOCK_N)
+    acc = add_product(
+        tl.zeros((BLOCK_M, BLOCK_N), tl.float32), x, extras[FIRST.weight], at, columns,
+        columns < FIRST.K, m, 0, extras, HEAD.source, HEAD.tile, 1,
+    )  # fmt: skip
+    acc = staged(acc, rows, columns, row_mask, extras, FIRST)
     for number in tl.static_range(1, COUNT):
         acc = linked(acc, x, rows, row_mask, extras, HEAD, number)
     LAST: tl.constexpr = HEAD.links[COUNT - 1].block
@@ -118,14 +113,13 @@ def classify(x, y, extras, rows, row_mask, HEAD: tl.constexpr):
         peak = tl.max(acc, axis=1)[:, None]
         total = tl.sum(tl.exp(acc - peak), axis=1)[:, None]
         acc = normalized(acc, peak, total, HEAD.softmax == "log_softmax")
-    acc = HEAD.output.epilogue(acc, rows, columns, row_mask, column_mask, extras)
-    store_tile(y, acc, rows, columns, row_mask, column_mask, HEAD.output)
+    put(acc, y, rows, row_mask, columns, column_mask, extras, HEAD.output)
 
 
 @triton.jit
 def head_kernel(x, y, extras, m, HEAD: tl.constexpr, WIDE: tl.constexpr):
-    rows = tl.program_id(0) * HEAD.M + tl.arange(0, HEAD.M)
+    rows = tl.program_id(0) * HEAD.tile.M + tl.arange(0, HEAD.tile.M)
     row_mask = rows < m
     if WIDE:
         rows = rows.to(tl.int64)
-    classify(x, y, extras, rows, row_mask, HEAD)
+    classify(x, y, extras, rows, row_mask, m, HEAD)

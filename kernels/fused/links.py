@@ -98,9 +98,7 @@ def check(op: str, links: Sequence[Link], inputs: tuple[TensorSpec, ...]) -> dic
     return results
 
 
-def check_operands(
-    op: str, name: str, operands: Sequence[TensorSpec], result: TensorSpec
-) -> None:
+def check_operands(op: str, name: str, operands: Sequence[TensorSpec], result: TensorSpec) -> None:
     """Raises: InvalidInputError for an operand that does not broadcast to the link's result."""
     for operand in operands:
         if not ep.broadcasts(operand, result):
@@ -204,11 +202,3 @@ def load_weights(
     if DEPTH % BLOCK != 0:
         mask = mask & depth_mask[None, :]
     return tl.load(w + (columns * DEPTH)[:, None] + depth[None, :], mask=mask, other=0.0)
-
-
-@triton.jit
-def store_tile(y, acc, rows, columns, row_mask, column_mask, OUTPUT: tl.constexpr):
-    """Stores a tile of an `Output` (tile/geometry.py) in its dtype."""
-    address = y + OUTPUT.offset + (rows * OUTPUT.row_stride)[:, None] + columns[None, :]
-    mask = row_mask[:, None] & column_mask[None, :]
-    tl.store(address, acc.to(y.dtype.element_ty), mask=mask)

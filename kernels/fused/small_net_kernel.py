@@ -66,5 +66,5 @@ def small_net_kernel(
     if LAYER3 is not None:
         layer(between, v3, between, image, extras, LAYER3)
     # A matrix product takes 16 rows at least; this image is the first of them.
-    index = tl.arange(0, HEAD.M)
-    classify(between, y, extras, image + index, index < 1, HEAD)
+    index = tl.arange(0, HEAD.tile.M)
+    classify(between, y, extras, image + index, index < 1, m, HEAD)

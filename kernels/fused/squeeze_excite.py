@@ -30,6 +30,7 @@ from ..contract import op
 from ..contract.op import Attributes, Config, Cost, Launch, Op, Problem, Y
 from ..contract.spec import Layout, TensorSpec
 from ..contract.targets import Target
+from ..tile.finish import put
 from ..tile.geometry import Image, Output
 from . import links
 from .links import Link
@@ -141,8 +142,7 @@ def squeeze_excite_kernel(
         hidden = tl.where(known[None, :], hidden, 0.0)
         partial += up * tl.reshape(hidden, (BLOCK_HIDDEN, 1))
     gate = tl.sum(partial, axis=0)[None, :]
-    gate = OUTPUT.epilogue(gate, row, channels, row_mask, exists, extras)
-    links.store_tile(y, gate, row, channels, row_mask, exists, OUTPUT)
+    put(gate, y, row, row_mask, channels, exists, extras, OUTPUT)
 
 
 def launches(problem: Problem, tile: Config, target: Target) -> tuple[Launch, ...]:

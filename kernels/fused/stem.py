@@ -10,7 +10,9 @@ Cast, change of layout and normalisation cost no kernel and no tensor of their o
 few channels for rows of the product to be copied whole, so elements are loaded one by one; but a
 warp loads 32 neighbouring pixels of one row at a time, and a thread owns all terms of its pixels,
 whose filter taps are constants in its code. 3x3 over 3 channels, 128x64, half precision on sm_90:
-496 instructions, where the convolution of an NHWC image has 896 for a tile of half the size.
+496 instructions, where the convolution of an NHWC image has 896 for a tile of half the size. Its
+loop is unrolled for that, which the tile engine's is not: hence a kernel of its own, with the
+engine's space and finish.
 """
 
 from __future__ import annotations
@@ -30,8 +32,10 @@ from ..contract.spec import TensorSpec
 from ..contract.targets import Target
 from ..tile import choice, conv_geometry
 from ..tile.conv_geometry import Conv2d
+from ..tile.finish import put
 from ..tile.geometry import Window, tile_launch
-from .links import store_tile
+from ..tile.source import inside
+from ..tile.space import of_pixels, pixel_index
 from .stem_input import StridedImage, check_normalisation, normalised, side_by_side
 
 MOST_TERMS = {torch.float16: 160, torch.bfloat16: 160, torch.float32: 48}
@@ -89,6 +93,7 @@ def stem_kernel(
     m,
     IMAGE: tl.constexpr,
     WINDOW: tl.constexpr,
+    SPACE: tl.constexpr,
     OUTPUT: tl.constexpr,
     TERMS: tl.constexpr,
     W_PITCH: tl.constexpr,
@@ -103,15 +108,12 @@ def stem_kernel(
     taps: tl.constexpr = WINDOW.R * WINDOW.S
     column_tiles: tl.constexpr = (OUTPUT.K + BLOCK_N - 1) // BLOCK_N
     program = tl.program_id(0)
-    rows = program // column_tiles * BLOCK_M + tl.arange(0, BLOCK_M)
+    first = program // column_tiles * BLOCK_M
+    image, p, q, row_mask = SPACE.place(first, m, SPACE, TILE)
     columns = program % column_tiles * BLOCK_N + tl.arange(0, BLOCK_N)
-    row_mask = rows < m
     column_mask = columns < OUTPUT.K
-    if TILE.wide:
-        rows = rows.to(tl.int64)
-    image = rows // (OUTPUT.P * OUTPUT.Q)
-    top = (rows // OUTPUT.Q % OUTPUT.P).to(tl.int32) * WINDOW.stride_h - WINDOW.top
-    left = (rows % OUTPUT.Q).to(tl.int32) * WINDOW.stride_w - WINDOW.left
+    top = p * WINDOW.stride_h - WINDOW.top
+    left = q * WINDOW.stride_w - WINDOW.left
     corner = x + IMAGE.offset + (image * IMAGE.sample + top * IMAGE.row + left * IMAGE.column)
     # Rows past the end get a position that no tap brings inside the image: one mask serves both.
     top = tl.where(row_mask, top, -1048576)
@@ -124,24 +126,22 @@ def stem_kernel(
                 channel = term // taps
                 r = term // WINDOW.S % WINDOW.R * WINDOW.dilation_h
                 s = term % WINDOW.S * WINDOW.dilation_w
-                inside = ((top + r).to(tl.uint32, bitcast=True) < IMAGE.H) & (
-                    (left + s).to(tl.uint32, bitcast=True) < IMAGE.W
-                )
+                there = inside(top + r, left + s, IMAGE)
                 # Neighbouring threads load neighbouring pixels.
                 offset = channel * IMAGE.channel + r * IMAGE.row + s * IMAGE.column
-                value = tl.load(corner + offset, mask=inside, other=0.0).to(tl.float32)
+                value = tl.load(corner + offset, mask=there, other=0.0).to(tl.float32)
                 if MEAN is not None:
                     # The border is zero after the normalisation, not before it.
                     value = (value - MEAN[term // taps]) * SCALE[term // taps]
-                    value = tl.where(inside, value, 0.0)
+                    value = tl.where(there, value, 0.0)
             else:
                 value = tl.zeros((BLOCK_M,), tl.float32)
             values = values + (value,)
         a = side_by_side(values, BLOCK_K, LEVELS).to(w.dtype.element_ty)
         b = tl.load(w_tile + start, mask=column_mask[:, None], other=0.0)
         acc = tl.dot(a, b.T, acc, input_precision=TILE.precision)
-    acc = OUTPUT.epilogue(acc, rows, columns, row_mask, column_mask, extras)
-    store_tile(y, acc, rows, columns, row_mask, column_mask, OUTPUT)
+    rows = pixel_index(first, image, p, q, SPACE, TILE)
+    put(acc, y, rows, row_mask, columns, column_mask, extras, OUTPUT)
 
 
 def launches(problem: Problem, tile: Config, target: Target) -> tuple[Launch, ...]:
@@ -156,6 +156,7 @@ def launches(problem: Problem, tile: Config, target: Target) -> tuple[Launch, ..
         constexprs={
             "IMAGE": StridedImage.of(problem.inputs[0]),
             "WINDOW": Window.of(w.shape[2:], attributes.conv),
+            "SPACE": of_pixels(problem.output.spec, tile["BLOCK_M"]),
             "TERMS": terms(w), "W_PITCH": _pitch(w),
             "MEAN": attributes.mean or None, "SCALE": attributes.scale or None,
             "LEVELS": tile["BLOCK_K"].bit_length() - 1,

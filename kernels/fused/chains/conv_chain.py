@@ -35,6 +35,7 @@ from ...contract.spec import Layout, Operand, TensorSpec
 from ...contract.targets import Target
 from ...tile import choice, conv_geometry, source, space
 from ...tile.conv_geometry import Conv2d
+from ...tile.finish import put, write
 from ...tile.geometry import Image, Output, Tile
 from ...tile.product import add_product
 from ...tile.source import Source
@@ -175,15 +176,14 @@ def conv_chain_kernel(
                 )  # fmt: skip
         product = Y.epilogue(product, rows, columns, row_mask, column_mask, extras)
         wide = product.to(y.dtype.element_ty)
-        links.store_tile(y, wide, rows, columns, row_mask, column_mask, Y)
+        write(wide, y, rows, row_mask, columns, column_mask, Y)
         if Z is not None:
             if Y.K % BLOCK_N != 0:
                 wide = tl.where(column_mask[None, :], wide, 0.0).to(y.dtype.element_ty)
             b = links.load_weights(w3, narrow, narrow_mask, columns, column_mask, Y.K, BLOCK_N)
             total = tl.dot(wide, b.T, total, input_precision=TILE.precision)
     if Z is not None:
-        total = Z.epilogue(total, rows, narrow, row_mask, narrow_mask, extras)
-        links.store_tile(z, total, rows, narrow, row_mask, narrow_mask, Z)
+        put(total, z, rows, row_mask, narrow, narrow_mask, extras, Z)
 
 
 def launches(problem: Problem, tile: Config, target: Target) -> tuple[Launch, ...]:
