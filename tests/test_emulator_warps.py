@@ -80,7 +80,8 @@ def test_a_block_has_the_threads_that_the_compiler_says(monkeypatch: pytest.Monk
     exe = convloom.compile(layer, (x,), target="emulator:sm_90")
     exe(x)
     launch._compiled.cache_clear()
-    assert threads == [32 * (warps + 8) for warps in asked] != []
+    # Where nobody knows yet what kernels need, each is compiled once more for its report.
+    assert threads and set(threads) == {32 * (warps + 8) for warps in asked}
 
 
 # ------------------------------------------------------------------- barriers of a part of a block
