@@ -123,19 +123,30 @@ def interpreting() -> Iterator[None]:
     kernel: one block is for many launches.
     """
     with LANGUAGE:
-        builder = upstream.interpreter_builder
+        builder, make_scope = upstream.interpreter_builder, upstream._LangPatchScope
         original_call, original_options = JITFunction.__call__, builder.options
-        scope = upstream._patch_lang(_language_user)
+        # Made here: upstream hands out its own only when it has patched everything, and whatever
+        # interrupts it before would leave the language patched.
+        scope = make_scope()
 
         def restore() -> None:
+            """May be called again where it was interrupted itself."""
+            upstream._LangPatchScope = make_scope
             JITFunction.__call__ = original_call
             vars(builder).pop("create_dot", None)
             vars(builder).pop("cast_impl", None)
             builder.options = original_options
-            scope.restore()
+            for owner, name, original in reversed(scope._changes):
+                if original is not upstream._MISSING:
+                    setattr(owner, name, original)
+                elif name in vars(owner):
+                    delattr(owner, name)
 
-        _PATCHED.append((threading.get_ident(), restore))
         try:
+            _PATCHED.append((threading.get_ident(), restore))
+            upstream._LangPatchScope = lambda: scope
+            upstream._patch_lang(_language_user)
+            upstream._LangPatchScope = make_scope
             builder.options = replace(original_options, sanitize_overflow=False)
             builder.create_dot, builder.cast_impl = _dot, _cast
             scope.set_attr(core.tensor, "__init__", _make_tensor)
@@ -147,8 +158,13 @@ def interpreting() -> Iterator[None]:
             with np.errstate(all="ignore"):
                 yield
         finally:
-            _PATCHED.pop()
-            restore()
+            try:
+                restore()
+            except BaseException:
+                restore()
+                raise
+            finally:
+                _PATCHED.pop()
 
 
 _PATCHED: list[tuple[int, Callable[[], None]]] = []
