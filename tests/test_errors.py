@@ -145,11 +145,11 @@ def test_gpus_that_are_too_old() -> None:
 
 @pytest.mark.parametrize(
     ("module", "got"),
-    [(torch.relu, "builtin_function_or_method"), (nn.ReLU, "type"), ("resnet50", "str")],
+    [(torch.relu, "builtin_function_or_method"), (nn.ReLU, "type"), ("resnet50", "'resnet50'")],
 )
 def test_not_a_module(module: Any, got: str) -> None:
-    expected = "model: expected a torch.nn.Module or a torch.export.ExportedProgram, got "
-    refused(InvalidInputError, expected + got, module=module)
+    expected = "model: expected a torch.nn.Module, a torch.export.ExportedProgram or the path of an"
+    refused(InvalidInputError, f"{expected} .onnx file, got {got}", module=module)
 
 
 @pytest.mark.parametrize(

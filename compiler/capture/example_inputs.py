@@ -19,6 +19,10 @@ from ...kernels.contract.spec import FLOAT_DTYPES
 from ..graph.interface import CONSTANTS, with_tensors
 from ..onnx.model import load
 
+EXPECTED = (
+    "model: expected a torch.nn.Module, a torch.export.ExportedProgram or the path of an .onnx file"
+)
+
 
 def opened(
     model: Any, example: Any, keywords: Mapping[str, Any] | None
@@ -27,10 +31,7 @@ def opened(
     given; any other model as it is."""
     if isinstance(model, (str, Path)):
         if Path(model).suffix != ".onnx":
-            raise InvalidInputError(
-                f"model: expected a module, an ExportedProgram or the path of an .onnx file, got "
-                f"'{model}'"
-            )
+            raise InvalidInputError(f"{EXPECTED}, got '{model}'")
         network = load(model)
         if isinstance(example, tuple) and not example and not keywords:
             example = network.example()
@@ -181,7 +182,4 @@ def two_samples(x: torch.Tensor, place: torch.device) -> torch.Tensor:
 def check_module(module: Any) -> None:
     """Raises: InvalidInputError."""
     if not isinstance(module, torch.nn.Module):
-        raise InvalidInputError(
-            "model: expected a torch.nn.Module or a torch.export.ExportedProgram, got "
-            f"{type(module).__name__}"
-        )
+        raise InvalidInputError(f"{EXPECTED}, got {type(module).__name__}")
