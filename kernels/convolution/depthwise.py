@@ -120,7 +120,8 @@ def launch(problem: Problem, tile: Config, target: Target) -> Launch:
     """The one launch of the kernel."""
     attributes: Conv2d = problem.attributes
     x, out = problem.inputs[0], problem.output
-    filters, (height, block_m, block_n) = problem.inputs[1].shape[2:], dict(tile.blocks).values()
+    filters, height = problem.inputs[1].shape[2:], tile["TILE_ROWS"]
+    block_m, block_n = tile["BLOCK_M"], tile["BLOCK_N"]
     space = of_bands(out.spec, block_m, height)
     # The L1 cache serves the taps of one program: it fetches each pixel of its window once.
     window = (height - 1) * attributes.stride[0] + (filters[0] - 1) * attributes.dilation[0] + 1

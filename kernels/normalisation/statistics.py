@@ -308,7 +308,7 @@ def launches(
         statistics_kernel,
         {
             "SIZES": Sizes(walk.outer, walk.length, walk.groups, walk.width),
-            "HELD": Sizes(*(size for _, size in tile.blocks)),
+            "HELD": Sizes(*(tile[f"BLOCK_{name.upper()}"] for name in Sizes._fields)),
             "OUTER_ROW": ep.row_offset_function(walk.outer_sizes, walk.outer_rows),
             "LENGTH_ROW": ep.row_offset_function(walk.length_sizes, walk.length_rows),
             "KIND": kind, "CENTRED": centred, "EPS": eps,
