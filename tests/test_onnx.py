@@ -19,6 +19,7 @@ onnx = pytest.importorskip("onnx")
 runtime = pytest.importorskip("onnxruntime")
 from convloom.compiler.onnx import file  # noqa: E402
 from convloom.compiler.onnx.model import load  # noqa: E402
+from convloom.compiler.onnx.operator import OPERATORS  # noqa: E402
 from onnx import TensorProto, helper, numpy_helper  # noqa: E402
 
 LIGHT = Path(onnx.__file__).parent / "backend" / "test" / "data" / "light"
@@ -200,6 +201,9 @@ CASES: dict[str, Case] = {
     "pad 9": ("Pad", {"pads": [0, 0, 1, 1, 0, 0, 2, 0], "value": 0.5}, [], X4, 9),
     "pad axes": ("Pad", {}, [whole(1, 2), np.float32(0), whole(3)], X4, 18),
     "dropout": ("Dropout", {}, [], X4, 17),
+    "subtract": ("Sub", {}, [numbers(6, 1, 1)], X4, 17),
+    "divide": ("Div", {}, [numbers(6, 1, 1, low=0.5)], X4, 17),
+    "reduce min": ("ReduceMin", {"axes": [1]}, [], X4, 17),
     "einsum": ("Einsum", {"equation": "nchw,kc->nkhw"}, [numbers(4, 6)], X4, 17),
     "cumulative": ("CumSum", {}, [np.array(1, np.int64)], X4, 17),
 }  # fmt: skip
@@ -218,6 +222,52 @@ def test_operators_compute_what_onnx_runtime_does(name: str, tmp_path: Path) -> 
     nodes = [helper.make_node(op, ["x", *names], ["y"], name="it", **attributes)]
     x = numbers(*shape, seed=3, low=-2.0)
     check(model_of(nodes, constants, shape, opset), tmp_path, x)
+
+
+@pytest.mark.parametrize("op", ["Log", "Reciprocal", "Sqrt", "ReduceLogSum"])
+def test_operators_of_positive_numbers(op: str, tmp_path: Path) -> None:
+    check(model_of([helper.make_node(op, ["x"], ["y"])], {}, X4), tmp_path, numbers(*X4, low=0.5))
+
+
+COMPARED = ("Equal", "Greater", "GreaterOrEqual", "Less", "LessOrEqual")
+
+
+@pytest.mark.parametrize("op", COMPARED)
+@pytest.mark.parametrize("logic", ["And", "Or", "Xor"])
+def test_comparisons_choose(op: str, logic: str, tmp_path: Path) -> None:
+    make = helper.make_node
+    nodes = [make(op, ["x", "c"], ["a"]), make("Less", ["x", "zero"], ["b"]),
+             make(logic, ["a", "b"], ["both"]), make("Not", ["both"], ["other"]),
+             make("Where", ["other", "x", "c"], ["y"])]  # fmt: skip
+    x = np.round(numbers(*X4))
+    constants = {"c": np.round(numbers(*X4, seed=5)), "zero": np.float32(0)}
+    check(model_of(nodes, constants, X4), tmp_path, x)
+
+
+@pytest.mark.parametrize("op", ["ArgMax", "ArgMin"])
+def test_places_of_the_extremes(op: str, tmp_path: Path) -> None:
+    make = helper.make_node
+    nodes = [make(op, ["x"], ["i"], axis=1), make("CastLike", ["i", "x"], ["y"])]
+    check(model_of(nodes, {}, X4), tmp_path, numbers(*X4))
+
+
+def test_sizes_counted_out(tmp_path: Path) -> None:
+    """Range, Size, Constant and ReduceProd, all while capturing: (2, 6, 7, 9) -> (2, 378)."""
+    make = helper.make_node
+    nodes = [make("Shape", ["x"], ["s"]), make("Constant", [], ["four"], value_int=4),
+             make("Constant", [], ["one"], value_int=1),
+             make("Range", ["one", "four", "one"], ["r"]),
+             make("Gather", ["s", "r"], ["sizes"]), make("ReduceProd", ["sizes"], ["p"]),
+             make("Size", ["x"], ["all"]), make("Squeeze", ["p"], ["p0"]),
+             make("Div", ["all", "p0"], ["n0"]), make("Unsqueeze", ["n0", "first"], ["n"]),
+             make("Concat", ["n", "p"], ["shape"], axis=0),
+             make("Reshape", ["x", "shape"], ["y"])]  # fmt: skip
+    check(model_of(nodes, {"first": whole(0)}, X4), tmp_path, numbers(*X4))
+
+
+def test_every_operator_is_among_those_tested() -> None:
+    text = Path(__file__).read_text()
+    assert [op for op in OPERATORS if f'"{op}"' not in text] == []
 
 
 def test_several_results(tmp_path: Path) -> None:
