@@ -190,3 +190,22 @@ def test_exported_programs_with_a_range_of_batches() -> None:
     exe = convloom.compile(program, (X[:1],), target="reference", dynamic_batch=(1, 4))
     for count in (1, 2):
         same(exe(X[:count]), X[:count])
+
+
+class Flagged(nn.Module):
+    """Constants that may be given by position or by name."""
+
+    def forward(self, x: torch.Tensor, flag: bool = True, scale: float = 1.0) -> torch.Tensor:
+        return (x.relu() if flag else x) * scale
+
+
+def test_constants_given_by_name_are_called_by_name() -> None:
+    exe = convloom.compile(
+        Flagged(), (X,), kwargs={"flag": False, "scale": 2.0}, target="reference"
+    )
+    assert torch.equal(exe(X, flag=False, scale=2.0), X * 2.0)
+    assert torch.equal(exe(X, scale=2.0, flag=False), X * 2.0)
+    with pytest.raises(InvalidInputError, match=r"constant False of the example, got True"):
+        exe(X, flag=True, scale=2.0)
+    exe = convloom.compile(Flagged(), (X, False, 2.0), target="reference")
+    assert torch.equal(exe(X, False, 2.0), X * 2.0)

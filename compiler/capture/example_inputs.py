@@ -52,7 +52,8 @@ def opened(
 def arguments_of(
     module: torch.nn.Module, example: Any, keywords: Mapping[str, Any] | None
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """The arguments of an example as the module's `forward` takes them: by position where it can.
+    """The arguments of an example as the module's `forward` takes them: by position where it can,
+    up to the first constant that is given by name, so that calls may name it too.
 
     A tensor or an array stands for a tuple of it.
 
@@ -72,10 +73,19 @@ def arguments_of(
     if not named or isinstance(module, torch.fx.GraphModule):
         return positional, named
     try:
-        bound = inspect.signature(module.forward).bind(*positional, **named)
+        signature = inspect.signature(module.forward)
+        bound = signature.bind(*positional, **named)
     except (TypeError, ValueError):
         return positional, named  # torch.export says what does not fit.
-    return bound.args, bound.kwargs
+    stop = len(positional)
+    while stop < len(bound.args) and not _holds_a_constant(bound.args[stop]):
+        stop += 1
+    rest = dict(zip(list(signature.parameters)[stop:], bound.args[stop:], strict=False))
+    return bound.args[:stop], {**rest, **bound.kwargs}
+
+
+def _holds_a_constant(argument: Any) -> bool:
+    return any(isinstance(leaf, CONSTANTS) for leaf in pytree.tree_leaves(argument))
 
 
 def check_example(arguments: Any, dynamic: bool = False) -> list[torch.Tensor]:
