@@ -8,6 +8,7 @@ import os
 import time
 from collections import Counter
 from collections.abc import Callable
+from contextlib import chdir
 from itertools import islice
 from pathlib import Path
 
@@ -132,14 +133,19 @@ def check(mutant: Mutant, original: Members, path: Path) -> str:
 
 
 def survey(path: Path, folder: Path, count: int, seed: int) -> Counter[str]:
-    """What became of so many mutants; nothing was written beside them."""
-    mutator, fates, there = Mutator(path, seed), Counter[str](), sorted(os.listdir("."))
-    for mutant in islice(mutator, count):
-        try:
-            fates[check(mutant, mutator.original, folder / "mutant.loom")] += 1
-        except Exception as error:
-            raise AssertionError(f"{path.stem}: {mutant.what}") from error
-    assert os.listdir(folder) == ["mutant.loom"] and sorted(os.listdir(".")) == there
+    """What became of so many mutants; nothing was written beside them, nor where the process is.
+
+    That is a folder of its own: other tests write to the one that pytest was started in.
+    """
+    mutator, fates, here = Mutator(path, seed), Counter[str](), folder / "here"
+    here.mkdir()
+    with chdir(here):
+        for mutant in islice(mutator, count):
+            try:
+                fates[check(mutant, mutator.original, folder / "mutant.loom")] += 1
+            except Exception as error:
+                raise AssertionError(f"{path.stem}: {mutant.what}") from error
+    assert sorted(os.listdir(folder)) == ["here", "mutant.loom"] and not os.listdir(here)
     return fates
 
 
