@@ -191,6 +191,8 @@ def lowered(
             search(records, chosen, works)
             graph, ledger = optimise()
         search(records, chosen, works_for(problems_of(lower(graph, captured, options, Ledger()))))
+    if compiled:
+        _keep_weights(graph, captured)
     choose = records.choose if records else heuristic
     lowering = partial(_lowered_with, graph, captured, options, ledger)
     fits = compiled and chosen.is_gpu
@@ -222,6 +224,17 @@ def _optimised(
 ) -> tuple[Graph, Report]:
     ledger = Report()
     return run_passes(captured, ledger, passes, fallback, validation), ledger
+
+
+def _keep_weights(graph: Graph, captured: Graph) -> None:
+    """Copies the weights that are still in the module's memory: it may go on training.
+
+    Not all are: passes have made others of those that they fold or permute.
+    """
+    theirs = {tensor.untyped_storage().data_ptr() for tensor in captured.tensors.values()}
+    for name, tensor in graph.tensors.items():
+        if tensor.untyped_storage().data_ptr() in theirs:
+            graph.tensors[name] = tensor.clone()
 
 
 def _lowered_with(

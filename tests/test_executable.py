@@ -108,6 +108,27 @@ def test_whatever_reads_the_weights_later_sees_those_of_compilation(tmp_path: Pa
     assert max(row.compiled for row in exe.errors(*inputs)) < 1e-4
 
 
+@every_target
+def test_nothing_that_is_kept_lies_in_the_memory_of_the_module(target: str) -> None:
+    def forward(m: Any, x: torch.Tensor) -> torch.Tensor:
+        first, second = m.conv.weight.split(4)
+        y = F.conv2d(F.conv2d(x, m.conv.weight), second) + m.shift[1:]
+        return m.bn(torch.relu(y)) @ m.matrix.T + F.conv2d(x, first)
+
+    module, inputs = make(
+        forward,
+        (2, 8, 6, 6),
+        conv=nn.Conv2d(8, 8, 1, bias=False),
+        bn=nn.BatchNorm2d(4),
+    )
+    module.shift, module.matrix = nn.Parameter(torch.randn(5, 1, 1)), torch.randn(6, 6)
+    exe = convloom.compile(module, inputs, target=target, passes="none")
+    own = {tensor.untyped_storage().data_ptr() for tensor in module.state_dict().values()}
+    own.add(module.matrix.untyped_storage().data_ptr())
+    kept = (*exe.graph.tensors.values(), *exe.plan.constants.values())
+    assert len(kept) > 6 and not [t for t in kept if t.untyped_storage().data_ptr() in own]
+
+
 def test_shared_weights_are_one_constant() -> None:
     fc = nn.Linear(4, 4)
     module, inputs = make(lambda m, x: m.b(torch.relu(m.a(x))), (3, 4), a=fc, b=nn.Linear(4, 4))

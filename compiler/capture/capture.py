@@ -210,8 +210,8 @@ def _add_sources(state: _State, program: Any, leaves: list[torch.Tensor]) -> Non
                 raise CaptureError(f"'{path}' has no data (device meta): initialise the module")
             key = (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype, tensor.numel())
             if tensor.numel() == 0 or key not in known:
-                # A copy: the module may go on training. On the CPU: plans are alike everywhere.
-                graph.tensors[node.name] = tensor.to("cpu", copy=True)
+                # Plans are alike everywhere. The module's own memory, if it is the CPU's.
+                graph.tensors[node.name] = tensor.cpu()
                 spec = TensorSpec(tuple(tensor.shape), tensor.dtype)
                 made = Node(node.name, CONSTANT, NoAttributes(), (spec,), module_path=path)
                 known[key] = graph.insert(made)

@@ -26,7 +26,7 @@ def constant_place(state: Constants, value: Value, dtype: torch.dtype) -> Buffer
     name = f"{value.node}.{short}"
     if name not in state.buffers:
         tensor = state.graph.constant(value).detach()
-        state.constants[name] = tensor.to(dtype).contiguous().reshape(-1).clone()
+        state.constants[name] = _own(tensor.to(dtype).contiguous().reshape(-1), tensor)
         state.buffers[name] = Buffer(name, "constant", dtype, spec.size_bytes)
     return BufferSlice(name, Operand.dense(spec))
 
@@ -46,9 +46,12 @@ def packed_place(state: Constants, value: Value, node: Node, slot: int) -> Buffe
         copies += 1
         name = f"{base}.{copies}"
     if name not in state.buffers:
-        if packed.data_ptr() == tensor.data_ptr():
-            packed = packed.clone()
-        state.constants[name] = packed
+        packed = state.constants[name] = _own(packed, tensor)
         size_bytes = packed.numel() * packed.element_size()
         state.buffers[name] = Buffer(name, "constant", packed.dtype, size_bytes)
     return BufferSlice(name, Operand.dense(graph.spec(value).with_(dtype=compute)))
+
+
+def _own(packed: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:
+    """What was made of a constant, in memory of its own."""
+    return packed.clone() if packed.data_ptr() == tensor.data_ptr() else packed
