@@ -85,6 +85,22 @@ def test_the_reference_is_torchs(rank: int, mode: str, way: dict[str, Any]) -> N
 
 
 @pytest.mark.interpreter
+@pytest.mark.parametrize("mode", ["linear", "corners"])
+@pytest.mark.parametrize("size", [(1, 5), (2, 10), (3, 19), (6, 10), (7, 19)], ids=str)
+def test_infinite_pixels_of_sequences(size: tuple[int, int], mode: str) -> None:
+    """0 * Inf is NaN exactly where torch has it: positions are rounded alike, and there is no
+    second row that counts 0."""
+    x = torch.full((2, 3, size[0]), float("inf"))
+    x[1, 1, -1] = 2.0
+    model = Resize(mode, size=size[1])
+    expected = model(x)
+    assert not expected.isfinite().all()
+    for target in ("reference", "interpreter", "emulator:sm_90"):
+        exe = convloom.compile(model, (x,), target=target)
+        torch.testing.assert_close(exe(x), expected, rtol=1e-6, atol=2e-6, equal_nan=True)
+
+
+@pytest.mark.interpreter
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 def test_compiled_between_convolutions(mode: str, dtype: torch.dtype) -> None:
@@ -130,6 +146,7 @@ MESSAGES: tuple[tuple[str, Attributes, TensorSpec, str], ...] = (
     ("upsample_linear", Upsample((8, 8)), X4, "expected a rule of ('linear', 'corners')"),
     ("upsample_linear", Upsample((8, 8), (float("nan"), 1.0), LINEAR), X4, "pixels that can be"),
     ("upsample_linear", Upsample((8, 8), (1e30, 1.0), LINEAR), X4, "pixels that can be counted"),
+    ("upsample_linear", Upsample((1, 8), (1.0, 1.0), LINEAR, True), X4, "image of one row before"),
 )
 
 

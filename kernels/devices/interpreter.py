@@ -75,6 +75,13 @@ def _dot(a: Any, b: Any, d: Any, *_precision: Any) -> Any:
     return upstream.TensorHandle(product, d.dtype.scalar)
 
 
+def _fma(a: Any, b: Any, c: Any) -> Any:
+    """a * b + c, rounded once, as GPUs do: fp64 holds the product of two fp32 values."""
+    kind, exact = c.data.dtype, np.float64
+    total = a.data.astype(exact) * b.data.astype(exact) + c.data.astype(exact)
+    return upstream.TensorHandle(total.astype(kind), c.dtype.scalar)
+
+
 def _cast(src: Any, dst_type: Any) -> Any:
     source, destination = src.dtype.scalar, dst_type.scalar
     if source == tl.bfloat16 and destination.is_floating():
@@ -88,6 +95,10 @@ def _cast(src: Any, dst_type: Any) -> Any:
         values = np.where(is_nan, quiet_nan, rounded).astype(np.uint16)
         return upstream.TensorHandle(values, destination)
     return upstream.TensorHandle(src.data.astype(upstream._get_np_dtype(dst_type)), destination)
+
+
+OWN = {"create_dot": _dot, "create_fma": _fma, "cast_impl": _cast}
+"""Methods of upstream's builder that are replaced."""
 
 
 def _make_tensor(tensor: Any, handle: Any, kind: Any) -> None:
@@ -133,8 +144,8 @@ def interpreting() -> Iterator[None]:
             """May be called again where it was interrupted itself."""
             upstream._LangPatchScope = make_scope
             JITFunction.__call__ = original_call
-            vars(builder).pop("create_dot", None)
-            vars(builder).pop("cast_impl", None)
+            for name in OWN:
+                vars(builder).pop(name, None)
             builder.options = original_options
             for owner, name, original in reversed(scope._changes):
                 if original is not upstream._MISSING:
@@ -148,7 +159,7 @@ def interpreting() -> Iterator[None]:
             upstream._patch_lang(_language_user)
             upstream._LangPatchScope = make_scope
             builder.options = replace(original_options, sanitize_overflow=False)
-            builder.create_dot, builder.cast_impl = _dot, _cast
+            vars(builder).update(OWN)
             scope.set_attr(core.tensor, "__init__", _make_tensor)
             scope.set_attr(core.tensor, "__index__", _index)
             scope.set_attr(core.block_type, "with_element_ty", _with_element_type)

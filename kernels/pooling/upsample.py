@@ -46,17 +46,20 @@ from ..tile.geometry import tile_launch
 from .tiles import Tiles, output_tile, store
 
 NEAREST, EXACT, LINEAR, CORNERS = "nearest", "nearest-exact", "linear", "corners"
-RULES = {"upsample_nearest": (NEAREST, EXACT), "upsample_linear": (LINEAR, CORNERS)}
+NEARBY, LINEARLY = "upsample_nearest", "upsample_linear"
+RULES = {NEARBY: (NEAREST, EXACT), LINEARLY: (LINEAR, CORNERS)}
 
 
 @dataclass(frozen=True)
 class Upsample(Attributes):
     """size: of the output's spatial dimensions; steps: input pixels from one output to the next,
-    fp32 values; rule: where an output lies in the input, one of `RULES`."""
+    fp32 values; rule: where an output lies in the input, one of `RULES`; sequence: the image is one
+    row, and what is linear is so along it only (between a row and itself, 0 * Inf would be NaN)."""
 
     size: tuple[int, ...] = (1, 1)
     steps: tuple[float, ...] = (1.0, 1.0)
     rule: str = NEAREST
+    sequence: bool = False
 
 
 def infer(
@@ -77,6 +80,10 @@ def infer(
             f"{name}: expected a rule of {RULES[name]} and steps to pixels that can be counted, "
             f"got {attributes}"
         )
+    if attributes.sequence and not (x.rank == 4 and x.shape[2] == size[0] == 1):
+        raise InvalidInputError(
+            f"{name}: a sequence is an image of one row before and after, got {x} and {attributes}"
+        )
     return (TensorSpec((*x.shape[:2], *size), x.dtype, Layout.NHWC, x.batch),)
 
 
@@ -95,7 +102,8 @@ def positions(
     elif rule == EXACT:
         position = (index + 0.5) * step
     else:
-        position = ((index + 0.5) * step - 0.5).clamp(min=0)
+        # Rounded once, as torch's own kernels do.
+        position = ((index.double() + 0.5) * step - 0.5).float().clamp(min=0)
     low = position.to(torch.int64).clamp(max=size - 1)
     weight = (position - low).clamp(0, 1)
     # As in torch, a pixel that is kept as it is has no neighbour: 0 * NaN would be NaN.
@@ -109,7 +117,7 @@ def reference(attributes: Upsample, x: torch.Tensor) -> torch.Tensor:
         outputs, step = attributes.size[dim - 2], attributes.steps[dim - 2]
         low, high, weight = positions(attributes.rule, x.shape[dim], outputs, step)
         lower = y.index_select(dim, low.to(x.device))
-        if attributes.rule in (NEAREST, EXACT):
+        if attributes.rule in RULES[NEARBY] or (attributes.sequence and dim == 2):
             y = lower
             continue
         share = weight.to(y).view(-1, *(1 for _ in range(dim + 1, x.dim())))
@@ -130,14 +138,16 @@ class Axis(NamedTuple):
 def position(index, AXIS: tl.constexpr, RULE: tl.constexpr):
     """Lower and upper input pixel of an output along one dimension, and the upper one's weight."""
     at = index.to(tl.float32)
-    if RULE == "nearest" or RULE == "corners":
+    if RULE == "nearest":
         at = at * AXIS.step
+    elif RULE == "corners":
+        # A fused product: the difference below would fuse with another, and not be 0.
+        at = tl.fma(at, AXIS.step, 0.0)
     elif RULE == "nearest-exact":
         at = (at + 0.5) * AXIS.step
     else:
-        # max(s - 1/2, 0), so written that product and difference stay two roundings, as in torch:
-        # a GPU would make them one.
-        at = tl.maximum((at + 0.5) * AXIS.step, 0.5) - 0.5
+        # Rounded once, as in torch: whether s is a whole number decides which pixels are looked at.
+        at = tl.maximum(tl.fma(at + 0.5, AXIS.step, -0.5), 0.0)
     low = tl.minimum(at.to(tl.int32), AXIS.size - 1)
     weight = tl.minimum(tl.maximum(at - low.to(tl.float32), 0.0), 1.0)
     high = low
@@ -149,11 +159,12 @@ def position(index, AXIS: tl.constexpr, RULE: tl.constexpr):
 @triton.jit
 def upsample_kernel(
     x, y, extras, m,
-    DEPTH: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr, PLANES: tl.constexpr,
-    RULE: tl.constexpr, X_PITCH: tl.constexpr, X_OFFSET: tl.constexpr,
+    DEPTH: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr,
+    PLANES: tl.constexpr, LINES: tl.constexpr, RULE: tl.constexpr,
+    X_PITCH: tl.constexpr, X_OFFSET: tl.constexpr,
     OUTPUT: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    # PLANES: of the input, which an output lies between.
+    # PLANES, LINES: of the input, which an output lies between.
     M: tl.constexpr = TILE.M
     N: tl.constexpr = TILE.N
     rows, columns, row_mask, column_mask = output_tile(m, OUTPUT, TILE)
@@ -171,7 +182,7 @@ def upsample_kernel(
         acc = tl.zeros((M, N), tl.float32)
         for at_depth in tl.static_range(PLANES):
             total = tl.zeros((M, N), tl.float32)
-            for at_height in tl.static_range(2):
+            for at_height in tl.static_range(LINES):
                 line = (image * DEPTH.size + (back if at_depth else front)) * HEIGHT.size
                 line = (line + (bottom if at_height else top)) * WIDTH.size
                 low = tl.load(base + ((line + left) * X_PITCH)[:, None], mask=mask, other=0.0)
@@ -195,7 +206,8 @@ def launches(problem: Problem, tile: Config, target: Target) -> tuple[Launch, ..
     depth, height, width = axes if is_volume else (Axis(), *axes)
     constexprs = {
         "DEPTH": depth, "HEIGHT": height, "WIDTH": width, "PLANES": 2 if is_volume else 1,
-        "RULE": attributes.rule, "X_PITCH": x.pitch, "X_OFFSET": x.offset,
+        "LINES": 1 if attributes.sequence else 2, "RULE": attributes.rule,
+        "X_PITCH": x.pitch, "X_OFFSET": x.offset,
     }  # fmt: skip
     return (tile_launch(problem, tile, upsample_kernel, constexprs=constexprs),)
 
@@ -208,8 +220,9 @@ def cost(problem: Problem) -> Cost:
     """A multiplication and an addition per input pixel that an output looks at."""
     assert isinstance(problem.attributes, Upsample)
     read, written = tensor_bytes(problem)
-    is_linear = problem.attributes.rule in RULES["upsample_linear"]
-    taps = 2 ** (problem.output.spec.rank - 2) if is_linear else 0
+    is_linear = problem.attributes.rule in RULES[LINEARLY]
+    dimensions = problem.output.spec.rank - 2 - problem.attributes.sequence
+    taps = 2**dimensions if is_linear else 0
     return Cost(2 * taps * problem.output.spec.numel, read, written)
 
 
@@ -244,7 +257,9 @@ def _capture(name: str, rule: str) -> Capture:
         ]
         rows = (1,) * (2 - len(extents))
         shape = (*rows, *map(int, size))
-        attributes = Upsample(shape, (*map(float, rows), *steps), chosen)
+        attributes = Upsample(
+            shape, (*map(float, rows), *steps), chosen, name == LINEARLY and bool(rows)
+        )
         return as_rank_of(g, g.apply(name, (as_image(g, x),), attributes), x)
 
     return capture
@@ -267,17 +282,17 @@ def _op(name: str, aten: Mapping[str, Capture]) -> Op:
 
 OPS = (
     _op(
-        "upsample_nearest",
+        NEARBY,
         {
-            f"aten.{stem}{dims}d.vec": _capture("upsample_nearest", rule)
+            f"aten.{stem}{dims}d.vec": _capture(NEARBY, rule)
             for stem, rule in (("upsample_nearest", NEAREST), ("_upsample_nearest_exact", EXACT))
             for dims in (1, 2, 3)
         },
     ),
     _op(
-        "upsample_linear",
+        LINEARLY,
         {
-            f"aten.upsample_{name}.vec": _capture("upsample_linear", LINEAR)
+            f"aten.upsample_{name}.vec": _capture(LINEARLY, LINEAR)
             for name in ("linear1d", "bilinear2d", "trilinear3d")
         },
     ),

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from convloom.kernels.contract.spec import Layout, TensorSpec
-from convloom.kernels.pooling.upsample import RULES, Upsample, step_of
+from convloom.kernels.pooling.upsample import LINEARLY, RULES, Upsample, step_of
 
 from ..domain import Domain
 
@@ -21,11 +21,10 @@ def _build(name: str, draw: Mapping[str, Any]) -> tuple[Upsample, tuple[TensorSp
         size = tuple(math.floor(extent * scale) for extent in extents)
         if min(size) < 1:
             return None
-    steps = tuple(
-        step_of(old, new, rule, scale) for old, new in zip(extents, size, strict=True)
-    )
+    steps = tuple(step_of(old, new, rule, scale) for old, new in zip(extents, size, strict=True))
     x = TensorSpec((draw["N"], draw["C"], *extents), torch.float32, Layout.NHWC)
-    return Upsample(size, steps, rule), (x,)
+    sequence = name == LINEARLY and extents[0] == size[0] == 1 and len(extents) == 2
+    return Upsample(size, steps, rule, sequence), (x,)
 
 
 def _domain(name: str) -> Domain:
@@ -33,8 +32,8 @@ def _domain(name: str) -> Domain:
         ranges={
             "N": (1, 2, 3),
             "C": (1, 3, 8, 33),
-            "image": ((1, 1), (2, 3), (7, 5), (9, 12), (2, 3, 4), (1, 4, 3)),
-            "size": ((1, 1, 1), (4, 6, 8), (7, 7, 3), (5, 13, 9)),
+            "image": ((1, 1), (2, 3), (7, 5), (9, 12), (1, 6), (2, 3, 4), (1, 4, 3)),
+            "size": ((1, 1, 1), (4, 6, 8), (7, 7, 3), (5, 13, 9), (1, 10, 2)),
             "scale": (None, None, 2.0, 1.5, 2.3, 0.6),
             "rule": (0, 1),
         },
@@ -42,6 +41,7 @@ def _domain(name: str) -> Domain:
         interesting=(
             {"N": 2, "C": 21, "image": (7, 7), "size": (20, 23), "scale": None, "rule": 0},
             {"N": 1, "C": 8, "image": (4, 5), "size": (), "scale": 2.0, "rule": 1},
+            {"N": 1, "C": 8, "image": (1, 6), "size": (1, 10), "scale": None, "rule": 0},
         ),
     )
 
