@@ -111,10 +111,10 @@ def test_an_interruption_while_the_language_is_patched(monkeypatch: pytest.Monke
 
 @contextlib.contextmanager
 def interrupted_after(seconds: float) -> Iterator[None]:
-    """An interruption of whatever runs then, as Ctrl-C would be one."""
+    """An interruption of whatever runs then, as Ctrl-C is one."""
 
     def interrupt(*_: object) -> None:
-        raise KeyboardInterrupt
+        signal.raise_signal(signal.SIGINT)
 
     before = signal.signal(signal.SIGALRM, interrupt)
     try:
@@ -149,10 +149,34 @@ def test_an_executable_whose_call_was_interrupted_is_as_before(
     assert not _is_patched()
 
 
-@pytest.mark.slow
+@pytest.mark.parametrize(("times", "goes_on"), [(1, True), (2, False)])
+def test_an_interruption_waits_for_the_end_of_the_export(times: int, goes_on: bool) -> None:
+    ends = []
+
+    def forward(m: Any, x: torch.Tensor) -> torch.Tensor:
+        for _ in range(times):
+            signal.raise_signal(signal.SIGINT)
+        ends.append(x)
+        return x + 1
+
+    handler = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        convloom.compile(*nets.make(forward, (2, 4)), target="reference")
+    assert bool(ends) == goes_on and signal.getsignal(signal.SIGINT) is handler
+
+
+def test_another_thread_exports_without_handling_signals() -> None:
+    module, inputs = residual()
+    made: list[Executable] = []
+    thread = threading.Thread(
+        target=lambda: made.append(convloom.compile(module, inputs, target="reference"))
+    )
+    thread.start()
+    thread.join()
+    assert made
+
+
 def test_a_compilation_that_was_interrupted_can_be_made_again() -> None:
-    """Slow because torch.export, interrupted at a bad moment, may leave state of its own behind:
-    once in some 40 runs the next compilation failed."""
     module, (x,) = residual()
     started = time.perf_counter()
     expected = convloom.compile(module, (x,), target="interpreter", tuning="heuristic")(x)

@@ -5,13 +5,16 @@ from __future__ import annotations
 import inspect
 import logging
 import re
+import signal
 import sys
+import threading
 import traceback
 import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, redirect_stderr
 from io import StringIO
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import torch
@@ -49,6 +52,31 @@ def export(
     return program, decisions
 
 
+@contextmanager
+def uninterrupted() -> Iterator[None]:
+    """An interruption (Ctrl-C) waits for the end of the block, a second one does not: torch.export,
+    interrupted, may leave behind state that every later export of the process fails on."""
+    handler = signal.getsignal(signal.SIGINT)
+    if threading.current_thread() is not threading.main_thread() or not callable(handler):
+        yield
+        return
+    came: list[tuple[int, FrameType | None]] = []
+
+    def wait(number: int, frame: FrameType | None) -> None:
+        came.append((number, frame))
+        if len(came) > 1:
+            handler(number, frame)
+
+    signal.signal(signal.SIGINT, wait)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, handler)
+        if len(came) == 1:
+            handler(*came[0])
+
+
+@uninterrupted()
 def _program(
     module: torch.nn.Module,
     arguments: tuple[Any, ...],
