@@ -14,8 +14,10 @@ from typing import Any
 import convloom
 import pytest
 import torch
+import torch.nn.functional as F
 from convloom.compiler.passes import PASSES, clean
 from convloom.kernels import registry
+from torch import nn
 
 from . import nets
 from .fuzz import __main__ as command
@@ -32,6 +34,7 @@ from .fuzz.contract import (
     Case,
     check,
     check_many,
+    check_module,
     ops_in,
 )
 from .fuzz.grammar import GROUP, generate
@@ -163,9 +166,7 @@ def plant(patch: pytest.MonkeyPatch, wrong: str, right: str) -> None:
 
 
 @pytest.mark.interpreter
-def test_a_planted_bug_is_found_and_shrunk(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_a_planted_bug_is_found_and_shrunk(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     case = Case(PROGRAM, seed=3)
     assert {"max_pool2d", "conv2d", "maximum"} & check(case)
     plant(monkeypatch, "minimum", "maximum")
@@ -235,9 +236,7 @@ class Broken:
         ("dtype", "is torch.float64"), ("shape", "shape"), ("NaN", "NaN pattern"),
     ],
 )  # fmt: skip
-def test_every_broken_promise_is_told(
-    monkeypatch: pytest.MonkeyPatch, how: str, told: str
-) -> None:
+def test_every_broken_promise_is_told(monkeypatch: pytest.MonkeyPatch, how: str, told: str) -> None:
     case = Case(SUM, checks=CHECKS)
     real = convloom.compile
 
@@ -255,6 +254,17 @@ SUM = Program(
     (Statement(("y2",), "x0 + x1"), Statement(("y3",), "x0 - x1")),
     ("y2", "y3"),
 )
+
+
+def test_eager_decides_which_pixels_a_resizing_reads() -> None:
+    """The ratio 7 / 3 in float32 reaches one row further than in float64, and finds a NaN there."""
+    conv = nn.Conv2d(2, 1, 3, padding=1)
+
+    def forward(m: Any, x: torch.Tensor) -> torch.Tensor:
+        return F.interpolate(m.conv(x), size=[3, 2], mode="bilinear", antialias=True)
+
+    module, _ = nets.make(forward, (2, 2, 7, 1), conv=conv)
+    check_module(module, [(2, 2, 7, 1)], seed=924, special=True, dynamic=True)
 
 
 def test_noise_excuses_only_what_is_ill_conditioned() -> None:

@@ -199,9 +199,7 @@ def check_module(module: nn.Module, shapes: list[tuple[int, ...]], **options: An
 class _Checks:
     """One network, its truth and its compilations; torch.export runs once."""
 
-    def __init__(
-        self, case: Case, module: nn.Module, device: Interpreter = INTERPRETED
-    ) -> None:
+    def __init__(self, case: Case, module: nn.Module, device: Interpreter = INTERPRETED) -> None:
         self.case, self.module, self.device = case, module, device
         self.ops: set[str] = set()
 
@@ -312,6 +310,12 @@ class _Checks:
             if got.dtype is not torch.float32:
                 raise BrokenError(f"{name}: dtype", f"result {at} is {got.dtype}")
             found = tolerance.compare(got.to(truth.dtype), exact, eager, truth.depth)
+            if found is not None and found[0] in "N+-":
+                # Which pixels a resizing reads depends on how its ratio is rounded: where fp64 or
+                # eager has no number, eager's kind will do.
+                numbers = exact.isfinite() & eager.isfinite()
+                exact = torch.where(numbers, exact, eager.to(exact.dtype))
+                found = tolerance.compare(got.to(truth.dtype), exact, eager, truth.depth)
             if found is not None and found.startswith("element"):
                 peer = self.noisy(inputs, at, exact, truth.dtype)
                 found = tolerance.compare(got.to(truth.dtype), exact, peer, truth.depth)
