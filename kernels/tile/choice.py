@@ -331,14 +331,14 @@ def outline(size: Size, tile: Config) -> Launch:
     """What the cost model needs to know of the launch that a tile would become."""
     block_m, block_n, split = tile["BLOCK_M"], tile["BLOCK_N"], split_of(tile)
     steps = -(-size.steps(tile["BLOCK_K"]) // split)
-    elements = steps * tile["BLOCK_K"] * (block_m + block_n)
+    read = min(steps * tile["BLOCK_K"], size.terms)  # Padding is not.
     return sketch(
         tile,
         size.rows,
         size.columns,
         size.groups * split,
         dict(tile.blocks),
-        l2_bytes=elements * size.dtype.itemsize,
+        l2_bytes=read * (block_m + block_n) * size.dtype.itemsize,
         steps=steps,
         step_instructions=step_instructions(tile, size.dtype, size.taps),
         combine_bytes=split_k.combine_bytes(split, block_m, block_n),
