@@ -25,7 +25,6 @@ import triton
 import triton.language as tl
 
 from ...errors import InvalidInputError
-from ..contract.launch_tiles import tiles_of
 from ..contract.op import (
     Attributes,
     Config,
@@ -36,16 +35,18 @@ from ..contract.op import (
     config,
     tensor_bytes,
     tile_config,
+    tiles_of,
 )
 from ..contract.spec import Operand, TensorSpec
 from ..contract.targets import Target
 from ..normalisation import lrn
 from ..normalisation.lrn import LocalResponseNorm
 from ..pooling import pool_window
-from ..pooling.pool_kernel import FAR_OUTSIDE, combine, image_windows, in_image
+from ..pooling.pool_kernel import FAR_OUTSIDE, image_windows, in_image
 from ..pooling.pool_window import MaxPool2d
-from ..pooling.tiles import output_tile, store
+from ..tile.finish import combine, put
 from ..tile.geometry import tile_launch
+from ..tile.space import output_tile
 
 POOLED = 3
 """Thread instructions for one element of a window with its neighbours: 139 per output of a 3x3
@@ -187,7 +188,7 @@ def lanes_kernel(
             energy = lane_energy(v, LANES + lane, NORM.below, NORM.above)
             best = best + (normalised(v[LANES + lane], energy, NORM),)
     acc = lrn.pack(best, M, GROUPS, LANES)
-    store(y, acc, rows, columns, row_mask, column_mask, extras, OUTPUT)
+    put(acc, y, rows, row_mask, columns, column_mask, extras, OUTPUT)
 
 
 @triton.jit
@@ -241,7 +242,7 @@ def shifted_kernel(
             energy += best * best
             acc = tl.where(shift == 0, best, acc)
         acc = normalised(acc, energy, NORM)
-    store(y, acc, rows, columns, row_mask, column_mask, extras, OUTPUT)
+    put(acc, y, rows, row_mask, columns, column_mask, extras, OUTPUT)
 
 
 def _attributes(problem: Problem) -> LrnPool:

@@ -35,11 +35,13 @@ from ..contract.op import (
     tensor_bytes,
 )
 from ..contract.spec import TensorSpec
+from ..tile.finish import put
 from ..tile.geometry import tile_launch
+from ..tile.space import output_tile
 from .pool_kernel import image_windows
 from .pool_window import InnerWindow, windows
 from .pool_window import infer as infer_window
-from .tiles import MOST_UNROLLED_TAPS, Tiles, output_tile, store, unrolled_taps
+from .tiles import MOST_UNROLLED_TAPS, Tiles, unrolled_taps
 
 
 @dataclass(frozen=True)
@@ -109,7 +111,7 @@ def mixed_pool_kernel(
     for_mean = tl.load(b + B.offset + columns * B.step, mask=column_mask, other=0.0)
     mean = total / TAPS
     acc = for_most.to(tl.float32)[None, :] * most + for_mean.to(tl.float32)[None, :] * mean
-    store(y, acc, rows, columns, row_mask, column_mask, extras, OUTPUT)
+    put(acc, y, rows, row_mask, columns, column_mask, extras, OUTPUT)
 
 
 class Weight(NamedTuple):

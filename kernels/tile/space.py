@@ -56,6 +56,23 @@ def tile_index(program, row_tiles, COLUMN_TILES: tl.constexpr, GROUP_M: tl.const
 
 
 @triton.jit
+def output_tile(m, OUTPUT: tl.constexpr, TILE: tl.constexpr):
+    """The program's rows, of `m`, and its columns of the output, and which of them exist."""
+    M: tl.constexpr = TILE.M
+    N: tl.constexpr = TILE.N
+    column_tiles: tl.constexpr = (OUTPUT.K + N - 1) // N
+    program = tl.program_id(0)
+    rows = program // column_tiles * M + tl.arange(0, M)
+    columns = program % column_tiles * N + tl.arange(0, N)
+    row_mask = rows < m
+    column_mask = columns < OUTPUT.K
+    if TILE.wide:
+        rows = rows.to(tl.int64)
+        columns = columns.to(tl.int64)
+    return rows, columns, row_mask, column_mask
+
+
+@triton.jit
 def pixels(first, stop, SPACE: tl.constexpr, TILE: tl.constexpr):
     """M pixels in their order in memory."""
     rows = first + tl.arange(0, TILE.M)

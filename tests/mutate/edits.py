@@ -71,7 +71,6 @@ EDITS = (
 
 LAUNCHED_BY = {
     "contract/elementary": "movement/pointwise",
-    "contract/launch_tiles": "movement/pad",
     "contract/scalars": "movement/pointwise",
     "fused/chains/separable_kernels": "fused/chains/separable",
     "fused/head_kernel": "fused/head",

@@ -22,7 +22,7 @@ def _build(name: str, draw: Mapping[str, Any]) -> tuple[Upsample, tuple[TensorSp
         if min(size) < 1:
             return None
     steps = tuple(
-        step_of(old, new, rule, scale) for old, new in zip(extents, size, strict=True)
+        step_of(old, new, scale, rule) for old, new in zip(extents, size, strict=True)
     )
     x = TensorSpec((draw["N"], draw["C"], *extents), torch.float32, Layout.NHWC)
     return Upsample(size, steps, rule), (x,)
