@@ -134,64 +134,37 @@ def sink_into_prologue(graph: Graph, found: Match) -> Value:
     return absorb(graph, found, conv.name, inputs, prologue=(first, *before.epilogue))
 
 
-EPILOGUE_RULES = (
-    Rule(
-        "f(heavy(x)) => heavy(x, epilogue=[f])",
-        Call(UNARY, Call(PRODUCTS, name="anchor"), name="root"),
-        append_stage,
-        _same_output,
-        label="epilogue",
-    ),
-    Rule(
-        "f(heavy(x), literal) => heavy(x, epilogue=[f literal])",
-        Call(BINARY, Call(PRODUCTS, name="anchor"), name="root"),
-        append_stage,
-        _same_output,
-        label="epilogue",
-    ),
-    Rule(
-        "f(heavy(x), r) => heavy(x, epilogue=[f r])",
-        Call(BINARY, Call(PRODUCTS, name="anchor"), Var("r"), name="root"),
-        append_stage,
-        _same_output,
-        label="epilogue",
-    ),
-    Rule(
-        "f(r, heavy(x)) => heavy(x, epilogue=[reversed f r])",
-        Call(BINARY, Var("r"), Call(PRODUCTS, name="anchor"), name="root"),
-        append_reversed_stage,
-        _same_output,
-        label="epilogue",
-    ),
-    Rule(
-        "f(op(x)) => op(x, epilogue=[f])",
-        Call(UNARY, Call(ANCHORS, name="anchor"), name="root"),
-        append_stage,
-        _same_output,
-        label="epilogue",
-    ),
-    Rule(
-        "f(op(x), literal) => op(x, epilogue=[f literal])",
-        Call(BINARY, Call(ANCHORS, name="anchor"), name="root"),
-        append_stage,
-        _same_output,
-        label="epilogue",
-    ),
-    Rule(
-        "f(op(x), r) => op(x, epilogue=[f r])",
-        Call(BINARY, Call(ANCHORS, name="anchor"), Var("r"), name="root"),
-        append_stage,
-        _same_output,
-        label="epilogue",
-    ),
-    Rule(
-        "f(r, op(x)) => op(x, epilogue=[reversed f r])",
-        Call(BINARY, Var("r"), Call(ANCHORS, name="anchor"), name="root"),
-        append_reversed_stage,
-        _same_output,
-        label="epilogue",
-    ),
-)
+def _epilogue_rules(kind: str, anchors: tuple[str, ...]) -> tuple[Rule, ...]:
+    """Rules for a function of an op, and of an op and a number or another tensor."""
+    anchor = Call(anchors, name="anchor")
+    return tuple(
+        Rule(name, pattern, rewrite, _same_output, label="epilogue")
+        for name, pattern, rewrite in (
+            (
+                f"f({kind}(x)) => {kind}(x, epilogue=[f])",
+                Call(UNARY, anchor, name="root"),
+                append_stage,
+            ),
+            (
+                f"f({kind}(x), literal) => {kind}(x, epilogue=[f literal])",
+                Call(BINARY, anchor, name="root"),
+                append_stage,
+            ),
+            (
+                f"f({kind}(x), r) => {kind}(x, epilogue=[f r])",
+                Call(BINARY, anchor, Var("r"), name="root"),
+                append_stage,
+            ),
+            (
+                f"f(r, {kind}(x)) => {kind}(x, epilogue=[reversed f r])",
+                Call(BINARY, Var("r"), anchor, name="root"),
+                append_reversed_stage,
+            ),
+        )
+    )
+
+
+EPILOGUE_RULES = (*_epilogue_rules("heavy", PRODUCTS), *_epilogue_rules("op", ANCHORS))
 
 
 def _flatten_guard(graph: Graph, found: Match) -> str | None:

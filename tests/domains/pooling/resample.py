@@ -16,8 +16,7 @@ from ..domain import Domain
 def _build(draw: Mapping[str, Any]) -> tuple[Resample, tuple[TensorSpec, ...]]:
     image, size, corners = draw["image"], draw["size"], draw["corners"]
     vertical, horizontal = (
-        pixels_per_output(old, new, None, corners)
-        for old, new in zip(image, size, strict=True)
+        pixels_per_output(old, new, None, corners) for old, new in zip(image, size, strict=True)
     )
     x = TensorSpec((draw["N"], draw["C"], *image), torch.float32, Layout.NHWC)
     return Resample(size, (vertical, horizontal), draw["filter"], corners), (x,)

@@ -21,9 +21,7 @@ def _build(name: str, draw: Mapping[str, Any]) -> tuple[Upsample, tuple[TensorSp
         size = tuple(math.floor(extent * scale) for extent in extents)
         if min(size) < 1:
             return None
-    steps = tuple(
-        step_of(old, new, scale, rule) for old, new in zip(extents, size, strict=True)
-    )
+    steps = tuple(step_of(old, new, scale, rule) for old, new in zip(extents, size, strict=True))
     x = TensorSpec((draw["N"], draw["C"], *extents), torch.float32, Layout.NHWC)
     return Upsample(size, steps, rule), (x,)
 
