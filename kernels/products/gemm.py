@@ -148,12 +148,6 @@ def gemm_kernel(
     )  # fmt: skip
 
 
-def chains(problem: Problem) -> tuple[ep.GeneratedFunction, ep.GeneratedFunction | None]:
-    """The problem's epilogue, and its prologue over the first input's channels."""
-    after = ep.for_output(problem.epilogue, problem.operands, problem.output.spec)
-    return after, prologue_of(problem)
-
-
 def prologue_of(problem: Problem) -> ep.GeneratedFunction | None:
     """The problem's prologue over the first input's channels, if it has one."""
     if not problem.prologue:
