@@ -13,7 +13,6 @@ over taps and channel blocks, one after the other, share the accumulator and the
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import torch
@@ -97,18 +96,10 @@ def _size(problem: Problem) -> choice.Size:
     return choice.Size(n * p * q, k, depth, problem.inputs[0].spec.dtype, taps=most_taps)
 
 
-def configs(problem: Problem, target: Target) -> Iterator[Config]:
-    return choice.tile_configs(_size(problem), target)
-
-
 def _has_loops(problem: Problem, tile: Config) -> bool:
     """Whether some loop has a second step; without one all operands are in registers at once."""
     filters = (problem.inputs[slot].shape for slot in (1, 3))
     return any(math.prod(shape[1:]) > tile["BLOCK_K"] for shape in filters)
-
-
-def legal(problem: Problem, tile: Config, target: Target) -> str | None:
-    return choice.legal(_size(problem), tile, target)
 
 
 def default(problem: Problem, target: Target) -> Config:
@@ -145,9 +136,7 @@ OP = Op(
     infer=infer,
     reference=reference,
     launches=launches,
-    configs=configs,
-    default=default,
-    legal=legal,
+    **choice.of_product(_size) | {"default": default},
     cost=cost,
     packs=lambda attributes: {1: _pack, 3: _pack},
 )

@@ -13,7 +13,6 @@ bmm, softmax, bmm: correct, but its matrix of scores goes through memory.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -252,18 +251,6 @@ def launches(problem: Problem, tile: Config, target: Target) -> tuple[Launch, ..
     return (launch,)
 
 
-def configs(problem: Problem, target: Target) -> Iterator[Config]:
-    return choice.tile_configs(size_of(problem), target)
-
-
-def legal(problem: Problem, tile: Config, target: Target) -> str | None:
-    return choice.legal(size_of(problem), tile, target)
-
-
-def default(problem: Problem, target: Target) -> Config:
-    return choice.default_tile(size_of(problem), target)
-
-
 def _product(
     g: Builder, a: Any, b: Any, stages: ep.Epilogue = (), *operands: Any, wide: bool = False
 ) -> Any:
@@ -344,9 +331,7 @@ OP = Op(
     infer=infer,
     reference=reference,
     launches=launches,
-    configs=configs,
-    default=default,
-    legal=legal,
+    **choice.of_product(size_of),
     cost=counted(lambda problem: size_of(problem).flops),
     aten={
         "aten.bmm.default": lambda g, a: _product(g, a.self, a.mat2),
