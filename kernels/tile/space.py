@@ -126,9 +126,8 @@ def images(first, stop, SPACE: tl.constexpr, TILE: tl.constexpr):
 
 
 @triton.jit
-def band_columns(first, stop, SPACE: tl.constexpr, TILE: tl.constexpr):
-    """The first rows of per_tile columns of bands: image, p, q, and which columns there are."""
-    index = first + tl.arange(0, SPACE.per_tile)
+def band_of(index, stop, SPACE: tl.constexpr, TILE: tl.constexpr):
+    """Image, first row and column of columns of bands, and which of them there are."""
     live = index < stop
     if TILE.wide:
         index = index.to(tl.int64)
@@ -138,17 +137,18 @@ def band_columns(first, stop, SPACE: tl.constexpr, TILE: tl.constexpr):
 
 
 @triton.jit
+def band_columns(first, stop, SPACE: tl.constexpr, TILE: tl.constexpr):
+    """The first rows of per_tile columns of bands: image, p, q, and which columns there are."""
+    return band_of(first + tl.arange(0, SPACE.per_tile), stop, SPACE, TILE)
+
+
+@triton.jit
 def bands(first, stop, SPACE: tl.constexpr, TILE: tl.constexpr):
     """Bands of M / per_tile rows of an image, row after row, each per_tile columns long."""
     lane = tl.arange(0, TILE.M)
-    index = first + lane % SPACE.per_tile
-    live = index < stop
-    if TILE.wide:
-        index = index.to(tl.int64)
-    HEIGHT: tl.constexpr = TILE.M // SPACE.per_tile
-    p = (index // SPACE.across % SPACE.down).to(tl.int32) * HEIGHT + lane // SPACE.per_tile
-    image = index // (SPACE.down * SPACE.across)
-    return image, p, (index % SPACE.across).to(tl.int32), live & (p < SPACE.P)
+    image, p, q, live = band_of(first + lane % SPACE.per_tile, stop, SPACE, TILE)
+    p += lane // SPACE.per_tile
+    return image, p, q, live & (p < SPACE.P)
 
 
 @triton.jit
