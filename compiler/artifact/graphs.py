@@ -215,6 +215,8 @@ class _GraphReader(Reader):
             self.refuse(f"{where}.parameters", f"{count} numbers", stage.parameters)
         if stage.channels is not None and not 0 <= stage.channels[0] < stage.channels[1]:
             self.refuse(where, "a range of channels", stage.channels)
+        if stage.back is not None and (stage.back < 0 or stage.literal is not None):
+            self.refuse(f"{where}.back", "how many stages ago", stage.back)
         return stage
 
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 import torch
 
 from ...errors import GraphError, InvalidInputError
-from ...kernels.contract.epilogue import operand_count
+from ...kernels.contract.epilogue import operand_count, read_before
 from ...kernels.contract.spec import FLOAT_DTYPES, Layout, TensorSpec
 from .ir import CONSTANT, INPUT, OUTPUT, TORCH, Graph, Node
 
@@ -54,6 +54,9 @@ def _verify_compute(graph: Graph, node: Node) -> None:
         raise GraphError(f"{node.name}: its stages read more tensors than it has inputs")
     if node.epilogue and not definition.takes_epilogue:
         raise GraphError(f"{node.name}: {node.op} takes no epilogue")
+    for stages in (node.epilogue, node.prologue):
+        if read_before(stages, 0):
+            raise GraphError(f"{node.name}: a stage reads what there was before the first")
     if node.prologue and not definition.takes_prologue:
         raise GraphError(f"{node.name}: {node.op} takes no prologue")
     specs = tuple(graph.spec(value) for value in graph.own_inputs(node))

@@ -40,7 +40,7 @@ def _short(value: object) -> str:
     if isinstance(value, tuple):
         if value and all(isinstance(item, int) for item in value):
             return "x".join(map(str, value))
-        return f"({', '.join(map(str, value))})"
+        return f"({', '.join(map(_short, value))})"
     if isinstance(value, Attributes):
         return f"({value})"
     if isinstance(value, float):
