@@ -84,15 +84,16 @@ def _verify_compute(graph: Graph, node: Node) -> None:
 
 
 def _agree(node: Node, inferred: tuple[TensorSpec, ...]) -> bool:
-    """Whether a node's results are what its op infers. Kernels that take an epilogue round one
-    result once, to the float dtype that the node says; layouts are the passes' to choose."""
+    """Whether a node's results are what its op infers. Kernels that take an epilogue, or write
+    any layout, round one result once, to the float dtype that the node says; layouts are the passes' to choose."""
     said = [spec.with_(layout=Layout.DENSE) for spec in node.outputs]
     expected = [spec.with_(layout=Layout.DENSE) for spec in inferred]
     if said == expected or len(said) != len(expected):
         return said == expected
     floats = all(spec.dtype in FLOAT_DTYPES for spec in (node.spec, inferred[0]))
     rounded = expected[0].with_(dtype=node.spec.dtype)
-    return floats and node.definition.takes_epilogue and said == [rounded, *expected[1:]]
+    rounds = node.definition.takes_epilogue or node.definition.writes_any
+    return floats and rounds and said == [rounded, *expected[1:]]
 
 
 def verify_memory(graph: Graph) -> None:
@@ -129,8 +130,7 @@ def verify_memory(graph: Graph) -> None:
                     f"{node.name}: {node.op} reads {value} {spec}, expected {wanted.value}"
                 )
         for spec, expected in zip(node.outputs, inferred, strict=True):
-            # These write elements wherever they are to lie.
-            if spec.layout is not expected.layout and node.op not in ("permute", "rearrange"):
+            if spec.layout is not expected.layout and not definition.writes_any:
                 raise GraphError(
                     f"{node.name}: {node.op} gives {expected}, the node says {spec}"
                 )

@@ -171,4 +171,5 @@ OP = Op(
     cost=counted(conv_tile.flops),
     packs=lambda attributes: {1: conv_tile.pack},
     takes_epilogue=False,
+    writes_any=True,
 )
