@@ -84,8 +84,9 @@ def _verify_compute(graph: Graph, node: Node) -> None:
 
 
 def _agree(node: Node, inferred: tuple[TensorSpec, ...]) -> bool:
-    """Whether a node's results are what its op infers. Kernels that take an epilogue, or write
-    any layout, round one result once, to the float dtype that the node says; layouts are the passes' to choose."""
+    """Whether a node's results are what its op infers. Kernels that take an epilogue, or write any
+    layout, round one result once, to the float dtype that the node says; layouts are the passes'
+    to choose."""
     said = [spec.with_(layout=Layout.DENSE) for spec in node.outputs]
     expected = [spec.with_(layout=Layout.DENSE) for spec in inferred]
     if said == expected or len(said) != len(expected):
