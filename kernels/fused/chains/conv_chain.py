@@ -100,29 +100,12 @@ class Product(NamedTuple):
 
 @triton.jit
 def conv_chain_kernel(
-    x,
-    w1,
-    w2,
-    w3,
-    s,
-    ws,
-    y,
-    z,
-    extras,
-    m,
-    IMAGE: tl.constexpr,
-    FRONT: tl.constexpr,
-    STAGES: tl.constexpr,
-    SHORTCUT: tl.constexpr,
-    MIDDLE: tl.constexpr,
-    SPACE: tl.constexpr,
-    Y: tl.constexpr,
-    Z: tl.constexpr,
-    TILE: tl.constexpr,
-    BLOCK_MIDDLE: tl.constexpr,
-    BLOCK_NARROW: tl.constexpr,
+    x, w1, w2, w3, s, ws, y, z, extras, m,
+    IMAGE: tl.constexpr, FRONT: tl.constexpr, STAGES: tl.constexpr, SHORTCUT: tl.constexpr,
+    MIDDLE: tl.constexpr, SPACE: tl.constexpr, Y: tl.constexpr, Z: tl.constexpr,
+    TILE: tl.constexpr, BLOCK_MIDDLE: tl.constexpr, BLOCK_NARROW: tl.constexpr,
     LOOP_STAGES: tl.constexpr,
-):
+):  # fmt: skip
     # One program owns the pixels of its rows and all their channels, N of the wide ones in a step
     # of a loop of LOOP_STAGES. IMAGE is x, STAGES follow FRONT, MIDDLE counts the channels of t,
     # BLOCK_* those of t and z filled up; the links that are absent are None.
