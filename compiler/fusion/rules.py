@@ -223,8 +223,3 @@ PROLOGUE_RULES = (
         label="prologue",
     ),
 )
-
-
-def is_heavy(node: Node) -> bool:
-    """Whether the node is a matrix product."""
-    return node.op in PRODUCTS

@@ -31,7 +31,6 @@ import triton.language as tl
 from ..contract.op import (
     Capture,
     Config,
-    Cost,
     Launch,
     Op,
     Problem,
@@ -39,8 +38,8 @@ from ..contract.op import (
     X,
     Y,
     config,
+    counted,
     power_of_two,
-    tensor_bytes,
 )
 from ..contract.targets import Target
 from ..movement.arguments import attributes_of, with_bias
@@ -314,11 +313,11 @@ def default(problem: Problem, target: Target) -> Config:
     return config(4, 1, BLOCK_M=1024 // block_n, BLOCK_N=block_n)
 
 
-def cost(problem: Problem) -> Cost:
+@counted
+def cost(problem: Problem) -> int:
     """Every input pixel meets every tap."""
-    read, written = tensor_bytes(problem)
     per_input = math.prod(problem.inputs[1].shape[1:])
-    return Cost(2 * problem.inputs[0].spec.numel * per_input, read, written)
+    return 2 * problem.inputs[0].spec.numel * per_input
 
 
 def _capture(name: str, make: type[ConvTranspose]) -> Capture:

@@ -18,17 +18,7 @@ from dataclasses import dataclass, field
 import torch
 
 from ...errors import InvalidInputError
-from ..contract.op import (
-    Attributes,
-    Config,
-    Cost,
-    Launch,
-    Op,
-    Problem,
-    Ref,
-    config,
-    tensor_bytes,
-)  # fmt: skip
+from ..contract.op import Attributes, Config, Launch, Op, Problem, Ref, config, counted
 from ..contract.spec import TensorSpec
 from ..contract.targets import Target
 from ..convolution import conv2d
@@ -115,10 +105,10 @@ def default(problem: Problem, target: Target) -> Config:
     return tile
 
 
-def cost(problem: Problem) -> Cost:
+@counted
+def cost(problem: Problem) -> int:
     """Both products; neither convolution's own result is written or read."""
-    read, written = tensor_bytes(problem)
-    return Cost(2 * problem.output.spec.numel * _terms(problem), read, written)
+    return 2 * problem.output.spec.numel * _terms(problem)
 
 
 def _terms(problem: Problem) -> int:

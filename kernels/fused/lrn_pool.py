@@ -28,12 +28,11 @@ from ...errors import InvalidInputError
 from ..contract.op import (
     Attributes,
     Config,
-    Cost,
     Launch,
     Op,
     Problem,
     config,
-    tensor_bytes,
+    counted,
     tile_config,
     tiles_of,
 )
@@ -315,14 +314,14 @@ def default(problem: Problem, target: Target) -> Config:
     return config(tile.num_warps, 1, LANES=count, **blocks)
 
 
-def cost(problem: Problem) -> Cost:
+@counted
+def cost(problem: Problem) -> int:
     """The operations of both halves, each once."""
     attributes, x = _attributes(problem), problem.inputs[0]
     outputs = problem.output.spec.numel
     normalised = x.spec.numel if attributes.lrn_first else outputs
-    read, written = tensor_bytes(problem)
     taps = math.prod(attributes.pool.kernel)
-    return Cost((2 * attributes.lrn.size + 8) * normalised + taps * outputs, read, written)
+    return (2 * attributes.lrn.size + 8) * normalised + taps * outputs
 
 
 OP = Op(

@@ -33,15 +33,14 @@ from ..contract import epilogue as ep
 from ..contract.op import (
     Attributes,
     Config,
-    Cost,
     Launch,
     Op,
     Problem,
     Ref,
     config,
+    counted,
     power_of_two,
-    tensor_bytes,
-)  # fmt: skip
+)
 from ..contract.spec import Operand, TensorSpec
 from ..contract.targets import Target
 from ..convolution import conv2d
@@ -384,12 +383,12 @@ def default(problem: Problem, target: Target) -> Config:
     )
 
 
-def cost(problem: Problem) -> Cost:
+@counted
+def cost(problem: Problem) -> int:
     """The product, and one operation per tap."""
     rows, c, k = _size(problem)
     taps = math.prod(_attributes(problem).pool.kernel)
-    read, written = tensor_bytes(problem)
-    return Cost(2 * rows * c * k + taps * rows * c, read, written)
+    return 2 * rows * c * k + taps * rows * c
 
 
 OP = Op(

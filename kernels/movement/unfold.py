@@ -27,16 +27,15 @@ from ..contract.op import (
     Attributes,
     Builder,
     Config,
-    Cost,
     Launch,
     Op,
     Problem,
     Ref,
     config,
+    counted,
     operand_refs,
-    tensor_bytes,
     tile_config,
-)  # fmt: skip
+)
 from ..contract.spec import Layout, TensorSpec, rows_and_columns
 from ..contract.targets import Target
 from ..tile.conv_geometry import pair
@@ -191,10 +190,10 @@ def default(problem: Problem, target: Target) -> Config:
     return tile_config(rows, columns, target, elements=1024)
 
 
-def cost(problem: Problem) -> Cost:
+@counted
+def cost(problem: Problem) -> int:
     """fold adds every element that it reads."""
-    read, written = tensor_bytes(problem)
-    return Cost(problem.inputs[0].spec.numel, read, written)
+    return problem.inputs[0].spec.numel
 
 
 def _capture_unfold(g: Builder, a: Arguments) -> Any:

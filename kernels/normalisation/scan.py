@@ -25,7 +25,6 @@ from ..contract.op import (
     Builder,
     Capture,
     Config,
-    Cost,
     Launch,
     Op,
     Problem,
@@ -33,8 +32,8 @@ from ..contract.op import (
     X,
     Y,
     config,
+    counted,
     power_of_two,
-    tensor_bytes,
 )
 from ..contract.spec import TensorSpec
 from .along import launch_along, rows_of_program
@@ -135,10 +134,10 @@ def default(problem: Problem, target: Target) -> Config:
     return config(4, 1, BLOCK_ROWS=max(1, 2048 // columns), BLOCK_COLUMNS=columns)
 
 
-def cost(problem: Problem) -> Cost:
+@counted
+def cost(problem: Problem) -> int:
     """Two operations per element: those of a scan that goes up and down a tree."""
-    read, written = tensor_bytes(problem)
-    return Cost(2 * problem.output.spec.numel, read, written)
+    return 2 * problem.output.spec.numel
 
 
 def _capture(name: str) -> Capture:

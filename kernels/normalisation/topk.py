@@ -27,7 +27,6 @@ from ..contract.op import (
     Attributes,
     Builder,
     Config,
-    Cost,
     Launch,
     Op,
     Problem,
@@ -36,9 +35,9 @@ from ..contract.op import (
     X,
     Y,
     config,
+    counted,
     power_of_two,
-    tensor_bytes,
-)  # fmt: skip
+)
 from ..contract.spec import TensorSpec
 from ..movement.pointwise import Pointwise
 from ..movement.rearrangement import Reshape
@@ -198,11 +197,11 @@ def default(problem: Problem, target: Target) -> Config:
     return config(4, 1, BLOCK_ROWS=max(1, 2048 // columns), BLOCK_COLUMNS=columns)
 
 
-def cost(problem: Problem) -> Cost:
+@counted
+def cost(problem: Problem) -> int:
     """A comparison per element and selected one."""
     assert isinstance(problem.attributes, TopK)
-    read, written = tensor_bytes(problem)
-    return Cost(problem.inputs[0].spec.numel * problem.attributes.k, read, written)
+    return problem.inputs[0].spec.numel * problem.attributes.k
 
 
 def _selected(g: Builder, x: Any, dim: int, k: int, largest: bool) -> tuple[Any, Any]:

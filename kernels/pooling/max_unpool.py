@@ -31,7 +31,6 @@ from ..contract.op import (
     Attributes,
     Builder,
     Config,
-    Cost,
     Launch,
     Op,
     Problem,
@@ -39,7 +38,7 @@ from ..contract.op import (
     Target,
     X,
     Y,
-    tensor_bytes,
+    counted,
 )
 from ..contract.spec import Layout, TensorSpec, as_layout
 from ..tile.finish import put
@@ -260,9 +259,10 @@ TILES = Tiles(
 )
 
 
-def cost(problem: Problem) -> Cost:
+@counted
+def cost(problem: Problem) -> int:
     """One comparison per pixel and candidate."""
-    return Cost(candidates(problem) * problem.output.spec.numel, *tensor_bytes(problem))
+    return candidates(problem) * problem.output.spec.numel
 
 
 def _pooled(g: Builder, value: Any) -> tuple[MaxPool2d, TensorSpec, TensorSpec] | None:

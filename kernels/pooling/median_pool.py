@@ -24,7 +24,7 @@ import triton.language as tl
 
 from ...errors import InvalidInputError
 from ..contract.epilogue import GeneratedFunction
-from ..contract.op import Config, Cost, Launch, Op, Problem, Target, tensor_bytes
+from ..contract.op import Config, Launch, Op, Problem, Target, counted
 from ..contract.spec import TensorSpec
 from ..tile.finish import put
 from ..tile.geometry import tile_launch
@@ -145,10 +145,11 @@ TILES = Tiles(
 )
 
 
-def cost(problem: Problem) -> Cost:
+@counted
+def cost(problem: Problem) -> int:
     """A minimum and a maximum per exchange; nothing is rounded."""
     pairs, _ = exchanges(windows(problem).taps)
-    return Cost(2 * len(pairs) * problem.output.spec.numel, *tensor_bytes(problem))
+    return 2 * len(pairs) * problem.output.spec.numel
 
 
 OP = Op(

@@ -21,19 +21,7 @@ import triton.language as tl
 
 from ...errors import InvalidInputError
 from ..contract import scalars
-from ..contract.op import (
-    Config,
-    Cost,
-    Launch,
-    Op,
-    Operand,
-    Problem,
-    Ref,
-    Target,
-    X,
-    Y,
-    tensor_bytes,
-)
+from ..contract.op import Config, Launch, Op, Operand, Problem, Ref, Target, X, Y, counted
 from ..contract.spec import TensorSpec
 from ..tile.finish import put
 from ..tile.geometry import tile_launch
@@ -150,9 +138,10 @@ TILES = Tiles(
 )
 
 
-def cost(problem: Problem) -> Cost:
+@counted
+def cost(problem: Problem) -> int:
     """A comparison and an addition per tap."""
-    return Cost(2 * windows(problem).taps * problem.output.spec.numel, *tensor_bytes(problem))
+    return 2 * windows(problem).taps * problem.output.spec.numel
 
 
 OP = Op(

@@ -32,12 +32,11 @@ from ..contract.op import (
     Attributes,
     Builder,
     Config,
-    Cost,
     Launch,
     Op,
     Problem,
     config,
-    tensor_bytes,
+    counted,
     tile_config,
     tiles_of,
 )
@@ -263,13 +262,13 @@ def default(problem: Problem, target: Target) -> Config:
     return config(4, 1, BLOCK_ROWS=512 // columns, BLOCK_COLUMNS=columns)
 
 
-def cost(problem: Problem) -> Cost:
+@counted
+def cost(problem: Problem) -> int:
     """A multiplication and an addition per pixel that an output looks at, and the weights."""
     attributes = problem.attributes
     assert isinstance(attributes, Resample)
-    read, written = tensor_bytes(problem)
     vertical, horizontal = taps(attributes, problem.inputs[0].shape[2:])
-    return Cost(2 * vertical * horizontal * problem.output.spec.numel, read, written)
+    return 2 * vertical * horizontal * problem.output.spec.numel
 
 
 def _capture(g: Builder, a: Arguments, kind: str) -> Any:

@@ -33,11 +33,10 @@ from ..contract.op import (
     Builder,
     Capture,
     Config,
-    Cost,
     Launch,
     Op,
     Problem,
-    tensor_bytes,
+    counted,
 )
 from ..contract.spec import MEMORY_FORMATS, Layout, TensorSpec
 from ..contract.targets import Target
@@ -207,13 +206,13 @@ def launches(problem: Problem, tile: Config, target: Target) -> tuple[Launch, ..
 TILES = Tiles((512, 1024, 2048), (16, 32, 64, 128), usual=lambda problem: 1024)
 
 
-def cost(problem: Problem) -> Cost:
+@counted
+def cost(problem: Problem) -> int:
     """A multiplication and an addition per input pixel that an output looks at."""
     assert isinstance(problem.attributes, Upsample)
-    read, written = tensor_bytes(problem)
     is_linear = problem.attributes.rule in RULES["upsample_linear"]
     taps = 2 ** (problem.output.spec.rank - 2) if is_linear else 0
-    return Cost(2 * taps * problem.output.spec.numel, read, written)
+    return 2 * taps * problem.output.spec.numel
 
 
 def pixels_per_output(size: int, outputs: int, scale: float | None, corners: bool) -> float:
