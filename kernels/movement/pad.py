@@ -24,16 +24,7 @@ import triton
 import triton.language as tl
 
 from ...errors import InvalidInputError
-from ..contract.op import (
-    Arguments,
-    Attributes,
-    Builder,
-    Config,
-    Launch,
-    Op,
-    Problem,
-    Target,
-)
+from ..contract.op import Arguments, Attributes, Builder, Config, Launch, Op, Problem, Target
 from ..contract.spec import Layout, TensorSpec
 from ..tile.finish import put
 from ..tile.geometry import tile_launch

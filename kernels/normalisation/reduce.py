@@ -29,16 +29,7 @@ from ..contract import epilogue as ep
 from ..contract import op
 from ..contract.cost_model import MULTIPROCESSORS
 from ..contract.elementary import NAN
-from ..contract.op import (
-    Arguments,
-    Attributes,
-    Builder,
-    Capture,
-    Config,
-    Launch,
-    Op,
-    Problem,
-)
+from ..contract.op import Arguments, Attributes, Builder, Capture, Config, Launch, Op, Problem
 from ..contract.spec import Layout, TensorSpec
 from ..contract.targets import Target
 from ..movement.pointwise import Pointwise
