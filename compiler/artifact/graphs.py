@@ -20,7 +20,7 @@ import torch
 
 from ...errors import ArtifactError, ConvloomError
 from ...kernels import registry
-from ...kernels.contract.epilogue import Epilogue, Stage
+from ...kernels.contract.epilogue import Epilogue, Stage, read_before
 from ...kernels.contract.op import Attributes, Config, Op, Problem
 from ...kernels.contract.scalars import BY_NAME
 from ...kernels.contract.spec import TensorSpec
@@ -179,6 +179,12 @@ def _is_known(hint: Any, found: Mapping[str, type]) -> bool:
 
 class _GraphReader(Reader):
     """Reads attributes as the class they name, and checks what only kernels would trip over."""
+
+    def _read_tuple(self, parts: tuple[Any, ...], data: Any, where: str) -> tuple[Any, ...]:
+        value = super()._read_tuple(parts, data, where)
+        if parts[:1] == (Stage,) and read_before(value, 0):
+            self.refuse(where, "stages that read values of their own chain", list(map(str, value)))
+        return value
 
     def read_dataclass(self, kind: type, data: Any, where: str) -> Any:
         if not issubclass(kind, Attributes):
