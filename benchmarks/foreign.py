@@ -13,6 +13,7 @@ from types import ModuleType
 from typing import Any
 
 import torch
+from convloom.compiler.artifact.load import load_bytes
 from convloom.compiler.artifact.write import save
 from convloom.compiler.capture.capture import capture
 from convloom.compiler.explain.report import Report
@@ -199,7 +200,7 @@ class Foreign:
         plan = lower(graph, self.captured, Options(chosen), ledger)
         reference = chosen is targets.REFERENCE
         runner = ReferenceRunner(graph) if reference else InterpreterRunner(plan)
-        return Executable(graph, plan, ledger, runner, save)
+        return Executable(graph, plan, ledger, runner, (save, load_bytes))
 
     def check(self, executable: Executable) -> str | None:
         """What is wrong with the executable's result, in words, or None."""

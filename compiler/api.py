@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copyreg
 import gc
 import logging
 from collections.abc import Iterator, Mapping, Sequence
@@ -21,7 +20,7 @@ from ..kernels.contract import targets
 from ..kernels.contract.spec import FLOAT_DTYPES
 from ..kernels.contract.targets import REFERENCE, Target
 from ..kernels.devices.language import forkable_lock
-from .artifact.load import pickled
+from .artifact.load import load_bytes
 from .artifact.write import save
 from .capture.capture import capture
 from .capture.example_inputs import bounds_of, has_no_samples
@@ -44,7 +43,6 @@ LOG = logging.getLogger("convloom")
 PRECISIONS = ("ieee", "tf32")
 TUNINGS = ("heuristic", "records", "search")
 FALLBACKS = ("error", "torch")
-copyreg.pickle(Executable, pickled)
 CAPTURING = forkable_lock()
 """torch.export keeps state for the whole process; all else about a compilation is its own."""
 
@@ -130,7 +128,7 @@ def executable_for(
         **options,
     )  # fmt: skip
     runner = runner_for(graph, plan, plan.target, target)
-    executable = Executable(graph, plan, ledger, runner, save)
+    executable = Executable(graph, plan, ledger, runner, (save, load_bytes))
     LOG.info("%s: %s", graph.name, executable.summary_line())
     _debug(executable)
     return executable

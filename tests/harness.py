@@ -79,6 +79,9 @@ UNARY_STAGES = (
     "abs", "neg",
 )  # fmt: skip
 BINARY_STAGES = ("add", "sub", "mul", "maximum", "minimum")
+AGAIN = ("add", "maximum", "minimum")
+"""Those that may read an earlier value of the chain: a difference to it, or a product, is less
+exact than its factors."""
 
 
 @st.composite
@@ -119,6 +122,9 @@ def epilogues(
 ) -> tuple[Epilogue, tuple[TensorSpec, ...]]:
     """A chain of stages for an output, and the specs of the operands it reads."""
     chain = draw(st.lists(stages(output), min_size=1, max_size=longest))
+    for at, (stage, _) in enumerate(chain):
+        if stage.takes_operand and stage.name in AGAIN and not draw(st.integers(0, 3)):
+            chain[at] = replace(stage, back=draw(st.integers(0, at))), ()
     return tuple(s for s, _ in chain), tuple(spec for _, specs in chain for spec in specs)
 
 

@@ -89,6 +89,19 @@ def unfoldable() -> Made:
     return make(function, IMAGE, **layers, d=nn.Linear(35, 6), norm_d=nn.BatchNorm1d(6))
 
 
+def written_out() -> Made:
+    """Activations by hand: one in another, one whose inner value is read again, one that takes two
+    values at a time; and a sum with itself."""
+
+    def function(m: Any, x: torch.Tensor) -> Any:
+        a, b, c, d = m.a(x), m.b(x), m.c(x), m.d(x)
+        half = torch.tanh(b)
+        gelu = (0.5 * d) * (1 + torch.tanh(d + d * d * d))
+        return a * (1 - (a + torch.exp(a))), b * half, half, c + c, gelu
+
+    return make(function, IMAGE, **{name: conv() for name in "abcd"})
+
+
 def residual_block() -> Made:
     def function(m: Any, x: torch.Tensor) -> Any:
         y = torch.relu(m.norm1(m.conv1(x)))

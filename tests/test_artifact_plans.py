@@ -45,7 +45,7 @@ def change(plan: Any, place: str, value: Any) -> None:
 
 P = "programs.0."
 ABSURD = {
-    "version": ("version", 1, "this convloom reads version 3"),
+    "version": ("version", 1, "this convloom reads version 4"),
     "format": ("format", "zip", "no plan of convloom"),
     "no programs": ("programs", [], "it has no programs"),
     "unknown field": (P + "more", 1, "expected no field 'more'"),
@@ -274,6 +274,8 @@ ABSURD_GRAPHS = {
     "epilogue": ("epilogue.0.name", "system", "expected a pointwise function"),
     "parameters": ("epilogue.0.parameters", [1.0], "expected 0 numbers"),
     "channels": ("epilogue.0.channels", [5, 2], "expected a range of channels"),
+    "a later value": ("epilogue.0.back", -1, "expected how many stages ago"),
+    "a value of before": ("epilogue.0.back", 3, "stages that read values of their own chain"),
     "shape": ("outputs.0.shape", [4, 2**31, 2**31], "has the shape"),
     "another shape": ("outputs.0.shape", [4, 9], "the node says"),
     "batch": ("outputs.0.batch", 0, "has no batch of 0"),

@@ -29,6 +29,7 @@ from convloom.compiler.passes import (
     Pass,
     fuse_epilogues,
     pool_order,
+    recognise,
     recognise_pools,
     sink_prologues,
 )
@@ -72,8 +73,10 @@ NEAR_MISSES = [
 by_rule = pytest.mark.parametrize("rule", RULES.values(), ids=RULES.keys())
 RELAYS = {
     rule.name
-    for rule in (*rules.FLATTEN_RULES, *pool_order.RULES, recognise_pools.DROP_INDICES)
-}
+    for rule in (
+        *rules.FLATTEN_RULES, *pool_order.RULES, recognise_pools.DROP_INDICES, recognise.SQUARE
+    )
+}  # fmt: skip
 """Rules that replace a node by a cheaper one, where all others make nodes disappear."""
 
 

@@ -52,6 +52,7 @@ from .pass_nets import (
     siblings,
     small_network,
     unfoldable,
+    written_out,
     written_slices,
 )
 
@@ -69,6 +70,7 @@ CASES: dict[str, Callable[[], Made]] = {
     "merge_parallel_convolutions": parallel_branches,
     "simplify_slice_writes": written_slices,
     "lower_batch_norm": unfoldable,
+    "fuse_diamonds": written_out,
     "fuse_epilogues": residual_block,
     "sink_prologues": preactivation,
     "choose_partition (siblings)": siblings,

@@ -8,13 +8,14 @@ import pytest
 import torch
 from convloom.compiler.records import rank
 from convloom.kernels import registry
+from convloom.kernels.contract import epilogue as ep
 from convloom.kernels.contract.epilogue import Stage
 from convloom.kernels.contract.op import Config, Problem
 from convloom.kernels.contract.spec import FLOAT_DTYPES, Layout, Operand, TensorSpec
 from convloom.kernels.contract.targets import GPU_TARGETS, Target, parse
 from convloom.kernels.convolution import conv_tma
 from convloom.kernels.devices import offline
-from convloom.kernels.products import gemm, gemm_tma
+from convloom.kernels.products import gemm_tma
 from convloom.kernels.products.linear import Linear
 from convloom.kernels.tile import residual
 from convloom.kernels.tile.conv_geometry import Conv2d
@@ -216,5 +217,5 @@ def test_a_residual_of_one_image_is_added_before_the_bias() -> None:
     asked = problem("1x1")
     image = Operand.dense(asked.output.spec.with_(shape=asked.output.spec.at(1), batch=1))
     one = replace(asked, outputs=(image,), operands=(asked.operands[0], image))
-    source = gemm.chains(one)[0].source
+    source = ep.for_output(one.epilogue, one.operands, one.output.spec).source
     assert source.index("extras[1]") < source.index("extras[0]")

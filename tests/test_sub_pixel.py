@@ -7,6 +7,7 @@ from typing import Any
 import convloom
 import pytest
 import torch
+from convloom.kernels.contract.spec import Layout
 from torch import nn
 
 from . import nets
@@ -28,6 +29,25 @@ def test_the_convolution_writes_its_result_shuffled(r: int) -> None:
     for batch in (1, 2):
         x = inputs[0][:batch]
         nets.check(exe(x), module, (x,))
+
+
+@pytest.mark.interpreter
+def test_the_image_is_written_as_it_is_returned() -> None:
+    module, inputs = espcn(2)
+    exe = convloom.compile(module, inputs, target="interpreter")
+    (last,) = [node for node in exe.graph.compute_nodes() if node.op == "conv_rearrange"]
+    assert last.spec.layout is Layout.DENSE and exe.graph.outputs()[0].node == last.name
+    nets.check(exe(*inputs), module, inputs)
+
+
+@pytest.mark.interpreter
+def test_what_is_pooled_next_is_written_for_the_pooling() -> None:
+    module, inputs = espcn(2)
+    pooled = nn.Sequential(module, nn.MaxPool2d(3, 2)).eval()
+    exe = convloom.compile(pooled, inputs, target="interpreter")
+    (shuffled,) = [node for node in exe.graph.compute_nodes() if node.op == "conv_rearrange"]
+    assert shuffled.spec.layout is Layout.NHWC
+    nets.check(exe(*inputs), pooled, inputs)
 
 
 def test_it_can_be_forbidden_by_its_label() -> None:

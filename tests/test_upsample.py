@@ -128,7 +128,7 @@ def test_compiled_between_convolutions(mode: str, dtype: torch.dtype) -> None:
 @pytest.mark.interpreter
 def test_a_million_pixels_in_a_row_find_their_source() -> None:
     """Positions are fp32: what they lose is what torch's lose."""
-    step = step_of(1000, 1_000_000, LINEAR, None)
+    step = step_of(1000, 1_000_000, None, LINEAR)
     op = registry.get("upsample_nearest")
     spec = TensorSpec((1, 1, 1, 1000), torch.float32, Layout.NHWC)
     attributes = Upsample((1, 1_000_000), (1.0, step))

@@ -20,7 +20,7 @@ import torch
 
 from ...errors import ArtifactError, ConvloomError
 from ...kernels import registry
-from ...kernels.contract.epilogue import Epilogue, Stage
+from ...kernels.contract.epilogue import Epilogue, Stage, read_before
 from ...kernels.contract.op import Attributes, Config, Op, Problem
 from ...kernels.contract.scalars import BY_NAME
 from ...kernels.contract.spec import TensorSpec
@@ -180,6 +180,12 @@ def _is_known(hint: Any, found: Mapping[str, type]) -> bool:
 class _GraphReader(Reader):
     """Reads attributes as the class they name, and checks what only kernels would trip over."""
 
+    def _read_tuple(self, parts: tuple[Any, ...], data: Any, where: str) -> tuple[Any, ...]:
+        value = super()._read_tuple(parts, data, where)
+        if parts[:1] == (Stage,) and read_before(value, 0):
+            self.refuse(where, "stages that read values of their own chain", list(map(str, value)))
+        return value
+
     def read_dataclass(self, kind: type, data: Any, where: str) -> Any:
         if not issubclass(kind, Attributes):
             value = super().read_dataclass(kind, data, where)
@@ -215,6 +221,8 @@ class _GraphReader(Reader):
             self.refuse(f"{where}.parameters", f"{count} numbers", stage.parameters)
         if stage.channels is not None and not 0 <= stage.channels[0] < stage.channels[1]:
             self.refuse(where, "a range of channels", stage.channels)
+        if stage.back is not None and (stage.back < 0 or stage.literal is not None):
+            self.refuse(f"{where}.back", "how many stages ago", stage.back)
         return stage
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copyreg
 import tempfile
 from collections.abc import Sequence
 from functools import cached_property
@@ -84,12 +83,6 @@ def load_bytes(data: bytes, device: str | None = None, recompile: bool = False) 
     return loaded
 
 
-def pickled(executable: Executable) -> tuple[Any, ...]:
-    """How `Executable`s are pickled: as files, of which whoever unpickles one loads the bytes.
-    Their own file stands below this one, so `copyreg` is told."""
-    return load_bytes, (executable.to_bytes(),)
-
-
 def _made_for(artifact: Artifact) -> str:
     if any(program.architecture for program in artifact.programs):
         return "cuda"
@@ -111,12 +104,12 @@ def _planned(artifact: Artifact, program: Program, target: Target, device: str) 
     from .graphs import lower_again, read_graph
     from .write import save
 
-    copyreg.pickle(Executable, pickled)
     data = artifact.graphs[program.graph]
     graph = read_graph(data, program, artifact.tensors, target, artifact.path)
     plan = lower_again(graph, program, target, artifact.path)
     ledger = ledger_of(artifact, program)
-    return Executable(graph, plan, ledger, runner_for(graph, plan, target, device), save)
+    runner = runner_for(graph, plan, target, device)
+    return Executable(graph, plan, ledger, runner, (save, load_bytes))
 
 
 class LoadedExecutable:

@@ -16,7 +16,7 @@ from ..graph.interface import CONSTANTS, Constant, Interface, Port, Structure
 from ..graph.memory import Buffer
 from ..graph.typed import Reader
 
-FORMAT, VERSION = "convloom-executable", 3
+FORMAT, VERSION = "convloom-executable", 4
 DEEPEST, MOST_LEAVES = 16, 4096
 READ, WRITE, SCRATCH, ROWS = "read", "write", "scratch", "rows"
 

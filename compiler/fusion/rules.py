@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from ...kernels.contract.epilogue import Epilogue
 from ...kernels.contract.scalars import SCALARS
 from ...kernels.contract.spec import Layout, TensorSpec
 from ...kernels.movement.movement import FlattenPixels
@@ -22,14 +23,15 @@ PRODUCTS = (*HEAVY, "conv3d", "conv_transpose2d", "conv_transpose3d")
 """Matrix products: what reads them is fused into them, not into what stands beside them."""
 MOST_STAGES = 64
 """Of one epilogue: each may read a tensor, and a launch takes 4 kB of pointers and sizes."""
-UNARY = tuple(s.name for s in SCALARS if s.operands == 1 and s.name != "identity")
+UNARY = tuple(s.name for s in SCALARS if s.operands == 1)
+"""Functions of one value; `identity` may be a chain of others."""
 BINARY = tuple(s.name for s in SCALARS if s.operands == 2)
 
 
 def _anchors() -> tuple[str, ...]:
     from ...kernels import registry
 
-    return tuple(op.name for op in registry.OPS if op.takes_epilogue and op.name != "identity")
+    return tuple(op.name for op in registry.OPS if op.takes_epilogue)
 
 
 ANCHORS = _anchors()
@@ -49,13 +51,18 @@ def _same_output(graph: Graph, found: Match) -> str | None:
     return None
 
 
+def stages_of(node: Node, reverse: bool = False) -> Epilogue:
+    """A pointwise node and its epilogue as stages; reverse: on its second tensor."""
+    if node.op == "identity":
+        return node.epilogue
+    assert isinstance(node.attributes, Pointwise)
+    first = stage_of(node.op, node.attributes)
+    return (replace(first, reverse=first.reverse != reverse), *node.epilogue)
+
+
 def _append(reverse: bool, graph: Graph, found: Match) -> Value:
     """The anchor with the root's stage, and the root's own epilogue, after its own."""
     anchor, root = found.nodes["anchor"], found.root
-    assert isinstance(root.attributes, Pointwise)
-    stage = stage_of(root.op, root.attributes)
-    if reverse:
-        stage = type(stage)(stage.name, stage.parameters, None, not stage.reverse)
     others = tuple(v for v in graph.own_inputs(root) if v != Value(anchor.name))
     inputs = (
         *graph.own_inputs(anchor),
@@ -64,7 +71,7 @@ def _append(reverse: bool, graph: Graph, found: Match) -> Value:
         *graph.operands(root),
         *graph.prologue_operands(anchor),
     )
-    epilogue = (*anchor.epilogue, stage, *root.epilogue)
+    epilogue = (*anchor.epilogue, *stages_of(root, reverse))
     return absorb(graph, found, anchor.name, inputs, epilogue=epilogue)
 
 
@@ -117,11 +124,8 @@ def _prologue_guard(graph: Graph, found: Match) -> str | None:
 def sink_into_prologue(graph: Graph, found: Match) -> Value:
     """conv2d(f(x)) with f applied while x is read; the zero border stays zero after f."""
     conv, before = found.root, found.nodes["before"]
-    assert isinstance(before.attributes, Pointwise)
-    first, image = stage_of(before.op, before.attributes), _image(graph, before)
+    image = _image(graph, before)
     assert image is not None
-    if image:
-        first = replace(first, reverse=not first.reverse)
     own = graph.own_inputs(before)
     inputs = (
         own[image],
@@ -131,67 +135,40 @@ def sink_into_prologue(graph: Graph, found: Match) -> Value:
         *own[image + 1 :],
         *graph.operands(before),
     )
-    return absorb(graph, found, conv.name, inputs, prologue=(first, *before.epilogue))
+    return absorb(graph, found, conv.name, inputs, prologue=stages_of(before, image == 1))
 
 
-EPILOGUE_RULES = (
-    Rule(
-        "f(heavy(x)) => heavy(x, epilogue=[f])",
-        Call(UNARY, Call(PRODUCTS, name="anchor"), name="root"),
-        append_stage,
-        _same_output,
-        label="epilogue",
-    ),
-    Rule(
-        "f(heavy(x), literal) => heavy(x, epilogue=[f literal])",
-        Call(BINARY, Call(PRODUCTS, name="anchor"), name="root"),
-        append_stage,
-        _same_output,
-        label="epilogue",
-    ),
-    Rule(
-        "f(heavy(x), r) => heavy(x, epilogue=[f r])",
-        Call(BINARY, Call(PRODUCTS, name="anchor"), Var("r"), name="root"),
-        append_stage,
-        _same_output,
-        label="epilogue",
-    ),
-    Rule(
-        "f(r, heavy(x)) => heavy(x, epilogue=[reversed f r])",
-        Call(BINARY, Var("r"), Call(PRODUCTS, name="anchor"), name="root"),
-        append_reversed_stage,
-        _same_output,
-        label="epilogue",
-    ),
-    Rule(
-        "f(op(x)) => op(x, epilogue=[f])",
-        Call(UNARY, Call(ANCHORS, name="anchor"), name="root"),
-        append_stage,
-        _same_output,
-        label="epilogue",
-    ),
-    Rule(
-        "f(op(x), literal) => op(x, epilogue=[f literal])",
-        Call(BINARY, Call(ANCHORS, name="anchor"), name="root"),
-        append_stage,
-        _same_output,
-        label="epilogue",
-    ),
-    Rule(
-        "f(op(x), r) => op(x, epilogue=[f r])",
-        Call(BINARY, Call(ANCHORS, name="anchor"), Var("r"), name="root"),
-        append_stage,
-        _same_output,
-        label="epilogue",
-    ),
-    Rule(
-        "f(r, op(x)) => op(x, epilogue=[reversed f r])",
-        Call(BINARY, Var("r"), Call(ANCHORS, name="anchor"), name="root"),
-        append_reversed_stage,
-        _same_output,
-        label="epilogue",
-    ),
-)
+def _epilogue_rules(kind: str, anchors: tuple[str, ...]) -> tuple[Rule, ...]:
+    """Rules for a function of an op, and of an op and a number or another tensor."""
+    anchor = Call(anchors, name="anchor")
+    return tuple(
+        Rule(name, pattern, rewrite, _same_output, label="epilogue")
+        for name, pattern, rewrite in (
+            (
+                f"f({kind}(x)) => {kind}(x, epilogue=[f])",
+                Call(UNARY, anchor, name="root"),
+                append_stage,
+            ),
+            (
+                f"f({kind}(x), literal) => {kind}(x, epilogue=[f literal])",
+                Call(BINARY, anchor, name="root"),
+                append_stage,
+            ),
+            (
+                f"f({kind}(x), r) => {kind}(x, epilogue=[f r])",
+                Call(BINARY, anchor, Var("r"), name="root"),
+                append_stage,
+            ),
+            (
+                f"f(r, {kind}(x)) => {kind}(x, epilogue=[reversed f r])",
+                Call(BINARY, Var("r"), anchor, name="root"),
+                append_reversed_stage,
+            ),
+        )
+    )
+
+
+EPILOGUE_RULES = (*_epilogue_rules("heavy", PRODUCTS), *_epilogue_rules("op", ANCHORS))
 
 
 def _flatten_guard(graph: Graph, found: Match) -> str | None:
@@ -246,8 +223,3 @@ PROLOGUE_RULES = (
         label="prologue",
     ),
 )
-
-
-def is_heavy(node: Node) -> bool:
-    """Whether the node is a matrix product."""
-    return node.op in PRODUCTS

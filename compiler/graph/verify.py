@@ -6,7 +6,7 @@ from __future__ import annotations
 import torch
 
 from ...errors import GraphError, InvalidInputError
-from ...kernels.contract.epilogue import operand_count
+from ...kernels.contract.epilogue import operand_count, read_before
 from ...kernels.contract.spec import FLOAT_DTYPES, Layout, TensorSpec
 from .ir import CONSTANT, INPUT, OUTPUT, TORCH, Graph, Node
 
@@ -54,6 +54,9 @@ def _verify_compute(graph: Graph, node: Node) -> None:
         raise GraphError(f"{node.name}: its stages read more tensors than it has inputs")
     if node.epilogue and not definition.takes_epilogue:
         raise GraphError(f"{node.name}: {node.op} takes no epilogue")
+    for stages in (node.epilogue, node.prologue):
+        if read_before(stages, 0):
+            raise GraphError(f"{node.name}: a stage reads what there was before the first")
     if node.prologue and not definition.takes_prologue:
         raise GraphError(f"{node.name}: {node.op} takes no prologue")
     specs = tuple(graph.spec(value) for value in graph.own_inputs(node))
@@ -81,15 +84,17 @@ def _verify_compute(graph: Graph, node: Node) -> None:
 
 
 def _agree(node: Node, inferred: tuple[TensorSpec, ...]) -> bool:
-    """Whether a node's results are what its op infers. Kernels that take an epilogue round one
-    result once, to the float dtype that the node says; layouts are the passes' to choose."""
+    """Whether a node's results are what its op infers. Kernels that take an epilogue, or write any
+    layout, round one result once, to the float dtype that the node says; layouts are the passes'
+    to choose."""
     said = [spec.with_(layout=Layout.DENSE) for spec in node.outputs]
     expected = [spec.with_(layout=Layout.DENSE) for spec in inferred]
     if said == expected or len(said) != len(expected):
         return said == expected
     floats = all(spec.dtype in FLOAT_DTYPES for spec in (node.spec, inferred[0]))
     rounded = expected[0].with_(dtype=node.spec.dtype)
-    return floats and node.definition.takes_epilogue and said == [rounded, *expected[1:]]
+    rounds = node.definition.takes_epilogue or node.definition.writes_any
+    return floats and rounds and said == [rounded, *expected[1:]]
 
 
 def verify_memory(graph: Graph) -> None:
@@ -126,8 +131,7 @@ def verify_memory(graph: Graph) -> None:
                     f"{node.name}: {node.op} reads {value} {spec}, expected {wanted.value}"
                 )
         for spec, expected in zip(node.outputs, inferred, strict=True):
-            # These write elements wherever they are to lie.
-            if spec.layout is not expected.layout and node.op not in ("permute", "rearrange"):
+            if spec.layout is not expected.layout and not definition.writes_any:
                 raise GraphError(
                     f"{node.name}: {node.op} gives {expected}, the node says {spec}"
                 )

@@ -19,7 +19,7 @@ from ..graph.ir import Graph
 from ..graph.ledger import Ledger
 from ..graph.memory import on_cpu
 from ..graph.verify import verify
-from . import parallel_convs, pool_order, rearrangements
+from . import diamonds, parallel_convs, pool_order, rearrangements
 from .clean import (
     drop_identities,
     eliminate_common_subexpressions,
@@ -27,6 +27,7 @@ from .clean import (
     fold_constants,
 )
 from .concats import nest_concatenations
+from .diamonds import fuse_diamonds
 from .fold_batch_norm import fold_batch_norm, lower_batch_norm
 from .fusions import fuse, siblings, small_nets, stem
 from .fusions.fuse import choose_partition
@@ -90,6 +91,7 @@ PASSES: tuple[Pass, ...] = (
         "between: a normalisation beside convolutions is still one node, their biases are folded",
     ),
     _pass(lower_batch_norm, "what could not be folded can still be fused as two stages"),
+    _pass(fuse_diamonds, "before epilogues: a producer that is read twice could not take them"),
     _pass(fuse_epilogues, "the main fusion: whole pointwise chains into their producers"),
     _pass(sink_prologues, "after epilogues: a chain goes to its producer when it can"),
     _pass(project_before_averaging, "before siblings: the projection becomes one of them"),
@@ -108,6 +110,7 @@ LABELS = Labels(
         **{rule.name: rule.label for rule in rearrangements.RULES},
         **stem.LABELS,
         siblings.RULE: siblings.LABEL,
+        diamonds.RULE: diamonds.LABEL,
         parallel_convs.RULE: parallel_convs.LABEL,
         CONCAT_RULE: CONCAT_LABEL,
     },

@@ -15,9 +15,8 @@ import torch
 from ...kernels.contract.op import Attributes, Epilogue
 from ...kernels.contract.spec import MEMORY_FORMATS, Layout, Operand, TensorSpec
 from ...kernels.movement import movement
-from ...kernels.movement.movement import Permute, Relayout
+from ...kernels.movement.movement import Relayout
 from ...kernels.movement.pointwise import Pointwise, stage_of
-from ...kernels.movement.rearrangement import Rearrange
 from ...kernels.normalisation.batch_norm import BatchNorm
 from ...kernels.normalisation.softmax import Softmax
 from ...kernels.products.bmm import Bmm
@@ -113,12 +112,14 @@ def _is_float(spec: TensorSpec) -> bool:
 def _can_store_as(graph: Graph, value: Value) -> bool:
     """Whether the kernel that computes a returned value may as well store it in another dtype.
 
-    Images are converted to the dense layout on their way out anyhow.
+    Images are converted to the dense layout on their way out anyhow, if not written so.
     """
     node = graph.node(value.node)
     single = len(node.outputs) == 1 and len(graph.uses(value)) == 1
+    if not (node.is_compute and single):
+        return False
     images = node.spec.rank == 4 or node.spec.layout is Layout.NHWC
-    return node.is_compute and single and not images and node.definition.takes_epilogue
+    return node.definition.writes_any or (node.definition.takes_epilogue and not images)
 
 
 def _convert_readers(graph: Graph, value: Value, attributes: Relayout) -> None:
@@ -135,9 +136,9 @@ def _convert_readers(graph: Graph, value: Value, attributes: Relayout) -> None:
 def choose_layout(graph: Graph, ledger: Ledger) -> Graph:
     """Makes every rank-4 activation NHWC, and inserts conversions where an op wants dense memory.
 
-    Postcondition: rank-4 results of compute nodes are NHWC unless their op works on dense memory or
-    follows tensors that are dense, and so are rank-5 results computed from volumes; graph inputs
-    and outputs are dense.
+    Postcondition: rank-4 results of compute nodes are NHWC unless their op works on dense memory,
+    follows tensors that are dense or writes what its readers want, and so are rank-5 results
+    computed from volumes; graph inputs and outputs are dense.
     """
     converted: dict[tuple[Value, Layout], Value] = {}
     for node in graph.nodes():
@@ -185,6 +186,8 @@ def _lay_out(graph: Graph, node: Node, converted: dict[tuple[Value, Layout], Val
         layout = _wanted(graph.spec(value), ranks)
         values.append(value if keep else _as(graph, value, layout, converted))
     graph.set_inputs(node.name, values)
+    if node.is_compute and node.definition.writes_any:
+        ranks = ranks if _layout_read(graph, node) is Layout.NHWC else ()
     outputs = tuple(spec.with_(layout=_wanted(spec, ranks)) for spec in node.outputs)
     graph.update(node.name, outputs=outputs)
 
@@ -196,7 +199,7 @@ def _lay_out_alike(graph: Graph, node: Node, converted: dict[tuple[Value, Layout
     dense; anything else is dense where all its inputs of rank 4 are (tokens, attention).
     """
     own = graph.own_inputs(node)
-    if isinstance(node.attributes, (Permute, Rearrange)):
+    if node.definition.writes_any:
         layout = _layout_of_permuted(graph, node, graph.spec(own[0]))
     elif not node.definition.images:
         layout = Layout.DENSE
@@ -228,10 +231,14 @@ def _layout_of_permuted(graph: Graph, node: Node, x: TensorSpec) -> Layout:
     for layout in choices:
         if movement.view_of(node.attributes, source, node.spec.with_(layout=layout)) is not None:
             return layout
+    return _layout_read(graph, node)
+
+
+def _layout_read(graph: Graph, node: Node) -> Layout:
+    """The layout in which some reader wants a node's result."""
     readers = [graph.node(reader) for reader, _ in graph.uses(Value(node.name))]
-    if any(rank in _image_ranks(graph, reader) for reader in readers):
-        return Layout.NHWC
-    return Layout.DENSE
+    is_image = any(node.spec.rank in _image_ranks(graph, reader) for reader in readers)
+    return Layout.NHWC if is_image else Layout.DENSE
 
 
 def _as(

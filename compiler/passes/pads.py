@@ -14,7 +14,7 @@ from ...kernels.convolution.conv_window import BorderConv2d, Conv3d
 from ...kernels.movement.pad import Pad
 from ...kernels.tile.conv_geometry import Conv2d
 from ..fusion.estimate import Fused
-from ..fusion.pattern import Call, Match, Rule, Var
+from ..fusion.pattern import Build, Call, Guard, Match, Rule, Var
 from ..graph.ir import Graph, Node
 
 LABEL = "pad-into-conv"
@@ -76,70 +76,46 @@ def _widths(pad: Pad) -> tuple[int, ...]:
     return tuple(width for pair in sides for width in pair)
 
 
-def _fused(graph: Graph, found: Match, op: str, attributes: Any) -> Fused:
-    conv = found.nodes["conv"]
-    return Fused(
-        op,
-        attributes,
-        (found.values["x"], found.values["w"]),
-        {conv.name: 0},
-        conv.epilogue,
-        graph.operands(conv),
-    )
-
-
 def _with_zeros(graph: Graph, found: Match) -> Fused:
     """The convolution with the pad's widths on top of its own."""
     attributes = _conv_of(found)
     both = zip(attributes.padding, _widths(_pad_of(found)), strict=True)
     padding: Any = tuple(own + width for own, width in both)
-    return _fused(graph, found, found.nodes["conv"].op, replace(attributes, padding=padding))
+    conv, inputs = found.nodes["conv"], (found.values["x"], found.values["w"])
+    return Fused.at(graph, conv, conv.op, replace(attributes, padding=padding), inputs)
 
 
 def _with_border(graph: Graph, found: Match) -> Fused:
-    conv, pad = _conv_of(found), _pad_of(found)
+    conv, pad, inputs = _conv_of(found), _pad_of(found), (found.values["x"], found.values["w"])
     if isinstance(conv, Conv3d):
         volume = replace(conv, padding=_widths(pad), border=pad.mode)
-        return _fused(graph, found, "conv3d", volume)
+        return Fused.at(graph, found.root, "conv3d", volume, inputs)
     image = BorderConv2d(conv.stride, _widths(pad), conv.dilation, conv.groups, pad.mode)
-    return _fused(graph, found, "border_conv2d", image)
+    return Fused.at(graph, found.root, "border_conv2d", image, inputs)
 
 
-def _convolution(op: str, where: Any) -> Call:
-    pad = Call("pad", Var("x"), name="pad", where=where)
-    return Call(op, pad, Var("w"), name="conv", where=_is_plain)
+def _rules(
+    label: str, border: str, where: Any, guard: Guard, build: Build, **ops: str
+) -> tuple[Rule, ...]:
+    """For each convolution, the fused op by its name."""
+    return tuple(
+        Rule(
+            f"{name}(pad(x, {border}), w) => {op}(x, w, padding{', border' * (border != '0')})",
+            Call(name, Call("pad", Var("x"), name="pad", where=where), Var("w"), name="conv",
+                 where=_is_plain),
+            build=build,
+            guard=guard,
+            label=label,
+        )
+        for name, op in ops.items()
+    )  # fmt: skip
 
 
-ZERO_RULES = (
-    Rule(
-        name="conv2d(pad(x, 0), w) => conv2d(x, w, padding)",
-        label=LABEL,
-        pattern=_convolution("conv2d", _is_constant),
-        build=_with_zeros,
-        guard=_zeros_guard,
-    ),
-    Rule(
-        name="conv3d(pad(x, 0), w) => conv3d(x, w, padding)",
-        label=LABEL,
-        pattern=_convolution("conv3d", _is_constant),
-        build=_with_zeros,
-        guard=_zeros_guard,
-    ),
+ZERO_RULES = _rules(
+    LABEL, "0", _is_constant, _zeros_guard, _with_zeros, conv2d="conv2d", conv3d="conv3d"
 )
-BORDER_RULES = (
-    Rule(
-        name="conv2d(pad(x, border), w) => border_conv2d(x, w, padding, border)",
-        label="border-into-conv",
-        pattern=_convolution("conv2d", _is_border),
-        build=_with_border,
-        guard=_border_guard,
-    ),
-    Rule(
-        name="conv3d(pad(x, border), w) => conv3d(x, w, padding, border)",
-        label="border-into-conv",
-        pattern=_convolution("conv3d", _is_border),
-        build=_with_border,
-        guard=_border_guard,
-    ),
-)
+BORDER_RULES = _rules(
+    "border-into-conv", "border", _is_border, _border_guard, _with_border,
+    conv2d="border_conv2d", conv3d="conv3d",
+)  # fmt: skip
 RULES = (*ZERO_RULES, *BORDER_RULES)

@@ -21,7 +21,6 @@ from ..graph.ledger import Ledger
 from .recognise_pools import POOL_RULES
 
 X = Var("x")
-SQUARE = Call("mul", X, X)
 
 
 def _window(found: Match) -> int | None:
@@ -63,8 +62,8 @@ def _make_lrn(graph: Graph, found: Match) -> Value:
     return replace_root(graph, found, "local_response_norm", (found.values["x"],), attributes)
 
 
-def _lrn_rule(squared: Call) -> Rule:
-    padded = Call("pad", Call("reshape", squared), name="pad")
+def _lrn_rule() -> Rule:
+    padded = Call("pad", Call("reshape", Call("square", X)), name="pad")
     pooled = Call("avg_pool3d", padded, name="pool")
     scaled = Call("mul", Call("reshape", Call("reshape", pooled)), name="alpha")
     power = Call(("pow", "sqrt", "square"), Call("add", scaled, name="k"), name="beta")
@@ -225,9 +224,14 @@ SHRINK_RULES = (
     ),
 )  # fmt: skip
 
+SQUARE = Rule(
+    "x·x => square(x)",
+    Call("mul", X, X, name="root"),
+    lambda graph, found: replace_root(graph, found, "square", (found.values["x"],), Pointwise()),
+)
 RULES = (
-    _lrn_rule(SQUARE),
-    _lrn_rule(Call("square", X)),
+    SQUARE,
+    _lrn_rule(),
     _lp_rule(of_sequences=False),
     _lp_rule(of_sequences=True),
     _product_rule("silu", "sigmoid"),

@@ -205,7 +205,7 @@ def _upsampled(state: _State, node: Node, given: list[_Slid], x: TensorSpec) -> 
     for old, made, step, new in zip(
         x.shape[2:], attributes.size, attributes.steps, now, strict=True
     ):
-        if step != step_of(old, made, attributes.rule, scale=None) or new * made % old:
+        if step != step_of(old, made, None, attributes.rule) or new * made % old:
             _refuse(node, f"{new} pixels do not become a whole number as {old} become {made}")
         size.append(new * made // old)
     resized = replace(attributes, size=tuple(size))

@@ -145,7 +145,8 @@ def _kinds(stages: Epilogue, operands: tuple[Operand, ...], output: TensorSpec) 
     for stage in stages:
         extent = [_extent(next(remaining).spec, output)] if stage.takes_operand else []
         literal = ["literal"] if stage.literal is not None else []
-        kinds.append(" ".join([stage.name, *extent, *literal]))
+        back = [] if stage.back is None else ["earlier"]
+        kinds.append(" ".join([stage.name, *extent, *literal, *back]))
     return tuple(kinds)
 
 

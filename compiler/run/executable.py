@@ -74,6 +74,8 @@ class Kernel:
 
 Saver = Callable[[str | Path, tuple["Executable", ...], str], None]
 """What writes executables into a file, with the model in words."""
+Loader = Callable[[bytes], Any]
+"""What makes an executable of such a file's bytes."""
 
 
 class Executable:
@@ -87,11 +89,16 @@ class Executable:
     """
 
     def __init__(
-        self, graph: Graph, plan: Plan, ledger: Report, runner: Runner, saver: Saver
+        self,
+        graph: Graph,
+        plan: Plan,
+        ledger: Report,
+        runner: Runner,
+        files: tuple[Saver, Loader],
     ) -> None:
         self.graph, self.plan, self.ledger = graph, plan, ledger
         ledger.plan = plan
-        self._runner, self._saver = runner, saver
+        self._runner, (self._saver, self._loader) = runner, files
         self._interface = Interface(plan.inputs, plan.structure, plan.batch)
 
     def __call__(self, *inputs: Any, **keywords: Any) -> Any:
@@ -116,6 +123,10 @@ class Executable:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Executable:
         return self.__copy__()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """As a file, of which whoever unpickles it loads the bytes."""
+        return self._loader, (self.to_bytes(),)
 
     def __repr__(self) -> str:
         inputs, outputs = (

@@ -45,10 +45,11 @@ def same_numbers(
 class Stage:
     """One application of a scalar function to the running value.
 
-    A binary function's other argument is `literal` when given, else the next tensor operand;
-    `reverse` puts the running value on the right. channels: only the columns [start, stop) are
-    changed, where convolutions with different activations were merged into a wide one; the columns
-    are then dimension 1 of the output.
+    A binary function's other argument is `literal` when given, what the running value was `back`
+    stages ago (0: as it is), or the next tensor operand; `reverse` puts the running value on the
+    right. A chain reads no value of before its first stage. channels: only the columns [start,
+    stop) are changed, where convolutions with different activations were merged into a wide one;
+    the columns are then dimension 1 of the output.
     """
 
     name: str
@@ -56,13 +57,14 @@ class Stage:
     literal: float | None = None
     reverse: bool = False
     channels: tuple[int, int] | None = None
+    back: int | None = None
 
     def __eq__(self, other: object) -> bool:
         """Unlike numbers, zeros of different signs differ."""
         if not isinstance(other, Stage):
             return NotImplemented
-        rest = (self.name, self.reverse, self.channels)
-        return rest == (other.name, other.reverse, other.channels) and (
+        rest = (self.name, self.reverse, self.channels, self.back)
+        return rest == (other.name, other.reverse, other.channels, other.back) and (
             same_numbers((*self.parameters, self.literal), (*other.parameters, other.literal))
         )
 
@@ -72,11 +74,12 @@ class Stage:
 
     @property
     def takes_operand(self) -> bool:
-        return self.scalar.operands == 2 and self.literal is None
+        return self.scalar.operands == 2 and self.literal is None and self.back is None
 
     def __str__(self) -> str:
-        literal = [] if self.literal is None else [f"{self.literal:g}"]
-        arguments = [*literal, *(f"{value:g}" for value in self.parameters)]
+        other = [] if self.literal is None else [f"{self.literal:g}"]
+        other += [] if self.back is None else [f"^{self.back}"]
+        arguments = [*other, *(f"{value:g}" for value in self.parameters)]
         name = f"r{self.name}" if self.reverse else self.name
         shown = f"{name}({', '.join(arguments)})" if arguments else name
         return f"{shown}[{self.channels[0]}:{self.channels[1]}]" if self.channels else shown
@@ -90,16 +93,25 @@ def operand_count(stages: Epilogue) -> int:
     return sum(stage.takes_operand for stage in stages)
 
 
+def read_before(stages: Epilogue, position: int) -> bool:
+    """Whether stages from `position` on read a value that the chain has had before it."""
+    later = enumerate(stages[position:], position)
+    return any(stage.back is not None and at - stage.back < position for at, stage in later)
+
+
 def apply_reference(
     stages: Epilogue, value: torch.Tensor, operands: tuple[torch.Tensor, ...]
 ) -> torch.Tensor:
     """The chain by torch operations, in the value's dtype."""
     remaining = iter(operands)
-    for stage in stages:
+    values: list[torch.Tensor] = []
+    for at, stage in enumerate(stages):
+        values.append(value)
         if stage.scalar.operands == 1:
             changed = stage.scalar.reference(value, *stage.parameters)
         else:
-            other = next(remaining) if stage.literal is None else stage.literal
+            other: Any = stage.literal if stage.back is None else values[at - stage.back]
+            other = next(remaining) if stage.takes_operand else other
             pair = (other, value) if stage.reverse else (value, other)
             changed = stage.scalar.reference(*pair, *stage.parameters)
         value = changed if stage.channels is None else _only(stage.channels, changed, value)
@@ -288,10 +300,16 @@ def _full(value: float) -> str:
     return text if text.startswith("tl.full") else f"tl.full((1, 1), {text}, tl.float32)"
 
 
+def _values_read(stages: Epilogue) -> set[int]:
+    """Before which stages the chain has values that later ones read."""
+    return {at - stage.back for at, stage in enumerate(stages) if stage.back is not None}
+
+
 def _ordered(
     stages: Epilogue, reads: tuple[Access, ...], sizes: tuple[int, ...]
 ) -> list[tuple[Stage, int | None]]:
-    """Stages with the index of their operand; in a run of additions, full tensors come first.
+    """Stages with the index of their operand; in a run of additions of which no sum is read again,
+    full tensors come first.
 
     Residual before bias costs 104 registers at 128x128 and 8 warps, bias before residual 128.
     """
@@ -307,9 +325,10 @@ def _ordered(
             return False
         return reads[at].is_full(sizes) is full
 
+    read = _values_read(stages)
     for position in range(1, len(slots)):
         at = position
-        while at and adds(slots[at], full=True) and adds(slots[at - 1], full=False):
+        while at and at not in read and adds(slots[at], True) and adds(slots[at - 1], False):
             slots[at - 1], slots[at] = slots[at], slots[at - 1]
             at -= 1
     return slots
@@ -332,7 +351,10 @@ def generate(
         f"def {name}(acc, rows, columns, row_mask, column_mask, extras):",
     ]
     symbols = []
-    for stage, at in _ordered(stages, reads, sizes):
+    read = _values_read(stages)
+    for position, (stage, at) in enumerate(_ordered(stages, reads, sizes)):
+        if position in read:
+            lines.append(f"    earlier{position} = acc")
         if at is not None and at == without:
             continue
         function = stage.scalar.function.fn.__name__
@@ -347,6 +369,8 @@ def generate(
             arguments.append(f"operand{at}")
         elif stage.literal is not None:
             arguments.append(_full(stage.literal))
+        elif stage.back is not None:
+            arguments.append(f"earlier{position - stage.back}")
         if stage.reverse:
             arguments.reverse()
         arguments += [_literal(value) for value in stage.parameters]

@@ -40,7 +40,7 @@ def _short(value: object) -> str:
     if isinstance(value, tuple):
         if value and all(isinstance(item, int) for item in value):
             return "x".join(map(str, value))
-        return f"({', '.join(map(str, value))})"
+        return f"({', '.join(map(_short, value))})"
     if isinstance(value, Attributes):
         return f"({value})"
     if isinstance(value, float):
@@ -381,6 +381,7 @@ class Op:
     images: rank-4 tensors are NHWC for this op; False means it wants dense memory.
     integers: results may be int64: the op makes whole numbers (below 2^24) or moves them.
     follows: its kernel reads tensors in any layout, and a result of rank 4 lies as the first input.
+    writes_any: its kernel writes a result in any layout, so that it lies as its readers want it.
     aten: capture functions by the ATen overload that becomes this op. batched: what those calls do
     in words ("pooling"), where they need the batch dimension that torch lets images go without; how
     many dimensions an image has is in their names (`max_pool2d`).
@@ -408,6 +409,7 @@ class Op:
     images: bool = True
     integers: bool = False
     follows: bool = False
+    writes_any: bool = False
 
     def places(self, problem: Problem) -> dict[Ref, Operand]:
         """Where a problem's tensors lie in their buffers; those that the op packs own theirs."""

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple, cast
 
 import torch
 
-from ..contract.op import Config, Cost, Launch, Op, Problem, tensor_bytes
+from ..contract.op import Config, Launch, Op, Problem, counted
 from ..contract.targets import Target
 from ..movement.arguments import convolution
 from ..products import product
@@ -97,10 +97,10 @@ def launches(problem: Problem, tile: Config, target: Target) -> tuple[Launch, ..
     return (algorithm(problem).launch(problem, tile, target),)
 
 
-def cost(problem: Problem) -> Cost:
+@counted
+def cost(problem: Problem) -> int:
     _, per_group, r, s = problem.inputs[1].shape
-    read, written = tensor_bytes(problem)
-    return Cost(2 * problem.output.spec.numel * per_group * r * s, read, written)
+    return 2 * problem.output.spec.numel * per_group * r * s
 
 
 OP = Op(

@@ -18,14 +18,13 @@ with borders 232 (replicate) to 256 (circular). A 1x1x1 filter with stride 1 is 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from functools import partial
 from typing import Any, NamedTuple
 
 import triton
 import triton.language as tl
 
-from ..contract.op import Config, Cost, Launch, Op, Problem, tensor_bytes
+from ..contract.op import Config, Launch, Op, Problem, counted
 from ..contract.targets import Target
 from ..movement.arguments import convolution
 from ..movement.pad import correction
@@ -230,22 +229,8 @@ def launches(problem: Problem, tile: Config, target: Target) -> tuple[Launch, ..
     return (launch,)
 
 
-def configs(problem: Problem, target: Target) -> Iterator[Config]:
-    return choice.tile_configs(_size(problem), target)
-
-
-def legal(problem: Problem, tile: Config, target: Target) -> str | None:
-    return choice.legal(_size(problem), tile, target)
-
-
-def default(problem: Problem, target: Target) -> Config:
-    return choice.default_tile(_size(problem), target)
-
-
-def cost(problem: Problem) -> Cost:
-    read, written = tensor_bytes(problem)
-    per_output = math.prod(problem.inputs[1].shape[1:])
-    return Cost(2 * problem.output.spec.numel * per_output, read, written)
+def _flops(problem: Problem) -> int:
+    return 2 * problem.output.spec.numel * math.prod(problem.inputs[1].shape[1:])
 
 
 NAMES: dict[type[ConvNd], str] = {Conv3d: "conv3d", BorderConv2d: "border_conv2d"}
@@ -259,10 +244,8 @@ def _op(make: type[ConvNd], borders: tuple[str, ...], **more: Any) -> Op:
         infer=partial(infer, name),
         reference=reference,
         launches=launches,
-        configs=configs,
-        default=default,
-        legal=legal,
-        cost=cost,
+        **choice.of_product(_size),
+        cost=counted(_flops),
         packs=lambda attributes: {1: pack},
         **more,
     )  # fmt: skip

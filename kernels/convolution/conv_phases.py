@@ -7,6 +7,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import cache
+from typing import NamedTuple
 
 import torch
 
@@ -40,6 +41,21 @@ class ConvTranspose3d(Attributes):
 
 
 ConvTranspose = ConvTranspose2d | ConvTranspose3d
+
+
+class Facts(NamedTuple):
+    """Of a dimension, as `Axis` names them."""
+
+    size: int
+    taps: int
+    outputs: int
+    stride: int
+    padding: int
+    dilation: int
+    shared: int
+    inverse: int
+    tap_count: int | None
+    is_open: bool
 
 
 @dataclass(frozen=True)
@@ -84,9 +100,9 @@ class Axis:
         return -(-self.outputs // self.stride)
 
     @property
-    def facts(self) -> tuple[int | bool | None, ...]:
+    def facts(self) -> Facts:
         """All of it, as the kernel takes it."""
-        return (
+        return Facts(
             self.size, self.taps, self.outputs, self.stride, self.padding, self.dilation,
             self.shared, self.inverse, self.count, self.is_open,
         )  # fmt: skip

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -29,7 +28,8 @@ from ..contract.targets import Target
 from ..products import gemm
 from ..tile import choice, residual, space
 from ..tile.conv_geometry import Conv2d
-from ..tile.geometry import problem_extras
+from ..tile.finish import put
+from ..tile.geometry import Image, Window, tile_launch
 
 CHANNELS = (4, 8)
 BLOCK = 16
@@ -56,66 +56,44 @@ def pack(w: torch.Tensor) -> torch.Tensor:
 
 @triton.jit
 def conv_rows_kernel(
-    x,
-    w,
-    y,
-    extras,
-    m,
-    H: tl.constexpr,
-    WIDTH: tl.constexpr,
-    C: tl.constexpr,
-    K: tl.constexpr,
-    P: tl.constexpr,
-    Q: tl.constexpr,
-    R: tl.constexpr,
-    S: tl.constexpr,
-    RUN: tl.constexpr,
-    STRIDE_H: tl.constexpr,
-    STRIDE_W: tl.constexpr,
-    TOP: tl.constexpr,
-    DILATION_H: tl.constexpr,
-    X_PITCH: tl.constexpr,
-    X_OFFSET: tl.constexpr,
-    Y_PITCH: tl.constexpr,
-    Y_OFFSET: tl.constexpr,
-    EPILOGUE: tl.constexpr,
-    PROLOGUE: tl.constexpr,
-    PRECISION: tl.constexpr,
-    WIDE: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    GROUP_M: tl.constexpr,
-):
-    column_tiles: tl.constexpr = (K + BLOCK_N - 1) // BLOCK_N
+    x, w, y, extras, m, IMAGE: tl.constexpr, WINDOW: tl.constexpr, RUN: tl.constexpr,
+    PROLOGUE: tl.constexpr, OUTPUT: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    BLOCK_M: tl.constexpr = TILE.M
+    BLOCK_N: tl.constexpr = TILE.N
+    BLOCK_K: tl.constexpr = TILE.K
+    C: tl.constexpr = IMAGE.C
+    X_PITCH: tl.constexpr = IMAGE.row_stride
+    column_tiles: tl.constexpr = (OUTPUT.K + BLOCK_N - 1) // BLOCK_N
     row_tile, column_tile = space.tile_index(
-        tl.program_id(0), tl.cdiv(m, BLOCK_M), column_tiles, GROUP_M
+        tl.program_id(0), tl.cdiv(m, BLOCK_M), column_tiles, TILE.GROUP_M
     )
     rows = row_tile * BLOCK_M + tl.arange(0, BLOCK_M)
     columns = column_tile * BLOCK_N + tl.arange(0, BLOCK_N)
     row_mask = rows < m
-    column_mask = columns < K
-    if WIDE:
+    column_mask = columns < OUTPUT.K
+    if TILE.wide:
         rows = rows.to(tl.int64)
-    image = rows // (P * Q)
-    top = (rows // Q % P).to(tl.int32) * STRIDE_H - TOP
+    image = rows // (OUTPUT.P * OUTPUT.Q)
+    top = (rows // OUTPUT.Q % OUTPUT.P).to(tl.int32) * WINDOW.stride_h - WINDOW.top
     # In this order the compiler sees what the offsets are multiples of.
-    corner = (image * H + top) * (WIDTH * X_PITCH) + (rows % Q) * (STRIDE_W * X_PITCH)
+    corner = (image * IMAGE.H + top) * (IMAGE.W * X_PITCH)
+    corner += (rows % OUTPUT.Q) * (WINDOW.stride_w * X_PITCH)
     # Rows past the end get a position that no filter row brings inside the image.
     top = tl.where(row_mask, top, -1048576)
     depth = tl.arange(0, BLOCK_K)
-    w_tile = w + (columns * (R * RUN))[:, None] + depth[None, :]
+    w_tile = w + (columns * (WINDOW.R * RUN))[:, None] + depth[None, :]
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    for r in range(R):
-        inside = ((top + r * DILATION_H).to(tl.uint32, bitcast=True) < H)[:, None]
-        x_row = x + X_OFFSET + r * (DILATION_H * WIDTH * X_PITCH) + corner[:, None]
+    for r in range(WINDOW.R):
+        inside = ((top + r * WINDOW.dilation_h).to(tl.uint32, bitcast=True) < IMAGE.H)[:, None]
+        x_row = x + IMAGE.offset + r * (WINDOW.dilation_h * IMAGE.W * X_PITCH) + corner[:, None]
         for start in tl.static_range(0, RUN, BLOCK_K):
             index = start + depth
             step = index if X_PITCH == C else index // C * X_PITCH + index % C
             a_mask = inside
             b_mask = column_mask[:, None]
-            if start + BLOCK_K > S * C:
-                a_mask = inside & (index < S * C)[None, :]
+            if start + BLOCK_K > WINDOW.S * C:
+                a_mask = inside & (index < WINDOW.S * C)[None, :]
             if start + BLOCK_K > RUN:
                 b_mask = b_mask & (index < RUN)[None, :]
             a = tl.load(x_row + step[None, :], mask=a_mask, other=0.0)
@@ -124,44 +102,26 @@ def conv_rows_kernel(
                 # The border is zero after the prologue, not before it.
                 value = PROLOGUE(a.to(tl.float32), rows, index % C, row_mask, index < RUN, extras)
                 a = tl.where(a_mask, value, 0.0).to(a.dtype)
-            acc = tl.dot(a, b.T, acc, input_precision=PRECISION)
-    acc = EPILOGUE(acc, rows, columns, row_mask, column_mask, extras)
-    address = y + Y_OFFSET + (rows * Y_PITCH)[:, None] + columns[None, :]
-    mask = row_mask[:, None] & column_mask[None, :]
-    tl.store(address, acc.to(y.dtype.element_ty), mask=mask)
+            acc = tl.dot(a, b.T, acc, input_precision=TILE.precision)
+    put(acc, y, rows, row_mask, columns, column_mask, extras, OUTPUT)
 
 
 def launch(problem: Problem, tile: Config, target: Target) -> Launch:
     """The one launch of the kernel."""
-    attributes = cast("Conv2d", problem.attributes)
-    x, out = problem.inputs[0], problem.output
-    _, c, h, width = x.shape
-    n, k, p, q = out.shape
     filters = problem.inputs[1].shape
-    after, before = gemm.chains(problem)
-    return Launch(
-        kernel=conv_rows_kernel,
-        pointers={"x": X, "w": W, "y": Y},
-        extras=problem_extras(problem),
-        rows=n * p * q,
-        batch=out.spec.batch,
-        block_rows=tile["BLOCK_M"],
-        columns=-(-k // tile["BLOCK_N"]),
+    terms = filters[2] * run_length(filters)
+    return tile_launch(
+        problem,
+        tile,
+        conv_rows_kernel,
         constexprs={
-            "H": h, "WIDTH": width, "C": c, "K": k, "P": p, "Q": q,
-            "R": filters[2], "S": filters[3], "RUN": run_length(filters),
-            "STRIDE_H": attributes.stride[0], "STRIDE_W": attributes.stride[1],
-            "TOP": attributes.padding[0], "DILATION_H": attributes.dilation[0],
-            "X_PITCH": x.pitch, "X_OFFSET": x.offset,
-            "Y_PITCH": out.pitch, "Y_OFFSET": out.offset,
-            "EPILOGUE": after, "PROLOGUE": before,
-            "PRECISION": choice.dot_precision(problem, filters[2] * run_length(filters)),
-            "WIDE": problem.is_wide,
-            **dict(tile.blocks),
+            "IMAGE": Image.of(problem.inputs[0]),
+            "WINDOW": Window.of(filters[2:], problem.attributes),
+            "RUN": run_length(filters), "PROLOGUE": gemm.prologue_of(problem),
         },
-        num_warps=tile.num_warps,
-        num_stages=tile.num_stages,
-        l2_bytes=choice.l2_bytes(problem, tile, filters[2] * run_length(filters)),
+        precision=choice.dot_precision(problem, terms),
+        pointers={"x": X, "w": W, "y": Y},
+        l2_bytes=choice.l2_bytes(problem, tile, terms),
         instructions=_instructions(problem, tile),
         steps=filters[2],
     )  # fmt: skip

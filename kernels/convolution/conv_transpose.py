@@ -28,11 +28,9 @@ from functools import partial
 import triton
 import triton.language as tl
 
-from ..contract import epilogue as ep
 from ..contract.op import (
     Capture,
     Config,
-    Cost,
     Launch,
     Op,
     Problem,
@@ -40,13 +38,14 @@ from ..contract.op import (
     X,
     Y,
     config,
-    operand_refs,
+    counted,
     power_of_two,
-    tensor_bytes,
 )
 from ..contract.targets import Target
 from ..movement.arguments import attributes_of, with_bias
 from ..tile import choice, space
+from ..tile.finish import put
+from ..tile.geometry import Matrix, tile_launch
 from ..tile.source import runs_by_tap
 from .conv_phases import (
     ConvTranspose,
@@ -58,143 +57,111 @@ from .conv_phases import (
     reference,
 )
 
-# What the kernel is told of a dimension: `Axis.facts`, by these positions.
-SIZE, TAPS, OUTPUTS, STRIDE, PADDING, DILATION, SHARED, INVERSE, COUNT, OPEN = (
-    tl.constexpr(position) for position in range(10)
-)
-
 
 @triton.jit
 def first_tap(phase, AXIS: tl.constexpr):
     """(first tap, number of taps, input position of that tap less j) of a phase's outputs."""
-    EVERY: tl.constexpr = AXIS[STRIDE] // AXIS[SHARED]
-    shifted = phase + AXIS[PADDING]
-    first = shifted // AXIS[SHARED] * AXIS[INVERSE] % EVERY
-    has_taps = (shifted % AXIS[SHARED] == 0) & (first < AXIS[TAPS])
-    count = tl.where(has_taps, (AXIS[TAPS] - first + EVERY - 1) // EVERY, 0)
+    EVERY: tl.constexpr = AXIS.stride // AXIS.shared
+    shifted = phase + AXIS.padding
+    first = shifted // AXIS.shared * AXIS.inverse % EVERY
+    has_taps = (shifted % AXIS.shared == 0) & (first < AXIS.taps)
+    count = tl.where(has_taps, (AXIS.taps - first + EVERY - 1) // EVERY, 0)
     # Exact where there are taps, so that it does not matter how negative numbers are rounded.
-    return first, count, (shifted - first * AXIS[DILATION]) // AXIS[STRIDE]
+    return first, count, (shifted - first * AXIS.dilation) // AXIS.stride
 
 
 @triton.jit
 def reach(
-    row_mask,
-    front,
-    top,
-    left,
-    number,
-    count_h,
-    count_w,
-    first_d,
-    first_h,
-    first_w,
-    DEPTH: tl.constexpr,
-    HEIGHT: tl.constexpr,
-    WIDTH: tl.constexpr,
-    WIDE: tl.constexpr,
-):
+    row_mask, front, top, left, number, count_h, count_w, first_d, first_h, first_w,
+    DEPTH: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
     """Of a phase's taps, counted along the width first: whether they read inside, how many
     pixels before the first tap, and which taps of the filter they are."""
     # Filters one tap deep need no division: it cost a register too many in the loop.
-    d = 0 if DEPTH[TAPS] == 1 else number // (count_h * count_w)
-    h = number // count_w if DEPTH[TAPS] == 1 else number // count_w % count_h
+    d = 0 if DEPTH.taps == 1 else number // (count_h * count_w)
+    h = number // count_w if DEPTH.taps == 1 else number // count_w % count_h
     v = number % count_w
-    back_d = d * (DEPTH[DILATION] // DEPTH[SHARED])
-    back_h = h * (HEIGHT[DILATION] // HEIGHT[SHARED])
-    back_w = v * (WIDTH[DILATION] // WIDTH[SHARED])
+    back_d = d * (DEPTH.dilation // DEPTH.shared)
+    back_h = h * (HEIGHT.dilation // HEIGHT.shared)
+    back_w = v * (WIDTH.dilation // WIDTH.shared)
     inside = row_mask
-    if HEIGHT[OPEN]:
+    if HEIGHT.is_open:
         # Rows past the end are where no tap comes inside: they need no mask of their own.
-        inside = (top - back_h).to(tl.uint32, bitcast=True) < HEIGHT[SIZE]
-    if WIDTH[OPEN]:
-        inside = inside & ((left - back_w).to(tl.uint32, bitcast=True) < WIDTH[SIZE])
-    if DEPTH[OPEN]:
-        inside = inside & ((front - back_d).to(tl.uint32, bitcast=True) < DEPTH[SIZE])
+        inside = (top - back_h).to(tl.uint32, bitcast=True) < HEIGHT.size
+    if WIDTH.is_open:
+        inside = inside & ((left - back_w).to(tl.uint32, bitcast=True) < WIDTH.size)
+    if DEPTH.is_open:
+        inside = inside & ((front - back_d).to(tl.uint32, bitcast=True) < DEPTH.size)
     if WIDE:
         back_d = back_d.to(tl.int64)
-    back = (back_d * HEIGHT[SIZE] + back_h) * WIDTH[SIZE] + back_w
-    tap = (first_d + d * (DEPTH[STRIDE] // DEPTH[SHARED])) * HEIGHT[TAPS]
-    tap = (tap + first_h + h * (HEIGHT[STRIDE] // HEIGHT[SHARED])) * WIDTH[TAPS]
-    return inside, back, tap + first_w + v * (WIDTH[STRIDE] // WIDTH[SHARED])
+    back = (back_d * HEIGHT.size + back_h) * WIDTH.size + back_w
+    tap = (first_d + d * (DEPTH.stride // DEPTH.shared)) * HEIGHT.taps
+    tap = (tap + first_h + h * (HEIGHT.stride // HEIGHT.shared)) * WIDTH.taps
+    return inside, back, tap + first_w + v * (WIDTH.stride // WIDTH.shared)
 
 
 @triton.jit
 def conv_transpose_kernel(
-    x,
-    w,
-    y,
-    extras,
-    m,
-    C: tl.constexpr,
-    K: tl.constexpr,
-    DEPTH: tl.constexpr,
-    HEIGHT: tl.constexpr,
-    WIDTH: tl.constexpr,
-    GROUPS: tl.constexpr,
-    X_PITCH: tl.constexpr,
-    X_OFFSET: tl.constexpr,
-    Y_PITCH: tl.constexpr,
-    Y_OFFSET: tl.constexpr,
-    EPILOGUE: tl.constexpr,
-    PRECISION: tl.constexpr,
-    WIDE: tl.constexpr,
-    METHOD: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    GROUP_M: tl.constexpr,
-):
+    x, w, y, extras, m, X: tl.constexpr, DEPTH: tl.constexpr, HEIGHT: tl.constexpr,
+    WIDTH: tl.constexpr, GROUPS: tl.constexpr, METHOD: tl.constexpr,
+    OUTPUT: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    BLOCK_M: tl.constexpr = TILE.M
+    BLOCK_N: tl.constexpr = TILE.N
+    BLOCK_K: tl.constexpr = TILE.K
     # C and K count the channels of one group; depthwise there is one group of all channels.
+    C: tl.constexpr = X.C
+    K: tl.constexpr = OUTPUT.K // GROUPS
     # m counts the outputs of one phase: N * ceil(outputs / stride) of every dimension.
-    PHASES: tl.constexpr = DEPTH[STRIDE] * HEIGHT[STRIDE] * WIDTH[STRIDE]
-    PLANES: tl.constexpr = (DEPTH[OUTPUTS] + DEPTH[STRIDE] - 1) // DEPTH[STRIDE]
-    LINES: tl.constexpr = (HEIGHT[OUTPUTS] + HEIGHT[STRIDE] - 1) // HEIGHT[STRIDE]
-    POINTS: tl.constexpr = (WIDTH[OUTPUTS] + WIDTH[STRIDE] - 1) // WIDTH[STRIDE]
+    PHASES: tl.constexpr = DEPTH.stride * HEIGHT.stride * WIDTH.stride
+    PLANES: tl.constexpr = (DEPTH.outputs + DEPTH.stride - 1) // DEPTH.stride
+    LINES: tl.constexpr = (HEIGHT.outputs + HEIGHT.stride - 1) // HEIGHT.stride
+    POINTS: tl.constexpr = (WIDTH.outputs + WIDTH.stride - 1) // WIDTH.stride
     group_tiles: tl.constexpr = (K + BLOCK_N - 1) // BLOCK_N
     row_tile, column_tile = space.tile_index(
-        tl.program_id(0), tl.cdiv(m, BLOCK_M), PHASES * GROUPS * group_tiles, GROUP_M
+        tl.program_id(0), tl.cdiv(m, BLOCK_M), PHASES * GROUPS * group_tiles, TILE.GROUP_M
     )
     phase = column_tile % PHASES
     group = column_tile // PHASES // group_tiles
     within = column_tile // PHASES % group_tiles * BLOCK_N + tl.arange(0, BLOCK_N)
     columns = group * K + within
     column_mask = within < K
-    phase_d = phase // (HEIGHT[STRIDE] * WIDTH[STRIDE])
-    phase_h = phase // WIDTH[STRIDE] % HEIGHT[STRIDE]
-    phase_w = phase % WIDTH[STRIDE]
+    phase_d = phase // (HEIGHT.stride * WIDTH.stride)
+    phase_h = phase // WIDTH.stride % HEIGHT.stride
+    phase_w = phase % WIDTH.stride
     first_d, count_d, base_d = first_tap(phase_d, DEPTH)
     first_h, count_h, base_h = first_tap(phase_h, HEIGHT)
     first_w, count_w, base_w = first_tap(phase_w, WIDTH)
-    count_d = count_d if DEPTH[COUNT] is None else DEPTH[COUNT]
-    count_h = count_h if HEIGHT[COUNT] is None else HEIGHT[COUNT]
-    count_w = count_w if WIDTH[COUNT] is None else WIDTH[COUNT]
+    count_d = count_d if DEPTH.tap_count is None else DEPTH.tap_count
+    count_h = count_h if HEIGHT.tap_count is None else HEIGHT.tap_count
+    count_w = count_w if WIDTH.tap_count is None else WIDTH.tap_count
     taps = count_d * count_h * count_w
     # Loads are prepared for before it is known whether the loop is entered at all, and after a
     # division by zero the compiler may assume anything: it took phases without taps for others.
-    count_h = tl.maximum(count_h, 1) if HEIGHT[COUNT] is None else count_h
-    count_w = tl.maximum(count_w, 1) if WIDTH[COUNT] is None else count_w
+    count_h = tl.maximum(count_h, 1) if HEIGHT.tap_count is None else count_h
+    count_w = tl.maximum(count_w, 1) if WIDTH.tap_count is None else count_w
     index = row_tile * BLOCK_M + tl.arange(0, BLOCK_M)
     row_mask = index < m
-    if WIDE:
+    if TILE.wide:
         index = index.to(tl.int64)
     image = index // (PLANES * LINES * POINTS)
     front = (index // (LINES * POINTS) % PLANES).to(tl.int32)
     top = (index // POINTS % LINES).to(tl.int32)
     left = (index % POINTS).to(tl.int32)
-    o = front * DEPTH[STRIDE] + phase_d
-    p = top * HEIGHT[STRIDE] + phase_h
-    q = left * WIDTH[STRIDE] + phase_w
-    row_mask = row_mask & (o < DEPTH[OUTPUTS]) & (p < HEIGHT[OUTPUTS]) & (q < WIDTH[OUTPUTS])
-    rows = ((image * DEPTH[OUTPUTS] + o) * HEIGHT[OUTPUTS] + p) * WIDTH[OUTPUTS] + q
+    o = front * DEPTH.stride + phase_d
+    p = top * HEIGHT.stride + phase_h
+    q = left * WIDTH.stride + phase_w
+    row_mask = row_mask & (o < DEPTH.outputs) & (p < HEIGHT.outputs) & (q < WIDTH.outputs)
+    rows = ((image * DEPTH.outputs + o) * HEIGHT.outputs + p) * WIDTH.outputs + q
     front += base_d
     top += base_h
     left += base_w
-    corner = ((image * DEPTH[SIZE] + front) * HEIGHT[SIZE] + top) * WIDTH[SIZE] + left
+    corner = ((image * DEPTH.size + front) * HEIGHT.size + top) * WIDTH.size + left
     # Rows past the end get a position that no tap brings inside: one mask serves both.
     top = tl.where(row_mask, top, -1048576)
     depth = tl.arange(0, BLOCK_K)[None, :]
-    x_corner = x + X_OFFSET + group * C + (corner * X_PITCH)[:, None]
-    w_tile = w + (columns * (DEPTH[TAPS] * HEIGHT[TAPS] * WIDTH[TAPS] * C))[:, None]
+    x_corner = x + X.offset + group * C + (corner * X.row_stride)[:, None]
+    w_tile = w + (columns * (DEPTH.taps * HEIGHT.taps * WIDTH.taps * C))[:, None]
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     if METHOD == "channels":
         blocks: tl.constexpr = (C + BLOCK_K - 1) // BLOCK_K
@@ -203,16 +170,16 @@ def conv_transpose_kernel(
             channels = step % blocks * BLOCK_K + depth
             inside, back, tap = reach(
                 row_mask, front, top, left, number, count_h, count_w, first_d, first_h, first_w,
-                DEPTH, HEIGHT, WIDTH, WIDE,
+                DEPTH, HEIGHT, WIDTH, TILE.wide,
             )  # fmt: skip
             a_mask = inside[:, None]
             b_mask = column_mask[:, None]
             if C % BLOCK_K != 0:
                 a_mask = a_mask & (channels < C)
                 b_mask = b_mask & (channels < C)
-            a = tl.load(x_corner + (channels - back * X_PITCH), mask=a_mask, other=0.0)
+            a = tl.load(x_corner + (channels - back * X.row_stride), mask=a_mask, other=0.0)
             b = tl.load(w_tile + (tap * C + channels), mask=b_mask, other=0.0)
-            acc = tl.dot(a, b.T, acc, input_precision=PRECISION)
+            acc = tl.dot(a, b.T, acc, input_precision=TILE.precision)
     elif METHOD == "pairs":
         for start in range(0, taps * C, BLOCK_K):
             pair = start + depth
@@ -221,28 +188,25 @@ def conv_transpose_kernel(
             inside, back, tap = reach(
                 row_mask[:, None], front[:, None], top[:, None], left[:, None],
                 number, count_h, count_w, first_d, first_h, first_w,
-                DEPTH, HEIGHT, WIDTH, WIDE,
+                DEPTH, HEIGHT, WIDTH, TILE.wide,
             )  # fmt: skip
-            offset = pair % C - back * X_PITCH
+            offset = pair % C - back * X.row_stride
             a = tl.load(x_corner + offset, mask=inside & live, other=0.0)
             b_mask = column_mask[:, None] & live
             b = tl.load(w_tile + (tap * C + pair % C), mask=b_mask, other=0.0)
-            acc = tl.dot(a, b.T, acc, input_precision=PRECISION)
+            acc = tl.dot(a, b.T, acc, input_precision=TILE.precision)
     else:
         x_tile = x_corner + (columns // (K // C))[None, :]
         for number in range(taps):
             inside, back, tap = reach(
                 row_mask, front, top, left, number, count_h, count_w, first_d, first_h, first_w,
-                DEPTH, HEIGHT, WIDTH, WIDE,
+                DEPTH, HEIGHT, WIDTH, TILE.wide,
             )  # fmt: skip
             mask = inside[:, None] & column_mask[None, :]
-            value = tl.load(x_tile - back * X_PITCH, mask=mask, other=0.0).to(tl.float32)
+            value = tl.load(x_tile - back * X.row_stride, mask=mask, other=0.0).to(tl.float32)
             weight = tl.load(w + tap * K + columns, mask=column_mask, other=0.0)
             acc += value * weight[None, :]
-    acc = EPILOGUE(acc, rows, columns, row_mask, column_mask, extras)
-    address = y + Y_OFFSET + (rows * Y_PITCH)[:, None] + columns[None, :]
-    mask = row_mask[:, None] & column_mask[None, :]
-    tl.store(address, acc.to(y.dtype.element_ty), mask=mask)
+    put(acc, y, rows, row_mask, columns, column_mask, extras, OUTPUT)
 
 
 def _attributes(problem: Problem) -> ConvTranspose:
@@ -286,42 +250,33 @@ def _size(problem: Problem) -> choice.Size:
 
 def launches(problem: Problem, tile: Config, target: Target) -> tuple[Launch, ...]:
     """One launch for all phases."""
-    x, out, size = problem.inputs[0], problem.output, _size(problem)
-    groups, columns = _attributes(problem).groups, size.columns
-    chosen = method(problem)
+    x, size, chosen = problem.inputs[0], _size(problem), method(problem)
+    groups = _attributes(problem).groups
     depth, height, width = axes(problem)
     channels, blocks = _per_group(problem), dict(tile.blocks)
     steps = -(-size.depth // blocks.get("BLOCK_K", 1)) * (1 if size.gathers else size.taps)
     moved = steps * blocks.get("BLOCK_K", 1) * (blocks["BLOCK_M"] + blocks["BLOCK_N"])
     instructions, issued = 0, 0
     if chosen == "depthwise":
-        channels, columns, groups = x.shape[1], out.shape[1], 1
+        channels, groups = x.shape[1], 1
         moved = size.taps * blocks["BLOCK_M"] * blocks["BLOCK_N"]
         instructions = 3 * moved
-        blocks |= {"BLOCK_K": 1, "GROUP_M": 8}
+        tile = config(tile.num_warps, tile.num_stages, BLOCK_K=1, GROUP_M=8, **blocks)
     else:
         issued = choice.step_instructions(tile, size.dtype, size.taps)
-    launch = Launch(
-        kernel=conv_transpose_kernel,
-        pointers={"x": X, "w": W, "y": Y},
-        extras=operand_refs(problem),
-        rows=size.rows,
-        batch=out.spec.batch,
-        block_rows=tile["BLOCK_M"],
-        columns=_phases(problem) * groups * -(-columns // tile["BLOCK_N"]),
+    launch = tile_launch(
+        problem,
+        tile,
+        conv_transpose_kernel,
         constexprs={
-            "DEPTH": depth.facts, "HEIGHT": height.facts, "WIDTH": width.facts,
-            "C": channels, "K": columns, "GROUPS": groups,
-            "X_PITCH": x.pitch, "X_OFFSET": x.offset,
-            "Y_PITCH": out.pitch, "Y_OFFSET": out.offset,
-            "EPILOGUE": ep.for_output(problem.epilogue, problem.operands, out.spec),
-            "PRECISION": choice.dot_precision(problem, channels * size.taps),
-            "WIDE": problem.is_wide,
-            "METHOD": chosen,
-            **blocks,
+            "X": Matrix(channels, x.pitch, x.offset), "DEPTH": depth.facts,
+            "HEIGHT": height.facts, "WIDTH": width.facts, "GROUPS": groups, "METHOD": chosen,
         },
-        num_warps=tile.num_warps,
-        num_stages=tile.num_stages,
+        precision=choice.dot_precision(problem, channels * size.taps),
+        pointers={"x": X, "w": W, "y": Y},
+        rows=size.rows,
+        groups=groups,
+        programs=_phases(problem),
         l2_bytes=moved * x.spec.dtype.itemsize,
         instructions=instructions,
         step_instructions=issued,
@@ -358,11 +313,11 @@ def default(problem: Problem, target: Target) -> Config:
     return config(4, 1, BLOCK_M=1024 // block_n, BLOCK_N=block_n)
 
 
-def cost(problem: Problem) -> Cost:
+@counted
+def cost(problem: Problem) -> int:
     """Every input pixel meets every tap."""
-    read, written = tensor_bytes(problem)
     per_input = math.prod(problem.inputs[1].shape[1:])
-    return Cost(2 * problem.inputs[0].spec.numel * per_input, read, written)
+    return 2 * problem.inputs[0].spec.numel * per_input
 
 
 def _capture(name: str, make: type[ConvTranspose]) -> Capture:

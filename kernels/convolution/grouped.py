@@ -17,18 +17,20 @@ groups' inputs set to zero.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import cast
+from typing import NamedTuple, cast
 
 import torch
 import triton
 import triton.language as tl
 
 from ..contract import cost_model
-from ..contract import epilogue as ep
-from ..contract.op import Config, Launch, Problem, W, X, Y, config, operand_refs, power_of_two
+from ..contract.op import Config, Launch, Problem, W, X, Y, config, power_of_two
 from ..contract.targets import Target
 from ..tile import choice, space
 from ..tile.conv_geometry import Conv2d
+from ..tile.finish import put
+from ..tile.geometry import Image, Window, tile_launch
+from ..tile.source import inside
 
 BLOCK = 32
 """Channels of a block. With 64 the zeros double the products and 128x64 tiles need 194 registers;
@@ -49,117 +51,79 @@ def groups_per_block(groups: int, per_group: int, per_group_out: int) -> int:
 
 @triton.jit
 def tap_tiles(
-    x_tile,
-    w_tile,
-    top,
-    left,
-    tap,
-    live,
-    column_mask,
-    H: tl.constexpr,
-    WIDTH: tl.constexpr,
-    S: tl.constexpr,
-    DILATION_H: tl.constexpr,
-    DILATION_W: tl.constexpr,
-    X_PITCH: tl.constexpr,
-    WIDTH_IN: tl.constexpr,
-):
+    x_tile, w_tile, top, left, tap, live, column_mask,
+    IMAGE: tl.constexpr, WINDOW: tl.constexpr, WIDTH_IN: tl.constexpr,
+):  # fmt: skip
     """Input and weight tile of one tap."""
-    r = tap // S * DILATION_H
-    s = tap % S * DILATION_W
-    inside = ((top + r).to(tl.uint32, bitcast=True) < H) & (
-        (left + s).to(tl.uint32, bitcast=True) < WIDTH
-    )
-    a_mask = inside[:, None] & live[None, :]
-    a = tl.load(x_tile + (r * WIDTH + s) * X_PITCH, mask=a_mask, other=0.0)
+    r = tap // WINDOW.S * WINDOW.dilation_h
+    s = tap % WINDOW.S * WINDOW.dilation_w
+    a_mask = inside(top + r, left + s, IMAGE)[:, None] & live[None, :]
+    a = tl.load(x_tile + (r * IMAGE.W + s) * IMAGE.row_stride, mask=a_mask, other=0.0)
     b_mask = column_mask[:, None] & live[None, :]
     b = tl.load(w_tile + tap * WIDTH_IN, mask=b_mask, other=0.0)
     return a, b
 
 
+class Groups(NamedTuple):
+    """Channels per group, in and out, and groups per block."""
+
+    C: int
+    K: int
+    per_block: int
+
+
 @triton.jit
 def grouped_kernel(
-    x,
-    w,
-    y,
-    extras,
-    m,
-    H: tl.constexpr,
-    WIDTH: tl.constexpr,
-    C: tl.constexpr,
-    K: tl.constexpr,
-    P: tl.constexpr,
-    Q: tl.constexpr,
-    R: tl.constexpr,
-    S: tl.constexpr,
-    STRIDE_H: tl.constexpr,
-    STRIDE_W: tl.constexpr,
-    TOP: tl.constexpr,
-    LEFT: tl.constexpr,
-    DILATION_H: tl.constexpr,
-    DILATION_W: tl.constexpr,
-    PER_GROUP: tl.constexpr,
-    PER_GROUP_OUT: tl.constexpr,
-    GROUPS_PER_BLOCK: tl.constexpr,
-    X_PITCH: tl.constexpr,
-    X_OFFSET: tl.constexpr,
-    Y_PITCH: tl.constexpr,
-    Y_OFFSET: tl.constexpr,
-    EPILOGUE: tl.constexpr,
-    PRECISION: tl.constexpr,
-    WIDE: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    GROUP_M: tl.constexpr,
-):
+    x, w, y, extras, m, IMAGE: tl.constexpr, WINDOW: tl.constexpr, GROUPS: tl.constexpr,
+    OUTPUT: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    BLOCK_M: tl.constexpr = TILE.M
+    BLOCK_N: tl.constexpr = TILE.N
+    TAPS: tl.constexpr = WINDOW.R * WINDOW.S
     # Channels of a block, in and out; the last block may have fewer.
-    WIDTH_IN: tl.constexpr = GROUPS_PER_BLOCK * PER_GROUP
-    WIDTH_OUT: tl.constexpr = GROUPS_PER_BLOCK * PER_GROUP_OUT
-    blocks: tl.constexpr = (K + WIDTH_OUT - 1) // WIDTH_OUT
-    row_tile, block = space.tile_index(tl.program_id(0), tl.cdiv(m, BLOCK_M), blocks, GROUP_M)
+    WIDTH_IN: tl.constexpr = GROUPS.per_block * GROUPS.C
+    WIDTH_OUT: tl.constexpr = GROUPS.per_block * GROUPS.K
+    blocks: tl.constexpr = (OUTPUT.K + WIDTH_OUT - 1) // WIDTH_OUT
+    row_tile, block = space.tile_index(tl.program_id(0), tl.cdiv(m, BLOCK_M), blocks, TILE.GROUP_M)
     rows = row_tile * BLOCK_M + tl.arange(0, BLOCK_M)
     row_mask = rows < m
-    if WIDE:
+    if TILE.wide:
         rows = rows.to(tl.int64)
-    image = rows // (P * Q)
-    top = (rows // Q % P).to(tl.int32) * STRIDE_H - TOP
-    left = (rows % Q).to(tl.int32) * STRIDE_W - LEFT
-    corner = (image * H + top) * WIDTH + left
+    image = rows // (OUTPUT.P * OUTPUT.Q)
+    top = (rows // OUTPUT.Q % OUTPUT.P).to(tl.int32) * WINDOW.stride_h - WINDOW.top
+    left = (rows % OUTPUT.Q).to(tl.int32) * WINDOW.stride_w - WINDOW.left
+    corner = (image * IMAGE.H + top) * IMAGE.W + left
     # Rows past the end get a position that no tap brings inside the image: one mask serves both.
     top = tl.where(row_mask, top, -1048576)
-    depth = tl.arange(0, BLOCK_K)
+    depth = tl.arange(0, TILE.K)
     within = tl.arange(0, BLOCK_N)
     columns = block * WIDTH_OUT + within
-    column_mask = (within < WIDTH_OUT) & (columns < K)
+    column_mask = (within < WIDTH_OUT) & (columns < OUTPUT.K)
     channels = block * WIDTH_IN + depth
-    live = (depth < WIDTH_IN) & (channels < C)
-    x_tile = x + X_OFFSET + (corner * X_PITCH)[:, None] + channels[None, :]
-    w_tile = w + (columns * (R * S * WIDTH_IN))[:, None] + depth[None, :]
+    live = (depth < WIDTH_IN) & (channels < IMAGE.C)
+    x_tile = x + IMAGE.offset + (corner * IMAGE.row_stride)[:, None] + channels[None, :]
+    w_tile = w + (columns * (TAPS * WIDTH_IN))[:, None] + depth[None, :]
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    for tap in range(R * S):
+    for tap in range(TAPS):
         a, b = tap_tiles(
             x_tile, w_tile, top, left, tap, live, column_mask,
-            H, WIDTH, S, DILATION_H, DILATION_W, X_PITCH, WIDTH_IN,
+            IMAGE, WINDOW, WIDTH_IN,
         )  # fmt: skip
-        acc = tl.dot(a, b.T, acc, input_precision=PRECISION)
+        acc = tl.dot(a, b.T, acc, input_precision=TILE.precision)
     again = tl.max((acc != acc).to(tl.int32))
     if again > 0:
         acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         # The number of steps is no constant, so that this loop is not unrolled.
-        for step in tl.range(again * (GROUPS_PER_BLOCK * R * S), num_stages=1):
-            group = step // (R * S)
-            mine = live & (depth // PER_GROUP == group)
+        for step in tl.range(again * (GROUPS.per_block * TAPS), num_stages=1):
+            group = step // TAPS
+            mine = live & (depth // GROUPS.C == group)
             a, b = tap_tiles(
-                x_tile, w_tile, top, left, step % (R * S), mine, column_mask,
-                H, WIDTH, S, DILATION_H, DILATION_W, X_PITCH, WIDTH_IN,
+                x_tile, w_tile, top, left, step % TAPS, mine, column_mask,
+                IMAGE, WINDOW, WIDTH_IN,
             )  # fmt: skip
-            whole = tl.dot(a, b.T, acc, input_precision=PRECISION)
-            acc = tl.where((within // PER_GROUP_OUT == group)[None, :], whole, acc)
-    acc = EPILOGUE(acc, rows, columns, row_mask, column_mask, extras)
-    address = y + Y_OFFSET + (rows * Y_PITCH)[:, None] + columns[None, :]
-    mask = row_mask[:, None] & column_mask[None, :]
-    tl.store(address, acc.to(y.dtype.element_ty), mask=mask)
+            whole = tl.dot(a, b.T, acc, input_precision=TILE.precision)
+            acc = tl.where((within // GROUPS.K == group)[None, :], whole, acc)
+    put(acc, y, rows, row_mask, columns, column_mask, extras, OUTPUT)
 
 
 def pack(groups: int, w: torch.Tensor) -> torch.Tensor:
@@ -173,60 +137,44 @@ def pack(groups: int, w: torch.Tensor) -> torch.Tensor:
     return packed.reshape(k, -1)
 
 
-def _sizes(problem: Problem) -> tuple[int, int, int]:
-    """Channels per group, in and out, and groups per block."""
-    attributes = cast("Conv2d", problem.attributes)
+def _groups(problem: Problem) -> Groups:
     k, per_group, _, _ = problem.inputs[1].shape
-    out = k // attributes.groups
-    return per_group, out, groups_per_block(attributes.groups, per_group, out)
+    groups = cast("Conv2d", problem.attributes).groups
+    return Groups(per_group, k // groups, groups_per_block(groups, per_group, k // groups))
+
+
+def _blocks(problem: Problem) -> int:
+    return -(-cast("Conv2d", problem.attributes).groups // _groups(problem).per_block)
 
 
 def launch(problem: Problem, tile: Config, target: Target) -> Launch:
     """The one launch of the kernel."""
-    attributes = cast("Conv2d", problem.attributes)
-    x, out = problem.inputs[0], problem.output
-    n, k, p, q = out.shape
-    _, c, h, width = x.shape
-    r, s = problem.inputs[1].shape[2:]
-    per_group, per_group_out, together = _sizes(problem)
-    return Launch(
-        kernel=grouped_kernel,
+    x, groups = problem.inputs[0], _groups(problem)
+    window = Window.of(problem.inputs[1].shape[2:], problem.attributes)
+    taps = window.R * window.S
+    return tile_launch(
+        problem,
+        tile,
+        grouped_kernel,
+        constexprs={"IMAGE": Image.of(x), "WINDOW": window, "GROUPS": groups},
+        precision=choice.dot_precision(problem, groups.C * taps),
         pointers={"x": X, "w": W, "y": Y},
-        extras=operand_refs(problem),
-        rows=n * p * q,
-        batch=out.spec.batch,
-        block_rows=tile["BLOCK_M"],
-        columns=-(-attributes.groups // together),
-        constexprs={
-            "H": h, "WIDTH": width, "C": c, "K": k, "P": p, "Q": q, "R": r, "S": s,
-            "STRIDE_H": attributes.stride[0], "STRIDE_W": attributes.stride[1],
-            "TOP": attributes.padding[0], "LEFT": attributes.padding[2],
-            "DILATION_H": attributes.dilation[0], "DILATION_W": attributes.dilation[1],
-            "PER_GROUP": per_group, "PER_GROUP_OUT": per_group_out,
-            "GROUPS_PER_BLOCK": together,
-            "X_PITCH": x.pitch, "X_OFFSET": x.offset,
-            "Y_PITCH": out.pitch, "Y_OFFSET": out.offset,
-            "EPILOGUE": ep.for_output(problem.epilogue, problem.operands, out.spec),
-            "PRECISION": choice.dot_precision(problem, per_group * r * s),
-            "WIDE": problem.is_wide,
-            **dict(tile.blocks),
-        },
-        num_warps=tile.num_warps,
-        num_stages=tile.num_stages,
-        l2_bytes=choice.l2_bytes(problem, tile, together * per_group * r * s),
-        steps=r * s,
-        step_instructions=choice.step_instructions(tile, x.spec.dtype, r * s),
-    )  # fmt: skip
+        columns=1,
+        programs=_blocks(problem),
+        l2_bytes=choice.l2_bytes(problem, tile, groups.per_block * groups.C * taps),
+        steps=taps,
+        step_instructions=choice.step_instructions(tile, x.spec.dtype, taps),
+    )
 
 
 def _tile(problem: Problem, block_m: int, warps: int, stages: int) -> Config:
-    per_group, per_group_out, together = _sizes(problem)
+    groups = _groups(problem)
     return config(
         warps,
         stages,
         BLOCK_M=block_m,
-        BLOCK_N=max(16, power_of_two(together * per_group_out)),
-        BLOCK_K=max(16, power_of_two(together * per_group)),
+        BLOCK_N=max(16, power_of_two(groups.per_block * groups.K)),
+        BLOCK_K=max(16, power_of_two(groups.per_block * groups.C)),
         GROUP_M=8,
     )
 
@@ -252,9 +200,7 @@ def default(problem: Problem, target: Target) -> Config:
     rows = n * p * q
     if target.name == "interpreter":
         return _tile(problem, max(16, min(4096, power_of_two(rows))), 1, 1)
-    attributes = cast("Conv2d", problem.attributes)
-    blocks = -(-attributes.groups // _sizes(problem)[2])
     tile = _tile(problem, 128, 4, 4)
-    enough = rows // 128 * blocks >= cost_model.MULTIPROCESSORS
+    enough = rows // 128 * _blocks(problem) >= cost_model.MULTIPROCESSORS
     fits = target.capability >= 90 and problem.inputs[0].spec.dtype is not torch.float32
     return tile if enough and fits else _tile(problem, 64, 4, 4)

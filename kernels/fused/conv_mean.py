@@ -20,16 +20,7 @@ from dataclasses import dataclass
 import torch
 
 from ...errors import InvalidInputError
-from ..contract.op import (
-    Config,
-    Cost,
-    Launch,
-    Op,
-    Problem,
-    config,
-    power_of_two,
-    tensor_bytes,
-)  # fmt: skip
+from ..contract.op import Config, Launch, Op, Problem, config, counted, power_of_two
 from ..contract.spec import Layout, TensorSpec
 from ..contract.targets import Target
 from ..tile import choice, finish, space
@@ -79,21 +70,14 @@ def reference(attributes: ConvMean, *tensors: torch.Tensor) -> torch.Tensor:
     return conv_tile.reference(attributes, tensors).mean((2, 3), attributes.keepdim)
 
 
-def _result(problem: Problem) -> TensorSpec:
-    """The spec of what is averaged."""
-    assert isinstance(problem.attributes, ConvMean)
-    specs = tuple(operand.spec for operand in problem.inputs)
-    return conv_tile.result_of("conv_mean", problem.attributes, specs)
-
-
 def _pixels(problem: Problem) -> int:
     """Rows of the matrix product that one image takes."""
-    return power_of_two(math.prod(_result(problem).shape[2:]))
+    return power_of_two(math.prod(conv_tile.result(problem).shape[2:]))
 
 
 def launches(problem: Problem, tile: Config, target: Target) -> tuple[Launch, ...]:
     """One launch of the tile kernel."""
-    attributes, result = problem.attributes, _result(problem)
+    attributes, result = problem.attributes, conv_tile.result(problem)
     assert isinstance(attributes, ConvMean)
     n, _, p, q = result.shape
     images = tile["BLOCK_M"] // _pixels(problem)
@@ -181,13 +165,6 @@ def default(problem: Problem, target: Target) -> Config:
     return choice.fastest(size, fitting, target)
 
 
-def cost(problem: Problem) -> Cost:
-    """The products of all pixels."""
-    _, c, r, s = problem.inputs[1].shape
-    read, written = tensor_bytes(problem)
-    return Cost(2 * _result(problem).numel * c * r * s, read, written)
-
-
 OP = Op(
     name="conv_mean",
     attributes=ConvMean,
@@ -197,7 +174,7 @@ OP = Op(
     configs=configs,
     default=default,
     legal=legal,
-    cost=cost,
+    cost=counted(conv_tile.flops),
     # Mostly positive: an error relative to an average that cancels means nothing.
     input_range=(-1.0, 3.0),
     packs=lambda attributes: {1: conv_tile.pack},

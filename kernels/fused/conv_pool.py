@@ -14,14 +14,14 @@ pixels is written.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
 from dataclasses import dataclass, field
 
 import torch
 
 from ...errors import InvalidInputError
 from ..contract import epilogue as ep
-from ..contract.op import Config, Cost, Launch, Op, Problem, tensor_bytes
+from ..contract.op import Config, Launch, Op, Problem, counted
 from ..contract.spec import TensorSpec
 from ..contract.targets import Target
 from ..pooling import pool_window
@@ -103,8 +103,7 @@ def launches(problem: Problem, tile: Config, target: Target) -> tuple[Launch, ..
     """One launch of the tile kernel."""
     attributes = problem.attributes
     assert isinstance(attributes, ConvPool)
-    specs = tuple(operand.spec for operand in problem.inputs)
-    result = conv_tile.result_of("conv_pool", attributes, specs)
+    result = conv_tile.result(problem)
     stay, move = split_stages(attributes)
     launch = conv_tile.launch(
         problem,
@@ -127,24 +126,9 @@ def _size(problem: Problem) -> choice.Size:
     return conv_tile.size_of(problem, 4 * n * p * q)
 
 
-def configs(problem: Problem, target: Target) -> Iterator[Config]:
-    """Those of the convolution alone: pooling takes no registers."""
-    return choice.tile_configs(_size(problem), target)
-
-
-def legal(problem: Problem, tile: Config, target: Target) -> str | None:
-    return choice.legal(_size(problem), tile, target)
-
-
-def default(problem: Problem, target: Target) -> Config:
-    return choice.default_tile(_size(problem), target)
-
-
-def cost(problem: Problem) -> Cost:
-    """The products of the pixels that are pooled."""
-    _, c, r, s = problem.inputs[1].shape
-    read, written = tensor_bytes(problem)
-    return Cost(2 * 4 * problem.output.spec.numel * c * r * s, read, written)
+def _flops(problem: Problem) -> int:
+    """Of the products of the pixels that are pooled."""
+    return 2 * 4 * problem.output.spec.numel * math.prod(problem.inputs[1].shape[1:])
 
 
 OP = Op(
@@ -153,9 +137,7 @@ OP = Op(
     infer=infer,
     reference=reference,
     launches=launches,
-    configs=configs,
-    default=default,
-    legal=legal,
-    cost=cost,
+    **choice.of_product(_size),
+    cost=counted(_flops),
     packs=lambda attributes: {1: conv_tile.pack},
 )

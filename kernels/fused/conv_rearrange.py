@@ -13,8 +13,6 @@ which they lie in y: what one row of a tile writes is contiguous.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
@@ -23,7 +21,7 @@ import triton
 import triton.language as tl
 
 from ...errors import InvalidInputError
-from ..contract.op import Config, Cost, Launch, Op, Problem, W, X, Y, tensor_bytes
+from ..contract.op import Config, Launch, Op, Problem, W, X, Y, counted
 from ..contract.spec import TensorSpec
 from ..contract.targets import Target
 from ..movement import rearrange
@@ -110,13 +108,6 @@ def conv_rearrange_kernel(
     tl.store(address, acc.to(y.dtype.element_ty), mask=live[:, None] & column_mask[None, :])
 
 
-def _result(problem: Problem) -> TensorSpec:
-    """The spec of what is rearranged."""
-    assert isinstance(problem.attributes, ConvRearrange)
-    specs = tuple(operand.spec for operand in problem.inputs)
-    return conv_tile.result_of("conv_rearrange", problem.attributes, specs)
-
-
 def _walk(problem: Problem, result: TensorSpec) -> Walk:
     assert isinstance(problem.attributes, ConvRearrange)
     then, out = problem.attributes.then, problem.output
@@ -140,7 +131,7 @@ def _walk(problem: Problem, result: TensorSpec) -> Walk:
 
 def launches(problem: Problem, tile: Config, target: Target) -> tuple[Launch, ...]:
     """One launch of the kernel."""
-    attributes, result = problem.attributes, _result(problem)
+    attributes, result = problem.attributes, conv_tile.result(problem)
     assert isinstance(attributes, ConvRearrange)
     n, k, p, q = result.shape
     launch = conv_tile.launch(
@@ -166,28 +157,8 @@ def launches(problem: Problem, tile: Config, target: Target) -> tuple[Launch, ..
 
 
 def _size(problem: Problem) -> choice.Size:
-    n, _, p, q = _result(problem).shape
+    n, _, p, q = conv_tile.result(problem).shape
     return conv_tile.size_of(problem, n * p * q)
-
-
-def configs(problem: Problem, target: Target) -> Iterator[Config]:
-    """Those of the convolution alone."""
-    return choice.tile_configs(_size(problem), target)
-
-
-def legal(problem: Problem, tile: Config, target: Target) -> str | None:
-    return choice.legal(_size(problem), tile, target)
-
-
-def default(problem: Problem, target: Target) -> Config:
-    return choice.default_tile(_size(problem), target)
-
-
-def cost(problem: Problem) -> Cost:
-    """The products of the convolution."""
-    read, written = tensor_bytes(problem)
-    terms = math.prod(problem.inputs[1].shape[1:])
-    return Cost(2 * problem.output.spec.numel * terms, read, written)
 
 
 OP = Op(
@@ -196,10 +167,9 @@ OP = Op(
     infer=infer,
     reference=reference,
     launches=launches,
-    configs=configs,
-    default=default,
-    legal=legal,
-    cost=cost,
+    **choice.of_product(_size),
+    cost=counted(conv_tile.flops),
     packs=lambda attributes: {1: conv_tile.pack},
     takes_epilogue=False,
+    writes_any=True,
 )

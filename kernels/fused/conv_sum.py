@@ -13,23 +13,12 @@ over taps and channel blocks, one after the other, share the accumulator and the
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import torch
 
 from ...errors import InvalidInputError
-from ..contract.op import (
-    Attributes,
-    Config,
-    Cost,
-    Launch,
-    Op,
-    Problem,
-    Ref,
-    config,
-    tensor_bytes,
-)  # fmt: skip
+from ..contract.op import Attributes, Config, Launch, Op, Problem, Ref, config, counted
 from ..contract.spec import TensorSpec
 from ..contract.targets import Target
 from ..convolution import conv2d
@@ -97,18 +86,10 @@ def _size(problem: Problem) -> choice.Size:
     return choice.Size(n * p * q, k, depth, problem.inputs[0].spec.dtype, taps=most_taps)
 
 
-def configs(problem: Problem, target: Target) -> Iterator[Config]:
-    return choice.tile_configs(_size(problem), target)
-
-
 def _has_loops(problem: Problem, tile: Config) -> bool:
     """Whether some loop has a second step; without one all operands are in registers at once."""
     filters = (problem.inputs[slot].shape for slot in (1, 3))
     return any(math.prod(shape[1:]) > tile["BLOCK_K"] for shape in filters)
-
-
-def legal(problem: Problem, tile: Config, target: Target) -> str | None:
-    return choice.legal(_size(problem), tile, target)
 
 
 def default(problem: Problem, target: Target) -> Config:
@@ -124,10 +105,10 @@ def default(problem: Problem, target: Target) -> Config:
     return tile
 
 
-def cost(problem: Problem) -> Cost:
+@counted
+def cost(problem: Problem) -> int:
     """Both products; neither convolution's own result is written or read."""
-    read, written = tensor_bytes(problem)
-    return Cost(2 * problem.output.spec.numel * _terms(problem), read, written)
+    return 2 * problem.output.spec.numel * _terms(problem)
 
 
 def _terms(problem: Problem) -> int:
@@ -145,9 +126,7 @@ OP = Op(
     infer=infer,
     reference=reference,
     launches=launches,
-    configs=configs,
-    default=default,
-    legal=legal,
+    **choice.of_product(_size) | {"default": default},
     cost=cost,
     packs=lambda attributes: {1: _pack, 3: _pack},
 )

@@ -62,6 +62,18 @@ def result_of(name: str, attributes: StagedConv, inputs: tuple[TensorSpec, ...])
     return result
 
 
+def result(problem: Problem) -> TensorSpec:
+    """As `result_of`, of a problem."""
+    assert isinstance(problem.attributes, StagedConv)
+    specs = tuple(operand.spec for operand in problem.inputs)
+    return result_of(problem.op, problem.attributes, specs)
+
+
+def flops(problem: Problem) -> int:
+    """Of the products of all pixels of the convolution's result."""
+    return 2 * result(problem).numel * math.prod(problem.inputs[1].shape[1:])
+
+
 def is_per_channel(operand: TensorSpec, x: TensorSpec) -> bool:
     """Whether a tensor broadcasts to x and is the same for all its pixels."""
     sizes = (1,) * (x.rank - operand.rank) + operand.shape

@@ -25,27 +25,27 @@ import triton
 import triton.language as tl
 
 from ...errors import InvalidInputError
-from ..contract.launch_tiles import tiles_of
 from ..contract.op import (
     Attributes,
     Config,
-    Cost,
     Launch,
     Op,
     Problem,
     config,
-    tensor_bytes,
+    counted,
     tile_config,
+    tiles_of,
 )
 from ..contract.spec import Operand, TensorSpec
 from ..contract.targets import Target
 from ..normalisation import lrn
 from ..normalisation.lrn import LocalResponseNorm
 from ..pooling import pool_window
-from ..pooling.pool_kernel import FAR_OUTSIDE, combine, image_windows, in_image
+from ..pooling.pool_kernel import FAR_OUTSIDE, image_windows, in_image
 from ..pooling.pool_window import MaxPool2d
-from ..pooling.tiles import output_tile, store
+from ..tile.finish import combine, put
 from ..tile.geometry import tile_launch
+from ..tile.space import output_tile
 
 POOLED = 3
 """Thread instructions for one element of a window with its neighbours: 139 per output of a 3x3
@@ -187,7 +187,7 @@ def lanes_kernel(
             energy = lane_energy(v, LANES + lane, NORM.below, NORM.above)
             best = best + (normalised(v[LANES + lane], energy, NORM),)
     acc = lrn.pack(best, M, GROUPS, LANES)
-    store(y, acc, rows, columns, row_mask, column_mask, extras, OUTPUT)
+    put(acc, y, rows, row_mask, columns, column_mask, extras, OUTPUT)
 
 
 @triton.jit
@@ -241,7 +241,7 @@ def shifted_kernel(
             energy += best * best
             acc = tl.where(shift == 0, best, acc)
         acc = normalised(acc, energy, NORM)
-    store(y, acc, rows, columns, row_mask, column_mask, extras, OUTPUT)
+    put(acc, y, rows, row_mask, columns, column_mask, extras, OUTPUT)
 
 
 def _attributes(problem: Problem) -> LrnPool:
@@ -314,14 +314,14 @@ def default(problem: Problem, target: Target) -> Config:
     return config(tile.num_warps, 1, LANES=count, **blocks)
 
 
-def cost(problem: Problem) -> Cost:
+@counted
+def cost(problem: Problem) -> int:
     """The operations of both halves, each once."""
     attributes, x = _attributes(problem), problem.inputs[0]
     outputs = problem.output.spec.numel
     normalised = x.spec.numel if attributes.lrn_first else outputs
-    read, written = tensor_bytes(problem)
     taps = math.prod(attributes.pool.kernel)
-    return Cost((2 * attributes.lrn.size + 8) * normalised + taps * outputs, read, written)
+    return (2 * attributes.lrn.size + 8) * normalised + taps * outputs
 
 
 OP = Op(

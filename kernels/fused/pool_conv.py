@@ -33,15 +33,14 @@ from ..contract import epilogue as ep
 from ..contract.op import (
     Attributes,
     Config,
-    Cost,
     Launch,
     Op,
     Problem,
     Ref,
     config,
+    counted,
     power_of_two,
-    tensor_bytes,
-)  # fmt: skip
+)
 from ..contract.spec import Operand, TensorSpec
 from ..contract.targets import Target
 from ..convolution import conv2d
@@ -49,6 +48,7 @@ from ..pooling import pool_kernel, pool_window
 from ..pooling.pool_window import AvgPool2d, MaxPool2d
 from ..tile import choice, conv_geometry, engine, source, space
 from ..tile.conv_geometry import Conv2d
+from ..tile.finish import combine
 from ..tile.geometry import Image, Output, Window
 from ..tile.source import Source
 from ..tile.torch_convolution import convolve
@@ -186,7 +186,7 @@ def pooled(x, at, step, start, extras, SOURCE: tl.constexpr, TILE: tl.constexpr)
                 mask = mask & exists[None, :]
             offset = (down * IMAGE.W + right) * IMAGE.row_stride
             value = tl.load(x_tile + (offset + start), mask=mask, other=EMPTY).to(tl.float32)
-            best = pool_kernel.combine(best, value, POOLING.maximum)
+            best = combine(best, value, POOLING.maximum)
     # A sum over an axis of length 2 costs one addition and is what keeps the compiler from
     # converting every tap, instead of the result, to the layout of the product's operand: 4
     # barriers and 117 registers per block of channels at 64x64x32, 22 and 146 without it.
@@ -383,12 +383,12 @@ def default(problem: Problem, target: Target) -> Config:
     )
 
 
-def cost(problem: Problem) -> Cost:
+@counted
+def cost(problem: Problem) -> int:
     """The product, and one operation per tap."""
     rows, c, k = _size(problem)
     taps = math.prod(_attributes(problem).pool.kernel)
-    read, written = tensor_bytes(problem)
-    return Cost(2 * rows * c * k + taps * rows * c, read, written)
+    return 2 * rows * c * k + taps * rows * c
 
 
 OP = Op(

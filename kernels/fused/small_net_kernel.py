@@ -43,20 +43,9 @@ def layer(x, w, y, image, extras, LAYER: tl.constexpr):
 
 @triton.jit
 def small_net_kernel(
-    x,
-    v1,
-    v2,
-    v3,
-    y,
-    between,
-    extras,
-    m,
-    LAYER1: tl.constexpr,
-    LAYER2: tl.constexpr,
-    LAYER3: tl.constexpr,
-    HEAD: tl.constexpr,
-    WIDE: tl.constexpr,
-):
+    x, v1, v2, v3, y, between, extras, m, LAYER1: tl.constexpr, LAYER2: tl.constexpr,
+    LAYER3: tl.constexpr, HEAD: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
     image = tl.program_id(0)
     if WIDE:
         image = image.to(tl.int64)

@@ -95,21 +95,10 @@ def reference(
 
 @triton.jit
 def squeeze_excite_kernel(
-    x,
-    w1,
-    w2,
-    y,
-    extras,
-    m,
-    IMAGE: tl.constexpr,
-    HIDDEN: tl.constexpr,
-    AFTER_SQUEEZE: tl.constexpr,
-    OUTPUT: tl.constexpr,
-    WIDE: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-    BLOCK_PIXELS: tl.constexpr,
-    BLOCK_HIDDEN: tl.constexpr,
-):
+    x, w1, w2, y, extras, m, IMAGE: tl.constexpr, HIDDEN: tl.constexpr,
+    AFTER_SQUEEZE: tl.constexpr, OUTPUT: tl.constexpr, WIDE: tl.constexpr, BLOCK_C: tl.constexpr,
+    BLOCK_PIXELS: tl.constexpr, BLOCK_HIDDEN: tl.constexpr,
+):  # fmt: skip
     # m counts images, one per program; w1 and w2 are both (HIDDEN, C).
     C: tl.constexpr = IMAGE.C
     PIXELS: tl.constexpr = IMAGE.H * IMAGE.W

@@ -86,22 +86,10 @@ def pack(attributes: Stem, w: torch.Tensor) -> torch.Tensor:
 
 @triton.jit
 def stem_kernel(
-    x,
-    w,
-    y,
-    extras,
-    m,
-    IMAGE: tl.constexpr,
-    WINDOW: tl.constexpr,
-    SPACE: tl.constexpr,
-    OUTPUT: tl.constexpr,
-    TERMS: tl.constexpr,
-    W_PITCH: tl.constexpr,
-    MEAN: tl.constexpr,
-    SCALE: tl.constexpr,
-    LEVELS: tl.constexpr,
-    TILE: tl.constexpr,
-):
+    x, w, y, extras, m, IMAGE: tl.constexpr, WINDOW: tl.constexpr, SPACE: tl.constexpr,
+    OUTPUT: tl.constexpr, TERMS: tl.constexpr, W_PITCH: tl.constexpr, MEAN: tl.constexpr,
+    SCALE: tl.constexpr, LEVELS: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
     BLOCK_M: tl.constexpr = TILE.M
     BLOCK_N: tl.constexpr = TILE.N
     BLOCK_K: tl.constexpr = TILE.K

@@ -139,19 +139,10 @@ def side_by_side(vectors, COUNT: tl.constexpr, LEVELS: tl.constexpr):
 
 @triton.jit
 def stem_input_kernel(
-    x,
-    y,
-    extras,
-    m,
-    IMAGE: tl.constexpr,
-    OUTPUT: tl.constexpr,
-    LEFT: tl.constexpr,
-    LEVELS: tl.constexpr,
-    MEAN: tl.constexpr,
-    SCALE: tl.constexpr,
-    WIDE: tl.constexpr,
+    x, y, extras, m, IMAGE: tl.constexpr, OUTPUT: tl.constexpr, LEFT: tl.constexpr,
+    LEVELS: tl.constexpr, MEAN: tl.constexpr, SCALE: tl.constexpr, WIDE: tl.constexpr,
     BLOCK_M: tl.constexpr,
-):
+):  # fmt: skip
     CHANNELS: tl.constexpr = OUTPUT.K
     pixels = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     live = pixels < m

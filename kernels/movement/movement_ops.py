@@ -299,7 +299,7 @@ OPS = (
             "aten.transpose.int": _transpose,
             "aten.t.default": lambda g, a: _permute(g, a.self, (1, 0)),
         },
-        follows=True,
+        follows=True, writes_any=True,
     ),
     _op(
         "expand", Expand, movement.infer_expand, movement.expand,

@@ -24,18 +24,11 @@ import triton
 import triton.language as tl
 
 from ...errors import InvalidInputError
-from ..contract.launch_tiles import finish_tile, tile_of_program, tiled_launch
-from ..contract.op import (
-    Arguments,
-    Attributes,
-    Builder,
-    Config,
-    Launch,
-    Op,
-    Problem,
-    Target,
-)
+from ..contract.op import Arguments, Attributes, Builder, Config, Launch, Op, Problem, Target
 from ..contract.spec import Layout, TensorSpec
+from ..tile.finish import put
+from ..tile.geometry import tile_launch
+from ..tile.space import output_tile
 
 MOST_DIMENSIONS = 5
 MODES = ("constant", "reflect", "replicate", "circular")
@@ -139,13 +132,9 @@ class Sides(NamedTuple):
 @triton.jit
 def pad_kernel(
     x, y, extras, m, DIMS: tl.constexpr, SIDES: tl.constexpr, X_OFFSET: tl.constexpr,
-    Y_PITCH: tl.constexpr, Y_OFFSET: tl.constexpr, MODE: tl.constexpr, VALUE: tl.constexpr,
-    EPILOGUE: tl.constexpr, WIDE: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
+    MODE: tl.constexpr, VALUE: tl.constexpr, OUTPUT: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    rows, columns, row_mask, column_mask = tile_of_program(
-        m, SIDES.outputs[DIMS - 1], WIDE, BLOCK_ROWS, BLOCK_COLUMNS
-    )
+    rows, columns, row_mask, column_mask = output_tile(m, OUTPUT, TILE)
     rows_inside = row_mask
     columns_inside = column_mask
     inner = columns - SIDES.before[DIMS - 1]
@@ -172,7 +161,7 @@ def pad_kernel(
     acc = value.to(tl.float32)
     if MODE == "constant":
         acc = tl.where(inside, acc, VALUE)
-    finish_tile(acc, y, rows, columns, row_mask, column_mask, extras, EPILOGUE, Y_PITCH, Y_OFFSET)
+    put(acc, y, rows, row_mask, columns, column_mask, extras, OUTPUT)
 
 
 def launches(problem: Problem, tile: Config, target: Target) -> tuple[Launch, ...]:
@@ -193,18 +182,11 @@ def launches(problem: Problem, tile: Config, target: Target) -> tuple[Launch, ..
         offset += sum(a * stride for a, stride in zip(low, strides, strict=True))
         before = tuple(max(width, 0) for width in before)
     is_open = tuple(low > 0 or high > 0 for low, high in zip(before, after, strict=True))
-    return tiled_launch(
-        problem,
-        tile,
-        pad_kernel,
-        {
-            "DIMS": len(order),
-            "SIDES": Sides(sizes, in_memory(out.shape), before, is_open, strides),
-            "X_OFFSET": offset,
-            "MODE": attributes.mode,
-            "VALUE": float(attributes.value),
-        },
-    )
+    constexprs = {
+        "DIMS": len(order), "SIDES": Sides(sizes, in_memory(out.shape), before, is_open, strides),
+        "X_OFFSET": offset, "MODE": attributes.mode, "VALUE": float(attributes.value),
+    }  # fmt: skip
+    return (tile_launch(problem, tile, pad_kernel, constexprs=constexprs),)
 
 
 def _capture(g: Builder, a: Arguments) -> Any:

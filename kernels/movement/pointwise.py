@@ -20,10 +20,11 @@ import triton.language as tl
 from ...errors import InvalidInputError
 from ..contract import epilogue as ep
 from ..contract import op, programmatic_launch
-from ..contract.launch_tiles import tile_of_program
 from ..contract.op import Attributes, Config, Launch, Problem, Ref, operand_refs, power_of_two
 from ..contract.spec import MEMORY_FORMATS, Layout, TensorSpec
 from ..contract.targets import Target
+from ..tile.geometry import Output, Tile
+from ..tile.space import output_tile
 
 
 @dataclass(frozen=True)
@@ -45,19 +46,18 @@ class Pointwise(Attributes):
 
 @triton.jit
 def pointwise_kernel(
-    y, extras, m, COLUMNS: tl.constexpr, OFFSET: tl.constexpr, COLUMN_STRIDE: tl.constexpr,
-    ROW_OFFSET: tl.constexpr, CHAIN: tl.constexpr, WIDE: tl.constexpr, BLOCK_ROWS: tl.constexpr,
-    BLOCK_COLUMNS: tl.constexpr, PDL: tl.constexpr,
+    y, extras, m, COLUMN_STRIDE: tl.constexpr, ROW_OFFSET: tl.constexpr,
+    OUTPUT: tl.constexpr, TILE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    rows, columns, row_mask, column_mask = tile_of_program(
-        m, COLUMNS, WIDE, BLOCK_ROWS, BLOCK_COLUMNS
-    )
-    acc = tl.zeros((BLOCK_ROWS, BLOCK_COLUMNS), tl.float32)
+    M: tl.constexpr = TILE.M
+    N: tl.constexpr = TILE.N
+    rows, columns, row_mask, column_mask = output_tile(m, OUTPUT, TILE)
+    acc = tl.zeros((M, N), tl.float32)
     programmatic_launch.wait(PDL)
-    acc = CHAIN(acc, rows, columns, row_mask, column_mask, extras)
+    acc = OUTPUT.epilogue(acc, rows, columns, row_mask, column_mask, extras)
     programmatic_launch.release(PDL)
-    acc = tl.broadcast_to(acc, (BLOCK_ROWS, BLOCK_COLUMNS))
-    address = y + OFFSET + ROW_OFFSET(rows)[:, None] + (columns * COLUMN_STRIDE)[None, :]
+    acc = tl.broadcast_to(acc, (M, N))
+    address = y + OUTPUT.offset + ROW_OFFSET(rows)[:, None] + (columns * COLUMN_STRIDE)[None, :]
     mask = row_mask[:, None] & column_mask[None, :]
     tl.store(address, acc.to(y.dtype.element_ty), mask=mask)
 
@@ -100,13 +100,13 @@ def launch_chain(
     if len(sizes) == 1 and keep_first:
         sizes, strides = (*sizes, 1), tuple((*steps, 0) for steps in strides)
     reads = tuple(
-        replace(read, strides=steps)
-        for steps, read in zip(strides[1:], reads, strict=True)
+        replace(read, strides=steps) for steps, read in zip(strides[1:], reads, strict=True)
     )
     rows, columns = math.prod(sizes[:-1]), sizes[-1]
     elements = tile["BLOCK_ROWS"] * tile["BLOCK_COLUMNS"]
     block_columns = min(tile["BLOCK_COLUMNS"], power_of_two(columns))
     block_rows = max(1, min(elements // block_columns, power_of_two(rows)))
+    chain = ep.generate(stages, reads, sizes, name="chain")
     return Launch(
         kernel=pointwise_kernel,
         pointers={"y": Ref("output", walk.output)},
@@ -116,15 +116,12 @@ def launch_chain(
         block_rows=block_rows,
         columns=-(-columns // block_columns),
         constexprs={
-            "COLUMNS": columns,
-            "OFFSET": walk.written.offset,
             "COLUMN_STRIDE": strides[0][-1],
+            # Where rows lie only this tells.
             "ROW_OFFSET": ep.row_offset_function(sizes[:-1], strides[0][:-1]),
-            "CHAIN": ep.generate(stages, reads, sizes, name="chain"),
-            "WIDE": problem.is_wide,
+            "OUTPUT": Output(1, 1, columns, 0, walk.written.offset, chain),
+            "TILE": Tile(block_rows, block_columns, wide=problem.is_wide),
             "PDL": False,
-            "BLOCK_ROWS": block_rows,
-            "BLOCK_COLUMNS": block_columns,
         },
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,

@@ -151,6 +151,7 @@ OPS = (
             "aten.pixel_unshuffle.default": _capture_pixel_unshuffle,
             "aten.channel_shuffle.default": _capture_channel_shuffle,
         },
+        writes_any=True,
     ),
     _op(
         "flip",

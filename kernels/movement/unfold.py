@@ -22,25 +22,26 @@ import triton.language as tl
 
 from ...errors import InvalidInputError
 from ..contract import epilogue as ep
-from ..contract.launch_tiles import finish_tile, tile_of_program, tiled_launch
 from ..contract.op import (
     Arguments,
     Attributes,
     Builder,
     Config,
-    Cost,
     Launch,
     Op,
     Problem,
     Ref,
     config,
+    counted,
     operand_refs,
-    tensor_bytes,
     tile_config,
-)  # fmt: skip
+)
 from ..contract.spec import Layout, TensorSpec, rows_and_columns
 from ..contract.targets import Target
 from ..tile.conv_geometry import pair
+from ..tile.finish import put
+from ..tile.geometry import Window, tile_launch
+from ..tile.space import output_tile
 from . import pointwise
 from .pad import Pad
 
@@ -124,9 +125,7 @@ def launches(problem: Problem, tile: Config, target: Target) -> tuple[Launch, ..
         return ep.Access(steps, read.offset, read.label)
 
     reads = (
-        ep.Access(
-            (of_n, of_c, of_h * dh, of_w * dw, of_h * sh, of_w * sw), x.offset, str(x.spec)
-        ),
+        ep.Access((of_n, of_c, of_h * dh, of_w * dw, of_h * sh, of_w * sw), x.offset, str(x.spec)),
         *(split(ep.access(operand, out.spec)) for operand in problem.operands),
     )
     written = split(ep.Access(out.strides, out.offset))
@@ -138,73 +137,45 @@ def launches(problem: Problem, tile: Config, target: Target) -> tuple[Launch, ..
 
 @triton.jit
 def fold_kernel(
-    x,
-    y,
-    extras,
-    m,
-    C: tl.constexpr,
-    H: tl.constexpr,
-    WIDTH: tl.constexpr,
-    P: tl.constexpr,
-    Q: tl.constexpr,
-    R: tl.constexpr,
-    S: tl.constexpr,
-    STRIDE_H: tl.constexpr,
-    STRIDE_W: tl.constexpr,
-    DILATION_H: tl.constexpr,
-    DILATION_W: tl.constexpr,
-    TOP: tl.constexpr,
-    LEFT: tl.constexpr,
-    X_OFFSET: tl.constexpr,
-    X_STRIDES: tl.constexpr,
-    Y_PITCH: tl.constexpr,
-    Y_OFFSET: tl.constexpr,
-    EPILOGUE: tl.constexpr,
-    WIDE: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr,
-    BLOCK_COLUMNS: tl.constexpr,
-):
+    x, y, extras, m, WINDOW: tl.constexpr, P: tl.constexpr, Q: tl.constexpr,
+    X_OFFSET: tl.constexpr, X_STRIDES: tl.constexpr, OUTPUT: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
     # Rows are pixels, columns are channels; of the columns of x a tile reads one element per tap.
-    rows, channels, row_mask, column_mask = tile_of_program(m, C, WIDE, BLOCK_ROWS, BLOCK_COLUMNS)
-    h = (rows // WIDTH % H).to(tl.int32) + TOP
-    w = (rows % WIDTH).to(tl.int32) + LEFT
+    M: tl.constexpr = TILE.M
+    N: tl.constexpr = TILE.N
+    H: tl.constexpr = OUTPUT.P
+    WIDTH: tl.constexpr = OUTPUT.Q
+    rows, channels, row_mask, column_mask = output_tile(m, OUTPUT, TILE)
+    h = (rows // WIDTH % H).to(tl.int32) + WINDOW.top
+    w = (rows % WIDTH).to(tl.int32) + WINDOW.left
     image = x + X_OFFSET + (rows // (H * WIDTH) * X_STRIDES[0])[:, None]
-    acc = tl.zeros((BLOCK_ROWS, BLOCK_COLUMNS), tl.float32)
-    for r in range(R):
-        for s in range(S):
-            down = h - r * DILATION_H
-            side = w - s * DILATION_W
-            p = down // STRIDE_H
-            q = side // STRIDE_W
+    acc = tl.zeros((M, N), tl.float32)
+    for r in range(WINDOW.R):
+        for s in range(WINDOW.S):
+            down = h - r * WINDOW.dilation_h
+            side = w - s * WINDOW.dilation_w
+            p = down // WINDOW.stride_h
+            q = side // WINDOW.stride_w
             there = (down >= 0) & (side >= 0) & (p < P) & (q < Q)
-            there = there & (down % STRIDE_H == 0) & (side % STRIDE_W == 0) & row_mask
-            terms = ((channels * R + r) * S + s) * X_STRIDES[1]
+            there = there & (down % WINDOW.stride_h == 0) & (side % WINDOW.stride_w == 0) & row_mask
+            terms = ((channels * WINDOW.R + r) * WINDOW.S + s) * X_STRIDES[1]
             address = image + terms[None, :] + ((p * Q + q) * X_STRIDES[2])[:, None]
             mask = there[:, None] & column_mask[None, :]
             acc += tl.load(address, mask=mask, other=0.0).to(tl.float32)
-    finish_tile(
-        acc, y, rows, channels, row_mask, column_mask, extras, EPILOGUE, Y_PITCH, Y_OFFSET
-    )
+    put(acc, y, rows, row_mask, channels, column_mask, extras, OUTPUT)
 
 
 def launches_fold(problem: Problem, tile: Config, target: Target) -> tuple[Launch, ...]:
     """One launch over the pixels of the result."""
-    attributes, x, out = problem.attributes, problem.inputs[0], problem.output
+    attributes, x = problem.attributes, problem.inputs[0]
     assert isinstance(attributes, Fold)
     (h, w), (top, left) = attributes.image, attributes.padding
     p, q = attributes.places(h + 2 * top, w + 2 * left)
-    return tiled_launch(
-        problem,
-        tile,
-        fold_kernel,
-        {
-            "C": out.shape[1], "H": h, "WIDTH": w, "P": p, "Q": q,
-            "R": attributes.kernel[0], "S": attributes.kernel[1],
-            "STRIDE_H": attributes.stride[0], "STRIDE_W": attributes.stride[1],
-            "DILATION_H": attributes.dilation[0], "DILATION_W": attributes.dilation[1],
-            "TOP": top, "LEFT": left, "X_STRIDES": x.strides,
-        },
-    )  # fmt: skip
+    constexprs = {
+        "WINDOW": Window.of(attributes.kernel, attributes), "P": p, "Q": q,
+        "X_OFFSET": x.offset, "X_STRIDES": x.strides,
+    }  # fmt: skip
+    return (tile_launch(problem, tile, fold_kernel, constexprs=constexprs),)
 
 
 def configs(problem: Problem, target: Target) -> Iterator[Config]:
@@ -219,10 +190,10 @@ def default(problem: Problem, target: Target) -> Config:
     return tile_config(rows, columns, target, elements=1024)
 
 
-def cost(problem: Problem) -> Cost:
+@counted
+def cost(problem: Problem) -> int:
     """fold adds every element that it reads."""
-    read, written = tensor_bytes(problem)
-    return Cost(problem.inputs[0].spec.numel, read, written)
+    return problem.inputs[0].spec.numel
 
 
 def _capture_unfold(g: Builder, a: Arguments) -> Any:

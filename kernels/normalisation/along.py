@@ -3,10 +3,33 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
+
+import triton
+import triton.language as tl
 
 from ..contract import epilogue as ep
 from ..contract.op import Config, Launch, Operand, Problem, Ref
+from ..tile.geometry import Tile
+
+
+class Along(NamedTuple):
+    """A tensor along one dimension: a function that gives the offset of a row, the elements from
+    one place of a row to the next, and those before the first row."""
+
+    row: Any
+    stride: int
+    offset: int
+
+
+@triton.jit
+def rows_of_program(m, TILE: tl.constexpr):
+    """The program's rows, and which of them exist."""
+    rows = tl.program_id(0) * TILE.M + tl.arange(0, TILE.M)
+    row_mask = rows < m
+    if TILE.wide:
+        rows = rows.to(tl.int64)
+    return rows, row_mask
 
 
 def launch_along(
@@ -19,21 +42,18 @@ def launch_along(
 ) -> tuple[Launch, ...]:
     """One launch over all rows, in the order of the dimensions beside `dim`.
 
-    tensors: by the name of the kernel's pointer, of which it also takes, in capitals, _ROW (the
-    offset of a row), _STRIDE along the dimension and _OFFSET. The kernel takes the dimension's
-    length L, WIDE and the tile's blocks, too.
+    tensors: by the name of the kernel's pointer, of which it also takes an `Along` in capitals; and
+    the dimension's length L, and TILE.
     """
     x = problem.inputs[0]
     rest = [at for at in range(x.spec.rank) if at != dim]
     sizes = tuple(x.shape[at] for at in rest) or (1,)
-    constants: dict[str, Any] = {}
-    for name, (_, operand) in tensors.items():
+
+    def along(operand: Operand) -> Along:
         strides = tuple(operand.strides[at] for at in rest) or (0,)
-        constants |= {
-            f"{name.upper()}_ROW": ep.row_offset_function(sizes, strides),
-            f"{name.upper()}_STRIDE": operand.strides[dim],
-            f"{name.upper()}_OFFSET": operand.offset,
-        }
+        row = ep.row_offset_function(sizes, strides)
+        return Along(row, operand.strides[dim], operand.offset)
+
     launch = Launch(
         kernel=kernel,
         pointers={name: ref for name, (ref, _) in tensors.items()},
@@ -42,8 +62,9 @@ def launch_along(
         block_rows=tile["BLOCK_ROWS"],
         columns=1,
         constexprs={
-            "L": x.shape[dim], "WIDE": problem.is_wide, **constants, **constexprs,
-            **dict(tile.blocks),
+            "L": x.shape[dim], "TILE": Tile.of(problem, tile),
+            **{name.upper(): along(operand) for name, (_, operand) in tensors.items()},
+            **constexprs,
         },
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,

@@ -26,9 +26,11 @@ import triton.language as tl
 
 from ...errors import InvalidInputError
 from ..contract import op
-from ..contract.launch_tiles import finish_tile, tile_of_program, tiled_launch
 from ..contract.op import Attributes, Config, Launch, Op, Problem, Target
 from ..contract.spec import TensorSpec
+from ..tile.finish import put
+from ..tile.geometry import Matrix, tile_launch
+from ..tile.space import output_tile
 
 
 @dataclass(frozen=True)
@@ -79,25 +81,25 @@ def scaled(value, energy, BETA: tl.constexpr):
 
 @triton.jit
 def shifted_kernel(
-    x, y, extras, m, C: tl.constexpr, BELOW: tl.constexpr, ABOVE: tl.constexpr,
-    ALPHA: tl.constexpr, K: tl.constexpr, BETA: tl.constexpr,
-    X_PITCH: tl.constexpr, X_OFFSET: tl.constexpr, Y_PITCH: tl.constexpr, Y_OFFSET: tl.constexpr,
-    EPILOGUE: tl.constexpr, WIDE: tl.constexpr, LANES: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
+    x, y, extras, m, X: tl.constexpr, BELOW: tl.constexpr, ABOVE: tl.constexpr,
+    ALPHA: tl.constexpr, K: tl.constexpr, BETA: tl.constexpr, LANES: tl.constexpr,
+    OUTPUT: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    rows, columns, row_mask, column_mask = tile_of_program(m, C, WIDE, BLOCK_ROWS, BLOCK_COLUMNS)
+    M: tl.constexpr = TILE.M
+    N: tl.constexpr = TILE.N
+    rows, columns, row_mask, column_mask = output_tile(m, OUTPUT, TILE)
     mask = row_mask[:, None] & column_mask[None, :]
-    pixel = x + X_OFFSET + (rows * X_PITCH)[:, None]
-    energy = tl.zeros((BLOCK_ROWS, BLOCK_COLUMNS), tl.float32)
+    pixel = x + X.offset + (rows * X.row_stride)[:, None]
+    energy = tl.zeros((M, N), tl.float32)
     for shift in range(-BELOW, ABOVE + 1):
         channels = columns + shift
-        exists = (channels >= 0) & (channels < C)
+        exists = (channels >= 0) & (channels < X.C)
         near = row_mask[:, None] & exists[None, :]
         value = tl.load(pixel + channels[None, :], mask=near, other=0.0).to(tl.float32)
         energy += value * value
     value = tl.load(pixel + columns[None, :], mask=mask, other=0.0).to(tl.float32)
     acc = scaled(value, K + ALPHA * energy, BETA)
-    finish_tile(acc, y, rows, columns, row_mask, column_mask, extras, EPILOGUE, Y_PITCH, Y_OFFSET)
+    put(acc, y, rows, row_mask, columns, column_mask, extras, OUTPUT)
 
 
 @triton.jit
@@ -134,24 +136,19 @@ def pack(v, ROWS: tl.constexpr, GROUPS: tl.constexpr, LANES: tl.constexpr):
 
 @triton.jit
 def lanes_kernel(
-    x, y, extras, m, C: tl.constexpr, BELOW: tl.constexpr, ABOVE: tl.constexpr,
-    ALPHA: tl.constexpr, K: tl.constexpr, BETA: tl.constexpr,
-    X_PITCH: tl.constexpr, X_OFFSET: tl.constexpr, Y_PITCH: tl.constexpr, Y_OFFSET: tl.constexpr,
-    EPILOGUE: tl.constexpr, WIDE: tl.constexpr, LANES: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
+    x, y, extras, m, X: tl.constexpr, BELOW: tl.constexpr, ABOVE: tl.constexpr,
+    ALPHA: tl.constexpr, K: tl.constexpr, BETA: tl.constexpr, LANES: tl.constexpr,
+    OUTPUT: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     # C is a multiple of LANES, and the window reaches at most LANES channels to either side.
-    GROUPS: tl.constexpr = BLOCK_COLUMNS // LANES
-    column_tiles: tl.constexpr = (C + BLOCK_COLUMNS - 1) // BLOCK_COLUMNS
-    program = tl.program_id(0)
-    rows = program // column_tiles * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
-    start = program % column_tiles * BLOCK_COLUMNS
-    row_mask = rows < m
-    if WIDE:
-        rows = rows.to(tl.int64)
+    M: tl.constexpr = TILE.M
+    C: tl.constexpr = X.C
+    GROUPS: tl.constexpr = TILE.N // LANES
+    rows, columns, row_mask, column_mask = output_tile(m, OUTPUT, TILE)
+    start = tl.program_id(0) % ((C + TILE.N - 1) // TILE.N) * TILE.N
     group = start + tl.arange(0, GROUPS) * LANES
     channels = (group[:, None] + tl.arange(0, LANES)[None, :])[None, :, :]
-    address = x + X_OFFSET + (rows * X_PITCH)[:, None, None] + channels
+    address = x + X.offset + (rows * X.row_stride)[:, None, None] + channels
     live = row_mask[:, None, None]
     before = tl.load(
         address - LANES, mask=live & (channels >= LANES) & (channels < C + LANES), other=0.0
@@ -159,9 +156,9 @@ def lanes_kernel(
     here = tl.load(address, mask=live & (channels < C), other=0.0)
     after = tl.load(address + LANES, mask=live & (channels < C - LANES), other=0.0)
     v = (
-        unpack(before.to(tl.float32), BLOCK_ROWS, GROUPS, LANES)
-        + unpack(here.to(tl.float32), BLOCK_ROWS, GROUPS, LANES)
-        + unpack(after.to(tl.float32), BLOCK_ROWS, GROUPS, LANES)
+        unpack(before.to(tl.float32), M, GROUPS, LANES)
+        + unpack(here.to(tl.float32), M, GROUPS, LANES)
+        + unpack(after.to(tl.float32), M, GROUPS, LANES)
     )
     results = ()
     for lane in tl.static_range(LANES, 2 * LANES):
@@ -170,10 +167,8 @@ def lanes_kernel(
             energy += v[j] * v[j]
         # Tuples grow by addition: Triton has no starred elements.
         results = results + (scaled(v[lane], K + ALPHA * energy, BETA),)
-    acc = pack(results, BLOCK_ROWS, GROUPS, LANES)
-    columns = start + tl.arange(0, BLOCK_COLUMNS)
-    column_mask = columns < C
-    finish_tile(acc, y, rows, columns, row_mask, column_mask, extras, EPILOGUE, Y_PITCH, Y_OFFSET)
+    acc = pack(results, M, GROUPS, LANES)
+    put(acc, y, rows, row_mask, columns, column_mask, extras, OUTPUT)
 
 
 def lanes(problem: Problem) -> int:
@@ -189,20 +184,19 @@ def launches(problem: Problem, tile: Config, target: Target) -> tuple[Launch, ..
     """One launch of the kernel that the tile's LANES chooses."""
     attributes = problem.attributes
     assert isinstance(attributes, LocalResponseNorm)
-    return tiled_launch(
+    launch = tile_launch(
         problem,
         tile,
         shifted_kernel if tile["LANES"] == 1 else lanes_kernel,
-        {
-            "C": problem.output.shape[1],
-            "BELOW": attributes.size // 2,
-            "ABOVE": (attributes.size - 1) // 2,
+        constexprs={
+            "X": Matrix.of(problem.inputs[0]), "LANES": tile["LANES"],
+            "BELOW": attributes.size // 2, "ABOVE": (attributes.size - 1) // 2,
             "ALPHA": attributes.alpha / attributes.size,
-            "K": float(attributes.k),
-            "BETA": float(attributes.beta),
+            "K": float(attributes.k), "BETA": float(attributes.beta),
         },
         instructions=tile["BLOCK_ROWS"] * tile["BLOCK_COLUMNS"] * instructions_per_result(tile),
-    )
+    )  # fmt: skip
+    return (launch,)
 
 
 def instructions_per_result(tile: Config) -> int:

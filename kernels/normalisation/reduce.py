@@ -29,20 +29,12 @@ from ..contract import epilogue as ep
 from ..contract import op
 from ..contract.cost_model import MULTIPROCESSORS
 from ..contract.elementary import NAN
-from ..contract.launch_tiles import tile_of_program, tiled_launch
-from ..contract.op import (
-    Arguments,
-    Attributes,
-    Builder,
-    Capture,
-    Config,
-    Launch,
-    Op,
-    Problem,
-)
+from ..contract.op import Arguments, Attributes, Builder, Capture, Config, Launch, Op, Problem
 from ..contract.spec import Layout, TensorSpec
 from ..contract.targets import Target
 from ..movement.pointwise import Pointwise
+from ..tile.geometry import Output, tile_launch
+from ..tile.space import output_tile
 from . import topk
 
 
@@ -102,26 +94,24 @@ def reference(name: str, attributes: Reduce, x: torch.Tensor) -> torch.Tensor:
 
 @triton.jit
 def reduce_kernel(
-    x, y, extras, m, COLUMNS: tl.constexpr, LENGTH: tl.constexpr,
-    X_OFFSET: tl.constexpr, X_ROW: tl.constexpr, X_REDUCED: tl.constexpr,
-    X_COLUMN_STRIDE: tl.constexpr,
-    Y_OFFSET: tl.constexpr, Y_ROW: tl.constexpr, Y_COLUMN_STRIDE: tl.constexpr,
+    x, y, extras, m, LENGTH: tl.constexpr, BLOCK_LENGTH: tl.constexpr, X_OFFSET: tl.constexpr,
+    X_ROW: tl.constexpr, X_REDUCED: tl.constexpr, X_COLUMN_STRIDE: tl.constexpr,
+    Y_ROW: tl.constexpr, Y_COLUMN_STRIDE: tl.constexpr,
     IS_MAXIMUM: tl.constexpr, IS_CENTRED: tl.constexpr, IS_SQUARED: tl.constexpr,
-    IS_ROOT: tl.constexpr, DIVISOR: tl.constexpr, EPILOGUE: tl.constexpr, WIDE: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr, BLOCK_LENGTH: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
+    IS_ROOT: tl.constexpr, DIVISOR: tl.constexpr, OUTPUT: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    rows, columns, row_mask, column_mask = tile_of_program(
-        m, COLUMNS, WIDE, BLOCK_ROWS, BLOCK_COLUMNS
-    )
+    M: tl.constexpr = TILE.M
+    N: tl.constexpr = TILE.N
+    rows, columns, row_mask, column_mask = output_tile(m, OUTPUT, TILE)
     lanes = tl.arange(0, BLOCK_LENGTH)
     mask = row_mask[:, None] & column_mask[None, :]
-    if WIDE:
+    if TILE.wide:
         lanes = lanes.to(tl.int64)
     base = x + X_OFFSET + X_ROW(rows)[:, None] + (columns * X_COLUMN_STRIDE)[None, :]
     base = base[:, None, :]
     neutral: tl.constexpr = float("-inf") if IS_MAXIMUM else 0.0
     if IS_CENTRED:
-        total = tl.full((BLOCK_ROWS, BLOCK_LENGTH, BLOCK_COLUMNS), 0.0, tl.float32)
+        total = tl.full((M, BLOCK_LENGTH, N), 0.0, tl.float32)
         for start in range(0, LENGTH, BLOCK_LENGTH):
             reduced = start + lanes
             live = mask[:, None, :] & (reduced < LENGTH)[None, :, None]
@@ -129,7 +119,7 @@ def reduce_kernel(
             total += value.to(tl.float32)
         mean = tl.sum(total, axis=1)
         mean = tl.div_rn(mean, tl.full(mean.shape, LENGTH, tl.float32))[:, None, :]
-    partial = tl.full((BLOCK_ROWS, BLOCK_LENGTH, BLOCK_COLUMNS), neutral, tl.float32)
+    partial = tl.full((M, BLOCK_LENGTH, N), neutral, tl.float32)
     for start in range(0, LENGTH, BLOCK_LENGTH):
         reduced = start + lanes
         live = mask[:, None, :] & (reduced < LENGTH)[None, :, None]
@@ -154,8 +144,8 @@ def reduce_kernel(
         acc = tl.div_rn(acc, tl.full(acc.shape, DIVISOR, tl.float32))
     if IS_ROOT:
         acc = tl.sqrt_rn(acc)
-    acc = EPILOGUE(acc, rows, columns, row_mask, column_mask, extras)
-    address = y + Y_OFFSET + Y_ROW(rows)[:, None] + (columns * Y_COLUMN_STRIDE)[None, :]
+    acc = OUTPUT.epilogue(acc, rows, columns, row_mask, column_mask, extras)
+    address = y + OUTPUT.offset + Y_ROW(rows)[:, None] + (columns * Y_COLUMN_STRIDE)[None, :]
     tl.store(address, acc.to(y.dtype.element_ty), mask=mask)
 
 
@@ -235,28 +225,28 @@ def _launches(name: str, problem: Problem, tile: Config, target: Target) -> tupl
         ep.Access(strides, operand.offset, str(operand.spec))
         for strides, operand in zip(walk.operands, problem.operands, strict=True)
     )
-    return tiled_launch(
+    # Where rows lie only Y_ROW tells.
+    epilogue = ep.generate(problem.epilogue, reads, walk.sizes)
+    launch = tile_launch(
         problem,
         tile,
         reduce_kernel,
-        {
-            "COLUMNS": walk.columns,
-            "LENGTH": walk.length,
+        constexprs={
+            "LENGTH": walk.length, "BLOCK_LENGTH": tile["BLOCK_LENGTH"],
+            "X_OFFSET": problem.inputs[0].offset,
             "X_ROW": ep.row_offset_function(walk.sizes[:-1], walk.read[:-1]),
             "X_REDUCED": ep.row_offset_function(walk.reduced_sizes, walk.reduced_strides),
             "X_COLUMN_STRIDE": walk.read[-1],
             "Y_ROW": ep.row_offset_function(walk.sizes[:-1], walk.written[:-1]),
             "Y_COLUMN_STRIDE": walk.written[-1],
-            "IS_MAXIMUM": name == "amax",
-            "IS_CENTRED": name in ("var", "std"),
-            "IS_SQUARED": name in ("var", "std", "norm"),
-            "IS_ROOT": name in ("std", "norm"),
+            "IS_MAXIMUM": name == "amax", "IS_CENTRED": name in ("var", "std"),
+            "IS_SQUARED": name in ("var", "std", "norm"), "IS_ROOT": name in ("std", "norm"),
             "DIVISOR": _divisor(name, attributes, walk.length),
-            "EPILOGUE": ep.generate(problem.epilogue, reads, walk.sizes),
         },
+        output=Output(1, 1, walk.columns, 0, problem.output.offset, epilogue),
         rows=walk.rows,
-        columns=walk.columns,
-    )
+    )  # fmt: skip
+    return (launch,)
 
 
 def _tile(walk: Walk, elements: int, contiguous: int, num_warps: int) -> Config:

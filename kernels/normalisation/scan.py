@@ -25,7 +25,6 @@ from ..contract.op import (
     Builder,
     Capture,
     Config,
-    Cost,
     Launch,
     Op,
     Problem,
@@ -33,11 +32,11 @@ from ..contract.op import (
     X,
     Y,
     config,
+    counted,
     power_of_two,
-    tensor_bytes,
 )
 from ..contract.spec import TensorSpec
-from .along import launch_along
+from .along import launch_along, rows_of_program
 
 BLOCK = 1024
 
@@ -81,34 +80,19 @@ def _product(a, b):
 
 @triton.jit
 def scan_kernel(
-    x,
-    y,
-    extras,
-    m,
-    L: tl.constexpr,
-    MULTIPLY: tl.constexpr,
-    X_ROW: tl.constexpr,
-    Y_ROW: tl.constexpr,
-    X_STRIDE: tl.constexpr,
-    Y_STRIDE: tl.constexpr,
-    X_OFFSET: tl.constexpr,
-    Y_OFFSET: tl.constexpr,
-    WIDE: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr,
-    BLOCK_COLUMNS: tl.constexpr,
-):
-    rows = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
-    row_mask = rows < m
-    if WIDE:
-        rows = rows.to(tl.int64)
-    source = (x + X_OFFSET + X_ROW(rows))[:, None]
-    target = (y + Y_OFFSET + Y_ROW(rows))[:, None]
+    x, y, extras, m, L: tl.constexpr, MULTIPLY: tl.constexpr, X: tl.constexpr, Y: tl.constexpr,
+    TILE: tl.constexpr,
+):  # fmt: skip
+    M: tl.constexpr = TILE.M
+    rows, row_mask = rows_of_program(m, TILE)
+    source = (x + X.offset + X.row(rows))[:, None]
+    target = (y + Y.offset + Y.row(rows))[:, None]
     NEUTRAL: tl.constexpr = 1.0 if MULTIPLY else 0.0
-    before = tl.full((BLOCK_ROWS,), NEUTRAL, tl.float32)
-    for start in range(0, L, BLOCK_COLUMNS):
-        places = start + tl.arange(0, BLOCK_COLUMNS)
+    before = tl.full((M,), NEUTRAL, tl.float32)
+    for start in range(0, L, TILE.N):
+        places = start + tl.arange(0, TILE.N)
         mask = row_mask[:, None] & (places < L)[None, :]
-        value = tl.load(source + (places * X_STRIDE)[None, :], mask=mask, other=NEUTRAL)
+        value = tl.load(source + (places * X.stride)[None, :], mask=mask, other=NEUTRAL)
         value = value.to(tl.float32)
         if MULTIPLY:
             result = tl.associative_scan(value, 1, _product) * before[:, None]
@@ -116,7 +100,7 @@ def scan_kernel(
         else:
             result = tl.associative_scan(value, 1, _sum) + before[:, None]
             before = before + tl.sum(value, axis=1)
-        tl.store(target + (places * Y_STRIDE)[None, :], result.to(y.dtype.element_ty), mask=mask)
+        tl.store(target + (places * Y.stride)[None, :], result.to(y.dtype.element_ty), mask=mask)
 
 
 def launches(
@@ -150,10 +134,10 @@ def default(problem: Problem, target: Target) -> Config:
     return config(4, 1, BLOCK_ROWS=max(1, 2048 // columns), BLOCK_COLUMNS=columns)
 
 
-def cost(problem: Problem) -> Cost:
+@counted
+def cost(problem: Problem) -> int:
     """Two operations per element: those of a scan that goes up and down a tree."""
-    read, written = tensor_bytes(problem)
-    return Cost(2 * problem.output.spec.numel, read, written)
+    return 2 * problem.output.spec.numel
 
 
 def _capture(name: str) -> Capture:

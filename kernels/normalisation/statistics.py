@@ -26,9 +26,10 @@ import triton.language as tl
 
 from ..contract import epilogue as ep
 from ..contract.cost_model import MULTIPROCESSORS
-from ..contract.launch_tiles import finish_tile, tiled_launch
 from ..contract.op import Config, Launch, Problem, config, counted, power_of_two
 from ..contract.targets import Target
+from ..tile.finish import put
+from ..tile.geometry import Matrix, tile_launch
 
 WHOLE = 16384
 """Most elements that a program keeps in registers: 32 per thread at 16 warps."""
@@ -126,7 +127,7 @@ def deviated(value, mask, seen, mean, squares):
 @triton.jit
 def read_step(
     source, step, m, outer, within, group, across, first, left, LENGTH_ROW: tl.constexpr,
-    X_PITCH: tl.constexpr, SIZES: tl.constexpr, HELD: tl.constexpr, OUTSIDE: tl.constexpr,
+    ROW_STRIDE: tl.constexpr, SIZES: tl.constexpr, HELD: tl.constexpr, OUTSIDE: tl.constexpr,
 ):  # fmt: skip
     """The tile of one step in fp32, OUTSIDE where there is nothing; its rows and columns, and which
     of them there are."""
@@ -137,7 +138,7 @@ def read_step(
     columns = left + start
     row_mask = (outer < m) & (length < SIZES.length)
     column_mask = (group < SIZES.groups) & (across + start < SIZES.width)
-    address = source + (rows * X_PITCH)[:, None] + columns[None, :]
+    address = source + (rows * ROW_STRIDE)[:, None] + columns[None, :]
     value = tl.load(address, mask=row_mask[:, None] & column_mask[None, :], other=OUTSIDE)
     return value.to(tl.float32), rows, columns, row_mask, column_mask
 
@@ -145,10 +146,9 @@ def read_step(
 @triton.jit
 def statistics_kernel(
     x, y, extras, m, SIZES: tl.constexpr, HELD: tl.constexpr,
-    OUTER_ROW: tl.constexpr, LENGTH_ROW: tl.constexpr,
-    X_PITCH: tl.constexpr, X_OFFSET: tl.constexpr, Y_PITCH: tl.constexpr, Y_OFFSET: tl.constexpr,
-    KIND: tl.constexpr, CENTRED: tl.constexpr, EPS: tl.constexpr, EPILOGUE: tl.constexpr,
-    WIDE: tl.constexpr,
+    OUTER_ROW: tl.constexpr, LENGTH_ROW: tl.constexpr, X: tl.constexpr,
+    KIND: tl.constexpr, CENTRED: tl.constexpr, EPS: tl.constexpr,
+    OUTPUT: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     # m counts outer indices.
     COUNT: tl.constexpr = SIZES.length * SIZES.width
@@ -172,15 +172,15 @@ def statistics_kernel(
         left = program % group_tiles * breadth + horizontal
     else:
         left = group * SIZES.width + across
-    if WIDE:
+    if TILE.wide:
         outer = outer.to(tl.int64)
         within = within.to(tl.int64)
     first = OUTER_ROW(outer)
-    source = x + X_OFFSET
+    source = x + X.offset
     if steps == 1:
         value, rows, columns, row_mask, column_mask = read_step(
             source, 0, m, outer, within, group, across, first, left,
-            LENGTH_ROW, X_PITCH, SIZES, HELD, OUTSIDE,
+            LENGTH_ROW, X.row_stride, SIZES, HELD, OUTSIDE,
         )  # fmt: skip
         if DEVIATES:
             mask = row_mask[:, None] & column_mask[None, :]
@@ -188,9 +188,7 @@ def statistics_kernel(
         else:
             peak = together(value, HELD, True)
             acc = normalized(value, peak, together(tl.exp(value - peak), HELD, False), LOG)
-        finish_tile(
-            acc, y, rows, columns, row_mask, column_mask, extras, EPILOGUE, Y_PITCH, Y_OFFSET
-        )
+        put(acc, y, rows, row_mask, columns, column_mask, extras, OUTPUT)
     else:
         # Of softmax: sums relative to the maximum so far.
         peak = together(tl.full((height, breadth), float("-inf"), tl.float32), HELD, True)
@@ -199,7 +197,7 @@ def statistics_kernel(
         # it round less.
         pivot = tl.zeros((1, 1), tl.float32)
         if DEVIATES and CENTRED:
-            address = source + (first * X_PITCH)[:, None] + (group * SIZES.width)[None, :]
+            address = source + (first * X.row_stride)[:, None] + (group * SIZES.width)[None, :]
             mask = (outer < m)[:, None] & (group < SIZES.groups)[None, :]
             pivot = tl.load(address, mask=mask, other=0.0).to(tl.float32)
         seen = tl.zeros((height, breadth), tl.float32)
@@ -208,7 +206,7 @@ def statistics_kernel(
         for step in range(steps):
             value, rows, columns, row_mask, column_mask = read_step(
                 source, step, m, outer, within, group, across, first, left,
-                LENGTH_ROW, X_PITCH, SIZES, HELD, OUTSIDE,
+                LENGTH_ROW, X.row_stride, SIZES, HELD, OUTSIDE,
             )  # fmt: skip
             if not DEVIATES:
                 peak, total = rescaled(value, peak, total, HELD)
@@ -226,15 +224,13 @@ def statistics_kernel(
         for step in range(steps):
             value, rows, columns, row_mask, column_mask = read_step(
                 source, step, m, outer, within, group, across, first, left,
-                LENGTH_ROW, X_PITCH, SIZES, HELD, OUTSIDE,
+                LENGTH_ROW, X.row_stride, SIZES, HELD, OUTSIDE,
             )  # fmt: skip
             if DEVIATES:
                 acc = ((value - pivot) - centre) * scale
             else:
                 acc = normalized(value, peak, total, LOG)
-            finish_tile(
-                acc, y, rows, columns, row_mask, column_mask, extras, EPILOGUE, Y_PITCH, Y_OFFSET
-            )
+            put(acc, y, rows, row_mask, columns, column_mask, extras, OUTPUT)
 
 
 @dataclass(frozen=True)
@@ -302,22 +298,22 @@ def launches(
     walk, x = walk_of(problem), problem.inputs[0]
     reads = 1 if walk.is_whole(tile) else 2
     owned = walk.length * walk.width * tile["BLOCK_OUTER"] * tile["BLOCK_GROUPS"]
-    return tiled_launch(
+    launch = tile_launch(
         problem,
         tile,
         statistics_kernel,
-        {
+        constexprs={
             "SIZES": Sizes(walk.outer, walk.length, walk.groups, walk.width),
             "HELD": Sizes(*(tile[f"BLOCK_{name.upper()}"] for name in Sizes._fields)),
             "OUTER_ROW": ep.row_offset_function(walk.outer_sizes, walk.outer_rows),
             "LENGTH_ROW": ep.row_offset_function(walk.length_sizes, walk.length_rows),
-            "KIND": kind, "CENTRED": centred, "EPS": eps,
+            "X": Matrix.of(x), "KIND": kind, "CENTRED": centred, "EPS": eps,
         },
         rows=walk.outer,
         columns=walk.groups,
-        blocks=("BLOCK_OUTER", "BLOCK_GROUPS"),
         l2_bytes=reads * owned * x.spec.dtype.itemsize,
     )  # fmt: skip
+    return (launch,)
 
 
 def tile_of(walk: Walk, least: int, whole: int, run: int = RUN, warps: int | None = None) -> Config:

@@ -27,7 +27,6 @@ from ..contract.op import (
     Attributes,
     Builder,
     Config,
-    Cost,
     Launch,
     Op,
     Problem,
@@ -36,13 +35,13 @@ from ..contract.op import (
     X,
     Y,
     config,
+    counted,
     power_of_two,
-    tensor_bytes,
-)  # fmt: skip
+)
 from ..contract.spec import TensorSpec
 from ..movement.pointwise import Pointwise
 from ..movement.rearrangement import Reshape
-from .along import launch_along
+from .along import launch_along, rows_of_program
 
 MOST_SELECTED = 64
 LONGEST = 4096
@@ -106,87 +105,56 @@ def ranked(value, place, exists, LARGEST: tl.constexpr):
 
 @triton.jit
 def ranked_block(
-    source, places, row_mask, L: tl.constexpr, LARGEST: tl.constexpr, STRIDE: tl.constexpr
+    source, places, row_mask, L: tl.constexpr, LARGEST: tl.constexpr, X: tl.constexpr
 ):
     """Elements at some places of every row, ranked."""
     mask = row_mask[:, None] & (places < L)[None, :]
-    value = tl.load(source[:, None] + (places * STRIDE)[None, :], mask=mask, other=0.0)
+    value = tl.load(source[:, None] + (places * X.stride)[None, :], mask=mask, other=0.0)
     return ranked(value.to(tl.float32), places[None, :], mask, LARGEST)
 
 
 @triton.jit
 def store_selected(
-    best,
-    j,
-    source,
-    values,
-    places,
-    row_mask,
-    X_STRIDE: tl.constexpr,
-    Y_STRIDE: tl.constexpr,
-    I_STRIDE: tl.constexpr,
-):
+    best, j, source, values, places, row_mask,
+    X: tl.constexpr, Y: tl.constexpr, PLACES: tl.constexpr,
+):  # fmt: skip
     """The element of that rank as it lies in x, and its place, as the results' element j."""
     place = 0x7FFFFFFF - (best & 0x7FFFFFFF)
-    value = tl.load(source + place * X_STRIDE, mask=row_mask, other=0.0)
-    tl.store(values + j * Y_STRIDE, value, mask=row_mask)
-    tl.store(places + j * I_STRIDE, place, mask=row_mask)
+    value = tl.load(source + place * X.stride, mask=row_mask, other=0.0)
+    tl.store(values + j * Y.stride, value, mask=row_mask)
+    tl.store(places + j * PLACES.stride, place, mask=row_mask)
 
 
 @triton.jit
 def topk_kernel(
-    x,
-    y,
-    i,
-    extras,
-    m,
-    L: tl.constexpr,
-    K: tl.constexpr,
-    LARGEST: tl.constexpr,
-    X_ROW: tl.constexpr,
-    Y_ROW: tl.constexpr,
-    I_ROW: tl.constexpr,
-    X_STRIDE: tl.constexpr,
-    Y_STRIDE: tl.constexpr,
-    I_STRIDE: tl.constexpr,
-    X_OFFSET: tl.constexpr,
-    Y_OFFSET: tl.constexpr,
-    I_OFFSET: tl.constexpr,
-    WIDE: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr,
-    BLOCK_COLUMNS: tl.constexpr,
-):
-    rows = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
-    row_mask = rows < m
-    if WIDE:
-        rows = rows.to(tl.int64)
-    source = x + X_OFFSET + X_ROW(rows)
-    lanes = tl.arange(0, BLOCK_COLUMNS)
+    x, y, places, extras, m, L: tl.constexpr, K: tl.constexpr, LARGEST: tl.constexpr,
+    X: tl.constexpr, Y: tl.constexpr, PLACES: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    M: tl.constexpr = TILE.M
+    rows, row_mask = rows_of_program(m, TILE)
+    source = x + X.offset + X.row(rows)
+    values = y + Y.offset + Y.row(rows)
+    places += PLACES.offset + PLACES.row(rows)
+    lanes = tl.arange(0, TILE.N)
     if K == 1:
-        best = tl.full((BLOCK_ROWS,), -(2**63), tl.int64)
-        for start in range(0, L, BLOCK_COLUMNS):
-            block = ranked_block(source, start + lanes, row_mask, L, LARGEST, X_STRIDE)
+        best = tl.full((M,), -(2**63), tl.int64)
+        for start in range(0, L, TILE.N):
+            block = ranked_block(source, start + lanes, row_mask, L, LARGEST, X)
             best = tl.maximum(best, tl.max(block, axis=1))
-        store_selected(
-            best, 0, source, y + Y_OFFSET + Y_ROW(rows), i + I_OFFSET + I_ROW(rows), row_mask,
-            X_STRIDE, Y_STRIDE, I_STRIDE,
-        )  # fmt: skip
+        store_selected(best, 0, source, values, places, row_mask, X, Y, PLACES)
     else:
-        left = ranked_block(source, lanes, row_mask, L, LARGEST, X_STRIDE)
+        left = ranked_block(source, lanes, row_mask, L, LARGEST, X)
         for j in range(K):
             best = tl.max(left, axis=1)
             left = tl.where(left == best[:, None], -(2**63), left)
-            store_selected(
-                best, j, source, y + Y_OFFSET + Y_ROW(rows), i + I_OFFSET + I_ROW(rows), row_mask,
-                X_STRIDE, Y_STRIDE, I_STRIDE,
-            )  # fmt: skip
+            store_selected(best, j, source, values, places, row_mask, X, Y, PLACES)
 
 
 def launches(problem: Problem, tile: Config, target: Target) -> tuple[Launch, ...]:
     """One launch over all rows."""
     attributes, (values, places) = problem.attributes, problem.outputs
     assert isinstance(attributes, TopK)
-    tensors = {"x": (X, problem.inputs[0]), "y": (Y, values), "i": (Ref("output", 1), places)}
+    tensors = {"x": (X, problem.inputs[0]), "y": (Y, values), "places": (Ref("output", 1), places)}
     constants = {"K": attributes.k, "LARGEST": attributes.largest}
     return launch_along(problem, tile, topk_kernel, attributes.dim, tensors, constants)
 
@@ -229,11 +197,11 @@ def default(problem: Problem, target: Target) -> Config:
     return config(4, 1, BLOCK_ROWS=max(1, 2048 // columns), BLOCK_COLUMNS=columns)
 
 
-def cost(problem: Problem) -> Cost:
+@counted
+def cost(problem: Problem) -> int:
     """A comparison per element and selected one."""
     assert isinstance(problem.attributes, TopK)
-    read, written = tensor_bytes(problem)
-    return Cost(problem.inputs[0].spec.numel * problem.attributes.k, read, written)
+    return problem.inputs[0].spec.numel * problem.attributes.k
 
 
 def _selected(g: Builder, x: Any, dim: int, k: int, largest: bool) -> tuple[Any, Any]:

@@ -41,11 +41,13 @@ from ..contract.op import (
 from ..contract.spec import Layout, TensorSpec
 from ..movement.arguments import adaptive_size, as_image, as_rank_of
 from ..normalisation.reduce import Reduce
+from ..tile.finish import combine, put
 from ..tile.geometry import tile_launch
+from ..tile.space import output_tile
 from . import pool
-from .pool_kernel import combine, span
+from .pool_kernel import span
 from .pool_window import AdaptivePool, AdaptivePool2d, AdaptivePool3d, reduction, windows
-from .tiles import MOST_UNROLLED_TAPS, channel_block, output_tile, store
+from .tiles import MOST_UNROLLED_TAPS, channel_block
 
 
 def infer(
@@ -106,7 +108,7 @@ def region_kernel(
         result = tl.where(poisoned, float("nan"), largest)
     else:
         result = tl.sum(acc, axis=1) / count.to(tl.float32)
-    store(y, result, rows, columns, row_mask, column_mask, extras, OUTPUT)
+    put(result, y, rows, row_mask, columns, column_mask, extras, OUTPUT)
 
 
 def uses_region(problem: Problem) -> bool:

@@ -25,12 +25,14 @@ from ...errors import InvalidInputError
 from ..contract.op import Config, Launch, Op, Problem, Ref, Target, X, Y
 from ..contract.spec import TensorSpec
 from ..movement.arguments import pooling
+from ..tile.finish import put
 from ..tile.geometry import Image, tile_launch
+from ..tile.space import output_tile
 from .pool import cost
 from .pool_kernel import FAR_OUTSIDE, image_windows, in_image
 from .pool_window import MaxPool2d, reference, windows
 from .pool_window import infer as infer_window
-from .tiles import MOST_UNROLLED_TAPS, Tiles, output_tile, store, unrolled_taps
+from .tiles import MOST_UNROLLED_TAPS, Tiles, unrolled_taps
 
 NAME = "max_pool2d_with_indices"
 MOST_PIXELS = 2**24
@@ -104,7 +106,7 @@ def max_pool_indices_kernel(
     mask = row_mask[:, None] & column_mask[None, :]
     target = i + INDICES.offset + (rows * INDICES.row_stride)[:, None] + columns[None, :]
     tl.store(target, where.to(tl.int64), mask=mask)
-    store(y, best, rows, columns, row_mask, column_mask, extras, OUTPUT)
+    put(best, y, rows, row_mask, columns, column_mask, extras, OUTPUT)
 
 
 def launches(problem: Problem, tile: Config, target: Target) -> tuple[Launch, ...]:

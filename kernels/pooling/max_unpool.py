@@ -31,7 +31,6 @@ from ..contract.op import (
     Attributes,
     Builder,
     Config,
-    Cost,
     Launch,
     Op,
     Problem,
@@ -39,13 +38,15 @@ from ..contract.op import (
     Target,
     X,
     Y,
-    tensor_bytes,
+    counted,
 )
 from ..contract.spec import Layout, TensorSpec, as_layout
+from ..tile.finish import put
 from ..tile.geometry import Image, tile_launch
+from ..tile.space import output_tile
 from . import max_pool_indices
 from .pool_window import MaxPool2d, output_size
-from .tiles import Tiles, output_tile, store
+from .tiles import Tiles
 
 MOST_HELD = 9
 """Candidates kept in registers: those of a 3x3 window with stride 1."""
@@ -110,9 +111,7 @@ def infer(attributes: MaxUnpool2d, inputs: tuple[TensorSpec, ...]) -> tuple[Tens
     return (TensorSpec((*x.shape[:2], *attributes.size), x.dtype, Layout.NHWC, x.batch),)
 
 
-def reference(
-    attributes: MaxUnpool2d, x: torch.Tensor, indices: torch.Tensor
-) -> torch.Tensor:
+def reference(attributes: MaxUnpool2d, x: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
     """By the last window that names each pixel: torch's own scatter leaves that to chance."""
     n, c, p, q = x.shape
     named = indices.flatten(2)
@@ -204,7 +203,7 @@ def max_unpool_kernel(
                 acc = tl.where(place == here[:, None], value, acc)
         row_mask = live & (h >= 0) & (w >= 0) & (w < CELLS.row_pixels) & (here < CELLS.pixels)
         rows = image * CELLS.pixels + here
-        store(y, acc, rows, columns, row_mask, column_mask, extras, OUTPUT)
+        put(acc, y, rows, row_mask, columns, column_mask, extras, OUTPUT)
 
 
 def _attributes(problem: Problem) -> MaxUnpool2d:
@@ -260,9 +259,10 @@ TILES = Tiles(
 )
 
 
-def cost(problem: Problem) -> Cost:
+@counted
+def cost(problem: Problem) -> int:
     """One comparison per pixel and candidate."""
-    return Cost(candidates(problem) * problem.output.spec.numel, *tensor_bytes(problem))
+    return candidates(problem) * problem.output.spec.numel
 
 
 def _pooled(g: Builder, value: Any) -> tuple[MaxPool2d, TensorSpec, TensorSpec] | None:
@@ -302,9 +302,7 @@ def _capture(g: Builder, a: Arguments) -> Any:
     return g.apply("max_unpool2d", (a.self, a.indices), attributes)
 
 
-def prepare(
-    attributes: MaxUnpool2d, tensors: tuple[torch.Tensor, ...]
-) -> tuple[torch.Tensor, ...]:
+def prepare(attributes: MaxUnpool2d, tensors: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
     """Indices as the pooling of some image makes them."""
     x, drawn = tensors
     generator = torch.Generator().manual_seed(int(drawn.abs().sum()))

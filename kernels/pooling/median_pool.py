@@ -24,13 +24,15 @@ import triton.language as tl
 
 from ...errors import InvalidInputError
 from ..contract.epilogue import GeneratedFunction
-from ..contract.op import Config, Cost, Launch, Op, Problem, Target, tensor_bytes
+from ..contract.op import Config, Launch, Op, Problem, Target, counted
 from ..contract.spec import TensorSpec
+from ..tile.finish import put
 from ..tile.geometry import tile_launch
+from ..tile.space import output_tile
 from .pool_kernel import image_windows
 from .pool_window import InnerWindow, windows
 from .pool_window import infer as infer_window
-from .tiles import Tiles, output_tile, store
+from .tiles import Tiles
 
 MOST_TAPS = 49
 """A 7x7 window: 27 elements at a time, for each result of a thread, stay in registers."""
@@ -116,7 +118,7 @@ def median_pool_kernel(
         poisoned = tl.where(value != value, value, poisoned)
         values = values + (value,)  # type: ignore[assignment]
     acc = tl.where(poisoned != poisoned, poisoned, MEDIAN(values))
-    store(y, acc, rows, columns, row_mask, column_mask, extras, OUTPUT)
+    put(acc, y, rows, row_mask, columns, column_mask, extras, OUTPUT)
 
 
 def launches(problem: Problem, tile: Config, target: Target) -> tuple[Launch, ...]:
@@ -143,10 +145,11 @@ TILES = Tiles(
 )
 
 
-def cost(problem: Problem) -> Cost:
+@counted
+def cost(problem: Problem) -> int:
     """A minimum and a maximum per exchange; nothing is rounded."""
     pairs, _ = exchanges(windows(problem).taps)
-    return Cost(2 * len(pairs) * problem.output.spec.numel, *tensor_bytes(problem))
+    return 2 * len(pairs) * problem.output.spec.numel
 
 
 OP = Op(

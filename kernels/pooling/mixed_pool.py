@@ -21,25 +21,15 @@ import triton.language as tl
 
 from ...errors import InvalidInputError
 from ..contract import scalars
-from ..contract.op import (
-    Config,
-    Cost,
-    Launch,
-    Op,
-    Operand,
-    Problem,
-    Ref,
-    Target,
-    X,
-    Y,
-    tensor_bytes,
-)
+from ..contract.op import Config, Launch, Op, Operand, Problem, Ref, Target, X, Y, counted
 from ..contract.spec import TensorSpec
+from ..tile.finish import put
 from ..tile.geometry import tile_launch
+from ..tile.space import output_tile
 from .pool_kernel import image_windows
 from .pool_window import InnerWindow, windows
 from .pool_window import infer as infer_window
-from .tiles import MOST_UNROLLED_TAPS, Tiles, output_tile, store, unrolled_taps
+from .tiles import MOST_UNROLLED_TAPS, Tiles, unrolled_taps
 
 
 @dataclass(frozen=True)
@@ -109,7 +99,7 @@ def mixed_pool_kernel(
     for_mean = tl.load(b + B.offset + columns * B.step, mask=column_mask, other=0.0)
     mean = total / TAPS
     acc = for_most.to(tl.float32)[None, :] * most + for_mean.to(tl.float32)[None, :] * mean
-    store(y, acc, rows, columns, row_mask, column_mask, extras, OUTPUT)
+    put(acc, y, rows, row_mask, columns, column_mask, extras, OUTPUT)
 
 
 class Weight(NamedTuple):
@@ -148,9 +138,10 @@ TILES = Tiles(
 )
 
 
-def cost(problem: Problem) -> Cost:
+@counted
+def cost(problem: Problem) -> int:
     """A comparison and an addition per tap."""
-    return Cost(2 * windows(problem).taps * problem.output.spec.numel, *tensor_bytes(problem))
+    return 2 * windows(problem).taps * problem.output.spec.numel
 
 
 OP = Op(

@@ -23,18 +23,7 @@ from typing import Any
 import torch.nn.functional as F
 
 from ..contract import epilogue as ep
-from ..contract.op import (
-    Attributes,
-    Capture,
-    Config,
-    Cost,
-    Launch,
-    Op,
-    Problem,
-    Target,
-    config,
-    tensor_bytes,
-)
+from ..contract.op import Attributes, Capture, Config, Launch, Op, Problem, Target, config, counted
 from ..movement.arguments import pooling
 from ..tile.geometry import tile_launch
 from .pool_kernel import MOST_MULTIPLIED, pool_kernel
@@ -151,11 +140,12 @@ def default(problem: Problem, target: Target) -> Config:
     return with_rows(TILES.default(problem, target), rows)
 
 
-def cost(problem: Problem) -> Cost:
+@counted
+def cost(problem: Problem) -> int:
     """One operation per tap, and one more per power."""
     per_tap = 2 if isinstance(problem.attributes, LpPool2d) else 1
     taps = per_tap * windows(problem).taps
-    return Cost(taps * problem.output.spec.numel, *tensor_bytes(problem))
+    return taps * problem.output.spec.numel
 
 
 def _op(

@@ -13,8 +13,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ..contract import elementary, scalars
-from .tiles import output_tile, store
+from ..contract import elementary
+from ..tile.finish import combine, put
+from ..tile.space import output_tile
 
 # Whole powers up to here are products, in a few instructions; others go through fp64 logarithms.
 MOST_MULTIPLIED = tl.constexpr(16)
@@ -60,12 +61,6 @@ def extent(
     else:
         result = tl.minimum(start + LENGTH, SIZE) - tl.maximum(start, 0)
     return result
-
-
-@triton.jit
-def combine(a, b, MAXIMUM: tl.constexpr):
-    """The larger value, NaN if there is one, or the sum."""
-    return scalars.maximum(a, b) if MAXIMUM else a + b
 
 
 @triton.jit
@@ -261,4 +256,4 @@ def pool_kernel(
         at = top + j * HEIGHT.stride
         acc = averaged(accs[j], front, at, left, depth, height, width, WINDOWS, REDUCTION)
         acc = root(acc, REDUCTION.norm)
-        store(y, acc, rows, columns, row_mask, column_mask, extras, OUTPUT)
+        put(acc, y, rows, row_mask, columns, column_mask, extras, OUTPUT)

@@ -291,17 +291,3 @@ def reference_max(attributes: MaxPool2d, x: torch.Tensor) -> torch.Tensor:
 def reference_avg(attributes: AvgPool2d, x: torch.Tensor) -> torch.Tensor:
     pooled: torch.Tensor = reference(F.avg_pool2d, attributes, x)
     return pooled
-
-
-def window_sizes(
-    pool: MaxPool2d | AvgPool2d | LpPool2d, x: TensorSpec | Operand, y: TensorSpec | Operand
-) -> dict[str, int]:
-    """The constants of a kernel that walks a pooling's windows."""
-    _, c, h, width = x.shape
-    return {
-        "H": h, "WIDTH": width, "C": c, "P": y.shape[2], "Q": y.shape[3],
-        "R": pool.kernel[0], "S": pool.kernel[1],
-        "STRIDE_H": pool.stride[0], "STRIDE_W": pool.stride[1],
-        "PADDING_H": pool.padding[0], "PADDING_W": pool.padding[1],
-        "DILATION_H": pool.dilation[0], "DILATION_W": pool.dilation[1],
-    }  # fmt: skip

@@ -19,6 +19,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -26,25 +27,26 @@ import triton
 import triton.language as tl
 
 from ...errors import InvalidInputError
-from ..contract.launch_tiles import finish_tile, tile_of_program, tiled_launch
 from ..contract.op import (
     Arguments,
     Attributes,
     Builder,
     Config,
-    Cost,
     Launch,
     Op,
     Problem,
     config,
-    tensor_bytes,
+    counted,
     tile_config,
     tiles_of,
 )
 from ..contract.spec import Layout, TensorSpec
 from ..contract.targets import Target
+from ..tile.finish import put
+from ..tile.geometry import Image, tile_launch
+from ..tile.space import output_tile
 from .tiles import channel_block
-from .upsample import are_steps
+from .upsample import Axis, are_steps, pixels_per_output, size_and_steps
 
 CUBIC, LINEAR_WIDE, CUBIC_WIDE = "cubic", "antialiased-linear", "antialiased-cubic"
 REACH = {CUBIC: 2.0, LINEAR_WIDE: 1.0, CUBIC_WIDE: 2.0}
@@ -56,8 +58,8 @@ class Resample(Attributes):
     """size: of the output's image; steps: input pixels from one output to the next, fp32 values;
     filter: one of `REACH`; corners: whether corner pixels lie on corner pixels."""
 
-    size: tuple[int, int] = (1, 1)
-    steps: tuple[float, float] = (1.0, 1.0)
+    size: tuple[int, ...] = (1, 1)
+    steps: tuple[float, ...] = (1.0, 1.0)
     filter: str = CUBIC
     corners: bool = False
 
@@ -155,52 +157,37 @@ def weight_of(distance, CUBIC: tl.constexpr, A: tl.constexpr):
 
 @triton.jit
 def window_of(
-    index,
-    SIZE: tl.constexpr,
-    OUTPUTS: tl.constexpr,
-    STEP: tl.constexpr,
-    FILTER: tl.constexpr,
-    CORNERS: tl.constexpr,
-    REACH: tl.constexpr,
+    index, AXIS: tl.constexpr, FILTER: tl.constexpr, CORNERS: tl.constexpr, REACH: tl.constexpr
 ):
     """The first pixel that an output looks at, the one behind its last, and the filter's centre
     relative to the first."""
     at = index.to(tl.float32)
     if FILTER == "cubic":
-        centre = at * STEP if CORNERS else (at + 0.5) * STEP - 0.5
+        centre = at * AXIS.step if CORNERS else (at + 0.5) * AXIS.step - 0.5
         start = tl.floor(centre).to(tl.int32) - 1
         stop = start + 4
-    elif SIZE == OUTPUTS:
+    elif AXIS.size == AXIS.outputs:
         start = index
         stop = index + 1
         centre = at
     else:
-        support: tl.constexpr = REACH * max(STEP, 1.0)
-        middle = (at + 0.5) * STEP
+        support: tl.constexpr = REACH * max(AXIS.step, 1.0)
+        middle = (at + 0.5) * AXIS.step
         start = tl.maximum((middle - support + 0.5).to(tl.int32), 0)
-        stop = tl.minimum((middle + support + 0.5).to(tl.int32), SIZE)
+        stop = tl.minimum((middle + support + 0.5).to(tl.int32), AXIS.size)
         centre = middle - 0.5
     return start, stop, centre - start.to(tl.float32)
 
 
 @triton.jit
-def share_of(
-    tap,
-    start,
-    stop,
-    centre,
-    SIZE: tl.constexpr,
-    OUTPUTS: tl.constexpr,
-    STEP: tl.constexpr,
-    FILTER: tl.constexpr,
-):
+def share_of(tap, start, stop, centre, AXIS: tl.constexpr, FILTER: tl.constexpr):
     """The weight of a tap before normalisation, and whether it is one."""
     if FILTER == "cubic":
         weight = weight_of(tap - centre, True, -0.75)
-    elif SIZE == OUTPUTS:
+    elif AXIS.size == AXIS.outputs:
         weight = tl.where(stop > start, 1.0, 0.0)
     else:
-        width: tl.constexpr = max(STEP, 1.0)
+        width: tl.constexpr = max(AXIS.step, 1.0)
         weight = weight_of((tap - centre) / width, FILTER == "antialiased-cubic", -0.5)
     exists = start + tap < stop
     return tl.where(exists, weight, 0.0), exists
@@ -208,81 +195,57 @@ def share_of(
 
 @triton.jit
 def resample_kernel(
-    x,
-    y,
-    extras,
-    m,
-    H: tl.constexpr,
-    WIDTH: tl.constexpr,
-    C: tl.constexpr,
-    P: tl.constexpr,
-    Q: tl.constexpr,
-    STEP_H: tl.constexpr,
-    STEP_W: tl.constexpr,
-    TAPS_H: tl.constexpr,
-    TAPS_W: tl.constexpr,
-    FILTER: tl.constexpr,
-    CORNERS: tl.constexpr,
-    REACH: tl.constexpr,
-    X_PITCH: tl.constexpr,
-    X_OFFSET: tl.constexpr,
-    Y_PITCH: tl.constexpr,
-    Y_OFFSET: tl.constexpr,
-    EPILOGUE: tl.constexpr,
-    WIDE: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr,
-    BLOCK_COLUMNS: tl.constexpr,
-):
-    rows, columns, row_mask, column_mask = tile_of_program(m, C, WIDE, BLOCK_ROWS, BLOCK_COLUMNS)
-    p, q = (rows // Q % P).to(tl.int32), (rows % Q).to(tl.int32)
-    top, bottom, middle = window_of(p, H, P, STEP_H, FILTER, CORNERS, REACH)
-    left, right, centre = window_of(q, WIDTH, Q, STEP_W, FILTER, CORNERS, REACH)
-    total_h = tl.zeros((BLOCK_ROWS,), tl.float32)
-    total_w = tl.zeros((BLOCK_ROWS,), tl.float32)
+    x, y, extras, m, IMAGE: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr,
+    TAPS_H: tl.constexpr, TAPS_W: tl.constexpr, FILTER: tl.constexpr, CORNERS: tl.constexpr,
+    REACH: tl.constexpr, OUTPUT: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    M: tl.constexpr = TILE.M
+    N: tl.constexpr = TILE.N
+    rows, columns, row_mask, column_mask = output_tile(m, OUTPUT, TILE)
+    p, q = (rows // OUTPUT.Q % OUTPUT.P).to(tl.int32), (rows % OUTPUT.Q).to(tl.int32)
+    top, bottom, middle = window_of(p, HEIGHT, FILTER, CORNERS, REACH)
+    left, right, centre = window_of(q, WIDTH, FILTER, CORNERS, REACH)
+    total_h = tl.zeros((M,), tl.float32)
+    total_w = tl.zeros((M,), tl.float32)
     if FILTER != "cubic":
         for tap in range(TAPS_H):
-            total_h += share_of(tap, top, bottom, middle, H, P, STEP_H, FILTER)[0]
+            total_h += share_of(tap, top, bottom, middle, HEIGHT, FILTER)[0]
         for tap in range(TAPS_W):
-            total_w += share_of(tap, left, right, centre, WIDTH, Q, STEP_W, FILTER)[0]
+            total_w += share_of(tap, left, right, centre, WIDTH, FILTER)[0]
     else:
         total_h += 1.0
         total_w += 1.0
-    image = rows // (P * Q) * H
-    base = x + X_OFFSET + columns[None, :]
-    acc = tl.zeros((BLOCK_ROWS, BLOCK_COLUMNS), tl.float32)
+    image = rows // (OUTPUT.P * OUTPUT.Q) * IMAGE.H
+    base = x + IMAGE.offset + columns[None, :]
+    acc = tl.zeros((M, N), tl.float32)
     for i in range(TAPS_H):
-        share, is_row = share_of(i, top, bottom, middle, H, P, STEP_H, FILTER)
+        share, is_row = share_of(i, top, bottom, middle, HEIGHT, FILTER)
         # Beyond the border, where only cubic filters reach, its pixels repeat.
-        line = (image + tl.minimum(tl.maximum(top + i, 0), H - 1)) * WIDTH
-        row = tl.zeros((BLOCK_ROWS, BLOCK_COLUMNS), tl.float32)
+        line = (image + tl.minimum(tl.maximum(top + i, 0), IMAGE.H - 1)) * IMAGE.W
+        row = tl.zeros((M, N), tl.float32)
         for j in range(TAPS_W):
-            weight, is_column = share_of(j, left, right, centre, WIDTH, Q, STEP_W, FILTER)
-            pixel = line + tl.minimum(tl.maximum(left + j, 0), WIDTH - 1)
+            weight, is_column = share_of(j, left, right, centre, WIDTH, FILTER)
+            pixel = line + tl.minimum(tl.maximum(left + j, 0), IMAGE.W - 1)
             mask = (row_mask & is_row & is_column)[:, None] & column_mask[None, :]
-            value = tl.load(base + (pixel * X_PITCH)[:, None], mask=mask, other=0.0)
+            value = tl.load(base + (pixel * IMAGE.row_stride)[:, None], mask=mask, other=0.0)
             row += value.to(tl.float32) * (weight / total_w)[:, None]
         acc += row * (share / total_h)[:, None]
-    finish_tile(
-        acc, y, rows, columns, row_mask, column_mask, extras, EPILOGUE, Y_PITCH, Y_OFFSET
-    )
+    put(acc, y, rows, row_mask, columns, column_mask, extras, OUTPUT)
 
 
 def launches(problem: Problem, tile: Config, target: Target) -> tuple[Launch, ...]:
     """One launch over all output pixels."""
-    attributes, (_, c, h, w) = problem.attributes, problem.inputs[0].shape
+    attributes, x = problem.attributes, problem.inputs[0]
     assert isinstance(attributes, Resample)
-    vertical, horizontal = taps(attributes, (h, w))
-    return tiled_launch(
-        problem,
-        tile,
-        resample_kernel,
-        {
-            "H": h, "WIDTH": w, "C": c, "P": attributes.size[0], "Q": attributes.size[1],
-            "STEP_H": attributes.steps[0], "STEP_W": attributes.steps[1],
-            "TAPS_H": vertical, "TAPS_W": horizontal, "FILTER": attributes.filter,
-            "CORNERS": attributes.corners, "REACH": REACH[attributes.filter],
-        },
-    )  # fmt: skip
+    of_axes = zip(x.shape[2:], attributes.size, attributes.steps, strict=True)
+    height, width = (Axis(*of_axis) for of_axis in of_axes)
+    vertical, horizontal = taps(attributes, x.shape[2:])
+    constexprs = {
+        "IMAGE": Image.of(x), "HEIGHT": height, "WIDTH": width, "TAPS_H": vertical,
+        "TAPS_W": horizontal, "FILTER": attributes.filter, "CORNERS": attributes.corners,
+        "REACH": REACH[attributes.filter],
+    }  # fmt: skip
+    return (tile_launch(problem, tile, resample_kernel, constexprs=constexprs),)
 
 
 def configs(problem: Problem, target: Target) -> Iterator[Config]:
@@ -299,36 +262,19 @@ def default(problem: Problem, target: Target) -> Config:
     return config(4, 1, BLOCK_ROWS=512 // columns, BLOCK_COLUMNS=columns)
 
 
-def cost(problem: Problem) -> Cost:
+@counted
+def cost(problem: Problem) -> int:
     """A multiplication and an addition per pixel that an output looks at, and the weights."""
     attributes = problem.attributes
     assert isinstance(attributes, Resample)
-    read, written = tensor_bytes(problem)
     vertical, horizontal = taps(attributes, problem.inputs[0].shape[2:])
-    return Cost(2 * vertical * horizontal * problem.output.spec.numel, read, written)
-
-
-def step_of(size: int, outputs: int, corners: bool, scale: float | None) -> float:
-    """Input pixels between neighbouring outputs, rounded to fp32 as torch's own kernels do: a scale
-    that the caller gave counts exactly, not the ratio of the sizes it led to."""
-    if corners:
-        ratio = (size - 1) / (outputs - 1) if outputs > 1 else 0.0
-    else:
-        ratio = 1.0 / scale if scale else size / outputs
-    return float(torch.tensor(ratio, dtype=torch.float32))
+    return 2 * vertical * horizontal * problem.output.spec.numel
 
 
 def _capture(g: Builder, a: Arguments, kind: str) -> Any:
-    extents, size, scales = g.spec(a.input).shape[2:], a.output_size, a.scale_factors
     corners = bool(a.align_corners)
-    if size is None:
-        size = [math.floor(old * scale) for old, scale in zip(extents, scales, strict=True)]
-    vertical, horizontal = (
-        step_of(old, int(new), corners, scale)
-        for old, new, scale in zip(extents, size, scales or [None] * 2, strict=True)
-    )
-    shape = (int(size[0]), int(size[1]))
-    return g.apply("resample", (a.input,), Resample(shape, (vertical, horizontal), kind, corners))
+    size, steps = size_and_steps(g, a, partial(pixels_per_output, corners=corners))
+    return g.apply("resample", (a.input,), Resample(size, steps, kind, corners))
 
 
 OP = Op(

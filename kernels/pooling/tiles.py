@@ -6,39 +6,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-import triton
-import triton.language as tl
-
-from ..contract.launch_tiles import tiles_of
-from ..contract.op import Config, Problem, Target, config, power_of_two, tile_config
+from ..contract.op import Config, Problem, Target, config, power_of_two, tile_config, tiles_of
 from .pool_window import windows
 
 # Up to here the taps are unrolled: a loop over taps loses the packed half-precision maximum.
 MOST_UNROLLED_TAPS = 25
-
-
-@triton.jit
-def output_tile(m, OUTPUT: tl.constexpr, TILE: tl.constexpr):
-    """The program's rows, of `m`, and its channels, and which of them exist."""
-    M: tl.constexpr = TILE.M
-    N: tl.constexpr = TILE.N
-    column_tiles: tl.constexpr = (OUTPUT.K + N - 1) // N
-    program = tl.program_id(0)
-    rows = program // column_tiles * M + tl.arange(0, M)
-    columns = program % column_tiles * N + tl.arange(0, N)
-    row_mask = rows < m
-    if TILE.wide:
-        rows = rows.to(tl.int64)
-    return rows, columns, row_mask, columns < OUTPUT.K
-
-
-@triton.jit
-def store(y, acc, rows, columns, row_mask, column_mask, extras, OUTPUT: tl.constexpr):
-    """The epilogue, and a tile of its results into y."""
-    acc = OUTPUT.epilogue(acc, rows, columns, row_mask, column_mask, extras)
-    address = y + OUTPUT.offset + (rows * OUTPUT.row_stride)[:, None] + columns[None, :]
-    mask = row_mask[:, None] & column_mask[None, :]
-    tl.store(address, acc.to(y.dtype.element_ty), mask=mask)
 
 
 def channel_block(channels: int) -> int:

@@ -17,7 +17,7 @@ neighbouring outputs share come from the cache.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
@@ -33,17 +33,18 @@ from ..contract.op import (
     Builder,
     Capture,
     Config,
-    Cost,
     Launch,
     Op,
     Problem,
-    tensor_bytes,
+    counted,
 )
 from ..contract.spec import MEMORY_FORMATS, Layout, TensorSpec
 from ..contract.targets import Target
 from ..movement.arguments import as_image, as_rank_of
-from ..tile.geometry import tile_launch
-from .tiles import Tiles, output_tile, store
+from ..tile.finish import put
+from ..tile.geometry import Matrix, tile_launch
+from ..tile.space import output_tile
+from .tiles import Tiles
 
 NEAREST, EXACT, LINEAR, CORNERS = "nearest", "nearest-exact", "linear", "corners"
 NEARBY, LINEARLY = "upsample_nearest", "upsample_linear"
@@ -161,8 +162,7 @@ def upsample_kernel(
     x, y, extras, m,
     DEPTH: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr,
     PLANES: tl.constexpr, LINES: tl.constexpr, RULE: tl.constexpr,
-    X_PITCH: tl.constexpr, X_OFFSET: tl.constexpr,
-    OUTPUT: tl.constexpr, TILE: tl.constexpr,
+    X: tl.constexpr, OUTPUT: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     # PLANES, LINES: of the input, which an output lies between.
     M: tl.constexpr = TILE.M
@@ -174,10 +174,10 @@ def upsample_kernel(
     top, bottom, height_weight = position((line % HEIGHT.outputs).to(tl.int32), HEIGHT, RULE)
     left, right, width_weight = position((rows % WIDTH.outputs).to(tl.int32), WIDTH, RULE)
     image = plane // DEPTH.outputs
-    base = x + X_OFFSET + columns[None, :]
+    base = x + X.offset + columns[None, :]
     if RULE == "nearest" or RULE == "nearest-exact":
         pixel = ((image * DEPTH.size + front) * HEIGHT.size + top) * WIDTH.size + left
-        acc = tl.load(base + (pixel * X_PITCH)[:, None], mask=mask, other=0.0).to(tl.float32)
+        acc = tl.load(base + (pixel * X.row_stride)[:, None], mask=mask, other=0.0).to(tl.float32)
     else:
         acc = tl.zeros((M, N), tl.float32)
         for at_depth in tl.static_range(PLANES):
@@ -185,15 +185,17 @@ def upsample_kernel(
             for at_height in tl.static_range(LINES):
                 line = (image * DEPTH.size + (back if at_depth else front)) * HEIGHT.size
                 line = (line + (bottom if at_height else top)) * WIDTH.size
-                low = tl.load(base + ((line + left) * X_PITCH)[:, None], mask=mask, other=0.0)
-                high = tl.load(base + ((line + right) * X_PITCH)[:, None], mask=mask, other=0.0)
+                low = tl.load(base + ((line + left) * X.row_stride)[:, None], mask=mask, other=0.0)
+                high = tl.load(
+                    base + ((line + right) * X.row_stride)[:, None], mask=mask, other=0.0
+                )
                 row = low.to(tl.float32) * (1.0 - width_weight)[:, None]
                 row += high.to(tl.float32) * width_weight[:, None]
                 share = height_weight if at_height else 1.0 - height_weight
                 total += row * share[:, None]
             share = depth_weight if at_depth else 1.0 - depth_weight
             acc += total * share[:, None]
-    store(y, acc, rows, columns, row_mask, column_mask, extras, OUTPUT)
+    put(acc, y, rows, row_mask, columns, column_mask, extras, OUTPUT)
 
 
 def launches(problem: Problem, tile: Config, target: Target) -> tuple[Launch, ...]:
@@ -206,8 +208,7 @@ def launches(problem: Problem, tile: Config, target: Target) -> tuple[Launch, ..
     depth, height, width = axes if is_volume else (Axis(), *axes)
     constexprs = {
         "DEPTH": depth, "HEIGHT": height, "WIDTH": width, "PLANES": 2 if is_volume else 1,
-        "LINES": 1 if attributes.sequence else 2, "RULE": attributes.rule,
-        "X_PITCH": x.pitch, "X_OFFSET": x.offset,
+        "LINES": 1 if attributes.sequence else 2, "RULE": attributes.rule, "X": Matrix.of(x),
     }  # fmt: skip
     return (tile_launch(problem, tile, upsample_kernel, constexprs=constexprs),)
 
@@ -216,51 +217,57 @@ def launches(problem: Problem, tile: Config, target: Target) -> tuple[Launch, ..
 TILES = Tiles((512, 1024, 2048), (16, 32, 64, 128), usual=lambda problem: 1024)
 
 
-def cost(problem: Problem) -> Cost:
+@counted
+def cost(problem: Problem) -> int:
     """A multiplication and an addition per input pixel that an output looks at."""
     assert isinstance(problem.attributes, Upsample)
-    read, written = tensor_bytes(problem)
     is_linear = problem.attributes.rule in RULES[LINEARLY]
     dimensions = problem.output.spec.rank - 2 - problem.attributes.sequence
-    taps = 2**dimensions if is_linear else 0
-    return Cost(2 * taps * problem.output.spec.numel, read, written)
+    return 2 * (2**dimensions if is_linear else 0) * problem.output.spec.numel
 
 
-def step_of(size: int, outputs: int, rule: str, scale: float | None) -> float:
-    """Input pixels between neighbouring outputs, rounded to fp32 as torch's own kernels do.
-
-    A scale that the caller gave counts exactly, not the ratio of the sizes it led to; but, again as
-    in torch, not where a dimension keeps its size (unless for `EXACT`) or doubles it (`NEAREST`).
-    """
-    kept = outputs == size and rule != EXACT
-    if kept or (outputs == 2 * size and rule == NEAREST):
-        scale = None
-    if rule == CORNERS:
+def pixels_per_output(size: int, outputs: int, scale: float | None, corners: bool) -> float:
+    """Input pixels between neighbouring outputs, rounded to fp32 as torch's own kernels do: a scale
+    that the caller gave counts exactly, not the ratio of the sizes it led to."""
+    if corners:
         ratio = (size - 1) / (outputs - 1) if outputs > 1 else 0.0
     else:
         ratio = 1.0 / scale if scale else size / outputs
     return float(torch.tensor(ratio, dtype=torch.float32))
 
 
+def step_of(size: int, outputs: int, scale: float | None, rule: str) -> float:
+    """As `pixels_per_output`; but, as in torch, a scale does not count where a dimension keeps its
+    size (unless for `EXACT`) or doubles it (`NEAREST`)."""
+    kept = outputs == size and rule != EXACT
+    if kept or (outputs == 2 * size and rule == NEAREST):
+        scale = None
+    return pixels_per_output(size, outputs, scale, rule == CORNERS)
+
+
+def size_and_steps(
+    g: Builder, a: Arguments, step: Callable[[int, int, float | None], float]
+) -> tuple[tuple[int, ...], tuple[float, ...]]:
+    """The sizes that a call of torch's upsampling asks for, given so or as scales, and the steps of
+    its dimensions by their size, outputs and scale."""
+    extents, size, scales = g.spec(a.input).shape[2:], a.output_size, a.scale_factors
+    if size is None:
+        size = [math.floor(old * scale) for old, scale in zip(extents, scales, strict=True)]
+    scales = scales or [None] * len(size)
+    return tuple(map(int, size)), tuple(map(step, extents, map(int, size), scales))
+
+
 def _capture(name: str, rule: str) -> Capture:
     """The capture of upsampling to a size or by a scale; rule: where corners are not aligned."""
 
     def capture(g: Builder, a: Arguments) -> Any:
-        x, size, scales = a.input, a.output_size, a.scale_factors
-        extents = g.spec(x).shape[2:]
         chosen = CORNERS if a.get("align_corners") else rule
-        if size is None:
-            size = [math.floor(old * scale) for old, scale in zip(extents, scales, strict=True)]
-        steps = [
-            step_of(old, int(new), chosen, scale)
-            for old, new, scale in zip(extents, size, scales or [None] * len(size), strict=True)
-        ]
-        rows = (1,) * (2 - len(extents))
-        shape = (*rows, *map(int, size))
-        attributes = Upsample(
-            shape, (*map(float, rows), *steps), chosen, name == LINEARLY and bool(rows)
-        )
-        return as_rank_of(g, g.apply(name, (as_image(g, x),), attributes), x)
+        size, steps = size_and_steps(g, a, partial(step_of, rule=chosen))
+        rows = (1,) * (2 - len(size))
+        is_sequence = name == LINEARLY and bool(rows)
+        shape = (*rows, *size)
+        attributes = Upsample(shape, (*map(float, rows), *steps), chosen, is_sequence)
+        return as_rank_of(g, g.apply(name, (as_image(g, a.input),), attributes), a.input)
 
     return capture
 

@@ -13,9 +13,8 @@ bmm, softmax, bmm: correct, but its matrix of scores goes through memory.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -24,7 +23,6 @@ import triton.language as tl
 from ...errors import InvalidInputError
 from ..contract import epilogue as ep
 from ..contract.epilogue import Stage
-from ..contract.launch_tiles import tiled_launch
 from ..contract.op import (
     Arguments,
     Attributes,
@@ -45,7 +43,8 @@ from ..movement.rearrange import infer_rearrange, rearrange
 from ..movement.rearrangement import Expand, Rearrange, Reshape, parts_of
 from ..normalisation.softmax import Softmax
 from ..tile import choice, space
-from . import gemm
+from ..tile.finish import put
+from ..tile.geometry import tile_launch
 
 
 @dataclass(frozen=True)
@@ -128,8 +127,10 @@ def infer(attributes: Bmm, inputs: tuple[TensorSpec, ...]) -> tuple[TensorSpec, 
     """(..., M, K) and (..., K, N) give (..., M, N)."""
     a, b = inputs
     left, right = factor(attributes.left, a).shape, factor(attributes.right, b).shape
-    agree = len(left) == len(right) > 1 and left[-1] == right[-2] and all(
-        m == n or 1 in (m, n) for m, n in zip(left[:-2], right[:-2], strict=True)
+    agree = (
+        len(left) == len(right) > 1
+        and left[-1] == right[-2]
+        and all(m == n or 1 in (m, n) for m, n in zip(left[:-2], right[:-2], strict=True))
     )
     if not agree:
         raise InvalidInputError(
@@ -156,48 +157,63 @@ def reference(attributes: Bmm, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor
     return a @ (b if attributes.right is None else rearrange(attributes.right, b))
 
 
+class Strides(NamedTuple):
+    """Of a factor: a function that finds the first element of a product's matrix, the elements
+    before all of them, and the strides of its rows and columns."""
+
+    start: Any
+    offset: int
+    rows: int
+    columns: int
+
+    @staticmethod
+    def of(attributes: Rearrange | None, operand: Operand, leading: tuple[int, ...]) -> Strides:
+        """Of a factor of products with these leading dimensions."""
+        read = factor_of(attributes, operand, leading)
+        assert read is not None
+        start = ep.row_offset_function(read.sizes, read.leading)
+        return Strides(start, operand.offset, read.rows, read.columns)
+
+
 @triton.jit
 def bmm_kernel(
-    x, w, y, extras, m, HEIGHT: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
-    X_MATRIX: tl.constexpr, X_OFFSET: tl.constexpr, X_ROW: tl.constexpr, X_DEPTH: tl.constexpr,
-    W_MATRIX: tl.constexpr, W_OFFSET: tl.constexpr, W_DEPTH: tl.constexpr, W_COLUMN: tl.constexpr,
-    Y_PITCH: tl.constexpr, Y_OFFSET: tl.constexpr, EPILOGUE: tl.constexpr, PRECISION: tl.constexpr,
-    WIDE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-    GROUP_M: tl.constexpr,
+    x, w, y, extras, m, HEIGHT: tl.constexpr, DEPTH: tl.constexpr, X: tl.constexpr,
+    W: tl.constexpr, OUTPUT: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     # m counts products; the tiles of one are neighbours, and share its factors in L2.
+    BLOCK_M: tl.constexpr = TILE.M
+    BLOCK_N: tl.constexpr = TILE.N
+    BLOCK_K: tl.constexpr = TILE.K
     row_tiles: tl.constexpr = (HEIGHT + BLOCK_M - 1) // BLOCK_M
-    column_tiles: tl.constexpr = (COLUMNS + BLOCK_N - 1) // BLOCK_N
+    column_tiles: tl.constexpr = (OUTPUT.K + BLOCK_N - 1) // BLOCK_N
     program = tl.program_id(0)
     matrix = program // (row_tiles * column_tiles)
     row_tile, column_tile = space.tile_index(
-        program % (row_tiles * column_tiles), row_tiles, column_tiles, GROUP_M
+        program % (row_tiles * column_tiles), row_tiles, column_tiles, TILE.GROUP_M
     )
     rows = row_tile * BLOCK_M + tl.arange(0, BLOCK_M)
     columns = column_tile * BLOCK_N + tl.arange(0, BLOCK_N)
     depth = tl.arange(0, BLOCK_K)
     row_mask = rows < HEIGHT
-    column_mask = columns < COLUMNS
-    if WIDE:
+    column_mask = columns < OUTPUT.K
+    if TILE.wide:
         matrix = matrix.to(tl.int64)
         rows = rows.to(tl.int64)
         columns = columns.to(tl.int64)
         depth = depth.to(tl.int64)
-    x_rows = x + X_OFFSET + X_MATRIX(matrix) + (rows * X_ROW)[:, None]
-    w_columns = w + W_OFFSET + W_MATRIX(matrix) + (columns * W_COLUMN)[None, :]
+    x_rows = x + X.offset + X.start(matrix) + (rows * X.rows)[:, None]
+    w_columns = w + W.offset + W.start(matrix) + (columns * W.columns)[None, :]
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for start in range(0, DEPTH, BLOCK_K):
         at = depth + start
         inside = at < DEPTH
         a_mask = row_mask[:, None] & inside[None, :]
         b_mask = inside[:, None] & column_mask[None, :]
-        a = tl.load(x_rows + (at * X_DEPTH)[None, :], mask=a_mask, other=0.0)
-        b = tl.load(w_columns + (at * W_DEPTH)[:, None], mask=b_mask, other=0.0)
-        acc = tl.dot(a, b, acc, input_precision=PRECISION)
-    gemm.finish_tile(
-        acc, y, matrix * HEIGHT + rows, columns, row_mask, column_mask, extras, EPILOGUE, Y_PITCH,
-        Y_OFFSET,
-    )  # fmt: skip
+        a = tl.load(x_rows + (at * X.columns)[None, :], mask=a_mask, other=0.0)
+        b = tl.load(w_columns + (at * W.rows)[:, None], mask=b_mask, other=0.0)
+        acc = tl.dot(a, b, acc, input_precision=TILE.precision)
+    rows = matrix * HEIGHT + rows
+    put(acc, y, rows, row_mask, columns, column_mask, extras, OUTPUT)
 
 
 def size_of(problem: Problem) -> choice.Size:
@@ -214,45 +230,25 @@ def launches(problem: Problem, tile: Config, target: Target) -> tuple[Launch, ..
     attributes, (a, b), size = problem.attributes, problem.inputs, size_of(problem)
     assert isinstance(attributes, Bmm)
     leading = problem.output.shape[:-2]
-    left = factor_of(attributes.left, a, leading)
-    right = factor_of(attributes.right, b, leading)
-    assert left is not None and right is not None
-    return tiled_launch(
+    launch = tile_launch(
         problem,
         tile,
         bmm_kernel,
-        {
-            "HEIGHT": size.rows, "COLUMNS": size.columns, "DEPTH": size.depth,
-            "X_MATRIX": ep.row_offset_function(left.sizes, left.leading),
-            "X_ROW": left.rows, "X_DEPTH": left.columns,
-            "W_MATRIX": ep.row_offset_function(right.sizes, right.leading), "W_OFFSET": b.offset,
-            "W_DEPTH": right.rows, "W_COLUMN": right.columns,
-            "PRECISION": choice.dot_precision(problem, size.depth),
+        constexprs={
+            "HEIGHT": size.rows, "DEPTH": size.depth,
+            "X": Strides.of(attributes.left, a, leading),
+            "W": Strides.of(attributes.right, b, leading),
         },
+        precision=choice.dot_precision(problem, size.depth),
         pointers={"x": X, "w": W, "y": Y},
         rows=size.groups,
         block_rows=1,
-        columns=size.columns,
-        blocks=("BLOCK_M", "BLOCK_N"),
         programs=-(-size.rows // tile["BLOCK_M"]),
         l2_bytes=choice.l2_bytes(problem, tile, size.depth),
         steps=size.steps(tile["BLOCK_K"]),
         step_instructions=choice.step_instructions(tile, size.dtype, taps=1),
     )  # fmt: skip
-
-
-def configs(problem: Problem, target: Target) -> Iterator[Config]:
-    return choice.tile_configs(size_of(problem), target)
-
-
-def legal(problem: Problem, tile: Config, target: Target) -> str | None:
-    return choice.legal(size_of(problem), tile, target)
-
-
-def default(problem: Problem, target: Target) -> Config:
-    return choice.default_tile(size_of(problem), target)
-
-
+    return (launch,)
 
 
 def _product(
@@ -335,9 +331,7 @@ OP = Op(
     infer=infer,
     reference=reference,
     launches=launches,
-    configs=configs,
-    default=default,
-    legal=legal,
+    **choice.of_product(size_of),
     cost=counted(lambda problem: size_of(problem).flops),
     aten={
         "aten.bmm.default": lambda g, a: _product(g, a.self, a.mat2),

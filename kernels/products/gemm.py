@@ -15,8 +15,6 @@ import triton.language as tl
 
 from ..contract import epilogue as ep
 from ..contract import programmatic_launch
-from ..contract.launch_tiles import finish_tile as finish_tile
-from ..contract.launch_tiles import tiled_launch
 from ..contract.op import Config, Launch, Problem, W, X, Y
 from ..contract.spec import Operand
 from ..tile import residual, split_k
@@ -84,6 +82,18 @@ def add_products(
 
 
 @triton.jit
+def finish_tile(
+    acc, y, rows, columns, row_mask, column_mask, extras,
+    EPILOGUE: tl.constexpr, Y_PITCH: tl.constexpr, Y_OFFSET: tl.constexpr,
+):  # fmt: skip
+    """The epilogue of an output tile, and its store."""
+    acc = EPILOGUE(acc, rows, columns, row_mask, column_mask, extras)
+    address = y + Y_OFFSET + (rows * Y_PITCH)[:, None] + columns[None, :]
+    mask = row_mask[:, None] & column_mask[None, :]
+    tl.store(address, acc.to(y.dtype.element_ty), mask=mask)
+
+
+@triton.jit
 def finish_share(
     acc, y, parts, tickets, tile, split, rows, columns, row_mask, column_mask, extras,
     EPILOGUE: tl.constexpr, Y_PITCH: tl.constexpr, Y_OFFSET: tl.constexpr, SPLIT: tl.constexpr,
@@ -138,12 +148,6 @@ def gemm_kernel(
     )  # fmt: skip
 
 
-def chains(problem: Problem) -> tuple[ep.GeneratedFunction, ep.GeneratedFunction | None]:
-    """The problem's epilogue, and its prologue over the first input's channels."""
-    after = ep.for_output(problem.epilogue, problem.operands, problem.output.spec)
-    return after, prologue_of(problem)
-
-
 def prologue_of(problem: Problem) -> ep.GeneratedFunction | None:
     """The problem's prologue over the first input's channels, if it has one."""
     if not problem.prologue:
@@ -151,9 +155,7 @@ def prologue_of(problem: Problem) -> ep.GeneratedFunction | None:
     spec = problem.inputs[0].spec
     reads = tuple(ep.access(operand, spec) for operand in problem.prologue_operands)
     sizes = ep.memory_sizes(spec)
-    return ep.generate(
-        problem.prologue, reads, sizes, first=len(problem.operands), name="prologue"
-    )
+    return ep.generate(problem.prologue, reads, sizes, first=len(problem.operands), name="prologue")
 
 
 def is_finite_at_zero(problem: Problem) -> bool:
@@ -173,34 +175,32 @@ def launch(problem: Problem, tile: Config, x: Operand, columns: int) -> Launch:
     size = Size(rows, columns, depth, x.spec.dtype)
     tiles = size.tiles(tile["BLOCK_M"], tile["BLOCK_N"])
     steps = -(-size.steps(tile["BLOCK_K"]) // split)
-    (launch,) = tiled_launch(
-        problem,
-        tile,
-        gemm_kernel,
-        {
-            "SPLIT": split,
-            "TMA": dict(tile.blocks).get("TMA", 0),
-            "PDL": False,
-            "C": depth,
-            "K": columns,
-            "PRECISION": dot_precision(problem, depth),
-            "PROLOGUE": prologue_of(problem),
-            "FINITE": is_finite_at_zero(problem),
-            **residual.constants(problem, tile),
-        },
-        rows=rows,
-        columns=columns,
-        blocks=("BLOCK_M", "BLOCK_N"),
-        programs=split,
+    out = problem.output
+    return Launch(
+        kernel=gemm_kernel,
         pointers={"x": X, "w": W, "y": Y, **split_k.pointers(split)},
         extras=problem_extras(problem),
+        rows=rows,
+        batch=out.spec.batch,
+        block_rows=tile["BLOCK_M"],
+        columns=-(-columns // tile["BLOCK_N"]) * split,
+        constexprs={
+            "C": depth, "K": columns, "X_PITCH": x.pitch, "X_OFFSET": x.offset,
+            "Y_PITCH": out.pitch, "Y_OFFSET": out.offset, "WIDE": problem.is_wide,
+            "PRECISION": dot_precision(problem, depth),
+            "PROLOGUE": prologue_of(problem), "FINITE": is_finite_at_zero(problem),
+            **{name: tile[name] for name in ("BLOCK_M", "BLOCK_N", "BLOCK_K", "GROUP_M")},
+            "SPLIT": split, "TMA": dict(tile.blocks).get("TMA", 0), "PDL": False,
+            **residual.constants(problem, tile),
+        },
+        num_warps=tile.num_warps,
+        num_stages=tile.num_stages,
         l2_bytes=l2_bytes(problem, tile, min(depth, steps * tile["BLOCK_K"])),
         steps=steps,
         step_instructions=step_instructions(tile, x.spec.dtype, taps=1),
         combine_bytes=split_k.combine_bytes(split, tile["BLOCK_M"], tile["BLOCK_N"]),
         scratch=split_k.scratch(tiles, split, tile["BLOCK_M"], tile["BLOCK_N"]),
-    )
-    return launch
+    )  # fmt: skip
 
 
 def problem_size(problem: Problem) -> Size:

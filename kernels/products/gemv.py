@@ -17,11 +17,11 @@ import triton.language as tl
 
 from ..contract import cost_model
 from ..contract import epilogue as ep
-from ..contract.launch_tiles import tiled_launch
 from ..contract.op import Config, Launch, Problem, Target, W, X, Y, config, power_of_two
 from ..contract.spec import Operand
 from ..tile import choice
-from ..tile.geometry import problem_extras
+from ..tile.finish import put
+from ..tile.geometry import Matrix, tile_launch
 from . import gemm
 
 MOST_ROWS = 8
@@ -35,18 +35,20 @@ VECTOR_BYTES = 16
 
 @triton.jit
 def gemv_kernel(
-    x, w, y, extras, m, C: tl.constexpr, K: tl.constexpr, X_PITCH: tl.constexpr,
-    X_OFFSET: tl.constexpr, Y_PITCH: tl.constexpr, Y_OFFSET: tl.constexpr, EPILOGUE: tl.constexpr,
-    PROLOGUE: tl.constexpr, WIDE: tl.constexpr, ROWS: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
+    x, w, y, extras, m, X: tl.constexpr, PROLOGUE: tl.constexpr, OUTPUT: tl.constexpr,
+    TILE: tl.constexpr,
 ):  # fmt: skip
+    ROWS: tl.constexpr = TILE.M
+    BLOCK_N: tl.constexpr = TILE.N
+    BLOCK_K: tl.constexpr = TILE.K
+    C: tl.constexpr = X.C
     columns = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     rows = tl.arange(0, ROWS)
     depth = tl.arange(0, BLOCK_K)
     row_mask = rows < m
-    column_mask = columns < K
+    column_mask = columns < OUTPUT.K
     w_rows = columns
-    if WIDE:
+    if TILE.wide:
         rows = rows.to(tl.int64)
         w_rows = w_rows.to(tl.int64)
     w_tile = w + (w_rows * C)[:, None] + depth[None, :]
@@ -61,12 +63,13 @@ def gemv_kernel(
         added = ()
         for row in tl.static_range(ROWS):
             here = tl.arange(0, 1) + row
-            if WIDE:
+            if TILE.wide:
                 here = here.to(tl.int64)
             live = (here < m)[:, None] & in_channels[None, :]
             a = tl.load(
-                x + X_OFFSET + (here * X_PITCH)[:, None] + channels[None, :], mask=live, other=0.0
-            )
+                x + X.offset + (here * X.row_stride)[:, None] + channels[None, :],
+                mask=live, other=0.0,
+            )  # fmt: skip
             value = a.to(tl.float32)
             if PROLOGUE is not None:
                 value = PROLOGUE(value, here, channels, here < m, in_channels, extras)
@@ -78,9 +81,7 @@ def gemv_kernel(
     for row in tl.static_range(ROWS):
         total = tl.sum(sums[row], axis=1)
         acc = tl.where((tl.arange(0, ROWS) == row)[:, None], total[None, :], acc)
-    gemm.finish_tile(
-        acc, y, rows, columns, row_mask, column_mask, extras, EPILOGUE, Y_PITCH, Y_OFFSET
-    )
+    put(acc, y, rows, row_mask, columns, column_mask, extras, OUTPUT)
 
 
 def is_one(tile: Config) -> bool:
@@ -132,9 +133,7 @@ def legal(size: choice.Size, tile: Config, target: Target) -> str | None:
 def default(size: choice.Size, target: Target) -> Config | None:
     """The configuration of least modelled time; None for more rows than are worth it."""
     gpu = cost_model.machine_for(target)
-    return min(
-        configs(size, target), key=lambda tile: outlined_us(gpu, size, tile), default=None
-    )
+    return min(configs(size, target), key=lambda tile: outlined_us(gpu, size, tile), default=None)
 
 
 def outlined_us(gpu: cost_model.Machine, size: choice.Size, tile: Config) -> float:
@@ -167,21 +166,16 @@ def outline(size: choice.Size, tile: Config) -> Launch:
 def launch(problem: Problem, tile: Config, x: Operand, columns: int) -> Launch:
     """The product of `x` seen as a matrix of its innermost dimension with the packed weight."""
     depth = ep.memory_sizes(x.spec)[-1]
-    after, before = gemm.chains(problem)
     rows = problem.output.spec.numel // columns
     modelled = outline(choice.Size(rows, columns, depth, x.spec.dtype), tile)
-    (launch,) = tiled_launch(
+    return tile_launch(
         problem,
         tile,
         gemv_kernel,
-        {"C": depth, "K": columns, "EPILOGUE": after, "PROLOGUE": before},
+        constexprs={"X": Matrix(depth, x.pitch, x.offset), "PROLOGUE": gemm.prologue_of(problem)},
         rows=rows,
-        columns=columns,
-        blocks=("ROWS", "BLOCK_N"),
         pointers={"x": X, "w": W, "y": Y},
-        extras=problem_extras(problem),
         l2_bytes=modelled.l2_bytes,
         instructions=modelled.instructions,
         steps=modelled.steps,
     )
-    return launch

@@ -209,6 +209,16 @@ def default_tile(size: Size, target: Target) -> Config:
     return fastest(size, candidates, target)
 
 
+def of_product(size_of: Callable[[Problem], Size]) -> dict[str, Any]:
+    """What an op says of its tuning space where that is the one of a matrix product of this size:
+    `configs`, `default` and `legal`."""
+    return {
+        "configs": lambda problem, target: tile_configs(size_of(problem), target),
+        "default": lambda problem, target: default_tile(size_of(problem), target),
+        "legal": lambda problem, tile, target: legal(size_of(problem), tile, target),
+    }
+
+
 class Work(NamedTuple):
     """What a launch has to do whatever its tiles: products and sums, of which dtype, and the bytes
     that its end writes and reads."""

@@ -7,14 +7,31 @@ of a `tl.static_range`, is first bound to a local constant: `R: tl.constexpr = W
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from ..contract import epilogue as ep
 from ..contract.op import Config, Launch, Operand, Problem, Ref, X, Y, operand_refs
+from ..contract.spec import rows_and_columns
 
 FROM_X_TO_Y: Mapping[str, Ref] = {"x": X, "y": Y}
+ROWS = ("BLOCK_M", "BLOCK_ROWS", "BLOCK_OUTER", "ROWS")
+COLUMNS = ("BLOCK_N", "BLOCK_COLUMNS", "BLOCK_GROUPS")
+"""What configurations call the rows and the columns of a tile."""
+
+
+class Matrix(NamedTuple):
+    """A tensor that is read as rows of its innermost dimension: how long they are, the elements
+    from one to the next, and those before the first."""
+
+    C: int
+    row_stride: int
+    offset: int
+
+    @staticmethod
+    def of(x: Operand) -> Matrix:
+        """Of a tensor of any rank."""
+        return Matrix(rows_and_columns(x.spec)[1], x.pitch, x.offset)
 
 
 class Image(NamedTuple):
@@ -76,20 +93,19 @@ class Tile(NamedTuple):
 
     @staticmethod
     def of(problem: Problem, tile: Config, precision: str = "ieee") -> Tile:
-        """Of a configuration with BLOCK_M and BLOCK_N, or BLOCK_ROWS and BLOCK_COLUMNS; with
-        TILE_ROWS, so many rows of BLOCK_M."""
+        """Of a configuration with one of ROWS and one of COLUMNS; with TILE_ROWS, so many rows of
+        BLOCK_M."""
         sizes = dict(tile.blocks)
-        m = sizes["BLOCK_M"] if "BLOCK_M" in sizes else sizes["BLOCK_ROWS"]
+        m, n = (next(sizes[name] for name in names if name in sizes) for names in (ROWS, COLUMNS))
         m *= sizes.get("TILE_ROWS", 1)
-        n = sizes["BLOCK_N"] if "BLOCK_N" in sizes else sizes["BLOCK_COLUMNS"]
         k, group = sizes.get("BLOCK_K", 0), sizes.get("GROUP_M", 1)
         return Tile(m, n, k, group, precision, problem.is_wide)
 
 
 class Output(NamedTuple):
-    """An NHWC tensor that is written: its height, width and channels, the elements from one pixel
-    to the next and those before the first, and what is applied to a tile before it is stored
-    (`contract/epilogue.py`)."""
+    """A tensor that is written as rows of its innermost dimension, of images pixels of channels:
+    the height, width and channels, the elements from one row to the next and those before the
+    first, and what is applied to a tile before it is stored (`contract/epilogue.py`)."""
 
     P: int
     Q: int
@@ -100,9 +116,9 @@ class Output(NamedTuple):
 
     @staticmethod
     def of(y: Operand, epilogue: Any) -> Output:
-        """Of a tensor (N, K, P, Q), (N, K, O, P, Q) or (N, K)."""
+        """Of a tensor of any rank; P and Q are those of images."""
         *_, p, q = (1, 1, *y.shape[2:])
-        return Output(p, q, y.shape[1], y.pitch, y.offset, epilogue)
+        return Output(p, q, rows_and_columns(y.spec)[1], y.pitch, y.offset, epilogue)
 
 
 def problem_extras(problem: Problem) -> tuple[Ref, ...]:
@@ -124,6 +140,7 @@ def tile_launch(
     pointers: Mapping[str, Ref] = FROM_X_TO_Y,
     extras: tuple[Ref, ...] = (),
     rows: int | None = None,
+    columns: int | None = None,
     block_rows: int | None = None,
     groups: int = 1,
     programs: int = 1,
@@ -134,8 +151,9 @@ def tile_launch(
 
     before: stages in front of the epilogue; output: in place of the problem's first one and of
     both. extras: more tensors that the kernel reads, behind those of the epilogue and the prologue.
-    rows: what `m` counts, the output's pixels by default, of which a tile has `block_rows`. groups:
-    of channels, which share no tile; programs: how many there are for each tile of M by N.
+    rows: what `m` counts, by default the output's rows, of which a tile has `block_rows`; columns:
+    what is cut into tiles of N, its channels by default. groups: of channels, which share no tile;
+    programs: how many there are for each tile of M by N.
     modelled: what the cost model asks of a `Launch`.
     """
     out = problem.output
@@ -147,10 +165,10 @@ def tile_launch(
         kernel=kernel,
         pointers=pointers,
         extras=(*problem_extras(problem), *extras),
-        rows=out.shape[0] * math.prod(out.shape[2:]) if rows is None else rows,
+        rows=rows_and_columns(out.spec)[0] if rows is None else rows,
         batch=out.spec.batch,
         block_rows=sizes.M if block_rows is None else block_rows,
-        columns=-(-(output.K // groups) // sizes.N) * groups * programs,
+        columns=-(-((columns or output.K) // groups) // sizes.N) * groups * programs,
         constexprs={"TILE": sizes, "OUTPUT": output, **constexprs},
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,

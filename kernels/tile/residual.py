@@ -61,12 +61,13 @@ def operand_of(problem: Problem) -> int | None:
     """The first operand of the epilogue that has the output's shape and is added before anything
     but additions happens; None where there is none."""
     index = 0
-    for stage in problem.epilogue:
+    for at, stage in enumerate(problem.epilogue):
         if stage.name != "add" or stage.channels is not None:
             return None
         if stage.takes_operand:
             if problem.operands[index].shape == problem.output.shape:
-                return index
+                # What the chain was before is no longer there to be read.
+                return None if ep.read_before(problem.epilogue, at + 1) else index
             index += 1
     return None
 

@@ -56,6 +56,23 @@ def tile_index(program, row_tiles, COLUMN_TILES: tl.constexpr, GROUP_M: tl.const
 
 
 @triton.jit
+def output_tile(m, OUTPUT: tl.constexpr, TILE: tl.constexpr):
+    """The program's rows, of `m`, and its columns of the output, and which of them exist."""
+    M: tl.constexpr = TILE.M
+    N: tl.constexpr = TILE.N
+    column_tiles: tl.constexpr = (OUTPUT.K + N - 1) // N
+    program = tl.program_id(0)
+    rows = program // column_tiles * M + tl.arange(0, M)
+    columns = program % column_tiles * N + tl.arange(0, N)
+    row_mask = rows < m
+    column_mask = columns < OUTPUT.K
+    if TILE.wide:
+        rows = rows.to(tl.int64)
+        columns = columns.to(tl.int64)
+    return rows, columns, row_mask, column_mask
+
+
+@triton.jit
 def pixels(first, stop, SPACE: tl.constexpr, TILE: tl.constexpr):
     """M pixels in their order in memory."""
     rows = first + tl.arange(0, TILE.M)
@@ -109,9 +126,8 @@ def images(first, stop, SPACE: tl.constexpr, TILE: tl.constexpr):
 
 
 @triton.jit
-def band_columns(first, stop, SPACE: tl.constexpr, TILE: tl.constexpr):
-    """The first rows of per_tile columns of bands: image, p, q, and which columns there are."""
-    index = first + tl.arange(0, SPACE.per_tile)
+def band_of(index, stop, SPACE: tl.constexpr, TILE: tl.constexpr):
+    """Image, first row and column of columns of bands, and which of them there are."""
     live = index < stop
     if TILE.wide:
         index = index.to(tl.int64)
@@ -121,17 +137,18 @@ def band_columns(first, stop, SPACE: tl.constexpr, TILE: tl.constexpr):
 
 
 @triton.jit
+def band_columns(first, stop, SPACE: tl.constexpr, TILE: tl.constexpr):
+    """The first rows of per_tile columns of bands: image, p, q, and which columns there are."""
+    return band_of(first + tl.arange(0, SPACE.per_tile), stop, SPACE, TILE)
+
+
+@triton.jit
 def bands(first, stop, SPACE: tl.constexpr, TILE: tl.constexpr):
     """Bands of M / per_tile rows of an image, row after row, each per_tile columns long."""
     lane = tl.arange(0, TILE.M)
-    index = first + lane % SPACE.per_tile
-    live = index < stop
-    if TILE.wide:
-        index = index.to(tl.int64)
-    HEIGHT: tl.constexpr = TILE.M // SPACE.per_tile
-    p = (index // SPACE.across % SPACE.down).to(tl.int32) * HEIGHT + lane // SPACE.per_tile
-    image = index // (SPACE.down * SPACE.across)
-    return image, p, (index % SPACE.across).to(tl.int32), live & (p < SPACE.P)
+    image, p, q, live = band_of(first + lane % SPACE.per_tile, stop, SPACE, TILE)
+    p += lane // SPACE.per_tile
+    return image, p, q, live & (p < SPACE.P)
 
 
 @triton.jit

@@ -130,6 +130,10 @@ def _geometry(node: Node | None) -> Conv2d | None:
     return node.attributes
 
 
+Shortcut = Literal["first", "second"] | None
+SHORTCUTS: tuple[Shortcut, ...] = (None, "second", "first")
+
+
 @dataclass(frozen=True)
 class Links:
     """Which links a chain has besides its expansion.
@@ -140,7 +144,7 @@ class Links:
 
     front: bool
     reduce: bool
-    shortcut: Literal["first", "second"] | None = None
+    shortcut: Shortcut = None
 
 
 def _pattern(links: Links) -> Call:
@@ -172,54 +176,22 @@ def _is_added_plain(graph: Graph, node: Node) -> bool:
 FRONT = Call("conv2d", Var("x"), Var("w1"), name="front", where=_is_larger)
 
 
-def _rule(label: str, name: str, links: Links) -> Rule:
-    return Rule(name, _pattern(links), guard=_guard, label=label, build=_build)
+def _rule(front: bool, reduce: bool, shortcut: Shortcut) -> Rule:
+    x, inner = ("x", "conv(x)") if front else ("t", "t")
+    terms = {None: "conv1x1({0})", "second": "conv1x1({0}) + conv1x1(s)",
+             "first": "conv1x1(s) + conv1x1({0})"}  # fmt: skip
+    product = terms[shortcut].format(inner)
+    fused = f"conv_chain({x}{', s' if shortcut else ''})"
+    name = f"{product} => {fused}"
+    if reduce:
+        name = f"conv1x1(y = {product}) => {fused} giving y and the reduction"
+    label = ("rotated-bottleneck" if front else "expand-reduce") if reduce else "conv-1x1"
+    pattern = _pattern(Links(front, reduce, shortcut))
+    return Rule(name, pattern, guard=_guard, label=label, build=_build)
 
 
-RULES = (
-    _rule(
-        "rotated-bottleneck",
-        "conv1x1(y = conv1x1(conv(x))) => conv_chain(x) giving y and the reduction",
-        Links(True, True),
-    ),
-    _rule(
-        "rotated-bottleneck",
-        "conv1x1(y = conv1x1(conv(x)) + conv1x1(s)) => conv_chain(x, s) giving y and the reduction",
-        Links(True, True, "second"),
-    ),
-    _rule(
-        "rotated-bottleneck",
-        "conv1x1(y = conv1x1(s) + conv1x1(conv(x))) => conv_chain(x, s) giving y and the reduction",
-        Links(True, True, "first"),
-    ),
-    _rule(
-        "expand-reduce",
-        "conv1x1(y = conv1x1(t)) => conv_chain(t) giving y and the reduction",
-        Links(False, True),
-    ),
-    _rule(
-        "expand-reduce",
-        "conv1x1(y = conv1x1(t) + conv1x1(s)) => conv_chain(t, s) giving y and the reduction",
-        Links(False, True, "second"),
-    ),
-    _rule(
-        "expand-reduce",
-        "conv1x1(y = conv1x1(s) + conv1x1(t)) => conv_chain(t, s) giving y and the reduction",
-        Links(False, True, "first"),
-    ),
-    _rule(
-        "conv-1x1",
-        "conv1x1(conv(x)) => conv_chain(x)",
-        Links(True, False),
-    ),
-    _rule(
-        "conv-1x1",
-        "conv1x1(conv(x)) + conv1x1(s) => conv_chain(x, s)",
-        Links(True, False, "second"),
-    ),
-    _rule(
-        "conv-1x1",
-        "conv1x1(s) + conv1x1(conv(x)) => conv_chain(x, s)",
-        Links(True, False, "first"),
-    ),
+RULES = tuple(
+    _rule(front, reduce, shortcut)
+    for front, reduce in ((True, True), (False, True), (True, False))
+    for shortcut in SHORTCUTS
 )

@@ -12,7 +12,7 @@ from ....kernels.fused.head import MOST_LINKS, Head
 from ....kernels.normalisation.softmax import Softmax
 from ...fusion import refusals
 from ...fusion.estimate import Fused
-from ...fusion.pattern import Build, Call, Constant, Match, Rule
+from ...fusion.pattern import Call, Constant, Match, Rule
 from ...graph.ir import Graph, Node, Value
 from .pool_fusions import AVERAGE
 
@@ -76,10 +76,9 @@ def _build_average(graph: Graph, found: Match) -> Fused:
 
 
 def _build_softmax(graph: Graph, found: Match) -> Fused:
-    root = found.root
     attributes, inputs = _chain_of(graph, found)
-    made = replace(attributes, softmax=root.op)
-    return Fused("head", made, inputs, {root.name: 0}, root.epilogue, graph.operands(root))
+    attributes = replace(attributes, softmax=found.root.op)
+    return Fused.at(graph, found.root, "head", attributes, inputs)
 
 
 INNER = Call(LAYERS, name="inner")
@@ -93,37 +92,23 @@ THREE = Call(
 NORMALISERS = ("softmax", "log_softmax")
 
 
-def _rule(name: str, pattern: Call, label: str, build: Build) -> Rule:
-    return Rule(name, pattern, build=build, guard=_guard, label=label)
-
-
-RULES = (
-    _rule(
-        "linear(linear(linear(x, u), v), w) => head(x, u, v, w)",
-        THREE,
-        "linear-chain",
-        _build_chain,
-    ),
-    _rule("linear(linear(x, v), w) => head(x, v, w)", TWO, "linear-chain", _build_chain),
-    _rule(
-        "linear(flatten(mean(x)), w) => head(x, w)",
-        Call("linear", Call(("reshape", "flatten_pixels"), AVERAGE, name="flat"), Constant("w")),
-        "head",
-        _build_average,
-    ),
-    _rule(
-        "linear(mean(x), w) => head(x, w)",
-        Call("linear", AVERAGE, Constant("w")),
-        "head",
-        _build_average,
-    ),
-    # Longest first: a softmax that has taken the last layer leaves the others behind.
-    *(
-        _rule(name, Call(NORMALISERS, chain), "head", _build_softmax)
-        for name, chain in (
-            ("softmax(linear(linear(linear(x, u), v), w)) => head(x, u, v, w, softmax)", THREE),
-            ("softmax(linear(linear(x, v), w)) => head(x, v, w, softmax)", TWO),
-            ("softmax(linear(x, w)) => head(x, w, softmax)", INNER),
-        )
-    ),
-)
+FLAT = Call(("reshape", "flatten_pixels"), AVERAGE, name="flat")
+RULES = tuple(
+    Rule(name, pattern, build=build, guard=_guard, label=label)
+    for name, pattern, label, build in (
+        ("linear(linear(linear(x, u), v), w) => head(x, u, v, w)", THREE, "linear-chain",
+         _build_chain),
+        ("linear(linear(x, v), w) => head(x, v, w)", TWO, "linear-chain", _build_chain),
+        ("linear(flatten(mean(x)), w) => head(x, w)", Call("linear", FLAT, Constant("w")), "head",
+         _build_average),
+        ("linear(mean(x), w) => head(x, w)", Call("linear", AVERAGE, Constant("w")), "head",
+         _build_average),
+        # Longest first: a softmax that has taken the last layer leaves the others behind.
+        ("softmax(linear(linear(linear(x, u), v), w)) => head(x, u, v, w, softmax)",
+         Call(NORMALISERS, THREE), "head", _build_softmax),
+        ("softmax(linear(linear(x, v), w)) => head(x, v, w, softmax)", Call(NORMALISERS, TWO),
+         "head", _build_softmax),
+        ("softmax(linear(x, w)) => head(x, w, softmax)", Call(NORMALISERS, INNER), "head",
+         _build_softmax),
+    )
+)  # fmt: skip

@@ -59,24 +59,10 @@ def _build_pool_conv(graph: Graph, found: Match) -> Fused:
         *graph.operands(pool),
         *graph.prologue_operands(conv),
     )
-    results = {conv.name: 0} | ({pool.name: 1} if keep else {})
-    return Fused("pool_conv", attributes, inputs, results, conv.epilogue, graph.operands(conv))
+    return Fused.at(graph, conv, "pool_conv", attributes, inputs, {pool.name: 1} if keep else {})
 
 
 POOLS = ("max_pool2d", "avg_pool2d")
-
-
-def _pool_rule(
-    label: str, name: str, shared: bool
-) -> Rule:
-    pool = Call(POOLS, Var("x"), name="pool", kept=shared, where=_is_shared if shared else None)
-    return Rule(
-        name,
-        Call("conv2d", pool, Constant("w"), where=is_1x1),
-        build=_build_pool_conv,
-        guard=_pool_guard,
-        label=label,
-    )
 
 
 # Global average -> 1x1 convolution -> 1x1 convolution.
@@ -107,27 +93,11 @@ def _build_squeeze_excite(graph: Graph, found: Match) -> Fused:
         found.values["x"], found.values["w1"], found.values["w2"], *graph.operands(squeeze)
     )  # fmt: skip
     attributes = SqueezeExcite(squeeze.epilogue)
-    results = {excite.name: 0}
-    operands = graph.operands(excite)
-    return Fused("squeeze_excite", attributes, inputs, results, excite.epilogue, operands)
+    return Fused.at(graph, excite, "squeeze_excite", attributes, inputs)
 
 
 def _is_one_pixel(graph: Graph, node: Node) -> bool:
     return is_1x1(graph, node) and graph.spec(graph.own_inputs(node)[0]).shape[2:] == (1, 1)
-
-
-def _squeeze_rule(
-    name: str, layer: str, source: Call
-) -> Rule:
-    where = is_1x1 if layer == "conv2d" else None
-    squeeze = Call(layer, source, Constant("w1"), name="squeeze", where=where)
-    return Rule(
-        name,
-        Call(layer, squeeze, Constant("w2"), where=where),
-        build=_build_squeeze_excite,
-        guard=_squeeze_guard,
-        label="squeeze-excite",
-    )
 
 
 # Local response normalisation and max pooling.
@@ -145,62 +115,70 @@ def _build_lrn_pool(graph: Graph, found: Match) -> Fused:
     assert isinstance(lrn.attributes, LocalResponseNorm)
     assert isinstance(pool.attributes, MaxPool2d)
     attributes = LrnPool(lrn.attributes, pool.attributes, lrn_first)
-    results = {root.name: 0}
-    operands = graph.operands(root)
-    return Fused("lrn_pool", attributes, (found.values["x"],), results, root.epilogue, operands)
+    return Fused.at(graph, root, "lrn_pool", attributes, (found.values["x"],))
 
 
+LRN_AND_POOL = ("max_pool2d", "local_response_norm")
 AVERAGE = Call(AVERAGES, Var("x"), name="average", where=averages_all)
 RULES = (
-    _pool_rule(
-        "pool-conv",
-        "conv1x1(pool(x), w) => pool_conv(x, w)",
-        shared=False,
+    *(
+        Rule(
+            f"conv1x1({pool}, w) => pool_conv(x, w){giving}",
+            Call(
+                "conv2d",
+                Call(POOLS, Var("x"), name="pool", kept=where is not None, where=where),
+                Constant("w"),
+                where=is_1x1,
+            ),
+            build=_build_pool_conv,
+            guard=_pool_guard,
+            label=label,
+        )
+        for label, pool, giving, where in (
+            ("pool-conv", "pool(x)", "", None),
+            ("pool-conv-kept", "t = pool(x)", " giving t as well", _is_shared),
+        )
     ),
-    _pool_rule(
-        "pool-conv-kept",
-        "conv1x1(t = pool(x), w) => pool_conv(x, w) giving t as well",
-        shared=True,
+    *(
+        Rule(
+            name,
+            Call(
+                layer,
+                Call(layer, source, Constant("w1"), name="squeeze", where=inner),
+                Constant("w2"),
+                where=is_1x1 if layer == "conv2d" else None,
+            ),
+            build=_build_squeeze_excite,
+            guard=_squeeze_guard,
+            label=label,
+        )
+        for name, layer, source, inner, label in (
+            (
+                "conv1x1(conv1x1(mean(x), v), w) => squeeze_excite(x, v, w)",
+                "conv2d", AVERAGE, is_1x1, "squeeze-excite",
+            ),
+            (
+                "linear(linear(mean(x), v), w) => squeeze_excite(x, v, w)",
+                "linear", AVERAGE, None, "squeeze-excite",
+            ),
+            (
+                "linear(linear(flatten(mean(x)), v), w) => squeeze_excite(x, v, w)",
+                "linear", Call(("reshape", "flatten_pixels"), AVERAGE), None, "squeeze-excite",
+            ),
+            (
+                "conv1x1(conv1x1(s, v), w) => squeeze_excite(s, v, w), s of one pixel",
+                "conv2d", Var("x"), _is_one_pixel, "excite",
+            ),
+        )
     ),
-    _squeeze_rule(
-        "conv1x1(conv1x1(mean(x), v), w) => squeeze_excite(x, v, w)",
-        "conv2d",
-        AVERAGE,
+    *(
+        Rule(
+            f"{outer}({inner}(x)) => lrn_pool(x)",
+            Call(outer, Call(inner, Var("x"), name="inner")),
+            build=_build_lrn_pool,
+            guard=_lrn_guard,
+            label="lrn-pool",
+        )
+        for outer, inner in (LRN_AND_POOL, LRN_AND_POOL[::-1])
     ),
-    _squeeze_rule(
-        "linear(linear(mean(x), v), w) => squeeze_excite(x, v, w)",
-        "linear",
-        AVERAGE,
-    ),
-    _squeeze_rule(
-        "linear(linear(flatten(mean(x)), v), w) => squeeze_excite(x, v, w)",
-        "linear",
-        Call(("reshape", "flatten_pixels"), AVERAGE),
-    ),
-    Rule(
-        "conv1x1(conv1x1(s, v), w) => squeeze_excite(s, v, w), s of one pixel",
-        Call(
-            "conv2d",
-            Call("conv2d", Var("x"), Constant("w1"), name="squeeze", where=_is_one_pixel),
-            Constant("w2"),
-            where=is_1x1,
-        ),
-        build=_build_squeeze_excite,
-        guard=_squeeze_guard,
-        label="excite",
-    ),
-    Rule(
-        "max_pool2d(local_response_norm(x)) => lrn_pool(x)",
-        Call("max_pool2d", Call("local_response_norm", Var("x"), name="inner")),
-        build=_build_lrn_pool,
-        guard=_lrn_guard,
-        label="lrn-pool",
-    ),
-    Rule(
-        "local_response_norm(max_pool2d(x)) => lrn_pool(x)",
-        Call("local_response_norm", Call("max_pool2d", Var("x"), name="inner")),
-        build=_build_lrn_pool,
-        guard=_lrn_guard,
-        label="lrn-pool",
-    ),
-)
+)  # fmt: skip

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from ....kernels.contract import epilogue as ep
 from ....kernels.contract.epilogue import Epilogue, Stage
 from ....kernels.fused.conv_sum import ConvSum
 from ....kernels.tile.conv_geometry import Conv2d
@@ -74,6 +75,8 @@ def sum_reason(graph: Graph, found: Match) -> str | None:
     stage = slots[at][0]
     if stage.name != "add" or stage.channels is not None:
         return f"{adder.name} does not simply add {added.name}, but applies {stage}"
+    if ep.read_before(adder.epilogue, at + 1):
+        return f"{adder.name} reads again what it was before it added {added.name}"
     for stage, value in slots[:at]:
         if not _is_constant_add(graph, stage, value):
             return f"{adder.name} applies {stage} before it adds {added.name}; only constants may"
@@ -98,7 +101,7 @@ def _index_of(node: Node, position: int) -> int:
 
 
 def _is_constant_add(graph: Graph, stage: Stage, value: Value | None) -> bool:
-    plain = stage.name == "add" and stage.channels is None
+    plain = stage.name == "add" and stage.channels is None and stage.back is None
     return plain and (value is None or graph.is_constant(value))
 
 

@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from ....kernels.contract.epilogue import Epilogue, Stage
+from ....kernels.contract.epilogue import Epilogue, Stage, read_before
 from ....kernels.contract.op import Problem
 from ....kernels.contract.spec import TensorSpec
 from ....kernels.movement.movement import Concat, Slice
@@ -190,7 +190,15 @@ def _joint_epilogue(graph: Graph, members: list[Node]) -> tuple[Epilogue, list[l
         chains = [c if has else [(BIAS, None), *c] for c, has in zip(chains, biased, strict=True)]
     stages: list[Stage] = []
     parts: list[list[Part]] = []
-    while all(chains) and _is_common([chain[0][0] for chain in chains]):
+    common = 0
+    while all(len(chain) > common for chain in chains) and _is_common(
+        [chain[common][0] for chain in chains]
+    ):
+        common += 1
+    # What a stage reads again stays with it: between the rests of two chains stand others.
+    while any(read_before(tuple(stage for stage, _ in chain), common) for chain in chains):
+        common -= 1
+    for _ in range(common):
         heads = [chain.pop(0) for chain in chains]
         stages.append(heads[0][0])
         if heads[0][0].takes_operand:

@@ -80,20 +80,9 @@ def _equation(layers: int) -> str:
     return f"head(flatten({inner})) => small_net(x, ...)"
 
 
-def _rule(layers: int) -> Rule:
-    return Rule(
-        _equation(layers),
-        _pattern(layers),
-        build=_build,
-        guard=_guard,
-        label=LABEL,
-    )
-
-
-RULES = (
-    _rule(3),
-    _rule(2),
-    _rule(1),
+RULES = tuple(
+    Rule(_equation(layers), _pattern(layers), build=_build, guard=_guard, label=LABEL)
+    for layers in (3, 2, 1)
 )
 """The longest first: of equal savings the earlier rule is taken."""
 

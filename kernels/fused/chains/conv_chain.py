@@ -30,7 +30,7 @@ import triton.language as tl
 
 from ...contract import cost_model
 from ...contract import epilogue as ep
-from ...contract.op import Attributes, Config, Cost, Launch, Op, Problem, Ref, tensor_bytes
+from ...contract.op import Attributes, Config, Launch, Op, Problem, Ref, counted
 from ...contract.spec import Layout, Operand, TensorSpec
 from ...contract.targets import Target
 from ...tile import choice, conv_geometry, source, space
@@ -100,29 +100,12 @@ class Product(NamedTuple):
 
 @triton.jit
 def conv_chain_kernel(
-    x,
-    w1,
-    w2,
-    w3,
-    s,
-    ws,
-    y,
-    z,
-    extras,
-    m,
-    IMAGE: tl.constexpr,
-    FRONT: tl.constexpr,
-    STAGES: tl.constexpr,
-    SHORTCUT: tl.constexpr,
-    MIDDLE: tl.constexpr,
-    SPACE: tl.constexpr,
-    Y: tl.constexpr,
-    Z: tl.constexpr,
-    TILE: tl.constexpr,
-    BLOCK_MIDDLE: tl.constexpr,
-    BLOCK_NARROW: tl.constexpr,
+    x, w1, w2, w3, s, ws, y, z, extras, m,
+    IMAGE: tl.constexpr, FRONT: tl.constexpr, STAGES: tl.constexpr, SHORTCUT: tl.constexpr,
+    MIDDLE: tl.constexpr, SPACE: tl.constexpr, Y: tl.constexpr, Z: tl.constexpr,
+    TILE: tl.constexpr, BLOCK_MIDDLE: tl.constexpr, BLOCK_NARROW: tl.constexpr,
     LOOP_STAGES: tl.constexpr,
-):
+):  # fmt: skip
     # One program owns the pixels of its rows and all their channels, N of the wide ones in a step
     # of a loop of LOOP_STAGES. IMAGE is x, STAGES follow FRONT, MIDDLE counts the channels of t,
     # BLOCK_* those of t and z filled up; the links that are absent are None.
@@ -291,13 +274,13 @@ def default(problem: Problem, target: Target) -> Config:
     )
 
 
-def cost(problem: Problem) -> Cost:
+@counted
+def cost(problem: Problem) -> int:
     """The products of all links; t is neither written nor read, y is not read."""
     chain, inputs, _ = _chain(problem)
     own, y = links.tensors(chain.links, inputs), problem.outputs[0]
     products = sum(own[name].spec.numel for name in links.weights(chain.links))
-    read, written = tensor_bytes(problem)
-    return Cost(2 * y.spec.numel // y.shape[1] * products, read, written)
+    return 2 * y.spec.numel // y.shape[1] * products
 
 
 OP = Op(

@@ -29,7 +29,7 @@ import torch
 from ....errors import InvalidInputError
 from ...contract import cost_model
 from ...contract import epilogue as ep
-from ...contract.op import Attributes, Config, Cost, Launch, Op, Problem, Ref, X, Y, tensor_bytes
+from ...contract.op import Attributes, Config, Launch, Op, Problem, Ref, X, Y, counted
 from ...contract.spec import TensorSpec
 from ...contract.targets import Target
 from ...tile import choice, engine
@@ -211,13 +211,13 @@ def time_us(problem: Problem, tile: Config, target: Target) -> float:
     return cost_model.launch_us(gpu, launch, flops, dtype, ends)
 
 
-def cost(problem: Problem) -> Cost:
+@counted
+def cost(problem: Problem) -> int:
     """The products of all parts; t is neither written nor read, y is not read."""
     attributes, results = _specs(problem)
     own, y = links.tensors(attributes.links, problem.inputs), results["project"]
     products = sum(own[name].spec.numel for name in links.weights(attributes.links))
-    read, written = tensor_bytes(problem)
-    return Cost(2 * y.numel // y.shape[1] * products, read, written)
+    return 2 * y.numel // y.shape[1] * products
 
 
 OP = Op(

@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 from convloom.kernels.contract.spec import Layout, TensorSpec
-from convloom.kernels.pooling.resample import REACH, Resample, step_of
+from convloom.kernels.pooling.resample import REACH, Resample
+from convloom.kernels.pooling.upsample import pixels_per_output
 
 from ..domain import Domain
 
@@ -15,7 +16,7 @@ from ..domain import Domain
 def _build(draw: Mapping[str, Any]) -> tuple[Resample, tuple[TensorSpec, ...]]:
     image, size, corners = draw["image"], draw["size"], draw["corners"]
     vertical, horizontal = (
-        step_of(old, new, corners, None) for old, new in zip(image, size, strict=True)
+        pixels_per_output(old, new, None, corners) for old, new in zip(image, size, strict=True)
     )
     x = TensorSpec((draw["N"], draw["C"], *image), torch.float32, Layout.NHWC)
     return Resample(size, (vertical, horizontal), draw["filter"], corners), (x,)

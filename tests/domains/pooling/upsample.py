@@ -21,7 +21,7 @@ def _build(name: str, draw: Mapping[str, Any]) -> tuple[Upsample, tuple[TensorSp
         size = tuple(math.floor(extent * scale) for extent in extents)
         if min(size) < 1:
             return None
-    steps = tuple(step_of(old, new, rule, scale) for old, new in zip(extents, size, strict=True))
+    steps = tuple(step_of(old, new, scale, rule) for old, new in zip(extents, size, strict=True))
     x = TensorSpec((draw["N"], draw["C"], *extents), torch.float32, Layout.NHWC)
     sequence = name == LINEARLY and extents[0] == size[0] == 1 and len(extents) == 2
     return Upsample(size, steps, rule, sequence), (x,)
