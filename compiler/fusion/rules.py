@@ -9,13 +9,16 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import torch
+
+from ...kernels.contract.epilogue import Stage
 from ...kernels.contract.scalars import SCALARS
 from ...kernels.contract.spec import Layout, TensorSpec
 from ...kernels.movement.movement import FlattenPixels
 from ...kernels.movement.pointwise import Pointwise, stage_of
 from ...kernels.tile.conv_geometry import Conv2d
 from ..graph.ir import INPUT, Graph, Node, Value
-from .pattern import Call, Constant, Match, Rule, Var, absorb
+from .pattern import Call, Constant, Match, Rewrite, Rule, Var, absorb
 
 HEAVY = ("conv2d", "linear")
 PRODUCTS = (*HEAVY, "conv3d", "conv_transpose2d", "conv_transpose3d")
@@ -24,6 +27,9 @@ MOST_STAGES = 64
 """Of one epilogue: each may read a tensor, and a launch takes 4 kB of pointers and sizes."""
 UNARY = tuple(s.name for s in SCALARS if s.operands == 1 and s.name != "identity")
 BINARY = tuple(s.name for s in SCALARS if s.operands == 2)
+WHERE = ("where", "where_first", "where_second")
+"""The choice, as a stage of each of its operands."""
+POINTWISE = (*UNARY, *BINARY, "where")
 
 
 def _anchors() -> tuple[str, ...]:
@@ -42,21 +48,29 @@ def _same_output(graph: Graph, found: Match) -> str | None:
         return f"{anchor.name} has several results; an epilogue changes a single one"
     if anchor.spec.shape != root.spec.shape:
         return f"{root.name} broadcasts {anchor.spec} to {root.spec}; epilogues keep the shape"
-    if anchor.spec.dtype is not root.spec.dtype:
+    kinds = (anchor.spec.dtype, root.spec.dtype)
+    if kinds[0] is not kinds[1] and torch.bool not in kinds:
         return f"{root.name} changes the dtype, {anchor.spec.dtype}; epilogues keep it"
+    if root.spec.dtype is torch.bool and not isinstance(anchor.attributes, Pointwise):
+        return f"{root.name} makes booleans, which {anchor.op} does not store"
     if len(anchor.epilogue) + 1 + len(root.epilogue) > MOST_STAGES:
         return f"with {root.name} the epilogue of {anchor.name} has more than {MOST_STAGES} stages"
     return None
 
 
-def _append(reverse: bool, graph: Graph, found: Match) -> Value:
-    """The anchor with the root's stage, and the root's own epilogue, after its own."""
+def _stage_of_operand(node: Node, at: int) -> Stage:
+    """A pointwise node as a stage of its operand `at`."""
+    assert isinstance(node.attributes, Pointwise)
+    stage = stage_of(node.op, node.attributes)
+    if node.op == "where":
+        return replace(stage, name=WHERE[at])
+    return replace(stage, reverse=not stage.reverse) if at else stage
+
+
+def _append(graph: Graph, found: Match, stage: Stage, others: tuple[Value, ...] = ()) -> Value:
+    """The anchor with the root's stage, which reads the others, and the root's own epilogue, after
+    its own."""
     anchor, root = found.nodes["anchor"], found.root
-    assert isinstance(root.attributes, Pointwise)
-    stage = stage_of(root.op, root.attributes)
-    if reverse:
-        stage = type(stage)(stage.name, stage.parameters, None, not stage.reverse)
-    others = tuple(v for v in graph.own_inputs(root) if v != Value(anchor.name))
     inputs = (
         *graph.own_inputs(anchor),
         *graph.operands(anchor),
@@ -65,17 +79,36 @@ def _append(reverse: bool, graph: Graph, found: Match) -> Value:
         *graph.prologue_operands(anchor),
     )
     epilogue = (*anchor.epilogue, stage, *root.epilogue)
-    return absorb(graph, found, anchor.name, inputs, epilogue=epilogue)
+    outputs = (anchor.spec.with_(dtype=root.spec.dtype),)
+    return absorb(graph, found, anchor.name, inputs, epilogue=epilogue, outputs=outputs)
 
 
-def append_stage(graph: Graph, found: Match) -> Value:
-    """Fuses f(anchor) or f(anchor, r)."""
-    return _append(False, graph, found)
+def _append_at(at: int) -> Rewrite:
+    """Fuses a function that the anchor is operand `at` of."""
+
+    def append(graph: Graph, found: Match) -> Value:
+        own = graph.own_inputs(found.root)
+        stage = _stage_of_operand(found.root, at)
+        return _append(graph, found, stage, (*own[:at], *own[at + 1 :]))
+
+    return append
 
 
-def append_reversed_stage(graph: Graph, found: Match) -> Value:
-    """Fuses f(r, anchor)."""
-    return _append(True, graph, found)
+append_stage, append_reversed_stage, append_to_second = map(_append_at, range(3))
+
+
+def append_cast(graph: Graph, found: Match) -> Value:
+    """Fuses the conversion of booleans into numbers, which they are in a chain."""
+    return _append(graph, found, Stage("identity"))
+
+
+def _cast_guard(graph: Graph, found: Match) -> str | None:
+    anchor, root = found.nodes["anchor"], found.root
+    if anchor.spec.dtype is not torch.bool:
+        return f"{root.name} rounds {anchor.spec}, or lays it out anew"
+    if anchor.spec.layout is not root.spec.layout:
+        return f"{root.name} lays {anchor.spec} out anew"
+    return _same_output(graph, found)
 
 
 def _image(graph: Graph, before: Node) -> int | None:
@@ -103,6 +136,8 @@ def _prologue_guard(graph: Graph, found: Match) -> str | None:
         return f"{conv.name} is grouped; only convolutions with groups=1 have prologues"
     if (image := _image(graph, root)) is None:
         return f"{root.name} broadcasts its inputs: none of them has the shape of its result"
+    if graph.spec(graph.own_inputs(root)[image]).dtype is not root.spec.dtype:
+        return f"{root.name} makes {root.spec.dtype} of another type; {conv.name} multiplies one"
     # One number per image and channel needs rows of the product that are pixels of the image.
     in_place = conv.attributes == Conv2d()
     own = graph.own_inputs(root)
@@ -117,11 +152,9 @@ def _prologue_guard(graph: Graph, found: Match) -> str | None:
 def sink_into_prologue(graph: Graph, found: Match) -> Value:
     """conv2d(f(x)) with f applied while x is read; the zero border stays zero after f."""
     conv, before = found.root, found.nodes["before"]
-    assert isinstance(before.attributes, Pointwise)
-    first, image = stage_of(before.op, before.attributes), _image(graph, before)
+    image = _image(graph, before)
     assert image is not None
-    if image:
-        first = replace(first, reverse=not first.reverse)
+    first = _stage_of_operand(before, image)
     own = graph.own_inputs(before)
     inputs = (
         own[image],
@@ -164,6 +197,20 @@ EPILOGUE_RULES = (
         label="epilogue",
     ),
     Rule(
+        "where(c, heavy(x), b) => heavy(x, epilogue=[where_first c b])",
+        Call("where", Var("c"), Call(PRODUCTS, name="anchor"), Var("b"), name="root"),
+        append_reversed_stage,
+        _same_output,
+        label="epilogue",
+    ),
+    Rule(
+        "where(c, a, heavy(x)) => heavy(x, epilogue=[where_second c a])",
+        Call("where", Var("c"), Var("a"), Call(PRODUCTS, name="anchor"), name="root"),
+        append_to_second,
+        _same_output,
+        label="epilogue",
+    ),
+    Rule(
         "f(op(x)) => op(x, epilogue=[f])",
         Call(UNARY, Call(ANCHORS, name="anchor"), name="root"),
         append_stage,
@@ -189,6 +236,34 @@ EPILOGUE_RULES = (
         Call(BINARY, Var("r"), Call(ANCHORS, name="anchor"), name="root"),
         append_reversed_stage,
         _same_output,
+        label="epilogue",
+    ),
+    Rule(
+        "where(op(x), a, b) => op(x, epilogue=[where a b])",
+        Call("where", Call(ANCHORS, name="anchor"), Var("a"), Var("b"), name="root"),
+        append_stage,
+        _same_output,
+        label="epilogue",
+    ),
+    Rule(
+        "where(c, op(x), b) => op(x, epilogue=[where_first c b])",
+        Call("where", Var("c"), Call(ANCHORS, name="anchor"), Var("b"), name="root"),
+        append_reversed_stage,
+        _same_output,
+        label="epilogue",
+    ),
+    Rule(
+        "where(c, a, op(x)) => op(x, epilogue=[where_second c a])",
+        Call("where", Var("c"), Var("a"), Call(ANCHORS, name="anchor"), name="root"),
+        append_to_second,
+        _same_output,
+        label="epilogue",
+    ),
+    Rule(
+        "float(op(x)) => op(x, epilogue=[identity])",
+        Call("relayout", Call(POINTWISE, name="anchor"), name="root"),
+        append_cast,
+        _cast_guard,
         label="epilogue",
     ),
 )
@@ -237,7 +312,7 @@ PROLOGUE_RULES = (
         "conv2d(f(x), w) => conv2d(x, w, prologue=[f])",
         Call(
             "conv2d",
-            Call((*UNARY, *BINARY), name="before"),
+            Call(POINTWISE, name="before"),
             Var("w"),
             name="root",
         ),

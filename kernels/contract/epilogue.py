@@ -46,9 +46,9 @@ class Stage:
     """One application of a scalar function to the running value.
 
     A binary function's other argument is `literal` when given, else the next tensor operand;
-    `reverse` puts the running value on the right. channels: only the columns [start, stop) are
-    changed, where convolutions with different activations were merged into a wide one; the columns
-    are then dimension 1 of the output.
+    `reverse` puts the running value on the right. A function of three reads the next two. channels:
+    only the columns [start, stop) are changed, where convolutions with different activations were
+    merged into a wide one; the columns are then dimension 1 of the output.
     """
 
     name: str
@@ -71,8 +71,9 @@ class Stage:
         return scalars.BY_NAME[self.name]
 
     @property
-    def takes_operand(self) -> bool:
-        return self.scalar.operands == 2 and self.literal is None
+    def operands(self) -> int:
+        """How many tensors it reads besides the running value."""
+        return self.scalar.operands - 1 if self.literal is None else 0
 
     def __str__(self) -> str:
         literal = [] if self.literal is None else [f"{self.literal:g}"]
@@ -87,23 +88,42 @@ Epilogue = tuple[Stage, ...]
 
 def operand_count(stages: Epilogue) -> int:
     """How many tensors the chain reads besides the running value."""
-    return sum(stage.takes_operand for stage in stages)
+    return sum(stage.operands for stage in stages)
+
+
+def makes_boolean(stages: Epilogue, dtype: torch.dtype) -> bool:
+    """Whether a chain that begins with a value of a dtype ends in true and false."""
+    return stages[-1].scalar.boolean if stages else dtype is torch.bool
 
 
 def apply_reference(
     stages: Epilogue, value: torch.Tensor, operands: tuple[torch.Tensor, ...]
 ) -> torch.Tensor:
-    """The chain by torch operations, in the value's dtype."""
+    """The chain by torch operations, in the value's dtype; what is computed with booleans, which
+    are 0 and 1 then, is in that of the operands."""
     remaining = iter(operands)
     for stage in stages:
-        if stage.scalar.operands == 1:
-            changed = stage.scalar.reference(value, *stage.parameters)
-        else:
-            other = next(remaining) if stage.literal is None else stage.literal
-            pair = (other, value) if stage.reverse else (value, other)
-            changed = stage.scalar.reference(*pair, *stage.parameters)
+        literals = () if stage.literal is None else (stage.literal,)
+        others = literals or tuple(next(remaining) for _ in range(stage.operands))
+        arguments = _as_numbers(stage, (value, *others))
+        if stage.reverse:
+            arguments.reverse()
+        changed = stage.scalar.reference(*arguments, *stage.parameters)
         value = changed if stage.channels is None else _only(stage.channels, changed, value)
     return value
+
+
+def _as_numbers(stage: Stage, arguments: tuple[Any, ...]) -> list[Any]:
+    """The arguments, the booleans that a function computes with as floats."""
+    tensors = [a for a in arguments if isinstance(a, torch.Tensor)]
+    dtype = next((t.dtype for t in tensors if t.dtype.is_floating_point), torch.float32)
+    last = len(arguments) - 1
+    conditions = {last - at if stage.reverse else at for at in stage.scalar.conditions}
+    return [
+        a.to(dtype)
+        if isinstance(a, torch.Tensor) and a.dtype is torch.bool and at not in conditions else a
+        for at, a in enumerate(arguments)
+    ]  # fmt: skip
 
 
 def _only(channels: tuple[int, int], changed: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
@@ -291,15 +311,15 @@ def _full(value: float) -> str:
 def _ordered(
     stages: Epilogue, reads: tuple[Access, ...], sizes: tuple[int, ...]
 ) -> list[tuple[Stage, int | None]]:
-    """Stages with the index of their operand; in a run of additions, full tensors come first.
+    """Stages with the index of their first operand; in a run of additions, full tensors come first.
 
     Residual before bias costs 104 registers at 128x128 and 8 warps, bias before residual 128.
     """
     slots: list[tuple[Stage, int | None]] = []
     index = 0
     for stage in stages:
-        slots.append((stage, index if stage.takes_operand else None))
-        index += stage.takes_operand
+        slots.append((stage, index if stage.operands else None))
+        index += stage.operands
 
     def adds(slot: tuple[Stage, int | None], full: bool) -> bool:
         stage, at = slot
@@ -338,14 +358,14 @@ def generate(
         function = stage.scalar.function.fn.__name__
         symbols.append(function)
         arguments = ["acc"]
-        if at is not None:
-            load = load_source(f"extras[{first + at}]", sizes, reads[at])
-            if (through := reads[at].through) is not None:
+        for index in range(at or 0, (at or 0) + stage.operands):
+            load = load_source(f"extras[{first + index}]", sizes, reads[index])
+            if (through := reads[index].through) is not None:
                 symbols.append(through[0])
-            lines.append(f"    # {stage.name} {reads[at].label}")
-            lines.append(f"    operand{at} = {load}")
-            arguments.append(f"operand{at}")
-        elif stage.literal is not None:
+            lines.append(f"    # {stage.name} {reads[index].label}")
+            lines.append(f"    operand{index} = {load}")
+            arguments.append(f"operand{index}")
+        if stage.literal is not None:
             arguments.append(_full(stage.literal))
         if stage.reverse:
             arguments.reverse()

@@ -64,7 +64,7 @@ def operand_of(problem: Problem) -> int | None:
     for stage in problem.epilogue:
         if stage.name != "add" or stage.channels is not None:
             return None
-        if stage.takes_operand:
+        if stage.operands:
             if problem.operands[index].shape == problem.output.shape:
                 return index
             index += 1

@@ -21,6 +21,12 @@ UNARY = (
     "F.hardshrink({0}, 0.0)", "{0}.nan_to_num(0.5, 1.0, -1.0)",
     "torch.erf({0})", "torch.log1p({0}.abs())", "torch.expm1(-{0}.abs())", "F.logsigmoid({0})",
     "F.softshrink({0}, 0.25)", "torch.lerp({0}, {0} * 0.5, 0.75)",
+    # Decisions whose sides meet where it is made.
+    "torch.where({0} > 0.25, {0}, 0.25)", "{0}.masked_fill({0} < -0.25, -0.25)",
+    "{0}.masked_fill(~({0} >= 0), 0.0)", "{0} * torch.where({0} <= 0, 0.5, 1.0)",
+    "torch.where({0} == {0}, {0}, 0.5)", "torch.where({0} != {0}, 0.5, {0})",
+    "{0}.masked_fill({0}.isnan(), 0.25)", "{0}.masked_fill({0}.isinf(), 0.25)",
+    "torch.where({0}.isfinite(), {0}, 0.25)", "{0} * ({0} > 0).type_as({0})",
     # What jumps, as waves that do not: a last bit more or less would be another number.
     *(f"({x} - {wave} - 0.5).abs()".replace("x", "(torch.tanh({0}) * 2.0)") for x, wave in (
         ("x", "x.floor()"), ("x.ceil()", "x"), ("x.abs()", "x.abs().trunc()"),
@@ -32,7 +38,10 @@ BINARY = (
     "{0} / ({1}.abs() + 0.5)", "({0}.abs() + 0.5) ** torch.tanh({1})",
     "torch.rsub({0}, {1})", "torch.add({0}, {1}, alpha=0.5)", "{0}.clamp(max={1})",
     "torch.atan2({0}, {1}.abs() + 0.5)", "torch.max({0}, {1})", "torch.lerp({0}, {1}, 0.25)",
-    "torch.lerp({0}, {1}, torch.sigmoid({0}))",
+    "torch.lerp({0}, {1}, torch.sigmoid({0}))", "torch.where({0} > {1}, {0}, {1})",
+    # The product where the signs are equal.
+    "({0} * {1}).masked_fill(({0} == {0}) ^ "
+    "(({0} > 0) & ({1} > 0) | ({0} <= 0) & ({1} <= 0)), 0.0)",
 )  # fmt: skip
 
 
