@@ -300,6 +300,19 @@ def columns(b: Builder) -> None:
         b.let(f"F.fold({y}, ({h}, {w}), {r}, padding={padding}, stride={stride})")
 
 
+def sample(b: Builder) -> None:
+    """An image turned and stretched by what it shows itself; everywhere its border goes on, so that
+    no place is a step."""
+    b.special = False
+    x = b.pick(4)
+    c, h, w = b.shape(x)[1:]
+    theta = f"{b.layer(f'nn.Linear({c}, 6)')}({x}.mean((2, 3))).tanh().view(-1, 2, 3)"
+    corners = b.alternative(True, False)
+    grid = b.let(f"F.affine_grid({theta}, [{x}.shape[0], {c}, {h + 1}, {w}], {corners})")
+    border = b.one("border", "reflection")
+    b.let(f"F.grid_sample({x}, {grid}, 'bilinear', '{border}', {corners})")
+
+
 def write(b: Builder) -> None:
     """A part of one value in the place of a part of another."""
     x = b.pick(3, 4)
@@ -354,5 +367,5 @@ LINES = (
     convolve, convolve, convolve, unary, unary, unary, binary, binary, join, join, batch_norm,
     pool, pool, cut, cut, move, move, reduce, broadcast, constants, prelu, convolve_back,
     share_a_layer, linear, matmul, attend, normalise, local_norm, softmax, power_pool, mixed_pool,
-    median_pool, pool_and_back, flatten, columns, write, scan, surround, resize,
+    median_pool, pool_and_back, flatten, columns, sample, write, scan, surround, resize,
 )  # fmt: skip
