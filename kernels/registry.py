@@ -26,6 +26,7 @@ from .movement import movement_ops, pad, pointwise_ops, rearrange, unfold
 from .normalisation import batch_norm, lrn, normalize, reduce, scan, softmax, topk
 from .pooling import (
     adaptive_pool,
+    grid_sample,
     max_pool_indices,
     max_unpool,
     median_pool,
@@ -75,6 +76,7 @@ OPS: tuple[Op, ...] = (
     pad.OP,
     *upsample.OPS,
     resample.OP,
+    grid_sample.OP,
 )
 BY_NAME: dict[str, Op] = {op.name: op for op in OPS}
 CAPTURES: dict[str, Op] = {target: op for op in OPS for target in op.aten}

@@ -7,8 +7,9 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from convloom.compiler.tuning.bench import float_dtype
 from convloom.kernels.contract import tolerance
-from convloom.kernels.contract.epilogue import Epilogue, Stage, apply_reference
+from convloom.kernels.contract.epilogue import Epilogue, Stage, apply_reference, makes_boolean
 from convloom.kernels.contract.op import NONE, Attributes, Config, Launch, Op, Problem, Ref
 from convloom.kernels.contract.scalars import BY_NAME
 from convloom.kernels.contract.spec import FLOAT_DTYPES, Layout, Operand, TensorSpec, as_layout
@@ -113,7 +114,8 @@ def operand_specs(draw: Any, output: TensorSpec) -> TensorSpec:
     leading = next((dim for dim, size in enumerate(shape) if size != 1), rank)
     shape = shape[draw(st.sampled_from((0, leading))) :]
     nhwc = len(shape) == 4 and draw(st.sampled_from((True, True, False)))
-    return TensorSpec(shape, output.dtype, Layout.NHWC if nhwc else Layout.DENSE)
+    dtype = torch.float32 if output.dtype is torch.bool else output.dtype
+    return TensorSpec(shape, dtype, Layout.NHWC if nhwc else Layout.DENSE)
 
 
 @st.composite
@@ -123,7 +125,7 @@ def epilogues(
     """A chain of stages for an output, and the specs of the operands it reads."""
     chain = draw(st.lists(stages(output), min_size=1, max_size=longest))
     for at, (stage, _) in enumerate(chain):
-        if stage.takes_operand and stage.name in AGAIN and not draw(st.integers(0, 3)):
+        if stage.operands and stage.name in AGAIN and not draw(st.integers(0, 3)):
             chain[at] = replace(stage, back=draw(st.integers(0, at))), ()
     return tuple(s for s, _ in chain), tuple(spec for _, specs in chain for spec in specs)
 
@@ -134,7 +136,10 @@ def epilogues(
 def make_tensor(spec: TensorSpec, seed: int, low: float, high: float) -> torch.Tensor:
     """A logical tensor with uniform values, contiguous in the spec's layout."""
     generator = torch.Generator().manual_seed(seed)
-    values = torch.rand(spec.shape, generator=generator, dtype=torch.float64) * (high - low) + low
+    values = torch.rand(spec.shape, generator=generator, dtype=torch.float64)
+    if spec.dtype is torch.bool:
+        return as_layout(values < 0.5, spec.layout)
+    values = values * (high - low) + low
     return as_layout(values.to(spec.dtype), spec.layout)
 
 
@@ -180,11 +185,16 @@ def problem_for(
 ) -> Problem:
     """The problem whose tensors, constants excepted, are padded by `pad`."""
     packs = op.packs(attributes)
+    outputs = list(op.infer(attributes, specs))
+    if makes_boolean(epilogue, outputs[0].dtype):
+        outputs[0] = outputs[0].with_(dtype=torch.bool)
+    elif outputs[0].dtype is torch.bool:
+        outputs[0] = outputs[0].with_(dtype=torch.float32)
     return Problem(
         op.name,
         attributes,
         tuple(place(spec, 0 if index in packs else pad) for index, spec in enumerate(specs)),
-        tuple(place(spec, pad) for spec in op.infer(attributes, specs)),
+        tuple(place(spec, pad) for spec in outputs),
         epilogue,
         tuple(place(spec, pad) for spec in operands),
     )
@@ -194,7 +204,7 @@ def buffer_for(operand: Operand, logical: torch.Tensor | None) -> torch.Tensor:
     """The flat buffer of an operand: NaN where nothing may be read, `logical` where it lies."""
     dtype = operand.spec.dtype
     size = max(operand.extent, operand.offset, 1) + 64
-    buffer = torch.full((size,), tolerance.untouched(dtype), dtype=dtype)
+    buffer = tolerance.fill_untouched(torch.empty(size, dtype=dtype))
     if logical is not None and operand.spec.numel:
         view_of(buffer, operand).copy_(logical)
     return buffer
@@ -321,7 +331,7 @@ def buffers_for(
 def written(op: Op, operand: Operand, buffer: torch.Tensor) -> torch.Tensor:
     """The output in its buffer, beyond which nothing may have been written."""
     result = view_of(buffer, operand).clone()
-    view_of(buffer, operand).fill_(tolerance.untouched(buffer.dtype))
+    tolerance.fill_untouched(view_of(buffer, operand))
     assert tolerance.is_untouched(buffer).all(), f"{op.name} wrote outside its output"
     return result
 
@@ -357,7 +367,11 @@ def expected(
     widened = (t.to(dtype) if t.dtype.is_floating_point else t for t in tensors)
     values = op.reference(problem.attributes, *widened)
     values = values if isinstance(values, tuple) else (values,)
-    last = apply_reference(problem.epilogue, values[0], tuple(t.to(dtype) for t in operands))
+    last = apply_reference(
+        problem.epilogue,
+        values[0],
+        tuple(t.to(dtype) if t.dtype.is_floating_point else t for t in operands),
+    )
     return (last, *values[1:])
 
 
@@ -369,7 +383,7 @@ def eager(
 ) -> tuple[torch.Tensor, ...]:
     """PyTorch's own result in the inputs' dtype; where it has no kernel for that dtype on the CPU,
     its fp32 result rounded."""
-    dtype = tensors[0].dtype
+    dtype = float_dtype(tensors)
     try:
         return expected(op, problem, tensors, operands, dtype)
     except NotImplementedError:

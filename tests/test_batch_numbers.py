@@ -208,6 +208,16 @@ def test_a_range_of_one_batch_knows_its_numbers() -> None:
     assert exe(torch.zeros(4, 6))[1] == 4
 
 
+@pytest.mark.parametrize("bounds", [(1, 1), (1, 2), (2, 2)])
+def test_two_inputs_share_a_batch_of_few(bounds: tuple[int, int]) -> None:
+    """Of a range that leaves torch.export one size, each input would have had its own."""
+    module, inputs = nets.make(lambda m, x, y: (x - y, (x * y).sum(1)), (2, 3), (2, 3))
+    exe = convloom.compile(module, inputs, target="reference", dynamic_batch=bounds)
+    for batch in set(bounds):
+        given = nets.inputs_of((batch, 3), (batch, 3), seed=batch)
+        nets.check(exe(*given), module, given)
+
+
 def test_a_returned_batch_size_is_refused() -> None:
     with pytest.raises(UnsupportedOpError, match=r"output 1 is the number 6\*N \(N is the batch\)"):
         compiled(lambda m, x: (x, x.numel()))

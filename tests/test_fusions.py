@@ -19,7 +19,7 @@ import torch
 from convloom.compiler.capture.capture import capture
 from convloom.compiler.fusion import partition, rules
 from convloom.compiler.fusion.pattern import Rule, always, apply_rules, match
-from convloom.compiler.fusion.rules import BINARY, HEAVY, UNARY
+from convloom.compiler.fusion.rules import HEAVY, POINTWISE
 from convloom.compiler.graph import text
 from convloom.compiler.graph.ir import INPUT, OUTPUT, Graph, NoAttributes, Node, Value
 from convloom.compiler.graph.ledger import Event, Ledger
@@ -322,12 +322,14 @@ def safely(graph: Graph, value: Value) -> Value:
     return graph.add("add", (squashed,), Pointwise(literal=0.6))
 
 
-@pytest.mark.parametrize("name", [*UNARY, *BINARY])
+@pytest.mark.parametrize("name", POINTWISE)
 @pytest.mark.parametrize("op", HEAVY)
 def test_every_scalar_becomes_a_stage(op: str, name: str) -> None:
     """f(y), f(y, r), f(r, y), f(y, literal) and f(literal, y) of a product y are one node."""
     scalar = BY_NAME[name]
-    forms = ["unary"] if scalar.operands == 1 else ["tensor", "reversed", "literal", "left"]
+    forms = {
+        1: ["unary"], 2: ["tensor", "reversed", "literal", "left"], 3: ["where"],
+    }[scalar.operands]  # fmt: skip
     for form in forms:
         graph, y = start(op)
         shape = graph.spec(y).shape
@@ -337,9 +339,13 @@ def test_every_scalar_becomes_a_stage(op: str, name: str) -> None:
             pair = (y, image(graph, "r", shape))
             pair = pair if form == "tensor" else pair[::-1]
             y = graph.add(name, pair, Pointwise(parameters))
+        elif form == "where":
+            y = graph.add(name, (image(graph, "c", shape), y, image(graph, "r", shape)))
         else:
             literal = None if form == "unary" else 1.5
             y = graph.add(name, (y,), Pointwise(parameters, literal, reverse=form == "left"))
+        if scalar.boolean:  # Products store no booleans.
+            y = graph.add("choose", (y,), Pointwise((2.0, -0.5)))
         finish(graph, y)
         after = fuse_epilogues(graph.copy(), Ledger())
         verify(after)

@@ -241,7 +241,9 @@ def test_comparisons_choose(op: str, logic: str, tmp_path: Path) -> None:
              make("Where", ["other", "x", "c"], ["y"])]  # fmt: skip
     x = np.round(numbers(*X4))
     constants = {"c": np.round(numbers(*X4, seed=5)), "zero": np.float32(0)}
-    check(model_of(nodes, constants, X4), tmp_path, x)
+    net = check(model_of(nodes, constants, X4), tmp_path, x)
+    exe = convloom.compile(net, (torch.from_numpy(x),), target="reference")
+    assert torch.equal(exe(torch.from_numpy(x)), net(torch.from_numpy(x)))
 
 
 @pytest.mark.parametrize("op", ["ArgMax", "ArgMin"])

@@ -362,6 +362,10 @@ def shared(m: Any, x: torch.Tensor) -> Any:
     return m.conv(x), x.half().float().square().sum((2, 3)), F.max_pool2d(x, 2)
 
 
+def read_by_its_own_epilogue(m: Any, x: torch.Tensor) -> Any:
+    return m.conv(x) * x
+
+
 def shared_normalisation(m: Any, x: torch.Tensor) -> Any:
     y = x - m.numbers.mean
     return m.conv(y), y
@@ -369,6 +373,10 @@ def shared_normalisation(m: Any, x: torch.Tensor) -> Any:
 
 REFUSED: dict[str, tuple[Body, dict[str, Any], tuple[int, ...], str, tuple[str, ...]]] = {
     "read by others": (shared, {}, SHAPE, "is also read by max_pool2d", FORMS),
+    "read by itself": (
+        read_by_its_own_epilogue, {"out_channels": 3, "kernel_size": 1, "stride": 1, "padding": 0},
+        SHAPE, "is also read by conv", FORMS,
+    ),
     "returned": (shared_normalisation, {}, SHAPE, "is also read by relayout", FORMS),
     "many channels": (plain, {}, (2, 6, 7, 5), "no image of at most 4 channels", FORMS),
     "groups": (plain, {"groups": 3, "out_channels": 9}, SHAPE, "is grouped", FORMS),

@@ -29,7 +29,7 @@ RESERVED = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE"
 def far(operand: Operand) -> Operand:
     """The operand with its last row more than 2^31 elements behind its first one."""
     rows, columns = rows_and_columns(operand.spec)
-    if rows < 2 or operand.spec.dtype is not DTYPE:
+    if rows < 2 or operand.spec.dtype not in (DTYPE, torch.bool):
         return operand
     pitch = -(-FAR // (rows - 1)) + columns
     return replace(operand, pitch=-(-pitch // 8) * 8)

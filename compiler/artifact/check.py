@@ -42,6 +42,7 @@ POINTERS = {
     torch.bfloat16: "*bf16",
     torch.int64: "*i64",
     torch.int32: "*i32",
+    torch.bool: "*i1",
 }
 TARGETS = (targets.REFERENCE, targets.INTERPRETER, *targets.GPU_TARGETS)
 ARENAS = ("arena", "fixed")

@@ -27,6 +27,8 @@ from ...kernels import registry
 from ...kernels.contract.epilogue import Epilogue
 from ...kernels.contract.op import Arguments, Attributes
 from ...kernels.contract.spec import FLOAT_DTYPES, TensorSpec
+from ...kernels.movement import movement_ops, rearrange
+from ...kernels.movement.pointwise import Pointwise
 from ..graph.interface import Structure, with_constants
 from ..graph.ir import CONSTANT, INPUT, OUTPUT, TORCH, Graph, NoAttributes, Node, Value
 from ..graph.torch_call import BatchNumber, Slot, TorchCall, in_words
@@ -35,6 +37,9 @@ from .batch_numbers import SYMBOLIC, Batch, follows_from_values
 from .export import export, path_of, source_of
 from .features import observed
 from .refusals import Refused, called, line_in_words, module_in_words, results_of
+
+MOVES = frozenset(op.name for op in (*movement_ops.OPS, *rearrange.OPS))
+"""Ops that move elements, of whatever dtype."""
 
 
 @dataclass
@@ -272,6 +277,7 @@ def _captured(state: _State, node: Any, a: Arguments) -> Any:
     else:
         refusals.refuse_unbatched(builder, op, target, a)
         result = function(builder, a)
+    _check_booleans(state)
     _check_result(state, node, result)
     _check_constants(state)
     return result
@@ -325,9 +331,12 @@ def _check_result(state: _State, node: Any, result: Any) -> None:
         got, truth = state.graph.spec(value), _spec_of(state, tensor)
         # Constants of other types may be indices.
         maker = state.graph.node(value.node)
-        whole = got.dtype is torch.int64 and maker.is_compute and maker.definition.integers
-        if got.dtype not in FLOAT_DTYPES and not whole and not state.graph.is_constant(value):
+        others = (torch.int64, torch.bool) if maker.is_compute and maker.definition.integers else ()
+        known = (*FLOAT_DTYPES, *others)
+        if got.dtype not in known and not state.graph.is_constant(value):
             raise Refused(f"dtype {got.dtype} is not supported")
+        if got.dtype is not truth.dtype and not {got.dtype, truth.dtype} <= set(FLOAT_DTYPES):
+            raise Refused(f"dtype {truth.dtype} is not supported here; convert with .float() first")
         if (got.shape, got.batch) != (truth.shape, truth.batch) and got.shape == truth.shape:
             raise Refused(f"its result {got} does not depend on the batch as torch's {truth} does")
         if (got.shape, got.dtype) != (truth.shape, truth.dtype):
@@ -343,6 +352,15 @@ def _check_constants(state: _State) -> None:
                 raise Refused(f"input {slot} of {node.op} is computed; it must be a constant")
             if state.graph.spec(value).batch is not None:
                 raise Refused(f"input {slot} of {node.op} depends on the batch")
+
+
+def _check_booleans(state: _State) -> None:
+    """What computes with numbers takes booleans for them only where each is one of the result's."""
+    for node in filter(lambda node: node.is_compute, map(state.graph.node, state.added)):
+        specs = [state.graph.spec(value) for value in state.graph.own_inputs(node)]
+        takes = isinstance(node.attributes, Pointwise) or node.op in MOVES
+        if not takes and any(spec.dtype is torch.bool for spec in specs):
+            raise Refused(f"{node.op} of booleans; convert them to numbers first, with .float()")
 
 
 def _add_torch_call(state: _State, node: Any, a: Arguments, reason: str) -> Any:

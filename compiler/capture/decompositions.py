@@ -139,6 +139,24 @@ def _einsum(equation: str, tensors: Sequence[torch.Tensor], **path: Any) -> torc
     return y.permute([(*rows, *columns).index(name) for name in result])
 
 
+def _affine_grid(theta: torch.Tensor, size: Sequence[Any], align_corners: bool) -> Any:
+    """The places of pixels, which are constants, times each sample's matrix; not of volumes."""
+    if len(size) != 4:
+        return NotImplemented
+    h, w = size[2:]
+
+    def along(count: int) -> torch.Tensor:
+        if count == 1:
+            return torch.zeros(1, dtype=theta.dtype, device=theta.device)
+        places = torch.linspace(-1.0, 1.0, count, dtype=theta.dtype, device=theta.device)
+        return places if align_corners else places * ((count - 1) / count)
+
+    across, down = along(w).expand(h, w), along(h).unsqueeze(1).expand(h, w)
+    places = torch.stack([across, down, torch.ones_like(across)], -1).reshape(h * w, 3)
+    grid = torch.nn.functional.linear(theta, places)
+    return grid.transpose(1, 2).reshape(theta.shape[0], h, w, 2)
+
+
 @cache
 def own() -> Mapping[Any, Callable[..., Any]]:
     """What is taken apart while the program is traced again: an einsum, as torch does it, into
@@ -146,6 +164,7 @@ def own() -> Mapping[Any, Callable[..., Any]]:
     every = torch.export.default_decompositions()
     return {
         aten.einsum.default: every[aten.einsum.default],
+        aten.affine_grid_generator.default: _affine_grid,
         aten.copy.default: _copy,
         aten.fill.Scalar: _fill,
         aten.fill.Tensor: _fill,

@@ -86,7 +86,8 @@ def _program(
     # By tensor, not by argument: `forward(self, *images)` has one argument, a tuple.
     shapes: Any = ShapesCollection()  # type: ignore[no-untyped-call]
     if highest is not None:
-        batch = Dim("batch", min=1, max=max(highest, 2))
+        # To torch a batch is 2 or more; of a single one each tensor would have a symbol of its own.
+        batch = Dim("batch", min=1, max=max(highest, 3))
         for leaf in pytree.tree_leaves((arguments, keywords)):
             if isinstance(leaf, torch.Tensor):
                 shapes[leaf] = {0: batch}

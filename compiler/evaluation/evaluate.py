@@ -34,7 +34,8 @@ def call_torch(call: TorchCall, tensors: Sequence[torch.Tensor]) -> tuple[torch.
 def evaluate_node(
     node: Node, tensors: tuple[torch.Tensor, ...], graph: Graph, keep_dtype: bool = False
 ) -> tuple[torch.Tensor, ...]:
-    """The node's outputs from its inputs; `keep_dtype` ignores casts (for fp64 evaluation).
+    """The node's outputs from its inputs; `keep_dtype` ignores casts between floats, and what
+    becomes one becomes fp64 (for fp64 evaluation).
 
     As in kernels, halves are computed with in fp32: the caller rounds what is stored, once.
     """
@@ -47,11 +48,12 @@ def evaluate_node(
     if node.prologue:
         inputs[0] = apply_reference(node.prologue, inputs[0], tensors[after:])
     attributes = node.attributes
-    if keep_dtype and isinstance(attributes, Relayout):
-        attributes = Relayout(attributes.layout, inputs[0].dtype)
+    if keep_dtype and isinstance(attributes, Relayout) and attributes.dtype.is_floating_point:
+        attributes = Relayout(attributes.layout, torch.float64)
     values = node.definition.reference(attributes, *inputs)
     values = values if isinstance(values, tuple) else (values,)
-    return (apply_reference(node.epilogue, values[0], tensors[own:after]), *values[1:])
+    values = (apply_reference(node.epilogue, values[0], tensors[own:after]), *values[1:])
+    return tuple(v.double() if keep_dtype and v.is_floating_point() else v for v in values)
 
 
 def evaluate(
@@ -70,7 +72,9 @@ def evaluate(
             continue
         if node.op in (INPUT, CONSTANT):
             tensor = next(arguments) if node.op == INPUT else graph.tensors[node.name].detach()
-            known[Value(node.name)] = rows_of(tensor.to(dtype or node.spec.dtype), node.spec, batch)
+            is_float = node.spec.dtype.is_floating_point
+            tensor = tensor.to(dtype if dtype and is_float else node.spec.dtype)
+            known[Value(node.name)] = rows_of(tensor, node.spec, batch)
             continue
         tensors = tuple(known[value] for value in graph.inputs(node.name))
         results = evaluate_node(node, tensors, graph, keep_dtype=dtype is not None)

@@ -280,9 +280,9 @@ class Validation:
         """The number, or that of what the node should be where it is a new one."""
         if number in before.numbers.values():
             return number
-        shape = self._tensors[number].shape
-        alike = (old for old in before.candidates(node) if self._tensors[old].shape == shape)
-        return next(alike, number)
+        made = self._tensors[number]
+        candidates = ((old, self._tensors[old]) for old in before.candidates(node))
+        return next((old for old, was in candidates if _are_alike(made, was)), number)
 
     def _results(
         self, graph: Graph, node: Node, sources: tuple[int, ...]
@@ -370,6 +370,12 @@ def _key(graph: Graph, node: Node, sources: tuple[int, ...]) -> tuple[Any, ...]:
     return node.op, attributes, node.epilogue, node.prologue, sources
 
 
+def _are_alike(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Whether two tensors have one shape, and are both floats, whole numbers or booleans."""
+    floats = one.is_floating_point() and other.is_floating_point()
+    return one.shape == other.shape and (floats or one.dtype is other.dtype)
+
+
 def _rms(tensor: torch.Tensor) -> float:
     """Of what is finite; looking for the rest takes longer than summing."""
     mean = tensor.double().square().mean()
@@ -389,6 +395,8 @@ def agree(got: torch.Tensor, expected: torch.Tensor) -> bool:
 def relative_errors(got: torch.Tensor, expected: torch.Tensor, scale: float = 0.0) -> torch.Tensor:
     """Per element, relative to it, the rms and a trifle of `scale`; infinite where NaN and Inf are
     not the same, or a whole number is another one."""
+    if not _are_alike(got, expected):
+        return torch.full(expected.shape, torch.inf)
     same = (got == expected) | (got.isnan() & expected.isnan())
     if not expected.is_floating_point():
         return torch.where(same, 0.0, torch.inf)

@@ -9,14 +9,16 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from ...kernels.contract.epilogue import Epilogue
+import torch
+
+from ...kernels.contract.epilogue import Epilogue, Stage
 from ...kernels.contract.scalars import SCALARS
 from ...kernels.contract.spec import Layout, TensorSpec
 from ...kernels.movement.movement import FlattenPixels
 from ...kernels.movement.pointwise import Pointwise, stage_of
 from ...kernels.tile.conv_geometry import Conv2d
 from ..graph.ir import INPUT, Graph, Node, Value
-from .pattern import Call, Constant, Match, Rule, Var, absorb
+from .pattern import Call, Constant, Match, Rewrite, Rule, Var, absorb
 
 HEAVY = ("conv2d", "linear")
 PRODUCTS = (*HEAVY, "conv3d", "conv_transpose2d", "conv_transpose3d")
@@ -26,6 +28,9 @@ MOST_STAGES = 64
 UNARY = tuple(s.name for s in SCALARS if s.operands == 1)
 """Functions of one value; `identity` may be a chain of others."""
 BINARY = tuple(s.name for s in SCALARS if s.operands == 2)
+WHERE = ("where", "where_first", "where_second")
+"""The choice, as a stage of each of its operands."""
+POINTWISE = (*UNARY, *BINARY, "where")
 
 
 def _anchors() -> tuple[str, ...]:
@@ -44,26 +49,34 @@ def _same_output(graph: Graph, found: Match) -> str | None:
         return f"{anchor.name} has several results; an epilogue changes a single one"
     if anchor.spec.shape != root.spec.shape:
         return f"{root.name} broadcasts {anchor.spec} to {root.spec}; epilogues keep the shape"
-    if anchor.spec.dtype is not root.spec.dtype:
+    kinds = (anchor.spec.dtype, root.spec.dtype)
+    if kinds[0] is not kinds[1] and torch.bool not in kinds:
         return f"{root.name} changes the dtype, {anchor.spec.dtype}; epilogues keep it"
+    if root.spec.dtype is torch.bool and not isinstance(anchor.attributes, Pointwise):
+        return f"{root.name} makes booleans, which {anchor.op} does not store"
     if len(anchor.epilogue) + 1 + len(root.epilogue) > MOST_STAGES:
         return f"with {root.name} the epilogue of {anchor.name} has more than {MOST_STAGES} stages"
     return None
 
 
-def stages_of(node: Node, reverse: bool = False) -> Epilogue:
-    """A pointwise node and its epilogue as stages; reverse: on its second tensor."""
+def stages_of(node: Node, at: int = 0) -> Epilogue:
+    """A pointwise node, as a stage of its operand `at`, and its epilogue."""
     if node.op == "identity":
         return node.epilogue
     assert isinstance(node.attributes, Pointwise)
-    first = stage_of(node.op, node.attributes)
-    return (replace(first, reverse=first.reverse != reverse), *node.epilogue)
+    stage = stage_of(node.op, node.attributes)
+    if node.op == "where":
+        stage = replace(stage, name=WHERE[at])
+    elif at:
+        stage = replace(stage, reverse=not stage.reverse)
+    return (stage, *node.epilogue)
 
 
-def _append(reverse: bool, graph: Graph, found: Match) -> Value:
-    """The anchor with the root's stage, and the root's own epilogue, after its own."""
+def _append(
+    graph: Graph, found: Match, stages: Epilogue, others: tuple[Value, ...] = ()
+) -> Value:
+    """The anchor with the root's stages, of which the first reads the others, after its own."""
     anchor, root = found.nodes["anchor"], found.root
-    others = tuple(v for v in graph.own_inputs(root) if v != Value(anchor.name))
     inputs = (
         *graph.own_inputs(anchor),
         *graph.operands(anchor),
@@ -71,18 +84,36 @@ def _append(reverse: bool, graph: Graph, found: Match) -> Value:
         *graph.operands(root),
         *graph.prologue_operands(anchor),
     )
-    epilogue = (*anchor.epilogue, *stages_of(root, reverse))
-    return absorb(graph, found, anchor.name, inputs, epilogue=epilogue)
+    outputs = (anchor.spec.with_(dtype=root.spec.dtype),)
+    epilogue = (*anchor.epilogue, *stages)
+    return absorb(graph, found, anchor.name, inputs, epilogue=epilogue, outputs=outputs)
 
 
-def append_stage(graph: Graph, found: Match) -> Value:
-    """Fuses f(anchor) or f(anchor, r)."""
-    return _append(False, graph, found)
+def _append_at(at: int) -> Rewrite:
+    """Fuses a function that the anchor is operand `at` of."""
+
+    def append(graph: Graph, found: Match) -> Value:
+        own = graph.own_inputs(found.root)
+        return _append(graph, found, stages_of(found.root, at), (*own[:at], *own[at + 1 :]))
+
+    return append
 
 
-def append_reversed_stage(graph: Graph, found: Match) -> Value:
-    """Fuses f(r, anchor)."""
-    return _append(True, graph, found)
+append_stage, append_reversed_stage, append_to_second = map(_append_at, range(3))
+
+
+def append_cast(graph: Graph, found: Match) -> Value:
+    """Fuses the conversion of booleans into numbers, which they are in a chain."""
+    return _append(graph, found, (Stage("identity"), *found.root.epilogue))
+
+
+def _cast_guard(graph: Graph, found: Match) -> str | None:
+    anchor, root = found.nodes["anchor"], found.root
+    if anchor.spec.dtype is not torch.bool:
+        return f"{root.name} rounds {anchor.spec}, or lays it out anew"
+    if anchor.spec.layout is not root.spec.layout:
+        return f"{root.name} lays {anchor.spec} out anew"
+    return _same_output(graph, found)
 
 
 def _image(graph: Graph, before: Node) -> int | None:
@@ -110,6 +141,8 @@ def _prologue_guard(graph: Graph, found: Match) -> str | None:
         return f"{conv.name} is grouped; only convolutions with groups=1 have prologues"
     if (image := _image(graph, root)) is None:
         return f"{root.name} broadcasts its inputs: none of them has the shape of its result"
+    if graph.spec(graph.own_inputs(root)[image]).dtype is not root.spec.dtype:
+        return f"{root.name} makes {root.spec.dtype} of another type; {conv.name} multiplies one"
     # One number per image and channel needs rows of the product that are pixels of the image.
     in_place = conv.attributes == Conv2d()
     own = graph.own_inputs(root)
@@ -135,11 +168,11 @@ def sink_into_prologue(graph: Graph, found: Match) -> Value:
         *own[image + 1 :],
         *graph.operands(before),
     )
-    return absorb(graph, found, conv.name, inputs, prologue=stages_of(before, image == 1))
+    return absorb(graph, found, conv.name, inputs, prologue=stages_of(before, image))
 
 
 def _epilogue_rules(kind: str, anchors: tuple[str, ...]) -> tuple[Rule, ...]:
-    """Rules for a function of an op, and of an op and a number or another tensor."""
+    """Rules for a function of an op, and of an op and a number or other tensors."""
     anchor = Call(anchors, name="anchor")
     return tuple(
         Rule(name, pattern, rewrite, _same_output, label="epilogue")
@@ -164,11 +197,38 @@ def _epilogue_rules(kind: str, anchors: tuple[str, ...]) -> tuple[Rule, ...]:
                 Call(BINARY, Var("r"), anchor, name="root"),
                 append_reversed_stage,
             ),
+            (
+                f"where(c, {kind}(x), b) => {kind}(x, epilogue=[where_first c b])",
+                Call("where", Var("c"), anchor, Var("b"), name="root"),
+                append_reversed_stage,
+            ),
+            (
+                f"where(c, a, {kind}(x)) => {kind}(x, epilogue=[where_second c a])",
+                Call("where", Var("c"), Var("a"), anchor, name="root"),
+                append_to_second,
+            ),
         )
     )
 
 
-EPILOGUE_RULES = (*_epilogue_rules("heavy", PRODUCTS), *_epilogue_rules("op", ANCHORS))
+EPILOGUE_RULES = (
+    *_epilogue_rules("heavy", PRODUCTS),
+    *_epilogue_rules("op", ANCHORS),
+    Rule(
+        "where(op(x), a, b) => op(x, epilogue=[where a b])",
+        Call("where", Call(ANCHORS, name="anchor"), Var("a"), Var("b"), name="root"),
+        append_stage,
+        _same_output,
+        label="epilogue",
+    ),
+    Rule(
+        "float(op(x)) => op(x, epilogue=[identity])",
+        Call("relayout", Call(POINTWISE, name="anchor"), name="root"),
+        append_cast,
+        _cast_guard,
+        label="epilogue",
+    ),
+)
 
 
 def _flatten_guard(graph: Graph, found: Match) -> str | None:
@@ -214,7 +274,7 @@ PROLOGUE_RULES = (
         "conv2d(f(x), w) => conv2d(x, w, prologue=[f])",
         Call(
             "conv2d",
-            Call((*UNARY, *BINARY), name="before"),
+            Call(POINTWISE, name="before"),
             Var("w"),
             name="root",
         ),

@@ -6,7 +6,7 @@ from __future__ import annotations
 import torch
 
 from ...errors import GraphError, InvalidInputError
-from ...kernels.contract.epilogue import operand_count, read_before
+from ...kernels.contract.epilogue import makes_boolean, operand_count, read_before
 from ...kernels.contract.spec import FLOAT_DTYPES, Layout, TensorSpec
 from .ir import CONSTANT, INPUT, OUTPUT, TORCH, Graph, Node
 
@@ -85,13 +85,16 @@ def _verify_compute(graph: Graph, node: Node) -> None:
 
 def _agree(node: Node, inferred: tuple[TensorSpec, ...]) -> bool:
     """Whether a node's results are what its op infers. Kernels that take an epilogue, or write any
-    layout, round one result once, to the float dtype that the node says; layouts are the passes'
-    to choose."""
+    layout, round one result once, to the float dtype that the node says, or make booleans of it
+    where their last stage does; layouts are the passes' to choose."""
     said = [spec.with_(layout=Layout.DENSE) for spec in node.outputs]
     expected = [spec.with_(layout=Layout.DENSE) for spec in inferred]
-    if said == expected or len(said) != len(expected):
+    if len(said) != len(expected) or (said == expected and not node.epilogue):
         return said == expected
-    floats = all(spec.dtype in FLOAT_DTYPES for spec in (node.spec, inferred[0]))
+    kinds = (*FLOAT_DTYPES, torch.bool)
+    floats = node.spec.dtype in FLOAT_DTYPES and inferred[0].dtype in kinds
+    if makes_boolean(node.epilogue, inferred[0].dtype):
+        floats = node.spec.dtype is torch.bool and inferred[0].dtype in kinds
     rounded = expected[0].with_(dtype=node.spec.dtype)
     rounds = node.definition.takes_epilogue or node.definition.writes_any
     return floats and rounds and said == [rounded, *expected[1:]]

@@ -99,10 +99,10 @@ def evaluate_exactly(node: Node, tensors: tuple[torch.Tensor, ...]) -> tuple[tor
     """The node's outputs on fp64 copies of the tensors."""
     from ...kernels.contract.epilogue import operand_count
 
-    exact = tuple(tensor.double() for tensor in tensors)
+    exact = tuple(t.double() if t.is_floating_point() else t for t in tensors)
     own = len(exact) - operand_count(node.epilogue)
-    if isinstance(node.attributes, movement.Relayout):
-        value = exact[0]
+    if isinstance(node.attributes, movement.Relayout) and exact[0].is_floating_point():
+        value = exact[0] if node.attributes.dtype.is_floating_point else exact[0].bool()
     else:
         value = node.definition.reference(node.attributes, *exact[:own])
     values = value if isinstance(value, tuple) else (value,)

@@ -105,10 +105,10 @@ def _fuse(graph: Graph, source: Value, between: Sequence[Node], join: Node) -> N
     value = source
     for node in between:
         own = graph.own_inputs(node)
-        stages += stages_of(node, reverse=own[0] != value)
+        stages += stages_of(node, own.index(value))
         operands += [*(other for other in own if other != value), *graph.operands(node)]
         value = Value(node.name)
-    (last,) = stages_of(join, reverse=graph.own_inputs(join)[0] != value)
+    (last,) = stages_of(join, graph.own_inputs(join).index(value))
     stages.append(replace(last, back=len(stages)))
     consumed = [join, *reversed(between)]
     inputs = (source, *operands)

@@ -143,7 +143,7 @@ def _kinds(stages: Epilogue, operands: tuple[Operand, ...], output: TensorSpec) 
     remaining = iter(operands)
     kinds = []
     for stage in stages:
-        extent = [_extent(next(remaining).spec, output)] if stage.takes_operand else []
+        extent = [_extent(next(remaining).spec, output) for _ in range(stage.operands)]
         literal = ["literal"] if stage.literal is not None else []
         back = [] if stage.back is None else ["earlier"]
         kinds.append(" ".join([stage.name, *extent, *literal, *back]))

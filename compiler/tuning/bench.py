@@ -65,6 +65,12 @@ class Backend(Protocol):
         ...
 
 
+def float_dtype(tensors: Sequence[torch.Tensor]) -> torch.dtype:
+    """That of the first floats; float32 without any."""
+    floats = (tensor.dtype for tensor in tensors if tensor.dtype.is_floating_point)
+    return next(floats, torch.float32)
+
+
 class Bench:
     """The tensors of one problem on a device, at its largest batch, and what must come out."""
 
@@ -79,6 +85,8 @@ class Bench:
 
         def draw(spec: TensorSpec, low: float, high: float) -> torch.Tensor:
             values = torch.rand(spec.shape, generator=generator, device=device)
+            if spec.dtype is torch.bool:
+                return as_layout(values < 0.5, spec.layout)
             return as_layout((values * (high - low) + low).to(spec.dtype), spec.layout)
 
         self.inputs = tuple(
@@ -117,15 +125,15 @@ class Bench:
         with torch.no_grad():
             values = self.op.reference(problem.attributes, *tensors)
             values = values if isinstance(values, tuple) else (values,)
-            operands = tuple(t.to(dtype) for t in self.operands)
-            last = apply_reference(problem.epilogue, values[0], operands)
+            operands = (t.to(dtype) if t.dtype.is_floating_point else t for t in self.operands)
+            last = apply_reference(problem.epilogue, values[0], tuple(operands))
         return (last, *values[1:])
 
     def _eager_reference(self) -> tuple[torch.Tensor, ...]:
         """PyTorch's own result in the compute dtype; where it has no kernel for that on this
         device, its fp32 result rounded."""
         try:
-            results = self._reference(self.inputs[0].dtype)
+            results = self._reference(float_dtype(self.inputs))
         except NotImplementedError:
             results = self._reference(torch.float32)
         pairs = zip(results, self.problem.outputs, strict=True)
@@ -150,10 +158,10 @@ class Bench:
     def _flat(self, operand: Operand, tensor: torch.Tensor | None) -> torch.Tensor:
         size = max(operand.extent, operand.offset, 1) + SLACK
         dtype = operand.spec.dtype
-        fill = 0 if tensor is not None else tolerance.untouched(dtype)
-        flat = torch.full((size,), fill, dtype=dtype, device=self.device)
-        if tensor is not None:
-            _view(flat, operand).copy_(tensor)
+        flat = torch.zeros(size, dtype=dtype, device=self.device)
+        if tensor is None:
+            return tolerance.fill_untouched(flat)
+        _view(flat, operand).copy_(tensor)
         return flat
 
     def arguments(
@@ -169,7 +177,7 @@ class Bench:
         for index, operand in enumerate(self.problem.outputs):
             flat = buffers[Ref("output", index)]
             result = _view(flat, operand).clone()
-            _view(flat, operand).fill_(tolerance.untouched(flat.dtype))
+            tolerance.fill_untouched(_view(flat, operand))
             if not tolerance.is_untouched(flat).all():
                 return f"output {index}: something outside of it was written"
             reason = self._compared(result, self._exact[index], self._eager[index])

@@ -47,9 +47,9 @@ class Stage:
 
     A binary function's other argument is `literal` when given, what the running value was `back`
     stages ago (0: as it is), or the next tensor operand; `reverse` puts the running value on the
-    right. A chain reads no value of before its first stage. channels: only the columns [start,
-    stop) are changed, where convolutions with different activations were merged into a wide one;
-    the columns are then dimension 1 of the output.
+    right. A function of three reads the next two. A chain reads no value of before its first stage.
+    channels: only the columns [start, stop) are changed, where convolutions with different
+    activations were merged into a wide one; the columns are then dimension 1 of the output.
     """
 
     name: str
@@ -73,8 +73,10 @@ class Stage:
         return scalars.BY_NAME[self.name]
 
     @property
-    def takes_operand(self) -> bool:
-        return self.scalar.operands == 2 and self.literal is None and self.back is None
+    def operands(self) -> int:
+        """How many tensors it reads besides the running value."""
+        reads_none = self.literal is not None or self.back is not None
+        return 0 if reads_none else self.scalar.operands - 1
 
     def __str__(self) -> str:
         other = [] if self.literal is None else [f"{self.literal:g}"]
@@ -90,7 +92,12 @@ Epilogue = tuple[Stage, ...]
 
 def operand_count(stages: Epilogue) -> int:
     """How many tensors the chain reads besides the running value."""
-    return sum(stage.takes_operand for stage in stages)
+    return sum(stage.operands for stage in stages)
+
+
+def makes_boolean(stages: Epilogue, dtype: torch.dtype) -> bool:
+    """Whether a chain that begins with a value of a dtype ends in true and false."""
+    return stages[-1].scalar.boolean if stages else dtype is torch.bool
 
 
 def read_before(stages: Epilogue, position: int) -> bool:
@@ -102,20 +109,36 @@ def read_before(stages: Epilogue, position: int) -> bool:
 def apply_reference(
     stages: Epilogue, value: torch.Tensor, operands: tuple[torch.Tensor, ...]
 ) -> torch.Tensor:
-    """The chain by torch operations, in the value's dtype."""
+    """The chain by torch operations, in the value's dtype; what is computed with booleans, which
+    are 0 and 1 then, is in that of the operands."""
     remaining = iter(operands)
     values: list[torch.Tensor] = []
     for at, stage in enumerate(stages):
         values.append(value)
-        if stage.scalar.operands == 1:
-            changed = stage.scalar.reference(value, *stage.parameters)
-        else:
-            other: Any = stage.literal if stage.back is None else values[at - stage.back]
-            other = next(remaining) if stage.takes_operand else other
-            pair = (other, value) if stage.reverse else (value, other)
-            changed = stage.scalar.reference(*pair, *stage.parameters)
+        others: tuple[Any, ...] = tuple(next(remaining) for _ in range(stage.operands))
+        if stage.back is not None:
+            others = (values[at - stage.back],)
+        elif stage.literal is not None:
+            others = (stage.literal,)
+        arguments = _as_numbers(stage, (value, *others))
+        if stage.reverse:
+            arguments.reverse()
+        changed = stage.scalar.reference(*arguments, *stage.parameters)
         value = changed if stage.channels is None else _only(stage.channels, changed, value)
     return value
+
+
+def _as_numbers(stage: Stage, arguments: tuple[Any, ...]) -> list[Any]:
+    """The arguments, the booleans that a function computes with as floats."""
+    tensors = [a for a in arguments if isinstance(a, torch.Tensor)]
+    dtype = next((t.dtype for t in tensors if t.dtype.is_floating_point), torch.float32)
+    last = len(arguments) - 1
+    conditions = {last - at if stage.reverse else at for at in stage.scalar.conditions}
+    return [
+        a.to(dtype)
+        if isinstance(a, torch.Tensor) and a.dtype is torch.bool and at not in conditions else a
+        for at, a in enumerate(arguments)
+    ]  # fmt: skip
 
 
 def _only(channels: tuple[int, int], changed: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
@@ -308,16 +331,16 @@ def _values_read(stages: Epilogue) -> set[int]:
 def _ordered(
     stages: Epilogue, reads: tuple[Access, ...], sizes: tuple[int, ...]
 ) -> list[tuple[Stage, int | None]]:
-    """Stages with the index of their operand; in a run of additions of which no sum is read again,
-    full tensors come first.
+    """Stages with the index of their first operand; in a run of additions of which no sum is read
+    again, full tensors come first.
 
     Residual before bias costs 104 registers at 128x128 and 8 warps, bias before residual 128.
     """
     slots: list[tuple[Stage, int | None]] = []
     index = 0
     for stage in stages:
-        slots.append((stage, index if stage.takes_operand else None))
-        index += stage.takes_operand
+        slots.append((stage, index if stage.operands else None))
+        index += stage.operands
 
     def adds(slot: tuple[Stage, int | None], full: bool) -> bool:
         stage, at = slot
@@ -360,14 +383,14 @@ def generate(
         function = stage.scalar.function.fn.__name__
         symbols.append(function)
         arguments = ["acc"]
-        if at is not None:
-            load = load_source(f"extras[{first + at}]", sizes, reads[at])
-            if (through := reads[at].through) is not None:
+        for index in range(at or 0, (at or 0) + stage.operands):
+            load = load_source(f"extras[{first + index}]", sizes, reads[index])
+            if (through := reads[index].through) is not None:
                 symbols.append(through[0])
-            lines.append(f"    # {stage.name} {reads[at].label}")
-            lines.append(f"    operand{at} = {load}")
-            arguments.append(f"operand{at}")
-        elif stage.literal is not None:
+            lines.append(f"    # {stage.name} {reads[index].label}")
+            lines.append(f"    operand{index} = {load}")
+            arguments.append(f"operand{index}")
+        if stage.literal is not None:
             arguments.append(_full(stage.literal))
         elif stage.back is not None:
             arguments.append(f"earlier{position - stage.back}")

@@ -379,7 +379,8 @@ class Op:
     prepare(attributes, tensors): drawn tensors as valid inputs, where not all are (indices).
     takes_epilogue / takes_prologue: whether pointwise stages may be fused into the op.
     images: rank-4 tensors are NHWC for this op; False means it wants dense memory.
-    integers: results may be int64: the op makes whole numbers (below 2^24) or moves them.
+    integers: results may be int64 or booleans: the op makes whole numbers (below 2^24) or moves
+    them, or decides.
     follows: its kernel reads tensors in any layout, and a result of rank 4 lies as the first input.
     writes_any: its kernel writes a result in any layout, so that it lies as its readers want it.
     aten: capture functions by the ATen overload that becomes this op. batched: what those calls do

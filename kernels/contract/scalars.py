@@ -17,6 +17,24 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 
+from .conditions import (
+    choose,
+    choose_first,
+    choose_second,
+    equal,
+    greater,
+    greater_equal,
+    is_finite,
+    is_infinite,
+    is_nan,
+    less,
+    less_equal,
+    logical_and,
+    logical_not,
+    logical_or,
+    logical_xor,
+    not_equal,
+)
 from .elementary import (
     NAN,
     atan,
@@ -267,8 +285,9 @@ def square(v):
 class Scalar:
     """One member of the family.
 
-    operands: 1 or 2 tensors (the second may be a literal); parameters: names of the fp32 literals
-    that follow them; range: where the tests draw inputs from.
+    operands: 1 to 3 tensors (the second of two may be a literal); parameters: names of the fp32
+    literals that follow them; range: where the tests draw inputs from. boolean: the result is true
+    or false. conditions: the operands of which only that is asked.
     """
 
     name: str
@@ -278,6 +297,8 @@ class Scalar:
     parameters: tuple[str, ...] = ()
     examples: tuple[tuple[float, ...], ...] = ((),)
     range: tuple[float, float] = (-8.0, 8.0)
+    boolean: bool = False
+    conditions: tuple[int, ...] = ()
 
 
 def _elu(x: torch.Tensor, alpha: float, scale: float, input_scale: float) -> torch.Tensor:
@@ -298,7 +319,8 @@ def _as_tensor(value: torch.Tensor | float, like: torch.Tensor | float) -> torch
     if isinstance(value, torch.Tensor):
         return value
     assert isinstance(like, torch.Tensor)
-    return torch.full((), value, dtype=like.dtype, device=like.device)
+    dtype = torch.float32 if like.dtype is torch.bool else like.dtype
+    return torch.full((), value, dtype=dtype, device=like.device)
 
 
 def _pair(function: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
@@ -308,6 +330,27 @@ def _pair(function: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
         return function(_as_tensor(a, b), _as_tensor(b, a), *rest)
 
     return reference
+
+
+def _where(
+    condition: torch.Tensor, first: torch.Tensor | float, second: torch.Tensor | float
+) -> torch.Tensor:
+    return torch.where(condition != 0, first, second)
+
+
+def _where_first(first: torch.Tensor, condition: torch.Tensor, second: Any) -> torch.Tensor:
+    return _where(condition, first, second)
+
+
+def _where_second(second: torch.Tensor, condition: torch.Tensor, first: Any) -> torch.Tensor:
+    return _where(condition, first, second)
+
+
+def _choose(condition: torch.Tensor, first: float, second: float) -> torch.Tensor:
+    """In fp64 of what is in fp64, which is computed in to know the exact result."""
+    is_exact = condition.dtype is torch.float64
+    like = torch.zeros((), dtype=torch.float64 if is_exact else torch.float32)
+    return _where(condition, like + first, like + second)
 
 
 def _gelu_tanh(x: torch.Tensor) -> torch.Tensor:
@@ -386,9 +429,42 @@ SCALARS: tuple[Scalar, ...] = (
     Scalar("remainder", remainder, _pair(torch.remainder), 2),
     Scalar("lerp", lerp, _pair(torch.lerp), 2, ("weight",), ((0.25,), (0.75,))),
     Scalar("pow", power, torch.pow, 2, range=(0.1, 4.0)),
-)
+    Scalar("eq", equal, _pair(torch.eq), 2, boolean=True),
+    Scalar("ne", not_equal, _pair(torch.ne), 2, boolean=True),
+    Scalar("lt", less, _pair(torch.lt), 2, boolean=True),
+    Scalar("le", less_equal, _pair(torch.le), 2, boolean=True),
+    Scalar("gt", greater, _pair(torch.gt), 2, boolean=True),
+    Scalar("ge", greater_equal, _pair(torch.ge), 2, boolean=True),
+    Scalar(
+        "logical_and", logical_and, _pair(torch.logical_and), 2, boolean=True, conditions=(0, 1)
+    ),
+    Scalar("logical_or", logical_or, _pair(torch.logical_or), 2, boolean=True, conditions=(0, 1)),
+    Scalar(
+        "logical_xor", logical_xor, _pair(torch.logical_xor), 2, boolean=True, conditions=(0, 1)
+    ),
+    Scalar("logical_not", logical_not, torch.logical_not, boolean=True, conditions=(0,)),
+    Scalar("isnan", is_nan, torch.isnan, boolean=True),
+    Scalar("isinf", is_infinite, torch.isinf, boolean=True),
+    Scalar("isfinite", is_finite, torch.isfinite, boolean=True),
+    Scalar(
+        "choose", choose, _choose, 1, ("first", "second"), ((1.0, 0.0), (-0.5, math.inf)),
+        conditions=(0,),
+    ),
+    Scalar("where", choose, _where, 3, conditions=(0,)),
+    Scalar(
+        "where_else", choose_first, _pair(_where_first), 2, ("second",), ((0.0,), (-math.inf,)),
+        conditions=(1,),
+    ),
+    Scalar(
+        "masked_fill", choose_second, _pair(_where_second), 2, ("first",), ((0.0,), (-math.inf,)),
+        conditions=(1,),
+    ),
+)  # fmt: skip
 
 LOAD = Scalar("load", replace, lambda value, other: other, 2)
 """The first stage of a chain that starts from a tensor in memory; not an op of its own."""
+WHERE_FIRST = Scalar("where_first", choose_first, _where_first, 3, conditions=(1,))
+WHERE_SECOND = Scalar("where_second", choose_second, _where_second, 3, conditions=(1,))
+"""`where` as a stage of its first or of its second choice."""
 
-BY_NAME = {scalar.name: scalar for scalar in (*SCALARS, LOAD)}
+BY_NAME = {scalar.name: scalar for scalar in (*SCALARS, LOAD, WHERE_FIRST, WHERE_SECOND)}

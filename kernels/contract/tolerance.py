@@ -108,16 +108,25 @@ def _whole_numbers(result: torch.Tensor, exact: torch.Tensor) -> str | None:
     )
 
 
-def untouched(dtype: torch.dtype) -> float:
-    """What memory is filled with to see later where nothing was written: NaN, or the least whole
-    number."""
-    return float("nan") if dtype.is_floating_point else torch.iinfo(dtype).min
+NO_BOOLEAN = 0x7F
+"""A byte that no kernel writes for true or false."""
+
+
+def fill_untouched(tensor: torch.Tensor) -> torch.Tensor:
+    """Fills memory to see later where nothing was written: with NaN, or the least whole number."""
+    if tensor.dtype is torch.bool:
+        tensor.view(torch.uint8).fill_(NO_BOOLEAN)
+        return tensor
+    is_float = tensor.dtype.is_floating_point
+    return tensor.fill_(math.nan if is_float else torch.iinfo(tensor.dtype).min)
 
 
 def is_untouched(tensor: torch.Tensor) -> torch.Tensor:
-    """Where a tensor filled with `untouched` was not written."""
+    """Where a tensor that `fill_untouched` has filled was not written."""
     if tensor.dtype.is_floating_point:
         return tensor.isnan()
+    if tensor.dtype is torch.bool:
+        return tensor.view(torch.uint8) == NO_BOOLEAN
     return tensor == torch.iinfo(tensor.dtype).min
 
 

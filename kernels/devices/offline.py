@@ -50,6 +50,7 @@ POINTER_TYPES = {
     torch.bfloat16: "*bf16",
     torch.int64: "*i64",
     torch.int32: "*i32",
+    torch.bool: "*i1",
 }
 ALIGNED = [["tt.divisibility", 16]]
 @dataclass(frozen=True)

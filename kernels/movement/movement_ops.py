@@ -70,11 +70,12 @@ def _full(number: float | None = None) -> Capture:
 
     def capture(g: Builder, a: Arguments) -> Any:
         spec, dtype = g.spec(a.self), a.dtype or g.spec(a.self).dtype
-        if dtype not in FLOAT_DTYPES:
+        if dtype not in (*FLOAT_DTYPES, torch.bool):
             return g.refuse(f"dtype {dtype} is not supported")
         rows = spec.shape[:1] if spec.batch is None else (BatchExtent(spec.shape[0], spec.batch),)
         size = a.get("size", (*rows, *spec.shape[1:]))
         value = torch.tensor(float(a.fill_value if number is None else number))
+        value = value.to(torch.bool) if dtype is torch.bool else value
         return _expand(g, g.add_constant(value, dtype), tuple(size))
 
     return capture
@@ -246,9 +247,11 @@ def _index(g: Builder, a: Arguments) -> Any:
 
 
 def _cast(g: Builder, a: Arguments) -> Any:
-    dtype = a.dtype or g.spec(a.self).dtype
+    dtype = a.get("dtype") or g.spec(a.other if "other" in a else a.self).dtype
     if dtype is g.spec(a.self).dtype:
         return a.self
+    if dtype is torch.bool:
+        return g.apply("ne", (a.self,), pointwise.Pointwise(literal=0.0))
     return g.apply("relayout", (a.self,), Relayout(g.spec(a.self).layout, dtype))
 
 
@@ -350,6 +353,6 @@ OPS = (
     ),
     _op(
         "relayout", Relayout, movement.infer_relayout, movement.relayout,
-        {"aten._to_copy.default": _cast, "aten.to.dtype": _cast},
+        {"aten._to_copy.default": _cast, "aten.to.dtype": _cast, "aten.type_as.default": _cast},
     ),
 )  # fmt: skip

@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import reduce
 
 import torch
 import triton
@@ -21,7 +22,8 @@ from ...errors import InvalidInputError
 from ..contract import epilogue as ep
 from ..contract import op, programmatic_launch
 from ..contract.op import Attributes, Config, Launch, Problem, Ref, operand_refs, power_of_two
-from ..contract.spec import MEMORY_FORMATS, Layout, TensorSpec
+from ..contract.scalars import BY_NAME
+from ..contract.spec import FLOAT_DTYPES, MEMORY_FORMATS, Layout, TensorSpec
 from ..contract.targets import Target
 from ..tile.geometry import Output, Tile
 from ..tile.space import output_tile
@@ -154,7 +156,7 @@ def infer(
     name: str, attributes: Pointwise, inputs: tuple[TensorSpec, ...]
 ) -> tuple[TensorSpec, ...]:
     """The broadcast shape; the layout of the input that has it."""
-    count = 1 + stage_of(name, attributes).takes_operand
+    count = 1 + stage_of(name, attributes).operands
     if len(inputs) != count:
         raise InvalidInputError(f"{name}: expected {count} tensors, got {len(inputs)}")
     try:
@@ -162,14 +164,35 @@ def infer(
     except RuntimeError as error:
         listed = " and ".join(map(str, inputs))
         raise InvalidInputError(f"{name}: {listed} do not broadcast together") from error
-    dtype = inputs[0].dtype
-    for spec in inputs[1:]:
-        dtype = torch.promote_types(dtype, spec.dtype)
+    dtype = _dtype_of_result(name, attributes, inputs)
     batch = next((spec.batch for spec in inputs if spec.batch is not None), None)
     layouts = {spec.layout for spec in inputs if spec.rank == len(shape)}
     nhwc = len(shape) in MEMORY_FORMATS and Layout.NHWC in layouts
     layout = Layout.NHWC if nhwc else Layout.DENSE
     return (TensorSpec(shape, dtype, layout, batch),)
+
+
+def _dtype_of_result(
+    name: str, attributes: Pointwise, inputs: tuple[TensorSpec, ...]
+) -> torch.dtype:
+    """As torch has it: that of the floats which are computed with, of those that have dimensions
+    where some do; float32 where booleans alone stand for numbers."""
+    scalar = BY_NAME[name]
+    whole = [
+        spec for spec in inputs if spec.dtype not in (*FLOAT_DTYPES, torch.float64, torch.bool)
+    ]
+    if whole and (scalar.boolean or scalar.conditions):
+        raise InvalidInputError(
+            f"{name}: expected floats or booleans, got {whole[0]}; convert it with .float()"
+        )
+    if scalar.boolean:
+        return torch.bool
+    last = scalar.operands - 1
+    conditions = {last - at if attributes.reverse else at for at in scalar.conditions}
+    numbers = [spec for at, spec in enumerate(inputs) if at not in conditions]
+    floats = [spec for spec in numbers if spec.dtype is not torch.bool]
+    shaped = [spec.dtype for spec in floats if spec.rank] or [spec.dtype for spec in floats]
+    return reduce(torch.promote_types, shaped) if shaped else torch.float32
 
 
 def stage_of(name: str, attributes: Pointwise) -> ep.Stage:

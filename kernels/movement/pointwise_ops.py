@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from functools import partial
 from typing import Any
 
@@ -34,8 +35,20 @@ def _is_value(value: Any) -> bool:
     return not isinstance(value, (int, float, bool)) and value is not None
 
 
+def _is_boolean(g: Builder, value: Any) -> bool:
+    return _is_value(value) and g.spec(value).dtype is torch.bool
+
+
+OF_BOOLEANS = {
+    "add": "logical_or", "maximum": "logical_or", "mul": "logical_and", "minimum": "logical_and",
+}  # fmt: skip
+"""Sums, products, the larger and the smaller of two booleans, which are booleans too."""
+
+
 def _combined(g: Builder, name: str, a: Any, b: Any) -> Any:
     """A function of two values, of which one may be a number."""
+    if _is_boolean(g, a) and _is_boolean(g, b):
+        name = OF_BOOLEANS.get(name, name)
     if not _is_value(b):
         return g.apply(name, (a,), Pointwise(literal=float(b)))
     if not _is_value(a):
@@ -156,21 +169,87 @@ def _round(g: Builder, a: Arguments) -> Any:
     return g.apply(scale, (a.self,), Pointwise(literal=power), stages)
 
 
+def _compared(name: str) -> Capture:
+    """A comparison; the number of one with a tensor of halves is rounded as those are."""
+
+    def capture(g: Builder, a: Arguments) -> Any:
+        x, other = a.self, a.other
+        if not _is_value(other) and not _is_boolean(g, x):
+            other = torch.tensor(other, dtype=g.spec(x).dtype).item()
+        return _combined(g, name, x, other)
+
+    return capture
+
+
+def _infinite(literal: float) -> Capture:
+    return lambda g, a: g.apply("eq", (a.self,), Pointwise(literal=literal))
+
+
+def _logical(name: str) -> Capture:
+    return lambda g, a: _combined(g, name, a.self, a.other)
+
+
+def _number(g: Builder, value: Any) -> Any:
+    """The number that a constant without dimensions is; any other value as it is."""
+    known = g.constant(value) if _is_value(value) else None
+    return value if known is None or known.dim() else known.item()
+
+
+def _where(g: Builder, a: Arguments) -> Any:
+    """condition ? self : other."""
+    return _chosen(g, a.condition, a.self, a.other)
+
+
+def _chosen(g: Builder, condition: Any, first: Any, second: Any) -> Any:
+    pair = (first, second)
+    if any(_is_boolean(g, value) for value in pair):
+        if not all(_is_boolean(g, value) for value in pair):
+            return g.refuse("a choice between booleans and numbers; convert them with .float()")
+        inside = g.apply("logical_and", (condition, first), Pointwise())
+        inverse = g.apply("logical_not", (condition,), Pointwise())
+        outside = g.apply("logical_and", (inverse, second), Pointwise())
+        return g.apply("logical_or", (inside, outside), Pointwise())
+    if all(map(_is_value, pair)):
+        # With a constant on either side the other one says the dtype.
+        first, second = (_number(g, value) if g.spec(other).rank else value
+                         for value, other in (pair, pair[::-1]))  # fmt: skip
+    if not _is_value(first) and not _is_value(second):
+        if isinstance(first, int) and isinstance(second, int):
+            return g.refuse("a choice between whole numbers; write them as floats (1.0)")
+        return g.apply("choose", (condition,), Pointwise((float(first), float(second))))
+    if not _is_value(second):
+        return g.apply("where_else", (first, condition), Pointwise((float(second),)))
+    if not _is_value(first):
+        return g.apply("masked_fill", (second, condition), Pointwise((float(first),)))
+    return g.apply("where", (condition, first, second), Pointwise())
+
+
+def _masked_fill(g: Builder, a: Arguments) -> Any:
+    return _chosen(g, a.mask, _number(g, a.value), a.self)
+
+
 SELU = (1.6732632423543772848170429916717, 1.0507009873554804934193349852946, 1.0)
 UNARY_NAMES = (
     "relu", "sigmoid", "tanh", "silu", "hardsigmoid", "hardswish", "mish", "sqrt", "rsqrt", "exp",
     "log", "abs", "neg", "sign", "log_sigmoid", "log1p", "expm1", "sin", "cos", "atan", "erf",
-    "floor", "ceil", "round", "trunc",
+    "floor", "ceil", "round", "trunc", "logical_not", "isnan", "isinf", "isfinite",
 )  # fmt: skip
 ALIASES = {
     "special_log1p": "log1p", "special_expm1": "expm1", "special_erf": "erf", "arctan": "atan",
-    "fix": "trunc",
+    "fix": "trunc", "bitwise_not": "logical_not",
 }  # fmt: skip
 BINARY_NAMES = (
     "add.Tensor", "add.Scalar", "sub.Tensor", "sub.Scalar", "mul.Tensor", "mul.Scalar",
     "maximum.default", "minimum.default", "atan2.default", "fmod.Tensor", "fmod.Scalar",
     "remainder.Tensor", "remainder.Scalar", "remainder.Scalar_Tensor",
 )  # fmt: skip
+
+
+COMPARISONS = {
+    "eq": "eq", "ne": "not_equal", "lt": "less", "le": "less_equal", "gt": "greater",
+    "ge": "greater_equal",
+}  # fmt: skip
+"""By scalar, the other name that torch has for it."""
 
 
 PARAMETERS = {
@@ -202,6 +281,23 @@ SPECIAL: dict[str, dict[str, Capture]] = {
     "elu": {"selu.default": _unary("elu", *SELU)},
     "gelu": {"gelu.default": _gelu},
     "nan_to_num": {"nan_to_num.default": _nan_to_num},
+    **{
+        f"logical_{name}": {
+            f"{spelt}": _logical(f"logical_{name}")
+            for spelt in (
+                f"logical_{name}.default",
+                f"bitwise_{name}.Tensor",
+                f"__{name}__.Tensor",
+            )
+        }
+        for name in ("and", "or", "xor")
+    },
+    "eq": {
+        "isposinf.default": _infinite(math.inf),
+        "isneginf.default": _infinite(-math.inf),
+    },
+    "where": {f"where.{kind}": _where for kind in ("self", "ScalarOther", "ScalarSelf", "Scalar")},
+    "masked_fill": {f"masked_fill.{kind}": _masked_fill for kind in ("Tensor", "Scalar")},
     "lerp": {"lerp.Scalar": _lerp, "lerp.Tensor": _lerp},
     "round": {"round.decimals": _round, "special_round.default": _round},
     "identity": {
@@ -221,6 +317,8 @@ def _captures(scalar: str) -> dict[str, Capture]:
         table[f"{alias}.default"] = _unary(scalar)
     for overload in (name for name in BINARY_NAMES if name.partition(".")[0] == scalar):
         table[overload] = _binary(scalar)
+    for name in {scalar, COMPARISONS[scalar]} if scalar in COMPARISONS else ():
+        table |= {f"{name}.{kind}": _compared(scalar) for kind in ("Tensor", "Scalar")}
     return {f"aten.{overload}": capture for overload, capture in table.items()}
 
 
@@ -237,6 +335,7 @@ def _make_ops() -> tuple[Op, ...]:
             cost=cost,
             input_range=scalar.range,
             aten=_captures(scalar.name),
+            integers=scalar.boolean,
             follows=True,
         )
         for scalar in SCALARS

@@ -135,6 +135,7 @@ def _op(name: str, attributes: type[Attributes], **functions: Any) -> Op:
         configs=pointwise.configs,
         default=pointwise.default,
         follows=True,
+        integers=True,
         **functions,
     )
 

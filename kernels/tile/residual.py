@@ -64,7 +64,7 @@ def operand_of(problem: Problem) -> int | None:
     for at, stage in enumerate(problem.epilogue):
         if stage.name != "add" or stage.channels is not None:
             return None
-        if stage.takes_operand:
+        if stage.operands:
             if problem.operands[index].shape == problem.output.shape:
                 # What the chain was before is no longer there to be read.
                 return None if ep.read_before(problem.epilogue, at + 1) else index

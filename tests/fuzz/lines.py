@@ -21,6 +21,12 @@ UNARY = (
     "F.hardshrink({0}, 0.0)", "{0}.nan_to_num(0.5, 1.0, -1.0)",
     "torch.erf({0})", "torch.log1p({0}.abs())", "torch.expm1(-{0}.abs())", "F.logsigmoid({0})",
     "F.softshrink({0}, 0.25)", "torch.lerp({0}, {0} * 0.5, 0.75)",
+    # Decisions whose sides meet where it is made.
+    "torch.where({0} > 0.25, {0}, 0.25)", "{0}.masked_fill({0} < -0.25, -0.25)",
+    "{0}.masked_fill(~({0} >= 0), 0.0)", "{0} * torch.where({0} <= 0, 0.5, 1.0)",
+    "torch.where({0} == {0}, {0}, 0.5)", "torch.where({0} != {0}, 0.5, {0})",
+    "{0}.masked_fill({0}.isnan(), 0.25)", "{0}.masked_fill({0}.isinf(), 0.25)",
+    "torch.where({0}.isfinite(), {0}, 0.25)", "{0} * ({0} > 0).type_as({0})",
     # What jumps, as waves that do not: a last bit more or less would be another number.
     *(f"({x} - {wave} - 0.5).abs()".replace("x", "(torch.tanh({0}) * 2.0)") for x, wave in (
         ("x", "x.floor()"), ("x.ceil()", "x"), ("x.abs()", "x.abs().trunc()"),
@@ -32,7 +38,10 @@ BINARY = (
     "{0} / ({1}.abs() + 0.5)", "({0}.abs() + 0.5) ** torch.tanh({1})",
     "torch.rsub({0}, {1})", "torch.add({0}, {1}, alpha=0.5)", "{0}.clamp(max={1})",
     "torch.atan2({0}, {1}.abs() + 0.5)", "torch.max({0}, {1})", "torch.lerp({0}, {1}, 0.25)",
-    "torch.lerp({0}, {1}, torch.sigmoid({0}))",
+    "torch.lerp({0}, {1}, torch.sigmoid({0}))", "torch.where({0} > {1}, {0}, {1})",
+    # The product where the signs are equal.
+    "({0} * {1}).masked_fill(({0} == {0}) ^ "
+    "(({0} > 0) & ({1} > 0) | ({0} <= 0) & ({1} <= 0)), 0.0)",
 )  # fmt: skip
 
 
@@ -291,6 +300,19 @@ def columns(b: Builder) -> None:
         b.let(f"F.fold({y}, ({h}, {w}), {r}, padding={padding}, stride={stride})")
 
 
+def sample(b: Builder) -> None:
+    """An image turned and stretched by what it shows itself; everywhere its border goes on, so that
+    no place is a step."""
+    b.special = False
+    x = b.pick(4)
+    c, h, w = b.shape(x)[1:]
+    theta = f"{b.layer(f'nn.Linear({c}, 6)')}({x}.mean((2, 3))).tanh().view(-1, 2, 3)"
+    corners = b.alternative(True, False)
+    grid = b.let(f"F.affine_grid({theta}, [{x}.shape[0], {c}, {h + 1}, {w}], {corners})")
+    border = b.one("border", "reflection")
+    b.let(f"F.grid_sample({x}, {grid}, 'bilinear', '{border}', {corners})")
+
+
 def write(b: Builder) -> None:
     """A part of one value in the place of a part of another."""
     x = b.pick(3, 4)
@@ -347,5 +369,5 @@ LINES = (
     convolve, convolve, convolve, unary, unary, unary, binary, binary, join, join, batch_norm,
     pool, pool, cut, cut, move, move, reduce, broadcast, constants, prelu, convolve_back,
     share_a_layer, linear, matmul, attend, normalise, local_norm, softmax, power_pool, mixed_pool,
-    median_pool, pool_and_back, flatten, columns, write, scan, surround, resize,
+    median_pool, pool_and_back, flatten, columns, write, scan, surround, resize, sample,
 )  # fmt: skip

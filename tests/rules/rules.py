@@ -73,6 +73,66 @@ def _not_channelwise() -> Any:
     return example(lambda m, x, r: m["conv"](x * r), IMAGE, IMAGE, conv=_conv(1))
 
 
+def _where_first_example() -> Any:
+    def run(m: Any, x: torch.Tensor, r: torch.Tensor) -> Any:
+        return torch.where(r > 0.25, m["conv"](x), r)
+
+    return example(run, IMAGE, (2, 8, 7, 5), conv=_conv())
+
+
+def _where_second_example() -> Any:
+    def run(m: Any, x: torch.Tensor, r: torch.Tensor) -> Any:
+        return torch.where(r > 0.25, r, m["conv"](x))
+
+    return example(run, IMAGE, (2, 8, 7, 5), conv=_conv())
+
+
+def _chosen() -> Any:
+    return example(lambda m, x, r: torch.where(x > r, r, x), IMAGE, IMAGE)
+
+
+def _chosen_by_constants(swapped: bool) -> Any:
+    """By a mask that the module holds, between an image and what is made of another."""
+
+    class Masked(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("mask", torch.arange(35).reshape(7, 5) % 3 == 1)
+
+        def forward(self, x: torch.Tensor, r: torch.Tensor) -> torch.Tensor:
+            pair = (r, torch.tanh(x)) if swapped else (torch.tanh(x), r)
+            return torch.where(self.mask, *pair)
+
+    return Masked().eval(), example(None, IMAGE, IMAGE)[1]
+
+
+def _choice_enlarged() -> Any:
+    return example(lambda m, c, a, b: torch.where(c > 0, a, b), (2, 1, 7, 5), IMAGE, IMAGE)
+
+
+def _compared() -> Any:
+    """A comparison of what a kernel computes that is no pointwise one."""
+    return example(lambda m, x: m["conv"](x) > 0.5, IMAGE, conv=_conv())
+
+
+def _counted() -> Any:
+    return example(lambda m, x: m["conv"]((x > 0.5).type_as(x)), IMAGE, conv=_conv())
+
+
+def _rounded() -> Any:
+    return example(lambda m, x: torch.tanh(x).half().float(), IMAGE)
+
+
+def _booleans_multiplied() -> Any:
+    """A mask that is no number yet where a convolution would read it."""
+
+    def run(m: Any, x: torch.Tensor) -> Any:
+        keep = m["pool"](x) > 0
+        return m["conv"](torch.where(~keep, 0.5, 2.0).type_as(x)), keep
+
+    return example(run, IMAGE, conv=_conv(1), pool=nn.MaxPool2d(3, 1, 1))
+
+
 ENLARGES = NearMiss(_enlarging, "broadcasts")
 
 
@@ -111,7 +171,25 @@ def _shared_weight() -> Any:
 
 EXAMPLES = {
     "f(heavy(x)) => heavy(x, epilogue=[f])": Example(_unary_example),
-    "f(heavy(x), literal) => heavy(x, epilogue=[f literal])": Example(_literal_example),
+    "where(c, heavy(x), b) => heavy(x, epilogue=[where_first c b])": Example(_where_first_example),
+    "where(c, a, heavy(x)) => heavy(x, epilogue=[where_second c a])": Example(
+        _where_second_example
+    ),
+    "where(op(x), a, b) => op(x, epilogue=[where a b])": Example(
+        _chosen, (NearMiss(_choice_enlarged, "broadcasts"),)
+    ),
+    "where(c, op(x), b) => op(x, epilogue=[where_first c b])": Example(
+        lambda: _chosen_by_constants(False)
+    ),
+    "where(c, a, op(x)) => op(x, epilogue=[where_second c a])": Example(
+        lambda: _chosen_by_constants(True)
+    ),
+    "float(op(x)) => op(x, epilogue=[identity])": Example(
+        _counted, (NearMiss(_rounded, "rounds"),)
+    ),
+    "f(heavy(x), literal) => heavy(x, epilogue=[f literal])": Example(
+        _literal_example, (NearMiss(_compared, "makes booleans"),)
+    ),
     "f(heavy(x), r) => heavy(x, epilogue=[f r])": Example(_residual_example, (ENLARGES,)),
     "f(r, heavy(x)) => heavy(x, epilogue=[reversed f r])": Example(_reversed_example),
     "f(op(x)) => op(x, epilogue=[f])": Example(_activation_example),
@@ -133,6 +211,7 @@ EXAMPLES = {
         _prologue_example,
         (
             NearMiss(_recomputing, "taps"),
+            NearMiss(_booleans_multiplied, "of another type"),
             NearMiss(_grouped, "grouped"),
             NearMiss(_not_channelwise, "per channel"),
             NearMiss(lambda: _gate(stride=2), "per channel for all images"),

@@ -34,7 +34,7 @@ class Joined:
 def adds_only_constants(graph: Graph, node: Node) -> bool:
     """Whether a node's epilogue is at most a bias, so that it may as well be added later."""
     slots = _with_operands(graph, node)
-    return all(_is_constant_add(graph, stage, value) for stage, value in slots)
+    return all(_is_constant_add(graph, stage, values) for stage, values in slots)
 
 
 def adder_of(graph: Graph, found: Match) -> tuple[Node, Node, int]:
@@ -50,13 +50,13 @@ def join(graph: Graph, found: Match) -> Joined:
     slots = _with_operands(graph, adder)
     at = _index_of(adder, position)
     early = [*slots[:at], *_with_operands(graph, added)]
-    literals = [stage for stage, value in early if value is None]
-    biases = [value for _, value in early if value is not None]
+    literals = [stage for stage, values in early if not values]
+    biases = [value for _, values in early for value in values]
     # The sum has the shape of the largest.
     biases.sort(key=lambda value: -graph.spec(value).numel)
     late = slots[at + 1 :]
     stages = (*([Stage("add")] if biases else []), *literals, *(stage for stage, _ in late))
-    operands = (*biases[:1], *(value for _, value in late if value is not None))
+    operands = (*biases[:1], *(value for _, values in late for value in values))
     return Joined(stages, operands, tuple(biases[1:]))
 
 
@@ -77,32 +77,32 @@ def sum_reason(graph: Graph, found: Match) -> str | None:
         return f"{adder.name} does not simply add {added.name}, but applies {stage}"
     if ep.read_before(adder.epilogue, at + 1):
         return f"{adder.name} reads again what it was before it added {added.name}"
-    for stage, value in slots[:at]:
-        if not _is_constant_add(graph, stage, value):
+    for stage, values in slots[:at]:
+        if not _is_constant_add(graph, stage, values):
             return f"{adder.name} applies {stage} before it adds {added.name}; only constants may"
-    early = (value for _, value in (*slots[:at], *_with_operands(graph, added)) if value)
-    for value in early:
+    early = (*slots[:at], *_with_operands(graph, added))
+    for value in (value for _, values in early for value in values):
         spec = graph.spec(value)
         if spec.numel > 1 and (spec.rank != 3 or spec.shape[1:] != (1, 1)):
             return f"{value} {spec}, added before the sum, is not one number per channel"
     return None
 
 
-def _with_operands(graph: Graph, node: Node) -> list[tuple[Stage, Value | None]]:
-    """The stages of a node's epilogue, each with the tensor it reads."""
+def _with_operands(graph: Graph, node: Node) -> list[tuple[Stage, tuple[Value, ...]]]:
+    """The stages of a node's epilogue, each with the tensors it reads."""
     values = iter(graph.operands(node))
-    return [(stage, next(values) if stage.takes_operand else None) for stage in node.epilogue]
+    return [(stage, tuple(next(values) for _ in range(stage.operands))) for stage in node.epilogue]
 
 
 def _index_of(node: Node, position: int) -> int:
     """The index of the stage that reads operand `position`."""
-    readers = [at for at, stage in enumerate(node.epilogue) if stage.takes_operand]
+    readers = [at for at, stage in enumerate(node.epilogue) for _ in range(stage.operands)]
     return readers[position]
 
 
-def _is_constant_add(graph: Graph, stage: Stage, value: Value | None) -> bool:
+def _is_constant_add(graph: Graph, stage: Stage, values: tuple[Value, ...]) -> bool:
     plain = stage.name == "add" and stage.channels is None and stage.back is None
-    return plain and (value is None or graph.is_constant(value))
+    return plain and all(map(graph.is_constant, values))
 
 
 def _build(graph: Graph, found: Match) -> Fused:

@@ -169,6 +169,8 @@ def _why_not(graph: Graph, node: Node) -> str | None:
     for value in graph.operands(node):
         if not graph.is_constant(value) or graph.spec(value).shape != per_channel:
             return f"the epilogue of {node.name} reads {value}, not one constant per channel"
+        if not graph.spec(value).dtype.is_floating_point:
+            return f"the epilogue of {node.name} reads {value} {graph.spec(value)}, not numbers"
     return None
 
 
@@ -187,7 +189,9 @@ def _joint_epilogue(graph: Graph, members: list[Node]) -> tuple[Epilogue, list[l
     chains = [list(zip(node.epilogue, _operands(graph, node), strict=True)) for node in members]
     biased = [bool(chain) and chain[0][0] == BIAS for chain in chains]
     if any(biased):
-        chains = [c if has else [(BIAS, None), *c] for c, has in zip(chains, biased, strict=True)]
+        none: list[tuple[Stage, tuple[Value | None, ...]]] = [(BIAS, (None,))]
+        pairs = zip(chains, biased, strict=True)
+        chains = [chain if has else [*none, *chain] for chain, has in pairs]
     stages: list[Stage] = []
     parts: list[list[Part]] = []
     common = 0
@@ -201,16 +205,16 @@ def _joint_epilogue(graph: Graph, members: list[Node]) -> tuple[Epilogue, list[l
     for _ in range(common):
         heads = [chain.pop(0) for chain in chains]
         stages.append(heads[0][0])
-        if heads[0][0].takes_operand:
-            parts.append(list(zip((value for _, value in heads), widths, strict=True)))
+        columns = zip(*(values for _, values in heads), strict=True)
+        parts += [list(zip(column, widths, strict=True)) for column in columns]
     bounds = [sum(widths[:at]) for at in range(len(widths) + 1)]
     for first, last in _runs([[stage for stage, _ in chain] for chain in chains]):
         for depth, (stage, _) in enumerate(chains[first]):
             start, stop = stage.channels or (0, bounds[last + 1] - bounds[first])
             channels = (bounds[first] + start, bounds[first] + stop)
             stages.append(replace(stage, channels=channels))
-            if stage.takes_operand:
-                mine = [chain[depth][1] for chain in chains[first : last + 1]]
+            for index in range(stage.operands):
+                mine = [chain[depth][1][index] for chain in chains[first : last + 1]]
                 values = [None] * first + mine + [None] * (len(members) - last - 1)
                 parts.append(list(zip(values, widths, strict=True)))
     return tuple(stages), parts
@@ -221,10 +225,10 @@ def _is_common(stages: list[Stage]) -> bool:
     return stages[0].channels is None and all(stage == stages[0] for stage in stages)
 
 
-def _operands(graph: Graph, node: Node) -> list[Value | None]:
-    """The operand of every stage of a node, None for those that read none."""
+def _operands(graph: Graph, node: Node) -> list[tuple[Value | None, ...]]:
+    """The operands of every stage of a node."""
     values = iter(graph.operands(node))
-    return [next(values) if stage.takes_operand else None for stage in node.epilogue]
+    return [tuple(next(values) for _ in range(stage.operands)) for stage in node.epilogue]
 
 
 def _runs(chains: list[list[Stage]]) -> list[tuple[int, int]]:

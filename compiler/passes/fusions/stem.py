@@ -132,7 +132,8 @@ def _why_not(graph: Graph, entrance: Entrance) -> str | None:
     kept = (image.dtype, graph.spec(graph.own_inputs(conv)[1]).dtype, torch.float32)
     following = [*entrance.nodes[1:]]
     for node, reader in zip(entrance.between, following, strict=True):
-        others = [name for name, _ in graph.uses(Value(node.name)) if name != reader.name]
+        others = [name for name, _ in graph.uses(Value(node.name))]
+        others.remove(reader.name)  # Once: its epilogue may read the image too.
         if others:
             return read_by_others(node, others[0], reader)
         if node.spec.shape != image.shape:

@@ -13,6 +13,18 @@ from convloom.kernels.movement.pointwise import Pointwise
 from ..domain import Domain
 
 
+def _with_booleans(
+    scalar: Scalar, draw: Mapping[str, Any], attributes: Pointwise, specs: tuple[TensorSpec, ...]
+) -> tuple[Pointwise, tuple[TensorSpec, ...]]:
+    """What conditions are is mostly booleans; of logic it may be numbers."""
+    if scalar.boolean and not draw["booleans"]:
+        return attributes, specs
+    last = scalar.operands - 1
+    conditions = {last - at if attributes.reverse else at for at in scalar.conditions}
+    kinds = (torch.bool if at in conditions else spec.dtype for at, spec in enumerate(specs))
+    return attributes, tuple(s.with_(dtype=kind) for s, kind in zip(specs, kinds, strict=True))
+
+
 def _domain(scalar: Scalar) -> Domain:
     def build(draw: Mapping[str, Any]) -> tuple[Pointwise, tuple[TensorSpec, ...]] | None:
         shape = tuple(draw["shape"])
@@ -20,10 +32,12 @@ def _domain(scalar: Scalar) -> Domain:
         spec = TensorSpec(shape, torch.float32, layout)
         parameters = draw["parameters"]
         if scalar.operands == 1:
-            return Pointwise(parameters), (spec,)
+            return _with_booleans(scalar, draw, Pointwise(parameters), (spec,))
         kind = draw["operand"]
-        if kind == "literal":
-            return Pointwise(parameters, 1.5, draw["reverse"]), (spec,)
+        if kind == "literal" and scalar.operands == 2:
+            return _with_booleans(
+                scalar, draw, Pointwise(parameters, 1.5, draw["reverse"]), (spec,)
+            )
         if kind == "channel":
             other = TensorSpec((shape[1], *(1 for _ in shape[2:])), torch.float32)
         elif kind == "sample":
@@ -31,7 +45,10 @@ def _domain(scalar: Scalar) -> Domain:
             other = TensorSpec(smaller, torch.float32, layout)
         else:
             other = spec
-        return Pointwise(parameters, None, draw["reverse"]), (spec, other)
+        if scalar.operands == 3:
+            return _with_booleans(scalar, draw, Pointwise(parameters), (other, spec, other))
+        attributes = Pointwise(parameters, None, draw["reverse"])
+        return _with_booleans(scalar, draw, attributes, (spec, other))
 
     return Domain(
         ranges={
@@ -39,6 +56,7 @@ def _domain(scalar: Scalar) -> Domain:
             "operand": ("full", "channel", "sample", "literal"),
             "reverse": (False, True),
             "parameters": scalar.examples,
+            "booleans": (True, False),
         },
         build=build,
     )

@@ -1,0 +1,282 @@
+"""Sampling at given places: y[n, c, i] = Σ weight · x[n, c, pixel], the pixels around place i.
+
+x (N, C, H, W), grid (N, P·Q, 2) of places (across, down) between -1 and 1 -> y (N, C, P, Q), summed
+in fp32; places and weights are fp32. Where the image ends there is zero, its border goes on, or it
+is reflected. A place that is no number is outside of an image with zeros around it, and the first
+pixel of others, as torch has it on a GPU (NaN on a CPU); bicubic samples of it are NaN. Source:
+Jaderberg et al., Spatial Transformer Networks, 2015; bicubic filter with A = -0.75 as in torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+
+from ...errors import InvalidInputError
+from ..contract.elementary import round_half_even
+from ..contract.launch_tiles import finish_tile, tile_of_program, tiled_launch, tiles_of
+from ..contract.op import (
+    Arguments,
+    Attributes,
+    Builder,
+    Config,
+    Cost,
+    Launch,
+    Op,
+    Problem,
+    W,
+    X,
+    Y,
+    config,
+    tensor_bytes,
+    tile_config,
+)
+from ..contract.spec import Layout, TensorSpec
+from ..contract.targets import Target
+from ..movement.rearrangement import Reshape
+from .tiles import channel_block
+
+MODES = ("bilinear", "nearest", "bicubic")
+BORDERS = ("zeros", "border", "reflection")
+TAPS = {"nearest": 1, "bilinear": 2, "bicubic": 4}
+"""Pixels that count in each direction."""
+OUTSIDE = tl.constexpr(-100.0)
+FARTHEST = tl.constexpr(1e9)
+
+
+@dataclass(frozen=True)
+class GridSample(Attributes):
+    """size: the result's (P, Q); corners: -1 and 1 are the middles of the outermost pixels, not the
+    edges of the image."""
+
+    size: tuple[int, int] = (1, 1)
+    mode: str = "bilinear"
+    border: str = "zeros"
+    corners: bool = False
+
+
+def infer(attributes: GridSample, inputs: tuple[TensorSpec, ...]) -> tuple[TensorSpec, ...]:
+    """(N, C, P, Q)."""
+    x, grid = inputs
+    p, q = attributes.size
+    if x.rank != 4 or grid.shape != (x.shape[0], p * q, 2) or grid.batch != x.batch:
+        raise InvalidInputError(
+            f"grid_sample: expected x (N, C, H, W) and a grid (N, {p}*{q}, 2), got {x} and {grid}"
+        )
+    return (TensorSpec((*x.shape[:2], p, q), x.dtype, Layout.NHWC, x.batch),)
+
+
+def _inside(place: torch.Tensor, size: int, attributes: GridSample) -> torch.Tensor:
+    """Places of pixels, those outside of the image moved into it where it goes on."""
+    if attributes.border == "reflection":
+        low, span = (0.0, size - 1.0) if attributes.corners else (-0.5, float(size))
+        distance = (place - low).abs()
+        turns = torch.floor(distance / span) if span else torch.zeros_like(place)
+        rest = distance - turns * span
+        place = torch.where(turns * 0.5 == torch.floor(turns * 0.5), rest, span - rest) + low
+    if attributes.border == "zeros":
+        return place
+    return place.nan_to_num(0.0, size - 1.0, 0.0).clamp(0.0, size - 1.0)
+
+
+def _known(place: torch.Tensor) -> torch.Tensor:
+    """Places, outside of the image where they are none."""
+    return torch.where(place.abs() < FARTHEST.value, place, OUTSIDE.value)
+
+
+def _taps(
+    grid: torch.Tensor, size: int, attributes: GridSample
+) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Pixels and their weights along one dimension, for coordinates between -1 and 1."""
+    raw = (grid + 1.0) * 0.5 * (size - 1) if attributes.corners else ((grid + 1.0) * size - 1) * 0.5
+    place = raw if attributes.mode == "bicubic" else _known(_inside(raw, size, attributes))
+    if attributes.mode == "nearest":
+        return [(place.round(), torch.ones_like(place))]
+    low = place.floor()
+    t = place - low
+    if attributes.mode == "bilinear":
+        return [(low, 1.0 - t), (low + 1.0, t)]
+    weights = (
+        ((-0.75 * (t + 1.0) + 3.75) * (t + 1.0) - 6.0) * (t + 1.0) + 3.0,
+        (1.25 * t - 2.25) * t * t + 1.0,
+        (1.25 * (1.0 - t) - 2.25) * (1.0 - t) * (1.0 - t) + 1.0,
+        ((-0.75 * (2.0 - t) + 3.75) * (2.0 - t) - 6.0) * (2.0 - t) + 3.0,
+    )
+    pixels = (_known(_inside(low - 1.0 + at, size, attributes)) for at in range(4))
+    return list(zip(pixels, weights, strict=True))
+
+
+def reference(attributes: GridSample, x: torch.Tensor, grid: torch.Tensor) -> torch.Tensor:
+    """By torch's formulas, with places and weights in fp32 whatever the dtype of x."""
+    y = x if x.dtype is torch.float64 else x.float()
+    n, c, h, w = x.shape
+    total = torch.zeros((n, c, grid.shape[1]), dtype=y.dtype, device=x.device)
+    for row, down in _taps(grid[..., 1].float(), h, attributes):
+        for column, across in _taps(grid[..., 0].float(), w, attributes):
+            there = (row >= 0) & (row < h) & (column >= 0) & (column < w)
+            pixel = torch.where(there, row * w + column, 0.0).long()
+            taken = y.flatten(2).gather(2, pixel[:, None].expand(-1, c, -1))
+            share = (down * across)[:, None].to(y.dtype)
+            total = total + torch.where(there[:, None], taken, 0.0) * share
+    return total.reshape(n, c, *attributes.size).to(x.dtype)
+
+
+@triton.jit
+def inside(place, SIZE: tl.constexpr, BORDER: tl.constexpr, CORNERS: tl.constexpr):
+    if BORDER == "reflection":
+        low: tl.constexpr = 0.0 if CORNERS else -0.5
+        span: tl.constexpr = SIZE - 1.0 if CORNERS else SIZE * 1.0
+        distance = tl.abs(place - low)
+        turns = tl.floor(distance / span) if span > 0.0 else distance * 0.0
+        rest = distance - turns * span
+        place = tl.where(turns * 0.5 == tl.floor(turns * 0.5), rest, span - rest) + low
+    if BORDER != "zeros":
+        place = tl.where(place == place, place, 0.0)
+        place = tl.minimum(tl.maximum(place, 0.0), SIZE - 1.0)
+    return place
+
+
+@triton.jit
+def known(place):
+    return tl.where(tl.abs(place) < FARTHEST, place, OUTSIDE)
+
+
+@triton.jit
+def place_of(
+    coordinate, SIZE: tl.constexpr, MODE: tl.constexpr, BORDER: tl.constexpr, CORNERS: tl.constexpr
+):
+    """The first pixel that counts, and how far behind it, of its neighbour's distance, a place
+    is."""
+    if CORNERS:
+        place = (coordinate + 1.0) * 0.5 * (SIZE - 1)
+    else:
+        place = ((coordinate + 1.0) * SIZE - 1.0) * 0.5
+    if MODE != "bicubic":
+        place = known(inside(place, SIZE, BORDER, CORNERS))
+    low = round_half_even(place) if MODE == "nearest" else tl.floor(place)
+    return low, place - low
+
+
+@triton.jit
+def tap_of(
+    low, t, AT: tl.constexpr, SIZE: tl.constexpr, MODE: tl.constexpr, BORDER: tl.constexpr,
+    CORNERS: tl.constexpr,
+):  # fmt: skip
+    """A pixel, whether there is one, and its weight."""
+    pixel = low + AT
+    if MODE == "nearest":
+        weight = t * 0.0 + 1.0
+    elif MODE == "bilinear":
+        weight = t if AT == 1 else 1.0 - t
+    else:
+        pixel = known(inside(low + (AT - 1.0), SIZE, BORDER, CORNERS))
+        d = tl.abs(t + (1.0 - AT))
+        if AT == 1 or AT == 2:
+            weight = (1.25 * d - 2.25) * d * d + 1.0
+        else:
+            weight = ((-0.75 * d + 3.75) * d - 6.0) * d + 3.0
+    index = pixel.to(tl.int32)
+    return index, (index >= 0) & (index < SIZE), weight
+
+
+@triton.jit
+def grid_sample_kernel(
+    x, grid, y, extras, m,
+    H: tl.constexpr, WIDTH: tl.constexpr, C: tl.constexpr, PIXELS: tl.constexpr,
+    TAPS: tl.constexpr, MODE: tl.constexpr, BORDER: tl.constexpr, CORNERS: tl.constexpr,
+    X_PITCH: tl.constexpr, X_OFFSET: tl.constexpr, GRID_PITCH: tl.constexpr,
+    GRID_OFFSET: tl.constexpr, Y_PITCH: tl.constexpr, Y_OFFSET: tl.constexpr,
+    EPILOGUE: tl.constexpr, WIDE: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
+):  # fmt: skip
+    rows, columns, row_mask, column_mask = tile_of_program(m, C, WIDE, BLOCK_ROWS, BLOCK_COLUMNS)
+    place = grid + GRID_OFFSET + rows * GRID_PITCH
+    across = tl.load(place, mask=row_mask, other=0.0).to(tl.float32)
+    down = tl.load(place + 1, mask=row_mask, other=0.0).to(tl.float32)
+    top, below = place_of(down, H, MODE, BORDER, CORNERS)
+    left, behind = place_of(across, WIDTH, MODE, BORDER, CORNERS)
+    image = rows // PIXELS * H
+    acc = tl.zeros((BLOCK_ROWS, BLOCK_COLUMNS), tl.float32)
+    for i in tl.static_range(TAPS):
+        row, is_row, share = tap_of(top, below, i, H, MODE, BORDER, CORNERS)
+        for j in tl.static_range(TAPS):
+            column, is_column, weight = tap_of(left, behind, j, WIDTH, MODE, BORDER, CORNERS)
+            pixel = (image + row) * WIDTH + column
+            address = x + X_OFFSET + (pixel * X_PITCH)[:, None] + columns[None, :]
+            mask = (row_mask & is_row & is_column)[:, None] & column_mask[None, :]
+            value = tl.load(address, mask=mask, other=0.0).to(tl.float32)
+            acc += value * (share * weight)[:, None]
+    finish_tile(acc, y, rows, columns, row_mask, column_mask, extras, EPILOGUE, Y_PITCH, Y_OFFSET)
+
+
+def launches(problem: Problem, tile: Config, target: Target) -> tuple[Launch, ...]:
+    """One launch over all output pixels."""
+    attributes, (x, grid) = problem.attributes, problem.inputs
+    assert isinstance(attributes, GridSample)
+    _, c, h, w = x.shape
+    return tiled_launch(
+        problem,
+        tile,
+        grid_sample_kernel,
+        {
+            "H": h, "WIDTH": w, "C": c, "PIXELS": grid.shape[1], "TAPS": TAPS[attributes.mode],
+            "MODE": attributes.mode, "BORDER": attributes.border, "CORNERS": attributes.corners,
+            "GRID_PITCH": grid.pitch, "GRID_OFFSET": grid.offset,
+        },
+        pointers={"x": X, "grid": W, "y": Y},
+    )  # fmt: skip
+
+
+def configs(problem: Problem, target: Target) -> Iterator[Config]:
+    """256 to 1024 results per program."""
+    yield from tiles_of((256, 512, 1024), (16, 32, 64, 128))
+
+
+def default(problem: Problem, target: Target) -> Config:
+    """512 results, 4 per thread."""
+    c = problem.output.shape[1]
+    if target.name == "interpreter":
+        return tile_config(problem.output.spec.numel // c, c, target)
+    columns = channel_block(c)
+    return config(4, 1, BLOCK_ROWS=512 // columns, BLOCK_COLUMNS=columns)
+
+
+def cost(problem: Problem) -> Cost:
+    """A multiplication and an addition per pixel that an output looks at."""
+    attributes = problem.attributes
+    assert isinstance(attributes, GridSample)
+    read, written = tensor_bytes(problem)
+    return Cost(2 * TAPS[attributes.mode] ** 2 * problem.output.spec.numel, read, written)
+
+
+def _capture(g: Builder, a: Arguments) -> Any:
+    x, grid = a.input, a.grid
+    if g.spec(x).rank != 4:
+        return g.refuse("sampling of volumes; of images it is")
+    n, p, q, _ = g.spec(grid).shape
+    flat = g.apply("reshape", (grid,), Reshape((n, p * q, 2)))
+    attributes = GridSample(
+        (p, q), MODES[a.interpolation_mode], BORDERS[a.padding_mode], bool(a.align_corners)
+    )
+    return g.apply("grid_sample", (x, flat), attributes)
+
+
+OP = Op(
+    name="grid_sample",
+    attributes=GridSample,
+    infer=infer,
+    reference=reference,
+    launches=launches,
+    configs=configs,
+    default=default,
+    cost=cost,
+    aten={
+        "aten.grid_sampler.default": _capture,
+        "aten.grid_sampler_2d.default": _capture,
+    },
+)
