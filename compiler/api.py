@@ -67,7 +67,8 @@ def compile(
     outputs: Sequence[str] | None = None,
 ) -> Executable:
     """The module compiled for inputs like `example` (a tuple, or one tensor) and `kwargs`; of an
-    `ExportedProgram` or an ONNX file (its path) for the inputs that it names, where none is given.
+    `ExportedProgram`, or the path of an .onnx or .pt2 file, for the inputs that it names, where
+    none is given.
 
     Tensors are of floats; NumPy's arrays stand for them. Constants among the arguments (bool, int,
     float, str, None) become part of the code, and every call must have the same.

@@ -17,25 +17,30 @@ from torch.utils import _pytree as pytree
 from ...errors import InvalidInputError
 from ...kernels.contract.spec import FLOAT_DTYPES
 from ..graph.interface import CONSTANTS, with_tensors
-from ..onnx.model import load
+from ..onnx import model as onnx
+from . import pt2
 
 EXPECTED = (
-    "model: expected a torch.nn.Module, a torch.export.ExportedProgram or the path of an .onnx file"
+    "model: expected a torch.nn.Module, a torch.export.ExportedProgram or the path of an .onnx or "
+    ".pt2 file"
 )
 
 
 def opened(
     model: Any, example: Any, keywords: Mapping[str, Any] | None
 ) -> tuple[Any, Any, Mapping[str, Any] | None]:
-    """The module of an exported program or of an ONNX file, and its own example where none is
-    given; any other model as it is."""
+    """The module of an exported program or of a file, and its own example where none is given; any
+    other model as it is."""
     if isinstance(model, (str, Path)):
-        if Path(model).suffix != ".onnx":
+        suffix = Path(model).suffix
+        if suffix not in (".onnx", ".pt2"):
             raise InvalidInputError(f"{EXPECTED}, got '{model}'")
-        network = load(model)
-        if isinstance(example, tuple) and not example and not keywords:
-            example = network.example()
-        return network, example, keywords
+        if suffix == ".onnx":
+            network = onnx.load(model)
+            if isinstance(example, tuple) and not example and not keywords:
+                example = network.example()
+            return network, example, keywords
+        model = pt2.load(Path(model))
     if not isinstance(model, ExportedProgram):
         return model, example, keywords
     if isinstance(example, tuple) and not example and not keywords and model.example_inputs:
