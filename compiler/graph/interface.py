@@ -103,7 +103,7 @@ class Interface:
         """
         arguments: Any = (tuple(inputs), {})
         if keywords:
-            arguments = self._placed(inputs, keywords)
+            arguments = self._as_in_the_example(inputs, keywords)
         if self._has_constants:
             arguments = with_constants(arguments)
         leaves, spec = pytree.tree_flatten(arguments)
@@ -112,6 +112,15 @@ class Interface:
         if any(isinstance(leaf, np.ndarray) for leaf in leaves):
             leaves = with_tensors(leaves)
         return leaves
+
+    def placed(self, tensors: Sequence[torch.Tensor]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Arguments and keywords of a call with these tensors, constants included."""
+        rebuilt = pytree.tree_unflatten(list(tensors), self.structure.arguments)
+        arguments, keywords = pytree.tree_map(
+            lambda leaf: leaf.value if isinstance(leaf, Constant) else leaf,
+            rebuilt, is_leaf=_is_constant,
+        )  # fmt: skip
+        return arguments, keywords
 
     @cached_property
     def _example(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -126,7 +135,7 @@ class Interface:
     def _has_constants(self) -> bool:
         return any(isinstance(leaf, Constant) for leaf in _leaves(self._example))
 
-    def _placed(self, inputs: Sequence[Any], keywords: Mapping[str, Any]) -> Any:
+    def _as_in_the_example(self, inputs: Sequence[Any], keywords: Mapping[str, Any]) -> Any:
         """The arguments of a call as those of the example stand: what was given by position there
         may be given by name, if it is a tensor."""
         given, rest = list(inputs), dict(keywords)
