@@ -154,9 +154,11 @@ def captured(
     batch: tuple[int, int] | None = None,
     outputs: Sequence[str] | None = None,
     keywords: Any = None,
+    snapshot: bool = True,
 ) -> Graph:
     """The captured graph of a module that no test changes: torch.export, which takes longer than
-    everything else about a small network, runs once. The graph is the caller's own."""
+    everything else about a small network, runs once. The graph is the caller's own, its weights
+    are copies."""
     if keywords or not isinstance(inputs, (tuple, list)):
         return capture(module, inputs, batch, outputs, keywords)
     leaves = pytree.tree_leaves(tuple(inputs))

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
@@ -30,7 +30,7 @@ from ...kernels.contract.spec import FLOAT_DTYPES, TensorSpec
 from ..graph.interface import Structure, with_constants
 from ..graph.ir import CONSTANT, INPUT, OUTPUT, TORCH, Graph, NoAttributes, Node, Value
 from ..graph.torch_call import BatchNumber, Slot, TorchCall, in_words
-from . import example_inputs, moved_batch, refusals
+from . import byte_images, example_inputs, moved_batch, refusals
 from .batch_numbers import SYMBOLIC, Batch, follows_from_values
 from .export import export, path_of, source_of
 from .features import observed
@@ -111,17 +111,21 @@ def capture(
     dynamic_batch: tuple[int, int] | None = None,
     outputs: Sequence[str] | None = None,
     keywords: Mapping[str, Any] | None = None,
+    snapshot: bool = True,
 ) -> Graph:
     """The dataflow graph of a module, or of what torch.export made of it, for inputs like `example`
     and `keywords`.
 
     dynamic_batch: (lo, hi); every input's dimension 0 is then the batch. outputs: the module paths
     whose activations the graph returns, by name, instead of the module's result (`features.py`).
+    snapshot: the graph's weights are copies; else they are the module's own where that is on the
+    CPU, which takes no memory: for plans that are never run.
     Calls without a kernel become "torch" nodes: some are parts of composite ops that a pass
     recognises later, the rest is reported by `refuse_unsupported`.
 
-    Raises: InvalidInputError for arguments that are not float tensors, a batch range that makes no
-    sense or unknown outputs; CaptureError when torch.export fails or the module would still train.
+    Raises: InvalidInputError for arguments that are no tensors of floats or images of bytes, a
+    batch range that makes no sense or unknown outputs; CaptureError when torch.export fails or the
+    module would still train.
     """
     module, example, keywords = example_inputs.opened(model, example, keywords)
     example_inputs.check_module(module)
@@ -138,18 +142,22 @@ def capture(
     with observed(module, outputs):
         positional, named = arguments
         program, decisions = export(module, positional, named, highest)
+    images = byte_images.as_floats(program)
     graph = Graph(name=type(module).__name__)
     state = _State(graph)
     if dynamic_batch is not None:
         state.batch = _batch(program, dynamic_batch)
         refusals.refuse_branches(module, decisions, state.batch)
-    _add_sources(state, program, leaves)
+    _add_sources(state, program, leaves, snapshot)
     for node in program.graph.nodes:
         if node.op == "get_attr":
             state.values[node.name] = node.target
         elif node.op == "call_function":
             _add_call(state, node)
     _add_output(state, program, pytree.tree_structure(with_constants(arguments)))
+    graph.output_tree = replace(
+        graph.output_tree, names=example_inputs.names_of(module), images=images
+    )
     _remove_unused_constants(graph)
     return graph
 
@@ -189,7 +197,9 @@ def _spec_of(state: _State, value: torch.Tensor) -> TensorSpec:
     return TensorSpec(shape, value.dtype, batch=_batch_of(state, value.shape))
 
 
-def _add_sources(state: _State, program: Any, leaves: list[torch.Tensor]) -> None:
+def _add_sources(
+    state: _State, program: Any, leaves: list[torch.Tensor], snapshot: bool
+) -> None:
     """Inputs, and one constant per distinct tensor: shared weights stay shared."""
     signature, graph = program.graph_signature, state.graph
     constants = {
@@ -211,7 +221,7 @@ def _add_sources(state: _State, program: Any, leaves: list[torch.Tensor]) -> Non
             key = (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype, tensor.numel())
             if tensor.numel() == 0 or key not in known:
                 # A copy: the module may go on training. On the CPU: plans are alike everywhere.
-                graph.tensors[node.name] = tensor.to("cpu", copy=True)
+                graph.tensors[node.name] = tensor.to("cpu", copy=snapshot)
                 spec = TensorSpec(tuple(tensor.shape), tensor.dtype)
                 made = Node(node.name, CONSTANT, NoAttributes(), (spec,), module_path=path)
                 known[key] = graph.insert(made)
@@ -238,6 +248,12 @@ def _add_call(state: _State, node: Any) -> None:
     if node.target is operator.getitem:
         _add_getitem(state, node)
         return
+    if _is_empty(value):
+        # Whatever it is computed from: nothing has to run for a result without elements.
+        empty = torch.empty(tuple(value.shape), dtype=value.dtype)
+        builder = _Builder(state, node.name, path_of(node))
+        state.values[node.name] = builder.add_constant(empty, value.dtype)
+        return
     refusals.refuse_unbounded(node, state.batch)
     a = _arguments(state, node)
     state.added.clear()
@@ -249,6 +265,14 @@ def _add_call(state: _State, node: Any) -> None:
         state.computed.difference_update(state.added)
         result = _add_torch_call(state, node, a, str(refusal))
     state.values[node.name] = result
+
+
+def _is_empty(value: Any) -> bool:
+    """Whether it is a tensor of floats without elements, for every batch."""
+    if not isinstance(value, torch.Tensor) or value.dtype not in FLOAT_DTYPES:
+        return False
+    # Symbolic sizes are not compared: torch would decide by them.
+    return all(isinstance(size, int) for size in value.shape) and 0 in value.shape
 
 
 def _arguments(state: _State, node: Any) -> Arguments:

@@ -89,6 +89,17 @@ def arguments_of(
     return bound.args[:stop], {**rest, **bound.kwargs}
 
 
+def names_of(module: torch.nn.Module) -> tuple[str, ...]:
+    """What `forward` takes by position or by name; none where it takes any number of things."""
+    try:
+        parameters = inspect.signature(module.forward).parameters.values()
+    except (TypeError, ValueError):
+        return ()
+    if any(each.kind is each.VAR_POSITIONAL for each in parameters):
+        return ()
+    return tuple(each.name for each in parameters if each.kind is each.POSITIONAL_OR_KEYWORD)
+
+
 def _holds_a_constant(argument: Any) -> bool:
     return any(isinstance(leaf, CONSTANTS) for leaf in pytree.tree_leaves(argument))
 
@@ -111,7 +122,7 @@ def check_example(arguments: Any, dynamic: bool = False) -> list[torch.Tensor]:
         if leaf.layout is not torch.strided or leaf.is_nested:
             kind = "a nested one" if leaf.is_nested else str(leaf.layout)
             raise InvalidInputError(f"example input {at}: expected a dense tensor, got {kind}")
-        if leaf.dtype not in FLOAT_DTYPES:
+        if leaf.dtype not in (*FLOAT_DTYPES, torch.uint8):
             both = "convert both, model.float() and x.float()"
             hint = both if leaf.dtype is torch.float64 else "convert it outside, x.float()"
             raise InvalidInputError(

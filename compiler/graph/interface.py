@@ -68,12 +68,16 @@ def _tensor(leaf: Any) -> Any:
 class Structure:
     """How the module's arguments (positional ones, keywords) and its result are nested.
 
-    results: for each leaf of the result, the index of a graph output or a literal.
+    results: for each leaf of the result, the index of a graph output or a literal. names: of what
+    `forward` takes by position or by name, in its order; none where that is not known. images:
+    inputs of uint8, which are float32 in the graph.
     """
 
     arguments: pytree.TreeSpec
     result: pytree.TreeSpec
     results: tuple[tuple[str, Any], ...]
+    names: tuple[str, ...] = ()
+    images: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -102,8 +106,8 @@ class Interface:
         among them is another.
         """
         arguments: Any = (tuple(inputs), {})
-        if keywords:
-            arguments = self._as_in_the_example(inputs, keywords)
+        if keywords or len(inputs) != len(self._example[0]):
+            arguments = self._as_in_the_example(inputs, keywords or {})
         if self._has_constants:
             arguments = with_constants(arguments)
         leaves, spec = pytree.tree_flatten(arguments)
@@ -137,10 +141,21 @@ class Interface:
 
     def _as_in_the_example(self, inputs: Sequence[Any], keywords: Mapping[str, Any]) -> Any:
         """The arguments of a call as those of the example stand: what was given by position there
-        may be given by name, if it is a tensor."""
+        may be given by name, and the other way round, where `forward` takes both.
+
+        Raises: InvalidInputError for what is given by position and by name.
+        """
         given, rest = list(inputs), dict(keywords)
         positional, named = self._example
-        for name in positional[len(given) :]:
+        names = self.structure.names
+        places: Sequence[Any] = names[: len(positional)] if names else positional
+        for name in names[: len(given)]:
+            if name in rest:
+                raise InvalidInputError(f"inputs: '{name}' is given by position and by name")
+        if names and len(positional) < len(given) <= len(names):
+            rest = {**dict(zip(names[len(places) :], given[len(places) :], strict=False)), **rest}
+            given = given[: len(places)]
+        for name in places[len(given) :]:
             if not isinstance(name, str) or name not in rest:
                 break
             given.append(rest.pop(name))
