@@ -40,6 +40,8 @@ def configure(commands: shared.SubParsers) -> None:
         '--json wrote, or --passes of NAME, such as "none default"')
     add("--measure", action="store_true",
         help="run it once, kernel by kernel, and show the times")
+    add("--labels", action="store_true", help="list the fusions that --force, --forbid and ablate "
+        "may name, and what each rule of them does")
     add("--dot", action="store_true", help="the fused graph, for Graphviz")
     add("--kernel", metavar="K", help="one kernel of the plan, by name")
     code = parser.add_mutually_exclusive_group()
@@ -51,7 +53,9 @@ def configure(commands: shared.SubParsers) -> None:
 def run(options: argparse.Namespace) -> int:
     """Compiles and prints or writes what was asked for."""
     _check(options)
-    if options.diff:
+    if options.labels:
+        _list_labels(options)
+    elif options.diff:
         _compare(options)
     elif shared.is_file(options.name):
         _explain_file(options)
@@ -82,8 +86,25 @@ def _check(options: argparse.Namespace) -> None:
         raise InvalidInputError("--html, --svg: expected without --dot, --kernel and --diff")
     if options.diff and (options.dot or options.kernel or options.measure):
         raise InvalidInputError("--diff: expected without --dot, --kernel and --measure")
-    if options.name is None and not options.diff:
+    if options.labels and options.name is not None:
+        raise InvalidInputError(
+            f"--labels: expected without a NAME, got {options.name}: they are the same for all"
+        )
+    if options.name is None and not options.diff and not options.labels:
         raise InvalidInputError("expected NAME, a model or a file, or --diff A B")
+
+
+def _list_labels(options: argparse.Namespace) -> None:
+    from ..compiler.passes import LABELS
+
+    by_label: dict[str, list[str]] = {}
+    for rule, label in LABELS.all.items():
+        by_label.setdefault(label, []).append(rule)
+    if options.json:
+        output.print_json([{"label": label, "rules": rules} for label, rules in by_label.items()])
+        return
+    rows = [(label, "\n".join(rules)) for label, rules in by_label.items()]
+    output.say(output.table(("label", "rules"), rows))
 
 
 def _compiled(options: argparse.Namespace) -> tuple[Network, Executable]:
