@@ -25,13 +25,18 @@ from .settings import VERSION as __version__
 
 if TYPE_CHECKING:
     from . import zoo
-    from .compiler.api import compile
+    from .compiler.api import Planned, ablate, compile, plan
     from .compiler.artifact.load import LoadedExecutable, load
+    from .compiler.explain.ablation import Ablation
     from .compiler.run.executable import Executable
     from .compiler.torch_compile import executables
 
 _LAZY = {
     "compile": ("convloom.compiler.api", "compile"),
+    "plan": ("convloom.compiler.api", "plan"),
+    "ablate": ("convloom.compiler.api", "ablate"),
+    "Planned": ("convloom.compiler.api", "Planned"),
+    "Ablation": ("convloom.compiler.explain.ablation", "Ablation"),
     "load": ("convloom.compiler.artifact.load", "load"),
     "LoadedExecutable": ("convloom.compiler.artifact.load", "LoadedExecutable"),
     "Executable": ("convloom.compiler.run.executable", "Executable"),
@@ -49,6 +54,7 @@ def __getattr__(name: str) -> Any:
 
 
 __all__ = [
+    "Ablation",
     "ArtifactError",
     "CaptureError",
     "ConvloomError",
@@ -57,11 +63,14 @@ __all__ = [
     "InvalidInputError",
     "KernelError",
     "LoadedExecutable",
+    "Planned",
     "TargetUnavailableError",
     "UnsupportedOpError",
     "__version__",
+    "ablate",
     "compile",
     "executables",
     "load",
+    "plan",
     "zoo",
 ]

@@ -10,7 +10,6 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from types import ModuleType
-from typing import Any
 
 import torch
 from convloom.compiler.artifact.load import load_bytes
@@ -23,6 +22,7 @@ from convloom.compiler.passes import run_passes
 from convloom.compiler.plan.lower import Options, lower
 from convloom.compiler.run.executable import Executable
 from convloom.compiler.run.runtime import InterpreterRunner, ReferenceRunner
+from convloom.errors import InvalidInputError, near_names
 from convloom.kernels.contract import targets, tolerance
 from torch import nn
 
@@ -110,41 +110,61 @@ _KEPT: list[torch.library.Library] = []
 
 
 def import_libraries() -> tuple[ModuleType, ModuleType]:
-    """torchvision and timm.
+    """torchvision and timm. Raises: ImportError where one is not installed."""
+    return import_library("torchvision"), import_library("timm")
+
+
+def import_library(name: str) -> ModuleType:
+    """torchvision or timm.
 
     torchvision's wheels are built for CUDA: beside a torch for the CPU their first import fails,
     because the operators of its own are not there. They are then declared, which is enough for
     networks that do not call them.
 
-    Raises: ImportError where one is not installed.
+    Raises: ImportError where it is not installed.
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
             torchvision = importlib.import_module("torchvision")
         except RuntimeError:
-            for name in [n for n in sys.modules if n.partition(".")[0] == "torchvision"]:
-                del sys.modules[name]
+            for each in [n for n in sys.modules if n.partition(".")[0] == "torchvision"]:
+                del sys.modules[each]
             operators = torch.library.Library("torchvision", "DEF")
-            for name in ("nms", "qnms"):
+            for operator in ("nms", "qnms"):
                 signature = "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
-                operators.define(name + signature)
+                operators.define(operator + signature)
             _KEPT.append(operators)
             torchvision = importlib.import_module("torchvision")
-        return torchvision, importlib.import_module("timm")
+        return torchvision if name == "torchvision" else importlib.import_module(name)
 
 
 def build(name: str) -> nn.Module:
     """The network "torchvision/NAME" or "timm/NAME" with random weights, ready for inference."""
-    torchvision, timm = import_libraries()
+    return named(name)[0]
+
+
+def named(name: str) -> tuple[nn.Module, tuple[int, ...] | None]:
+    """The network, and the image that its published weights take, (C, H, W), where that is said.
+
+    Raises: ImportError where the library is not installed, InvalidInputError with the nearest names
+    for one that it does not have.
+    """
     library, _, member = name.partition("/")
-    torch.manual_seed(0)
-    with warnings.catch_warnings():
+    package = import_library(library)
+    known = package.models.list_models() if library == "torchvision" else package.list_models()
+    if member not in known:
+        raise InvalidInputError(f"{library} has no model {member!r}; {near_names(member, known)}")
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        make: Any = timm.create_model
+        torch.manual_seed(0)
         if library == "torchvision":
-            make = torchvision.models.get_model
-        return randomised(make(member)).eval()
+            model = package.models.get_model(member, weights=None)
+            weights = next(iter(package.models.get_model_weights(member)), None)
+            side = getattr(getattr(weights, "transforms", None), "keywords", {}).get("crop_size")
+            return randomised(model).eval(), None if side is None else (3, side, side)
+        model = package.create_model(member)
+        return randomised(model).eval(), tuple(model.pretrained_cfg["input_size"])
 
 
 def randomised(model: nn.Module) -> nn.Module:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -13,6 +13,9 @@ from typing import Any
 
 import torch
 from convloom import zoo
+from convloom.compiler.artifact.load import LoadedExecutable
+from convloom.compiler.evaluation.evaluate import evaluate
+from convloom.compiler.graph.ir import Graph
 from convloom.compiler.plan.plan import KernelStep, Plan
 from convloom.errors import ConvloomError, InvalidInputError, TargetUnavailableError
 from convloom.kernels import registry
@@ -128,11 +131,37 @@ class Row:
         return bound_us / time_us if bound_us and time_us else None
 
 
-def check(names: Sequence[str], choices: Choices) -> None:
+@dataclass(frozen=True)
+class Other:
+    """A model that is not of the zoo. input_shape: of one sample of its only input. ready, plan,
+    dtype: of a saved executable; its model is then what its graph computes."""
+
+    model: nn.Module
+    input_shape: tuple[int, ...]
+    ready: LoadedExecutable | None = None
+    plan: Plan | None = None
+    dtype: torch.dtype | None = None
+
+
+class GraphModule(nn.Module):
+    """A graph by torch ops, in fp64 for inputs of that type."""
+
+    def __init__(self, graph: Graph) -> None:
+        super().__init__()
+        self.graph = graph
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        dtype = torch.float64 if x.dtype is torch.float64 else None
+        values = evaluate(self.graph, [x.cpu()], dtype)
+        return values[self.graph.outputs()[0]].to(x.device)
+
+
+def check(names: Sequence[str], choices: Choices, others: Mapping[str, Other] = {}) -> None:
     """Raises: InvalidInputError for a model, batch or peer that cannot be meant;
     TargetUnavailableError where the target does not run here."""
     for name in names:
-        zoo.entry(name)
+        if name not in others:
+            zoo.entry(name)
     for batch in choices.batches:
         if batch < 1:
             raise InvalidInputError(f"batch: expected at least 1, got {batch}")
@@ -167,13 +196,17 @@ def measured(
     choices: Choices,
     device: Device,
     tell: Callable[[str], None] = lambda text: None,
+    other: Other | None = None,
 ) -> Row:
-    """The model at one batch: every contender prepared, checked, and timed in turns.
+    """The model at one batch: every contender prepared, checked, and timed in turns. other: what
+    the name stands for where it is no model of the zoo.
 
     A contender that fails is a row that says so; nothing is raised for it.
     """
+    if other is not None and other.dtype is not None:
+        choices = replace(choices, dtype=other.dtype)
     with products(tf32=choices.kind == "tf32"):
-        return _measured(name, batch, choices, device, tell)
+        return _measured(name, batch, choices, device, tell, other)
 
 
 @contextmanager
@@ -192,14 +225,23 @@ def products(tf32: bool) -> Iterator[None]:
 
 
 def _measured(
-    name: str, batch: int, choices: Choices, device: Device, tell: Callable[[str], None]
+    name: str,
+    batch: int,
+    choices: Choices,
+    device: Device,
+    tell: Callable[[str], None],
+    other: Other | None,
 ) -> Row:
-    model, x = subject(name, batch, choices.dtype, device.place)
+    model, x = subject(name, batch, choices.dtype, device.place, other)
+    ready = None if other is None else other.ready
     prepare: dict[str, Callable[[], Entrant]] = {
         OURS: partial(
-            ours, model, x, device, choices.target, choices.tuning, choices.precision
+            ours, model, x, device, choices.target, choices.tuning, choices.precision, ready
         ),
-        **{each: partial(peer, each, model, x, device) for each in choices.against},
+        **{
+            each: partial(peer, each, model if ready is None else None, x, device)
+            for each in choices.against
+        },
     }
     field: list[Entrant | Absentee] = []
     for each, make in prepare.items():
@@ -218,6 +260,7 @@ def _measured(
     )
     first = field[0]
     plan = first.executable.plan if isinstance(first, Entrant) and first.executable else None
+    plan = plan if ready is None or other is None else other.plan
     row = Row(
         name,
         batch,
@@ -236,14 +279,21 @@ def _measured(
 
 
 def subject(
-    name: str, batch: int, dtype: torch.dtype, place: torch.device
+    name: str,
+    batch: int,
+    dtype: torch.dtype,
+    place: torch.device,
+    other: Other | None = None,
 ) -> tuple[nn.Module, torch.Tensor]:
-    """The zoo model with seeded weights and an input in channels_last, both in the dtype."""
+    """The zoo model with seeded weights, or a copy of another model, and an input, an image in
+    channels_last, both in the dtype."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(SEED)
-        model = zoo.build(name).eval()
-        x = torch.randn(batch, *zoo.entry(name).input_shape)
-    x = x.to(place, dtype).contiguous(memory_format=torch.channels_last)
+        model = zoo.build(name).eval() if other is None else copy.deepcopy(other.model)
+        shape = zoo.entry(name).input_shape if other is None else other.input_shape
+        x = torch.randn(batch, *shape).to(place, dtype)
+    if x.dim() == 4:
+        x = x.contiguous(memory_format=torch.channels_last)
     return model.to(place, dtype), x
 
 

@@ -15,10 +15,11 @@ PRECISIONS = ("ieee", "tf32")
 SECONDS = 10.0
 
 
-def add_options(parser: argparse.ArgumentParser) -> None:
-    """Models, batches, dtype, target, peers, tuning, time and resumption."""
+def add_options(parser: argparse.ArgumentParser, names: str = "models of the zoo") -> None:
+    """Models, batches, dtype, target, peers, tuning, time and resumption. names: what a NAME may
+    be."""
     parser.add_argument(
-        "names", metavar="NAME", nargs="*", help="models of the zoo (default: the benchmark's ten)"
+        "names", metavar="NAME", nargs="*", help=f"{names} (default: the benchmark's ten)"
     )
     batches = " ".join(map(str, BATCHES))
     parser.add_argument(

@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
+from convloom.compiler.artifact.load import LoadedExecutable
 from convloom.compiler.plan.plan import KernelStep, Plan
 from convloom.compiler.records import rank
 from convloom.compiler.run.executable import Executable
@@ -110,27 +111,34 @@ class Profile:
         return {"traceEvents": events, "displayTimeUnit": "ns", "otherData": about}
 
 
-def measured(name: str, executable: Executable, x: torch.Tensor, repeats: int) -> Profile:
-    """The median of several runs of each step by itself, after one to warm up.
+def measured(
+    name: str,
+    batch: int,
+    executable: Executable | LoadedExecutable,
+    plan: Plan,
+    inputs: tuple[tuple[Any, ...], dict[str, Any]],
+    repeats: int,
+) -> Profile:
+    """The median of several runs of each step by itself, after one to warm up. plan: of the
+    executable; inputs: arguments and keywords of a call.
 
     Raises: KernelError for a target whose steps cannot be timed.
     """
-    executable.profile(x)
-    runs = [_summed(executable.profile(x)) for _ in range(repeats)]
+    arguments, keywords = inputs
+    executable.profile(*arguments, **keywords)
+    runs = [_summed(executable.profile(*arguments, **keywords)) for _ in range(repeats)]
     times = {step: statistics.median(run[step] for run in runs) for step in runs[0]}
     if executable.target is INTERPRETER:
         where = "the interpreter on this CPU, which says nothing about a GPU"
     else:
         where = torch.cuda.get_device_name()
-    return _profile(name, x.shape[0], where, executable.plan, times, executable.target.is_gpu)
+    return _profile(name, batch, where, plan, times, executable.target.is_gpu)
 
 
 def modelled(name: str, batch: int, plan: Plan) -> Profile:
     """The modelled time of each step in its configuration, for a GPU that need not be here."""
     times = {
-        step.name: rank.modelled_us(
-            registry.get(step.op), step.problem, plan.target, step.config
-        )
+        step.name: rank.modelled_us(registry.get(step.op), step.problem, plan.target, step.config)
         for step in plan.steps
         if isinstance(step, KernelStep)
     }

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -17,7 +17,7 @@ from convloom.errors import ConvloomError
 
 from . import measure, report
 from .machine_info import git_hash
-from .measure import Choices, Row
+from .measure import Choices, Other, Row
 from .options import MODELS, add_options, peers_of
 
 RESULTS = Path(__file__).resolve().parent / "results"
@@ -30,8 +30,10 @@ def bench(
     *,
     resume: bool = False,
     tell: Callable[[str], None] = lambda text: None,
+    others: Mapping[str, Other] = {},
 ) -> list[Row]:
-    """A row for each model and batch; with a folder, the report is rewritten after each.
+    """A row for each model and batch; with a folder, the report is rewritten after each. others:
+    what names stand for that are not of the zoo.
 
     resume: rows of the folder's report that were measured on this device with these choices and
     these sources are taken over; others are measured again.
@@ -39,7 +41,7 @@ def bench(
     Raises: InvalidInputError and TargetUnavailableError before anything is measured; ArtifactError
     where the report cannot be read or written.
     """
-    measure.check(names, choices)
+    measure.check(names, choices, others)
     device = measure.device_for(choices.target)
     before = report.read_rows(folder / "zoo.json") if folder is not None and resume else []
     kept = {_key(row): row for row in before if _fits(row, choices, device.name)}
@@ -48,7 +50,7 @@ def bench(
         for batch in choices.batches:
             row = kept.get((name, batch))
             if row is None:
-                row = measure.measured(name, batch, choices, device, tell)
+                row = measure.measured(name, batch, choices, device, tell, others.get(name))
             kept[_key(row)] = row
             rows.append(row)
             if folder is not None:

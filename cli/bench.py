@@ -7,28 +7,30 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from .. import zoo
 from ..benchmarks.options import MODELS, add_options
-from ..errors import visible
+from ..errors import InvalidInputError, visible
+from . import files, networks, output
 from . import options as shared
-from . import output
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from ..benchmarks.measure import Row
+    from ..benchmarks.measure import Other, Row
 
 
 def configure(commands: shared.SubParsers) -> None:
     parser = shared.command(
         commands, run, "bench", help="time models against PyTorch and torch.compile",
-        description="Times zoo models on this machine's GPU against peers that are set up at their "
+        description="Times models on this machine's GPU against peers that are set up at their "
         "best, all in turns: median and spread with a cold and a warm L2 cache, images per second, "
         "the ratio to each peer, the share of what the hardware allows, memory, compile time, and "
         "errors against fp64. Without a GPU, --target interpreter or reference times the CPU.",
     )
-    add_options(parser)
+    add_options(parser, f"{shared.MODEL_OR_FILE}, by itself")
+    shared.add_input(parser)
     parser.add_argument(
         "--output", metavar="FOLDER", type=Path, help="write JSON, CSV, Markdown and plots there"
     )
@@ -41,9 +43,12 @@ def run(options: argparse.Namespace) -> int:
 
     choices = benchmark.choices_of(options)
     names = options.names or MODELS
+    others = {name: _other(name, options) for name in names if name not in zoo.names()}
     # Compilers print; --json answers with JSON and nothing else.
     with _telling() as tell, redirect_stdout(sys.stderr):
-        rows = benchmark.bench(names, choices, options.output, resume=options.resume, tell=tell)
+        rows = benchmark.bench(
+            names, choices, options.output, resume=options.resume, tell=tell, others=others
+        )
     if options.json:
         output.print_json(report.as_json(rows, choices))
         return 0
@@ -56,6 +61,29 @@ def run(options: argparse.Namespace) -> int:
         *(f"  {line}" for line in losses),
     )
     return 0
+
+
+def _other(name: str, options: argparse.Namespace) -> Other:
+    """What is measured under a name that is no model of the zoo."""
+    from ..benchmarks.measure import GraphModule, Other
+
+    if not shared.is_file(name):
+        network = networks.find(name, options)
+        (x,) = _only(name, network.positional(None, "bench"))
+        return Other(network.model, tuple(x.shape[1:]))
+    executable, inputs, keywords = files.loaded(shared.changed(options, name=name))
+    (x,) = _only(name, (*inputs, *keywords.values()))
+    planned = files.replanned(executable.artifact, executable.plan)
+    model = GraphModule(planned.graph)
+    return Other(model, tuple(x.shape[1:]), executable, planned.plan, x.dtype)
+
+
+def _only(name: str, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    if len(inputs) != 1:
+        raise InvalidInputError(
+            f"bench {name}: expected a network of one tensor, it takes {len(inputs)} inputs"
+        )
+    return inputs
 
 
 @contextmanager

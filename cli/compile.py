@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import InvalidInputError
-from . import files, models, output
+from . import files, models, networks, output
 from . import options as shared
 
 if TYPE_CHECKING:
@@ -22,7 +22,7 @@ def configure(commands: shared.SubParsers) -> None:
     parser = shared.command(
         commands, run, "compile", shared.compile_options(several=True, slide=True),
         help="compile a model and list its kernels",
-        description="Compiles a zoo model and lists its kernels; for a GPU generation (no GPU "
+        description="Compiles a model and lists its kernels; for a GPU generation (no GPU "
         "needed) with the registers, memory and instructions that the machine code uses. With -o "
         "it writes a file that runs without being compiled again.",
     )
@@ -54,14 +54,16 @@ def run(options: argparse.Namespace) -> int:
 
 def _executables(options: argparse.Namespace) -> Iterator[Executable]:
     """One per target and batch; where there are several batches, each is a range of its own."""
+    network = networks.find(options.name, options, options.weights)
     several = len(options.batch) > 1
     for target in options.target or [None]:
         for size in options.batch:
             batch = (size, size) if several and isinstance(size, int) else size
-            shown = "-".join(map(str, batch)) if isinstance(batch, tuple) else batch
+            bounds = batch if isinstance(batch, tuple) else (network.batch(batch),)
+            shown = "-".join(map(str, bounds))
             with output.working(f"compiling {options.name} for {target or 'here'}, batch {shown}"):
                 one = shared.changed(options, target=target)
-                yield models.compile_model(one, batch, options.weights)
+                yield models.compile_model(network, one, batch)
 
 
 def _write(options: argparse.Namespace, executables: list[Executable]) -> int:

@@ -11,7 +11,7 @@ from typing import IO, TYPE_CHECKING, Any
 
 from .. import zoo
 from ..errors import ConvloomError, InvalidInputError, near_names
-from . import inputs, models, output
+from . import inputs, models, networks, output
 from . import options as shared
 from .compile import kernel_table, summary_text
 
@@ -87,7 +87,7 @@ def show_digits(console: Console, folder: Path) -> dict[str, Any]:
 
     split = load_digits_split()
     images, labels = split.test_images, split.test_labels
-    model = models.build("lenet5", weights="digits")
+    model = networks.zoo_model("lenet5", "digits")
     target = shared.default_target()
     with output.working(f"compiling LeNet-5 for {target}, any batch up to {DIGITS_BATCH}"):
         executable = compile(
@@ -167,7 +167,7 @@ def show_photo(console: Console, folder: Path) -> dict[str, Any]:
 
     entry = zoo.entry("resnet18")
     x = inputs.image_tensor(_photo(), entry)
-    model = models.build(entry.name)
+    model = networks.zoo_model(entry.name)
     with output.working("compiling ResNet-18 for the interpreter"):
         executable = compile(model, (x,), target="interpreter")
     console.print(executable.summary_line())
@@ -219,7 +219,8 @@ def show_gpu_code(console: Console, folder: Path) -> dict[str, Any]:
 
     from ..compiler.api import compile
 
-    model, example = models.build("resnet50"), models.zeros("resnet50", GPU_BATCH)
+    model = networks.zoo_model("resnet50")
+    example = torch.zeros(GPU_BATCH, *zoo.entry("resnet50").input_shape)
     with output.working(f"compiling ResNet-50 for {GPU} (the first time takes a minute)"):
         executable = compile(model, (example,), target=GPU, dtype=torch.float16)
         table = kernel_table(executable)
@@ -237,7 +238,7 @@ def show_emulator(console: Console, folder: Path) -> dict[str, Any]:
     from ..zoo.digits import load_digits_split
 
     images = load_digits_split().test_images[:EMULATED_BATCH]
-    model = models.build("lenet5", weights="digits")
+    model = networks.zoo_model("lenet5", "digits")
     with output.working(f"compiling LeNet-5 for {EMULATED}"):
         executable = compile(model, (images,), target=EMULATED, dtype=torch.float16)
     started = time.perf_counter()

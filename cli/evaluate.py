@@ -9,14 +9,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from .. import zoo
 from ..errors import ArtifactError, InvalidInputError
-from . import inputs, models, output
+from . import files, inputs, models, networks, output
 from . import options as shared
 
 if TYPE_CHECKING:
     import torch
 
+    from ..compiler.artifact.load import LoadedExecutable
     from ..compiler.run.executable import Executable
     from ..zoo import ZooModel
     from ..zoo.accuracy import Errors
@@ -32,12 +32,12 @@ def configure(commands: shared.SubParsers) -> None:
     parser = shared.command(
         commands, run, "evaluate", shared.compile_options(batch=False),
         help="top-1 and top-5 error on a folder of images",
-        description="Runs a zoo model on every image of a folder that holds one sub-folder per "
+        description="Runs a model on every image of a folder that holds one sub-folder per "
         "class, in PyTorch and compiled, and prints both errors and both speeds. Classes are the "
         "sub-folders by name (by number where all names are numbers). Images are resized, cropped "
         "and normalised as torchvision does for the model's published weights.",
     )
-    parser.add_argument("name", metavar="NAME", help=shared.MODEL)
+    parser.add_argument("name", metavar="NAME", help=shared.MODEL_OR_FILE)
     shared.add_data(parser, required=True)
     shared.add_weights(parser)
     parser.add_argument("--classes", metavar="N", type=shared.positive,
@@ -46,8 +46,8 @@ def configure(commands: shared.SubParsers) -> None:
         "--crops", type=int, nargs="+", choices=CROPS, default=[1],
         help="1: the centre; 10: corners and centre, and these mirrored; or both (default: 1)",
     )
-    parser.add_argument("--batch", type=shared.positive, default=BATCH,
-                        help=f"crops per call (default: {BATCH})")
+    parser.add_argument("--batch", type=shared.positive,
+                        help=f"crops per call (default: the model's own, or {BATCH})")
 
 
 @dataclass(frozen=True)
@@ -129,21 +129,14 @@ class _Tally:
 
 def run(options: argparse.Namespace) -> int:
     """Evaluates the model and prints the table."""
-    entry, target = zoo.entry(options.name), shared.target(options)
-    folder = read_folder(options.data, options.classes or entry.num_classes, options.limit)
-    model = models.build(entry.name, options.weights, options.classes)
-    with output.working(f"compiling {entry.name} for {target}"):
-        example = models.zeros(entry.name, options.batch)
-        executable = models.compile_for(model, example, options)
-    _check_scores(executable, entry)
-    networks = {
-        "eager": _eager(model, executable),
-        "compiled": _compiled(executable, options.batch),
-    }
+    target = shared.target(options)
+    is_file = shared.is_file(options.name)
+    subject = _of_file(options) if is_file else _of_network(options, target)
+    entry, executable, folder, batch = subject.entry, subject.call, subject.folder, subject.batch
     results = [
         row
         for count in dict.fromkeys(options.crops)
-        for row in evaluate(networks, folder, entry, count, options.batch)
+        for row in evaluate(subject.contenders, folder, entry, count, batch)
     ]
     if options.json:
         output.print_json({
@@ -157,34 +150,87 @@ def run(options: argparse.Namespace) -> int:
             "results": results,
         })
         return 0
-    if options.weights is None:
-        models.warn_of_random_weights(entry.name)
+    if subject.network is not None:
+        models.warn_of_random_weights(subject.network)
     _print_table(results, folder, executable)
     return 0
 
 
-def _check_scores(executable: Executable, entry: ZooModel) -> None:
-    shape = executable.plan.outputs[0].spec.shape
+@dataclass(frozen=True)
+class _Subject:
+    """What is evaluated, on batches of so many crops. entry: how images become its inputs;
+    network: what was compiled, None for a file."""
+
+    contenders: dict[str, Network]
+    entry: ZooModel
+    call: Executable | LoadedExecutable
+    folder: Folder
+    batch: int
+    network: networks.Network | None = None
+
+
+def _of_network(options: argparse.Namespace, target: str) -> _Subject:
+    network = networks.find(options.name, options, options.weights, options.classes)
+    entry, batch = network.pictured("evaluate"), network.batch(options.batch, BATCH)
+    classes, folder = options.classes or entry.num_classes, None
+    if classes:  # A folder that is none is refused before anything is compiled.
+        folder = read_folder(options.data, classes, options.limit)
+    with output.working(f"compiling {network.name} for {target}"):
+        executable = models.compile_for(network, batch, options)
+    classes = _classes(executable, network.name)
+    folder = folder or read_folder(options.data, classes, options.limit)
+    contenders = {
+        "eager": _eager(network.model, executable, batch),
+        "compiled": _compiled(executable, batch),
+    }
+    return _Subject(contenders, entry, executable, folder, batch, network)
+
+
+def _of_file(options: argparse.Namespace) -> _Subject:
+    """The network of a saved executable by itself: it holds no module to compare with."""
+    shared.refuse_choices(options, "batch")
+    if options.classes is not None:
+        raise InvalidInputError(f"--classes: expected a model of the zoo, got '{options.name}'")
+    executable, x, _ = files.loaded(options, options.batch)
+    entry = files.pictured(executable.artifact)
+    folder = read_folder(options.data, _classes(executable, options.name), options.limit)
+    batch = len(x[0])
+    contenders = {"compiled": _compiled(executable, batch)}
+    return _Subject(contenders, entry, executable, folder, batch)
+
+
+def _classes(executable: Executable | LoadedExecutable, name: str) -> int:
+    shape = executable.outputs[0].spec.shape
     if len(shape) != 2:
         raise InvalidInputError(
-            f"{entry.name}: expected a model that answers with one score per class, got an output "
+            f"{name}: expected a model that answers with one score per class, got an output "
             f"of shape {shape}: its answer is no class"
         )
+    return shape[1]
 
 
-def _eager(model: torch.nn.Module, executable: Executable) -> Network:
+def _eager(model: torch.nn.Module, executable: Executable, batch: int) -> Network:
     """PyTorch's own answers in the model's dtype, on the device of the executable."""
     model = model.to(executable.place)
-    return lambda x: model(x.to(executable.place)).cpu()
+    return _in_whole_batches(lambda x: model(x.to(executable.place)).cpu(), executable, batch)
 
 
-def _compiled(executable: Executable, batch: int) -> Network:
-    """The executable's answers for `batch` images or fewer: it is compiled for that many."""
+def _compiled(executable: Executable | LoadedExecutable, batch: int) -> Network:
+    return _in_whole_batches(lambda x: models.run(executable, x), executable, batch)
+
+
+def _in_whole_batches(
+    network: Network, executable: Executable | LoadedExecutable, batch: int
+) -> Network:
+    """The answers for `batch` images or fewer of a network that takes that many, as one is that is
+    compiled or was exported."""
     import torch
+
+    dtype = executable.inputs[0].spec.dtype
 
     def answers(x: torch.Tensor) -> torch.Tensor:
         padded = torch.cat([x, x[-1:].expand(batch - len(x), *x.shape[1:])])
-        return models.run(executable, padded)[: len(x)]
+        return network(padded.to(dtype))[: len(x)]
 
     return answers
 
@@ -218,7 +264,7 @@ def evaluate(
             for tally in tallies.values():
                 tally.add(pieces, labels, count)
             update(advance=len(files))
-    first = next(iter(tallies.values()))
+    eager = tallies.get("eager")
     return [
         {
             "crops": count,
@@ -226,14 +272,14 @@ def evaluate(
             "top1_error": tally.errors.top1,
             "top5_error": tally.errors.top5,
             "images_per_s": len(folder.files) / tally.seconds,
-            "same_answers": sum(map(int.__eq__, tally.answers, first.answers)),
+            "same_answers": eager and sum(map(int.__eq__, tally.answers, eager.answers)),
         }
         for name, tally in tallies.items()
     ]
 
 
 def _print_table(
-    results: Sequence[dict[str, Any]], folder: Folder, executable: Executable
+    results: Sequence[dict[str, Any]], folder: Folder, executable: Executable | LoadedExecutable
 ) -> None:
     rows = [
         (
@@ -242,7 +288,7 @@ def _print_table(
             f"{row['top1_error']:.2%}",
             "-" if row["top5_error"] is None else f"{row['top5_error']:.2%}",
             f"{row['images_per_s']:,.1f}",
-            f"{row['same_answers']} of {len(folder.files)}",
+            "-" if row["same_answers"] is None else f"{row['same_answers']} of {len(folder.files)}",
         )
         for row in results
     ]

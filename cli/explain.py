@@ -7,10 +7,10 @@ import argparse
 import json
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ..errors import ArtifactError, InvalidInputError
-from . import files, models, output
+from . import files, models, networks, output
 from . import options as shared
 
 if TYPE_CHECKING:
@@ -18,7 +18,8 @@ if TYPE_CHECKING:
     from ..compiler.explain.report import Report
     from ..compiler.graph.ir import Graph
     from ..compiler.plan.plan import Plan
-    from ..compiler.run.executable import Executable
+    from ..compiler.run.executable import Executable, Kernel
+    from .networks import Network
 
 CODE = ("source", "ptx", "sass")
 
@@ -27,7 +28,7 @@ def configure(commands: shared.SubParsers) -> None:
     parser = shared.command(
         commands, run, "explain", shared.compile_options(slide=True),
         help="print or draw the fusion ledger, compare two, or print a kernel's code",
-        description="Prints, for every captured op of a zoo model, the kernel that computes it, "
+        description="Prints, for every captured op of a model, the kernel that computes it, "
         "the rules that put it there, the rules that declined and why, and what that saves; or "
         "draws it; or compares two compilations; or prints the code of one kernel.",
     )
@@ -39,6 +40,8 @@ def configure(commands: shared.SubParsers) -> None:
         '--json wrote, or --passes of NAME, such as "none default"')
     add("--measure", action="store_true",
         help="run it once, kernel by kernel, and show the times")
+    add("--labels", action="store_true", help="list the fusions that --force, --forbid and ablate "
+        "may name, and what each rule of them does")
     add("--dot", action="store_true", help="the fused graph, for Graphviz")
     add("--kernel", metavar="K", help="one kernel of the plan, by name")
     code = parser.add_mutually_exclusive_group()
@@ -50,7 +53,9 @@ def configure(commands: shared.SubParsers) -> None:
 def run(options: argparse.Namespace) -> int:
     """Compiles and prints or writes what was asked for."""
     _check(options)
-    if options.diff:
+    if options.labels:
+        _list_labels(options)
+    elif options.diff:
         _compare(options)
     elif shared.is_file(options.name):
         _explain_file(options)
@@ -81,34 +86,52 @@ def _check(options: argparse.Namespace) -> None:
         raise InvalidInputError("--html, --svg: expected without --dot, --kernel and --diff")
     if options.diff and (options.dot or options.kernel or options.measure):
         raise InvalidInputError("--diff: expected without --dot, --kernel and --measure")
-    if options.name is None and not options.diff:
-        raise InvalidInputError("expected NAME, a model of the zoo, or --diff A B")
+    if options.labels and options.name is not None:
+        raise InvalidInputError(
+            f"--labels: expected without a NAME, got {options.name}: they are the same for all"
+        )
+    if options.name is None and not options.diff and not options.labels:
+        raise InvalidInputError("expected NAME, a model or a file, or --diff A B")
 
 
-def _compiled(options: argparse.Namespace) -> Executable:
+def _list_labels(options: argparse.Namespace) -> None:
+    from ..compiler.passes import LABELS
+
+    by_label: dict[str, list[str]] = {}
+    for rule, label in LABELS.all.items():
+        by_label.setdefault(label, []).append(rule)
+    if options.json:
+        output.print_json([{"label": label, "rules": rules} for label, rules in by_label.items()])
+        return
+    rows = [(label, "\n".join(rules)) for label, rules in by_label.items()]
+    output.say(output.table(("label", "rules"), rows))
+
+
+def _compiled(options: argparse.Namespace) -> tuple[Network, Executable]:
+    network = networks.find(options.name, options)
     with output.working(f"compiling {options.name}"):
-        return models.compile_model(options, options.batch, weights=None)
+        return network, models.compile_model(network, options, options.batch)
 
 
 def _planned(options: argparse.Namespace) -> tuple[Graph, Plan, Report]:
     """What there is to explain of a model; no code has been generated for it."""
+    network = networks.find(options.name, options)
     with output.working(f"planning {options.name}"):
-        graph, plan, ledger = models.lower_model(options, options.batch)
+        graph, plan, ledger = models.lower_for(network, options.batch, options)
     ledger.plan = plan
     return graph, plan, ledger
 
 
 def _measured(options: argparse.Namespace) -> tuple[Graph, Plan, Report]:
     """Compiled, and run once, kernel by kernel."""
-    import torch
-
-    from .. import zoo
-
-    executable = _compiled(options)
-    x = torch.zeros(options.batch, *models.seen(zoo.entry(options.name), options).input_shape)
-    with output.working(f"running {options.name} kernel by kernel"):
-        executable.profile(x.to(executable.place))
+    network, executable = _compiled(options)
+    _measure(options, executable, *models.placed(network, options, executable))
     return executable.graph, executable.plan, executable.ledger
+
+
+def _measure(options: argparse.Namespace, executable: Any, x: Any, keywords: Any) -> None:
+    with output.working(f"running {options.name} kernel by kernel"):
+        executable.profile(*x, **keywords)
 
 
 def _explain(options: argparse.Namespace) -> None:
@@ -136,20 +159,32 @@ def _explain_file(options: argparse.Namespace) -> None:
     from ..compiler.artifact.read import open_artifact
 
     shared.refuse_choices(options)
-    if options.kernel or options.dot or options.measure:
-        raise InvalidInputError(
-            f"--kernel, --dot, --measure: expected a model of the zoo, got the file "
-            f"'{options.name}', which holds no sources"
-        )
     artifact = open_artifact(options.name)
     program = files.pick(artifact, options)
-    account = replace(ledger_of(artifact, program).account(), model=artifact.document.model)
+    if options.kernel:
+        _show_code(options, files.kernel_in(artifact, program, options.kernel))
+        return
+    if options.dot:
+        from ..compiler.graph import text
+
+        output.show(text.to_dot(files.replanned(artifact, program).graph))
+        return
+    ledger = _run_file(options) if options.measure else ledger_of(artifact, program)
+    account = replace(ledger.account(), model=artifact.document.model)
     _draw(options, account)
     if options.json:
         output.print_json({**account.to_json(), "artifact": files.facts(artifact)})
     elif not (options.html or options.svg):
         output.show(f"{options.name} holds {artifact.holds()}; sha256 {artifact.sha256}\n\n")
-        output.show(explain(artifact, program))
+        told = ledger.to_text() if options.measure else explain(artifact, program)
+        output.show(told)
+
+
+def _run_file(options: argparse.Namespace) -> Report:
+    """The ledger of a file that has been run, kernel by kernel."""
+    executable, x, keywords = files.loaded(options)
+    _measure(options, executable, x, keywords)
+    return executable.ledger
 
 
 def _draw(options: argparse.Namespace, account: Account) -> None:
@@ -215,7 +250,12 @@ def read_account(path: Path) -> Account:
 
 
 def _print_kernel(options: argparse.Namespace) -> None:
-    kernel, code = _compiled(options).kernel(options.kernel), options.code or "source"
+    _, executable = _compiled(options)
+    _show_code(options, executable.kernel(options.kernel))
+
+
+def _show_code(options: argparse.Namespace, kernel: Kernel | files.SavedKernel) -> None:
+    code = options.code or "source"
     text = {"source": kernel.source, "ptx": kernel.ptx, "sass": kernel.sass}[code]()
     if options.json:
         output.print_json({"kernel": kernel.name, "ops": list(kernel.ops), code: text})

@@ -12,11 +12,12 @@ from collections.abc import Sequence
 
 from .. import __version__, settings
 from ..errors import ConvloomError, visible
-from . import bench, demo, doctor, evaluate, explain, profile, run, tune, verify, zoo
+from . import ablate, bench, demo, doctor, evaluate, explain, profile, run, tune, verify, zoo
 from . import compile as compile_command
 
 COMMANDS = (
-    demo, zoo, compile_command, run, evaluate, verify, explain, bench, tune, profile, doctor,
+    demo, zoo, compile_command, run, evaluate, verify, explain, ablate, bench, tune, profile,
+    doctor,
 )  # fmt: skip
 EXIT_ERROR = 2
 EXIT_INTERRUPTED = 130

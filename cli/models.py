@@ -1,4 +1,4 @@
-"""Zoo models for the sub-commands: built with seeded weights, compiled as the options ask."""
+"""Networks for the sub-commands, compiled as the options ask."""
 
 from __future__ import annotations
 
@@ -8,14 +8,13 @@ from contextlib import redirect_stdout
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from .. import zoo
 from ..errors import InvalidInputError
 from . import inputs, output
 from . import options as shared
+from .networks import SEED
 
 if TYPE_CHECKING:
     import torch
-    from torch import nn
 
     from ..compiler.artifact.load import LoadedExecutable
     from ..compiler.explain.report import Report
@@ -23,85 +22,72 @@ if TYPE_CHECKING:
     from ..compiler.plan.plan import Plan
     from ..compiler.run.executable import Executable
     from ..zoo import ZooModel
-
-SEED = 0
-
-
-def build(name: str, weights: str | None = None, classes: int | None = None) -> nn.Module:
-    """The zoo model, ready for inference; without a weight file its weights are seeded.
-
-    classes: how many classes it tells apart (None: as many as the model of the zoo).
-
-    Raises: InvalidInputError for an unknown name, ArtifactError for unusable weights.
-    """
-    import torch
-
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(SEED)
-        options = {} if classes is None else {"num_classes": classes}
-        return zoo.build(name, weights=weights, **options).eval()
+    from .networks import Network
 
 
-def warn_of_random_weights(name: str) -> None:
-    """Says on stderr that the answers of a model without a weight file mean nothing."""
-    hint = "--weights digits" if name in inputs.DIGIT_MODELS else "--weights FILE"
-    text = f"the weights are random (seed {SEED}), so the classes mean nothing; pass {hint}"
-    output.say(text, stderr=True)
-
-
-def zeros(name: str, batch: int) -> torch.Tensor:
-    """An example of the input of a zoo model, (N, C, H, W) float32.
-
-    Raises: InvalidInputError for an unknown name.
-    """
-    import torch
-
-    return torch.zeros(batch, *zoo.entry(name).input_shape)
+def warn_of_random_weights(network: Network) -> None:
+    """Says on stderr that the answers of a model with random weights mean nothing."""
+    if network.is_random:
+        hint = "--weights digits" if network.name in inputs.DIGIT_MODELS else "--weights FILE"
+        text = f"the weights are random (seed {SEED}), so the classes mean nothing; pass {hint}"
+        output.say(text, stderr=True)
 
 
 def compile_model(
-    options: argparse.Namespace, batch: int | tuple[int, int], weights: str | None
+    network: Network, options: argparse.Namespace, batch: int | tuple[int, int] | None
 ) -> Executable:
-    """The zoo model `options.name`, compiled for `batch` images, or for any number in a range.
+    """The network compiled for `batch` images (None: for its example's), or for any number in a
+    range.
 
-    Raises: ConvloomError for an unknown model, target or pass, or unusable weights.
+    Raises: ConvloomError for an unknown target or pass, and as compiling does.
     """
     bounds = batch if isinstance(batch, tuple) else None
-    example = zeros(options.name, batch[1] if isinstance(batch, tuple) else batch)
-    shared.target(options)
-    model = build(options.name, weights)
-    return compile_for(model, example, options, dynamic_batch=bounds)
+    most = batch[1] if isinstance(batch, tuple) else batch
+    return compile_for(network, most, options, dynamic_batch=bounds)
 
 
 def compile_for(
-    model: nn.Module, example: torch.Tensor, options: argparse.Namespace, **more: Any
+    network: Network, batch: int | None, options: argparse.Namespace, **more: Any
 ) -> Executable:
-    """The model compiled for inputs like `example`; more: as `api.executable_for` takes it."""
+    """The network compiled for `batch` images; more: as `api.executable_for` takes it."""
     from ..compiler.api import executable_for
 
+    example, keywords = network.example(batch)
+    choices = {"kwargs": keywords, **_choices(options), **more}
     # Under CONVLOOM_DEBUG the compiler prints: never into the JSON that a command answers with.
     with redirect_stdout(sys.stderr):
-        return executable_for(model, (example,), **{**_choices(options), **more})
-
-
-def lower_model(options: argparse.Namespace, batch: int) -> tuple[Graph, Plan, Report]:
-    """The zoo model `options.name` as it would be compiled for `batch` images, without code.
-
-    Raises: ConvloomError as `compile_model` does.
-    """
-    example = zeros(options.name, batch)
-    return lower_for(build(options.name), example, options)
+        return executable_for(network.model, example, **choices)
 
 
 def lower_for(
-    model: nn.Module, example: torch.Tensor, options: argparse.Namespace, **more: Any
+    network: Network, batch: int | None, options: argparse.Namespace, **more: Any
 ) -> tuple[Graph, Plan, Report]:
-    """The model as it would be compiled for inputs like `example`, without code; more: as
+    """The network as it would be compiled for `batch` images, without code; more: as
     `api.lowered` takes it."""
     from ..compiler.api import lowered
 
+    example, keywords = network.example(batch)
+    choices = {"kwargs": keywords, **_choices(options), **more}
     with redirect_stdout(sys.stderr):
-        return lowered(model, (example,), **{**_choices(options), **more})
+        return lowered(network.model, example, **choices)
+
+
+def placed(
+    network: Network, options: argparse.Namespace, executable: Executable
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Zeros as inputs of an executable, where it takes them: larger images under `--slide`."""
+    import torch
+    from torch.utils import _pytree as pytree
+
+    ports = iter(executable.inputs)
+
+    def made(x: torch.Tensor) -> torch.Tensor:
+        spec = next(ports).spec
+        return torch.zeros(spec.shape, dtype=spec.dtype, device=executable.place)
+
+    both: tuple[tuple[Any, ...], dict[str, Any]]
+    both = pytree.tree_map_only(torch.Tensor, made, network.example(options.batch))
+    return both
 
 
 def _choices(options: argparse.Namespace) -> dict[str, Any]:

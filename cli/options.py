@@ -17,11 +17,17 @@ if TYPE_CHECKING:
 DTYPES = ("float32", "float16", "bfloat16")
 PRECISIONS = ("ieee", "tf32")
 FALLBACKS = ("error", "torch")
+OPTION = {"shapes": "input"}
+"""Options that are kept under another name."""
 CHECKED = "checked"
 """`--passes` without a value."""
-MODEL = "a model of the zoo (see `convloom zoo`)"
+MODEL = (
+    "a model of the zoo (see `convloom zoo`), torchvision/NAME, timm/NAME, "
+    "package.module:callable, FILE.py:callable, FILE.pt2 or FILE.onnx"
+)
 SUFFIX = ".loom"
-MODEL_OR_FILE = f"{MODEL}, or a file that compile -o wrote (*{SUFFIX})"
+MODEL_OR_FILE = f"{MODEL}; or a file that compile -o wrote (*{SUFFIX})"
+INPUT_DTYPES = ("float32", "float16", "bfloat16")
 
 
 def command(
@@ -56,6 +62,7 @@ def compile_options(
         help="cuda | cuda:sm_80, sm_86, sm_89, sm_90, sm_100 | interpreter | reference | "
         "emulator:sm_80, sm_86, sm_89, sm_90 (default: cuda where there is a GPU, else "
         "interpreter)")
+    add_input(parent)
     add("--dtype", choices=DTYPES, help="compute in this type (default: float32)")
     add("--precision", choices=PRECISIONS, default="ieee",
         help="float32 matrix products: fp32-accurate, or TF32 (default: ieee)")
@@ -74,12 +81,25 @@ def compile_options(
         add("--slide", type=_height_and_width, metavar="HxW", help="take images of this size, "
             "larger than the model's own, and give a map of results")
     if several:
-        add("--batch", type=_batches, nargs="+", default=[1],
+        add("--batch", type=_batches, nargs="+", default=[None],
             help="images per call, or a range of them such as 1-32 or 0-32 "
-            "(default: 1)")
+            "(default: the model's own, or 1)")
     elif batch:
-        add("--batch", type=positive, default=1, help="images per call (default: 1)")
+        add("--batch", type=positive, help="images per call (default: the model's own, or 1)")
     return parent
+
+
+def add_input(parser: argparse.ArgumentParser) -> None:
+    """`--input`."""
+    parser.add_argument(
+        "--input",
+        dest="shapes",
+        metavar="SHAPE",
+        nargs="+",
+        type=_shape,
+        help="what each input is, for a model that does not say or takes others too: 1x3x224x224, "
+        "or 1x3x224x224:float16",
+    )
 
 
 def add_weights(parser: argparse.ArgumentParser) -> None:
@@ -102,6 +122,18 @@ def positive(text: str) -> int:
     if not text.isdigit() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"expected a positive integer, got {text!r}")
     return int(text)
+
+
+def _shape(text: str) -> tuple[tuple[int, ...], str]:
+    sizes, _, dtype = text.partition(":")
+    dtype = dtype if ":" in text else INPUT_DTYPES[0]
+    parts = sizes.lower().split("x")
+    if not all(part.isdecimal() and int(part) for part in parts) or dtype not in INPUT_DTYPES:
+        raise argparse.ArgumentTypeError(
+            f"expected sizes with x between them, such as 1x3x224x224, and optionally a dtype "
+            f"({', '.join(INPUT_DTYPES)}), such as 1x3x224x224:float16, got {text!r}"
+        )
+    return tuple(map(int, parts)), dtype
 
 
 def _height_and_width(text: str) -> tuple[int, int]:
@@ -138,8 +170,8 @@ def refuse_choices(options: argparse.Namespace, *welcome: str) -> None:
     for name in usual.keys() - {"target", *welcome}:
         if getattr(options, name, usual[name]) != usual[name]:
             raise InvalidInputError(
-                f"--{name}: expected a model of the zoo, got the file '{options.name}', which is "
-                "compiled already"
+                f"--{OPTION.get(name, name)}: expected a model, got the file '{options.name}', "
+                "which is compiled already"
             )
 
 

@@ -7,8 +7,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .. import zoo
-from . import models, output
+from . import files, models, networks, output
 from . import options as shared
 
 if TYPE_CHECKING:
@@ -21,11 +20,11 @@ HEADINGS = ("kernel", "op", "configuration", ">us", ">share", ">GB/s", ">TFLOP/s
 def configure(commands: shared.SubParsers) -> None:
     parser = shared.command(
         commands, run, "profile", shared.compile_options(), help="time each kernel of a model",
-        description="Times every kernel of a zoo model by itself: its share, GB/s, TFLOP/s and the "
+        description="Times every kernel of a model by itself: its share, GB/s, TFLOP/s and the "
         "share of what the hardware allows. In the interpreter the times are those of the CPU; for "
         "a GPU that is not here they are modelled, and say so.",
     )
-    parser.add_argument("name", metavar="NAME", help=shared.MODEL)
+    parser.add_argument("name", metavar="NAME", help=shared.MODEL_OR_FILE)
     parser.add_argument("--repeats", metavar="N", type=shared.positive, default=REPEATS,
                         help=f"(default: {REPEATS})")
     parser.add_argument("--trace", metavar="FILE", type=Path,
@@ -62,15 +61,49 @@ def _profile(options: argparse.Namespace) -> Profile:
     from ..compiler.tuning.timers import can_measure
     from ..kernels.contract import targets
 
-    entry = zoo.entry(options.name)
+    if shared.is_file(options.name):
+        return _profile_file(options)
+    network = networks.find(options.name, options)
+    batch = network.batch(options.batch)
     target = targets.parse(shared.target(options))
     if target.is_gpu and not can_measure(target):
-        _, plan, _ = models.lower_model(options, options.batch)
-        return profile.modelled(entry.name, options.batch, plan)
-    with output.working(f"compiling {entry.name}"):
-        executable = models.compile_model(options, options.batch, weights=None)
-    generator = torch.Generator().manual_seed(models.SEED)
-    x = torch.randn(options.batch, *entry.input_shape, generator=generator)
-    with output.working(f"timing {entry.name}"):
-        where = "cuda" if target.is_gpu else "cpu"
-        return profile.measured(entry.name, executable, x.to(where), options.repeats)
+        _, plan, _ = models.lower_for(network, batch, options)
+        return profile.modelled(network.name, batch, plan)
+    with output.working(f"compiling {network.name}"):
+        executable = models.compile_model(network, options, batch)
+    x, keywords = models.placed(network, options, executable)
+    generator = torch.Generator().manual_seed(networks.SEED)
+    x = tuple(
+        torch.randn(each.shape, generator=generator).to(each) if torch.is_tensor(each) else each
+        for each in x
+    )
+    with output.working(f"timing {network.name}"):
+        return profile.measured(
+            network.name, batch, executable, executable.plan, (x, keywords), options.repeats
+        )
+
+
+def _profile_file(options: argparse.Namespace) -> Profile:
+    """The kernels of a saved executable, in its configurations."""
+    from ..benchmarks import profile
+    from ..compiler.artifact.read import open_artifact
+    from ..compiler.tuning.timers import can_measure
+    from ..kernels.contract import targets
+
+    shared.refuse_choices(options, "batch")
+    artifact = open_artifact(options.name)
+    if options.target in (None, *(each.target for each in artifact.programs)):
+        program = files.pick(artifact, options)
+        target = targets.parse(program.target)
+        if target.is_gpu and not can_measure(target):
+            plan = files.replanned(artifact, program).plan
+            return profile.modelled(options.name, files.largest_batch(program), plan)
+    executable, x, keywords = files.loaded(options, options.batch)
+    again = executable.executables or (files.replanned(artifact, executable.plan),)
+    plan = again[-1].plan
+    batch = files.largest_batch(executable.plan)
+    if executable.plan.batch is not None:
+        batch = min(options.batch or batch, batch)
+    with output.working(f"timing {options.name}"):
+        given = (x, keywords)
+        return profile.measured(options.name, batch, executable, plan, given, options.repeats)

@@ -7,8 +7,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .. import zoo
-from . import files, inputs, models, output
+from . import files, inputs, models, networks, output
 from . import options as shared
 
 if TYPE_CHECKING:
@@ -17,6 +16,7 @@ if TYPE_CHECKING:
     from ..compiler.artifact.load import LoadedExecutable
     from ..compiler.run.executable import Executable
     from ..zoo import ZooModel
+    from .networks import Network
 
 TOP = 5
 
@@ -25,7 +25,7 @@ def configure(commands: shared.SubParsers) -> None:
     parser = shared.command(
         commands, run, "run", shared.compile_options(batch=False, slide=True),
         help="run a model on an image or an array",
-        description="Compiles a zoo model, runs it on an image file or a .npy array, and prints "
+        description="Compiles a model, runs it on an image file or a .npy array, and prints "
         "the five likeliest classes by index, or writes the output to a .npy file.",
     )
     parser.add_argument("name", metavar="NAME", help=shared.MODEL_OR_FILE)
@@ -37,7 +37,7 @@ def configure(commands: shared.SubParsers) -> None:
 def run(options: argparse.Namespace) -> int:
     """Runs the model and prints or writes its output."""
     saved = shared.is_file(options.name)
-    entry, x, executable = _loaded(options) if saved else _compiled(options)
+    entry, x, executable, network = _loaded(options) if saved else _compiled(options)
     with output.working(f"running {entry.name}"):
         y = models.run(executable, x)
     if options.output is not None:
@@ -53,8 +53,8 @@ def run(options: argparse.Namespace) -> int:
             "top": best,
         })
         return 0
-    if options.weights is None and not saved:
-        models.warn_of_random_weights(entry.name)
+    if network is not None:
+        models.warn_of_random_weights(network)
     if options.output is not None:
         output.say(f"wrote {tuple(y.shape)} to {options.output}")
     else:
@@ -62,15 +62,21 @@ def run(options: argparse.Namespace) -> int:
     return 0
 
 
-def _compiled(options: argparse.Namespace) -> tuple[ZooModel, torch.Tensor, Executable]:
-    entry, target = zoo.entry(options.name), shared.target(options)
+def _compiled(
+    options: argparse.Namespace,
+) -> tuple[ZooModel, torch.Tensor, Executable, Network]:
+    target = shared.target(options)
+    network = networks.find(options.name, options, options.weights)
+    entry = network.pictured("run")
     x = inputs.read_input(options.input, models.seen(entry, options))
-    model = models.build(entry.name, options.weights)
-    with output.working(f"compiling {entry.name} for {target}"):
-        return entry, x, models.compile_for(model, models.zeros(entry.name, len(x)), options)
+    with output.working(f"compiling {network.name} for {target}"):
+        executable = models.compile_for(network, len(x), options)
+    return entry, x.to(executable.inputs[0].spec.dtype), executable, network
 
 
-def _loaded(options: argparse.Namespace) -> tuple[ZooModel, torch.Tensor, LoadedExecutable]:
+def _loaded(
+    options: argparse.Namespace,
+) -> tuple[ZooModel, torch.Tensor, LoadedExecutable, None]:
     from ..compiler.artifact.load import load
 
     shared.refuse_choices(options)
@@ -79,7 +85,7 @@ def _loaded(options: argparse.Namespace) -> tuple[ZooModel, torch.Tensor, Loaded
         executable = load(options.name, device)
     entry = files.pictured(executable.artifact)
     x = inputs.read_input(options.input, entry)
-    return entry, x.to(executable.plan.inputs[0].spec.dtype), executable
+    return entry, x.to(executable.inputs[0].spec.dtype), executable, None
 
 
 def _save(file: Any, y: torch.Tensor) -> None:

@@ -6,13 +6,13 @@ import argparse
 import re
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .. import zoo
 from ..errors import ArtifactError, InvalidInputError, TargetUnavailableError
-from . import models, output
+from . import models, networks, output
 from . import options as shared
 
 if TYPE_CHECKING:
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from ..compiler.tuning.search import Outcome, Progress, Tuner, Work
     from ..kernels.contract.op import Problem
     from ..kernels.contract.targets import Target
+    from .networks import Network
 
 EVERY_MODEL = "all"
 SECONDS = {"": 1, "s": 1, "m": 60, "h": 3600}
@@ -33,17 +34,17 @@ def configure(commands: shared.SubParsers) -> None:
     parser = shared.command(
         commands, run, "tune", shared.compile_options(batch=False),
         help="find the fastest configuration of each kernel, and keep it",
-        description="Tries configurations of every kernel of zoo models on this machine's GPU, "
+        description="Tries configurations of every kernel of models on this machine's GPU, "
         "verifies their results, times them, and keeps the best as records that `compile` looks "
         "up. Without --target it tunes for this machine's GPU. Interrupt it at any time: the best "
         "so far is kept, and the next run goes on.",
     )
     parser.add_argument(
-        "names", metavar="NAME", nargs="*", help=f'models of the zoo, or "{EVERY_MODEL}"'
+        "names", metavar="NAME", nargs="*", help=f'{shared.MODEL}; or "{EVERY_MODEL}", the zoo'
     )
     add = parser.add_argument_group("tuning").add_argument
-    add("--batch", metavar="N", nargs="+", type=shared.positive, default=[1],
-        help="batches (default: 1)")
+    add("--batch", metavar="N", nargs="+", type=shared.positive, default=[None],
+        help="batches (default: the model's own, or 1)")
     add("--budget", metavar="TIME", type=_seconds,
         help="stop after 90s, 20m or 2h (default: never)")
     add("--candidates", metavar="N", type=shared.positive, default=CANDIDATES,
@@ -96,11 +97,12 @@ def _tune(options: argparse.Namespace) -> int:
 
     started = time.monotonic()
     names = zoo.names() if options.names == [EVERY_MODEL] else options.names
-    entries = [zoo.entry(name) for name in names]
+    # What nobody knows is refused before anything is compiled.
+    own = {name: networks.find(name, options) for name in names if name not in zoo.names()}
     target = _target(options)
     timer = Model(target) if options.offline else measuring(target)
     records = Records.here(options.to, local_device(target))
-    works = _works(options, [entry.name for entry in entries], target, records)
+    works = _works(options, names, own, target, records)
     left = None
     if options.budget is not None:
         left = max(0.0, options.budget - (time.monotonic() - started))
@@ -149,21 +151,25 @@ def _target(options: argparse.Namespace) -> Target:
 
 
 def _works(
-    options: argparse.Namespace, names: Sequence[str], target: Target, records: Records
+    options: argparse.Namespace,
+    names: Sequence[str],
+    own: Mapping[str, Network],
+    target: Target,
+    records: Records,
 ) -> list[Work]:
     """The distinct problems of every model at every batch, and of the fusions that were weighed
-    against each other there."""
+    against each other there. own: the models that are not of the zoo."""
     from ..compiler.records.choose import Timings
     from ..compiler.tuning.search import problems_of, works_for
 
     timings = Timings(records, target)
     problems: list[tuple[Problem, Target]] = []
     for name in names:
-        model = models.build(name)
+        network = own[name] if name in own else networks.find(name, options)
         for batch in options.batch:
-            with output.working(f"reading {name}, batch {batch}"):
+            with output.working(f"reading {name}, batch {network.batch(batch)}"):
                 _, plan, _ = models.lower_for(
-                    model, models.zeros(name, batch), options, target=target.name, known=timings
+                    network, batch, options, target=target.name, known=timings
                 )
             problems += problems_of(plan)
     return works_for(problems if options.chosen_only else [*problems, *timings.new()])

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, TypeAlias
 
 from .. import zoo
 from ..errors import ConvloomError, InvalidInputError
-from . import evaluate, inputs, models, output
+from . import evaluate, inputs, models, networks, output
 from . import options as shared
 
 if TYPE_CHECKING:
@@ -33,25 +33,25 @@ def configure(commands: shared.SubParsers) -> None:
     parser = shared.command(
         commands, run, "verify", shared.compile_options(batch=False, checked=True),
         help="compare a model or a file with float64, layer by layer",
-        description="Runs a zoo model or a saved executable on images or random numbers and prints "
+        description="Runs a model or a saved executable on images or random numbers and prints "
         "the error of every layer and of the result against float64, beside PyTorch's own error in "
         "the same type; the worst element; and how often the likeliest classes agree. The layers "
-        "of a zoo model are compared with what its modules return, on random numbers, and what it "
+        "of a model are compared with what its modules return, on random numbers, and what it "
         "computes before every pass with what it computes after. Exits with 0 where everything is "
         "as exact as its type allows, with 1 where something is not.",
     )
     parser.add_argument("name", metavar="NAME|FILE", nargs="?", help=shared.MODEL_OR_FILE)
     shared.add_weights(parser)
     shared.add_data(parser, required=False)
-    parser.add_argument("--batch", type=shared.positive, default=BATCH,
-                        help=f"images per call (default: {BATCH})")
+    parser.add_argument("--batch", type=shared.positive,
+                        help=f"images per call (default: the model's own, or {BATCH})")
 
 
 @dataclass(frozen=True)
 class Subject:
     """What is verified, on batches of inputs of these shapes. steps: the errors of its steps, from
     inputs, if they can be watched;
-    entry: the zoo model that says how images become inputs, if it is one; passes: what became of
+    entry: says how images become inputs, where they can; passes: what became of
     the network, where that was watched."""
 
     name: str
@@ -71,9 +71,11 @@ def run(options: argparse.Namespace) -> int:
     """Verifies, prints, and says by its status whether all is right."""
     if options.name is None:  # `verify --passes NAME`
         if options.passes in ("default", shared.CHECKED):
-            raise InvalidInputError("verify: expected a model of the zoo or a file, got none")
+            raise InvalidInputError("verify: expected a model or a file, got none")
         options = shared.changed(options, name=options.passes, passes=shared.CHECKED)
-    is_file = shared.is_file(options.name) or Path(options.name).is_file()
+    is_file = shared.is_file(options.name) or (
+        Path(options.name).is_file() and Path(options.name).suffix not in (".onnx", ".pt2")
+    )
     if options.passes == shared.CHECKED and not is_file:
         return _run_passes(shared.changed(options, passes="default"))
     subject = _file(options) if is_file else _model(options)
@@ -99,18 +101,18 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _run_passes(options: argparse.Namespace) -> int:
-    """Compares what a zoo model computes before and after every pass."""
+    """Compares what a model computes before and after every pass."""
     from ..compiler.evaluation.validate import Validation
 
-    entry, target = zoo.entry(options.name), shared.target(options)
-    model, validation = models.build(entry.name, options.weights), Validation(strict=False)
-    with output.working(f"running the passes on {entry.name} for {target}"):
-        example = models.zeros(entry.name, options.batch)
-        models.lower_for(model, example, options, validation=validation)
+    target = shared.target(options)
+    network = networks.find(options.name, options, options.weights)
+    validation = Validation(strict=False)
+    with output.working(f"running the passes on {network.name} for {target}"):
+        models.lower_for(network, options.batch, options, validation=validation)
     checks = validation.checks
     problems = [check.problem for check in checks if check.problem is not None]
     if options.json:
-        output.print_json({"name": entry.name, "target": target, "passed": not problems,
+        output.print_json({"name": network.name, "target": target, "passed": not problems,
                            "passes": [asdict(check) for check in checks]})
     else:
         rows = [
@@ -135,20 +137,17 @@ def _first_wrong_layer(steps: list[Step]) -> list[str]:
 
 
 def _model(options: argparse.Namespace) -> Subject:
-    import torch
-
     from ..compiler.evaluation.validate import Validation
     from ..compiler.run import parity
 
-    entry, target = zoo.entry(options.name), shared.target(options)
-    model = models.build(entry.name, options.weights)
-    shapes = [(options.batch, *entry.input_shape)]
+    target = shared.target(options)
+    network = networks.find(options.name, options, options.weights)
+    model, example = network.model, network.positional(options.batch, "verify")
+    shapes = [tuple(each.shape) for each in example]
     x = _normal(shapes)
     validation = Validation([each.double() for each in x], strict=False)
-    with output.working(f"compiling {entry.name} for {target}"):
-        executable = models.compile_for(
-            model, torch.zeros_like(x[0]), options, validation=validation
-        )
+    with output.working(f"compiling {network.name} for {target}"):
+        executable = models.compile_for(network, options.batch, options, validation=validation)
     dtype = parity.dtype_of(executable.graph)
 
     def steps(_: tuple[torch.Tensor, ...]) -> list[Step]:
@@ -156,10 +155,11 @@ def _model(options: argparse.Namespace) -> Subject:
         return list(parity.layer_parity(executable, validation, layers, x, dtype))
 
     return Subject(
-        name=entry.name, target=target, batch=options.batch, shapes=shapes, call=executable,
-        truth=parity.truth_of_module(model, dtype), dtype=dtype,
+        name=network.name, target=target, batch=network.batch(options.batch), shapes=shapes,
+        call=executable, truth=parity.truth_of_module(model, dtype), dtype=dtype,
         depth=parity.depth_of(executable.graph), steps=steps if executable.has_steps else None,
-        entry=entry, passes=tuple(validation.checks),
+        entry=network.pictured("verify") if list(map(len, shapes)) == [4] else network.entry,
+        passes=tuple(validation.checks),
     )
 
 
@@ -172,7 +172,9 @@ def _file(options: argparse.Namespace) -> Subject:
     with output.working(f"loading {options.name}"):
         executable = load(options.name, target)
         graph = load(options.name, "reference").executables[-1].graph
-    batch = min(options.batch, max(high for _, high in (p.batches for p in executable.programs)))
+    batch = min(
+        options.batch or BATCH, max(high for _, high in (p.batches for p in executable.programs))
+    )
     last = executable.executables[-1] if target != "cuda" else None
     watched = last if last is not None and last.has_steps else None
     model = executable.artifact.document.model
@@ -195,7 +197,7 @@ def _random(subject: Subject) -> Iterator[tuple[torch.Tensor, ...]]:
 def _normal(shapes: Sequence[tuple[int, ...]]) -> tuple[torch.Tensor, ...]:
     import torch
 
-    generator = torch.Generator().manual_seed(models.SEED)
+    generator = torch.Generator().manual_seed(networks.SEED)
     return tuple(torch.randn(shape, generator=generator) for shape in shapes)
 
 
@@ -208,7 +210,8 @@ def _images(options: argparse.Namespace, subject: Subject) -> Iterator[tuple[tor
             f"--data: '{options.name}' does not say which model of the zoo it is, so images cannot "
             "be prepared for it; leave --data out"
         )
-    folder = evaluate.read_folder(options.data, subject.entry.num_classes, options.limit)
+    classes = subject.entry.num_classes or subject.call.outputs[0].spec.shape[-1]
+    folder = evaluate.read_folder(options.data, classes, options.limit)
     for start in range(0, len(folder.files), subject.batch):
         files = [file for file, _ in folder.files[start : start + subject.batch]]
         images = [inputs.read_image(file, subject.entry) for file in files]

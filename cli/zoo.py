@@ -16,17 +16,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .. import zoo
-from . import models, output
+from ..errors import InvalidInputError
+from . import networks, output
 from . import options as shared
 
 if TYPE_CHECKING:
     from rich.table import Table
-    from torch import nn
+    from torch import Tensor, nn
 
     from ..compiler.graph.ir import Graph, Node
+    from .networks import Network
 
 FIGURES = Path(__file__).with_name("zoo_figures.json")
 PRODUCTS = ("conv2d", "conv3d", "conv_transpose2d", "conv_transpose3d", "linear")
+NOTHING = argparse.Namespace()
 VIEWS = ("identity", "reshape")
 """What moves nothing: dropout at inference, flatten."""
 
@@ -34,21 +37,26 @@ VIEWS = ("identity", "reshape")
 def configure(commands: shared.SubParsers) -> None:
     parser = shared.command(
         commands, run, "zoo", help="list the models",
-        description="Lists the models of the zoo: input, parameters, multiply-accumulates of the "
-        "convolutions and linear layers, and bytes of all activations (the results of all ops), "
-        "for one float32 image. One model by itself is also shown layer by layer.",
+        description="Lists the models of the zoo, or others: input, parameters, "
+        "multiply-accumulates of the convolutions and linear layers, and bytes of all activations "
+        "(the results of all ops), for one float32 image. One model by itself is also shown layer "
+        "by layer.",
     )
-    parser.add_argument("names", metavar="NAME", nargs="*", help="only these; one: its layers")
+    parser.add_argument("names", metavar="NAME", nargs="*",
+                        help=f"only these; one: its layers. {shared.MODEL}")
+    shared.add_input(parser)
     parser.add_argument("--measure", action="store_true",
                         help="capture the models now (a minute or two for all)")
 
 
 def run(options: argparse.Namespace) -> int:
     """Prints the table."""
-    rows = figures(options.names or zoo.names(), options.measure)
+    if options.shapes and not options.names:
+        raise InvalidInputError("--input: expected the NAME of a model too")
+    rows = figures(options.names or zoo.names(), options.measure, options)
     alone = len(options.names) == 1
     if alone:
-        rows[0] = {**rows[0], "layers": layers(options.names[0])}
+        rows[0] = {**rows[0], "layers": layers(options.names[0], options)}
     if options.json:
         output.print_json(rows)
     else:
@@ -56,56 +64,67 @@ def run(options: argparse.Namespace) -> int:
     return 0
 
 
-def figures(names: Sequence[str], measured: bool) -> list[dict[str, Any]]:
+def figures(
+    names: Sequence[str], measured: bool, options: argparse.Namespace = NOTHING
+) -> list[dict[str, Any]]:
     """For each model {name, input_shape, parameters, macs, activation_bytes}.
 
     measured: captures the models rather than reading the recorded figures.
 
     Raises: InvalidInputError, with the nearest names, for an unknown model.
     """
-    entries = [zoo.entry(name) for name in names]
-    recorded = {} if measured else {row["name"]: row for row in json.loads(FIGURES.read_text())}
-    for entry in entries:
-        if entry.name not in recorded:
-            with output.working(f"capturing {entry.name}"):
-                recorded[entry.name] = measure(entry.name)
-    return [recorded[entry.name] for entry in entries]
+    for name in names:  # Names that nobody knows, before anything is captured.
+        if name not in zoo.names():
+            networks.find(name, options)
+    is_new = measured or bool(getattr(options, "shapes", None))
+    recorded = {} if is_new else {row["name"]: row for row in json.loads(FIGURES.read_text())}
+    for name in names:
+        if name not in recorded:
+            with output.working(f"capturing {name}"):
+                recorded[name] = measure(name, options)
+    return [recorded[name] for name in names]
 
 
-def measure(name: str) -> dict[str, Any]:
+def measure(name: str, options: argparse.Namespace = NOTHING) -> dict[str, Any]:
     """One row, from the graph captured at batch 1 in float32."""
     from ..compiler.plan.lower import activation_bytes
 
-    model, graph = _captured(name)
+    network, graph = _captured(name, options)
     return {
         "name": name,
-        "input_shape": list(zoo.entry(name).input_shape),
-        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "input_shape": list(network.tensors()[0].shape[1:]),
+        "parameters": sum(_sizes(network.model).values()),
         "macs": sum(macs(graph, node) for node in graph.nodes()),
         "activation_bytes": activation_bytes(graph),
     }
 
 
-def layers(name: str) -> list[dict[str, Any]]:
+def layers(name: str, options: argparse.Namespace = NOTHING) -> list[dict[str, Any]]:
     """The model's layers, as `layers_of` tells them.
 
     Raises: InvalidInputError, with the nearest names, for an unknown model.
     """
-    with output.working(f"capturing {zoo.entry(name).name}"):
-        model, graph = _captured(name)
-    return layers_of(graph, model)
+    with output.working(f"capturing {name}"):
+        network, graph = _captured(name, options)
+    return layers_of(graph, network.model)
 
 
-def _captured(name: str) -> tuple[nn.Module, Graph]:
-    import torch
-
+def _captured(name: str, options: argparse.Namespace) -> tuple[Network, Graph]:
     from ..compiler.capture.capture import capture
 
+    network = networks.find(name, options, build=_unfilled)
+    example, keywords = network.example(network.batch())
+    return network, capture(network.model, example, keywords=keywords)
+
+
+def _unfilled(name: str, *_: Any) -> nn.Module:
+    """A model of the zoo whose weights are whatever memory holds: capture asks for data, nothing
+    here depends on it."""
+    import torch
+
     with torch.device("meta"):
-        model = models.build(name)
-    # Weights with whatever memory holds: capture asks for data, nothing here depends on it.
-    model = model.to_empty(device="cpu")
-    return model, capture(model, (models.zeros(name, 1),))
+        model = networks.zoo_model(name)
+    return model.to_empty(device="cpu")
 
 
 def _table(rows: Sequence[dict[str, Any]]) -> Table:
@@ -117,7 +136,7 @@ def _table(rows: Sequence[dict[str, Any]]) -> Table:
             f"{row['parameters']:,}",
             f"{row['macs'] / 1e6:,.1f} M",
             output.readable_size(row["activation_bytes"]),
-            zoo.entry(row["name"]).summary,
+            zoo.entry(row["name"]).summary if row["name"] in zoo.names() else "",
         )
         for row in rows
     ]
@@ -170,7 +189,7 @@ def _parameters(graph: Graph, model: nn.Module, fed: set[str]) -> dict[str, int]
     """How many parameters each node is the first to read."""
     from ..compiler.graph.ir import CONSTANT
 
-    sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
+    sizes = _sizes(model)
     position = {node.name: at for at, node in enumerate(graph.nodes())}
     owned: dict[str, int] = {}
     for node in graph.nodes():
@@ -181,6 +200,12 @@ def _parameters(graph: Graph, model: nn.Module, fed: set[str]) -> dict[str, int]
             first = min(readers, key=position.__getitem__)
             owned[first] = owned.get(first, 0) + sizes[node.module_path]
     return owned
+
+
+def _sizes(model: nn.Module) -> dict[str, int]:
+    """The parameters by name; the weights of an ONNX file are buffers."""
+    held: dict[str, Tensor] = {**dict(model.named_parameters())} or dict(model.named_buffers())
+    return {name: tensor.numel() for name, tensor in held.items() if tensor.is_floating_point()}
 
 
 def _readers(graph: Graph, constant: str, fed: set[str]) -> set[str]:

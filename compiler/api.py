@@ -6,7 +6,7 @@ import gc
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,9 @@ from .artifact.write import save
 from .capture.capture import capture
 from .capture.example_inputs import bounds_of, has_no_samples
 from .evaluation.validate import Validation
+from .explain import ablation
+from .explain.ablation import Ablation
+from .explain.account import Account
 from .explain.report import Report
 from .fusion import overrides
 from .graph.ir import CompileTarget, Graph
@@ -65,7 +68,8 @@ def compile(
     outputs: Sequence[str] | None = None,
 ) -> Executable:
     """The module compiled for inputs like `example` (a tuple, or one tensor) and `kwargs`; of an
-    `ExportedProgram` or an ONNX file (its path) for the inputs that it names, where none is given.
+    `ExportedProgram`, or the path of an .onnx or .pt2 file, for the inputs that it names, where
+    none is given.
 
     Tensors are of floats; NumPy's arrays stand for them. Constants among the arguments (bool, int,
     float, str, None) become part of the code, and every call must have the same.
@@ -111,6 +115,96 @@ def compile(
         slide=slide,
         outputs=outputs,
     )
+
+
+@dataclass(frozen=True)
+class Planned:
+    """What `plan` returns: everything about an executable but its machine code.
+
+    graph: as it is fused; plan: its steps, buffers and configurations; ledger: why each op ended in
+    which kernel.
+    """
+
+    graph: Graph
+    plan: Plan
+    ledger: Report
+
+    @property
+    def summary(self) -> dict[str, int]:
+        """Counts: convs, kernels, torch_fallbacks, arena_bytes, activation_bytes."""
+        return self.plan.summary()
+
+    def account(self) -> Account:
+        """What became of every captured node, with kernels, bytes and modelled times before and
+        after."""
+        return self.ledger.account()
+
+    def explain(self) -> str:
+        """The ledger as text, under the summary."""
+        return self.ledger.explain(self.graph.name, self.plan.target.name, self.summary)
+
+    def __repr__(self) -> str:
+        count = self.summary["kernels"]
+        return f"<Plan of {self.graph.name} for {self.plan.target.name}: {count} kernel(s)>"
+
+
+def plan(
+    module: torch.nn.Module | ExportedProgram | str | Path,
+    example: Any = (),
+    *,
+    target: str = "cuda",
+    **options: Any,
+) -> Planned:
+    """The account of a module as `compile` would make it, without machine code: seconds where
+    compiling takes minutes.
+
+    The arguments are those of `compile`; `tuning` is "heuristic" unless it says otherwise. Where a
+    configuration would spill or not fit, `compile` takes another one: only compiling shows that.
+    The plan cannot be run, and its weights are the module's own.
+
+    Raises: as `compile` does.
+    """
+    graph, made, ledger = lowered(module, example, target=target, **options)
+    ledger.plan = made
+    return Planned(graph, made, ledger)
+
+
+def ablate(
+    module: torch.nn.Module | ExportedProgram | str | Path,
+    example: Any = (),
+    *,
+    kwargs: Mapping[str, Any] | None = None,
+    fusions: str | Sequence[str] = "all",
+    target: str = "cuda",
+    dtype: torch.dtype | str | None = None,
+    precision: str = "ieee",
+    fallback: str = "error",
+) -> Ablation:
+    """What each fusion buys: kernels, bytes, and for a GPU the modelled time of the module with all
+    fusions, with none, without each of them, and with each alone. Nothing is compiled or run.
+
+    fusions: "all" (each that the module has), labels, or families such as "separable*", which are
+    left out as one. The other arguments are those of `compile`; configurations are the heuristic's.
+
+    Raises: as `compile` does; InvalidInputError for a name of no fusion.
+    """
+    _check_choice("precision", precision, PRECISIONS)
+    _check_choice("fallback", fallback, FALLBACKS)
+    chosen, dtype = targets.parse(target), _dtype(dtype)
+    with CAPTURING, uncollected():
+        captured = capture(module, example, keywords=kwargs)
+    options = Options(chosen, precision, dtype)
+
+    def planned(forbid: tuple[str, ...]) -> tuple[Plan, Ledger]:
+        captured.goal = CompileTarget(chosen, dtype, (), forbid, precision, None)
+        graph, ledger = _optimised(captured, "default", fallback, None)
+        return lower(graph, captured, options, ledger), ledger
+
+    (first, *_) = captured.graph_inputs()
+    batch = first.spec.shape[0] if first.spec.rank else 1
+    computed = str(dtype or first.spec.dtype).removeprefix("torch.")
+    rows = ablation.rows_of(captured.name, batch, chosen, fusions, planned)
+    return Ablation(chosen.name, computed, tuple(rows))
 
 
 def executable_for(

@@ -67,7 +67,9 @@ def test_what_was_named_in_the_example_may_be_given_by_position() -> None:
     exe = compiled(kwargs={"scale": X[:, :1, :4, :4], "x": X})
     same(exe(X, X[:, :1, :4, :4]), X, X[:, :1, :4, :4])
     same(exe(X, scale=X[:, :1, :4, :4]), X, X[:, :1, :4, :4])
-    for arguments, keywords in (((X,), {}), ((X,), {"x": X}), ((), {"y": X, "x": X})):
+    with pytest.raises(InvalidInputError, match="'x' is given by position and by name"):
+        exe(X, x=X)
+    for arguments, keywords in (((X,), {}), ((), {"y": X, "x": X})):
         with pytest.raises(InvalidInputError, match=r"expected 2 tensor\(s\) structured as the"):
             exe(*arguments, **keywords)
 

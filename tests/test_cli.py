@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from convloom import zoo
-from convloom.cli import doctor, inputs, models, output
+from convloom.cli import doctor, inputs, networks, output
 from convloom.cli import zoo as zoo_command
 from convloom.cli.main import main
 from convloom.errors import ArtifactError, ConvloomError, InvalidInputError
@@ -279,7 +279,7 @@ def test_explain_refuses_what_cannot_be_compared(
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ((), "expected NAME, a model of the zoo, or --diff A B"),
+        ((), "expected NAME, a model or a file, or --diff A B"),
         (("--diff", "a.json"), "expected two compilations, A and B, got 1: a.json"),
         (("--diff", "a", "b", "lenet5"), "got 3: a b lenet5"),
         (("lenet5", "--diff", "a", "b", "--measure"), "--diff: expected without --dot"),
@@ -328,14 +328,14 @@ def test_run_writes_what_torch_computes(tmp_path: Path, answer: Callable[..., An
     assert "(3, 10)" in text
     y = torch.from_numpy(np.load(written))
     with torch.no_grad():
-        torch.testing.assert_close(y, models.build("cifar_convnet")(x))
+        torch.testing.assert_close(y, networks.zoo_model("cifar_convnet")(x))
     assert [path.name for path in written.parent.iterdir()] == ["y.npy"]
 
 
 @pytest.mark.interpreter
 def test_run_with_a_weight_file(tmp_path: Path, scan: Path, answer: Callable[..., Any]) -> None:
     weights = tmp_path / "weights.safetensors"
-    save_file(models.build("lenet5", "digits").state_dict(), weights)
+    save_file(networks.zoo_model("lenet5", "digits").state_dict(), weights)
     arguments = ("run", "lenet5", scan, *INTERPRETER, "--json", "--weights")
     assert answer(*arguments, weights) == answer(*arguments, "digits")
 

@@ -149,7 +149,7 @@ def test_gpus_that_are_too_old() -> None:
 )
 def test_not_a_module(module: Any, got: str) -> None:
     expected = "model: expected a torch.nn.Module, a torch.export.ExportedProgram or the path of an"
-    refused(InvalidInputError, f"{expected} .onnx file, got {got}", module=module)
+    refused(InvalidInputError, f"{expected} .onnx or .pt2 file, got {got}", module=module)
 
 
 @pytest.mark.parametrize(

@@ -177,9 +177,9 @@ def test_garbage_is_collected_afterwards_if_it_was(
     """Not during the capture, and whether it succeeds or not."""
     during = []
 
-    def captured(module: nn.Module, *rest: Any) -> Graph:
+    def captured(module: nn.Module, *rest: Any, **more: Any) -> Graph:
         during.append(gc.isenabled())
-        return capture(module, *rest)
+        return capture(module, *rest, **more)
 
     monkeypatch.setattr(api, "capture", captured)
     (gc.enable if enabled else gc.disable)()

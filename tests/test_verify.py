@@ -10,7 +10,7 @@ import convloom
 import pytest
 import torch
 from convloom import zoo
-from convloom.cli import models
+from convloom.cli import networks
 from convloom.cli.main import main
 from convloom.compiler import api
 from convloom.compiler.passes import NAMES
@@ -123,7 +123,7 @@ def residual_network(*_: Any) -> nn.Module:
 def test_layers_are_those_of_the_module(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(models, "build", residual_network)
+    monkeypatch.setattr(networks, "zoo_model", residual_network)
     status, found = told(capsys, "lenet5", "--target", "interpreter")
     assert status == 0 and found["passed"]
     layers = [(step["module_path"], step["layer"]) for step in found["steps"]]
@@ -178,7 +178,7 @@ def test_a_wrong_pixel_of_a_layer_is_shown(
             memory.view(runtime.first_output(step))[place] += 1.0
 
     monkeypatch.setattr(runtime.StepRunner, "_run_step", wrong)
-    monkeypatch.setattr(models, "build", residual_network)
+    monkeypatch.setattr(networks, "zoo_model", residual_network)
     assert main(["verify", "lenet5", "--target", "interpreter"]) == 1
     text = " ".join(capsys.readouterr().out.split())
     assert f"first wrong layer: 'act2', step conv2d_1_3: element {place}: got " in text
@@ -190,7 +190,7 @@ def test_a_lost_residual_is_a_wrong_layer_and_a_wrong_pass(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Kernels do as the fused graph says: only the module knows better."""
-    monkeypatch.setattr(models, "build", residual_network)
+    monkeypatch.setattr(networks, "zoo_model", residual_network)
     lose_residuals(monkeypatch)
     assert main(["verify", "lenet5", "--target", "interpreter"]) == 1
     text = " ".join(capsys.readouterr().out.split())
@@ -213,12 +213,12 @@ def test_passes_alone(capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "verify: expected a model of the zoo or a file, got none"),
-        (["--passes"], "verify: expected a model of the zoo or a file, got none"),
-        (["FILE", "--passes"], "--passes: expected a model of the zoo, got the file 'FILE'"),
+        ([], "verify: expected a model or a file, got none"),
+        (["--passes"], "verify: expected a model or a file, got none"),
+        (["FILE", "--passes"], "--passes: expected a model, got the file 'FILE'"),
         (["no_such_model"], "unknown zoo model"),
         (["missing.loom", "--target", "reference"], "cannot read 'missing.loom'"),
-        (["FILE", "--dtype", "float16"], "--dtype: expected a model of the zoo"),
+        (["FILE", "--dtype", "float16"], "--dtype: expected a model, got"),
         (["FILE", "--forbid", "conv-pool"], "'FILE', which is compiled already"),
         (["lenet5", "--target", "reference", "--data", "missing"], "no such folder"),
     ],

@@ -240,7 +240,9 @@ class _Checker:
                 if (inner.shape, inner.batch) != (port.spec.shape, port.spec.batch):
                     self.refuse(f"{where} is {port.spec} outside and {inner} inside")
                 buffer = program.buffers[port.place.buffer]
-                if kind == "input" and (buffer.kind != "input" or inner.dtype != port.spec.dtype):
+                image = (torch.uint8, torch.float32)  # Cast when it is copied in.
+                alike = inner.dtype == port.spec.dtype or (port.spec.dtype, inner.dtype) == image
+                if kind == "input" and (buffer.kind != "input" or not alike):
                     self.refuse(f"{where} lies in '{buffer.name}' of kind {buffer.kind}")
         where = f"{self.where}: its structure"
         taken = count_leaves(program.arguments, where, constants=True)

@@ -79,6 +79,7 @@ class GraphRecord:
     arguments: Nest
     result: Nest
     results: tuple[tuple[str, Literal], ...]
+    names: tuple[str, ...]
     summary: tuple[tuple[str, int], ...]
     dtype: torch.dtype | None
     force: tuple[str, ...]
@@ -123,6 +124,7 @@ def record_of(graph: Graph, plan: Plan, pool: Pool) -> GraphRecord:
         arguments=nest_of(plan.structure.arguments),
         result=nest_of(plan.structure.result),
         results=plan.structure.results,
+        names=plan.structure.names,
         summary=tuple((name, plan.summary()[name]) for name in CAPTURED),
         dtype=goal.dtype,
         force=goal.force,
@@ -241,11 +243,12 @@ def read_graph(
     where = f"graph.json of '{source}'"
     with _damaged(where):
         record: GraphRecord = _GraphReader(where).read(GraphRecord, data, "graph")
-        for name in ("batch", "precision", "in_place", "arguments", "result", "results"):
+        for name in ("batch", "precision", "in_place", "arguments", "result", "results", "names"):
             _check_same(name, getattr(program, name), getattr(record, name), where)
         counts = dict(program.summary)
         _check_same("summary", [(c, counts.get(c)) for c in CAPTURED], [*record.summary], where)
         graph = _build(record, tensors, target, where)
+        graph.output_tree = program.interface.structure
         verify(graph)
     return graph
 

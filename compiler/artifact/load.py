@@ -67,7 +67,7 @@ def load(
     else:
         target = targets.parse(device)
     parts: list[Part] = [
-        (program, _planned(artifact, program, target, device))
+        (program, planned(artifact, program, target, device))
         for program in _sources(artifact, target.name)
     ]
     return LoadedExecutable(artifact, device, target, parts)
@@ -97,8 +97,9 @@ def _sources(artifact: Artifact, device: str) -> list[Program]:
     return own or [program for program in artifact.programs if program.target == first]
 
 
-def _planned(artifact: Artifact, program: Program, target: Target, device: str) -> Executable:
-    """A program's graph, planned for a target and run on a device."""
+def planned(artifact: Artifact, program: Program, target: Target, device: str) -> Executable:
+    """A program's graph, planned for a target in the file's configurations and run on a device; for
+    a GPU of another generation, or none ("cuda:sm_90"), it is there to be looked at."""
     from ..run.executable import Executable
     from ..run.runtime import runner_for
     from .graphs import lower_again, read_graph
@@ -196,14 +197,22 @@ class LoadedExecutable:
         """The ledger as text, under the summary."""
         return explain(self.artifact, self.plan)
 
-    def profile(self, *inputs: Any) -> list[tuple[str, float]]:
-        """(step, microseconds) in order; each step is run by itself once."""
-        tensors = self.interface.flatten(inputs)
+    def profile(self, *inputs: Any, **keywords: Any) -> list[tuple[str, float]]:
+        """(step, microseconds) in order; each step is run by itself once. The ledger keeps them."""
+        tensors = self.interface.flatten(inputs, keywords)
         batch = self.interface.check(tensors, self.place, at_least=1)
-        _, part = self._part(batch)
-        if isinstance(part, GraphRunner):
-            return part.time_steps(tensors, batch)
-        return part.profile(*inputs)
+        program, part = self._part(batch)
+        if not isinstance(part, GraphRunner):
+            times = part.profile(*inputs, **keywords)
+            self.ledger = part.ledger
+            return times
+        times = part.time_steps(tensors, batch)
+        summed: dict[str, float] = {}
+        for name, us in times:
+            summed[name] = summed.get(name, 0.0) + us
+        where = torch.cuda.get_device_name()
+        self.ledger = ledger_of(self.artifact, program).with_measured(summed, where)
+        return times
 
     @property
     def place(self) -> torch.device:

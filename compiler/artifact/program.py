@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+import torch
 from torch.utils import _pytree as pytree
 
 from ...errors import ArtifactError
@@ -127,7 +128,8 @@ class Program:
     """One target and one range of batches.
 
     graph, account: positions in graph.json and ledger.json. constants: buffers and the tensors they
-    hold. results: for each leaf of the result, an output's position or a literal. streams: of each
+    hold. results: for each leaf of the result, an output's position or a literal. names: what
+    the module takes by position or by name. streams: of each
     step, where independent ones may run side by side; how they wait for each other follows from
     what their calls touch. summary: the counts of `Plan.summary`.
     """
@@ -143,6 +145,7 @@ class Program:
     arguments: Nest
     result: Nest
     results: tuple[tuple[str, Literal], ...]
+    names: tuple[str, ...]
     buffer_list: tuple[Buffer, ...]
     constants: tuple[tuple[str, str], ...]
     steps: tuple[ProgramStep, ...]
@@ -174,6 +177,8 @@ class Program:
             pytree.tree_structure(as_nested(self.arguments)),
             pytree.tree_structure(as_nested(self.result)),
             self.results,
+            self.names,
+            tuple(port.name for port in self.inputs if port.spec.dtype is torch.uint8),
         )
         return Interface(self.inputs, structure, self.batch)
 

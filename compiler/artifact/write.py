@@ -136,6 +136,7 @@ def program_of(
         arguments=nest_of(structure.arguments),
         result=nest_of(structure.result),
         results=structure.results,
+        names=structure.names,
         buffer_list=tuple(plan.buffers.values()),
         constants=constants,
         steps=_steps(plan),

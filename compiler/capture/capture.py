@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
@@ -32,7 +32,7 @@ from ...kernels.movement.pointwise import Pointwise
 from ..graph.interface import Structure, with_constants
 from ..graph.ir import CONSTANT, INPUT, OUTPUT, TORCH, Graph, NoAttributes, Node, Value
 from ..graph.torch_call import BatchNumber, Slot, TorchCall, in_words
-from . import example_inputs, moved_batch, refusals
+from . import byte_images, example_inputs, moved_batch, refusals
 from .batch_numbers import SYMBOLIC, Batch, follows_from_values
 from .export import export, path_of, source_of
 from .features import observed
@@ -125,8 +125,9 @@ def capture(
     Calls without a kernel become "torch" nodes: some are parts of composite ops that a pass
     recognises later, the rest is reported by `refuse_unsupported`.
 
-    Raises: InvalidInputError for arguments that are not float tensors, a batch range that makes no
-    sense or unknown outputs; CaptureError when torch.export fails or the module would still train.
+    Raises: InvalidInputError for arguments that are no tensors of floats or images of bytes, a
+    batch range that makes no sense or unknown outputs; CaptureError when torch.export fails or the
+    module would still train.
     """
     module, example, keywords = example_inputs.opened(model, example, keywords)
     example_inputs.check_module(module)
@@ -143,6 +144,7 @@ def capture(
     with observed(module, outputs):
         positional, named = arguments
         program, decisions = export(module, positional, named, highest)
+    images = byte_images.as_floats(program)
     graph = Graph(name=type(module).__name__)
     state = _State(graph)
     if dynamic_batch is not None:
@@ -155,6 +157,9 @@ def capture(
         elif node.op == "call_function":
             _add_call(state, node)
     _add_output(state, program, pytree.tree_structure(with_constants(arguments)))
+    graph.output_tree = replace(
+        graph.output_tree, names=example_inputs.names_of(module), images=images
+    )
     _remove_unused_constants(graph)
     return graph
 
@@ -243,6 +248,12 @@ def _add_call(state: _State, node: Any) -> None:
     if node.target is operator.getitem:
         _add_getitem(state, node)
         return
+    if _is_empty(value):
+        # Whatever it is computed from: nothing has to run for a result without elements.
+        empty = torch.empty(tuple(value.shape), dtype=value.dtype)
+        builder = _Builder(state, node.name, path_of(node))
+        state.values[node.name] = builder.add_constant(empty, value.dtype)
+        return
     refusals.refuse_unbounded(node, state.batch)
     a = _arguments(state, node)
     state.added.clear()
@@ -254,6 +265,14 @@ def _add_call(state: _State, node: Any) -> None:
         state.computed.difference_update(state.added)
         result = _add_torch_call(state, node, a, str(refusal))
     state.values[node.name] = result
+
+
+def _is_empty(value: Any) -> bool:
+    """Whether it is a tensor of floats without elements, for every batch."""
+    if not isinstance(value, torch.Tensor) or value.dtype not in FLOAT_DTYPES:
+        return False
+    # Symbolic sizes are not compared: torch would decide by them.
+    return all(isinstance(size, int) for size in value.shape) and 0 in value.shape
 
 
 def _arguments(state: _State, node: Any) -> Arguments:

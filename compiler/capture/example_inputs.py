@@ -17,25 +17,30 @@ from torch.utils import _pytree as pytree
 from ...errors import InvalidInputError
 from ...kernels.contract.spec import FLOAT_DTYPES
 from ..graph.interface import CONSTANTS, with_tensors
-from ..onnx.model import load
+from ..onnx import model as onnx
+from . import pt2
 
 EXPECTED = (
-    "model: expected a torch.nn.Module, a torch.export.ExportedProgram or the path of an .onnx file"
+    "model: expected a torch.nn.Module, a torch.export.ExportedProgram or the path of an .onnx or "
+    ".pt2 file"
 )
 
 
 def opened(
     model: Any, example: Any, keywords: Mapping[str, Any] | None
 ) -> tuple[Any, Any, Mapping[str, Any] | None]:
-    """The module of an exported program or of an ONNX file, and its own example where none is
-    given; any other model as it is."""
+    """The module of an exported program or of a file, and its own example where none is given; any
+    other model as it is."""
     if isinstance(model, (str, Path)):
-        if Path(model).suffix != ".onnx":
+        suffix = Path(model).suffix
+        if suffix not in (".onnx", ".pt2"):
             raise InvalidInputError(f"{EXPECTED}, got '{model}'")
-        network = load(model)
-        if isinstance(example, tuple) and not example and not keywords:
-            example = network.example()
-        return network, example, keywords
+        if suffix == ".onnx":
+            network = onnx.load(model)
+            if isinstance(example, tuple) and not example and not keywords:
+                example = network.example()
+            return network, example, keywords
+        model = pt2.load(Path(model))
     if not isinstance(model, ExportedProgram):
         return model, example, keywords
     if isinstance(example, tuple) and not example and not keywords and model.example_inputs:
@@ -84,6 +89,17 @@ def arguments_of(
     return bound.args[:stop], {**rest, **bound.kwargs}
 
 
+def names_of(module: torch.nn.Module) -> tuple[str, ...]:
+    """What `forward` takes by position or by name; none where it takes any number of things."""
+    try:
+        parameters = inspect.signature(module.forward).parameters.values()
+    except (TypeError, ValueError):
+        return ()
+    if any(each.kind is each.VAR_POSITIONAL for each in parameters):
+        return ()
+    return tuple(each.name for each in parameters if each.kind is each.POSITIONAL_OR_KEYWORD)
+
+
 def _holds_a_constant(argument: Any) -> bool:
     return any(isinstance(leaf, CONSTANTS) for leaf in pytree.tree_leaves(argument))
 
@@ -106,7 +122,7 @@ def check_example(arguments: Any, dynamic: bool = False) -> list[torch.Tensor]:
         if leaf.layout is not torch.strided or leaf.is_nested:
             kind = "a nested one" if leaf.is_nested else str(leaf.layout)
             raise InvalidInputError(f"example input {at}: expected a dense tensor, got {kind}")
-        if leaf.dtype not in FLOAT_DTYPES:
+        if leaf.dtype not in (*FLOAT_DTYPES, torch.uint8):
             both = "convert both, model.float() and x.float()"
             hint = both if leaf.dtype is torch.float64 else "convert it outside, x.float()"
             raise InvalidInputError(

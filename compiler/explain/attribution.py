@@ -156,7 +156,8 @@ def step_time_us(step: Step, target: Target) -> float | None:
     return cost_model.problem_us(registry.get(step.op), step.problem, target)
 
 
-def _step_bytes(step: Step) -> int:
+def step_bytes(step: Step) -> int:
+    """What a step reads and writes, each tensor once; 0 for a torch fallback."""
     if not isinstance(step, KernelStep):
         return 0
     return registry.get(step.op).cost(step.problem).size_bytes
@@ -183,7 +184,7 @@ def _totals(
         kernels_before=sum(a.launches for a in alone),
         kernels_after=len(plan.kernels),
         bytes_before=sum(a.size_bytes for a in alone),
-        bytes_after=sum(map(_step_bytes, plan.steps)),
+        bytes_after=sum(map(step_bytes, plan.steps)),
         before=acc.modelled(sum(a.us or 0.0 for a in alone)),
         after=acc.modelled(sum(us or 0.0 for us in steps_us.values())),
         measured=acc.UNKNOWN,
@@ -302,7 +303,7 @@ def _figures(
         # reads for them, and what rules save that change the op itself.
         others = sum(saved[member.node.name] for member in members if member is not leader)
         before = sum(member.size_bytes for member in members)
-        saved[leader.node.name] = before - sum(map(_step_bytes, steps)) - others
+        saved[leader.node.name] = before - sum(map(step_bytes, steps)) - others
         for member in members:
             part = (member.us or 0.0) / whole if whole else 1.0 / len(members)
             figures[member.node.name] = _Figures(
@@ -343,7 +344,7 @@ def _bytes_saved(
         copies = [step for step in steps_of.get(holder, ()) if step.name != holder]
         if name in through or copies:
             # Of a concatenation that is partly written in place, what is copied is not saved.
-            saved[name] = alone[name].size_bytes - sum(map(_step_bytes, copies))
+            saved[name] = alone[name].size_bytes - sum(map(step_bytes, copies))
             continue
         for value in dict.fromkeys(graph.inputs(name)):
             source = _source(graph, value, through)

@@ -68,12 +68,16 @@ def _tensor(leaf: Any) -> Any:
 class Structure:
     """How the module's arguments (positional ones, keywords) and its result are nested.
 
-    results: for each leaf of the result, the index of a graph output or a literal.
+    results: for each leaf of the result, the index of a graph output or a literal. names: of what
+    `forward` takes by position or by name, in its order; none where that is not known. images:
+    inputs of uint8, which are float32 in the graph.
     """
 
     arguments: pytree.TreeSpec
     result: pytree.TreeSpec
     results: tuple[tuple[str, Any], ...]
+    names: tuple[str, ...] = ()
+    images: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -102,8 +106,8 @@ class Interface:
         among them is another.
         """
         arguments: Any = (tuple(inputs), {})
-        if keywords:
-            arguments = self._placed(inputs, keywords)
+        if keywords or len(inputs) != len(self._example[0]):
+            arguments = self._as_in_the_example(inputs, keywords or {})
         if self._has_constants:
             arguments = with_constants(arguments)
         leaves, spec = pytree.tree_flatten(arguments)
@@ -112,6 +116,15 @@ class Interface:
         if any(isinstance(leaf, np.ndarray) for leaf in leaves):
             leaves = with_tensors(leaves)
         return leaves
+
+    def placed(self, tensors: Sequence[torch.Tensor]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Arguments and keywords of a call with these tensors, constants included."""
+        rebuilt = pytree.tree_unflatten(list(tensors), self.structure.arguments)
+        arguments, keywords = pytree.tree_map(
+            lambda leaf: leaf.value if isinstance(leaf, Constant) else leaf,
+            rebuilt, is_leaf=_is_constant,
+        )  # fmt: skip
+        return arguments, keywords
 
     @cached_property
     def _example(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -126,12 +139,23 @@ class Interface:
     def _has_constants(self) -> bool:
         return any(isinstance(leaf, Constant) for leaf in _leaves(self._example))
 
-    def _placed(self, inputs: Sequence[Any], keywords: Mapping[str, Any]) -> Any:
+    def _as_in_the_example(self, inputs: Sequence[Any], keywords: Mapping[str, Any]) -> Any:
         """The arguments of a call as those of the example stand: what was given by position there
-        may be given by name, if it is a tensor."""
+        may be given by name, and the other way round, where `forward` takes both.
+
+        Raises: InvalidInputError for what is given by position and by name.
+        """
         given, rest = list(inputs), dict(keywords)
         positional, named = self._example
-        for name in positional[len(given) :]:
+        names = self.structure.names
+        places: Sequence[Any] = names[: len(positional)] if names else positional
+        for name in names[: len(given)]:
+            if name in rest:
+                raise InvalidInputError(f"inputs: '{name}' is given by position and by name")
+        if names and len(positional) < len(given) <= len(names):
+            rest = {**dict(zip(names[len(places) :], given[len(places) :], strict=False)), **rest}
+            given = given[: len(places)]
+        for name in places[len(given) :]:
             if not isinstance(name, str) or name not in rest:
                 break
             given.append(rest.pop(name))

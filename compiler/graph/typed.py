@@ -23,7 +23,7 @@ from ...errors import ArtifactError
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 DTYPES = {
     str(dtype).removeprefix("torch."): dtype
-    for dtype in (*FLOATS, torch.int64, torch.int32, torch.bool)
+    for dtype in (*FLOATS, torch.int64, torch.int32, torch.uint8, torch.bool)
 }
 MOST_VALUES = 1 << 21
 """Of one JSON text: a list of them takes 130 MB, the largest network of the zoo 1/20 of them."""

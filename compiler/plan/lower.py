@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -18,7 +18,7 @@ from ...errors import KernelError, UnsupportedOpError
 from ...kernels import registry
 from ...kernels.contract import programmatic_launch
 from ...kernels.contract.op import Config, Launch, Op, Problem, Ref
-from ...kernels.contract.spec import Operand
+from ...kernels.contract.spec import Operand, TensorSpec
 from ...kernels.contract.targets import Target
 from ...kernels.movement import movement, rearrangement
 from ...kernels.movement.rearrangement import Rearrange
@@ -89,9 +89,12 @@ def lower(graph: Graph, captured: Graph, options: Options, ledger: Ledger) -> Pl
     verify_memory(graph)
     state = _Lowering(graph, options, ledger)
     inputs = tuple(
-        Port(node.name, node.spec, _own_buffer(state, Value(node.name), f"input{at}", "input"))
+        Port(
+            node.name, _outside(graph, node),
+            _own_buffer(state, Value(node.name), f"input{at}", "input"),
+        )
         for at, node in enumerate(graph.graph_inputs())
-    )
+    )  # fmt: skip
     if options.elide_concats:
         _plan_concats(state)
     _plan_outputs(state)
@@ -136,6 +139,12 @@ def activation_bytes(captured: Graph, dtype: torch.dtype | None = None) -> int:
         spec.numel * (dtype if dtype and spec.dtype.is_floating_point else spec.dtype).itemsize
         for spec in specs
     )
+
+
+def _outside(graph: Graph, node: Node) -> TensorSpec:
+    """What a call gives for an input."""
+    is_image = graph.output_tree is not None and node.name in graph.output_tree.images
+    return replace(node.spec, dtype=torch.uint8) if is_image else node.spec
 
 
 def _own_buffer(state: _Lowering, value: Value, name: str, kind: str) -> BufferSlice:

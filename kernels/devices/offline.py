@@ -273,21 +273,27 @@ def _tool(name: str) -> str:
 
 def disassembly(compiled: Any) -> str:
     """SASS text of a compiled kernel."""
-    return _run_on_cubin(compiled, _tool("nvdisasm"), "-c")
+    return disassembled(compiled.asm["cubin"], compiled.name)
 
 
-def _run_on_cubin(compiled: Any, tool: str, option: str) -> str:
+def disassembled(cubin: bytes, name: str) -> str:
+    """SASS text of the machine code of the kernel `name`."""
+    return _run_on_cubin(cubin, name, _tool("nvdisasm"), "-c")
+
+
+def _run_on_cubin(cubin: bytes, name: str, tool: str, option: str) -> str:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(compiled.asm["cubin"])
+        file.write(cubin)
         file.flush()
         done = subprocess.run([tool, option, file.name], capture_output=True, text=True)
     if done.returncode:
-        raise KernelError(f"{Path(tool).name} failed on {compiled.name}: {done.stderr.strip()}")
+        raise KernelError(f"{Path(tool).name} failed on {name}: {done.stderr.strip()}")
     return done.stdout
 
 
 def _resources(compiled: Any) -> Resources:
-    usage = _run_on_cubin(compiled, _tool("cuobjdump"), "-res-usage")
+    cubin, name = compiled.asm["cubin"], compiled.name
+    usage = _run_on_cubin(cubin, name, _tool("cuobjdump"), "-res-usage")
     registers = re.search(r"REG:(\d+)", usage)
     stack = re.search(r"STACK:(\d+)", usage)
     assert registers and stack, usage
