@@ -20,6 +20,7 @@ from ...kernels.contract import programmatic_launch
 from ...kernels.contract.op import Config, Launch, Op, Problem, Ref
 from ...kernels.contract.spec import Operand
 from ...kernels.contract.targets import Target
+from ...kernels.hopper import core
 from ...kernels.movement import movement, rearrangement
 from ...kernels.movement.rearrangement import Rearrange
 from ...settings import BRANCHES, PROGRAMMATIC
@@ -31,7 +32,7 @@ from ..graph.ledger import Ledger
 from ..graph.memory import ALIGNMENT, Buffer, BufferSlice, on_cpu
 from ..graph.torch_call import TorchCall
 from ..graph.verify import verify, verify_memory
-from ..records.choose import Chooser, heuristic
+from ..records.choose import Choice, Chooser, heuristic
 from . import branches
 from .arena import place
 from .packing import constant_place, packed_place
@@ -83,8 +84,10 @@ def lower(graph: Graph, captured: Graph, options: Options, ledger: Ledger) -> Pl
     captured: the graph before any pass, for the account of what was saved.
 
     Raises: UnsupportedOpError where an op needs a constant and gets a computed tensor; GraphError
-    for a graph that breaks a law, whose kernels would read memory that is not theirs.
+    for a graph that breaks a law, whose kernels would read memory that is not theirs;
+    TargetUnavailableError where a core is asked for that no kernel for the target can use.
     """
+    core.check_asked(options.target)
     verify(graph)
     verify_memory(graph)
     state = _Lowering(graph, options, ledger)
@@ -308,9 +311,17 @@ def _add_step(
     }
     state.steps.append(KernelStep(
         name, problem.op, problem, tile, launches, buffers | _scratch(state, node, launches),
-        node.module_path, node.origins, choice.source,
+        node.module_path, node.origins, _chosen_by(choice, problem, target, launches),
     ))
     state.kernels[node.name] = name
+
+
+def _chosen_by(
+    choice: Choice, problem: Problem, target: Target, launches: tuple[Launch, ...]
+) -> str:
+    """Where a configuration came from and, where another core was asked for, which it uses."""
+    note = core.note(problem, choice.config, target, launches)
+    return choice.source if choice.source.endswith(note) else f"{choice.source}; {note}"
 
 
 def _launches(

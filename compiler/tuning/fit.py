@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import TypeVar
 
@@ -17,6 +18,7 @@ from ...errors import KernelError
 from ...kernels.contract.op import Config, Op, Problem
 from ...kernels.contract.targets import Target
 from ...kernels.devices import offline
+from ...kernels.hopper import core
 from ..plan.plan import KernelStep, Plan
 from ..records import rank
 from ..records.choose import HEURISTIC, Choice, Chooser
@@ -84,13 +86,21 @@ class Fitting:
     def learn(self, plan: Plan) -> bool:
         """Compiles the plan's kernels; whether one of them was refused that was not before."""
         requests = compile_requests(plan, plan.target)
-        offline.compile_all(requests)
+        with suppress(KernelError):  # It is raised again where its step is known.
+            offline.compile_all(requests)
         remaining, learnt = iter(requests), False
         for step in plan.steps:
             if not isinstance(step, KernelStep):
                 continue
-            reports = [offline.resources(next(remaining)) for _ in step.launches]
-            refusal = rank.refused(plan.target, step.launches, reports)
+            reports: list[offline.Resources] = []
+            try:
+                reports += [offline.resources(next(remaining)) for _ in step.launches]
+            except KernelError as error:
+                if not core.is_one(step.config):
+                    raise
+                refusal: tuple[str, str] | None = ("compile", str(error))
+            else:
+                refusal = rank.refused(plan.target, step.launches, reports)
             if refusal is None or step.problem in self.settled:
                 continue
             stage, reason = refusal

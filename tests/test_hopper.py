@@ -1,0 +1,465 @@
+"""The core of sm_90 whose warps do different things, as it is compiled: right in the emulator, and
+chosen where it can run."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import random
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from convloom import settings
+from convloom.compiler import api
+from convloom.compiler.records import rank
+from convloom.errors import InvalidInputError, KernelError, TargetUnavailableError
+from convloom.kernels import registry
+from convloom.kernels.contract import cost_model
+from convloom.kernels.contract.epilogue import Stage
+from convloom.kernels.contract.op import Attributes, Config, Op, Problem, config
+from convloom.kernels.contract.scalars import BY_NAME
+from convloom.kernels.contract.spec import Layout, TensorSpec
+from convloom.kernels.contract.targets import parse
+from convloom.kernels.devices import offline
+from convloom.kernels.devices.emulator import FaultError
+from convloom.kernels.hopper import cooperative, core, gluon
+from convloom.kernels.products.linear import Linear
+from convloom.kernels.tile import choice
+from convloom.kernels.tile.conv_geometry import Conv2d
+from torch import nn
+
+from . import harness, machine_code
+
+pytestmark = pytest.mark.skipif(gluon.MISSING is not None, reason=str(gluon.MISSING))
+
+SM_90 = parse("cuda:sm_90")
+CONV, LINEAR = registry.get("conv2d"), registry.get("linear")
+HALF, BRAIN, SINGLE = torch.float16, torch.bfloat16, torch.float32
+
+
+class FewPrograms(harness.Emulator):
+    """So many programs, each of which then takes several tiles; by a kernel of their own."""
+
+    def __init__(self, programs: int, kernel: Any = None) -> None:
+        super().__init__("sm_90")
+        self.programs, self.kernel = programs, kernel
+
+    def run(self, launch: Any, *others: Any) -> None:
+        kernel = self.kernel or launch.kernel
+        super().run(replace(launch, most_programs=self.programs, kernel=kernel), *others)
+
+
+def conv(
+    attributes: Conv2d,
+    image: tuple[int, int],
+    filters: tuple[int, int],
+    channels: tuple[int, int],
+    n: int = 2,
+    epilogue: tuple[Stage, ...] = (Stage("relu"),),
+    operands: str = "",
+    dtype: torch.dtype = HALF,
+) -> Problem:
+    """A convolution. operands: of the epilogue, r for a residual, b for a bias."""
+    x = TensorSpec((n, channels[0], *image), dtype, Layout.NHWC, batch=n)
+    w = TensorSpec((channels[1], channels[0] // attributes.groups, *filters), dtype)
+    return _problem(CONV, attributes, (x, w), epilogue, operands)
+
+
+def linear(
+    rows: int,
+    channels: tuple[int, int],
+    epilogue: tuple[Stage, ...] = (Stage("relu"),),
+    operands: str = "",
+    dtype: torch.dtype = HALF,
+) -> Problem:
+    """A product; it has a batch of single rows."""
+    x = TensorSpec((rows, channels[0]), dtype, batch=rows)
+    specs = x, TensorSpec((channels[1], channels[0]), dtype)
+    return _problem(LINEAR, Linear(), specs, epilogue, operands)
+
+
+def _problem(
+    op: Op, attributes: Attributes, specs: Any, epilogue: tuple[Stage, ...], operands: str
+) -> Problem:
+    (y,) = op.infer(attributes, specs)
+    bias = TensorSpec((y.shape[1], *(1,) * (y.rank - 2)), SINGLE)
+    read = tuple({"r": y, "b": bias}[each] for each in operands)
+    return harness.problem_for(op, attributes, specs, epilogue, read)
+
+
+def tile_of(
+    problem: Problem, block: tuple[int, int], box: tuple[int, int, int] | None = None,
+    stages: int = 3, depth: int = 64,
+) -> Config:  # fmt: skip
+    """A configuration, legal for the problem, with a ring that is soon full."""
+    box = box or (block[0], 1, 1)
+    made = config(
+        core.WARPS, stages, BLOCK_M=block[0], BLOCK_N=block[1], BLOCK_K=depth,
+        BOX_N=box[0], BOX_H=box[1], BOX_W=box[2], HOPPER=1,
+    )  # fmt: skip
+    assert registry.get(problem.op).legal(problem, made, SM_90) is None
+    return made
+
+
+def check(
+    problem: Problem, tile: Config, programs: int = 2, batch: int | None = None, seed: int = 0,
+    kernel: Any = None,
+) -> None:  # fmt: skip
+    """Emulates a problem of small whole numbers, all of whose sums are exact.
+
+    batch: of this call, the largest by default; kernel: in the place of the core's own.
+    """
+    op, y = registry.get(problem.op), problem.output.spec
+    inputs, operands = (
+        tuple(
+            harness.make_integers(each.spec, seed + 10 * at + len(group), -2, 2)
+            for at, each in enumerate(group)
+        )
+        for group in (problem.inputs, problem.operands)
+    )
+    device, held = FewPrograms(programs, kernel), batch or y.batch or 1
+    results = harness.run_on(device, op, problem, inputs, operands, tile, held)
+    exact = harness.expected(op, problem, inputs, operands)
+    rounded = exact[0].to(y.dtype)
+    if y.batch is not None:
+        assert results[0][held:].isnan().all()
+        rounded, results = rounded[:held], (results[0][:held],)
+    if _is_exact(problem):
+        assert torch.equal(results[0], rounded)
+    else:
+        torch.testing.assert_close(results[0], rounded, rtol=2e-2, atol=2e-2)
+
+
+def _is_exact(problem: Problem) -> bool:
+    """Whether every stage makes whole numbers of whole numbers."""
+    return {stage.name for stage in problem.epilogue} <= {"add", "relu", "sub", "maximum", "mul"}
+
+
+ADDED = Stage("add"), Stage("add"), Stage("relu")
+SAME = Conv2d((1, 1), (1, 1, 1, 1))
+HALVED = Conv2d((2, 2), (1, 1, 1, 1))
+
+
+def cases() -> Iterator[Any]:
+    """Problems with their tiles, programs and batch."""
+    asked = conv(SAME, (9, 11), (3, 3), (64, 72), 2, ADDED, "rb")
+    yield "3x3", asked, tile_of(asked, (128, 128), (1, 8, 16), 3), 2, None
+    asked = conv(HALVED, (8, 12), (3, 3), (64, 64), 5, ADDED, "rb", BRAIN)
+    yield "3x3 stride 2, bf16, 4 of 5 images", asked, tile_of(asked, (128, 64), (4, 4, 8), 2), 1, 4
+    asked = conv(Conv2d((1, 1), (2, 4, 3, 1), (2, 3)), (7, 12), (3, 2), (40, 40), 3, ADDED, "rb")
+    asked = replace(asked, inputs=(replace(asked.inputs[0], pitch=64, offset=8), asked.inputs[1]))
+    yield "dilated, ragged, a slice", asked, tile_of(asked, (256, 64), (2, 8, 16), 2), 2, None
+    asked = linear(300, (200, 264), ADDED, "rb")
+    yield "linear, ragged", asked, tile_of(asked, (128, 256)), 2, None
+    asked = replace(conv(Conv2d(), (9, 9), (1, 1), (96, 64), 4, dtype=SINGLE), precision="tf32")
+    yield "1x1, tf32", asked, tile_of(asked, (256, 128), stages=2, depth=32), 1, None
+
+
+CASES = {name: rest for name, *rest in cases()} if gluon.MISSING is None else {}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_results_are_exact_in_the_emulator(name: str) -> None:
+    problem, tile, programs, batch = CASES[name]
+    check(problem, tile, programs, batch)
+
+
+EPILOGUES = {
+    "": (), "r": (Stage("add"),), "b": (Stage("add"), Stage("relu")), "rb": ADDED,
+    "br": (Stage("mul"), Stage("sub", reverse=True), Stage("maximum", literal=-3.0)),
+}  # fmt: skip
+FUNCTIONS = ("silu", "gelu", "tanh", "hardswish", "clamp", "leaky_relu", "sigmoid", "mish")
+
+
+MOST_STEPS = 100
+"""Of all tiles of a drawn problem together; the emulator takes 10 a second."""
+
+
+def drawn(seed: int) -> tuple[Problem, Config, int, int]:
+    """A small problem with tiles, programs and batch that a seed draws."""
+    pick = random.Random(seed)
+    while True:
+        asked, tile, programs, batch = _attempt(pick)
+        launch = core.launch(asked, tile, SM_90)
+        if 2 <= launch.tiles_at(batch) <= MOST_STEPS / launch.steps:
+            return asked, tile, programs, batch
+
+
+def _attempt(pick: random.Random) -> tuple[Problem, Config, int, int]:
+    dtype = pick.choice((HALF, HALF, BRAIN, SINGLE))
+    operands = pick.choice(list(EPILOGUES))
+    chain = EPILOGUES[operands]
+    if pick.random() < 0.4:
+        name = pick.choice(FUNCTIONS)
+        chain = (*chain, Stage(name, pick.choice(BY_NAME[name].examples)))
+    depth = 32 if dtype is SINGLE else pick.choice((64, 64, 32))
+    block = pick.choice(core.TILES)
+    n, k = pick.randint(1, 5), 8 * pick.randint(1, 36)
+    c = 8 * pick.randint(4, 20)
+    if pick.random() < 0.3:
+        asked = linear(pick.randint(1, 700), (c, k), chain, operands, dtype)
+        box = None
+    else:
+        stride = pick.choice((1, 1, 2))
+        r, s = pick.choice(((1, 1), (3, 3), (3, 3), (5, 5), (7, 7), (1, 7), (3, 2)))
+        c = -(-c // depth) * depth if stride == 2 else c
+        dilation = (pick.choice((1, 1, 2)), pick.choice((1, 1, 3)))
+        padding = tuple(pick.randint(0, 3) for _ in range(4))
+        least = max(dilation[0] * (r - 1), dilation[1] * (s - 1)) + 1
+        image = tuple(2 * pick.randint(-(-least // 2), -(-least // 2) + 6) for _ in range(2))
+        attributes = Conv2d((stride, stride), padding, dilation)
+        asked = conv(attributes, image, (r, s), (c, k), n, chain, operands, dtype)
+        wide, high = 1 << pick.randint(1, 4), 1 << pick.randint(1, 3)
+        box = (
+            None if attributes.is_product((k, c, r, s)) else (block[0] // wide // high, high, wide)
+        )
+    if dtype is SINGLE:
+        asked = replace(asked, precision="tf32")
+    if pick.random() < 0.3:
+        x, y = asked.inputs[0], asked.output
+        x = replace(x, pitch=x.pitch + 24, offset=8)
+        y = replace(y, pitch=y.pitch + 16, offset=8)
+        asked = replace(asked, inputs=(x, asked.inputs[1]), outputs=(y,))
+    fits = (SM_90.shared_bytes - core.END_BYTES) // (sum(block) * depth * dtype.itemsize)
+    tile = tile_of(asked, block, box, pick.randint(2, min(4, fits)), depth)
+    batch = pick.randint(1, asked.output.spec.batch or 1)
+    return asked, tile, pick.randint(1, 4), batch
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(64))
+def test_drawn_problems_are_exact_in_the_emulator(seed: int) -> None:
+    check(*drawn(seed), seed=seed)
+
+
+# What the emulator must not let pass.
+
+FAULTS = {
+    "no wait for an empty slot": (
+        "                mbarrier.wait(empty.index(slot), phase)\n", "",
+        "more threads arrive at an mbarrier|a product under way reads|another warp read since",
+    ),
+    "wrong parity of the producer": (
+        "phase = 1  #", "phase = 0  #", "an mbarrier that nothing under way will end",
+    ),
+    "wrong parity of the consumers": (
+        "    slot = 0\n    phase = 0\n", "    slot = 0\n    phase = 1\n",
+        "nothing was written to|before the copy into it|nothing under way will end",
+    ),
+    "a slot released while its product runs": (
+        "arrive(empty.index(before), count=1, pred=step > 0)",
+        "arrive(empty.index(slot), count=1, pred=step > 0)",
+        "a product under way reads|what another warp read since|nothing under way will end",
+    ),
+    "two products under way": (
+        "num_outstanding=1", "num_outstanding=2",
+        "a product under way reads|what another warp read since",
+    ),
+    "only one group asked": (
+        "mbarrier.init(empty.index(slot), count=2)", "mbarrier.init(empty.index(slot), count=1)",
+        "a product under way reads|what another warp read since|mbarrier",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_planted_faults_are_refused_by_the_emulator(
+    fault: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text, planted, message = FAULTS[fault]
+    sound = Path(cooperative.__file__).read_text()
+    assert text in sound
+    path = tmp_path / "planted.py"
+    path.write_text(sound.replace(text, planted))
+    name = f"{cooperative.__name__}_{list(FAULTS).index(fault)}"
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, name, module)
+    spec.loader.exec_module(module)
+    monkeypatch.setattr(offline, "_compile_apart", lambda wanted: None)  # It has no such module.
+    asked = conv(SAME, (8, 16), (3, 3), (64, 64), 3)
+    tile = tile_of(asked, (128, 64), (1, 8, 16), 2)
+    with pytest.raises(FaultError, match=message):
+        check(asked, tile, 1, kernel=module.cooperative_kernel)
+
+
+# What it compiles to.
+
+COMPILED = {
+    "3x3, residual": conv(SAME, (56, 56), (3, 3), (256, 256), 32, ADDED, "rb"),
+    "1x1, gelu": conv(
+        Conv2d(), (56, 56), (1, 1), (256, 256), 32, (Stage("add"), Stage("gelu")), "b"
+    ),
+    "3x3 stride 2, 64 channels": conv(HALVED, (56, 56), (3, 3), (64, 64), 32, ADDED, "rb"),
+    "linear": linear(4096, (1024, 4096), (Stage("add"), Stage("silu")), "b", BRAIN),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", COMPILED)
+def test_the_first_tile_is_compiled_without_spills(name: str) -> None:
+    """Boxes that are read by the copy engine, wide products, and little beside them in the loop."""
+    problem = COMPILED[name]
+    op, tile = registry.get(problem.op), next(iter(core.tiles(problem, SM_90)))
+    (wanted,) = rank.requests(op, problem, op.launches(problem, tile, SM_90), SM_90)
+    found = offline.report(wanted)
+    assert found.spill_bytes == 0 and found.registers == 168, found
+    assert found.shared_bytes <= core.shared_bytes(tile, HALF), (tile, found)
+    assert found.count("UTMALDG") >= 2 and not found.count("LDGSTS") and found.count("STG.128")
+    compiled = offline.compile_request(wanted)
+    assert compiled.metadata.num_warps == 12
+    loop = machine_code.hot_loop(offline.disassembly(compiled))
+    width = min(problem.inputs[1].shape[0], 256) if tile["BLOCK_M"] == 128 else tile["BLOCK_N"]
+    assert loop is not None and loop.count(f"HGMMA.64x{width}x16") == tile["BLOCK_M"] // 128 * 4
+    beside = len(loop.opcodes) - loop.count("HGMMA")
+    assert beside <= 65 and loop.count("WARPGROUP.DEPBAR") == 1, loop.opcodes
+    assert beside <= 1.15 * core.STEP_INSTRUCTIONS
+
+
+# Where it is chosen.
+
+LARGE = COMPILED["3x3, residual"]
+
+
+@pytest.fixture
+def asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CONVLOOM_CORE", "hopper")
+
+
+def test_nobody_gets_it_who_does_not_ask(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No GPU has run it. What a file names is legal still, unless it is switched off."""
+    tile = next(iter(core.tiles(LARGE, SM_90)))
+    for setting, reason in (("", None), ("plain", "CONVLOOM_CORE=plain switches the Hopper core")):
+        monkeypatch.setenv("CONVLOOM_CORE", setting)
+        assert not core.is_one(CONV.default(LARGE, SM_90))
+        assert not any(map(core.is_one, CONV.configs(LARGE, SM_90)))
+        assert core.note(LARGE, CONV.default(LARGE, SM_90), SM_90, ()) == ""
+        found = CONV.legal(LARGE, tile, SM_90)
+        assert found is None if reason is None else reason in str(found)
+
+
+def test_settings_that_are_none_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CONVLOOM_CORE", "ampere")
+    with pytest.raises(InvalidInputError, match="CONVLOOM_CORE: expected plain or hopper, got"):
+        settings.read()
+
+
+def test_whoever_asks_gets_the_faster_by_the_model(asked_for: None) -> None:
+    for problem in COMPILED.values():
+        op = registry.get(problem.op)
+        chosen = op.default(problem, SM_90)
+        times = {
+            tile: cost_model.problem_us(op, problem, SM_90, tile)
+            for tile in (chosen, *core.tiles(problem, SM_90))
+        }
+        assert times[chosen] == min(times.values())
+        assert set(core.tiles(problem, SM_90)) <= set(op.configs(problem, SM_90))
+    assert core.is_one(CONV.default(LARGE, SM_90))
+
+
+def test_a_step_without_waste_takes_the_time_of_its_products(asked_for: None) -> None:
+    """512 channels of 3x3: what the model knows of the loop is its tensor cores and L2."""
+    problem = conv(SAME, (28, 28), (3, 3), (512, 512), 256)
+    tile = CONV.default(problem, SM_90)
+    assert core.is_one(tile) and (tile["BLOCK_M"], tile["BLOCK_N"]) == (128, 256)
+    (launch,) = CONV.launches(problem, tile, SM_90)
+    machine = cost_model.machine_for(SM_90)
+    cycles = cost_model.tile_cycles(machine, launch, 0.0, HALF, 0.0)
+    assert cycles.tensor == pytest.approx(launch.steps * 128 * 256 * 64 * 2 / 4096, rel=1e-3)
+    assert cycles.instructions < 0.5 * cycles.tensor and cycles.cache < 1.3 * cycles.tensor
+    leaving = replace(launch, most_programs=None)
+    work = choice.Work.of(problem, CONV.cost(problem).flops)
+    stays_us, leaves_us = (cost_model.launch_us(machine, x, *work) for x in (launch, leaving))
+    assert stays_us < leaves_us
+
+
+def test_what_it_cannot_compute_is_refused_with_a_reason(asked_for: None) -> None:
+    good = conv(SAME, (16, 16), (3, 3), (64, 64), 8)
+    tile = tile_of(good, (128, 128), (1, 8, 16))
+    sm_80 = parse("cuda:sm_80")
+    x = good.inputs[0]
+    slice_ = replace(good, inputs=(replace(x, pitch=68), good.inputs[1]))
+    for problem, config_, target, reason in (
+        (good, tile, sm_80, "made for sm_90, not for cuda:sm_80"),
+        (conv(replace(SAME, groups=2), (16, 16), (3, 3), (64, 64)), tile, SM_90, "2 groups"),
+        (conv(replace(SAME, stride=(1, 2)), (16, 16), (3, 3), (64, 64)), tile, SM_90, "stride"),
+        (conv(HALVED, (15, 16), (3, 3), (64, 64)), tile, SM_90, "15x16 has no halves"),
+        (conv(HALVED, (16, 16), (3, 3), (72, 64)), tile, SM_90, "72 channels are no mu"),
+        (conv(SAME, (16, 16), (3, 3), (24, 64)), tile, SM_90, "24 channels; the Hopper core is"),
+        (conv(SAME, (16, 16), (3, 3), (36, 64)), tile, SM_90, "the pitch of x, 72 bytes"),
+        (slice_, tile, SM_90, "the pitch of x, 136 bytes, is no multiple of 16"),
+        (replace(good, prologue=(Stage("relu"),)), tile, SM_90, "a prologue needs"),
+        (conv(SAME, (16, 16), (3, 3), (64, 64), dtype=SINGLE), tile, SM_90, "fp32 accuracy"),
+        (good, replace(tile, num_stages=9), SM_90, "bytes of shared memory"),
+        (good, replace(tile, num_warps=8), SM_90, "has no tile of"),
+        (good, tile_with(tile, BOX_W=8), SM_90, "does not hold BLOCK_M=128"),
+    ):
+        assert reason in str(CONV.legal(problem, config_, target)), reason
+    note = core.note(slice_, CONV.default(slice_, SM_90), SM_90, ())
+    assert note == "plain core: TMA: the pitch of x, 136 bytes, is no multiple of 16"
+
+
+def tile_with(tile: Config, **sizes: int) -> Config:
+    return replace(tile, blocks=tuple({**dict(tile.blocks), **sizes}.items()))
+
+
+class Net(nn.Module):
+    """A layer for the core, and one with too few channels for it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 64, 3, padding=1)
+        self.body = nn.Conv2d(64, 256, 3, padding=1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.relu(self.body(torch.relu(self.stem(x))))
+
+
+def test_the_plan_says_which_core_and_why(asked_for: None) -> None:
+    x = torch.randn(64, 3, 56, 56)
+    made: dict[str, Any] = {"target": "cuda:sm_90", "dtype": HALF}
+    _, plan, _ = api.lowered(Net().eval(), (x,), **made, passes="none")
+    text = plan.to_text()
+    assert "(heuristic; plain core: 3 channels; the Hopper core is for 32 and more)" in text
+    assert "(heuristic; Hopper core)" in text
+    _, plan, _ = api.lowered(Net().eval(), (x,), **made)
+    assert "(heuristic; plain core: stem has no other)" in plan.to_text()
+
+
+def test_whoever_asks_where_it_cannot_be_is_told(asked_for: None) -> None:
+    module, x = Net().eval(), (torch.randn(1, 3, 8, 8),)
+    with pytest.raises(TargetUnavailableError, match="CONVLOOM_CORE=hopper: the Hopper core is ma"):
+        api.lowered(module, x, target="cuda:sm_80", dtype=HALF)
+    api.lowered(module, x, target="interpreter")
+
+
+def test_without_gluon_the_plain_core_is_taken(
+    asked_for: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gluon, "MISSING", "this Triton has no Gluon for Hopper (no module)")
+    assert "this Triton has no Gluon" in str(core.refusal(LARGE, SM_90))
+    assert not core.is_one(CONV.default(LARGE, SM_90))
+    with pytest.raises(TargetUnavailableError, match="CONVLOOM_CORE=hopper: this Triton has no Gl"):
+        core.check_asked(SM_90)
+
+
+@pytest.mark.slow  # Its worker imports this file.
+def test_a_compiler_that_ends_its_process_is_an_error_of_the_kernel(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CONVLOOM_CACHE_DIR", str(tmp_path))
+    tile = next(iter(core.tiles(LARGE, SM_90)))
+    (wanted,) = rank.requests(CONV, LARGE, CONV.launches(LARGE, tile, SM_90), SM_90)
+    monkeypatch.setattr(offline, "resources", ending)
+    with pytest.raises(KernelError, match=r"cooperative_kernel does not compile.*ended its proc"):
+        offline.compile_request(wanted)
+
+
+def ending(wanted: Any) -> None:
+    """What a compiler does whose assertion fails."""
+    os._exit(1)
