@@ -32,7 +32,7 @@ from ..graph.ledger import Ledger
 from ..graph.memory import ALIGNMENT, Buffer, BufferSlice, on_cpu
 from ..graph.torch_call import TorchCall
 from ..graph.verify import verify, verify_memory
-from ..records.choose import Choice, Chooser, heuristic
+from ..records.choose import Chooser, heuristic
 from . import branches
 from .arena import place
 from .packing import constant_place, packed_place
@@ -311,17 +311,9 @@ def _add_step(
     }
     state.steps.append(KernelStep(
         name, problem.op, problem, tile, launches, buffers | _scratch(state, node, launches),
-        node.module_path, node.origins, _chosen_by(choice, problem, target, launches),
+        node.module_path, node.origins, choice.source,
     ))
     state.kernels[node.name] = name
-
-
-def _chosen_by(
-    choice: Choice, problem: Problem, target: Target, launches: tuple[Launch, ...]
-) -> str:
-    """Where a configuration came from and, where another core was asked for, which it uses."""
-    note = core.note(problem, choice.config, target, launches)
-    return choice.source if choice.source.endswith(note) else f"{choice.source}; {note}"
 
 
 def _launches(

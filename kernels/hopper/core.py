@@ -65,6 +65,11 @@ def unavailable(target: Target) -> str | None:
     return gluon.MISSING
 
 
+def is_asked(target: Target) -> bool:
+    """Whether the core is asked for, and the target can have it."""
+    return settings.read().core == settings.HOPPER and unavailable(target) is None
+
+
 def check_asked(target: Target) -> None:
     """Raises TargetUnavailableError where the core is asked for and the target, a GPU, cannot have
     it. (In the interpreter no kernel is that of a GPU.)"""
@@ -157,7 +162,7 @@ def tiles(problem: Problem, target: Target) -> Iterator[Config]:
 
 def configs(problem: Problem, target: Target) -> Iterator[Config]:
     """The core's part of the tuning space; empty unless it is asked for."""
-    if settings.read().core == settings.HOPPER:
+    if is_asked(target):
         yield from tiles(problem, target)
 
 
@@ -179,7 +184,7 @@ def default(
 def note(problem: Problem, tile: Config, target: Target, launches: tuple[Launch, ...]) -> str:
     """Which core a configuration uses and, where it is not this one, why: in words for the plan.
     Empty where nobody asked for this one, and where the launches multiply nothing."""
-    if settings.read().core != settings.HOPPER or unavailable(target) is not None:
+    if not is_asked(target):
         return ""
     if is_one(tile):
         return "Hopper core"

@@ -12,7 +12,7 @@ from typing import Any
 MISSING: str | None = None
 try:
     from triton.experimental.gluon import jit as jit
-    from triton.experimental.gluon import language as gl
+    from triton.experimental.gluon import language
     from triton.experimental.gluon._runtime import GluonASTSource as GluonASTSource
     from triton.experimental.gluon.language.nvidia.hopper import (
         fence_async_shared as fence_async_shared,
@@ -30,9 +30,10 @@ except ImportError as error:
         """The function as it is: it is never compiled."""
         return function
 
-    gl = mbarrier = tma = None
+    language = mbarrier = tma = None
     GluonASTSource = fence_async_shared = warpgroup_mma = warpgroup_mma_wait = None
 
+gl: Any = language
 # Called async_copy_* up to 3.8, async_load and async_store since.
 load_box: Any = getattr(tma, "async_load", None) or getattr(
     tma, "async_copy_global_to_shared", None
