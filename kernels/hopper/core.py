@@ -1,4 +1,4 @@
-"""When and how conv2d and linear use the warp-specialised core of sm_90 (`cooperative.py`).
+"""When and how conv2d and linear use the warp-specialised core of sm_90 (`kernel.py`).
 
 A configuration with the block `HOPPER` is this core's. No GPU has run it: it is neither a default
 nor in the tuning space unless `CONVLOOM_CORE=hopper` asks for it (`settings.py`). Then it is taken
@@ -24,12 +24,13 @@ from ..tile import choice
 from ..tile.conv_geometry import Conv2d
 from ..tile.geometry import Image, Output, Tile, Window, problem_extras
 from . import boxes, gluon
-from .cooperative import Pixels, cooperative_kernel
+from .kernel import Pixels, hopper_kernel
 
-BLOCK = "HOPPER"
+BLOCK, TURNS = "HOPPER", "TURNS"
 CAPABILITY = 90
-TILES = ((128, 256), (256, 128), (128, 128), (256, 64), (128, 64))
-"""Pixels and output channels."""
+TILES = ((128, 256, 0), (256, 128, 0), (128, 128, 0), (256, 64, 0), (128, 64, 0), (128, 128, 1),
+         (128, 64, 1))  # fmt: skip
+"""Pixels, output channels, and whether two groups of warps take tiles in turn."""
 DEPTHS = (64, 32)
 """Channels of a step in half precision: rows of 128 or 64 bytes; half as many in fp32."""
 LEAST_CHANNELS = 32
@@ -56,6 +57,10 @@ class View(NamedTuple):
 def is_one(tile: Config) -> bool:
     """Whether a configuration is this core's."""
     return bool(dict(tile.blocks).get(BLOCK, 0))
+
+
+def _turns(tile: Config) -> int:
+    return dict(tile.blocks).get(TURNS, 0)
 
 
 def unavailable(target: Target) -> str | None:
@@ -118,7 +123,8 @@ def legal(problem: Problem, tile: Config, target: Target) -> str | None:
         return f"stride 2: {_channels(problem)} channels are no multiple of {tile['BLOCK_K']}"
     if tile["BOX_N"] * tile["BOX_H"] * tile["BOX_W"] != tile["BLOCK_M"]:
         return f"the box does not hold BLOCK_M={tile['BLOCK_M']} pixels"
-    if (tile["BLOCK_M"], tile["BLOCK_N"]) not in TILES or tile.num_warps != WARPS:
+    known = tile["BLOCK_M"], tile["BLOCK_N"], _turns(tile)
+    if known not in TILES or tile.num_warps != WARPS:
         return f"the Hopper core has no tile of {tile}"
     needed = shared_bytes(tile, problem.inputs[0].spec.dtype)
     if needed > target.shared_bytes:
@@ -145,7 +151,7 @@ def tiles(problem: Problem, target: Target) -> Iterator[Config]:
     depths = [depth * 2 // dtype.itemsize for depth in DEPTHS]
     block_k = min(depths, key=lambda depth: (-(-c // depth) * depth, -depth))
     columns = _columns(problem)
-    for block_m, block_n in TILES:
+    for block_m, block_n, turns in TILES:
         if block_n > max(64, columns + columns // 2):
             continue
         product = _is_product(problem)
@@ -154,7 +160,7 @@ def tiles(problem: Problem, target: Target) -> Iterator[Config]:
             stages = min(MOST_STAGES, room // _slot_bytes(block_m, block_n, block_k, dtype))
             tile = config(
                 WARPS, stages, BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k,
-                BOX_N=box[0], BOX_H=box[1], BOX_W=box[2], **{BLOCK: 1},
+                BOX_N=box[0], BOX_H=box[1], BOX_W=box[2], **{BLOCK: 1, TURNS: turns},
             )  # fmt: skip
             if legal(problem, tile, target) is None:
                 yield tile
@@ -248,7 +254,7 @@ def launch(problem: Problem, tile: Config, target: Target) -> Launch:
     down, across = -(-view.output.P // pixels.H), -(-view.output.Q // pixels.W)
     precision = "tf32" if dtype is torch.float32 else "ieee"
     return Launch(
-        kernel=cooperative_kernel,
+        kernel=hopper_kernel,
         pointers={"y": Y},
         boxes={
             "x": _x_box(problem, tile, view),
@@ -262,13 +268,14 @@ def launch(problem: Problem, tile: Config, target: Target) -> Launch:
         constexprs={
             "IMAGE": view.image, "WINDOW": view.window, "PIXELS": pixels,
             "TILE": Tile(block_m, block_n, block_k, 1, precision, problem.is_wide),
-            "OUTPUT": view.output, "STAGES": tile.num_stages,
+            "OUTPUT": view.output, "STAGES": tile.num_stages, TURNS: _turns(tile),
         },
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
         l2_bytes=steps * _slot_bytes(block_m, block_n, block_k, dtype),
         steps=steps,
-        step_instructions=2 * STEP_INSTRUCTIONS,
+        step_instructions=STEP_INSTRUCTIONS * (1 if _turns(tile) else 2),
         shared_held=shared_bytes(tile, dtype),
+        hides_ends=bool(_turns(tile)),
         most_programs=cost_model.machine_for(target).multiprocessors,
     )  # fmt: skip

@@ -12,15 +12,18 @@ TILE.N channels. In each program
 - one warp asks the copy engine for boxes, as many ahead as the ring has slots, also across tiles:
   tap (r, s) is the same box of x, moved. What lies outside of x and w arrives as zero, which is the
   padding, and what fills up the channels;
-- two groups of four warps multiply half of the pixels each, straight out of the ring, with one
-  product under way while the next one's operands are waited for; then they finish their results
-  while the ring fills with the next tile's operands.
+- two groups of four warps multiply straight out of the ring, with one product under way while the
+  next one's operands are waited for, and then finish their results. They share each tile, half of
+  its pixels each, and the ring fills meanwhile with the next tile's operands; or with TURNS they
+  take tiles in turn, and one multiplies while the other finishes.
 
-`full[slot]`: both boxes have arrived. `empty[slot]`: both groups have read them: each arrives when
-only the product behind it is still under way. The groups never wait for each other.
+`full[slot]`: both boxes have arrived. `empty[slot]`: who reads them has: a group arrives when only
+the product behind it is still under way. `order[group]`, in turns: the other one's loop is over. A
+parity tells apart no more than two fillings of a slot; whoever is further behind would take an old
+one for its own. Groups that share tiles never wait for each other.
 
-The design is that of CUTLASS's cooperative kernels (Thakkar et al.) with the taps of a filter in
-the place of its im2col.
+The design is that of CUTLASS's cooperative and ping-pong kernels (Thakkar et al.) with the taps of
+a filter in the place of its im2col.
 """
 
 from __future__ import annotations
@@ -103,12 +106,14 @@ def produce(
 
 @jit
 def consume(
-    y, extras, x_ring, w_ring, full, empty, tiles, m,
+    y, extras, x_ring, w_ring, full, empty, order, tiles, m,
     IMAGE: gl.constexpr, WINDOW: gl.constexpr, PIXELS: gl.constexpr, TILE: gl.constexpr,
-    OUTPUT: gl.constexpr, STAGES: gl.constexpr, WHO: gl.constexpr,
+    OUTPUT: gl.constexpr, STAGES: gl.constexpr, TURNS: gl.constexpr, WHO: gl.constexpr,
 ):  # fmt: skip
-    """Four warps that multiply and finish the pixels from WHO·TILE.M/2 on."""
-    M: gl.constexpr = TILE.M // 2
+    """Four warps that multiply and finish the pixels from WHO·TILE.M/2 on of every tile, or in
+    turns every second tile."""
+    M: gl.constexpr = TILE.M if TURNS else TILE.M // 2
+    FIRST: gl.constexpr = 0 if TURNS else WHO * M
     N: gl.constexpr = TILE.N
     K: gl.constexpr = TILE.K
     bits: gl.constexpr = x_ring.dtype.primitive_bitwidth
@@ -118,13 +123,25 @@ def consume(
     steps: gl.constexpr = WINDOW.R * WINDOW.S * ((IMAGE.C + K - 1) // K)
     slot = 0
     phase = 0
-    for tile in range(gl.program_id(0), tiles, gl.num_programs(0)):
+    turn = 0
+    first = gl.program_id(0)
+    stride = gl.num_programs(0)
+    if TURNS:
+        first += WHO * stride
+        stride *= 2
+    for tile in range(first, tiles, stride):
         n, p, q, column = tile_corner(tile, PIXELS, TILE, OUTPUT)
+        if TURNS:
+            count = (2 * turn + WHO) * steps
+            slot = count % STAGES
+            phase = count // STAGES % 2
+            mbarrier.wait(order.index(WHO), (turn + 1 - WHO) % 2)
+            turn += 1
         acc = gl.zeros([M, N], gl.float32, sums)
         before = 0
         for step in range(steps):
             mbarrier.wait(full.index(slot), phase)
-            a = x_ring.index(slot).reshape([TILE.M, K]).slice(WHO * M, M)
+            a = x_ring.index(slot).reshape([TILE.M, K]).slice(FIRST, M)
             b = w_ring.index(slot).reshape([N, K]).permute((1, 0))
             acc = warpgroup_mma(a, b, acc, precision=TILE.precision, is_async=True)
             acc = warpgroup_mma_wait(num_outstanding=1, deps=(acc,))
@@ -135,39 +152,41 @@ def consume(
             if slot == STAGES:
                 slot = 0
                 phase ^= 1
+        if TURNS:
+            mbarrier.arrive(order.index(1 - WHO), count=1)
         acc = warpgroup_mma_wait(num_outstanding=0, deps=(acc,))
         mbarrier.arrive(empty.index(before), count=1)
-        finish(acc, y, extras, n, p, q, column, m, PIXELS, TILE, OUTPUT, WHO)
+        finish(acc, y, extras, n, p, q, column, m, PIXELS, TILE, OUTPUT, FIRST)
 
 
 @jit
 def finish(
     acc, y, extras, n, p, q, column, m,
-    PIXELS: gl.constexpr, TILE: gl.constexpr, OUTPUT: gl.constexpr, WHO: gl.constexpr,
+    PIXELS: gl.constexpr, TILE: gl.constexpr, OUTPUT: gl.constexpr, FIRST: gl.constexpr,
 ):  # fmt: skip
-    """The epilogue of half of a tile, and its store: 64 results of each thread at a time, beside
-    which there are registers for any epilogue."""
-    M: gl.constexpr = TILE.M // 2
+    """The epilogue of a tile's pixels from FIRST on, and their store: 64 results of each thread at
+    a time, beside which there are registers for any epilogue."""
+    M: gl.constexpr = acc.shape[0]
     N: gl.constexpr = TILE.N
     if M * N > MOST_AT_ONCE:
         left, right = acc.reshape([M, 2, N // 2]).permute((0, 2, 1)).split()
-        put(left, y, extras, n, p, q, column, m, PIXELS, TILE, OUTPUT, WHO)
-        put(right, y, extras, n, p, q, column + N // 2, m, PIXELS, TILE, OUTPUT, WHO)
+        put(left, y, extras, n, p, q, column, m, PIXELS, TILE, OUTPUT, FIRST)
+        put(right, y, extras, n, p, q, column + N // 2, m, PIXELS, TILE, OUTPUT, FIRST)
     else:
-        put(acc, y, extras, n, p, q, column, m, PIXELS, TILE, OUTPUT, WHO)
+        put(acc, y, extras, n, p, q, column, m, PIXELS, TILE, OUTPUT, FIRST)
 
 
 @jit
 def put(
     acc, y, extras, n, p, q, column, m,
-    PIXELS: gl.constexpr, TILE: gl.constexpr, OUTPUT: gl.constexpr, WHO: gl.constexpr,
+    PIXELS: gl.constexpr, TILE: gl.constexpr, OUTPUT: gl.constexpr, FIRST: gl.constexpr,
 ):  # fmt: skip
     """The epilogue and the store of all rows and some columns of it: 16 bytes by each thread."""
     M: gl.constexpr = acc.shape[0]
     N: gl.constexpr = acc.shape[1]
     wide: gl.constexpr = gl.BlockedLayout([1, 8], [256 // N, N // 8], [4, 1], [1, 0])
     value = gl.convert_layout(acc, wide)
-    pixel = WHO * M + gl.arange(0, M, layout=gl.SliceLayout(1, wide))
+    pixel = FIRST + gl.arange(0, M, layout=gl.SliceLayout(1, wide))
     image = n + pixel // (PIXELS.H * PIXELS.W)
     row = p + pixel // PIXELS.W % PIXELS.H
     place = q + pixel % PIXELS.W
@@ -184,10 +203,10 @@ def put(
 
 
 @jit
-def cooperative_kernel(
+def hopper_kernel(
     x, w, y, extras, m,
     IMAGE: gl.constexpr, WINDOW: gl.constexpr, PIXELS: gl.constexpr, TILE: gl.constexpr,
-    OUTPUT: gl.constexpr, STAGES: gl.constexpr,
+    OUTPUT: gl.constexpr, STAGES: gl.constexpr, TURNS: gl.constexpr,
 ):  # fmt: skip
     """m counts images."""
     column_tiles: gl.constexpr = (OUTPUT.K + TILE.N - 1) // TILE.N
@@ -200,17 +219,20 @@ def cooperative_kernel(
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     for slot in gl.static_range(STAGES):
         mbarrier.init(full.index(slot), count=1)
-        mbarrier.init(empty.index(slot), count=2)
+        mbarrier.init(empty.index(slot), count=1 if TURNS else 2)
+    order = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    for who in gl.static_range(2):
+        mbarrier.init(order.index(who), count=1)
     fence_async_shared()
     gl.warp_specialize(
         [
             (consume, (
-                y, extras, x_ring, w_ring, full, empty, tiles, m, IMAGE, WINDOW, PIXELS, TILE,
-                OUTPUT, STAGES, 0,
+                y, extras, x_ring, w_ring, full, empty, order, tiles, m, IMAGE, WINDOW, PIXELS,
+                TILE, OUTPUT, STAGES, TURNS, 0,
             )),
             (consume, (
-                y, extras, x_ring, w_ring, full, empty, tiles, m, IMAGE, WINDOW, PIXELS, TILE,
-                OUTPUT, STAGES, 1,
+                y, extras, x_ring, w_ring, full, empty, order, tiles, m, IMAGE, WINDOW, PIXELS,
+                TILE, OUTPUT, STAGES, TURNS, 1,
             )),
             (produce, (
                 x, w, x_ring, w_ring, full, empty, tiles, IMAGE, WINDOW, PIXELS, TILE, OUTPUT,
