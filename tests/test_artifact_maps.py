@@ -11,6 +11,7 @@ import convloom
 import pytest
 import torch
 from convloom.compiler.artifact import device as gpu
+from convloom.compiler.artifact import rederive
 from convloom.compiler.artifact.check import check_document
 from convloom.compiler.artifact.maps import Map
 from convloom.compiler.artifact.program import Program
@@ -130,6 +131,11 @@ def test_what_the_driver_is_given_computes_the_network(saved: tuple[Path, Execut
     (executable,) = loaded.executables
     assert isinstance(executable._runner, runtime.EmulatorRunner)
     torch.testing.assert_close(loaded(x).float(), module(x), rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.slow
+def test_the_file_is_what_its_graph_makes_of_it(artifact: Artifact) -> None:
+    assert rederive.compares_code(artifact) and not rederive.differences(artifact)
 
 
 BUFFER = Buffer("x", "input", HALF, 4 * 8 * 64 * 2, 4)
