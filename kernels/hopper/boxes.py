@@ -26,13 +26,15 @@ def waste(problem: Problem, box: tuple[int, int, int]) -> float:
     return computed / max(n * p * q, 1)
 
 
-def boxes(problem: Problem, pixels: int) -> list[tuple[int, int, int]]:
-    """Boxes of that many pixels that pad little, the best first."""
+def boxes(
+    problem: Problem, pixels: int, most_images: int = 1 << 30
+) -> list[tuple[int, int, int]]:
+    """Boxes of that many pixels, and of at most so many images, that pad little, the best first."""
     powers = [1 << bit for bit in range(pixels.bit_length())]
     every = [
         (pixels // (high * wide), high, wide)
         for high, wide in itertools.product(powers, powers)
-        if high * wide <= pixels
+        if high * wide <= pixels <= most_images * high * wide
     ]
     # Of equal ones that of fewest images: the boxes of neighbouring taps overlap most.
     every.sort(key=lambda box: (waste(problem, box), box[0], -box[2]))

@@ -14,6 +14,7 @@ try:
     from triton.experimental.gluon import jit as jit
     from triton.experimental.gluon import language
     from triton.experimental.gluon._runtime import GluonASTSource as GluonASTSource
+    from triton.experimental.gluon.language._core import builtin
     from triton.experimental.gluon.language.nvidia.hopper import (
         fence_async_shared as fence_async_shared,
     )
@@ -30,6 +31,7 @@ except ImportError as error:
         """The function as it is: it is never compiled."""
         return function
 
+    builtin = jit
     language = mbarrier = tma = None
     GluonASTSource = fence_async_shared = warpgroup_mma = warpgroup_mma_wait = None
 
@@ -38,6 +40,14 @@ gl: Any = language
 load_box: Any = getattr(tma, "async_load", None) or getattr(
     tma, "async_copy_global_to_shared", None
 )
+
+
+@builtin
+def seen_as(memory: Any, shape: Any, layout: Any, _semantic: Any = None) -> Any:
+    """Shared memory from the start of a buffer on, in another shape, which may be larger than the
+    buffer. (Triton 3.8 refuses that; its name is public since 3.9.)"""
+    method = getattr(memory, "reinterpret", None) or memory._reinterpret
+    return method(memory.dtype, shape, layout, _semantic=_semantic)
 
 
 def descriptor_type(dtype: str, box: tuple[int, ...], itemsize: int) -> str:
