@@ -240,6 +240,8 @@ def _attempt(pick: random.Random) -> tuple[Problem, Config, int, int]:
         attributes = Conv2d((stride, stride), padding, dilation)
         asked = conv(attributes, image, (r, s), (c, k), n, chain, operands, dtype)
         wide, high = 1 << pick.randint(1, 4), 1 << pick.randint(1, 3)
+        if has_halo:
+            wide, high = pick.choice(((16, 16), (32, 8)))
         box = (
             None if attributes.is_product((k, c, r, s)) else (block[0] // wide // high, high, wide)
         )
