@@ -12,6 +12,9 @@
 | CONVLOOM_LAUNCH     | how kernels follow each other on a GPU, separated by commas; nothing  |
 |                     | by default: programmatic (the next one starts early, sm_90 and        |
 |                     | later), branches (independent ones run side by side)                  |
+| CONVLOOM_CORE       | hopper: convolutions and linear layers by warps that do different     |
+|                     | things, on sm_90 where they can (no GPU has run that); plain: never,  |
+|                     | even where a file or a record says so; by default it is not chosen    |
 """
 
 from __future__ import annotations
@@ -29,6 +32,8 @@ VERSION = "0.1.0"
 CHECKS = (NOTHING, LAWS, MEANING) = (0, 1, 2)
 """What CONVLOOM_CHECK asks for, each with all before it."""
 LAUNCH_OPTIONS = (PROGRAMMATIC, BRANCHES) = ("programmatic", "branches")
+CORES = (PLAIN, HOPPER) = ("plain", "hopper")
+"""What computes products (`kernels/hopper/core.py`)."""
 
 
 @dataclass(frozen=True)
@@ -39,13 +44,14 @@ class Settings:
     check: int
     cache_dir: Path
     launch: frozenset[str] = frozenset()
+    core: str = ""
 
 
 def read() -> Settings:
     """The settings of this moment (read at each use, so that tests may change them).
 
-    Raises: InvalidInputError when CONVLOOM_DEBUG is not an integer, or CONVLOOM_CHECK or
-    CONVLOOM_LAUNCH unknown.
+    Raises: InvalidInputError when CONVLOOM_DEBUG is not an integer, or CONVLOOM_CHECK,
+    CONVLOOM_LAUNCH or CONVLOOM_CORE unknown.
     """
     level = os.environ.get("CONVLOOM_DEBUG", "0")
     if not level.isdigit():
@@ -64,10 +70,14 @@ def read() -> Settings:
             "CONVLOOM_LAUNCH: programmatic and branches exclude each other: a kernel that starts "
             "early behind another stream's event has not been tried; choose one"
         )
+    core = os.environ.get("CONVLOOM_CORE", "")
+    if core not in ("", *CORES):
+        raise InvalidInputError(f"CONVLOOM_CORE: expected {' or '.join(CORES)}, got {core!r}")
     default = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "convloom"
     return Settings(
         debug=int(level),
         check=int(check),
         cache_dir=Path(os.environ.get("CONVLOOM_CACHE_DIR", default)),
         launch=launch,
+        core=core,
     )

@@ -41,6 +41,7 @@ from .run.executable import Executable
 from .run.runtime import runner_for
 from .tuning.fit import fitted
 from .tuning.search import problems_of, search, works_for
+from .tuning.self_check import SelfCheck
 
 LOG = logging.getLogger("convloom")
 PRECISIONS = ("ieee", "tf32")
@@ -288,7 +289,7 @@ def lowered(
     choose = records.choose if records else heuristic
     lowering = partial(_lowered_with, graph, captured, options, ledger)
     fits = compiled and chosen.is_gpu
-    plan, ledger = fitted(lowering, choose) if fits else lowering(choose)
+    plan, ledger = fitted(lowering, choose, SelfCheck(chosen)) if fits else lowering(choose)
     overrides.check_forced(captured, captured.goal.force, ledger, LABELS)
     if bounds is not None:
         plan = _with_bounds(plan, bounds)

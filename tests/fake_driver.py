@@ -30,7 +30,7 @@ class Started:
     shared_bytes: int
     attributes: tuple[tuple[str, Any], ...]
     stream: int
-    arguments: tuple[int, ...]
+    arguments: tuple[Any, ...]
     scratch: tuple[int, int]
 
 
@@ -46,6 +46,8 @@ class FakeDriver:
     loaded: list[bytes] = field(default_factory=list)
     asked: list[tuple[Any, ...]] = field(default_factory=list)
     started: list[Started] = field(default_factory=list)
+    maps: list[tuple[Any, ...]] = field(default_factory=list)
+    version: int = 13_020
 
     CUresult = SimpleNamespace(CUDA_SUCCESS=SUCCESS)
     CUdevice_attribute = CUfunction_attribute = CUfunc_cache = _Names()
@@ -82,14 +84,34 @@ class FakeDriver:
         self.asked.append((function[1], attribute, value))
         return self._answer("cuFuncSetAttribute")
 
+    cuuint32_t = cuuint64_t = int
+    CUtensorMapDataType = CUtensorMapInterleave = CUtensorMapSwizzle = _Names()
+    CUtensorMapL2promotion = CUtensorMapFloatOOBfill = _Names()
+
+    def cuDriverGetVersion(self) -> tuple[Any, ...]:
+        return self._answer("cuDriverGetVersion", self.version)
+
+    def cuTensorMapEncodeTiled(self, *arguments: Any) -> tuple[Any, ...]:
+        """A map that begins with its number; the driver's bit for small tensors is set."""
+        self.maps.append(arguments)
+        raw = (ctypes.c_uint64 * 16)(len(self.maps) - 1, 1 << 21)
+        made = SimpleNamespace(raw=raw, getPtr=lambda: ctypes.addressof(raw))
+        return self._answer("cuTensorMapEncodeTiled", made)
+
+    def _made_of(self, address: int) -> tuple[Any, ...]:
+        """What a map that a kernel was given was made of, and whether the bit is set."""
+        number, flags, *_ = (ctypes.c_uint64 * 16).from_address(address)
+        return (*self.maps[number], bool(flags))
+
     def cuLaunchKernelEx(self, config: Any, function: Any, address: int, extra: int) -> Any:
         module, entry = function
-        types = self.signatures[self.loaded[module], entry]
+        types = [x for each in self.signatures[self.loaded[module], entry] for x in expanded(each)]
         pointers = (ctypes.c_void_p * (len(types) + 2)).from_address(address)
         values = [
-            (ctypes.c_int32 if kind == "i32" else ctypes.c_uint64).from_address(at).value
+            self._made_of(at) if kind == "map"
+            else (ctypes.c_int32 if kind == "i32" else ctypes.c_uint64).from_address(at).value
             for kind, at in zip((*types, "*", "*"), pointers, strict=True)
-        ]
+        ]  # fmt: skip
         assert (config.gridDimY, config.gridDimZ, config.blockDimY, config.blockDimZ) == (1,) * 4
         assert config.numAttrs == len(config.attrs) and extra == 0
         started = Started(
@@ -111,3 +133,11 @@ def _set(value: SimpleNamespace) -> dict[str, Any]:
     found = {name: each for name, each in vars(value).items() if name != "clusterDim"}
     cluster = vars(value.clusterDim)
     return {**found, **({"clusterDim": tuple(cluster.values())} if cluster else {})}
+
+
+def expanded(kind: str) -> tuple[str, ...]:
+    """An argument's kind as what is passed for it: of a tensor map its sizes and strides too."""
+    if not kind.startswith("box"):
+        return (kind,)
+    dimensions = int(kind[3])
+    return ("map", *("i32",) * dimensions, *("i64",) * dimensions)

@@ -344,7 +344,7 @@ def test_a_grid_that_the_file_cannot_say_is_refused(
     [
         ("global_scratch_size", 128, "global scratch memory"),
         ("profile_scratch_size", 128, "profiling memory"),
-        ("tensordesc_meta", [{"swizzle": 3}], "descriptors"),
+        ("tensordesc_meta", [{"swizzle": 3}], "descriptors of its own"),
     ],
 )
 def test_a_kernel_that_needs_more_than_pointers_is_refused(

@@ -15,6 +15,7 @@ from convloom.kernels.contract.spec import FLOAT_DTYPES, Layout, TensorSpec
 from convloom.kernels.contract.targets import Target, parse
 from convloom.kernels.convolution import conv_tma
 from convloom.kernels.devices import execute, offline
+from convloom.kernels.hopper import boxes
 from convloom.kernels.tile.conv_geometry import Conv2d
 
 from . import harness
@@ -116,14 +117,14 @@ def test_views_of_stride_2_follow_batch_and_slice() -> None:
 def test_boxes_of_little_waste_are_tried() -> None:
     asked = problem(Conv2d((1, 1), SAME), (56, 56), channels=(64, 64), n=32)
     assert {c["BLOCK_M"] for c in in_boxes(asked)} == {64, 128, 256}
-    assert conv_tma.waste(asked, (1, 8, 8)) == 1.0
-    assert conv_tma.waste(asked, (1, 8, 16)) == pytest.approx(64 / 56)
+    assert boxes.waste(asked, (1, 8, 8)) == 1.0
+    assert boxes.waste(asked, (1, 8, 16)) == pytest.approx(64 / 56)
     for tile in in_boxes(asked):
         (launch,) = OP.launches(asked, tile, SM_90)
         box = (tile["BOX_N"], tile["BOX_H"], tile["BOX_W"])
-        assert cost_model.padding(launch, tile, asked) == pytest.approx(conv_tma.waste(asked, box))
+        assert cost_model.padding(launch, tile, asked) == pytest.approx(boxes.waste(asked, box))
     # 7x7 at batch 1: whatever the box, half of it is empty or more.
-    assert conv_tma.boxes(problem(Conv2d((1, 1), SAME), (7, 7), n=1), 128) == []
+    assert boxes.boxes(problem(Conv2d((1, 1), SAME), (7, 7), n=1), 128) == []
 
 
 def test_boxes_are_refused_with_a_reason() -> None:

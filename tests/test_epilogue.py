@@ -145,7 +145,7 @@ mask=row_mask[:, None] & column_mask[None, :], other=0.0).to(tl.float32)
     operand2 = tl.load(extras[2] + (rows // 15), mask=row_mask, other=0.0)\
 .to(tl.float32)[:, None]
     acc = multiply(acc, operand2)
-    acc = subtract(tl.full((1, 1), 1.5, tl.float32), acc)
+    acc = subtract(tl.cast(1.5, tl.float32), acc)
     return acc
 """
 

@@ -52,8 +52,8 @@ STANDARD_LIBRARY = frozenset(__import__("sys").stdlib_module_names)
 # The floors inside two rooms, from the ground up: a folder imports what stands below it.
 FLOORS = {
     "kernels": (
-        ("contract",), ("tile",), ("movement",), ("normalisation",), ("products", "pooling"),
-        ("convolution",), ("fused",), ("registry",), ("devices",),
+        ("contract",), ("tile",), ("hopper",), ("movement",), ("normalisation",),
+        ("products", "pooling"), ("convolution",), ("fused",), ("registry",), ("devices",),
     ),
     "compiler": (
         ("graph", "onnx"), ("fusion", "records", "evaluation", "capture"), ("plan", "passes"),

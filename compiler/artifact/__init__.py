@@ -29,6 +29,6 @@ What can be relied on:
 A grid depends on the batch by one rule that is exact for every batch of the range:
 `ceil(rows / largest batch * batch / block_rows) * columns` programs, or the launch's own limit
 where that is less and each program computes several tiles. Launches that this rule cannot express,
-and kernels that need more than pointers and the number of rows (descriptors, scratch memory of the
-compiler's), are refused when a file is written.
+and kernels that need more than pointers, tensor maps (`maps.py`) and the number of rows (scratch
+memory of the compiler's), are refused when a file is written.
 """

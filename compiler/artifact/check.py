@@ -23,6 +23,7 @@ from ...kernels.contract.spec import MEMORY_FORMATS, Layout, Operand, TensorSpec
 from ..graph.interface import Port
 from ..graph.memory import Buffer
 from ..plan.streams import MOST_STREAMS
+from .maps import KIND
 from .program import READ, ROWS, SCRATCH, WRITE, Argument, Call, Document, Image, Program
 from .program import check_nest as count_leaves
 
@@ -34,6 +35,7 @@ MOST_DIMENSIONS = 8
 MOST_PROGRAMS = 256
 LARGEST_GRID = 2**31 - 1
 MOST_ARGUMENTS = 256
+MOST_WARPS = 32
 PROMISE = 16
 """Bytes; kernels are compiled for pointers that are multiples of it."""
 POINTERS = {
@@ -272,13 +274,16 @@ class _Checker:
             named = member.startswith(folder) and member.endswith(f".{kind}")
             if not named or member not in self.members:
                 self.refuse(f"{where}: expected a {kind} in {folder}, got '{member[:80]}'")
-        sound = image.num_warps in (1, 2, 4, 8, 16, 32) and image.num_ctas in (1, 2, 4, 8, 16)
+        sound = 0 < image.num_warps <= MOST_WARPS and image.num_ctas in (1, 2, 4, 8, 16)
         if not sound or not 0 <= image.shared_bytes <= target.shared_bytes:
             self.refuse(
                 f"{where}: {image.num_warps} warps, {image.num_ctas} blocks per cluster, "
                 f"{image.shared_bytes} bytes of shared memory"
             )
-        unknown = [name for name in image.signature if name not in (*POINTERS.values(), "i32")]
+        unknown = [
+            name for name in image.signature
+            if name != "i32" and KIND.sub(r"\2", name) not in POINTERS.values()
+        ]  # fmt: skip
         if unknown or len(image.signature) > MOST_ARGUMENTS:
             self.refuse(f"{where} has {len(image.signature)} arguments, unknown are {unknown[:3]}")
 
@@ -315,13 +320,15 @@ class _Checker:
 
     def _check_argument(self, argument: Argument, kind: str, where: str) -> None:
         if argument.kind == ROWS:
-            if kind != "i32" or argument.buffer or argument.operand is not None:
+            if kind != "i32" or argument != Argument(ROWS):
                 self.refuse(f"{where} passes the number of rows as {kind}")
             return
         buffer = self.program.buffers.get(argument.buffer)
         if buffer is None or argument.kind not in TOUCHED:
             self.refuse(f"{where} passes {argument.kind[:20]!r} '{argument.buffer[:80]}'")
-        if POINTERS[buffer.dtype] != kind:
+        self._check_map(argument, buffer, where)
+        form = "" if argument.map is None else f"box{len(argument.map.shape)}"
+        if form + POINTERS[buffer.dtype] != kind:
             self.refuse(f"{where} passes '{buffer.name}' of {buffer.dtype} as {kind}")
         if buffer.kind not in TOUCHED[argument.kind]:
             self.refuse(f"{where} would {argument.kind} '{buffer.name}', a buffer of {buffer.kind}")
@@ -329,6 +336,15 @@ class _Checker:
             self.refuse(f"{where} does not say where in '{buffer.name}' it writes")
         if argument.operand is not None:
             self._check_operand(argument.operand, buffer.name, f"{where}: '{buffer.name}'")
+
+    def _check_map(self, argument: Argument, buffer: Buffer, where: str) -> None:
+        if argument.map is None:
+            return
+        if argument.kind != READ:
+            self.refuse(f"{where} would {argument.kind} '{buffer.name}' through a tensor map")
+        if problem := argument.map.problem(buffer, self.program.batches):
+            self.refuse(f"{where}: a tensor map of '{buffer.name}' {problem}")
+        self._check_batch(argument.map.batch, f"{where}: a tensor map of '{buffer.name}'")
 
     def _check_grid(self, call: Call, where: str) -> None:
         grid, high = call.grid, self.program.batches[1]

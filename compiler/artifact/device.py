@@ -3,7 +3,8 @@
 What Triton's own launcher does (triton/backends/nvidia/driver.c, 3.6 and 3.7) is done here with
 `cuda-bindings`: a module per cubin, the dynamic shared memory beyond 48 KB asked for, one
 `cuLaunchKernelEx` per launch with attributes for clusters, programmatic and cooperative launches,
-and two null pointers behind the arguments, where kernels expect the compiler's scratch memory.
+tensor maps of what is read in boxes, and two null pointers behind the arguments, where kernels
+expect the compiler's scratch memory.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from ...kernels.contract import targets
 from ..graph.memory import Memory
 from ..plan.streams import Action, Schedule, Touch, scheduled
 from ..run.cuda_graphs import GraphRunner
+from . import maps
 from .check import PROMISE
 from .program import READ, ROWS, Call, Image, Program
 from .read import Artifact
@@ -176,6 +178,10 @@ def _bind_call(
             raise KernelError(
                 f"{kernel.image.entry}: buffer {argument.buffer} is not aligned to {PROMISE} bytes"
             )
+        if argument.map is not None:
+            buffer = memory.flat(argument.buffer)
+            values += maps.encoded(call, driver, argument.map, buffer, memory.batch)
+            continue
         values.append(ctypes.c_uint64(address))
     # The compiler's global and profiling scratch: no kernel in a file uses them.
     values += [ctypes.c_uint64(0), ctypes.c_uint64(0)]

@@ -16,6 +16,7 @@ from ...kernels.contract.spec import Operand
 from ..graph.interface import CONSTANTS, Constant, Interface, Port, Structure
 from ..graph.memory import Buffer
 from ..graph.typed import Reader
+from .maps import Map
 
 FORMAT, VERSION = "convloom-executable", 4
 DEEPEST, MOST_LEAVES = 16, 4096
@@ -26,8 +27,10 @@ READ, WRITE, SCRATCH, ROWS = "read", "write", "scratch", "rows"
 class Image:
     """One compiled kernel: its members, its entry point, and how it wants to be launched.
 
-    signature: the types of its arguments in order, without the two pointers of the compiler's own
-    scratch that follow in Triton's calling convention. ptx: for newer generations; else None.
+    signature: the types of its arguments in order (`box4*fp16` is a tensor map of four dimensions,
+    behind which come its sizes and strides), without the two pointers of the compiler's own scratch
+    that follow in Triton's calling convention. num_warps: with those that the compiler adds. ptx:
+    for newer generations; else None.
     """
 
     entry: str
@@ -46,12 +49,13 @@ class Argument:
     """A pointer to the start of a buffer, or the number of rows.
 
     kind: "read", "write", "scratch" or "rows". operand: what the kernel touches of the buffer; None
-    means all of it.
+    means all of it. map: where it is read in boxes, how.
     """
 
     kind: str
     buffer: str = ""
     operand: Operand | None = None
+    map: Map | None = None
 
 
 @dataclass(frozen=True)

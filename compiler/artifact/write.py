@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ...errors import ArtifactError
-from ...kernels.contract.op import Launch, Ref
+from ...kernels.contract.op import Box, Launch, Ref
 from ...kernels.contract.targets import Target
 from ...kernels.devices import execute, offline
 from ...kernels.devices.kernel_hash import TRITON_VERSION
@@ -24,6 +24,7 @@ from ..run.runtime import compile_requests, dtype_of
 from . import archive, graphs, program, tensors
 from .archive import Content
 from .check import POINTERS, check_document
+from .maps import KIND, Map
 from .program import Argument, Call, Document, Grid, Image, Program, ProgramStep, Tile, nest_of
 
 if TYPE_CHECKING:
@@ -193,7 +194,8 @@ def _compiled(
         signature = _signature(plan, step, launch)
         image = _image(kernels, request, signature, compiled[request], with_ptx)
         positions.append(_index(images, image))
-    return tuple(images), _calls(plan, positions)
+    metas = [list(compiled[each].metadata.tensordesc_meta or ()) for each in requests]
+    return tuple(images), _calls(plan, positions, metas)
 
 
 def _image(
@@ -204,8 +206,9 @@ def _image(
     with_ptx: bool,
 ) -> Image:
     metadata = compiled.metadata
+    described = len(getattr(metadata, "tensordesc_meta", None) or ())
     needed = {
-        "descriptors": bool(getattr(metadata, "tensordesc_meta", None)),
+        "descriptors of its own": described != sum(map(bool, map(KIND.match, signature))),
         "global scratch memory": bool(getattr(metadata, "global_scratch_size", 0)),
         "profiling memory": bool(getattr(metadata, "profile_scratch_size", 0)),
     }
@@ -234,9 +237,15 @@ def _image(
 def _signature(plan: Plan, step: KernelStep, launch: Launch) -> tuple[str, ...]:
     """The types of a kernel's run-time arguments, in the order of `execute.parameters`."""
     dtypes = dtype_of(plan, step)
-    return tuple(
-        "i32" if ref is None else POINTERS[dtypes(ref)] for ref in execute.parameters(launch)
-    )
+
+    def kind(parameter: Ref | Box | None) -> str:
+        if parameter is None:
+            return "i32"
+        if isinstance(parameter, Box):
+            return f"box{len(parameter.shape)}{POINTERS[dtypes(parameter.ref)]}"
+        return POINTERS[dtypes(parameter)]
+
+    return tuple(map(kind, execute.parameters(launch)))
 
 
 def _keep(kernels: dict[str, Content], folder: str, kind: str, code: bytes) -> str:
@@ -245,14 +254,17 @@ def _keep(kernels: dict[str, Content], folder: str, kind: str, code: bytes) -> s
     return name
 
 
-def _calls(plan: Plan, images: Sequence[int]) -> tuple[Call, ...]:
-    """The launches of a plan as data; `images` says which kernel each one starts.
+def _calls(
+    plan: Plan, images: Sequence[int], metas: Sequence[list[dict[str, Any]]]
+) -> tuple[Call, ...]:
+    """The launches of a plan as data; `images` says which kernel each one starts, `metas` what the
+    compiler says of its tensor maps, in order.
 
     Raises: ArtifactError for a launch that is more than `Call` can say.
     """
     names = [step.name for step in plan.steps if isinstance(step, KernelStep)]
     calls = []
-    for image, (step, launch) in zip(images, plan.kernels, strict=True):
+    for image, meta, (step, launch) in zip(images, metas, plan.kernels, strict=True):
         grid = Grid(
             launch.rows, launch.block_rows, launch.columns, launch.batch, launch.most_programs
         )
@@ -263,12 +275,25 @@ def _calls(plan: Plan, images: Sequence[int]) -> tuple[Call, ...]:
                     f"cannot save step {step.name}: its grid for a batch of {batch} is "
                     f"{launch.grid_at(batch)}, and a file can only say {programs}"
                 )
-        arguments = tuple(_argument(plan, step, launch, ref) for ref in execute.parameters(launch))
+        described = iter(meta)
+        arguments = tuple(
+            _argument(plan, step, each, described) for each in execute.parameters(launch)
+        )
         calls.append(Call(names.index(step.name), image, arguments, grid))
     return tuple(calls)
 
 
-def _argument(plan: Plan, step: KernelStep, launch: Launch, ref: Ref | None) -> Argument:
+def _argument(
+    plan: Plan, step: KernelStep, parameter: Ref | Box | None, described: Iterator[dict[str, Any]]
+) -> Argument:
+    if isinstance(parameter, Box):
+        made, box = next(described), parameter
+        known = Map(
+            box.shape, box.strides, tuple(made["block_size"]), box.offset, box.batch,
+            int(made["swizzle"]),
+        )  # fmt: skip
+        return replace(_argument(plan, step, box.ref, described), map=known)
+    ref = parameter
     if ref is None:
         return Argument(program.ROWS)
     name = step.buffers[ref]

@@ -20,6 +20,7 @@ from ...kernels.contract import programmatic_launch
 from ...kernels.contract.op import Config, Launch, Op, Problem, Ref
 from ...kernels.contract.spec import Operand, TensorSpec
 from ...kernels.contract.targets import Target
+from ...kernels.hopper import core
 from ...kernels.movement import movement, rearrangement
 from ...kernels.movement.rearrangement import Rearrange
 from ...settings import BRANCHES, PROGRAMMATIC
@@ -83,8 +84,10 @@ def lower(graph: Graph, captured: Graph, options: Options, ledger: Ledger) -> Pl
     captured: the graph before any pass, for the account of what was saved.
 
     Raises: UnsupportedOpError where an op needs a constant and gets a computed tensor; GraphError
-    for a graph that breaks a law, whose kernels would read memory that is not theirs.
+    for a graph that breaks a law, whose kernels would read memory that is not theirs;
+    TargetUnavailableError where a core is asked for that no kernel for the target can use.
     """
+    core.check_asked(options.target)
     verify(graph)
     verify_memory(graph)
     state = _Lowering(graph, options, ledger)

@@ -19,6 +19,7 @@ from ...kernels import registry
 from ...kernels.contract import targets
 from ...kernels.contract.op import Config, Op, Problem
 from ...kernels.contract.targets import Target
+from ...kernels.hopper import core
 from ..graph.ir import Timing
 from . import rank
 from .keys import NEAR, Key, distance, key_of
@@ -42,7 +43,16 @@ Chooser = Callable[[Op, Problem, Target], Choice]
 
 def heuristic(op: Op, problem: Problem, target: Target) -> Choice:
     """The op's default: needs no records, and is the same in every process."""
-    return Choice(op.default(problem, target))
+    return _noted(Choice(op.default(problem, target)), op, problem, target)
+
+
+def _noted(choice: Choice, op: Op, problem: Problem, target: Target) -> Choice:
+    """The choice; where another core was asked for, its source also says which one it uses."""
+    if not core.is_asked(target):
+        return choice
+    launches = op.launches(problem, choice.config, target)
+    note = core.note(problem, choice.config, target, launches)
+    return Choice(choice.config, f"{choice.source}; {note}") if note else choice
 
 
 @dataclass
@@ -87,14 +97,13 @@ class Records:
         if record is not None:
             reason = rank.misfit(op, problem, record.config, target)
             if reason is None:
-                return Choice(record.config, f"record: {record}")
+                return _noted(Choice(record.config, f"record: {record}"), op, problem, target)
             self._tell(f"the tuning record of {key} is not used: {reason}")
         others = [*self.shipped.of(key.architecture, op.name), *self._own(key)]
-        return (
-            self._by_stale(op, problem, target, key, others)
-            or self._by_nearest(op, problem, target, key, others)
-            or heuristic(op, problem, target)
+        found = self._by_stale(op, problem, target, key, others) or self._by_nearest(
+            op, problem, target, key, others
         )
+        return _noted(found, op, problem, target) if found else heuristic(op, problem, target)
 
     def hints(self, op: Op, problem: Problem, target: Target, key: Key) -> list[Config]:
         """Configurations that records name for this problem, fresh or stale, and that fit it."""

@@ -13,6 +13,7 @@ from ...kernels.contract.op import Config, Launch, Op, Problem, Ref
 from ...kernels.contract.targets import Target
 from ...kernels.devices import offline
 from ...kernels.devices.offline import CompileRequest, Resources
+from ...kernels.hopper import core
 from ...kernels.products import gemm_persistent
 from ...kernels.tile import residual
 
@@ -21,7 +22,7 @@ INTERPRETED_PROGRAM_US = 1_000.0
 ALIKE = 4
 """Candidates with tiles of one size that are taken before other sizes have had theirs; of each kind
 one."""
-KINDS = (gemm_persistent.BLOCK, residual.BLOCK, "BOX_W", "TMA")
+KINDS = (core.BLOCK, gemm_persistent.BLOCK, residual.BLOCK, "BOX_W", "TMA")
 """Blocks of which the first that a configuration has is its kind: the model does not tell programs
 that stay, residuals that are read first and descriptors from what is usual."""
 WASTE_FACTOR = 2.0

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import TypeVar
 
@@ -17,10 +18,12 @@ from ...errors import KernelError
 from ...kernels.contract.op import Config, Op, Problem
 from ...kernels.contract.targets import Target
 from ...kernels.devices import offline
+from ...kernels.hopper import core
 from ..plan.plan import KernelStep, Plan
 from ..records import rank
 from ..records.choose import HEURISTIC, Choice, Chooser
 from ..run.runtime import compile_requests
+from .self_check import SelfCheck
 
 LOG = logging.getLogger("convloom")
 CANDIDATES = 16
@@ -41,11 +44,14 @@ class Refusal:
 
 @dataclass
 class Fitting:
-    """A chooser that knows what was refused. settled: problems for which nothing fits."""
+    """A chooser that knows what was refused. settled: problems for which nothing fits; check: of
+    what must prove itself on this machine; distrusted: problems of which something did not."""
 
     choose: Chooser
+    check: SelfCheck
     refused: dict[Problem, dict[Config, Refusal]] = field(default_factory=dict)
     settled: dict[Problem, Choice] = field(default_factory=dict)
+    distrusted: set[Problem] = field(default_factory=set)
 
     def __call__(self, op: Op, problem: Problem, target: Target) -> Choice:
         if problem in self.settled:
@@ -58,7 +64,8 @@ class Fitting:
         if choice.source != HEURISTIC and len(refused) == 1:
             LOG.warning("%s is not used: %s", choice.source, reason)
         for config in candidates(op, problem, target):
-            if config not in refused:
+            trusted = problem not in self.distrusted or not core.is_one(config)
+            if config not in refused and trusted:
                 return Choice(config, f"next by the model; {choice.source} refused: {reason}")
         return self._settle(op, problem)
 
@@ -84,13 +91,24 @@ class Fitting:
     def learn(self, plan: Plan) -> bool:
         """Compiles the plan's kernels; whether one of them was refused that was not before."""
         requests = compile_requests(plan, plan.target)
-        offline.compile_all(requests)
+        with suppress(KernelError):  # It is raised again where its step is known.
+            offline.compile_all(requests)
         remaining, learnt = iter(requests), False
         for step in plan.steps:
             if not isinstance(step, KernelStep):
                 continue
-            reports = [offline.resources(next(remaining)) for _ in step.launches]
-            refusal = rank.refused(plan.target, step.launches, reports)
+            reports: list[offline.Resources] = []
+            try:
+                reports += [offline.resources(next(remaining)) for _ in step.launches]
+            except KernelError as error:
+                if not core.is_one(step.config):
+                    raise
+                refusal: tuple[str, str] | None = ("compile", str(error))
+            else:
+                refusal = rank.refused(plan.target, step.launches, reports)
+            if refusal is None and (reason := self.check.failure(step.problem, step.config)):
+                refusal = "self-check", reason
+                self.distrusted.add(step.problem)
             if refusal is None or step.problem in self.settled:
                 continue
             stage, reason = refusal
@@ -107,13 +125,17 @@ def candidates(op: Op, problem: Problem, target: Target) -> list[Config]:
     return rank.varied(op, problem, target, ranked, CANDIDATES)
 
 
-def fitted(lower: Callable[[Chooser], Lowered], choose: Chooser) -> Lowered:
-    """What `lower` makes of a chooser like `choose` whose every configuration fits.
+def fitted(lower: Callable[[Chooser], Lowered], choose: Chooser, check: SelfCheck) -> Lowered:
+    """What `lower` makes of a chooser like `choose` whose every configuration fits, and has proved
+    itself where it must.
 
     Raises: KernelError where a problem has none that fits.
     """
-    fitting = Fitting(choose)
-    while True:
-        lowered = lower(fitting)
-        if not fitting.learn(lowered[0]):
-            return lowered
+    fitting = Fitting(choose, check)
+    try:
+        while True:
+            lowered = lower(fitting)
+            if not fitting.learn(lowered[0]):
+                return lowered
+    finally:
+        check.close()

@@ -10,7 +10,8 @@ A program (one tile) keeps its multiprocessor busy, in cycles, for the slowest o
 
 and then for its end: the bytes of its results / 22. A multiprocessor that holds one program at a
 time waits for each end, and for the first loads of the next program; of several, one's end is
-hidden behind the others' loops. No program is faster than its loads follow each other, of which
+hidden behind the others' loops, as are those of a program that multiplies one tile while it
+finishes another. No program is faster than its loads follow each other, of which
 stages - 1 are under way at once. A problem takes the longer of that and of its traffic with DRAM,
 and what launches cost.
 
@@ -251,7 +252,11 @@ def launch_us(
     held = resident(machine, launch, dtype, report)
     start = machine.fill_cycles + machine.end_cycles
     alone = max(cycles.loop, cycles.latency) + cycles.end
-    if held == 1:
+    if launch.hides_ends:
+        # Two tiles at a time, each of them first in its loop and then at its end.
+        each = max(cycles.loop, cycles.latency, cycles.end, (alone + machine.end_cycles) / 2)
+        busy = per_multiprocessor * each + cycles.end + start
+    elif held == 1:
         stays = launch.most_programs is not None
         starts = machine.fill_cycles + per_multiprocessor * machine.end_cycles
         busy = per_multiprocessor * alone + (starts if stays else per_multiprocessor * start)

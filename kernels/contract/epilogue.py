@@ -312,15 +312,15 @@ def load_source(
 def _literal(value: float) -> str:
     """A number; as a tensor where it is -0.0, of which Triton makes 0.0."""
     if value == 0 and math.copysign(1, value) < 0:
-        return "tl.full((1, 1), -0x80000000, tl.int32).to(tl.float32, bitcast=True)"
+        return "tl.cast(-0x80000000, tl.int32).to(tl.float32, bitcast=True)"
     text = repr(float(value))
     return f'float("{text}")' if text.lstrip("-") in ("inf", "nan") else text
 
 
 def _full(value: float) -> str:
-    """A literal as a tensor."""
+    """A literal as a tensor of no dimensions, whose number is fp32 however large."""
     text = _literal(value)
-    return text if text.startswith("tl.full") else f"tl.full((1, 1), {text}, tl.float32)"
+    return text if text.startswith("tl.cast") else f"tl.cast({text}, tl.float32)"
 
 
 def _values_read(stages: Epilogue) -> set[int]:

@@ -187,7 +187,8 @@ class Launch:
     step_instructions: what each warp issues in a step beside the products. combine_bytes: what the
     program that adds up a split sum reads. Where a kernel multiplies other blocks than its tile's:
     shared_traffic: bytes of shared memory that products read and copies write; shared_held,
-    registers: what a program holds of it, and a thread of those.
+    registers: what a program holds of it, and a thread of those. hides_ends: a program multiplies
+    one tile while it finishes another.
     """
 
     kernel: Any
@@ -211,6 +212,7 @@ class Launch:
     scratch: tuple[Scratch, ...] = ()
     boxes: Mapping[str, Box] = field(default_factory=lambda: NONE)
     most_programs: int | None = None
+    hides_ends: bool = False
 
     @property
     def too_large(self) -> str | None:

@@ -51,12 +51,6 @@ class Algorithm(NamedTuple):
     legal: Callable[[Problem, Config, Target], str | None]
 
 
-def _is_plain(attributes: Conv2d, filters: tuple[int, ...]) -> bool:
-    """Whether the input's pixels, as they are, are the rows of a matrix product."""
-    plain = attributes.stride == (1, 1) and not any(attributes.padding) and attributes.groups == 1
-    return plain and filters[2:] == (1, 1)
-
-
 def _of(
     module: Any,
     applies: Callable[[Conv2d, tuple[int, ...]], bool],
@@ -73,7 +67,7 @@ ALGORITHMS = (
     _of(depthwise, depthwise.applies, lambda attributes, w: depthwise.pack(w)),
     _of(conv_rows, conv_rows.applies, lambda attributes, w: conv_rows.pack(w)),
     _of(grouped, grouped.applies, lambda attributes, w: grouped.pack(attributes.groups, w)),
-    _of(product, _is_plain),
+    _of(product, Conv2d.is_product),
     _of(implicit, lambda attributes, filters: True),
 )
 """The first that applies computes a problem."""

@@ -6,16 +6,13 @@ computes a box of BOX_N images x BOX_H x BOX_W pixels; tap (r, s) reads the same
 masks and no addresses in the loop. On sm_90 a step of a 3x3 filter has 136 instructions where
 pointers take 171 (128x64x64, 4 warps; 142 with stride 2), and 128x128 fits 4 warps (238 registers).
 
-With stride 2, x is seen as (N, H/2, 2, W/2, 2·pitch): row and column of a tap have a parity, which
-chooses in the dimensions of 2, and are then neighbours as with stride 1.
-
-Boxes are powers of two: where they do not fit the image they pad it (`waste`). The idea of the
-views is that of im2col by TMA as CUTLASS has it, with tiles instead of the engine's own im2col.
+Boxes are powers of two: where they do not fit the image they pad it (`hopper/boxes.py`). The idea
+of the views is that of im2col by TMA as CUTLASS has it, with tiles instead of the engine's own
+im2col.
 """
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterator
 from typing import Any
 
@@ -23,7 +20,8 @@ import triton
 import triton.language as tl
 
 from ..contract import programmatic_launch
-from ..contract.op import Box, Config, Launch, Problem, Target, W, X, Y, config, power_of_two
+from ..contract.op import Box, Config, Launch, Problem, Target, W, Y, config, power_of_two
+from ..hopper.boxes import boxes, refusal, view
 from ..products import gemm, gemm_tma
 from ..tile import choice, residual
 from ..tile.geometry import problem_extras
@@ -35,9 +33,6 @@ TILES = (
 """Pixels and output channels of a program, and its warps."""
 STEP_INSTRUCTIONS = 130
 """Of a warp beside the products (127 to 138 from 128x128 to 256x128)."""
-MOST_WASTE = 1.5
-BOXES_TRIED = 2
-"""Of each number of pixels, those that pad least."""
 
 
 @triton.jit
@@ -126,28 +121,6 @@ def is_one(tile: Config) -> bool:
     return "BOX_W" in dict(tile.blocks)
 
 
-def waste(problem: Problem, box: tuple[int, int, int]) -> float:
-    """How many pixels boxes of (images, rows, columns) compute for each one that there is."""
-    n, _, p, q = problem.output.shape
-    computed = 1
-    for extent, size in zip((n, p, q), box, strict=True):
-        computed *= -(-extent // size) * size
-    return computed / max(n * p * q, 1)
-
-
-def boxes(problem: Problem, pixels: int) -> list[tuple[int, int, int]]:
-    """Boxes of that many pixels that pad little, the best first."""
-    powers = [1 << bit for bit in range(pixels.bit_length())]
-    every = [
-        (pixels // (high * wide), high, wide)
-        for high, wide in itertools.product(powers, powers)
-        if high * wide <= pixels
-    ]
-    # Of equal ones that of fewest images: the boxes of neighbouring taps overlap most.
-    every.sort(key=lambda box: (waste(problem, box), box[0], -box[2]))
-    return [box for box in every[:BOXES_TRIED] if waste(problem, box) <= MOST_WASTE]
-
-
 def configs(problem: Problem, target: Target) -> Iterator[Config]:
     """The search space; empty where boxes cannot be used."""
     x = problem.inputs[0].spec
@@ -168,14 +141,9 @@ def configs(problem: Problem, target: Target) -> Iterator[Config]:
 
 def legal(problem: Problem, tile: Config, target: Target) -> str | None:
     """Why a configuration cannot compute the problem on the target, or None."""
-    attributes: Any = problem.attributes
-    _, c, h, width = problem.inputs[0].shape
-    if attributes.groups != 1:
-        return f"TMA: {attributes.groups} groups; boxes hold channels of one"
-    if attributes.stride not in ((1, 1), (2, 2)):
-        return f"TMA: stride {attributes.stride}; boxes are made for (1, 1) and (2, 2)"
-    if attributes.stride == (2, 2) and (h % 2 or width % 2):
-        return f"TMA: an image of {h}x{width} has no halves for stride 2"
+    c = problem.inputs[0].shape[1]
+    if (refused := refusal(problem)) is not None:
+        return refused
     if c % tile["BLOCK_K"]:
         return f"TMA: {c} channels are no multiple of BLOCK_K={tile['BLOCK_K']}"
     if tile["BOX_N"] * tile["BOX_H"] * tile["BOX_W"] != tile["BLOCK_M"]:
@@ -187,24 +155,15 @@ def launch(problem: Problem, tile: Config) -> Launch:
     """One program for each box of pixels and block of output channels."""
     attributes: Any = problem.attributes
     x, out, w = problem.inputs[0], problem.output, problem.inputs[1]
-    n, c, h, width = x.shape
+    n, c, _, _ = x.shape
     k, _, r, s = w.shape
     _, _, p, q = out.shape
-    stride, pitch = attributes.stride[0], x.pitch
     box = (tile["BOX_N"], tile["BOX_H"], tile["BOX_W"])
-    if stride == 1:
-        shape: tuple[int, ...] = (n, h, width, c)
-        strides: tuple[int, ...] = (h * width * pitch, width * pitch, pitch, 1)
-        read: tuple[int, ...] = (*box, tile["BLOCK_K"])
-    else:
-        shape = (n, h // 2, 2, width // 2, pitch + c)
-        strides = (h * width * pitch, 2 * width * pitch, width * pitch, 2 * pitch, 1)
-        read = (box[0], box[1], 1, box[2], tile["BLOCK_K"])
     return Launch(
         kernel=conv_tma_kernel,
         pointers={"y": Y},
         boxes={
-            "x": Box(X, shape, strides, read, x.offset, x.spec.batch),
+            "x": view(problem, box, tile["BLOCK_K"]),
             "w": Box(W, (k, r * s * c), (r * s * c, 1), (tile["BLOCK_N"], tile["BLOCK_K"])),
         },
         extras=problem_extras(problem),
@@ -213,10 +172,10 @@ def launch(problem: Problem, tile: Config) -> Launch:
         block_rows=box[0],
         columns=-(-p // box[1]) * -(-q // box[2]) * -(-k // tile["BLOCK_N"]),
         constexprs={
-            "C": c, "K": k, "P": p, "Q": q, "R": r, "S": s, "STRIDE": stride,
+            "C": c, "K": k, "P": p, "Q": q, "R": r, "S": s, "STRIDE": attributes.stride[0],
             "TOP": attributes.padding[0], "LEFT": attributes.padding[2],
             "DILATION_H": attributes.dilation[0], "DILATION_W": attributes.dilation[1],
-            "X_PITCH": pitch, "Y_PITCH": out.pitch, "Y_OFFSET": out.offset,
+            "X_PITCH": x.pitch, "Y_PITCH": out.pitch, "Y_OFFSET": out.offset,
             "PRECISION": choice.dot_precision(problem, c * r * s),
             "WIDE": problem.is_wide, "PDL": False,
             **dict(tile.blocks), **residual.constants(problem, tile),

@@ -3,7 +3,8 @@
 One loop flattened over taps and channel blocks, which is what Triton's pipeliner turns into
 asynchronous copies; with few channels per group it runs over (tap, channel) pairs instead. Where
 output tiles are few (batch 1), SPLIT programs share the sums of each (`tile/split_k.py`). From
-sm_90 on its configurations may also read boxes of pixels through descriptors (`conv_tma.py`).
+sm_90 on its configurations may also read boxes of pixels through descriptors (`conv_tma.py`), on
+sm_90 also be those of the core whose warps do different things (`hopper/core.py`).
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from typing import cast
 
 from ..contract.op import Config, Launch, Problem
 from ..contract.targets import Target
+from ..hopper import core
 from ..products import gemm
 from ..tile import choice, engine, residual, source, space, split_k
 from ..tile.conv_geometry import Conv2d
@@ -36,6 +38,8 @@ def size(problem: Problem) -> choice.Size:
 
 def launch(problem: Problem, tile: Config, target: Target) -> Launch:
     """The launch of the tile kernel, or of boxes where the configuration says so."""
+    if core.is_one(tile):
+        return core.launch(problem, tile, target)
     if conv_tma.is_one(tile):
         return conv_tma.launch(problem, tile)
     attributes = cast("Conv2d", problem.attributes)
@@ -77,11 +81,14 @@ def _gathering(wanted: choice.Size, tile: Config) -> int:
 def configs(problem: Problem, target: Target) -> Iterator[Config]:
     """Tiles, boxes, and those that read the residual first."""
     tiles = (*choice.tile_configs(size(problem), target), *conv_tma.configs(problem, target))
-    return itertools.chain(tiles, residual.variants(problem, tiles))
+    more = residual.variants(problem, tiles)
+    return itertools.chain(tiles, more, core.configs(problem, target))
 
 
 def legal(problem: Problem, tile: Config, target: Target) -> str | None:
     """Why a configuration cannot run on the target, or None."""
+    if core.is_one(tile):
+        return core.legal(problem, tile, target)
     if (refused := residual.legal(problem, tile)) is not None:
         return refused
     if conv_tma.is_one(tile):
@@ -91,4 +98,5 @@ def legal(problem: Problem, tile: Config, target: Target) -> str | None:
 
 def default(problem: Problem, target: Target) -> Config:
     """The fastest by the model."""
-    return choice.default_tile(size(problem), target)
+    plain = choice.default_tile(size(problem), target)
+    return core.default(problem, target, plain, lambda: launch(problem, plain, target))

@@ -22,6 +22,7 @@ import types
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import lru_cache
@@ -40,6 +41,7 @@ from ..contract.epilogue import GeneratedFunction, flat, named, resolved
 from ..contract.op import Box, Launch, Ref
 from ..contract.programmatic_launch import is_programmatic
 from ..contract.targets import Target
+from ..hopper import gluon
 from . import barriers
 from .compile_cache import read_entry, triton_cache, unwritable, write_entry
 from .language import LANGUAGE
@@ -53,6 +55,10 @@ POINTER_TYPES = {
     torch.bool: "*i1",
 }
 ALIGNED = [["tt.divisibility", 16]]
+_IS_WORKER = False
+"""Whether this process is one that compiles for another."""
+
+
 @dataclass(frozen=True)
 class CompileRequest:
     """One kernel variant: function, argument types, compile-time constants, options, target.
@@ -105,8 +111,11 @@ def request(
         return POINTER_TYPES[known]
 
     def descriptor(box: Box) -> str:
+        known = pointer(box.ref).removeprefix("*")
+        if gluon.is_one(launch.kernel):
+            return gluon.descriptor_type(known, box.box, dtype_of(box.ref).itemsize)
         extents = ",".join(map(str, box.box))
-        return f"tensordesc<{pointer(box.ref).removeprefix('*')}[{extents}]>"
+        return f"tensordesc<{known}[{extents}]>"
 
     return CompileRequest(
         kernel=f"{function.__module__}:{function.__name__}",
@@ -131,9 +140,17 @@ class _Source(ASTSource):  # type: ignore[misc]
         return hashlib.sha256(f"{super().hash()} {keys}".encode()).hexdigest()
 
 
-def _source(wanted: CompileRequest) -> ASTSource:
+class _GluonSource(_Source, gluon.GluonASTSource or ASTSource):  # type: ignore[misc]
+    """A kernel in Gluon."""
+
+
+def _kernel(wanted: CompileRequest) -> Any:
     module, _, name = wanted.kernel.partition(":")
-    kernel = getattr(importlib.import_module(module), name)
+    return getattr(importlib.import_module(module), name)
+
+
+def _source(wanted: CompileRequest) -> ASTSource:
+    kernel, name = _kernel(wanted), wanted.name
     names = list(kernel.arg_names)
     types: dict[str, Any] = dict(wanted.pointers)
     types["extras"] = wanted.extras
@@ -148,7 +165,8 @@ def _source(wanted: CompileRequest) -> ASTSource:
     }
     at = names.index("extras")
     attributes |= {(at, index): ALIGNED for index in range(len(wanted.extras))}
-    return _Source(
+    made = _GluonSource if gluon.is_one(kernel) else _Source
+    return made(
         fn=kernel,
         signature={n: "constexpr" if n in constants else types[n] for n in names},
         constexprs={(names.index(n),): value for n, value in constants.items()},
@@ -159,8 +177,13 @@ def _source(wanted: CompileRequest) -> ASTSource:
 def compile_request(wanted: CompileRequest) -> Any:
     """Triton's `CompiledKernel`.
 
+    What is in Gluon is compiled in a process of its own first, which a bad shape may abort; it is
+    then taken from the cache.
+
     Raises: KernelError naming the kernel, the target and the compiler's message.
     """
+    if gluon.is_one(_kernel(wanted)) and not _IS_WORKER and known_resources(wanted) is None:
+        _compile_apart(wanted)
     options: dict[str, Any] = {"num_warps": wanted.num_warps, "num_stages": wanted.num_stages}
     if is_programmatic(dict(wanted.constexprs)):
         options["launch_pdl"] = True  # The launcher reads it from the compiled kernel.
@@ -342,11 +365,43 @@ def compile_all(
         for request in missing:
             read(request)
         return
+    try:
+        with _pool(workers) as pool:
+            list(pool.map(read, missing))
+    except BrokenProcessPool:
+        if not any(gluon.is_one(_kernel(request)) for request in missing):
+            raise
+        for request in missing:  # Whoever aborted the process is named now.
+            read(request)
+
+
+def _compile_apart(wanted: CompileRequest) -> None:
+    """Compiles a kernel into the cache in a process of its own.
+
+    Raises: KernelError, also where the process ended.
+    """
+    try:
+        with _pool(1) as pool:
+            pool.submit(resources, wanted).result()
+    except BrokenProcessPool as error:
+        raise KernelError(
+            f"kernel {wanted.name} does not compile for sm_{wanted.capability}: the compiler ended "
+            f"its process (triton {triton.__version__}); choose another configuration, or set "
+            "CONVLOOM_CORE=plain"
+        ) from error
+
+
+@contextmanager
+def _pool(workers: int) -> Iterator[ProcessPoolExecutor]:
+    """Worker processes that compile into the cache folder of the moment."""
     cache_dir = settings.read().cache_dir
-    with _blank_main(), ProcessPoolExecutor(
-        workers, mp_context=_fork_server(), initializer=_prepare_worker, initargs=(cache_dir,)
-    ) as pool:
-        list(pool.map(read, missing))
+    with (
+        _blank_main(),
+        ProcessPoolExecutor(
+            workers, mp_context=_fork_server(), initializer=_prepare_worker, initargs=(cache_dir,)
+        ) as pool,
+    ):
+        yield pool
 
 
 def _fork_server() -> multiprocessing.context.ForkServerContext:
@@ -360,6 +415,8 @@ def _fork_server() -> multiprocessing.context.ForkServerContext:
 
 def _prepare_worker(cache_dir: Path) -> None:
     """In the worker, whose environment is that in which the first one was started."""
+    global _IS_WORKER
+    _IS_WORKER = True
     os.environ["CONVLOOM_CACHE_DIR"] = str(cache_dir)
     torch.set_num_threads(1)
     gc.freeze()  # What torch and triton hold is not worth looking through again and again.

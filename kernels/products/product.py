@@ -5,6 +5,7 @@ The configuration says which algorithm:
 - `gemm_tma`: the same through descriptors, where memory is aligned (`gemm_tma.py`);
 - both of them by programs that stay and compute tile after tile (`gemm_persistent.py`), or with the
   residual read before the loop (`residual.py`);
+- on sm_90 by warps that do different things (`hopper/core.py`);
 - `gemv`: at most 8 rows, the weights streamed once (`gemv.py`).
 """
 
@@ -14,12 +15,15 @@ from collections.abc import Iterator
 
 from ..contract import cost_model
 from ..contract.op import Config, Launch, Problem, Target
+from ..hopper import core
 from ..tile import choice, residual
 from . import gemm, gemm_persistent, gemm_tma, gemv
 
 
 def launch(problem: Problem, tile: Config, target: Target) -> Launch:
     """The launch of the configuration's algorithm."""
+    if core.is_one(tile):
+        return core.launch(problem, tile, target)
     x, columns = problem.inputs[0], gemm.problem_size(problem).columns
     if gemv.is_one(tile):
         return gemv.launch(problem, tile, x, columns)
@@ -38,10 +42,13 @@ def configs(problem: Problem, target: Target) -> Iterator[Config]:
     yield from residual.variants(problem, tiles)
     yield from gemm_persistent.variants(problem, tiles, target)
     yield from gemv.configs(size, target)
+    yield from core.configs(problem, target)
 
 
 def legal(problem: Problem, tile: Config, target: Target) -> str | None:
     """Why a configuration cannot run on the target, or None."""
+    if core.is_one(tile):
+        return core.legal(problem, tile, target)
     size = gemm.problem_size(problem)
     if gemv.is_one(tile):
         return gemv.legal(size, tile, target)
@@ -59,6 +66,11 @@ def default(problem: Problem, target: Target) -> Config:
 
     Descriptors are left to the tuner: the model tells tiles apart, not how they are read.
     """
+    plain = _plain_default(problem, target)
+    return core.default(problem, target, plain, lambda: launch(problem, plain, target))
+
+
+def _plain_default(problem: Problem, target: Target) -> Config:
     size = gemm.problem_size(problem)
     tile = choice.default_tile(size, target)
     streamed = None if target.name == "interpreter" else gemv.default(size, target)

@@ -23,6 +23,12 @@ class Conv2d(Attributes):
     dilation: tuple[int, int] = (1, 1)
     groups: int = 1
 
+    def is_product(self, filters: tuple[int, ...]) -> bool:
+        """Whether the input's pixels, as they are, are the rows of a matrix product, with weights
+        of the shape `filters`."""
+        plain = self.stride == (1, 1) and not any(self.padding) and self.groups == 1
+        return plain and filters[2:] == (1, 1)
+
 
 def infer(attributes: Conv2d, inputs: tuple[TensorSpec, ...]) -> tuple[TensorSpec, ...]:
     """P = floor((H + top + bottom − dh·(R − 1) − 1) / sh) + 1, Q likewise."""

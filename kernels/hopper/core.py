@@ -1,0 +1,366 @@
+"""When and how conv2d and linear use the warp-specialised core of sm_90 (`kernel.py`, `halo.py`).
+
+A configuration with the block `HOPPER` is this core's; its value says in which way. No GPU has run
+it: it is neither a default nor in the tuning space unless `CONVLOOM_CORE=hopper` asks for it
+(`settings.py`). Then it is taken where its conditions hold and the cost model expects it to be
+faster than plain Triton's tiles; `CONVLOOM_CORE=plain` refuses it even where a file or a record
+names it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import NamedTuple
+
+import torch
+
+from ... import settings
+from ...errors import TargetUnavailableError
+from ..contract import cost_model
+from ..contract import epilogue as ep
+from ..contract.op import Box, Config, Launch, Problem, W, X, Y, config
+from ..contract.spec import Operand
+from ..contract.targets import Target
+from ..tile import choice
+from ..tile.conv_geometry import Conv2d
+from ..tile.geometry import Image, Output, Tile, Window, problem_extras
+from . import boxes, gluon
+from .halo import halo_kernel
+from .kernel import Pixels, hopper_kernel
+
+BLOCK = "HOPPER"
+SHARED, IN_TURNS, HALO = 1, 2, 3
+"""Ways: two groups of warps share each tile, or take tiles in turn; or they share tiles of 3x3
+filters whose vertical taps are read once."""
+CAPABILITY = 90
+TILES = (
+    (128, 256, SHARED), (256, 128, SHARED), (128, 128, SHARED), (256, 64, SHARED),
+    (128, 64, SHARED), (128, 128, IN_TURNS), (128, 64, IN_TURNS), (256, 128, HALO), (256, 64, HALO),
+)  # fmt: skip
+"""Pixels, output channels and the way."""
+DEPTHS = (64, 32)
+"""Channels of a step in half precision: rows of 128 or 64 bytes; half as many in fp32."""
+LEAST_CHANNELS = 32
+MOST_STAGES = 8
+END_BYTES = 17_408
+"""Shared memory beside the ring: what results go through on their way out, and barriers."""
+STEP_INSTRUCTIONS = 48
+"""Of a warp that multiplies, beside the products (41 to 54 from 128x256 to 256x128)."""
+HALO_INSTRUCTIONS = 140
+"""For three taps (104 where the weights stay)."""
+HALO_STAGES, HALO_SLOTS = 3, 8
+"""Slots of pixels, and at most of weights."""
+SWIZZLE_PERIOD = 1_024
+"""Bytes, of which a row of a halo's slot is a multiple."""
+WARPS = 4
+"""Of each of the two groups that multiply; the compiler adds a group for the warp that copies."""
+ALIGNMENT = 16
+"""Bytes: of the first element and of every pitch."""
+
+
+class View(NamedTuple):
+    """A problem as a convolution: what is read, the filter, and what is written."""
+
+    image: Image
+    window: Window
+    output: Output
+    images: int
+
+
+def is_one(tile: Config) -> bool:
+    """Whether a configuration is this core's."""
+    return bool(dict(tile.blocks).get(BLOCK, 0))
+
+
+def _way(tile: Config) -> int:
+    return dict(tile.blocks).get(BLOCK, 0)
+
+
+def unavailable(target: Target) -> str | None:
+    """Why the core cannot run on a target, whatever the problem, or None."""
+    if target.capability != CAPABILITY:
+        return f"the Hopper core is made for sm_{CAPABILITY}, not for {target.name}"
+    return gluon.MISSING
+
+
+def is_asked(target: Target) -> bool:
+    """Whether the core is asked for, and the target can have it."""
+    return settings.read().core == settings.HOPPER and unavailable(target) is None
+
+
+def check_asked(target: Target) -> None:
+    """Raises TargetUnavailableError where the core is asked for and the target, a GPU, cannot have
+    it. (In the interpreter no kernel is that of a GPU.)"""
+    asked = settings.read().core == settings.HOPPER and target.is_gpu
+    if asked and (reason := unavailable(target)) is not None:
+        raise TargetUnavailableError(
+            f"CONVLOOM_CORE=hopper: {reason}. Unset it to use the plain core"
+        )
+
+
+def refusal(problem: Problem, target: Target) -> str | None:
+    """Why the core cannot compute a problem, whatever the tile, or None."""
+    if (reason := unavailable(target)) is not None:
+        return reason
+    x, w, y = problem.inputs[0], problem.inputs[1], problem.output
+    if problem.prologue:
+        return "TMA copies to shared memory; a prologue needs its elements in registers on the way"
+    if x.spec.dtype is torch.float32 and problem.precision != "tf32":
+        return "fp32 sums of fp32 accuracy take three tf32 products; the Hopper core has one"
+    if x.spec.dtype not in (torch.float16, torch.bfloat16, torch.float32):
+        return f"the Hopper core multiplies fp16, bf16 and tf32, not {x.spec.dtype}"
+    if not _is_product(problem) and (reason := boxes.refusal(problem)) is not None:
+        return reason
+    c, itemsize = _channels(problem), x.spec.dtype.itemsize
+    if c < LEAST_CHANNELS:
+        return f"{c} channels; the Hopper core is for {LEAST_CHANNELS} and more"
+    if w.spec.numel == 0 or y.spec.numel == 0:
+        return "a tensor is empty"
+    for what, elements in (
+        ("the start of x", x.offset), ("the pitch of x", x.pitch), ("the channels of w", c),
+    ):  # fmt: skip
+        if elements * itemsize % ALIGNMENT:
+            return f"TMA: {what}, {elements * itemsize} bytes, is no multiple of {ALIGNMENT}"
+    return None
+
+
+def legal(problem: Problem, tile: Config, target: Target) -> str | None:
+    """Why a configuration cannot compute the problem on the target, or None."""
+    if settings.read().core == settings.PLAIN:
+        return "CONVLOOM_CORE=plain switches the Hopper core off"
+    if (reason := refusal(problem, target)) is not None:
+        return reason
+    if _window(problem).stride_h == 2 and _channels(problem) % tile["BLOCK_K"]:
+        # Behind the channels of a pixel lie those of the next one, not zeros.
+        return f"stride 2: {_channels(problem)} channels are no multiple of {tile['BLOCK_K']}"
+    if tile["BOX_N"] * tile["BOX_H"] * tile["BOX_W"] != tile["BLOCK_M"]:
+        return f"the box does not hold BLOCK_M={tile['BLOCK_M']} pixels"
+    known = tile["BLOCK_M"], tile["BLOCK_N"], _way(tile)
+    if known not in TILES or tile.num_warps != WARPS:
+        return f"the Hopper core has no tile of {tile}"
+    if _way(tile) == HALO and (reason := _no_halo(problem, tile)) is not None:
+        return reason
+    needed = shared_bytes(problem, tile, target)
+    if needed > target.shared_bytes:
+        return f"needs {needed} bytes of shared memory; {target.name} has {target.shared_bytes}"
+    return None
+
+
+def _no_halo(problem: Problem, tile: Config) -> str | None:
+    window = _window(problem)
+    if window != Window(3, 3, 1, 1, window.top, window.left):
+        return "a halo is for 3x3 filters of stride 1 without dilation"
+    row = tile["BOX_W"] * tile["BLOCK_K"] * problem.inputs[0].spec.dtype.itemsize
+    if tile["BOX_N"] != 1 or tile["BOX_H"] < 2 or row % SWIZZLE_PERIOD:
+        return f"a halo is of one image, with rows of a multiple of {SWIZZLE_PERIOD} bytes"
+    return None
+
+
+def shared_bytes(problem: Problem, tile: Config, target: Target) -> int:
+    """Shared memory of a program: the ring, and what results go through."""
+    dtype = problem.inputs[0].spec.dtype
+    if _way(tile) == HALO:
+        x_bytes, w_bytes = _halo_bytes(tile, dtype)
+        return tile.num_stages * x_bytes + _weights(problem, tile, target)[0] * w_bytes + END_BYTES
+    slot = _slot_bytes(tile["BLOCK_M"], tile["BLOCK_N"], tile["BLOCK_K"], dtype)
+    return tile.num_stages * slot + END_BYTES
+
+
+def _halo_bytes(tile: Config, dtype: torch.dtype) -> tuple[int, int]:
+    """Of a slot of pixels, and of one of weights."""
+    depth = tile["BLOCK_K"] * dtype.itemsize
+    return (tile["BOX_H"] + 2) * tile["BOX_W"] * depth, tile["BLOCK_N"] * depth
+
+
+def _weights(problem: Problem, tile: Config, target: Target) -> tuple[int, bool]:
+    """How many slots the weights of a halo have, at least three, and whether all of them stay."""
+    x_bytes, w_bytes = _halo_bytes(tile, problem.inputs[0].spec.dtype)
+    room = (target.shared_bytes - END_BYTES - tile.num_stages * x_bytes) // w_bytes
+    every = 9 * -(-_channels(problem) // tile["BLOCK_K"])
+    if every <= room and _columns(problem) <= tile["BLOCK_N"]:
+        return every, True
+    return max(3, min(room, HALO_SLOTS)), False
+
+
+def _slot_bytes(block_m: int, block_n: int, block_k: int, dtype: torch.dtype) -> int:
+    return (block_m + block_n) * block_k * dtype.itemsize
+
+
+def tiles(problem: Problem, target: Target) -> Iterator[Config]:
+    """Every configuration that can compute the problem: of each tile size the boxes that pad least,
+    and as many slots as there is memory for."""
+    if refusal(problem, target) is not None:
+        return
+    dtype, c = problem.inputs[0].spec.dtype, _channels(problem)
+    depths = [depth * 2 // dtype.itemsize for depth in DEPTHS]
+    block_k = min(depths, key=lambda depth: (-(-c // depth) * depth, -depth))
+    columns = _columns(problem)
+    for block_m, block_n, way in TILES:
+        if block_n > max(64, columns + columns // 2):
+            continue
+        room = target.shared_bytes - END_BYTES
+        stages = min(MOST_STAGES, room // _slot_bytes(block_m, block_n, block_k, dtype))
+        for box in _boxes(problem, block_m, way):
+            tile = config(
+                WARPS, HALO_STAGES if way == HALO else stages, BLOCK_M=block_m, BLOCK_N=block_n,
+                BLOCK_K=block_k, BOX_N=box[0], BOX_H=box[1], BOX_W=box[2], **{BLOCK: way},
+            )  # fmt: skip
+            if legal(problem, tile, target) is None:
+                yield tile
+
+
+def _boxes(problem: Problem, pixels: int, way: int) -> list[tuple[int, int, int]]:
+    """The boxes of pixels to try."""
+    if _is_product(problem):
+        return [] if way == HALO else [(pixels, 1, 1)]
+    return boxes.boxes(problem, pixels, most_images=1 if way == HALO else pixels)
+
+
+def configs(problem: Problem, target: Target) -> Iterator[Config]:
+    """The core's part of the tuning space; empty unless it is asked for."""
+    if is_asked(target):
+        yield from tiles(problem, target)
+
+
+def default(
+    problem: Problem, target: Target, plain: Config, plain_launch: Callable[[], Launch]
+) -> Config:
+    """The core's configuration of least modelled time, where it is asked for and that is less than
+    the time of `plain`; else `plain`."""
+    found = list(configs(problem, target))
+    if not found:
+        return plain
+    gpu = cost_model.machine_for(target)
+    flops, dtype, end_bytes = choice.Work.of(problem, _flops(problem))
+
+    def time_us(made: Launch, tile: Config) -> float:
+        padded = flops * cost_model.padding(made, tile, problem)
+        return cost_model.launch_us(gpu, made, padded, dtype, end_bytes)
+
+    times = [time_us(launch(problem, tile, target), tile) for tile in found]
+    is_faster = min(times) < time_us(plain_launch(), plain)
+    return found[times.index(min(times))] if is_faster else plain
+
+
+def note(problem: Problem, tile: Config, target: Target, launches: tuple[Launch, ...]) -> str:
+    """Which core a configuration uses and, where it is not this one, why: in words for the plan.
+    Empty where nobody asked for this one, and where the launches multiply nothing."""
+    if not is_asked(target):
+        return ""
+    if is_one(tile):
+        return "Hopper core"
+    if problem.op not in ("conv2d", "linear"):
+        multiplies = any(cost_model.block_of(launch) for launch in launches)
+        return f"plain core: {problem.op} has no other" if multiplies else ""
+    reason = refusal(problem, target)
+    if reason is None and not any(tiles(problem, target)):
+        reason = "no tile of the Hopper core fits"
+    return f"plain core: {reason or 'it is ranked before the Hopper core'}"
+
+
+def _is_product(problem: Problem) -> bool:
+    """Whether the rows of the input, as they are in memory, are multiplied."""
+    attributes = problem.attributes
+    return not isinstance(attributes, Conv2d) or attributes.is_product(problem.inputs[1].shape)
+
+
+def _channels(problem: Problem) -> int:
+    return ep.memory_sizes(problem.inputs[0].spec)[-1]
+
+
+def _flops(problem: Problem) -> int:
+    return 2 * problem.output.spec.numel * (problem.inputs[1].spec.numel // _columns(problem))
+
+
+def _columns(problem: Problem) -> int:
+    return ep.memory_sizes(problem.output.spec)[-1]
+
+
+def view_of(problem: Problem) -> View:
+    """The problem as a convolution; a matrix product is one of images of a single pixel."""
+    x, y = problem.inputs[0], problem.output
+    epilogue = ep.for_output(problem.epilogue, problem.operands, y.spec)
+    if _is_product(problem):
+        c, k = _channels(problem), _columns(problem)
+        output = Output(1, 1, k, y.pitch, y.offset, epilogue)
+        rows = y.spec.numel // k
+        return View(Image(1, 1, c, x.pitch, x.offset), Window(1, 1), output, rows)
+    return View(Image.of(x), _window(problem), Output.of(y, epilogue), y.shape[0])
+
+
+def _window(problem: Problem) -> Window:
+    if _is_product(problem):
+        return Window(1, 1)
+    return Window.of(problem.inputs[1].shape[2:], problem.attributes)
+
+
+def _x_box(problem: Problem, tile: Config, view: View) -> Box:
+    box = (tile["BOX_N"], tile["BOX_H"], tile["BOX_W"])
+    if not _is_product(problem):
+        return boxes.view(problem, box, tile["BLOCK_K"])
+    x: Operand = problem.inputs[0]
+    shape, strides = (view.images, 1, 1, view.image.C), (x.pitch, x.pitch, x.pitch, 1)
+    return Box(X, shape, strides, (*box, tile["BLOCK_K"]), x.offset, x.spec.batch)
+
+
+def launch(problem: Problem, tile: Config, target: Target) -> Launch:
+    """As many programs as there are multiprocessors, each of which takes tile after tile."""
+    view, way = view_of(problem), _way(tile)
+    c, taps, k = view.image.C, view.window.R * view.window.S, view.output.K
+    block_m, block_n, block_k = tile["BLOCK_M"], tile["BLOCK_N"], tile["BLOCK_K"]
+    pixels = Pixels(tile["BOX_N"], tile["BOX_H"], tile["BOX_W"])
+    dtype = problem.inputs[0].spec.dtype
+    steps = taps * -(-c // block_k)
+    down, across = -(-view.output.P // pixels.H), -(-view.output.Q // pixels.W)
+    precision = "tf32" if dtype is torch.float32 else "ieee"
+    made = Launch(
+        kernel=hopper_kernel,
+        pointers={"y": Y},
+        boxes={
+            "x": _x_box(problem, tile, view),
+            "w": Box(W, (k, taps, c), (taps * c, c, 1), (block_n, 1, block_k)),
+        },
+        extras=problem_extras(problem),
+        rows=view.images,
+        batch=problem.output.spec.batch,
+        block_rows=pixels.N,
+        columns=down * across * -(-k // block_n),
+        constexprs={
+            "IMAGE": view.image, "WINDOW": view.window, "PIXELS": pixels,
+            "TILE": Tile(block_m, block_n, block_k, 1, precision, problem.is_wide),
+            "OUTPUT": view.output, "STAGES": tile.num_stages,
+        },
+        num_warps=tile.num_warps,
+        num_stages=tile.num_stages,
+        l2_bytes=steps * _slot_bytes(block_m, block_n, block_k, dtype),
+        steps=steps,
+        step_instructions=STEP_INSTRUCTIONS * (1 if way == IN_TURNS else 2),
+        shared_held=shared_bytes(problem, tile, target),
+        hides_ends=way == IN_TURNS,
+        most_programs=cost_model.machine_for(target).multiprocessors,
+    )  # fmt: skip
+    if way == HALO:
+        return _with_halo(made, problem, tile, target)
+    return replace(made, constexprs={**made.constexprs, "TURNS": way == IN_TURNS})
+
+
+def _with_halo(made: Launch, problem: Problem, tile: Config, target: Target) -> Launch:
+    """The launch with the vertical taps of a filter read once."""
+    slots, stay = _weights(problem, tile, target)
+    x, dtype = made.boxes["x"], problem.inputs[0].spec.dtype
+    x_bytes, w_bytes = _halo_bytes(tile, dtype)
+    copied = made.steps // 3 * x_bytes + (0 if stay else made.steps * w_bytes)
+    block = cost_model.Block(tile["BLOCK_M"], tile["BLOCK_N"], tile["BLOCK_K"])
+    ring = _slot_bytes(block.m, block.n, block.k, dtype)
+    read = cost_model.product_traffic(block, 2 * WARPS, dtype) - ring
+    return replace(
+        made,
+        kernel=halo_kernel,
+        boxes={**made.boxes, "more": replace(x, box=(1, 2, *x.box[2:]))},
+        constexprs={**made.constexprs, "SLOTS": slots, "RESIDENT": stay},
+        l2_bytes=copied,
+        shared_traffic=made.steps * read + copied,
+        steps=made.steps // 3,
+        step_instructions=2 * HALO_INSTRUCTIONS,
+    )

@@ -1,0 +1,188 @@
+"""3x3 filters with stride 1 on sm_90: three vertical taps out of one shared tile.
+
+As `kernel.py`, whose groups share tiles, but a slot of x holds PIXELS.H + 2 rows of one image, for
+the filter's column s: tap (r, s) multiplies the rows from r on. Of x that is (H + 2) / (3 H) as
+many bytes out of the L2 cache and into shared memory. Weights have slots of their own; with
+RESIDENT they are read once by each program and stay (64 to 64 channels: 72 kB).
+
+A row of a slot, PIXELS.W pixels of TILE.K channels, is a multiple of 1,024 bytes, where the swizzle
+repeats. Boxes are powers of two: the rows arrive as a box of H and a box of 2.
+"""
+
+from __future__ import annotations
+
+from .gluon import (
+    fence_async_shared,
+    gl,
+    jit,
+    load_box,
+    mbarrier,
+    seen_as,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+from .kernel import finish, tile_corner
+
+
+@jit
+def produce_halo(
+    x, more, w, x_ring, w_ring, x_full, x_empty, w_full, w_empty, tiles,
+    IMAGE: gl.constexpr, WINDOW: gl.constexpr, PIXELS: gl.constexpr, TILE: gl.constexpr,
+    OUTPUT: gl.constexpr, STAGES: gl.constexpr, SLOTS: gl.constexpr, RESIDENT: gl.constexpr,
+):  # fmt: skip
+    """The warp that copies."""
+    H: gl.constexpr = PIXELS.H
+    blocks: gl.constexpr = (IMAGE.C + TILE.K - 1) // TILE.K
+    if RESIDENT:
+        mbarrier.expect(w_full.index(0), 9 * blocks * w.block_type.nbytes)
+        for part in range(9 * blocks):
+            load_box(
+                w, [0, part // blocks, part % blocks * TILE.K], w_full.index(0), w_ring.index(part)
+            )
+    slot = 0
+    phase = 1
+    w_slot = 0
+    w_phase = 1
+    for tile in range(gl.program_id(0), tiles, gl.num_programs(0)):
+        n, p, q, column = tile_corner(tile, PIXELS, TILE, OUTPUT)
+        top = p - WINDOW.top
+        for step in range(3 * blocks):
+            s = step % 3
+            start = step // 3 * TILE.K
+            mbarrier.wait(x_empty.index(slot), phase)
+            arrived = x_full.index(slot)
+            mbarrier.expect(arrived, x.block_type.nbytes + more.block_type.nbytes)
+            rows = slot * (H + 2)
+            load_box(
+                x, [n, top, q + s - WINDOW.left, start], arrived,
+                seen_as(x_ring.index(rows), x.block_shape, x.layout),
+            )  # fmt: skip
+            load_box(
+                more, [n, top + H, q + s - WINDOW.left, start], arrived,
+                seen_as(x_ring.index(rows + H), more.block_shape, more.layout),
+            )  # fmt: skip
+            slot += 1
+            if slot == STAGES:
+                slot = 0
+                phase ^= 1
+            if not RESIDENT:
+                for r in range(3):
+                    mbarrier.wait(w_empty.index(w_slot), w_phase)
+                    mbarrier.expect(w_full.index(w_slot), w.block_type.nbytes)
+                    load_box(
+                        w, [column, r * 3 + s, start], w_full.index(w_slot), w_ring.index(w_slot)
+                    )
+                    w_slot += 1
+                    if w_slot == SLOTS:
+                        w_slot = 0
+                        w_phase ^= 1
+
+
+@jit
+def consume_halo(
+    y, extras, x_ring, w_ring, x_full, x_empty, w_full, w_empty, tiles, m,
+    IMAGE: gl.constexpr, PIXELS: gl.constexpr, TILE: gl.constexpr, OUTPUT: gl.constexpr,
+    STAGES: gl.constexpr, SLOTS: gl.constexpr, RESIDENT: gl.constexpr, LAYOUT: gl.constexpr,
+    WHO: gl.constexpr,
+):  # fmt: skip
+    """Four warps that multiply and finish the pixels from WHO·TILE.M/2 on of every tile."""
+    M: gl.constexpr = TILE.M // 2
+    N: gl.constexpr = TILE.N
+    K: gl.constexpr = TILE.K
+    bits: gl.constexpr = x_ring.dtype.primitive_bitwidth
+    sums: gl.constexpr = gl.NVMMADistributedLayout(
+        version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, N, 256 // bits]
+    )
+    blocks: gl.constexpr = (IMAGE.C + K - 1) // K
+    slot = 0
+    phase = 0
+    w_slot = 0
+    w_phase = 0
+    if RESIDENT:
+        mbarrier.wait(w_full.index(0), 0)
+    for tile in range(gl.program_id(0), tiles, gl.num_programs(0)):
+        n, p, q, column = tile_corner(tile, PIXELS, TILE, OUTPUT)
+        acc = gl.zeros([M, N], gl.float32, sums)
+        before = 0
+        w_before = 0
+        for step in range(3 * blocks):
+            mbarrier.wait(x_full.index(slot), phase)
+            for r in gl.static_range(3):
+                if RESIDENT:
+                    w_slot = (r * 3 + step % 3) * blocks + step // 3
+                else:
+                    mbarrier.wait(w_full.index(w_slot), w_phase)
+                row = slot * (PIXELS.H + 2) + r + WHO * (PIXELS.H // 2)
+                a = seen_as(x_ring.index(row), [M, K], LAYOUT)
+                b = w_ring.index(w_slot).reshape([N, K]).permute((1, 0))
+                acc = warpgroup_mma(a, b, acc, precision=TILE.precision, is_async=True)
+                acc = warpgroup_mma_wait(num_outstanding=1, deps=(acc,))
+                # Only this product is under way: what those before it read has been read.
+                if r == 0:
+                    mbarrier.arrive(x_empty.index(before), count=1, pred=step > 0)
+                if not RESIDENT:
+                    mbarrier.arrive(w_empty.index(w_before), count=1, pred=(step > 0) | (r > 0))
+                    w_before = w_slot
+                    w_slot += 1
+                    if w_slot == SLOTS:
+                        w_slot = 0
+                        w_phase ^= 1
+            before = slot
+            slot += 1
+            if slot == STAGES:
+                slot = 0
+                phase ^= 1
+        acc = warpgroup_mma_wait(num_outstanding=0, deps=(acc,))
+        mbarrier.arrive(x_empty.index(before), count=1)
+        if not RESIDENT:
+            mbarrier.arrive(w_empty.index(w_before), count=1)
+        finish(acc, y, extras, n, p, q, column, m, PIXELS, TILE, OUTPUT, WHO * M)
+
+
+@jit
+def halo_kernel(
+    x, more, w, y, extras, m,
+    IMAGE: gl.constexpr, WINDOW: gl.constexpr, PIXELS: gl.constexpr, TILE: gl.constexpr,
+    OUTPUT: gl.constexpr, STAGES: gl.constexpr, SLOTS: gl.constexpr, RESIDENT: gl.constexpr,
+):  # fmt: skip
+    """m counts images. SLOTS: of the weights; with RESIDENT all of them have one."""
+    H: gl.constexpr = PIXELS.H
+    column_tiles: gl.constexpr = (OUTPUT.K + TILE.N - 1) // TILE.N
+    tiles_q: gl.constexpr = (OUTPUT.Q + PIXELS.W - 1) // PIXELS.W
+    tiles_p: gl.constexpr = (OUTPUT.P + H - 1) // H
+    tiles = m * (tiles_p * tiles_q * column_tiles)
+    bits: gl.constexpr = x.dtype.primitive_bitwidth
+    LAYOUT: gl.constexpr = gl.NVMMASharedLayout(
+        swizzle_byte_width=TILE.K * bits // 8, element_bitwidth=bits, rank=2
+    )
+    x_ring = gl.allocate_shared_memory(x.dtype, [STAGES * (H + 2), PIXELS.W, TILE.K], LAYOUT)
+    w_ring = gl.allocate_shared_memory(w.dtype, [SLOTS] + w.block_shape, w.layout)
+    x_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    x_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    w_full = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], mbarrier.MBarrierLayout())
+    w_empty = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], mbarrier.MBarrierLayout())
+    for slot in gl.static_range(STAGES):
+        mbarrier.init(x_full.index(slot), count=1)
+        mbarrier.init(x_empty.index(slot), count=2)
+    for slot in gl.static_range(1 if RESIDENT else SLOTS):
+        mbarrier.init(w_full.index(slot), count=1)
+        mbarrier.init(w_empty.index(slot), count=2)
+    fence_async_shared()
+    gl.warp_specialize(
+        [
+            (consume_halo, (
+                y, extras, x_ring, w_ring, x_full, x_empty, w_full, w_empty, tiles, m, IMAGE,
+                PIXELS, TILE, OUTPUT, STAGES, SLOTS, RESIDENT, LAYOUT, 0,
+            )),
+            (consume_halo, (
+                y, extras, x_ring, w_ring, x_full, x_empty, w_full, w_empty, tiles, m, IMAGE,
+                PIXELS, TILE, OUTPUT, STAGES, SLOTS, RESIDENT, LAYOUT, 1,
+            )),
+            (produce_halo, (
+                x, more, w, x_ring, w_ring, x_full, x_empty, w_full, w_empty, tiles, IMAGE, WINDOW,
+                PIXELS, TILE, OUTPUT, STAGES, SLOTS, RESIDENT,
+            )),
+        ],
+        [4, 1],
+        [240, 24],  # As in `kernel.py`.
+    )  # fmt: skip

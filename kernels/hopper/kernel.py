@@ -1,0 +1,244 @@
+"""A convolution or matrix product on sm_90 whose warps do different things.
+
+    y[n, p, q, :] = EPILOGUE(
+        sum over r, s, c of x[n, p·stride + r·dh − top, q·stride + s·dw − left, c] w[:, r, s, c])
+
+x: (N, H, W, C) or, with stride 2, seen by the parity of rows and columns (`boxes.py`); w: (K, R·S,
+C); y: (N, P, Q, K); half precision or tf32 with fp32 sums. A matrix product is the convolution of
+its rows as images of one pixel.
+
+Programs stay and take tile after tile: a box of PIXELS images, rows and columns (TILE.M of them) by
+TILE.N channels. In each program
+- one warp asks the copy engine for boxes, as many ahead as the ring has slots, also across tiles:
+  tap (r, s) is the same box of x, moved. What lies outside of x and w arrives as zero, which is the
+  padding, and what fills up the channels;
+- two groups of four warps multiply straight out of the ring, with one product under way while the
+  next one's operands are waited for, and then finish their results. They share each tile, half of
+  its pixels each, and the ring fills meanwhile with the next tile's operands; or with TURNS they
+  take tiles in turn, and one multiplies while the other finishes.
+
+`full[slot]`: both boxes have arrived. `empty[slot]`: who reads them has: a group arrives when only
+the product behind it is still under way. `order[group]`, in turns: the other one's loop is over. A
+parity tells apart no more than two fillings of a slot; whoever is further behind would take an old
+one for its own. Groups that share tiles never wait for each other.
+
+The design is that of CUTLASS's cooperative and ping-pong kernels (Thakkar et al.) with the taps of
+a filter in the place of its im2col.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from .gluon import (
+    fence_async_shared,
+    gl,
+    jit,
+    load_box,
+    mbarrier,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+MOST_AT_ONCE = gl.constexpr(64 * 128) if gl else None
+"""Results that a group finishes at a time. gelu keeps 272 bytes on the stack with twice as many."""
+
+
+class Pixels(NamedTuple):
+    """The box of pixels that a tile is: images, rows and columns, powers of two."""
+
+    N: int
+    H: int
+    W: int
+
+
+@jit
+def tile_corner(tile, PIXELS: gl.constexpr, TILE: gl.constexpr, OUTPUT: gl.constexpr):
+    """First image, row, column and channel of a tile. Tiles of the same pixels follow each other:
+    they find x in the L2 cache."""
+    column_tiles: gl.constexpr = (OUTPUT.K + TILE.N - 1) // TILE.N
+    tiles_q: gl.constexpr = (OUTPUT.Q + PIXELS.W - 1) // PIXELS.W
+    tiles_p: gl.constexpr = (OUTPUT.P + PIXELS.H - 1) // PIXELS.H
+    box = tile // column_tiles
+    q = box % tiles_q * PIXELS.W
+    p = box // tiles_q % tiles_p * PIXELS.H
+    n = box // (tiles_q * tiles_p) * PIXELS.N
+    return n, p, q, tile % column_tiles * TILE.N
+
+
+@jit
+def produce(
+    x, w, x_ring, w_ring, full, empty, tiles,
+    IMAGE: gl.constexpr, WINDOW: gl.constexpr, PIXELS: gl.constexpr, TILE: gl.constexpr,
+    OUTPUT: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    """The warp that copies."""
+    # Even numbers that make the positions of all taps positive: division rounds towards zero.
+    rise: gl.constexpr = (WINDOW.top + 1) // 2 * 2
+    drift: gl.constexpr = (WINDOW.left + 1) // 2 * 2
+    slot = 0
+    phase = 1  # Of the emptying that is waited for: the first round finds every slot empty.
+    for tile in range(gl.program_id(0), tiles, gl.num_programs(0)):
+        n, p, q, column = tile_corner(tile, PIXELS, TILE, OUTPUT)
+        for tap in range(WINDOW.R * WINDOW.S):
+            top = tap // WINDOW.S * WINDOW.dilation_h - WINDOW.top
+            left = tap % WINDOW.S * WINDOW.dilation_w - WINDOW.left
+            for start in range(0, IMAGE.C, TILE.K):
+                mbarrier.wait(empty.index(slot), phase)
+                arrived = full.index(slot)
+                mbarrier.expect(arrived, x.block_type.nbytes + w.block_type.nbytes)
+                if WINDOW.stride_h == 1:
+                    load_box(x, [n, p + top, q + left, start], arrived, x_ring.index(slot))
+                else:
+                    half_row = p + (top + rise) // 2 - rise // 2
+                    half_column = q + (left + drift) // 2 - drift // 2
+                    inner = (left + drift) % 2 * IMAGE.row_stride + start
+                    load_box(
+                        x, [n, half_row, (top + rise) % 2, half_column, inner], arrived,
+                        x_ring.index(slot),
+                    )  # fmt: skip
+                load_box(w, [column, tap, start], arrived, w_ring.index(slot))
+                slot += 1
+                if slot == STAGES:
+                    slot = 0
+                    phase ^= 1
+
+
+@jit
+def consume(
+    y, extras, x_ring, w_ring, full, empty, order, tiles, m,
+    IMAGE: gl.constexpr, WINDOW: gl.constexpr, PIXELS: gl.constexpr, TILE: gl.constexpr,
+    OUTPUT: gl.constexpr, STAGES: gl.constexpr, TURNS: gl.constexpr, WHO: gl.constexpr,
+):  # fmt: skip
+    """Four warps that multiply and finish the pixels from WHO·TILE.M/2 on of every tile, or in
+    turns every second tile."""
+    M: gl.constexpr = TILE.M if TURNS else TILE.M // 2
+    FIRST: gl.constexpr = 0 if TURNS else WHO * M
+    N: gl.constexpr = TILE.N
+    K: gl.constexpr = TILE.K
+    bits: gl.constexpr = x_ring.dtype.primitive_bitwidth
+    sums: gl.constexpr = gl.NVMMADistributedLayout(
+        version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, N, 256 // bits]
+    )
+    steps: gl.constexpr = WINDOW.R * WINDOW.S * ((IMAGE.C + K - 1) // K)
+    slot = 0
+    phase = 0
+    turn = 0
+    first = gl.program_id(0)
+    stride = gl.num_programs(0)
+    if TURNS:
+        first += WHO * stride
+        stride *= 2
+    for tile in range(first, tiles, stride):
+        n, p, q, column = tile_corner(tile, PIXELS, TILE, OUTPUT)
+        if TURNS:
+            count = (2 * turn + WHO) * steps
+            slot = count % STAGES
+            phase = count // STAGES % 2
+            mbarrier.wait(order.index(WHO), (turn + 1 - WHO) % 2)
+            turn += 1
+        acc = gl.zeros([M, N], gl.float32, sums)
+        before = 0
+        for step in range(steps):
+            mbarrier.wait(full.index(slot), phase)
+            a = x_ring.index(slot).reshape([TILE.M, K]).slice(FIRST, M)
+            b = w_ring.index(slot).reshape([N, K]).permute((1, 0))
+            acc = warpgroup_mma(a, b, acc, precision=TILE.precision, is_async=True)
+            acc = warpgroup_mma_wait(num_outstanding=1, deps=(acc,))
+            # Only this product is under way: the slot before has been read.
+            mbarrier.arrive(empty.index(before), count=1, pred=step > 0)
+            before = slot
+            slot += 1
+            if slot == STAGES:
+                slot = 0
+                phase ^= 1
+        if TURNS:
+            mbarrier.arrive(order.index(1 - WHO), count=1)
+        acc = warpgroup_mma_wait(num_outstanding=0, deps=(acc,))
+        mbarrier.arrive(empty.index(before), count=1)
+        finish(acc, y, extras, n, p, q, column, m, PIXELS, TILE, OUTPUT, FIRST)
+
+
+@jit
+def finish(
+    acc, y, extras, n, p, q, column, m,
+    PIXELS: gl.constexpr, TILE: gl.constexpr, OUTPUT: gl.constexpr, FIRST: gl.constexpr,
+):  # fmt: skip
+    """The epilogue of a tile's pixels from FIRST on, and their store: 64 results of each thread at
+    a time, beside which there are registers for any epilogue."""
+    M: gl.constexpr = acc.shape[0]
+    N: gl.constexpr = TILE.N
+    if M * N > MOST_AT_ONCE:
+        left, right = acc.reshape([M, 2, N // 2]).permute((0, 2, 1)).split()
+        put(left, y, extras, n, p, q, column, m, PIXELS, TILE, OUTPUT, FIRST)
+        put(right, y, extras, n, p, q, column + N // 2, m, PIXELS, TILE, OUTPUT, FIRST)
+    else:
+        put(acc, y, extras, n, p, q, column, m, PIXELS, TILE, OUTPUT, FIRST)
+
+
+@jit
+def put(
+    acc, y, extras, n, p, q, column, m,
+    PIXELS: gl.constexpr, TILE: gl.constexpr, OUTPUT: gl.constexpr, FIRST: gl.constexpr,
+):  # fmt: skip
+    """The epilogue and the store of all rows and some columns of it: 16 bytes by each thread."""
+    M: gl.constexpr = acc.shape[0]
+    N: gl.constexpr = acc.shape[1]
+    wide: gl.constexpr = gl.BlockedLayout([1, 8], [256 // N, N // 8], [4, 1], [1, 0])
+    value = gl.convert_layout(acc, wide)
+    pixel = FIRST + gl.arange(0, M, layout=gl.SliceLayout(1, wide))
+    image = n + pixel // (PIXELS.H * PIXELS.W)
+    row = p + pixel // PIXELS.W % PIXELS.H
+    place = q + pixel % PIXELS.W
+    live = (image < m) & (row < OUTPUT.P) & (place < OUTPUT.Q)
+    if TILE.wide:
+        image = image.to(gl.int64)
+    rows = (image * OUTPUT.P + row) * OUTPUT.Q + place
+    columns = column + gl.arange(0, N, layout=gl.SliceLayout(0, wide))
+    column_mask = columns < OUTPUT.K
+    value = OUTPUT.epilogue(value, rows, columns, live, column_mask, extras)
+    address = y + OUTPUT.offset + (rows * OUTPUT.row_stride)[:, None] + columns[None, :]
+    mask = live[:, None] & column_mask[None, :]
+    gl.store(address, value.to(y.dtype.element_ty), mask=mask)
+
+
+@jit
+def hopper_kernel(
+    x, w, y, extras, m,
+    IMAGE: gl.constexpr, WINDOW: gl.constexpr, PIXELS: gl.constexpr, TILE: gl.constexpr,
+    OUTPUT: gl.constexpr, STAGES: gl.constexpr, TURNS: gl.constexpr,
+):  # fmt: skip
+    """m counts images."""
+    column_tiles: gl.constexpr = (OUTPUT.K + TILE.N - 1) // TILE.N
+    tiles_q: gl.constexpr = (OUTPUT.Q + PIXELS.W - 1) // PIXELS.W
+    tiles_p: gl.constexpr = (OUTPUT.P + PIXELS.H - 1) // PIXELS.H
+    tiles = gl.cdiv(m, PIXELS.N) * (tiles_p * tiles_q * column_tiles)
+    x_ring = gl.allocate_shared_memory(x.dtype, [STAGES] + x.block_shape, x.layout)
+    w_ring = gl.allocate_shared_memory(w.dtype, [STAGES] + w.block_shape, w.layout)
+    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    for slot in gl.static_range(STAGES):
+        mbarrier.init(full.index(slot), count=1)
+        mbarrier.init(empty.index(slot), count=1 if TURNS else 2)
+    order = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    for who in gl.static_range(2):
+        mbarrier.init(order.index(who), count=1)
+    fence_async_shared()
+    gl.warp_specialize(
+        [
+            (consume, (
+                y, extras, x_ring, w_ring, full, empty, order, tiles, m, IMAGE, WINDOW, PIXELS,
+                TILE, OUTPUT, STAGES, TURNS, 0,
+            )),
+            (consume, (
+                y, extras, x_ring, w_ring, full, empty, order, tiles, m, IMAGE, WINDOW, PIXELS,
+                TILE, OUTPUT, STAGES, TURNS, 1,
+            )),
+            (produce, (
+                x, w, x_ring, w_ring, full, empty, tiles, IMAGE, WINDOW, PIXELS, TILE, OUTPUT,
+                STAGES,
+            )),
+        ],
+        [4, 1],
+        [240, 24],  # Registers of a thread; 8 · 240 + 4 · 24 of the 2,048 that 32 of them share.
+    )  # fmt: skip

@@ -1,0 +1,255 @@
+"""Where the Hopper core is chosen, what it refuses, what the model knows of it, and whole networks
+by it."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import convloom
+import pytest
+import torch
+from convloom import settings
+from convloom.compiler import api
+from convloom.compiler.records import rank
+from convloom.errors import InvalidInputError, KernelError, TargetUnavailableError
+from convloom.kernels import registry
+from convloom.kernels.contract import cost_model
+from convloom.kernels.contract.epilogue import Stage
+from convloom.kernels.contract.op import Config
+from convloom.kernels.contract.targets import parse
+from convloom.kernels.devices import offline
+from convloom.kernels.hopper import boxes, core, gluon
+from convloom.kernels.tile import choice
+from convloom.kernels.tile.conv_geometry import Conv2d
+from convloom.zoo import build
+from torch import nn
+
+from .test_hopper import (
+    ADDED,
+    COMPILED,
+    CONV,
+    HALF,
+    HALVED,
+    SAME,
+    SINGLE,
+    SM_90,
+    conv,
+    tile_of,
+)
+
+pytestmark = pytest.mark.skipif(gluon.MISSING is not None, reason=str(gluon.MISSING))
+
+LARGE = COMPILED["3x3, residual"]
+
+
+@pytest.fixture
+def asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CONVLOOM_CORE", "hopper")
+
+
+def test_nobody_gets_it_who_does_not_ask(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No GPU has run it. What a file names is legal still, unless it is switched off."""
+    tile = next(iter(core.tiles(LARGE, SM_90)))
+    for setting, reason in (("", None), ("plain", "CONVLOOM_CORE=plain switches the Hopper core")):
+        monkeypatch.setenv("CONVLOOM_CORE", setting)
+        assert not core.is_one(CONV.default(LARGE, SM_90))
+        assert not any(map(core.is_one, CONV.configs(LARGE, SM_90)))
+        assert core.note(LARGE, CONV.default(LARGE, SM_90), SM_90, ()) == ""
+        found = CONV.legal(LARGE, tile, SM_90)
+        assert found is None if reason is None else reason in str(found)
+
+
+def test_settings_that_are_none_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CONVLOOM_CORE", "ampere")
+    with pytest.raises(InvalidInputError, match="CONVLOOM_CORE: expected plain or hopper, got"):
+        settings.read()
+
+
+def test_whoever_asks_gets_the_faster_by_the_model(asked_for: None) -> None:
+    for problem in COMPILED.values():
+        op = registry.get(problem.op)
+        chosen = op.default(problem, SM_90)
+        times = {
+            tile: cost_model.problem_us(op, problem, SM_90, tile)
+            for tile in (chosen, *core.tiles(problem, SM_90))
+        }
+        assert times[chosen] == min(times.values())
+        assert set(core.tiles(problem, SM_90)) <= set(op.configs(problem, SM_90))
+    assert core.is_one(CONV.default(LARGE, SM_90))
+
+
+def test_a_step_without_waste_takes_the_time_of_its_products(asked_for: None) -> None:
+    """512 channels of 3x3: what the model knows of the loop is its tensor cores and L2."""
+    problem = conv(SAME, (28, 28), (3, 3), (512, 512), 256)
+    tile = CONV.default(problem, SM_90)
+    assert core.is_one(tile) and (tile["BLOCK_M"], tile["BLOCK_N"]) == (128, 256)
+    (launch,) = CONV.launches(problem, tile, SM_90)
+    machine = cost_model.machine_for(SM_90)
+    cycles = cost_model.tile_cycles(machine, launch, 0.0, HALF, 0.0)
+    assert cycles.tensor == pytest.approx(launch.steps * 128 * 256 * 64 * 2 / 4096, rel=1e-3)
+    assert cycles.instructions < 0.5 * cycles.tensor and cycles.cache < 1.3 * cycles.tensor
+    leaving = replace(launch, most_programs=None)
+    work = choice.Work.of(problem, CONV.cost(problem).flops)
+    stays_us, leaves_us = (cost_model.launch_us(machine, x, *work) for x in (launch, leaving))
+    assert stays_us < leaves_us
+
+
+def test_whoever_takes_turns_hides_the_ends_of_tiles(asked_for: None) -> None:
+    """Four steps and a residual: the end of a tile takes as long as its loop."""
+    problem = conv(Conv2d(), (14, 14), (1, 1), (256, 1024), 256, ADDED, "rb")
+    machine = cost_model.machine_for(SM_90)
+    work = choice.Work.of(problem, CONV.cost(problem).flops)
+    times = {}
+    for tile in core.tiles(problem, SM_90):
+        (launch,) = CONV.launches(problem, tile, SM_90)
+        assert launch.hides_ends == (tile[core.BLOCK] == core.IN_TURNS)
+        size = tile["BLOCK_M"], tile["BLOCK_N"], tile[core.BLOCK]
+        times[size] = cost_model.launch_us(machine, launch, *work)
+    for width, most in ((128, 0.8), (64, 1.0)):
+        assert times[128, width, core.IN_TURNS] < most * times[128, width, core.SHARED]
+
+
+def test_a_halo_reads_less(asked_for: None) -> None:
+    """64 to 64 channels with weights that stay: the model's L2 traffic is a quarter, and what was
+    bound by it is bound by shared memory."""
+    problem = conv(SAME, (224, 224), (3, 3), (64, 64), 32)
+    tile = CONV.default(problem, SM_90)
+    (launch,) = CONV.launches(problem, tile, SM_90)
+    assert tile[core.BLOCK] == core.HALO and launch.constexprs["RESIDENT"]
+    usual = next(t for t in core.tiles(problem, SM_90) if t["BLOCK_M"] == 256)
+    (other,) = CONV.launches(problem, usual, SM_90)
+    assert other.kernel is not launch.kernel and launch.l2_bytes < 0.35 * other.l2_bytes
+    assert cost_model.bound(CONV, problem, SM_90, tile) == "shared memory"
+    dilated = conv(replace(SAME, dilation=(2, 2)), (224, 224), (3, 3), (64, 64), 32)
+    assert "a halo is for 3x3 filters" in str(CONV.legal(dilated, tile, SM_90))
+    two = tile_with(tile, BOX_N=2, BOX_H=8)
+    assert "a halo is of one image" in str(CONV.legal(problem, two, SM_90))
+
+
+def test_what_it_cannot_compute_is_refused_with_a_reason(asked_for: None) -> None:
+    good = conv(SAME, (16, 16), (3, 3), (64, 64), 8)
+    tile = tile_of(good, (128, 128), (1, 8, 16))
+    sm_80 = parse("cuda:sm_80")
+    x = good.inputs[0]
+    slice_ = replace(good, inputs=(replace(x, pitch=68), good.inputs[1]))
+    for problem, config_, target, reason in (
+        (good, tile, sm_80, "made for sm_90, not for cuda:sm_80"),
+        (conv(replace(SAME, groups=2), (16, 16), (3, 3), (64, 64)), tile, SM_90, "2 groups"),
+        (conv(replace(SAME, stride=(1, 2)), (16, 16), (3, 3), (64, 64)), tile, SM_90, "stride"),
+        (conv(HALVED, (15, 16), (3, 3), (64, 64)), tile, SM_90, "15x16 has no halves"),
+        (conv(HALVED, (16, 16), (3, 3), (72, 64)), tile, SM_90, "72 channels are no mu"),
+        (conv(SAME, (16, 16), (3, 3), (24, 64)), tile, SM_90, "24 channels; the Hopper core is"),
+        (conv(SAME, (16, 16), (3, 3), (36, 64)), tile, SM_90, "the pitch of x, 72 bytes"),
+        (slice_, tile, SM_90, "the pitch of x, 136 bytes, is no multiple of 16"),
+        (replace(good, prologue=(Stage("relu"),)), tile, SM_90, "a prologue needs"),
+        (conv(SAME, (16, 16), (3, 3), (64, 64), dtype=SINGLE), tile, SM_90, "fp32 accuracy"),
+        (good, replace(tile, num_stages=9), SM_90, "bytes of shared memory"),
+        (good, replace(tile, num_warps=8), SM_90, "has no tile of"),
+        (good, tile_with(tile, BOX_W=8), SM_90, "does not hold BLOCK_M=128"),
+    ):
+        assert reason in str(CONV.legal(problem, config_, target)), reason
+    note = core.note(slice_, CONV.default(slice_, SM_90), SM_90, ())
+    assert note == "plain core: TMA: the pitch of x, 136 bytes, is no multiple of 16"
+
+
+def tile_with(tile: Config, **sizes: int) -> Config:
+    return replace(tile, blocks=tuple({**dict(tile.blocks), **sizes}.items()))
+
+
+class Net(nn.Module):
+    """A layer for the core, and one with too few channels for it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 64, 3, padding=1)
+        self.body = nn.Conv2d(64, 256, 3, padding=1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.relu(self.body(torch.relu(self.stem(x))))
+
+
+def test_the_plan_says_which_core_and_why(asked_for: None) -> None:
+    x = torch.randn(64, 3, 56, 56)
+    made: dict[str, Any] = {"target": "cuda:sm_90", "dtype": HALF}
+    _, plan, _ = api.lowered(Net().eval(), (x,), **made, passes="none")
+    text = plan.to_text()
+    assert "(heuristic; plain core: 3 channels; the Hopper core is for 32 and more)" in text
+    assert "(heuristic; Hopper core)" in text
+    _, plan, _ = api.lowered(Net().eval(), (x,), **made)
+    assert "(heuristic; plain core: stem has no other)" in plan.to_text()
+
+
+def test_whoever_asks_where_it_cannot_be_is_told(asked_for: None) -> None:
+    module, x = Net().eval(), (torch.randn(1, 3, 8, 8),)
+    with pytest.raises(TargetUnavailableError, match="CONVLOOM_CORE=hopper: the Hopper core is ma"):
+        api.lowered(module, x, target="cuda:sm_80", dtype=HALF)
+    api.lowered(module, x, target="interpreter")
+
+
+def test_without_gluon_the_plain_core_is_taken(
+    asked_for: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gluon, "MISSING", "this Triton has no Gluon for Hopper (no module)")
+    assert "this Triton has no Gluon" in str(core.refusal(LARGE, SM_90))
+    assert not core.is_one(CONV.default(LARGE, SM_90))
+    with pytest.raises(TargetUnavailableError, match="CONVLOOM_CORE=hopper: this Triton has no Gl"):
+        core.check_asked(SM_90)
+
+
+@pytest.mark.slow
+def test_a_network_by_the_core_alone_is_right(monkeypatch: pytest.MonkeyPatch) -> None:
+    """ResNet-18 on small images, with every layer that can use the core using it."""
+    monkeypatch.setattr(
+        core, "default", lambda problem, target, plain, _: next(core.tiles(problem, target), plain)
+    )
+    monkeypatch.setattr(boxes, "MOST_WASTE", 64.0)
+    net, x = build("resnet18").eval(), torch.randn(2, 3, 32, 32)
+    made = convloom.compile(net, (x,), target="emulator:sm_90", dtype=HALF, tuning="heuristic")
+    used = [step for step in made.plan.steps if core.is_one(step.config)]
+    assert len(used) >= 12, made.plan.to_text()
+    exact, found = net.double()(x.double()), made(x).double()
+    assert (found - exact).norm() < 0.01 * exact.norm()
+
+
+NO_GLUON = """
+import os, sys
+sys.modules["triton.experimental.gluon.language.nvidia.hopper"] = None
+import torch, convloom
+net, x = torch.nn.Linear(64, 64).eval(), torch.randn(2, 64)
+made = convloom.compile(net, (x,), target="interpreter")
+torch.testing.assert_close(made(x), net(x), rtol=1e-4, atol=1e-4)
+os.environ["CONVLOOM_CORE"] = "hopper"
+try:
+    convloom.compile(net, (x,), target="cuda:sm_90")
+except convloom.TargetUnavailableError as error:
+    assert "this Triton has no Gluon for Hopper" in str(error)
+    print("refused")
+"""
+
+
+@pytest.mark.slow
+def test_everything_else_works_without_gluon() -> None:
+    done = subprocess.run([sys.executable, "-c", NO_GLUON], capture_output=True, text=True)
+    assert done.stdout == "refused\n", done.stderr
+
+
+@pytest.mark.slow  # Its worker imports this file.
+def test_a_compiler_that_ends_its_process_is_an_error_of_the_kernel(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CONVLOOM_CACHE_DIR", str(tmp_path))
+    tile = next(iter(core.tiles(LARGE, SM_90)))
+    (wanted,) = rank.requests(CONV, LARGE, CONV.launches(LARGE, tile, SM_90), SM_90)
+    monkeypatch.setattr(offline, "resources", ending)
+    with pytest.raises(KernelError, match=r"hopper_kernel does not compile.*ended its proc"):
+        offline.compile_request(wanted)
+
+
+def ending(wanted: Any) -> None:
+    """What a compiler does whose assertion fails."""
+    os._exit(1)
