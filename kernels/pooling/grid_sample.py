@@ -9,7 +9,6 @@ Jaderberg et al., Spatial Transformer Networks, 2015; bicubic filter with A = -0
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,27 +18,26 @@ import triton.language as tl
 
 from ...errors import InvalidInputError
 from ..contract.elementary import round_half_even
-from ..contract.launch_tiles import finish_tile, tile_of_program, tiled_launch, tiles_of
 from ..contract.op import (
     Arguments,
     Attributes,
     Builder,
     Config,
-    Cost,
     Launch,
     Op,
     Problem,
     W,
     X,
     Y,
-    config,
-    tensor_bytes,
-    tile_config,
+    counted,
 )
 from ..contract.spec import Layout, TensorSpec
 from ..contract.targets import Target
 from ..movement.rearrangement import Reshape
-from .tiles import channel_block
+from ..tile.finish import put
+from ..tile.geometry import Matrix, tile_launch
+from ..tile.space import output_tile
+from .tiles import Tiles
 
 MODES = ("bilinear", "nearest", "bicubic")
 BORDERS = ("zeros", "border", "reflection")
@@ -187,71 +185,56 @@ def tap_of(
 @triton.jit
 def grid_sample_kernel(
     x, grid, y, extras, m,
-    H: tl.constexpr, WIDTH: tl.constexpr, C: tl.constexpr, PIXELS: tl.constexpr,
+    H: tl.constexpr, WIDTH: tl.constexpr, PIXELS: tl.constexpr,
     TAPS: tl.constexpr, MODE: tl.constexpr, BORDER: tl.constexpr, CORNERS: tl.constexpr,
-    X_PITCH: tl.constexpr, X_OFFSET: tl.constexpr, GRID_PITCH: tl.constexpr,
-    GRID_OFFSET: tl.constexpr, Y_PITCH: tl.constexpr, Y_OFFSET: tl.constexpr,
-    EPILOGUE: tl.constexpr, WIDE: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
+    IMAGE: tl.constexpr, GRID: tl.constexpr, OUTPUT: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    rows, columns, row_mask, column_mask = tile_of_program(m, C, WIDE, BLOCK_ROWS, BLOCK_COLUMNS)
-    place = grid + GRID_OFFSET + rows * GRID_PITCH
+    M: tl.constexpr = TILE.M
+    N: tl.constexpr = TILE.N
+    rows, columns, row_mask, column_mask = output_tile(m, OUTPUT, TILE)
+    place = grid + GRID.offset + rows * GRID.row_stride
     across = tl.load(place, mask=row_mask, other=0.0).to(tl.float32)
     down = tl.load(place + 1, mask=row_mask, other=0.0).to(tl.float32)
     top, below = place_of(down, H, MODE, BORDER, CORNERS)
     left, behind = place_of(across, WIDTH, MODE, BORDER, CORNERS)
     image = rows // PIXELS * H
-    acc = tl.zeros((BLOCK_ROWS, BLOCK_COLUMNS), tl.float32)
+    acc = tl.zeros((M, N), tl.float32)
     for i in tl.static_range(TAPS):
         row, is_row, share = tap_of(top, below, i, H, MODE, BORDER, CORNERS)
         for j in tl.static_range(TAPS):
             column, is_column, weight = tap_of(left, behind, j, WIDTH, MODE, BORDER, CORNERS)
             pixel = (image + row) * WIDTH + column
-            address = x + X_OFFSET + (pixel * X_PITCH)[:, None] + columns[None, :]
+            address = x + IMAGE.offset + (pixel * IMAGE.row_stride)[:, None] + columns[None, :]
             mask = (row_mask & is_row & is_column)[:, None] & column_mask[None, :]
             value = tl.load(address, mask=mask, other=0.0).to(tl.float32)
             acc += value * (share * weight)[:, None]
-    finish_tile(acc, y, rows, columns, row_mask, column_mask, extras, EPILOGUE, Y_PITCH, Y_OFFSET)
+    put(acc, y, rows, row_mask, columns, column_mask, extras, OUTPUT)
 
 
 def launches(problem: Problem, tile: Config, target: Target) -> tuple[Launch, ...]:
     """One launch over all output pixels."""
     attributes, (x, grid) = problem.attributes, problem.inputs
     assert isinstance(attributes, GridSample)
-    _, c, h, w = x.shape
-    return tiled_launch(
-        problem,
-        tile,
-        grid_sample_kernel,
-        {
-            "H": h, "WIDTH": w, "C": c, "PIXELS": grid.shape[1], "TAPS": TAPS[attributes.mode],
-            "MODE": attributes.mode, "BORDER": attributes.border, "CORNERS": attributes.corners,
-            "GRID_PITCH": grid.pitch, "GRID_OFFSET": grid.offset,
-        },
-        pointers={"x": X, "grid": W, "y": Y},
-    )  # fmt: skip
+    constexprs = {
+        "H": x.shape[2], "WIDTH": x.shape[3], "PIXELS": grid.shape[1],
+        "TAPS": TAPS[attributes.mode], "MODE": attributes.mode, "BORDER": attributes.border,
+        "CORNERS": attributes.corners, "IMAGE": Matrix.of(x), "GRID": Matrix.of(grid),
+    }  # fmt: skip
+    pointers = {"x": X, "grid": W, "y": Y}
+    return (
+        tile_launch(problem, tile, grid_sample_kernel, constexprs=constexprs, pointers=pointers),
+    )
 
 
-def configs(problem: Problem, target: Target) -> Iterator[Config]:
-    """256 to 1024 results per program."""
-    yield from tiles_of((256, 512, 1024), (16, 32, 64, 128))
+# By default 4 results per thread.
+TILES = Tiles((256, 512, 1024), (16, 32, 64, 128), usual=lambda problem: 512)
 
 
-def default(problem: Problem, target: Target) -> Config:
-    """512 results, 4 per thread."""
-    c = problem.output.shape[1]
-    if target.name == "interpreter":
-        return tile_config(problem.output.spec.numel // c, c, target)
-    columns = channel_block(c)
-    return config(4, 1, BLOCK_ROWS=512 // columns, BLOCK_COLUMNS=columns)
-
-
-def cost(problem: Problem) -> Cost:
+@counted
+def cost(problem: Problem) -> int:
     """A multiplication and an addition per pixel that an output looks at."""
-    attributes = problem.attributes
-    assert isinstance(attributes, GridSample)
-    read, written = tensor_bytes(problem)
-    return Cost(2 * TAPS[attributes.mode] ** 2 * problem.output.spec.numel, read, written)
+    assert isinstance(problem.attributes, GridSample)
+    return 2 * TAPS[problem.attributes.mode] ** 2 * problem.output.spec.numel
 
 
 def _capture(g: Builder, a: Arguments) -> Any:
@@ -272,8 +255,8 @@ OP = Op(
     infer=infer,
     reference=reference,
     launches=launches,
-    configs=configs,
-    default=default,
+    configs=TILES.configs,
+    default=TILES.default,
     cost=cost,
     aten={
         "aten.grid_sampler.default": _capture,
