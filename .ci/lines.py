@@ -14,9 +14,9 @@ import sys
 from pathlib import Path
 
 LIMITS = {
-    ("kernels", "compiler", "cli"): 45_760,
+    ("kernels", "compiler", "cli"): 49_300,
     ("zoo",): 3_440,
-    ("benchmarks",): 5_970,
+    ("benchmarks",): 6_080,
 }
 """Folders that are counted together, and how many lines they may have."""
 
