@@ -21,6 +21,8 @@ from convloom.kernels.products.linear import OP as LINEAR
 from convloom.kernels.tile import residual
 from torch import nn
 
+from . import nets
+
 Function = Callable[[Any, torch.Tensor], torch.Tensor]
 
 
@@ -80,6 +82,22 @@ NEAR: dict[str, Function] = {
         torch.tanh(v.mean((2, 3), keepdim=True)) * v.mean((2, 3), keepdim=True) + v
     ),
 }
+
+
+MASKS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "of a mask": lambda k: k ^ (k & ~k),
+    "with another": lambda k: (k | ~(k & (k ^ True))) & k,
+    "as numbers": lambda k: k.float() * 2 + k.float(),
+}
+
+
+@pytest.mark.parametrize("target", ["interpreter", "reference"])
+@pytest.mark.parametrize("name", MASKS)
+@pytest.mark.interpreter
+def test_what_is_chained_of_masks_is_a_mask(name: str, target: str) -> None:
+    module, inputs = nets.make(lambda m, x: MASKS[name](x > 0), (2, 3, 5))
+    exe = convloom.compile(module, inputs, target=target)
+    assert torch.equal(exe(*inputs), module(*inputs))
 
 
 @pytest.mark.parametrize("name", NEAR)

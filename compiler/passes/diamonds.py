@@ -115,5 +115,7 @@ def _fuse(graph: Graph, source: Value, between: Sequence[Node], join: Node) -> N
     made = graph.add(
         "identity", inputs, Pointwise(), epilogue=tuple(stages), like=consumed, rule=RULE
     )
+    # What a chain makes of booleans is boolean where its last function's result is.
+    graph.update(made.node, outputs=(graph.spec(made).with_(dtype=join.spec.dtype),))
     graph.redirect(Value(join.name), made)
     graph.remove(node.name for node in consumed)

@@ -287,7 +287,9 @@ SPECIAL: dict[str, dict[str, Capture]] = {
             for spelt in (
                 f"logical_{name}.default",
                 f"bitwise_{name}.Tensor",
+                f"bitwise_{name}.Scalar",
                 f"__{name}__.Tensor",
+                f"__{name}__.Scalar",
             )
         }
         for name in ("and", "or", "xor")
