@@ -71,7 +71,7 @@ def test_a_block_has_the_threads_that_the_compiler_says(monkeypatch: pytest.Monk
         metadata = SimpleNamespace(
             shared=found.metadata.shared, num_warps=wanted.num_warps + 8, tensordesc_meta=[]
         )
-        return SimpleNamespace(asm=found.asm, metadata=metadata)
+        return SimpleNamespace(asm=found.asm, metadata=metadata, name=found.name)
 
     monkeypatch.setattr(launch.offline, "compile_request", compiled)
     monkeypatch.setattr(launch, "emulate", lambda *given: threads.append(given[3]))

@@ -41,6 +41,7 @@ from .tensors import Pool, Stored, logical
 WORDS = (
     "", "constant", "reflect", "replicate", "circular", "softmax", "log_softmax", "nearest",
     "nearest-exact", "linear", "corners", "cubic", "antialiased-linear", "antialiased-cubic",
+    "bilinear", "bicubic", "zeros", "border", "reflection",
 )
 """Every text that an attribute may be: kernels and references choose by them."""
 POSITIVE = ("dilation", "groups", "image", "k", "kernel", "size", "split", "step", "stride")
