@@ -8,8 +8,9 @@ import convloom
 import pytest
 import torch
 import torch.nn.functional as F
-from convloom.errors import UnsupportedOpError
-from convloom.kernels.pooling.grid_sample import BORDERS, MODES, GridSample, reference
+from convloom.errors import InvalidInputError, UnsupportedOpError
+from convloom.kernels.contract.spec import TensorSpec
+from convloom.kernels.pooling.grid_sample import BORDERS, MODES, GridSample, infer, reference
 from torch import nn
 
 from . import nets
@@ -106,3 +107,17 @@ def test_volumes_are_refused() -> None:
     made = nets.make(lambda m, x, g: F.grid_sample(x, g), (2, 3, 4, 4, 4), (2, 2, 2, 2, 3))
     with pytest.raises(UnsupportedOpError, match="sampling of volumes"):
         convloom.compile(*made, target="reference")
+
+
+IMAGE, PLACES = TensorSpec((2, 3, 4, 5), torch.float32), TensorSpec((2, 6, 2), torch.float32)
+WRONG = (
+    (GridSample((2, 2)), r"expected x \(N, C, H, W\) and a grid \(N, 2\*2, 2\)"),
+    (GridSample((2, 3), mode="cubic"), "expected a mode of bilinear, nearest, bicubic"),
+    (GridSample((2, 3), border="circular"), "and a border of zeros, border, reflection, got"),
+)
+
+
+@pytest.mark.parametrize(("attributes", "message"), WRONG)
+def test_what_is_no_sampling_is_refused(attributes: GridSample, message: str) -> None:
+    with pytest.raises(InvalidInputError, match=message):
+        infer(attributes, (IMAGE, PLACES))

@@ -66,6 +66,11 @@ def infer(attributes: GridSample, inputs: tuple[TensorSpec, ...]) -> tuple[Tenso
         raise InvalidInputError(
             f"grid_sample: expected x (N, C, H, W) and a grid (N, {p}*{q}, 2), got {x} and {grid}"
         )
+    if attributes.mode not in MODES or attributes.border not in BORDERS:
+        raise InvalidInputError(
+            f"grid_sample: expected a mode of {', '.join(MODES)} and a border of "
+            f"{', '.join(BORDERS)}, got {attributes}"
+        )
     return (TensorSpec((*x.shape[:2], p, q), x.dtype, Layout.NHWC, x.batch),)
 
 
