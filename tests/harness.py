@@ -330,7 +330,9 @@ def buffers_for(
 
 def written(op: Op, operand: Operand, buffer: torch.Tensor) -> torch.Tensor:
     """The output in its buffer, beyond which nothing may have been written."""
-    result = view_of(buffer, operand).clone()
+    # As bytes: copied as booleans, what nobody wrote would become true.
+    copy = buffer.view(torch.uint8).clone().view(buffer.dtype)
+    result = view_of(copy, operand)
     tolerance.fill_untouched(view_of(buffer, operand))
     assert tolerance.is_untouched(buffer).all(), f"{op.name} wrote outside its output"
     return result
@@ -385,10 +387,14 @@ def eager(
     its fp32 result rounded."""
     dtype = float_dtype(tensors)
     try:
-        return expected(op, problem, tensors, operands, dtype)
+        results = expected(op, problem, tensors, operands, dtype)
     except NotImplementedError:
         results = expected(op, problem, tensors, operands, torch.float32)
-        return tuple(r.to(dtype) if r.dtype.is_floating_point else r for r in results)
+        results = tuple(r.to(dtype) if r.dtype.is_floating_point else r for r in results)
+    return tuple(
+        r.to(out.spec.dtype) if out.spec.dtype in FLOAT_DTYPES else r
+        for r, out in zip(results, problem.outputs, strict=True)
+    )
 
 
 def check(

@@ -109,6 +109,14 @@ def test_an_interruption_while_the_language_is_patched(monkeypatch: pytest.Monke
 # KeyboardInterrupt.
 
 
+@pytest.fixture(autouse=True)
+def interruptible() -> Iterator[None]:
+    """Ctrl-C is heard, which it is not where pytest runs in the background of a shell."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @contextlib.contextmanager
 def interrupted_after(seconds: float) -> Iterator[None]:
     """An interruption of whatever runs then, as Ctrl-C is one."""

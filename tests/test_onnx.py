@@ -382,7 +382,7 @@ def test_a_path_stands_where_a_module_does(tmp_path: Path) -> None:
     exe = convloom.compile(str(path), (torch.zeros(3, *X4[1:]),), target="reference")
     x = torch.from_numpy(numbers(3, *X4[1:]))
     torch.testing.assert_close(exe(x), load(path)(x))
-    with pytest.raises(InvalidInputError, match=r"path of an .onnx file, got 'net.pt'"):
+    with pytest.raises(InvalidInputError, match=r"path of an .onnx or .pt2 file, got 'net.pt'"):
         convloom.compile("net.pt", target="reference")
 
 

@@ -250,9 +250,11 @@ def test_wide_offsets_change_nothing(name: str, data: st.DataObject, seed: int, 
 
 
 def batched(case: Case) -> Case:
-    """The case with dimension 0 of its variable inputs as the batch."""
-    batch = case.specs[0].shape[0]
+    """The case with dimension 0 of its variable inputs as the batch; of those that are spread over
+    others it is none."""
     packs = case.op.packs(case.attributes)
+    variable = (spec for index, spec in enumerate(case.specs) if index not in packs)
+    batch = max(variable, key=lambda spec: spec.rank).shape[0]
     return replace(
         case,
         specs=tuple(

@@ -119,7 +119,7 @@ def compiled(
 def planned(target: str, **sizes: Any) -> Executable:
     """As `compiled`, without machine code."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(api, "fitted", lambda lowering, choose: lowering(choose))
+        patch.setattr(api, "fitted", lambda lowering, choose, _: lowering(choose))
         patch.setattr(api, "runner_for", lambda graph, *_: ReferenceRunner(graph))
         return compiled(target, **sizes)
 

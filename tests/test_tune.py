@@ -555,9 +555,10 @@ def test_offline_tuning_compiles_ranks_and_says_modelled(
 
     def requests(op: Any, problem: Problem, launches: Any, target: Target) -> Any:
         made = real(op, problem, launches, target)
-        if launches[0].constexprs["BLOCK_COLUMNS"] != bad["BLOCK_COLUMNS"]:
+        tile = launches[0].constexprs["TILE"]
+        if bad["BLOCK_COLUMNS"] != tile.N:
             return made
-        broken = {**dict(made[0].constexprs), "BLOCK_COLUMNS": 48}
+        broken = {**dict(made[0].constexprs), "TILE": tile._replace(N=48)}
         return [replace(made[0], constexprs=tuple(sorted(broken.items(), key=lambda i: i[0])))]
 
     monkeypatch.setattr(rank, "requests", requests)

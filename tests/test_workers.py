@@ -23,7 +23,12 @@ from . import harness
 
 SM_90 = targets.parse("cuda:sm_90")
 ROOT = Path(__file__).resolve().parent.parent
-MANY = "from tests.test_workers import *; offline.compile_all(requests(range(1, 400)), workers=2)"
+MANY = """
+import signal
+signal.signal(signal.SIGINT, signal.default_int_handler)  # Not heard in the background of a shell.
+from tests.test_workers import *
+offline.compile_all(requests(range(1, 400)), workers=2)
+"""
 
 
 def requests(widths: range) -> list[CompileRequest]:

@@ -42,7 +42,7 @@ EDITS = (
     Edit("NaN dropped", r", propagate_nan=NAN\)", ")"),
     Edit("NaN dropped", r"float\(\"nan\"\), (\w+)\)", r"\1, \1)"),
     Edit("without the stride", r" \* (\w+\.)*stride(_h)? - ", " - "),
-    Edit("the stride of the other axis", r"\bSTRIDE_W\b(?!:)", "STRIDE_H"),
+    Edit("the stride of the other axis", r"\bWINDOW\.stride_w\b", "WINDOW.stride_h"),
     Edit("the dilation of the other axis", r"\bDILATION_W\b(?!:)", "DILATION_H"),
     Edit("the padding of the other side", r" - (LEFT|PADDING_W)\b", " - 0"),
     Edit("without the offset of the input", r"x \+ (X_OFFSET|\w+\.offset)", "x"),
