@@ -305,3 +305,11 @@ def test_wide_boxes_of_fp32_spill_and_are_refused_by_their_report() -> None:
         f"gemm_kernel keeps {report.spill_bytes} bytes per thread on the stack, beside "
         f"{report.registers} registers of 255",
     )
+
+
+@pytest.mark.parametrize(("rows", "multiplies"), [(1, False), (64, True)])
+def test_a_vector_times_a_matrix_is_no_block_of_tensor_cores(rows: int, multiplies: bool) -> None:
+    """As such it would be modelled with sixteen times its products, through shared memory."""
+    problem = linear(rows, 512, 512)
+    launch = launch_of(problem, registry.get("linear").default(problem, SM_90))
+    assert (cost_model.block_of(launch) is not None) == multiplies

@@ -86,6 +86,8 @@ DEFAULT = MACHINES[90]
 WARP = 32
 WARPS_PER_CYCLE = 4
 """Instructions of warps that one multiprocessor issues per cycle."""
+LEAST_ROWS = 16
+"""Of a product of tensor cores: kernels that take fewer at a time add up by themselves."""
 SHARED_BYTES = 128
 """What shared memory gives or takes per cycle."""
 REGISTERS = 65_536
@@ -141,7 +143,8 @@ def block_of(launch: Launch) -> Block | None:
     """The block of a launch's products; None where its kernel has none."""
     sizes = launch.constexprs
     if (tile := sizes.get("TILE")) is not None:
-        return Block(tile.M, tile.N, tile.K) if tile.K else None
+        multiplies = tile.K and tile.M >= LEAST_ROWS
+        return Block(tile.M, tile.N, tile.K) if multiplies else None
     if not {"BLOCK_M", "BLOCK_N", "BLOCK_K"} <= sizes.keys():
         return None
     return Block(sizes["BLOCK_M"], sizes["BLOCK_N"], sizes["BLOCK_K"])
