@@ -8,6 +8,7 @@ out. `grammar.py` says which share of the seeds is held to what.
 
 from __future__ import annotations
 
+import copy
 import random
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -327,13 +328,15 @@ class _Checks:
     def noisy(
         self, inputs: tuple[torch.Tensor, ...], at: int, exact: torch.Tensor, dtype: torch.dtype
     ) -> torch.Tensor:
-        """What a result may be when every value on the way is rounded otherwise: eager's one way of
-        rounding says too little about an ill-conditioned network (a difference of equal values,
-        the sign of nearly zero)."""
+        """What a result may be when every value on the way, and every weight, is rounded otherwise:
+        eager's one way of rounding says too little about an ill-conditioned network (a difference
+        of equal values, the sign of nearly zero)."""
         worst = torch.zeros_like(exact)
         for seed in range(NOISE_RUNS):
-            with Noise(tolerance.UNIT_ROUNDOFF[dtype], seed):
-                got = nets.run(self.module, inputs, torch.float64)[at]
+            module, noise = copy.deepcopy(self.module), Noise(tolerance.UNIT_ROUNDOFF[dtype], seed)
+            noise.change(module)
+            with noise:
+                got = nets.run(module, inputs, torch.float64)[at]
             worst = torch.maximum(worst, (got - exact).abs().nan_to_num(0.0, 0.0, 0.0))
         return (exact + worst).to(dtype)
 
@@ -367,6 +370,13 @@ class Noise(torch.overrides.TorchFunctionMode):
         super().__init__()
         self.unit = ROUNDINGS * unit
         self.generator = torch.Generator().manual_seed(seed)
+
+    def change(self, module: nn.Module) -> None:
+        """Rounds weights otherwise, as folding a normalisation does."""
+        for tensor in module.state_dict().values():
+            if tensor.is_floating_point():
+                noise = torch.empty_like(tensor).uniform_(-1.0, 1.0, generator=self.generator)
+                tensor.mul_(1.0 + self.unit * noise)
 
     def __torch_function__(
         self, function: Any, types: Any, args: Any = (), kwargs: Any = None
