@@ -11,9 +11,10 @@ ROOMS := kernels compiler zoo cli
 TESTS_ops := tests/test_ops.py
 TESTS_compiler := $(wildcard tests/test_[a-f]*.py)
 TESTS_offline := tests/test_offline.py tests/test_guards.py
-TESTED := $(TESTS_ops) $(TESTS_compiler) $(TESTS_offline)
+TESTS_kernels := $(filter-out $(TESTS_ops) $(TESTS_offline),$(wildcard tests/test_[g-o]*.py))
+TESTED := $(TESTS_ops) $(TESTS_compiler) $(TESTS_offline) $(TESTS_kernels)
 TESTS_rest := $(filter-out $(TESTED),$(wildcard tests/test_*.py))
-PARTS := rest compiler ops offline
+PARTS := compiler rest kernels ops offline
 READY := $(VENV)/.ready
 READY_DEV := $(VENV)/.ready-dev
 
