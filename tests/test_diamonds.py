@@ -9,6 +9,8 @@ from typing import Any
 import convloom
 import pytest
 import torch
+from convloom.compiler.graph.ir import Graph
+from convloom.compiler.graph.ledger import Ledger
 from convloom.compiler.graph.verify import verify
 from convloom.compiler.passes import LABELS
 from convloom.compiler.passes.diamonds import LABEL, RULE, fuse_diamonds
@@ -211,3 +213,24 @@ def test_a_chain_may_not_read_what_was_before_it() -> None:
     exe.graph.update(conv.name, epilogue=(*conv.epilogue[:-1], Stage("add", back=7)))
     with pytest.raises(GraphError, match="a stage reads what there was before the first"):
         verify(exe.graph)
+
+
+def test_no_diamond_copies_the_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that a network of many takes as many times as long as one of few, not its square."""
+    copies: list[str] = []
+    copy = Graph.copy
+
+    def counted(graph: Graph) -> Graph:
+        copies.append(graph.name)
+        return copy(graph)
+
+    def forward(m: Any, x: torch.Tensor) -> torch.Tensor:
+        for _ in range(5):
+            x = torch.relu(x)
+            x = x * torch.sigmoid(x * 2)
+        return x
+
+    graph = nets.captured(*nets.make(forward, (2, 3)))
+    monkeypatch.setattr(Graph, "copy", counted)
+    chains = [node for node in fuse_diamonds(graph, Ledger()).nodes() if node.epilogue]
+    assert len(chains) == 5 and len(copies) == 1

@@ -7,7 +7,7 @@ the fusion of epilogues moves into the op.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from ...kernels.contract.epilogue import Stage
@@ -24,16 +24,19 @@ POINTWISE = frozenset((*UNARY, *BINARY))
 
 def fuse_diamonds(graph: Graph, ledger: Ledger) -> Graph:
     """Makes a chain of the functions of an op's result that nobody else reads."""
-    pending = [node.name for node in reversed(graph.nodes())]
+    graph = graph.copy()
+    names = [node.name for node in graph.nodes()]
+    order = {name: at for at, name in enumerate(names)}
+    pending = names[::-1]
     while pending:
         source = Value(pending.pop())
-        region = _region(graph, source) if source.node in graph else []
+        region = _region(graph, source, order) if source.node in graph else []
         if not region:
             continue
         if (reason := overrides.of(graph.goal, LABEL, region).refusal) is not None:
             ledger.refuse(RULE, region, reason)
             continue
-        trial = graph.copy()
+        trial = _part(graph, region)
         for join in region:
             _close(trial, join)
         ((reader, _), *others) = trial.uses(source)
@@ -42,36 +45,60 @@ def fuse_diamonds(graph: Graph, ledger: Ledger) -> Graph:
             what = "two values at a time" if others else f"more than {MOST_STAGES} stages"
             ledger.refuse(RULE, region, f"a chain of the functions of {source.node} has {what}")
             continue
-        graph = trial
-        pending.append(chain.name)
+        for join in region:
+            _close(graph, join)
+        ((reader, _),) = graph.uses(source)
+        order[reader] = order.get(region[-1].name, len(order))
+        pending.append(reader)
         inner = sum(each.spec.size_bytes for each in region[:-1])
-        ledger.accept(RULE, region, chain.name, 2 * inner)
+        ledger.accept(RULE, region, reader, 2 * inner)
     return graph
 
 
-def _region(graph: Graph, source: Value) -> list[Node]:
+def _region(graph: Graph, source: Value, order: Mapping[str, int]) -> list[Node]:
     """The functions between an op's result, which is read more than once, and the one that all of
-    them lead to, of one shape and dtype, sources first; none where something else reads one."""
+    them lead to, of one shape and dtype, sources first; none where something else reads one.
+
+    order: of the graph's nodes, sources first. Only the readers are looked at, not all nodes.
+    """
     if graph.node(source.node).op not in ANCHORS or len(graph.uses(source)) < 2:
         return []
     spec = graph.spec(source)
     unread = {source.node: len(graph.uses(source))}
+    end = len(order)  # Of what this pass has made since.
+    waiting = {(order.get(reader, end), reader) for reader, _ in graph.uses(source)}
     region: list[Node] = []
-    for node in graph.nodes():
-        read = [value.node for value in graph.inputs(node.name) if value.node in unread]
-        if not read:
-            continue
+    while waiting:
+        waiting.remove(first := min(waiting))
+        node = graph.node(first[1])
         if node.op not in POINTWISE or node.epilogue:
             return []
         if (node.spec.shape, node.spec.dtype) != (spec.shape, spec.dtype):
             return []
-        for name in read:
-            unread[name] -= 1
-        unread[node.name] = len(graph.uses(Value(node.name)))
+        for value in graph.inputs(node.name):
+            if value.node in unread:
+                unread[value.node] -= 1
+        readers = graph.uses(Value(node.name))
+        unread[node.name] = len(readers)
         region.append(node)
         if [name for name, count in unread.items() if count] == [node.name]:
             return region
+        waiting |= {(order.get(reader, end), reader) for reader, _ in readers}
     return []
+
+
+def _part(graph: Graph, nodes: Sequence[Node]) -> Graph:
+    """A graph of these nodes and of what they read, to try rewrites on: a copy of the whole one for
+    each of N diamonds would take N times as long."""
+    part = Graph(name=graph.name)
+    for node in nodes:
+        for value in graph.inputs(node.name):
+            part.net.add_node(value.node, node=graph.node(value.node))
+    for node in nodes:
+        part.net.add_node(node.name, node=node)
+        for slot, value in enumerate(graph.inputs(node.name)):
+            part.net.add_edge(value.node, node.name, key=slot, index=value.index)
+    return part
 
 
 def _close(graph: Graph, join: Node) -> None:
