@@ -106,6 +106,18 @@ def test_an_interruption_while_the_language_is_patched(monkeypatch: pytest.Monke
     assert all(vars(core)[name] is value for name, value in before.items())
 
 
+def test_triton_compiler_that_is_first_imported_by_an_interpreted_kernel() -> None:
+    """It keeps the language's `min` and `max` as they are when it is imported."""
+    code = (
+        "from convloom.kernels.devices.interpreter import interpreting\n"
+        "with interpreting():\n"
+        "    from triton.compiler.code_generator import CodeGenerator\n"
+        "from triton.language import core\n"
+        "assert CodeGenerator.builtin_namespace['min'] is core.builtin_min"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
 # KeyboardInterrupt.
 
 

@@ -35,6 +35,7 @@ from typing import Any
 
 import numpy as np
 import triton
+import triton.compiler.code_generator  # Before it can keep builtins of a patched language.
 import triton.language as tl
 from triton.language import core
 from triton.runtime import interpreter as upstream
