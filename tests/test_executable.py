@@ -129,6 +129,17 @@ def test_nothing_that_is_kept_lies_in_the_memory_of_the_module(target: str) -> N
     assert len(kept) > 6 and not [t for t in kept if t.untyped_storage().data_ptr() in own]
 
 
+def test_the_account_of_weights_beside_constants_that_the_graph_makes() -> None:
+    """It folds constants without their values, which it does not have."""
+
+    def forward(m: Any, x: torch.Tensor) -> torch.Tensor:
+        return x + torch.cat([m.fc.weight, torch.ones(2, 4)])
+
+    module, inputs = make(forward, (6, 4), fc=nn.Linear(4, 4))
+    exe = convloom.compile(module, inputs, target="reference")
+    assert exe.ledger.account().nodes and exe.to_bytes()
+
+
 def test_shared_weights_are_one_constant() -> None:
     fc = nn.Linear(4, 4)
     module, inputs = make(lambda m, x: m.b(torch.relu(m.a(x))), (3, 4), a=fc, b=nn.Linear(4, 4))

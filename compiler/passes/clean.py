@@ -96,10 +96,12 @@ def _fold_call(graph: Graph, node: Node, ledger: Ledger) -> None:
 
 
 def evaluate_exactly(node: Node, tensors: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
-    """The node's outputs on fp64 copies of the tensors."""
+    """The node's outputs on fp64 copies of the tensors; without values where one has none."""
     from ...kernels.contract.epilogue import operand_count
 
     exact = tuple(t.double() if t.is_floating_point() else t for t in tensors)
+    if any(t.is_meta for t in exact):
+        exact = tuple(t.to("meta") for t in exact)
     own = len(exact) - operand_count(node.epilogue)
     if isinstance(node.attributes, movement.Relayout) and exact[0].is_floating_point():
         value = exact[0] if node.attributes.dtype.is_floating_point else exact[0].bool()
