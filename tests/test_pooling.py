@@ -11,11 +11,13 @@ import torch
 import torch.nn.functional as F
 from convloom.compiler.graph.ledger import Ledger
 from convloom.compiler.passes.recognise import recognise_composites
+from convloom.compiler.records import rank
 from convloom.errors import InvalidInputError, UnsupportedOpError
 from convloom.kernels import registry
 from convloom.kernels.contract import targets
 from convloom.kernels.contract.op import config
 from convloom.kernels.contract.spec import Layout, TensorSpec
+from convloom.kernels.devices import offline
 from convloom.kernels.pooling import pool
 from convloom.kernels.pooling.median_pool import MedianPool2d
 from convloom.kernels.pooling.pool_window import LpPool2d, MaxPool2d, Pool2d
@@ -251,6 +253,25 @@ def test_taps_are_unrolled_where_there_are_few() -> None:
 def test_windows_of_25_cheap_taps_are_unrolled(attributes: Pool2d, unrolled: bool) -> None:
     """The power of a tap is not cheap where it takes logarithms in fp64."""
     assert unrolls(attributes) is unrolled
+
+
+def test_rows_of_a_program_share_what_they_read() -> None:
+    """Four rows of a tile each, not a tile of four times the pixels for each of four rows: 11
+    instructions per result of a 3x3 maximum instead of 25, and no spill."""
+    x, op = TensorSpec((32, 192, 35, 35), torch.float16, Layout.NHWC), registry.get("max_pool2d")
+    problem = harness.problem_for(op, MaxPool2d((3, 3), (1, 1), (1, 1)), (x,))
+    target, counts = targets.parse("cuda:sm_90"), {}
+    tile = op.default(problem, target)
+    assert tile["TILE_ROWS"] == 4
+    for rows in (1, 4):
+        chosen = config(4, 1, **{**dict(tile.blocks), "TILE_ROWS": rows})
+        (launch,) = op.launches(problem, chosen, target)
+        assert launch.block_rows == tile["BLOCK_ROWS"]
+        (wanted,) = rank.requests(op, problem, (launch,), target)
+        report = offline.report(wanted)
+        assert report.spill_bytes == 0 and report.registers <= 72
+        counts[rows] = sum(report.instructions.values()) / rows
+    assert counts[4] < counts[1] / 2
 
 
 def test_medians_of_more_elements_than_registers_are_refused() -> None:

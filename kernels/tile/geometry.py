@@ -93,11 +93,11 @@ class Tile(NamedTuple):
 
     @staticmethod
     def of(problem: Problem, tile: Config, precision: str = "ieee") -> Tile:
-        """Of a configuration with one of ROWS and one of COLUMNS; with TILE_ROWS, so many rows of
-        BLOCK_M."""
+        """Of a configuration with one of ROWS and one of COLUMNS. A band of TILE_ROWS rows of
+        BLOCK_M is one tile; poolings have a tile of BLOCK_ROWS for each of theirs."""
         sizes = dict(tile.blocks)
         m, n = (next(sizes[name] for name in names if name in sizes) for names in (ROWS, COLUMNS))
-        m *= sizes.get("TILE_ROWS", 1)
+        m *= sizes.get("TILE_ROWS", 1) if "BLOCK_M" in sizes else 1
         k, group = sizes.get("BLOCK_K", 0), sizes.get("GROUP_M", 1)
         return Tile(m, n, k, group, precision, problem.is_wide)
 
