@@ -71,8 +71,10 @@ ONE_STEP: dict[str, Callable[[Mapping[str, Any]], bool]] = {
 """Kernels whose loop has a single step with these constants, though their launch does not say so:
 there is nothing to pipeline, and operands are loaded directly, 16 bytes at a time."""
 
-ISSUE_LIMIT = 0.7
-"""Instructions per tensor-core cycle; above it a loop is bound by issuing."""
+ISSUE_LIMIT = 0.75
+"""Instructions per tensor-core cycle; above it a loop is bound by issuing. At 128x64x64 with 4 warps
+a step of a 3x3 filter takes 173, or 189 where bias and ReLU follow the loop: the assembler then
+keeps 9 of its masks in logical instructions. Where programs share a sum it takes 184."""
 ISSUE_LIMITS = {
     "conv_chain_kernel": (1.3, "two products with different tiles share each of its loops"),
     "conv_pool": (0.8, "pixels come window by window: their masks are 20 more instructions"),
@@ -84,12 +86,9 @@ NARROW_CHAIN_LIMIT = 1.8
 """Where a chain takes 32 columns at a time: as many addresses for half of the products. Memory
 decides there: the first chains of ResNet-50 move 128 MB at batch 32, 30 us by the model, for
 products that take 16 us."""
-SPLIT_LIMIT = 0.75
-"""Where programs share a sum: that the first and last step are known at run time only costs 13
-predicates in each step (184 instructions at 128x64x64 with 4 warps where one program takes 171)."""
-UNEVEN_LIMIT = 0.75
+UNEVEN_LIMIT = 0.77
 """Where a filter's tap takes no power of two of steps: which tap a step belongs to is a division,
-14 instructions more in each step (188 for 448 channels, 174 for 512, at 128x64x64 with 4 warps)."""
+14 instructions more in each step (188 to 194 for 448 channels at 128x64x64 with 4 warps)."""
 PROLOGUE_LIMIT = 1.5
 """Where stages are applied to every element of an operand on its way to the tensor cores: scaling,
 shifting and clamping take 190 instructions in each step of 128x64x64 with 4 warps."""
@@ -102,6 +101,9 @@ MASKED_LIMIT = 0.9
 DEEP = 64
 LEAST_ROWS, LEAST_COLUMNS = 128, 64
 """Smaller tiles are chosen where few pixels leave multiprocessors idle: there latency decides."""
+
+MOST_REPLACED = 2
+"""Kernels of a model whose default spills, so that the next configuration is taken."""
 
 LOOP_BARRIERS = 3
 LOOP_BARRIERS_OF = {
@@ -146,18 +148,19 @@ class Kernel:
 
 
 @lru_cache(maxsize=8)
-def plan_of(model: str, batch: int) -> Plan:
-    """The plan in fp16 for sm_90, in default configurations."""
+def plan_of(model: str, batch: int, compiled: bool = False) -> Plan:
+    """The plan in fp16 for sm_90, in default configurations; compiled: what spills gives way."""
     x = torch.zeros(batch, *zoo.entry(model).input_shape)
     torch.manual_seed(0)
     return lowered(
-        zoo.build(model).eval(), (x,), target=TARGET.name, dtype=torch.float16, fallback="torch"
-    )[1]
+        zoo.build(model).eval(), (x,), target=TARGET.name, dtype=torch.float16, fallback="torch",
+        compiled=compiled,
+    )[1]  # fmt: skip
 
 
-def kernels_of(model: str, batch: int) -> list[Kernel]:
+def kernels_of(model: str, batch: int, compiled: bool = False) -> list[Kernel]:
     """The plan's launches, each distinct one once."""
-    plan = plan_of(model, batch)
+    plan = plan_of(model, batch, compiled)
     found: dict[CompileRequest, Kernel] = {}
     for (step, launch), wanted in zip(plan.kernels, compile_requests(plan, TARGET), strict=True):
         found.setdefault(wanted, Kernel(model, batch, step, launch, wanted))
@@ -243,10 +246,11 @@ def issue_limit(kernel: Kernel) -> float | None:
     blocks = dict(kernel.step.config.blocks)
     if kernel.name == "conv_chain_kernel" and blocks["BLOCK_N"] < LEAST_COLUMNS:
         return NARROW_CHAIN_LIMIT
-    if usual is None or (kernel.name in ISSUE_LIMITS and not stages):
-        return usual
-    if blocks.get("BLOCK_M", 0) < LEAST_ROWS or blocks.get("BLOCK_N", 0) < LEAST_COLUMNS:
+    is_small = blocks.get("BLOCK_M", 0) < LEAST_ROWS or blocks.get("BLOCK_N", 0) < LEAST_COLUMNS
+    if usual is None or (is_small and kernel.name != "conv_chain_kernel"):
         return None
+    if kernel.name in ISSUE_LIMITS and not stages:
+        return usual
     if not kernel.is_even:
         return None
     if stages:
@@ -256,8 +260,6 @@ def issue_limit(kernel: Kernel) -> float | None:
         return SHALLOW_MASKED_LIMIT if is_masked else SHALLOW_LIMIT
     if is_masked:
         return MASKED_LIMIT
-    if blocks.get("SPLIT", 1) > 1:
-        return SPLIT_LIMIT
     steps = kernel.channels // blocks["BLOCK_K"]
     is_uneven = kernel.name == "conv2d" and steps & (steps - 1)
     return UNEVEN_LIMIT if is_uneven else ISSUE_LIMIT
@@ -279,7 +281,13 @@ def test_a_sample_of_the_zoos_kernels_is_healthy() -> None:
 @pytest.mark.parametrize("batch", BATCHES)
 @pytest.mark.parametrize("model", zoo.names())
 def test_every_kernel_of_the_zoo_is_healthy(model: str, batch: int) -> None:
-    assert_healthy(kernels_of(model, batch))
+    """Of the plan that `compile` makes. A default that gives way is compiled in vain: few may."""
+    kernels = kernels_of(model, batch, compiled=True)
+    assert_healthy(kernels)
+    replaced = [kernel for kernel in kernels if kernel.step.chosen_by.startswith("next by")]
+    assert len(replaced) <= MOST_REPLACED, "\n".join(
+        f"{kernel}: {kernel.step.chosen_by}" for kernel in replaced
+    )
 
 
 def test_exceptions_say_why() -> None:
