@@ -19,14 +19,12 @@ from convloom.errors import InvalidInputError
 from convloom.kernels import registry
 from convloom.kernels.contract import programmatic_launch
 from convloom.kernels.contract.epilogue import Stage
-from convloom.kernels.contract.op import NONE, Config, Launch
+from convloom.kernels.contract.op import NONE, Launch
 from convloom.kernels.contract.spec import Layout, TensorSpec
 from convloom.kernels.contract.targets import Target, parse
-from convloom.kernels.convolution import conv_tma
 from convloom.kernels.devices import offline
 from convloom.kernels.devices.offline import CompileRequest
 from convloom.kernels.movement.pointwise import Pointwise
-from convloom.kernels.products import gemm_tma
 from convloom.kernels.tile.conv_geometry import Conv2d
 from torch import nn
 
@@ -38,7 +36,7 @@ SM_80, SM_90 = parse("cuda:sm_80"), parse("cuda:sm_90")
 PROGRAMMATIC = "CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION"
 
 
-def launch_of(filters: int, tma: bool, target: Target = SM_90) -> Launch:
+def launch_of(filters: int, target: Target = SM_90) -> Launch:
     """A convolution over 256 channels with residual and ReLU; of a 0x0 filter, an addition."""
     x = TensorSpec((4, 256, 14, 14), torch.float16, Layout.NHWC, batch=4)
     if not filters:
@@ -51,18 +49,11 @@ def launch_of(filters: int, tma: bool, target: Target = SM_90) -> Launch:
         (y,) = op.infer(attributes, (x, w))
         asked = harness.problem_for(op, attributes, (x, w), (Stage("add"), Stage("relu")), (y,))
 
-    def is_wanted(tile: Config) -> bool:
-        return not filters or (gemm_tma.is_one(tile) or conv_tma.is_one(tile)) == tma
-
-    tile = next(tile for tile in op.configs(asked, target) if is_wanted(tile))
-    (launch,) = op.launches(asked, tile, target)
+    (launch,) = op.launches(asked, next(iter(op.configs(asked, target))), target)
     return launch
 
 
-CASES = {
-    "gemm_kernel": (1, False), "gemm_kernel by TMA": (1, True), "tile_kernel": (3, False),
-    "conv_tma_kernel": (3, True), "pointwise_kernel": (0, False),
-}  # fmt: skip
+CASES = {"gemm_kernel": 1, "tile_kernel": 3, "pointwise_kernel": 0}
 
 
 def request(launch: Launch, target: Target = SM_90) -> CompileRequest:
@@ -71,8 +62,8 @@ def request(launch: Launch, target: Target = SM_90) -> CompileRequest:
 
 @lru_cache(maxsize=8)
 def compiled(case: str) -> Any:
-    launch = launch_of(*CASES[case])
-    assert launch.kernel.fn.__name__ == case.split()[0]
+    launch = launch_of(CASES[case])
+    assert launch.kernel.fn.__name__ == case
     return offline.compile_request(request(programmatic_launch.programmatic(launch, SM_90)))
 
 
@@ -83,20 +74,20 @@ def test_a_programmatic_kernel_waits_before_it_touches_memory(case: str) -> None
     opcodes = [found[2].split(".")[0] for found in machine_code.INSTRUCTION.finditer(sass)]
     wait, release = opcodes.index("ACQBULK"), opcodes.index("PREEXIT")
     touches = [at for at, name in enumerate(opcodes) if name in MEMORY]
-    stores = [at for at, name in enumerate(opcodes) if name in ("STG", "UTMASTG")]
+    stores = [at for at, name in enumerate(opcodes) if name == "STG"]
     assert opcodes.count("ACQBULK") == 1 and opcodes.count("PREEXIT") == 1
     assert wait < min(touches) and wait < release < min(stores)
     loop = machine_code.hot_loop(sass)
-    assert loop is not None or "conv" not in case, "short loops are unrolled, these are not"
+    assert loop is not None or case != "tile_kernel", "short loops are unrolled, these are not"
     assert loop is None or not loop.count("ACQBULK") + loop.count("PREEXIT")
     assert compiled(case).metadata.launch_pdl, "Triton's launcher sets the attribute by this"
 
 
-MEMORY = ("LDG", "LDGSTS", "UTMALDG", "STG", "UTMASTG", "ATOMG", "RED")
+MEMORY = ("LDG", "LDGSTS", "STG", "ATOMG", "RED")
 
 
 def test_the_flag_compiles_out() -> None:
-    launch = launch_of(3, tma=False)
+    launch = launch_of(3)
     assert not programmatic_launch.is_programmatic(launch.constexprs)
     made = offline.compile_request(request(launch))
     assert "griddepcontrol" not in made.asm["ptx"] and not made.metadata.launch_pdl
@@ -104,7 +95,7 @@ def test_the_flag_compiles_out() -> None:
 
 
 def test_only_kernels_and_targets_that_can_are_launched_so() -> None:
-    launch = launch_of(3, tma=False, target=SM_80)
+    launch = launch_of(3, SM_80)
     assert programmatic_launch.programmatic(launch, SM_80) is launch
     assert programmatic_launch.programmatic(launch, parse("interpreter")) is launch
     other = replace(launch, constexprs=NONE)

@@ -72,9 +72,9 @@ ONE_STEP: dict[str, Callable[[Mapping[str, Any]], bool]] = {
 there is nothing to pipeline, and operands are loaded directly, 16 bytes at a time."""
 
 ISSUE_LIMIT = 0.75
-"""Instructions per tensor-core cycle; above it a loop is bound by issuing. At 128x64x64 with 4 warps
-a step of a 3x3 filter takes 173, or 189 where bias and ReLU follow the loop: the assembler then
-keeps 9 of its masks in logical instructions. Where programs share a sum it takes 184."""
+"""Instructions per tensor-core cycle; above it a loop is bound by issuing. At 128x64x64 with 4
+warps a step of a 3x3 filter takes 173, or 189 where bias and ReLU follow the loop: the assembler
+then keeps 9 of its masks in logical instructions. Where programs share a sum it takes 184."""
 ISSUE_LIMITS = {
     "conv_chain_kernel": (1.3, "two products with different tiles share each of its loops"),
     "conv_pool": (0.8, "pixels come window by window: their masks are 20 more instructions"),

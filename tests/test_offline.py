@@ -17,7 +17,7 @@ from convloom.errors import KernelError
 from convloom.kernels import registry
 from convloom.kernels.contract import targets
 from convloom.kernels.contract.epilogue import Stage
-from convloom.kernels.contract.op import Attributes, Config, Launch, Problem, Ref, config
+from convloom.kernels.contract.op import Attributes, Launch, Problem, Ref, config
 from convloom.kernels.contract.spec import Layout, TensorSpec
 from convloom.kernels.contract.targets import Target
 from convloom.kernels.devices import barriers, offline
@@ -88,12 +88,6 @@ def residual_problem(
     (y,) = definition.infer(attributes, (x, w))
     bias = channels(w.shape[0]) if trailing else TensorSpec((w.shape[0],), torch.float32)
     return harness.problem_for(definition, attributes, (x, w), RESIDUAL, (bias, y))
-
-
-def sums_of(tile: Config) -> int:
-    """Sums of one thread: with up to 64 tiles of half precision spill nowhere, with 128 not on
-    sm_90, with 32 in fp32 nowhere."""
-    return tile["BLOCK_M"] * tile["BLOCK_N"] // (32 * tile.num_warps)
 
 
 def conv(c: int, k: int, size: int, r: int, stride: int = 1, n: int = 8, **more: object) -> Problem:

@@ -1,4 +1,4 @@
-"""Who computes a plain product: tiles by pointers or descriptors, or streamed weights."""
+"""Who computes a plain product: tiles, or streamed weights."""
 
 from __future__ import annotations
 
@@ -7,23 +7,20 @@ from dataclasses import replace
 import pytest
 import torch
 from convloom.compiler.records import rank
-from convloom.compiler.run.runtime import bind_launch
 from convloom.kernels import registry
 from convloom.kernels.contract import cost_model
 from convloom.kernels.contract import epilogue as ep
 from convloom.kernels.contract.epilogue import Stage
-from convloom.kernels.contract.op import Config, Launch, Problem, Ref, config
-from convloom.kernels.contract.spec import FLOAT_DTYPES, Layout, TensorSpec
+from convloom.kernels.contract.op import Config, Launch, Problem, config
+from convloom.kernels.contract.spec import Layout, TensorSpec
 from convloom.kernels.contract.targets import GPU_TARGETS, INTERPRETER, Target, parse
-from convloom.kernels.devices import execute, offline
-from convloom.kernels.products import gemm, gemm_persistent, gemm_tma, gemv
+from convloom.kernels.devices import offline
+from convloom.kernels.products import gemm, gemv
 from convloom.kernels.products.linear import Linear
 from convloom.kernels.tile import choice
 from convloom.kernels.tile.conv_geometry import Conv2d
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 from . import harness, machine_code
-from .test_offline import sums_of
 
 SM_90 = parse("cuda:sm_90")
 HALF = torch.float16
@@ -187,124 +184,6 @@ def test_a_prologue_does_not_decide_the_loop() -> None:
     assert offline.report(wanted).spill_bytes == 0
     loop = machine_code.hot_loop(offline.disassembly(offline.compile_request(wanted)))
     assert loop is not None and loop.issue_ratio < 1.5 and loop.count("BAR") <= 3
-
-
-# Descriptors.
-
-
-def residual(n: int, c: int, k: int, size: int, dtype: torch.dtype = HALF) -> Problem:
-    """A 1x1 convolution with residual and ReLU, of a batch that may be smaller."""
-    op = registry.get("conv2d")
-    x = TensorSpec((n, c, size, size), dtype, Layout.NHWC, batch=n)
-    w = TensorSpec((k, c, 1, 1), dtype)
-    (y,) = op.infer(Conv2d(), (x, w))
-    return harness.problem_for(op, Conv2d(), (x, w), (Stage("add"), Stage("relu")), (y,))
-
-
-def by_boxes(problem: Problem, target: Target = SM_90) -> list[Config]:
-    """The configurations that read through descriptors."""
-    return [c for c in registry.get(problem.op).configs(problem, target) if gemm_tma.is_one(c)]
-
-
-def sliced(problem: Problem, pitch: int, offset: int) -> Problem:
-    """The problem with its input inside a wider buffer."""
-    x = replace(problem.inputs[0], pitch=pitch, offset=offset)
-    return replace(problem, inputs=(x, *problem.inputs[1:]))
-
-
-@pytest.mark.interpreter
-@pytest.mark.parametrize("dtype", FLOAT_DTYPES, ids=str)
-@pytest.mark.parametrize("slice_of", [None, (136, 8)], ids=["whole", "slice"])
-def test_boxes_agree_with_the_reference(
-    slice_of: tuple[int, int] | None, dtype: torch.dtype
-) -> None:
-    """Rows, columns and channels that fill no tile; also of a smaller batch."""
-    problem = residual(3, 104, 72, 5, dtype)
-    if slice_of is not None:
-        problem = sliced(problem, *slice_of)
-    op = registry.get("conv2d")
-    specs = [operand.spec for operand in problem.inputs]
-    tensors = tuple(harness.make_tensor(spec, at, -1, 1) for at, spec in enumerate(specs))
-    operands = (harness.make_tensor(problem.output.spec, 7, -1, 1),)
-    tiles = {(c["BLOCK_M"], c["BLOCK_N"], c["SPLIT"]): c for c in by_boxes(problem)}
-    assert len(tiles) >= 4
-    for tile in tiles.values():
-        results = harness.run_interpreted(op, problem, tensors, operands, tile, batch=3)
-        harness.compare(op, problem, results, tensors, operands)
-        results = harness.run_interpreted(op, problem, tensors, operands, tile, batch=2)
-        assert results[0][2:].isnan().all() and not results[0][:2].isnan().any()
-
-
-def test_descriptors_follow_the_batch_and_the_slice() -> None:
-    problem = sliced(residual(4, 64, 64, 7), 80, 16)
-    tile = by_boxes(problem)[0]
-    launch = launch_of(problem, tile)
-    named = ("input", 0), ("input", 1), ("output", 0), ("operand", 0)
-    flat = {Ref(*ref): torch.zeros(99_999, dtype=HALF) for ref in named}
-    arguments = execute.bind(launch, flat.__getitem__, 3)
-    x, w = arguments["x"], arguments["w"]
-    assert isinstance(x, TensorDescriptor)
-    assert (x.shape, x.strides) == ([3 * 49, 64], [80, 1])
-    assert x.block_shape == [tile["BLOCK_M"], tile["BLOCK_K"]]
-    assert x.base.data_ptr() == flat[Ref("input", 0)].data_ptr() + 32
-    assert (w.shape, w.block_shape) == ([64, 64], [tile["BLOCK_N"], tile["BLOCK_K"]])
-    # The launch on a GPU gets them where the kernel has its arguments x and w.
-    given: list[object] = []
-    grid = {launch.grid_at(3): lambda *values: given.extend(values)}
-    bind_launch(launch, grid, flat.__getitem__, 3)()
-    by_name = dict(zip(launch.kernel.arg_names, given, strict=True))
-    assert isinstance(by_name["x"], TensorDescriptor) and by_name["x"].shape == x.shape
-    assert isinstance(by_name["w"], TensorDescriptor) and by_name["TMA"] == 1
-
-
-def test_boxes_are_refused_with_a_reason() -> None:
-    op, problem = registry.get("conv2d"), residual(4, 64, 64, 7)
-    tile = by_boxes(problem)[0]
-    assert op.legal(problem, tile, SM_90) is None
-    vector = harness.place(TensorSpec((64, 1, 1), HALF))
-    prepared = replace(problem, prologue=(Stage("mul"),), prologue_operands=(vector,))
-    wide = config(8, 4, BLOCK_M=256, BLOCK_N=256, BLOCK_K=64, GROUP_M=8, SPLIT=1, TMA=1)
-    for asked, chosen, target, reason in (
-        (problem, tile, "cuda:sm_89", "cuda:sm_89 has no such copies"),
-        (residual(4, 36, 64, 7), tile, "cuda:sm_90", "the pitch of x, 72 bytes"),
-        (sliced(problem, 68, 0), tile, "cuda:sm_90", "the pitch of x, 136 bytes"),
-        (sliced(problem, 80, 4), tile, "cuda:sm_90", "the start of x, 8 bytes"),
-        (prepared, tile, "cuda:sm_90", "a prologue needs its elements in registers"),
-        (problem, wide, "cuda:sm_90", "bytes of shared memory"),
-    ):
-        assert reason in str(op.legal(asked, chosen, parse(target)))
-    assert not by_boxes(residual(4, 36, 64, 7)) and not by_boxes(problem, parse("cuda:sm_80"))
-
-
-@pytest.mark.parametrize(("target", "sums"), [("sm_90", 128), ("sm_100", 64)])
-def test_boxes_compile_to_tma_copies(target: str, sums: int) -> None:
-    """No copies by threads are left, and tiles of so many sums per thread do not spill."""
-    goal = parse(f"cuda:{target}")
-    problem = residual(32, 256, 256, 14)
-    tiles = {
-        c["BLOCK_M"] * c["BLOCK_N"]: c
-        for c in by_boxes(problem, goal)
-        if c["SPLIT"] == 1 and sums_of(c) <= sums and not gemm_persistent.resident_of(c)
-    }
-    assert max(tiles) == sums * 256
-    for tile in (tiles[min(tiles)], tiles[max(tiles)]):
-        report = report_of(problem, tile, goal)
-        assert report.spill_bytes == 0 and report.count("UTMALDG"), (tile, report)
-        assert not report.count("LDGSTS") and report.count("STG.128"), (tile, report)
-
-
-def test_wide_boxes_of_fp32_spill_and_are_refused_by_their_report() -> None:
-    """Not by a rule: the operands of three products stand beside the sums in registers."""
-    op, problem = registry.get("conv2d"), residual(32, 256, 256, 14, torch.float32)
-    tile = config(8, 3, BLOCK_M=128, BLOCK_N=256, BLOCK_K=32, GROUP_M=8, SPLIT=1, TMA=1)
-    assert op.legal(problem, tile, SM_90) is None
-    report = report_of(problem, tile, SM_90)
-    assert report.spill_bytes
-    assert rank.refused(SM_90, [launch_of(problem, tile)], [report]) == (
-        "spills",
-        f"gemm_kernel keeps {report.spill_bytes} bytes per thread on the stack, beside "
-        f"{report.registers} registers of 255",
-    )
 
 
 @pytest.mark.parametrize(("rows", "multiplies"), [(1, False), (64, True)])

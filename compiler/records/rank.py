@@ -14,17 +14,12 @@ from ...kernels.contract.targets import Target
 from ...kernels.devices import offline
 from ...kernels.devices.offline import CompileRequest, Resources
 from ...kernels.hopper import core
-from ...kernels.products import gemm_persistent
-from ...kernels.tile import residual
 
 INTERPRETED_PROGRAM_US = 1_000.0
 """One program in the interpreter, whatever its tile holds (assumed; only the order matters)."""
 ALIKE = 4
-"""Candidates with tiles of one size that are taken before other sizes have had theirs; of each kind
+"""Candidates with tiles of one size that are taken before other sizes have had theirs; of each core
 one."""
-KINDS = (core.BLOCK, gemm_persistent.BLOCK, residual.BLOCK, "BOX_W", "TMA")
-"""Blocks of which the first that a configuration has is its kind: the model does not tell programs
-that stay, residuals that are read first and descriptors from what is usual."""
 WASTE_FACTOR = 2.0
 """A candidate may pad this many times as much as the one that pads least."""
 
@@ -94,10 +89,9 @@ def varied(
     model tells sizes apart better than what is tried within one."""
     sizes: dict[object, dict[object, Config]] = {}
     for each in ranked:
-        blocks = dict(each.config.blocks)
-        kinds = sizes.setdefault(_tile_size(op, problem, target, each.config), {})
-        kinds.setdefault(next((block for block in KINDS if blocks.get(block)), ""), each.config)
-    first = [config for kinds in sizes.values() for config in list(kinds.values())[:ALIKE]]
+        alike = sizes.setdefault(_tile_size(op, problem, target, each.config), {})
+        alike.setdefault(core.is_one(each.config), each.config)
+    first = [config for alike in sizes.values() for config in alike.values()]
     return list(dict.fromkeys([*first, *(each.config for each in ranked)]))[:most]
 
 

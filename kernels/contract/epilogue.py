@@ -279,10 +279,8 @@ def row_offset_function(sizes: tuple[int, ...], strides: tuple[int, ...]) -> Gen
     return GeneratedFunction("row_offset", source)
 
 
-def load_source(
-    pointer: str, sizes: tuple[int, ...], read: Access, cast: str = ".to(tl.float32)"
-) -> str:
-    """Triton source that loads a tensor's part of a tile as fp32, or as another `cast` says.
+def load_source(pointer: str, sizes: tuple[int, ...], read: Access) -> str:
+    """Triton source that loads a tensor's part of a tile as fp32.
 
     A result that does not depend on the rows (columns) has one row (column) and broadcasts.
     """
@@ -294,15 +292,15 @@ def load_source(
     if row and column:
         address = f"{base} + ({row})[:, None] + ({column})[None, :]"
         mask = "row_mask[:, None] & column_mask[None, :]"
-        load = f"tl.load({address}, mask={mask}, other=0.0){cast}"
+        load = f"tl.load({address}, mask={mask}, other=0.0).to(tl.float32)"
     elif column:
-        load = f"tl.load({base} + {column}, mask=column_mask, other=0.0){cast}"
+        load = f"tl.load({base} + {column}, mask=column_mask, other=0.0).to(tl.float32)"
         spread = "[None, :]"
     elif row:
-        load = f"tl.load({base} + {row}, mask=row_mask, other=0.0){cast}"
+        load = f"tl.load({base} + {row}, mask=row_mask, other=0.0).to(tl.float32)"
         spread = "[:, None]"
     else:
-        load = f"tl.load({base}){cast}"
+        load = f"tl.load({base}).to(tl.float32)"
     if read.through is not None:
         function, parameter = read.through
         load = f"{function}({load}, {_literal(parameter)})"
@@ -363,12 +361,8 @@ def generate(
     sizes: tuple[int, ...],
     first: int = 0,
     name: str = "epilogue",
-    without: int | None = None,
 ) -> GeneratedFunction:
-    """The source of the chain over an iteration space; operand i is `extras[first + i]`.
-
-    without: an operand whose stage is left out, because the kernel applies it elsewhere.
-    """
+    """The source of the chain over an iteration space; operand i is `extras[first + i]`."""
     lines = [
         "@triton.jit",
         f"def {name}(acc, rows, columns, row_mask, column_mask, extras):",
@@ -378,8 +372,6 @@ def generate(
     for position, (stage, at) in enumerate(_ordered(stages, reads, sizes)):
         if position in read:
             lines.append(f"    earlier{position} = acc")
-        if at is not None and at == without:
-            continue
         function = stage.scalar.function.fn.__name__
         symbols.append(function)
         arguments = ["acc"]
@@ -405,13 +397,6 @@ def generate(
         lines.append(f"    acc = {result}")
     lines.append("    return acc")
     return GeneratedFunction(name, "\n".join(lines) + "\n", tuple(sorted(set(symbols))))
-
-
-def loader(name: str, index: int, sizes: tuple[int, ...], read: Access) -> GeneratedFunction:
-    """A function that loads a tile's part of `extras[index]` and leaves it in its dtype."""
-    load = load_source(f"extras[{index}]", sizes, read, cast="")
-    head = f"@triton.jit\ndef {name}(rows, columns, row_mask, column_mask, extras):"
-    return GeneratedFunction(name, f"{head}\n    return {load}\n")
 
 
 def for_output(

@@ -26,7 +26,7 @@ from ..contract import cost_model
 from ..contract.op import Config, Launch, Problem, W, X, Y, config, power_of_two
 from ..contract.targets import Target
 from ..products import gemm
-from ..tile import choice, residual, space
+from ..tile import choice, space
 from ..tile.conv_geometry import Conv2d
 from ..tile.finish import put
 from ..tile.geometry import Image, Window, tile_launch
@@ -157,7 +157,7 @@ def configs(problem: Problem, target: Target) -> Iterator[Config]:
 
 def legal(problem: Problem, tile: Config, target: Target) -> str | None:
     """Why a configuration cannot run on the target, or None."""
-    return residual.legal(problem, tile) or choice.legal(size(problem), tile, target)
+    return choice.legal(size(problem), tile, target)
 
 
 def _wide_tiles(wanted: choice.Size) -> tuple[Config, ...]:

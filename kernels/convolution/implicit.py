@@ -2,14 +2,12 @@
 
 One loop flattened over taps and channel blocks, which is what Triton's pipeliner turns into
 asynchronous copies; with few channels per group it runs over (tap, channel) pairs instead. Where
-output tiles are few (batch 1), SPLIT programs share the sums of each (`tile/split_k.py`). From
-sm_90 on its configurations may also read boxes of pixels through descriptors (`conv_tma.py`), on
-sm_90 also be those of the core whose warps do different things (`hopper/core.py`).
+output tiles are few (batch 1), SPLIT programs share the sums of each (`tile/split_k.py`). On sm_90
+its configurations may also be those of the core whose warps do different things (`hopper/core.py`).
 """
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterator
 from typing import cast
 
@@ -17,10 +15,8 @@ from ..contract.op import Config, Launch, Problem
 from ..contract.targets import Target
 from ..hopper import core
 from ..products import gemm
-from ..tile import choice, engine, residual, source, space, split_k
+from ..tile import choice, engine, source, space, split_k
 from ..tile.conv_geometry import Conv2d
-from ..tile.geometry import Output
-from . import conv_tma
 
 
 def size(problem: Problem) -> choice.Size:
@@ -37,17 +33,14 @@ def size(problem: Problem) -> choice.Size:
 
 
 def launch(problem: Problem, tile: Config, target: Target) -> Launch:
-    """The launch of the tile kernel, or of boxes where the configuration says so."""
+    """The launch of the tile kernel, or the Hopper core's where the configuration says so."""
     if core.is_one(tile):
         return core.launch(problem, tile, target)
-    if conv_tma.is_one(tile):
-        return conv_tma.launch(problem, tile)
     attributes = cast("Conv2d", problem.attributes)
     x, w, wanted = problem.inputs[0], problem.inputs[1].shape, size(problem)
     terms, split = w[1] * w[2] * w[3], choice.split_of(tile)
     block_m, block_n, block_k = tile["BLOCK_M"], tile["BLOCK_N"], tile["BLOCK_K"]
     steps = -(-wanted.steps(block_k) // split)
-    chains = residual.constants(problem, tile)
     copied = 0 if wanted.gathers else choice.step_instructions(tile, wanted.dtype, wanted.taps)
     return engine.launch(
         problem,
@@ -55,8 +48,6 @@ def launch(problem: Problem, tile: Config, target: Target) -> Launch:
         target,
         space.of_pixels(problem.output.spec, block_m),
         source.of_convolution(attributes, x, w, gemm.prologue_of(problem)),
-        constexprs={"RESIDUAL": chains["RESIDUAL"]},
-        output=Output.of(problem.output, chains["EPILOGUE"]),
         groups=attributes.groups,
         split=split,
         precision=choice.dot_precision(problem, terms),
@@ -79,20 +70,15 @@ def _gathering(wanted: choice.Size, tile: Config) -> int:
 
 
 def configs(problem: Problem, target: Target) -> Iterator[Config]:
-    """Tiles, boxes, and those that read the residual first."""
-    tiles = (*choice.tile_configs(size(problem), target), *conv_tma.configs(problem, target))
-    more = residual.variants(problem, tiles)
-    return itertools.chain(tiles, more, core.configs(problem, target))
+    """Tiles, and where it is asked for the Hopper core's."""
+    yield from choice.tile_configs(size(problem), target)
+    yield from core.configs(problem, target)
 
 
 def legal(problem: Problem, tile: Config, target: Target) -> str | None:
     """Why a configuration cannot run on the target, or None."""
     if core.is_one(tile):
         return core.legal(problem, tile, target)
-    if (refused := residual.legal(problem, tile)) is not None:
-        return refused
-    if conv_tma.is_one(tile):
-        return conv_tma.legal(problem, tile, target)
     return choice.legal(size(problem), tile, target)
 
 

@@ -112,10 +112,7 @@ def request(
 
     def descriptor(box: Box) -> str:
         known = pointer(box.ref).removeprefix("*")
-        if gluon.is_one(launch.kernel):
-            return gluon.descriptor_type(known, box.box, dtype_of(box.ref).itemsize)
-        extents = ",".join(map(str, box.box))
-        return f"tensordesc<{known}[{extents}]>"
+        return gluon.descriptor_type(known, box.box, dtype_of(box.ref).itemsize)
 
     return CompileRequest(
         kernel=f"{function.__module__}:{function.__name__}",

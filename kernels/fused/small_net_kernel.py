@@ -34,7 +34,7 @@ def layer(x, w, y, image, extras, LAYER: tl.constexpr):
     for start in range(0, units, LAYER.space.per_tile):
         compute_tile(
             x, w, x, w, y, y, y, 0, 0, first + start, first + units, columns,
-            columns < LAYER.output.K, extras, LAYER.space, LAYER.source, None, None, LAYER.finish,
+            columns < LAYER.output.K, extras, LAYER.space, LAYER.source, None, LAYER.finish,
             LAYER.output, LAYER.tile, 1, False,
         )  # fmt: skip
     # The next layer reads what other threads of this program wrote.

@@ -17,7 +17,7 @@ from ..contract import epilogue as ep
 from ..contract import programmatic_launch
 from ..contract.op import Config, Launch, Problem, W, X, Y
 from ..contract.spec import Operand
-from ..tile import residual, split_k
+from ..tile import split_k
 from ..tile.choice import Size, dot_precision, l2_bytes, split_of, step_instructions
 from ..tile.geometry import problem_extras
 from ..tile.product import share_of
@@ -40,27 +40,22 @@ def places(
 
 
 @triton.jit
-def add_products(
-    acc, x, w, row_tile, column_tile, rows, columns, row_mask, column_mask, first, stop, extras,
-    C: tl.constexpr, X_PITCH: tl.constexpr, X_OFFSET: tl.constexpr, PROLOGUE: tl.constexpr,
-    FINITE: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr, TMA: tl.constexpr,
+def sum_of_products(
+    x, w, rows, columns, row_mask, column_mask, first, stop, extras, C: tl.constexpr,
+    X_PITCH: tl.constexpr, X_OFFSET: tl.constexpr, PROLOGUE: tl.constexpr, FINITE: tl.constexpr,
+    PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """acc [BLOCK_M, BLOCK_N] with the products of the steps from `first` to `stop` added.
+    """fp32 [BLOCK_M, BLOCK_N]: the products of the steps from `first` to `stop`.
 
-    FINITE: what the prologue makes of channels outside the tensor is finite. TMA: x and w are
-    descriptors, whose boxes need neither addresses nor masks.
+    FINITE: what the prologue makes of channels outside the tensor is finite.
     """
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     depth = tl.arange(0, BLOCK_K)
-    if not TMA:
-        x_tile = x + X_OFFSET + (rows * X_PITCH)[:, None] + depth[None, :]
-        w_tile = w + (columns * C)[:, None] + depth[None, :]
+    x_tile = x + X_OFFSET + (rows * X_PITCH)[:, None] + depth[None, :]
+    w_tile = w + (columns * C)[:, None] + depth[None, :]
     for step in range(first, stop):
         start = step * BLOCK_K
-        if TMA:
-            a = x.load([row_tile * BLOCK_M, start])
-            b = w.load([column_tile * BLOCK_N, start])
-        elif C % BLOCK_K == 0:
+        if C % BLOCK_K == 0:
             a = tl.load(x_tile + start, mask=row_mask[:, None], other=0.0)
             b = tl.load(w_tile + start, mask=column_mask[:, None], other=0.0)
         else:
@@ -116,10 +111,9 @@ def finish_share(
 def gemm_kernel(
     x, w, y, parts, tickets, extras, m, C: tl.constexpr, K: tl.constexpr, X_PITCH: tl.constexpr,
     X_OFFSET: tl.constexpr, Y_PITCH: tl.constexpr, Y_OFFSET: tl.constexpr, EPILOGUE: tl.constexpr,
-    RESIDUAL: tl.constexpr, RESIDUAL_FIRST: tl.constexpr, PROLOGUE: tl.constexpr,
-    FINITE: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr, SPLIT: tl.constexpr,
-    TMA: tl.constexpr, PDL: tl.constexpr,
+    PROLOGUE: tl.constexpr, FINITE: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
+    SPLIT: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     column_tiles: tl.constexpr = (K + BLOCK_N - 1) // BLOCK_N
     row_tile, column_tile = tile_index(
@@ -133,12 +127,9 @@ def gemm_kernel(
     if SPLIT > 1:
         first, stop = share_of(split, (C + BLOCK_K - 1) // BLOCK_K, SPLIT)
     programmatic_launch.wait(PDL)
-    acc = residual.begin(
-        rows, columns, row_mask, column_mask, extras, RESIDUAL, RESIDUAL_FIRST, BLOCK_M, BLOCK_N
-    )
-    acc = add_products(
-        acc, x, w, row_tile, column_tile, rows, columns, row_mask, column_mask, first, stop,
-        extras, C, X_PITCH, X_OFFSET, PROLOGUE, FINITE, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K, TMA,
+    acc = sum_of_products(
+        x, w, rows, columns, row_mask, column_mask, first, stop, extras, C, X_PITCH, X_OFFSET,
+        PROLOGUE, FINITE, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
     )  # fmt: skip
     programmatic_launch.release(PDL)
     tile = row_tile * column_tiles + column_tile
@@ -190,8 +181,8 @@ def launch(problem: Problem, tile: Config, x: Operand, columns: int) -> Launch:
             "PRECISION": dot_precision(problem, depth),
             "PROLOGUE": prologue_of(problem), "FINITE": is_finite_at_zero(problem),
             **{name: tile[name] for name in ("BLOCK_M", "BLOCK_N", "BLOCK_K", "GROUP_M")},
-            "SPLIT": split, "TMA": dict(tile.blocks).get("TMA", 0), "PDL": False,
-            **residual.constants(problem, tile),
+            "SPLIT": split, "PDL": False,
+            "EPILOGUE": ep.for_output(problem.epilogue, problem.operands, out.spec),
         },
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,

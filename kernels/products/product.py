@@ -2,9 +2,6 @@
 
 The configuration says which algorithm:
 - `gemm`: tiles on the tensor cores (`gemm.py`);
-- `gemm_tma`: the same through descriptors, where memory is aligned (`gemm_tma.py`);
-- both of them by programs that stay and compute tile after tile (`gemm_persistent.py`), or with the
-  residual read before the loop (`residual.py`);
 - on sm_90 by warps that do different things (`hopper/core.py`);
 - `gemv`: at most 8 rows, the weights streamed once (`gemv.py`).
 """
@@ -16,8 +13,8 @@ from collections.abc import Iterator
 from ..contract import cost_model
 from ..contract.op import Config, Launch, Problem, Target
 from ..hopper import core
-from ..tile import choice, residual
-from . import gemm, gemm_persistent, gemm_tma, gemv
+from ..tile import choice
+from . import gemm, gemv
 
 
 def launch(problem: Problem, tile: Config, target: Target) -> Launch:
@@ -27,20 +24,13 @@ def launch(problem: Problem, tile: Config, target: Target) -> Launch:
     x, columns = problem.inputs[0], gemm.problem_size(problem).columns
     if gemv.is_one(tile):
         return gemv.launch(problem, tile, x, columns)
-    of_tiles = gemm_tma.launch if gemm_tma.is_one(tile) else gemm.launch
-    made = of_tiles(problem, tile, x, columns)
-    if gemm_persistent.resident_of(tile):
-        return gemm_persistent.staying(made, tile, target)
-    return made
+    return gemm.launch(problem, tile, x, columns)
 
 
 def configs(problem: Problem, target: Target) -> Iterator[Config]:
     """The search space: every algorithm's."""
     size = gemm.problem_size(problem)
-    tiles = (*choice.tile_configs(size, target), *gemm_tma.configs(problem, target))
-    yield from tiles
-    yield from residual.variants(problem, tiles)
-    yield from gemm_persistent.variants(problem, tiles, target)
+    yield from choice.tile_configs(size, target)
     yield from gemv.configs(size, target)
     yield from core.configs(problem, target)
 
@@ -52,20 +42,12 @@ def legal(problem: Problem, tile: Config, target: Target) -> str | None:
     size = gemm.problem_size(problem)
     if gemv.is_one(tile):
         return gemv.legal(size, tile, target)
-    refused = residual.legal(problem, tile) or gemm_persistent.legal(problem, tile, target)
-    if refused is not None:
-        return refused
-    if gemm_tma.is_one(tile):
-        return gemm_tma.legal(problem, tile, target)
     return choice.legal_tile(size.dtype, tile, target)
 
 
 def default(problem: Problem, target: Target) -> Config:
     """The configuration of least modelled time, of tiles and of streaming: with few rows, tiles are
-    mostly padding and take their steps one after the other, or share their sums at a cost.
-
-    Descriptors are left to the tuner: the model tells tiles apart, not how they are read.
-    """
+    mostly padding and take their steps one after the other, or share their sums at a cost."""
     plain = _plain_default(problem, target)
     return core.default(problem, target, plain, lambda: launch(problem, plain, target))
 

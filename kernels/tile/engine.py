@@ -21,7 +21,7 @@ import triton.language as tl
 from ..contract import programmatic_launch
 from ..contract.op import Config, Launch, Problem, Ref, W, X, Y
 from ..contract.targets import Target
-from . import residual, split_k
+from . import split_k
 from .finish import Finish, store
 from .geometry import Tile, tile_launch
 from .product import add_product, least_rolled
@@ -32,18 +32,17 @@ from .space import Space, pixel_index, tile_index
 @triton.jit
 def compute_tile(
     x, w, x2, w2, y, parts, tickets, tile, split, first, stop, columns, column_mask, extras,
-    SPACE: tl.constexpr, SOURCE: tl.constexpr, SECOND: tl.constexpr, RESIDUAL: tl.constexpr,
+    SPACE: tl.constexpr, SOURCE: tl.constexpr, SECOND: tl.constexpr,
     FINISH: tl.constexpr, OUTPUT: tl.constexpr, TILE: tl.constexpr, SPLIT: tl.constexpr,
     PDL: tl.constexpr,
 ):  # fmt: skip
     """The units of SPACE from `first` on, those before `stop`, in the output channels `columns`."""
+    M: tl.constexpr = TILE.M
+    N: tl.constexpr = TILE.N
     image, p, q, live = SPACE.place(first, stop, SPACE, TILE)
     at = SOURCE.begin(first, stop, image, p, q, live, SOURCE, SPACE, TILE)
     programmatic_launch.wait(PDL)
-    acc = residual.begin(
-        pixel_index(first, image, p, q, SPACE, TILE), columns, live, column_mask, extras,
-        RESIDUAL, RESIDUAL is not None, TILE.M, TILE.N,
-    )  # fmt: skip
+    acc = tl.zeros((M, N), tl.float32)
     acc = add_product(acc, x, w, at, columns, column_mask, stop, split, extras, SOURCE, TILE, SPLIT)
     if SECOND is not None:
         at = SECOND.begin(first, stop, image, p, q, live, SECOND, SPACE, TILE)
@@ -61,15 +60,15 @@ def compute_tile(
 @triton.jit
 def tile_kernel(
     x, w, x2, w2, y, parts, tickets, extras, m,
-    SPACE: tl.constexpr, SOURCE: tl.constexpr, SECOND: tl.constexpr, RESIDUAL: tl.constexpr,
+    SPACE: tl.constexpr, SOURCE: tl.constexpr, SECOND: tl.constexpr,
     FINISH: tl.constexpr, OUTPUT: tl.constexpr, TILE: tl.constexpr, GROUPS: tl.constexpr,
     SPLIT: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One tile of the output; m counts the units of SPACE.
 
     SECOND: another source, with weights of its own, whose products are added; None where there is
-    none. RESIDUAL: what the sums begin with (`residual.py`), or None. GROUPS: of the channels, in
-    and out, each multiplied by itself. SPLIT: how many programs share a sum (`split_k.py`).
+    none. GROUPS: of the channels, in and out, each multiplied by itself. SPLIT: how many programs
+    share a sum (`split_k.py`).
     """
     WIDTH: tl.constexpr = OUTPUT.K // GROUPS
     group_tiles: tl.constexpr = (WIDTH + TILE.N - 1) // TILE.N
@@ -92,7 +91,7 @@ def tile_kernel(
     compute_tile(
         x, w, x2, w2, y, parts, tickets, tile, tl.program_id(0) % SPLIT,
         row_tile * SPACE.per_tile, m, columns, column_mask, extras,
-        SPACE, SOURCE, SECOND, RESIDUAL, FINISH, OUTPUT, TILE, SPLIT, PDL,
+        SPACE, SOURCE, SECOND, FINISH, OUTPUT, TILE, SPLIT, PDL,
     )  # fmt: skip
 
 
@@ -133,7 +132,7 @@ def launch(
         rolled=least_rolled(Tile.of(problem, tile), tile.num_warps, target),
         constexprs={
             "SPACE": space, "SOURCE": source, "SECOND": second, "FINISH": finish,
-            "RESIDUAL": None, "GROUPS": groups, "SPLIT": split, "PDL": False,
+            "GROUPS": groups, "SPLIT": split, "PDL": False,
             **(constexprs or {}),
         },
         **more,

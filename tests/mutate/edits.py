@@ -75,15 +75,13 @@ LAUNCHED_BY = {
     "normalisation/statistics": "normalisation/normalize",
     "pooling/pool_kernel": "pooling/pool",
     "pooling/tiles": "pooling/upsample",
-    "tile/residual": "products/gemm",
     "tile/split_k": "products/gemm",
     **{f"tile/{name}": "convolution/implicit"
        for name in ("engine", "finish", "product", "source", "space")},
 }  # fmt: skip
 """The op's file whose tests judge the functions of a kernel's own file, both in `kernels/`."""
 NOT_EDITED = (
-    "contract/programmatic_launch", "contract/epilogue", "products/gemm_persistent",
-    "hopper/kernel",
+    "contract/programmatic_launch", "contract/epilogue", "hopper/kernel",
 )  # fmt: skip
 """The last one is never interpreted; its planted faults are those of tests/test_hopper.py."""
 
