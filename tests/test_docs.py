@@ -15,12 +15,12 @@ from convloom.cli import main as cli
 
 ROOT = Path(__file__).resolve().parent.parent
 README, DOCS = ROOT / "README.md", ROOT / "docs"
-PAGES = (README, *sorted(DOCS.glob("*.md")))
+PAGES = (README, *sorted(DOCS.rglob("*.md")))
 LINES = 120
 """Of README.md, at most."""
 TEXT = "\n".join(page.read_text() for page in PAGES)
 
-every_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+every_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 
 
 def blocks(text: str, language: str) -> list[str]:
@@ -48,10 +48,11 @@ def test_the_readme_is_short() -> None:
 
 
 def test_every_page_is_in_both_indexes() -> None:
-    index = (DOCS / "README.md").read_text()
-    for page in set(PAGES) - {README, DOCS / "README.md"}:
-        assert f"](docs/{page.name})" in README.read_text(), page.name
-        assert f"]({page.name})" in index, page.name
+    index = (DOCS / "index.md").read_text()
+    for page in set(PAGES) - {README, DOCS / "index.md"}:
+        path = page.relative_to(DOCS)
+        assert f"](docs/{path})" in README.read_text(), path
+        assert f"]({path})" in index, path
 
 
 @every_page

@@ -19,7 +19,7 @@ from convloom.cli import main as cli
 ROOT = Path(__file__).resolve().parent.parent
 ROOMS = ("kernels", "compiler", "zoo", "cli", "benchmarks")
 COLUMNS, FILE_LINES, TEST_FILE_LINES, FUNCTION_LINES = 100, 500, 600, 80
-PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
+PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")))
 LONGER_FILES = {
     "kernels/pooling/pool.py": 560,  # three ops over one kernel
 }
