@@ -200,7 +200,9 @@ def test_explain_draws(tmp_path: Path, answer: Callable[..., Any]) -> None:
     page, drawing = tmp_path / "new" / "lenet5.html", tmp_path / "lenet5.svg"
     arguments = ("explain", "lenet5", *REFERENCE, "--html", page, "--svg", drawing)
     assert answer(*arguments) == ""
-    assert "<title>lenet5 on reference</title>" in page.read_text()
+    text = page.read_text()
+    assert "<title>lenet5 on reference</title>" in text
+    assert "@triton.jit" in text, "with the source of its kernels"
     assert drawing.read_text().startswith("<?xml")
     assert answer(*arguments, "--json")["model"] == "lenet5"
 
