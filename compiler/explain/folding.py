@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from itertools import count
+from itertools import chain, count
 from typing import Any
 
 import networkx as nx
@@ -92,12 +92,11 @@ class _Folder:
             inside.setdefault(box_of[place], []).append(place)
         kinds = {box: "place" if box in self.net else "level" for box in inside}
         edges = []
-        for source, target in self.net.edges:
-            if source in box_of or target in box_of:
-                ends = box_of.get(source, source), box_of.get(target, target)
-                if ends[0] != ends[1]:
-                    edges.append(ends)
-                    kinds |= {end: "outside" for end in ends if end not in kinds}
+        for source, target in chain(self.net.in_edges(places), self.net.out_edges(places)):
+            ends = box_of.get(source, source), box_of.get(target, target)
+            if ends[0] != ends[1]:
+                edges.append(ends)
+                kinds |= {end: "outside" for end in ends if end not in kinds}
         fixed = {"level": LEVEL_SIZE, "outside": OUTSIDE_SIZE}
         sizes = {box: fixed.get(kind) or self.sizes[box] for box, kind in kinds.items()}
         drawing = draw(sizes, edges)

@@ -75,6 +75,7 @@ def to_html(account: Account, code: Sequence[KernelCode] = ()) -> str:
     """One page that needs nothing else. code: of the account's kernels, as far as it is known."""
     account, code = _visible(account), _visible(tuple(code))
     boxes = _contents(account)
+    drawn = _svg(account, boxes, "", "")  # First: it refuses what is too large to look at.
     bodies = list(dict.fromkeys(kernel.shared for kernel in code))
     launches = [
         {"step": kernel.step, "name": kernel.name, "own": kernel.own,
@@ -98,7 +99,7 @@ def to_html(account: Account, code: Sequence[KernelCode] = ()) -> str:
     parts = {
         "TITLE": escape(f"{account.model} on {account.target}"),
         "STYLE": STYLE + _asset("page.css"),
-        "SVG": _svg(account, boxes, "", ""),
+        "SVG": drawn,
         "DATA": text,
         "SCRIPT": "".join(_asset(f"{name}.js") for name in SCRIPTS),
     }
