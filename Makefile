@@ -17,18 +17,20 @@ TESTS_rest := $(filter-out $(TESTED),$(wildcard tests/test_*.py))
 PARTS := compiler rest kernels ops offline
 READY := $(VENV)/.ready
 READY_DEV := $(VENV)/.ready-dev
+READY_DOCS := $(VENV)/.ready-docs
 
 # Prints the version where the base Python already has a torch that convloom works with.
 INSTALLED_TORCH := import torch; v = tuple(map(int, torch.__version__.split(".")[:2])); \
   print(torch.__version__ if (2, 11) <= v < (2, 14) else "")
 
-.PHONY: help demo test gpu gate lint types clean $(PARTS:%=test-%)
+.PHONY: help demo test gpu gate docs lint types clean $(PARTS:%=test-%)
 
 help:
 	@echo "make demo    compile, run and check real networks (about two minutes)"
 	@echo "make test    every test that needs no GPU, and how much of compiler/ and kernels/ they run"
 	@echo "make gpu     on a machine with a GPU: tests, tuning, benchmark; call again until it is done"
 	@echo "make gate    what changed in the machine code of every op since the committed snapshot"
+	@echo "make docs    the documentation as pages, in build/docs"
 	@echo "make lint    ruff"
 	@echo "make types   mypy --strict"
 	@echo "make clean   remove .venv and what tools left behind"
@@ -58,6 +60,11 @@ gpu:
 gate: $(READY)
 	$(BIN)/python -m benchmarks.gate $(ARGS)
 
+docs: $(READY_DOCS)
+	@mkdir -p $(VENV)/checked && ln -sfn "$(CURDIR)" $(VENV)/checked/convloom
+	CONVLOOM_PARENT=$(VENV)/checked $(BIN)/python -m mkdocs build --strict
+	@echo "open build/docs/index.html"
+
 lint: $(READY_DEV)
 	$(BIN)/ruff check .
 
@@ -85,4 +92,8 @@ $(READY): pyproject.toml
 
 $(READY_DEV): $(READY)
 	$(BIN)/python -m pip install --disable-pip-version-check --editable '.[dev]'
+	@touch $@
+
+$(READY_DOCS): $(READY)
+	$(BIN)/python -m pip install --disable-pip-version-check --editable '.[docs]'
 	@touch $@

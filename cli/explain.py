@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +16,7 @@ from . import options as shared
 
 if TYPE_CHECKING:
     from ..compiler.explain.account import Account
+    from ..compiler.explain.picture import KernelCode
     from ..compiler.explain.report import Report
     from ..compiler.graph.ir import Graph
     from ..compiler.plan.plan import Plan
@@ -139,7 +141,7 @@ def _explain(options: argparse.Namespace) -> None:
 
     _, plan, ledger = _measured(options) if options.measure else _planned(options)
     account = replace(ledger.account(), model=options.name)
-    _draw(options, account)
+    _draw(options, account, lambda: plan)
     if options.json:
         # The account, which `--diff` reads back, and beside it what can be looked up in it.
         refusals = [
@@ -171,7 +173,7 @@ def _explain_file(options: argparse.Namespace) -> None:
         return
     ledger = _run_file(options) if options.measure else ledger_of(artifact, program)
     account = replace(ledger.account(), model=artifact.document.model)
-    _draw(options, account)
+    _draw(options, account, lambda: files.replanned(artifact, program).plan)
     if options.json:
         output.print_json({**account.to_json(), "artifact": files.facts(artifact)})
     elif not (options.html or options.svg):
@@ -187,14 +189,30 @@ def _run_file(options: argparse.Namespace) -> Report:
     return executable.ledger
 
 
-def _draw(options: argparse.Namespace, account: Account) -> None:
-    """Writes the pictures that were asked for."""
+def _draw(options: argparse.Namespace, account: Account, plan: Callable[[], Plan]) -> None:
+    """Writes the pictures that were asked for. plan: whose kernels' code the page shows."""
     from ..compiler.explain import picture
 
-    for path, drawn in ((options.html, picture.to_html), (options.svg, picture.to_svg)):
-        if path is not None:
-            output.write_file(path, drawn(account))
-            output.say(f"wrote {path}", stderr=True)
+    if options.html is not None:
+        _write(options.html, picture.to_html(account, _code(plan())))
+    if options.svg is not None:
+        _write(options.svg, picture.to_svg(account))
+
+
+def _write(path: Path, text: str) -> None:
+    output.write_file(path, text)
+    output.say(f"wrote {path}", stderr=True)
+
+
+def _code(plan: Plan) -> list[KernelCode]:
+    """The code of every kernel of a plan, and what is known of it without compiling."""
+    from ..compiler.explain.picture import KernelCode
+    from ..compiler.run.executable import kernels_of
+
+    return [
+        KernelCode(kernel.step.name, kernel.name, *kernel.source_parts(), kernel.known_resources())
+        for kernel in kernels_of(plan)
+    ]
 
 
 # Comparing.

@@ -120,7 +120,8 @@ def test_explain_a_file(path: Path, tmp_path: Path, answer: Callable[..., Any]) 
     assert found["target"] == "cuda:sm_90" and found["model"] == "lenet5"
     assert found["artifact"]["sha256"] == open_artifact(path).sha256
     answer("explain", path, "--html", tmp_path / "x.html")
-    assert "<html" in (tmp_path / "x.html").read_text()
+    page = (tmp_path / "x.html").read_text()
+    assert "<html" in page and "@triton.jit" in page, "with the source of its kernels"
 
 
 def test_explain_names_what_the_file_holds(path: Path, refusal: Callable[..., str]) -> None:

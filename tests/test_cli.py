@@ -170,7 +170,9 @@ def test_explain(answer: Callable[..., Any]) -> None:
     assert dot.startswith("digraph") and dot.endswith("}\n") and "conv1" in dot
 
 
-def test_explain_a_kernel(answer: Callable[..., Any], refusal: Callable[..., str]) -> None:
+def test_explain_a_kernel(
+    answer: Callable[..., Any], refusal: Callable[..., str], tmp_path: Path
+) -> None:
     arguments = ("explain", "mlp", *SM_90)
     kernels = answer("compile", "mlp", *SM_90, "--json")["kernels"]
     name = kernels[-1]["name"]
@@ -180,6 +182,9 @@ def test_explain_a_kernel(answer: Callable[..., Any], refusal: Callable[..., str
     found = answer(*arguments, "--kernel", name, "--sass", "--json")
     assert found["kernel"] == name and "EXIT" in found["sass"]
     assert "no kernel named" in refusal(*arguments, "--kernel", "linnear")
+    page = tmp_path / "page.html"
+    answer(*arguments, "--html", page)
+    assert f'"registers":{kernels[0]["registers"]},' in page.read_text(), "known since compile"
     own = answer("compile", "mlp", *INTERPRETER, "--json")["kernels"][0]["name"]
     assert "interpreter" in refusal("explain", "mlp", *INTERPRETER, "--kernel", own, "--ptx")
     assert "--kernel" in refusal(*arguments, "--ptx")
@@ -200,7 +205,9 @@ def test_explain_draws(tmp_path: Path, answer: Callable[..., Any]) -> None:
     page, drawing = tmp_path / "new" / "lenet5.html", tmp_path / "lenet5.svg"
     arguments = ("explain", "lenet5", *REFERENCE, "--html", page, "--svg", drawing)
     assert answer(*arguments) == ""
-    assert "<title>lenet5 on reference</title>" in page.read_text()
+    text = page.read_text()
+    assert "<title>lenet5 on reference</title>" in text
+    assert "@triton.jit" in text, "with the source of its kernels"
     assert drawing.read_text().startswith("<?xml")
     assert answer(*arguments, "--json")["model"] == "lenet5"
 

@@ -15,17 +15,19 @@ from convloom.cli import main as cli
 
 ROOT = Path(__file__).resolve().parent.parent
 README, DOCS = ROOT / "README.md", ROOT / "docs"
-PAGES = (README, *sorted(DOCS.glob("*.md")))
+OTHERS = (ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md")
+PAGES = (README, *OTHERS, *sorted(DOCS.rglob("*.md")))
 LINES = 120
 """Of README.md, at most."""
 TEXT = "\n".join(page.read_text() for page in PAGES)
 
-every_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+every_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 
 
 def blocks(text: str, language: str) -> list[str]:
     """Fenced blocks of one language; "" for those without."""
-    return re.findall(rf"^```{language}\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+    fenced = re.findall(r"^```(\w*)\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+    return [block for name, block in fenced if name == language]
 
 
 def inline(text: str) -> list[str]:
@@ -48,10 +50,11 @@ def test_the_readme_is_short() -> None:
 
 
 def test_every_page_is_in_both_indexes() -> None:
-    index = (DOCS / "README.md").read_text()
-    for page in set(PAGES) - {README, DOCS / "README.md"}:
-        assert f"](docs/{page.name})" in README.read_text(), page.name
-        assert f"]({page.name})" in index, page.name
+    index = (DOCS / "index.md").read_text()
+    for page in set(PAGES) - {README, *OTHERS, DOCS / "index.md"}:
+        path = page.relative_to(DOCS)
+        assert f"](docs/{path})" in README.read_text(), path
+        assert f"]({path})" in index, path
 
 
 @every_page
@@ -99,9 +102,12 @@ def test_the_example_in_the_readme_is_short() -> None:
 
 @pytest.mark.interpreter
 @every_page
-def test_examples_run(page: Path) -> None:
+def test_examples_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The blocks of a page follow one another."""
+    monkeypatch.chdir(tmp_path)
+    names = {"__name__": "__main__"}
     for code in blocks(page.read_text(), "python"):
-        exec(compile(code, page.name, "exec"), {"__name__": "__main__"})
+        exec(compile(code, page.name, "exec"), names)
 
 
 def test_the_picture_is_of_the_network_as_it_is_compiled_today() -> None:

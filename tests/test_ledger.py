@@ -360,7 +360,7 @@ def _node(**changes: Any) -> Callable[[dict[str, Any]], Any]:
 DAMAGE = (
     (lambda data: [data], "expected a ledger as `convloom explain NAME --json` writes it"),
     (_without("schema"), "expected a ledger"),
-    (lambda data: {**data, "version": 2}, "expected version 1 of the ledger's schema, got 2"),
+    (lambda data: {**data, "version": 1}, "expected version 2 of the ledger's schema, got 1"),
     (_without("totals"), "at ledger expected the field 'totals'"),
     (lambda data: {**data, "nodes": {}}, "at ledger.nodes expected a list, got {}"),
     (_node(bytes_saved="many"), "at ledger.nodes[0].bytes_saved expected a value of type int"),

@@ -250,6 +250,7 @@ def test_a_damaged_report_is_read_from_the_machine_code_again(
     first = offline.report(wanted)
     path = offline._path_of(offline.KernelReport, wanted)
     assert json.loads(path.read_text())["data"]["registers"] == first.registers
+    assert offline.known_resources(wanted) == offline.resources(wanted), "a report tells them too"
     path.write_text(path.read_text()[:20])
     offline.report.cache_clear()
     assert offline.report(wanted) == first

@@ -19,7 +19,7 @@ from convloom.cli import main as cli
 ROOT = Path(__file__).resolve().parent.parent
 ROOMS = ("kernels", "compiler", "zoo", "cli", "benchmarks")
 COLUMNS, FILE_LINES, TEST_FILE_LINES, FUNCTION_LINES = 100, 500, 600, 80
-PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
+PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")))
 LONGER_FILES = {
     "kernels/pooling/pool.py": 560,  # three ops over one kernel
 }
@@ -54,7 +54,7 @@ def test_pyproject_lists_the_packages_on_disk(project: dict[str, object]) -> Non
 
 
 def test_pyproject_ships_the_data_on_disk(project: dict[str, object]) -> None:
-    """Everything in a room that is no Python source is listed as package data."""
+    """Everything in a room that is no Python source is listed as package data; and `py.typed`."""
     shipped = set()
     for package, patterns in project["tool"]["setuptools"]["package-data"].items():
         folder = ROOT.joinpath(*package.split(".")[1:])
@@ -65,7 +65,7 @@ def test_pyproject_ships_the_data_on_disk(project: dict[str, object]) -> None:
         for path in (ROOT / room).rglob("*")
         if path.is_file() and path.suffix not in (".py", ".pyc")
     }
-    assert data == shipped
+    assert data | {ROOT / "py.typed"} == shipped
 
 
 def test_one_version(project: dict[str, Any]) -> None:
@@ -119,6 +119,7 @@ def test_makefile_targets_set_up_the_environment() -> None:
         assert f"\n{target}: $(READY)\n" in makefile
     for target in ("lint", "types"):
         assert f"\n{target}: $(READY_DEV)\n" in makefile
+    assert "\ndocs: $(READY_DOCS)\n" in makefile
     ci = ROOT / ".ci" / "run"
     assert os.access(ci, os.X_OK) and "make test" in ci.read_text()
 

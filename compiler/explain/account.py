@@ -2,11 +2,12 @@
 refused and why, what that saved. An account is self-sufficient: text, pictures and comparisons are
 made from it alone, and its JSON can be read back.
 
-The JSON ("schema": "convloom-ledger", "version": 1) has these fields; every time is {"us": number
+The JSON ("schema": "convloom-ledger", "version": 2) has these fields; every time is {"us": number
 or null, "how": "modelled" | "measured" | "not measured"}:
 
     model, target, dtype, batch   what was compiled, for what; batch is the largest one
     machine                       the GPU that modelled times are of
+    peaks                         what that GPU reaches at most (Peaks below); null for no GPU
     measured_on                   where measured times come from; "" when nothing was measured
     totals                        before (every captured op alone: passes="none") and after
     nodes                         one per captured node: Record below
@@ -28,7 +29,7 @@ from ...errors import ArtifactError
 from ..graph.ledger import Event
 from ..graph.typed import Laws, Reader, one_of
 
-SCHEMA, VERSION = "convloom-ledger", 1
+SCHEMA, VERSION = "convloom-ledger", 2
 MODELLED, MEASURED, NOT_MEASURED = "modelled", "measured", "not measured"
 KERNEL, FALLBACK, VIEW, IN_PLACE = "kernel", "torch", "view", "in place"
 REMOVED, CONSTANT, INPUT, OUTPUT = "removed", "constant", "input", "output"
@@ -124,6 +125,21 @@ class KernelNode:
     modelled: Time = UNKNOWN
     measured: Time = UNKNOWN
     share: float = 0.0
+    flops: int = 0
+    bound: str = ""
+
+
+@dataclass(frozen=True)
+class Peaks:
+    """What the GPU of modelled times reaches at most, as the cost model has it.
+
+    tflops: 10^12 floating-point operations per second in matrix products of the network's dtype;
+    memory_gbps, cache_gbps: 10^9 bytes per second from memory and from the L2 cache.
+    """
+
+    tflops: float
+    memory_gbps: float
+    cache_gbps: float
 
 
 @dataclass(frozen=True)
@@ -149,6 +165,7 @@ class Account:
     dtype: str
     batch: int | None
     machine: str
+    peaks: Peaks | None
     measured_on: str
     totals: Totals
     nodes: tuple[Record, ...]
@@ -212,6 +229,7 @@ def _is_time(us: float | None) -> bool:
 
 _TIME = _is_time, f"microseconds below {LONGEST_US:g}"
 _COUNT = (0).__le__, "0 or more"
+_RATE = (lambda rate: 0 < rate < 1e9), "a rate above 0"
 _LAWS: Laws = {
     Time: {"us": _TIME, "how": one_of(MODELLED, MEASURED, NOT_MEASURED)},
     KernelNode: {
@@ -220,7 +238,9 @@ _LAWS: Laws = {
         "launches": _COUNT,
         "size_bytes": _COUNT,
         "share": (lambda share: 0 <= share < 1.001, "a share of 1"),
+        "flops": _COUNT,
     },
+    Peaks: dict.fromkeys(("tflops", "memory_gbps", "cache_gbps"), _RATE),
     Event: {"time_us_before": _TIME, "time_us_after": _TIME},
 }
 """What must hold of fields beside their types."""

@@ -35,7 +35,7 @@ from ..passes.layout import choose_dtype, choose_layout
 from ..plan.lower import is_movement
 from ..plan.plan import KernelStep, Plan, Step
 from . import account as acc
-from .account import Account, KernelNode, Record, Refusal, Time, Totals
+from .account import Account, KernelNode, Peaks, Record, Refusal, Time, Totals
 from .places import RANK, Places, find_places, kind_of
 
 
@@ -54,24 +54,28 @@ def make_account(ledger: Ledger, snapshot: Snapshot, plan: Plan) -> Account:
     """The account of a compilation."""
     captured = snapshot.captured
     dtype = captured.goal.dtype if captured.goal else None
+    entering = (node.spec.dtype for node in captured.graph_inputs())
+    computed_in = dtype or next(entering, torch.get_default_dtype())
     unfused = without_fusion(captured, dtype)
     precision = next((s.problem.precision for s in plan.steps if isinstance(s, KernelStep)), "ieee")
     alone = {a.node.name: a for a in _alone(unfused, plan.target, precision)}
     places = find_places(snapshot, plan)
     steps_us = {step.name: step_time_us(step, plan.target) for step in plan.steps}
     known_us = sum(us for us in steps_us.values() if us is not None)
+    bounds = _bounds(plan)
     nodes = _records(ledger, snapshot, places, unfused, alone, steps_us)
     return Account(
         model=captured.name,
         target=plan.target.name,
-        dtype=_dtype_name(captured, dtype),
+        dtype=str(computed_in).removeprefix("torch."),
         batch=next((n.spec.batch or n.spec.shape[0] for n in captured.graph_inputs()
                     if n.spec.rank), None),
         machine=_machine_name(plan.target),
+        peaks=_peaks(plan.target, computed_in, precision),
         measured_on="",
         totals=_totals(plan, list(alone.values()), steps_us),
         nodes=tuple(nodes),
-        places=tuple(_with_times(place, steps_us, known_us) for place in places.drawn),
+        places=tuple(_with_times(p, steps_us, known_us, bounds) for p in places.drawn),
         edges=places.edges,
         events=tuple(replace(event, label=label_of(event)) for event in ledger.events),
     )  # fmt: skip
@@ -171,10 +175,21 @@ def _machine_name(target: Target) -> str:
     return f"{name} ({ASSUMED.removeprefix('cuda:')}; {target.name} is no GPU)"
 
 
-def _dtype_name(captured: Graph, dtype: torch.dtype | None) -> str:
-    inputs = [node.spec.dtype for node in captured.graph_inputs()]
-    chosen = dtype or (inputs[0] if inputs else torch.get_default_dtype())
-    return str(chosen).removeprefix("torch.")
+def _peaks(target: Target, dtype: torch.dtype, precision: str) -> Peaks | None:
+    if not target.is_gpu:
+        return None
+    machine = cost_model.machine_for(target)
+    rate = cost_model.product_rate(dtype, precision)
+    return Peaks(machine.tensor_tflops * rate, machine.memory_gbps, machine.cache_gbps)
+
+
+def _bounds(plan: Plan) -> dict[str, str]:
+    """By step, what its modelled time is mostly made of; nothing where the target is no GPU."""
+    return {
+        step.name: cost_model.bound(registry.get(step.op), step.problem, plan.target)
+        for step in plan.steps
+        if isinstance(step, KernelStep) and plan.target.is_gpu
+    }
 
 
 def _totals(
@@ -193,13 +208,15 @@ def _totals(
 
 
 def _with_times(
-    place: KernelNode, steps_us: Mapping[str, float | None], whole_us: float
-) -> KernelNode:
+    place: KernelNode, steps_us: Mapping[str, float | None], whole_us: float,
+    bounds: Mapping[str, str],
+) -> KernelNode:  # fmt: skip
     if place.what != acc.KERNEL:
         return place
     us = steps_us[place.name]
     share = us / whole_us if us is not None and whole_us else 0.0
-    return replace(place, modelled=acc.modelled(us), share=share)
+    bound = bounds.get(place.name, "")
+    return replace(place, modelled=acc.modelled(us), share=share, bound=bound)
 
 
 # Nodes.

@@ -1,26 +1,33 @@
 """An account as a picture: kernels are boxes around their captured nodes, edges are data flow.
 
 `to_svg` is a drawing for documents: what a pointer over a box or an op tells is in its tooltip.
-`to_html` is one page around it, without anything from elsewhere: it zooms, pans, searches, and
-tells in a panel why each op is where it is. Both are made from an `Account` alone.
+`to_html` is one page around it, without anything from elsewhere: the picture folded by module
+(`folding`) and whole, the kernels and modules as tables, their roofline, and the refusals; a panel
+tells of what is selected. Both are made from an `Account`; the page adds the code of kernels where
+the caller has it. What the page does is in `page/*.js`, whose texts all come from its JSON.
 """
 
 from __future__ import annotations
 
 import json
 import re
-from dataclasses import fields, is_dataclass, replace
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 from xml.sax.saxutils import escape, quoteattr
 
 from ...errors import visible
+from ...kernels.contract.cost_model import Resources
 from . import account as acc
 from .account import Account, KernelNode, Record
-from .account_text import counted, labels, refusals_by_reason, size_text, with_paths
+from .account_text import counted, labels, size_text, with_paths
+from .folding import levels
 from .layers import Box, draw
 
-PAGE = Path(__file__).with_name("page.html")
+ASSETS = Path(__file__).with_name("page")
+SCRIPTS = ("data", "graph", "lists", "panel", "start")
+"""Of the page, in the order in which they run."""
 CHARACTERS = 40
 """Longest label of an op in a box; the tooltip has all of it."""
 TITLE_PX, LINE_PX, ROW_PX = 13.0, 10.5, 11.0
@@ -28,8 +35,20 @@ ADVANCE = 0.61
 """Width of a monospaced character, in font sizes: 0.60 to 0.602 in the usual fonts."""
 HEAD, ROW, PAD = 38.0, 17.0, 8.0
 
-STYLE = Path(__file__).with_name("picture.css").read_text(encoding="utf-8")
+STYLE = (ASSETS / "picture.css").read_text(encoding="utf-8")
 """Of the drawing and its page; kinds of boxes are classes and colours of these names."""
+
+
+@dataclass(frozen=True)
+class KernelCode:
+    """The code of one launch of a step. own, shared: the two parts of its Triton source, of which
+    other kernels may have the second too; resources: where it has been compiled."""
+
+    step: str
+    name: str
+    own: str
+    shared: str
+    resources: Resources | None = None
 
 
 def _visible(value: Any) -> Any:
@@ -47,35 +66,48 @@ def _visible(value: Any) -> Any:
 def to_svg(account: Account) -> str:
     """A whole SVG file."""
     account = _visible(account)
-    return '<?xml version="1.0" encoding="UTF-8"?>\n' + _svg(
-        account, f"<style>{STYLE}</style>", ' xmlns="http://www.w3.org/2000/svg"'
-    )
+    namespace = ' xmlns="http://www.w3.org/2000/svg"'
+    drawn = _svg(account, _contents(account), f"<style>{STYLE}</style>", namespace)
+    return '<?xml version="1.0" encoding="UTF-8"?>\n' + drawn
 
 
-def to_html(account: Account) -> str:
-    """One page that needs nothing else."""
-    account = _visible(account)
-    refusals = [{"count": n, "rule": r, "reason": why} for n, r, why in refusals_by_reason(account)]
-    data = json.dumps({**account.to_json(), "refusals": refusals}, allow_nan=False)
+def to_html(account: Account, code: Sequence[KernelCode] = ()) -> str:
+    """One page that needs nothing else. code: of the account's kernels, as far as it is known."""
+    account, code = _visible(account), _visible(tuple(code))
+    boxes = _contents(account)
+    drawn = _svg(account, boxes, "", "")  # First: it refuses what is too large to look at.
+    bodies = list(dict.fromkeys(kernel.shared for kernel in code))
+    launches = [
+        {"step": kernel.step, "name": kernel.name, "own": kernel.own,
+         "shared": bodies.index(kernel.shared),
+         "resources": asdict(kernel.resources) if kernel.resources else None}
+        for kernel in code
+    ]  # fmt: skip
+    folded = levels(account, {name: box.size for name, box in boxes.items()})
+    shown = {place.kind for place in account.places} - {acc.INPUT, acc.OUTPUT}
+    data = {
+        **account.to_json(),
+        "levels": [level.to_json() for level in folded],
+        "kinds": [kind for kind in acc.KINDS if kind in shown],
+        "code": launches,
+        "bodies": bodies,
+    }
+    text = json.dumps(data, allow_nan=False, separators=(",", ":"))
     # Inside a script element neither tags nor comments may begin.
     for character in "<>&":
-        data = data.replace(character, f"\\u{ord(character):04x}")
-    shown = {place.kind for place in account.places}
-    legend = "".join(
-        f'<span><i style="background:var(--{kind})"></i>{kind}</span>'
-        for kind in acc.KINDS
-        if kind in shown and kind not in (acc.INPUT, acc.OUTPUT)
-    )
+        text = text.replace(character, f"\\u{ord(character):04x}")
     parts = {
         "TITLE": escape(f"{account.model} on {account.target}"),
-        "HEAD": escape(_headline(account)),
-        "LEGEND": legend,
-        "STYLE": STYLE,
-        "SVG": _svg(account, "", ""),
-        "DATA": data,
+        "STYLE": STYLE + _asset("page.css"),
+        "SVG": drawn,
+        "DATA": text,
+        "SCRIPT": "".join(_asset(f"{name}.js") for name in SCRIPTS),
     }
-    page = PAGE.read_text(encoding="utf-8")
-    return re.sub(r"\{\{(\w+)\}\}", lambda name: parts[name[1]], page)
+    return re.sub(r"\{\{(\w+)\}\}", lambda name: parts[name[1]], _asset("page.html"))
+
+
+def _asset(name: str) -> str:
+    return (ASSETS / name).read_text(encoding="utf-8")
 
 
 def _headline(account: Account) -> str:
@@ -87,9 +119,12 @@ def _headline(account: Account) -> str:
     )
 
 
-def _svg(account: Account, style: str, namespace: str) -> str:
+def _contents(account: Account) -> dict[str, _Content]:
     records = {record.node: record for record in account.nodes}
-    boxes = {place.name: _Content(place, records, labels(account)) for place in account.places}
+    return {place.name: _Content(place, records, labels(account)) for place in account.places}
+
+
+def _svg(account: Account, boxes: dict[str, _Content], style: str, namespace: str) -> str:
     drawing = draw({name: box.size for name, box in boxes.items()}, account.edges)
     width, height = drawing.width + 40, drawing.height + 40
     edges = [

@@ -12,6 +12,7 @@ from typing import IO, Any
 import torch
 
 from ...errors import InvalidInputError, KernelError, near_names
+from ...kernels.contract.cost_model import Resources
 from ...kernels.contract.epilogue import FunctionName, GeneratedFunction, flat, named
 from ...kernels.contract.op import Launch
 from ...kernels.contract.targets import Target
@@ -37,16 +38,20 @@ class Kernel:
 
     def source(self) -> str:
         """The Triton source: the kernel and the functions that it is given."""
+        return "\n".join(self.source_parts())
+
+    def source_parts(self) -> tuple[str, str]:
+        """The two parts of `source`: what is this kernel's own, and what others may share."""
         import inspect
 
-        text = inspect.getsource(self.launch.kernel.fn)
         functions, constants = [], []
         for name, value in flat(named(self.launch.constexprs)).items():
             if isinstance(value, (GeneratedFunction, FunctionName)):
                 functions.append(f"# {name}\n{value.source}")
             else:
                 constants.append(f"{name}={value}")
-        return "\n".join([f"# {self.name}: {', '.join(constants)}", *functions, text])
+        own = "\n".join([f"# {self.name}: {', '.join(constants)}", *functions])
+        return own, inspect.getsource(self.launch.kernel.fn)
 
     def report(self) -> offline.KernelReport:
         """Registers, spills, shared memory and instruction mix.
@@ -54,6 +59,10 @@ class Kernel:
         Raises: KernelError where the target has no machine code.
         """
         return offline.report(self._compiled_request())
+
+    def known_resources(self) -> Resources | None:
+        """Registers, spills and shared memory where it has been compiled before, here."""
+        return offline.known_resources(self.request) if self.request else None
 
     def ptx(self) -> str:
         """PTX text."""
@@ -70,6 +79,22 @@ class Kernel:
                 "target='cuda:sm_90' (no GPU needed) to see it"
             )
         return self.request
+
+
+def kernels_of(plan: Plan) -> tuple[Kernel, ...]:
+    """Every launch of a plan, in order; nothing is compiled for it."""
+    launches = plan.kernels
+    requests: Sequence[offline.CompileRequest | None] = [None] * len(launches)
+    if plan.target.is_gpu:
+        requests = compile_requests(plan, plan.target)
+    counts: dict[str, int] = {}
+    kernels = []
+    for (step, launch), request in zip(launches, requests, strict=True):
+        counts[step.name] = counts.get(step.name, 0) + 1
+        single = len(step.launches) == 1
+        name = step.name if single else f"{step.name}.{counts[step.name]}"
+        kernels.append(Kernel(name, step.origins, step.module_path, step, launch, request))
+    return tuple(kernels)
 
 
 Saver = Callable[[str | Path, tuple["Executable", ...], str], None]
@@ -196,18 +221,7 @@ class Executable:
     @property
     def kernels(self) -> tuple[Kernel, ...]:
         """Every launch, in order."""
-        launches = self.plan.kernels
-        requests: Sequence[offline.CompileRequest | None] = [None] * len(launches)
-        if self.target.is_gpu:
-            requests = compile_requests(self.plan, self.target)
-        counts: dict[str, int] = {}
-        kernels = []
-        for (step, launch), request in zip(launches, requests, strict=True):
-            counts[step.name] = counts.get(step.name, 0) + 1
-            single = len(step.launches) == 1
-            name = step.name if single else f"{step.name}.{counts[step.name]}"
-            kernels.append(Kernel(name, step.origins, step.module_path, step, launch, request))
-        return tuple(kernels)
+        return kernels_of(self.plan)
 
     def kernel(self, name: str) -> Kernel:
         """The launch of that name.

@@ -126,6 +126,14 @@ class Resources:
     shared_bytes: int
 
 
+def product_rate(dtype: torch.dtype, precision: str) -> float:
+    """How fast products of this dtype are, as a share of the machine's half-precision rate."""
+    if dtype is torch.float32 and precision == "tf32":
+        return TF32_RATE
+    # Whole numbers are only moved: nothing is multiplied at this rate.
+    return RATE.get(dtype, RATE[torch.float32])
+
+
 def machine_for(target: Target) -> Machine:
     """The machine a target stands for; the H200 where it is no GPU."""
     return MACHINES.get(target.capability, DEFAULT)
@@ -342,9 +350,7 @@ class _Modelled:
         # Products are computed in the dtype of the weights: an image may enter in another one.
         weights = next(iter(op.packs(problem.attributes)), 0)
         dtype = problem.inputs[weights].spec.dtype
-        tf32 = dtype is torch.float32 and problem.precision == "tf32"
-        # Whole numbers are only moved: nothing is multiplied at this rate.
-        rate = TF32_RATE if tf32 else RATE.get(dtype, RATE[torch.float32])
+        rate = product_rate(dtype, problem.precision)
         ends = end_bytes(problem) / len(launches)
         self.memory_us = memory_us(self.machine, problem, cost.size_bytes)
         self.launched_us = self.machine.launch_us * len(launches)

@@ -254,8 +254,11 @@ def resources(request: CompileRequest) -> Resources:
 
 
 def known_resources(request: CompileRequest) -> Resources | None:
-    """The resources where they are on disk already; compiles nothing."""
-    return _stored(Resources, _path_of(Resources, request))
+    """The resources where they, or a report, are on disk already; compiles nothing."""
+    for kind in FOLDERS:
+        if (stored := _stored(kind, _path_of(kind, request))) is not None:
+            return Resources(stored.registers, stored.spill_bytes, stored.shared_bytes)
+    return None
 
 
 FOLDERS: Mapping[type[Resources], str] = {Resources: "resources", KernelReport: "reports"}

@@ -29,6 +29,7 @@ NO_ANSWERS = {
     "compiler/explain/diff.py": "compares two files, for people",
     "compiler/fusion/estimate.py": "the cost model: a wrong time makes a slower choice",
     "compiler/capture/features.py": "the cost model",
+    "compiler/explain/folding.py": "folds pictures by module",
     "compiler/explain/layers.py": "lays out the boxes of pictures",
     "compiler/graph/ledger.py": "text for people",
     "compiler/explain/picture.py": "pictures",
