@@ -25,16 +25,14 @@ X = Var("x")
 
 def _window(found: Match) -> int | None:
     """How many channels the pooling averages, or None if it is something else."""
-    pool, pad = found.nodes["pool"].attributes, found.nodes["pad"].attributes
-    assert isinstance(pool, AvgPool3d) and isinstance(pad, Pad)
+    pool, pad = found.nodes["pool"].attributes.expect(AvgPool3d), found.nodes["pad"].attributes
     size = pool.kernel[0]
     around = Pad((0, 0, size // 2, 0, 0), (0, 0, (size - 1) // 2, 0, 0))
     return size if pool == AvgPool3d((size, 1, 1)) and pad == around else None
 
 
 def _literal(found: Match, name: str) -> float | None:
-    attributes = found.nodes[name].attributes
-    assert isinstance(attributes, Pointwise)
+    attributes = found.nodes[name].attributes.expect(Pointwise)
     return None if attributes.reverse else attributes.literal
 
 
@@ -76,8 +74,7 @@ def _lrn_rule() -> Rule:
 
 
 def _lp_guard(graph: Graph, found: Match) -> str | None:
-    pool = found.nodes["pool"].attributes
-    assert isinstance(pool, AvgPool2d)
+    pool = found.nodes["pool"].attributes.expect(AvgPool2d)
     area = _literal(found, "area")
     if any(pool.padding) or pool.divisor_override is not None:
         return "the average pooling is padded or has a divisor of its own"
@@ -115,8 +112,8 @@ POWERS = ("pow", "square", "sqrt", "identity")
 def _make_lp_of_sequences(graph: Graph, found: Match) -> Value:
     """A sequence is pooled as an image of one row."""
     pool, p = found.nodes["pool"], _exponent(found, "power")
-    assert isinstance(pool.attributes, AvgPool2d) and p is not None
-    window = pool.attributes
+    assert p is not None
+    window = pool.attributes.expect(AvgPool2d)
     attributes = LpPool2d(p, window.kernel, window.stride, window.ceil_mode)
     like = list(reversed(found.consumed))
     row = Reshape(graph.spec(graph.inputs(pool.name)[0]).shape)
@@ -159,8 +156,7 @@ def _mish_rule() -> Rule:
         return replace_root(graph, found, "mish", (found.values["x"],), Pointwise())
 
     def guard(graph: Graph, found: Match) -> str | None:
-        attributes = found.nodes["softplus"].attributes
-        assert isinstance(attributes, Pointwise)
+        attributes = found.nodes["softplus"].attributes.expect(Pointwise)
         beta = attributes.parameters[0]
         return None if beta == 1.0 else f"softplus has beta={beta:g}, and in mish it is 1"
 
@@ -176,8 +172,7 @@ def _mish_rule() -> Rule:
 
 
 def _parameters(found: Match, name: str) -> tuple[float, ...]:
-    attributes = found.nodes[name].attributes
-    assert isinstance(attributes, Pointwise)
+    attributes = found.nodes[name].attributes.expect(Pointwise)
     return attributes.parameters
 
 
@@ -247,5 +242,3 @@ def recognise_composites(graph: Graph, ledger: Ledger) -> Graph:
     Postcondition: no part of a recognised composite is left, among them calls that have no kernel.
     """
     return apply_rules(graph, (*RULES, *POOL_RULES), ledger)
-
-

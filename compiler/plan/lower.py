@@ -217,8 +217,13 @@ def _why_not_in_place(
 
 
 MOVEMENTS = (
-    rearrangement.Reshape, Rearrange, movement.FlattenPixels, movement.Permute, movement.Slice,
-    movement.Relayout, movement.Concat,
+    rearrangement.Reshape,
+    Rearrange,
+    movement.FlattenPixels,
+    movement.Permute,
+    movement.Slice,
+    movement.Relayout,
+    movement.Concat,
 )
 
 
@@ -318,10 +323,19 @@ def _add_step(
         for kind in problem.groups
         for index, place in enumerate(places.get(kind, ()))
     }
-    state.steps.append(KernelStep(
-        name, problem.op, problem, tile, launches, buffers | _scratch(state, node, launches),
-        node.module_path, node.origins, choice.source,
-    ))
+    state.steps.append(
+        KernelStep(
+            name,
+            problem.op,
+            problem,
+            tile,
+            launches,
+            buffers | _scratch(state, node, launches),
+            node.module_path,
+            node.origins,
+            choice.source,
+        )
+    )
     state.kernels[node.name] = name
 
 
@@ -412,8 +426,8 @@ def _becomes_view(state: _Lowering, node: Node) -> bool:
 def _lower_torch(state: _Lowering, node: Node) -> None:
     inputs = _read_all(state, state.graph.inputs(node.name), node)
     outputs = _written(state, node)
-    assert isinstance(node.attributes, TorchCall)
-    step = TorchStep(node.name, node.attributes, inputs, outputs, node.module_path, node.origins)
+    call = node.attributes.expect(TorchCall)
+    step = TorchStep(node.name, call, inputs, outputs, node.module_path, node.origins)
     state.steps.append(step)
     state.kernels[node.name] = "torch"
 

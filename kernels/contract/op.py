@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from functools import cached_property
 from types import MappingProxyType
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 
@@ -21,6 +21,8 @@ from .spec import Operand as Operand
 from .spec import TensorSpec as TensorSpec
 from .spec import rows_and_columns
 from .targets import Target as Target
+
+A = TypeVar("A", bound="Attributes")
 
 
 @dataclass(frozen=True)
@@ -34,6 +36,11 @@ class Attributes:
             if value != item.default:
                 shown.append(f"{item.name}={_short(value)}")
         return ", ".join(shown)
+
+    def expect(self, kind: type[A]) -> A:
+        """Itself, as the attributes of the op that the caller knows it to be of."""
+        assert isinstance(self, kind), f"expected {kind.__name__}, got {type(self).__name__}"
+        return self
 
 
 def _short(value: object) -> str:

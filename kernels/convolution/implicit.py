@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
-from typing import cast
 
 from ..contract.op import Config, Launch, Problem
 from ..contract.targets import Target
@@ -25,7 +24,7 @@ from . import conv_tma
 
 def size(problem: Problem) -> choice.Size:
     """The matrix product that the convolution is."""
-    groups = cast("Conv2d", problem.attributes).groups
+    groups = problem.attributes.expect(Conv2d).groups
     n, k, p, q = problem.output.shape
     _, per_group, r, s = problem.inputs[1].shape
     by_tap = source.runs_by_tap(per_group, r * s) or bool(problem.prologue)
@@ -42,7 +41,7 @@ def launch(problem: Problem, tile: Config, target: Target) -> Launch:
         return core.launch(problem, tile, target)
     if conv_tma.is_one(tile):
         return conv_tma.launch(problem, tile)
-    attributes = cast("Conv2d", problem.attributes)
+    attributes = problem.attributes.expect(Conv2d)
     x, w, wanted = problem.inputs[0], problem.inputs[1].shape, size(problem)
     terms, split = w[1] * w[2] * w[3], choice.split_of(tile)
     block_m, block_n, block_k = tile["BLOCK_M"], tile["BLOCK_N"], tile["BLOCK_K"]

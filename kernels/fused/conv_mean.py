@@ -77,8 +77,7 @@ def _pixels(problem: Problem) -> int:
 
 def launches(problem: Problem, tile: Config, target: Target) -> tuple[Launch, ...]:
     """One launch of the tile kernel."""
-    attributes, result = problem.attributes, conv_tile.result(problem)
-    assert isinstance(attributes, ConvMean)
+    attributes, result = problem.attributes.expect(ConvMean), conv_tile.result(problem)
     n, _, p, q = result.shape
     images = tile["BLOCK_M"] // _pixels(problem)
     launch = conv_tile.launch(

@@ -244,21 +244,16 @@ def shifted_kernel(
     put(acc, y, rows, row_mask, columns, column_mask, extras, OUTPUT)
 
 
-def _attributes(problem: Problem) -> LrnPool:
-    assert isinstance(problem.attributes, LrnPool)
-    return problem.attributes
-
-
 def lanes(problem: Problem) -> int:
     """Channels in 16 bytes, or 1 where they do not line up or the window is wider than that."""
     x = problem.inputs[0]
-    attributes = _attributes(problem).lrn
+    attributes = problem.attributes.expect(LrnPool).lrn
     return lrn.lanes(Problem("local_response_norm", attributes, (x,), (Operand.dense(x.spec),)))
 
 
 def launches(problem: Problem, tile: Config, target: Target) -> tuple[Launch, ...]:
     """One launch of the kernel that the tile's LANES chooses."""
-    attributes = _attributes(problem)
+    attributes = problem.attributes.expect(LrnPool)
     launch = tile_launch(
         problem,
         tile,
@@ -276,7 +271,7 @@ def launches(problem: Problem, tile: Config, target: Target) -> tuple[Launch, ..
 
 def _l2_bytes(problem: Problem, tile: Config) -> int:
     """What one program reads: its windows' pixels, each once thanks to L1."""
-    window, x = _attributes(problem).pool, problem.inputs[0]
+    window, x = problem.attributes.expect(LrnPool).pool, problem.inputs[0]
     _, _, p, q = problem.output.shape
     pixels = min(tile["BLOCK_ROWS"], p * q)
     rows = min(x.shape[2], (-(-pixels // q) - 1) * window.stride[0] + window.kernel[0])
@@ -285,9 +280,9 @@ def _l2_bytes(problem: Problem, tile: Config) -> int:
 
 
 def _instructions(problem: Problem, tile: Config) -> int:
-    taps = math.prod(_attributes(problem).pool.kernel)
-    normalised = lrn.instructions_per_result(tile)
-    every = taps * normalised if _attributes(problem).lrn_first else normalised + POOLED * taps
+    attributes, normalised = problem.attributes.expect(LrnPool), lrn.instructions_per_result(tile)
+    taps = math.prod(attributes.pool.kernel)
+    every = taps * normalised if attributes.lrn_first else normalised + POOLED * taps
     return tile["BLOCK_ROWS"] * tile["BLOCK_COLUMNS"] * every
 
 
@@ -317,7 +312,7 @@ def default(problem: Problem, target: Target) -> Config:
 @counted
 def cost(problem: Problem) -> int:
     """The operations of both halves, each once."""
-    attributes, x = _attributes(problem), problem.inputs[0]
+    attributes, x = problem.attributes.expect(LrnPool), problem.inputs[0]
     outputs = problem.output.spec.numel
     normalised = x.spec.numel if attributes.lrn_first else outputs
     taps = math.prod(attributes.pool.kernel)

@@ -209,21 +209,17 @@ def pooled(x, at, step, start, extras, SOURCE: tl.constexpr, TILE: tl.constexpr)
     return a
 
 
-def _attributes(problem: Problem) -> PoolConv:
-    assert isinstance(problem.attributes, PoolConv)
-    return problem.attributes
-
-
 def pooling(problem: Problem) -> Problem:
     """The problem of the pooling alone."""
-    attributes, x = _attributes(problem), problem.inputs[0]
+    attributes, x = problem.attributes.expect(PoolConv), problem.inputs[0]
     t = Operand.dense(pooled_spec(attributes, x.spec))
     return Problem(attributes.pool_op, attributes.pool, (x,), (t,))
 
 
 def _source(problem: Problem, tile: Config) -> Source:
     """The pooled image: one block of channels after the other."""
-    attributes, chosen = _attributes(problem), pool_window.reduction(pooling(problem))
+    attributes = problem.attributes.expect(PoolConv)
+    chosen = pool_window.reduction(pooling(problem))
     x, y, kept = problem.inputs[0], problem.output, problem.outputs[1:]
     t = pooled_spec(attributes, x.spec)
     after, before = attributes.parts(problem.inputs)
@@ -279,7 +275,7 @@ def _modelled(problem: Problem, tile: Config) -> dict[str, Any]:
 
 def _l2_bytes(problem: Problem, tile: Config) -> int:
     """What one program reads: its windows' pixels, each once thanks to L1, and its weights."""
-    window = _attributes(problem).pool
+    window = problem.attributes.expect(PoolConv).pool
     _, c, h, width = problem.inputs[0].shape
     _, _, p, q = problem.output.shape
     pixels = min(tile["BLOCK_M"], p * q)
@@ -291,7 +287,7 @@ def _l2_bytes(problem: Problem, tile: Config) -> int:
 
 def _instructions(problem: Problem, tile: Config) -> int:
     """What pooling one program's pixels takes."""
-    spec, window = problem.inputs[0].spec, _attributes(problem).pool
+    spec, window = problem.inputs[0].spec, problem.attributes.expect(PoolConv).pool
     packed = isinstance(window, MaxPool2d) and spec.dtype is not torch.float32
     every_tap = EVERY_PACKED_TAP if packed else EVERY_TAP
     return tile["BLOCK_M"] * spec.shape[1] * (every_tap * math.prod(window.kernel) + EVERY_RESULT)
@@ -345,7 +341,7 @@ def legal(problem: Problem, tile: Config, target: Target) -> str | None:
     aligned = not any(value % 8 for value in (x.shape[1], x.pitch, x.offset))
     most = MOST_LOADS if aligned and not single and tile["BLOCK_N"] > 16 else MOST_LOADS // 2
     pooled = tile["BLOCK_M"] * tile["BLOCK_K"] // threads
-    loads = pooled * math.prod(_attributes(problem).pool.kernel)
+    loads = pooled * math.prod(problem.attributes.expect(PoolConv).pool.kernel)
     if loads > most:
         return f"{loads} loads per thread and block of channels; more than {most} spill"
     held = tile["BLOCK_N"] * tile["BLOCK_K"] * x.spec.dtype.itemsize // threads
@@ -387,7 +383,7 @@ def default(problem: Problem, target: Target) -> Config:
 def cost(problem: Problem) -> int:
     """The product, and one operation per tap."""
     rows, c, k = _size(problem)
-    taps = math.prod(_attributes(problem).pool.kernel)
+    taps = math.prod(problem.attributes.expect(PoolConv).pool.kernel)
     return 2 * rows * c * k + taps * rows * c
 
 

@@ -27,7 +27,7 @@ import triton.language as tl
 from ...errors import InvalidInputError
 from ..contract import epilogue as ep
 from ..contract import op
-from ..contract.op import Attributes, Config, Cost, Launch, Op, Problem, Y
+from ..contract.op import Attributes, Config, Launch, Op, Problem, Y
 from ..contract.spec import Layout, TensorSpec
 from ..contract.targets import Target
 from ..tile.finish import put
@@ -136,8 +136,7 @@ def squeeze_excite_kernel(
 
 def launches(problem: Problem, tile: Config, target: Target) -> tuple[Launch, ...]:
     """One launch of one program per image."""
-    attributes = problem.attributes
-    assert isinstance(attributes, SqueezeExcite)
+    attributes = problem.attributes.expect(SqueezeExcite)
     x, out = problem.inputs[0], problem.output
     hidden = _hidden(tuple(operand.spec for operand in problem.inputs))
     refs = op.operand_refs(problem)
@@ -211,11 +210,11 @@ def default(problem: Problem, target: Target) -> Config:
     return _tile(problem, warps, 32)
 
 
-def cost(problem: Problem) -> Cost:
+@op.counted
+def cost(problem: Problem) -> int:
     """The mean, and two products with one row per image."""
     n, channels, pixels, units = _sizes(problem)
-    read, written = op.tensor_bytes(problem)
-    return Cost(n * channels * (pixels + 4 * units), read, written)
+    return n * channels * (pixels + 4 * units)
 
 
 def packs(attributes: SqueezeExcite) -> Mapping[int, Callable[[Any, torch.Tensor], torch.Tensor]]:

@@ -27,7 +27,7 @@ import triton.language as tl
 
 from ...errors import InvalidInputError
 from ..contract import cost_model, op
-from ..contract.op import Attributes, Config, Cost, Launch, Op, Problem, W, X, Y
+from ..contract.op import Attributes, Config, Launch, Op, Problem, W, X, Y
 from ..contract.spec import TensorSpec
 from ..contract.targets import Target
 from ..tile import choice, conv_geometry
@@ -134,8 +134,7 @@ def stem_kernel(
 
 def launches(problem: Problem, tile: Config, target: Target) -> tuple[Launch, ...]:
     """One launch."""
-    attributes = problem.attributes
-    assert isinstance(attributes, Stem)
+    attributes = problem.attributes.expect(Stem)
     w = problem.inputs[1].spec
     launch = tile_launch(
         problem,
@@ -161,8 +160,7 @@ def launches(problem: Problem, tile: Config, target: Target) -> tuple[Launch, ..
 def _l2_bytes(problem: Problem, tile: Config) -> int:
     """The part of the image under one tile, once (taps read it again from the first-level cache),
     the weights, and what the epilogue reads in full."""
-    attributes = problem.attributes
-    assert isinstance(attributes, Stem)
+    attributes = problem.attributes.expect(Stem)
     x, w, out = problem.inputs[0].spec, problem.inputs[1].spec, problem.output
     _, c, r, s = w.shape
     conv = attributes.conv
@@ -183,8 +181,7 @@ def _instructions(problem: Problem, tile: Config) -> int:
     A multiprocessor issues four warps' instructions per cycle but reads one 128-byte line of its
     first-level cache, and a warp's load with stride s touches s of them.
     """
-    attributes = problem.attributes
-    assert isinstance(attributes, Stem)
+    attributes = problem.attributes.expect(Stem)
     x, count = problem.inputs[0].spec, terms(problem.inputs[1].spec)
     lines = max(1.0, attributes.conv.stride[1] * x.dtype.itemsize / 4)
     issued = (9 if attributes.mean else 5) * count + 5 * tile["BLOCK_N"] + 60
@@ -228,13 +225,10 @@ def default(problem: Problem, target: Target) -> Config:
     return op.config(4, 1, BLOCK_M=128, BLOCK_N=block_n, BLOCK_K=BLOCK)
 
 
-def cost(problem: Problem) -> Cost:
-    """The products, and two operations for each element that is normalised."""
-    attributes = problem.attributes
-    assert isinstance(attributes, Stem)
-    read, written = op.tensor_bytes(problem)
-    flops = 2 * problem.output.spec.numel * terms(problem.inputs[1].spec)
-    return Cost(flops, read, written)
+@op.counted
+def cost(problem: Problem) -> int:
+    """The products."""
+    return 2 * problem.output.spec.numel * terms(problem.inputs[1].spec)
 
 
 OP = Op(

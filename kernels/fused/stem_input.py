@@ -22,7 +22,7 @@ import triton.language as tl
 
 from ...errors import InvalidInputError
 from ..contract import op
-from ..contract.op import Attributes, Config, Cost, Launch, Op, Problem, X, Y
+from ..contract.op import Attributes, Config, Launch, Op, Problem, X, Y
 from ..contract.spec import Layout, Operand, TensorSpec
 from ..contract.targets import Target
 from ..tile.geometry import Output
@@ -173,8 +173,7 @@ def stem_input_kernel(
 
 def launches(problem: Problem, tile: Config, target: Target) -> tuple[Launch, ...]:
     """One program per BLOCK_M pixels of the result."""
-    attributes = problem.attributes
-    assert isinstance(attributes, StemInput)
+    attributes = problem.attributes.expect(StemInput)
     x, out = problem.inputs[0], problem.output
     rows = out.spec.numel // attributes.channels
     launch = Launch(
@@ -215,13 +214,11 @@ def default(problem: Problem, target: Target) -> Config:
     return op.config(4, 1, BLOCK_M=1024)
 
 
-def cost(problem: Problem) -> Cost:
-    """Two operations per element where it normalises; each tensor touched once."""
-    attributes = problem.attributes
-    assert isinstance(attributes, StemInput)
-    read, written = op.tensor_bytes(problem)
-    operations = 2 if attributes.mean else 0
-    return Cost(operations * problem.inputs[0].spec.numel, read, written)
+@op.counted
+def cost(problem: Problem) -> int:
+    """Two operations per element where it normalises."""
+    operations = 2 if problem.attributes.expect(StemInput).mean else 0
+    return operations * problem.inputs[0].spec.numel
 
 
 OP = Op(

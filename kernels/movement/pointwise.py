@@ -205,10 +205,9 @@ def reference(name: str, attributes: Pointwise, *tensors: torch.Tensor) -> torch
 
 
 def launches(name: str, problem: Problem, tile: Config, target: Target) -> tuple[Launch, ...]:
-    assert isinstance(problem.attributes, Pointwise)
     out = problem.output.spec
     reads = tuple(ep.access(operand, out) for operand in problem.inputs)
-    stages = (LOAD, stage_of(name, problem.attributes))
+    stages = (LOAD, stage_of(name, problem.attributes.expect(Pointwise)))
     return (launch_reads(problem, tile, reads, stages),)
 
 

@@ -86,8 +86,7 @@ def pack(attributes: BatchNorm, vector: torch.Tensor) -> torch.Tensor:
 
 def launches(problem: Problem, tile: Config, target: Target) -> tuple[Launch, ...]:
     """One launch of the pointwise kernel, which reads a number per channel like any operand."""
-    attributes, out = problem.attributes, problem.output.spec
-    assert isinstance(attributes, BatchNorm)
+    attributes, out = problem.attributes.expect(BatchNorm), problem.output.spec
     at = {name: index for index, name in enumerate(attributes.inputs)}
     channel = tuple(int(dim == 1) for dim in out.layout.order(out.rank))
     stages = {

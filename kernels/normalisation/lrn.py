@@ -173,8 +173,7 @@ def lanes_kernel(
 
 def lanes(problem: Problem) -> int:
     """Channels in 16 bytes, or 1 where they do not line up or the window is wider than that."""
-    x, attributes = problem.inputs[0], problem.attributes
-    assert isinstance(attributes, LocalResponseNorm)
+    x, attributes = problem.inputs[0], problem.attributes.expect(LocalResponseNorm)
     width = 16 // x.spec.dtype.itemsize
     aligned = not any(value % width for value in (x.shape[1], x.pitch, x.offset))
     return width if aligned and attributes.size // 2 <= width else 1
@@ -182,8 +181,7 @@ def lanes(problem: Problem) -> int:
 
 def launches(problem: Problem, tile: Config, target: Target) -> tuple[Launch, ...]:
     """One launch of the kernel that the tile's LANES chooses."""
-    attributes = problem.attributes
-    assert isinstance(attributes, LocalResponseNorm)
+    attributes = problem.attributes.expect(LocalResponseNorm)
     launch = tile_launch(
         problem,
         tile,
@@ -230,8 +228,7 @@ def default(problem: Problem, target: Target) -> Config:
 @op.counted
 def cost(problem: Problem) -> int:
     """A multiply-add per neighbour, then about 8 operations."""
-    assert isinstance(problem.attributes, LocalResponseNorm)
-    return (2 * problem.attributes.size + 8) * problem.output.spec.numel
+    return (2 * problem.attributes.expect(LocalResponseNorm).size + 8) * problem.output.spec.numel
 
 
 OP = Op(

@@ -103,19 +103,15 @@ def scan_kernel(
         tl.store(target + (places * Y.stride)[None, :], result.to(y.dtype.element_ty), mask=mask)
 
 
-def launches(
-    multiply: bool, problem: Problem, tile: Config, target: Target
-) -> tuple[Launch, ...]:
+def launches(multiply: bool, problem: Problem, tile: Config, target: Target) -> tuple[Launch, ...]:
     """One launch over all rows."""
-    assert isinstance(problem.attributes, Scan)
+    dim, constants = problem.attributes.expect(Scan).dim, {"MULTIPLY": multiply}
     tensors = {"x": (X, problem.inputs[0]), "y": (Y, problem.output)}
-    constants = {"MULTIPLY": multiply}
-    return launch_along(problem, tile, scan_kernel, problem.attributes.dim, tensors, constants)
+    return launch_along(problem, tile, scan_kernel, dim, tensors, constants)
 
 
 def _length(problem: Problem) -> int:
-    assert isinstance(problem.attributes, Scan)
-    return problem.inputs[0].shape[problem.attributes.dim]
+    return problem.inputs[0].shape[problem.attributes.expect(Scan).dim]
 
 
 def configs(problem: Problem, target: Target) -> Iterator[Config]:

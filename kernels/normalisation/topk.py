@@ -104,9 +104,7 @@ def ranked(value, place, exists, LARGEST: tl.constexpr):
 
 
 @triton.jit
-def ranked_block(
-    source, places, row_mask, L: tl.constexpr, LARGEST: tl.constexpr, X: tl.constexpr
-):
+def ranked_block(source, places, row_mask, L: tl.constexpr, LARGEST: tl.constexpr, X: tl.constexpr):
     """Elements at some places of every row, ranked."""
     mask = row_mask[:, None] & (places < L)[None, :]
     value = tl.load(source[:, None] + (places * X.stride)[None, :], mask=mask, other=0.0)
@@ -152,16 +150,14 @@ def topk_kernel(
 
 def launches(problem: Problem, tile: Config, target: Target) -> tuple[Launch, ...]:
     """One launch over all rows."""
-    attributes, (values, places) = problem.attributes, problem.outputs
-    assert isinstance(attributes, TopK)
+    attributes, (values, places) = problem.attributes.expect(TopK), problem.outputs
     tensors = {"x": (X, problem.inputs[0]), "y": (Y, values), "places": (Ref("output", 1), places)}
     constants = {"K": attributes.k, "LARGEST": attributes.largest}
     return launch_along(problem, tile, topk_kernel, attributes.dim, tensors, constants)
 
 
 def _length(problem: Problem) -> int:
-    assert isinstance(problem.attributes, TopK)
-    return problem.inputs[0].shape[problem.attributes.dim]
+    return problem.inputs[0].shape[problem.attributes.expect(TopK).dim]
 
 
 def configs(problem: Problem, target: Target) -> Iterator[Config]:
@@ -171,14 +167,11 @@ def configs(problem: Problem, target: Target) -> Iterator[Config]:
     for block in blocks:
         for elements in (1024, 2048, 4096):
             columns = min(block, length)
-            yield config(
-                4, 1, BLOCK_ROWS=max(1, elements // columns), BLOCK_COLUMNS=columns
-            )
+            yield config(4, 1, BLOCK_ROWS=max(1, elements // columns), BLOCK_COLUMNS=columns)
 
 
 def _is_one(problem: Problem) -> bool:
-    assert isinstance(problem.attributes, TopK)
-    return problem.attributes.k == 1
+    return problem.attributes.expect(TopK).k == 1
 
 
 def legal(problem: Problem, tile: Config, target: Target) -> str | None:
@@ -200,8 +193,7 @@ def default(problem: Problem, target: Target) -> Config:
 @counted
 def cost(problem: Problem) -> int:
     """A comparison per element and selected one."""
-    assert isinstance(problem.attributes, TopK)
-    return problem.inputs[0].spec.numel * problem.attributes.k
+    return problem.inputs[0].spec.numel * problem.attributes.expect(TopK).k
 
 
 def _selected(g: Builder, x: Any, dim: int, k: int, largest: bool) -> tuple[Any, Any]:

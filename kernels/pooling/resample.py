@@ -235,8 +235,7 @@ def resample_kernel(
 
 def launches(problem: Problem, tile: Config, target: Target) -> tuple[Launch, ...]:
     """One launch over all output pixels."""
-    attributes, x = problem.attributes, problem.inputs[0]
-    assert isinstance(attributes, Resample)
+    attributes, x = problem.attributes.expect(Resample), problem.inputs[0]
     of_axes = zip(x.shape[2:], attributes.size, attributes.steps, strict=True)
     height, width = (Axis(*of_axis) for of_axis in of_axes)
     vertical, horizontal = taps(attributes, x.shape[2:])
@@ -265,8 +264,7 @@ def default(problem: Problem, target: Target) -> Config:
 @counted
 def cost(problem: Problem) -> int:
     """A multiplication and an addition per pixel that an output looks at, and the weights."""
-    attributes = problem.attributes
-    assert isinstance(attributes, Resample)
+    attributes = problem.attributes.expect(Resample)
     vertical, horizontal = taps(attributes, problem.inputs[0].shape[2:])
     return 2 * vertical * horizontal * problem.output.spec.numel
 

@@ -211,8 +211,8 @@ def launches(problem: Problem, tile: Config, target: Target) -> tuple[Launch, ..
 
 def _chain(problem: Problem) -> tuple[ConvChain, tuple[Operand, ...], tuple[TensorSpec, ...]]:
     """The attributes, the inputs and their specs."""
-    assert isinstance(problem.attributes, ConvChain)
-    return problem.attributes, problem.inputs, tuple(operand.spec for operand in problem.inputs)
+    inputs = problem.inputs
+    return problem.attributes.expect(ConvChain), inputs, tuple(operand.spec for operand in inputs)
 
 
 def outline(problem: Problem, tile: Config) -> Launch:

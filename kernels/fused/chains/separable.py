@@ -97,8 +97,7 @@ def reference(attributes: Separable, *inputs: torch.Tensor) -> tuple[torch.Tenso
 
 def _specs(problem: Problem) -> tuple[Separable, dict[str, TensorSpec]]:
     """The attributes, and the specs of t, y and z by the link that makes them."""
-    attributes = problem.attributes
-    assert isinstance(attributes, Separable)
+    attributes = problem.attributes.expect(Separable)
     inputs = tuple(operand.spec for operand in problem.inputs)
     return attributes, links.check("separable", attributes.links, inputs)
 
