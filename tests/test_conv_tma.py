@@ -43,7 +43,7 @@ def problem(
 
 
 def in_boxes(asked: Problem, target: Target = SM_90) -> list[Config]:
-    return [c for c in OP.configs(asked, target) if conv_tma.is_one(c)]
+    return [c for c in OP.configs(asked, target) if conv_tma.uses_boxes(c)]
 
 
 GEOMETRIES = {
@@ -92,9 +92,7 @@ def all_boxes(asked: Problem) -> list[Config]:
 @pytest.mark.parametrize("dtype", FLOAT_DTYPES, ids=str)
 def test_special_values_stay_where_they_are(dtype: torch.dtype) -> None:
     asked = replace(problem(Conv2d((2, 2), SAME), (8, 8), dtype=dtype), epilogue=(), operands=())
-    x, w = (
-        harness.make_tensor(operand.spec, at, -1, 1) for at, operand in enumerate(asked.inputs)
-    )
+    x, w = (harness.make_tensor(operand.spec, at, -1, 1) for at, operand in enumerate(asked.inputs))
     x[0, 3, 2, 5], x[1, 0, 7, 7], x[2, 31, 0, 0] = float("nan"), float("inf"), float("-inf")
     for tile in all_boxes(asked)[-2:]:
         results = harness.run_interpreted(OP, asked, (x, w), (), tile, 3)

@@ -52,7 +52,7 @@ def launch_of(filters: int, tma: bool, target: Target = SM_90) -> Launch:
         asked = harness.problem_for(op, attributes, (x, w), (Stage("add"), Stage("relu")), (y,))
 
     def is_wanted(tile: Config) -> bool:
-        return not filters or (gemm_tma.is_one(tile) or conv_tma.is_one(tile)) == tma
+        return not filters or (gemm_tma.uses_tma(tile) or conv_tma.uses_boxes(tile)) == tma
 
     tile = next(tile for tile in op.configs(asked, target) if is_wanted(tile))
     (launch,) = op.launches(asked, tile, target)

@@ -47,8 +47,8 @@ def staying(asked: Problem, target: Target = SM_90) -> list[Config]:
     """Of pointers and of descriptors the smallest and the largest configuration that stays."""
     found: dict[bool, list[Config]] = {}
     for tile in registry.get(asked.op).configs(asked, target):
-        if gemm_persistent.resident_of(tile):
-            found.setdefault(gemm_tma.is_one(tile), []).append(tile)
+        if gemm_persistent.programs_per_sm(tile):
+            found.setdefault(gemm_tma.uses_tma(tile), []).append(tile)
     return [tile for tiles in found.values() for tile in dict.fromkeys((tiles[0], tiles[-1]))]
 
 
@@ -63,10 +63,10 @@ def small_tiles(asked: Problem) -> list[Config]:
     tiles = [
         tile
         for tile in registry.get(asked.op).configs(asked, SM_90)
-        if gemm_persistent.resident_of(tile)
+        if gemm_persistent.programs_per_sm(tile)
         and (tile["BLOCK_M"], tile["BLOCK_N"], tile.num_warps) in shapes
     ]
-    assert {gemm_persistent.resident_of(tile) for tile in tiles} == {1, 2}
+    assert {gemm_persistent.programs_per_sm(tile) for tile in tiles} == {1, 2}
     return tiles[:1] + tiles[-1:]
 
 
@@ -102,7 +102,7 @@ def test_descriptors_agree_with_the_reference() -> None:
         pad=8,
     )
     inputs, operands = tensors_of(wide)
-    tile = next(tile for tile in staying(wide) if gemm_tma.is_one(tile))
+    tile = next(tile for tile in staying(wide) if gemm_tma.uses_tma(tile))
     op = registry.get("conv2d")
     for batch in (7, 6):
         results = harness.run_interpreted(op, wide, inputs, operands, tile, batch)
@@ -142,7 +142,7 @@ def test_the_grid_follows_from_the_target(target: Target) -> None:
     )
     for tile in staying(batched, target):
         launch = launch_of(batched, tile, target)
-        resident = gemm_persistent.resident_of(tile)
+        resident = gemm_persistent.programs_per_sm(tile)
         assert launch.grid_at(256)[0] == cost_model.machine_for(target).multiprocessors * resident
         assert launch.grid_at(1)[0] == min(launch.tiles_at(1), launch.grid_at(256)[0])
         plain = replace(tile, blocks=tile.blocks[:-1])
@@ -172,7 +172,7 @@ def test_it_is_never_a_default(target: Target) -> None:
     """By the model programs that stay are no slower, and faster where one fills a multiprocessor;
     only the tuner may take them."""
     op = registry.get("conv2d")
-    assert gemm_persistent.resident_of(op.default(LARGE, target)) == 0
+    assert gemm_persistent.programs_per_sm(op.default(LARGE, target)) == 0
     tiles = staying(LARGE, target)
     assert len(tiles) == (4 if target.capability >= 90 else 2)
     for tile in tiles:
@@ -184,8 +184,8 @@ def test_it_is_never_a_default(target: Target) -> None:
         ) == cost_model.padding(launch_of(LARGE, plain, target), plain, LARGE)
     ranked = rank.rank(op, LARGE, target, rank.space(op, LARGE, target))
     tried = rank.varied(op, LARGE, target, ranked, 12)
-    assert any(map(gemm_persistent.resident_of, tried))
-    assert not all(map(gemm_persistent.resident_of, tried))
+    assert any(map(gemm_persistent.programs_per_sm, tried))
+    assert not all(map(gemm_persistent.programs_per_sm, tried))
 
 
 # Machine code.
@@ -198,9 +198,7 @@ def compiled(launch: Launch, asked: Problem, target: Target) -> offline.CompileR
 
 @pytest.mark.parametrize("depth", [64, 512])
 @pytest.mark.parametrize("target", GPU_TARGETS, ids=lambda target: target.name)
-def test_the_largest_tiles_copy_asynchronously_and_do_not_spill(
-    target: Target, depth: int
-) -> None:
+def test_the_largest_tiles_copy_asynchronously_and_do_not_spill(target: Target, depth: int) -> None:
     """Also tiles of a single step, which have nothing to pipeline where programs do not stay."""
     asked = conv(depth, 256, 56, 1, n=32)
     tiles = list(_largest(asked, target))
@@ -208,7 +206,7 @@ def test_the_largest_tiles_copy_asynchronously_and_do_not_spill(
     for tile in tiles:
         report = offline.report(compiled(launch_of(asked, tile, target), asked, target))
         assert report.spill_bytes == 0 and report.shared_bytes <= target.shared_bytes, tile
-        assert report.count("UTMALDG" if gemm_tma.is_one(tile) else "LDGSTS.128"), tile
+        assert report.count("UTMALDG" if gemm_tma.uses_tma(tile) else "LDGSTS.128"), tile
         assert not report.count("LDG.U16") and report.count("STG.128"), tile
 
 
@@ -218,7 +216,7 @@ def _largest(asked: Problem, target: Target) -> Iterator[Config]:
         tiles = [
             tile
             for tile in registry.get("conv2d").configs(asked, target)
-            if gemm_persistent.resident_of(tile) and gemm_tma.is_one(tile) is tma
+            if gemm_persistent.programs_per_sm(tile) and gemm_tma.uses_tma(tile) is tma
             if sums_of(tile) <= 64 and tile["BLOCK_K"] == 64
         ]
         if tiles:

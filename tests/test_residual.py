@@ -51,7 +51,7 @@ def early(asked: Problem, target: Target = SM_90) -> list[Config]:
     found: dict[object, list[Config]] = {}
     for tile in registry.get(asked.op).configs(asked, target):
         if residual.comes_first(tile):
-            kind = gemm_tma.is_one(tile), conv_tma.is_one(tile)
+            kind = gemm_tma.uses_tma(tile), conv_tma.uses_boxes(tile)
             found.setdefault(kind, []).append(tile)
     ends = [(tiles[0], tiles[-1]) for tiles in found.values()]
     return list(dict.fromkeys(tile for pair in ends for tile in pair))
@@ -106,10 +106,10 @@ def test_the_epilogue_does_without_it() -> None:
     """What is read first is not read again; the other operand keeps its place."""
     asked = problem("1x1")
     usual, tile = registry.get("conv2d").default(asked, SM_90), early(asked)[0]
-    assert residual.constants(asked, usual)["RESIDUAL"] is None
-    made = residual.constants(asked, tile)
-    assert "extras[1]" in made["RESIDUAL"].source and "extras[0]" in made["EPILOGUE"].source
-    assert "extras[1]" not in made["EPILOGUE"].source and ".to(" not in made["RESIDUAL"].source
+    assert residual.output_of(asked, usual)[1] is None
+    output, first = residual.output_of(asked, tile)
+    assert first is not None and "extras[1]" in first.source and ".to(" not in first.source
+    assert "extras[0]" in output.epilogue.source and "extras[1]" not in output.epilogue.source
 
 
 def changed(asked: Problem, *stages: Stage, operands: tuple[int, ...] = (0, 1)) -> Problem:
@@ -176,7 +176,7 @@ def large_tiles(asked: Problem, target: Target) -> dict[bool, Config]:
     found: dict[bool, Config] = {}
     for tile in registry.get(asked.op).configs(asked, target):
         if residual.comes_first(tile) and sums_of(tile) <= most and tile["BLOCK_K"] <= 64:
-            kind = gemm_tma.is_one(tile) or conv_tma.is_one(tile)
+            kind = gemm_tma.uses_tma(tile) or conv_tma.uses_boxes(tile)
             best = found.setdefault(kind, tile)
             if _weight(tile) > _weight(best):
                 found[kind] = tile
@@ -208,7 +208,7 @@ def test_the_largest_tiles_do_not_spill(dtype: torch.dtype, target: Target) -> N
     asked = conv(128, 128, 28, 3, n=32, dtype=dtype)
     for tile in large_tiles(asked, target).values():
         found = opcodes(asked, tile, target)
-        copies = "UTMALDG" if conv_tma.is_one(tile) else "LDGSTS.E.BYPASS.128"
+        copies = "UTMALDG" if conv_tma.uses_boxes(tile) else "LDGSTS.E.BYPASS.128"
         assert any(name.startswith(copies) for name in found), tile
 
 

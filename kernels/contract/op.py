@@ -141,7 +141,7 @@ class Scratch:
 
 
 @dataclass(frozen=True)
-class Box:
+class TmaDescriptor:
     """A tensor argument that is read in boxes through a TMA descriptor (sm_90 and later).
 
     shape, strides: in elements, of the tensor inside its buffer; the last stride is 1. box: what is
@@ -217,7 +217,7 @@ class Launch:
     registers: int = 0
     combine_bytes: int = 0
     scratch: tuple[Scratch, ...] = ()
-    boxes: Mapping[str, Box] = field(default_factory=lambda: NONE)
+    boxes: Mapping[str, TmaDescriptor] = field(default_factory=lambda: NONE)
     most_programs: int | None = None
     hides_ends: bool = False
 

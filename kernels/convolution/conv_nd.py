@@ -211,7 +211,7 @@ def launches(problem: Problem, tile: Config, target: Target) -> tuple[Launch, ..
     """One launch: of the matrix product where the convolution is one."""
     x, size = problem.inputs[0], _size(problem)
     if is_matrix_product(problem):
-        return (gemm.launch(problem, tile, x, problem.output.shape[1]),)
+        return (gemm.launch(problem, tile),)
     steps = size.steps(tile["BLOCK_K"])
     area = tile["BLOCK_K"] * (tile["BLOCK_M"] + tile["BLOCK_N"])
     launch = engine.launch(

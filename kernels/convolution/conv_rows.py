@@ -68,12 +68,9 @@ def conv_rows_kernel(
     row_tile, column_tile = space.tile_index(
         tl.program_id(0), tl.cdiv(m, BLOCK_M), column_tiles, TILE.GROUP_M
     )
-    rows = row_tile * BLOCK_M + tl.arange(0, BLOCK_M)
-    columns = column_tile * BLOCK_N + tl.arange(0, BLOCK_N)
-    row_mask = rows < m
-    column_mask = columns < OUTPUT.K
-    if TILE.wide:
-        rows = rows.to(tl.int64)
+    rows, columns, row_mask, column_mask = space.rows_and_columns(
+        row_tile, column_tile, m, OUTPUT, TILE
+    )
     image = rows // (OUTPUT.P * OUTPUT.Q)
     top = (rows // OUTPUT.Q % OUTPUT.P).to(tl.int32) * WINDOW.stride_h - WINDOW.top
     # In this order the compiler sees what the offsets are multiples of.

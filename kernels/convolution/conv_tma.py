@@ -14,17 +14,17 @@ im2col.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
 
 import triton
 import triton.language as tl
 
 from ..contract import programmatic_launch
-from ..contract.op import Box, Config, Launch, Problem, Target, W, Y, config, power_of_two
-from ..hopper.boxes import boxes, refusal, view
-from ..products import gemm, gemm_tma
+from ..contract.op import Config, Launch, Problem, Target, TmaDescriptor, W, Y, config, power_of_two
+from ..hopper.boxes import Pixels, boxes, refusal, view
+from ..products import gemm_tma
 from ..tile import choice, residual
-from ..tile.geometry import problem_extras
+from ..tile.finish import put
+from ..tile.geometry import Image, Window, tile_launch
 
 TILES = (
     (128, 256, 8), (256, 128, 8), (128, 128, 8), (128, 128, 4), (256, 64, 8), (128, 64, 4),
@@ -37,86 +37,56 @@ STEP_INSTRUCTIONS = 130
 
 @triton.jit
 def conv_tma_kernel(
-    x,
-    w,
-    y,
-    extras,
-    m,
-    C: tl.constexpr,
-    K: tl.constexpr,
-    P: tl.constexpr,
-    Q: tl.constexpr,
-    R: tl.constexpr,
-    S: tl.constexpr,
-    STRIDE: tl.constexpr,
-    TOP: tl.constexpr,
-    LEFT: tl.constexpr,
-    DILATION_H: tl.constexpr,
-    DILATION_W: tl.constexpr,
-    X_PITCH: tl.constexpr,
-    Y_PITCH: tl.constexpr,
-    Y_OFFSET: tl.constexpr,
-    EPILOGUE: tl.constexpr,
-    RESIDUAL: tl.constexpr,
-    RESIDUAL_FIRST: tl.constexpr,
-    PRECISION: tl.constexpr,
-    WIDE: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    BOX_N: tl.constexpr,
-    BOX_H: tl.constexpr,
-    BOX_W: tl.constexpr,
-    PDL: tl.constexpr,
-):
+    x, w, y, extras, m, IMAGE: tl.constexpr, WINDOW: tl.constexpr, PIXELS: tl.constexpr,
+    RESIDUAL: tl.constexpr, OUTPUT: tl.constexpr, TILE: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
     # m counts images. Programs of the same pixels follow each other: they find x in the L2 cache.
-    column_tiles: tl.constexpr = (K + BLOCK_N - 1) // BLOCK_N
-    tiles_q: tl.constexpr = (Q + BOX_W - 1) // BOX_W
-    tiles_p: tl.constexpr = (P + BOX_H - 1) // BOX_H
-    column = tl.program_id(0) % column_tiles * BLOCK_N
+    BLOCK_M: tl.constexpr = TILE.M
+    BLOCK_K: tl.constexpr = TILE.K
+    column_tiles: tl.constexpr = (OUTPUT.K + TILE.N - 1) // TILE.N
+    tiles_q: tl.constexpr = (OUTPUT.Q + PIXELS.W - 1) // PIXELS.W
+    tiles_p: tl.constexpr = (OUTPUT.P + PIXELS.H - 1) // PIXELS.H
+    column = tl.program_id(0) % column_tiles * TILE.N
     box = tl.program_id(0) // column_tiles
-    q0 = box % tiles_q * BOX_W
-    p0 = box // tiles_q % tiles_p * BOX_H
-    n0 = box // (tiles_q * tiles_p) * BOX_N
-    blocks: tl.constexpr = C // BLOCK_K
+    q0 = box % tiles_q * PIXELS.W
+    p0 = box // tiles_q % tiles_p * PIXELS.H
+    n0 = box // (tiles_q * tiles_p) * PIXELS.N
+    blocks: tl.constexpr = IMAGE.C // BLOCK_K
     # Even numbers that make the positions of all taps positive: division rounds towards zero.
-    rise: tl.constexpr = (TOP + 1) // 2 * 2
-    drift: tl.constexpr = (LEFT + 1) // 2 * 2
+    rise: tl.constexpr = (WINDOW.top + 1) // 2 * 2
+    drift: tl.constexpr = (WINDOW.left + 1) // 2 * 2
     pixel = tl.arange(0, BLOCK_M)
-    image = n0 + pixel // (BOX_H * BOX_W)
-    p = p0 + pixel // BOX_W % BOX_H
-    q = q0 + pixel % BOX_W
-    row_mask = (image < m) & (p < P) & (q < Q)
-    if WIDE:
+    image = n0 + pixel // (PIXELS.H * PIXELS.W)
+    p = p0 + pixel // PIXELS.W % PIXELS.H
+    q = q0 + pixel % PIXELS.W
+    row_mask = (image < m) & (p < OUTPUT.P) & (q < OUTPUT.Q)
+    if TILE.wide:
         image = image.to(tl.int64)
-    rows = (image * P + p) * Q + q
-    columns = column + tl.arange(0, BLOCK_N)
-    column_mask = columns < K
+    rows = (image * OUTPUT.P + p) * OUTPUT.Q + q
+    columns = column + tl.arange(0, TILE.N)
+    column_mask = columns < OUTPUT.K
     programmatic_launch.wait(PDL)
-    acc = residual.begin(
-        rows, columns, row_mask, column_mask, extras, RESIDUAL, RESIDUAL_FIRST, BLOCK_M, BLOCK_N
-    )
-    for step in range(R * S * blocks):
+    acc = residual.begin(rows, columns, row_mask, column_mask, extras, RESIDUAL, TILE)
+    for step in range(WINDOW.R * WINDOW.S * blocks):
         tap = step // blocks
         start = step % blocks * BLOCK_K
-        top = tap // S * DILATION_H - TOP
-        left = tap % S * DILATION_W - LEFT
-        if STRIDE == 1:
+        top = tap // WINDOW.S * WINDOW.dilation_h - WINDOW.top
+        left = tap % WINDOW.S * WINDOW.dilation_w - WINDOW.left
+        if WINDOW.stride_h == 1:
             a = x.load([n0, p0 + top, q0 + left, start])
         else:
             half_row = p0 + (top + rise) // 2 - rise // 2
             half_column = q0 + (left + drift) // 2 - drift // 2
-            inner = (left + drift) % 2 * X_PITCH + start
+            inner = (left + drift) % 2 * IMAGE.row_stride + start
             a = x.load([n0, half_row, (top + rise) % 2, half_column, inner])
-        b = w.load([column, tap * C + start])
-        acc = tl.dot(tl.reshape(a, (BLOCK_M, BLOCK_K)), b.T, acc, input_precision=PRECISION)
+        b = w.load([column, tap * IMAGE.C + start])
+        a = tl.reshape(a, (BLOCK_M, BLOCK_K))
+        acc = tl.dot(a, b.T, acc, input_precision=TILE.precision)
     programmatic_launch.release(PDL)
-    gemm.finish_tile(
-        acc, y, rows, columns, row_mask, column_mask, extras, EPILOGUE, Y_PITCH, Y_OFFSET
-    )
+    put(acc, y, rows, row_mask, columns, column_mask, extras, OUTPUT)
 
 
-def is_one(tile: Config) -> bool:
+def uses_boxes(tile: Config) -> bool:
     """Whether a configuration of a convolution is this algorithm's."""
     return "BOX_W" in dict(tile.blocks)
 
@@ -153,35 +123,29 @@ def legal(problem: Problem, tile: Config, target: Target) -> str | None:
 
 def launch(problem: Problem, tile: Config) -> Launch:
     """One program for each box of pixels and block of output channels."""
-    attributes: Any = problem.attributes
-    x, out, w = problem.inputs[0], problem.output, problem.inputs[1]
-    n, c, _, _ = x.shape
-    k, _, r, s = w.shape
-    _, _, p, q = out.shape
-    box = (tile["BOX_N"], tile["BOX_H"], tile["BOX_W"])
-    return Launch(
-        kernel=conv_tma_kernel,
+    x, w, pixels = problem.inputs[0], problem.inputs[1].shape, Pixels.of(tile)
+    k, c, r, s = w
+    output, first = residual.output_of(problem, tile)
+    return tile_launch(
+        problem,
+        tile,
+        conv_tma_kernel,
         pointers={"y": Y},
         boxes={
-            "x": view(problem, box, tile["BLOCK_K"]),
-            "w": Box(W, (k, r * s * c), (r * s * c, 1), (tile["BLOCK_N"], tile["BLOCK_K"])),
+            "x": view(problem, pixels, tile["BLOCK_K"]),
+            "w": TmaDescriptor(
+                W, (k, r * s * c), (r * s * c, 1), (tile["BLOCK_N"], tile["BLOCK_K"])
+            ),
         },
-        extras=problem_extras(problem),
-        rows=n,
-        batch=out.spec.batch,
-        block_rows=box[0],
-        columns=-(-p // box[1]) * -(-q // box[2]) * -(-k // tile["BLOCK_N"]),
         constexprs={
-            "C": c, "K": k, "P": p, "Q": q, "R": r, "S": s, "STRIDE": attributes.stride[0],
-            "TOP": attributes.padding[0], "LEFT": attributes.padding[2],
-            "DILATION_H": attributes.dilation[0], "DILATION_W": attributes.dilation[1],
-            "X_PITCH": x.pitch, "Y_PITCH": out.pitch, "Y_OFFSET": out.offset,
-            "PRECISION": choice.dot_precision(problem, c * r * s),
-            "WIDE": problem.is_wide, "PDL": False,
-            **dict(tile.blocks), **residual.constants(problem, tile),
+            "IMAGE": Image.of(x), "WINDOW": Window.of((r, s), problem.attributes),
+            "PIXELS": pixels, "RESIDUAL": first, "PDL": False,
         },
-        num_warps=tile.num_warps,
-        num_stages=tile.num_stages,
+        precision=choice.dot_precision(problem, c * r * s),
+        output=output,
+        rows=x.shape[0],
+        block_rows=pixels.N,
+        programs=pixels.of_image(output),
         l2_bytes=choice.l2_bytes(problem, tile, c * r * s),
         steps=r * s * c // tile["BLOCK_K"],
         step_instructions=STEP_INSTRUCTIONS,

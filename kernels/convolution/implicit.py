@@ -16,9 +16,8 @@ from ..contract.op import Config, Launch, Problem
 from ..contract.targets import Target
 from ..hopper import core
 from ..products import gemm
-from ..tile import choice, engine, residual, source, space, split_k
+from ..tile import choice, engine, residual, source, space
 from ..tile.conv_geometry import Conv2d
-from ..tile.geometry import Output
 from . import conv_tma
 
 
@@ -37,44 +36,36 @@ def size(problem: Problem) -> choice.Size:
 
 def launch(problem: Problem, tile: Config, target: Target) -> Launch:
     """The launch of the tile kernel, or of boxes where the configuration says so."""
-    if core.is_one(tile):
+    if core.uses_core(tile):
         return core.launch(problem, tile, target)
-    if conv_tma.is_one(tile):
+    if conv_tma.uses_boxes(tile):
         return conv_tma.launch(problem, tile)
     attributes = problem.attributes.expect(Conv2d)
-    x, w, wanted = problem.inputs[0], problem.inputs[1].shape, size(problem)
-    terms, split = w[1] * w[2] * w[3], choice.split_of(tile)
-    block_m, block_n, block_k = tile["BLOCK_M"], tile["BLOCK_N"], tile["BLOCK_K"]
-    steps = -(-wanted.steps(block_k) // split)
-    chains = residual.constants(problem, tile)
-    copied = 0 if wanted.gathers else choice.step_instructions(tile, wanted.dtype, wanted.taps)
+    x, w, product = problem.inputs[0], problem.inputs[1].shape, size(problem)
+    output, first = residual.output_of(problem, tile)
+    split, costs = choice.split_of(tile), choice.modelled(product, tile)
+    if product.gathers:
+        costs |= {"instructions": _gathering(product, tile), "step_instructions": 0}
     return engine.launch(
         problem,
         tile,
         target,
-        space.of_pixels(problem.output.spec, block_m),
+        space.of_pixels(problem.output.spec, tile["BLOCK_M"]),
         source.of_convolution(attributes, x, w, gemm.prologue_of(problem)),
-        constexprs={"RESIDUAL": chains["RESIDUAL"]},
-        output=Output.of(problem.output, chains["EPILOGUE"]),
+        constexprs={"RESIDUAL": first},
+        output=output,
         groups=attributes.groups,
         split=split,
-        precision=choice.dot_precision(problem, terms),
-        l2_bytes=choice.l2_bytes(problem, tile, min(terms, steps * block_k)),
-        instructions=_gathering(wanted, tile),
-        steps=steps,
-        step_instructions=copied,
-        combine_bytes=split_k.combine_bytes(split, block_m, block_n),
-        scratch=split_k.scratch(wanted.tiles(block_m, block_n), split, block_m, block_n),
+        precision=choice.dot_precision(problem, w[1] * w[2] * w[3]),
+        **costs,
     )
 
 
-def _gathering(wanted: choice.Size, tile: Config) -> int:
+def _gathering(size: choice.Size, tile: Config) -> int:
     """Instructions of one program that loads its input element by element: 23 for each, 16 for each
-    result, as counted in sm_90 code for half precision; 0 where blocks of channels are copied."""
-    if not wanted.gathers:
-        return 0
-    steps = -(-wanted.depth // tile["BLOCK_K"])
-    return tile["BLOCK_M"] * (23 * steps * tile["BLOCK_K"] + 16 * tile["BLOCK_N"])
+    result, as counted in sm_90 code for half precision."""
+    elements = size.steps(tile["BLOCK_K"]) * tile["BLOCK_K"]
+    return tile["BLOCK_M"] * (23 * elements + 16 * tile["BLOCK_N"])
 
 
 def configs(problem: Problem, target: Target) -> Iterator[Config]:
@@ -86,11 +77,11 @@ def configs(problem: Problem, target: Target) -> Iterator[Config]:
 
 def legal(problem: Problem, tile: Config, target: Target) -> str | None:
     """Why a configuration cannot run on the target, or None."""
-    if core.is_one(tile):
+    if core.uses_core(tile):
         return core.legal(problem, tile, target)
     if (refused := residual.legal(problem, tile)) is not None:
         return refused
-    if conv_tma.is_one(tile):
+    if conv_tma.uses_boxes(tile):
         return conv_tma.legal(problem, tile, target)
     return choice.legal(size(problem), tile, target)
 

@@ -1,10 +1,10 @@
 """y = epilogue(x wᵀ): the matrix product behind linear layers and 1x1 convolutions.
 
-x: (M, C), rows `X_PITCH` apart; w: (K, C) K-major, so that B tiles need no transposition in shared
-memory for any dtype; y: (M, K), rows `Y_PITCH` apart; fp32 accumulation.
+x: (M, C); w: (K, C) K-major, so that B tiles need no transposition in shared memory for any dtype;
+y: (M, K); fp32 accumulation.
 
 `PROLOGUE` is a chain applied to x's columns (its channels) as they are read. With few output tiles
-and a long inner dimension, SPLIT programs share the sums of a tile (`split.py`).
+and a long inner dimension, SPLIT programs share the sums of a tile (`split_k.py`).
 """
 
 from __future__ import annotations
@@ -16,50 +16,36 @@ import triton.language as tl
 from ..contract import epilogue as ep
 from ..contract import programmatic_launch
 from ..contract.op import Config, Launch, Problem, W, X, Y
-from ..contract.spec import Operand
 from ..tile import residual, split_k
-from ..tile.choice import Size, dot_precision, l2_bytes, split_of, step_instructions
-from ..tile.geometry import problem_extras
+from ..tile.choice import Size, dot_precision, modelled, split_of
+from ..tile.finish import store
+from ..tile.geometry import Matrix, tile_launch
 from ..tile.product import share_of
-from ..tile.space import tile_index
-
-
-@triton.jit
-def places(
-    row_tile, column_tile, m, K: tl.constexpr, WIDE: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-):  # fmt: skip
-    """rows [BLOCK_M], columns [BLOCK_N] of a tile, and which of them there are."""
-    rows = row_tile * BLOCK_M + tl.arange(0, BLOCK_M)
-    columns = column_tile * BLOCK_N + tl.arange(0, BLOCK_N)
-    row_mask = rows < m
-    column_mask = columns < K
-    if WIDE:
-        rows = rows.to(tl.int64)
-    return rows, columns, row_mask, column_mask
+from ..tile.space import rows_and_columns, tile_index
 
 
 @triton.jit
 def add_products(
     acc, x, w, row_tile, column_tile, rows, columns, row_mask, column_mask, first, stop, extras,
-    C: tl.constexpr, X_PITCH: tl.constexpr, X_OFFSET: tl.constexpr, PROLOGUE: tl.constexpr,
-    FINITE: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr, TMA: tl.constexpr,
+    X: tl.constexpr, PROLOGUE: tl.constexpr, FINITE: tl.constexpr, TILE: tl.constexpr,
+    TMA: tl.constexpr,
 ):  # fmt: skip
-    """acc [BLOCK_M, BLOCK_N] with the products of the steps from `first` to `stop` added.
+    """acc [M, N] with the products of the steps from `first` to `stop` added.
 
     FINITE: what the prologue makes of channels outside the tensor is finite. TMA: x and w are
     descriptors, whose boxes need neither addresses nor masks.
     """
+    BLOCK_K: tl.constexpr = TILE.K
+    C: tl.constexpr = X.C
     depth = tl.arange(0, BLOCK_K)
     if not TMA:
-        x_tile = x + X_OFFSET + (rows * X_PITCH)[:, None] + depth[None, :]
+        x_tile = x + X.offset + (rows * X.row_stride)[:, None] + depth[None, :]
         w_tile = w + (columns * C)[:, None] + depth[None, :]
     for step in range(first, stop):
         start = step * BLOCK_K
         if TMA:
-            a = x.load([row_tile * BLOCK_M, start])
-            b = w.load([column_tile * BLOCK_N, start])
+            a = x.load([row_tile * TILE.M, start])
+            b = w.load([column_tile * TILE.N, start])
         elif C % BLOCK_K == 0:
             a = tl.load(x_tile + start, mask=row_mask[:, None], other=0.0)
             b = tl.load(w_tile + start, mask=column_mask[:, None], other=0.0)
@@ -77,74 +63,37 @@ def add_products(
             if C % BLOCK_K != 0 and not FINITE:
                 value = tl.where(in_channels[None, :], value, 0.0)
             a = value.to(a.dtype)
-        acc = tl.dot(a, b.T, acc, input_precision=PRECISION)
+        acc = tl.dot(a, b.T, acc, input_precision=TILE.precision)
     return acc
 
 
 @triton.jit
-def finish_tile(
-    acc, y, rows, columns, row_mask, column_mask, extras,
-    EPILOGUE: tl.constexpr, Y_PITCH: tl.constexpr, Y_OFFSET: tl.constexpr,
-):  # fmt: skip
-    """The epilogue of an output tile, and its store."""
-    acc = EPILOGUE(acc, rows, columns, row_mask, column_mask, extras)
-    address = y + Y_OFFSET + (rows * Y_PITCH)[:, None] + columns[None, :]
-    mask = row_mask[:, None] & column_mask[None, :]
-    tl.store(address, acc.to(y.dtype.element_ty), mask=mask)
-
-
-@triton.jit
-def finish_share(
-    acc, y, parts, tickets, tile, split, rows, columns, row_mask, column_mask, extras,
-    EPILOGUE: tl.constexpr, Y_PITCH: tl.constexpr, Y_OFFSET: tl.constexpr, SPLIT: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-):  # fmt: skip
-    """The end of an output tile: at once where it has one program, else by the one that completes
-    it."""
-    if SPLIT == 1:
-        finish_tile(
-            acc, y, rows, columns, row_mask, column_mask, extras, EPILOGUE, Y_PITCH, Y_OFFSET
-        )
-    elif split_k.publish(acc, parts, tickets, tile, split, SPLIT, BLOCK_M, BLOCK_N):
-        acc = split_k.collect(parts, tickets, tile, SPLIT, BLOCK_M, BLOCK_N)
-        finish_tile(
-            acc, y, rows, columns, row_mask, column_mask, extras, EPILOGUE, Y_PITCH, Y_OFFSET
-        )
-
-
-@triton.jit
 def gemm_kernel(
-    x, w, y, parts, tickets, extras, m, C: tl.constexpr, K: tl.constexpr, X_PITCH: tl.constexpr,
-    X_OFFSET: tl.constexpr, Y_PITCH: tl.constexpr, Y_OFFSET: tl.constexpr, EPILOGUE: tl.constexpr,
-    RESIDUAL: tl.constexpr, RESIDUAL_FIRST: tl.constexpr, PROLOGUE: tl.constexpr,
-    FINITE: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr, SPLIT: tl.constexpr,
-    TMA: tl.constexpr, PDL: tl.constexpr,
+    x, w, y, workspace, semaphores, extras, m, X: tl.constexpr, PROLOGUE: tl.constexpr,
+    FINITE: tl.constexpr, RESIDUAL: tl.constexpr, OUTPUT: tl.constexpr, TILE: tl.constexpr,
+    SPLIT: tl.constexpr, TMA: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    column_tiles: tl.constexpr = (K + BLOCK_N - 1) // BLOCK_N
+    column_tiles: tl.constexpr = (OUTPUT.K + TILE.N - 1) // TILE.N
+    steps: tl.constexpr = (X.C + TILE.K - 1) // TILE.K
     row_tile, column_tile = tile_index(
-        tl.program_id(0) // SPLIT, tl.cdiv(m, BLOCK_M), column_tiles, GROUP_M
+        tl.program_id(0) // SPLIT, tl.cdiv(m, TILE.M), column_tiles, TILE.GROUP_M
     )
-    rows, columns, row_mask, column_mask = places(
-        row_tile, column_tile, m, K, WIDE, BLOCK_M, BLOCK_N
-    )
+    rows, columns, row_mask, column_mask = rows_and_columns(row_tile, column_tile, m, OUTPUT, TILE)
     split = tl.program_id(0) % SPLIT
-    first, stop = 0, (C + BLOCK_K - 1) // BLOCK_K
+    first, stop = 0, steps
     if SPLIT > 1:
-        first, stop = share_of(split, (C + BLOCK_K - 1) // BLOCK_K, SPLIT)
+        first, stop = share_of(split, steps, SPLIT)
     programmatic_launch.wait(PDL)
-    acc = residual.begin(
-        rows, columns, row_mask, column_mask, extras, RESIDUAL, RESIDUAL_FIRST, BLOCK_M, BLOCK_N
-    )
+    acc = residual.begin(rows, columns, row_mask, column_mask, extras, RESIDUAL, TILE)
     acc = add_products(
         acc, x, w, row_tile, column_tile, rows, columns, row_mask, column_mask, first, stop,
-        extras, C, X_PITCH, X_OFFSET, PROLOGUE, FINITE, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K, TMA,
+        extras, X, PROLOGUE, FINITE, TILE, TMA,
     )  # fmt: skip
     programmatic_launch.release(PDL)
     tile = row_tile * column_tiles + column_tile
-    finish_share(
-        acc, y, parts, tickets, tile, split, rows, columns, row_mask, column_mask, extras,
-        EPILOGUE, Y_PITCH, Y_OFFSET, SPLIT, BLOCK_M, BLOCK_N,
+    store(
+        acc, y, workspace, semaphores, tile, split, 0, 0, rows, row_mask, columns, column_mask,
+        extras, None, None, OUTPUT, TILE, SPLIT,
     )  # fmt: skip
 
 
@@ -168,38 +117,25 @@ def is_finite_at_zero(problem: Problem) -> bool:
     return all(read.strides[-1] for read in reads) and bool(made.isfinite().all())
 
 
-def launch(problem: Problem, tile: Config, x: Operand, columns: int) -> Launch:
-    """The product of `x` seen as a matrix of its innermost dimension with the packed weight."""
-    depth = ep.memory_sizes(x.spec)[-1]
-    rows, split = problem.output.spec.numel // columns, split_of(tile)
-    size = Size(rows, columns, depth, x.spec.dtype)
-    tiles = size.tiles(tile["BLOCK_M"], tile["BLOCK_N"])
-    steps = -(-size.steps(tile["BLOCK_K"]) // split)
-    out = problem.output
-    return Launch(
-        kernel=gemm_kernel,
-        pointers={"x": X, "w": W, "y": Y, **split_k.pointers(split)},
-        extras=problem_extras(problem),
-        rows=rows,
-        batch=out.spec.batch,
-        block_rows=tile["BLOCK_M"],
-        columns=-(-columns // tile["BLOCK_N"]) * split,
+def launch(problem: Problem, tile: Config) -> Launch:
+    """The product of the first input, seen as a matrix of its innermost dimension, with the packed
+    weight."""
+    size, split = problem_size(problem), split_of(tile)
+    output, first = residual.output_of(problem, tile)
+    return tile_launch(
+        problem,
+        tile,
+        gemm_kernel,
         constexprs={
-            "C": depth, "K": columns, "X_PITCH": x.pitch, "X_OFFSET": x.offset,
-            "Y_PITCH": out.pitch, "Y_OFFSET": out.offset, "WIDE": problem.is_wide,
-            "PRECISION": dot_precision(problem, depth),
-            "PROLOGUE": prologue_of(problem), "FINITE": is_finite_at_zero(problem),
-            **{name: tile[name] for name in ("BLOCK_M", "BLOCK_N", "BLOCK_K", "GROUP_M")},
-            "SPLIT": split, "TMA": dict(tile.blocks).get("TMA", 0), "PDL": False,
-            **residual.constants(problem, tile),
+            "X": Matrix.of(problem.inputs[0]), "PROLOGUE": prologue_of(problem),
+            "FINITE": is_finite_at_zero(problem), "RESIDUAL": first, "SPLIT": split,
+            "TMA": dict(tile.blocks).get("TMA", 0), "PDL": False,
         },
-        num_warps=tile.num_warps,
-        num_stages=tile.num_stages,
-        l2_bytes=l2_bytes(problem, tile, min(depth, steps * tile["BLOCK_K"])),
-        steps=steps,
-        step_instructions=step_instructions(tile, x.spec.dtype, taps=1),
-        combine_bytes=split_k.combine_bytes(split, tile["BLOCK_M"], tile["BLOCK_N"]),
-        scratch=split_k.scratch(tiles, split, tile["BLOCK_M"], tile["BLOCK_N"]),
+        precision=dot_precision(problem, size.depth),
+        output=output,
+        pointers={"x": X, "w": W, "y": Y, **split_k.pointers(split)},
+        programs=split,
+        **modelled(size, tile),
     )  # fmt: skip
 
 

@@ -22,6 +22,7 @@ import triton.language as tl
 from ..contract import cost_model, programmatic_launch
 from ..contract.op import Config, Launch, Problem, Target
 from ..tile import choice, residual, space
+from ..tile.finish import put
 from . import gemm
 
 BLOCK = "PERSISTENT"
@@ -33,46 +34,42 @@ STAGES = 3
 
 @triton.jit
 def persistent_kernel(
-    x, w, y, extras, m, C: tl.constexpr, K: tl.constexpr, X_PITCH: tl.constexpr,
-    X_OFFSET: tl.constexpr, Y_PITCH: tl.constexpr, Y_OFFSET: tl.constexpr, EPILOGUE: tl.constexpr,
-    PROLOGUE: tl.constexpr, FINITE: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
-    TMA: tl.constexpr, PDL: tl.constexpr,
+    x, w, y, extras, m, X: tl.constexpr, PROLOGUE: tl.constexpr, FINITE: tl.constexpr,
+    OUTPUT: tl.constexpr, TILE: tl.constexpr, TMA: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    column_tiles: tl.constexpr = (K + BLOCK_N - 1) // BLOCK_N
-    row_tiles = tl.cdiv(m, BLOCK_M)
+    M: tl.constexpr = TILE.M
+    N: tl.constexpr = TILE.N
+    column_tiles: tl.constexpr = (OUTPUT.K + N - 1) // N
+    row_tiles = tl.cdiv(m, M)
     programmatic_launch.wait(PDL)
     for tile in tl.range(
         tl.program_id(0), row_tiles * column_tiles, tl.num_programs(0), flatten=True
     ):
-        row_tile, column_tile = space.tile_index(tile, row_tiles, column_tiles, GROUP_M)
-        rows, columns, row_mask, column_mask = gemm.places(
-            row_tile, column_tile, m, K, WIDE, BLOCK_M, BLOCK_N
+        row_tile, column_tile = space.tile_index(tile, row_tiles, column_tiles, TILE.GROUP_M)
+        rows, columns, row_mask, column_mask = space.rows_and_columns(
+            row_tile, column_tile, m, OUTPUT, TILE
         )
         acc = gemm.add_products(
-            tl.zeros((BLOCK_M, BLOCK_N), tl.float32), x, w, row_tile, column_tile, rows, columns,
-            row_mask, column_mask, 0, (C + BLOCK_K - 1) // BLOCK_K, extras, C, X_PITCH, X_OFFSET,
-            PROLOGUE, FINITE, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K, TMA,
+            tl.zeros((M, N), tl.float32), x, w, row_tile, column_tile, rows, columns, row_mask,
+            column_mask, 0, (X.C + TILE.K - 1) // TILE.K, extras, X, PROLOGUE, FINITE, TILE, TMA,
         )  # fmt: skip
-        gemm.finish_tile(
-            acc, y, rows, columns, row_mask, column_mask, extras, EPILOGUE, Y_PITCH, Y_OFFSET
-        )
+        put(acc, y, rows, row_mask, columns, column_mask, extras, OUTPUT)
     programmatic_launch.release(PDL)
 
 
-def resident_of(tile: Config) -> int:
+def programs_per_sm(tile: Config) -> int:
     """How many programs of a configuration stay on a multiprocessor; 0 where none stays."""
     return dict(tile.blocks).get(BLOCK, 0)
 
 
 def programs(tile: Config, target: Target) -> int:
     """How many programs a persistent configuration starts."""
-    return cost_model.machine_for(target).multiprocessors * resident_of(tile)
+    return cost_model.machine_for(target).multiprocessors * programs_per_sm(tile)
 
 
 def legal(problem: Problem, tile: Config, target: Target) -> str | None:
     """Why programs of a configuration cannot stay, or None; also where they are not to."""
-    resident, gpu = resident_of(tile), cost_model.machine_for(target)
+    resident, gpu = programs_per_sm(tile), cost_model.machine_for(target)
     if not resident:
         return None
     if choice.split_of(tile) > 1:
@@ -101,7 +98,7 @@ def variants(problem: Problem, tiles: Iterable[Config], target: Target) -> Itera
                 yield stays
 
 
-def staying(launch: Launch, tile: Config, target: Target) -> Launch:
+def make_persistent(launch: Launch, tile: Config, target: Target) -> Launch:
     """The launch of `gemm.py`, by pointers or descriptors, with programs that stay."""
     kept = set(persistent_kernel.arg_names)
     return replace(

@@ -13,9 +13,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 
-from ..contract import epilogue as ep
-from ..contract.op import Box, Config, Launch, Problem, Target, W, X, power_of_two
-from ..contract.spec import Operand
+from ..contract.op import Config, Launch, Problem, Target, TmaDescriptor, W, X, power_of_two
 from ..tile import choice
 from . import gemm
 
@@ -32,7 +30,7 @@ BARRIERS = 1_024
 """Bytes of shared memory for the barriers of the copies and the alignment of their boxes."""
 
 
-def is_one(tile: Config) -> bool:
+def uses_tma(tile: Config) -> bool:
     """Whether a configuration of a product is this algorithm's."""
     return bool(dict(tile.blocks).get("TMA", 0))
 
@@ -73,18 +71,16 @@ def legal(problem: Problem, tile: Config, target: Target) -> str | None:
     return None
 
 
-def _depth(x: Operand) -> int:
-    return ep.memory_sizes(x.spec)[-1]
-
-
-def launch(problem: Problem, tile: Config, x: Operand, columns: int) -> Launch:
+def launch(problem: Problem, tile: Config) -> Launch:
     """The launch of `gemm.py` that reads x and w in boxes."""
-    made = gemm.launch(problem, tile, x, columns)
-    depth, block_k = _depth(x), tile["BLOCK_K"]
+    plain, x, size = gemm.launch(problem, tile), problem.inputs[0], gemm.problem_size(problem)
+    depth, block_k = size.depth, tile["BLOCK_K"]
     rows, batch = x.spec.numel // depth, x.spec.batch
     boxes = {
-        "x": Box(X, (rows, depth), (x.pitch, 1), (tile["BLOCK_M"], block_k), x.offset, batch),
-        "w": Box(W, (columns, depth), (depth, 1), (tile["BLOCK_N"], block_k)),
+        "x": TmaDescriptor(
+            X, (rows, depth), (x.pitch, 1), (tile["BLOCK_M"], block_k), x.offset, batch
+        ),
+        "w": TmaDescriptor(W, (size.columns, depth), (depth, 1), (tile["BLOCK_N"], block_k)),
     }
-    pointers = {name: ref for name, ref in made.pointers.items() if name not in boxes}
-    return replace(made, pointers=pointers, boxes=boxes, step_instructions=STEP_INSTRUCTIONS)
+    pointers = {name: ref for name, ref in plain.pointers.items() if name not in boxes}
+    return replace(plain, pointers=pointers, boxes=boxes, step_instructions=STEP_INSTRUCTIONS)

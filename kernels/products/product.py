@@ -22,16 +22,15 @@ from . import gemm, gemm_persistent, gemm_tma, gemv
 
 def launch(problem: Problem, tile: Config, target: Target) -> Launch:
     """The launch of the configuration's algorithm."""
-    if core.is_one(tile):
+    if core.uses_core(tile):
         return core.launch(problem, tile, target)
-    x, columns = problem.inputs[0], gemm.problem_size(problem).columns
-    if gemv.is_one(tile):
-        return gemv.launch(problem, tile, x, columns)
-    of_tiles = gemm_tma.launch if gemm_tma.is_one(tile) else gemm.launch
-    made = of_tiles(problem, tile, x, columns)
-    if gemm_persistent.resident_of(tile):
-        return gemm_persistent.staying(made, tile, target)
-    return made
+    if gemv.uses_gemv(tile):
+        return gemv.launch(problem, tile)
+    of_tiles = gemm_tma.launch if gemm_tma.uses_tma(tile) else gemm.launch
+    plain = of_tiles(problem, tile)
+    if gemm_persistent.programs_per_sm(tile):
+        return gemm_persistent.make_persistent(plain, tile, target)
+    return plain
 
 
 def configs(problem: Problem, target: Target) -> Iterator[Config]:
@@ -47,15 +46,15 @@ def configs(problem: Problem, target: Target) -> Iterator[Config]:
 
 def legal(problem: Problem, tile: Config, target: Target) -> str | None:
     """Why a configuration cannot run on the target, or None."""
-    if core.is_one(tile):
+    if core.uses_core(tile):
         return core.legal(problem, tile, target)
     size = gemm.problem_size(problem)
-    if gemv.is_one(tile):
+    if gemv.uses_gemv(tile):
         return gemv.legal(size, tile, target)
     refused = residual.legal(problem, tile) or gemm_persistent.legal(problem, tile, target)
     if refused is not None:
         return refused
-    if gemm_tma.is_one(tile):
+    if gemm_tma.uses_tma(tile):
         return gemm_tma.legal(problem, tile, target)
     return choice.legal_tile(size.dtype, tile, target)
 
@@ -77,5 +76,8 @@ def _plain_default(problem: Problem, target: Target) -> Config:
     if streamed is None:
         return tile
     gpu = cost_model.machine_for(target)
-    is_faster = gemv.outlined_us(gpu, size, streamed) < choice.outlined_us(gpu, size, tile)
-    return streamed if is_faster else tile
+    launches = (
+        gemv.launch_for_cost_model(size, streamed), choice.launch_for_cost_model(size, tile)
+    )  # fmt: skip
+    streamed_us, tiled_us = (choice.product_us(gpu, size, launch) for launch in launches)
+    return streamed if streamed_us < tiled_us else tile

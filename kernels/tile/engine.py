@@ -31,7 +31,7 @@ from .space import Space, pixel_index, tile_index
 
 @triton.jit
 def compute_tile(
-    x, w, x2, w2, y, parts, tickets, tile, split, first, stop, columns, column_mask, extras,
+    x, w, x2, w2, y, workspace, semaphores, tile, split, first, stop, columns, column_mask, extras,
     SPACE: tl.constexpr, SOURCE: tl.constexpr, SECOND: tl.constexpr, RESIDUAL: tl.constexpr,
     FINISH: tl.constexpr, OUTPUT: tl.constexpr, TILE: tl.constexpr, SPLIT: tl.constexpr,
     PDL: tl.constexpr,
@@ -40,10 +40,8 @@ def compute_tile(
     image, p, q, live = SPACE.place(first, stop, SPACE, TILE)
     at = SOURCE.begin(first, stop, image, p, q, live, SOURCE, SPACE, TILE)
     programmatic_launch.wait(PDL)
-    acc = residual.begin(
-        pixel_index(first, image, p, q, SPACE, TILE), columns, live, column_mask, extras,
-        RESIDUAL, RESIDUAL is not None, TILE.M, TILE.N,
-    )  # fmt: skip
+    rows = pixel_index(first, image, p, q, SPACE, TILE)
+    acc = residual.begin(rows, columns, live, column_mask, extras, RESIDUAL, TILE)
     acc = add_product(acc, x, w, at, columns, column_mask, stop, split, extras, SOURCE, TILE, SPLIT)
     if SECOND is not None:
         at = SECOND.begin(first, stop, image, p, q, live, SECOND, SPACE, TILE)
@@ -53,14 +51,14 @@ def compute_tile(
     programmatic_launch.release(PDL)
     rows = pixel_index(first, image, p, q, SPACE, TILE)
     FINISH.end(
-        acc, y, parts, tickets, tile, split, first, stop, rows, live, columns, column_mask, extras,
-        SPACE, FINISH, OUTPUT, TILE, SPLIT,
+        acc, y, workspace, semaphores, tile, split, first, stop, rows, live, columns, column_mask,
+        extras, SPACE, FINISH, OUTPUT, TILE, SPLIT,
     )  # fmt: skip
 
 
 @triton.jit
 def tile_kernel(
-    x, w, x2, w2, y, parts, tickets, extras, m,
+    x, w, x2, w2, y, workspace, semaphores, extras, m,
     SPACE: tl.constexpr, SOURCE: tl.constexpr, SECOND: tl.constexpr, RESIDUAL: tl.constexpr,
     FINISH: tl.constexpr, OUTPUT: tl.constexpr, TILE: tl.constexpr, GROUPS: tl.constexpr,
     SPLIT: tl.constexpr, PDL: tl.constexpr,
@@ -90,7 +88,7 @@ def tile_kernel(
         columns = group * WIDTH + within
         x += group * SOURCE.image.C
     compute_tile(
-        x, w, x2, w2, y, parts, tickets, tile, tl.program_id(0) % SPLIT,
+        x, w, x2, w2, y, workspace, semaphores, tile, tl.program_id(0) % SPLIT,
         row_tile * SPACE.per_tile, m, columns, column_mask, extras,
         SPACE, SOURCE, SECOND, RESIDUAL, FINISH, OUTPUT, TILE, SPLIT, PDL,
     )  # fmt: skip

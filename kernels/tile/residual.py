@@ -18,13 +18,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
-from typing import Any
 
 import triton
 import triton.language as tl
 
 from ..contract import epilogue as ep
 from ..contract.op import Config, Problem
+from .geometry import Output
 
 BLOCK = "RESIDUAL_FIRST"
 STAGES = 3
@@ -33,21 +33,13 @@ to tell whether it helps."""
 
 
 @triton.jit
-def begin(
-    rows,
-    columns,
-    row_mask,
-    column_mask,
-    extras,
-    RESIDUAL: tl.constexpr,
-    FIRST: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-):
-    """What the sums of a tile begin with: fp32 [BLOCK_M, BLOCK_N]. Another kernel wrote the
-    residual: this comes behind `dependent.wait`."""
-    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    if FIRST:
+def begin(rows, columns, row_mask, column_mask, extras, RESIDUAL: tl.constexpr, TILE: tl.constexpr):
+    """What the sums of a tile begin with: fp32 [M, N]. Another kernel wrote the residual: this
+    comes behind the wait for it (`programmatic_launch.py`)."""
+    M: tl.constexpr = TILE.M
+    N: tl.constexpr = TILE.N
+    acc = tl.zeros((M, N), tl.float32)
+    if RESIDUAL is not None:
         acc += RESIDUAL(rows, columns, row_mask, column_mask, extras).to(tl.float32)
     return acc
 
@@ -95,14 +87,13 @@ def variants(problem: Problem, tiles: Iterable[Config]) -> Iterator[Config]:
             yield early
 
 
-def constants(problem: Problem, tile: Config) -> dict[str, Any]:
-    """What a kernel needs to know: how the residual is read, and the epilogue without it."""
+def output_of(problem: Problem, tile: Config) -> tuple[Output, ep.GeneratedFunction | None]:
+    """The output with its epilogue and, where the residual comes first, how it is read; the
+    epilogue is without it then."""
     out = problem.output.spec
     reads = tuple(ep.access(operand, out) for operand in problem.operands)
     sizes = ep.memory_sizes(out)
     index = operand_of(problem) if comes_first(tile) else None
-    return {
-        "EPILOGUE": ep.generate(problem.epilogue, reads, sizes, without=index),
-        "RESIDUAL": None if index is None else ep.loader("residual", index, sizes, reads[index]),
-        BLOCK: int(index is not None),
-    }
+    epilogue = ep.generate(problem.epilogue, reads, sizes, without=index)
+    first = None if index is None else ep.loader("residual", index, sizes, reads[index])
+    return Output.of(problem.output, epilogue), first
