@@ -34,14 +34,13 @@ from ..contract.op import (
     Target,
     X,
     Y,
-    config,
     counted,
     power_of_two,
 )
 from ..contract.spec import TensorSpec
 from ..movement.pointwise import Pointwise
 from ..movement.rearrangement import Reshape
-from .along import launch_along, rows_of_program
+from .along import launch_along, rows_of_program, tile_along, tiles_along
 
 MOST_SELECTED = 64
 LONGEST = 4096
@@ -161,33 +160,26 @@ def _length(problem: Problem) -> int:
 
 
 def configs(problem: Problem, target: Target) -> Iterator[Config]:
-    """1024 to 4096 elements per program, at least a row of them."""
-    length = power_of_two(_length(problem))
-    blocks = (256, 1024) if _is_one(problem) else (length,)
-    for block in blocks:
-        for elements in (1024, 2048, 4096):
-            columns = min(block, length)
-            yield config(4, 1, BLOCK_ROWS=max(1, elements // columns), BLOCK_COLUMNS=columns)
+    """At least a row of elements, but in blocks where one of them is taken."""
+    length = _length(problem)
+    return tiles_along(length, (256, BLOCK) if _takes_one(problem) else (power_of_two(length),))
 
 
-def _is_one(problem: Problem) -> bool:
+def _takes_one(problem: Problem) -> bool:
     return problem.attributes.expect(TopK).k == 1
 
 
 def legal(problem: Problem, tile: Config, target: Target) -> str | None:
     length = _length(problem)
-    if not _is_one(problem) and tile["BLOCK_COLUMNS"] < length:
+    if not _takes_one(problem) and tile["BLOCK_COLUMNS"] < length:
         return f"{tile['BLOCK_COLUMNS']} of {length} elements: more than one are taken of all"
     return None
 
 
 def default(problem: Problem, target: Target) -> Config:
-    length = power_of_two(_length(problem))
-    columns = min(length, BLOCK) if _is_one(problem) else length
-    if target.name == "interpreter":
-        rows = power_of_two(problem.inputs[0].spec.numel // _length(problem))
-        return config(1, 1, BLOCK_ROWS=min(rows, (1 << 18) // columns), BLOCK_COLUMNS=columns)
-    return config(4, 1, BLOCK_ROWS=max(1, 2048 // columns), BLOCK_COLUMNS=columns)
+    length = _length(problem)
+    block = BLOCK if _takes_one(problem) else power_of_two(length)
+    return tile_along(problem.inputs[0].spec.numel // length, length, block, target)
 
 
 @counted

@@ -249,7 +249,6 @@ TILES = Tiles(
     usual=lambda problem: 1024 if candidates(problem) == 1 else 256,
     held=lambda problem: candidates(problem) if candidates(problem) <= MOST_HELD else 0,
     most=36,
-    what="candidates",
     rows=cell_rows,
 )
 
@@ -316,7 +315,6 @@ OP = Op(
     launches=launches,
     configs=TILES.configs,
     default=TILES.default,
-    legal=TILES.legal,
     cost=cost,
     prepare=prepare,
     aten={"aten.max_unpool2d.default": _capture},
