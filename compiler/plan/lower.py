@@ -135,8 +135,8 @@ def activation_bytes(captured: Graph, dtype: torch.dtype | None = None) -> int:
 
     What follows from parameters alone (a bias that capture reshapes) is no activation.
     """
-    fed = captured.fed()
-    nodes = (node for node in captured.compute_nodes() if node.name in fed)
+    reachable = captured.nodes_reachable_from_inputs()
+    nodes = (node for node in captured.compute_nodes() if node.name in reachable)
     specs = (spec for node in nodes for spec in node.outputs)
     return sum(
         spec.numel * (dtype if dtype and spec.dtype.is_floating_point else spec.dtype).itemsize

@@ -42,7 +42,7 @@ def space(op: Op, problem: Problem, target: Target) -> tuple[Config, ...]:
     return tuple(dict.fromkeys([op.default(problem, target), *op.configs(problem, target)]))
 
 
-def misfit(op: Op, problem: Problem, config: Config, target: Target) -> str | None:
+def illegal_reason(op: Op, problem: Problem, config: Config, target: Target) -> str | None:
     """Why a configuration from elsewhere cannot be used for the problem, or None.
 
     Only what the op itself would choose or try is known to be right for this shape.

@@ -65,7 +65,7 @@ def conv_tma_kernel(
     rows = (image * OUTPUT.P + p) * OUTPUT.Q + q
     columns = column + tl.arange(0, TILE.N)
     column_mask = columns < OUTPUT.K
-    programmatic_launch.wait(PDL)
+    programmatic_launch.grid_dependency_wait(PDL)
     acc = residual.begin(rows, columns, row_mask, column_mask, extras, RESIDUAL, TILE)
     for step in range(WINDOW.R * WINDOW.S * blocks):
         tap = step // blocks
@@ -82,7 +82,7 @@ def conv_tma_kernel(
         b = w.load([column, tap * IMAGE.C + start])
         a = tl.reshape(a, (BLOCK_M, BLOCK_K))
         acc = tl.dot(a, b.T, acc, input_precision=TILE.precision)
-    programmatic_launch.release(PDL)
+    programmatic_launch.launch_dependents(PDL)
     put(acc, y, rows, row_mask, columns, column_mask, extras, OUTPUT)
 
 

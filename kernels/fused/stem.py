@@ -194,17 +194,21 @@ def configs(problem: Problem, target: Target) -> Iterator[Config]:
     for warps in (4, 2, 1):
         for block_n in (16, 32, 64) if half else (16, 32):
             tile = op.config(warps, 1, BLOCK_M=32 * warps, BLOCK_N=block_n, BLOCK_K=BLOCK)
-            if legal(problem, tile, target) is None:
+            if legal(problem, tile, target) is None and not _spills(problem, tile, target):
                 yield tile
 
 
 def legal(problem: Problem, tile: Config, target: Target) -> str | None:
     """Why a tile cannot run on the target, or None."""
-    single_step = terms(problem.inputs[1].spec) <= BLOCK
-    if target.capability >= 90 and single_step and (tile.num_warps, tile["BLOCK_N"]) == (2, 64):
-        # A 3x3 filter over 3 channels: ptxas stops at 80 registers.
-        return f"2 warps with 64 columns in a single step spill 8 bytes on {target.name}"
     return choice.legal_tile(problem.output.spec.dtype, tile, target)
+
+
+def _spills(problem: Problem, tile: Config, target: Target) -> bool:
+    """Whether a tile is known to spill: for a 3x3 filter over 3 channels ptxas stops at 80
+    registers of 2 warps with 64 columns, and keeps 8 bytes on the stack."""
+    single_step = terms(problem.inputs[1].spec) <= BLOCK
+    wide = (tile.num_warps, tile["BLOCK_N"]) == (2, 64)
+    return target.capability >= 90 and single_step and wide
 
 
 def default(problem: Problem, target: Target) -> Config:
@@ -220,7 +224,7 @@ def default(problem: Problem, target: Target) -> Config:
     enough = cost_model.MULTIPROCESSORS
     warps = 4 if tiles >= enough else 2 if 2 * tiles >= enough else 1
     tile = op.config(warps, 1, BLOCK_M=32 * warps, BLOCK_N=block_n, BLOCK_K=BLOCK)
-    if legal(problem, tile, target) is None:
+    if not _spills(problem, tile, target):
         return tile
     return op.config(4, 1, BLOCK_M=128, BLOCK_N=block_n, BLOCK_K=BLOCK)
 

@@ -83,13 +83,13 @@ def gemm_kernel(
     first, stop = 0, steps
     if SPLIT > 1:
         first, stop = share_of(split, steps, SPLIT)
-    programmatic_launch.wait(PDL)
+    programmatic_launch.grid_dependency_wait(PDL)
     acc = residual.begin(rows, columns, row_mask, column_mask, extras, RESIDUAL, TILE)
     acc = add_products(
         acc, x, w, row_tile, column_tile, rows, columns, row_mask, column_mask, first, stop,
         extras, X, PROLOGUE, FINITE, TILE, TMA,
     )  # fmt: skip
-    programmatic_launch.release(PDL)
+    programmatic_launch.launch_dependents(PDL)
     tile = row_tile * column_tiles + column_tile
     store(
         acc, y, workspace, semaphores, tile, split, 0, 0, rows, row_mask, columns, column_mask,

@@ -41,7 +41,7 @@ def persistent_kernel(
     N: tl.constexpr = TILE.N
     column_tiles: tl.constexpr = (OUTPUT.K + N - 1) // N
     row_tiles = tl.cdiv(m, M)
-    programmatic_launch.wait(PDL)
+    programmatic_launch.grid_dependency_wait(PDL)
     for tile in tl.range(
         tl.program_id(0), row_tiles * column_tiles, tl.num_programs(0), flatten=True
     ):
@@ -54,7 +54,7 @@ def persistent_kernel(
             column_mask, 0, (X.C + TILE.K - 1) // TILE.K, extras, X, PROLOGUE, FINITE, TILE, TMA,
         )  # fmt: skip
         put(acc, y, rows, row_mask, columns, column_mask, extras, OUTPUT)
-    programmatic_launch.release(PDL)
+    programmatic_launch.launch_dependents(PDL)
 
 
 def programs_per_sm(tile: Config) -> int:

@@ -39,7 +39,7 @@ def compute_tile(
     """The units of SPACE from `first` on, those before `stop`, in the output channels `columns`."""
     image, p, q, live = SPACE.place(first, stop, SPACE, TILE)
     at = SOURCE.begin(first, stop, image, p, q, live, SOURCE, SPACE, TILE)
-    programmatic_launch.wait(PDL)
+    programmatic_launch.grid_dependency_wait(PDL)
     rows = pixel_index(first, image, p, q, SPACE, TILE)
     acc = residual.begin(rows, columns, live, column_mask, extras, RESIDUAL, TILE)
     acc = add_product(acc, x, w, at, columns, column_mask, stop, split, extras, SOURCE, TILE, SPLIT)
@@ -48,7 +48,7 @@ def compute_tile(
         acc = add_product(
             acc, x2, w2, at, columns, column_mask, stop, split, extras, SECOND, TILE, 1
         )
-    programmatic_launch.release(PDL)
+    programmatic_launch.launch_dependents(PDL)
     rows = pixel_index(first, image, p, q, SPACE, TILE)
     FINISH.end(
         acc, y, workspace, semaphores, tile, split, first, stop, rows, live, columns, column_mask,

@@ -130,7 +130,7 @@ def _register_limit(sizes: Sizes, tile: Config, target: Target) -> int:
     return 192 if sizes.shortcut or (target.capability >= 100 and tile.num_warps == 4) else 208
 
 
-def outline(sizes: Sizes, tile: Config, wide: int, l2_bytes: int) -> Launch:
+def launch_for_cost_model(sizes: Sizes, tile: Config, wide: int, l2_bytes: int) -> Launch:
     """What the cost model needs to know of a launch with so many wide channels.
 
     The pixels of t, and of the wide channels on their way into the reduction, are operands in
@@ -157,15 +157,10 @@ def outline(sizes: Sizes, tile: Config, wide: int, l2_bytes: int) -> Launch:
         per_step = choice.step_instructions(copied, dtype, sizes.taps)
         issued += 32 * warps * front_steps * per_step
     per_row = narrow * bool(sizes.narrow) + n + middle // 2
-    return Launch(
-        kernel=None,
-        pointers={},
-        rows=sizes.rows,
-        block_rows=m,
-        columns=1,
-        constexprs={},
-        num_warps=warps,
-        num_stages=tile.num_stages,
+    return choice.sketch(
+        tile,
+        sizes.rows,
+        n,  # All columns: a program has every one of its pixels.
         l2_bytes=l2_bytes,
         shared_traffic=traffic,
         shared_held=_shared_bytes(sizes, tile),
