@@ -15,7 +15,17 @@ from ...kernels.movement.pointwise import Pointwise
 from ...kernels.movement.rearrangement import Reshape
 from ...kernels.normalisation.lrn import LocalResponseNorm
 from ...kernels.pooling.pool_window import AvgPool2d, AvgPool3d, LpPool2d
-from ..fusion.pattern import Call, Match, Rule, Var, apply_rules, replace_root
+from ..fusion.pattern import (
+    Call,
+    Guard,
+    Match,
+    Rewrite,
+    Rule,
+    Var,
+    always,
+    apply_rules,
+    replace_root,
+)  # fmt: skip
 from ..graph.ir import Graph, Value
 from ..graph.ledger import Ledger
 from .recognise_pools import POOL_RULES
@@ -39,21 +49,23 @@ def _literal(found: Match, name: str) -> float | None:
 def _lrn_guard(graph: Graph, found: Match) -> str | None:
     if _window(found) is None:
         return "the pooling does not run over neighbouring channels"
-    if any(_literal(found, name) is None for name in ("alpha", "k")) or _beta(found) is None:
+    literals = _literal(found, "alpha"), _literal(found, "k"), _exponent(found, "beta")
+    if None in literals:
         return "alpha, beta and k are not all constant numbers"
     if graph.spec(found.values["x"]).shape != found.root.spec.shape:
         return f"the result, {found.root.spec}, does not have the shape of the input"
     return None
 
 
-def _beta(found: Match) -> float | None:
-    node = found.nodes["beta"]
-    shortcuts = {"sqrt": 0.5, "square": 2.0, "identity": 1.0}
-    return shortcuts.get(node.op) or _literal(found, "beta")
+def _exponent(found: Match, name: str) -> float | None:
+    """What a power raises to, by its name or by a constant."""
+    node = found.nodes[name]
+    shortcuts = {"square": 2.0, "sqrt": 0.5, "identity": 1.0}
+    return shortcuts.get(node.op) or _literal(found, name)
 
 
 def _make_lrn(graph: Graph, found: Match) -> Value:
-    window, beta = _window(found), _beta(found)
+    window, beta = _window(found), _exponent(found, "beta")
     alpha, k = _literal(found, "alpha"), _literal(found, "k")
     assert window is not None and alpha is not None and k is not None and beta is not None
     attributes = LocalResponseNorm(size=window, alpha=alpha, beta=beta, k=k)
@@ -82,12 +94,6 @@ def _lp_guard(graph: Graph, found: Match) -> str | None:
         window = pool.kernel[0] * pool.kernel[1]
         return f"the mean is multiplied by {area}, not by the window's area, {window}"
     return None
-
-
-def _exponent(found: Match, name: str) -> float | None:
-    node = found.nodes[name]
-    shortcuts = {"square": 2.0, "sqrt": 0.5, "identity": 1.0}
-    return shortcuts.get(node.op) or _literal(found, name)
 
 
 def _lp_root_guard(graph: Graph, found: Match) -> str | None:
@@ -140,40 +146,23 @@ def _lp_rule(of_sequences: bool) -> Rule:
     )
 
 
-def _product_rule(name: str, factor: str) -> Rule:
-    def rewrite(graph: Graph, found: Match) -> Value:
-        return replace_root(graph, found, name, (found.values["x"],), Pointwise())
-
-    return Rule(
-        f"x·{factor}(x) => {name}(x)",
-        Call("mul", X, Call(factor, X), name="root", commutes=True),
-        rewrite,
-    )
+def _pointwise(name: str) -> Rewrite:
+    """Puts a pointwise function of x in the place of a match."""
+    return lambda graph, found: replace_root(graph, found, name, (found.values["x"],), Pointwise())
 
 
-def _mish_rule() -> Rule:
-    def rewrite(graph: Graph, found: Match) -> Value:
-        return replace_root(graph, found, "mish", (found.values["x"],), Pointwise())
+def _product_rule(name: str, equation: str, factor: Call, guard: Guard = always) -> Rule:
+    pattern = Call("mul", X, factor, name="root", commutes=True)
+    return Rule(f"{equation} => {name}(x)", pattern, _pointwise(name), guard)
 
-    def guard(graph: Graph, found: Match) -> str | None:
-        attributes = found.nodes["softplus"].attributes.expect(Pointwise)
-        beta = attributes.parameters[0]
-        return None if beta == 1.0 else f"softplus has beta={beta:g}, and in mish it is 1"
 
-    return Rule(
-        "x·tanh(softplus(x)) => mish(x)",
-        Call(
-            "mul", X, Call("tanh", Call("softplus", X, name="softplus")),
-            name="root", commutes=True,
-        ),
-        rewrite,
-        guard,
-    )  # fmt: skip
+def _softplus_guard(graph: Graph, found: Match) -> str | None:
+    (beta, *_) = _parameters(found, "softplus")
+    return None if beta == 1.0 else f"softplus has beta={beta:g}, and in mish it is 1"
 
 
 def _parameters(found: Match, name: str) -> tuple[float, ...]:
-    attributes = found.nodes[name].attributes.expect(Pointwise)
-    return attributes.parameters
+    return found.nodes[name].attributes.expect(Pointwise).parameters
 
 
 def _shrink_rule(name: str, equation: str, pattern: Call, width: Any) -> Rule:
@@ -219,21 +208,20 @@ SHRINK_RULES = (
     ),
 )  # fmt: skip
 
-SQUARE = Rule(
-    "x·x => square(x)",
-    Call("mul", X, X, name="root"),
-    lambda graph, found: replace_root(graph, found, "square", (found.values["x"],), Pointwise()),
-)
+SQUARE = Rule("x·x => square(x)", Call("mul", X, X, name="root"), _pointwise("square"))
 RULES = (
     SQUARE,
     _lrn_rule(),
     _lp_rule(of_sequences=False),
     _lp_rule(of_sequences=True),
-    _product_rule("silu", "sigmoid"),
-    _product_rule("hardswish", "hardsigmoid"),
-    _mish_rule(),
+    _product_rule("silu", "x·sigmoid(x)", Call("sigmoid", X)),
+    _product_rule("hardswish", "x·hardsigmoid(x)", Call("hardsigmoid", X)),
+    _product_rule(
+        "mish", "x·tanh(softplus(x))", Call("tanh", Call("softplus", X, name="softplus")),
+        _softplus_guard,
+    ),
     *SHRINK_RULES,
-)
+)  # fmt: skip
 
 
 def recognise_composites(graph: Graph, ledger: Ledger) -> Graph:
