@@ -13,10 +13,10 @@ from convloom.kernels.contract.epilogue import Stage
 from convloom.kernels.contract.op import Config, Problem, Ref, config
 from convloom.kernels.contract.spec import FLOAT_DTYPES, Layout, TensorSpec
 from convloom.kernels.contract.targets import Target, parse
-from convloom.kernels.convolution import conv_tma
 from convloom.kernels.devices import execute, offline
 from convloom.kernels.hopper import boxes
 from convloom.kernels.tile.conv_geometry import Conv2d
+from convloom.kernels.unmeasured import conv_tma
 
 from . import harness
 from .test_offline import sums_of

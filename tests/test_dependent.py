@@ -22,12 +22,11 @@ from convloom.kernels.contract.epilogue import Stage
 from convloom.kernels.contract.op import NONE, Config, Launch
 from convloom.kernels.contract.spec import Layout, TensorSpec
 from convloom.kernels.contract.targets import Target, parse
-from convloom.kernels.convolution import conv_tma
 from convloom.kernels.devices import offline
 from convloom.kernels.devices.offline import CompileRequest
 from convloom.kernels.movement.pointwise import Pointwise
-from convloom.kernels.products import gemm_tma
 from convloom.kernels.tile.conv_geometry import Conv2d
+from convloom.kernels.unmeasured import conv_tma, gemm_tma
 from torch import nn
 
 from . import harness, machine_code

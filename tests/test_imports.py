@@ -52,7 +52,7 @@ STANDARD_LIBRARY = frozenset(__import__("sys").stdlib_module_names)
 # The floors inside two rooms, from the ground up: a folder imports what stands below it.
 FLOORS = {
     "kernels": (
-        ("contract",), ("tile",), ("hopper",), ("movement",), ("normalisation",),
+        ("contract",), ("tile",), ("hopper",), ("unmeasured",), ("movement",), ("normalisation",),
         ("products", "pooling"), ("convolution",), ("fused",), ("registry",), ("devices",),
     ),
     "compiler": (

@@ -22,7 +22,8 @@ from convloom.kernels.contract.spec import FLOAT_DTYPES, TensorSpec
 from convloom.kernels.contract.targets import GPU_TARGETS, INTERPRETER, Target, parse
 from convloom.kernels.convolution import conv2d
 from convloom.kernels.devices import offline
-from convloom.kernels.products import gemm_persistent, gemm_tma, product
+from convloom.kernels.products import product
+from convloom.kernels.unmeasured import gemm_persistent, gemm_tma
 from torch import nn
 
 from . import harness, machine_code

@@ -16,10 +16,11 @@ from convloom.kernels.contract.op import Config, Launch, Problem, Ref, config
 from convloom.kernels.contract.spec import FLOAT_DTYPES, Layout, TensorSpec
 from convloom.kernels.contract.targets import GPU_TARGETS, INTERPRETER, Target, parse
 from convloom.kernels.devices import execute, offline
-from convloom.kernels.products import gemm, gemm_persistent, gemm_tma, gemv
+from convloom.kernels.products import gemv
 from convloom.kernels.products.linear import Linear
-from convloom.kernels.tile import choice
+from convloom.kernels.tile import choice, gemm
 from convloom.kernels.tile.conv_geometry import Conv2d
+from convloom.kernels.unmeasured import gemm_persistent, gemm_tma
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from . import harness, machine_code

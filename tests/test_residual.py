@@ -13,12 +13,11 @@ from convloom.kernels.contract.epilogue import Stage
 from convloom.kernels.contract.op import Config, Problem
 from convloom.kernels.contract.spec import FLOAT_DTYPES, Layout, Operand, TensorSpec
 from convloom.kernels.contract.targets import GPU_TARGETS, Target, parse
-from convloom.kernels.convolution import conv_tma
 from convloom.kernels.devices import offline
-from convloom.kernels.products import gemm_tma
 from convloom.kernels.products.linear import Linear
 from convloom.kernels.tile import residual
 from convloom.kernels.tile.conv_geometry import Conv2d
+from convloom.kernels.unmeasured import conv_tma, gemm_tma
 
 from . import harness, machine_code
 from .test_offline import GENERATIONS, conv, sums_of

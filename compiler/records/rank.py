@@ -14,8 +14,8 @@ from ...kernels.contract.targets import Target
 from ...kernels.devices import offline
 from ...kernels.devices.offline import CompileRequest, Resources
 from ...kernels.hopper import core
-from ...kernels.products import gemm_persistent
 from ...kernels.tile import residual
+from ...kernels.unmeasured import gemm_persistent
 
 INTERPRETED_PROGRAM_US = 1_000.0
 """One program in the interpreter, whatever its tile holds (assumed; only the order matters)."""

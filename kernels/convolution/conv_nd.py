@@ -28,8 +28,7 @@ from ..contract.op import Config, Launch, Op, Problem, counted
 from ..contract.targets import Target
 from ..movement.arguments import convolution
 from ..movement.pad import correction
-from ..products import gemm
-from ..tile import choice, engine, space
+from ..tile import choice, engine, gemm, space
 from ..tile.geometry import Image, Window
 from ..tile.source import Source, runs_by_tap
 from .conv_window import BorderConv2d, Conv3d, ConvNd, infer, pack, reference

@@ -25,8 +25,7 @@ import triton.language as tl
 from ..contract import cost_model
 from ..contract.op import Config, Launch, Problem, W, X, Y, config, power_of_two
 from ..contract.targets import Target
-from ..products import gemm
-from ..tile import choice, residual, space
+from ..tile import choice, gemm, residual, space
 from ..tile.conv_geometry import Conv2d
 from ..tile.finish import put
 from ..tile.geometry import Image, Window, tile_launch

@@ -57,7 +57,7 @@ def infer(name: str, attributes: ConvNd, inputs: tuple[TensorSpec, ...]) -> tupl
 
 def reference(attributes: ConvNd, x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
     border = attributes.border if any(attributes.padding) else "constant"
-    return conv_geometry.reference(attributes, x, w, border)
+    return conv_geometry.reference(attributes, x, w, border=border)
 
 
 def pack(attributes: ConvNd, w: torch.Tensor) -> torch.Tensor:

@@ -3,8 +3,9 @@
 One loop flattened over taps and channel blocks, which is what Triton's pipeliner turns into
 asynchronous copies; with few channels per group it runs over (tap, channel) pairs instead. Where
 output tiles are few (batch 1), SPLIT programs share the sums of each (`tile/split_k.py`). From
-sm_90 on its configurations may also read boxes of pixels through descriptors (`conv_tma.py`), on
-sm_90 also be those of the core whose warps do different things (`hopper/core.py`).
+sm_90 on its configurations may also read boxes of pixels through descriptors
+(`unmeasured/conv_tma.py`), on sm_90 also be those of the core whose warps do different things
+(`hopper/core.py`).
 """
 
 from __future__ import annotations
@@ -15,10 +16,9 @@ from collections.abc import Iterator
 from ..contract.op import Config, Launch, Problem
 from ..contract.targets import Target
 from ..hopper import core
-from ..products import gemm
-from ..tile import choice, engine, residual, source, space
+from ..tile import choice, engine, gemm, residual, source, space
 from ..tile.conv_geometry import Conv2d
-from . import conv_tma
+from ..unmeasured import conv_tma
 
 
 def size(problem: Problem) -> choice.Size:

@@ -140,7 +140,8 @@ def bind(
 
 
 def launches(problem: Problem, tile: Config, target: Target) -> tuple[Launch, ...]:
-    """One launch; every program owns BLOCK_M samples."""
+    """One launch; every program owns BLOCK_M samples. It is made here and not by `tile_launch`: a
+    classifier has several products, and the cost model would take its TILE for the only one."""
     attributes, x, y = problem.attributes.expect(Head), problem.inputs[0], problem.output
     specs = results(attributes, tuple(operand.spec for operand in problem.inputs))
     _, c, h, width = (*x.shape, 1, 1)[:4]
@@ -281,7 +282,8 @@ OP = Op(
     default=default,
     legal=legal,
     cost=cost,
-    # up to 1 and 130 inputs was larger than the tolerance (N=1, C=130, 100 classes).
+    # Small logits: a softmax turns their absolute error into a relative one, which with values up
+    # to 1 and 130 inputs was larger than the tolerance (N=1, C=130, 100 classes).
     input_range=(-0.5, 0.5),
     packs=lambda head: links.packs(head.chain),
     images=True,

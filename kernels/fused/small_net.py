@@ -145,7 +145,7 @@ def _head_problem(problem: Problem) -> Problem:
 
 
 def launches(problem: Problem, tile: Config, target: Target) -> tuple[Launch, ...]:
-    """One launch, one program per image."""
+    """One launch, one program per image; made here for the reason that `head` gives."""
     attributes, y, specs = problem.attributes.expect(SmallNet), problem.output, _tensors(problem)
     inputs = tuple(operand.spec for operand in problem.inputs)
     parts, x, written = attributes.parts(problem.inputs), problem.inputs[0], 0

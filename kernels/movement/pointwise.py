@@ -95,7 +95,11 @@ def launch_chain(
     stages: ep.Epilogue,
     refs: tuple[Ref, ...],
 ) -> Launch:
-    """The launch that stores the chain `stages`, whose operands are `refs` read as `reads`."""
+    """The launch that stores the chain `stages`, whose operands are `refs` read as `reads`.
+
+    It is made here and not by `tile_launch`: what it walks over is a part of an output, whose rows
+    lie anywhere, and the tile is cut to its size.
+    """
     keep_first = walk.batch is not None
     strides = (walk.written.strides, *(read.strides for read in reads))
     sizes, strides = ep.collapse(walk.sizes, strides, keep_first)

@@ -18,10 +18,9 @@ import triton.language as tl
 
 from ..contract import cost_model
 from ..contract.op import Config, Launch, Problem, Target, W, X, Y, config, power_of_two
-from ..tile import choice
+from ..tile import choice, gemm
 from ..tile.finish import put
 from ..tile.geometry import Matrix, tile_launch
-from . import gemm
 
 MOST_ROWS = 8
 MOST_SUMS = 64

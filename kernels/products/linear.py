@@ -25,7 +25,8 @@ from ..contract.op import (
 )
 from ..contract.spec import TensorSpec
 from ..contract.targets import Target
-from . import gemm, product
+from ..tile import gemm
+from . import product
 
 
 @dataclass(frozen=True)

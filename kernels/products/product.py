@@ -1,10 +1,10 @@
 """The plain product y = epilogue(x wᵀ) of linear layers and 1x1 convolutions, and who computes it.
 
 The configuration says which algorithm:
-- `gemm`: tiles on the tensor cores (`gemm.py`);
-- `gemm_tma`: the same through descriptors, where memory is aligned (`gemm_tma.py`);
-- both of them by programs that stay and compute tile after tile (`gemm_persistent.py`), or with the
-  residual read before the loop (`residual.py`);
+- `gemm`: tiles on the tensor cores (`tile/gemm.py`);
+- `gemm_tma`: the same through descriptors, where memory is aligned (`unmeasured/gemm_tma.py`);
+- both of them by programs that stay and compute tile after tile (`unmeasured/gemm_persistent.py`),
+  or with the residual read before the loop (`tile/residual.py`);
 - on sm_90 by warps that do different things (`hopper/core.py`);
 - `gemv`: at most 8 rows, the weights streamed once (`gemv.py`).
 """
@@ -16,8 +16,9 @@ from collections.abc import Iterator
 from ..contract import cost_model
 from ..contract.op import Config, Launch, Problem, Target
 from ..hopper import core
-from ..tile import choice, residual
-from . import gemm, gemm_persistent, gemm_tma, gemv
+from ..tile import choice, gemm, residual
+from ..unmeasured import gemm_persistent, gemm_tma
+from . import gemv
 
 
 def launch(problem: Problem, tile: Config, target: Target) -> Launch:

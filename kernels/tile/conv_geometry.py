@@ -65,7 +65,7 @@ def infer(
 
 
 def reference(
-    attributes: Any, x: torch.Tensor, w: torch.Tensor, border: str = "constant"
+    attributes: Any, x: torch.Tensor, w: torch.Tensor, *, border: str = "constant"
 ) -> torch.Tensor:
     """By torch, of any such convolution; border: a mode of `F.pad`."""
     before, after = attributes.padding[::2], attributes.padding[1::2]

@@ -169,7 +169,8 @@ def conv_chain_kernel(
 
 
 def launches(problem: Problem, tile: Config, target: Target) -> tuple[Launch, ...]:
-    """One launch; every program owns BLOCK_M pixels and all their channels."""
+    """One launch; every program owns BLOCK_M pixels and all their channels. It is what the cost
+    model ranks, with a kernel: `tile_launch` knows of one output, and here two are written."""
     chain, inputs, specs = _chain(problem)
     own = links.tensors(chain.links, inputs)
     results = links.check("conv_chain", chain.links, specs)
@@ -292,7 +293,8 @@ OP = Op(
     default=default,
     legal=legal,
     cost=cost,
-    # decides, means nothing beside a result that cancels.
+    # Mostly positive: a rounding of t or y, which an order of sums decides, means nothing beside a
+    # result that cancels.
     input_range=(-1.0, 3.0),
     packs=lambda chain: links.packs(chain.links),
     takes_epilogue=False,

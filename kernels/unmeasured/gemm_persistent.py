@@ -1,4 +1,4 @@
-"""The tiles of `gemm.py` by programs that stay: as many as the multiprocessors hold at a time.
+"""The tiles of `tile/gemm.py` by programs that stay: as many as the multiprocessors hold at a time.
 
 Of P programs the first computes tiles 0, P, 2P, ..., in the order in which `gemm_kernel` starts
 them. The loops over tiles and over steps are one for the pipeliner (`flatten`): while a tile's
@@ -21,9 +21,8 @@ import triton.language as tl
 
 from ..contract import cost_model, programmatic_launch
 from ..contract.op import Config, Launch, Problem, Target
-from ..tile import choice, residual, space
+from ..tile import choice, gemm, residual, space
 from ..tile.finish import put
-from . import gemm
 
 BLOCK = "PERSISTENT"
 RESIDENT = (1, 2)
@@ -99,7 +98,7 @@ def variants(problem: Problem, tiles: Iterable[Config], target: Target) -> Itera
 
 
 def make_persistent(launch: Launch, tile: Config, target: Target) -> Launch:
-    """The launch of `gemm.py`, by pointers or descriptors, with programs that stay."""
+    """The launch of `tile/gemm.py`, by pointers or descriptors, with programs that stay."""
     kept = set(persistent_kernel.arg_names)
     return replace(
         launch,

@@ -1,4 +1,4 @@
-"""The tiles of `gemm.py` through TMA descriptors, from sm_90 on: a configuration of the product.
+"""The tiles of `tile/gemm.py` through TMA descriptors, from sm_90 on: a configuration of products.
 
 One thread asks the copy engine for a whole box; addresses, masks and the swizzle of shared memory
 cost no instructions, and the products read both operands where the boxes land. On sm_90 a step of
@@ -14,8 +14,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from ..contract.op import Config, Launch, Problem, Target, TmaDescriptor, W, X, power_of_two
-from ..tile import choice
-from . import gemm
+from ..tile import choice, gemm
 
 # Warp groups multiply 64 rows at a time: lower tiles would fall back to the older instructions.
 TILES = (
@@ -72,7 +71,7 @@ def legal(problem: Problem, tile: Config, target: Target) -> str | None:
 
 
 def launch(problem: Problem, tile: Config) -> Launch:
-    """The launch of `gemm.py` that reads x and w in boxes."""
+    """The launch of `tile/gemm.py` that reads x and w in boxes."""
     plain, x, size = gemm.launch(problem, tile), problem.inputs[0], gemm.problem_size(problem)
     depth, block_k = size.depth, tile["BLOCK_K"]
     rows, batch = x.spec.numel // depth, x.spec.batch

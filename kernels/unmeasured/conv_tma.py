@@ -21,10 +21,10 @@ import triton.language as tl
 from ..contract import programmatic_launch
 from ..contract.op import Config, Launch, Problem, Target, TmaDescriptor, W, Y, config, power_of_two
 from ..hopper.boxes import Pixels, boxes, refusal, view
-from ..products import gemm_tma
 from ..tile import choice, residual
 from ..tile.finish import put
 from ..tile.geometry import Image, Window, tile_launch
+from . import gemm_tma
 
 TILES = (
     (128, 256, 8), (256, 128, 8), (128, 128, 8), (128, 128, 4), (256, 64, 8), (128, 64, 4),

@@ -16,12 +16,12 @@ import triton.language as tl
 from ..contract import epilogue as ep
 from ..contract import programmatic_launch
 from ..contract.op import Config, Launch, Problem, W, X, Y
-from ..tile import residual, split_k
-from ..tile.choice import Size, dot_precision, modelled, split_of
-from ..tile.finish import store
-from ..tile.geometry import Matrix, tile_launch
-from ..tile.product import share_of
-from ..tile.space import rows_and_columns, tile_index
+from . import residual, split_k
+from .choice import Size, dot_precision, modelled, split_of
+from .finish import store
+from .geometry import Matrix, tile_launch
+from .product import share_of
+from .space import rows_and_columns, tile_index
 
 
 @triton.jit
