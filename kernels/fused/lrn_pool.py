@@ -23,14 +23,7 @@ import triton
 import triton.language as tl
 
 from ...errors import InvalidInputError
-from ..contract.op import (
-    Attributes,
-    Config,
-    Launch,
-    Op,
-    Problem,
-    counted,
-)
+from ..contract.op import Attributes, Config, Launch, Op, Problem, counted
 from ..contract.spec import TensorSpec
 from ..contract.targets import Target
 from ..normalisation import lrn

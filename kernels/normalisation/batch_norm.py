@@ -17,17 +17,7 @@ import torch.nn.functional as F
 
 from ...errors import InvalidInputError
 from ..contract import epilogue as ep
-from ..contract.op import (
-    Arguments,
-    Attributes,
-    Builder,
-    Config,
-    Launch,
-    Op,
-    Problem,
-    Ref,
-    counted,
-)
+from ..contract.op import Arguments, Attributes, Builder, Config, Launch, Op, Problem, Ref, counted
 from ..contract.spec import TensorSpec
 from ..contract.targets import Target
 from ..movement.pointwise import LOAD, launch_reads

@@ -26,16 +26,7 @@ import triton
 import triton.language as tl
 
 from ...errors import InvalidInputError
-from ..contract.op import (
-    Arguments,
-    Attributes,
-    Builder,
-    Config,
-    Launch,
-    Op,
-    Problem,
-    counted,
-)
+from ..contract.op import Arguments, Attributes, Builder, Config, Launch, Op, Problem, counted
 from ..contract.spec import Layout, TensorSpec
 from ..contract.targets import Target
 from ..tile.finish import put

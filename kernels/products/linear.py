@@ -13,16 +13,7 @@ import torch.nn.functional as F
 
 from ...errors import InvalidInputError
 from ..contract.epilogue import Stage
-from ..contract.op import (
-    Arguments,
-    Attributes,
-    Builder,
-    Config,
-    Launch,
-    Op,
-    Problem,
-    counted,
-)
+from ..contract.op import Arguments, Attributes, Builder, Config, Launch, Op, Problem, counted
 from ..contract.spec import TensorSpec
 from ..contract.targets import Target
 from ..tile import gemm

@@ -293,8 +293,8 @@ OP = Op(
     default=default,
     legal=legal,
     cost=cost,
-    # Mostly positive: a rounding of t or y, which an order of sums decides, means nothing beside a
-    # result that cancels.
+    # Mostly positive: an intermediate that is rounded to the other side, as the order of a sum
+    # decides, means nothing beside a result that cancels.
     input_range=(-1.0, 3.0),
     packs=lambda chain: links.packs(chain.links),
     takes_epilogue=False,
