@@ -217,7 +217,8 @@ def configs(problem: Problem, target: Target) -> Iterator[Config]:
 
 
 def legal(problem: Problem, tile: Config, target: Target) -> str | None:
-    """Registers for the widest tile and for whole weights, and shared memory."""
+    """Registers for the widest tile and for whole weights, and shared memory; the former because
+    planning compiles nothing, and a fusion all of whose tiles spill must be refused then."""
     if target.name == "interpreter":
         return None
     x, rows, depth = problem.inputs[0], tile["BLOCK_M"], tile["BLOCK_K"]

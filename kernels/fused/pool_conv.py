@@ -329,7 +329,8 @@ def configs(problem: Problem, target: Target) -> Iterator[Config]:
 
 
 def legal(problem: Problem, tile: Config, target: Target) -> str | None:
-    """Registers for the taps, the weights and the accumulators, and shared memory."""
+    """Registers for the taps, the weights and the accumulators (as in `head.legal`: fusions are
+    chosen before anything is compiled), and shared memory."""
     if target.name == "interpreter":
         return None
     x, threads = problem.inputs[0], 32 * tile.num_warps

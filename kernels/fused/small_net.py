@@ -252,7 +252,7 @@ def configs(problem: Problem, target: Target) -> Iterator[Config]:
 
 
 def legal(problem: Problem, tile: Config, target: Target) -> str | None:
-    """What `head` allows, and accumulators for the widest layer."""
+    """What `head` allows and why, and accumulators for the widest layer."""
     if target.name == "interpreter":
         return None
     alone = _head_problem(problem)

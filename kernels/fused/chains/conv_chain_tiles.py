@@ -83,7 +83,8 @@ def configs(sizes: Sizes, target: Target) -> Iterator[Config]:
 
 
 def legal(sizes: Sizes, tile: Config, target: Target) -> str | None:
-    """Shared memory for the pipelined operands, and registers for both accumulators and t."""
+    """Shared memory for the pipelined operands, and registers for both accumulators and t (as in
+    `head.legal`: fusions are chosen before anything is compiled)."""
     if target.name == "interpreter":
         return None
     needed = _shared_bytes(sizes, tile)

@@ -93,7 +93,8 @@ def resident(block: Block) -> Iterator[Config]:
 
 
 def legal(block: Block, tile: Config, target: Target) -> str | None:
-    """What the algorithm cannot express, then shared memory and registers."""
+    """What the algorithm cannot express, then shared memory and registers (as in `head.legal`:
+    fusions are chosen before anything is compiled)."""
     _, results, last = block.widths
     n, span = tile["BLOCK_N"], tile["SPAN"]
     if last and (span or n < results):
