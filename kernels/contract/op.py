@@ -267,23 +267,12 @@ class Cost:
         return self.bytes_read + self.bytes_written
 
 
-def tensor_bytes(problem: Problem) -> tuple[int, int]:
-    """Bytes read and written when every tensor of the problem is touched once."""
-    read = (*problem.inputs, *problem.operands, *problem.prologue_operands)
-    return (
-        sum(operand.spec.size_bytes for operand in read),
-        sum(operand.spec.size_bytes for operand in problem.outputs),
-    )
-
-
 def power_of_two(value: int) -> int:
     """The smallest power of two that is at least `value` (and at least 1)."""
     return 1 << max(0, value - 1).bit_length()
 
 
-def tile_config(
-    rows: int, columns: int, target: Target, elements: int = 2048, num_warps: int = 4
-) -> Config:
+def tile_config(rows: int, columns: int, target: Target, elements: int = 2048) -> Config:
     """BLOCK_ROWS x BLOCK_COLUMNS for a memory-bound kernel, 16 elements per thread by default.
 
     The interpreter pays per program, so there one program covers as much as memory allows.
@@ -294,7 +283,7 @@ def tile_config(
     else:
         block_columns = min(power_of_two(columns), elements if rows == 1 else 128)
         block_rows = min(power_of_two(rows), max(1, elements // block_columns))
-    return config(num_warps, 1, BLOCK_ROWS=block_rows, BLOCK_COLUMNS=block_columns)
+    return config(4, 1, BLOCK_ROWS=block_rows, BLOCK_COLUMNS=block_columns)
 
 
 def tiles_of(results: Sequence[int], columns: Sequence[int]) -> Iterator[Config]:
@@ -318,7 +307,13 @@ def matrix_tile(problem: Problem, target: Target) -> Config:
 
 def counted(operations: Callable[[Problem], int]) -> Callable[[Problem], Cost]:
     """The cost of an op that touches each tensor once and computes so many operations."""
-    return lambda problem: Cost(operations(problem), *tensor_bytes(problem))
+
+    def cost(problem: Problem) -> Cost:
+        read = (*problem.inputs, *problem.operands, *problem.prologue_operands)
+        moved = (sum(each.spec.size_bytes for each in group) for group in (read, problem.outputs))
+        return Cost(operations(problem), *moved)
+
+    return cost
 
 
 movement_cost = counted(lambda problem: 0)

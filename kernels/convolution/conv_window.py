@@ -14,8 +14,6 @@ from ..contract.spec import TensorSpec
 from ..movement.pad import check_border
 from ..tile import conv_geometry
 
-BORDERS = ("reflect", "replicate", "circular")
-
 
 @dataclass(frozen=True)
 class Conv3d(Attributes):

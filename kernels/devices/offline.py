@@ -37,7 +37,7 @@ from triton.compiler import ASTSource
 from ... import settings
 from ...errors import KernelError
 from ..contract.cost_model import Resources as Resources
-from ..contract.epilogue import GeneratedFunction, flat, named, resolved
+from ..contract.epilogue import flat, named, resolved
 from ..contract.op import Launch, Ref, TmaDescriptor
 from ..contract.programmatic_launch import is_programmatic
 from ..contract.targets import Target
@@ -78,12 +78,6 @@ class CompileRequest:
     @property
     def name(self) -> str:
         return self.kernel.rpartition(":")[2]
-
-    @property
-    def generated(self) -> tuple[GeneratedFunction, ...]:
-        """The generated sources among the constants."""
-        constants = flat(dict(self.constexprs)).values()
-        return tuple(value for value in constants if isinstance(value, GeneratedFunction))
 
 
 @dataclass(frozen=True)
