@@ -236,9 +236,7 @@ def legal(problem: Problem, tile: Config, target: Target) -> str | None:
         return f"{held} bytes of weights per thread; more than {most} spill"
     pipelined = tile.num_stages * (rows + blocks[0]) * depth
     needed = size * max(pipelined, *(area + rows * max(blocks) for area in (0, *whole)))
-    if needed > target.shared_bytes:
-        return f"needs {needed} bytes of shared memory; {target.name} has {target.shared_bytes}"
-    return None
+    return target.shared_shortage(needed)
 
 
 def default(problem: Problem, target: Target) -> Config:

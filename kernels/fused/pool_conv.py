@@ -39,6 +39,7 @@ from ..contract.op import (
     Ref,
     config,
     counted,
+    operand_refs,
     power_of_two,
 )
 from ..contract.spec import Operand, TensorSpec
@@ -52,6 +53,8 @@ from ..tile.finish import combine
 from ..tile.geometry import Image, Output, Window
 from ..tile.source import Source
 from ..tile.torch_convolution import convolve
+from . import links
+from .links import Link
 
 MOST_LOADS = 144
 """Elements that a thread reads for one block of pooled channels: 16 results of a 3x3 window take 98
@@ -81,10 +84,10 @@ class PoolConv(Attributes):
         """The name of the pooling's own op."""
         return "max_pool2d" if isinstance(self.pool, MaxPool2d) else "avg_pool2d"
 
-    def parts(self, values: tuple[Any, ...]) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
-        """The inputs that the stages after the pooling and before the convolution read."""
-        split = 2 + ep.operand_count(self.after_pool)
-        return values[2:split], values[split:]
+    def links(self, divide: ep.Epilogue = ()) -> tuple[Link, ...]:
+        """What follows the pooling, for all readers and for one; divide: stages in front."""
+        stages = (*divide, *self.after_pool)
+        return Link("after_pool", ("w",), stages), Link("before_conv", (), self.before_conv)
 
 
 def pooled_spec(attributes: PoolConv, x: TensorSpec) -> TensorSpec:
@@ -94,33 +97,27 @@ def pooled_spec(attributes: PoolConv, x: TensorSpec) -> TensorSpec:
 
 def infer(attributes: PoolConv, inputs: tuple[TensorSpec, ...]) -> tuple[TensorSpec, ...]:
     """y, and t where it is kept."""
-    stages = (*attributes.after_pool, *attributes.before_conv)
-    expected = 2 + ep.operand_count(stages)
-    if len(inputs) != expected:
-        raise InvalidInputError(f"pool_conv: expected {expected} inputs, got {len(inputs)}")
+    links.check_count("pool_conv", attributes.links(), inputs)
     x, w, *operands = inputs
     if w.rank != 4 or w.shape[2:] != (1, 1):
         raise InvalidInputError(f"pool_conv: expected w (K,C,1,1), got {w}")
     t = pooled_spec(attributes, x)
-    for operand in operands:
-        if not ep.broadcasts(operand, t):
-            raise InvalidInputError(
-                f"pool_conv: {operand}, read after the pooling, does not broadcast to {t}"
-            )
+    links.check_operands("pool_conv", "the pooling", operands, t)
     (y,) = conv_geometry.infer(Conv2d(), (t, w))
     return (y, t) if attributes.keep else (y,)
 
 
 def reference(
-    attributes: PoolConv, x: torch.Tensor, w: torch.Tensor, *operands: torch.Tensor
+    attributes: PoolConv, *inputs: torch.Tensor
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-    after, before = attributes.parts((x, w, *operands))
+    (x, w, *_), where = inputs, links.slots(attributes.links()).operands
     if isinstance(attributes.pool, MaxPool2d):
         t = pool_window.reference_max(attributes.pool, x)
     else:
         t = pool_window.reference_avg(attributes.pool, x)
-    t = ep.apply_reference(attributes.after_pool, t, after)
-    y = convolve(ep.apply_reference(attributes.before_conv, t, before), w)
+    t = ep.apply_reference(attributes.after_pool, t, inputs[where["after_pool"]])
+    read = ep.apply_reference(attributes.before_conv, t, inputs[where["before_conv"]])
+    y = convolve(read, w)
     return (y, t) if attributes.keep else y
 
 
@@ -216,48 +213,42 @@ def pooling(problem: Problem) -> Problem:
     return Problem(attributes.pool_op, attributes.pool, (x,), (t,))
 
 
-def _source(problem: Problem, tile: Config) -> Source:
-    """The pooled image: one block of channels after the other."""
+def _source(problem: Problem, tile: Config) -> tuple[Source, tuple[Ref, ...]]:
+    """The pooled image, one block of channels after the other, and what its stages read."""
     attributes = problem.attributes.expect(PoolConv)
     chosen = pool_window.reduction(pooling(problem))
     x, y, kept = problem.inputs[0], problem.output, problem.outputs[1:]
     t = pooled_spec(attributes, x.spec)
-    after, before = attributes.parts(problem.inputs)
-    reads = [tuple(ep.access(operand, t) for operand in part) for part in (after, before)]
-    sizes, first = ep.memory_sizes(t), len(problem.operands)
     divide = () if chosen.divisor is None else (ep.Stage("div", literal=float(chosen.divisor)),)
-    stages = (*divide, *attributes.after_pool)
-    before_conv = None
-    if attributes.before_conv:
-        before_conv = ep.generate(
-            attributes.before_conv, reads[1], sizes, first + len(after), "before_conv"
-        )
+    chain, own = attributes.links(divide), operand_refs(problem)
+    bound = links.bind(chain, problem.inputs, {link.name: t for link in chain}, own)
     detail = Pooling(
         chosen.maximum,
         chosen.counts,
-        ep.generate(stages, reads[0], sizes, first, "after_pool"),
-        before_conv,
+        bound.functions["after_pool"],
+        bound.functions["before_conv"] if attributes.before_conv else None,
         Output.of(kept[0] if kept else Operand.dense(t), None),
-        first + len(after) + len(before) if kept else None,
+        len(bound.extras) if kept else None,
         -(-y.shape[1] // tile["BLOCK_N"]),
     )
     window = Window.of(attributes.pool.kernel, attributes.pool)
     c = x.shape[1]
-    return Source(Image.of(x), window, window_corner, pooled, 1, c, detail=detail)
+    read = Source(Image.of(x), window, window_corner, pooled, 1, c, detail=detail)
+    return read, bound.extras[len(own) :]
 
 
 def launches(problem: Problem, tile: Config, target: Target) -> tuple[Launch, ...]:
     """One launch of the tile kernel; neighbouring programs share their pixels, which stay in
     L2."""
-    own = [Ref("input", index) for index in range(2, len(problem.inputs))]
+    read, extras = _source(problem, tile)
     kept = [Ref("output", index) for index in range(1, len(problem.outputs))]
     launch = engine.launch(
         problem,
         tile,
         target,
         space.of_pixels(problem.output.spec, tile["BLOCK_M"]),
-        _source(problem, tile),
-        extras=(*own, *kept),
+        read,
+        extras=(*extras, *kept),
         precision=choice.dot_precision(problem, problem.inputs[0].shape[1]),
         **_modelled(problem, tile),
     )

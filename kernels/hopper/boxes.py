@@ -11,8 +11,11 @@ import itertools
 from typing import Any, NamedTuple
 
 from ..contract.op import Config, Problem, TmaDescriptor, X
+from ..contract.spec import Operand
 from ..tile.geometry import Output
 
+ALIGNMENT = 16
+"""Bytes: of the first element and of every pitch."""
 MOST_WASTE = 1.5
 BOXES_TRIED = 2
 """Of each number of pixels, those that pad least."""
@@ -55,6 +58,15 @@ def boxes(problem: Problem, pixels: int, most_images: int = 1 << 30) -> list[tup
     # Of equal ones that of fewest images: the boxes of neighbouring taps overlap most.
     every.sort(key=lambda box: (waste(problem, box), box[0], -box[2]))
     return [box for box in every[:BOXES_TRIED] if waste(problem, box) <= MOST_WASTE]
+
+
+def misaligned(x: Operand, w_pitch: int) -> str | None:
+    """Why x, or a weight with rows of so many elements, cannot be read in boxes, or None."""
+    parts = {"the start of x": x.offset, "the pitch of x": x.pitch, "the pitch of w": w_pitch}
+    for what, elements in parts.items():
+        if (size := elements * x.spec.dtype.itemsize) % ALIGNMENT:
+            return f"TMA: {what}, {size} bytes, is no multiple of {ALIGNMENT}"
+    return None
 
 
 def refusal(problem: Problem) -> str | None:

@@ -56,8 +56,6 @@ SWIZZLE_PERIOD = 1_024
 """Bytes, of which a row of a halo's slot is a multiple."""
 WARPS = 4
 """Of each of the two groups that multiply; the compiler adds a group for the warp that copies."""
-ALIGNMENT = 16
-"""Bytes: of the first element and of every pitch."""
 
 
 class View(NamedTuple):
@@ -113,17 +111,12 @@ def refusal(problem: Problem, target: Target) -> str | None:
         return f"the Hopper core multiplies fp16, bf16 and tf32, not {x.spec.dtype}"
     if not _is_product(problem) and (reason := boxes.refusal(problem)) is not None:
         return reason
-    c, itemsize = _channels(problem), x.spec.dtype.itemsize
+    c = _channels(problem)
     if c < LEAST_CHANNELS:
         return f"{c} channels; the Hopper core is for {LEAST_CHANNELS} and more"
     if w.spec.numel == 0 or y.spec.numel == 0:
         return "a tensor is empty"
-    for what, elements in (
-        ("the start of x", x.offset), ("the pitch of x", x.pitch), ("the channels of w", c),
-    ):  # fmt: skip
-        if elements * itemsize % ALIGNMENT:
-            return f"TMA: {what}, {elements * itemsize} bytes, is no multiple of {ALIGNMENT}"
-    return None
+    return boxes.misaligned(x, c)
 
 
 def legal(problem: Problem, tile: Config, target: Target) -> str | None:
@@ -142,10 +135,7 @@ def legal(problem: Problem, tile: Config, target: Target) -> str | None:
         return f"the Hopper core has no tile of {tile}"
     if _way(tile) == HALO and (reason := _no_halo(problem, tile)) is not None:
         return reason
-    needed = shared_bytes(problem, tile, target)
-    if needed > target.shared_bytes:
-        return f"needs {needed} bytes of shared memory; {target.name} has {target.shared_bytes}"
-    return None
+    return target.shared_shortage(shared_bytes(problem, tile, target))
 
 
 def _no_halo(problem: Problem, tile: Config) -> str | None:

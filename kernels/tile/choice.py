@@ -86,12 +86,7 @@ def shared_bytes(tile: Config, dtype: torch.dtype) -> int:
 def legal_tile(dtype: torch.dtype, tile: Config, target: Target) -> str | None:
     """Why a matrix-product tile cannot run on the target, or None; whether it fits registers only
     the compiler tells."""
-    if target.name == "interpreter":
-        return None
-    needed = shared_bytes(tile, dtype)
-    if needed > target.shared_bytes:
-        return f"needs {needed} bytes of shared memory; {target.name} has {target.shared_bytes}"
-    return None
+    return target.shared_shortage(shared_bytes(tile, dtype))
 
 
 def tiles(dtype: torch.dtype, target: Target) -> tuple[tuple[int, int, int], ...]:

@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from ..contract.op import Config, Launch, Problem, Target, TmaDescriptor, W, X, power_of_two
+from ..hopper.boxes import misaligned
 from ..tile import choice, gemm
 
 # Warp groups multiply 64 rows at a time: lower tiles would fall back to the older instructions.
@@ -23,8 +24,6 @@ TILES = (
 )  # fmt: skip
 STEP_INSTRUCTIONS = 88
 """Of a warp beside the products (84 to 98 from 128x128 to 256x128)."""
-ALIGNMENT = 16
-"""Bytes: of the first element and of every pitch."""
 BARRIERS = 1_024
 """Bytes of shared memory for the barriers of the copies and the alignment of their boxes."""
 
@@ -51,23 +50,16 @@ def configs(problem: Problem, target: Target) -> Iterator[Config]:
 def legal(problem: Problem, tile: Config, target: Target) -> str | None:
     """Why a configuration cannot compute the problem on the target, or None."""
     x = problem.inputs[0]
-    itemsize = x.spec.dtype.itemsize
     if problem.prologue:
         return "TMA copies to shared memory; a prologue needs its elements in registers on the way"
-    for what, elements in (
-        ("the start of x", x.offset), ("the pitch of x", x.pitch),
-        ("the pitch of w", problem.inputs[1].spec.numel // problem.inputs[1].shape[0]),
-    ):  # fmt: skip
-        if elements * itemsize % ALIGNMENT:
-            return f"TMA: {what}, {elements * itemsize} bytes, is no multiple of {ALIGNMENT}"
+    w = problem.inputs[1].spec
+    if (reason := misaligned(x, w.numel // w.shape[0])) is not None:
+        return reason
     if target.name == "interpreter":
         return None
     if target.capability < 90:
         return f"TMA: {target.name} has no such copies, sm_90 and later have"
-    needed = choice.shared_bytes(tile, x.spec.dtype) + BARRIERS
-    if needed > target.shared_bytes:
-        return f"needs {needed} bytes of shared memory; {target.name} has {target.shared_bytes}"
-    return None
+    return target.shared_shortage(choice.shared_bytes(tile, x.spec.dtype) + BARRIERS)
 
 
 def launch(problem: Problem, tile: Config) -> Launch:

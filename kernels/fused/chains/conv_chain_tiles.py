@@ -87,9 +87,8 @@ def legal(sizes: Sizes, tile: Config, target: Target) -> str | None:
     `head.legal`: fusions are chosen before anything is compiled)."""
     if target.name == "interpreter":
         return None
-    needed = _shared_bytes(sizes, tile)
-    if needed > target.shared_bytes:
-        return f"needs {needed} bytes of shared memory; {target.name} has {target.shared_bytes}"
+    if (shortage := target.shared_shortage(_shared_bytes(sizes, tile))) is not None:
+        return shortage
     per_row = sizes.block_narrow + tile["BLOCK_N"] + sizes.block_middle // 2
     values = tile["BLOCK_M"] * per_row // (32 * tile.num_warps)
     limit = _register_limit(sizes, tile, target)
