@@ -201,12 +201,9 @@ def launches(problem: Problem, tile: Config, target: Target) -> tuple[Launch, ..
 
 def _l2_bytes(problem: Problem, tile: Config) -> int:
     """What one program reads: its windows' pixels, each once thanks to L1."""
-    window, x = problem.attributes.expect(LrnPool).pool, problem.inputs[0]
-    _, _, p, q = problem.output.shape
-    pixels = min(tile["BLOCK_ROWS"], p * q)
-    rows = min(x.shape[2], (-(-pixels // q) - 1) * window.stride[0] + window.kernel[0])
-    columns = min(x.shape[3], (min(pixels, q) - 1) * window.stride[1] + window.kernel[1])
-    return rows * columns * tile["BLOCK_COLUMNS"] * x.spec.dtype.itemsize
+    pool = problem.attributes.expect(LrnPool).pool
+    pixels = pool_window.pixels_read(problem, pool, tile["BLOCK_ROWS"])
+    return pixels * tile["BLOCK_COLUMNS"] * problem.inputs[0].spec.dtype.itemsize
 
 
 def _instructions(problem: Problem, tile: Config) -> int:

@@ -267,13 +267,10 @@ def _modelled(problem: Problem, tile: Config) -> dict[str, Any]:
 def _l2_bytes(problem: Problem, tile: Config) -> int:
     """What one program reads: its windows' pixels, each once thanks to L1, and its weights."""
     window = problem.attributes.expect(PoolConv).pool
-    _, c, h, width = problem.inputs[0].shape
-    _, _, p, q = problem.output.shape
-    pixels = min(tile["BLOCK_M"], p * q)
-    rows = min(h, (-(-pixels // q) - 1) * window.stride[0] + window.kernel[0])
-    columns = min(width, (min(pixels, q) - 1) * window.stride[1] + window.kernel[1])
-    values = min(rows * columns, pixels * math.prod(window.kernel)) + tile["BLOCK_N"]
-    return values * c * problem.inputs[0].spec.dtype.itemsize
+    x, results = problem.inputs[0], min(tile["BLOCK_M"], math.prod(problem.output.shape[2:]))
+    pixels = pool_window.pixels_read(problem, window, results)
+    values = min(pixels, results * math.prod(window.kernel)) + tile["BLOCK_N"]
+    return values * x.shape[1] * x.spec.dtype.itemsize
 
 
 def _instructions(problem: Problem, tile: Config) -> int:

@@ -362,12 +362,12 @@ def split_of(tile: Config) -> int:
     return dict(tile.blocks).get("SPLIT", 1)
 
 
-def interpreter_tile(size: Size) -> Config:
+def interpreter_tile(size: Size, least_rows: int = 16) -> Config:
     """Few, large programs: the interpreter pays about a millisecond per tile operation.
 
     Operand tiles hold up to half a million elements, accumulators a million.
     """
-    block_m = max(16, min(4096, power_of_two(size.rows)))
+    block_m = max(16, least_rows, min(4096, power_of_two(size.rows)))
     block_n = max(16, min(1024, (1 << 20) // block_m, power_of_two(size.columns)))
     room = max(128, (1 << 19) // max(block_m, block_n))
     block_k = max(16, min(room, power_of_two(size.depth)))
