@@ -74,8 +74,8 @@ def infer(attributes: Head, inputs: tuple[TensorSpec, ...]) -> tuple[TensorSpec,
     links.check_count("head", attributes.chain, inputs)
     x, rank = inputs[0], 4 if attributes.average else 2
     if x.rank != rank or min(x.shape) < 1:
-        wanted = "(N,C,H,W) with pixels" if attributes.average else "(N,C)"
-        raise InvalidInputError(f"head: expected x {wanted}, got {x}")
+        expected = "(N,C,H,W) with pixels" if attributes.average else "(N,C)"
+        raise InvalidInputError(f"head: expected x {expected}, got {x}")
     return tuple(results(attributes, inputs).values())[-1:]
 
 

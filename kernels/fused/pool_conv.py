@@ -216,15 +216,17 @@ def pooling(problem: Problem) -> Problem:
 def _source(problem: Problem, tile: Config) -> tuple[Source, tuple[Ref, ...]]:
     """The pooled image, one block of channels after the other, and what its stages read."""
     attributes = problem.attributes.expect(PoolConv)
-    chosen = pool_window.reduction(pooling(problem))
+    reduction = pool_window.reduction(pooling(problem))
     x, y, kept = problem.inputs[0], problem.output, problem.outputs[1:]
     t = pooled_spec(attributes, x.spec)
-    divide = () if chosen.divisor is None else (ep.Stage("div", literal=float(chosen.divisor)),)
+    divide = (
+        () if reduction.divisor is None else (ep.Stage("div", literal=float(reduction.divisor)),)
+    )
     chain, own = attributes.links(divide), operand_refs(problem)
     bound = links.bind(chain, problem.inputs, {link.name: t for link in chain}, own)
     detail = Pooling(
-        chosen.maximum,
-        chosen.counts,
+        reduction.maximum,
+        reduction.counts,
         bound.functions["after_pool"],
         bound.functions["before_conv"] if attributes.before_conv else None,
         Output.of(kept[0] if kept else Operand.dense(t), None),

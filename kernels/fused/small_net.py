@@ -96,10 +96,10 @@ def unsupported(attributes: SmallNet, inputs: tuple[TensorSpec, ...]) -> str | N
 
 def tensors(attributes: SmallNet, inputs: tuple[TensorSpec, ...]) -> tuple[TensorSpec, ...]:
     """The specs of t_0, t_1, ..., t_last."""
-    found = [inputs[0]]
+    specs = [inputs[0]]
     for layer, part in zip(attributes.layers, attributes.parts(inputs), strict=False):
-        found += conv_pool.infer(layer, (found[-1], *part))
-    return tuple(found)
+        specs += conv_pool.infer(layer, (specs[-1], *part))
+    return tuple(specs)
 
 
 def _rows(spec: TensorSpec) -> TensorSpec:

@@ -254,8 +254,8 @@ def infer(
     (x,) = inputs
     dims = len(attributes.kernel)
     if x.rank != dims + 2:
-        wanted = "(N,C,H,W)" if dims == 2 else "(N,C,D,H,W)"
-        raise InvalidInputError(f"{name}: expected x {wanted}, got {x}")
+        expected = "(N,C,H,W)" if dims == 2 else "(N,C,D,H,W)"
+        raise InvalidInputError(f"{name}: expected x {expected}, got {x}")
     if min(*attributes.kernel, *attributes.stride, *attributes.dilation) < 1:
         raise InvalidInputError(f"{name}: window, stride, dilation must be positive: {attributes}")
     if isinstance(attributes, (AvgPool2d, AvgPool3d)) and attributes.divisor_override == 0:

@@ -39,8 +39,8 @@ def infer(
     dims = len(attributes.stride)
     if x.rank != dims + 2 or w.rank != dims + 2:
         letters = "DHW"[-dims:], "TRS"[-dims:]
-        wanted = f"x (N,C,{','.join(letters[0])}) and w (K,C/G,{','.join(letters[1])})"
-        raise InvalidInputError(f"{name}: expected {wanted}, got {x}, {w}")
+        expected = f"x (N,C,{','.join(letters[0])}) and w (K,C/G,{','.join(letters[1])})"
+        raise InvalidInputError(f"{name}: expected {expected}, got {x}, {w}")
     groups, (k, per_group), c = attributes.groups, w.shape[:2], x.shape[1]
     if groups < 1 or c % groups or k % groups or per_group != c // groups:
         raise InvalidInputError(

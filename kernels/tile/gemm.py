@@ -113,8 +113,8 @@ def is_finite_at_zero(problem: Problem) -> bool:
     spec = problem.inputs[0].spec
     reads = [ep.access(operand, spec) for operand in problem.prologue_operands]
     zeros = tuple(torch.zeros(1) for _ in reads)
-    made = ep.apply_reference(problem.prologue, torch.zeros(1), zeros).to(spec.dtype)
-    return all(read.strides[-1] for read in reads) and bool(made.isfinite().all())
+    values = ep.apply_reference(problem.prologue, torch.zeros(1), zeros).to(spec.dtype)
+    return all(read.strides[-1] for read in reads) and bool(values.isfinite().all())
 
 
 def launch(problem: Problem, tile: Config) -> Launch:
