@@ -157,9 +157,9 @@ def layers_of(graph: Graph, model: nn.Module) -> list[dict[str, Any]]:
     from ..compiler.passes.recognise import recognise_composites
 
     graph = recognise_composites(graph.copy(), Ledger())
-    fed = graph.fed()
-    owned = _parameters(graph, model, fed)
-    nodes = [node for node in graph.compute_nodes() if node.name in fed]
+    reachable = graph.nodes_reachable_from_inputs()
+    owned = _parameters(graph, model, reachable)
+    nodes = [node for node in graph.compute_nodes() if node.name in reachable]
     rows = []
     for path, group in groupby(nodes, key=lambda node: node.module_path):
         members = list(group)
@@ -185,7 +185,7 @@ def _op(node: Node) -> str:
     return node.op if node.is_compute else str(node.attributes)
 
 
-def _parameters(graph: Graph, model: nn.Module, fed: set[str]) -> dict[str, int]:
+def _parameters(graph: Graph, model: nn.Module, reachable: set[str]) -> dict[str, int]:
     """How many parameters each node is the first to read."""
     from ..compiler.graph.ir import CONSTANT
 
@@ -195,7 +195,7 @@ def _parameters(graph: Graph, model: nn.Module, fed: set[str]) -> dict[str, int]
     for node in graph.nodes():
         if node.op != CONSTANT or node.module_path not in sizes:
             continue
-        readers = _readers(graph, node.name, fed)
+        readers = _readers(graph, node.name, reachable)
         if readers:
             first = min(readers, key=position.__getitem__)
             owned[first] = owned.get(first, 0) + sizes[node.module_path]
@@ -208,12 +208,12 @@ def _sizes(model: nn.Module) -> dict[str, int]:
     return {name: tensor.numel() for name, tensor in held.items() if tensor.is_floating_point()}
 
 
-def _readers(graph: Graph, constant: str, fed: set[str]) -> set[str]:
+def _readers(graph: Graph, constant: str, reachable: set[str]) -> set[str]:
     """Who reads a constant, or what was prepared from it alone."""
     ahead, found = [constant], set()
     while ahead:
         for reader in graph.net.succ[ahead.pop()]:
-            if reader in fed:
+            if reader in reachable:
                 found.add(reader)
             else:
                 ahead.append(reader)

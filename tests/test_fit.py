@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import convloom
 import pytest
@@ -92,7 +93,8 @@ def test_every_step_is_looked_at(compiler: Callable[[Said], None]) -> None:
     spilling = steps()[1].config.num_warps
 
     def said(request: CompileRequest) -> Resources:
-        is_second = dict(request.constexprs).get("C") == 40
+        x: Any = dict(request.constexprs).get("X")
+        is_second = x is not None and x.C == 40
         return Resources(255, 8 * (is_second and request.num_warps == spilling), 0)
 
     compiler(said)
@@ -115,14 +117,14 @@ def test_where_all_spill_the_least_spilling_is_taken_and_said(
     spilled: list[int] = []
 
     def said(request: CompileRequest) -> Resources:
-        block_m = dict(request.constexprs).get("BLOCK_M", 512)
-        spilled.append(8 * block_m)
+        tile: Any = dict(request.constexprs)["TILE"]
+        spilled.append(8 * tile.M)
         return Resources(255, spilled[-1], 0)
 
     compiler(said)
     with caplog.at_level(logging.WARNING, "convloom"):
         step = step_of(nn.Linear(16, 40))
-    assert 8 * dict(step.config.blocks)["BLOCK_M"] == min(spilled)
+    assert min(spilled) == 8 * step.launches[0].constexprs["TILE"].M
     assert step.chosen_by.startswith("least spilling of ")
     assert "linear of float32[2, 40]: every configuration tried spills" in caplog.text
 

@@ -57,8 +57,8 @@ def test_nobody_gets_it_who_does_not_ask(monkeypatch: pytest.MonkeyPatch) -> Non
     tile = next(iter(core.tiles(LARGE, SM_90)))
     for setting, reason in (("", None), ("plain", "CONVLOOM_CORE=plain switches the Hopper core")):
         monkeypatch.setenv("CONVLOOM_CORE", setting)
-        assert not core.is_one(CONV.default(LARGE, SM_90))
-        assert not any(map(core.is_one, CONV.configs(LARGE, SM_90)))
+        assert not core.uses_core(CONV.default(LARGE, SM_90))
+        assert not any(map(core.uses_core, CONV.configs(LARGE, SM_90)))
         assert core.note(LARGE, CONV.default(LARGE, SM_90), SM_90, ()) == ""
         found = CONV.legal(LARGE, tile, SM_90)
         assert found is None if reason is None else reason in str(found)
@@ -80,14 +80,14 @@ def test_whoever_asks_gets_the_faster_by_the_model(asked_for: None) -> None:
         }
         assert times[chosen] == min(times.values())
         assert set(core.tiles(problem, SM_90)) <= set(op.configs(problem, SM_90))
-    assert core.is_one(CONV.default(LARGE, SM_90))
+    assert core.uses_core(CONV.default(LARGE, SM_90))
 
 
 def test_a_step_without_waste_takes_the_time_of_its_products(asked_for: None) -> None:
     """512 channels of 3x3: what the model knows of the loop is its tensor cores and L2."""
     problem = conv(SAME, (28, 28), (3, 3), (512, 512), 256)
     tile = CONV.default(problem, SM_90)
-    assert core.is_one(tile) and (tile["BLOCK_M"], tile["BLOCK_N"]) == (128, 256)
+    assert core.uses_core(tile) and (tile["BLOCK_M"], tile["BLOCK_N"]) == (128, 256)
     (launch,) = CONV.launches(problem, tile, SM_90)
     machine = cost_model.machine_for(SM_90)
     cycles = cost_model.tile_cycles(machine, launch, 0.0, HALF, 0.0)
@@ -196,7 +196,7 @@ def test_without_gluon_the_plain_core_is_taken(
 ) -> None:
     monkeypatch.setattr(gluon, "MISSING", "this Triton has no Gluon for Hopper (no module)")
     assert "this Triton has no Gluon" in str(core.refusal(LARGE, SM_90))
-    assert not core.is_one(CONV.default(LARGE, SM_90))
+    assert not core.uses_core(CONV.default(LARGE, SM_90))
     with pytest.raises(TargetUnavailableError, match="CONVLOOM_CORE=hopper: this Triton has no Gl"):
         core.check_asked(SM_90)
 
@@ -210,7 +210,7 @@ def test_a_network_by_the_core_alone_is_right(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(boxes, "MOST_WASTE", 64.0)
     net, x = build("resnet18").eval(), torch.randn(2, 3, 32, 32)
     made = convloom.compile(net, (x,), target="emulator:sm_90", dtype=HALF, tuning="heuristic")
-    used = [step for step in made.plan.steps if core.is_one(step.config)]
+    used = [step for step in made.plan.steps if core.uses_core(step.config)]
     assert len(used) >= 12, made.plan.to_text()
     exact, found = net.double()(x.double()), made(x).double()
     assert (found - exact).norm() < 0.01 * exact.norm()

@@ -9,6 +9,7 @@ import random
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -226,7 +227,8 @@ def test_every_op_compiles(target: Target) -> None:
 
 def test_a_kernel_that_does_not_compile_names_itself() -> None:
     (_, wanted), *_ = launch_requests(PRODUCTS["conv 1x1 c256"], targets.parse("cuda:sm_90"))
-    constants = dict(wanted.constexprs) | {"BLOCK_M": 48}
+    tile: Any = dict(wanted.constexprs)["TILE"]
+    constants = dict(wanted.constexprs) | {"TILE": tile._replace(M=48)}
     broken = replace(wanted, constexprs=tuple(sorted(constants.items(), key=lambda item: item[0])))
     with pytest.raises(KernelError, match=r"gemm_kernel does not compile for sm_90.*warps"):
         offline.compile_request(broken)
@@ -235,9 +237,9 @@ def test_a_kernel_that_does_not_compile_names_itself() -> None:
 def test_missing_and_unknown_arguments_are_named() -> None:
     (_, wanted), *_ = launch_requests(PRODUCTS["conv 1x1 c256"], targets.parse("cuda:sm_90"))
     constants = dict(wanted.constexprs)
-    constants["BLOK_M"] = constants.pop("BLOCK_M")
+    constants["TIEL"] = constants.pop("TILE")
     broken = replace(wanted, constexprs=tuple(sorted(constants.items(), key=lambda item: item[0])))
-    with pytest.raises(KernelError, match=r"missing arguments \['BLOCK_M'\], unknown \['BLOK_M'\]"):
+    with pytest.raises(KernelError, match=r"missing arguments \['TILE'\], unknown \['TIEL'\]"):
         offline.compile_request(broken)
 
 

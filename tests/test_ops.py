@@ -313,7 +313,7 @@ def dense(*shape: int, batch: int | None = None) -> TensorSpec:
 MESSAGES = (
     ("conv2d", Conv2d(), (dense(3, 8), dense(8, 8, 1, 1)), "expected x (N,C,H,W) and w"),
     ("conv2d", Conv2d(groups=3), (image(1, 8, 5, 5), dense(9, 2, 3, 3)), "into 3 groups"),
-    ("conv2d", Conv2d(), (image(1, 8, 5, 5), dense(9, 8, 7, 7)), "does not fit the padded input"),
+    ("conv2d", Conv2d(), (image(1, 8, 5, 5), dense(9, 8, 7, 7)), "does not fit dimension 2"),
     ("linear", Linear(), (dense(2, 5), dense(3, 4)), "expected x (..., C) and weight (K, C)"),
     ("relu", Pointwise(), (dense(2), dense(2)), "relu: expected 1 tensors, got 2"),
     ("add", Pointwise(), (dense(2, 3), dense(4)), "do not broadcast together"),

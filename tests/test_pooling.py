@@ -274,13 +274,14 @@ def test_rows_of_a_program_share_what_they_read() -> None:
     assert counts[4] < counts[1] / 2
 
 
-def test_medians_of_more_elements_than_registers_are_refused() -> None:
+def test_medians_of_more_elements_than_registers_are_not_searched() -> None:
+    """Forced they may be: whether they spill the compiler's report tells."""
     op, x = registry.get("median_pool2d"), TensorSpec((1, 64, 9, 9), torch.float32, Layout.NHWC)
     problem = harness.problem_for(op, MedianPool2d((5, 5), (1, 1)), (x,))
     sm_90 = targets.parse("cuda:sm_90")
-    assert op.legal(problem, config(4, 1, BLOCK_ROWS=8, BLOCK_COLUMNS=64), sm_90) is None
-    refusal = op.legal(problem, config(4, 1, BLOCK_ROWS=16, BLOCK_COLUMNS=64), sm_90)
-    assert refusal == "more than 100 elements per thread spill"
+    few, many = (config(4, 1, BLOCK_ROWS=rows, BLOCK_COLUMNS=64) for rows in (8, 16))
+    assert few in op.configs(problem, sm_90) and many not in op.configs(problem, sm_90)
+    assert op.legal(problem, many, sm_90) is None
 
 
 @pytest.mark.parametrize("norm", [0.0, -3.0, float("inf"), float("nan")])

@@ -438,7 +438,7 @@ def source_of(known: choose.Records, problem: Problem) -> str:
     """Where the problem's configuration comes from."""
     op = registry.get(problem.op)
     choice = known.choose(op, problem, SM_90)
-    assert rank.misfit(op, problem, choice.config, SM_90) is None
+    assert rank.illegal_reason(op, problem, choice.config, SM_90) is None
     return choice.source
 
 

@@ -86,10 +86,10 @@ def planned(device: Device, monkeypatch: pytest.MonkeyPatch) -> Any:
 def test_what_is_right_stays_and_is_tried_once(monkeypatch: pytest.MonkeyPatch) -> None:
     device = Device(Trial())
     step = planned(device, monkeypatch)
-    assert core.is_one(step.config) and step.chosen_by == "heuristic; Hopper core"
+    assert core.uses_core(step.config) and step.chosen_by == "heuristic; Hopper core"
     assert len(device.asked) == 1 and device.closed == 1
     again = Device(Trial("asked again"))
-    assert core.is_one(planned(again, monkeypatch).config) and not again.asked
+    assert core.uses_core(planned(again, monkeypatch).config) and not again.asked
 
 
 @pytest.mark.parametrize(
@@ -117,17 +117,17 @@ def test_what_fails_gives_way_to_the_plain_core(monkeypatch: pytest.MonkeyPatch)
     """No other tile of the core is tried for the layer then, and the failure is remembered."""
     device = Device(Trial("results differ"))
     step = planned(device, monkeypatch)
-    assert not core.is_one(step.config) and len(device.asked) == 1
+    assert not core.uses_core(step.config) and len(device.asked) == 1
     assert "its self-check on H200 failed: results differ" in step.chosen_by
     again = Device(Trial())
-    assert not core.is_one(planned(again, monkeypatch).config) and not again.asked
+    assert not core.uses_core(planned(again, monkeypatch).config) and not again.asked
 
 
 def test_nothing_is_tried_without_a_gpu_or_of_the_plain_core(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     every = registry.get("conv2d").configs(PROBLEM, SM_90)
-    plain = next(each for each in every if not core.is_one(each))
+    plain = next(each for each in every if not core.uses_core(each))
     device = Device(Trial("results differ"))
     check = checking(device)
     assert check.failure(PROBLEM, plain) is None

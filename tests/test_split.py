@@ -27,6 +27,7 @@ from convloom.kernels.devices.emulator import FaultError
 from convloom.kernels.products.linear import Linear
 from convloom.kernels.tile import choice, split_k
 from convloom.kernels.tile.conv_geometry import Conv2d
+from convloom.kernels.tile.geometry import Tile
 from torch import nn
 
 from . import harness
@@ -100,19 +101,20 @@ def test_every_split_is_right_and_repeatable(name: str, monkeypatch: pytest.Monk
     monkeypatch.setattr(interpreter, "itertools", SimpleNamespace(product=shuffled))
     for tile in tiles:
         assert torch.equal(run(asked, tile, batch), inorder[tile]), tile
-        # A call with fewer samples leaves the others alone, and the tickets as it found them.
+        # A call with fewer samples leaves the others alone, and the semaphores as it found them.
         now = run(asked, tile, batch - 1)
         assert torch.equal(now.nan_to_num(7.0), smaller[tile].nan_to_num(7.0)), tile
         assert now[batch - 1 :].isnan().all()
 
 
 @triton.jit
-def exchange_kernel(parts, tickets, y, extras, m, SPLIT: tl.constexpr, SIZE: tl.constexpr):
+def exchange_kernel(workspace, semaphores, y, extras, m, SPLIT: tl.constexpr, TILE: tl.constexpr):
     """The sum of what programs hold in registers: no product's barriers are in between."""
+    SIZE: tl.constexpr = TILE.M
     part = tl.program_id(0)
     acc = tl.zeros((SIZE, SIZE), tl.float32) + (part + 1).to(tl.float32)
-    if split_k.publish(acc, parts, tickets, part * 0, part, SPLIT, SIZE, SIZE):
-        acc = split_k.collect(parts, tickets, part * 0, SPLIT, SIZE, SIZE)
+    if split_k.store_partial(acc, workspace, semaphores, part * 0, part, SPLIT, TILE):
+        acc = split_k.reduce_partials(workspace, semaphores, part * 0, SPLIT, TILE)
         tl.store(y + tl.arange(0, SIZE)[:, None] * SIZE + tl.arange(0, SIZE)[None, :], acc)
 
 
@@ -120,26 +122,27 @@ SPLIT, SIZE, WARPS = 3, 32, 4
 
 
 def exchanged(ptx: str, shared_bytes: int, seed: int) -> torch.Tensor:
-    """What a compiled `exchange_kernel` leaves; its tickets are zero again."""
-    parts, tickets = torch.full((SPLIT * SIZE**2,), torch.nan), torch.zeros(1, dtype=torch.int32)
+    """What a compiled `exchange_kernel` leaves; its semaphore is zero again."""
+    workspace = torch.full((SPLIT * SIZE**2,), torch.nan)
+    semaphores = torch.zeros(1, dtype=torch.int32)
     y = torch.full((SIZE, SIZE), torch.nan)
     emulator.emulate(
-        emulator.parse(ptx), [parts, tickets, y, 1], SPLIT, 32 * WARPS, shared_bytes, seed
+        emulator.parse(ptx), [workspace, semaphores, y, 1], SPLIT, 32 * WARPS, shared_bytes, seed
     )
-    assert int(tickets) == 0
+    assert int(semaphores) == 0
     return y
 
 
 @pytest.mark.parametrize("generation", [80, 90])
-def test_the_ticket_is_taken_behind_every_part(generation: int) -> None:
-    """Every barrier up to the first part that is read back is needed, and missed where it is not
-    there: the one in front of the ticket, and the one behind which all threads know it."""
+def test_the_semaphore_counts_behind_every_store(generation: int) -> None:
+    """Every barrier up to the first sum that is read back is needed, and missed where it is not
+    there: the one in front of the count, and the one behind which all threads know it."""
     compiled = offline.compile_request(
         offline.CompileRequest(
             kernel=f"{__name__}:exchange_kernel",
-            pointers=(("parts", "*fp32"), ("tickets", "*i32"), ("y", "*fp32")),
+            pointers=(("workspace", "*fp32"), ("semaphores", "*i32"), ("y", "*fp32")),
             extras=(),
-            constexprs=(("SPLIT", SPLIT), ("SIZE", SIZE)),
+            constexprs=(("SPLIT", SPLIT), ("TILE", Tile(SIZE, SIZE))),
             num_warps=WARPS,
             num_stages=1,
             capability=generation,
@@ -171,15 +174,17 @@ def test_batch_1_splits_where_multiprocessors_would_idle() -> None:
     assert unsplit.grid_at(1)[0] < gpu.multiprocessors < 2 * launch.grid_at(1)[0]
     # Half of the input is not read twice: the programs of a tile share its sums.
     assert launch.l2_bytes < unsplit.l2_bytes
-    parts, tickets = launch.scratch
-    assert parts.elements * 4 == launch.combine_bytes * tickets.elements and tickets.zeroed
+    sums, semaphores = launch.scratch
+    assert sums.elements * 4 == launch.combine_bytes * semaphores.elements and semaphores.zeroed
 
 
 def replace_split(tile: Config, count: int) -> Config:
     return replace(tile, blocks=tuple({**dict(tile.blocks), "SPLIT": count}.items()))
 
 
-def test_the_tickets_that_steps_share_are_enough_for_each(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_semaphores_that_steps_share_are_enough_for_each(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """The first of two split convolutions has more tiles than the second."""
 
     def most_tiles(op: Op, problem: Problem, target: Target) -> Choice:
@@ -201,8 +206,8 @@ def test_the_tickets_that_steps_share_are_enough_for_each(monkeypatch: pytest.Mo
         for ref, name in step.buffers.items()
         if ref.kind == "scratch"
     ]
-    tickets = [4 * wanted.elements for wanted, _ in asked if wanted.zeroed]
-    assert len(tickets) == 2 and tickets[0] > ALIGNMENT > tickets[1]
+    semaphores = [4 * wanted.elements for wanted, _ in asked if wanted.zeroed]
+    assert len(semaphores) == 2 and semaphores[0] > ALIGNMENT > semaphores[1]
     for wanted, buffer in asked:
         assert (buffer.kind == "zeroed") == (buffer.name == "zeroed") == wanted.zeroed
         assert buffer.dtype is wanted.dtype

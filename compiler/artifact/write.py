@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ...errors import ArtifactError
-from ...kernels.contract.op import Box, Launch, Ref
+from ...kernels.contract.op import Launch, Ref, TmaDescriptor
 from ...kernels.contract.targets import Target
 from ...kernels.devices import execute, offline
 from ...kernels.devices.kernel_hash import TRITON_VERSION
@@ -238,10 +238,10 @@ def _signature(plan: Plan, step: KernelStep, launch: Launch) -> tuple[str, ...]:
     """The types of a kernel's run-time arguments, in the order of `execute.parameters`."""
     dtypes = dtype_of(plan, step)
 
-    def kind(parameter: Ref | Box | None) -> str:
+    def kind(parameter: Ref | TmaDescriptor | None) -> str:
         if parameter is None:
             return "i32"
-        if isinstance(parameter, Box):
+        if isinstance(parameter, TmaDescriptor):
             return f"box{len(parameter.shape)}{POINTERS[dtypes(parameter.ref)]}"
         return POINTERS[dtypes(parameter)]
 
@@ -284,9 +284,12 @@ def _calls(
 
 
 def _argument(
-    plan: Plan, step: KernelStep, parameter: Ref | Box | None, described: Iterator[dict[str, Any]]
+    plan: Plan,
+    step: KernelStep,
+    parameter: Ref | TmaDescriptor | None,
+    described: Iterator[dict[str, Any]],
 ) -> Argument:
-    if isinstance(parameter, Box):
+    if isinstance(parameter, TmaDescriptor):
         made, box = next(described), parameter
         known = Map(
             box.shape, box.strides, tuple(made["block_size"]), box.offset, box.batch,

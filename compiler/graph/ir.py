@@ -190,7 +190,7 @@ class Graph:
         """Nodes that become kernels (or views), sources first."""
         return [node for node in self.nodes() if node.op not in (INPUT, CONSTANT, OUTPUT)]
 
-    def fed(self) -> set[str]:
+    def nodes_reachable_from_inputs(self) -> set[str]:
         """The names of the nodes that depend on an input; the others follow from constants."""
         inputs = (node.name for node in self.graph_inputs())
         return set().union(*(nx.descendants(self.net, name) for name in inputs))

@@ -81,10 +81,10 @@ def fold_constants(graph: Graph, ledger: Ledger) -> Graph:
 
 def _fold_call(graph: Graph, node: Node, ledger: Ledger) -> None:
     """Replaces an ATen call on constants, or on nothing (`eye`), by its results."""
-    assert isinstance(node.attributes, TorchCall)
+    call = node.attributes.expect(TorchCall)
     tensors = [graph.constant(value) for value in graph.inputs(node.name)]
     exact = [tensor.double() if tensor.is_floating_point() else tensor for tensor in tensors]
-    for index, result in enumerate(call_torch(node.attributes, exact)):
+    for index, result in enumerate(call_torch(call, exact)):
         value = Value(node.name, index)
         if graph.uses(value):
             spec = node.outputs[index]

@@ -25,8 +25,7 @@ LOWER = "batch_norm(x) => s*x + t"
 
 def scale_and_shift(graph: Graph, node: Node) -> tuple[torch.Tensor, torch.Tensor] | None:
     """(s, t) in fp64, each of shape (C,), or None where a statistic is not a constant."""
-    attributes = node.attributes
-    assert isinstance(attributes, BatchNorm)
+    attributes = node.attributes.expect(BatchNorm)
     values = graph.own_inputs(node)[1:]
     if not all(map(graph.is_constant, values)):
         return None

@@ -21,9 +21,7 @@ LABEL = "pad-into-conv"
 
 
 def _pad_of(found: Match) -> Pad:
-    attributes = found.nodes["pad"].attributes
-    assert isinstance(attributes, Pad)
-    return attributes
+    return found.nodes["pad"].attributes.expect(Pad)
 
 
 def _conv_of(found: Match) -> Conv2d | Conv3d:

@@ -133,14 +133,9 @@ def _branch(graph: Graph, node: Node) -> _Branch:
     if node.op == "batch_norm":
         return _Branch(node, x, _Span(0, 0, 0), _Span(0, 0, 0))
     r, s = graph.spec(others[0]).shape[2:]
-    conv = _conv(node)
+    conv = node.attributes.expect(Conv2d)
     (top, _, left, _), (dh, dw) = conv.padding, conv.dilation
     return _Branch(node, x, _span(r, top, dh), _span(s, left, dw))
-
-
-def _conv(node: Node) -> Conv2d:
-    assert isinstance(node.attributes, Conv2d)
-    return node.attributes
 
 
 def _span(taps: int, before: int, step: int) -> _Span:
@@ -149,7 +144,7 @@ def _span(taps: int, before: int, step: int) -> _Span:
 
 def _why_not(graph: Graph, branch: _Branch, largest: _Branch) -> str | None:
     """Why a branch cannot be added to the filter of the largest one, or None."""
-    node, conv = branch.node, _conv(largest.node)
+    node, conv = branch.node, largest.node.attributes.expect(Conv2d)
     if node.op == "batch_norm":
         if node.epilogue or scale_and_shift(graph, node) is None:
             return f"{node.name} does more than scale and shift each channel by constants"

@@ -70,8 +70,7 @@ def _permutation(inner: Any) -> Call:
 def _factor(side: str, graph: Graph, found: Match) -> Rearrange | None:
     """How the product's factor is made of what the movement reads: by the movement, and then by
     what the product does to its factor already."""
-    moved, root = found.nodes["moved"].attributes, found.root.attributes
-    assert isinstance(root, Bmm)
+    moved, root = found.nodes["moved"].attributes, found.root.attributes.expect(Bmm)
     if isinstance(moved, Permute):
         moved = permutation(graph.spec(found.values["x"]).shape, moved.dims)
     assert isinstance(moved, Rearrange)
@@ -81,11 +80,10 @@ def _factor(side: str, graph: Graph, found: Match) -> Rearrange | None:
 
 def _read_permuted(side: str, graph: Graph, found: Match) -> Value:
     root = found.root
-    assert isinstance(root.attributes, Bmm)
     inputs = list(graph.inputs(root.name))
     inputs[SIDES.index(side)] = found.values["x"]
     changes: dict[str, Any] = {side: _factor(side, graph, found)}
-    attributes = replace(root.attributes, **changes)
+    attributes = replace(root.attributes.expect(Bmm), **changes)
     return absorb(graph, found, root.name, tuple(inputs), attributes=attributes)
 
 

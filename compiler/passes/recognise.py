@@ -16,7 +16,15 @@ from ...kernels.movement.rearrangement import Reshape
 from ...kernels.normalisation.lrn import LocalResponseNorm
 from ...kernels.pooling.pool_window import AvgPool2d, AvgPool3d, LpPool2d
 from ..fusion.pattern import (
-    Call, Guard, Match, Rewrite, Rule, Var, always, apply_rules, replace_root,
+    Call,
+    Guard,
+    Match,
+    Rewrite,
+    Rule,
+    Var,
+    always,
+    apply_rules,
+    replace_root,
 )  # fmt: skip
 from ..graph.ir import Graph, Value
 from ..graph.ledger import Ledger
@@ -27,23 +35,22 @@ X = Var("x")
 
 def _window(found: Match) -> int | None:
     """How many channels the pooling averages, or None if it is something else."""
-    pool, pad = found.nodes["pool"].attributes, found.nodes["pad"].attributes
-    assert isinstance(pool, AvgPool3d) and isinstance(pad, Pad)
+    pool, pad = found.nodes["pool"].attributes.expect(AvgPool3d), found.nodes["pad"].attributes
     size = pool.kernel[0]
     around = Pad((0, 0, size // 2, 0, 0), (0, 0, (size - 1) // 2, 0, 0))
     return size if pool == AvgPool3d((size, 1, 1)) and pad == around else None
 
 
 def _literal(found: Match, name: str) -> float | None:
-    attributes = found.nodes[name].attributes
-    assert isinstance(attributes, Pointwise)
+    attributes = found.nodes[name].attributes.expect(Pointwise)
     return None if attributes.reverse else attributes.literal
 
 
 def _lrn_guard(graph: Graph, found: Match) -> str | None:
     if _window(found) is None:
         return "the pooling does not run over neighbouring channels"
-    if any(_literal(found, name) is None for name in ("alpha", "k")) or _exponent(found, "beta") is None:
+    literals = _literal(found, "alpha"), _literal(found, "k"), _exponent(found, "beta")
+    if None in literals:
         return "alpha, beta and k are not all constant numbers"
     if graph.spec(found.values["x"]).shape != found.root.spec.shape:
         return f"the result, {found.root.spec}, does not have the shape of the input"
@@ -79,8 +86,7 @@ def _lrn_rule() -> Rule:
 
 
 def _lp_guard(graph: Graph, found: Match) -> str | None:
-    pool = found.nodes["pool"].attributes
-    assert isinstance(pool, AvgPool2d)
+    pool = found.nodes["pool"].attributes.expect(AvgPool2d)
     area = _literal(found, "area")
     if any(pool.padding) or pool.divisor_override is not None:
         return "the average pooling is padded or has a divisor of its own"
@@ -112,8 +118,8 @@ POWERS = ("pow", "square", "sqrt", "identity")
 def _make_lp_of_sequences(graph: Graph, found: Match) -> Value:
     """A sequence is pooled as an image of one row."""
     pool, p = found.nodes["pool"], _exponent(found, "power")
-    assert isinstance(pool.attributes, AvgPool2d) and p is not None
-    window = pool.attributes
+    assert p is not None
+    window = pool.attributes.expect(AvgPool2d)
     attributes = LpPool2d(p, window.kernel, window.stride, window.ceil_mode)
     like = list(reversed(found.consumed))
     row = Reshape(graph.spec(graph.inputs(pool.name)[0]).shape)
@@ -156,9 +162,7 @@ def _softplus_guard(graph: Graph, found: Match) -> str | None:
 
 
 def _parameters(found: Match, name: str) -> tuple[float, ...]:
-    attributes = found.nodes[name].attributes
-    assert isinstance(attributes, Pointwise)
-    return attributes.parameters
+    return found.nodes[name].attributes.expect(Pointwise).parameters
 
 
 def _shrink_rule(name: str, equation: str, pattern: Call, width: Any) -> Rule:
@@ -226,5 +230,3 @@ def recognise_composites(graph: Graph, ledger: Ledger) -> Graph:
     Postcondition: no part of a recognised composite is left, among them calls that have no kernel.
     """
     return apply_rules(graph, (*RULES, *POOL_RULES), ledger)
-
-

@@ -47,9 +47,8 @@ def _drop_indices_rule() -> Rule:
 
 def _arguments(node: Node) -> tuple[int, ...]:
     """The numbers that an aten call was given, after its tensor."""
-    assert isinstance(node.attributes, TorchCall)
     flat: list[int] = []
-    for argument in node.attributes.arguments[1:]:
+    for argument in node.attributes.expect(TorchCall).arguments[1:]:
         flat += argument if isinstance(argument, (list, tuple)) else [argument]
     return tuple(map(int, flat))
 
@@ -94,8 +93,7 @@ def _make_from_unfold(graph: Graph, found: Match) -> Value:
 
 
 def _columns_guard(graph: Graph, found: Match) -> str | None:
-    windows = found.nodes["columns"].attributes
-    assert isinstance(windows, Unfold)
+    windows = found.nodes["columns"].attributes.expect(Unfold)
     x, flat = graph.spec(found.values["x"]), found.nodes["flat"].spec
     if windows.dilation != (1, 1):
         return "the windows are dilated, and those of median_pool2d are not"
@@ -106,8 +104,7 @@ def _columns_guard(graph: Graph, found: Match) -> str | None:
 
 
 def _make_from_columns(graph: Graph, found: Match) -> Value:
-    windows, like = found.nodes["columns"].attributes, list(reversed(found.consumed))
-    assert isinstance(windows, Unfold)
+    windows, like = found.nodes["columns"].attributes.expect(Unfold), list(reversed(found.consumed))
     pool = MedianPool2d(windows.kernel, windows.stride)
     y = graph.add("median_pool2d", (found.values["x"],), pool, like=like)
     return replace_root(graph, found, "reshape", (y,), Reshape(found.root.spec.shape))
@@ -132,16 +129,14 @@ def _weights(graph: Graph, found: Match) -> list[Value | float]:
     """What the maximum and the average are multiplied by."""
     weights: list[Value | float] = []
     for scaled, variable in (("by_a", "a"), ("by_b", "b")):
-        attributes = found.nodes[scaled].attributes
-        assert isinstance(attributes, Pointwise)
+        attributes = found.nodes[scaled].attributes.expect(Pointwise)
         literal = attributes.literal
         weights.append(found.values[variable] if literal is None else literal)
     return weights
 
 
 def _make_mixture(graph: Graph, found: Match) -> Value:
-    window = found.nodes["most"].attributes
-    assert isinstance(window, MaxPool2d)
+    window = found.nodes["most"].attributes.expect(MaxPool2d)
     x = found.values["x"]
     inputs = [
         graph.add_constant(torch.tensor(weight), "mixture", graph.spec(x).dtype)

@@ -120,8 +120,7 @@ def _join_parts(graph: Graph, node: Node, ledger: Ledger) -> None:
 
 
 def _pad(graph: Graph, node: Node, ledger: Ledger) -> None:
-    assert isinstance(node.attributes, Concat)
-    dim, parts = node.attributes.dim, graph.own_inputs(node)
+    dim, parts = node.attributes.expect(Concat).dim, graph.own_inputs(node)
     others = [part for part in parts if graph.is_constant(part)]
     numbers = [torch.unique(graph.constant(part).double()) for part in others]
     if dim == 0 or node.spec.rank > MOST_DIMENSIONS or len(parts) - len(others) != 1 or not others:

@@ -196,8 +196,7 @@ def _of_images(state: _State, node: Node, given: list[_Slid]) -> None:
 
 def _upsampled(state: _State, node: Node, given: list[_Slid], x: TensorSpec) -> None:
     """Upsampling by a scale goes on by that scale, whose fp32 step a given size has as well."""
-    attributes = node.attributes
-    assert isinstance(attributes, Upsample)
+    attributes = node.attributes.expect(Upsample)
     if attributes.rule == CORNERS:
         _refuse(node, "align_corners looks for the corners of the whole image")
     size = []

@@ -13,14 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from .plan import KernelStep, Plan, Step, TorchStep
-from .streams import (
-    MOST_STREAMS,
-    Schedule,
-    Touch,
-    dependencies,
-    overlap_in_buffer,
-    scheduled,
-)
+from .streams import MOST_STREAMS, Schedule, Touch, dependencies, overlap_in_buffer, scheduled
 
 
 def touches(step: Step) -> tuple[Touch, ...]:

@@ -135,8 +135,8 @@ def activation_bytes(captured: Graph, dtype: torch.dtype | None = None) -> int:
 
     What follows from parameters alone (a bias that capture reshapes) is no activation.
     """
-    fed = captured.fed()
-    nodes = (node for node in captured.compute_nodes() if node.name in fed)
+    reachable = captured.nodes_reachable_from_inputs()
+    nodes = (node for node in captured.compute_nodes() if node.name in reachable)
     specs = (spec for node in nodes for spec in node.outputs)
     return sum(
         spec.numel * (dtype if dtype and spec.dtype.is_floating_point else spec.dtype).itemsize
@@ -217,8 +217,13 @@ def _why_not_in_place(
 
 
 MOVEMENTS = (
-    rearrangement.Reshape, Rearrange, movement.FlattenPixels, movement.Permute, movement.Slice,
-    movement.Relayout, movement.Concat,
+    rearrangement.Reshape,
+    Rearrange,
+    movement.FlattenPixels,
+    movement.Permute,
+    movement.Slice,
+    movement.Relayout,
+    movement.Concat,
 )
 
 
@@ -318,10 +323,19 @@ def _add_step(
         for kind in problem.groups
         for index, place in enumerate(places.get(kind, ()))
     }
-    state.steps.append(KernelStep(
-        name, problem.op, problem, tile, launches, buffers | _scratch(state, node, launches),
-        node.module_path, node.origins, choice.source,
-    ))
+    state.steps.append(
+        KernelStep(
+            name,
+            problem.op,
+            problem,
+            tile,
+            launches,
+            buffers | _scratch(state, node, launches),
+            node.module_path,
+            node.origins,
+            choice.source,
+        )
+    )
     state.kernels[node.name] = name
 
 
@@ -412,8 +426,8 @@ def _becomes_view(state: _Lowering, node: Node) -> bool:
 def _lower_torch(state: _Lowering, node: Node) -> None:
     inputs = _read_all(state, state.graph.inputs(node.name), node)
     outputs = _written(state, node)
-    assert isinstance(node.attributes, TorchCall)
-    step = TorchStep(node.name, node.attributes, inputs, outputs, node.module_path, node.origins)
+    call = node.attributes.expect(TorchCall)
+    step = TorchStep(node.name, call, inputs, outputs, node.module_path, node.origins)
     state.steps.append(step)
     state.kernels[node.name] = "torch"
 

@@ -95,7 +95,7 @@ class Records:
         key = key_of(problem, target)
         record = self.exact(key)
         if record is not None:
-            reason = rank.misfit(op, problem, record.config, target)
+            reason = rank.illegal_reason(op, problem, record.config, target)
             if reason is None:
                 return _noted(Choice(record.config, f"record: {record}"), op, problem, target)
             self._tell(f"the tuning record of {key} is not used: {reason}")
@@ -109,7 +109,7 @@ class Records:
         """Configurations that records name for this problem, fresh or stale, and that fit it."""
         every = (*self.shipped.of(key.architecture, op.name), *self._own(key))
         named = [each.config for each in every if each.key.current == key.current]
-        return [c for c in dict.fromkeys(named) if not rank.misfit(op, problem, c, target)]
+        return [c for c in dict.fromkeys(named) if not rank.illegal_reason(op, problem, c, target)]
 
     def _own(self, key: Key) -> list[Record]:
         return self.own.of(key.architecture, key.op)
@@ -144,7 +144,7 @@ class Records:
         for far, _, _, record in sorted(near, key=lambda each: each[:3]):
             if far > NEAR:
                 break
-            if rank.misfit(op, problem, record.config, target) is None:
+            if rank.illegal_reason(op, problem, record.config, target) is None:
                 return Choice(record.config, f"nearest record, {record.key.inputs[0]}: {record}")
         return None
 
@@ -172,8 +172,8 @@ class Timings:
         """The time of the problem in its best known configuration, or None."""
         key = key_of(problem, self.target)
         record = self.records.exact(key)
-        op = registry.get(problem.op)
-        if record is None or rank.misfit(op, problem, record.config, self.target) is not None:
+        op, target = registry.get(problem.op), self.target
+        if record is None or rank.illegal_reason(op, problem, record.config, target) is not None:
             if key not in self._told:
                 self._missing[key] = problem
             return None

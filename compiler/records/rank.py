@@ -17,9 +17,6 @@ from ...kernels.hopper import core
 
 INTERPRETED_PROGRAM_US = 1_000.0
 """One program in the interpreter, whatever its tile holds (assumed; only the order matters)."""
-ALIKE = 4
-"""Candidates with tiles of one size that are taken before other sizes have had theirs; of each core
-one."""
 WASTE_FACTOR = 2.0
 """A candidate may pad this many times as much as the one that pads least."""
 
@@ -37,7 +34,7 @@ def space(op: Op, problem: Problem, target: Target) -> tuple[Config, ...]:
     return tuple(dict.fromkeys([op.default(problem, target), *op.configs(problem, target)]))
 
 
-def misfit(op: Op, problem: Problem, config: Config, target: Target) -> str | None:
+def illegal_reason(op: Op, problem: Problem, config: Config, target: Target) -> str | None:
     """Why a configuration from elsewhere cannot be used for the problem, or None.
 
     Only what the op itself would choose or try is known to be right for this shape.
@@ -85,12 +82,12 @@ def modelled_us(
 def varied(
     op: Op, problem: Problem, target: Target, ranked: Sequence[Ranked], most: int
 ) -> list[Config]:
-    """At most so many configurations, from the front but with few of the same tile size first: the
+    """At most so many configurations, from the front but of each tile size and core one first: the
     model tells sizes apart better than what is tried within one."""
     sizes: dict[object, dict[object, Config]] = {}
     for each in ranked:
         alike = sizes.setdefault(_tile_size(op, problem, target, each.config), {})
-        alike.setdefault(core.is_one(each.config), each.config)
+        alike.setdefault(core.uses_core(each.config), each.config)
     first = [config for alike in sizes.values() for config in alike.values()]
     return list(dict.fromkeys([*first, *(each.config for each in ranked)]))[:most]
 

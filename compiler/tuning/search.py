@@ -217,7 +217,7 @@ class Tuner:
     def _keeps(self, state: _State) -> bool:
         """Whether the problem has a record already that this run would not better."""
         record = self._records.exact(state.work.key)
-        if record is None or rank.misfit(
+        if record is None or rank.illegal_reason(
             state.work.op, state.work.problem, record.config, state.work.target
         ):
             return False

@@ -49,7 +49,7 @@ class SelfCheck:
     def failure(self, problem: Problem, config: Config) -> str | None:
         """Why a configuration must not be used on this machine, or None: also where it is not the
         Hopper core's, or there is no GPU for it. Warns of what it finds wrong."""
-        if not core.is_one(config) or local_device(self.target) is None:
+        if not core.uses_core(config) or local_device(self.target) is None:
             return None
         if (problem, config) not in self._verdicts:
             self._verdicts[problem, config] = reason = self._found(problem, config)

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from functools import cached_property
 from types import MappingProxyType
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 
@@ -21,6 +21,8 @@ from .spec import Operand as Operand
 from .spec import TensorSpec as TensorSpec
 from .spec import rows_and_columns
 from .targets import Target as Target
+
+A = TypeVar("A", bound="Attributes")
 
 
 @dataclass(frozen=True)
@@ -34,6 +36,11 @@ class Attributes:
             if value != item.default:
                 shown.append(f"{item.name}={_short(value)}")
         return ", ".join(shown)
+
+    def expect(self, kind: type[A]) -> A:
+        """Itself, as the attributes of the op that the caller knows it to be of."""
+        assert isinstance(self, kind), f"expected {kind.__name__}, got {type(self).__name__}"
+        return self
 
 
 def _short(value: object) -> str:
@@ -134,7 +141,7 @@ class Scratch:
 
 
 @dataclass(frozen=True)
-class Box:
+class TmaDescriptor:
     """A tensor argument that is read in boxes through a TMA descriptor (sm_90 and later).
 
     shape, strides: in elements, of the tensor inside its buffer; the last stride is 1. box: what is
@@ -210,7 +217,7 @@ class Launch:
     registers: int = 0
     combine_bytes: int = 0
     scratch: tuple[Scratch, ...] = ()
-    boxes: Mapping[str, Box] = field(default_factory=lambda: NONE)
+    boxes: Mapping[str, TmaDescriptor] = field(default_factory=lambda: NONE)
     most_programs: int | None = None
     hides_ends: bool = False
 
@@ -260,23 +267,12 @@ class Cost:
         return self.bytes_read + self.bytes_written
 
 
-def tensor_bytes(problem: Problem) -> tuple[int, int]:
-    """Bytes read and written when every tensor of the problem is touched once."""
-    read = (*problem.inputs, *problem.operands, *problem.prologue_operands)
-    return (
-        sum(operand.spec.size_bytes for operand in read),
-        sum(operand.spec.size_bytes for operand in problem.outputs),
-    )
-
-
 def power_of_two(value: int) -> int:
     """The smallest power of two that is at least `value` (and at least 1)."""
     return 1 << max(0, value - 1).bit_length()
 
 
-def tile_config(
-    rows: int, columns: int, target: Target, elements: int = 2048, num_warps: int = 4
-) -> Config:
+def tile_config(rows: int, columns: int, target: Target, elements: int = 2048) -> Config:
     """BLOCK_ROWS x BLOCK_COLUMNS for a memory-bound kernel, 16 elements per thread by default.
 
     The interpreter pays per program, so there one program covers as much as memory allows.
@@ -287,7 +283,7 @@ def tile_config(
     else:
         block_columns = min(power_of_two(columns), elements if rows == 1 else 128)
         block_rows = min(power_of_two(rows), max(1, elements // block_columns))
-    return config(num_warps, 1, BLOCK_ROWS=block_rows, BLOCK_COLUMNS=block_columns)
+    return config(4, 1, BLOCK_ROWS=block_rows, BLOCK_COLUMNS=block_columns)
 
 
 def tiles_of(results: Sequence[int], columns: Sequence[int]) -> Iterator[Config]:
@@ -311,7 +307,13 @@ def matrix_tile(problem: Problem, target: Target) -> Config:
 
 def counted(operations: Callable[[Problem], int]) -> Callable[[Problem], Cost]:
     """The cost of an op that touches each tensor once and computes so many operations."""
-    return lambda problem: Cost(operations(problem), *tensor_bytes(problem))
+
+    def cost(problem: Problem) -> Cost:
+        read = (*problem.inputs, *problem.operands, *problem.prologue_operands)
+        moved = (sum(each.spec.size_bytes for each in group) for group in (read, problem.outputs))
+        return Cost(operations(problem), *moved)
+
+    return cost
 
 
 movement_cost = counted(lambda problem: 0)

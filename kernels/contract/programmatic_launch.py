@@ -1,10 +1,10 @@
 """Programmatic dependent launch (sm_90 and later): a kernel starts while the one before it ends.
 
 Such a kernel is launched as soon as every program of its predecessor has finished its main loop
-(`release`) or ended, so that its own start-up overlaps the predecessor's epilogue. Before it reads
-or writes anything of another kernel it waits until the predecessor is complete and its results are
-visible (`wait`); the predecessor waited in the same way, so that everything earlier is complete
-too.
+(`launch_dependents`) or ended, so that its own start-up overlaps the predecessor's epilogue. Before
+it reads or writes anything of another kernel it waits until the predecessor is complete and its
+results are visible (`grid_dependency_wait`); the predecessor waited in the same way, so that
+everything earlier is complete too.
 
 The wait stands before the main loop: loads are hoisted out of a pipelined loop, above a wait that
 stands inside it (triton issue 11905). `PDL` is a compile-time constant of the kernels that take
@@ -29,14 +29,14 @@ LEAST_CAPABILITY = 90
 
 
 @triton.jit
-def wait(PDL: tl.constexpr):
+def grid_dependency_wait(PDL: tl.constexpr):
     """Everything that earlier kernels wrote is visible behind this line."""
     if PDL:
         gdc_wait()
 
 
 @triton.jit
-def release(PDL: tl.constexpr):
+def launch_dependents(PDL: tl.constexpr):
     """The next kernel may start; it sees nothing of this one before this one is complete."""
     if PDL:
         gdc_launch_dependents()

@@ -28,6 +28,12 @@ class Target:
     def is_gpu(self) -> bool:
         return self.capability > 0
 
+    def shared_shortage(self, needed: int) -> str | None:
+        """Why a program cannot have so many bytes of shared memory, or None."""
+        if needed <= self.shared_bytes:
+            return None
+        return f"needs {needed} bytes of shared memory; {self.name} has {self.shared_bytes}"
+
 
 REFERENCE = Target("reference", shared_bytes=1 << 40)
 INTERPRETER = Target("interpreter", shared_bytes=1 << 40)

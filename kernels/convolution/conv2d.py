@@ -15,7 +15,7 @@ dimension the filter taps and channels; the input matrix is never built. Five al
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import torch
 
@@ -79,7 +79,7 @@ def _algorithm(attributes: Conv2d, filters: tuple[int, ...]) -> Algorithm:
 
 def algorithm(problem: Problem) -> Algorithm:
     """Which algorithm computes the problem."""
-    return _algorithm(cast("Conv2d", problem.attributes), problem.inputs[1].shape)
+    return _algorithm(problem.attributes.expect(Conv2d), problem.inputs[1].shape)
 
 
 def _pack_for_algorithm(attributes: Conv2d, w: torch.Tensor) -> torch.Tensor:

@@ -28,11 +28,10 @@ from ..contract.op import Config, Launch, Op, Problem, counted
 from ..contract.targets import Target
 from ..movement.arguments import convolution
 from ..movement.pad import correction
-from ..products import gemm
-from ..tile import choice, engine, space
+from ..tile import choice, engine, gemm, space
 from ..tile.geometry import Image, Window
 from ..tile.source import Source, runs_by_tap
-from .conv_window import BORDERS, BorderConv2d, Conv3d, ConvNd, infer, pack, reference
+from .conv_window import BorderConv2d, Conv3d, ConvNd, infer, pack, reference
 
 
 class Volume(NamedTuple):
@@ -211,7 +210,7 @@ def launches(problem: Problem, tile: Config, target: Target) -> tuple[Launch, ..
     """One launch: of the matrix product where the convolution is one."""
     x, size = problem.inputs[0], _size(problem)
     if is_matrix_product(problem):
-        return (gemm.launch(problem, tile, x, problem.output.shape[1]),)
+        return (gemm.launch(problem, tile),)
     steps = size.steps(tile["BLOCK_K"])
     area = tile["BLOCK_K"] * (tile["BLOCK_M"] + tile["BLOCK_N"])
     launch = engine.launch(
@@ -233,11 +232,7 @@ def _flops(problem: Problem) -> int:
     return 2 * problem.output.spec.numel * math.prod(problem.inputs[1].shape[1:])
 
 
-NAMES: dict[type[ConvNd], str] = {Conv3d: "conv3d", BorderConv2d: "border_conv2d"}
-
-
-def _op(make: type[ConvNd], borders: tuple[str, ...], **more: Any) -> Op:
-    name = NAMES[make]
+def _op(name: str, make: type[ConvNd], **more: Any) -> Op:
     return Op(
         name=name,
         attributes=make,
@@ -253,13 +248,13 @@ def _op(make: type[ConvNd], borders: tuple[str, ...], **more: Any) -> Op:
 
 OPS = (
     _op(
+        "conv3d",
         Conv3d,
-        ("constant", "constant", *BORDERS),
         aten={
             f"aten.conv3d.{overload}": convolution("conv3d", Conv3d)
             for overload in ("default", "padding")
         },
         batched="convolution",
     ),
-    _op(BorderConv2d, BORDERS),
+    _op("border_conv2d", BorderConv2d),
 )

@@ -130,8 +130,8 @@ def infer(
     x, w = inputs
     dims = len(attributes.stride)
     if x.rank != dims + 2 or w.rank != dims + 2:
-        wanted = "(N,C,H,W), w (C,K/G,R,S)" if dims == 2 else "(N,C,D,H,W), w (C,K/G,T,R,S)"
-        raise InvalidInputError(f"{name}: expected x {wanted}, got {x}, {w}")
+        expected = "(N,C,H,W), w (C,K/G,R,S)" if dims == 2 else "(N,C,D,H,W), w (C,K/G,T,R,S)"
+        raise InvalidInputError(f"{name}: expected x {expected}, got {x}, {w}")
     c, groups = x.shape[1], attributes.groups
     if groups < 1 or c % groups or w.shape[0] != c:
         raise InvalidInputError(

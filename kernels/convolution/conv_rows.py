@@ -25,8 +25,7 @@ import triton.language as tl
 from ..contract import cost_model
 from ..contract.op import Config, Launch, Problem, W, X, Y, config, power_of_two
 from ..contract.targets import Target
-from ..products import gemm
-from ..tile import choice, space
+from ..tile import choice, gemm, space
 from ..tile.conv_geometry import Conv2d
 from ..tile.finish import put
 from ..tile.geometry import Image, Window, tile_launch
@@ -68,12 +67,9 @@ def conv_rows_kernel(
     row_tile, column_tile = space.tile_index(
         tl.program_id(0), tl.cdiv(m, BLOCK_M), column_tiles, TILE.GROUP_M
     )
-    rows = row_tile * BLOCK_M + tl.arange(0, BLOCK_M)
-    columns = column_tile * BLOCK_N + tl.arange(0, BLOCK_N)
-    row_mask = rows < m
-    column_mask = columns < OUTPUT.K
-    if TILE.wide:
-        rows = rows.to(tl.int64)
+    rows, columns, row_mask, column_mask = space.rows_and_columns(
+        row_tile, column_tile, m, OUTPUT, TILE
+    )
     image = rows // (OUTPUT.P * OUTPUT.Q)
     top = (rows // OUTPUT.Q % OUTPUT.P).to(tl.int32) * WINDOW.stride_h - WINDOW.top
     # In this order the compiler sees what the offsets are multiples of.
@@ -147,11 +143,11 @@ def size(problem: Problem) -> choice.Size:
 
 def configs(problem: Problem, target: Target) -> Iterator[Config]:
     """Those of a matrix product whose blocks are at most one run, and the wide tile."""
-    wanted = size(problem)
+    product = size(problem)
     longest = min(32, power_of_two(run_length(problem.inputs[1].shape)))
-    tiles = (tile for tile in choice.tile_configs(wanted, target) if tile["BLOCK_K"] <= longest)
-    for tile in dict.fromkeys((*tiles, *_wide_tiles(wanted))):
-        if choice.legal_tile(wanted.dtype, tile, target) is None:
+    tiles = (tile for tile in choice.tile_configs(product, target) if tile["BLOCK_K"] <= longest)
+    for tile in dict.fromkeys((*tiles, *_wide_tiles(product))):
+        if choice.legal_tile(product.dtype, tile, target) is None:
             yield tile
 
 
@@ -160,12 +156,12 @@ def legal(problem: Problem, tile: Config, target: Target) -> str | None:
     return choice.legal(size(problem), tile, target)
 
 
-def _wide_tiles(wanted: choice.Size) -> tuple[Config, ...]:
+def _wide_tiles(product: choice.Size) -> tuple[Config, ...]:
     """128x64 with 4 warps in half precision: in short blocks it fits registers everywhere.
 
     7x7 with a residual: 140 registers at most, on sm_89; in blocks of 32 already 188.
     """
-    if wanted.dtype is torch.float32:
+    if product.dtype is torch.float32:
         return ()
     sizes = {"BLOCK_M": 128, "BLOCK_N": 64, "BLOCK_K": BLOCK, "GROUP_M": 8}
     return tuple(config(4, stages, **sizes) for stages in (2, 3, 4))
@@ -177,11 +173,11 @@ def default(problem: Problem, target: Target) -> Config:
 
     7x7, 4 channels, 128x64 w4 on sm_90: 832 instructions in all, in blocks of 32 928.
     """
-    wanted = size(problem)
-    tile = choice.default_tile(wanted, target)
+    product = size(problem)
+    tile = choice.default_tile(product, target)
     if target.name == "interpreter":
         return tile
-    tiles = -(-wanted.rows // 128) * -(-wanted.columns // 64)
-    if wanted.columns > 32 and tiles >= cost_model.MULTIPROCESSORS and _wide_tiles(wanted):
-        return _wide_tiles(wanted)[1]
+    tiles = -(-product.rows // 128) * -(-product.columns // 64)
+    if product.columns > 32 and tiles >= cost_model.MULTIPROCESSORS and _wide_tiles(product):
+        return _wide_tiles(product)[1]
     return replace(tile, blocks=tuple((dict(tile.blocks) | {"BLOCK_K": BLOCK}).items()))

@@ -22,14 +22,16 @@ channel per group (bilinear upsampling as a layer) there is no matrix product at
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from functools import partial
+from typing import Any
 
 import triton
 import triton.language as tl
 
 from ..contract.op import (
-    Capture,
+    Arguments,
+    Builder,
     Config,
     Launch,
     Op,
@@ -320,19 +322,12 @@ def cost(problem: Problem) -> int:
     return 2 * problem.inputs[0].spec.numel * per_input
 
 
-def _capture(name: str, make: type[ConvTranspose]) -> Capture:
-    """The capture of `aten.conv_transpose{1,2,3}d`; 1-d as an image of one row."""
-    return lambda g, a: with_bias(g, name, a, attributes_of(g, a, make))
+def _op(name: str, make: type[ConvTranspose], *calls: str) -> Op:
+    """calls: those of aten that become it, of sequences as of images of one row."""
 
+    def capture(g: Builder, a: Arguments) -> Any:
+        return with_bias(g, name, a, attributes_of(g, a, make))
 
-OP_NAMES: dict[type[ConvTranspose], str] = {
-    ConvTranspose2d: "conv_transpose2d",
-    ConvTranspose3d: "conv_transpose3d",
-}
-
-
-def _op(make: type[ConvTranspose], aten: Mapping[str, Capture]) -> Op:
-    name = OP_NAMES[make]
     return Op(
         name=name,
         attributes=make,
@@ -343,22 +338,13 @@ def _op(make: type[ConvTranspose], aten: Mapping[str, Capture]) -> Op:
         default=default,
         legal=legal,
         cost=cost,
-        aten=aten,
+        aten={f"aten.{call}": capture for call in calls},
         batched="convolution",
         packs=lambda attributes: {1: pack},
-    )  # fmt: skip
+    )
 
 
 OPS = (
-    _op(
-        ConvTranspose2d,
-        {
-            "aten.conv_transpose1d.default": _capture("conv_transpose2d", ConvTranspose2d),
-            "aten.conv_transpose2d.input": _capture("conv_transpose2d", ConvTranspose2d),
-        },
-    ),
-    _op(
-        ConvTranspose3d,
-        {"aten.conv_transpose3d.input": _capture("conv_transpose3d", ConvTranspose3d)},
-    ),
+    _op("conv_transpose2d", ConvTranspose2d, "conv_transpose1d.default", "conv_transpose2d.input"),
+    _op("conv_transpose3d", ConvTranspose3d, "conv_transpose3d.input"),
 )

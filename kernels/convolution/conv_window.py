@@ -7,15 +7,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 
 from ...errors import InvalidInputError
 from ..contract.op import Attributes
-from ..contract.spec import Layout, TensorSpec
+from ..contract.spec import TensorSpec
 from ..movement.pad import check_border
-from ..tile.torch_convolution import convolve
-
-BORDERS = ("reflect", "replicate", "circular")
+from ..tile import conv_geometry
 
 
 @dataclass(frozen=True)
@@ -45,48 +42,20 @@ ConvNd = Conv3d | BorderConv2d
 
 
 def infer(name: str, attributes: ConvNd, inputs: tuple[TensorSpec, ...]) -> tuple[TensorSpec, ...]:
-    """O = floor((D + front + back − dd·(T − 1) − 1) / sd) + 1; P and Q likewise."""
-    x, w = inputs
-    dims = len(attributes.stride)
-    if x.rank != dims + 2 or w.rank != dims + 2:
-        letters = "DHW"[-dims:], "TRS"[-dims:]
-        wanted = f"x (N,C,{','.join(letters[0])}) and w (K,C/G,{','.join(letters[1])})"
-        raise InvalidInputError(f"{name}: expected {wanted}, got {x}, {w}")
-    groups, (k, per_group), c = attributes.groups, w.shape[:2], x.shape[1]
-    if groups < 1 or c % groups or k % groups or per_group != c // groups:
-        raise InvalidInputError(
-            f"{name}: {c} input and {k} output channels with weight {w} do not divide into "
-            f"{groups} groups"
-        )
-    if min(*attributes.stride, *attributes.dilation) < 1:
-        raise InvalidInputError(f"{name}: stride and dilation must be positive: {attributes}")
-    sizes = []
-    for axis, (stride, dilation) in enumerate(
-        zip(attributes.stride, attributes.dilation, strict=True)
-    ):
-        before, after = attributes.padding[2 * axis : 2 * axis + 2]
-        if attributes.border != "constant":
-            if min(before, after) < 0:
-                raise InvalidInputError(f"{name}: a {attributes.border} border cannot crop {x}")
-            check_border(name, attributes.border, x, axis + 2, before, after)
-        size, extent = x.shape[axis + 2], dilation * (w.shape[axis + 2] - 1) + 1
-        if size + min(before, 0) + min(after, 0) < 1 or size + before + after < extent:
-            raise InvalidInputError(
-                f"{name}: a filter of {extent} pixels (dilation {dilation} included) does not fit "
-                f"dimension {axis + 2} of {x} padded by {before} and {after}"
-            )
-        sizes.append((size + before + after - extent) // stride + 1)
-    return (TensorSpec((x.shape[0], k, *sizes), x.dtype, Layout.NHWC, x.batch),)
+    """As of any convolution; a border that is not zero must be found in the input."""
+    specs, x = conv_geometry.infer(attributes, inputs, name), inputs[0]
+    if attributes.border != "constant":
+        if min(attributes.padding) < 0:
+            raise InvalidInputError(f"{name}: a {attributes.border} border cannot crop {x}")
+        pairs = zip(attributes.padding[::2], attributes.padding[1::2], strict=True)
+        for dim, (before, after) in enumerate(pairs, 2):
+            check_border(name, attributes.border, x, dim, before, after)
+    return specs
 
 
 def reference(attributes: ConvNd, x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
-    pairs = [attributes.padding[at : at + 2] for at in range(0, len(attributes.padding), 2)]
-    if any(attributes.padding):
-        sides = [width for pair in reversed(pairs) for width in pair]
-        x = F.pad(x, sides, attributes.border)
-    return convolve(
-        x, w, stride=attributes.stride, dilation=attributes.dilation, groups=attributes.groups
-    )
+    border = attributes.border if any(attributes.padding) else "constant"
+    return conv_geometry.reference(attributes, x, w, border=border)
 
 
 def pack(attributes: ConvNd, w: torch.Tensor) -> torch.Tensor:

@@ -118,7 +118,7 @@ def pack(w: torch.Tensor) -> torch.Tensor:
 
 def launch(problem: Problem, tile: Config, target: Target) -> Launch:
     """The one launch of the kernel."""
-    attributes: Conv2d = problem.attributes
+    attributes = problem.attributes.expect(Conv2d)
     x, out = problem.inputs[0], problem.output
     filters, height = problem.inputs[1].shape[2:], tile["TILE_ROWS"]
     block_m, block_n = tile["BLOCK_M"], tile["BLOCK_N"]
@@ -171,7 +171,7 @@ def default(problem: Problem, target: Target) -> Config:
         block_n = min(256, power_of_two(k))
         block_m = min(power_of_two(n * p * q), (1 << 20) // block_n)
         return config(1, 1, TILE_ROWS=1, BLOCK_M=block_m, BLOCK_N=block_n)
-    attributes: Conv2d = problem.attributes
+    attributes = problem.attributes.expect(Conv2d)
     taps = problem.inputs[1].shape[2]
     tile_rows = 1
     if attributes.dilation == (1, 1) and taps <= 5:

@@ -17,7 +17,7 @@ groups' inputs set to zero.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import NamedTuple, cast
+from typing import NamedTuple
 
 import torch
 import triton
@@ -139,12 +139,12 @@ def pack(groups: int, w: torch.Tensor) -> torch.Tensor:
 
 def _groups(problem: Problem) -> Groups:
     k, per_group, _, _ = problem.inputs[1].shape
-    groups = cast("Conv2d", problem.attributes).groups
+    groups = problem.attributes.expect(Conv2d).groups
     return Groups(per_group, k // groups, groups_per_block(groups, per_group, k // groups))
 
 
 def _blocks(problem: Problem) -> int:
-    return -(-cast("Conv2d", problem.attributes).groups // _groups(problem).per_block)
+    return -(-problem.attributes.expect(Conv2d).groups // _groups(problem).per_block)
 
 
 def launch(problem: Problem, tile: Config, target: Target) -> Launch:

@@ -9,19 +9,17 @@ its configurations may also be those of the core whose warps do different things
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import cast
 
 from ..contract.op import Config, Launch, Problem
 from ..contract.targets import Target
 from ..hopper import core
-from ..products import gemm
-from ..tile import choice, engine, source, space, split_k
+from ..tile import choice, engine, gemm, source, space
 from ..tile.conv_geometry import Conv2d
 
 
 def size(problem: Problem) -> choice.Size:
     """The matrix product that the convolution is."""
-    groups = cast("Conv2d", problem.attributes).groups
+    groups = problem.attributes.expect(Conv2d).groups
     n, k, p, q = problem.output.shape
     _, per_group, r, s = problem.inputs[1].shape
     by_tap = source.runs_by_tap(per_group, r * s) or bool(problem.prologue)
@@ -34,39 +32,31 @@ def size(problem: Problem) -> choice.Size:
 
 def launch(problem: Problem, tile: Config, target: Target) -> Launch:
     """The launch of the tile kernel, or the Hopper core's where the configuration says so."""
-    if core.is_one(tile):
+    if core.uses_core(tile):
         return core.launch(problem, tile, target)
-    attributes = cast("Conv2d", problem.attributes)
-    x, w, wanted = problem.inputs[0], problem.inputs[1].shape, size(problem)
-    terms, split = w[1] * w[2] * w[3], choice.split_of(tile)
-    block_m, block_n, block_k = tile["BLOCK_M"], tile["BLOCK_N"], tile["BLOCK_K"]
-    steps = -(-wanted.steps(block_k) // split)
-    copied = 0 if wanted.gathers else choice.step_instructions(tile, wanted.dtype, wanted.taps)
+    attributes = problem.attributes.expect(Conv2d)
+    x, w, product = problem.inputs[0], problem.inputs[1].shape, size(problem)
+    split, costs = choice.split_of(tile), choice.modelled(product, tile)
+    if product.gathers:
+        costs |= {"instructions": _gathering(product, tile), "step_instructions": 0}
     return engine.launch(
         problem,
         tile,
         target,
-        space.of_pixels(problem.output.spec, block_m),
+        space.of_pixels(problem.output.spec, tile["BLOCK_M"]),
         source.of_convolution(attributes, x, w, gemm.prologue_of(problem)),
         groups=attributes.groups,
         split=split,
-        precision=choice.dot_precision(problem, terms),
-        l2_bytes=choice.l2_bytes(problem, tile, min(terms, steps * block_k)),
-        instructions=_gathering(wanted, tile),
-        steps=steps,
-        step_instructions=copied,
-        combine_bytes=split_k.combine_bytes(split, block_m, block_n),
-        scratch=split_k.scratch(wanted.tiles(block_m, block_n), split, block_m, block_n),
+        precision=choice.dot_precision(problem, w[1] * w[2] * w[3]),
+        **costs,
     )
 
 
-def _gathering(wanted: choice.Size, tile: Config) -> int:
+def _gathering(size: choice.Size, tile: Config) -> int:
     """Instructions of one program that loads its input element by element: 23 for each, 16 for each
-    result, as counted in sm_90 code for half precision; 0 where blocks of channels are copied."""
-    if not wanted.gathers:
-        return 0
-    steps = -(-wanted.depth // tile["BLOCK_K"])
-    return tile["BLOCK_M"] * (23 * steps * tile["BLOCK_K"] + 16 * tile["BLOCK_N"])
+    result, as counted in sm_90 code for half precision."""
+    elements = size.steps(tile["BLOCK_K"]) * tile["BLOCK_K"]
+    return tile["BLOCK_M"] * (23 * elements + 16 * tile["BLOCK_N"])
 
 
 def configs(problem: Problem, target: Target) -> Iterator[Config]:
@@ -77,7 +67,7 @@ def configs(problem: Problem, target: Target) -> Iterator[Config]:
 
 def legal(problem: Problem, tile: Config, target: Target) -> str | None:
     """Why a configuration cannot run on the target, or None."""
-    if core.is_one(tile):
+    if core.uses_core(tile):
         return core.legal(problem, tile, target)
     return choice.legal(size(problem), tile, target)
 

@@ -13,7 +13,7 @@ import torch
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ..contract.epilogue import resolved
-from ..contract.op import Box, Launch, Ref
+from ..contract.op import Launch, Ref, TmaDescriptor
 
 
 def bind(launch: Launch, tensor_of: Callable[[Ref], torch.Tensor], batch: int) -> dict[str, Any]:
@@ -28,9 +28,9 @@ def bind(launch: Launch, tensor_of: Callable[[Ref], torch.Tensor], batch: int) -
     return arguments
 
 
-def parameters(launch: Launch) -> tuple[Ref | Box | None, ...]:
+def parameters(launch: Launch) -> tuple[Ref | TmaDescriptor | None, ...]:
     """The kernel's run-time arguments in its own order, tuples flattened; None is `m`."""
-    found: list[Ref | Box | None] = []
+    found: list[Ref | TmaDescriptor | None] = []
     for name in launch.kernel.arg_names:
         if name in launch.pointers:
             found.append(launch.pointers[name])

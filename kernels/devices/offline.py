@@ -37,8 +37,8 @@ from triton.compiler import ASTSource
 from ... import settings
 from ...errors import KernelError
 from ..contract.cost_model import Resources as Resources
-from ..contract.epilogue import GeneratedFunction, flat, named, resolved
-from ..contract.op import Box, Launch, Ref
+from ..contract.epilogue import flat, named, resolved
+from ..contract.op import Launch, Ref, TmaDescriptor
 from ..contract.programmatic_launch import is_programmatic
 from ..contract.targets import Target
 from ..hopper import gluon
@@ -79,12 +79,6 @@ class CompileRequest:
     def name(self) -> str:
         return self.kernel.rpartition(":")[2]
 
-    @property
-    def generated(self) -> tuple[GeneratedFunction, ...]:
-        """The generated sources among the constants."""
-        constants = flat(dict(self.constexprs)).values()
-        return tuple(value for value in constants if isinstance(value, GeneratedFunction))
-
 
 @dataclass(frozen=True)
 class KernelReport(Resources):
@@ -110,7 +104,7 @@ def request(
         known = launch.scratch[ref.index].dtype if ref.kind == "scratch" else dtype_of(ref)
         return POINTER_TYPES[known]
 
-    def descriptor(box: Box) -> str:
+    def descriptor(box: TmaDescriptor) -> str:
         known = pointer(box.ref).removeprefix("*")
         return gluon.descriptor_type(known, box.box, dtype_of(box.ref).itemsize)
 
@@ -162,7 +156,7 @@ def _source(wanted: CompileRequest) -> ASTSource:
     }
     at = names.index("extras")
     attributes |= {(at, index): ALIGNED for index in range(len(wanted.extras))}
-    made = _GluonSource if gluon.is_one(kernel) else _Source
+    made = _GluonSource if gluon.is_gluon(kernel) else _Source
     return made(
         fn=kernel,
         signature={n: "constexpr" if n in constants else types[n] for n in names},
@@ -179,7 +173,7 @@ def compile_request(wanted: CompileRequest) -> Any:
 
     Raises: KernelError naming the kernel, the target and the compiler's message.
     """
-    if gluon.is_one(_kernel(wanted)) and not _IS_WORKER and known_resources(wanted) is None:
+    if gluon.is_gluon(_kernel(wanted)) and not _IS_WORKER and known_resources(wanted) is None:
         _compile_apart(wanted)
     options: dict[str, Any] = {"num_warps": wanted.num_warps, "num_stages": wanted.num_stages}
     if is_programmatic(dict(wanted.constexprs)):
@@ -266,9 +260,7 @@ FOLDERS: Mapping[type[Resources], str] = {Resources: "resources", KernelReport: 
 Kind = TypeVar("Kind", bound=Resources)
 
 
-def _stored_or_made(
-    kind: type[Kind], request: CompileRequest, make: Callable[[Any], Kind]
-) -> Kind:
+def _stored_or_made(kind: type[Kind], request: CompileRequest, make: Callable[[Any], Kind]) -> Kind:
     path = _path_of(kind, request)
     if (stored := _stored(kind, path)) is not None:
         return stored
@@ -369,7 +361,7 @@ def compile_all(
         with _pool(workers) as pool:
             list(pool.map(read, missing))
     except BrokenProcessPool:
-        if not any(gluon.is_one(_kernel(request)) for request in missing):
+        if not any(gluon.is_gluon(_kernel(request)) for request in missing):
             raise
         for request in missing:  # Whoever aborted the process is named now.
             read(request)

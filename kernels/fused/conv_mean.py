@@ -77,8 +77,7 @@ def _pixels(problem: Problem) -> int:
 
 def launches(problem: Problem, tile: Config, target: Target) -> tuple[Launch, ...]:
     """One launch of the tile kernel."""
-    attributes, result = problem.attributes, conv_tile.result(problem)
-    assert isinstance(attributes, ConvMean)
+    attributes, result = problem.attributes.expect(ConvMean), conv_tile.result(problem)
     n, _, p, q = result.shape
     images = tile["BLOCK_M"] // _pixels(problem)
     launch = conv_tile.launch(
@@ -149,12 +148,9 @@ def legal(problem: Problem, tile: Config, target: Target) -> str | None:
 
 def default(problem: Problem, target: Target) -> Config:
     """The fastest by the model."""
-    size, pixels = _size(problem), _pixels(problem)
+    size = _size(problem)
     if target.name == "interpreter":
-        block_m = max(16, pixels, min(4096, power_of_two(size.rows)))
-        block_n = max(16, min(1024, (1 << 20) // block_m, power_of_two(size.columns)))
-        room = max(128, (1 << 19) // max(block_m, block_n))
-        return _tile(block_m, block_n, max(16, min(room, power_of_two(size.depth))), 1, 1)
+        return choice.interpreter_tile(size, _pixels(problem))
 
     tiles = (
         _tile(block_m, block_n, _deepest(size, block_m), warps, stages)

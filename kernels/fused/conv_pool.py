@@ -101,8 +101,7 @@ def split_stages(attributes: ConvPool) -> tuple[ep.Epilogue, ep.Epilogue]:
 
 def launches(problem: Problem, tile: Config, target: Target) -> tuple[Launch, ...]:
     """One launch of the tile kernel."""
-    attributes = problem.attributes
-    assert isinstance(attributes, ConvPool)
+    attributes = problem.attributes.expect(ConvPool)
     result = conv_tile.result(problem)
     stay, move = split_stages(attributes)
     launch = conv_tile.launch(

@@ -109,8 +109,7 @@ def conv_rearrange_kernel(
 
 
 def _walk(problem: Problem, result: TensorSpec) -> Walk:
-    assert isinstance(problem.attributes, ConvRearrange)
-    then, out = problem.attributes.then, problem.output
+    then, out = problem.attributes.expect(ConvRearrange).then, problem.output
     before, after = factors(result.shape, then.split), factors(out.shape, then.parts)
     assert before is not None and after is not None
     written = dict(zip(then.dims, spread(out.strides, after, then.parts), strict=True))
@@ -131,8 +130,7 @@ def _walk(problem: Problem, result: TensorSpec) -> Walk:
 
 def launches(problem: Problem, tile: Config, target: Target) -> tuple[Launch, ...]:
     """One launch of the kernel."""
-    attributes, result = problem.attributes, conv_tile.result(problem)
-    assert isinstance(attributes, ConvRearrange)
+    attributes, result = problem.attributes.expect(ConvRearrange), conv_tile.result(problem)
     n, k, p, q = result.shape
     launch = conv_tile.launch(
         problem,

@@ -59,8 +59,7 @@ def reference(
 
 def launches(problem: Problem, tile: Config, target: Target) -> tuple[Launch, ...]:
     """One launch of the tile kernel; every program computes one tile of both products."""
-    attributes, size = problem.attributes, _size(problem)
-    assert isinstance(attributes, ConvSum)
+    attributes, size = problem.attributes.expect(ConvSum), _size(problem)
     x1, w1, x2, w2 = problem.inputs
     launch = engine.launch(
         problem,

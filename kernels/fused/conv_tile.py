@@ -64,9 +64,8 @@ def result_of(name: str, attributes: StagedConv, inputs: tuple[TensorSpec, ...])
 
 def result(problem: Problem) -> TensorSpec:
     """As `result_of`, of a problem."""
-    assert isinstance(problem.attributes, StagedConv)
     specs = tuple(operand.spec for operand in problem.inputs)
-    return result_of(problem.op, problem.attributes, specs)
+    return result_of(problem.op, problem.attributes.expect(StagedConv), specs)
 
 
 def flops(problem: Problem) -> int:
@@ -108,8 +107,7 @@ def launch(
 ) -> Launch:
     """The launch of a convolution whose result, of that spec, goes through `stages` (the first of
     the attributes') to `end`, a function of `tile/finish.py`; `more` as the engine takes it."""
-    attributes = problem.attributes
-    assert isinstance(attributes, StagedConv)
+    attributes = problem.attributes.expect(StagedConv)
     x, w, *operands = problem.inputs
     own, first = len(problem.operands), ep.operand_count(attributes.before)
     before = None
@@ -135,8 +133,7 @@ def launch(
 
 def runs_by_tap(problem: Problem) -> bool:
     """Whether the loop goes over blocks of channels, which is all that a prologue can be given."""
-    attributes = problem.attributes
-    assert isinstance(attributes, StagedConv)
+    attributes = problem.attributes.expect(StagedConv)
     _, c, r, s = problem.inputs[1].shape
     return bool(attributes.before) or source.runs_by_tap(c, r * s)
 

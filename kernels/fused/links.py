@@ -112,8 +112,9 @@ def _product(op: str, link: Link, x: TensorSpec, w: TensorSpec) -> TensorSpec:
         return conv_geometry.infer(link.conv, (x, w))[0]
     depth, ones = x.shape[1], tuple(1 for _ in x.shape[2:])
     if w.shape != (*w.shape[:1], depth, *ones):
-        wanted = ",".join(map(str, ("K", depth, *ones)))
-        raise InvalidInputError(f"{op}: expected a weight ({wanted}) as {link.tensors[0]}, got {w}")
+        expected = ",".join(map(str, ("K", depth, *ones)))
+        name = link.tensors[0]
+        raise InvalidInputError(f"{op}: expected a weight ({expected}) as {name}, got {w}")
     layout = Layout.NHWC if ones else Layout.DENSE
     return TensorSpec((x.shape[0], w.shape[0], *x.shape[2:]), x.dtype, layout, x.batch)
 

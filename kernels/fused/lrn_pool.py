@@ -16,27 +16,15 @@ and otherwise every neighbour is a load of its own (LANES = 1).
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 
 from ...errors import InvalidInputError
-from ..contract.op import (
-    Attributes,
-    Config,
-    Launch,
-    Op,
-    Problem,
-    config,
-    counted,
-    tile_config,
-    tiles_of,
-)
-from ..contract.spec import Operand, TensorSpec
+from ..contract.op import Attributes, Config, Launch, Op, Problem, counted
+from ..contract.spec import TensorSpec
 from ..contract.targets import Target
 from ..normalisation import lrn
 from ..normalisation.lrn import LocalResponseNorm
@@ -76,57 +64,6 @@ def reference(attributes: LrnPool, x: torch.Tensor) -> torch.Tensor:
 
 
 @triton.jit
-def load_lanes(address, channels, live, C: tl.constexpr, LANES: tl.constexpr, OTHER: tl.constexpr):
-    """A vector of channels, the one before it and the one after, as fp32."""
-    near = live & (channels >= LANES) & (channels < C + LANES)
-    before = tl.load(address - LANES, mask=near, other=OTHER)
-    here = tl.load(address, mask=live & (channels < C), other=OTHER)
-    after = tl.load(address + LANES, mask=live & (channels < C - LANES), other=OTHER)
-    return before.to(tl.float32), here.to(tl.float32), after.to(tl.float32)
-
-
-@triton.jit
-def lane_values(before, here, after, ROWS: tl.constexpr, GROUPS: tl.constexpr, LANES: tl.constexpr):
-    """The 3 * LANES neighbouring channels as a tuple."""
-    return (
-        lrn.unpack(before, ROWS, GROUPS, LANES)
-        + lrn.unpack(here, ROWS, GROUPS, LANES)
-        + lrn.unpack(after, ROWS, GROUPS, LANES)
-    )
-
-
-@triton.jit
-def lane_energy(v, lane: tl.constexpr, BELOW: tl.constexpr, ABOVE: tl.constexpr):
-    """The sum of squares around one of them."""
-    energy = v[lane - BELOW] * v[lane - BELOW]
-    for j in tl.static_range(lane - BELOW + 1, lane + ABOVE + 1):
-        energy += v[j] * v[j]
-    return energy
-
-
-class Norm(NamedTuple):
-    """y = x / (k + alpha · s)^beta, s the sum of squares from `below` channels before it to `above`
-    channels after it."""
-
-    below: int
-    above: int
-    alpha: float
-    k: float
-    beta: float
-
-    @staticmethod
-    def of(attributes: LocalResponseNorm) -> Norm:
-        size, alpha, k = attributes.size, attributes.alpha / attributes.size, attributes.k
-        return Norm(size // 2, (size - 1) // 2, alpha, float(k), float(attributes.beta))
-
-
-@triton.jit
-def normalised(value, energy, NORM: tl.constexpr):
-    """A channel divided by what the sum of squares around it gives."""
-    return lrn.scaled(value, NORM.k + NORM.alpha * energy, NORM.beta)
-
-
-@triton.jit
 def lanes_kernel(
     x, y, extras, m,
     WINDOWS: tl.constexpr, NORM: tl.constexpr, LRN_FIRST: tl.constexpr, LANES: tl.constexpr,
@@ -163,17 +100,17 @@ def lanes_kernel(
             address = base + pixel * WINDOWS.row_stride
             live = inside[:, None, None]
             if LRN_FIRST:
-                a, b, c = load_lanes(address, channels, live, C, LANES, 0.0)
-                v = lane_values(a, b, c, M, GROUPS, LANES)
+                a, b, c = lrn.load_lanes(address, channels, live, C, LANES, 0.0)
+                v = lrn.lane_values(a, b, c, M, GROUPS, LANES)
                 updated = ()
                 for lane in tl.static_range(LANES):
-                    energy = lane_energy(v, LANES + lane, NORM.below, NORM.above)
-                    value = normalised(v[LANES + lane], energy, NORM)
+                    energy = lrn.lane_energy(v, LANES + lane, NORM.below, NORM.above)
+                    value = lrn.normalised(v[LANES + lane], energy, NORM)
                     value = tl.where(inside[:, None], value, EMPTY)
                     updated = updated + (combine(best[lane], value, True),)
                 best = updated
             else:
-                a, b, c = load_lanes(address, channels, live, C, LANES, EMPTY)
+                a, b, c = lrn.load_lanes(address, channels, live, C, LANES, EMPTY)
                 before = combine(before, a, True)
                 here = combine(here, b, True)
                 after = combine(after, c, True)
@@ -181,11 +118,11 @@ def lanes_kernel(
         # Channels that do not exist count as zero, not as windows without pixels.
         before = tl.where(channels >= LANES, before, 0.0)
         after = tl.where(channels < C - LANES, after, 0.0)
-        v = lane_values(before, here, after, M, GROUPS, LANES)
+        v = lrn.lane_values(before, here, after, M, GROUPS, LANES)
         best = ()
         for lane in tl.static_range(LANES):
-            energy = lane_energy(v, LANES + lane, NORM.below, NORM.above)
-            best = best + (normalised(v[LANES + lane], energy, NORM),)
+            energy = lrn.lane_energy(v, LANES + lane, NORM.below, NORM.above)
+            best = best + (lrn.normalised(v[LANES + lane], energy, NORM),)
     acc = lrn.pack(best, M, GROUPS, LANES)
     put(acc, y, rows, row_mask, columns, column_mask, extras, OUTPUT)
 
@@ -222,7 +159,7 @@ def shifted_kernel(
                 energy += value * value
             mask = inside & column_mask[None, :]
             value = tl.load(pixel + columns[None, :], mask=mask, other=0.0).to(tl.float32)
-            value = normalised(value, energy, NORM)
+            value = lrn.normalised(value, energy, NORM)
             acc = combine(acc, tl.where(inside, value, EMPTY), True)
     else:
         energy = tl.zeros((M, N), tl.float32)
@@ -240,32 +177,20 @@ def shifted_kernel(
             best = tl.where(exists, best, 0.0)
             energy += best * best
             acc = tl.where(shift == 0, best, acc)
-        acc = normalised(acc, energy, NORM)
+        acc = lrn.normalised(acc, energy, NORM)
     put(acc, y, rows, row_mask, columns, column_mask, extras, OUTPUT)
-
-
-def _attributes(problem: Problem) -> LrnPool:
-    assert isinstance(problem.attributes, LrnPool)
-    return problem.attributes
-
-
-def lanes(problem: Problem) -> int:
-    """Channels in 16 bytes, or 1 where they do not line up or the window is wider than that."""
-    x = problem.inputs[0]
-    attributes = _attributes(problem).lrn
-    return lrn.lanes(Problem("local_response_norm", attributes, (x,), (Operand.dense(x.spec),)))
 
 
 def launches(problem: Problem, tile: Config, target: Target) -> tuple[Launch, ...]:
     """One launch of the kernel that the tile's LANES chooses."""
-    attributes = _attributes(problem)
+    attributes = problem.attributes.expect(LrnPool)
     launch = tile_launch(
         problem,
         tile,
         shifted_kernel if tile["LANES"] == 1 else lanes_kernel,
         constexprs={
             "WINDOWS": pool_window.Windows.of(attributes.pool, problem.inputs[0], problem.output),
-            "NORM": Norm.of(attributes.lrn), "LRN_FIRST": attributes.lrn_first,
+            "NORM": lrn.Norm.of(attributes.lrn), "LRN_FIRST": attributes.lrn_first,
             "LANES": tile["LANES"],
         },
         l2_bytes=_l2_bytes(problem, tile),
@@ -276,48 +201,22 @@ def launches(problem: Problem, tile: Config, target: Target) -> tuple[Launch, ..
 
 def _l2_bytes(problem: Problem, tile: Config) -> int:
     """What one program reads: its windows' pixels, each once thanks to L1."""
-    window, x = _attributes(problem).pool, problem.inputs[0]
-    _, _, p, q = problem.output.shape
-    pixels = min(tile["BLOCK_ROWS"], p * q)
-    rows = min(x.shape[2], (-(-pixels // q) - 1) * window.stride[0] + window.kernel[0])
-    columns = min(x.shape[3], (min(pixels, q) - 1) * window.stride[1] + window.kernel[1])
-    return rows * columns * tile["BLOCK_COLUMNS"] * x.spec.dtype.itemsize
+    pool = problem.attributes.expect(LrnPool).pool
+    pixels = pool_window.pixels_read(problem, pool, tile["BLOCK_ROWS"])
+    return pixels * tile["BLOCK_COLUMNS"] * problem.inputs[0].spec.dtype.itemsize
 
 
 def _instructions(problem: Problem, tile: Config) -> int:
-    taps = math.prod(_attributes(problem).pool.kernel)
-    normalised = lrn.instructions_per_result(tile)
-    every = taps * normalised if _attributes(problem).lrn_first else normalised + POOLED * taps
+    attributes, normalised = problem.attributes.expect(LrnPool), lrn.instructions_per_result(tile)
+    taps = math.prod(attributes.pool.kernel)
+    every = taps * normalised if attributes.lrn_first else normalised + POOLED * taps
     return tile["BLOCK_ROWS"] * tile["BLOCK_COLUMNS"] * every
-
-
-def configs(problem: Problem, target: Target) -> Iterator[Config]:
-    """512 to 2048 results per program, in both forms."""
-    for count in sorted({1, lanes(problem)}):
-        for tile in tiles_of((512, 1024, 2048), (32, 64, 128)):
-            yield config(4, 1, LANES=count, **dict(tile.blocks))
-
-
-def legal(problem: Problem, tile: Config, target: Target) -> str | None:
-    if tile["LANES"] not in (1, lanes(problem)):
-        return f"{tile['LANES']} channels per thread need aligned channels and a window as narrow"
-    return None
-
-
-def default(problem: Problem, target: Target) -> Config:
-    """1024 results per program; a pixel's channels in 16-byte pieces where they line up."""
-    n, c, p, q = problem.output.shape
-    tile = tile_config(n * p * q, c, target, elements=1024)
-    blocks = dict(tile.blocks)
-    count = lanes(problem)
-    blocks["BLOCK_COLUMNS"] = max(blocks["BLOCK_COLUMNS"], count)
-    return config(tile.num_warps, 1, LANES=count, **blocks)
 
 
 @counted
 def cost(problem: Problem) -> int:
     """The operations of both halves, each once."""
-    attributes, x = _attributes(problem), problem.inputs[0]
+    attributes, x = problem.attributes.expect(LrnPool), problem.inputs[0]
     outputs = problem.output.spec.numel
     normalised = x.spec.numel if attributes.lrn_first else outputs
     taps = math.prod(attributes.pool.kernel)
@@ -330,9 +229,9 @@ OP = Op(
     infer=infer,
     reference=reference,
     launches=launches,
-    configs=configs,
-    default=default,
-    legal=legal,
+    configs=lrn.configs,
+    default=lrn.default,
+    legal=lrn.legal,
     cost=cost,
     input_range=(-4.0, 4.0),
 )

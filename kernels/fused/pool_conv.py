@@ -39,6 +39,7 @@ from ..contract.op import (
     Ref,
     config,
     counted,
+    operand_refs,
     power_of_two,
 )
 from ..contract.spec import Operand, TensorSpec
@@ -52,6 +53,8 @@ from ..tile.finish import combine
 from ..tile.geometry import Image, Output, Window
 from ..tile.source import Source
 from ..tile.torch_convolution import convolve
+from . import links
+from .links import Link
 
 MOST_LOADS = 144
 """Elements that a thread reads for one block of pooled channels: 16 results of a 3x3 window take 98
@@ -81,10 +84,10 @@ class PoolConv(Attributes):
         """The name of the pooling's own op."""
         return "max_pool2d" if isinstance(self.pool, MaxPool2d) else "avg_pool2d"
 
-    def parts(self, values: tuple[Any, ...]) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
-        """The inputs that the stages after the pooling and before the convolution read."""
-        split = 2 + ep.operand_count(self.after_pool)
-        return values[2:split], values[split:]
+    def links(self, divide: ep.Epilogue = ()) -> tuple[Link, ...]:
+        """What follows the pooling, for all readers and for one; divide: stages in front."""
+        stages = (*divide, *self.after_pool)
+        return Link("after_pool", ("w",), stages), Link("before_conv", (), self.before_conv)
 
 
 def pooled_spec(attributes: PoolConv, x: TensorSpec) -> TensorSpec:
@@ -94,33 +97,27 @@ def pooled_spec(attributes: PoolConv, x: TensorSpec) -> TensorSpec:
 
 def infer(attributes: PoolConv, inputs: tuple[TensorSpec, ...]) -> tuple[TensorSpec, ...]:
     """y, and t where it is kept."""
-    stages = (*attributes.after_pool, *attributes.before_conv)
-    expected = 2 + ep.operand_count(stages)
-    if len(inputs) != expected:
-        raise InvalidInputError(f"pool_conv: expected {expected} inputs, got {len(inputs)}")
+    links.check_count("pool_conv", attributes.links(), inputs)
     x, w, *operands = inputs
     if w.rank != 4 or w.shape[2:] != (1, 1):
         raise InvalidInputError(f"pool_conv: expected w (K,C,1,1), got {w}")
     t = pooled_spec(attributes, x)
-    for operand in operands:
-        if not ep.broadcasts(operand, t):
-            raise InvalidInputError(
-                f"pool_conv: {operand}, read after the pooling, does not broadcast to {t}"
-            )
+    links.check_operands("pool_conv", "the pooling", operands, t)
     (y,) = conv_geometry.infer(Conv2d(), (t, w))
     return (y, t) if attributes.keep else (y,)
 
 
 def reference(
-    attributes: PoolConv, x: torch.Tensor, w: torch.Tensor, *operands: torch.Tensor
+    attributes: PoolConv, *inputs: torch.Tensor
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-    after, before = attributes.parts((x, w, *operands))
+    (x, w, *_), where = inputs, links.slots(attributes.links()).operands
     if isinstance(attributes.pool, MaxPool2d):
         t = pool_window.reference_max(attributes.pool, x)
     else:
         t = pool_window.reference_avg(attributes.pool, x)
-    t = ep.apply_reference(attributes.after_pool, t, after)
-    y = convolve(ep.apply_reference(attributes.before_conv, t, before), w)
+    t = ep.apply_reference(attributes.after_pool, t, inputs[where["after_pool"]])
+    read = ep.apply_reference(attributes.before_conv, t, inputs[where["before_conv"]])
+    y = convolve(read, w)
     return (y, t) if attributes.keep else y
 
 
@@ -209,59 +206,51 @@ def pooled(x, at, step, start, extras, SOURCE: tl.constexpr, TILE: tl.constexpr)
     return a
 
 
-def _attributes(problem: Problem) -> PoolConv:
-    assert isinstance(problem.attributes, PoolConv)
-    return problem.attributes
-
-
 def pooling(problem: Problem) -> Problem:
     """The problem of the pooling alone."""
-    attributes, x = _attributes(problem), problem.inputs[0]
+    attributes, x = problem.attributes.expect(PoolConv), problem.inputs[0]
     t = Operand.dense(pooled_spec(attributes, x.spec))
     return Problem(attributes.pool_op, attributes.pool, (x,), (t,))
 
 
-def _source(problem: Problem, tile: Config) -> Source:
-    """The pooled image: one block of channels after the other."""
-    attributes, chosen = _attributes(problem), pool_window.reduction(pooling(problem))
+def _source(problem: Problem, tile: Config) -> tuple[Source, tuple[Ref, ...]]:
+    """The pooled image, one block of channels after the other, and what its stages read."""
+    attributes = problem.attributes.expect(PoolConv)
+    reduction = pool_window.reduction(pooling(problem))
     x, y, kept = problem.inputs[0], problem.output, problem.outputs[1:]
     t = pooled_spec(attributes, x.spec)
-    after, before = attributes.parts(problem.inputs)
-    reads = [tuple(ep.access(operand, t) for operand in part) for part in (after, before)]
-    sizes, first = ep.memory_sizes(t), len(problem.operands)
-    divide = () if chosen.divisor is None else (ep.Stage("div", literal=float(chosen.divisor)),)
-    stages = (*divide, *attributes.after_pool)
-    before_conv = None
-    if attributes.before_conv:
-        before_conv = ep.generate(
-            attributes.before_conv, reads[1], sizes, first + len(after), "before_conv"
-        )
+    divide = (
+        () if reduction.divisor is None else (ep.Stage("div", literal=float(reduction.divisor)),)
+    )
+    chain, own = attributes.links(divide), operand_refs(problem)
+    bound = links.bind(chain, problem.inputs, {link.name: t for link in chain}, own)
     detail = Pooling(
-        chosen.maximum,
-        chosen.counts,
-        ep.generate(stages, reads[0], sizes, first, "after_pool"),
-        before_conv,
+        reduction.maximum,
+        reduction.counts,
+        bound.functions["after_pool"],
+        bound.functions["before_conv"] if attributes.before_conv else None,
         Output.of(kept[0] if kept else Operand.dense(t), None),
-        first + len(after) + len(before) if kept else None,
+        len(bound.extras) if kept else None,
         -(-y.shape[1] // tile["BLOCK_N"]),
     )
     window = Window.of(attributes.pool.kernel, attributes.pool)
     c = x.shape[1]
-    return Source(Image.of(x), window, window_corner, pooled, 1, c, detail=detail)
+    read = Source(Image.of(x), window, window_corner, pooled, 1, c, detail=detail)
+    return read, bound.extras[len(own) :]
 
 
 def launches(problem: Problem, tile: Config, target: Target) -> tuple[Launch, ...]:
     """One launch of the tile kernel; neighbouring programs share their pixels, which stay in
     L2."""
-    own = [Ref("input", index) for index in range(2, len(problem.inputs))]
+    read, extras = _source(problem, tile)
     kept = [Ref("output", index) for index in range(1, len(problem.outputs))]
     launch = engine.launch(
         problem,
         tile,
         target,
         space.of_pixels(problem.output.spec, tile["BLOCK_M"]),
-        _source(problem, tile),
-        extras=(*own, *kept),
+        read,
+        extras=(*extras, *kept),
         precision=choice.dot_precision(problem, problem.inputs[0].shape[1]),
         **_modelled(problem, tile),
     )
@@ -279,19 +268,16 @@ def _modelled(problem: Problem, tile: Config) -> dict[str, Any]:
 
 def _l2_bytes(problem: Problem, tile: Config) -> int:
     """What one program reads: its windows' pixels, each once thanks to L1, and its weights."""
-    window = _attributes(problem).pool
-    _, c, h, width = problem.inputs[0].shape
-    _, _, p, q = problem.output.shape
-    pixels = min(tile["BLOCK_M"], p * q)
-    rows = min(h, (-(-pixels // q) - 1) * window.stride[0] + window.kernel[0])
-    columns = min(width, (min(pixels, q) - 1) * window.stride[1] + window.kernel[1])
-    values = min(rows * columns, pixels * math.prod(window.kernel)) + tile["BLOCK_N"]
-    return values * c * problem.inputs[0].spec.dtype.itemsize
+    window = problem.attributes.expect(PoolConv).pool
+    x, results = problem.inputs[0], min(tile["BLOCK_M"], math.prod(problem.output.shape[2:]))
+    pixels = pool_window.pixels_read(problem, window, results)
+    values = min(pixels, results * math.prod(window.kernel)) + tile["BLOCK_N"]
+    return values * x.shape[1] * x.spec.dtype.itemsize
 
 
 def _instructions(problem: Problem, tile: Config) -> int:
     """What pooling one program's pixels takes."""
-    spec, window = problem.inputs[0].spec, _attributes(problem).pool
+    spec, window = problem.inputs[0].spec, problem.attributes.expect(PoolConv).pool
     packed = isinstance(window, MaxPool2d) and spec.dtype is not torch.float32
     every_tap = EVERY_PACKED_TAP if packed else EVERY_TAP
     return tile["BLOCK_M"] * spec.shape[1] * (every_tap * math.prod(window.kernel) + EVERY_RESULT)
@@ -333,7 +319,8 @@ def configs(problem: Problem, target: Target) -> Iterator[Config]:
 
 
 def legal(problem: Problem, tile: Config, target: Target) -> str | None:
-    """Registers for the taps, the weights and the accumulators, and shared memory."""
+    """Registers for the taps, the weights and the accumulators (as in `head.legal`: fusions are
+    chosen before anything is compiled), and shared memory."""
     if target.name == "interpreter":
         return None
     x, threads = problem.inputs[0], 32 * tile.num_warps
@@ -345,7 +332,7 @@ def legal(problem: Problem, tile: Config, target: Target) -> str | None:
     aligned = not any(value % 8 for value in (x.shape[1], x.pitch, x.offset))
     most = MOST_LOADS if aligned and not single and tile["BLOCK_N"] > 16 else MOST_LOADS // 2
     pooled = tile["BLOCK_M"] * tile["BLOCK_K"] // threads
-    loads = pooled * math.prod(_attributes(problem).pool.kernel)
+    loads = pooled * math.prod(problem.attributes.expect(PoolConv).pool.kernel)
     if loads > most:
         return f"{loads} loads per thread and block of channels; more than {most} spill"
     held = tile["BLOCK_N"] * tile["BLOCK_K"] * x.spec.dtype.itemsize // threads
@@ -387,7 +374,7 @@ def default(problem: Problem, target: Target) -> Config:
 def cost(problem: Problem) -> int:
     """The product, and one operation per tap."""
     rows, c, k = _size(problem)
-    taps = math.prod(_attributes(problem).pool.kernel)
+    taps = math.prod(problem.attributes.expect(PoolConv).pool.kernel)
     return 2 * rows * c * k + taps * rows * c
 
 

@@ -26,7 +26,7 @@ import torch
 
 from ...errors import InvalidInputError
 from ..contract import op
-from ..contract.op import Attributes, Config, Cost, Launch, Op, Problem, Ref, Scratch, X, Y
+from ..contract.op import Attributes, Config, Launch, Op, Problem, Ref, Scratch, X, Y
 from ..contract.spec import Operand, TensorSpec
 from ..contract.targets import Target
 from ..pooling.pool_window import MaxPool2d
@@ -96,10 +96,10 @@ def unsupported(attributes: SmallNet, inputs: tuple[TensorSpec, ...]) -> str | N
 
 def tensors(attributes: SmallNet, inputs: tuple[TensorSpec, ...]) -> tuple[TensorSpec, ...]:
     """The specs of t_0, t_1, ..., t_last."""
-    found = [inputs[0]]
+    specs = [inputs[0]]
     for layer, part in zip(attributes.layers, attributes.parts(inputs), strict=False):
-        found += conv_pool.infer(layer, (found[-1], *part))
-    return tuple(found)
+        specs += conv_pool.infer(layer, (specs[-1], *part))
+    return tuple(specs)
 
 
 def _rows(spec: TensorSpec) -> TensorSpec:
@@ -124,18 +124,14 @@ def reference(attributes: SmallNet, *values: torch.Tensor) -> torch.Tensor:
     return head.reference(attributes.head, t.permute(0, 2, 3, 1).flatten(1), *last)
 
 
-def _attributes(problem: Problem) -> SmallNet:
-    assert isinstance(problem.attributes, SmallNet)
-    return problem.attributes
-
-
 def _tensors(problem: Problem) -> tuple[TensorSpec, ...]:
-    return tensors(_attributes(problem), tuple(operand.spec for operand in problem.inputs))
+    inputs = tuple(operand.spec for operand in problem.inputs)
+    return tensors(problem.attributes.expect(SmallNet), inputs)
 
 
 def _head_problem(problem: Problem) -> Problem:
     """The classifier alone, as its own kernel would see it."""
-    attributes = _attributes(problem)
+    attributes = problem.attributes.expect(SmallNet)
     x = Operand.dense(_rows(_tensors(problem)[-1]))
     return Problem(
         "head",
@@ -149,8 +145,8 @@ def _head_problem(problem: Problem) -> Problem:
 
 
 def launches(problem: Problem, tile: Config, target: Target) -> tuple[Launch, ...]:
-    """One launch, one program per image."""
-    attributes, y, specs = _attributes(problem), problem.output, _tensors(problem)
+    """One launch, one program per image; made here for the reason that `head` gives."""
+    attributes, y, specs = problem.attributes.expect(SmallNet), problem.output, _tensors(problem)
     inputs = tuple(operand.spec for operand in problem.inputs)
     parts, x, written = attributes.parts(problem.inputs), problem.inputs[0], 0
     chain = head.results(attributes.head, (_rows(specs[-1]), *attributes.parts(inputs)[-1]))
@@ -160,9 +156,7 @@ def launches(problem: Problem, tile: Config, target: Target) -> tuple[Launch, ..
     exchanged = sum(spec.numel for spec in specs[1:-1])
     inner = math.prod(specs[-1].shape[1:])
     image = Image(1, 1, inner, inner, exchanged)
-    classifier, bound = head.bind(
-        problem, attributes.head, attributes.links, chain, image, tile
-    )
+    classifier, bound = head.bind(problem, attributes.head, attributes.links, chain, image, tile)
     weights: dict[str, Ref] = {}
     constants: dict[str, Any] = {}
     for number in range(1, MOST_LAYERS + 1):
@@ -230,12 +224,12 @@ def _depth(part: tuple[Operand, ...], block: int) -> int:
 
 def _steps(problem: Problem, tile: Config) -> int:
     """Tiles of each layer times the blocks of its sums, and those of the classifier."""
-    specs, parts = _tensors(problem), _attributes(problem).parts(problem.inputs)
+    specs, parts = _tensors(problem), problem.attributes.expect(SmallNet).parts(problem.inputs)
     count = 0
     for spec, part in zip(specs[1:], parts, strict=False):
         tiles = -(-4 * math.prod(spec.shape[2:]) // tile["BLOCK_PIXELS"])
         count += tiles * _depth(part, tile["BLOCK_DEPTH"])
-    linked = len(_attributes(problem).head.links)
+    linked = len(problem.attributes.expect(SmallNet).head.links)
     return count + -(-math.prod(specs[-1].shape[1:]) // tile["BLOCK_K"]) + linked - 1
 
 
@@ -258,13 +252,13 @@ def configs(problem: Problem, target: Target) -> Iterator[Config]:
 
 
 def legal(problem: Problem, tile: Config, target: Target) -> str | None:
-    """What `head` allows, and accumulators for the widest layer."""
+    """What `head` allows and why, and accumulators for the widest layer."""
     if target.name == "interpreter":
         return None
     alone = _head_problem(problem)
     if (reason := head.legal(alone, tile, target)) is not None:
         return reason
-    parts = _attributes(problem).parts(problem.inputs)[:-1]
+    parts = problem.attributes.expect(SmallNet).parts(problem.inputs)[:-1]
     widest = max(max(16, op.power_of_two(p[0].shape[0])) for p in parts)
     # Gathered operands take registers for addresses and masks.
     elements = tile["BLOCK_PIXELS"] * max(widest, tile["BLOCK_DEPTH"]) // (32 * tile.num_warps)
@@ -287,15 +281,15 @@ def default(problem: Problem, target: Target) -> Config:
     return next(fitting, tiles[0])
 
 
-def cost(problem: Problem) -> Cost:
+@op.counted
+def cost(problem: Problem) -> int:
     """The products of the convolutions and of the classifier."""
     flops = head.cost(_head_problem(problem)).flops
-    specs, parts = _tensors(problem), _attributes(problem).parts(problem.inputs)
+    specs, parts = _tensors(problem), problem.attributes.expect(SmallNet).parts(problem.inputs)
     for spec, part in zip(specs[1:], parts, strict=False):
         _, c, r, s = part[0].shape
         flops += 2 * 4 * spec.numel * c * r * s
-    read, written = op.tensor_bytes(problem)
-    return Cost(flops, read, written)
+    return flops
 
 
 OP = Op(

@@ -27,11 +27,11 @@ import triton.language as tl
 from ...errors import InvalidInputError
 from ..contract import epilogue as ep
 from ..contract import op
-from ..contract.op import Attributes, Config, Cost, Launch, Op, Problem, Y
+from ..contract.op import Attributes, Config, Launch, Op, Problem, Y
 from ..contract.spec import Layout, TensorSpec
 from ..contract.targets import Target
 from ..tile.finish import put
-from ..tile.geometry import Image, Output
+from ..tile.geometry import Image, tile_launch
 from . import links
 from .links import Link
 
@@ -96,7 +96,7 @@ def reference(
 @triton.jit
 def squeeze_excite_kernel(
     x, w1, w2, y, extras, m, IMAGE: tl.constexpr, HIDDEN: tl.constexpr,
-    AFTER_SQUEEZE: tl.constexpr, OUTPUT: tl.constexpr, WIDE: tl.constexpr, BLOCK_C: tl.constexpr,
+    AFTER_SQUEEZE: tl.constexpr, OUTPUT: tl.constexpr, TILE: tl.constexpr, BLOCK_C: tl.constexpr,
     BLOCK_PIXELS: tl.constexpr, BLOCK_HIDDEN: tl.constexpr,
 ):  # fmt: skip
     # m counts images, one per program; w1 and w2 are both (HIDDEN, C).
@@ -106,7 +106,7 @@ def squeeze_excite_kernel(
     channels = tl.arange(0, BLOCK_C)
     exists = channels < C
     row_mask = row < m
-    if WIDE:
+    if TILE.wide:
         row = row.to(tl.int64)
     first = x + IMAGE.offset + (row * (PIXELS * IMAGE.row_stride))[:, None] + channels[None, :]
     total = tl.zeros((BLOCK_PIXELS, BLOCK_C), tl.float32)
@@ -136,33 +136,25 @@ def squeeze_excite_kernel(
 
 def launches(problem: Problem, tile: Config, target: Target) -> tuple[Launch, ...]:
     """One launch of one program per image."""
-    attributes = problem.attributes
-    assert isinstance(attributes, SqueezeExcite)
-    x, out = problem.inputs[0], problem.output
+    attributes = problem.attributes.expect(SqueezeExcite)
     hidden = _hidden(tuple(operand.spec for operand in problem.inputs))
     refs = op.operand_refs(problem)
     bound = links.bind(attributes.links, problem.inputs, {"w1": hidden}, refs)
-    epilogue = ep.for_output(problem.epilogue, problem.operands, out.spec)
     n, channels, pixels, units = _sizes(problem)
-    itemsize = x.spec.dtype.itemsize
-    launch = Launch(
-        kernel=squeeze_excite_kernel,
-        pointers={**bound.tensors, "y": Y},
-        extras=bound.extras,
-        rows=n,
-        batch=out.spec.batch,
-        block_rows=1,
-        columns=1,
+    launch = tile_launch(
+        problem,
+        tile,
+        squeeze_excite_kernel,
         constexprs={
-            "IMAGE": Image.of(x), "HIDDEN": units, "AFTER_SQUEEZE": bound.functions["w1"],
-            "OUTPUT": Output.of(out, epilogue),
-            "WIDE": problem.is_wide,
-            "BLOCK_C": op.power_of_two(channels),
+            "IMAGE": Image.of(problem.inputs[0]), "HIDDEN": units,
+            "AFTER_SQUEEZE": bound.functions["w1"], "BLOCK_C": op.power_of_two(channels),
             **dict(tile.blocks),
         },
-        num_warps=tile.num_warps,
-        num_stages=tile.num_stages,
-        l2_bytes=(pixels + 2 * units) * channels * itemsize,
+        pointers={**bound.tensors, "y": Y},
+        extras=bound.extras[len(refs) :],
+        rows=n,
+        columns=1,
+        l2_bytes=(pixels + 2 * units) * channels * problem.inputs[0].spec.dtype.itemsize,
         # A load serves eight elements; conversion and addition, or conversion and multiplication.
         instructions=(2 * pixels + 4 * units) * op.power_of_two(channels),
         steps=-(-pixels // tile["BLOCK_PIXELS"]) + -(-units // tile["BLOCK_HIDDEN"]),
@@ -211,11 +203,11 @@ def default(problem: Problem, target: Target) -> Config:
     return _tile(problem, warps, 32)
 
 
-def cost(problem: Problem) -> Cost:
+@op.counted
+def cost(problem: Problem) -> int:
     """The mean, and two products with one row per image."""
     n, channels, pixels, units = _sizes(problem)
-    read, written = op.tensor_bytes(problem)
-    return Cost(n * channels * (pixels + 4 * units), read, written)
+    return n * channels * (pixels + 4 * units)
 
 
 def packs(attributes: SqueezeExcite) -> Mapping[int, Callable[[Any, torch.Tensor], torch.Tensor]]:

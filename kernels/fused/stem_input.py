@@ -22,10 +22,10 @@ import triton.language as tl
 
 from ...errors import InvalidInputError
 from ..contract import op
-from ..contract.op import Attributes, Config, Cost, Launch, Op, Problem, X, Y
+from ..contract.op import Attributes, Config, Launch, Op, Problem
 from ..contract.spec import Layout, Operand, TensorSpec
 from ..contract.targets import Target
-from ..tile.geometry import Output
+from ..tile.geometry import tile_launch
 
 
 @dataclass(frozen=True)
@@ -140,13 +140,13 @@ def side_by_side(vectors, COUNT: tl.constexpr, LEVELS: tl.constexpr):
 @triton.jit
 def stem_input_kernel(
     x, y, extras, m, IMAGE: tl.constexpr, OUTPUT: tl.constexpr, LEFT: tl.constexpr,
-    LEVELS: tl.constexpr, MEAN: tl.constexpr, SCALE: tl.constexpr, WIDE: tl.constexpr,
-    BLOCK_M: tl.constexpr,
+    LEVELS: tl.constexpr, MEAN: tl.constexpr, SCALE: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
+    BLOCK_M: tl.constexpr = TILE.M
     CHANNELS: tl.constexpr = OUTPUT.K
     pixels = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     live = pixels < m
-    if WIDE:
+    if TILE.wide:
         pixels = pixels.to(tl.int64)
     sample = pixels // (IMAGE.H * OUTPUT.Q)
     row = pixels // OUTPUT.Q % IMAGE.H
@@ -173,25 +173,18 @@ def stem_input_kernel(
 
 def launches(problem: Problem, tile: Config, target: Target) -> tuple[Launch, ...]:
     """One program per BLOCK_M pixels of the result."""
-    attributes = problem.attributes
-    assert isinstance(attributes, StemInput)
-    x, out = problem.inputs[0], problem.output
-    rows = out.spec.numel // attributes.channels
-    launch = Launch(
-        kernel=stem_input_kernel,
-        pointers={"x": X, "y": Y},
-        rows=rows,
-        batch=out.spec.batch,
-        block_rows=tile["BLOCK_M"],
-        columns=1,
+    attributes = problem.attributes.expect(StemInput)
+    x = problem.inputs[0]
+    launch = tile_launch(
+        problem,
+        tile,
+        stem_input_kernel,
         constexprs={
-            "IMAGE": StridedImage.of(x), "OUTPUT": Output.of(out, None),
-            "LEFT": attributes.left, "LEVELS": attributes.channels.bit_length() - 1,
+            "IMAGE": StridedImage.of(x), "LEFT": attributes.left,
+            "LEVELS": attributes.channels.bit_length() - 1,
             "MEAN": attributes.mean or None, "SCALE": attributes.scale or None,
-            "WIDE": problem.is_wide,
-            **dict(tile.blocks),
         },
-        num_warps=tile.num_warps,
+        columns=1,
         l2_bytes=tile["BLOCK_M"] * x.shape[1] * x.spec.dtype.itemsize,
         # 112 per thread for two pixels, of sm_90 code that casts and normalises.
         instructions=tile["BLOCK_M"] * 56,
@@ -215,13 +208,11 @@ def default(problem: Problem, target: Target) -> Config:
     return op.config(4, 1, BLOCK_M=1024)
 
 
-def cost(problem: Problem) -> Cost:
-    """Two operations per element where it normalises; each tensor touched once."""
-    attributes = problem.attributes
-    assert isinstance(attributes, StemInput)
-    read, written = op.tensor_bytes(problem)
-    operations = 2 if attributes.mean else 0
-    return Cost(operations * problem.inputs[0].spec.numel, read, written)
+@op.counted
+def cost(problem: Problem) -> int:
+    """Two operations per element where it normalises."""
+    operations = 2 if problem.attributes.expect(StemInput).mean else 0
+    return operations * problem.inputs[0].spec.numel
 
 
 OP = Op(

@@ -8,13 +8,34 @@ chooses in the dimensions of 2, and are then neighbours as with stride 1.
 from __future__ import annotations
 
 import itertools
-from typing import Any
+from typing import Any, NamedTuple
 
-from ..contract.op import Box, Problem, X
+from ..contract.op import Config, Problem, TmaDescriptor, X
+from ..contract.spec import Operand
+from ..tile.geometry import Output
 
+ALIGNMENT = 16
+"""Bytes: of the first element and of every pitch."""
 MOST_WASTE = 1.5
 BOXES_TRIED = 2
 """Of each number of pixels, those that pad least."""
+
+
+class Pixels(NamedTuple):
+    """The box of pixels that a tile is: images, rows and columns, powers of two."""
+
+    N: int
+    H: int
+    W: int
+
+    @staticmethod
+    def of(tile: Config) -> Pixels:
+        """Of a configuration that reads boxes."""
+        return Pixels(tile["BOX_N"], tile["BOX_H"], tile["BOX_W"])
+
+    def of_image(self, output: Output) -> int:
+        """How many of them an image of an output takes."""
+        return -(-output.P // self.H) * -(-output.Q // self.W)
 
 
 def waste(problem: Problem, box: tuple[int, int, int]) -> float:
@@ -26,9 +47,7 @@ def waste(problem: Problem, box: tuple[int, int, int]) -> float:
     return computed / max(n * p * q, 1)
 
 
-def boxes(
-    problem: Problem, pixels: int, most_images: int = 1 << 30
-) -> list[tuple[int, int, int]]:
+def boxes(problem: Problem, pixels: int, most_images: int = 1 << 30) -> list[tuple[int, int, int]]:
     """Boxes of that many pixels, and of at most so many images, that pad little, the best first."""
     powers = [1 << bit for bit in range(pixels.bit_length())]
     every = [
@@ -39,6 +58,15 @@ def boxes(
     # Of equal ones that of fewest images: the boxes of neighbouring taps overlap most.
     every.sort(key=lambda box: (waste(problem, box), box[0], -box[2]))
     return [box for box in every[:BOXES_TRIED] if waste(problem, box) <= MOST_WASTE]
+
+
+def misaligned(x: Operand, w_pitch: int) -> str | None:
+    """Why x, or a weight with rows of so many elements, cannot be read in boxes, or None."""
+    parts = {"the start of x": x.offset, "the pitch of x": x.pitch, "the pitch of w": w_pitch}
+    for what, elements in parts.items():
+        if (size := elements * x.spec.dtype.itemsize) % ALIGNMENT:
+            return f"TMA: {what}, {size} bytes, is no multiple of {ALIGNMENT}"
+    return None
 
 
 def refusal(problem: Problem) -> str | None:
@@ -54,7 +82,7 @@ def refusal(problem: Problem) -> str | None:
     return None
 
 
-def view(problem: Problem, box: tuple[int, int, int], block_k: int) -> Box:
+def view(problem: Problem, box: tuple[int, int, int], block_k: int) -> TmaDescriptor:
     """The input of a convolution, read in boxes of (images, rows, columns) by so many channels."""
     attributes: Any = problem.attributes
     x = problem.inputs[0]
@@ -68,4 +96,4 @@ def view(problem: Problem, box: tuple[int, int, int], block_k: int) -> Box:
         shape = (n, h // 2, 2, width // 2, pitch + c)
         strides = (h * width * pitch, 2 * width * pitch, width * pitch, 2 * pitch, 1)
         read = (box[0], box[1], 1, box[2], block_k)
-    return Box(X, shape, strides, read, x.offset, x.spec.batch)
+    return TmaDescriptor(X, shape, strides, read, x.offset, x.spec.batch)

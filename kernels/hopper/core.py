@@ -19,15 +19,16 @@ from ... import settings
 from ...errors import TargetUnavailableError
 from ..contract import cost_model
 from ..contract import epilogue as ep
-from ..contract.op import Box, Config, Launch, Problem, W, X, Y, config
+from ..contract.op import Config, Launch, Problem, TmaDescriptor, W, X, Y, config
 from ..contract.spec import Operand
 from ..contract.targets import Target
 from ..tile import choice
 from ..tile.conv_geometry import Conv2d
-from ..tile.geometry import Image, Output, Tile, Window, problem_extras
+from ..tile.geometry import Image, Output, Window, tile_launch
 from . import boxes, gluon
+from .boxes import Pixels
 from .halo import halo_kernel
-from .kernel import Pixels, hopper_kernel
+from .kernel import hopper_kernel
 
 BLOCK = "HOPPER"
 SHARED, IN_TURNS, HALO = 1, 2, 3
@@ -55,8 +56,6 @@ SWIZZLE_PERIOD = 1_024
 """Bytes, of which a row of a halo's slot is a multiple."""
 WARPS = 4
 """Of each of the two groups that multiply; the compiler adds a group for the warp that copies."""
-ALIGNMENT = 16
-"""Bytes: of the first element and of every pitch."""
 
 
 class View(NamedTuple):
@@ -68,7 +67,7 @@ class View(NamedTuple):
     images: int
 
 
-def is_one(tile: Config) -> bool:
+def uses_core(tile: Config) -> bool:
     """Whether a configuration is this core's."""
     return bool(dict(tile.blocks).get(BLOCK, 0))
 
@@ -112,17 +111,12 @@ def refusal(problem: Problem, target: Target) -> str | None:
         return f"the Hopper core multiplies fp16, bf16 and tf32, not {x.spec.dtype}"
     if not _is_product(problem) and (reason := boxes.refusal(problem)) is not None:
         return reason
-    c, itemsize = _channels(problem), x.spec.dtype.itemsize
+    c = _channels(problem)
     if c < LEAST_CHANNELS:
         return f"{c} channels; the Hopper core is for {LEAST_CHANNELS} and more"
     if w.spec.numel == 0 or y.spec.numel == 0:
         return "a tensor is empty"
-    for what, elements in (
-        ("the start of x", x.offset), ("the pitch of x", x.pitch), ("the channels of w", c),
-    ):  # fmt: skip
-        if elements * itemsize % ALIGNMENT:
-            return f"TMA: {what}, {elements * itemsize} bytes, is no multiple of {ALIGNMENT}"
-    return None
+    return boxes.misaligned(x, c)
 
 
 def legal(problem: Problem, tile: Config, target: Target) -> str | None:
@@ -141,10 +135,7 @@ def legal(problem: Problem, tile: Config, target: Target) -> str | None:
         return f"the Hopper core has no tile of {tile}"
     if _way(tile) == HALO and (reason := _no_halo(problem, tile)) is not None:
         return reason
-    needed = shared_bytes(problem, tile, target)
-    if needed > target.shared_bytes:
-        return f"needs {needed} bytes of shared memory; {target.name} has {target.shared_bytes}"
-    return None
+    return target.shared_shortage(shared_bytes(problem, tile, target))
 
 
 def _no_halo(problem: Problem, tile: Config) -> str | None:
@@ -248,7 +239,7 @@ def note(problem: Problem, tile: Config, target: Target, launches: tuple[Launch,
     Empty where nobody asked for this one, and where the launches multiply nothing."""
     if not is_asked(target):
         return ""
-    if is_one(tile):
+    if uses_core(tile):
         return "Hopper core"
     if problem.op not in ("conv2d", "linear"):
         multiplies = any(cost_model.block_of(launch) for launch in launches)
@@ -295,44 +286,39 @@ def _window(problem: Problem) -> Window:
     return Window.of(problem.inputs[1].shape[2:], problem.attributes)
 
 
-def _x_box(problem: Problem, tile: Config, view: View) -> Box:
-    box = (tile["BOX_N"], tile["BOX_H"], tile["BOX_W"])
+def _x_box(problem: Problem, tile: Config, view: View) -> TmaDescriptor:
+    box = Pixels.of(tile)
     if not _is_product(problem):
         return boxes.view(problem, box, tile["BLOCK_K"])
     x: Operand = problem.inputs[0]
     shape, strides = (view.images, 1, 1, view.image.C), (x.pitch, x.pitch, x.pitch, 1)
-    return Box(X, shape, strides, (*box, tile["BLOCK_K"]), x.offset, x.spec.batch)
+    return TmaDescriptor(X, shape, strides, (*box, tile["BLOCK_K"]), x.offset, x.spec.batch)
 
 
 def launch(problem: Problem, tile: Config, target: Target) -> Launch:
     """As many programs as there are multiprocessors, each of which takes tile after tile."""
-    view, way = view_of(problem), _way(tile)
+    view, way, pixels = view_of(problem), _way(tile), Pixels.of(tile)
     c, taps, k = view.image.C, view.window.R * view.window.S, view.output.K
     block_m, block_n, block_k = tile["BLOCK_M"], tile["BLOCK_N"], tile["BLOCK_K"]
-    pixels = Pixels(tile["BOX_N"], tile["BOX_H"], tile["BOX_W"])
     dtype = problem.inputs[0].spec.dtype
     steps = taps * -(-c // block_k)
-    down, across = -(-view.output.P // pixels.H), -(-view.output.Q // pixels.W)
-    precision = "tf32" if dtype is torch.float32 else "ieee"
-    made = Launch(
-        kernel=hopper_kernel,
+    plain = tile_launch(
+        problem,
+        tile,
+        hopper_kernel,
         pointers={"y": Y},
         boxes={
             "x": _x_box(problem, tile, view),
-            "w": Box(W, (k, taps, c), (taps * c, c, 1), (block_n, 1, block_k)),
+            "w": TmaDescriptor(W, (k, taps, c), (taps * c, c, 1), (block_n, 1, block_k)),
         },
-        extras=problem_extras(problem),
-        rows=view.images,
-        batch=problem.output.spec.batch,
-        block_rows=pixels.N,
-        columns=down * across * -(-k // block_n),
         constexprs={
-            "IMAGE": view.image, "WINDOW": view.window, "PIXELS": pixels,
-            "TILE": Tile(block_m, block_n, block_k, 1, precision, problem.is_wide),
-            "OUTPUT": view.output, "STAGES": tile.num_stages,
+            "IMAGE": view.image, "WINDOW": view.window, "PIXELS": pixels, "STAGES": tile.num_stages,
         },
-        num_warps=tile.num_warps,
-        num_stages=tile.num_stages,
+        precision="tf32" if dtype is torch.float32 else "ieee",
+        output=view.output,
+        rows=view.images,
+        block_rows=pixels.N,
+        programs=pixels.of_image(view.output),
         l2_bytes=steps * _slot_bytes(block_m, block_n, block_k, dtype),
         steps=steps,
         step_instructions=STEP_INSTRUCTIONS * (1 if way == IN_TURNS else 2),
@@ -341,8 +327,8 @@ def launch(problem: Problem, tile: Config, target: Target) -> Launch:
         most_programs=cost_model.machine_for(target).multiprocessors,
     )  # fmt: skip
     if way == HALO:
-        return _with_halo(made, problem, tile, target)
-    return replace(made, constexprs={**made.constexprs, "TURNS": way == IN_TURNS})
+        return _with_halo(plain, problem, tile, target)
+    return replace(plain, constexprs={**plain.constexprs, "TURNS": way == IN_TURNS})
 
 
 def _with_halo(made: Launch, problem: Problem, tile: Config, target: Target) -> Launch:

@@ -63,6 +63,6 @@ def descriptor_type(dtype: str, box: tuple[int, ...], itemsize: int) -> str:
     return f"tensordesc<{dtype}[{','.join(map(str, box))}],{layout!r}>"
 
 
-def is_one(kernel: Any) -> bool:
+def is_gluon(kernel: Any) -> bool:
     """Whether a jit function is in Gluon."""
     return bool(getattr(kernel, "is_gluon", bool)())

@@ -28,8 +28,6 @@ a filter in the place of its im2col.
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 from .gluon import (
     fence_async_shared,
     gl,
@@ -42,14 +40,6 @@ from .gluon import (
 
 MOST_AT_ONCE = gl.constexpr(64 * 128) if gl else None
 """Results that a group finishes at a time. gelu keeps 272 bytes on the stack with twice as many."""
-
-
-class Pixels(NamedTuple):
-    """The box of pixels that a tile is: images, rows and columns, powers of two."""
-
-    N: int
-    H: int
-    W: int
 
 
 @jit

@@ -265,8 +265,7 @@ def launches_linear(problem: Problem, tile: Config, target: Target) -> tuple[Lau
 
 def launches_concat(problem: Problem, tile: Config, target: Target) -> tuple[Launch, ...]:
     """One copy per input into its slice of the output."""
-    assert isinstance(problem.attributes, Concat)
-    out, dim = problem.output, problem.attributes.dim
+    out, dim = problem.output, problem.attributes.expect(Concat).dim
     order = out.spec.layout.order(out.spec.rank)
     start, result = 0, []
     for index, x in enumerate(problem.inputs):
@@ -295,9 +294,7 @@ def slice_operand(whole: Operand, dim: int, start: int, size: int) -> Operand | 
     return None
 
 
-def view_of(
-    attributes: Attributes, x: Operand, out: TensorSpec
-) -> Operand | None:
+def view_of(attributes: Attributes, x: Operand, out: TensorSpec) -> Operand | None:
     """The op's result as an operand inside its input's buffer, or None where a copy is needed."""
     if x.spec.dtype is not out.dtype:
         return None

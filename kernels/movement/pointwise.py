@@ -55,9 +55,9 @@ def pointwise_kernel(
     N: tl.constexpr = TILE.N
     rows, columns, row_mask, column_mask = output_tile(m, OUTPUT, TILE)
     acc = tl.zeros((M, N), tl.float32)
-    programmatic_launch.wait(PDL)
+    programmatic_launch.grid_dependency_wait(PDL)
     acc = OUTPUT.epilogue(acc, rows, columns, row_mask, column_mask, extras)
-    programmatic_launch.release(PDL)
+    programmatic_launch.launch_dependents(PDL)
     acc = tl.broadcast_to(acc, (M, N))
     address = y + OUTPUT.offset + ROW_OFFSET(rows)[:, None] + (columns * COLUMN_STRIDE)[None, :]
     mask = row_mask[:, None] & column_mask[None, :]
@@ -95,7 +95,11 @@ def launch_chain(
     stages: ep.Epilogue,
     refs: tuple[Ref, ...],
 ) -> Launch:
-    """The launch that stores the chain `stages`, whose operands are `refs` read as `reads`."""
+    """The launch that stores the chain `stages`, whose operands are `refs` read as `reads`.
+
+    It is made here and not by `tile_launch`: what it walks over is a part of an output, whose rows
+    lie anywhere, and the tile is cut to its size.
+    """
     keep_first = walk.batch is not None
     strides = (walk.written.strides, *(read.strides for read in reads))
     sizes, strides = ep.collapse(walk.sizes, strides, keep_first)
@@ -205,10 +209,9 @@ def reference(name: str, attributes: Pointwise, *tensors: torch.Tensor) -> torch
 
 
 def launches(name: str, problem: Problem, tile: Config, target: Target) -> tuple[Launch, ...]:
-    assert isinstance(problem.attributes, Pointwise)
     out = problem.output.spec
     reads = tuple(ep.access(operand, out) for operand in problem.inputs)
-    stages = (LOAD, stage_of(name, problem.attributes))
+    stages = (LOAD, stage_of(name, problem.attributes.expect(Pointwise)))
     return (launch_reads(problem, tile, reads, stages),)
 
 

@@ -74,8 +74,7 @@ def flip(attributes: Flip, x: torch.Tensor) -> torch.Tensor:
 
 def launches(problem: Problem, tile: Config, target: Target) -> tuple[Launch, ...]:
     """One copy in the output's memory order."""
-    attributes, x, out = problem.attributes, problem.inputs[0], problem.output
-    assert isinstance(attributes, Rearrange)
+    attributes, x, out = problem.attributes.expect(Rearrange), problem.inputs[0], problem.output
     parts = parts_of(attributes, x, out.spec)
     order = out.spec.layout.order(out.spec.rank)
 

@@ -111,8 +111,7 @@ def fold(attributes: Fold, x: torch.Tensor) -> torch.Tensor:
 
 def launches(problem: Problem, tile: Config, target: Target) -> tuple[Launch, ...]:
     """One copy in the output's memory order, with the strides of windows that overlap."""
-    attributes, x, out = problem.attributes, problem.inputs[0], problem.output
-    assert isinstance(attributes, Unfold)
+    attributes, x, out = problem.attributes.expect(Unfold), problem.inputs[0], problem.output
     n, c, h, w = x.shape
     (r, s), (p, q) = attributes.kernel, attributes.places(h, w)
     of_n, of_c, of_h, of_w = x.strides
@@ -167,8 +166,7 @@ def fold_kernel(
 
 def launches_fold(problem: Problem, tile: Config, target: Target) -> tuple[Launch, ...]:
     """One launch over the pixels of the result."""
-    attributes, x = problem.attributes, problem.inputs[0]
-    assert isinstance(attributes, Fold)
+    attributes, x = problem.attributes.expect(Fold), problem.inputs[0]
     (h, w), (top, left) = attributes.image, attributes.padding
     p, q = attributes.places(h + 2 * top, w + 2 * left)
     constexprs = {

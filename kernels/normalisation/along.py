@@ -1,15 +1,19 @@
-"""Launches of kernels that go along one dimension of tensors in any layout: `scan` and `topk`."""
+"""Kernels that go along one dimension of tensors in any layout (`scan`, `topk`): tiles, launches.
+
+Results do not lie as rows of their innermost dimension, of which `tile_launch` makes an output: the
+launch is made here."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import triton
 import triton.language as tl
 
 from ..contract import epilogue as ep
-from ..contract.op import Config, Launch, Operand, Problem, Ref
+from ..contract.op import Config, Launch, Operand, Problem, Ref, config, power_of_two
+from ..contract.targets import Target
 from ..tile.geometry import Tile
 
 
@@ -30,6 +34,23 @@ def rows_of_program(m, TILE: tl.constexpr):
     if TILE.wide:
         rows = rows.to(tl.int64)
     return rows, row_mask
+
+
+def tiles_along(length: int, blocks: Sequence[int]) -> Iterator[Config]:
+    """1024 to 4096 elements per program, in blocks of up to so many of a row."""
+    for block in blocks:
+        columns = min(block, power_of_two(length))
+        for elements in (1024, 2048, 4096):
+            yield config(4, 1, BLOCK_ROWS=max(1, elements // columns), BLOCK_COLUMNS=columns)
+
+
+def tile_along(rows: int, length: int, block: int, target: Target) -> Config:
+    """2048 elements; in the interpreter, which pays per program, a quarter of a million."""
+    columns = min(power_of_two(length), block)
+    if target.name == "interpreter":
+        most = min(power_of_two(rows), (1 << 18) // columns)
+        return config(1, 1, BLOCK_ROWS=most, BLOCK_COLUMNS=columns)
+    return config(4, 1, BLOCK_ROWS=max(1, 2048 // columns), BLOCK_COLUMNS=columns)
 
 
 def launch_along(

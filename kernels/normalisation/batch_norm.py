@@ -17,17 +17,7 @@ import torch.nn.functional as F
 
 from ...errors import InvalidInputError
 from ..contract import epilogue as ep
-from ..contract.op import (
-    Arguments,
-    Attributes,
-    Builder,
-    Config,
-    Launch,
-    Op,
-    Problem,
-    Ref,
-    counted,
-)
+from ..contract.op import Arguments, Attributes, Builder, Config, Launch, Op, Problem, Ref, counted
 from ..contract.spec import TensorSpec
 from ..contract.targets import Target
 from ..movement.pointwise import LOAD, launch_reads
@@ -86,8 +76,7 @@ def pack(attributes: BatchNorm, vector: torch.Tensor) -> torch.Tensor:
 
 def launches(problem: Problem, tile: Config, target: Target) -> tuple[Launch, ...]:
     """One launch of the pointwise kernel, which reads a number per channel like any operand."""
-    attributes, out = problem.attributes, problem.output.spec
-    assert isinstance(attributes, BatchNorm)
+    attributes, out = problem.attributes.expect(BatchNorm), problem.output.spec
     at = {name: index for index, name in enumerate(attributes.inputs)}
     channel = tuple(int(dim == 1) for dim in out.layout.order(out.rank))
     stages = {

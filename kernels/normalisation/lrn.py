@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -27,7 +28,7 @@ import triton.language as tl
 from ...errors import InvalidInputError
 from ..contract import op
 from ..contract.op import Attributes, Config, Launch, Op, Problem, Target
-from ..contract.spec import TensorSpec
+from ..contract.spec import TensorSpec, rows_and_columns
 from ..tile.finish import put
 from ..tile.geometry import Matrix, tile_launch
 from ..tile.space import output_tile
@@ -79,10 +80,31 @@ def scaled(value, energy, BETA: tl.constexpr):
     return result
 
 
+class Norm(NamedTuple):
+    """y = x / (k + alpha · s)^beta, s the sum of squares from `below` channels before it to `above`
+    channels after it."""
+
+    below: int
+    above: int
+    alpha: float
+    k: float
+    beta: float
+
+    @staticmethod
+    def of(attributes: LocalResponseNorm) -> Norm:
+        size, alpha, k = attributes.size, attributes.alpha / attributes.size, attributes.k
+        return Norm(size // 2, (size - 1) // 2, alpha, float(k), float(attributes.beta))
+
+
+@triton.jit
+def normalised(value, energy, NORM: tl.constexpr):
+    """A channel divided by what the sum of squares around it gives."""
+    return scaled(value, NORM.k + NORM.alpha * energy, NORM.beta)
+
+
 @triton.jit
 def shifted_kernel(
-    x, y, extras, m, X: tl.constexpr, BELOW: tl.constexpr, ABOVE: tl.constexpr,
-    ALPHA: tl.constexpr, K: tl.constexpr, BETA: tl.constexpr, LANES: tl.constexpr,
+    x, y, extras, m, X: tl.constexpr, NORM: tl.constexpr, LANES: tl.constexpr,
     OUTPUT: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     M: tl.constexpr = TILE.M
@@ -91,14 +113,14 @@ def shifted_kernel(
     mask = row_mask[:, None] & column_mask[None, :]
     pixel = x + X.offset + (rows * X.row_stride)[:, None]
     energy = tl.zeros((M, N), tl.float32)
-    for shift in range(-BELOW, ABOVE + 1):
+    for shift in range(-NORM.below, NORM.above + 1):
         channels = columns + shift
         exists = (channels >= 0) & (channels < X.C)
         near = row_mask[:, None] & exists[None, :]
         value = tl.load(pixel + channels[None, :], mask=near, other=0.0).to(tl.float32)
         energy += value * value
     value = tl.load(pixel + columns[None, :], mask=mask, other=0.0).to(tl.float32)
-    acc = scaled(value, K + ALPHA * energy, BETA)
+    acc = normalised(value, energy, NORM)
     put(acc, y, rows, row_mask, columns, column_mask, extras, OUTPUT)
 
 
@@ -135,9 +157,37 @@ def pack(v, ROWS: tl.constexpr, GROUPS: tl.constexpr, LANES: tl.constexpr):
 
 
 @triton.jit
+def load_lanes(address, channels, live, C: tl.constexpr, LANES: tl.constexpr, OTHER: tl.constexpr):
+    """A vector of channels, the one before it and the one after, as fp32."""
+    near = live & (channels >= LANES) & (channels < C + LANES)
+    before = tl.load(address - LANES, mask=near, other=OTHER)
+    here = tl.load(address, mask=live & (channels < C), other=OTHER)
+    after = tl.load(address + LANES, mask=live & (channels < C - LANES), other=OTHER)
+    return before.to(tl.float32), here.to(tl.float32), after.to(tl.float32)
+
+
+@triton.jit
+def lane_values(before, here, after, ROWS: tl.constexpr, GROUPS: tl.constexpr, LANES: tl.constexpr):
+    """The 3 * LANES neighbouring channels as a tuple."""
+    return (
+        unpack(before, ROWS, GROUPS, LANES)
+        + unpack(here, ROWS, GROUPS, LANES)
+        + unpack(after, ROWS, GROUPS, LANES)
+    )
+
+
+@triton.jit
+def lane_energy(v, lane: tl.constexpr, BELOW: tl.constexpr, ABOVE: tl.constexpr):
+    """The sum of squares around one of them."""
+    energy = v[lane - BELOW] * v[lane - BELOW]
+    for j in tl.static_range(lane - BELOW + 1, lane + ABOVE + 1):
+        energy += v[j] * v[j]
+    return energy
+
+
+@triton.jit
 def lanes_kernel(
-    x, y, extras, m, X: tl.constexpr, BELOW: tl.constexpr, ABOVE: tl.constexpr,
-    ALPHA: tl.constexpr, K: tl.constexpr, BETA: tl.constexpr, LANES: tl.constexpr,
+    x, y, extras, m, X: tl.constexpr, NORM: tl.constexpr, LANES: tl.constexpr,
     OUTPUT: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     # C is a multiple of LANES, and the window reaches at most LANES channels to either side.
@@ -149,24 +199,13 @@ def lanes_kernel(
     group = start + tl.arange(0, GROUPS) * LANES
     channels = (group[:, None] + tl.arange(0, LANES)[None, :])[None, :, :]
     address = x + X.offset + (rows * X.row_stride)[:, None, None] + channels
-    live = row_mask[:, None, None]
-    before = tl.load(
-        address - LANES, mask=live & (channels >= LANES) & (channels < C + LANES), other=0.0
-    )
-    here = tl.load(address, mask=live & (channels < C), other=0.0)
-    after = tl.load(address + LANES, mask=live & (channels < C - LANES), other=0.0)
-    v = (
-        unpack(before.to(tl.float32), M, GROUPS, LANES)
-        + unpack(here.to(tl.float32), M, GROUPS, LANES)
-        + unpack(after.to(tl.float32), M, GROUPS, LANES)
-    )
+    before, here, after = load_lanes(address, channels, row_mask[:, None, None], C, LANES, 0.0)
+    v = lane_values(before, here, after, M, GROUPS, LANES)
     results = ()
     for lane in tl.static_range(LANES, 2 * LANES):
-        energy = v[lane - BELOW] * v[lane - BELOW]
-        for j in tl.static_range(lane - BELOW + 1, lane + ABOVE + 1):
-            energy += v[j] * v[j]
         # Tuples grow by addition: Triton has no starred elements.
-        results = results + (scaled(v[lane], K + ALPHA * energy, BETA),)
+        energy = lane_energy(v, lane, NORM.below, NORM.above)
+        results = results + (normalised(v[lane], energy, NORM),)
     acc = pack(results, M, GROUPS, LANES)
     put(acc, y, rows, row_mask, columns, column_mask, extras, OUTPUT)
 
@@ -174,25 +213,22 @@ def lanes_kernel(
 def lanes(problem: Problem) -> int:
     """Channels in 16 bytes, or 1 where they do not line up or the window is wider than that."""
     x, attributes = problem.inputs[0], problem.attributes
-    assert isinstance(attributes, LocalResponseNorm)
+    # One that is fused with a pooling is a part of its attributes.
+    norm = getattr(attributes, "lrn", attributes).expect(LocalResponseNorm)
     width = 16 // x.spec.dtype.itemsize
     aligned = not any(value % width for value in (x.shape[1], x.pitch, x.offset))
-    return width if aligned and attributes.size // 2 <= width else 1
+    return width if aligned and norm.size // 2 <= width else 1
 
 
 def launches(problem: Problem, tile: Config, target: Target) -> tuple[Launch, ...]:
     """One launch of the kernel that the tile's LANES chooses."""
-    attributes = problem.attributes
-    assert isinstance(attributes, LocalResponseNorm)
     launch = tile_launch(
         problem,
         tile,
         shifted_kernel if tile["LANES"] == 1 else lanes_kernel,
         constexprs={
             "X": Matrix.of(problem.inputs[0]), "LANES": tile["LANES"],
-            "BELOW": attributes.size // 2, "ABOVE": (attributes.size - 1) // 2,
-            "ALPHA": attributes.alpha / attributes.size,
-            "K": float(attributes.k), "BETA": float(attributes.beta),
+            "NORM": Norm.of(problem.attributes.expect(LocalResponseNorm)),
         },
         instructions=tile["BLOCK_ROWS"] * tile["BLOCK_COLUMNS"] * instructions_per_result(tile),
     )  # fmt: skip
@@ -219,8 +255,7 @@ def legal(problem: Problem, tile: Config, target: Target) -> str | None:
 
 def default(problem: Problem, target: Target) -> Config:
     """1024 results per program; a pixel's channels in 16-byte pieces where they line up."""
-    n, c, h, width = problem.output.shape
-    tile = op.tile_config(n * h * width, c, target, elements=1024)
+    tile = op.tile_config(*rows_and_columns(problem.output.spec), target, elements=1024)
     blocks = dict(tile.blocks)
     count = lanes(problem)
     blocks["BLOCK_COLUMNS"] = max(blocks["BLOCK_COLUMNS"], count)
@@ -230,8 +265,7 @@ def default(problem: Problem, target: Target) -> Config:
 @op.counted
 def cost(problem: Problem) -> int:
     """A multiply-add per neighbour, then about 8 operations."""
-    assert isinstance(problem.attributes, LocalResponseNorm)
-    return (2 * problem.attributes.size + 8) * problem.output.spec.numel
+    return (2 * problem.attributes.expect(LocalResponseNorm).size + 8) * problem.output.spec.numel
 
 
 OP = Op(

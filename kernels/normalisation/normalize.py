@@ -65,13 +65,10 @@ def reference(attributes: Normalize, x: torch.Tensor) -> torch.Tensor:
 
 
 def launches(problem: Problem, tile: Config, target: Target) -> tuple[Launch, ...]:
-    attributes = problem.attributes
-    assert isinstance(attributes, Normalize)
+    attributes = problem.attributes.expect(Normalize)
     return statistics.launches(
         problem, tile, statistics.DEVIATION, attributes.eps, attributes.centred
     )
-
-
 
 
 def _affine(g: Builder, x: Any, w: Any, b: Any, shape: Any, attributes: Normalize) -> Any:

@@ -186,8 +186,7 @@ class Walk:
 
 def walk_of(problem: Problem) -> Walk:
     """How the kernel goes over the problem's tensors."""
-    attributes, x, out = problem.attributes, problem.inputs[0], problem.output.spec
-    assert isinstance(attributes, Reduce)
+    attributes, x, out = problem.attributes.expect(Reduce), problem.inputs[0], problem.output.spec
     kept = [
         0 if dim in attributes.dims else stride
         for dim, stride in enumerate(x.strides)
@@ -219,8 +218,7 @@ def _divisor(name: str, attributes: Reduce, length: int) -> float:
 
 
 def _launches(name: str, problem: Problem, tile: Config, target: Target) -> tuple[Launch, ...]:
-    walk, attributes = walk_of(problem), problem.attributes
-    assert isinstance(attributes, Reduce)
+    walk, attributes = walk_of(problem), problem.attributes.expect(Reduce)
     reads = tuple(
         ep.Access(strides, operand.offset, str(operand.spec))
         for strides, operand in zip(walk.operands, problem.operands, strict=True)

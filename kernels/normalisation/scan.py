@@ -31,12 +31,10 @@ from ..contract.op import (
     Target,
     X,
     Y,
-    config,
     counted,
-    power_of_two,
 )
 from ..contract.spec import TensorSpec
-from .along import launch_along, rows_of_program
+from .along import launch_along, rows_of_program, tile_along, tiles_along
 
 BLOCK = 1024
 
@@ -103,35 +101,25 @@ def scan_kernel(
         tl.store(target + (places * Y.stride)[None, :], result.to(y.dtype.element_ty), mask=mask)
 
 
-def launches(
-    multiply: bool, problem: Problem, tile: Config, target: Target
-) -> tuple[Launch, ...]:
+def launches(multiply: bool, problem: Problem, tile: Config, target: Target) -> tuple[Launch, ...]:
     """One launch over all rows."""
-    assert isinstance(problem.attributes, Scan)
+    dim, constants = problem.attributes.expect(Scan).dim, {"MULTIPLY": multiply}
     tensors = {"x": (X, problem.inputs[0]), "y": (Y, problem.output)}
-    constants = {"MULTIPLY": multiply}
-    return launch_along(problem, tile, scan_kernel, problem.attributes.dim, tensors, constants)
+    return launch_along(problem, tile, scan_kernel, dim, tensors, constants)
 
 
 def _length(problem: Problem) -> int:
-    assert isinstance(problem.attributes, Scan)
-    return problem.inputs[0].shape[problem.attributes.dim]
+    return problem.inputs[0].shape[problem.attributes.expect(Scan).dim]
 
 
 def configs(problem: Problem, target: Target) -> Iterator[Config]:
-    """1024 to 4096 elements per program, in blocks of up to so many of a row."""
-    for block in (64, 256, 1024):
-        columns = min(block, power_of_two(_length(problem)))
-        for elements in (1024, 2048, 4096):
-            yield config(4, 1, BLOCK_ROWS=max(1, elements // columns), BLOCK_COLUMNS=columns)
+    """Long rows in blocks of up to 64, 256 or 1024."""
+    return tiles_along(_length(problem), (64, 256, 1024))
 
 
 def default(problem: Problem, target: Target) -> Config:
-    columns = min(power_of_two(_length(problem)), BLOCK)
-    if target.name == "interpreter":
-        rows = power_of_two(problem.output.spec.numel // _length(problem))
-        return config(1, 1, BLOCK_ROWS=min(rows, (1 << 18) // columns), BLOCK_COLUMNS=columns)
-    return config(4, 1, BLOCK_ROWS=max(1, 2048 // columns), BLOCK_COLUMNS=columns)
+    length = _length(problem)
+    return tile_along(problem.output.spec.numel // length, length, BLOCK, target)
 
 
 @counted

@@ -34,14 +34,13 @@ from ..contract.op import (
     Target,
     X,
     Y,
-    config,
     counted,
     power_of_two,
 )
 from ..contract.spec import TensorSpec
 from ..movement.pointwise import Pointwise
 from ..movement.rearrangement import Reshape
-from .along import launch_along, rows_of_program
+from .along import launch_along, rows_of_program, tile_along, tiles_along
 
 MOST_SELECTED = 64
 LONGEST = 4096
@@ -104,9 +103,7 @@ def ranked(value, place, exists, LARGEST: tl.constexpr):
 
 
 @triton.jit
-def ranked_block(
-    source, places, row_mask, L: tl.constexpr, LARGEST: tl.constexpr, X: tl.constexpr
-):
+def ranked_block(source, places, row_mask, L: tl.constexpr, LARGEST: tl.constexpr, X: tl.constexpr):
     """Elements at some places of every row, ranked."""
     mask = row_mask[:, None] & (places < L)[None, :]
     value = tl.load(source[:, None] + (places * X.stride)[None, :], mask=mask, other=0.0)
@@ -152,56 +149,43 @@ def topk_kernel(
 
 def launches(problem: Problem, tile: Config, target: Target) -> tuple[Launch, ...]:
     """One launch over all rows."""
-    attributes, (values, places) = problem.attributes, problem.outputs
-    assert isinstance(attributes, TopK)
+    attributes, (values, places) = problem.attributes.expect(TopK), problem.outputs
     tensors = {"x": (X, problem.inputs[0]), "y": (Y, values), "places": (Ref("output", 1), places)}
     constants = {"K": attributes.k, "LARGEST": attributes.largest}
     return launch_along(problem, tile, topk_kernel, attributes.dim, tensors, constants)
 
 
 def _length(problem: Problem) -> int:
-    assert isinstance(problem.attributes, TopK)
-    return problem.inputs[0].shape[problem.attributes.dim]
+    return problem.inputs[0].shape[problem.attributes.expect(TopK).dim]
 
 
 def configs(problem: Problem, target: Target) -> Iterator[Config]:
-    """1024 to 4096 elements per program, at least a row of them."""
-    length = power_of_two(_length(problem))
-    blocks = (256, 1024) if _is_one(problem) else (length,)
-    for block in blocks:
-        for elements in (1024, 2048, 4096):
-            columns = min(block, length)
-            yield config(
-                4, 1, BLOCK_ROWS=max(1, elements // columns), BLOCK_COLUMNS=columns
-            )
+    """At least a row of elements, but in blocks where one of them is taken."""
+    length = _length(problem)
+    return tiles_along(length, (256, BLOCK) if _takes_one(problem) else (power_of_two(length),))
 
 
-def _is_one(problem: Problem) -> bool:
-    assert isinstance(problem.attributes, TopK)
-    return problem.attributes.k == 1
+def _takes_one(problem: Problem) -> bool:
+    return problem.attributes.expect(TopK).k == 1
 
 
 def legal(problem: Problem, tile: Config, target: Target) -> str | None:
     length = _length(problem)
-    if not _is_one(problem) and tile["BLOCK_COLUMNS"] < length:
+    if not _takes_one(problem) and tile["BLOCK_COLUMNS"] < length:
         return f"{tile['BLOCK_COLUMNS']} of {length} elements: more than one are taken of all"
     return None
 
 
 def default(problem: Problem, target: Target) -> Config:
-    length = power_of_two(_length(problem))
-    columns = min(length, BLOCK) if _is_one(problem) else length
-    if target.name == "interpreter":
-        rows = power_of_two(problem.inputs[0].spec.numel // _length(problem))
-        return config(1, 1, BLOCK_ROWS=min(rows, (1 << 18) // columns), BLOCK_COLUMNS=columns)
-    return config(4, 1, BLOCK_ROWS=max(1, 2048 // columns), BLOCK_COLUMNS=columns)
+    length = _length(problem)
+    block = BLOCK if _takes_one(problem) else power_of_two(length)
+    return tile_along(problem.inputs[0].spec.numel // length, length, block, target)
 
 
 @counted
 def cost(problem: Problem) -> int:
     """A comparison per element and selected one."""
-    assert isinstance(problem.attributes, TopK)
-    return problem.inputs[0].spec.numel * problem.attributes.k
+    return problem.inputs[0].spec.numel * problem.attributes.expect(TopK).k
 
 
 def _selected(g: Builder, x: Any, dim: int, k: int, largest: bool) -> tuple[Any, Any]:

@@ -16,7 +16,7 @@ Pooling a volume to one voxel is a reduction (`reduce.py`).
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -187,7 +187,10 @@ def _capture(name: str, reduction: str = "", indices: bool = False) -> Capture:
     return capture
 
 
-def _op(name: str, function: Any, make: type[AdaptivePool], aten: Mapping[str, Capture]) -> Op:
+def _op(
+    name: str, function: Any, make: type[AdaptivePool], calls: Sequence[str], *capture: Any
+) -> Op:
+    """calls: the poolings of aten that become it, in the way that `_capture` knows by `capture`."""
     return Op(
         name=name,
         attributes=make,
@@ -198,42 +201,18 @@ def _op(name: str, function: Any, make: type[AdaptivePool], aten: Mapping[str, C
         default=default,
         legal=legal,
         cost=pool.cost,
-        aten=aten,
+        aten={f"aten.{call}.default": _capture(name, *capture) for call in calls},
         batched="pooling",
     )
 
 
+AVERAGES = ("adaptive_avg_pool1d", "adaptive_avg_pool2d")
+MAXIMA = ("adaptive_max_pool1d", "adaptive_max_pool2d")
 OPS = (
-    _op(
-        "adaptive_avg_pool2d",
-        F.adaptive_avg_pool2d,
-        AdaptivePool2d,
-        {
-            f"aten.adaptive_avg_pool{dims}d.default": _capture("adaptive_avg_pool2d")
-            for dims in (1, 2)
-        },
-    ),
-    _op(
-        "adaptive_max_pool2d",
-        F.adaptive_max_pool2d,
-        AdaptivePool2d,
-        {
-            f"aten.adaptive_max_pool{dims}d.default": _capture("adaptive_max_pool2d", indices=True)
-            for dims in (1, 2)
-        },
-    ),
-    _op(
-        "adaptive_avg_pool3d",
-        F.adaptive_avg_pool3d,
-        AdaptivePool3d,
-        {"aten.adaptive_avg_pool3d.default": _capture("adaptive_avg_pool3d", "mean")},
-    ),
-    _op(
-        "adaptive_max_pool3d",
-        F.adaptive_max_pool3d,
-        AdaptivePool3d,
-        {
-            "aten.adaptive_max_pool3d.default": _capture("adaptive_max_pool3d", "amax", True),
-        },
-    ),
-)
+    _op("adaptive_avg_pool2d", F.adaptive_avg_pool2d, AdaptivePool2d, AVERAGES),
+    _op("adaptive_max_pool2d", F.adaptive_max_pool2d, AdaptivePool2d, MAXIMA, "", True),
+    _op("adaptive_avg_pool3d", F.adaptive_avg_pool3d, AdaptivePool3d,
+        ("adaptive_avg_pool3d",), "mean"),
+    _op("adaptive_max_pool3d", F.adaptive_max_pool3d, AdaptivePool3d,
+        ("adaptive_max_pool3d",), "amax", True),
+)  # fmt: skip

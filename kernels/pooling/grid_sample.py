@@ -218,8 +218,7 @@ def grid_sample_kernel(
 
 def launches(problem: Problem, tile: Config, target: Target) -> tuple[Launch, ...]:
     """One launch over all output pixels."""
-    attributes, (x, grid) = problem.attributes, problem.inputs
-    assert isinstance(attributes, GridSample)
+    attributes, (x, grid) = problem.attributes.expect(GridSample), problem.inputs
     constexprs = {
         "H": x.shape[2], "WIDTH": x.shape[3], "PIXELS": grid.shape[1],
         "TAPS": TAPS[attributes.mode], "MODE": attributes.mode, "BORDER": attributes.border,
@@ -238,8 +237,7 @@ TILES = Tiles((256, 512, 1024), (16, 32, 64, 128), usual=lambda problem: 512)
 @counted
 def cost(problem: Problem) -> int:
     """A multiplication and an addition per pixel that an output looks at."""
-    assert isinstance(problem.attributes, GridSample)
-    return 2 * TAPS[problem.attributes.mode] ** 2 * problem.output.spec.numel
+    return 2 * TAPS[problem.attributes.expect(GridSample).mode] ** 2 * problem.output.spec.numel
 
 
 def _capture(g: Builder, a: Arguments) -> Any:

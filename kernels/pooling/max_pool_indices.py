@@ -142,7 +142,6 @@ OP = Op(
     launches=launches,
     configs=TILES.configs,
     default=TILES.default,
-    legal=TILES.legal,
     cost=cost,
     aten={
         f"aten.max_pool{dims}d_with_indices.default": pooling(NAME, MaxPool2d, indices=True)

@@ -206,24 +206,19 @@ def max_unpool_kernel(
         put(acc, y, rows, row_mask, columns, column_mask, extras, OUTPUT)
 
 
-def _attributes(problem: Problem) -> MaxUnpool2d:
-    assert isinstance(problem.attributes, MaxUnpool2d)
-    return problem.attributes
-
-
 def candidates(problem: Problem) -> int:
     """How many windows may name one pixel."""
-    return math.prod(_attributes(problem).candidates)
+    return math.prod(problem.attributes.expect(MaxUnpool2d).candidates)
 
 
 def cell_rows(problem: Problem) -> int:
     """Cells of all images."""
-    return problem.output.shape[0] * math.prod(_attributes(problem).cells)
+    return problem.output.shape[0] * math.prod(problem.attributes.expect(MaxUnpool2d).cells)
 
 
 def launches(problem: Problem, tile: Config, target: Target) -> tuple[Launch, ...]:
     """The one launch of the kernel."""
-    attributes = _attributes(problem)
+    attributes = problem.attributes.expect(MaxUnpool2d)
     pool, (x, where) = attributes.pool, problem.inputs
     height, width = (
         CellAxis(*of_axis)
@@ -254,7 +249,6 @@ TILES = Tiles(
     usual=lambda problem: 1024 if candidates(problem) == 1 else 256,
     held=lambda problem: candidates(problem) if candidates(problem) <= MOST_HELD else 0,
     most=36,
-    what="candidates",
     rows=cell_rows,
 )
 
@@ -321,7 +315,6 @@ OP = Op(
     launches=launches,
     configs=TILES.configs,
     default=TILES.default,
-    legal=TILES.legal,
     cost=cost,
     prepare=prepare,
     aten={"aten.max_unpool2d.default": _capture},

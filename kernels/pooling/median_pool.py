@@ -141,7 +141,6 @@ TILES = Tiles(
     usual=_usual,
     held=lambda problem: windows(problem).taps,
     most=100,
-    what="elements",
 )
 
 
@@ -160,6 +159,5 @@ OP = Op(
     launches=launches,
     configs=TILES.configs,
     default=TILES.default,
-    legal=TILES.legal,
     cost=cost,
 )

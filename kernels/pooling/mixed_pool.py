@@ -152,6 +152,5 @@ OP = Op(
     launches=launches,
     configs=TILES.configs,
     default=TILES.default,
-    legal=TILES.legal,
     cost=cost,
 )

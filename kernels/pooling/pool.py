@@ -16,14 +16,14 @@ The kernel, `pool_kernel.py`, also computes the adaptive poolings of `adaptive_p
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
 import torch.nn.functional as F
 
 from ..contract import epilogue as ep
-from ..contract.op import Attributes, Capture, Config, Launch, Op, Problem, Target, config, counted
+from ..contract.op import Attributes, Config, Launch, Op, Problem, Target, config, counted
 from ..movement.arguments import pooling
 from ..tile.geometry import tile_launch
 from .pool_kernel import MOST_MULTIPLIED, pool_kernel
@@ -127,7 +127,7 @@ def configs(problem: Problem, target: Target) -> Iterator[Config]:
 def legal(problem: Problem, tile: Config, target: Target) -> str | None:
     if tile["TILE_ROWS"] > 1 and not unrolls(problem):
         return "several output rows need unrolled taps"
-    return TILES.legal(problem, tile, target)
+    return None
 
 
 def default(problem: Problem, target: Target) -> Config:
@@ -148,9 +148,8 @@ def cost(problem: Problem) -> int:
     return taps * problem.output.spec.numel
 
 
-def _op(
-    name: str, make: type[Attributes], function: Any, aten: Mapping[str, Capture], **more: Any
-) -> Op:
+def _op(name: str, make: type[Attributes], function: Any, *calls: str, **more: Any) -> Op:
+    """calls: the poolings of aten that become it."""
     return Op(
         name=name,
         attributes=make,
@@ -161,37 +160,17 @@ def _op(
         default=default,
         legal=legal,
         cost=cost,
-        aten=aten,
+        aten={f"aten.{call}.default": pooling(name, make) for call in calls},
         batched="pooling",
         **more,
     )
 
 
 OPS = (
-    _op(
-        "max_pool2d",
-        MaxPool2d,
-        F.max_pool2d,
-        {f"aten.max_pool{dims}d.default": pooling("max_pool2d", MaxPool2d) for dims in (1, 2)},
-    ),
-    _op(
-        "avg_pool2d",
-        AvgPool2d,
-        F.avg_pool2d,
-        {f"aten.avg_pool{dims}d.default": pooling("avg_pool2d", AvgPool2d) for dims in (1, 2)},
-    ),
+    _op("max_pool2d", MaxPool2d, F.max_pool2d, "max_pool1d", "max_pool2d"),
+    _op("avg_pool2d", AvgPool2d, F.avg_pool2d, "avg_pool1d", "avg_pool2d"),
     # Positive: the cube root of a sum of cubes of either sign is ill-conditioned near zero.
-    _op("lp_pool2d", LpPool2d, F.lp_pool2d, {}, input_range=(0.05, 2.0)),
-    _op(
-        "max_pool3d",
-        MaxPool3d,
-        F.max_pool3d,
-        {"aten.max_pool3d.default": pooling("max_pool3d", MaxPool3d)},
-    ),
-    _op(
-        "avg_pool3d",
-        AvgPool3d,
-        F.avg_pool3d,
-        {"aten.avg_pool3d.default": pooling("avg_pool3d", AvgPool3d)},
-    ),
+    _op("lp_pool2d", LpPool2d, F.lp_pool2d, input_range=(0.05, 2.0)),
+    _op("max_pool3d", MaxPool3d, F.max_pool3d, "max_pool3d"),
+    _op("avg_pool3d", AvgPool3d, F.avg_pool3d, "avg_pool3d"),
 )

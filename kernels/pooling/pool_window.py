@@ -173,6 +173,14 @@ def windows(problem: Problem) -> Windows:
     return Windows.of(problem.attributes, problem.inputs[0], problem.output)
 
 
+def pixels_read(problem: Problem, pool: MaxPool2d | AvgPool2d, results: int) -> int:
+    """Pixels under the windows of so many neighbouring results, each once."""
+    (h, width), (p, q) = problem.inputs[0].shape[2:], problem.output.shape[2:]
+    results = min(results, p * q)
+    rows = min(h, (-(-results // q) - 1) * pool.stride[0] + pool.kernel[0])
+    return rows * min(width, (min(results, q) - 1) * pool.stride[1] + pool.kernel[1])
+
+
 def largest_window(size: int, outputs: int) -> int:
     """The most elements that one of `outputs` adaptive windows takes of `size`."""
     return max(-(-(at + 1) * size // outputs) - at * size // outputs for at in range(outputs))
@@ -246,8 +254,8 @@ def infer(
     (x,) = inputs
     dims = len(attributes.kernel)
     if x.rank != dims + 2:
-        wanted = "(N,C,H,W)" if dims == 2 else "(N,C,D,H,W)"
-        raise InvalidInputError(f"{name}: expected x {wanted}, got {x}")
+        expected = "(N,C,H,W)" if dims == 2 else "(N,C,D,H,W)"
+        raise InvalidInputError(f"{name}: expected x {expected}, got {x}")
     if min(*attributes.kernel, *attributes.stride, *attributes.dilation) < 1:
         raise InvalidInputError(f"{name}: window, stride, dilation must be positive: {attributes}")
     if isinstance(attributes, (AvgPool2d, AvgPool3d)) and attributes.divisor_override == 0:

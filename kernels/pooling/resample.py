@@ -17,7 +17,6 @@ dtype, as torch does on a GPU.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -27,25 +26,13 @@ import triton
 import triton.language as tl
 
 from ...errors import InvalidInputError
-from ..contract.op import (
-    Arguments,
-    Attributes,
-    Builder,
-    Config,
-    Launch,
-    Op,
-    Problem,
-    config,
-    counted,
-    tile_config,
-    tiles_of,
-)
+from ..contract.op import Arguments, Attributes, Builder, Config, Launch, Op, Problem, counted
 from ..contract.spec import Layout, TensorSpec
 from ..contract.targets import Target
 from ..tile.finish import put
 from ..tile.geometry import Image, tile_launch
 from ..tile.space import output_tile
-from .tiles import channel_block
+from .tiles import Tiles
 from .upsample import Axis, are_steps, pixels_per_output, size_and_steps
 
 CUBIC, LINEAR_WIDE, CUBIC_WIDE = "cubic", "antialiased-linear", "antialiased-cubic"
@@ -235,8 +222,7 @@ def resample_kernel(
 
 def launches(problem: Problem, tile: Config, target: Target) -> tuple[Launch, ...]:
     """One launch over all output pixels."""
-    attributes, x = problem.attributes, problem.inputs[0]
-    assert isinstance(attributes, Resample)
+    attributes, x = problem.attributes.expect(Resample), problem.inputs[0]
     of_axes = zip(x.shape[2:], attributes.size, attributes.steps, strict=True)
     height, width = (Axis(*of_axis) for of_axis in of_axes)
     vertical, horizontal = taps(attributes, x.shape[2:])
@@ -248,25 +234,14 @@ def launches(problem: Problem, tile: Config, target: Target) -> tuple[Launch, ..
     return (tile_launch(problem, tile, resample_kernel, constexprs=constexprs),)
 
 
-def configs(problem: Problem, target: Target) -> Iterator[Config]:
-    """256 to 1024 results per program."""
-    yield from tiles_of((256, 512, 1024), (16, 32, 64, 128))
-
-
-def default(problem: Problem, target: Target) -> Config:
-    """512 results, 4 per thread."""
-    c = problem.output.shape[1]
-    if target.name == "interpreter":
-        return tile_config(problem.output.spec.numel // c, c, target)
-    columns = channel_block(c)
-    return config(4, 1, BLOCK_ROWS=512 // columns, BLOCK_COLUMNS=columns)
+# By default 4 results per thread.
+TILES = Tiles((256, 512, 1024), (16, 32, 64, 128), usual=lambda problem: 512)
 
 
 @counted
 def cost(problem: Problem) -> int:
     """A multiplication and an addition per pixel that an output looks at, and the weights."""
-    attributes = problem.attributes
-    assert isinstance(attributes, Resample)
+    attributes = problem.attributes.expect(Resample)
     vertical, horizontal = taps(attributes, problem.inputs[0].shape[2:])
     return 2 * vertical * horizontal * problem.output.spec.numel
 
@@ -283,8 +258,8 @@ OP = Op(
     infer=infer,
     reference=reference,
     launches=launches,
-    configs=configs,
-    default=default,
+    configs=TILES.configs,
+    default=TILES.default,
     cost=cost,
     aten={
         "aten.upsample_bicubic2d.vec": lambda g, a: _capture(g, a, CUBIC),

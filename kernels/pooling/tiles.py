@@ -38,8 +38,8 @@ class Tiles:
     """The tuning space of a kernel with one program per tile.
 
     results, channels: of the tiles worth trying; usual: results of the default tile. held: values
-    that a thread keeps at a time for each of its results; most: how many fit its registers; what:
-    their name. rows: how many the output has, its pixels by default.
+    that a thread keeps at a time for each of its results; most: how many are expected to fit its
+    registers: larger tiles are not searched. rows: how many the output has, its pixels by default.
     """
 
     results: tuple[int, ...]
@@ -47,21 +47,14 @@ class Tiles:
     usual: Callable[[Problem], int]
     held: Callable[[Problem], int] = lambda problem: 0
     most: int = 0
-    what: str = "loads"
     rows: Callable[[Problem], int] = output_pixels
 
     def configs(self, problem: Problem, target: Target) -> Iterator[Config]:
-        """The tiles whose values fit the registers."""
+        """The tiles whose values are expected to fit the registers."""
         for tile in tiles_of(self.results, self.channels):
-            if self.legal(problem, tile, target) is None:
+            results = tile["BLOCK_ROWS"] * tile["BLOCK_COLUMNS"] // (32 * tile.num_warps)
+            if not target.is_gpu or results * self.held(problem) <= self.most:
                 yield tile
-
-    def legal(self, problem: Problem, tile: Config, target: Target) -> str | None:
-        """Why a tile spills registers, or None; the interpreter has no registers."""
-        results = tile["BLOCK_ROWS"] * tile["BLOCK_COLUMNS"] // (32 * tile.num_warps)
-        if target.is_gpu and results * self.held(problem) > self.most:
-            return f"more than {self.most} {self.what} per thread spill"
-        return None
 
     def default(self, problem: Problem, target: Target) -> Config:
         """The usual number of results; in the interpreter as many as memory allows."""

@@ -200,8 +200,7 @@ def upsample_kernel(
 
 def launches(problem: Problem, tile: Config, target: Target) -> tuple[Launch, ...]:
     """One launch over all output pixels."""
-    attributes, x, out = problem.attributes, problem.inputs[0], problem.output
-    assert isinstance(attributes, Upsample)
+    attributes, x, out = problem.attributes.expect(Upsample), problem.inputs[0], problem.output
     geometry = zip(x.shape[2:], out.shape[2:], attributes.steps, strict=True)
     axes = [Axis(*of_axis) for of_axis in geometry]
     is_volume = len(axes) == 3
@@ -220,9 +219,9 @@ TILES = Tiles((512, 1024, 2048), (16, 32, 64, 128), usual=lambda problem: 1024)
 @counted
 def cost(problem: Problem) -> int:
     """A multiplication and an addition per input pixel that an output looks at."""
-    assert isinstance(problem.attributes, Upsample)
-    is_linear = problem.attributes.rule in RULES[LINEARLY]
-    dimensions = problem.output.spec.rank - 2 - problem.attributes.sequence
+    attributes = problem.attributes.expect(Upsample)
+    is_linear = attributes.rule in RULES[LINEARLY]
+    dimensions = problem.output.spec.rank - 2 - attributes.sequence
     return 2 * (2**dimensions if is_linear else 0) * problem.output.spec.numel
 
 

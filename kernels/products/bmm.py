@@ -218,8 +218,7 @@ def bmm_kernel(
 
 def size_of(problem: Problem) -> choice.Size:
     """The rows of one product, its columns and depth, and the products side by side."""
-    attributes, a, out = problem.attributes, problem.inputs[0], problem.output
-    assert isinstance(attributes, Bmm)
+    attributes, a, out = problem.attributes.expect(Bmm), problem.inputs[0], problem.output
     *leading, rows, columns = out.shape
     depth = factor(attributes.left, a.spec).shape[-1]
     return choice.Size(rows, columns, depth, a.spec.dtype, groups=math.prod(leading))
@@ -227,8 +226,7 @@ def size_of(problem: Problem) -> choice.Size:
 
 def launches(problem: Problem, tile: Config, target: Target) -> tuple[Launch, ...]:
     """One launch over the tiles of all products."""
-    attributes, (a, b), size = problem.attributes, problem.inputs, size_of(problem)
-    assert isinstance(attributes, Bmm)
+    attributes, (a, b), size = problem.attributes.expect(Bmm), problem.inputs, size_of(problem)
     leading = problem.output.shape[:-2]
     launch = tile_launch(
         problem,

@@ -1,6 +1,6 @@
 """y = epilogue(x wᵀ) for few rows: the weights are streamed once, on the CUDA cores.
 
-x: (M, C), M at most 8, rows `X_PITCH` apart; w: (K, C) K-major; y: (M, K); fp32 accumulation.
+x: (M, C), M at most 8; w: (K, C) K-major; y: (M, K); fp32 accumulation.
 
 A tile of a matrix product has at least 16 rows, of which a batch of 1 uses one, and waits for its
 operands step by step. Here a program reads BLOCK_N rows of the weight in runs of BLOCK_K elements,
@@ -11,18 +11,16 @@ reading the weights. The sums of a result are always added in the same order.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import triton
 import triton.language as tl
 
 from ..contract import cost_model
-from ..contract import epilogue as ep
 from ..contract.op import Config, Launch, Problem, Target, W, X, Y, config, power_of_two
-from ..contract.spec import Operand
-from ..tile import choice
+from ..tile import choice, gemm
 from ..tile.finish import put
 from ..tile.geometry import Matrix, tile_launch
-from . import gemm
 
 MOST_ROWS = 8
 MOST_SUMS = 64
@@ -84,13 +82,14 @@ def gemv_kernel(
     put(acc, y, rows, row_mask, columns, column_mask, extras, OUTPUT)
 
 
-def is_one(tile: Config) -> bool:
+def uses_gemv(tile: Config) -> bool:
     """Whether a configuration of a product is this algorithm's."""
     return "ROWS" in dict(tile.blocks)
 
 
 def configs(size: choice.Size, target: Target) -> Iterator[Config]:
-    """Runs that one or two loads of all threads cover; none for more rows than are worth it."""
+    """Runs that one or two loads of all threads cover, without those that are expected to spill;
+    none for more rows than are worth it."""
     if not 0 < size.rows <= MOST_ROWS:
         return
     for warps in (4, 2, 1):
@@ -100,7 +99,7 @@ def configs(size: choice.Size, target: Target) -> Iterator[Config]:
                 tile = config(
                     warps, 1, ROWS=power_of_two(size.rows), BLOCK_N=block_n, BLOCK_K=block_k
                 )
-                if legal(size, tile, target) is None:
+                if legal(size, tile, target) is None and not _spills(tile, target):
                     yield tile
 
 
@@ -122,60 +121,54 @@ def legal(size: choice.Size, tile: Config, target: Target) -> str | None:
             f"runs of {tile['BLOCK_K']} elements; {tile.num_warps} warps load "
             f"{_covered(size, tile.num_warps)} at a time"
         )
-    sums = tile["ROWS"] * tile["BLOCK_N"] * tile["BLOCK_K"] // (32 * tile.num_warps)
-    if sums > MOST_SUMS:
-        return f"{sums} sums per thread; more than {MOST_SUMS} spill"
-    if target.capability >= 100 and tile["BLOCK_N"] > MOST_COLUMNS_ON_SM_100:
-        return f"{tile['BLOCK_N']} columns; more than {MOST_COLUMNS_ON_SM_100} spill on sm_100"
     return None
+
+
+def _spills(tile: Config, target: Target) -> bool:
+    """Whether a configuration is expected to need more registers than there are."""
+    sums = tile["ROWS"] * tile["BLOCK_N"] * tile["BLOCK_K"] // (32 * tile.num_warps)
+    many = target.capability >= 100 and tile["BLOCK_N"] > MOST_COLUMNS_ON_SM_100
+    return sums > MOST_SUMS or many
 
 
 def default(size: choice.Size, target: Target) -> Config | None:
     """The configuration of least modelled time; None for more rows than are worth it."""
     gpu = cost_model.machine_for(target)
-    return min(configs(size, target), key=lambda tile: outlined_us(gpu, size, tile), default=None)
-
-
-def outlined_us(gpu: cost_model.Machine, size: choice.Size, tile: Config) -> float:
-    """Modelled time of the launch that a configuration would become."""
-    results = size.rows * size.columns * size.dtype.itemsize
-    return cost_model.launch_us(gpu, outline(size, tile), size.flops, size.dtype, results)
-
-
-def outline(size: choice.Size, tile: Config) -> Launch:
-    """What the cost model needs to know of the launch that a configuration would become."""
-    block_n, itemsize = tile["BLOCK_N"], size.dtype.itemsize
-    # As counted in sm_90 code for half precision: a conversion for each weight and element of x, a
-    # multiply-add for each product, and at the end 14 instructions of every thread for each result.
-    rows, steps = tile["ROWS"], -(-size.depth // tile["BLOCK_K"])
-    loop = steps * tile["BLOCK_K"] * (block_n * (1.2 + rows) + 1.5 * rows)
-    instructions = loop + 14 * rows * block_n * 32 * tile.num_warps
-    return Launch(
-        kernel=None,
-        pointers={},
-        rows=size.rows,
-        block_rows=tile["ROWS"],
-        columns=-(-size.columns // block_n),
-        constexprs={},
-        l2_bytes=size.depth * (block_n + size.rows) * itemsize,
-        instructions=int(instructions),
-        steps=steps,
+    return min(
+        configs(size, target),
+        key=lambda tile: choice.product_us(gpu, size, launch_for_cost_model(size, tile)),
+        default=None,
     )
 
 
-def launch(problem: Problem, tile: Config, x: Operand, columns: int) -> Launch:
-    """The product of `x` seen as a matrix of its innermost dimension with the packed weight."""
-    depth = ep.memory_sizes(x.spec)[-1]
-    rows = problem.output.spec.numel // columns
-    modelled = outline(choice.Size(rows, columns, depth, x.spec.dtype), tile)
+def launch_for_cost_model(size: choice.Size, tile: Config) -> Launch:
+    """What the cost model needs to know of the launch that a configuration would become."""
+    return choice.sketch(tile, size.rows, size.columns, **_modelled(size, tile))
+
+
+def _modelled(size: choice.Size, tile: Config) -> dict[str, Any]:
+    """What a launch says to the cost model."""
+    block_n, rows, steps = tile["BLOCK_N"], tile["ROWS"], -(-size.depth // tile["BLOCK_K"])
+    # As counted in sm_90 code for half precision: a conversion for each weight and element of x, a
+    # multiply-add for each product, and at the end 14 instructions of every thread for each result.
+    loop = steps * tile["BLOCK_K"] * (block_n * (1.2 + rows) + 1.5 * rows)
+    return {
+        "l2_bytes": size.depth * (block_n + size.rows) * size.dtype.itemsize,
+        "instructions": int(loop + 14 * rows * block_n * 32 * tile.num_warps),
+        "steps": steps,
+    }
+
+
+def launch(problem: Problem, tile: Config) -> Launch:
+    """The product of the first input, seen as a matrix of its innermost dimension, with the packed
+    weight."""
+    size = gemm.problem_size(problem)
     return tile_launch(
         problem,
         tile,
         gemv_kernel,
-        constexprs={"X": Matrix(depth, x.pitch, x.offset), "PROLOGUE": gemm.prologue_of(problem)},
-        rows=rows,
+        constexprs={"X": Matrix.of(problem.inputs[0]), "PROLOGUE": gemm.prologue_of(problem)},
+        rows=size.rows,
         pointers={"x": X, "w": W, "y": Y},
-        l2_bytes=modelled.l2_bytes,
-        instructions=modelled.instructions,
-        steps=modelled.steps,
+        **_modelled(size, tile),
     )

@@ -13,19 +13,11 @@ import torch.nn.functional as F
 
 from ...errors import InvalidInputError
 from ..contract.epilogue import Stage
-from ..contract.op import (
-    Arguments,
-    Attributes,
-    Builder,
-    Config,
-    Launch,
-    Op,
-    Problem,
-    counted,
-)
+from ..contract.op import Arguments, Attributes, Builder, Config, Launch, Op, Problem, counted
 from ..contract.spec import TensorSpec
 from ..contract.targets import Target
-from . import gemm, product
+from ..tile import gemm
+from . import product
 
 
 @dataclass(frozen=True)

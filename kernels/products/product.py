@@ -1,7 +1,7 @@
 """The plain product y = epilogue(x wᵀ) of linear layers and 1x1 convolutions, and who computes it.
 
 The configuration says which algorithm:
-- `gemm`: tiles on the tensor cores (`gemm.py`);
+- `gemm`: tiles on the tensor cores (`tile/gemm.py`);
 - on sm_90 by warps that do different things (`hopper/core.py`);
 - `gemv`: at most 8 rows, the weights streamed once (`gemv.py`).
 """
@@ -13,18 +13,17 @@ from collections.abc import Iterator
 from ..contract import cost_model
 from ..contract.op import Config, Launch, Problem, Target
 from ..hopper import core
-from ..tile import choice
-from . import gemm, gemv
+from ..tile import choice, gemm
+from . import gemv
 
 
 def launch(problem: Problem, tile: Config, target: Target) -> Launch:
     """The launch of the configuration's algorithm."""
-    if core.is_one(tile):
+    if core.uses_core(tile):
         return core.launch(problem, tile, target)
-    x, columns = problem.inputs[0], gemm.problem_size(problem).columns
-    if gemv.is_one(tile):
-        return gemv.launch(problem, tile, x, columns)
-    return gemm.launch(problem, tile, x, columns)
+    if gemv.uses_gemv(tile):
+        return gemv.launch(problem, tile)
+    return gemm.launch(problem, tile)
 
 
 def configs(problem: Problem, target: Target) -> Iterator[Config]:
@@ -37,10 +36,10 @@ def configs(problem: Problem, target: Target) -> Iterator[Config]:
 
 def legal(problem: Problem, tile: Config, target: Target) -> str | None:
     """Why a configuration cannot run on the target, or None."""
-    if core.is_one(tile):
+    if core.uses_core(tile):
         return core.legal(problem, tile, target)
     size = gemm.problem_size(problem)
-    if gemv.is_one(tile):
+    if gemv.uses_gemv(tile):
         return gemv.legal(size, tile, target)
     return choice.legal_tile(size.dtype, tile, target)
 
@@ -59,5 +58,8 @@ def _plain_default(problem: Problem, target: Target) -> Config:
     if streamed is None:
         return tile
     gpu = cost_model.machine_for(target)
-    is_faster = gemv.outlined_us(gpu, size, streamed) < choice.outlined_us(gpu, size, tile)
-    return streamed if is_faster else tile
+    launches = (
+        gemv.launch_for_cost_model(size, streamed), choice.launch_for_cost_model(size, tile)
+    )  # fmt: skip
+    streamed_us, tiled_us = (choice.product_us(gpu, size, launch) for launch in launches)
+    return streamed if streamed_us < tiled_us else tile

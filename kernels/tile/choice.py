@@ -86,12 +86,7 @@ def shared_bytes(tile: Config, dtype: torch.dtype) -> int:
 def legal_tile(dtype: torch.dtype, tile: Config, target: Target) -> str | None:
     """Why a matrix-product tile cannot run on the target, or None; whether it fits registers only
     the compiler tells."""
-    if target.name == "interpreter":
-        return None
-    needed = shared_bytes(tile, dtype)
-    if needed > target.shared_bytes:
-        return f"needs {needed} bytes of shared memory; {target.name} has {target.shared_bytes}"
-    return None
+    return target.shared_shortage(shared_bytes(tile, dtype))
 
 
 def tiles(dtype: torch.dtype, target: Target) -> tuple[tuple[int, int, int], ...]:
@@ -235,31 +230,34 @@ class Work(NamedTuple):
 
 def choose(
     candidates: Iterable[Config],
-    outline: Callable[[Config], Launch],
+    launch_of: Callable[[Config], Launch],
     work: Work,
     target: Target,
     *,
     factor: Callable[[Config], float] = lambda tile: 1,
-    waste: Callable[[Config], int] = lambda tile: 0,
+    waste: Callable[[Config], float] = lambda tile: 0,
+    spills: Callable[[Config], bool] = lambda tile: False,
     default: Config | None = None,
 ) -> Config:
     """The candidate of least modelled time; of equals that of least `waste`, and of those the
     first.
 
-    outline: what the cost model needs to know of a launch; factor: what the model does not know of
-    a configuration, as a multiple of its time. default: where there is no candidate.
+    launch_of: what the cost model needs to know of a launch; factor: what the model does not know
+    of a configuration, as a multiple of its time; spills: whether it is expected to need more
+    registers than there are, and is taken where no other is. default: where there is no candidate.
     """
     gpu = cost_model.machine_for(target)
 
     def time_us(tile: Config) -> float:
-        return factor(tile) * cost_model.launch_us(gpu, outline(tile), *work)
+        return factor(tile) * cost_model.launch_us(gpu, launch_of(tile), *work)
 
-    ranked = ((time_us(tile), waste(tile), at, tile) for at, tile in enumerate(candidates))
-    least = min(ranked, default=None, key=lambda each: each[:3])
-    if least is None:
-        assert default is not None, "no configuration can run"
-        return default
-    return least[3]
+    least = min(
+        candidates,
+        key=lambda tile: (spills(tile), time_us(tile), waste(tile)),
+        default=default,
+    )
+    assert least is not None, "no configuration can run"
+    return least
 
 
 def fastest(size: Size, candidates: Iterable[Config], target: Target) -> Config:
@@ -267,7 +265,7 @@ def fastest(size: Size, candidates: Iterable[Config], target: Target) -> Config:
     which only cost registers, and of those the first."""
     return choose(
         candidates,
-        lambda tile: outline(size, tile),
+        lambda tile: launch_for_cost_model(size, tile),
         _work(size),
         target,
         waste=lambda tile: -size.columns % tile["BLOCK_N"],
@@ -287,13 +285,14 @@ def sketch(
     constexprs: Mapping[str, int] = NONE,
     **modelled: Any,
 ) -> Launch:
-    """A launch that only the cost model sees: of BLOCK_M of the rows times BLOCK_N of the columns
-    in each program, of which every tile has so many."""
+    """A launch that only the cost model sees: of BLOCK_M (or ROWS) of the rows times BLOCK_N of the
+    columns in each program, of which every tile has so many."""
+    sizes = dict(tile.blocks)
     return Launch(
         kernel=None,
         pointers={},
         rows=rows,
-        block_rows=tile["BLOCK_M"],
+        block_rows=sizes.get("BLOCK_M") or sizes["ROWS"],
         columns=-(-columns // tile["BLOCK_N"]) * programs,
         constexprs=constexprs,
         num_warps=tile.num_warps,
@@ -327,33 +326,35 @@ def _halves_fit_in_twos(size: Size, block: tuple[int, int, int], target: Target)
 
     def held(block_k: int) -> int:
         tile = config_of(size, block, block_k, min(DEFAULT_STAGES), 1)
-        return cost_model.resident(gpu, outline(size, tile), size.dtype)
+        return cost_model.resident(gpu, launch_for_cost_model(size, tile), size.dtype)
 
     return held(64) == 1 and held(32) > 1
 
 
-def outlined_us(gpu: cost_model.Machine, size: Size, tile: Config) -> float:
-    """Modelled time of the launch that a tile would become."""
-    return cost_model.launch_us(gpu, outline(size, tile), *_work(size))
+def product_us(gpu: cost_model.Machine, size: Size, launch: Launch) -> float:
+    """Modelled time of a launch that computes a product of that size."""
+    return cost_model.launch_us(gpu, launch, *_work(size))
 
 
-def outline(size: Size, tile: Config) -> Launch:
+def launch_for_cost_model(size: Size, tile: Config) -> Launch:
     """What the cost model needs to know of the launch that a tile would become."""
+    programs = size.groups * split_of(tile)
+    blocks = dict(tile.blocks)
+    return sketch(tile, size.rows, size.columns, programs, blocks, **modelled(size, tile))
+
+
+def modelled(size: Size, tile: Config) -> dict[str, Any]:
+    """What the launch of a product says to the cost model, and its scratch."""
     block_m, block_n, split = tile["BLOCK_M"], tile["BLOCK_N"], split_of(tile)
     steps = -(-size.steps(tile["BLOCK_K"]) // split)
     read = min(steps * tile["BLOCK_K"], size.terms)  # Padding is not.
-    return sketch(
-        tile,
-        size.rows,
-        size.columns,
-        size.groups * split,
-        dict(tile.blocks),
-        l2_bytes=read * (block_m + block_n) * size.dtype.itemsize,
-        steps=steps,
-        step_instructions=step_instructions(tile, size.dtype, size.taps),
-        combine_bytes=split_k.combine_bytes(split, block_m, block_n),
-        scratch=split_k.scratch(1, split, block_m, block_n),
-    )
+    return {
+        "l2_bytes": read * (block_m + block_n) * size.dtype.itemsize,
+        "steps": steps,
+        "step_instructions": step_instructions(tile, size.dtype, size.taps),
+        "combine_bytes": split_k.combine_bytes(split, block_m, block_n),
+        "scratch": split_k.scratch(size.tiles(block_m, block_n), split, block_m, block_n),
+    }
 
 
 def split_of(tile: Config) -> int:
@@ -361,12 +362,12 @@ def split_of(tile: Config) -> int:
     return dict(tile.blocks).get("SPLIT", 1)
 
 
-def interpreter_tile(size: Size) -> Config:
+def interpreter_tile(size: Size, least_rows: int = 16) -> Config:
     """Few, large programs: the interpreter pays about a millisecond per tile operation.
 
     Operand tiles hold up to half a million elements, accumulators a million.
     """
-    block_m = max(16, min(4096, power_of_two(size.rows)))
+    block_m = max(16, least_rows, min(4096, power_of_two(size.rows)))
     block_n = max(16, min(1024, (1 << 20) // block_m, power_of_two(size.columns)))
     room = max(128, (1 << 19) // max(block_m, block_n))
     block_k = max(16, min(room, power_of_two(size.depth)))

@@ -1,4 +1,4 @@
-"""What a two-dimensional convolution is: its attributes, shapes and reference."""
+"""What a convolution is: shapes and reference, and the attributes of two-dimensional ones."""
 
 from __future__ import annotations
 
@@ -30,37 +30,49 @@ class Conv2d(Attributes):
         return plain and filters[2:] == (1, 1)
 
 
-def infer(attributes: Conv2d, inputs: tuple[TensorSpec, ...]) -> tuple[TensorSpec, ...]:
-    """P = floor((H + top + bottom − dh·(R − 1) − 1) / sh) + 1, Q likewise."""
+def infer(
+    attributes: Any, inputs: tuple[TensorSpec, ...], name: str = "conv2d"
+) -> tuple[TensorSpec, ...]:
+    """P = floor((H + top + bottom − dh·(R − 1) − 1) / sh) + 1, the other dimensions likewise; of
+    any convolution whose padding is before and after each dimension."""
     x, w = inputs
-    if x.rank != 4 or w.rank != 4:
-        raise InvalidInputError(f"conv2d: expected x (N,C,H,W) and w (K,C/G,R,S), got {x}, {w}")
-    n, c, h, width = x.shape
-    k, per_group, r, s = w.shape
-    groups = attributes.groups
+    dims = len(attributes.stride)
+    if x.rank != dims + 2 or w.rank != dims + 2:
+        letters = "DHW"[-dims:], "TRS"[-dims:]
+        expected = f"x (N,C,{','.join(letters[0])}) and w (K,C/G,{','.join(letters[1])})"
+        raise InvalidInputError(f"{name}: expected {expected}, got {x}, {w}")
+    groups, (k, per_group), c = attributes.groups, w.shape[:2], x.shape[1]
     if groups < 1 or c % groups or k % groups or per_group != c // groups:
         raise InvalidInputError(
-            f"conv2d: {c} input and {k} output channels with weight {w} do not divide into "
+            f"{name}: {c} input and {k} output channels with weight {w} do not divide into "
             f"{groups} groups"
         )
-    top, bottom, left, right = attributes.padding
-    (sh, sw), (dh, dw) = attributes.stride, attributes.dilation
-    p = (h + top + bottom - dh * (r - 1) - 1) // sh + 1
-    q = (width + left + right - dw * (s - 1) - 1) // sw + 1
-    if p < 1 or q < 1:
-        raise InvalidInputError(
-            f"conv2d: a {r}x{s} filter with dilation {dh}x{dw} does not fit the padded input "
-            f"{h + top + bottom}x{width + left + right}"
-        )
-    return (TensorSpec((n, k, p, q), x.dtype, Layout.NHWC, x.batch),)
+    if min(*attributes.stride, *attributes.dilation) < 1:
+        raise InvalidInputError(f"{name}: stride and dilation must be positive: {attributes}")
+    sizes = []
+    for at, (stride, dilation) in enumerate(
+        zip(attributes.stride, attributes.dilation, strict=True)
+    ):
+        (before, after), size = attributes.padding[2 * at : 2 * at + 2], x.shape[at + 2]
+        extent = dilation * (w.shape[at + 2] - 1) + 1
+        if size + min(before, 0) + min(after, 0) < 1 or size + before + after < extent:
+            raise InvalidInputError(
+                f"{name}: a filter of {extent} pixels (dilation {dilation} included) does not fit "
+                f"dimension {at + 2} of {x} padded by {before} and {after}"
+            )
+        sizes.append((size + before + after - extent) // stride + 1)
+    return (TensorSpec((x.shape[0], k, *sizes), x.dtype, Layout.NHWC, x.batch),)
 
 
-def reference(attributes: Conv2d, x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
-    top, bottom, left, right = attributes.padding
-    if (top, left) != (bottom, right):
-        x, padding = F.pad(x, (left, right, top, bottom)), (0, 0)
-    else:
-        padding = (top, left)
+def reference(
+    attributes: Any, x: torch.Tensor, w: torch.Tensor, *, border: str = "constant"
+) -> torch.Tensor:
+    """By torch, of any such convolution; border: a mode of `F.pad`."""
+    before, after = attributes.padding[::2], attributes.padding[1::2]
+    padding = before
+    if before != after or min(before) < 0 or border != "constant":
+        sides = [width for pair in zip(before[::-1], after[::-1], strict=True) for width in pair]
+        x, padding = F.pad(x, sides, border), 0
     return convolve(
         x,
         w,

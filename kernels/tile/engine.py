@@ -31,7 +31,7 @@ from .space import Space, pixel_index, tile_index
 
 @triton.jit
 def compute_tile(
-    x, w, x2, w2, y, parts, tickets, tile, split, first, stop, columns, column_mask, extras,
+    x, w, x2, w2, y, workspace, semaphores, tile, split, first, stop, columns, column_mask, extras,
     SPACE: tl.constexpr, SOURCE: tl.constexpr, SECOND: tl.constexpr,
     FINISH: tl.constexpr, OUTPUT: tl.constexpr, TILE: tl.constexpr, SPLIT: tl.constexpr,
     PDL: tl.constexpr,
@@ -41,7 +41,7 @@ def compute_tile(
     N: tl.constexpr = TILE.N
     image, p, q, live = SPACE.place(first, stop, SPACE, TILE)
     at = SOURCE.begin(first, stop, image, p, q, live, SOURCE, SPACE, TILE)
-    programmatic_launch.wait(PDL)
+    programmatic_launch.grid_dependency_wait(PDL)
     acc = tl.zeros((M, N), tl.float32)
     acc = add_product(acc, x, w, at, columns, column_mask, stop, split, extras, SOURCE, TILE, SPLIT)
     if SECOND is not None:
@@ -49,17 +49,17 @@ def compute_tile(
         acc = add_product(
             acc, x2, w2, at, columns, column_mask, stop, split, extras, SECOND, TILE, 1
         )
-    programmatic_launch.release(PDL)
+    programmatic_launch.launch_dependents(PDL)
     rows = pixel_index(first, image, p, q, SPACE, TILE)
     FINISH.end(
-        acc, y, parts, tickets, tile, split, first, stop, rows, live, columns, column_mask, extras,
-        SPACE, FINISH, OUTPUT, TILE, SPLIT,
+        acc, y, workspace, semaphores, tile, split, first, stop, rows, live, columns, column_mask,
+        extras, SPACE, FINISH, OUTPUT, TILE, SPLIT,
     )  # fmt: skip
 
 
 @triton.jit
 def tile_kernel(
-    x, w, x2, w2, y, parts, tickets, extras, m,
+    x, w, x2, w2, y, workspace, semaphores, extras, m,
     SPACE: tl.constexpr, SOURCE: tl.constexpr, SECOND: tl.constexpr,
     FINISH: tl.constexpr, OUTPUT: tl.constexpr, TILE: tl.constexpr, GROUPS: tl.constexpr,
     SPLIT: tl.constexpr, PDL: tl.constexpr,
@@ -89,7 +89,7 @@ def tile_kernel(
         columns = group * WIDTH + within
         x += group * SOURCE.image.C
     compute_tile(
-        x, w, x2, w2, y, parts, tickets, tile, tl.program_id(0) % SPLIT,
+        x, w, x2, w2, y, workspace, semaphores, tile, tl.program_id(0) % SPLIT,
         row_tile * SPACE.per_tile, m, columns, column_mask, extras,
         SPACE, SOURCE, SECOND, FINISH, OUTPUT, TILE, SPLIT, PDL,
     )  # fmt: skip

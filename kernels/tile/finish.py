@@ -1,8 +1,7 @@
 """What becomes of the sums of a tile: they are stored, pooled, averaged or added to others'.
 
-`end(acc, y, parts, tickets, tile, split, first, stop, rows, live, columns, column_mask, ...)` takes
-them to memory; the arguments are those of `space.py`, and of `split_k.py` where programs share a
-sum.
+`end(acc, y, workspace, semaphores, tile, split, first, stop, rows, live, columns, ...)` takes them
+to memory; the arguments are those of `space.py`, and of `split_k.py` where programs share a sum.
 """
 
 from __future__ import annotations
@@ -54,15 +53,15 @@ def unit_rows(first, stop, COUNT: tl.constexpr, TILE: tl.constexpr):
 
 @triton.jit
 def store(
-    acc, y, parts, tickets, tile, split, first, stop, rows, live, columns, column_mask, extras,
-    SPACE: tl.constexpr, FINISH: tl.constexpr, OUTPUT: tl.constexpr, TILE: tl.constexpr,
+    acc, y, workspace, semaphores, tile, split, first, stop, rows, live, columns, column_mask,
+    extras, SPACE: tl.constexpr, FINISH: tl.constexpr, OUTPUT: tl.constexpr, TILE: tl.constexpr,
     SPLIT: tl.constexpr,
 ):  # fmt: skip
     """Every pixel; where SPLIT programs share a sum, by the one that completes it."""
     if SPLIT == 1:
         put(acc, y, rows, live, columns, column_mask, extras, OUTPUT)
-    elif split_k.publish(acc, parts, tickets, tile, split, SPLIT, TILE.M, TILE.N):
-        acc = split_k.collect(parts, tickets, tile, SPLIT, TILE.M, TILE.N)
+    elif split_k.store_partial(acc, workspace, semaphores, tile, split, SPLIT, TILE):
+        acc = split_k.reduce_partials(workspace, semaphores, tile, SPLIT, TILE)
         put(acc, y, rows, live, columns, column_mask, extras, OUTPUT)
 
 
@@ -83,8 +82,8 @@ def halves(tile, ROWS: tl.constexpr, STEP: tl.constexpr, COLUMNS: tl.constexpr):
 
 @triton.jit
 def pool_windows(
-    acc, y, parts, tickets, tile, split, first, stop, rows, live, columns, column_mask, extras,
-    SPACE: tl.constexpr, FINISH: tl.constexpr, OUTPUT: tl.constexpr, TILE: tl.constexpr,
+    acc, y, workspace, semaphores, tile, split, first, stop, rows, live, columns, column_mask,
+    extras, SPACE: tl.constexpr, FINISH: tl.constexpr, OUTPUT: tl.constexpr, TILE: tl.constexpr,
     SPLIT: tl.constexpr,
 ):  # fmt: skip
     """The maximum or sum of every 2x2 window, of a tile that `space.windows` placed.
@@ -106,8 +105,8 @@ def pool_windows(
 
 @triton.jit
 def average_images(
-    acc, y, parts, tickets, tile, split, first, stop, rows, live, columns, column_mask, extras,
-    SPACE: tl.constexpr, FINISH: tl.constexpr, OUTPUT: tl.constexpr, TILE: tl.constexpr,
+    acc, y, workspace, semaphores, tile, split, first, stop, rows, live, columns, column_mask,
+    extras, SPACE: tl.constexpr, FINISH: tl.constexpr, OUTPUT: tl.constexpr, TILE: tl.constexpr,
     SPLIT: tl.constexpr,
 ):  # fmt: skip
     """The mean of every image, of a tile that `space.images` placed."""

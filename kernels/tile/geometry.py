@@ -93,10 +93,12 @@ class Tile(NamedTuple):
 
     @staticmethod
     def of(problem: Problem, tile: Config, precision: str = "ieee") -> Tile:
-        """Of a configuration with one of ROWS and one of COLUMNS. A band of TILE_ROWS rows of
-        BLOCK_M is one tile; poolings have a tile of BLOCK_ROWS for each of theirs."""
+        """Of a configuration with one of ROWS and one of COLUMNS, 1 where it has none. A band of
+        TILE_ROWS rows of BLOCK_M is one tile; poolings have a tile of BLOCK_ROWS for each row."""
         sizes = dict(tile.blocks)
-        m, n = (next(sizes[name] for name in names if name in sizes) for names in (ROWS, COLUMNS))
+        m, n = (
+            next((sizes[name] for name in names if name in sizes), 1) for names in (ROWS, COLUMNS)
+        )
         m *= sizes.get("TILE_ROWS", 1) if "BLOCK_M" in sizes else 1
         k, group = sizes.get("BLOCK_K", 0), sizes.get("GROUP_M", 1)
         return Tile(m, n, k, group, precision, problem.is_wide)

@@ -56,18 +56,26 @@ def tile_index(program, row_tiles, COLUMN_TILES: tl.constexpr, GROUP_M: tl.const
 
 
 @triton.jit
-def output_tile(m, OUTPUT: tl.constexpr, TILE: tl.constexpr):
-    """The program's rows, of `m`, and its columns of the output, and which of them exist."""
-    M: tl.constexpr = TILE.M
-    N: tl.constexpr = TILE.N
-    column_tiles: tl.constexpr = (OUTPUT.K + N - 1) // N
-    program = tl.program_id(0)
-    rows = program // column_tiles * M + tl.arange(0, M)
-    columns = program % column_tiles * N + tl.arange(0, N)
+def rows_and_columns(row_tile, column_tile, m, OUTPUT: tl.constexpr, TILE: tl.constexpr):
+    """The rows of a tile, of `m`, and its columns of the output, and which of them exist."""
+    rows = row_tile * TILE.M + tl.arange(0, TILE.M)
+    columns = column_tile * TILE.N + tl.arange(0, TILE.N)
     row_mask = rows < m
     column_mask = columns < OUTPUT.K
     if TILE.wide:
         rows = rows.to(tl.int64)
+    return rows, columns, row_mask, column_mask
+
+
+@triton.jit
+def output_tile(m, OUTPUT: tl.constexpr, TILE: tl.constexpr):
+    """As `rows_and_columns`, of the program's tile; both are 64 bits wide where offsets are."""
+    column_tiles: tl.constexpr = (OUTPUT.K + TILE.N - 1) // TILE.N
+    program = tl.program_id(0)
+    rows, columns, row_mask, column_mask = rows_and_columns(
+        program // column_tiles, program % column_tiles, m, OUTPUT, TILE
+    )
+    if TILE.wide:
         columns = columns.to(tl.int64)
     return rows, columns, row_mask, column_mask
 

@@ -43,7 +43,6 @@ EDITS = (
     Edit("NaN dropped", r"float\(\"nan\"\), (\w+)\)", r"\1, \1)"),
     Edit("without the stride", r" \* (\w+\.)*stride(_h)? - ", " - "),
     Edit("the stride of the other axis", r"\bWINDOW\.stride_w\b", "WINDOW.stride_h"),
-    Edit("the dilation of the other axis", r"\bDILATION_W\b(?!:)", "DILATION_H"),
     Edit("the padding of the other side", r" - (LEFT|PADDING_W)\b", " - 0"),
     Edit("without the offset of the input", r"x \+ (X_OFFSET|\w+\.offset)", "x"),
     Edit("without the offset of the output", r"y \+ (Y_OFFSET|OUTPUT\.offset)", "y"),
@@ -55,7 +54,6 @@ EDITS = (
          "= program % column_tiles *"),
     Edit("the prologue's border", r"= tl\.where\((live|inside|a_mask), value, 0\.0\)", "= (value)"),
     Edit("the comparison turned", r"tl\.where\(v > 0,", "tl.where(v < 0,"),
-    Edit("without the epilogue", r"\bacc = EPILOGUE\(acc, .*\)$", "acc = acc"),
     Edit("a pitch for a size", r"\((rows|pixel|corner) \* (\w+\.row_stride|Y_PITCH)\)",
          r"(\1 * (\2 + 1))"),
     # The same of kernels whose sizes are named tuples.
@@ -75,7 +73,7 @@ LAUNCHED_BY = {
     "normalisation/statistics": "normalisation/normalize",
     "pooling/pool_kernel": "pooling/pool",
     "pooling/tiles": "pooling/upsample",
-    "tile/split_k": "products/gemm",
+    "tile/split_k": "tile/gemm",
     **{f"tile/{name}": "convolution/implicit"
        for name in ("engine", "finish", "product", "source", "space")},
 }  # fmt: skip

@@ -28,7 +28,6 @@ import torch
 import triton
 import triton.language as tl
 
-from ...contract import cost_model
 from ...contract import epilogue as ep
 from ...contract.op import Attributes, Config, Launch, Op, Problem, Ref, counted
 from ...contract.spec import Layout, Operand, TensorSpec
@@ -170,7 +169,8 @@ def conv_chain_kernel(
 
 
 def launches(problem: Problem, tile: Config, target: Target) -> tuple[Launch, ...]:
-    """One launch; every program owns BLOCK_M pixels and all their channels."""
+    """One launch; every program owns BLOCK_M pixels and all their channels. It is what the cost
+    model ranks, with a kernel: `tile_launch` knows of one output, and here two are written."""
     chain, inputs, specs = _chain(problem)
     own = links.tensors(chain.links, inputs)
     results = links.check("conv_chain", chain.links, specs)
@@ -187,7 +187,7 @@ def launches(problem: Problem, tile: Config, target: Target) -> tuple[Launch, ..
     # Absent links are compiled out; their pointers are never read.
     absent = dict.fromkeys(("w1", "w3", "s", "ws"), bound.tensors["w2"])
     launch = replace(
-        outline(problem, tile),
+        launch_for_cost_model(problem, tile),
         kernel=conv_chain_kernel,
         pointers={
             **absent, **bound.tensors,
@@ -211,14 +211,14 @@ def launches(problem: Problem, tile: Config, target: Target) -> tuple[Launch, ..
 
 def _chain(problem: Problem) -> tuple[ConvChain, tuple[Operand, ...], tuple[TensorSpec, ...]]:
     """The attributes, the inputs and their specs."""
-    assert isinstance(problem.attributes, ConvChain)
-    return problem.attributes, problem.inputs, tuple(operand.spec for operand in problem.inputs)
+    inputs = problem.inputs
+    return problem.attributes.expect(ConvChain), inputs, tuple(operand.spec for operand in inputs)
 
 
-def outline(problem: Problem, tile: Config) -> Launch:
+def launch_for_cost_model(problem: Problem, tile: Config) -> Launch:
     """What the cost model needs to know of the launch that a configuration would become."""
     wide = problem.outputs[0].shape[1]
-    return tiles.outline(_sizes(problem), tile, wide, _l2_bytes(problem, tile))
+    return tiles.launch_for_cost_model(_sizes(problem), tile, wide, _l2_bytes(problem, tile))
 
 
 def _l2_bytes(problem: Problem, tile: Config) -> int:
@@ -265,11 +265,11 @@ def default(problem: Problem, target: Target) -> Config:
     sizes = _sizes(problem)
     if target.name == "interpreter":
         return tiles.interpreter_tile(sizes)
-    gpu, flops = cost_model.machine_for(target), cost(problem).flops
-    dtype, ends = sizes.dtype, cost_model.end_bytes(problem)
-    return min(
+    return choice.choose(
         tiles.configs(sizes, target),
-        key=lambda tile: cost_model.launch_us(gpu, outline(problem, tile), flops, dtype, ends),
+        lambda tile: launch_for_cost_model(problem, tile),
+        choice.Work.of(problem, cost(problem).flops),
+        target,
         default=tiles.any_tile(sizes),
     )
 
@@ -293,6 +293,7 @@ OP = Op(
     default=default,
     legal=legal,
     cost=cost,
+    # Mostly positive: an intermediate that is rounded to the other side, as the order of a sum
     # decides, means nothing beside a result that cancels.
     input_range=(-1.0, 3.0),
     packs=lambda chain: links.packs(chain.links),

@@ -83,12 +83,12 @@ def configs(sizes: Sizes, target: Target) -> Iterator[Config]:
 
 
 def legal(sizes: Sizes, tile: Config, target: Target) -> str | None:
-    """Shared memory for the pipelined operands, and registers for both accumulators and t."""
+    """Shared memory for the pipelined operands, and registers for both accumulators and t (as in
+    `head.legal`: fusions are chosen before anything is compiled)."""
     if target.name == "interpreter":
         return None
-    needed = _shared_bytes(sizes, tile)
-    if needed > target.shared_bytes:
-        return f"needs {needed} bytes of shared memory; {target.name} has {target.shared_bytes}"
+    if (shortage := target.shared_shortage(_shared_bytes(sizes, tile))) is not None:
+        return shortage
     per_row = sizes.block_narrow + tile["BLOCK_N"] + sizes.block_middle // 2
     values = tile["BLOCK_M"] * per_row // (32 * tile.num_warps)
     limit = _register_limit(sizes, tile, target)
@@ -130,7 +130,7 @@ def _register_limit(sizes: Sizes, tile: Config, target: Target) -> int:
     return 192 if sizes.shortcut or (target.capability >= 100 and tile.num_warps == 4) else 208
 
 
-def outline(sizes: Sizes, tile: Config, wide: int, l2_bytes: int) -> Launch:
+def launch_for_cost_model(sizes: Sizes, tile: Config, wide: int, l2_bytes: int) -> Launch:
     """What the cost model needs to know of a launch with so many wide channels.
 
     The pixels of t, and of the wide channels on their way into the reduction, are operands in
@@ -157,15 +157,10 @@ def outline(sizes: Sizes, tile: Config, wide: int, l2_bytes: int) -> Launch:
         per_step = choice.step_instructions(copied, dtype, sizes.taps)
         issued += 32 * warps * front_steps * per_step
     per_row = narrow * bool(sizes.narrow) + n + middle // 2
-    return Launch(
-        kernel=None,
-        pointers={},
-        rows=sizes.rows,
-        block_rows=m,
-        columns=1,
-        constexprs={},
-        num_warps=warps,
-        num_stages=tile.num_stages,
+    return choice.sketch(
+        tile,
+        sizes.rows,
+        n,  # All columns: a program has every one of its pixels.
         l2_bytes=l2_bytes,
         shared_traffic=traffic,
         shared_held=_shared_bytes(sizes, tile),

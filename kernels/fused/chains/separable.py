@@ -27,7 +27,6 @@ from typing import Any
 import torch
 
 from ....errors import InvalidInputError
-from ...contract import cost_model
 from ...contract import epilogue as ep
 from ...contract.op import Attributes, Config, Launch, Op, Problem, Ref, X, Y, counted
 from ...contract.spec import TensorSpec
@@ -97,8 +96,7 @@ def reference(attributes: Separable, *inputs: torch.Tensor) -> tuple[torch.Tenso
 
 def _specs(problem: Problem) -> tuple[Separable, dict[str, TensorSpec]]:
     """The attributes, and the specs of t, y and z by the link that makes them."""
-    attributes = problem.attributes
-    assert isinstance(attributes, Separable)
+    attributes = problem.attributes.expect(Separable)
     inputs = tuple(operand.spec for operand in problem.inputs)
     return attributes, links.check("separable", attributes.links, inputs)
 
@@ -192,23 +190,23 @@ def default(problem: Problem, target: Target) -> Config:
     block = _block(problem)
     if target.name == "interpreter":
         return separable_tiles.interpreter_tile(block)
-    tiles = tuple(configs(problem, target))
-    if not tiles:  # `legal` tells why.
-        return next(separable_tiles.accumulating(block))
 
-    def rank(tile: Config) -> tuple[float, int]:
+    def launch_of(tile: Config) -> Launch:
+        (launch,) = launches(problem, tile, target)
+        return launch
+
+    def accumulators(tile: Config) -> int:
         area = tile["TILE_ROWS"] * tile["BLOCK_M"] * tile["BLOCK_N"]
-        return time_us(problem, tile, target), max(area // (32 * tile.num_warps), 32)
+        return max(area // (32 * tile.num_warps), 32)
 
-    return min(tiles, key=rank)
-
-
-def time_us(problem: Problem, tile: Config, target: Target) -> float:
-    """Modelled time of a configuration, memory and launch aside: they are the same for all."""
-    (launch,) = launches(problem, tile, target)
-    flops, dtype = cost(problem).flops, problem.inputs[0].spec.dtype
-    gpu, ends = cost_model.machine_for(target), cost_model.end_bytes(problem)
-    return cost_model.launch_us(gpu, launch, flops, dtype, ends)
+    return choice.choose(
+        configs(problem, target),
+        launch_of,
+        choice.Work.of(problem, cost(problem).flops),
+        target,
+        waste=accumulators,
+        default=next(separable_tiles.accumulating(block)),  # `legal` tells why none can run.
+    )
 
 
 @counted

@@ -96,8 +96,8 @@ def filtered(x, at, step, start, extras, SOURCE: tl.constexpr, TILE: tl.constexp
 
 @triton.jit
 def expand(
-    acc, y, parts, tickets, tile, split, first, stop, rows, live, columns, column_mask, extras,
-    SPACE: tl.constexpr, FINISH: tl.constexpr, OUTPUT: tl.constexpr, TILE: tl.constexpr,
+    acc, y, workspace, semaphores, tile, split, first, stop, rows, live, columns, column_mask,
+    extras, SPACE: tl.constexpr, FINISH: tl.constexpr, OUTPUT: tl.constexpr, TILE: tl.constexpr,
     SPLIT: tl.constexpr,
 ):  # fmt: skip
     """Stores y if it is kept, and its product with w3, if there is one."""

@@ -93,7 +93,8 @@ def resident(block: Block) -> Iterator[Config]:
 
 
 def legal(block: Block, tile: Config, target: Target) -> str | None:
-    """What the algorithm cannot express, then shared memory and registers."""
+    """What the algorithm cannot express, then shared memory and registers (as in `head.legal`:
+    fusions are chosen before anything is compiled)."""
     _, results, last = block.widths
     n, span = tile["BLOCK_N"], tile["SPAN"]
     if last and (span or n < results):
@@ -113,9 +114,8 @@ def legal(block: Block, tile: Config, target: Target) -> str | None:
         return "fp32 operands of all channels do not fit the registers"
     if span and block.widths[0] > MOST_BLOCKS * tile["BLOCK_K"]:
         return f"{block.widths[0]} channels are more than {MOST_BLOCKS} blocks of {tile['BLOCK_K']}"
-    if (needed := shared_bytes(block, tile)) > target.shared_bytes:
-        return f"needs {needed} bytes of shared memory; {target.name} has {target.shared_bytes}"
-    return _registers(block, tile, share)
+    shortage = target.shared_shortage(shared_bytes(block, tile))
+    return shortage or _registers(block, tile, share)
 
 
 def _spilling(block: Block, tile: Config, target: Target) -> str | None:

@@ -9,8 +9,7 @@ from typing import Any
 import torch
 from convloom.errors import InvalidInputError
 from convloom.kernels.contract.spec import Layout, TensorSpec
-from convloom.kernels.convolution.conv_nd import NAMES
-from convloom.kernels.convolution.conv_window import BORDERS, BorderConv2d, Conv3d, ConvNd, infer
+from convloom.kernels.convolution.conv_window import BorderConv2d, Conv3d, ConvNd, infer
 
 from ..domain import Domain
 
@@ -34,7 +33,7 @@ def _build(
     filters = draw["filter"][-dims:]
     w = TensorSpec((groups * per_group_out, per_group, *filters), torch.float32)
     try:
-        infer(NAMES[make], attributes, (x, w))
+        infer("conv", attributes, (x, w))
     except InvalidInputError:
         return None
     return attributes, (x, w)
@@ -59,7 +58,10 @@ def _domain(make: type[ConvNd], borders: tuple[str, ...]) -> Domain:
             "filter": ((1, 1, 1), (3, 3, 3), (1, 3, 3), (3, 1, 1), (2, 1, 5), (3, 5, 2)),
             "stride": ((1, 1, 1), (2, 2, 2), (1, 2, 1), (3, 1, 2)),
             "padding": (
-                (0, 0, 0, 0, 0, 0), (1, 1, 1, 1, 1, 1), (0, 0, 2, 2, 2, 2), (0, 1, 2, 0, 1, 3),
+                (0, 0, 0, 0, 0, 0),
+                (1, 1, 1, 1, 1, 1),
+                (0, 0, 2, 2, 2, 2),
+                (0, 1, 2, 0, 1, 3),
                 (1, 0, -1, 0, 2, -1),
             ),
             "dilation": ((1, 1, 1), (1, 1, 1), (2, 2, 2), (1, 3, 2)),
@@ -78,6 +80,7 @@ def _domain(make: type[ConvNd], borders: tuple[str, ...]) -> Domain:
     )
 
 
+BORDERS = ("reflect", "replicate", "circular")
 DOMAINS = {
     "conv3d": _domain(Conv3d, ("constant", "constant", *BORDERS)),
     "border_conv2d": _domain(BorderConv2d, BORDERS),

@@ -9,8 +9,12 @@ from typing import Any
 import torch
 from convloom.errors import InvalidInputError
 from convloom.kernels.contract.spec import Layout, TensorSpec
-from convloom.kernels.convolution.conv_phases import ConvTranspose, ConvTranspose2d, infer
-from convloom.kernels.convolution.conv_transpose import OP_NAMES
+from convloom.kernels.convolution.conv_phases import (
+    ConvTranspose,
+    ConvTranspose2d,
+    ConvTranspose3d,
+    infer,
+)
 
 from ..domain import Domain
 
@@ -34,7 +38,7 @@ def _build(
     )
     w = TensorSpec((groups * per_group, per_group_out, *draw["filter"][-dims:]), torch.float32)
     try:
-        infer(OP_NAMES[make], attributes, (x, w))
+        infer("conv_transpose", attributes, (x, w))
     except InvalidInputError:
         return None
     return attributes, (x, w)
@@ -79,4 +83,7 @@ def _domain(make: type[ConvTranspose]) -> Domain:
     )
 
 
-DOMAINS = {name: _domain(make) for make, name in OP_NAMES.items()}
+DOMAINS = {
+    "conv_transpose2d": _domain(ConvTranspose2d),
+    "conv_transpose3d": _domain(ConvTranspose3d),
+}
