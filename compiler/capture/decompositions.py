@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 
+from ...kernels import registry
+
 aten = torch.ops.aten
 
 
@@ -157,13 +159,50 @@ def _affine_grid(theta: torch.Tensor, size: Sequence[Any], align_corners: bool) 
     return grid.transpose(1, 2).reshape(theta.shape[0], h, w, 2)
 
 
+LEFT_WHOLE = (
+    "linalg_cholesky", "linalg_inv", "linalg_ldl_factor", "linalg_lu_factor", "linalg_solve",
+    "rrelu",
+)  # fmt: skip
+"""What torch takes apart into a computation and an effect, the error where there is no result; and
+what draws numbers, which `export.py` refuses by name."""
+
+
+def _computes(overload: Any) -> bool:
+    """Whether an op makes tensors of tensors: what makes them of nothing is evaluated."""
+    schema = overload._schema
+    if schema.name.removeprefix("aten::") in LEFT_WHOLE or schema.overload_name == "data":
+        return False  # Packed sequences: how long they are their values tell.
+    takes, gives = (
+        any("Tensor" in str(each.type) for each in some)
+        for some in (schema.arguments, schema.returns)
+    )
+    return takes and gives
+
+
+def _with_dropout(unrolled: Callable[..., Any]) -> Callable[..., Any]:
+    """A recurrent layer, with the dropout of one that trains, which torch's decomposition leaves
+    out; `export.py` refuses it."""
+
+    def recurrent(x: torch.Tensor, *others: Any) -> Any:
+        dropout, train = others[4:6]
+        return unrolled(torch.dropout(x, dropout, True) if train and dropout else x, *others)
+
+    return recurrent
+
+
 @cache
 def own() -> Mapping[Any, Callable[..., Any]]:
-    """What is taken apart while the program is traced again: an einsum, as torch does it, into
-    permutations and products; and what writes into slices, which tracing alone brings about."""
-    every = torch.export.default_decompositions()
+    """What is taken apart while the program is traced again: what has no kernel, as torch does it;
+    and what writes into slices, which tracing alone brings about."""
+    torchs = torch.export.default_decompositions()
+    recurrent = (getattr(aten, name).input for name in ("lstm", "gru", "rnn_tanh", "rnn_relu"))
     return {
-        aten.einsum.default: every[aten.einsum.default],
+        **{
+            overload: function
+            for overload, function in torchs.items()
+            if str(overload) not in registry.CAPTURES and _computes(overload)
+        },
+        **{overload: _with_dropout(torchs[overload]) for overload in recurrent},
         aten.affine_grid_generator.default: _affine_grid,
         aten.copy.default: _copy,
         aten.fill.Scalar: _fill,

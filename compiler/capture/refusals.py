@@ -125,5 +125,3 @@ def refuse_unbounded(node: Any, batch: Batch | None) -> None:
                 "Where that is a mask of booleans which never changes, keep the indices as a "
                 "buffer instead (mask.nonzero().squeeze(1)); else mask with torch.where"
             )
-
-
