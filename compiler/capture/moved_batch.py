@@ -22,6 +22,7 @@ from ...kernels.movement import pointwise_ops
 from ...kernels.movement.movement import Concat, Permute
 from ...kernels.movement.rearrangement import Expand, Reshape
 from ..graph.ir import Value
+from ..graph.torch_call import BatchNumber
 
 VIEWS = frozenset((
     "aten.view.default", "aten.reshape.default", "aten._unsafe_view.default",
@@ -40,6 +41,13 @@ LAST: dict[str, Callable[[Arguments], int]] = {
 JOINS = ("aten.cat.default", "aten.stack.default")
 FILLS = {"aten.zeros.default": 0.0, "aten.ones.default": 1.0, "aten.full.default": None}
 """Calls that make tensors of one number; None: of `fill_value`."""
+NUMBERS = {
+    f"aten.{name}": ("groups",)
+    for name in ("conv1d.default", "conv2d.default", "conv_transpose1d.default",
+                 "conv_transpose2d.input")
+}  # fmt: skip
+"""Convolutions, which filters of their own for each sample make of one image with the channels of
+all; the argument that is a multiple of the batch then."""
 POINTWISE = frozenset(target for op in pointwise_ops.OPS for target in op.aten)
 
 
@@ -109,8 +117,8 @@ def call(
         value = _apart(g, x, batch)
         dim = _place_along(g, x, a.dim % len(x.shape), g.spec(value).rank)
         result = function(g, a.replaced(self=value, dim=dim))
-    elif target == "aten.flip.default":
-        result = _flipped(g, function, x, a, batch)
+    elif target in OTHERS:
+        result = OTHERS[target](g, function, x, a, batch)
     elif target in LAST:
         count = LAST[target](a)
         if x.at >= len(x.shape) - count:
@@ -159,6 +167,17 @@ def _joined(g: Builder, target: str, a: Arguments, place: Place, batch: int) -> 
     values = [_apart(g, y, batch) for y in parts if y is not None]
     at = _place_along(g, x, dim % len(x.shape), g.spec(values[0]).rank)
     return _like(g, x, g.apply("concat", values, Concat(at)), place, batch)
+
+
+def _by_sample(g: Builder, function: Capture, x: Moved, a: Arguments, batch: int) -> Value:
+    """A convolution whose groups are samples, as one of samples."""
+    groups = a.groups.at(batch) if isinstance(a.groups, BatchNumber) else a.groups
+    if (x.at, x.before) != (1, 1) or groups % batch:
+        refused: Value = g.refuse("its batch is not in dimension 0")
+        return refused
+    images = _reshaped(g, x.value, (batch, x.shape[1] // batch, *x.shape[2:]))
+    convolved: Value = function(g, a.replaced(input=images, groups=groups // batch))
+    return convolved
 
 
 def _flipped(g: Builder, function: Capture, x: Moved, a: Arguments, batch: int) -> Value:
@@ -256,3 +275,7 @@ def _like(g: Builder, x: Moved, value: Value, place: Place | None, batch: int) -
     before = math.prod(place.shape[: place.at]) * front
     assert g.spec(value).numel == math.prod(place.shape), "a call that changes more than one dim"
     return _settled(g, Moved(value, place.shape, place.at, before), batch)
+
+
+OTHERS = {"aten.flip.default": _flipped, **{target: _by_sample for target in NUMBERS}}
+"""Calls with a way of their own."""
