@@ -229,11 +229,46 @@ def _table() -> Mapping[Any, Callable[..., Any]]:
     }
 
 
+def _quantised(
+    x: torch.Tensor, observes: Any, quantises: Any, least: Any, most: Any, scale: torch.Tensor,
+    zero: torch.Tensor, average: float, low: int, high: int, axis: int, by_row: bool = False,
+    symmetric: bool = False,
+) -> torch.Tensor:  # fmt: skip
+    """The fake quantisation of a QAT network whose observers are off, as `pointwise_ops.py` has
+    it. By arithmetic: torch does not know the op of a batch that varies."""
+    zero = zero.to(torch.float32)
+    if by_row:
+        behind = (1,) * (x.dim() - 1 - axis % x.dim())
+        scale, zero = scale.view(-1, *behind), zero.view(-1, *behind)
+    huge = torch.finfo(torch.float32).max
+    whole = (x * (1.0 / scale)).round().nan_to_num(-huge, huge, -huge)
+    return torch.minimum(torch.maximum(whole, low - zero), high - zero) * scale
+
+
+def _unquantised(x: torch.Tensor, *others: Any, **more: Any) -> torch.Tensor:
+    return x.clone()
+
+
+def _as_frozen(program: Any, node: Any) -> Any:
+    """What stands for a fake quantisation that may observe: with its observer on it writes buffers
+    at every call, which `export.py` refuses by name."""
+    buffers, tensors = program.graph_signature.inputs_to_buffers, program.state_dict
+    observes, quantises = (
+        bool(tensors[buffers[flag.name]]) if getattr(flag, "name", None) in buffers else True
+        for flag in node.args[1:3]
+    )
+    if observes:
+        return node.target
+    return _quantised if quantises else _unquantised
+
+
 def decompose(program: Any) -> None:
     """Puts the functions in the place of the calls of an exported program that is to be traced
     again. As an argument of `run_decompositions` some would come too late."""
     for node in program.graph.nodes:
-        if node.target is aten.einsum.default and _matrix_product(node.args[0]):
+        if node.target is aten.fused_moving_avg_obs_fake_quant.default:
+            node.target = _as_frozen(program, node)
+        elif node.target is aten.einsum.default and _matrix_product(node.args[0]):
             node.target = _einsum
         elif node.op == "call_function":
             node.target = _table().get(node.target, node.target)

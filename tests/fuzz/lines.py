@@ -377,7 +377,7 @@ def resize(b: Builder) -> None:
 LINES = (
     convolve, convolve, convolve, unary, unary, unary, binary, binary, join, join, batch_norm,
     pool, pool, cut, cut, move, move, reduce, broadcast, constants, prelu, convolve_back,
-    share_a_layer, linear, matmul, attend, convolve_by_sample, normalise, local_norm, softmax,
+    share_a_layer, linear, matmul, attend, normalise, local_norm, softmax,
     power_pool, mixed_pool, median_pool,
-    pool_and_back, flatten, columns, sample, write, scan, surround, resize,
+    pool_and_back, flatten, columns, sample, write, scan, surround, resize, convolve_by_sample,
 )  # fmt: skip
