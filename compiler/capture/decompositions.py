@@ -5,6 +5,7 @@ Each is a function of tensors that is traced in the place of the call.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from typing import Any
@@ -75,6 +76,27 @@ def _hardshrink(x: torch.Tensor, width: float = 0.5) -> torch.Tensor:
 
 def _softshrink(x: torch.Tensor, width: float = 0.5) -> torch.Tensor:
     return x - x.clamp(-width, width)
+
+
+def _asin(x: torch.Tensor) -> torch.Tensor:
+    return torch.atan2(x, ((1.0 - x) * (1.0 + x)).sqrt())
+
+
+def _acos(x: torch.Tensor) -> torch.Tensor:
+    return torch.atan2(((1.0 - x) * (1.0 + x)).sqrt(), x)
+
+
+def _atanh(x: torch.Tensor) -> torch.Tensor:
+    """Of two logarithms that are exact near 0; one of (1 + x) / (1 - x) would not be near -1."""
+    return 0.5 * (torch.log1p(x) - torch.log1p(-x))
+
+
+def _fmax(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    return torch.maximum(torch.where(x.isnan(), y, x), torch.where(y.isnan(), x, y))
+
+
+def _fmin(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    return torch.minimum(torch.where(x.isnan(), y, x), torch.where(y.isnan(), x, y))
 
 
 def _copy(x: torch.Tensor, source: torch.Tensor, non_blocking: bool = False) -> torch.Tensor:
@@ -199,7 +221,7 @@ def own() -> Mapping[Any, Callable[..., Any]]:
     return {
         **{
             overload: function
-            for overload, function in torchs.items()
+            for overload, function in torchs.items()  # type: ignore[no-untyped-call]
             if str(overload) not in registry.CAPTURES and _computes(overload)
         },
         **{overload: _with_dropout(torchs[overload]) for overload in recurrent},
@@ -213,7 +235,7 @@ def own() -> Mapping[Any, Callable[..., Any]]:
 
 
 @cache
-def _table() -> Mapping[Any, Callable[..., Any]]:
+def table() -> Mapping[Any, Callable[..., Any]]:
     """What stands for each overload."""
     return {
         aten.logsumexp.default: _logsumexp,
@@ -226,6 +248,15 @@ def _table() -> Mapping[Any, Callable[..., Any]]:
         aten.cdist.default: _cdist,
         aten.hardshrink.default: _hardshrink,
         aten.softshrink.default: _softshrink,
+        aten.asin.default: _asin,
+        aten.acos.default: _acos,
+        aten.atanh.default: _atanh,
+        aten.fmax.default: _fmax,
+        aten.fmin.default: _fmin,
+        aten.exp2.default: lambda x: torch.pow(2.0, x),
+        aten.log2.default: lambda x: torch.log(x) * (1.0 / math.log(2.0)),
+        aten.log10.default: lambda x: torch.log(x) * (1.0 / math.log(10.0)),
+        aten.tan.default: lambda x: torch.sin(x) / torch.cos(x),
     }
 
 
@@ -271,5 +302,5 @@ def decompose(program: Any) -> None:
         elif node.target is aten.einsum.default and _matrix_product(node.args[0]):
             node.target = _einsum
         elif node.op == "call_function":
-            node.target = _table().get(node.target, node.target)
+            node.target = table().get(node.target, node.target)
     program.graph_module.recompile()

@@ -137,7 +137,7 @@ def _known_flags(module: torch.nn.Module) -> Iterator[None]:
     for child in module.modules():
         if type(child) is FakeQuantize:
             for name in ("observer_enabled", "fake_quant_enabled"):
-                flags = child._buffers.pop(name)
+                flags: Any = child._buffers.pop(name)
                 child.__dict__[name] = tuple(map(int, flags.tolist()))
                 replaced.append((child, name, flags))
     try:

@@ -135,7 +135,7 @@ def call(
 
 def _filled(g: Builder, target: str, a: Arguments, place: Place, batch: int) -> Value | Moved:
     """One number everywhere: the state that a recurrent layer begins with."""
-    number = a.fill_value if FILLS[target] is None else FILLS[target]
+    number: Any = a.fill_value if FILLS[target] is None else FILLS[target]
     dtype = a.get("dtype") or torch.get_default_dtype()
     if not dtype.is_floating_point:
         g.refuse(f"dtype {dtype} is not supported here; expected floats")

@@ -15,6 +15,7 @@ no product: every channel is multiplied by its own taps.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 import triton
@@ -196,7 +197,7 @@ def launches(problem: Problem, tile: Config, target: Target) -> tuple[Launch, ..
         "W_OFFSET": w.offset, "GROUPS": groups, "IS_DEPTHWISE": depthwise,
         "BY_TAP": not size.gathers,
     }  # fmt: skip
-    modelled = {}
+    modelled: dict[str, Any] = {}
     if not depthwise:
         modelled = {
             "precision": choice.dot_precision(problem, size.terms),

@@ -114,6 +114,8 @@ def _by_sample(g: Builder, op: str, a: Arguments, attributes: Any) -> Any:
         x, n, groups = split, g.spec(split).shape[0], groups // g.spec(split).shape[0]
         is_split = True
     first, second, *kernel = g.spec(w).shape
+    padding: Any
+    order: tuple[int, ...]
     if isinstance(attributes, Conv2d):
         k, stride, padding = first // n, attributes.stride, attributes.padding
         spread, order = (1, 1), (0, 2, 3, 1)

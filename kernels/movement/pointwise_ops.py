@@ -242,7 +242,7 @@ def _fake_quantise(g: Builder, a: Arguments) -> Any:
         known.append(tensor.detach().float().flatten())
     scale, zero = known
     inverse, low, high = 1.0 / scale, a.quant_min - zero, a.quant_max - zero
-    stages = (ep.Stage("round"), ep.Stage("nan_to_num", (-HUGE, HUGE, -HUGE)))
+    stages: ep.Epilogue = (ep.Stage("round"), ep.Stage("nan_to_num", (-HUGE, HUGE, -HUGE)))
     if scale.numel() == zero.numel() == 1:
         bounds = (low.item(), high.item())
         stages = (*stages, ep.Stage("clamp", bounds), ep.Stage("mul", literal=scale.item()))
