@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from ..errors import UnsupportedOpError, near_names
 from .contract.op import Op
-from .convolution import conv2d, conv_nd, conv_transpose
+from .convolution import conv2d, conv_nd, conv_transpose, sample_conv
 from .fused import (
     conv_mean,
     conv_pool,
@@ -42,6 +42,7 @@ OPS: tuple[Op, ...] = (
     conv_chain.OP,
     *conv_nd.OPS,
     *conv_transpose.OPS,
+    sample_conv.OP,
     conv_mean.OP,
     conv_pool.OP,
     conv_rearrange.OP,

@@ -20,6 +20,7 @@ from convloom.compiler import api
 from convloom.compiler.capture.capture import capture
 from convloom.compiler.evaluation.evaluate import evaluate
 from convloom.compiler.graph.ir import INPUT, Graph, NoAttributes, Node, Value
+from convloom.compiler.run.parity import as_numbers
 from convloom.kernels.contract import tolerance
 from convloom.kernels.contract.spec import TensorSpec
 from convloom.kernels.tile.torch_convolution import SoundConvolutions
@@ -85,7 +86,7 @@ def run(
     twin = copy.deepcopy(module).to(dtype)
     try:
         with torch.no_grad(), SoundConvolutions():
-            return tensors_of(twin(*(x.to(dtype) for x in inputs)))
+            return tensors_of(twin(*as_numbers(inputs, dtype)))
     except NotImplementedError:
         return [tensor.to(dtype) for tensor in run(module, inputs, torch.float32)]
 

@@ -78,12 +78,25 @@ class Merged(nn.Module):
         return turned.reshape(length, n, c).transpose(0, 1)
 
 
+class Steps(nn.Module):
+    """What recurrent layers do with (length, batch, features)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = x.transpose(0, 1)
+        several = torch.cat([y[:2], y.flip(0)], 0)
+        stacked = 1.0 - torch.stack([x[:, 0], x[:, 1]], 0)
+        state = torch.zeros(2, x.shape[0], 16) + torch.full((2, x.shape[0], 1), 0.5)
+        last = x[:, 2] + (stacked - state) * x[:, 3:4].transpose(0, 1)
+        return torch.cat([several, last], 0).transpose(0, 1)
+
+
 MODULES: dict[str, Callable[[], nn.Module]] = {
     "joined": Joined,
     "batch first": lambda: Torchs(batch_first=True, weights=False),
     "length first, with weights": lambda: Torchs(batch_first=False, weights=True),
     "other ops": LengthFirst,
     "merged": Merged,
+    "steps": Steps,
 }
 
 
@@ -132,10 +145,17 @@ REFUSED: dict[str, tuple[Callable[[Tensor], Tensor], str]] = {
     "selected": (lambda x: x.transpose(0, 1)[:, 0], "joins samples"),
     "sliced": (lambda x: x.transpose(0, 1)[:, :1].transpose(0, 1), "joins samples"),
     "softmax": (lambda x: x.transpose(0, 1).softmax(1), "goes along dimension 1"),
-    "concatenated": (lambda x: torch.cat((x.transpose(0, 1),) * 2), "its batch is not in"),
+    "concatenated": (lambda x: torch.cat((leading(x),) * 2, 1), "goes along dimension 1"),
+    "joined in another order": (
+        lambda x: torch.cat(
+            (leading(x).reshape(4, -1), x[:, :4].permute(1, 2, 0).reshape(4, -1)), 0
+        ),
+        "batch is in different places",
+    ),
+    "filled with whole numbers": (
+        lambda x: torch.zeros(5, x.shape[0], dtype=torch.int64), "expected floats"
+    ),
     "met by positions": (lambda x: x.transpose(0, 1) + torch.ones(5, 1, 16), "meets float32"),
-    "taken from a constant": (lambda x: torch.ones(16) - x.transpose(0, 1), "joins samples"),
-    "met": (lambda x: x.transpose(0, 1) + x[:, :1].transpose(0, 1), "whose batch is elsewhere"),
 }  # fmt: skip
 
 

@@ -101,6 +101,9 @@ class _Builder:
         is_known = isinstance(value, Value) and graph.is_constant(value)
         return graph.constant(value) if is_known else None
 
+    def is_computed(self, value: Value) -> bool:
+        return value.node in self._state.computed
+
     def add_constant(self, tensor: torch.Tensor, dtype: torch.dtype) -> Value:
         value = self._state.graph.add_constant(tensor, f"{self._name}_constant", dtype)
         self._state.note(value.node)
@@ -285,10 +288,11 @@ def _captured(state: _State, node: Any, a: Arguments) -> Any:
     target = str(node.target)
     op = registry.CAPTURES.get(target)
     function = partial(refusals.read_whole, op.aten[target]) if op is not None else None
-    refusals.refuse_numbers(a)
     places = [_place_of(state, tensor) for tensor in results_of(node.meta["val"])]
     builder = _Builder(state, node.name, path_of(node))
-    if moved_batch.concerns(a, places):
+    moved = moved_batch.concerns(a, places)
+    refusals.refuse_numbers(a, moved_batch.NUMBERS.get(target, ()) if moved else ())
+    if moved:
         assert state.batch is not None
         result = moved_batch.call(builder, target, function, a, places, state.batch.highest)
     elif op is None or function is None:

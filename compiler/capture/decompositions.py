@@ -5,11 +5,14 @@ Each is a function of tensors that is traced in the place of the call.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from typing import Any
 
 import torch
+
+from ...kernels import registry
 
 aten = torch.ops.aten
 
@@ -73,6 +76,27 @@ def _hardshrink(x: torch.Tensor, width: float = 0.5) -> torch.Tensor:
 
 def _softshrink(x: torch.Tensor, width: float = 0.5) -> torch.Tensor:
     return x - x.clamp(-width, width)
+
+
+def _asin(x: torch.Tensor) -> torch.Tensor:
+    return torch.atan2(x, ((1.0 - x) * (1.0 + x)).sqrt())
+
+
+def _acos(x: torch.Tensor) -> torch.Tensor:
+    return torch.atan2(((1.0 - x) * (1.0 + x)).sqrt(), x)
+
+
+def _atanh(x: torch.Tensor) -> torch.Tensor:
+    """Of two logarithms that are exact near 0; one of (1 + x) / (1 - x) would not be near -1."""
+    return 0.5 * (torch.log1p(x) - torch.log1p(-x))
+
+
+def _fmax(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    return torch.maximum(torch.where(x.isnan(), y, x), torch.where(y.isnan(), x, y))
+
+
+def _fmin(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    return torch.minimum(torch.where(x.isnan(), y, x), torch.where(y.isnan(), x, y))
 
 
 def _copy(x: torch.Tensor, source: torch.Tensor, non_blocking: bool = False) -> torch.Tensor:
@@ -157,13 +181,50 @@ def _affine_grid(theta: torch.Tensor, size: Sequence[Any], align_corners: bool) 
     return grid.transpose(1, 2).reshape(theta.shape[0], h, w, 2)
 
 
+LEFT_WHOLE = (
+    "linalg_cholesky", "linalg_inv", "linalg_ldl_factor", "linalg_lu_factor", "linalg_solve",
+    "rrelu",
+)  # fmt: skip
+"""What torch takes apart into a computation and an effect, the error where there is no result; and
+what draws numbers, which `export.py` refuses by name."""
+
+
+def _computes(overload: Any) -> bool:
+    """Whether an op makes tensors of tensors: what makes them of nothing is evaluated."""
+    schema = overload._schema
+    if schema.name.removeprefix("aten::") in LEFT_WHOLE or schema.overload_name == "data":
+        return False  # Packed sequences: how long they are their values tell.
+    takes, gives = (
+        any("Tensor" in str(each.type) for each in some)
+        for some in (schema.arguments, schema.returns)
+    )
+    return takes and gives
+
+
+def _with_dropout(unrolled: Callable[..., Any]) -> Callable[..., Any]:
+    """A recurrent layer, with the dropout of one that trains, which torch's decomposition leaves
+    out; `export.py` refuses it."""
+
+    def recurrent(x: torch.Tensor, *others: Any) -> Any:
+        dropout, train = others[4:6]
+        return unrolled(torch.dropout(x, dropout, True) if train and dropout else x, *others)
+
+    return recurrent
+
+
 @cache
 def own() -> Mapping[Any, Callable[..., Any]]:
-    """What is taken apart while the program is traced again: an einsum, as torch does it, into
-    permutations and products; and what writes into slices, which tracing alone brings about."""
-    every = torch.export.default_decompositions()
+    """What is taken apart while the program is traced again: what has no kernel, as torch does it;
+    and what writes into slices, which tracing alone brings about."""
+    torchs = torch.export.default_decompositions()
+    recurrent = (getattr(aten, name).input for name in ("lstm", "gru", "rnn_tanh", "rnn_relu"))
     return {
-        aten.einsum.default: every[aten.einsum.default],
+        **{
+            overload: function
+            for overload, function in torchs.items()  # type: ignore[no-untyped-call]
+            if str(overload) not in registry.CAPTURES and _computes(overload)
+        },
+        **{overload: _with_dropout(torchs[overload]) for overload in recurrent},
         aten.affine_grid_generator.default: _affine_grid,
         aten.copy.default: _copy,
         aten.fill.Scalar: _fill,
@@ -174,7 +235,7 @@ def own() -> Mapping[Any, Callable[..., Any]]:
 
 
 @cache
-def _table() -> Mapping[Any, Callable[..., Any]]:
+def table() -> Mapping[Any, Callable[..., Any]]:
     """What stands for each overload."""
     return {
         aten.logsumexp.default: _logsumexp,
@@ -187,15 +248,59 @@ def _table() -> Mapping[Any, Callable[..., Any]]:
         aten.cdist.default: _cdist,
         aten.hardshrink.default: _hardshrink,
         aten.softshrink.default: _softshrink,
+        aten.asin.default: _asin,
+        aten.acos.default: _acos,
+        aten.atanh.default: _atanh,
+        aten.fmax.default: _fmax,
+        aten.fmin.default: _fmin,
+        aten.exp2.default: lambda x: torch.pow(2.0, x),
+        aten.log2.default: lambda x: torch.log(x) * (1.0 / math.log(2.0)),
+        aten.log10.default: lambda x: torch.log(x) * (1.0 / math.log(10.0)),
+        aten.tan.default: lambda x: torch.sin(x) / torch.cos(x),
     }
+
+
+def _quantised(
+    x: torch.Tensor, observes: Any, quantises: Any, least: Any, most: Any, scale: torch.Tensor,
+    zero: torch.Tensor, average: float, low: int, high: int, axis: int, by_row: bool = False,
+    symmetric: bool = False,
+) -> torch.Tensor:  # fmt: skip
+    """The fake quantisation of a QAT network whose observers are off, as `pointwise_ops.py` has
+    it. By arithmetic: torch does not know the op of a batch that varies."""
+    zero = zero.to(torch.float32)
+    if by_row:
+        behind = (1,) * (x.dim() - 1 - axis % x.dim())
+        scale, zero = scale.view(-1, *behind), zero.view(-1, *behind)
+    huge = torch.finfo(torch.float32).max
+    whole = (x * (1.0 / scale)).round().nan_to_num(-huge, huge, -huge)
+    return torch.minimum(torch.maximum(whole, low - zero), high - zero) * scale
+
+
+def _unquantised(x: torch.Tensor, *others: Any, **more: Any) -> torch.Tensor:
+    return x.clone()
+
+
+def _as_frozen(program: Any, node: Any) -> Any:
+    """What stands for a fake quantisation that may observe: with its observer on it writes buffers
+    at every call, which `export.py` refuses by name."""
+    buffers, tensors = program.graph_signature.inputs_to_buffers, program.state_dict
+    observes, quantises = (
+        bool(tensors[buffers[flag.name]]) if getattr(flag, "name", None) in buffers else True
+        for flag in node.args[1:3]
+    )
+    if observes:
+        return node.target
+    return _quantised if quantises else _unquantised
 
 
 def decompose(program: Any) -> None:
     """Puts the functions in the place of the calls of an exported program that is to be traced
     again. As an argument of `run_decompositions` some would come too late."""
     for node in program.graph.nodes:
-        if node.target is aten.einsum.default and _matrix_product(node.args[0]):
+        if node.target is aten.fused_moving_avg_obs_fake_quant.default:
+            node.target = _as_frozen(program, node)
+        elif node.target is aten.einsum.default and _matrix_product(node.args[0]):
             node.target = _einsum
         elif node.op == "call_function":
-            node.target = _table().get(node.target, node.target)
+            node.target = table().get(node.target, node.target)
     program.graph_module.recompile()

@@ -122,7 +122,7 @@ def check_example(arguments: Any, dynamic: bool = False) -> list[torch.Tensor]:
         if leaf.layout is not torch.strided or leaf.is_nested:
             kind = "a nested one" if leaf.is_nested else str(leaf.layout)
             raise InvalidInputError(f"example input {at}: expected a dense tensor, got {kind}")
-        if leaf.dtype not in (*FLOAT_DTYPES, torch.uint8):
+        if leaf.dtype not in (*FLOAT_DTYPES, torch.uint8, torch.bool):
             both = "convert both, model.float() and x.float()"
             hint = both if leaf.dtype is torch.float64 else "convert it outside, x.float()"
             raise InvalidInputError(

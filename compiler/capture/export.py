@@ -18,6 +18,7 @@ from types import FrameType
 from typing import Any
 
 import torch
+from torch.ao.quantization import FakeQuantize
 from torch.export import Dim, ShapesCollection
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 from torch.jit._trace import TopLevelTracedModule
@@ -96,6 +97,7 @@ def _program(
         warnings.simplefilter("ignore")
         stack.enter_context(_quiet())
         stack.enter_context(_plain_tensors(module))
+        stack.enter_context(_known_flags(module))
         program = torch.export.export(module, arguments, keywords, dynamic_shapes=shapes)
         decompose(program)
         return program.run_decompositions(dict(own()))
@@ -125,6 +127,25 @@ def _plain_tensors(module: torch.nn.Module) -> Iterator[None]:
         finally:
             for own, name, tensor in replaced:
                 own[name] = tensor
+
+
+@contextmanager
+def _known_flags(module: torch.nn.Module) -> Iterator[None]:
+    """Inside the block fake quantisations that decide in Python whether they observe, and quantise,
+    know it as numbers: to torch.export the values of buffers are unknown."""
+    replaced = []
+    for child in module.modules():
+        if type(child) is FakeQuantize:
+            for name in ("observer_enabled", "fake_quant_enabled"):
+                flags: Any = child._buffers.pop(name)
+                child.__dict__[name] = tuple(map(int, flags.tolist()))
+                replaced.append((child, name, flags))
+    try:
+        yield
+    finally:
+        for child, name, flags in replaced:
+            del child.__dict__[name]
+            child._buffers[name] = flags
 
 
 @contextmanager
@@ -267,8 +288,9 @@ def _refuse_changing(module: torch.nn.Module, program: Any) -> None:
     if (observers := _observers(module)) and not trains:
         raise CaptureError(
             f"{name} is prepared for quantisation: the observers at {', '.join(observers)} write "
-            "their buffers at every call, in evaluation mode too. Compile the module as it was "
-            "before it was prepared: quantised networks are not supported"
+            "their buffers at every call, in evaluation mode too. Turn them off with "
+            "model.apply(torch.ao.quantization.disable_observer), or compile the module as it was "
+            "before it was prepared"
         )
     listed = [f"{path or 'the module'} ({node.target})" for path, node in calls] or buffers
     if trains:

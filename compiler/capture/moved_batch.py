@@ -14,13 +14,15 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch.utils import _pytree as pytree
 
 from ...kernels.contract.op import Arguments, Builder, Capture
 from ...kernels.movement import pointwise_ops
-from ...kernels.movement.movement import Permute
-from ...kernels.movement.rearrangement import Reshape
+from ...kernels.movement.movement import Concat, Permute
+from ...kernels.movement.rearrangement import Expand, Reshape
 from ..graph.ir import Value
+from ..graph.torch_call import BatchNumber
 
 VIEWS = frozenset((
     "aten.view.default", "aten.reshape.default", "aten._unsafe_view.default",
@@ -36,6 +38,16 @@ LAST: dict[str, Callable[[Arguments], int]] = {
     "aten.layer_norm.default": lambda a: len(a.normalized_shape),
 }
 """Calls that compute along the last dimensions, and how many."""
+JOINS = ("aten.cat.default", "aten.stack.default")
+FILLS = {"aten.zeros.default": 0.0, "aten.ones.default": 1.0, "aten.full.default": None}
+"""Calls that make tensors of one number; None: of `fill_value`."""
+NUMBERS = {
+    f"aten.{name}": ("groups",)
+    for name in ("conv1d.default", "conv2d.default", "conv_transpose1d.default",
+                 "conv_transpose2d.input")
+}  # fmt: skip
+"""Convolutions, which filters of their own for each sample make of one image with the channels of
+all; the argument that is a multiple of the batch then."""
 POINTWISE = frozenset(target for op in pointwise_ops.OPS for target in op.aten)
 
 
@@ -87,8 +99,11 @@ def call(
 
     function: the call's capture function; places: of its results. Refuses what it does not know.
     """
-    x = _moved(g, a.first)
     place = places[0]
+    if place is not None and (target in FILLS or target in JOINS):
+        return (_filled if target in FILLS else _joined)(g, target, a, place, batch)
+    moved = (leaf for leaf in pytree.tree_leaves(a.given) if isinstance(leaf, Moved))
+    x = next(moved, None) if target in POINTWISE else _moved(g, a.first)
     if x is None or place is None or function is None:
         return g.refuse("it joins samples of the batch, or its batch is not in dimension 0")
     if target in VIEWS:
@@ -102,6 +117,8 @@ def call(
         value = _apart(g, x, batch)
         dim = _place_along(g, x, a.dim % len(x.shape), g.spec(value).rank)
         result = function(g, a.replaced(self=value, dim=dim))
+    elif target in OTHERS:
+        result = OTHERS[target](g, function, x, a, batch)
     elif target in LAST:
         count = LAST[target](a)
         if x.at >= len(x.shape) - count:
@@ -114,6 +131,61 @@ def call(
     if isinstance(result, (list, tuple)):
         return [_like(g, x, one, at, batch) for one, at in zip(result, places, strict=True)]
     return _like(g, x, result, place, batch)
+
+
+def _filled(g: Builder, target: str, a: Arguments, place: Place, batch: int) -> Value | Moved:
+    """One number everywhere: the state that a recurrent layer begins with."""
+    number: Any = a.fill_value if FILLS[target] is None else FILLS[target]
+    dtype = a.get("dtype") or torch.get_default_dtype()
+    if not dtype.is_floating_point:
+        g.refuse(f"dtype {dtype} is not supported here; expected floats")
+    beside = place.shape[place.at] // batch
+    shape = (batch, *place.shape[: place.at], beside, *place.shape[place.at + 1 :])
+    one = g.add_constant(torch.tensor(float(number)), dtype)
+    value = g.apply("expand", (one,), Expand(shape, batch))
+    before = math.prod(place.shape[: place.at])
+    return _settled(g, Moved(value, place.shape, place.at, before), batch)
+
+
+def _joined(g: Builder, target: str, a: Arguments, place: Place, batch: int) -> Value | Moved:
+    """Tensors one after the other, or side by side in a new dimension."""
+    dim, parts = a.dim, [_moved(g, x) for x in a.tensors]
+    if target == "aten.stack.default":
+        dim %= len(place.shape)
+        parts = [
+            x and replace(
+                x, shape=(*x.shape[:dim], 1, *x.shape[dim:]), at=x.at + (dim <= x.at)
+            )
+            for x in parts
+        ]  # fmt: skip
+    x = parts[0]
+    if x is None or any(
+        y is None or (y.at, y.sizes(batch)[y.at]) != (x.at, x.sizes(batch)[x.at]) for y in parts
+    ):
+        refused: Value = g.refuse("it joins tensors whose batch is in different places")
+        return refused
+    values = [_apart(g, y, batch) for y in parts if y is not None]
+    at = _place_along(g, x, dim % len(x.shape), g.spec(values[0]).rank)
+    return _like(g, x, g.apply("concat", values, Concat(at)), place, batch)
+
+
+def _by_sample(g: Builder, function: Capture, x: Moved, a: Arguments, batch: int) -> Value:
+    """A convolution whose groups are samples, as one of samples."""
+    groups = a.groups.at(batch) if isinstance(a.groups, BatchNumber) else a.groups
+    if (x.at, x.before) != (1, 1) or groups % batch:
+        refused: Value = g.refuse("its batch is not in dimension 0")
+        return refused
+    images = _reshaped(g, x.value, (batch, x.shape[1] // batch, *x.shape[2:]))
+    convolved: Value = function(g, a.replaced(input=images, groups=groups // batch))
+    return convolved
+
+
+def _flipped(g: Builder, function: Capture, x: Moved, a: Arguments, batch: int) -> Value:
+    value = _apart(g, x, batch)
+    rank = g.spec(value).rank
+    dims = [_place_along(g, x, dim % len(x.shape), rank) for dim in a.dims]
+    flipped: Value = function(g, a.replaced(self=value, dims=dims))
+    return flipped
 
 
 def _moved(g: Builder, x: Any) -> Moved | None:
@@ -180,11 +252,15 @@ def _place_along(g: Builder, x: Moved, dim: int, rank: int) -> int:
 def _alike(g: Builder, x: Moved, argument: Any, batch: int) -> Any:
     """An operand of a pointwise call, as it stands beside the graph's value."""
     if isinstance(argument, Moved):
-        if (argument.shape, argument.at, argument.before) != (x.shape, x.at, x.before):
+        places = ((len(y.shape), y.at, y.sizes(batch)[y.at]) for y in (x, argument))
+        if len(set(places)) > 1:
             g.refuse(f"{x.shape} meets {argument.shape}, whose batch is elsewhere")
         return _apart(g, argument, batch)
     if isinstance(argument, Value):
         spec = g.spec(argument)
+        front, behind = x.sizes(batch)[x.at]
+        if spec.batch and spec.rank == len(x.shape) - x.at and (front, behind) == (1, 1):
+            return _reshaped(g, argument, (batch, *(1 for _ in range(x.at)), *spec.shape[1:]))
         if spec.batch is not None or spec.rank > len(x.shape) - 1 - x.at:
             g.refuse(f"{x.shape}, whose batch is in dimension {x.at}, meets {spec}")
     return argument
@@ -199,3 +275,7 @@ def _like(g: Builder, x: Moved, value: Value, place: Place | None, batch: int) -
     before = math.prod(place.shape[: place.at]) * front
     assert g.spec(value).numel == math.prod(place.shape), "a call that changes more than one dim"
     return _settled(g, Moved(value, place.shape, place.at, before), batch)
+
+
+OTHERS = {"aten.flip.default": _flipped, **{target: _by_sample for target in NUMBERS}}
+"""Calls with a way of their own."""

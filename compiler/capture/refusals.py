@@ -69,11 +69,12 @@ def refuse_branches(module: torch.nn.Module, decisions: list[Decision], batch: B
             )
 
 
-def refuse_numbers(a: Arguments) -> None:
-    """Raises: Refused for a call that needs a number which depends on the batch."""
+def refuse_numbers(a: Arguments, known: Sequence[str] = ()) -> None:
+    """Raises: Refused for a call that needs a number which depends on the batch, but for some
+    arguments."""
     for name, argument in a.given.items():
         for leaf in pytree.tree_leaves(argument):
-            if isinstance(leaf, BatchNumber):
+            if isinstance(leaf, BatchNumber) and name not in known:
                 raise Refused(
                     f"its argument '{name}' is {leaf} where N is the batch: no kernel is given the "
                     "batch of a call as a number. Compile for one batch (without dynamic_batch), "
@@ -125,5 +126,3 @@ def refuse_unbounded(node: Any, batch: Batch | None) -> None:
                 "Where that is a mask of booleans which never changes, keep the indices as a "
                 "buffer instead (mask.nonzero().squeeze(1)); else mask with torch.where"
             )
-
-

@@ -105,6 +105,11 @@ def depth_of(graph: Graph) -> int:
     return sum(weight[0].numel() for weight in weights) or 1
 
 
+def as_numbers(inputs: Sequence[torch.Tensor], dtype: torch.dtype) -> list[torch.Tensor]:
+    """Inputs in `dtype`; masks stay booleans."""
+    return [x if x.dtype is torch.bool else x.to(dtype) for x in inputs]
+
+
 def truth_of_module(module: torch.nn.Module, dtype: torch.dtype) -> Truth:
     """The module itself in fp64 and in `dtype`."""
     exact, eager = (copy.deepcopy(module).to(each) for each in (torch.float64, dtype))
@@ -112,8 +117,8 @@ def truth_of_module(module: torch.nn.Module, dtype: torch.dtype) -> Truth:
     def truth(inputs: Sequence[torch.Tensor]) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
         with torch.no_grad(), SoundConvolutions():
             return (
-                tensors_of(exact(*(x.double() for x in inputs))),
-                tensors_of(eager(*(x.to(dtype) for x in inputs))),
+                tensors_of(exact(*as_numbers(inputs, torch.float64))),
+                tensors_of(eager(*as_numbers(inputs, dtype))),
             )
 
     return truth
@@ -144,7 +149,7 @@ def _called(
         if path:
             layer.register_forward_hook(partial(note, path))
     with torch.no_grad(), SoundConvolutions():
-        module(*(x.to(dtype) for x in inputs))
+        module(*as_numbers(inputs, dtype))
     return results
 
 

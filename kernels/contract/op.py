@@ -349,6 +349,10 @@ class Builder(Protocol):
         """The tensor behind a value that is known at compile time, or None."""
         ...
 
+    def is_computed(self, value: Any) -> bool:
+        """Whether a value depends on an input of the graph."""
+        ...
+
     def add_constant(self, tensor: torch.Tensor, dtype: torch.dtype) -> Any:
         """A new constant, which its readers see in `dtype`."""
         ...

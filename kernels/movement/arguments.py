@@ -11,8 +11,9 @@ from typing import Any
 
 from ..contract.epilogue import Stage
 from ..contract.op import Arguments, Attributes, Builder, Capture
-from ..tile.conv_geometry import same_padding
-from .rearrangement import Reshape
+from ..tile.conv_geometry import Conv2d, SampleConv2d, same_padding
+from .movement import Permute
+from .rearrangement import Flip, Reshape
 
 PER_DIMENSION = ("kernel_size", "stride", "padding", "output_padding", "dilation")
 
@@ -44,9 +45,7 @@ def adaptive_size(g: Builder, a: Arguments) -> Any:
     return size if len(size) > 1 else (1, *size)
 
 
-def attributes_of(
-    g: Builder, a: Arguments, make: type[Attributes], **others: Any
-) -> Attributes:
+def attributes_of(g: Builder, a: Arguments, make: type[Attributes], **others: Any) -> Attributes:
     """Attributes whose fields are the arguments of the same names, but for the others."""
     for name in (field.name for field in fields(make)):
         argument = "kernel_size" if name == "kernel" else name
@@ -89,12 +88,75 @@ def convolution(op: str, make: type[Attributes]) -> Capture:
 
 def with_bias(g: Builder, op: str, a: Arguments, attributes: Attributes) -> Any:
     """A convolution with its bias, one number per channel, as an epilogue."""
+    if g.is_computed(a.weight):
+        return as_rank_of(g, _by_sample(g, op, a, attributes), a.input)
     x, inputs = a.input, [as_image(g, a.input), as_image(g, a.weight)]
     if a.bias is None:
         return as_rank_of(g, g.apply(op, inputs, attributes), x)
     trailing = (1,) * (g.spec(inputs[0]).rank - 2)
     bias = g.apply("reshape", (a.bias,), Reshape((*g.spec(a.bias).shape, *trailing)))
     return as_rank_of(g, g.apply(op, (*inputs, bias), attributes, (Stage("add"),)), x)
+
+
+def _by_sample(g: Builder, op: str, a: Arguments, attributes: Any) -> Any:
+    """A convolution of images with weights that are computed.
+
+    With filters of its own for each sample it is written as one of a single image, which has the
+    channels of all samples in groups: where that shows, it is one of samples again.
+    """
+    if op not in ("conv2d", "conv_transpose2d"):
+        return g.refuse(f"{op} with computed weights; only images and sequences are convolved so")
+    x, w, groups = as_image(g, a.input), as_image(g, a.weight), attributes.groups
+    n, is_split = 1, False
+    if g.spec(w).batch is not None:
+        n = g.spec(x).shape[0]
+    elif (split := _samples_of(g, x, groups)) is not None:
+        x, n, groups = split, g.spec(split).shape[0], groups // g.spec(split).shape[0]
+        is_split = True
+    first, second, *kernel = g.spec(w).shape
+    padding: Any
+    order: tuple[int, ...]
+    if isinstance(attributes, Conv2d):
+        k, stride, padding = first // n, attributes.stride, attributes.padding
+        spread, order = (1, 1), (0, 2, 3, 1)
+    else:
+        k, stride, spread = groups * second, (1, 1), attributes.stride
+        padding = _of_transposed(attributes, kernel)
+        w = g.apply("reshape", (w,), Reshape((n * groups, first // (n * groups), second, *kernel)))
+        w, order = g.apply("flip", (w,), Flip((3, 4))), (0, 2, 3, 4, 1)
+    w = g.apply("permute", (w,), Permute(order))
+    w = g.apply("reshape", (w,), Reshape((n, k, g.spec(w).numel // (n * k))))
+    convolution = SampleConv2d(
+        stride, padding, attributes.dilation, groups, (kernel[0], kernel[1]), spread
+    )
+    if a.bias is None:
+        y = g.apply("sample_conv2d", (x, w), convolution)
+    else:
+        banks = g.spec(a.bias).shape[0] // k
+        bias = g.apply("reshape", (a.bias,), Reshape((banks, k, 1, 1)))
+        y = g.apply("sample_conv2d", (x, w, bias), convolution, (Stage("add"),))
+    return g.apply("reshape", (y,), Reshape((1, n * k, *g.spec(y).shape[2:]))) if is_split else y
+
+
+def _samples_of(g: Builder, x: Any, groups: int) -> Any:
+    """The (N, C, H, W) that a single image with N·C channels was made of, whose groups each belong
+    to one sample; or None."""
+    made = g.maker(x)
+    if made is None or made[0] != "reshape":
+        return None
+    (source,) = made[2]
+    shape, wanted = g.spec(source).shape, g.spec(x).shape
+    folds = len(shape) == 4 and wanted == (1, shape[0] * shape[1], *shape[2:])
+    return source if folds and shape[0] > 1 and groups % shape[0] == 0 else None
+
+
+def _of_transposed(attributes: Any, kernel: Any) -> tuple[int, ...]:
+    """The padding of the convolution of the spread image that a transposed one is."""
+    sides = []
+    for at, size in enumerate(kernel):
+        reach = attributes.dilation[at] * (size - 1) - attributes.padding[at]
+        sides += [reach, reach + attributes.output_padding[at]]
+    return tuple(sides)
 
 
 def as_image(g: Builder, x: Any) -> Any:

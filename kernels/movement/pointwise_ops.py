@@ -228,6 +228,34 @@ def _masked_fill(g: Builder, a: Arguments) -> Any:
     return _chosen(g, a.mask, _number(g, a.value), a.self)
 
 
+HUGE = float(torch.finfo(torch.float32).max)
+
+
+def _fake_quantise(g: Builder, a: Arguments) -> Any:
+    """(clamp(round(x / scale) + zero, min, max) − zero) · scale, by the reciprocal in fp32 as torch
+    has it; the smallest whole number for NaN."""
+    x, known = a.self, []
+    for value in (a.scale, a.zero_point):
+        tensor = g.constant(value) if _is_value(value) else torch.tensor(value)
+        if tensor is None:
+            return g.refuse("a scale or zero point that is computed; make it a buffer")
+        known.append(tensor.detach().float().flatten())
+    scale, zero = known
+    inverse, low, high = 1.0 / scale, a.quant_min - zero, a.quant_max - zero
+    stages: ep.Epilogue = (ep.Stage("round"), ep.Stage("nan_to_num", (-HUGE, HUGE, -HUGE)))
+    if scale.numel() == zero.numel() == 1:
+        bounds = (low.item(), high.item())
+        stages = (*stages, ep.Stage("clamp", bounds), ep.Stage("mul", literal=scale.item()))
+        return g.apply("mul", (x,), Pointwise(literal=inverse.item()), stages)
+    behind = (1,) * (g.spec(x).rank - 1 - a.axis % g.spec(x).rank)
+    inverse, low, high, scale = (
+        g.add_constant(each.reshape(-1, *behind), torch.float32)
+        for each in (inverse, low, high, scale)
+    )
+    stages = (*stages, ep.Stage("maximum"), ep.Stage("minimum"), ep.Stage("mul"))
+    return g.apply("mul", (x, inverse, low, high, scale), Pointwise(), stages)
+
+
 SELU = (1.6732632423543772848170429916717, 1.0507009873554804934193349852946, 1.0)
 UNARY_NAMES = (
     "relu", "sigmoid", "tanh", "silu", "hardsigmoid", "hardswish", "mish", "sqrt", "rsqrt", "exp",
@@ -265,6 +293,11 @@ SPECIAL: dict[str, dict[str, Capture]] = {
     "div": {
         **{f"div.{kind}": _div for kind in ("Tensor", "Scalar", "Tensor_mode", "Scalar_mode")},
         "reciprocal.default": lambda g, a: _combined(g, "div", 1.0, a.self),
+    },
+    "mul": {
+        f"fake_quantize_per_{name}": _fake_quantise
+        for name in ("tensor_affine.default", "tensor_affine.tensor_qparams",
+                     "channel_affine.default")
     },
     "pow": {f"pow.{kind}": _pow for kind in ("Tensor_Scalar", "Tensor_Tensor", "Scalar")},
     "add": {"addcmul.default": _addcmul("mul"), "addcdiv.default": _addcmul("div")},

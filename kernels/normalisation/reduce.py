@@ -32,10 +32,13 @@ from ..contract.elementary import NAN
 from ..contract.op import Arguments, Attributes, Builder, Capture, Config, Launch, Op, Problem
 from ..contract.spec import Layout, TensorSpec
 from ..contract.targets import Target
+from ..movement.movement import Slice
 from ..movement.pointwise import Pointwise
+from ..movement.rearrangement import Reshape
 from ..tile.geometry import Output, tile_launch
 from ..tile.space import output_tile
 from . import topk
+from .scan import Scan
 
 
 @dataclass(frozen=True)
@@ -344,6 +347,36 @@ def _capture_amin(g: Builder, a: Arguments) -> Any:
     return _plain(g, "neg", _reduced(g, "amax", _plain(g, "neg", a.self), a))
 
 
+def _decided(g: Builder, a: Arguments, everywhere: bool) -> Any:
+    """Whether all elements, or any, are other than zero: the largest of numbers that say which are
+    (or, for all, are not), as 1."""
+    x, dims = a.self, _dims(g, a)
+    if g.spec(x).dtype is not torch.bool:
+        x = g.apply("ne", (x,), Pointwise(literal=0.0))
+    if not g.spec(x).rank:
+        return x
+    numbers = g.apply("choose", (x,), Pointwise((0.0, 1.0) if everywhere else (1.0, 0.0)))
+    largest = g.apply("amax", (numbers,), Reduce(dims, a.get("keepdim", False)))
+    return g.apply("eq" if everywhere else "ne", (largest,), Pointwise(literal=0.0))
+
+
+def _capture_product(g: Builder, a: Arguments) -> Any:
+    """The last of the products of all elements before, and that: `cumprod` writes them all."""
+    x, spec, keepdim = a.self, g.spec(a.self), a.get("keepdim", False)
+    if a.dtype not in (None, spec.dtype):
+        return g.refuse(f"prod that changes the dtype from {spec.dtype} to {a.dtype}")
+    if "dim" not in a:
+        x = g.apply("reshape", (x,), Reshape((spec.numel,)))
+    dim = a.get("dim", 0) % max(1, g.spec(x).rank)
+    size = g.spec(x).shape[dim]
+    products = g.apply("cumprod", (x,), Scan(dim))
+    last = g.apply("slice", (products,), Slice(dim, size - 1, size))
+    if keepdim:
+        return last
+    shape = g.spec(last).shape
+    return g.apply("reshape", (last,), Reshape((*shape[:dim], *shape[dim + 1 :])))
+
+
 def _with_places(g: Builder, a: Arguments, values: Any, x: Any) -> Any:
     """The extremes along a dimension and where they stand: kernels of their own, of which those
     that nobody reads are left out."""
@@ -384,6 +417,13 @@ OPS = (
         "amax",
         {
             "amax.default": _capture("amax"),
+            **{
+                f"{name}.{kind}": partial(_decided, everywhere=name == "all")
+                for name in ("any", "all")
+                for kind in ("default", "dim", "dims")
+            },
+            "prod.default": _capture_product,
+            "prod.dim_int": _capture_product,
             "max.default": _capture("amax"),
             "amin.default": _capture_amin,
             "min.default": _capture_amin,

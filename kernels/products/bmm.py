@@ -261,6 +261,13 @@ def _product(
         return g.apply("linear", (a, weight, *operands), epilogue=stages)
     if (left.batch is None) != (right.batch is None):
         # What all samples share is read again for each; the batch is not expanded to.
+        if left.batch is not None and left.rank == 2:
+            depth = left.shape[1]
+            rows = g.apply(
+                "reshape", (a,), Reshape((left.batch, left.shape[0] // left.batch, depth))
+            )
+            y = _product(g, rows, b, stages, *operands, wide=wide)
+            return g.apply("reshape", (y,), Reshape((left.shape[0], right.shape[-1])))
         rank = max(left.rank, right.rank)
         a, b = (_of_rank(g, value, rank) for value in (a, b))
         return g.apply("bmm", (a, b, *operands), Bmm(wide=wide), stages)

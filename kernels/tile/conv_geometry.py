@@ -30,6 +30,18 @@ class Conv2d(Attributes):
         return plain and filters[2:] == (1, 1)
 
 
+@dataclass(frozen=True)
+class SampleConv2d(Conv2d):
+    """As `Conv2d`, of weights that are computed (`convolution/sample_conv.py`).
+
+    kernel: (R, S); spread: from one pixel of x to the next in the image that is convolved. Padding
+    may be negative, where that is cropped.
+    """
+
+    kernel: tuple[int, int] = (1, 1)
+    spread: tuple[int, int] = (1, 1)
+
+
 def infer(
     attributes: Any, inputs: tuple[TensorSpec, ...], name: str = "conv2d"
 ) -> tuple[TensorSpec, ...]:

@@ -143,6 +143,15 @@ def attend(b: Builder) -> None:
     b.let(f"{x} @ {scores}")
 
 
+def convolve_by_sample(b: Builder) -> None:
+    """An image convolved with itself: each sample's channels are its filters."""
+    x = b.pick(4)
+    c = b.shape(x)[1]
+    image = f"{x}.reshape(1, {x}.shape[0] * {c}, *{x}.shape[2:])"
+    filters = f"{x}.mean((2, 3)).reshape({x}.shape[0] * {c}, 1, 1, 1)"
+    b.let(f"F.conv2d({image}, {filters}, groups={x}.shape[0] * {c}).reshape({x}.shape)")
+
+
 def batch_norm(b: Builder) -> None:
     x = b.pick(2, *IMAGES)
     n = max(1, len(b.shape(x)) - 2)
@@ -368,6 +377,7 @@ def resize(b: Builder) -> None:
 LINES = (
     convolve, convolve, convolve, unary, unary, unary, binary, binary, join, join, batch_norm,
     pool, pool, cut, cut, move, move, reduce, broadcast, constants, prelu, convolve_back,
-    share_a_layer, linear, matmul, attend, normalise, local_norm, softmax, power_pool, mixed_pool,
-    median_pool, pool_and_back, flatten, columns, sample, write, scan, surround, resize,
+    share_a_layer, linear, matmul, attend, normalise, local_norm, softmax,
+    power_pool, mixed_pool, median_pool,
+    pool_and_back, flatten, columns, sample, write, scan, surround, resize, convolve_by_sample,
 )  # fmt: skip

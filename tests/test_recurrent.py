@@ -1,0 +1,79 @@
+"""Recurrent layers over a fixed length: products and pointwise work, step by step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import convloom
+import pytest
+import torch
+from torch import Tensor, nn
+
+from . import nets
+
+LAYERS: dict[str, Callable[[], nn.Module]] = {
+    "lstm": lambda: nn.LSTM(8, 6, bidirectional=True, batch_first=True),
+    "lstm, projected": lambda: nn.LSTM(8, 6, proj_size=3, bias=False),
+    "gru": lambda: nn.GRU(8, 6, num_layers=2),
+    "rnn": lambda: nn.RNN(8, 6, nonlinearity="relu", batch_first=True),
+    "rnn, tanh": lambda: nn.RNN(8, 6, bidirectional=True),
+}
+
+
+class Recurrent(nn.Module):
+    """A convolutional network's columns, in order, through a recurrent layer."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.conv, self.layer = nn.Conv2d(1, 8, (4, 2), (4, 2)), layer
+        self.batch_first = bool(layer.batch_first)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        y = self.conv(x).flatten(2).transpose(1, 2)
+        sequence, state = self.layer(y if self.batch_first else y.transpose(0, 1))
+        state = state[0] if isinstance(state, tuple) else state
+        return sequence if self.batch_first else sequence.transpose(0, 1), state[-1]
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("name", LAYERS)
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_recurrent_layers(name: str, dynamic: bool) -> None:
+    module = nets.randomise(Recurrent(LAYERS[name]())).eval()
+    (x,) = nets.inputs_of((2, 1, 4, 6))
+    options: dict[str, Any] = {"dynamic_batch": (1, 2)} if dynamic else {}
+    exe = convloom.compile(module, (x,), target="interpreter", **options)
+    assert exe.summary["torch_fallbacks"] == 0
+    for batch in (1, 2) if dynamic else (2,):
+        nets.check(exe(x[:batch]), module, (x[:batch],))
+
+
+class Cell(nn.Module):
+    """A cell and a second output of its state."""
+
+    def __init__(self, cell: nn.Module) -> None:
+        super().__init__()
+        self.cell = cell
+
+    def forward(self, x: Tensor, h: Tensor) -> Any:
+        return self.cell(x, (h, h * 0.5) if isinstance(self.cell, nn.LSTMCell) else h)
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("kind", [nn.LSTMCell, nn.GRUCell, nn.RNNCell])
+def test_recurrent_cells(kind: type[nn.Module]) -> None:
+    """In any precision, with the state of any batch."""
+    module, inputs = nets.randomise(Cell(kind(8, 6))).eval(), nets.inputs_of((2, 8), (2, 6))
+    for dtype in (torch.float32, torch.float16, torch.bfloat16):
+        exe = convloom.compile(
+            module, inputs, target="interpreter", dtype=dtype, dynamic_batch=(1, 3)
+        )
+        assert exe.summary["torch_fallbacks"] == 0
+        nets.check(exe(*inputs), module, inputs, dtype)
+
+
+def test_dropout_between_recurrent_layers_that_train_is_refused() -> None:
+    module = Recurrent(nn.GRU(8, 6, num_layers=2, dropout=0.5)).train()
+    with pytest.raises(convloom.CaptureError, match="would still train"):
+        convloom.compile(module, nets.inputs_of((2, 1, 4, 6)), target="reference")
