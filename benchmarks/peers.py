@@ -16,6 +16,7 @@ import copy
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import convloom
@@ -111,9 +112,11 @@ def ours(
     """
     tuning_s = None
     if ready is not None:
-        ready(x)
+        arguments, keywords = ready.interface.placed([x])
+        ready(*arguments, **keywords)
         launched = ready.summary["kernels"]
-        return Entrant(OURS, lambda: ready(x), 0.0, None, launched, device.peak_mb())
+        call = partial(ready, *arguments, **keywords)
+        return Entrant(OURS, call, 0.0, None, launched, device.peak_mb())
     if tuning == "search":
         start = time.perf_counter()
         convloom.compile(model, (x,), target=target, tuning="search", precision=precision)

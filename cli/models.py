@@ -114,7 +114,8 @@ def run(executable: Executable | LoadedExecutable, x: torch.Tensor) -> torch.Ten
     """The executable's only output, on the CPU; moves the input to the GPU where it must be."""
     import torch
 
-    y = executable(x.to(executable.place))
+    arguments, keywords = executable.interface.placed([x.to(executable.place)])
+    y = executable(*arguments, **keywords)
     if not isinstance(y, torch.Tensor):
         raise InvalidInputError(f"expected a model of one output, got {type(y).__name__}")
     return y.cpu()
