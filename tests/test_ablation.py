@@ -71,8 +71,8 @@ def test_an_executable_keeps_a_snapshot() -> None:
 
 @pytest.mark.parametrize("target", [SM_90, "interpreter"])
 def test_no_fusion_is_every_op_alone(target: str) -> None:
-    """The figures of `explain`: batch normalisation is not folded, dropout is a copy, and memory formats
-    change twice."""
+    """The figures of `explain`: batch normalisation is not folded, dropout is a copy, and the
+    memory format changes twice."""
     model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Dropout(), MODEL.pool).eval()
     _, none = convloom.ablate(model, X, target=target, fusions=()).rows
     totals = convloom.plan(model, X, target=target).account().totals
