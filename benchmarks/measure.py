@@ -145,21 +145,11 @@ class Other:
 
 
 class OneInput(nn.Module):
-    """A model as a function of the only tensor among its arguments, whatever else it takes.
-
-    example: its arguments and keywords.
-    """
+    """A model as a function of the only tensor among its arguments and keywords."""
 
     def __init__(self, model: nn.Module, example: tuple[tuple[Any, ...], dict[str, Any]]) -> None:
         super().__init__()
         self.model, self.example = model, example
-
-    @classmethod
-    def of(cls, model: nn.Module, example: tuple[tuple[Any, ...], dict[str, Any]]) -> nn.Module:
-        """The model itself where it takes nothing else."""
-        (*arguments,), keywords = example
-        is_one = len(arguments) == 1 and isinstance(arguments[0], torch.Tensor) and not keywords
-        return model if is_one else cls(model, example)
 
     def forward(self, x: torch.Tensor) -> Any:
         arguments, keywords = pytree.tree_map_only(torch.Tensor, lambda _: x, self.example)

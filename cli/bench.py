@@ -72,7 +72,10 @@ def _other(name: str, options: argparse.Namespace) -> Other:
     if not shared.is_file(name):
         network = networks.find(name, options)
         shape, dtype = _only(name, network.tensors())
-        return Other(OneInput.of(network.model, network.example()), shape)
+        arguments, keywords = example = network.example()
+        # Whatever else it takes is constant.
+        is_plain = len(arguments) == 1 and not keywords
+        return Other(network.model if is_plain else OneInput(network.model, example), shape)
     executable, *_ = files.loaded(shared.changed(options, name=name))
     shape, dtype = _only(name, [port.spec for port in executable.inputs])
     planned = files.replanned(executable.artifact, executable.plan)

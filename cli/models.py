@@ -72,22 +72,14 @@ def lower_for(
         return lowered(network.model, example, **choices)
 
 
-def placed(
-    network: Network, options: argparse.Namespace, executable: Executable
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def placed(executable: Executable) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Zeros as inputs of an executable, where it takes them: larger images under `--slide`."""
     import torch
-    from torch.utils import _pytree as pytree
 
-    ports = iter(executable.inputs)
-
-    def made(x: torch.Tensor) -> torch.Tensor:
-        spec = next(ports).spec
-        return torch.zeros(spec.shape, dtype=spec.dtype, device=executable.place)
-
-    both: tuple[tuple[Any, ...], dict[str, Any]]
-    both = pytree.tree_map_only(torch.Tensor, made, network.example(options.batch))
-    return both
+    specs, place = [port.spec for port in executable.inputs], executable.place
+    return executable.interface.placed(
+        [torch.zeros(spec.shape, dtype=spec.dtype, device=place) for spec in specs]
+    )
 
 
 def _choices(options: argparse.Namespace) -> dict[str, Any]:

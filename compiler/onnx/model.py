@@ -197,7 +197,7 @@ def _taken(call: Call, node: file.Node, arrays: Mapping[str, Any]) -> file.Branc
             f"its condition '{node.inputs[0]}' is computed from pixels or sizes; expected a "
             "constant. Export the model for the case and the sizes that are meant"
         )
-    branch = call.attributes["then_branch" if condition.all() else "else_branch"]
+    branch: file.Branch = call.attributes["then_branch" if condition.all() else "else_branch"]
     own = {*branch.constants, *(name for each in branch.nodes for name in each.outputs)}
     branch = branch.renamed(lambda name: f"{node.name}/{name}" if name and name in own else name)
     results = zip(branch.outputs, node.outputs, strict=True)
