@@ -34,8 +34,7 @@ def cpu_seconds(function: Callable[[], Any]) -> float:
 
 def microseconds(function: Callable[[], Any]) -> float:
     """The median CPU time of a call."""
-    times = sorted(cpu_seconds(function) for _ in range(CALLS))
-    return times[CALLS // 2] * 1e6
+    return sorted(cpu_seconds(function) for _ in range(CALLS))[CALLS // 2] * 1e6
 
 
 def measure(name: str) -> str:
