@@ -3,7 +3,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 # Installed first, so that the rest finds torch satisfied. Where the package index offers a build
-# for the CPU only, this version has one; `make TORCH=torch==2.12.1 demo` takes another.
+# for the CPU only, this version has one; `make TORCH=torch==2.15.0 demo` takes another.
 TORCH ?= torch==2.13.0
 BIN := $(VENV)/bin
 ROOMS := kernels compiler zoo cli
@@ -21,7 +21,7 @@ READY_DOCS := $(VENV)/.ready-docs
 
 # Prints the version where the base Python already has a torch that convloom works with.
 INSTALLED_TORCH := import torch; v = tuple(map(int, torch.__version__.split(".")[:2])); \
-  print(torch.__version__ if (2, 11) <= v < (2, 14) else "")
+  print(torch.__version__ if (2, 11) <= v < (2, 16) else "")
 
 .PHONY: help demo test gpu gate docs lint types clean $(PARTS:%=test-%)
 

@@ -159,7 +159,10 @@ def named(name: str) -> tuple[nn.Module, tuple[int, ...] | None]:
         warnings.simplefilter("ignore")
         torch.manual_seed(0)
         if library == "torchvision":
-            model = package.models.get_model(member, weights=None)
+            try:  # Networks with a backbone would download its weights.
+                model = package.models.get_model(member, weights=None, weights_backbone=None)
+            except TypeError:
+                model = package.models.get_model(member, weights=None)
             weights = next(iter(package.models.get_model_weights(member)), None)
             side = getattr(getattr(weights, "transforms", None), "keywords", {}).get("crop_size")
             return randomised(model).eval(), None if side is None else (3, side, side)

@@ -21,6 +21,7 @@ from convloom.errors import ConvloomError, InvalidInputError, TargetUnavailableE
 from convloom.kernels import registry
 from convloom.kernels.contract import cost_model, targets, tolerance
 from torch import nn
+from torch.utils import _pytree as pytree
 
 from .bounds import BOUNDS
 from .devices import Cpu, Cuda, Device, Sample
@@ -141,6 +142,18 @@ class Other:
     ready: LoadedExecutable | None = None
     plan: Plan | None = None
     dtype: torch.dtype | None = None
+
+
+class OneInput(nn.Module):
+    """A model as a function of the only tensor among its arguments and keywords."""
+
+    def __init__(self, model: nn.Module, example: tuple[tuple[Any, ...], dict[str, Any]]) -> None:
+        super().__init__()
+        self.model, self.example = model, example
+
+    def forward(self, x: torch.Tensor) -> Any:
+        arguments, keywords = pytree.tree_map_only(torch.Tensor, lambda _: x, self.example)
+        return self.model(*arguments, **keywords)
 
 
 class GraphModule(nn.Module):

@@ -16,6 +16,7 @@ import copy
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import convloom
@@ -111,9 +112,10 @@ def ours(
     """
     tuning_s = None
     if ready is not None:
-        ready(x)
-        launched = ready.summary["kernels"]
-        return Entrant(OURS, lambda: ready(x), 0.0, None, launched, device.peak_mb())
+        arguments, keywords = ready.interface.placed([x])
+        ready(*arguments, **keywords)
+        call, count = partial(ready, *arguments, **keywords), ready.summary["kernels"]
+        return Entrant(OURS, call, 0.0, None, count, device.peak_mb())
     if tuning == "search":
         start = time.perf_counter()
         convloom.compile(model, (x,), target=target, tuning="search", precision=precision)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from .. import zoo
 from ..benchmarks.options import MODELS, add_options
@@ -16,9 +16,11 @@ from . import files, networks, output
 from . import options as shared
 
 if TYPE_CHECKING:
+    import torch
     from rich.table import Table
 
     from ..benchmarks.measure import Other, Row
+    from ..kernels.contract.spec import TensorSpec
 
 
 def configure(commands: shared.SubParsers) -> None:
@@ -65,25 +67,32 @@ def run(options: argparse.Namespace) -> int:
 
 def _other(name: str, options: argparse.Namespace) -> Other:
     """What is measured under a name that is no model of the zoo."""
-    from ..benchmarks.measure import GraphModule, Other
+    from ..benchmarks.measure import GraphModule, OneInput, Other
 
     if not shared.is_file(name):
         network = networks.find(name, options)
-        (x,) = _only(name, network.positional(None, "bench"))
-        return Other(network.model, tuple(x.shape[1:]))
-    executable, inputs, keywords = files.loaded(shared.changed(options, name=name))
-    (x,) = _only(name, (*inputs, *keywords.values()))
+        shape, dtype = _only(name, network.tensors())
+        arguments, keywords = example = network.example()
+        # Whatever else it takes is constant.
+        is_plain = len(arguments) == 1 and not keywords
+        return Other(network.model if is_plain else OneInput(network.model, example), shape)
+    executable, *_ = files.loaded(shared.changed(options, name=name))
+    shape, dtype = _only(name, [port.spec for port in executable.inputs])
     planned = files.replanned(executable.artifact, executable.plan)
-    model = GraphModule(planned.graph)
-    return Other(model, tuple(x.shape[1:]), executable, planned.plan, x.dtype)
+    return Other(GraphModule(planned.graph), shape, executable, planned.plan, dtype)
 
 
-def _only(name: str, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-    if len(inputs) != 1:
+def _only(
+    name: str, given: Sequence[torch.Tensor | TensorSpec]
+) -> tuple[tuple[int, ...], torch.dtype]:
+    """The shape of a sample of the only tensor that a network takes, and its dtype."""
+    if len(given) != 1 or not given[0].dtype.is_floating_point:
+        kinds = ", ".join(str(each.dtype) for each in given)
         raise InvalidInputError(
-            f"bench {name}: expected a network of one tensor, it takes {len(inputs)} inputs"
+            f"bench {name}: expected a network of one tensor of floats, it takes {len(given)} "
+            f"({kinds})"
         )
-    return inputs
+    return tuple(given[0].shape[1:]), given[0].dtype
 
 
 @contextmanager

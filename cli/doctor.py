@@ -28,6 +28,8 @@ EXIT_UNCOMPARED = 3
 EVERYTHING = "everything but the list of models and this report"
 REQUIRED = ("torch", "triton", "numpy", "networkx", "safetensors", "rich")
 OPTIONAL = {"PIL": "reading images, the demo", "sklearn": "the demo, the digits data"}
+TESTED = {"torch": ("2.11", "2.15"), "triton": ("3.6", "3.9")}
+"""The oldest and the newest releases that the tests have run with."""
 TOOLS = {
     "ptxas": "compiling for GPUs",
     "nvdisasm": "instruction counts and `explain --sass`",
@@ -138,8 +140,12 @@ def _library(name: str, disables: str) -> Check:
         if isinstance(error, ModuleNotFoundError) and error.name == name:
             return Check(name, MISSING, "not installed", disables)
         return Check(name, BROKEN, f"cannot be imported: {_first_line(error)}", disables)
-    version = getattr(module, "__version__", None)
-    return Check(name, OK, str(version or _installed_version(name)), disables)
+    version = str(getattr(module, "__version__", None) or _installed_version(name))
+    if name in TESTED:
+        own, *ends = (tuple(map(int, each.split(".")[:2])) for each in (version, *TESTED[name]))
+        if not ends[0] <= own <= ends[1]:
+            version += f" (tested with {' to '.join(TESTED[name])})"
+    return Check(name, OK, version, disables)
 
 
 def _installed_version(name: str) -> str:

@@ -212,7 +212,13 @@ def _classes(executable: Executable | LoadedExecutable, name: str) -> int:
 def _eager(model: torch.nn.Module, executable: Executable, batch: int) -> Network:
     """PyTorch's own answers in the model's dtype, on the device of the executable."""
     model = model.to(executable.place)
-    return _in_whole_batches(lambda x: model(x.to(executable.place)).cpu(), executable, batch)
+
+    def answers(x: torch.Tensor) -> torch.Tensor:
+        arguments, keywords = executable.interface.placed([x.to(executable.place)])
+        scores: torch.Tensor = model(*arguments, **keywords)
+        return scores.cpu()
+
+    return _in_whole_batches(answers, executable, batch)
 
 
 def _compiled(executable: Executable | LoadedExecutable, batch: int) -> Network:

@@ -126,8 +126,8 @@ def _planned(options: argparse.Namespace) -> tuple[Graph, Plan, Report]:
 
 def _measured(options: argparse.Namespace) -> tuple[Graph, Plan, Report]:
     """Compiled, and run once, kernel by kernel."""
-    network, executable = _compiled(options)
-    _measure(options, executable, *models.placed(network, options, executable))
+    _, executable = _compiled(options)
+    _measure(options, executable, *models.placed(executable))
     return executable.graph, executable.plan, executable.ledger
 
 

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from .. import zoo
 from ..errors import InvalidInputError
+from . import inputs, output
 from . import options as shared
-from . import output
 
 if TYPE_CHECKING:
     from ..compiler.artifact.load import LoadedExecutable
@@ -41,20 +41,14 @@ def pick(artifact: Artifact, options: argparse.Namespace) -> Program:
 def pictured(artifact: Artifact) -> ZooModel:
     """What images have to become for the file's network: its model's, or any of that shape.
 
-    Raises: InvalidInputError where its only input is no image.
+    Raises: InvalidInputError where its only tensor is no image.
     """
     model = artifact.document.model
-    inputs = artifact.programs[0].inputs
-    shape = inputs[0].spec.shape
-    if len(inputs) != 1 or len(shape) != 4:
-        raise InvalidInputError(
-            f"'{artifact.path}': expected a network of one image, it takes "
-            f"{', '.join(str(port.spec) for port in inputs)}; load it in Python"
-        )
-    image = (shape[1], shape[2], shape[3])
+    specs = [port.spec for port in artifact.programs[0].inputs]
+    entry = inputs.entry_of(f"'{artifact.path}'", model, specs)
     if model in zoo.names():
-        return replace(zoo.entry(model), input_shape=image)  # Larger where it slides.
-    return zoo.ZooModel(model, "", image, 0, "")
+        return replace(zoo.entry(model), input_shape=entry.input_shape)  # Larger where it slides.
+    return entry
 
 
 def replanned(artifact: Artifact, program: Program) -> Executable:

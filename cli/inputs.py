@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,6 +12,7 @@ if TYPE_CHECKING:
     import torch
     from PIL.Image import Image
 
+    from ..kernels.contract.spec import TensorSpec
     from ..zoo import ZooModel
 
 # Mean and standard deviation of ImageNet's training images, in [0, 1]; for grey their averages.
@@ -30,6 +32,26 @@ LARGEST_SEEN_WHOLE = 64
 MOST_PIXELS = 1 << 25
 """Of a resized image: 400 MB as fp32 in three colours."""
 TEN_CROPS = 10
+
+
+def entry_of(shown: str, name: str, given: Sequence[torch.Tensor | TensorSpec]) -> ZooModel:
+    """What images have to become for a network that is none of the zoo, by the tensors it takes.
+
+    shown: the command and the network, in words.
+
+    Raises: InvalidInputError where they are not one image of floats.
+    """
+    from ..zoo import ZooModel
+
+    if len(given) != 1 or len(given[0].shape) != 4 or not given[0].dtype.is_floating_point:
+        kinds = [str(each.dtype).removeprefix("torch.") for each in given]
+        found = (f"{kind} {tuple(x.shape)}" for kind, x in zip(kinds, given, strict=True))
+        raise InvalidInputError(
+            f"{shown}: expected a network of one image of floats (N, C, H, W), it takes "
+            f"{', '.join(found)}; call it in Python"
+        )
+    _, channels, height, width = given[0].shape
+    return ZooModel(name, "", (channels, height, width), 0, "")
 
 
 def read_input(path: Path, entry: ZooModel) -> torch.Tensor:

@@ -72,22 +72,14 @@ def lower_for(
         return lowered(network.model, example, **choices)
 
 
-def placed(
-    network: Network, options: argparse.Namespace, executable: Executable
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def placed(executable: Executable) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Zeros as inputs of an executable, where it takes them: larger images under `--slide`."""
     import torch
-    from torch.utils import _pytree as pytree
 
-    ports = iter(executable.inputs)
-
-    def made(x: torch.Tensor) -> torch.Tensor:
-        spec = next(ports).spec
-        return torch.zeros(spec.shape, dtype=spec.dtype, device=executable.place)
-
-    both: tuple[tuple[Any, ...], dict[str, Any]]
-    both = pytree.tree_map_only(torch.Tensor, made, network.example(options.batch))
-    return both
+    specs, place = [port.spec for port in executable.inputs], executable.place
+    return executable.interface.placed(
+        [torch.zeros(spec.shape, dtype=spec.dtype, device=place) for spec in specs]
+    )
 
 
 def _choices(options: argparse.Namespace) -> dict[str, Any]:
@@ -114,7 +106,8 @@ def run(executable: Executable | LoadedExecutable, x: torch.Tensor) -> torch.Ten
     """The executable's only output, on the CPU; moves the input to the GPU where it must be."""
     import torch
 
-    y = executable(x.to(executable.place))
+    arguments, keywords = executable.interface.placed([x.to(executable.place)])
+    y = executable(*arguments, **keywords)
     if not isinstance(y, torch.Tensor):
         raise InvalidInputError(f"expected a model of one output, got {type(y).__name__}")
     return y.cpu()

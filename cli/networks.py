@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from .. import zoo
 from ..errors import ArtifactError, InvalidInputError, near_names
+from . import inputs
 from . import options as shared
 
 if TYPE_CHECKING:
@@ -75,37 +76,14 @@ class Network:
         result = pytree.tree_map_only(torch.Tensor, sized, both)
         return result
 
-    def positional(self, batch: int | None, command: str) -> tuple[torch.Tensor, ...]:
-        """The example, for commands that call the model with other tensors.
-
-        Raises: InvalidInputError where it is more than tensors by position.
-        """
-        import torch
-
-        arguments, keywords = self.example(batch)
-        if keywords or not all(isinstance(each, torch.Tensor) for each in arguments):
-            raise InvalidInputError(
-                f"{command} {self.name}: expected a network whose inputs are tensors by position; "
-                "this one takes others too: use convloom.compile in Python"
-            )
-        return arguments
-
     def pictured(self, command: str) -> ZooModel:
         """What images have to become for it.
 
-        Raises: InvalidInputError where its only input is no image.
+        Raises: InvalidInputError where its only tensor is no image.
         """
         if self.entry is not None:
             return self.entry
-        inputs = self.positional(None, command)
-        if len(inputs) != 1 or inputs[0].dim() != 4:
-            shapes = ", ".join(str(tuple(each.shape)) for each in inputs)
-            raise InvalidInputError(
-                f"{command} {self.name}: expected a network of one image (N, C, H, W), it takes "
-                f"{shapes}; use convloom.compile in Python"
-            )
-        _, channels, height, width = inputs[0].shape
-        return zoo.ZooModel(self.name, "", (channels, height, width), 0, "")
+        return inputs.entry_of(f"{command} {self.name}", self.name, self.tensors())
 
 
 def find(

@@ -71,7 +71,7 @@ def _profile(options: argparse.Namespace) -> Profile:
         return profile.modelled(network.name, batch, plan)
     with output.working(f"compiling {network.name}"):
         executable = models.compile_model(network, options, batch)
-    x, keywords = models.placed(network, options, executable)
+    x, keywords = models.placed(executable)
     generator = torch.Generator().manual_seed(networks.SEED)
     x = tuple(
         torch.randn(each.shape, generator=generator).to(each) if torch.is_tensor(each) else each

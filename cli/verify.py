@@ -142,21 +142,22 @@ def _model(options: argparse.Namespace) -> Subject:
 
     target = shared.target(options)
     network = networks.find(options.name, options, options.weights)
-    model, example = network.model, network.positional(options.batch, "verify")
-    shapes = [tuple(each.shape) for each in example]
+    model, shapes = network.model, [tuple(x.shape) for x in network.tensors(options.batch)]
     x = _normal(shapes)
     validation = Validation([each.double() for each in x], strict=False)
     with output.working(f"compiling {network.name} for {target}"):
         executable = models.compile_for(network, options.batch, options, validation=validation)
     dtype = parity.dtype_of(executable.graph)
 
+    placed = executable.interface.placed
+
     def steps(_: tuple[torch.Tensor, ...]) -> list[Step]:
-        layers = parity.layers_of(model, dtype, x)
+        layers = parity.layers_of(model, dtype, x, placed)
         return list(parity.layer_parity(executable, validation, layers, x, dtype))
 
     return Subject(
         name=network.name, target=target, batch=network.batch(options.batch), shapes=shapes,
-        call=executable, truth=parity.truth_of_module(model, dtype), dtype=dtype,
+        call=executable, truth=parity.truth_of_module(model, dtype, placed), dtype=dtype,
         depth=parity.depth_of(executable.graph), steps=steps if executable.has_steps else None,
         entry=network.pictured("verify") if list(map(len, shapes)) == [4] else network.entry,
         passes=tuple(validation.checks),
@@ -177,6 +178,12 @@ def _file(options: argparse.Namespace) -> Subject:
     )
     last = executable.executables[-1] if target != "cuda" else None
     watched = last if last is not None and last.has_steps else None
+
+    def steps(x: tuple[torch.Tensor, ...]) -> list[Step]:
+        assert watched is not None
+        arguments, keywords = executable.interface.placed(x)
+        return list(watched.errors(*arguments, **keywords))
+
     model = executable.artifact.document.model
     return Subject(
         name=options.name, target=target, batch=batch,
@@ -184,7 +191,7 @@ def _file(options: argparse.Namespace) -> Subject:
                 for port in executable.plan.inputs],
         call=executable, truth=parity.truth_of_graph(graph), dtype=parity.dtype_of(graph),
         depth=parity.depth_of(graph),
-        steps=(lambda x: list(watched.errors(*x))) if watched is not None else None,
+        steps=steps if watched is not None else None,
         entry=zoo.entry(model) if model in zoo.names() else None,
     )
 
@@ -247,7 +254,9 @@ def _call(subject: Subject, x: tuple[torch.Tensor, ...]) -> list[torch.Tensor]:
     from ..compiler.run.parity import tensors_of
 
     try:
-        result = subject.call(*(each.to(subject.call.place) for each in x))
+        tensors = [each.to(subject.call.place) for each in x]
+        arguments, keywords = subject.call.interface.placed(tensors)
+        result = subject.call(*arguments, **keywords)
     except RuntimeError as error:
         raise ConvloomError(f"{subject.name} failed on {subject.target}: {error}") from error
     return [tensor.cpu() for tensor in tensors_of(result)]

@@ -182,7 +182,8 @@ def ablate(
     fallback: str = "error",
 ) -> Ablation:
     """What each fusion buys: kernels, bytes, and for a GPU the modelled time of the module with all
-    fusions, with none, without each of them, and with each alone. Nothing is compiled or run.
+    fusions, with every op alone, without each of them, and with each alone beside the other passes.
+    Nothing is compiled or run.
 
     fusions: "all" (each that the module has), labels, or families such as "separable*", which are
     left out as one. The other arguments are those of `compile`; configurations are the heuristic's.
@@ -194,11 +195,11 @@ def ablate(
     chosen, dtype = targets.parse(target), _dtype(dtype)
     with CAPTURING, uncollected():
         captured = capture(module, example, keywords=kwargs)
-    options = Options(chosen, precision, dtype)
 
-    def planned(forbid: tuple[str, ...]) -> tuple[Plan, Ledger]:
+    def planned(forbid: tuple[str, ...], passes: str) -> tuple[Plan, Ledger]:
         captured.goal = CompileTarget(chosen, dtype, (), forbid, precision, None)
-        graph, ledger = _optimised(captured, "default", fallback, None)
+        graph, ledger = _optimised(captured, passes, fallback, None)
+        options = Options(chosen, precision, dtype, elide_concats=passes != "none")
         return lower(graph, captured, options, ledger), ledger
 
     (first, *_) = captured.graph_inputs()

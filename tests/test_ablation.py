@@ -69,6 +69,18 @@ def test_an_executable_keeps_a_snapshot() -> None:
     assert torch.equal(exe(X), expected)
 
 
+@pytest.mark.parametrize("target", [SM_90, "interpreter"])
+def test_no_fusion_is_every_op_alone(target: str) -> None:
+    """The figures of `explain`: batch normalisation is not folded, dropout is a copy, and the
+    memory format changes twice."""
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Dropout(), MODEL.pool).eval()
+    _, none = convloom.ablate(model, X, target=target, fusions=()).rows
+    totals = convloom.plan(model, X, target=target).account().totals
+    assert (none.how, none.kernels) == (ablation.NONE, totals.kernels_before)
+    assert totals.kernels_before == 6 and none.size_bytes == totals.bytes_before
+    assert none.modelled_us == (totals.before.us if target == SM_90 else None)
+
+
 def test_a_plan_is_refused_like_a_compilation() -> None:
     with pytest.raises(TargetUnavailableError, match="unknown target 'cuda:sm_70'"):
         convloom.plan(MODEL, X, target="cuda:sm_70")
@@ -83,7 +95,7 @@ def test_rows_are_those_of_plans_with_these_fusions() -> None:
     assert (found.target, found.dtype, rows["all fusions"].batch) == (SM_90, "float32", 2)
     labels = set(ablation.LABELS.all.values())
     for title, forbid in {
-        "all fusions": [], "no fusion": labels, "without epilogue": ["epilogue"],
+        "all fusions": [], "without epilogue": ["epilogue"],
         "epilogue alone": labels - {"epilogue"}, "without separable": ["separable"],
     }.items():  # fmt: skip
         planned = convloom.plan(

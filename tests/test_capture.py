@@ -349,6 +349,8 @@ def test_dropout_in_evaluation_is_nothing() -> None:
     )
     exe = convloom.compile(module, inputs, target="interpreter")
     assert [step.op for step in exe.plan.steps] == ["relayout", "conv2d", "relayout"]
+    dropped = [node for node in exe.ledger.account().nodes if node.module_path == "b"]
+    assert [(node.op, node.kernel) for node in dropped] == [("identity", "removed")]
     nets.check(exe(*inputs), module, inputs)
 
 

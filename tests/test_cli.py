@@ -544,6 +544,21 @@ def test_doctor(answer: Callable[..., Any]) -> None:
     assert "so these do not work" in answer("doctor")
 
 
+def test_doctor_says_what_was_not_tested(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The releases of the tests are those that the project and its Makefile ask for."""
+    for version, remark in (("2.11.1+cpu", ""), ("2.15.3", ""), ("2.10.0", "(tested with 2.11 to "
+                            "2.15)"), ("3.0.0a0+git1", "(tested with 2.11 to 2.15)")):  # fmt: skip
+        monkeypatch.setattr(torch, "__version__", version)
+        found = doctor._library("torch", "")
+        assert found.status == "ok" and found.found == f"{version} {remark}".strip()
+    root = Path(inputs.__file__).parents[1]
+    asked = (root / "pyproject.toml").read_text()
+    for name, (oldest, newest) in doctor.TESTED.items():
+        major, minor = newest.split(".")
+        assert f'"{name}>={oldest},<{major}.{int(minor) + 1}' in asked
+    assert "(2, 11) <= v < (2, 16)" in (root / "Makefile").read_text()
+
+
 def test_doctor_notices_a_cache_that_cannot_be_written(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, answer: Callable[..., Any]
 ) -> None:

@@ -394,6 +394,19 @@ def test_boxes_are_copied_with_zeros_around() -> None:
     assert found.tolist() == [[25, 26, 27, 28, 29, 30, 0, 0], [0] * 8]
 
 
+def test_boxes_of_maps_whose_addresses_are_of_32_bits() -> None:
+    """Triton 3.9 keeps addresses of parameters in half a register pair."""
+    whole = "mov.b64 %rd6, p0; cvta.param.u64 %rd7, %rd6;"
+    half = "mov.b32 %r24, p0; cvt.u64.u32 %rd6, %r24; cvta.param.u64 %rd7, %rd6;"
+    for new, is_map in ((half, True), ("mov.b64 %rd7, p0;", False)):
+        body = BOX.replace(whole, new) + TOLD + STARTED + ARRIVED + TAKEN
+        if is_map:
+            assert copied(body)[:6].tolist() == [25, 26, 27, 28, 29, 30]
+        else:  # In the space of parameters, where generic addresses are expected.
+            with pytest.raises(FaultError, match="a box of what is no tensor map"):
+                copied(body)
+
+
 @pytest.mark.parametrize(
     ("body", "message"),
     [

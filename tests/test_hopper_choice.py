@@ -114,6 +114,7 @@ def test_whoever_takes_turns_hides_the_ends_of_tiles(asked_for: None) -> None:
         assert times[128, width, core.IN_TURNS] < most * times[128, width, core.SHARED]
 
 
+@pytest.mark.skipif(gluon.SMALL_VIEWS is not None, reason=str(gluon.SMALL_VIEWS))
 def test_a_halo_reads_less(asked_for: None) -> None:
     """64 to 64 channels with weights that stay: the model's L2 traffic is a quarter, and what was
     bound by it is bound by shared memory."""
@@ -199,6 +200,18 @@ def test_without_gluon_the_plain_core_is_taken(
     assert not core.uses_core(CONV.default(LARGE, SM_90))
     with pytest.raises(TargetUnavailableError, match="CONVLOOM_CORE=hopper: this Triton has no Gl"):
         core.check_asked(SM_90)
+
+
+def test_with_small_views_there_is_no_halo(
+    asked_for: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    problem = conv(SAME, (224, 224), (3, 3), (64, 64), 32)
+    monkeypatch.setattr(gluon, "SMALL_VIEWS", None)
+    tile = next(each for each in core.tiles(problem, SM_90) if each[core.BLOCK] == core.HALO)
+    reason = "Triton 3.8 and newer have no views that are larger than a buffer, and this is 3.9.0"
+    monkeypatch.setattr(gluon, "SMALL_VIEWS", reason)
+    assert CONV.legal(problem, tile, SM_90) == reason
+    assert all(each[core.BLOCK] != core.HALO for each in core.tiles(problem, SM_90))
 
 
 @pytest.mark.slow

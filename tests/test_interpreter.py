@@ -73,6 +73,13 @@ def failing_kernel(y, extras, m):
     tl.store(y + tl.program_id(0), tl.load(extras[tl.program_id(0)]))
 
 
+@triton.jit
+def even_kernel(y, m, BLOCK: tl.constexpr):
+    at = tl.arange(0, BLOCK)
+    is_written = (at < m) & (tl.program_id(0) % 2 == 0)
+    tl.store(y + tl.program_id(0) * BLOCK + at, (is_written == 1).to(tl.float32), mask=is_written)
+
+
 def row_sums(x: torch.Tensor) -> torch.Tensor:
     """Four times the sum of each row, by the interpreted kernel."""
     y = torch.full((x.shape[0],), float("nan"))
@@ -131,6 +138,13 @@ def test_functions_cannot_be_called_outside_the_block() -> None:
 
 
 @pytest.mark.filterwarnings("error")
+def test_a_truth_value_that_is_spread_is_a_mask() -> None:
+    y = torch.zeros(3, 4)
+    with interpreter.interpreting():
+        interpreter.run(even_kernel, (3, 1, 1), {"y": y.view(-1), "m": 3}, {"BLOCK": 4})
+    assert y.tolist() == [[1, 1, 1, 0], [0, 0, 0, 0], [1, 1, 1, 0]]
+
+
 def test_scalars_are_indices() -> None:
     """Of tuples and of ranges: since 2.4 numpy converts an array of one dimension no more, and
     before it warned."""

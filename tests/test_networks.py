@@ -16,6 +16,7 @@ from convloom import zoo
 from convloom.benchmarks import foreign
 from convloom.cli import networks
 from convloom.cli.main import main, parser
+from convloom.errors import InvalidInputError
 from PIL import Image
 
 SOURCE = '''
@@ -35,6 +36,10 @@ class Net(nn.Module):
 
     def forward(self, x):
         return self.head(self.pool(self.relu(self.conv(x))).flatten(1))
+
+class Scaled(Net):
+    def forward(self, x, *, times, shift=0.0):
+        return super().forward(x) * times + shift
 
 class Pair(nn.Module):
     def forward(self, x, y):
@@ -71,6 +76,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     x = torch.randn(2, 3, 8, 8)
     torch.export.save(torch.export.export(model, (x,)), path / "net.pt2")
     convloom.compile(model, (x,), target="interpreter").save(path / "net.loom")
+    scaled = networks.find(f"{path}/own_net.py:Scaled", options(*IMAGES)).model
+    torch.export.save(torch.export.export(scaled, (x,), {"times": 0.5}), path / "scaled.pt2")
+    made = convloom.compile(scaled, (x,), kwargs={"times": 0.5}, target="interpreter")
+    made.save(path / "scaled.loom")
     convloom.compile(model, (x,), target="cuda:sm_90", dynamic_batch=(1, 4)).save(path / "90.loom")
     for at in range(5):
         (path / "data" / str(at)).mkdir(parents=True)
@@ -169,6 +178,24 @@ def test_images_are_read_for_every_model(
 
 
 @pytest.mark.interpreter
+@pytest.mark.parametrize("name", ["scaled.pt2", "scaled.loom"])
+def test_constants_and_keywords_are_those_of_the_example(
+    name: str, folder: Path, answer: Callable[..., Any]
+) -> None:
+    model = networks.find("own_net.py:Scaled", options(*IMAGES)).model
+    answer("run", name, "x.npy", *INTERPRETER, "--output", "y.npy")
+    expected = model(torch.from_numpy(np.load("x.npy")), times=0.5)
+    torch.testing.assert_close(torch.from_numpy(np.load("y.npy")), expected.detach())
+    verified = answer("verify", name, *INTERPRETER, "--json")
+    assert verified["passed"] and len(verified["steps"]) > 1
+    (row, *_) = answer("evaluate", name, "--data", "data", *INTERPRETER, "--json")["results"]
+    assert row["crops"] == 1
+    bench = answer("bench", name, *INTERPRETER, "--batch", "2", "--seconds", "0.01", "--against",
+                   "eager", "--dtype", "float32", "--json")["rows"][0]  # fmt: skip
+    assert bench["results"][0]["status"] == "ok" and bench["results"][0]["error"] < 1e-5
+
+
+@pytest.mark.interpreter
 def test_files_that_are_compiled_already(folder: Path, answer: Callable[..., Any]) -> None:
     profile = answer("profile", "net.loom", "--repeats", "1", "--json")
     assert profile["batch"] == 2 and "interpreter" in profile["timed_on"]
@@ -211,7 +238,7 @@ def test_code_of_a_file_is_that_of_the_file(folder: Path, answer: Callable[..., 
         (("own_net.py:wrong",), "own_net.py:wrong() returned list; expected a torch.nn.Module"),
         (("own_net.py:Needs",), "own_net.py:Needs() failed: TypeError: Needs.__init__() missing 1 "
          "required positional argument: 'size'. It is called without arguments"),
-        (("own_net.py:failing",), "own_net.py:failing() failed at own_net.py:32: SystemExit: no "
+        (("own_net.py:failing",), "own_net.py:failing() failed at own_net.py:36: SystemExit: no "
          "weights"),
         (("own_net.py:Net",), "own_net.py:Net does not say what its inputs are; pass --input, such "
          "as --input 1x3x224x224"),
@@ -237,7 +264,10 @@ def test_commands_that_need_images_or_one_input(folder: Path, refusal: Callable[
     pair = ("own_net.py:Pair", "--input", "1x3", "1x3")
     assert "expected a network of one image" in refusal("run", pair[0], "x.npy", *pair[1:])
     said = refusal("bench", *pair, *REFERENCE)
-    assert "expected a network of one tensor, it takes 2 inputs" in said
+    assert "expected a network of one tensor of floats, it takes 2 (torch.float32, tor" in said
+    bytes_ = networks.Network("bytes", torch.nn.Identity(), (torch.zeros(1, 3, 8, 8).byte(),))
+    with pytest.raises(InvalidInputError, match="run bytes: expected a network of one image of fl"):
+        bytes_.pictured("run")
     assert "--input: expected the NAME of a model too" in refusal("zoo", "--input", "1x3")
     said = refusal("evaluate", "own_net.py:Net", *IMAGES, "--classes", "5", "--data", "data")
     assert "--classes: expected a model of the zoo, got own_net.py:Net" in said

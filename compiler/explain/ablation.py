@@ -16,14 +16,15 @@ from ..plan.plan import Plan
 from .attribution import label_of, step_bytes, step_time_us
 
 ALL, NONE, WITHOUT, ALONE = "all fusions", "no fusion", "without", "alone"
-Planner = Callable[[tuple[str, ...]], tuple[Plan, Ledger]]
-"""The plan under forbidden fusions, and its ledger."""
+Planner = Callable[[tuple[str, ...], str], tuple[Plan, Ledger]]
+"""The plan under forbidden fusions by the "default" passes or by "none", and its ledger."""
 
 
 @dataclass(frozen=True)
 class Row:
     """One plan. fusion: a label or a family ("separable*"), "" for all or none of them. how: "all
-    fusions", "no fusion", "without" the fusion, or with it "alone". size_bytes: read and written
+    fusions", "no fusion" (every captured op alone, as `explain` counts them), "without" the fusion,
+    or all other passes and the fusion "alone". size_bytes: read and written
     if every tensor is touched once; modelled_us: None where the target is no GPU, or a step runs
     as a torch op."""
 
@@ -87,14 +88,14 @@ def rows_of(
     """The rows of one network at one batch. Raises: InvalidInputError for a name of no fusion."""
 
     def row(fusion: str, how: str, forbidden: Sequence[str]) -> Row:
-        plan, _ = planned(_everywhere(forbidden))
+        plan, _ = planned(_everywhere(forbidden), "default")
         return _row(model, batch, fusion, how, plan, target)
 
     known = tuple(dict.fromkeys(LABELS.all.values()))
     groups_of(fusions, known)  # What nobody knows is refused before anything is planned.
-    plan, ledger = planned(())
+    plan, ledger = planned((), "default")
     yield _row(model, batch, "", ALL, plan, target)
-    yield row("", NONE, known)
+    yield _row(model, batch, "", NONE, planned((), "none")[0], target)
     made = tuple(label_of(event) for event in ledger.events if event.accepted)
     for name, labels in groups_of(fusions, made).items():
         yield row(name, WITHOUT, labels)

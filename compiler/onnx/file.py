@@ -12,7 +12,7 @@ import math
 import mmap
 import os
 import stat
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -35,6 +35,8 @@ LARGE = 1024
 GRAPH, INITIALIZER, RAW_DATA = 7, 5, 9
 """Field numbers of ModelProto.graph, GraphProto.initializer and TensorProto.raw_data."""
 MOST_NODES = 100_000
+PIECE = 1 << 23
+"""Bytes of a mapped file that are copied at a time, and then need no memory."""
 
 
 class Node(NamedTuple):
@@ -45,6 +47,27 @@ class Node(NamedTuple):
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
     attributes: Mapping[str, Any]
+
+
+class Branch(NamedTuple):
+    """A graph that is an attribute, of If; it reads values of the graph around it as well."""
+
+    nodes: tuple[Node, ...]
+    constants: Mapping[str, torch.Tensor]
+    outputs: tuple[str, ...]
+
+    def renamed(self, name_of: Callable[[str], str]) -> Branch:
+        """With other names of values, in the branches inside it too."""
+        nodes = []
+        for node in self.nodes:
+            attributes = {
+                key: value.renamed(name_of) if isinstance(value, Branch) else value
+                for key, value in node.attributes.items()
+            }
+            inputs, outputs = (tuple(map(name_of, each)) for each in (node.inputs, node.outputs))
+            nodes.append(Node(node.op, node.name, inputs, outputs, attributes))
+        constants = {name_of(name): tensor for name, tensor in self.constants.items()}
+        return Branch(tuple(nodes), constants, tuple(map(name_of, self.outputs)))
 
 
 class Input(NamedTuple):
@@ -265,7 +288,11 @@ def _copied(data: memoryview, shape: tuple[int, ...], dtype: torch.dtype) -> tor
     if not len(data):
         return torch.empty(shape, dtype=dtype)
     made = torch.empty(shape, dtype=dtype)
-    made.reshape(-1).view(torch.uint8).numpy()[:] = np.frombuffer(data, np.uint8)
+    target, source = made.reshape(-1).view(torch.uint8).numpy(), np.frombuffer(data, np.uint8)
+    for start in range(0, len(data), PIECE):
+        target[start : start + PIECE] = source[start : start + PIECE]
+        if isinstance(data.obj, mmap.mmap):
+            data.obj.madvise(mmap.MADV_DONTNEED)
     return made
 
 
@@ -359,8 +386,11 @@ def _attribute(onnx: Any, attribute: Any, node: str, path: Path) -> Any:
     kinds = onnx.AttributeProto
     if attribute.type == kinds.TENSOR:
         return _tensor(onnx, attribute.t, memoryview(b""), None, path.parent)
-    if attribute.type in (kinds.GRAPH, kinds.GRAPHS):
-        return None  # Of If, Loop and Scan, which are refused by name.
+    if attribute.type == kinds.GRAPH:
+        graph, none = attribute.g, memoryview(b"")
+        nodes = tuple(_node(onnx, each, index, path) for index, each in enumerate(graph.node))
+        constants = {t.name: _tensor(onnx, t, none, None, path.parent) for t in graph.initializer}
+        return Branch(nodes, constants, tuple(value.name for value in graph.output))
     value = onnx.helper.get_attribute_value(attribute)
     if isinstance(value, bytes):
         return value.decode("utf-8", "replace")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,8 @@ from torch import nn
 from ...errors import InvalidInputError, UnsupportedOpError
 from . import file, images, pointwise, shapes  # noqa: F401 (their operators enter the table)
 from .operator import OPERATORS, Call, Value
+
+IF = "If"
 
 
 def load(path: str | Path) -> OnnxModule:
@@ -41,15 +43,25 @@ class OnnxModule(nn.Module):
 
     def __init__(self, source: file.File) -> None:
         super().__init__()
-        _refuse_unknown(source)
+        _refuse_unknown(source.name, source.nodes)
         self.title, self.inputs, self.outputs = source.name, source.inputs, source.outputs
         self.constants: dict[str, str] = {}
         arrays, tensors = _split(source.constants)
         sizes: set[str] = set()
         """Values that are numbers, and known once the shapes are."""
         self.steps: list[_Step] = []
-        for node in source.nodes:
+        waiting = deque(source.nodes)
+        while waiting:
+            node = waiting.popleft()
             call = Call(node.op, node.name, source.opset, node.attributes)
+            if node.op == IF:
+                branch = _taken(call, node, arrays)
+                _refuse_unknown(source.name, branch.nodes)
+                waiting.extendleft(reversed(branch.nodes))
+                made_arrays, made_tensors = _split(branch.constants)
+                arrays |= made_arrays
+                tensors |= made_tensors
+                continue
             given = [name for name in node.inputs if name]
             if all(name in arrays or name in tensors for name in given):
                 names = zip(node.outputs, _listed(_compute(call, node.inputs, arrays, tensors)),
@@ -174,11 +186,30 @@ class _Step(nn.Module):
         return f"{self.call.op}, {', '.join(self.inputs)} -> {', '.join(self.outputs)}"
 
 
-def _refuse_unknown(source: file.File) -> None:
-    """Every operator without a function, at once."""
+def _taken(call: Call, node: file.Node, arrays: Mapping[str, Any]) -> file.Branch:
+    """The branch of an If whose condition is known, as nodes that may stand in its place.
+
+    Raises: CaptureError where it is not.
+    """
+    condition = arrays.get(node.inputs[0])
+    if condition is None:
+        raise call.fail(
+            f"its condition '{node.inputs[0]}' is computed from pixels or sizes; expected a "
+            "constant. Export the model for the case and the sizes that are meant"
+        )
+    branch: file.Branch = call.attributes["then_branch" if condition.all() else "else_branch"]
+    own = {*branch.constants, *(name for each in branch.nodes for name in each.outputs)}
+    branch = branch.renamed(lambda name: f"{node.name}/{name}" if name and name in own else name)
+    results = zip(branch.outputs, node.outputs, strict=True)
+    named = [file.Node("Identity", node.name, (it,), (name,), {}) for it, name in results]
+    return branch._replace(nodes=(*branch.nodes, *named))
+
+
+def _refuse_unknown(title: str, nodes: Sequence[file.Node]) -> None:
+    """Every operator without a function, at once; of an If, those of the branch that is taken."""
     where: dict[str, list[str]] = {}
-    for node in source.nodes:
-        if node.op not in OPERATORS:
+    for node in nodes:
+        if node.op not in (*OPERATORS, IF):
             where.setdefault(node.op, []).append(node.name)
     if not where:
         return
@@ -188,7 +219,7 @@ def _refuse_unknown(source: file.File) -> None:
         for op, count in counts.most_common()
     ]
     raise UnsupportedOpError(
-        f"{source.name} has ONNX operators that are not supported:\n" + "\n".join(lines)
+        f"{title} has ONNX operators that are not supported:\n" + "\n".join(lines)
     )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -124,7 +124,7 @@ class Executable:
         self.graph, self.plan, self.ledger = graph, plan, ledger
         ledger.plan = plan
         self._runner, (self._saver, self._loader) = runner, files
-        self._interface = Interface(plan.inputs, plan.structure, plan.batch)
+        self.interface = Interface(plan.inputs, plan.structure, plan.batch)
 
     def __call__(self, *inputs: Any, **keywords: Any) -> Any:
         """The module's outputs, in the module's own structure.
@@ -134,11 +134,11 @@ class Executable:
         Raises: InvalidInputError for the wrong number, structure, rank, shape, dtype or device, or
         another constant; TargetUnavailableError where the target is not this machine.
         """
-        tensors = self._interface.flatten(inputs, keywords)
-        batch = self._interface.check(tensors, self.place)
+        tensors = self.interface.flatten(inputs, keywords)
+        batch = self.interface.check(tensors, self.place)
         if batch == 0:
-            return self._interface.unflatten(empty_outputs(self.plan.outputs, self.place))
-        return self._interface.unflatten(self._runner.run(tensors, batch))
+            return self.interface.unflatten(empty_outputs(self.plan.outputs, self.place))
+        return self.interface.unflatten(self._runner.run(tensors, batch))
 
     def __copy__(self) -> Executable:
         """The same plan, weights and buffers: nothing of them is the caller's to change."""
@@ -248,8 +248,8 @@ class Executable:
         On a GPU by CUDA events outside the CUDA graph; in the interpreter and the emulator by the
         wall clock, where it says what these cost and nothing about a GPU.
         """
-        tensors = self._interface.flatten(inputs, keywords)
-        batch = self._interface.check(tensors, self.place, at_least=1)
+        tensors = self.interface.flatten(inputs, keywords)
+        batch = self.interface.check(tensors, self.place, at_least=1)
         times = self._time_steps(tensors, batch)
         summed: dict[str, float] = {}
         for name, us in times:
@@ -279,13 +279,13 @@ class Executable:
         self._runner.run(tensors, batch, observe)
         return times
 
-    def errors(self, *inputs: Any) -> list[StepError]:
+    def errors(self, *inputs: Any, **keywords: Any) -> list[StepError]:
         """Per step: the kernels' and torch's own largest error against fp64, relative to the rms.
 
         The kernels run in the interpreter or the emulator; torch evaluates the same fused graph in
         the plan's dtype.
         """
-        tensors, _, _ = self._watched(inputs)
+        tensors, _, _ = self._watched(inputs, keywords)
         with torch.no_grad():
             exact = evaluate(self.graph, tensors, torch.float64)
             eager = evaluate(self.graph, tensors)
@@ -297,20 +297,24 @@ class Executable:
                 ours, theirs = relative_error(output, truth), relative_error(eager[value], truth)
                 rows.append(StepError(step.name, step.module_path, ours, theirs))
 
-        self.watch(inputs, observe)
+        self.watch(inputs, observe, keywords)
         return rows
 
-    def watch(self, inputs: Sequence[Any], observe: Observer) -> None:
+    def watch(
+        self, inputs: Sequence[Any], observe: Observer, keywords: Mapping[str, Any] = {}
+    ) -> None:
         """Runs, and shows every step with its first output right after it ran.
 
         Raises: InvalidInputError as a call does; KernelError where the target has no steps.
         """
-        tensors, batch, runner = self._watched(inputs)
+        tensors, batch, runner = self._watched(inputs, keywords)
         runner.run(tensors, batch, observe)
 
-    def _watched(self, inputs: Sequence[Any]) -> tuple[list[torch.Tensor], int, StepRunner]:
-        tensors = self._interface.flatten(tuple(inputs))
-        batch = self._interface.check(tensors, self.place, at_least=1)
+    def _watched(
+        self, inputs: Sequence[Any], keywords: Mapping[str, Any]
+    ) -> tuple[list[torch.Tensor], int, StepRunner]:
+        tensors = self.interface.flatten(tuple(inputs), keywords)
+        batch = self.interface.check(tensors, self.place, at_least=1)
         if not isinstance(self._runner, StepRunner):
             raise KernelError("errors per step are measured in the interpreter and the emulator")
         return tensors, batch, self._runner

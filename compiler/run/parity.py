@@ -30,6 +30,8 @@ TOP = 5
 IMAGE_RANKS = (4, 5)
 Truth = Callable[[Sequence[torch.Tensor]], tuple[list[torch.Tensor], list[torch.Tensor]]]
 """From inputs: the results in fp64, and PyTorch's own in the dtype that is computed in."""
+Placing = Callable[[Sequence[torch.Tensor]], tuple[tuple[Any, ...], dict[str, Any]]]
+"""From inputs: the arguments and keywords of a call with them."""
 
 
 @dataclass(frozen=True)
@@ -110,25 +112,40 @@ def as_numbers(inputs: Sequence[torch.Tensor], dtype: torch.dtype) -> list[torch
     return [x if x.dtype is torch.bool else x.to(dtype) for x in inputs]
 
 
-def truth_of_module(module: torch.nn.Module, dtype: torch.dtype) -> Truth:
+def by_position(inputs: Sequence[torch.Tensor]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The arguments of a call that takes nothing but tensors."""
+    return tuple(inputs), {}
+
+
+def truth_of_module(
+    module: torch.nn.Module, dtype: torch.dtype, placed: Placing = by_position
+) -> Truth:
     """The module itself in fp64 and in `dtype`."""
     exact, eager = (copy.deepcopy(module).to(each) for each in (torch.float64, dtype))
 
-    def truth(inputs: Sequence[torch.Tensor]) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    def called(
+        model: torch.nn.Module, inputs: Sequence[torch.Tensor], kind: torch.dtype
+    ) -> list[torch.Tensor]:
+        arguments, keywords = placed(as_numbers(inputs, kind))
         with torch.no_grad(), SoundConvolutions():
-            return (
-                tensors_of(exact(*as_numbers(inputs, torch.float64))),
-                tensors_of(eager(*as_numbers(inputs, dtype))),
-            )
+            return tensors_of(model(*arguments, **keywords))
+
+    def truth(inputs: Sequence[torch.Tensor]) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        return called(exact, inputs, torch.float64), called(eager, inputs, dtype)
 
     return truth
 
 
 def layers_of(
-    module: torch.nn.Module, dtype: torch.dtype, inputs: Sequence[torch.Tensor]
+    module: torch.nn.Module,
+    dtype: torch.dtype,
+    inputs: Sequence[torch.Tensor],
+    placed: Placing,
 ) -> list[Layer]:
     """What the modules inside of a module return, call by call, in fp64 and in `dtype`."""
-    exact, eager = (_called(copy.deepcopy(module), each, inputs) for each in (torch.float64, dtype))
+    exact, eager = (
+        _called(copy.deepcopy(module), each, inputs, placed) for each in (torch.float64, dtype)
+    )
     return [
         Layer(path, true, peer)
         for (path, true), (_, peer) in zip(exact, eager, strict=True)
@@ -137,7 +154,10 @@ def layers_of(
 
 
 def _called(
-    module: torch.nn.Module, dtype: torch.dtype, inputs: Sequence[torch.Tensor]
+    module: torch.nn.Module,
+    dtype: torch.dtype,
+    inputs: Sequence[torch.Tensor],
+    placed: Placing,
 ) -> list[tuple[str, torch.Tensor]]:
     """Every submodule's path and result, inner ones first; what changes it later changes a copy."""
     results: list[tuple[str, torch.Tensor]] = []
@@ -148,8 +168,9 @@ def _called(
     for path, layer in module.to(dtype).named_modules():
         if path:
             layer.register_forward_hook(partial(note, path))
+    arguments, keywords = placed(as_numbers(inputs, dtype))
     with torch.no_grad(), SoundConvolutions():
-        module(*as_numbers(inputs, dtype))
+        module(*arguments, **keywords)
     return results
 
 
@@ -181,7 +202,8 @@ def layer_parity(
         rows.append(LayerParity(step.name, step.module_path, path, row.compiled, row.eager,
                                 row.worst, border, row.problem))  # fmt: skip
 
-    executable.watch(inputs, observe)
+    arguments, keywords = executable.interface.placed(inputs)
+    executable.watch(arguments, observe, keywords)
     return rows
 
 

@@ -5,7 +5,7 @@ so out of the box one process does one or the other. Here a compiled `JITFunctio
 demand: its source is rewritten by Triton's own `InterpretedFunction`, the language is patched for
 the duration of one `interpreting()` block, and restored afterwards.
 
-Seven things differ from upstream, on purpose:
+Eight things differ from upstream, on purpose:
 - calls of nested jit functions (the standard library's too) are routed through
   `JITFunction.__call__` and do not patch the language again: upstream patches at every such call
   and never restores it;
@@ -15,6 +15,7 @@ Seven things differ from upstream, on purpose:
 - integer sums are not computed a second time in int64 for an assertion that upstream's default
   options then leave out: that was a third of the time;
 - types of blocks and shapes of tensors are made once and shared: a fifth of the rest;
+- a scalar truth value that is spread over a block stays one, as masks must be since Triton 3.9;
 - a scalar is an index with any numpy: Triton 3.6 leaves the conversion to numpy, which refuses it
   for arrays of one dimension since 2.4.
 
@@ -98,7 +99,15 @@ def _cast(src: Any, dst_type: Any) -> Any:
     return upstream.TensorHandle(src.data.astype(upstream._get_np_dtype(dst_type)), destination)
 
 
-OWN = {"create_dot": _dot, "create_fma": _fma, "cast_impl": _cast}
+def _splat(kind: Any, scalar: Any) -> Any:
+    """The scalar in every element. A truth value stays one, where upstream makes a number of it,
+    which Triton 3.9 refuses as a mask."""
+    value = np.asarray(scalar.data).reshape(())
+    dtype = value.dtype if value.dtype == bool else upstream._get_np_dtype(scalar.dtype)
+    return upstream.TensorHandle(np.full(kind.shape, value, dtype), scalar.dtype.scalar)
+
+
+OWN = {"create_dot": _dot, "create_fma": _fma, "cast_impl": _cast, "create_splat": _splat}
 """Methods of upstream's builder that are replaced."""
 
 

@@ -175,7 +175,11 @@ def compile_request(wanted: CompileRequest) -> Any:
     """
     if gluon.is_gluon(_kernel(wanted)) and not _IS_WORKER and known_resources(wanted) is None:
         _compile_apart(wanted)
-    options: dict[str, Any] = {"num_warps": wanted.num_warps, "num_stages": wanted.num_stages}
+    options: dict[str, Any] = {
+        "num_warps": wanted.num_warps,
+        "num_stages": wanted.num_stages,
+        "enable_fp_fusion": True,  # Off by default from Triton 3.10 on.
+    }
     if is_programmatic(dict(wanted.constexprs)):
         options["launch_pdl"] = True  # The launcher reads it from the compiled kernel.
     with LANGUAGE, triton_cache() as root, triton.knobs.compilation.scope():

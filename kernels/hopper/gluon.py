@@ -1,13 +1,15 @@
 """Gluon, the part of Triton in which kernels say what each warp does, and what its releases call
 differently: the only file that knows of either.
 
-Written for Triton 3.6 and 3.7 and compiled with 3.7.1 alone; what is known of later releases is
-said where it matters. Where there is no Gluon, `MISSING` says why, and nothing may be compiled.
+Compiled with Triton 3.7.1, 3.8.0 and 3.9.0. Where there is no Gluon, `MISSING` says why, and
+nothing may be compiled; where there are no views that are larger than a buffer, `SMALL_VIEWS`.
 """
 
 from __future__ import annotations
 
 from typing import Any
+
+import triton
 
 MISSING: str | None = None
 try:
@@ -36,6 +38,12 @@ except ImportError as error:
     GluonASTSource = fence_async_shared = warpgroup_mma = warpgroup_mma_wait = None
 
 gl: Any = language
+SMALL_VIEWS: str | None = (
+    f"Triton 3.8 and newer have no views that are larger than a buffer, and this is "
+    f"{triton.__version__}"
+    if tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 8)
+    else None
+)
 # Called async_copy_* up to 3.8, async_load and async_store since.
 load_box: Any = getattr(tma, "async_load", None) or getattr(
     tma, "async_copy_global_to_shared", None
@@ -45,7 +53,7 @@ load_box: Any = getattr(tma, "async_load", None) or getattr(
 @builtin
 def seen_as(memory: Any, shape: Any, layout: Any, _semantic: Any = None) -> Any:
     """Shared memory from the start of a buffer on, in another shape, which may be larger than the
-    buffer. (Triton 3.8 refuses that; its name is public since 3.9.)"""
+    buffer unless there are only `SMALL_VIEWS`."""
     method = getattr(memory, "reinterpret", None) or memory._reinterpret
     return method(memory.dtype, shape, layout, _semantic=_semantic)
 

@@ -133,7 +133,9 @@ def reduce_kernel(
         if IS_MAXIMUM:
             partial = tl.maximum(partial, value, propagate_nan=NAN)
         elif IS_SQUARED:
-            partial += value * value
+            # Fused by hand: a product would fuse with the first sum of two lanes, which then differ
+            # in the last bit, and from Triton 3.8 on both are stored.
+            partial = tl.fma(value, value, partial)
         else:
             partial += value
     if IS_MAXIMUM:

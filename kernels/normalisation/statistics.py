@@ -100,7 +100,8 @@ def over_deviation(
             total = together(value, HELD, False)
             mean = tl.div_rn(total, tl.full(total.shape, COUNT, tl.float32))
             value = tl.where(mask, value - mean, 0.0)
-    return value * scale_of(together(value * value, HELD, False), COUNT, EPS)
+    # A plain product would fuse with the first sum of two lanes, which then differ in the last bit.
+    return value * scale_of(together(tl.fma(value, value, 0.0), HELD, False), COUNT, EPS)
 
 
 @triton.jit
@@ -214,10 +215,10 @@ def statistics_kernel(
                 mask = row_mask[:, None] & column_mask[None, :]
                 seen, mean, squares = deviated(value - pivot, mask, seen, mean, squares)
             else:
-                squares += value * value
+                squares = tl.fma(value, value, squares)
         centre = tl.zeros((1, 1), tl.float32)
         if DEVIATES and CENTRED:
-            sums = together(mean * seen, HELD, False)
+            sums = together(tl.fma(mean, seen, 0.0), HELD, False)
             centre = tl.div_rn(sums, tl.full(sums.shape, COUNT, tl.float32))
             squares += seen * (mean - centre) * (mean - centre)
         scale = scale_of(together(squares, HELD, False), COUNT, EPS)

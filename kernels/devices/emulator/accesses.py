@@ -13,6 +13,7 @@ from .clocks import Array
 from .memory import gather, scatter
 from .registers import Action, Registers
 from .source import Address, Instruction, Operand
+from .tma import PARAMETERS
 from .values import BITS, UNSIGNED
 
 WORDS = {
@@ -163,14 +164,15 @@ class Accesses:
         return atomic
 
     def convert_address(self, instruction: Instruction) -> Action:
-        """`cvta`: of tensors and parameters, which stay, and of local memory; shared memory is
+        """`cvta`: of tensors, which stay, of parameters and of local memory; shared memory is
         addressed from zero. Raises: UnsupportedPtxError."""
+        spaces = {"global": 0, "param": PARAMETERS, "local": stack.BASE}
         words = instruction.opcode
-        if not {"global", "param", "local"} & {*words}:
+        if not (space := spaces.keys() & {*words}):
             raise UnsupportedPtxError("this form")
         read = self.machine.getter(instruction.operands[1], "b64")
         write = self.machine.setter(instruction.operands[0], "b64")
-        moved = stack.BASE if "local" in words else 0
+        moved = spaces[space.pop()]
         offset = np.array([-moved if "to" in words else moved], np.int64).view(np.uint64)
         return lambda lanes: write(lanes, read(lanes) + offset)
 

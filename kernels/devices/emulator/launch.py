@@ -19,7 +19,7 @@ from .clocks import Array
 from .machine import Machine
 from .memory import Bounded, Global
 from .registers import WARP
-from .tma import MAP_BYTES, MAPS, SWIZZLE_BYTES, TensorMap
+from .tma import MAP_BYTES, PARAMETERS, SWIZZLE_BYTES, TensorMap
 
 Argument = torch.Tensor | int | TensorMap
 
@@ -124,8 +124,8 @@ def emulate(
         if isinstance(argument, torch.Tensor):
             raw.append(np.uint64(memory.address(argument)).tobytes())
         elif isinstance(argument, TensorMap):
-            maps[MAPS + MAP_BYTES * len(maps)] = argument
-            raw.append(np.uint64(max(maps)).tobytes())
+            raw.append(np.uint64(MAP_BYTES * len(maps)).tobytes())
+            maps[PARAMETERS + MAP_BYTES * len(maps)] = argument
         else:
             raw.append(int(argument).to_bytes(size, "little", signed=True))
     raw += [bytes(8)] * (len(kernel.parameters) - len(raw))

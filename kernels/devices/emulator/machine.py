@@ -36,7 +36,7 @@ DEADLOCKS = {
 class Machine(Registers):
     """Several blocks of one launch that run: their state, and where their threads are.
 
-    maps: tensor maps by address, which is what a parameter that is one holds.
+    maps: tensor maps by generic address; a parameter that is one holds that in its own space.
     """
 
     def __init__(

@@ -63,7 +63,7 @@ class Registers:
             fixed = values.from_bits(special, kind)
             return lambda lanes: fixed[lanes]
         if name in self.parameters:
-            where = np.frombuffer(self.parameters[name][:8], np.uint64)
+            where = np.frombuffer(self.parameters[name], UNSIGNED[BITS[kind]], 1)
             return lambda lanes: where
         if name in self.kernel.arrays:
             start = np.array([self.stack.starts.get(name, 0)], UNSIGNED[BITS[kind]])

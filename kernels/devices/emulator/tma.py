@@ -18,8 +18,9 @@ from .registers import Action, Registers
 from .source import Address, Instruction, Operand
 from .waits import Mbarriers
 
-MAPS = 0x6D00_0000_0000
-"""Where tensor maps are, in the emulated constant memory."""
+PARAMETERS = 0x6D00_0000_0000
+"""Where parameters lie for instructions that name no space; in their own, tensor maps lie from 0
+on, one after the other."""
 MAP_BYTES = 128
 SWIZZLE_BYTES = (16, 32, 64, 128)
 """Of Triton's number for a pattern."""
