@@ -102,15 +102,16 @@ for y, wanted in zip(convloom.load(sys.argv[1])(x), net(x)):
 apart = convloom.compile(net, (x,), target="interpreter", forbid=("into-shift",))
 
 from convloom.compiler.records.keys import key_of
+from convloom.cli import doctor
 from convloom.compiler.tuning.workers import WorkerProcess
 from convloom.kernels.contract.targets import INTERPRETER
 steps = [step for step, _ in exe.plan.kernels]
 keys = [asdict(key_of(step.problem, INTERPRETER)) for step in steps]
-worker = WorkerProcess(convloom_worker := __import__("convloom_shift_worker").Known)
+worker = WorkerProcess(__import__("convloom_shift_worker").Known)
 print(json.dumps({
     "explained": exe.explain(), "keys": keys, "versions": convloom.load(sys.argv[1])
     .artifact.document.versions, "kernels": len(steps), "apart": len(apart.kernels),
-    "worker": worker.ask("shift", 100),
+    "worker": worker.ask("shift", 300), "doctor": [*map(asdict, doctor._extensions())],
 }))
 """
 WORKER = """
@@ -123,16 +124,17 @@ class Known:
 
 @pytest.mark.interpreter
 def test_the_code_of_the_page_runs(tmp_path: Path) -> None:
-    """Blocks that begin with the name of a file are those files, which run as well."""
+    """Blocks that begin with the name of a file are those files; all run in one process."""
     page = (ROOT / "docs" / "extensions.md").read_text()
     found = re.findall(r"^```py\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)
     named = [re.match(r"# (\w+\.py)\n", code) for code in found]
     assert len(found) == 3
-    for at, (code, name) in enumerate(zip(found, named, strict=True)):
-        path = tmp_path / (name[1] if name else f"block{at}.py")
-        path.write_text(code)
-        done = run(tmp_path, path)
-        assert done.returncode == 0, done.stderr
+    names = [name[1] if name else f"block{at}.py" for at, name in enumerate(named)]
+    for name, code in zip(names, found, strict=True):
+        tmp_path.joinpath(name).write_text(code)
+    imports = "\n".join(f"import {name.removesuffix('.py')}" for name in names)
+    done = run(tmp_path, "-c", imports)
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.fixture(scope="module")
@@ -188,11 +190,10 @@ def test_records_name_the_extension_and_are_refused_without_it(told: dict[str, A
         )
 
 
-def test_doctor_lists_extensions(installed: Path) -> None:
-    code = "from convloom.cli import doctor; print([*doctor._extensions()])"
-    shown = run(installed, "-c", code).stdout
-    assert "'extension convloom-shift', status='ok'" in shown
-    assert "found='1.0: 1 pointwise function, 1 op, 1 fusion'" in shown
+def test_doctor_lists_extensions(told: dict[str, Any]) -> None:
+    (check,) = told["doctor"]
+    assert (check["name"], check["status"]) == ("extension convloom-shift", "ok")
+    assert check["found"] == "1.0: 1 pointwise function, 1 op, 1 fusion"
 
 
 # What is refused, without a package.

@@ -21,7 +21,7 @@ from convloom.kernels.contract.tolerance import is_untouched
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from . import harness
+from . import compiled, harness
 from .domain import Domain
 from .harness import Case
 
@@ -273,7 +273,15 @@ def smaller_batch(subject: Subject, data: st.DataObject, seed: int, pad: int) ->
     harness.compare(op, problem, written, given_now)
 
 
+def compiles_without_spills(subject: Subject) -> None:
+    """For GPUs with and without what sm_90 has, within what a multiprocessor has."""
+    for target in (parse("cuda:sm_80"), SM_90):
+        for problem in compiled.samples(subject.op, subject.domain, (torch.float16,)):
+            compiled.assert_healthy(problem, target)
+
+
 EVERY = (
+    compiles_without_spills,
     infer_agrees_with_reference, infer_refuses_what_the_reference_refuses,
     gpu_configurations_agree_with_reference, configurations_are_legal, nan_and_infinity,
     whole_numbers_are_exact, wide_offsets_change_nothing, smaller_batch,
