@@ -25,7 +25,8 @@ from .errors import (
 from .settings import VERSION as __version__
 
 if TYPE_CHECKING:
-    from . import testing, zoo
+    from . import testing as testing
+    from . import zoo
     from .compiler.api import Planned, ablate, compile, plan
     from .compiler.artifact.load import LoadedExecutable, load
     from .compiler.explain.ablation import Ablation
@@ -58,6 +59,7 @@ def __getattr__(name: str) -> Any:
     return loaded if attribute is None else getattr(loaded, attribute)
 
 
+# Without `testing`, which needs pytest.
 __all__ = [
     "Ablation",
     "ArtifactError",
@@ -80,6 +82,5 @@ __all__ = [
     "load",
     "plan",
     "register",
-    "testing",
     "zoo",
 ]
