@@ -48,8 +48,8 @@ LIBRARIES = {
     "": (),
     "__main__": (),
     "cli": ("torch", "triton", "numpy", "rich", "PIL", "sklearn"),
-    # PIL and ray: the examples.
-    "benchmarks": ("torch", "triton", "numpy", "rich", "PIL", "ray"),
+    # PIL and ray: the examples; tinygrad: where it is installed.
+    "benchmarks": ("torch", "triton", "numpy", "rich", "PIL", "ray", "tinygrad"),
 }
 STANDARD_LIBRARY = frozenset(__import__("sys").stdlib_module_names)
 
