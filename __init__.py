@@ -15,6 +15,7 @@ from .errors import (
     ArtifactError,
     CaptureError,
     ConvloomError,
+    ExtensionError,
     GraphError,
     InvalidInputError,
     KernelError,
@@ -24,12 +25,14 @@ from .errors import (
 from .settings import VERSION as __version__
 
 if TYPE_CHECKING:
+    from . import testing as testing
     from . import zoo
     from .compiler.api import Planned, ablate, compile, plan
     from .compiler.artifact.load import LoadedExecutable, load
     from .compiler.explain.ablation import Ablation
     from .compiler.run.executable import Executable
     from .compiler.torch_compile import executables
+    from .extensions import Extension, register
 
 _LAZY = {
     "compile": ("convloom.compiler.api", "compile"),
@@ -41,6 +44,9 @@ _LAZY = {
     "LoadedExecutable": ("convloom.compiler.artifact.load", "LoadedExecutable"),
     "Executable": ("convloom.compiler.run.executable", "Executable"),
     "executables": ("convloom.compiler.torch_compile", "executables"),
+    "Extension": ("convloom.extensions", "Extension"),
+    "register": ("convloom.extensions", "register"),
+    "testing": ("convloom.testing", None),
     "zoo": ("convloom.zoo", None),
 }
 
@@ -53,12 +59,15 @@ def __getattr__(name: str) -> Any:
     return loaded if attribute is None else getattr(loaded, attribute)
 
 
+# Without `testing`, which needs pytest.
 __all__ = [
     "Ablation",
     "ArtifactError",
     "CaptureError",
     "ConvloomError",
     "Executable",
+    "Extension",
+    "ExtensionError",
     "GraphError",
     "InvalidInputError",
     "KernelError",
@@ -72,5 +81,6 @@ __all__ = [
     "executables",
     "load",
     "plan",
+    "register",
     "zoo",
 ]

@@ -41,6 +41,11 @@ class KernelError(ConvloomError):
     """A kernel cannot be built, compiled or launched for the problem it was asked to solve."""
 
 
+class ExtensionError(ConvloomError):
+    """An extension cannot be imported, clashes with another or with convloom, or is not what an
+    extension has to be."""
+
+
 def near_names(name: str, known: Iterable[str]) -> str:
     """A hint for an unknown name: the closest known ones, or all of them when none is close."""
     known = sorted(known)

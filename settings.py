@@ -15,6 +15,8 @@
 | CONVLOOM_CORE       | hopper: convolutions and linear layers by warps that do different     |
 |                     | things, on sm_90 where they can (no GPU has run that); plain: never,  |
 |                     | even where a file or a record says so; by default it is not chosen    |
+| CONVLOOM_EXTENSIONS | none, or the names of the extensions to use, separated by commas; by  |
+|                     | default all that are installed or registered                          |
 """
 
 from __future__ import annotations
@@ -45,6 +47,7 @@ class Settings:
     cache_dir: Path
     launch: frozenset[str] = frozenset()
     core: str = ""
+    extensions: frozenset[str] | None = None
 
 
 def read() -> Settings:
@@ -73,6 +76,7 @@ def read() -> Settings:
     core = os.environ.get("CONVLOOM_CORE", "")
     if core not in ("", *CORES):
         raise InvalidInputError(f"CONVLOOM_CORE: expected {' or '.join(CORES)}, got {core!r}")
+    names = os.environ.get("CONVLOOM_EXTENSIONS", "").replace(" ", "")
     default = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "convloom"
     return Settings(
         debug=int(level),
@@ -80,4 +84,5 @@ def read() -> Settings:
         cache_dir=Path(os.environ.get("CONVLOOM_CACHE_DIR", default)),
         launch=launch,
         core=core,
+        extensions=frozenset(filter(None, names.split(","))) - {"none"} if names else None,
     )

@@ -15,8 +15,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .. import __version__, settings
+from .. import __version__, extensions, settings
 from ..atomic import private_folder
+from ..errors import ExtensionError
 from . import options as shared
 from . import output
 
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     import torch
 
 OK, MISSING, BROKEN, UNCOMPARED = "ok", "missing", "broken", "not compared"
+LEFT_OUT = "left out"
 EXIT_UNCOMPARED = 3
 EVERYTHING = "everything but the list of models and this report"
 REQUIRED = ("torch", "triton", "numpy", "networkx", "safetensors", "rich")
@@ -90,6 +92,7 @@ def examine() -> Iterator[Check]:
         yield from (_tool(name, disables) for name, disables in TOOLS.items())
     yield _cache()
     if present == set(REQUIRED):
+        yield from _extensions()
         disables = "target interpreter, which runs without a GPU"
         yield _probe("interpreter", _probe_interpreter, disables)
         yield _probe("cross-compilation", _probe_cross_compilation, "targets cuda and cuda:sm_*")
@@ -208,6 +211,22 @@ def _cache() -> Check:
         return Check("cache", BROKEN, f"{folder}: {error.strerror or error}", disables)
 
 
+def _extensions() -> Iterator[Check]:
+    """Those of other packages; one that is broken is named, and nothing can be compiled with it."""
+    try:
+        versions = extensions.installed()
+        for name, version in versions.items():
+            if not extensions.is_wanted(name):
+                text = f"{version}, by CONVLOOM_EXTENSIONS"
+                yield Check(f"extension {name}", LEFT_OUT, text, "its ops and fusions")
+        importlib.import_module("..compiler.passes", __package__)
+        for extension in extensions.loaded():
+            text = f"{extension.version}: {extension.summary}"
+            yield Check(f"extension {extension.name}", OK, text)
+    except ExtensionError as error:
+        yield Check("extensions", BROKEN, str(error), EVERYTHING)
+
+
 def _probe(name: str, tried: Callable[[], str], disables: str) -> Check:
     """Compiles, and where it can be, runs a tiny model."""
     try:
@@ -250,9 +269,9 @@ def _first_line(error: Exception) -> str:
 def _print(checks: list[Check]) -> None:
     from rich.text import Text
 
-    colors = {OK: "green", MISSING: "yellow", BROKEN: "red", UNCOMPARED: "yellow"}
+    colors = {BROKEN: "red"} | dict.fromkeys((MISSING, UNCOMPARED, LEFT_OUT), "yellow")
     rows = [
-        (check.name, Text(check.status, colors[check.status]), check.found,
+        (check.name, Text(check.status, colors.get(check.status, "green")), check.found,
          "" if check.status == OK else check.disables)
         for check in checks
     ]

@@ -198,7 +198,7 @@ def check_prologue(device: Interpreter, name: str, precision: str) -> None:
 def check_smaller_batch(device: Interpreter, name: str) -> bool:
     """A launch for the largest batch serves one sample less, and leaves the last one alone; whether
     the op has such a case."""
-    from .test_ops import batched, first_samples
+    from .properties.ops import batched, first_samples
 
     op = registry.get(name)
     for drawn_case in drawn(op, "float16", 8, 8):

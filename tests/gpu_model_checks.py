@@ -32,6 +32,7 @@ from .fuzz.contract import AGAIN, NOISE_RUNS, OTHER, UNFUSED, Noise, check_many,
 from .fuzz.grammar import generate
 from .gpu_checks import dtype_of
 from .harness import Interpreter
+from .properties import rules as rules_of
 
 TF32_UNIT = 2.0**-11
 MODEL_SEED = 1
@@ -47,8 +48,8 @@ def check_rule(device: Interpreter, name: str, precision: str) -> bool:
     Whether the rule fired: it is forced where the cost model of the device would not choose it, but
     its kernel may not fit the device in that precision.
     """
-    rule = test_fusions.RULES[name]
-    (module, inputs), _ = test_fusions.example_of(rule)
+    subject = test_fusions.SUBJECTS[name]
+    rule, ((module, inputs), _) = subject.rule, rules_of.example_of(subject)
     if inputs[0].dtype is not torch.float32:
         module = copy.deepcopy(module).float()
         inputs = tuple(x.float() for x in inputs)
@@ -73,7 +74,7 @@ def _compiled_with(
     rule: Rule, module: nn.Module, inputs: Sequence[torch.Tensor], options: dict[str, Any]
 ) -> Executable:
     """By the passes up to the rule's own; with force where it does not fire without."""
-    last = PASSES.index(test_fusions.owners()[id(rule)])
+    last = PASSES.index(rules_of.owners()[id(rule)])
     names = tuple(step.name for step in PASSES[: last + 1])
     exe = convloom.compile(module, inputs, passes=names, **options)
     if _fired(rule, exe) or not rule.label:
@@ -99,9 +100,7 @@ def _differences(
 ) -> list[str]:  # fmt: skip
     """What is wrong, where rounding each value of the network otherwise does not explain it."""
     found = []
-    for at, (got, exact, eager) in enumerate(
-        zip(results, truth.exact, truth.eager, strict=True)
-    ):
+    for at, (got, exact, eager) in enumerate(zip(results, truth.exact, truth.eager, strict=True)):
         report = tolerance.compare(got.to(truth.dtype), exact, eager, truth.depth)
         if report is not None and report.startswith("element"):
             worst = torch.zeros_like(exact)
@@ -207,9 +206,7 @@ def check_replay(
     model = nets.randomise(zoo.build(name))
     shape = zoo.entry(name).input_shape
     drawn = nets.inputs_of(*((batch, *shape) for batch in batches))
-    exe = convloom.compile(
-        model, (drawn[0],), target=device.name, dynamic_batch=(1, max(batches))
-    )
+    exe = convloom.compile(model, (drawn[0],), target=device.name, dynamic_batch=(1, max(batches)))
     images = [x.to(device.place) for x in drawn]
     first = [exe(image) for image in images]
     kept = [result.clone() for result in first]

@@ -8,8 +8,7 @@ from __future__ import annotations
 import importlib
 import pkgutil
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from functools import cache
+from dataclasses import dataclass
 from typing import Any
 
 import convloom
@@ -17,16 +16,14 @@ import convloom.compiler
 import pytest
 import torch
 from convloom.compiler.capture.capture import capture
-from convloom.compiler.fusion import partition, rules
+from convloom.compiler.fusion import rules
 from convloom.compiler.fusion.pattern import Rule, always, apply_rules, match
 from convloom.compiler.fusion.rules import HEAVY, POINTWISE
 from convloom.compiler.graph import text
-from convloom.compiler.graph.ir import INPUT, OUTPUT, Graph, NoAttributes, Node, Value
-from convloom.compiler.graph.ledger import Event, Ledger
+from convloom.compiler.graph.ir import INPUT, OUTPUT, Graph, Value
+from convloom.compiler.graph.ledger import Ledger
 from convloom.compiler.graph.verify import verify
 from convloom.compiler.passes import (
-    PASSES,
-    Pass,
     fuse_epilogues,
     pool_order,
     recognise,
@@ -42,8 +39,10 @@ from hypothesis import strategies as st
 from torch import nn
 
 from . import nets
-from .nets import Made
-from .rules import EXAMPLES, Example, NearMiss, example_for
+from .properties import rules as rules_of
+from .properties.rules import Subject
+from .properties.scalars import becomes_a_stage, finish, image, start
+from .rules import EXAMPLES, example_for
 
 
 def every_rule() -> dict[str, Rule]:
@@ -63,14 +62,6 @@ def every_rule() -> dict[str, Rule]:
 
 
 RULES = every_rule()
-NAMES = {id(rule): name for name, rule in RULES.items()}
-NEAR_MISSES = [
-    pytest.param(RULES[name], at, id=f"{name}: {miss.reason}")
-    for name, example in EXAMPLES.items()
-    if name in RULES
-    for at, miss in enumerate(example.near_misses)
-]
-by_rule = pytest.mark.parametrize("rule", RULES.values(), ids=RULES.keys())
 RELAYS = {
     rule.name
     for rule in (
@@ -80,74 +71,33 @@ RELAYS = {
 """Rules that replace a node by a cheaper one, where all others make nodes disappear."""
 
 
-@dataclass
-class Recorder:
-    """Stands in for what applies rules and notes which ones a pass tries."""
-
-    rules: list[Rule] = field(default_factory=list)
-
-    def __call__(
-        self, graph: Graph, rules: tuple[Rule, ...], ledger: Ledger, *others: Any
-    ) -> Graph:
-        self.rules += rules
-        return graph
+def subject_of(name: str) -> Subject:
+    """A rule with its example."""
+    return Subject(RULES[name], example_for(name), RULES[name].name in RELAYS)
 
 
-@cache
-def owners() -> dict[int, Pass]:
-    """The pass that applies each rule."""
-    empty = Graph()
-    empty.insert(Node(OUTPUT, OUTPUT, NoAttributes(), ()))
-    found = {}
-    for step in PASSES:
-        module = importlib.import_module(step.run.__module__)
-        recorder = Recorder()
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(partition, "choose", recorder)
-            if "apply_rules" in vars(module):
-                patch.setattr(module, "apply_rules", recorder)
-            step.run(empty.copy(), Ledger())
-        found |= {id(rule): step for rule in recorder.rules}
-    return found
-
-
-def before(rule: Rule, made: Made) -> Graph:
-    """The graph of a module as it is when the rule's pass begins."""
-    graph = nets.captured(*made)
-    for step in PASSES[: PASSES.index(owners()[id(rule)])]:
-        graph = step.run(graph, Ledger())
-    verify(graph)
-    return graph
-
-
-def example_by(rule: Rule) -> Example:
-    return example_for(NAMES[id(rule)])
-
-
-@cache
-def example_of(rule: Rule) -> tuple[Made, Graph]:
-    """The rule's example and its graph; copy the graph before changing it."""
-    made = example_by(rule).make()
-    return made, before(rule, made)
-
-
-def applied(graph: Graph, *rules: Rule) -> tuple[Graph, list[Event], list[Event]]:
-    """A rewritten copy of the graph, with the accepted and the refused events."""
-    ledger = Ledger()
-    after = apply_rules(graph.copy(), rules, ledger)
-    verify(after)
-    events = ledger.events
-    return after, [e for e in events if e.accepted], [e for e in events if not e.accepted]
+SUBJECTS = {name: subject_of(name) for name in RULES.keys() & EXAMPLES.keys()}
+NEAR_MISSES = [
+    pytest.param(SUBJECTS[name], miss, id=f"{name}: {miss.reason}")
+    for name, example in EXAMPLES.items()
+    if name in RULES
+    for miss in example.near_misses
+]
+by_rule = pytest.mark.parametrize(
+    "subject", [pytest.param(SUBJECTS[name], id=name) for name in RULES if name in SUBJECTS]
+)
+near_misses = pytest.mark.parametrize(("subject", "miss"), NEAR_MISSES)
+interpreter = pytest.mark.interpreter
 
 
 def test_every_rule_belongs_to_a_pass() -> None:
     assert len(RULES) > 10
-    assert {id(rule) for rule in RULES.values()} == owners().keys()
+    assert {id(rule) for rule in RULES.values()} == rules_of.owners().keys()
 
 
-@by_rule
-def test_every_rule_has_an_example(rule: Rule) -> None:
-    assert example_by(rule).make is not None
+@pytest.mark.parametrize("name", RULES)
+def test_every_rule_has_an_example(name: str) -> None:
+    assert example_for(name).make is not None
 
 
 def test_every_example_is_that_of_a_rule() -> None:
@@ -163,122 +113,29 @@ def test_a_rule_without_an_example_says_where_to_add_one() -> None:
     )
 
 
-@by_rule
-def test_fires_on_its_example(rule: Rule) -> None:
-    _, graph = example_of(rule)
-    after, accepted, _ = applied(graph, rule)
-    assert accepted and all(event.rule == rule.name for event in accepted)
-    change = len(graph.compute_nodes()) - len(after.compute_nodes())
-    assert change == 0 if rule.name in RELAYS else change > 0
-    assert all(event.into in after for event in accepted)
-
-
-@by_rule
-def test_fires_in_its_pass(rule: Rule) -> None:
-    """No rule of higher priority takes the example away."""
-    _, graph = example_of(rule)
-    ledger = Ledger()
-    owners()[id(rule)].run(graph.copy(), ledger)
-    assert rule.name in {event.rule for event in ledger.events if event.accepted}
-
-
-@by_rule
-def test_keeps_the_meaning(rule: Rule) -> None:
-    (_, inputs), graph = example_of(rule)
-    nets.assert_same_meaning(graph, applied(graph, rule)[0], inputs)
-
-
-@by_rule
-def test_is_idempotent(rule: Rule) -> None:
-    _, graph = example_of(rule)
-    once = applied(graph, rule)[0]
-    twice, accepted, _ = applied(once, rule)
-    assert not accepted and text.to_text(twice) == text.to_text(once)
-
-
-@by_rule
-def test_origins_are_kept(rule: Rule) -> None:
-    """What stands there afterwards knows every captured node it stands for."""
-    _, graph = example_of(rule)
-    after, accepted, _ = applied(graph, rule)
-    kept = {origin for node in after.nodes() for origin in node.origins}
-    assert {origin for event in accepted for origin in event.nodes} <= kept
-
-
-@pytest.mark.interpreter
-@by_rule
-def test_kernels_agree_with_and_without(rule: Rule) -> None:
-    (module, inputs), _ = example_of(rule)
-    last = PASSES.index(owners()[id(rule)])
-    names = tuple(step.name for step in PASSES[: last + 1])
-    with nets.exporting_once():
-        with_rule = convloom.compile(module, inputs, target="interpreter", passes=names)
-        without = convloom.compile(module, inputs, target="interpreter", passes="none")
-    assert any(e.rule == rule.name and e.accepted for e in with_rule.ledger.events)
-    assert len(with_rule.kernels) <= len(without.kernels)
-    truth = nets.Truth(module, inputs)
-    truth.check(with_rule(*inputs))
-    truth.check(without(*inputs))
-
-
-@by_rule
-def test_does_not_fire_when_an_inner_tensor_is_returned(rule: Rule) -> None:
-    _, graph = example_of(rule)
-    for name in inner_nodes(rule, graph):
-        shared = graph.copy()
-        shared.set_inputs(OUTPUT, (*shared.outputs(), Value(name)))
-        after, accepted, refused = applied(shared, rule)
-        assert not accepted and text.to_text(after) == text.to_text(shared)
-        assert any(f"{name} is also read by the caller" in event.reason for event in refused)
-
-
-@by_rule
-def test_does_not_fire_when_an_inner_tensor_has_another_reader(rule: Rule) -> None:
-    _, graph = example_of(rule)
-    for name in inner_nodes(rule, graph):
-        shared = graph.copy()
-        other = shared.add("neg", (Value(name),), name="other")
-        shared.set_inputs(OUTPUT, (*shared.outputs(), other))
-        after, accepted, refused = applied(shared, rule)
-        assert not accepted and text.to_text(after) == text.to_text(shared)
-        assert any(f"{name} is also read by other" in event.reason for event in refused)
-
-
-def inner_nodes(rule: Rule, graph: Graph) -> list[str]:
-    """The nodes whose results the first accepted match makes disappear."""
-    for node in graph.nodes():
-        found = match(graph, node, rule.pattern)
-        if found is not None and rule.refusal(graph, found) is None:
-            return [inner.name for inner in found.inner if inner.name not in found.kept]
-    raise AssertionError("the rule matches nothing")
-
-
-@pytest.mark.parametrize(("rule", "at"), NEAR_MISSES)
-def test_near_misses_are_refused_for_the_stated_reason(rule: Rule, at: int) -> None:
-    miss = example_by(rule).near_misses[at]
-    graph = before(rule, made_of(miss))
-    after, accepted, refused = applied(graph, rule)
-    assert not accepted and text.to_text(after) == text.to_text(graph)
-    assert any(miss.reason in event.reason for event in refused), refused
-
-
-@pytest.mark.interpreter
-@pytest.mark.parametrize(("rule", "at"), NEAR_MISSES)
-def test_near_misses_still_compute_the_right_thing(rule: Rule, at: int) -> None:
-    module, inputs = made_of(example_by(rule).near_misses[at])
-    with nets.exporting_once():
-        exe = convloom.compile(module, inputs, target="interpreter")
-    nets.check(exe(*inputs), module, inputs)
-
-
-@cache
-def made_of(miss: NearMiss) -> Made:
-    return miss.make()
+test_fires_on_its_example = by_rule(rules_of.fires_on_its_example)
+test_fires_in_its_pass = by_rule(rules_of.fires_in_its_pass)
+test_keeps_the_meaning = by_rule(rules_of.keeps_the_meaning)
+test_is_idempotent = by_rule(rules_of.is_idempotent)
+test_origins_are_kept = by_rule(rules_of.origins_are_kept)
+test_kernels_agree_with_and_without = interpreter(by_rule(rules_of.kernels_agree_with_and_without))
+test_does_not_fire_when_an_inner_tensor_is_returned = by_rule(
+    rules_of.does_not_fire_when_an_inner_tensor_is_returned
+)
+test_does_not_fire_when_an_inner_tensor_has_another_reader = by_rule(
+    rules_of.does_not_fire_when_an_inner_tensor_has_another_reader
+)
+test_near_misses_are_refused_for_the_stated_reason = near_misses(
+    rules_of.near_misses_are_refused_for_the_stated_reason
+)
+test_near_misses_still_compute_the_right_thing = interpreter(
+    near_misses(rules_of.near_misses_still_compute_the_right_thing)
+)
 
 
 def test_refusals_are_recorded_once() -> None:
     rule = next(iter(rules.PROLOGUE_RULES))
-    graph = before(rule, example_by(rule).near_misses[0].make())
+    graph = rules_of.before(rule, example_for(rule.name).near_misses[0].make())
     ledger = Ledger()
     for _ in range(3):
         apply_rules(graph, (rule,), ledger)
@@ -289,69 +146,10 @@ def test_refusals_are_recorded_once() -> None:
 # Chains, built as graphs: no capture, so that many can be tried.
 
 
-def image(graph: Graph, name: str, shape: tuple[int, ...]) -> Value:
-    return nets.add_input(graph, name, shape)
-
-
-def start(op: str) -> tuple[Graph, Value]:
-    """A graph with one product of the inputs `x` and the constants `w` and `b`, or with an image
-    of as many channels."""
-    graph = Graph()
-    generator = torch.Generator().manual_seed(3)
-    if op in ("conv2d", INPUT):
-        channels = 3 if op == "conv2d" else 4
-        x, attributes = image(graph, "x", (2, channels, 5, 4)), Conv2d(padding=(1, 1, 1, 1))
-        w, b = (4, 3, 3, 3), (4, 1, 1)
-    else:
-        x, attributes = image(graph, "x", (2, 3)), None
-        w, b = (4, 3), (4,)
-    weight = graph.add_constant(torch.randn(w, generator=generator), "w", torch.float32)
-    graph.add_constant(torch.randn(b, generator=generator), "b", torch.float32)
-    return graph, x if op == INPUT else graph.add(op, (x, weight), attributes)
-
-
-def finish(graph: Graph, *values: Value) -> Graph:
-    graph.insert(Node(OUTPUT, OUTPUT, NoAttributes(), ()), values)
-    verify(graph)
-    return graph
-
-
-def safely(graph: Graph, value: Value) -> Value:
-    """Into the range in which every scalar is defined and no step is steep."""
-    squashed = graph.add("sigmoid", (value,))
-    return graph.add("add", (squashed,), Pointwise(literal=0.6))
-
-
 @pytest.mark.parametrize("name", POINTWISE)
 @pytest.mark.parametrize("op", HEAVY)
 def test_every_scalar_becomes_a_stage(op: str, name: str) -> None:
-    """f(y), f(y, r), f(r, y), f(y, literal) and f(literal, y) of a product y are one node."""
-    scalar = BY_NAME[name]
-    forms = {
-        1: ["unary"], 2: ["tensor", "reversed", "literal", "left"], 3: ["where"],
-    }[scalar.operands]  # fmt: skip
-    for form in forms:
-        graph, y = start(op)
-        shape = graph.spec(y).shape
-        y = safely(graph, y)
-        parameters = scalar.examples[-1]
-        if form in ("tensor", "reversed"):
-            pair = (y, image(graph, "r", shape))
-            pair = pair if form == "tensor" else pair[::-1]
-            y = graph.add(name, pair, Pointwise(parameters))
-        elif form == "where":
-            y = graph.add(name, (image(graph, "c", shape), y, image(graph, "r", shape)))
-        else:
-            literal = None if form == "unary" else 1.5
-            y = graph.add(name, (y,), Pointwise(parameters, literal, reverse=form == "left"))
-        if scalar.boolean:  # Products store no booleans.
-            y = graph.add("choose", (y,), Pointwise((2.0, -0.5)))
-        finish(graph, y)
-        after = fuse_epilogues(graph.copy(), Ledger())
-        verify(after)
-        assert len(after.compute_nodes()) == 1
-        inputs = [value.abs() + 0.5 for value in nets.inputs_for(graph)]
-        nets.assert_same_meaning(graph, after, inputs)
+    becomes_a_stage(BY_NAME[name], op)
 
 
 @dataclass(frozen=True)

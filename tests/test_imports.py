@@ -19,15 +19,18 @@ ALLOWED = {
     "errors": (),
     "settings": ("errors",),
     "atomic": (),
-    "kernels": ("errors", "settings", "atomic"),
-    "compiler": ("errors", "settings", "atomic", "kernels"),
+    "extensions": ("errors", "settings"),
+    "kernels": ("errors", "settings", "atomic", "extensions"),
+    "compiler": ("errors", "settings", "atomic", "extensions", "kernels"),
     "zoo": ("errors",),
-    "": ("errors", "settings", "compiler", "zoo"),
+    # What extensions test themselves with: of the tests only what is shipped.
+    "testing": ("errors", "extensions", "kernels", "tests.properties"),
+    "": ("errors", "settings", "extensions", "testing", "compiler", "zoo"),
     "__main__": ("cli",),
     # Of the kernels a command may know what describes machines and problems, never a kernel.
-    "cli": ("", "errors", "settings", "atomic", "compiler", "zoo", "kernels.contract.targets",
-            "kernels.contract.op", "kernels.contract.spec", "kernels.devices.offline",
-            "benchmarks"),
+    "cli": ("", "errors", "settings", "atomic", "extensions", "compiler", "zoo",
+            "kernels.contract.targets", "kernels.contract.op", "kernels.contract.spec",
+            "kernels.devices.offline", "benchmarks"),
     # Benchmarks run from a checkout; some of them time what the tests draw.
     "benchmarks": ("", "errors", "settings", "kernels", "compiler", "zoo", "tests.domains"),
 }  # fmt: skip
@@ -37,14 +40,16 @@ LIBRARIES = {
     "errors": (),
     "settings": (),
     "atomic": (),
+    "extensions": (),
+    "testing": ("pytest", "hypothesis"),
     "kernels": ("torch", "triton", "numpy"),
     "compiler": ("torch", "networkx", "numpy", "safetensors", "onnx"),
     "zoo": ("torch", "numpy", "safetensors", "sklearn"),
     "": (),
     "__main__": (),
     "cli": ("torch", "triton", "numpy", "rich", "PIL", "sklearn"),
-    # PIL and ray: the examples.
-    "benchmarks": ("torch", "triton", "numpy", "rich", "PIL", "ray"),
+    # PIL and ray: the examples; tinygrad: where it is installed.
+    "benchmarks": ("torch", "triton", "numpy", "rich", "PIL", "ray", "tinygrad"),
 }
 STANDARD_LIBRARY = frozenset(__import__("sys").stdlib_module_names)
 

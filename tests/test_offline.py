@@ -5,7 +5,6 @@ kernels fast: no spills, 128-bit asynchronous copies, tensor-core instructions. 
 from __future__ import annotations
 
 import json
-import random
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -18,7 +17,7 @@ from convloom.errors import KernelError
 from convloom.kernels import registry
 from convloom.kernels.contract import targets
 from convloom.kernels.contract.epilogue import Stage
-from convloom.kernels.contract.op import Attributes, Launch, Problem, Ref, config
+from convloom.kernels.contract.op import Attributes, Problem, config
 from convloom.kernels.contract.spec import Layout, TensorSpec
 from convloom.kernels.contract.targets import Target
 from convloom.kernels.devices import barriers, offline
@@ -29,48 +28,12 @@ from convloom.kernels.tile.conv_geometry import Conv2d
 
 from . import harness
 from .domains import domain_of
+from .properties.compiled import assert_healthy, launch_requests, reports, samples
 
 HALF = torch.float16
 BIAS = (Stage("add"), Stage("relu"))
 RESIDUAL = (Stage("add"), Stage("add"), Stage("relu"))
 TENSOR_CORES = ("HGMMA", "HMMA", "UTCHMMA")
-
-
-def launch_requests(
-    problem: Problem, target: Target
-) -> list[tuple[Launch, offline.CompileRequest]]:
-    """The default configuration's launches with what must be compiled for them."""
-    op = registry.get(problem.op)
-    packs = op.packs(problem.attributes)
-    packed = {}
-    for slot, pack in packs.items():
-        spec = problem.inputs[slot].spec
-        packed[slot] = pack(problem.attributes, torch.zeros(spec.shape, dtype=spec.dtype)).dtype
-
-    def dtype_of(ref: Ref) -> torch.dtype:
-        group = {"input": problem.inputs, "output": problem.outputs}.get(ref.kind, problem.operands)
-        if ref.kind == "input" and ref.index in packed:
-            return packed[ref.index]
-        return group[ref.index].spec.dtype
-
-    launches = op.launches(problem, op.default(problem, target), target)
-    return [(launch, offline.request(launch, dtype_of, target)) for launch in launches]
-
-
-def reports(problem: Problem, target: Target) -> list[offline.KernelReport]:
-    """What the compiler made of the problem's launches."""
-    return [offline.report(wanted) for _, wanted in launch_requests(problem, target)]
-
-
-def assert_healthy(problem: Problem, target: Target) -> list[offline.KernelReport]:
-    """No spills, and no more shared memory than the machine has."""
-    made = reports(problem, target)
-    for report in made:
-        where = f"{problem.op} {problem.attributes} on {target.name}"
-        assert report.spill_bytes == 0, f"{where} spills {report.spill_bytes} bytes"
-        assert report.shared_bytes <= target.shared_bytes, where
-        assert report.registers <= target.registers_per_thread, where
-    return made
 
 
 def image(n: int, c: int, size: int, dtype: torch.dtype = HALF) -> TensorSpec:
@@ -202,13 +165,7 @@ def test_special_convolutions_do_not_spill(name: str, target: Target) -> None:
 def sample_problems(dtypes: tuple[torch.dtype, ...]) -> Iterator[tuple[str, Problem]]:
     """One problem of every op's domain for each dtype."""
     for op in registry.OPS:
-        generator = random.Random(op.name)
-        for dtype in dtypes:
-            for _ in range(100):
-                draw = {name: generator.choice(list(v)) for name, v in domain_of(op).ranges.items()}
-                if (case := harness.case_of(op, draw, dtype)) is not None:
-                    yield op.name, harness.problem_for(op, case.attributes, case.specs)
-                    break
+        yield from ((op.name, problem) for problem in samples(op, domain_of(op), dtypes))
 
 
 @pytest.mark.parametrize("target", targets.GPU_TARGETS, ids=lambda target: target.name)

@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+from ... import extensions
 from ...errors import ArtifactError, ConvloomError
 from ...kernels import registry
 from ...kernels.contract.epilogue import Epilogue, Stage, read_before
@@ -152,12 +153,35 @@ def _as_read(graph: Graph, node: Node) -> torch.Tensor:
     return tensor.to(node.spec.dtype)
 
 
+def extensions_of(graph: Graph) -> set[tuple[str, str]]:
+    """Name and version of every extension whose ops and pointwise functions a graph has."""
+    found: set[tuple[str, str]] = set()
+    waiting: list[Any] = list(graph.nodes())
+    while waiting:
+        value = waiting.pop()
+        if isinstance(value, tuple):
+            waiting += value
+        elif isinstance(value, (Node, Stage, Attributes)):
+            waiting += [getattr(value, item.name) for item in fields(value)]
+            name = {Node: "op", Stage: "name"}.get(type(value))
+            owner = registry.OWNERS.get(getattr(value, name)) if name is not None else None
+            if owner is not None:
+                found.add((owner.name, owner.version))
+    return found
+
+
 def to_json(record: GraphRecord) -> Any:
     """The record as plain data, attributes with the name of their class."""
     return plain(record, (Attributes,))
 
 
 # Reading.
+
+
+@cache
+def _words() -> tuple[str, ...]:
+    """The texts that attributes may be, those of extensions included."""
+    return *WORDS, *(word for extension in extensions.loaded() for word in extension.words)
 
 
 @cache
@@ -208,8 +232,8 @@ class _GraphReader(Reader):
         return value
 
     def _check_plain(self, value: Any, where: str) -> None:
-        if isinstance(value, str) and value not in WORDS:
-            self.refuse(where, f"one of {', '.join(map(repr, WORDS))}", value)
+        if isinstance(value, str) and value not in _words():
+            self.refuse(where, f"one of {', '.join(map(repr, _words()))}", value)
         if isinstance(value, int) and not -LARGEST_EXTENT < value < LARGEST_EXTENT:
             self.refuse(where, f"a number below {LARGEST_EXTENT}", value)
         if isinstance(value, tuple):
@@ -217,7 +241,7 @@ class _GraphReader(Reader):
                 self._check_plain(item, where)
 
     def _checked_stage(self, stage: Stage, where: str) -> Stage:
-        if stage.name not in BY_NAME:
+        if stage.name not in registry.BY_NAME and stage.name not in BY_NAME:
             self.refuse(where, "a pointwise function", stage.name)
         count = len(BY_NAME[stage.name].parameters)
         if len(stage.parameters) != count:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from ... import extensions
 from ...errors import ArtifactError, InvalidInputError
 from ..graph.typed import Reader, dump, parse
 from . import archive, tensors
@@ -16,6 +18,7 @@ from .check import check_document
 from .program import Document, Program, read_document
 
 LARGEST_JSON = 1 << 28
+_VERSION = re.compile(r"[A-Za-z0-9._-]{1,60} [A-Za-z0-9.+!_-]{1,60}")
 
 
 @dataclass(frozen=True)
@@ -65,7 +68,8 @@ def open_artifact(path: str | Path) -> Artifact:
     """The checked contents of a file.
 
     Raises: ArtifactError for anything that `save` did not write as it is, or that does not hold
-    together; InvalidInputError for what is no path.
+    together, and where an extension that it was made with is missing or has another version;
+    InvalidInputError for what is no path.
     """
     if not isinstance(path, str | Path):
         raise InvalidInputError(f"path: expected a file's name, got {type(path).__name__}")
@@ -73,6 +77,11 @@ def open_artifact(path: str | Path) -> Artifact:
     opened = Archive(path)
     opened.verify(_digests(_json(opened, "manifest.json"), path))
     document = read_document(_json(opened, "plan.json"), f"plan.json of '{path}'")
+    for name, version in document.versions:
+        if not _VERSION.fullmatch(f"{name} {version}"):
+            raise archive.damaged(path, "it names a version that is none")
+    if reasons := list(extensions.missing(document.versions)):
+        raise ArtifactError(f"'{path}' cannot be used: it was {'; and '.join(reasons)}")
     graphs = _list(opened, "graph.json", "graphs")
     ledgers = _list(opened, "ledger.json", "ledgers")
     if tuple(archive.digest([dump(graph)]) for graph in graphs) != document.graphs:

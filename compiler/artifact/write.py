@@ -91,7 +91,9 @@ def save(path: str | Path, executables: Sequence[Executable], model: str = "") -
         ledger = plain(replace(executable.ledger, measured={}, measured_on="").to_json())
         with_ptx = executable.target == oldest
         writing.add(executable.graph, executable.plan, ledger, with_ptx)
-    versions = ("convloom", VERSION), ("torch", torch.__version__), ("triton", TRITON_VERSION)
+    own = ("convloom", VERSION), ("torch", torch.__version__), ("triton", TRITON_VERSION)
+    used = {each for executable in ordered for each in graphs.extensions_of(executable.graph)}
+    versions = *own, *sorted(used)
     document, members = writing.file(model or executables[0].graph.name, versions)
     # By the checks of the reader: what would be refused there is not written.
     counts = len(writing.graphs), len(writing.accounts)

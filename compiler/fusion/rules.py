@@ -11,8 +11,8 @@ from dataclasses import replace
 
 import torch
 
+from ...kernels import registry
 from ...kernels.contract.epilogue import Epilogue, Stage
-from ...kernels.contract.scalars import SCALARS
 from ...kernels.contract.spec import Layout, TensorSpec
 from ...kernels.movement.movement import FlattenPixels
 from ...kernels.movement.pointwise import Pointwise, stage_of
@@ -25,21 +25,15 @@ PRODUCTS = (*HEAVY, "conv3d", "conv_transpose2d", "conv_transpose3d")
 """Matrix products: what reads them is fused into them, not into what stands beside them."""
 MOST_STAGES = 64
 """Of one epilogue: each may read a tensor, and a launch takes 4 kB of pointers and sizes."""
-UNARY = tuple(s.name for s in SCALARS if s.operands == 1)
+UNARY = tuple(s.name for s in registry.SCALARS if s.operands == 1)
 """Functions of one value; `identity` may be a chain of others."""
-BINARY = tuple(s.name for s in SCALARS if s.operands == 2)
+BINARY = tuple(s.name for s in registry.SCALARS if s.operands == 2)
 WHERE = ("where", "where_first", "where_second")
 """The choice, as a stage of each of its operands."""
 POINTWISE = (*UNARY, *BINARY, "where")
 
 
-def _anchors() -> tuple[str, ...]:
-    from ...kernels import registry
-
-    return tuple(op.name for op in registry.OPS if op.takes_epilogue)
-
-
-ANCHORS = _anchors()
+ANCHORS = tuple(op.name for op in registry.OPS if op.takes_epilogue)
 
 
 def _same_output(graph: Graph, found: Match) -> str | None:

@@ -11,6 +11,7 @@ from ... import settings
 from ...errors import GraphError, InvalidInputError, near_names
 from ..capture.capture import refuse_unsupported
 from ..evaluation.validate import Validation
+from ..fusion import extension_rules
 from ..fusion.overrides import CONCAT_LABEL, CONCAT_RULE, Labels
 from ..fusion.pattern import apply_rules
 from ..fusion.rules import EPILOGUE_RULES, FLATTEN_RULES, PROLOGUE_RULES
@@ -103,18 +104,22 @@ PASSES: tuple[Pass, ...] = (
     _pass(fuse_stem, "after layouts: it is about the conversions that they put at the boundary"),
 )
 NAMES = tuple(step.name for step in PASSES)
+_OURS = {
+    **{rule.name: rule.label for rule in (*EPILOGUE_RULES, *PROLOGUE_RULES, *FLATTEN_RULES)},
+    **{rule.name: rule.label for rule in (*fuse.RULES, *pool_order.RULES, *small_nets.RULES)},
+    **{rule.name: rule.label for rule in rearrangements.RULES},
+    **stem.LABELS,
+    siblings.RULE: siblings.LABEL,
+    diamonds.RULE: diamonds.LABEL,
+    parallel_convs.RULE: parallel_convs.LABEL,
+    CONCAT_RULE: CONCAT_LABEL,
+}
+extension_rules.check(_OURS, _OURS.values())
 LABELS = Labels(
-    all={
-        **{rule.name: rule.label for rule in (*EPILOGUE_RULES, *PROLOGUE_RULES, *FLATTEN_RULES)},
-        **{rule.name: rule.label for rule in (*fuse.RULES, *pool_order.RULES, *small_nets.RULES)},
-        **{rule.name: rule.label for rule in rearrangements.RULES},
-        **stem.LABELS,
-        siblings.RULE: siblings.LABEL,
-        diamonds.RULE: diamonds.LABEL,
-        parallel_convs.RULE: parallel_convs.LABEL,
-        CONCAT_RULE: CONCAT_LABEL,
-    },
-    heavy=frozenset(rule.name for rule in (*fuse.RULES, *small_nets.RULES)),
+    all=_OURS | {rule.name: rule.label for rule in extension_rules.PROPOSALS},
+    heavy=frozenset(
+        rule.name for rule in (*fuse.RULES, *small_nets.RULES, *extension_rules.PROPOSALS)
+    ),
 )
 """The fusions that `force=` and `forbid=` may name."""
 

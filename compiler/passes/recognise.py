@@ -15,6 +15,7 @@ from ...kernels.movement.pointwise import Pointwise
 from ...kernels.movement.rearrangement import Reshape
 from ...kernels.normalisation.lrn import LocalResponseNorm
 from ...kernels.pooling.pool_window import AvgPool2d, AvgPool3d, LpPool2d
+from ..fusion import extension_rules
 from ..fusion.pattern import (
     Call,
     Guard,
@@ -229,4 +230,4 @@ def recognise_composites(graph: Graph, ledger: Ledger) -> Graph:
 
     Postcondition: no part of a recognised composite is left, among them calls that have no kernel.
     """
-    return apply_rules(graph, (*RULES, *POOL_RULES), ledger)
+    return apply_rules(graph, (*extension_rules.REWRITES, *RULES, *POOL_RULES), ledger)

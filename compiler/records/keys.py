@@ -14,6 +14,7 @@ import re
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
 
+from ... import extensions
 from ...kernels import registry
 from ...kernels.contract.epilogue import Epilogue
 from ...kernels.contract.op import Problem
@@ -43,7 +44,8 @@ class Key:
     attributes: as the op prints them. inputs, outputs: "float16 8x64x56x56 nhwc", at the largest
     batch. epilogue, prologue: the kind of each stage, "add channel". precision: of fp32 products.
     aligned: whether rows start at multiples of 16 bytes. wide: 64-bit offsets. architecture:
-    "sm_90", or "interpreter". triton: its version. source: the hash of the op's kernels.
+    "sm_90", or "interpreter". triton: its version. source: the hash of the op's kernels, and what
+    extensions it takes, "0123456789abcdef, name 1.0".
     """
 
     op: str
@@ -72,18 +74,30 @@ class Key:
 
         Raises: UnsupportedOpError where there is no such op.
         """
-        source = kernel_hash.source_hash(self.op)
+        source = kernel_hash.source_of(self.op, self._functions)
         return replace(self, triton=kernel_hash.TRITON_VERSION, source=source)
 
     @property
     def of_other_kernels(self) -> str | None:
         """Why a result for this key is about kernels that are not ours, or None."""
+        versions = (each.partition(" ")[::2] for each in self.source.split(", ")[1:])
+        if reason := next(extensions.missing(versions), None):
+            return f"it was {reason}"
         if self.op not in registry.BY_NAME:
             return f"there is no op {self.op!r}"
-        ours = kernel_hash.source_hash(self.op)
+        ours = kernel_hash.source_of(self.op, self._functions)
         if self.source != ours:
             return f"the kernels of {self.op} were others then (source {self.source}, now {ours})"
         return None
+
+    @property
+    def _functions(self) -> set[str]:
+        """The words among which the names of all stages are; "r" may stand before one."""
+        if not registry.OWNERS:
+            return set()
+        text = " ".join((self.attributes, *self.epilogue, *self.prologue))
+        words = re.findall(r"\w+(?![\w=])", text)
+        return {*words, *(word.removeprefix("r") for word in words)}
 
     @property
     def stale(self) -> str | None:
@@ -107,7 +121,7 @@ def key_of(problem: Problem, target: Target) -> Key:
     dtype = _dtype(problem.inputs[0].spec)
     packed = registry.get(problem.op).packs(problem.attributes)
     placed = [o for slot, o in enumerate(problem.inputs) if slot not in packed]
-    return Key(
+    key = Key(
         op=problem.op,
         attributes=str(problem.attributes),
         inputs=tuple(described(operand.spec) for operand in problem.inputs),
@@ -119,8 +133,9 @@ def key_of(problem: Problem, target: Target) -> Key:
         wide=problem.is_wide,
         architecture=target.name.removeprefix("cuda:"),
         triton=kernel_hash.TRITON_VERSION,
-        source=kernel_hash.source_hash(problem.op),
+        source="",
     )
+    return key.current
 
 
 def described(spec: TensorSpec) -> str:

@@ -20,6 +20,7 @@ from multiprocessing.connection import Connection, Pipe
 from typing import IO, Any
 
 from ...errors import ConvloomError
+from ...extensions import register, registered_places
 
 START_TIMEOUT_S = 300.0
 """Importing torch takes seconds, and much longer on a crowded machine."""
@@ -70,7 +71,7 @@ class WorkerProcess:
         # A package's own name: whoever imported it may have found it under another one.
         code = (
             f"import sys; sys.path[:] = {sys.path!r}; "
-            f"from {__name__} import serve; serve({there.fileno()})"
+            f"from {__name__} import serve; serve({there.fileno()}, {registered_places()!r})"
         )
         self._words = tempfile.TemporaryFile()  # noqa: SIM115  closed with the child
         self._process = subprocess.Popen(
@@ -177,8 +178,9 @@ class Crew:
 # In the child.
 
 
-def serve(handle: int) -> None:
-    """Answers requests until the other end of the connection is gone."""
+def serve(handle: int, registered: tuple[str, ...] = ()) -> None:
+    """Answers requests until the other end of the connection is gone; registered: where the
+    extensions stand that the other process has registered."""
     # Ctrl-C reaches the whole group; the parent decides when children end.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     connection: Connection[Any, Any] = Connection(handle)
@@ -192,6 +194,8 @@ def serve(handle: int) -> None:
         try:
             value = pickle.loads(message)
             if handler is None:
+                for place in registered:
+                    register(place)
                 handler, answer = value(), None
             else:
                 answer = handler(value)

@@ -150,7 +150,10 @@ def _only(channels: tuple[int, int], changed: torch.Tensor, value: torch.Tensor)
 
 @dataclass(frozen=True)
 class GeneratedFunction:
-    """Source of one jit function; equal sources are one function, also across processes."""
+    """Source of one jit function; equal sources are one function, also across processes.
+
+    symbols: the functions that it calls, as `Scalar.symbol` names them.
+    """
 
     name: str
     source: str
@@ -176,7 +179,8 @@ def _compile_source(generated: GeneratedFunction) -> Any:
     module = f"{__name__}.generated_{digest}"
     namespace: dict[str, Any] = {"tl": tl, "triton": triton, "__name__": module}
     for symbol in generated.symbols:
-        namespace[symbol] = getattr(scalars, symbol)
+        place, _, known = symbol.rpartition(":")
+        namespace[known] = getattr(importlib.import_module(place) if place else scalars, known)
     exec(compile(generated.source, filename, "exec"), namespace)
     return namespace[generated.name]
 
@@ -373,7 +377,7 @@ def generate(
         if position in read:
             lines.append(f"    earlier{position} = acc")
         function = stage.scalar.function.fn.__name__
-        symbols.append(function)
+        symbols.append(stage.scalar.symbol)
         arguments = ["acc"]
         for index in range(at or 0, (at or 0) + stage.operands):
             load = load_source(f"extras[{first + index}]", sizes, reads[index])

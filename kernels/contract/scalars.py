@@ -8,8 +8,9 @@ in torch: written explicitly, because `tl.maximum(nan, 0)` drops NaN on a GPU.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -287,7 +288,9 @@ class Scalar:
 
     operands: 1 to 3 tensors (the second of two may be a literal); parameters: names of the fp32
     literals that follow them; range: where the tests draw inputs from. boolean: the result is true
-    or false. conditions: the operands of which only that is asked.
+    or false. conditions: the operands of which only that is asked. aten: calls, by overload, whose
+    arguments are these operands and parameters in order ("library.name.default"); those of torch
+    that ask for more are in `movement/pointwise_ops.py`.
     """
 
     name: str
@@ -299,6 +302,14 @@ class Scalar:
     range: tuple[float, float] = (-8.0, 8.0)
     boolean: bool = False
     conditions: tuple[int, ...] = ()
+    aten: tuple[str, ...] = ()
+
+    @property
+    def symbol(self) -> str:
+        """The function by its name in this module, or with its own module if that is another."""
+        own = self.function.fn
+        here = globals().get(own.__name__) is self.function
+        return str(own.__name__ if here else f"{own.__module__}:{own.__name__}")
 
 
 def _elu(x: torch.Tensor, alpha: float, scale: float, input_scale: float) -> torch.Tensor:
@@ -467,4 +478,10 @@ WHERE_FIRST = Scalar("where_first", choose_first, _where_first, 3, conditions=(1
 WHERE_SECOND = Scalar("where_second", choose_second, _where_second, 3, conditions=(1,))
 """`where` as a stage of its first or of its second choice."""
 
-BY_NAME = {scalar.name: scalar for scalar in (*SCALARS, LOAD, WHERE_FIRST, WHERE_SECOND)}
+_BY_NAME = {scalar.name: scalar for scalar in (*SCALARS, LOAD, WHERE_FIRST, WHERE_SECOND)}
+BY_NAME = MappingProxyType(_BY_NAME)
+
+
+def extend(scalars: Iterable[Scalar]) -> None:
+    """Adds the functions of extensions, which the registry has checked, to `BY_NAME`."""
+    _BY_NAME.update((scalar.name, scalar) for scalar in scalars)

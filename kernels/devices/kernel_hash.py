@@ -36,6 +36,16 @@ def source_hash(name: str) -> str:
     return hash_of(registry.get(name))
 
 
+def source_of(name: str, others: Iterable[str] = ()) -> str:
+    """What a result of an op is about: its kernels' hash, and the extensions that it or one of the
+    `others` (pointwise functions, its stages) is of, with their versions.
+
+    Raises: UnsupportedOpError for an unknown name.
+    """
+    owners = {str(registry.OWNERS[each]) for each in (name, *others) if each in registry.OWNERS}
+    return ", ".join((source_hash(name), *sorted(owners)))
+
+
 def hash_of(op: Op) -> str:
     """16 hexadecimal digits that change when one of the op's kernels does."""
     texts = sorted(f"{name}\n{normalised(function)}" for name, function in kernels_of(op).items())
@@ -46,26 +56,28 @@ def kernels_of(op: Op) -> dict[str, JITFunction[Any]]:
     """The jit functions that the op's launches can reach, nested ones included, by full name.
 
     What can be reached is read from the code: the names that functions mention, the attributes that
-    they may take of a module of this room, what partial functions, tables, tuples and the defaults
-    of named tuples hold.
+    they may take of a module of this room or of the op's own package, what partial functions,
+    tables, tuples and the defaults of named tuples hold.
     """
     found: dict[str, JITFunction[Any]] = {}
     seen: set[int] = set()
     waiting: list[Any] = [op.launches]
+    module = registry.module_of(op.launches)
+    rooms = (ROOM,) if module.startswith(ROOM) else (ROOM, module.partition(".")[0])
     while waiting:
         value = waiting.pop()
         if id(value) in seen:
             continue
         seen.add(id(value))
         if isinstance(value, JITFunction):
-            if value.fn.__module__.startswith(ROOM):
+            if value.fn.__module__.startswith(rooms):
                 found[f"{value.fn.__module__}.{value.fn.__name__}"] = value
-                waiting += _named_by_kernel(value)
+                waiting += _resolved(_parsed(value.src).mentioned, value.fn.__globals__, rooms)
         elif isinstance(value, functools.partial):
             waiting += [value.func, *value.args, *value.keywords.values()]
         elif isinstance(value, types.FunctionType):
-            if value.__module__.startswith(ROOM):
-                waiting += _named_by_function(value)
+            if value.__module__.startswith(rooms):
+                waiting += _named_by_function(value, rooms)
         elif isinstance(value, Mapping):
             waiting += value.values()
         elif isinstance(value, (tuple, list, set, frozenset)):
@@ -75,10 +87,10 @@ def kernels_of(op: Op) -> dict[str, JITFunction[Any]]:
     return found
 
 
-def _named_by_function(function: types.FunctionType) -> Iterator[Any]:
+def _named_by_function(function: types.FunctionType, rooms: tuple[str, ...]) -> Iterator[Any]:
     """What a Python function may use: globals, closures, defaults, attributes of our modules."""
     names = set(_code_names(function.__code__))
-    yield from _resolved(names, function.__globals__)
+    yield from _resolved(names, function.__globals__, rooms)
     for cell in function.__closure__ or ():
         yield cell.cell_contents
     yield from function.__defaults__ or ()
@@ -92,10 +104,6 @@ def _code_names(code: types.CodeType) -> Iterator[str]:
             yield from _code_names(constant)
 
 
-def _named_by_kernel(function: JITFunction[Any]) -> Iterator[Any]:
-    return _resolved(_parsed(function.src).mentioned, function.fn.__globals__)
-
-
 def _kernel_names(tree: ast.AST) -> Iterator[str]:
     for node in ast.walk(tree):
         if isinstance(node, ast.Name):
@@ -104,13 +112,15 @@ def _kernel_names(tree: ast.AST) -> Iterator[str]:
             yield node.attr
 
 
-def _resolved(names: Iterable[str], space: Mapping[str, Any]) -> Iterator[Any]:
+def _resolved(
+    names: Iterable[str], space: Mapping[str, Any], rooms: tuple[str, ...]
+) -> Iterator[Any]:
     """The values of those names, and of those names as attributes of our modules among them."""
     names = sorted(names)
     for name in names:
         value = space.get(name)
         if isinstance(value, types.ModuleType):
-            if value.__name__.startswith(ROOM):
+            if value.__name__.startswith(rooms):
                 yield from (vars(value)[each] for each in names if each in vars(value))
         elif value is not None:
             yield value

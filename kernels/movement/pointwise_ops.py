@@ -10,7 +10,7 @@ import torch
 
 from ..contract import epilogue as ep
 from ..contract.op import Arguments, Builder, Capture, Op
-from ..contract.scalars import SCALARS
+from ..contract.scalars import SCALARS, Scalar
 from .pointwise import Pointwise, configs, cost, default, infer, launches, reference
 from .rearrangement import Expand, Reshape
 
@@ -357,24 +357,41 @@ def _captures(scalar: str) -> dict[str, Capture]:
     return {f"aten.{overload}": capture for overload, capture in table.items()}
 
 
-def _make_ops() -> tuple[Op, ...]:
-    return tuple(
-        Op(
-            name=scalar.name,
-            attributes=Pointwise,
-            infer=partial(infer, scalar.name),
-            reference=partial(reference, scalar.name),
-            launches=partial(launches, scalar.name),
-            configs=configs,
-            default=default,
-            cost=cost,
-            input_range=scalar.range,
-            aten=_captures(scalar.name),
-            integers=scalar.boolean,
-            follows=True,
-        )
-        for scalar in SCALARS
+def _as_declared(scalar: Scalar) -> Capture:
+    """Of calls whose arguments are those of the function, of which one may be a number."""
+
+    def capture(g: Builder, a: Arguments) -> Any:
+        names = [argument.name for argument in a.schema.arguments]
+        own, rest = names[: scalar.operands], names[scalar.operands :]
+        values, parameters = [a[name] for name in own], tuple(float(a[name]) for name in rest)
+        tensors = [value for value in values if _is_value(value)]
+        if len(tensors) == len(values):
+            return g.apply(scalar.name, tensors, Pointwise(parameters))
+        if len(values) != 2 or not tensors:
+            return g.refuse(f"{scalar.name} of numbers")
+        first, second = values
+        number, reverse = (second, False) if _is_value(first) else (first, True)
+        return g.apply(scalar.name, tensors, Pointwise(parameters, float(number), reverse))
+
+    return capture
+
+
+def op_of(scalar: Scalar) -> Op:
+    """The op that applies a function to whole tensors."""
+    return Op(
+        name=scalar.name,
+        attributes=Pointwise,
+        infer=partial(infer, scalar.name),
+        reference=partial(reference, scalar.name),
+        launches=partial(launches, scalar.name),
+        configs=configs,
+        default=default,
+        cost=cost,
+        input_range=scalar.range,
+        aten=_captures(scalar.name) | dict.fromkeys(scalar.aten, _as_declared(scalar)),
+        integers=scalar.boolean,
+        follows=True,
     )
 
 
-OPS = _make_ops()
+OPS = tuple(map(op_of, SCALARS))

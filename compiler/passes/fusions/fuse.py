@@ -3,7 +3,7 @@ what they propose (`partition.py`)."""
 
 from __future__ import annotations
 
-from ...fusion import partition
+from ...fusion import extension_rules, partition
 from ...fusion.pattern import apply_rules
 from ...graph.ir import Graph
 from ...graph.ledger import Ledger
@@ -20,11 +20,12 @@ RULES = (
     *heads.RULES,
     *pads.RULES,
 )
-"""Every proposal; the order decides only between equal savings."""
+"""Every proposal of ours; the order decides only between equal savings."""
 
 
 def choose_partition(graph: Graph, ledger: Ledger) -> Graph:
     """Fuses heavy ops with their neighbours where that saves most on the goal's machine."""
     # Zeros around an image cost a convolution nothing: there is nothing to choose.
     graph = apply_rules(graph, pads.ZERO_RULES, ledger)
-    return partition.choose(graph, RULES, ledger, (propose_siblings,))
+    rules = (*RULES, *extension_rules.PROPOSALS)
+    return partition.choose(graph, rules, ledger, (propose_siblings,))
