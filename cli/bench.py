@@ -52,13 +52,11 @@ def run(options: argparse.Namespace) -> int:
     if options.json:
         output.print_json(report.as_json(rows, choices))
         return 0
-    losses = report.losses(rows)
     output.say(
         report.note(rows[0]).replace("**", ""),
         *(_table(rows, details) for details in (False, True)),
         *(f"not measured: {reason}" for reason in report.absences(rows)),
-        "Where we lose:" if losses else "Where we lose: nowhere",
-        *(f"  {line}" for line in losses),
+        *report.where_we_lose(rows, "  ", "Where we lose:", "  nowhere"),
     )
     return 0
 

@@ -26,7 +26,7 @@ CODE = ("source", "ptx", "sass")
 
 def configure(commands: shared.SubParsers) -> None:
     parser = shared.command(
-        commands, run, "explain", shared.compile_options(slide=True),
+        commands, run, "explain", shared.compile_options(slide=True, elsewhere=shared.PLANNED),
         help="print or draw the fusion ledger, compare two, or print a kernel's code",
         description="Prints, for every captured op of a model, the kernel that computes it, "
         "the rules that put it there, the rules that declined and why, and what that saves; or "
@@ -53,6 +53,7 @@ def configure(commands: shared.SubParsers) -> None:
 def run(options: argparse.Namespace) -> int:
     """Compiles and prints or writes what was asked for."""
     _check(options)
+    options = _with_target(options)
     if options.labels:
         _list_labels(options)
     elif options.diff:
@@ -92,6 +93,20 @@ def _check(options: argparse.Namespace) -> None:
         )
     if options.name is None and not options.diff and not options.labels:
         raise InvalidInputError("expected NAME, a model or a file, or --diff A B")
+
+
+def _with_target(options: argparse.Namespace) -> argparse.Namespace:
+    """The options, where a model is planned and they name no target with this machine's GPU, or
+    one that is not here: a plan for the interpreter has kernels and tiles that no GPU would have.
+    """
+    compares_files = options.diff and options.name is None
+    if options.target or options.labels or compares_files or shared.is_file(options.name):
+        return options
+    here = shared.default_target()
+    if options.measure or here != shared.INTERPRETER:
+        return shared.changed(options, target=here)
+    output.say(f"no GPU here: planned for {shared.PLANNED}; --target names another", stderr=True)
+    return shared.changed(options, target=shared.PLANNED)
 
 
 def _list_labels(options: argparse.Namespace) -> None:

@@ -19,6 +19,9 @@ PRECISIONS = ("ieee", "tf32")
 FALLBACKS = ("error", "torch")
 OPTION = {"shapes": "input"}
 """Options that are kept under another name."""
+INTERPRETER = "interpreter"
+PLANNED = "cuda:sm_90"
+"""What plans are made for where there is no GPU: they need none."""
 CHECKED = "checked"
 """`--passes` without a value."""
 MODEL = (
@@ -48,20 +51,21 @@ def command(
 
 
 def compile_options(
-    batch: bool = True, several: bool = False, slide: bool = False, checked: bool = False
-) -> argparse.ArgumentParser:
+    batch: bool = True, several: bool = False, slide: bool = False, checked: bool = False,
+    elsewhere: str = INTERPRETER,
+) -> argparse.ArgumentParser:  # fmt: skip
     """What decides how a model is compiled; `batch=False` where the input decides the batch.
 
     several: more than one target and more than one batch or range of batches may be given.
     slide: whether the model may be made to slide over larger images. checked: whether `--passes`
-    may stand alone, as `CHECKED`.
+    may stand alone, as `CHECKED`. elsewhere: the target where there is no GPU.
     """
     parent = argparse.ArgumentParser(add_help=False)
     add = parent.add_argument_group("compilation").add_argument
     add("--target", nargs="+" if several else None,
         help="cuda | cuda:sm_80, sm_86, sm_89, sm_90, sm_100 | interpreter | reference | "
         "emulator:sm_80, sm_86, sm_89, sm_90 (default: cuda where there is a GPU, else "
-        "interpreter)")
+        f"{elsewhere})")
     add_input(parent)
     add("--dtype", choices=DTYPES, help="compute in this type (default: float32)")
     add("--precision", choices=PRECISIONS, default="ieee",
@@ -208,4 +212,4 @@ def default_target() -> str:
 
     capability = targets.local_capability()
     runnable = capability is not None and capability >= targets.GPU_TARGETS[0].capability
-    return "cuda" if runnable else targets.INTERPRETER.name
+    return "cuda" if runnable else INTERPRETER

@@ -44,7 +44,7 @@ def test_a_plan_is_that_of_compile() -> None:
     assert planned.plan.to_text() == exe.plan.to_text()
     assert planned.summary == exe.summary
     assert planned.account() == exe.ledger.account()
-    assert planned.explain().startswith("Block on interpreter: 3 convs -> ")
+    assert planned.explain().startswith("Block on interpreter: 10 -> 4 kernels")
     count = planned.summary["kernels"]
     assert repr(planned) == f"<Plan of Block for interpreter: {count} kernel(s)>"
 

@@ -422,7 +422,7 @@ def test_fallback_runs_unsupported_nodes_as_torch_ops(
         (x,) = nets.inputs_of((size, *IMAGE[1:]), seed=size)
         nets.check(exe(x), module, (x,))
     assert exe.summary["torch_fallbacks"] == 2
-    assert "2 torch fallbacks" in exe.summary_line()
+    assert "; 2 torch fallbacks" in exe.summary_line()
     account = exe.ledger.account()
     fallbacks = {place.name for place in account.places if place.what == "torch"}
     by_torch = {record.op: record for record in account.nodes if record.kernel in fallbacks}

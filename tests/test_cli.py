@@ -143,7 +143,7 @@ def test_compile_for_a_gpu_that_is_not_here(answer: Callable[..., Any]) -> None:
         assert 0 < kernel["registers"] <= 255 and kernel["spill_bytes"] == 0
         assert kernel["shared_bytes"] >= 0 and isinstance(kernel["ops"], list)
     table = answer(*arguments)
-    assert "1 convs ->" in table and "conv2d, relu" in table
+    assert "kernels (every op alone -> this plan), 1 conv\n" in table and "conv2d, relu" in table
     assert all(title in table for title in ("regs", "spilled", "shared", "tensor", "async"))
 
 
@@ -160,7 +160,7 @@ def test_compile_without_passes_launches_more_kernels(answer: Callable[..., Any]
 @pytest.mark.interpreter
 def test_explain(answer: Callable[..., Any]) -> None:
     text = answer("explain", "lenet5", *INTERPRETER)
-    assert text.startswith("lenet5 on interpreter: 2 convs ->") and "\nconv1 " in text
+    assert text.startswith("lenet5 on interpreter: 12 -> ") and "\nconv1 " in text
     assert "=> heavy(x, epilogue=[f])" in text and "nothing was measured" in text
     account = answer("explain", "lenet5", *INTERPRETER, "--json")
     assert account["schema"] == "convloom-ledger" and account["model"] == "lenet5"
@@ -168,6 +168,20 @@ def test_explain(answer: Callable[..., Any]) -> None:
     assert all(set(each) == {"count", "rule", "reason"} for each in account["refusals"])
     dot = answer("explain", "lenet5", *INTERPRETER, "--dot")
     assert dot.startswith("digraph") and dot.endswith("}\n") and "conv1" in dot
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="plans for this machine's GPU")
+def test_explain_plans_for_a_gpu_where_there_is_none(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["explain", "mlp", "--svg", str(tmp_path / "mlp.svg"), "--json"]) == 0
+    printed = capsys.readouterr()
+    assert "no GPU here: planned for cuda:sm_90; --target names another" in printed.err
+    account = json.loads(printed.out)
+    assert account["target"] == "cuda:sm_90" and account["totals"]["after"]["us"] > 0
+    assert "H200 (sm_90)" in (tmp_path / "mlp.svg").read_text()
+    assert main(["explain", "mlp", "--measure"]) == 0
+    assert capsys.readouterr().out.startswith("mlp on interpreter: ")
 
 
 def test_explain_a_kernel(answer: Callable[..., Any], refusal: Callable[..., str]) -> None:
@@ -211,7 +225,8 @@ def test_explain_compares_passes(answer: Callable[..., Any]) -> None:
     assert found["schema"] == "convloom-ledger-diff" and found["changes"]
     assert found["before"]["kernels"] > found["after"]["kernels"]
     text = answer(*arguments)
-    assert text.startswith("lenet5: none -> default") and "1 kernel appeared" in text
+    assert text.startswith("lenet5: none -> default")
+    assert "12 kernels vanished, 1 kernel appeared in their place\n  - conv2d(" in text
     some = answer("explain", "lenet5", *REFERENCE, "--diff", "default", "fuse_epilogues", "--json")
     assert some["after"]["name"] == "fuse_epilogues" and some["gone_refusals"] is not None
 
