@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -19,7 +20,8 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 PLAIN_WIDTH = 120
-"""Columns where the output is no terminal; rich would take 80 and fold every table."""
+"""Columns where the output is no terminal and COLUMNS does not say; rich would take 80 and fold
+every table."""
 
 
 def print_json(value: Any) -> None:
@@ -42,9 +44,8 @@ def console(stderr: bool = False) -> Console:
     from rich.console import Console
 
     stream = sys.stderr if stderr else sys.stdout
-    return Console(
-        stderr=stderr, width=None if stream.isatty() else PLAIN_WIDTH, highlight=False
-    )
+    is_known = stream.isatty() or os.environ.get("COLUMNS", "").isdigit()
+    return Console(stderr=stderr, width=None if is_known else PLAIN_WIDTH, highlight=False)
 
 
 def say(*lines: object, stderr: bool = False) -> None:

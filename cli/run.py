@@ -29,7 +29,8 @@ def configure(commands: shared.SubParsers) -> None:
         "the five likeliest classes by index, or writes the output to a .npy file.",
     )
     parser.add_argument("name", metavar="NAME", help=shared.MODEL_OR_FILE)
-    parser.add_argument("input", metavar="INPUT", type=Path, help="an image, or a .npy file")
+    parser.add_argument("input", metavar="INPUT", type=Path,
+        help="an image, or a .npy file; digit.png comes with convloom")
     shared.add_weights(parser)
     parser.add_argument("--output", metavar="FILE", type=Path, help="write the output as .npy")
 
@@ -68,7 +69,7 @@ def _compiled(
     target = shared.target(options)
     network = networks.find(options.name, options, options.weights)
     entry = network.pictured("run")
-    x = inputs.read_input(options.input, models.seen(entry, options))
+    x = inputs.read_input(inputs.present(options.input), models.seen(entry, options))
     with output.working(f"compiling {network.name} for {target}"):
         executable = models.compile_for(network, len(x), options)
     return entry, x.to(executable.inputs[0].spec.dtype), executable, network
@@ -84,7 +85,7 @@ def _loaded(
     with output.working(f"loading {options.name} for {device}"):
         executable = load(options.name, device)
     entry = files.pictured(executable.artifact)
-    x = inputs.read_input(options.input, entry)
+    x = inputs.read_input(inputs.present(options.input), entry)
     return entry, x.to(executable.inputs[0].spec.dtype), executable, None
 
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
-import sysconfig
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from convloom import zoo
-from convloom.cli import doctor, inputs, networks, output
+from convloom.cli import inputs, networks, output
 from convloom.cli import zoo as zoo_command
 from convloom.cli.main import main
 from convloom.errors import ArtifactError, ConvloomError, InvalidInputError
@@ -335,6 +333,18 @@ def test_run_reads_a_digit(
 
 
 @pytest.mark.interpreter
+def test_run_reads_the_image_that_comes_with_it(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, digits: DigitsSplit, answer: Callable[..., Any]
+) -> None:
+    """The first command of README.md, in any folder."""
+    monkeypatch.chdir(tmp_path)
+    found = answer("run", "lenet5", "--weights", "digits", "digit.png", *REFERENCE, "--json")
+    assert found["top"][0][0]["class"] == digits.test_labels[0]
+    Image.new("L", (32, 32)).save("digit.png")
+    assert inputs.present(Path("digit.png")).read_bytes() == Path("digit.png").read_bytes()
+
+
+@pytest.mark.interpreter
 def test_run_writes_what_torch_computes(tmp_path: Path, answer: Callable[..., Any]) -> None:
     x = torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     source, written = tmp_path / "x.npy", tmp_path / "new" / "y.npy"
@@ -450,6 +460,26 @@ def test_unknown_models_are_refused_with_near_names(
     assert "did you mean resnet50" in refusal(name, "resnet5o", *rest)
 
 
+def test_a_name_that_is_like_no_model_gets_the_command_that_lists_them(
+    refusal: Callable[..., str],
+) -> None:
+    said = refusal("explain", "no_such_network")
+    assert said == (
+        "unknown zoo model 'no_such_network': `convloom zoo` lists the "
+        f"{len(zoo.names())} that there are"
+    )
+
+
+@pytest.mark.parametrize("columns", ["60", "200", "", "many"])
+def test_tables_are_as_wide_as_columns_says(
+    columns: str, monkeypatch: pytest.MonkeyPatch, answer: Callable[..., Any]
+) -> None:
+    monkeypatch.setenv("COLUMNS", columns)
+    width = int(columns) if columns.isdigit() else output.PLAIN_WIDTH
+    assert output.console().width == width
+    assert max(map(len, answer("zoo", "lenet5").splitlines())) <= width
+
+
 @pytest.mark.parametrize("command", [("compile", "lenet5"), ("explain", "lenet5")])
 def test_unknown_targets_and_passes_are_refused(
     command: tuple[str, ...], refusal: Callable[..., str]
@@ -536,58 +566,3 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
 def test_json_has_no_nan(capsys: pytest.CaptureFixture[str]) -> None:
     output.print_json({"a": [float("nan"), (1.5, float("inf"))]})
     assert json.loads(capsys.readouterr().out) == {"a": [None, [1.5, None]]}
-
-
-# doctor and demo
-
-
-def test_doctor(answer: Callable[..., Any]) -> None:
-    found = answer("doctor", "--json")
-    checks = {check["name"]: check for check in found["checks"]}
-    assert found["ok"] and all(
-        set(check) == {"name", "status", "found", "disables"} for check in checks.values()
-    )
-    assert checks["torch"]["found"] == torch.__version__
-    assert checks["interpreter"]["status"] == checks["cross-compilation"]["status"] == "ok"
-    assert "so these do not work" in answer("doctor")
-
-
-def test_doctor_notices_a_cache_that_cannot_be_written(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, answer: Callable[..., Any]
-) -> None:
-    file = tmp_path / "file"
-    file.touch()
-    monkeypatch.setenv("CONVLOOM_CACHE_DIR", str(file / "cache"))
-    checks = {check["name"]: check for check in answer("doctor", "--json")["checks"]}
-    assert checks["cache"]["status"] == "broken" and "file" in checks["cache"]["found"]
-
-
-def test_doctor_tells_what_launching_needs(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    monkeypatch.setattr(sysconfig, "get_path", lambda name: str(tmp_path))
-    monkeypatch.setattr(shutil, "which", lambda name: f"/usr/bin/{name}")
-    assert doctor._c_compiler().status == "missing"
-    assert "but no " + str(tmp_path / "Python.h") in doctor._c_compiler().found
-    (tmp_path / "Python.h").touch()
-    assert doctor._c_compiler().status == "ok"
-    monkeypatch.setattr(shutil, "which", lambda name: None)
-    assert doctor._c_compiler().found == "no gcc, clang"
-
-
-@pytest.mark.interpreter
-def test_demo_reads_digits(tmp_path: Path, answer: Callable[..., Any]) -> None:
-    found = answer("demo", "digits", "--json", "--output-dir", tmp_path)["parts"]["digits"]
-    assert found["images"] == found["agreeing"] == 355
-    assert found["top1"]["compiled"] == found["top1"]["eager"] >= 0.98
-    with Image.open(tmp_path / "digits.png") as picture:
-        assert picture.format == "PNG" and picture.width > picture.height > 100
-
-
-def test_demo_emulates_a_gpu(tmp_path: Path, answer: Callable[..., Any]) -> None:
-    found = answer("demo", "emulator", "--json", "--output-dir", tmp_path)["parts"]["emulator"]
-    assert found == {"as_expected": True, "images": 16, "agreeing": 16}
-
-
-def test_demo_refuses_unknown_parts(refusal: Callable[..., str]) -> None:
-    assert "digits" in refusal("demo", "digit")
