@@ -6,15 +6,14 @@ import csv
 import io
 import json
 import math
-import os
 import re
-import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, fields
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from convloom.atomic import replacing
 from convloom.errors import ArtifactError
 from convloom.kernels.contract import cost_model
 
@@ -60,17 +59,14 @@ def write(folder: Path, rows: Sequence[Row], choices: Choices) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Writes a file under a temporary name and renames it.
+    """Writes a file that is whole or not there.
 
     Raises: ArtifactError where it cannot be written.
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-        Path(temporary).chmod(0o644)
-        Path(temporary).replace(path)
+        with replacing(path) as file:
+            file.write(text.encode())
     except OSError as error:
         raise ArtifactError(f"cannot write '{path}': {error.strerror or error}") from error
 

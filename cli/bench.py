@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from .. import zoo
 from ..benchmarks.options import MODELS, add_options
-from ..errors import InvalidInputError, visible
+from ..errors import InvalidInputError
 from . import files, networks, output
 from . import options as shared
 
@@ -87,14 +87,14 @@ def _only(name: str, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
 @contextmanager
 def _telling() -> Iterator[Callable[[str], None]]:
     """Shows on stderr what is being done."""
-    notes = output.console(stderr=True)
-    if not notes.is_terminal:
-        yield lambda text: notes.print(visible(text), markup=False)
-        return
-    from rich.text import Text
+    with output.working("the benchmark") as work:
 
-    with notes.status("starting") as status:
-        yield lambda text: status.update(Text(visible(text)))
+        def tell(text: str) -> None:
+            work.what = text
+            if not sys.stderr.isatty():
+                output.say(f"{text} ...", stderr=True)
+
+        yield tell
 
 
 def _table(rows: list[Row], details: bool) -> Table:

@@ -19,17 +19,22 @@ ALLOWED = {
     "errors": (),
     "settings": ("errors",),
     "atomic": (),
-    "kernels": ("errors", "settings", "atomic"),
-    "compiler": ("errors", "settings", "atomic", "kernels"),
+    "progress": (),
+    "kernels": ("errors", "settings", "atomic", "progress"),
+    "compiler": ("errors", "settings", "atomic", "progress", "kernels"),
     "zoo": ("errors",),
     "": ("errors", "settings", "compiler", "zoo"),
     "__main__": ("cli",),
     # Of the kernels a command may know what describes machines and problems, never a kernel.
-    "cli": ("", "errors", "settings", "atomic", "compiler", "zoo", "kernels.contract.targets",
-            "kernels.contract.op", "kernels.contract.spec", "kernels.devices.offline",
-            "benchmarks"),
+    "cli": (
+        "", "errors", "settings", "atomic", "progress", "compiler", "zoo",
+        "kernels.contract.targets", "kernels.contract.op", "kernels.contract.spec",
+        "kernels.devices.offline", "benchmarks",
+    ),
     # Benchmarks run from a checkout; some of them time what the tests draw.
-    "benchmarks": ("", "errors", "settings", "kernels", "compiler", "zoo", "tests.domains"),
+    "benchmarks": (
+        "", "errors", "settings", "atomic", "kernels", "compiler", "zoo", "tests.domains",
+    ),
 }  # fmt: skip
 
 # What of others each room may import, besides the standard library.
@@ -37,6 +42,7 @@ LIBRARIES = {
     "errors": (),
     "settings": (),
     "atomic": (),
+    "progress": (),
     "kernels": ("torch", "triton", "numpy"),
     "compiler": ("torch", "networkx", "numpy", "safetensors", "onnx"),
     "zoo": ("torch", "numpy", "safetensors", "sklearn"),
