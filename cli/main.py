@@ -19,6 +19,7 @@ from . import (
     doctor,
     evaluate,
     explain,
+    export_server,
     interruption,
     profile,
     run,
@@ -30,7 +31,7 @@ from . import compile as compile_command
 
 COMMANDS = (
     demo, zoo, compile_command, run, evaluate, verify, explain, ablate, bench, tune, profile,
-    doctor,
+    export_server, doctor,
 )  # fmt: skip
 EXIT_ERROR = 2
 

@@ -493,6 +493,29 @@ def zoo_plan() -> Any:
 
 # The profiler.
 
+COMPLETE = {"name": str, "cat": str, "ts": float, "dur": float, "pid": int, "tid": int}
+METADATA = {"name": str, "pid": int, "tid": int}
+
+
+def events_of(trace: dict[str, Any]) -> list[dict[str, Any]]:
+    """The complete events of a trace; asserts that it is one of Chrome's trace event format, as
+    ui.perfetto.dev imports it: an object of these fields, events with those of their phase."""
+    assert set(trace) <= {"traceEvents", "displayTimeUnit", "otherData"}
+    assert trace["displayTimeUnit"] in ("ms", "ns")
+    assert all(isinstance(value, str | int) for value in trace["otherData"].values())
+    found = []
+    for event in trace["traceEvents"]:
+        fields = {"X": COMPLETE, "M": METADATA}[event["ph"]]
+        assert set(event) == {*fields, "ph", "args"} and isinstance(event["args"], dict)
+        assert all(isinstance(event[name], kind) for name, kind in fields.items())
+        if event["ph"] == "X":
+            assert event["ts"] >= 0 and event["dur"] >= 0
+            found.append(event)
+        else:
+            assert event["name"] in ("process_name", "thread_name")
+            assert isinstance(event["args"]["name"], str)
+    return found
+
 
 def test_profiles_of_the_interpreter(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     trace = tmp_path / "trace.json"
@@ -502,7 +525,7 @@ def test_profiles_of_the_interpreter(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert "the interpreter" in answer["timed_on"] and answer["total_us"] > 0
     assert sum(each["share"] for each in answer["kernels"]) == pytest.approx(1)
     assert all(each["of_bound"] is None for each in answer["kernels"])
-    events = json.loads(trace.read_text())["traceEvents"]
+    events = events_of(json.loads(trace.read_text()))
     assert [each["name"] for each in events] == [each["name"] for each in answer["kernels"]]
     for before, after in itertools.pairwise(events):
         assert after["ts"] == pytest.approx(before["ts"] + before["dur"])

@@ -49,8 +49,8 @@ LIBRARIES = {
     "": (),
     "__main__": (),
     "cli": ("torch", "triton", "numpy", "rich", "PIL", "sklearn"),
-    # PIL and ray: the examples.
-    "benchmarks": ("torch", "triton", "numpy", "rich", "PIL", "ray"),
+    # PIL, ray and starlette: the examples.
+    "benchmarks": ("torch", "triton", "numpy", "rich", "PIL", "ray", "starlette"),
 }
 STANDARD_LIBRARY = frozenset(__import__("sys").stdlib_module_names)
 
