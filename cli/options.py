@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import textwrap
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -33,6 +34,13 @@ MODEL_OR_FILE = f"{MODEL}; or a file that compile -o wrote (*{SUFFIX})"
 INPUT_DTYPES = ("float32", "float16", "bfloat16")
 
 
+class _Help(argparse.HelpFormatter):
+    """Keeps names such as conv-pool on one line."""
+
+    def _split_lines(self, text: str, width: int) -> list[str]:
+        return textwrap.wrap(" ".join(text.split()), width, break_on_hyphens=False)
+
+
 def command(
     commands: SubParsers,
     run: Callable[[argparse.Namespace], int],
@@ -43,7 +51,7 @@ def command(
 ) -> argparse.ArgumentParser:
     """A sub-command that `run` executes, with `--json` and the options of parent parsers."""
     parser = commands.add_parser(
-        name, help=help, description=description, parents=list(compilation)
+        name, help=help, description=description, parents=list(compilation), formatter_class=_Help
     )
     parser.add_argument("--json", action="store_true", help="print JSON, and nothing else")
     parser.set_defaults(run=run)

@@ -154,4 +154,4 @@ def test_labels_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
     text = capsys.readouterr().out
     assert all(label in text for label in listed)
     assert main(["explain", "lenet5", "--labels"]) == 2
-    assert "--labels: expected without a NAME, got lenet5" in capsys.readouterr().err
+    assert "--labels: leave out lenet5: the labels are the same" in capsys.readouterr().err

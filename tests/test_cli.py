@@ -292,11 +292,11 @@ def test_explain_refuses_what_cannot_be_compared(
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ((), "expected NAME, a model or a file, or --diff A B"),
+        ((), "which model? Pass NAME, a model or a file"),
         (("--diff", "a.json"), "expected two compilations, A and B, got 1: a.json"),
         (("--diff", "a", "b", "lenet5"), "got 3: a b lenet5"),
-        (("lenet5", "--diff", "a", "b", "--measure"), "--diff: expected without --dot"),
-        (("lenet5", "--html", "x.html", "--dot"), "--html, --svg: expected without"),
+        (("lenet5", "--diff", "a", "b", "--measure"), "--diff and --measure exclude each other"),
+        (("lenet5", "--html", "x.html", "--dot"), "--html and --dot exclude each other"),
         (("lenet5", "--diff", "none", "defolt", *("--target", "reference")), "mean default?"),
     ],
 )
@@ -507,6 +507,16 @@ def test_wrong_usage_is_refused(
         main(arguments)
     assert stop.value.code == 2
     assert "usage: convloom" in capsys.readouterr().err
+
+
+def test_help_breaks_no_name_at_its_hyphen(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for columns in range(60, 100, 5):
+        monkeypatch.setenv("COLUMNS", str(columns))
+        with pytest.raises(SystemExit):
+            main(["explain", "--help"])
+        assert '"conv-pool@layer1.*"' in capsys.readouterr().out
 
 
 def test_debug_shows_the_traceback(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,9 +16,10 @@ import convloom
 import pytest
 import torch
 from convloom import zoo
-from convloom.cli import export_server
+from convloom.cli import export_server, models
 from convloom.cli.inputs import SAMPLE
 from convloom.compiler.artifact.read import open_artifact
+from convloom.errors import InvalidInputError
 from PIL import Image
 from torch import nn
 
@@ -72,6 +73,13 @@ def test_run_wants_an_input_or_random_numbers(
     given: tuple[str, ...], message: str, refusal: Callable[..., str]
 ) -> None:
     assert message in refusal("run", "lenet5", *given)
+
+
+def test_a_model_of_two_tensors_is_refused_with_what_to_do() -> None:
+    exe = convloom.compile(Two(), (torch.zeros(2, 5),) * 2, target="reference")
+    pair = type("Pair", (), {"place": exe.place, "__call__": lambda self, x: exe(x, x)})()
+    with pytest.raises(InvalidInputError, match=r"returns a tuple; call it in Python$"):
+        models.run(pair, torch.zeros(2, 5))
 
 
 # The Triton Inference Server.
