@@ -72,7 +72,8 @@ lint: $(READY_DEV)
 types: $(READY_DEV)
 	@mkdir -p $(VENV)/checked && ln -sfn "$(CURDIR)" $(VENV)/checked/convloom
 	MYPYPATH=$(VENV)/checked $(BIN)/mypy $(ROOMS:%=-p convloom.%) \
-	  -m convloom -m convloom.errors -m convloom.settings -m convloom.extensions -m convloom.testing
+	  -m convloom -m convloom.atomic -m convloom.errors -m convloom.extensions \
+	  -m convloom.progress -m convloom.settings -m convloom.testing
 
 clean:
 	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis demo-output \

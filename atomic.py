@@ -12,6 +12,16 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
+_UNFINISHED: set[str] = set()
+"""Files that are being written."""
+
+
+def remove_unfinished() -> None:
+    """Removes what is being written, before the process ends in the middle of it."""
+    for temporary in tuple(_UNFINISHED):
+        with suppress(OSError):
+            os.unlink(temporary)
+
 
 @contextmanager
 def replacing(path: Path, mode: int = 0o666) -> Iterator[IO[bytes]]:
@@ -21,6 +31,7 @@ def replacing(path: Path, mode: int = 0o666) -> Iterator[IO[bytes]]:
     Raises: OSError.
     """
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    _UNFINISHED.add(temporary)
     try:
         with os.fdopen(handle, "wb") as file:
             yield file
@@ -32,6 +43,8 @@ def replacing(path: Path, mode: int = 0o666) -> Iterator[IO[bytes]]:
         with suppress(OSError):
             os.unlink(temporary)
         raise
+    finally:
+        _UNFINISHED.discard(temporary)
     folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
     try:
         # Makes the rename last; some file systems cannot, and then it lasts when they say so.

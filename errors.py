@@ -6,7 +6,11 @@ Every message says what, where, what was expected, what was found and what to do
 from __future__ import annotations
 
 import difflib
+import textwrap
 from collections.abc import Iterable
+
+WIDTH = 96
+"""Columns of a list of names in a message."""
 
 
 class ConvloomError(Exception):
@@ -46,13 +50,17 @@ class ExtensionError(ConvloomError):
     extension has to be."""
 
 
-def near_names(name: str, known: Iterable[str]) -> str:
-    """A hint for an unknown name: the closest known ones, or all of them when none is close."""
+def near_names(name: str, known: Iterable[str], listed_by: str = "") -> str:
+    """A hint for an unknown name: the closest known ones, or where none is close all of them, over
+    several lines where they are many; or instead the command that lists them."""
     known = sorted(known)
-    close = difflib.get_close_matches(name, known, n=5, cutoff=0.5)
+    close = difflib.get_close_matches(name, known, n=5)
     if close:
         return "did you mean " + ", ".join(close) + "?"
-    return "known: " + ", ".join(known)
+    if listed_by:
+        return f"{listed_by} lists the {len(known)} that there are"
+    told = "known: " + ", ".join(known)
+    return textwrap.fill(told, WIDTH, break_long_words=False, break_on_hyphens=False)
 
 
 def visible(text: str) -> str:

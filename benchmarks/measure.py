@@ -66,7 +66,8 @@ class Result:
 
     median_us, p10_us, p90_us: cold L2 on a GPU, as they come on a CPU. warm_us: warm L2. host_us:
     what the host needs to start a call. ratio: the peer's time over convloom's, the median over
-    rounds; above 1 convloom is faster. error: the largest against fp64, relative to the rms.
+    rounds; above 1 convloom is faster; None on a CPU. error: the largest against fp64, relative to
+    the rms.
     """
 
     name: str
@@ -268,9 +269,9 @@ def _measured(
     entrants = [each for each in field if isinstance(each, Entrant)]
     tell(f"{name}, batch {batch}: timing {len(entrants)} contenders in turns")
     rounds = in_turns(entrants, device, choices.seconds)
-    results = tuple(
-        _result(each, error, wrong, rounds, batch) for each, error, wrong in checked
-    )
+    results = tuple(_result(each, error, wrong, rounds, batch) for each, error, wrong in checked)
+    if device.place.type == "cpu":  # How an interpreter compares with a library says nothing.
+        results = tuple(replace(each, ratio=None) for each in results)
     first = field[0]
     plan = first.executable.plan if isinstance(first, Entrant) and first.executable else None
     plan = plan if ready is None or other is None else other.plan

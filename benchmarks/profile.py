@@ -90,8 +90,12 @@ class Profile:
         }
 
     def trace(self) -> dict[str, Any]:
-        """The steps end to end, in Chrome's trace event format."""
-        events: list[dict[str, Any]] = []
+        """The steps end to end, in Chrome's trace event format, which Perfetto reads too."""
+        names = {"process_name": f"{self.model}, batch {self.batch}", "thread_name": self.timed_on}
+        events: list[dict[str, Any]] = [
+            {"name": kind, "ph": "M", "pid": 0, "tid": 0, "args": {"name": name}}
+            for kind, name in names.items()
+        ]
         at = 0.0
         for line in self.lines:
             events.append(

@@ -6,15 +6,14 @@ import csv
 import io
 import json
 import math
-import os
 import re
-import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, fields
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from convloom.atomic import replacing
 from convloom.errors import ArtifactError
 from convloom.kernels.contract import cost_model
 
@@ -27,7 +26,8 @@ from .peers import OURS
 FORMAT = 1
 LOSES = 0.995
 """A ratio below this is a loss; closer to 1 is a draw within the spread of a good clock."""
-FILES = ("zoo.json", "zoo.csv", "zoo.md", "speed-up.svg", "roofline.svg")
+FILES = ("zoo.json", "zoo.csv", "zoo.md", "roofline.svg", "speed-up.svg")
+"""Of a report; the last one of a GPU only."""
 DETAILS = (
     "p10 .. p90", "of plan's bound", "peak MB", "compile + tuning s", "error / eager's", "host us",
 )  # fmt: skip
@@ -50,25 +50,23 @@ def write(folder: Path, rows: Sequence[Row], choices: Choices) -> None:
         "zoo.json": json.dumps(as_json(rows, choices), indent=1, allow_nan=False) + "\n",
         "zoo.csv": as_csv(rows),
         "zoo.md": as_markdown(rows),
-        "speed-up.svg": speed_up_plot(rows),
         "roofline.svg": roofline_plot(rows),
     }
+    if rows[0].on_gpu:
+        texts["speed-up.svg"] = speed_up_plot(rows)
     for name, text in texts.items():
         write_text(folder / name, text)
 
 
 def write_text(path: Path, text: str) -> None:
-    """Writes a file under a temporary name and renames it.
+    """Writes a file that is whole or not there.
 
     Raises: ArtifactError where it cannot be written.
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-        Path(temporary).chmod(0o644)
-        Path(temporary).replace(path)
+        with replacing(path) as file:
+            file.write(text.encode())
     except OSError as error:
         raise ArtifactError(f"cannot write '{path}': {error.strerror or error}") from error
 
@@ -162,6 +160,14 @@ def losses(rows: Sequence[Row]) -> list[str]:
     return [line for _, line in sorted(found)]
 
 
+def where_we_lose(rows: Sequence[Row], bullet: str, heading: str, nowhere: str) -> list[str]:
+    """The losses under a heading; without a GPU nothing is compared, and only failures are told."""
+    found = [f"{bullet}{line}" for line in losses(rows)]
+    if not found and not rows[0].on_gpu:
+        return []
+    return [heading, *(found or [nowhere])]
+
+
 def cells(row: Row) -> list[str]:
     """The row for people: the figures of `headings` in their order."""
     mine = row.ours
@@ -174,7 +180,7 @@ def cells(row: Row) -> list[str]:
         f"{_us(mine.p10_us)} .. {_us(mine.p90_us)}",
         _us(mine.warm_us),
         f"{mine.images_per_s:,.0f}" if mine.images_per_s else "-",
-        *(_ratio(each) for each in row.results[1:]),
+        *(_against(row, each) for each in row.results[1:]),
         f"{share:.0%}" if share else "-",
         f"{own_share:.0%}" if own_share else "-",
         str(mine.kernels or "-"),
@@ -188,9 +194,10 @@ def cells(row: Row) -> list[str]:
 def headings(rows: Sequence[Row]) -> list[str]:
     """The columns of `cells`."""
     peers = [each.name for each in rows[0].results[1:]] if rows else []
+    on_gpu = bool(rows) and rows[0].on_gpu
     return [
         "model", "batch", "median us", "p10 .. p90", "warm L2", "images/s",
-        *(f"vs {peer}" for peer in peers),
+        *(f"vs {peer}" if on_gpu else f"{peer} us" for peer in peers),
         "of bound T", "of plan's bound", "kernels", "peak MB", "compile + tuning s",
         "error / eager's", "host us",
     ]  # fmt: skip
@@ -202,11 +209,13 @@ def _us(value: float | None) -> str:
     return f"{value:,.1f}" if value < 1_000 else f"{value:,.0f}"
 
 
-def _ratio(each: Result) -> str:
-    if each.ratio is None:
+def _against(row: Row, each: Result) -> str:
+    """A peer's figure: the ratio on a GPU, else only what it took."""
+    known = each.ratio if row.on_gpu else each.median_us
+    if known is None:
         return each.status
     wrong = " (wrong)" if each.status == "wrong" else ""
-    return f"{each.ratio:.2f}x{wrong}"
+    return f"{known:.2f}x{wrong}" if row.on_gpu else f"{_us(known)}{wrong}"
 
 
 def _seconds(each: Result) -> str:
@@ -230,12 +239,8 @@ def as_markdown(rows: Sequence[Row]) -> str:
         "",
         *_table(rows),
         "",
-        "## Where we lose",
-        "",
-        *(f"- {line}" for line in losses(rows)),
+        *where_we_lose(rows, "- ", "## Where we lose\n", "Nowhere that was measured."),
     ]
-    if not losses(rows):
-        lines.append("Nowhere that was measured.")
     absent = absences(rows)
     if absent:
         lines += ["", "## Not measured", "", *(f"- {line}" for line in absent)]
@@ -260,16 +265,17 @@ def _table(rows: Sequence[Row]) -> list[str]:
 
 def note(row: Row) -> str:
     """What the figures are, in words."""
-    common = (
-        f"{row.dtype}, target {row.target}. Ratios above 1: convloom is faster; the median of "
-        "ratios within a round, all contenders in turns. Errors: the largest against fp64, "
-        "relative to the rms."
-    )
+    common = "All contenders in turns. Errors: the largest against fp64, relative to the rms."
     if not row.on_gpu:
-        return f"**Times of this CPU, which say nothing about a GPU.** {common}"
+        return (
+            f"**Times of this CPU, which say nothing about a GPU; so no speed-ups.** {row.dtype}, "
+            f"target {row.target}. {common}"
+        )
     return (
-        f"{common} Cold L2 unless it says warm; every contender but `eager` in a CUDA graph, input "
-        f"copied in and result copied out. Bound T: `benchmarks/bounds.py`, for the {BOUND_DEVICE}."
+        f"{row.dtype}, target {row.target}. Ratios above 1: convloom is faster; the median of "
+        f"ratios within a round. {common} Cold L2 unless it says warm; every contender but `eager` "
+        "in a CUDA graph, input copied in and result copied out. Bound T: `benchmarks/bounds.py`, "
+        f"for the {BOUND_DEVICE}."
     )
 
 

@@ -1,8 +1,8 @@
 """convloom against its peers over the zoo: `python -m benchmarks.zoo`, or `convloom bench`.
 
-Writes zoo.json, zoo.csv, zoo.md and two plots after each model, and goes on where an earlier run
-stopped. The defaults are the full benchmark of a GPU; without one, `--target interpreter` or
-`--target reference` times the CPU, so that everything but the figures can be tried.
+Writes zoo.json, zoo.csv, zoo.md and plots (speed-ups of a GPU only) after each model, and goes on
+where an earlier run stopped. The defaults are the full benchmark of a GPU; without one, `--target
+interpreter` or `--target reference` times the CPU, so that everything but the figures can be tried.
 """
 
 from __future__ import annotations

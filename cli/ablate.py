@@ -16,8 +16,6 @@ from . import options as shared
 if TYPE_CHECKING:
     from ..compiler.explain.ablation import Ablation, Row
 
-TARGET = "cuda:sm_90"
-
 
 def configure(commands: shared.SubParsers) -> None:
     parser = shared.command(
@@ -34,7 +32,8 @@ def configure(commands: shared.SubParsers) -> None:
     add("--batch", metavar="N", nargs="+", type=shared.positive, default=[None],
         help="images per call (default: the model's own, or 1)")
     shared.add_input(parser)
-    add("--target", default=TARGET, help=f"as for compile (default: {TARGET})")
+    add("--target", default=shared.PLANNED,
+        help=f"as for compile (default: {shared.PLANNED})")
     add("--dtype", choices=shared.DTYPES, help="compute in this type (default: the model's)")
     add("--precision", choices=shared.PRECISIONS, default="ieee",
         help="float32 matrix products (default: ieee)")

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from .. import zoo
 from ..benchmarks.options import MODELS, add_options
-from ..errors import InvalidInputError, visible
+from ..errors import InvalidInputError
 from . import files, networks, output
 from . import options as shared
 
@@ -54,13 +54,11 @@ def run(options: argparse.Namespace) -> int:
     if options.json:
         output.print_json(report.as_json(rows, choices))
         return 0
-    losses = report.losses(rows)
     output.say(
         report.note(rows[0]).replace("**", ""),
         *(_table(rows, details) for details in (False, True)),
         *(f"not measured: {reason}" for reason in report.absences(rows)),
-        "Where we lose:" if losses else "Where we lose: nowhere",
-        *(f"  {line}" for line in losses),
+        *report.where_we_lose(rows, "  ", "Where we lose:", "  nowhere"),
     )
     return 0
 
@@ -98,14 +96,14 @@ def _only(
 @contextmanager
 def _telling() -> Iterator[Callable[[str], None]]:
     """Shows on stderr what is being done."""
-    notes = output.console(stderr=True)
-    if not notes.is_terminal:
-        yield lambda text: notes.print(visible(text), markup=False)
-        return
-    from rich.text import Text
+    with output.working("the benchmark") as work:
 
-    with notes.status("starting") as status:
-        yield lambda text: status.update(Text(visible(text)))
+        def tell(text: str) -> None:
+            work.what = text
+            if not sys.stderr.isatty():
+                output.say(f"{text} ...", stderr=True)
+
+        yield tell
 
 
 def _table(rows: list[Row], details: bool) -> Table:

@@ -56,12 +56,12 @@ def _executables(options: argparse.Namespace) -> Iterator[Executable]:
     """One per target and batch; where there are several batches, each is a range of its own."""
     network = networks.find(options.name, options, options.weights)
     several = len(options.batch) > 1
-    for target in options.target or [None]:
+    for target in options.target or [shared.default_target()]:
         for size in options.batch:
             batch = (size, size) if several and isinstance(size, int) else size
             bounds = batch if isinstance(batch, tuple) else (network.batch(batch),)
             shown = "-".join(map(str, bounds))
-            with output.working(f"compiling {options.name} for {target or 'here'}, batch {shown}"):
+            with output.working(f"compiling {options.name} for {target}, batch {shown}"):
                 one = shared.changed(options, target=target)
                 yield models.compile_model(network, one, batch)
 

@@ -71,7 +71,7 @@ def _needing(what: str) -> Iterator[None]:
     except ImportError as error:
         raise ConvloomError(
             f"the demo needs {what}, which is not installed ({error}): "
-            "pip install 'convloom[demo]'"
+            "pip install scikit-learn pillow"
         ) from error
 
 

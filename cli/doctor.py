@@ -53,11 +53,14 @@ def configure(commands: shared.SubParsers) -> None:
     parser = shared.command(
         commands, run, "doctor", help="check this machine",
         description="Checks Python, the libraries, the GPU, the compiler's tools and the cache, "
-        "and tries a tiny model. Exits with 1 only where nothing could be compiled. With FILE it "
-        "checks a saved executable instead: every hash, every launch, and that every byte is what "
-        "its graph gives when it is compiled again; exits with 1 where something is not, with "
+        "and tries a tiny model. Exits with 1 where nothing could be compiled, with --strict also "
+        "where something is broken. With FILE it checks a saved executable instead: every hash, "
+        "every launch, and that every byte is what its graph gives when it is compiled again; "
+        "exits with 1 where something is not, with "
         f"{EXIT_UNCOMPARED} where something cannot be compared here.",
     )
+    parser.add_argument("--strict", action="store_true",
+                        help="exit with 1 where anything is broken, such as the cache")
     parser.add_argument("file", metavar="FILE", nargs="?", type=Path, help="a saved executable")
 
 
@@ -69,7 +72,8 @@ def run(options: argparse.Namespace) -> int:
         status = 1 if BROKEN in found else EXIT_UNCOMPARED if UNCOMPARED in found else 0
     else:
         checks = list(examine())
-        status = int(any(c.disables == EVERYTHING and c.status != OK for c in checks))
+        broken = options.strict and any(check.status == BROKEN for check in checks)
+        status = int(broken or any(c.disables == EVERYTHING and c.status != OK for c in checks))
     if options.json:
         output.print_json({"ok": not status, "checks": [asdict(check) for check in checks]})
     else:

@@ -260,8 +260,9 @@ def evaluate(
 
     tallies = {name: _Tally(network, Errors()) for name, network in networks.items()}
     title = f"{count} crop{'s' if count > 1 else ''}"
-    with output.progress(title, len(folder.files)) as update:
+    with output.working(title) as work:
         for start in range(0, len(folder.files), batch):
+            work.what = f"{title}, {start:,} of {len(folder.files):,} images"
             files = folder.files[start : start + batch]
             images = [inputs.read_image(path, entry) for path, _ in files]
             crops = torch.cat([inputs.evaluation_crops(each, entry, count) for each in images])
@@ -269,7 +270,6 @@ def evaluate(
             pieces = [crops[at : at + batch] for at in range(0, len(crops), batch)]
             for tally in tallies.values():
                 tally.add(pieces, labels, count)
-            update(advance=len(files))
     eager = tallies.get("eager")
     return [
         {

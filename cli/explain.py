@@ -24,28 +24,33 @@ if TYPE_CHECKING:
     from .networks import Network
 
 CODE = ("source", "ptx", "sass")
+EXCLUDED = {
+    "dot": ("kernel", "json"), "html": ("dot", "kernel", "diff"), "svg": ("dot", "kernel", "diff"),
+    "diff": ("dot", "kernel", "measure"),
+}  # fmt: skip
+"""What each option cannot stand beside."""
 
 
 def configure(commands: shared.SubParsers) -> None:
     parser = shared.command(
-        commands, run, "explain", shared.compile_options(slide=True),
-        help="print or draw the fusion ledger, compare two, or print a kernel's code",
+        commands, run, "explain", shared.compile_options(slide=True, elsewhere=shared.PLANNED),
+        help="tell which kernel computes each op and why, as text, page or picture",
         description="Prints, for every captured op of a model, the kernel that computes it, "
         "the rules that put it there, the rules that declined and why, and what that saves; or "
         "draws it; or compares two compilations; or prints the code of one kernel.",
     )
     add = parser.add_argument
     add("name", metavar="NAME", nargs="?", help=shared.MODEL_OR_FILE)
-    add("--html", metavar="FILE", type=Path, help="a picture to look around in")
-    add("--svg", metavar="FILE", type=Path, help="the same as a drawing")
+    add("--html", metavar="FILE", type=Path, help="write a page to look around in")
+    add("--svg", metavar="FILE", type=Path, help="write the same as a drawing")
     add("--diff", metavar=("A", "B"), nargs="+", help="compare two compilations: JSON files that "
         '--json wrote, or --passes of NAME, such as "none default"')
     add("--measure", action="store_true",
         help="run it once, kernel by kernel, and show the times")
     add("--labels", action="store_true", help="list the fusions that --force, --forbid and ablate "
         "may name, and what each rule of them does")
-    add("--dot", action="store_true", help="the fused graph, for Graphviz")
-    add("--kernel", metavar="K", help="one kernel of the plan, by name")
+    add("--dot", action="store_true", help="print the fused graph, for Graphviz")
+    add("--kernel", metavar="K", help="print the code of one kernel, by name")
     code = parser.add_mutually_exclusive_group()
     for kind, shown in zip(CODE, ("Triton source (default)", "PTX", "machine code"), strict=True):
         code.add_argument(f"--{kind}", dest="code", action="store_const", const=kind,
@@ -55,6 +60,7 @@ def configure(commands: shared.SubParsers) -> None:
 def run(options: argparse.Namespace) -> int:
     """Compiles and prints or writes what was asked for."""
     _check(options)
+    options = _with_target(options)
     if options.labels:
         _list_labels(options)
     elif options.diff:
@@ -81,19 +87,30 @@ def _check(options: argparse.Namespace) -> None:
         raise InvalidInputError(
             f"--{options.code}: expected --kernel K too, to say which kernel's code to print"
         )
-    if options.dot and (options.kernel or options.json):
-        raise InvalidInputError("--dot: expected without --kernel and --json")
-    pictures = options.html or options.svg
-    if pictures and (options.dot or options.kernel or options.diff):
-        raise InvalidInputError("--html, --svg: expected without --dot, --kernel and --diff")
-    if options.diff and (options.dot or options.kernel or options.measure):
-        raise InvalidInputError("--diff: expected without --dot, --kernel and --measure")
+    for name, others in EXCLUDED.items():
+        for other in others:
+            if getattr(options, name) and getattr(options, other):
+                raise InvalidInputError(f"--{name} and --{other} exclude each other; pass only one")
     if options.labels and options.name is not None:
         raise InvalidInputError(
-            f"--labels: expected without a NAME, got {options.name}: they are the same for all"
+            f"--labels: leave out {options.name}: the labels are the same for all models"
         )
     if options.name is None and not options.diff and not options.labels:
-        raise InvalidInputError("expected NAME, a model or a file, or --diff A B")
+        raise InvalidInputError("which model? Pass NAME, a model or a file (or --diff A B, files)")
+
+
+def _with_target(options: argparse.Namespace) -> argparse.Namespace:
+    """The options, where a model is planned and they name no target with this machine's GPU, or
+    one that is not here: a plan for the interpreter has kernels and tiles that no GPU would have.
+    """
+    compares_files = options.diff and options.name is None
+    if options.target or options.labels or compares_files or shared.is_file(options.name):
+        return options
+    here = shared.default_target()
+    if options.measure or here != shared.INTERPRETER:
+        return shared.changed(options, target=here)
+    output.say(f"no GPU here: planned for {shared.PLANNED}; --target names another", stderr=True)
+    return shared.changed(options, target=shared.PLANNED)
 
 
 def _list_labels(options: argparse.Namespace) -> None:

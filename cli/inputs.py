@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from .. import zoo
 from ..errors import ArtifactError, ConvloomError, InvalidInputError
 
 if TYPE_CHECKING:
@@ -32,6 +33,13 @@ LARGEST_SEEN_WHOLE = 64
 MOST_PIXELS = 1 << 25
 """Of a resized image: 400 MB as fp32 in three colours."""
 TEN_CROPS = 10
+SAMPLE = Path(zoo.__file__).with_name("digit.png")
+"""A handwritten digit that LeNet-5 was not trained on (of scikit-learn's scans)."""
+
+
+def present(path: Path) -> Path:
+    """The file, or where there is none, the image of that name that comes with convloom."""
+    return SAMPLE if path == Path(SAMPLE.name) and not path.exists() else path
 
 
 def entry_of(shown: str, name: str, given: Sequence[torch.Tensor | TensorSpec]) -> ZooModel:
@@ -108,7 +116,7 @@ def read_image(path: Path, entry: ZooModel) -> Image:
         from PIL import Image, ImageOps, UnidentifiedImageError
     except ImportError as error:
         raise ConvloomError(
-            "reading images needs Pillow, which is not installed: pip install 'convloom[demo]'"
+            "reading images needs Pillow, which is not installed: pip install pillow"
         ) from error
     try:
         with Image.open(path) as image:

@@ -12,15 +12,28 @@ from collections.abc import Sequence
 
 from .. import __version__, settings
 from ..errors import ConvloomError, visible
-from . import ablate, bench, demo, doctor, evaluate, explain, profile, run, tune, verify, zoo
+from . import (
+    ablate,
+    bench,
+    demo,
+    doctor,
+    evaluate,
+    explain,
+    export_server,
+    interruption,
+    profile,
+    run,
+    tune,
+    verify,
+    zoo,
+)  # fmt: skip
 from . import compile as compile_command
 
 COMMANDS = (
     demo, zoo, compile_command, run, evaluate, verify, explain, ablate, bench, tune, profile,
-    doctor,
+    export_server, doctor,
 )  # fmt: skip
 EXIT_ERROR = 2
-EXIT_INTERRUPTED = 130
 
 
 def parser() -> argparse.ArgumentParser:
@@ -39,6 +52,8 @@ def parser() -> argparse.ArgumentParser:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command; returns the exit status: 0, or 2 after an error message on stderr."""
     options = parser().parse_args(arguments)
+    if arguments is None:  # A process of its own, which may be ended.
+        interruption.end_in_time()
     try:
         status: int = options.run(options)
         sys.stdout.flush()
@@ -49,8 +64,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"convloom: error: {visible(str(error))}", file=sys.stderr)
         return EXIT_ERROR
     except KeyboardInterrupt:
-        print("convloom: interrupted", file=sys.stderr)
-        return EXIT_INTERRUPTED
+        if arguments is None:
+            interruption.end()
+        interruption.tell()
+        return interruption.EXIT_STATUS
     except BrokenPipeError:
         # The reader (`| head`) has seen enough; the interpreter must not flush into it at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

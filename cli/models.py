@@ -109,5 +109,8 @@ def run(executable: Executable | LoadedExecutable, x: torch.Tensor) -> torch.Ten
     arguments, keywords = executable.interface.placed([x.to(executable.place)])
     y = executable(*arguments, **keywords)
     if not isinstance(y, torch.Tensor):
-        raise InvalidInputError(f"expected a model of one output, got {type(y).__name__}")
+        raise InvalidInputError(
+            f"expected a model that returns one tensor, this one returns a {type(y).__name__}; "
+            "call it in Python"
+        )
     return y.cpu()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import textwrap
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -19,6 +20,9 @@ PRECISIONS = ("ieee", "tf32")
 FALLBACKS = ("error", "torch")
 OPTION = {"shapes": "input"}
 """Options that are kept under another name."""
+INTERPRETER = "interpreter"
+PLANNED = "cuda:sm_90"
+"""What plans are made for where there is no GPU: they need none."""
 CHECKED = "checked"
 """`--passes` without a value."""
 MODEL = (
@@ -28,6 +32,13 @@ MODEL = (
 SUFFIX = ".loom"
 MODEL_OR_FILE = f"{MODEL}; or a file that compile -o wrote (*{SUFFIX})"
 INPUT_DTYPES = ("float32", "float16", "bfloat16")
+
+
+class _Help(argparse.HelpFormatter):
+    """Keeps names such as conv-pool on one line."""
+
+    def _split_lines(self, text: str, width: int) -> list[str]:
+        return textwrap.wrap(" ".join(text.split()), width, break_on_hyphens=False)
 
 
 def command(
@@ -40,7 +51,7 @@ def command(
 ) -> argparse.ArgumentParser:
     """A sub-command that `run` executes, with `--json` and the options of parent parsers."""
     parser = commands.add_parser(
-        name, help=help, description=description, parents=list(compilation)
+        name, help=help, description=description, parents=list(compilation), formatter_class=_Help
     )
     parser.add_argument("--json", action="store_true", help="print JSON, and nothing else")
     parser.set_defaults(run=run)
@@ -48,20 +59,21 @@ def command(
 
 
 def compile_options(
-    batch: bool = True, several: bool = False, slide: bool = False, checked: bool = False
-) -> argparse.ArgumentParser:
+    batch: bool = True, several: bool = False, slide: bool = False, checked: bool = False,
+    elsewhere: str = INTERPRETER,
+) -> argparse.ArgumentParser:  # fmt: skip
     """What decides how a model is compiled; `batch=False` where the input decides the batch.
 
     several: more than one target and more than one batch or range of batches may be given.
     slide: whether the model may be made to slide over larger images. checked: whether `--passes`
-    may stand alone, as `CHECKED`.
+    may stand alone, as `CHECKED`. elsewhere: the target where there is no GPU.
     """
     parent = argparse.ArgumentParser(add_help=False)
     add = parent.add_argument_group("compilation").add_argument
     add("--target", nargs="+" if several else None,
         help="cuda | cuda:sm_80, sm_86, sm_89, sm_90, sm_100 | interpreter | reference | "
         "emulator:sm_80, sm_86, sm_89, sm_90 (default: cuda where there is a GPU, else "
-        "interpreter)")
+        f"{elsewhere})")
     add_input(parent)
     add("--dtype", choices=DTYPES, help="compute in this type (default: float32)")
     add("--precision", choices=PRECISIONS, default="ieee",
@@ -208,4 +220,4 @@ def default_target() -> str:
 
     capability = targets.local_capability()
     runnable = capability is not None and capability >= targets.GPU_TARGETS[0].capability
-    return "cuda" if runnable else targets.INTERPRETER.name
+    return "cuda" if runnable else INTERPRETER

@@ -4,22 +4,30 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, Literal
 
 from ..atomic import replacing
 from ..errors import ArtifactError, visible
+from ..progress import heard_by
 
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
 PLAIN_WIDTH = 120
-"""Columns where the output is no terminal; rich would take 80 and fold every table."""
+"""Columns where the output is no terminal and COLUMNS does not say; rich would take 80 and fold
+every table."""
+INTERVAL_S = 20.0
+"""Between lines that tell how far work is, where the output is no terminal."""
 
 
 def print_json(value: Any) -> None:
@@ -42,9 +50,8 @@ def console(stderr: bool = False) -> Console:
     from rich.console import Console
 
     stream = sys.stderr if stderr else sys.stdout
-    return Console(
-        stderr=stderr, width=None if stream.isatty() else PLAIN_WIDTH, highlight=False
-    )
+    is_known = stream.isatty() or os.environ.get("COLUMNS", "").isdigit()
+    return Console(stderr=stderr, width=None if is_known else PLAIN_WIDTH, highlight=False)
 
 
 def say(*lines: object, stderr: bool = False) -> None:
@@ -78,33 +85,60 @@ def table(
     return shown
 
 
-@contextmanager
-def working(what: str) -> Iterator[None]:
-    """Shows on stderr that something takes its time, and afterwards how long it took."""
-    from rich.text import Text
+@dataclass
+class Work:
+    """What takes its time, and how far it is."""
 
-    notes, what = console(stderr=True), visible(what)
-    started = time.perf_counter()
-    if not notes.is_terminal:
-        notes.print(f"{what} ...", markup=False)
-    with notes.status(Text(what)):
+    what: str
+    counted: str = ""
+    started: float = field(default_factory=time.perf_counter)
+
+    def heard(self, what: str, done: int, total: int) -> None:
+        """Keeps how many are done, of how many."""
+        self.counted = f"{done:,} of {total:,} {what}, "
+
+    def __str__(self) -> str:
+        return f"{visible(self.what)}: {self.counted}{time.perf_counter() - self.started:.0f} s"
+
+    def __rich__(self) -> Text:
+        from rich.text import Text
+
+        return Text(str(self))
+
+
+@contextmanager
+def working(what: str) -> Iterator[Work]:
+    """Shows on stderr what takes its time and how far it is, on a terminal in a line that changes,
+    else at long intervals; and afterwards how long it took. Yields it, to be changed."""
+    notes, work = console(stderr=True), Work(what)
+    with heard_by(work.heard):
+        if notes.is_terminal:
+            with notes.status(work):
+                yield work
+        else:
+            notes.print(f"{visible(what)} ...", markup=False)
+            with _repeated(lambda: notes.print(str(work), markup=False)):
+                yield work
+    seconds = time.perf_counter() - work.started
+    notes.print(f"{visible(what)}: {seconds:.1f} s", markup=False)
+
+
+@contextmanager
+def _repeated(say: Callable[[], None]) -> Iterator[None]:
+    """Inside the block `say` is called every INTERVAL_S seconds."""
+    ended = threading.Event()
+
+    def repeat() -> None:
+        while not ended.wait(INTERVAL_S):
+            say()
+
+    thread = threading.Thread(target=repeat, daemon=True)
+    thread.start()
+    try:
         yield
-    notes.print(f"{what}: {time.perf_counter() - started:.1f} s", markup=False)
-
-
-@contextmanager
-def progress(what: str, total: int | None = None) -> Iterator[Callable[..., None]]:
-    """A progress bar on stderr, where that is a terminal. Yields what changes it: `advance` by so
-    many, or `completed`, `total` and `description`."""
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
-    columns = BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
-    text = TextColumn("{task.description}", markup=False)
-    notes = console(stderr=True)
-    quiet = not notes.is_terminal
-    with Progress(*columns, text, console=notes, disable=quiet, transient=True) as bar:
-        task = bar.add_task(visible(what), total=total)
-        yield lambda **changes: bar.update(task, **changes)
+    finally:
+        ended.set()
+        thread.join()
 
 
 def write_file(path: Path, content: str | Callable[[IO[bytes]], object]) -> None:

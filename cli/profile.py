@@ -28,7 +28,7 @@ def configure(commands: shared.SubParsers) -> None:
     parser.add_argument("--repeats", metavar="N", type=shared.positive, default=REPEATS,
                         help=f"(default: {REPEATS})")
     parser.add_argument("--trace", metavar="FILE", type=Path,
-                        help="write a trace for chrome://tracing")
+                        help="write a trace for ui.perfetto.dev")
 
 
 def run(options: argparse.Namespace) -> int:

@@ -1,12 +1,14 @@
 """`convloom run NAME INPUT`: one forward pass on an image or an array, through the kernels of a
-model that is compiled now or was saved before."""
+model that is compiled now or was saved before; or with `--random` how long calls take."""
 
 from __future__ import annotations
 
 import argparse
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..errors import InvalidInputError
 from . import files, inputs, models, networks, output
 from . import options as shared
 
@@ -19,23 +21,46 @@ if TYPE_CHECKING:
     from .networks import Network
 
 TOP = 5
+WARMUP, ITERATIONS = 10, 100
+PERCENTILES = (50, 90, 99)
 
 
 def configure(commands: shared.SubParsers) -> None:
     parser = shared.command(
         commands, run, "run", shared.compile_options(batch=False, slide=True),
-        help="run a model on an image or an array",
+        help="run a model on an image or an array, or time its calls",
         description="Compiles a model, runs it on an image file or a .npy array, and prints "
-        "the five likeliest classes by index, or writes the output to a .npy file.",
+        "the five likeliest classes by index, or writes the output to a .npy file. With --random "
+        "it runs on random numbers and prints how long a call takes: from inputs on the device to "
+        "outputs there.",
     )
     parser.add_argument("name", metavar="NAME", help=shared.MODEL_OR_FILE)
-    parser.add_argument("input", metavar="INPUT", type=Path, help="an image, or a .npy file")
+    given = parser.add_argument("input", metavar="[INPUT]", type=Path,
+                                help="an image, or a .npy file; digit.png comes with convloom")
+    given.required = False  # With nargs="?" it could not stand behind options.
     shared.add_weights(parser)
     parser.add_argument("--output", metavar="FILE", type=Path, help="write the output as .npy")
+    add = parser.add_argument_group("latency").add_argument
+    add("--random", action="store_true", help="random numbers in place of INPUT; time the calls")
+    add("--batch", metavar="N", type=shared.positive,
+        help="images per call (default: the model's own, or 1; of a file its largest)")
+    add("--warmup", metavar="N", type=shared.positive, default=WARMUP,
+        help=f"calls before those that are timed (default: {WARMUP})")
+    add("--iterations", metavar="N", type=shared.positive, default=ITERATIONS,
+        help=f"calls that are timed (default: {ITERATIONS})")
 
 
 def run(options: argparse.Namespace) -> int:
-    """Runs the model and prints or writes its output."""
+    """Runs the model and prints or writes its output, or how long calls take."""
+    if options.random != (options.input is None) or (options.random and options.output):
+        raise InvalidInputError(
+            f"run {options.name}: expected INPUT, an image or a .npy file, or --random without "
+            "INPUT and --output"
+        )
+    if options.random:
+        return _time_calls(options)
+    if options.batch is not None:
+        raise InvalidInputError("--batch: expected with --random only; INPUT says how many it has")
     saved = shared.is_file(options.name)
     entry, x, executable, network = _loaded(options) if saved else _compiled(options)
     with output.working(f"running {entry.name}"):
@@ -62,13 +87,81 @@ def run(options: argparse.Namespace) -> int:
     return 0
 
 
+def _time_calls(options: argparse.Namespace) -> int:
+    """Calls with random numbers, one after the other, and how long each takes."""
+    import numpy as np
+    import torch
+    from torch.utils import _pytree as pytree
+
+    executable: Executable | LoadedExecutable
+    inputs: tuple[Any, Any]
+    if shared.is_file(options.name):
+        shared.refuse_choices(options, "batch")
+        executable, *rest = files.loaded(options, options.batch)
+        inputs = rest[0], rest[1]
+    else:
+        network = networks.find(options.name, options, options.weights)
+        target = shared.target(options)
+        batch = network.batch(options.batch)
+        with output.working(f"compiling {network.name} for {target}, batch {batch}"):
+            executable = compiled = models.compile_for(network, batch, options)
+        inputs = models.placed(network, shared.changed(options, batch=batch), compiled)
+    tensors = [x for x in pytree.tree_leaves(inputs) if isinstance(x, torch.Tensor)]
+    generator = torch.Generator(executable.place).manual_seed(networks.SEED)
+    for x in tensors:
+        x.normal_(generator=generator)
+    with output.working(f"running {options.name}") as work:
+        times_ms = []
+        for at in range(options.warmup + options.iterations):
+            work.what = f"running {options.name}, {at} of {options.warmup + options.iterations}"
+            times_ms.append(_call_ms(executable, *inputs))
+    timed = np.array(times_ms[options.warmup :])
+    shape = tensors[0].shape
+    on_gpu = executable.place.type == "cuda"
+    found: dict[str, Any] = {
+        "model": options.name,
+        "target": executable.target.name,
+        "timed_on": torch.cuda.get_device_name() if on_gpu else "the CPU, which is no GPU",
+        "input_shapes": [list(x.shape) for x in tensors],
+        "warmup": options.warmup,
+        "iterations": options.iterations,
+        "latency_ms": {
+            **{f"p{each}": float(np.percentile(timed, each)) for each in PERCENTILES},
+            "least": float(timed.min()), "most": float(timed.max()), "mean": float(timed.mean()),
+        },
+        "images_per_s": shape[0] / float(timed.mean()) * 1e3 if shape else None,
+    }  # fmt: skip
+    if options.json:
+        output.print_json(found)
+        return 0
+    cells = [f"{value:,.3f}" for value in found["latency_ms"].values()]
+    shapes = ", ".join(str(tuple(x.shape)) for x in tensors)
+    output.say(
+        output.table([f">{name} ms" for name in found["latency_ms"]], [cells]),
+        f"{options.name} on {found['timed_on']}, target {found['target']}, inputs {shapes}: "
+        f"{options.iterations} calls after {options.warmup}",
+    )
+    return 0
+
+
+def _call_ms(executable: Any, arguments: Any, keywords: Any) -> float:
+    """Milliseconds of a call, until its outputs are there."""
+    import torch
+
+    started = time.perf_counter()
+    executable(*arguments, **keywords)
+    if executable.place.type == "cuda":
+        torch.cuda.synchronize()
+    return (time.perf_counter() - started) * 1e3
+
+
 def _compiled(
     options: argparse.Namespace,
 ) -> tuple[ZooModel, torch.Tensor, Executable, Network]:
     target = shared.target(options)
     network = networks.find(options.name, options, options.weights)
     entry = network.pictured("run")
-    x = inputs.read_input(options.input, models.seen(entry, options))
+    x = inputs.read_input(inputs.present(options.input), models.seen(entry, options))
     with output.working(f"compiling {network.name} for {target}"):
         executable = models.compile_for(network, len(x), options)
     return entry, x.to(executable.inputs[0].spec.dtype), executable, network
@@ -84,7 +177,7 @@ def _loaded(
     with output.working(f"loading {options.name} for {device}"):
         executable = load(options.name, device)
     entry = files.pictured(executable.artifact)
-    x = inputs.read_input(options.input, entry)
+    x = inputs.read_input(inputs.present(options.input), entry)
     return entry, x.to(executable.inputs[0].spec.dtype), executable, None
 
 

@@ -107,10 +107,11 @@ def _tune(options: argparse.Namespace) -> int:
     if options.budget is not None:
         left = max(0.0, options.budget - (time.monotonic() - started))
     settings = Options(left, options.candidates, options.retune)
-    with output.progress("preparing") as update:
+    with output.working(f"tuning {', '.join(options.names)}") as work:
 
         def watch(now: Progress) -> None:
-            update(completed=now.done, total=now.total, description=now.text)
+            work.what = now.text
+            work.heard("configurations", now.done, now.total)
 
         tuner = Tuner(records, timer, settings, watch)
         try:

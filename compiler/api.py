@@ -225,7 +225,8 @@ def executable_for(
     )  # fmt: skip
     runner = runner_for(graph, plan, plan.target, target)
     executable = Executable(graph, plan, ledger, runner, (save, load_bytes))
-    LOG.info("%s: %s", graph.name, executable.summary_line())
+    if LOG.isEnabledFor(logging.INFO):  # What every op alone would launch is worked out for it.
+        LOG.info("%s: %s", graph.name, executable.summary_line())
     _debug(executable)
     return executable
 

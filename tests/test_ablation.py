@@ -44,7 +44,7 @@ def test_a_plan_is_that_of_compile() -> None:
     assert planned.plan.to_text() == exe.plan.to_text()
     assert planned.summary == exe.summary
     assert planned.account() == exe.ledger.account()
-    assert planned.explain().startswith("Block on interpreter: 3 convs -> ")
+    assert planned.explain().startswith("Block on interpreter: 10 -> 4 kernels")
     count = planned.summary["kernels"]
     assert repr(planned) == f"<Plan of Block for interpreter: {count} kernel(s)>"
 
@@ -166,4 +166,4 @@ def test_labels_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
     text = capsys.readouterr().out
     assert all(label in text for label in listed)
     assert main(["explain", "lenet5", "--labels"]) == 2
-    assert "--labels: expected without a NAME, got lenet5" in capsys.readouterr().err
+    assert "--labels: leave out lenet5: the labels are the same" in capsys.readouterr().err

@@ -115,7 +115,8 @@ def test_options_of_a_compilation_come_too_late(path: Path, refusal: Callable[..
 
 def test_explain_a_file(path: Path, tmp_path: Path, answer: Callable[..., Any]) -> None:
     text = answer("explain", path)
-    assert "cuda:sm_90 (batch 2 to 8)" in text and "lenet5 on cuda:sm_80: 2 convs" in text
+    assert "cuda:sm_90 (batch 2 to 8)" in text and "\nlenet5 on cuda:sm_80: " in text
+    assert " kernels (every op alone -> this plan), 2 convs\n" in text
     found = answer("explain", path, "--target", "cuda:sm_90", "--json")
     assert found["target"] == "cuda:sm_90" and found["model"] == "lenet5"
     assert found["artifact"]["sha256"] == open_artifact(path).sha256

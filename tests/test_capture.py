@@ -397,11 +397,10 @@ def test_all_unsupported_nodes_are_reported_at_once(
         convloom.compile(module, inputs, target=target, dynamic_batch=batch)
     message = str(caught.value)
     n = "N" if batch else "2"
-    assert "2 unsupported node(s)" in message
+    assert "has 2 ops without a kernel:" in message
     assert f"the top module: aten.logcumsumexp.default(float32[{n}, 6, 7, 5]" in message
     assert f"'odd.0': aten.erfinv.default(float32[{n}, 6, 7, 5]" in message
-    assert "CAPTURES has the " in message and "hardsigmoid" not in message
-    assert "fallback='torch'" in message
+    assert "To run them by torch" in message and "hardsigmoid" not in message
 
 
 def test_refused_arguments_say_why() -> None:
@@ -424,7 +423,7 @@ def test_fallback_runs_unsupported_nodes_as_torch_ops(
         (x,) = nets.inputs_of((size, *IMAGE[1:]), seed=size)
         nets.check(exe(x), module, (x,))
     assert exe.summary["torch_fallbacks"] == 2
-    assert "2 torch fallbacks" in exe.summary_line()
+    assert "; 2 torch fallbacks" in exe.summary_line()
     account = exe.ledger.account()
     fallbacks = {place.name for place in account.places if place.what == "torch"}
     by_torch = {record.op: record for record in account.nodes if record.kernel in fallbacks}

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
-import sysconfig
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from convloom import zoo
-from convloom.cli import doctor, inputs, networks, output
+from convloom.cli import inputs, networks, output
 from convloom.cli import zoo as zoo_command
 from convloom.cli.main import main
 from convloom.errors import ArtifactError, ConvloomError, InvalidInputError
@@ -143,7 +141,7 @@ def test_compile_for_a_gpu_that_is_not_here(answer: Callable[..., Any]) -> None:
         assert 0 < kernel["registers"] <= 255 and kernel["spill_bytes"] == 0
         assert kernel["shared_bytes"] >= 0 and isinstance(kernel["ops"], list)
     table = answer(*arguments)
-    assert "1 convs ->" in table and "conv2d, relu" in table
+    assert "kernels (every op alone -> this plan), 1 conv\n" in table and "conv2d, relu" in table
     assert all(title in table for title in ("regs", "spilled", "shared", "tensor", "async"))
 
 
@@ -160,7 +158,7 @@ def test_compile_without_passes_launches_more_kernels(answer: Callable[..., Any]
 @pytest.mark.interpreter
 def test_explain(answer: Callable[..., Any]) -> None:
     text = answer("explain", "lenet5", *INTERPRETER)
-    assert text.startswith("lenet5 on interpreter: 2 convs ->") and "\nconv1 " in text
+    assert text.startswith("lenet5 on interpreter: 12 -> ") and "\nconv1 " in text
     assert "=> heavy(x, epilogue=[f])" in text and "nothing was measured" in text
     account = answer("explain", "lenet5", *INTERPRETER, "--json")
     assert account["schema"] == "convloom-ledger" and account["model"] == "lenet5"
@@ -168,6 +166,20 @@ def test_explain(answer: Callable[..., Any]) -> None:
     assert all(set(each) == {"count", "rule", "reason"} for each in account["refusals"])
     dot = answer("explain", "lenet5", *INTERPRETER, "--dot")
     assert dot.startswith("digraph") and dot.endswith("}\n") and "conv1" in dot
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="plans for this machine's GPU")
+def test_explain_plans_for_a_gpu_where_there_is_none(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["explain", "mlp", "--svg", str(tmp_path / "mlp.svg"), "--json"]) == 0
+    printed = capsys.readouterr()
+    assert "no GPU here: planned for cuda:sm_90; --target names another" in printed.err
+    account = json.loads(printed.out)
+    assert account["target"] == "cuda:sm_90" and account["totals"]["after"]["us"] > 0
+    assert "H200 (sm_90)" in (tmp_path / "mlp.svg").read_text()
+    assert main(["explain", "mlp", "--measure"]) == 0
+    assert capsys.readouterr().out.startswith("mlp on interpreter: ")
 
 
 def test_explain_a_kernel(
@@ -218,7 +230,8 @@ def test_explain_compares_passes(answer: Callable[..., Any]) -> None:
     assert found["schema"] == "convloom-ledger-diff" and found["changes"]
     assert found["before"]["kernels"] > found["after"]["kernels"]
     text = answer(*arguments)
-    assert text.startswith("lenet5: none -> default") and "1 kernel appeared" in text
+    assert text.startswith("lenet5: none -> default")
+    assert "12 kernels vanished, 1 kernel appeared in their place\n  - conv2d(" in text
     some = answer("explain", "lenet5", *REFERENCE, "--diff", "default", "fuse_epilogues", "--json")
     assert some["after"]["name"] == "fuse_epilogues" and some["gone_refusals"] is not None
 
@@ -286,11 +299,11 @@ def test_explain_refuses_what_cannot_be_compared(
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ((), "expected NAME, a model or a file, or --diff A B"),
+        ((), "which model? Pass NAME, a model or a file"),
         (("--diff", "a.json"), "expected two compilations, A and B, got 1: a.json"),
         (("--diff", "a", "b", "lenet5"), "got 3: a b lenet5"),
-        (("lenet5", "--diff", "a", "b", "--measure"), "--diff: expected without --dot"),
-        (("lenet5", "--html", "x.html", "--dot"), "--html, --svg: expected without"),
+        (("lenet5", "--diff", "a", "b", "--measure"), "--diff and --measure exclude each other"),
+        (("lenet5", "--html", "x.html", "--dot"), "--html and --dot exclude each other"),
         (("lenet5", "--diff", "none", "defolt", *("--target", "reference")), "mean default?"),
     ],
 )
@@ -324,6 +337,18 @@ def test_run_reads_a_digit(
     assert classes[0] == digits.test_labels[0] and len(classes) == 5
     text = answer("run", "lenet5", "--weights", "digits", scan, *INTERPRETER)
     assert f"class {classes[0]:>4}" in text
+
+
+@pytest.mark.interpreter
+def test_run_reads_the_image_that_comes_with_it(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, digits: DigitsSplit, answer: Callable[..., Any]
+) -> None:
+    """The first command of README.md, in any folder."""
+    monkeypatch.chdir(tmp_path)
+    found = answer("run", "lenet5", "--weights", "digits", "digit.png", *REFERENCE, "--json")
+    assert found["top"][0][0]["class"] == digits.test_labels[0]
+    Image.new("L", (32, 32)).save("digit.png")
+    assert inputs.present(Path("digit.png")).read_bytes() == Path("digit.png").read_bytes()
 
 
 @pytest.mark.interpreter
@@ -442,6 +467,26 @@ def test_unknown_models_are_refused_with_near_names(
     assert "did you mean resnet50" in refusal(name, "resnet5o", *rest)
 
 
+def test_a_name_that_is_like_no_model_gets_the_command_that_lists_them(
+    refusal: Callable[..., str],
+) -> None:
+    said = refusal("explain", "no_such_network")
+    assert said == (
+        "unknown zoo model 'no_such_network': `convloom zoo` lists the "
+        f"{len(zoo.names())} that there are"
+    )
+
+
+@pytest.mark.parametrize("columns", ["60", "200", "", "many"])
+def test_tables_are_as_wide_as_columns_says(
+    columns: str, monkeypatch: pytest.MonkeyPatch, answer: Callable[..., Any]
+) -> None:
+    monkeypatch.setenv("COLUMNS", columns)
+    width = int(columns) if columns.isdigit() else output.PLAIN_WIDTH
+    assert output.console().width == width
+    assert max(map(len, answer("zoo", "lenet5").splitlines())) <= width
+
+
 @pytest.mark.parametrize("command", [("compile", "lenet5"), ("explain", "lenet5")])
 def test_unknown_targets_and_passes_are_refused(
     command: tuple[str, ...], refusal: Callable[..., str]
@@ -469,6 +514,16 @@ def test_wrong_usage_is_refused(
         main(arguments)
     assert stop.value.code == 2
     assert "usage: convloom" in capsys.readouterr().err
+
+
+def test_help_breaks_no_name_at_its_hyphen(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for columns in range(60, 100, 5):
+        monkeypatch.setenv("COLUMNS", str(columns))
+        with pytest.raises(SystemExit):
+            main(["explain", "--help"])
+        assert '"conv-pool@layer1.*"' in capsys.readouterr().out
 
 
 def test_debug_shows_the_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -528,73 +583,3 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
 def test_json_has_no_nan(capsys: pytest.CaptureFixture[str]) -> None:
     output.print_json({"a": [float("nan"), (1.5, float("inf"))]})
     assert json.loads(capsys.readouterr().out) == {"a": [None, [1.5, None]]}
-
-
-# doctor and demo
-
-
-def test_doctor(answer: Callable[..., Any]) -> None:
-    found = answer("doctor", "--json")
-    checks = {check["name"]: check for check in found["checks"]}
-    assert found["ok"] and all(
-        set(check) == {"name", "status", "found", "disables"} for check in checks.values()
-    )
-    assert checks["torch"]["found"] == torch.__version__
-    assert checks["interpreter"]["status"] == checks["cross-compilation"]["status"] == "ok"
-    assert "so these do not work" in answer("doctor")
-
-
-def test_doctor_says_what_was_not_tested(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The releases of the tests are those that the project and its Makefile ask for."""
-    for version, remark in (("2.11.1+cpu", ""), ("2.15.3", ""), ("2.10.0", "(tested with 2.11 to "
-                            "2.15)"), ("3.0.0a0+git1", "(tested with 2.11 to 2.15)")):  # fmt: skip
-        monkeypatch.setattr(torch, "__version__", version)
-        found = doctor._library("torch", "")
-        assert found.status == "ok" and found.found == f"{version} {remark}".strip()
-    root = Path(inputs.__file__).parents[1]
-    asked = (root / "pyproject.toml").read_text()
-    for name, (oldest, newest) in doctor.TESTED.items():
-        major, minor = newest.split(".")
-        assert f'"{name}>={oldest},<{major}.{int(minor) + 1}' in asked
-    assert "(2, 11) <= v < (2, 16)" in (root / "Makefile").read_text()
-
-
-def test_doctor_notices_a_cache_that_cannot_be_written(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, answer: Callable[..., Any]
-) -> None:
-    file = tmp_path / "file"
-    file.touch()
-    monkeypatch.setenv("CONVLOOM_CACHE_DIR", str(file / "cache"))
-    checks = {check["name"]: check for check in answer("doctor", "--json")["checks"]}
-    assert checks["cache"]["status"] == "broken" and "file" in checks["cache"]["found"]
-
-
-def test_doctor_tells_what_launching_needs(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    monkeypatch.setattr(sysconfig, "get_path", lambda name: str(tmp_path))
-    monkeypatch.setattr(shutil, "which", lambda name: f"/usr/bin/{name}")
-    assert doctor._c_compiler().status == "missing"
-    assert "but no " + str(tmp_path / "Python.h") in doctor._c_compiler().found
-    (tmp_path / "Python.h").touch()
-    assert doctor._c_compiler().status == "ok"
-    monkeypatch.setattr(shutil, "which", lambda name: None)
-    assert doctor._c_compiler().found == "no gcc, clang"
-
-
-@pytest.mark.interpreter
-def test_demo_reads_digits(tmp_path: Path, answer: Callable[..., Any]) -> None:
-    found = answer("demo", "digits", "--json", "--output-dir", tmp_path)["parts"]["digits"]
-    assert found["images"] == found["agreeing"] == 355
-    assert found["top1"]["compiled"] == found["top1"]["eager"] >= 0.98
-    with Image.open(tmp_path / "digits.png") as picture:
-        assert picture.format == "PNG" and picture.width > picture.height > 100
-
-
-def test_demo_emulates_a_gpu(tmp_path: Path, answer: Callable[..., Any]) -> None:
-    found = answer("demo", "emulator", "--json", "--output-dir", tmp_path)["parts"]["emulator"]
-    assert found == {"as_expected": True, "images": 16, "agreeing": 16}
-
-
-def test_demo_refuses_unknown_parts(refusal: Callable[..., str]) -> None:
-    assert "digits" in refusal("demo", "digit")

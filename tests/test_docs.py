@@ -86,7 +86,7 @@ def test_commands_are_accepted(page: Path) -> None:
 
 def test_every_command_and_variable_is_documented() -> None:
     for command in cli.COMMANDS:
-        name = command.__name__.rpartition(".")[2]
+        name = command.__name__.rpartition(".")[2].replace("_", "-")
         assert f"convloom {name}" in TEXT, name
     documented = [line.split("|")[1].strip() for line in (settings.__doc__ or "").splitlines()
                   if line.startswith("| CONVLOOM_")]  # fmt: skip

@@ -70,6 +70,11 @@ def test_near_names() -> None:
     known = ("conv2d", "linear", "relu")
     assert near_names("conv2", known) == "did you mean conv2d?"
     assert near_names("xyz", known) == "known: conv2d, linear, relu"
+    many = [f"layer{at:03}" for at in range(50)]
+    lines = near_names("xyz", many).splitlines()
+    assert len(lines) > 4 and max(map(len, lines)) <= 96
+    assert "".join(lines).count("layer") == 50
+    assert near_names("xyz", many, "`list`") == "`list` lists the 50 that there are"
 
 
 # Options.
@@ -86,7 +91,7 @@ def test_near_names() -> None:
         ("dtype", torch.int8, "got torch.int8"),
         ("dtype", "float15", "got float15"),
         ("passes", ("fuse_epilogue",), "unknown pass 'fuse_epilogue'; did you mean fuse_epilogues"),
-        ("passes", "nothing", "unknown pass 'nothing'; did you mean none?"),
+        ("passes", "nones", "unknown pass 'nones'; did you mean none?"),
         ("passes", None, "expected 'default', 'none' or names, got None"),
         ("passes", (1,), "unknown pass '1'"),
         ("dynamic_batch", 8, "expected (lowest, highest), got 8"),
@@ -238,7 +243,7 @@ class Joins(nn.Module):
 
 
 def test_unsupported_geometry_names_the_op_and_the_reason() -> None:
-    parts = ("Joins has 1 unsupported node(s)", "the top module: aten.cat.default(float32[N, 3, ")
+    parts = ("Joins has 1 op without a kernel", "the top module: aten.cat.default(float32[N, 3, ")
     reason = "cannot be joined along the batch dimension"
     refused(UnsupportedOpError, *parts, reason, module=Joins(), dynamic_batch=(1, 4))
 

@@ -68,7 +68,7 @@ def test_torchrun_shares_a_folder(executable: Path, folder: Path, tmp_path: Path
 
 
 def test_ray_shares_a_folder(executable: Path, folder: Path, tmp_path: Path) -> None:
-    pytest.importorskip("ray.data", reason="pip install 'convloom[ray]'")
+    pytest.importorskip("ray.data", reason="pip install 'ray[data]>=2.40'")
     output = tmp_path / "classes.json"
     given = (executable, folder, output, "--device", "reference", "--actors", 1)
     run(sys.executable, EXAMPLES / "ray_folder.py", *given)

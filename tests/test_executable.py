@@ -300,7 +300,9 @@ def test_compile_logs_one_line(caplog: pytest.LogCaptureFixture) -> None:
         exe, _ = compiled("reference")
     lines = [r.getMessage() for r in caplog.records if r.name == "convloom"]
     assert lines == [f"Net: {exe.summary_line()}"]
-    assert exe.summary_line() == f"2 convs -> {len(exe.kernels)} kernels; 0 torch fallbacks"
+    assert exe.summary_line() == (
+        f"13 -> {len(exe.kernels)} kernels (every op alone -> this plan), 2 convs"
+    )
 
 
 def test_summary() -> None:
@@ -512,7 +514,7 @@ def test_a_cross_compiled_executable_refuses_to_run(
 
 def test_a_cross_compiled_plan_is_explained(cross_compiled: tuple[Executable, Made]) -> None:
     exe, _ = cross_compiled
-    assert f"Net on {exe.target.name}: 1 convs -> 3 kernels" in exe.explain()
+    assert f"Net on {exe.target.name}: 6 -> 3 kernels" in exe.explain()
     assert json.loads(json.dumps(exe.plan.to_json()))["target"] == exe.target.name
 
 

@@ -20,19 +20,24 @@ ALLOWED = {
     "settings": ("errors",),
     "atomic": (),
     "extensions": ("errors", "settings"),
-    "kernels": ("errors", "settings", "atomic", "extensions"),
-    "compiler": ("errors", "settings", "atomic", "extensions", "kernels"),
+    "progress": (),
+    "kernels": ("errors", "settings", "atomic", "progress", "extensions"),
+    "compiler": ("errors", "settings", "atomic", "progress", "extensions", "kernels"),
     "zoo": ("errors",),
     # What extensions test themselves with: of the tests only what is shipped.
     "testing": ("errors", "extensions", "kernels", "tests.properties"),
     "": ("errors", "settings", "extensions", "testing", "compiler", "zoo"),
     "__main__": ("cli",),
     # Of the kernels a command may know what describes machines and problems, never a kernel.
-    "cli": ("", "errors", "settings", "atomic", "extensions", "compiler", "zoo",
-            "kernels.contract.targets", "kernels.contract.op", "kernels.contract.spec",
-            "kernels.devices.offline", "benchmarks"),
+    "cli": (
+        "", "errors", "settings", "atomic", "progress", "extensions", "compiler", "zoo",
+        "kernels.contract.targets", "kernels.contract.op", "kernels.contract.spec",
+        "kernels.devices.offline", "benchmarks",
+    ),
     # Benchmarks run from a checkout; some of them time what the tests draw.
-    "benchmarks": ("", "errors", "settings", "kernels", "compiler", "zoo", "tests.domains"),
+    "benchmarks": (
+        "", "errors", "settings", "atomic", "kernels", "compiler", "zoo", "tests.domains",
+    ),
 }  # fmt: skip
 
 # What of others each room may import, besides the standard library.
@@ -40,16 +45,15 @@ LIBRARIES = {
     "errors": (),
     "settings": (),
     "atomic": (),
-    "extensions": (),
-    "testing": ("pytest", "hypothesis"),
+    "progress": (),
     "kernels": ("torch", "triton", "numpy"),
     "compiler": ("torch", "networkx", "numpy", "safetensors", "onnx"),
     "zoo": ("torch", "numpy", "safetensors", "sklearn"),
     "": (),
     "__main__": (),
     "cli": ("torch", "triton", "numpy", "rich", "PIL", "sklearn"),
-    # PIL and ray: the examples; tinygrad: where it is installed.
-    "benchmarks": ("torch", "triton", "numpy", "rich", "PIL", "ray", "tinygrad"),
+    # PIL, ray and starlette: the examples.
+    "benchmarks": ("torch", "triton", "numpy", "rich", "PIL", "ray", "starlette"),
 }
 STANDARD_LIBRARY = frozenset(__import__("sys").stdlib_module_names)
 

@@ -4,6 +4,7 @@ what differs between two compilations."""
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import cache
@@ -16,7 +17,7 @@ import torch
 from convloom import zoo
 from convloom.compiler.api import lowered
 from convloom.compiler.explain import account as acc
-from convloom.compiler.explain import account_text, diff
+from convloom.compiler.explain import account_text, diff, picture
 from convloom.compiler.explain.account import Account, KernelNode, Record, from_json
 from convloom.compiler.explain.report import Report
 from convloom.compiler.graph.ledger import Event, Ledger
@@ -257,11 +258,32 @@ def test_refusals_are_told_with_their_reason() -> None:
     assert "refused  batch_norm(heavy(x, w) + b)" in account_text.to_text(account)
 
 
-def test_other_targets_are_modelled_on_the_same_machine() -> None:
-    on_gpu, off_gpu = (account_of(leaky, target=name) for name in (SM_90, "reference"))
-    assert "reference is no GPU" in off_gpu.machine and "sm_90" in off_gpu.machine
-    assert off_gpu.totals.before == on_gpu.totals.before
-    older = account_of(leaky, target="cuda:sm_80")
+@pytest.mark.parametrize("target", ["interpreter", "reference"])
+def test_what_is_for_no_gpu_has_no_times(target: str) -> None:
+    """Not in the account, its text, its pictures and a comparison: no machine would show them."""
+    account, on_gpu = account_of(composite, target=target), account_of(composite)
+    assert account.machine == "" and account.totals.bytes_before == on_gpu.totals.bytes_before
+    assert account.totals.kernels_before == on_gpu.totals.kernels_before
+    times = [(r.before, r.after) for r in account.nodes]
+    times += [(place.modelled, place.measured) for place in account.places]
+    times.append((account.totals.before, account.totals.after))
+    assert all(time == acc.UNKNOWN for pair in times for time in pair)
+    assert not any(place.share for place in account.places)
+    none = account_of(composite, "none", target=target)
+    told = (
+        account_text.to_text(account), picture.to_svg(account),
+        diff.to_text(diff.compare(none, account, ("none", "default"))),
+    )  # fmt: skip
+    for text in told:
+        assert not re.search(r"\d us\b|modelled time|not measured", text), text
+    assert "is no GPU: no times are modelled; nothing was measured" in told[0]
+    first = account.kernels[0].name
+    measured = account_text.to_text(account.with_measured({first: 5.0}, "the interpreter"))
+    assert "5.0 us measured" in measured and "measured times are from the interpreter" in measured
+
+
+def test_other_gpus_are_modelled_as_they_are() -> None:
+    on_gpu, older = (account_of(leaky, target=name) for name in (SM_90, "cuda:sm_80"))
     assert older.machine != on_gpu.machine and older.totals.before != on_gpu.totals.before
 
 
@@ -417,9 +439,9 @@ def test_refusals_are_counted_by_reason() -> None:
     events = tuple(Event("rule", (), False, reason, label="short") for reason in reasons)
     found = account_text.refusals_by_reason(replace(base, nodes=records, events=events))
     assert found == [
-        (3, "short", ".. is also read by .."),
-        (2, "short", "modelled .. us together, .. us apart on cuda:sm_90"),
-        (1, "short", "another fusion saves more: linear-chain at .."),
+        (3, "short", "conv2d_7 (conv) is also read by relu_3 (conv), for example"),
+        (2, "short", "modelled 25.0 us together, 1,205.6 us apart on cuda:sm_90, for example"),
+        (1, "short", "another fusion saves more: linear-chain at linear_2 (conv)"),
         (1, "short", "the linear layer is too wide"),
     ]
 

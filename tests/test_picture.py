@@ -281,7 +281,7 @@ def test_measured_times_are_drawn_as_such() -> None:
     ledger = ledgers.ledger_of(ledgers.leaky)
     step = ledger.plan.steps[0].name
     svg = picture.to_svg(ledger.with_measured({step: 77.5}, "a GPU").account())
-    assert "77.5 us measured, " in svg and "measured on a GPU" in svg
+    assert "77.5 us measured, " in svg and "measured times are from a GPU" in svg
     assert "nothing was measured" in picture.to_svg(ledger.account())
 
 

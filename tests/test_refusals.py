@@ -12,6 +12,7 @@ import convloom
 import pytest
 import torch
 import torch.nn.functional as F
+from convloom.compiler.capture.refusals import why_unknown
 from convloom.errors import CaptureError, ConvloomError, UnsupportedOpError
 from torch import Tensor, nn
 
@@ -113,15 +114,17 @@ def test_control_flow_by_values(capfd: pytest.CaptureFixture[str]) -> None:
     refused(UnsupportedOpError, choice, "the top module: cond", "torch.where")
 
 
-def test_unsupported_ops_name_the_line_and_near_ops() -> None:
+def test_unsupported_ops_name_the_line_and_other_overloads() -> None:
     message = refused(
         UnsupportedOpError,
         nn.Sequential(net(lambda m, x: torch.logcumsumexp(x, 1))),
         "'0': aten.logcumsumexp.default(float32[2, 6]) at nets.py:",
         "no kernel for this op",
-        "CAPTURES has the ",
+        "To run it by torch, between the kernels, pass fallback='torch' (--fallback torch)",
     )
-    assert len(message.splitlines()) == 3 and len(message) < 500
+    assert len(message.splitlines()) == 3 and len(message) < 400
+    assert why_unknown("aten.linalg_svd.default") == "no kernel for this op", "no guesses"
+    assert why_unknown("aten.relu.out") == "no kernel for this op, but for aten.relu.default"
     nearby = net(lambda m, x: F.adaptive_avg_pool1d(x[:, None], 2).cummax(1)[0])
     refused(UnsupportedOpError, nearby, "aten.cummax.default")
 

@@ -89,7 +89,7 @@ def test_a_network_with_an_op_that_is_missing(small: None) -> None:
     row = sweep.tried("torchvision/odd", interpret=True)
     assert row.status == "ops missing"
     (missing,) = row.missing
-    assert missing.startswith("aten.erfinv.default: no kernel for this op; near ones have: ")
+    assert missing == "aten.erfinv.default: no kernel for this op"
     assert row.reason == f"1x {missing}"
     assert (row.reference, row.interpreter) == ("agrees", "")
 

@@ -10,7 +10,8 @@ from typing import Any
 import convloom
 import pytest
 import torch
-from convloom.cli.main import EXIT_ERROR, EXIT_INTERRUPTED, main
+from convloom.cli.interruption import EXIT_STATUS
+from convloom.cli.main import EXIT_ERROR, main
 from convloom.compiler import api
 from convloom.compiler.records import choose, records
 from convloom.compiler.records.store import Store
@@ -284,7 +285,7 @@ def test_an_interrupted_command_says_what_it_kept(
 ) -> None:
     made = interrupted_after(3)
     monkeypatch.setattr(timers, "WorkerProcess", lambda handler: made)
-    assert main(lenet()) == EXIT_INTERRUPTED
+    assert main(lenet()) == EXIT_STATUS
     shown = capsys.readouterr()
     assert "started" in shown.err and "interrupted" in shown.err and not shown.out
     assert len(list((cache / "records").rglob("*.json"))) == 2

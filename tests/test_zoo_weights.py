@@ -78,7 +78,7 @@ def test_digits_without_scikit_learn(monkeypatch):
     for name in [name for name in sys.modules if name.startswith("sklearn")]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setattr(builtins, "__import__", without_sklearn)
-    with pytest.raises(ConvloomError, match=r"pip install 'convloom\[demo\]'"):
+    with pytest.raises(ConvloomError, match=r"pip install scikit-learn"):
         load_digits_split()
 
 

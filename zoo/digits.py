@@ -42,7 +42,7 @@ def load_digits_split() -> DigitsSplit:
     except ImportError as error:
         raise ConvloomError(
             "the handwritten digits need scikit-learn, which is not installed: "
-            "pip install 'convloom[demo]'"
+            "pip install scikit-learn"
         ) from error
     scans = load_digits()
     images = torch.from_numpy(scans.images).float().unsqueeze(1) / 16

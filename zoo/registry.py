@@ -109,7 +109,8 @@ def entry(name: str) -> ZooModel:
     Raises: InvalidInputError, with the nearest names, when there is no such model.
     """
     if name not in _BY_NAME:
-        raise InvalidInputError(f"unknown zoo model {name!r}: {near_names(name, _BY_NAME)}")
+        near = near_names(name, _BY_NAME, "`convloom zoo`")
+        raise InvalidInputError(f"unknown zoo model {name!r}: {near}")
     return _BY_NAME[name]
 
 

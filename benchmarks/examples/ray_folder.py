@@ -1,6 +1,6 @@
 """A folder of images through a saved executable with Ray Data, a pool of actors sharing the work:
 
-    pip install 'convloom[ray]'
+    pip install 'ray[data]>=2.40'
     python benchmarks/examples/ray_folder.py lenet5.loom FOLDER classes.json --actors 4
 
 Each actor loads the file once; an executable that was loaded before may also be passed to one, as

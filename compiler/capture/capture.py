@@ -489,8 +489,8 @@ def refuse_unsupported(graph: Graph) -> None:
     if not listed:
         return
     nodes = "\n  ".join(listed)
+    count, them = (f"{len(listed)} ops", "them") if listed[1:] else ("1 op", "it")
     raise UnsupportedOpError(
-        f"{graph.name} has {len(listed)} unsupported node(s):\n  {nodes}\n"
-        "Pass fallback='torch' to run these nodes as torch ops. convloom.kernels.registry.CAPTURES "
-        f"has the {len(registry.CAPTURES)} calls that have kernels"
+        f"{graph.name} has {count} without a kernel:\n  {nodes}\n"
+        f"To run {them} by torch, between the kernels, pass fallback='torch' (--fallback torch)"
     )

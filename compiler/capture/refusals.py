@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Sequence
 from typing import Any
@@ -38,14 +37,15 @@ def called(node: Any) -> str:
 
 
 def why_unknown(target: str) -> str:
-    """Why an ATen call has no kernel, and which similar ones have."""
+    """Why an ATen call has no kernel, and which other overloads of it have."""
     if target.startswith("aten.fft_"):
         return (
             "no kernel for Fourier transforms; of a fixed size they are products with constant "
             "matrices of cosines and sines, which torch.nn.functional.linear computes"
         )
-    near = difflib.get_close_matches(target, registry.CAPTURES, n=3, cutoff=0.8)
-    return "no kernel for this op" + (f"; near ones have: {', '.join(near)}" if near else "")
+    name = target.rpartition(".")[0]
+    others = sorted(known for known in registry.CAPTURES if known.rpartition(".")[0] == name)
+    return "no kernel for this op" + (f", but for {', '.join(others)}" if others else "")
 
 
 def results_of(value: Any) -> Sequence[torch.Tensor]:

@@ -10,12 +10,11 @@
 from __future__ import annotations
 
 import re
-from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from . import account as acc
-from .account import Account, Record, Time
+from .account import Account, KernelNode, Record, Time
 
 
 @dataclass
@@ -55,10 +54,7 @@ def module_tree(account: Account) -> Module:
 
 def to_text(account: Account) -> str:
     """Modules with their ops, kernels without a captured op, totals, refusals, rules."""
-    measured = "nothing was measured"
-    if account.measured_on:
-        measured = f"measured times are from {account.measured_on}"
-    lines = [f"modelled times are for {account.machine}; {measured}", ""]
+    lines = [times_note(account), ""]
     writer = _Writer(account)
     for item in module_tree(account).inside:
         lines += writer.item("(top)", item, "")
@@ -67,11 +63,28 @@ def to_text(account: Account) -> str:
     return "\n".join(lines).rstrip() + "\n"
 
 
+def times_note(account: Account) -> str:
+    """Which machines the account's times are of."""
+    note = f"{account.target} is no GPU: no times are modelled"
+    if account.machine:
+        note = f"modelled times are for {account.machine}"
+    where = account.measured_on
+    return f"{note}; {f'measured times are from {where}' if where else 'nothing was measured'}"
+
+
+def kernel_times(place: KernelNode) -> list[str]:
+    """A kernel's modelled and measured time in words; without a model, a measured one only."""
+    if place.modelled.us is None:
+        return [] if place.measured.us is None else [str(place.measured)]
+    return [str(place.modelled), str(place.measured)]
+
+
 class _Writer:
     """Lines of modules and ops, in columns that fit the account."""
 
     def __init__(self, account: Account) -> None:
         self.places = {place.name: place for place in account.places}
+        self.is_modelled = bool(account.machine)
         self.labels = labels(account)
         self.paths = {r.node: r.module_path for r in account.nodes if r.module_path}
         names = [2 * r.module_path.count(".") + _last(r) for r in account.nodes]
@@ -90,7 +103,7 @@ class _Writer:
         if len(module.inside) == 1 and isinstance(module.inside[0], Record):
             return self.op(module.name, module.inside[0], indent)
         left = f"{indent}{module.name}".ljust(self.name_columns)
-        lines = [f"{left}  {_module_totals(list(module.records()))}"]
+        lines = [f"{left}  {_module_totals(list(module.records()), self.is_modelled)}"]
         for item in module.inside:
             name = "" if isinstance(item, Module) else f"({item.node})"
             lines += self.item(name, item, indent + "  ")
@@ -117,8 +130,9 @@ class _Writer:
         if record.part_of:
             return f"a part of {record.part_of}"
         shown = []
-        if record.before.us or record.after.us or acc.UNKNOWN in (record.before, record.after):
-            shown.append(change_text(record.before, record.after))
+        times = record.before, record.after
+        if self.is_modelled and (acc.UNKNOWN in times or any(time.us for time in times)):
+            shown.append(change_text(*times))
         if record.bytes_saved > 0:
             shown.append(f"saves {size_text(record.bytes_saved)}")
         elif record.bytes_saved:
@@ -155,12 +169,14 @@ def with_paths(reason: str, paths: dict[str, str]) -> str:
     return named.sub(show, reason)
 
 
-def _module_totals(records: list[Record]) -> str:
+def _module_totals(records: list[Record], is_modelled: bool) -> str:
     before = sum(record.kernels_before for record in records)
     after = before - sum(record.kernels_saved for record in records)
-    times = change_text(_sum([r.before for r in records]), _sum([r.after for r in records]))
-    saved = size_text(sum(record.bytes_saved for record in records))
-    return f"{counted(len(records), 'op')}, {before} -> {after} kernels, {times}, saves {saved}"
+    told = [counted(len(records), "op"), f"{before} -> {after} kernels"]
+    if is_modelled:
+        told.append(change_text(_sum(r.before for r in records), _sum(r.after for r in records)))
+    told.append(f"saves {size_text(sum(record.bytes_saved for record in records))}")
+    return ", ".join(told)
 
 
 def _sum(times: Iterable[Time]) -> Time:
@@ -190,7 +206,8 @@ def size_text(size_bytes: int) -> str:
 def _conversions(account: Account) -> list[str]:
     """Kernels that no captured op asked for."""
     lines = [
-        f"  {place.name}: {place.computes}; {place.modelled}, {place.measured}"
+        f"  {place.name}: {place.computes}; "
+        + ", ".join([*kernel_times(place), size_text(place.size_bytes)])
         for place in account.kernels
         if not place.nodes
     ]
@@ -204,9 +221,11 @@ def totals_lines(account: Account) -> list[str]:
         ("", "every op alone", "this plan"),
         ("kernels", str(t.kernels_before), str(t.kernels_after)),
         ("bytes read and written", size_text(t.bytes_before), size_text(t.bytes_after)),
-        ("modelled time", us_text(t.before), us_text(t.after)),
-        ("measured time", acc.NOT_MEASURED, us_text(t.measured)),
     ]
+    if account.machine:
+        rows.append(("modelled time", us_text(t.before), us_text(t.after)))
+    if account.machine or account.measured_on:
+        rows.append(("measured time", acc.NOT_MEASURED, us_text(t.measured)))
     if t.torch_fallbacks:
         count = str(t.torch_fallbacks)
         rows.append(("torch fallbacks (in no figure above)", count, count))
@@ -225,18 +244,29 @@ def us_text(time: Time) -> str:
 
 
 def refusals_by_reason(account: Account) -> list[tuple[int, str, str]]:
-    """(count, rule's label or name, reason) of refused matches, the most frequent first.
+    """(count, rule's label or name, reason) of refused matches, the most frequent first; of reasons
+    that differ in names and times only, the first as an example."""
+    paths = {r.node: r.module_path for r in account.nodes if r.module_path}
+    ranked = sorted(refusals(account).items(), key=lambda item: (-len(item[1]), item[0]))
+    return [(len(told), rule, example_of(told, paths)) for (rule, _), told in ranked]
 
-    Names of nodes and modelled times in reasons become "..", so that one reason counts once.
-    """
+
+def refusals(account: Account) -> dict[tuple[str, str], list[str]]:
+    """The reasons of refused matches, by the rule's label or name and by what they have in common
+    where names of nodes and modelled times are left out."""
     named, short = _names_of_nodes(account), labels(account)
-    counts = Counter(
-        (short.get(e.rule, e.rule), named.sub("..", re.sub(r"[\d,.]+ us\b", ".. us", e.reason)))
-        for e in account.events
-        if not e.accepted
-    )
-    ranked = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
-    return [(count, rule, reason) for (rule, reason), count in ranked]
+    found: dict[tuple[str, str], list[str]] = {}
+    for event in account.events:
+        if not event.accepted:
+            common = named.sub("..", re.sub(r"[\d,.]+ us\b", ".. us", event.reason))
+            found.setdefault((short.get(event.rule, event.rule), common), []).append(event.reason)
+    return found
+
+
+def example_of(reasons: Sequence[str], paths: dict[str, str]) -> str:
+    """The first of some reasons, and whether there are others; with module paths by node."""
+    others = ", for example" if len(set(reasons)) > 1 else ""
+    return f"{with_paths(reasons[0], paths)}{others}"
 
 
 def _names_of_nodes(account: Account) -> re.Pattern[str]:

@@ -2,8 +2,9 @@
 
 "Alone" is the network without fusion: the required passes only, every op in a kernel of its own in
 its default configuration. Both networks are modelled by the same machine
-(`kernels/contract/cost_model.py`); where the target is no GPU, by that of sm_90. A node is charged
-for the tensors it reads and writes; what it is spared is what no kernel touches any more:
+(`kernels/contract/cost_model.py`); where the target is no GPU there are no times: its kernels have
+tiles that no GPU would run. A node is charged for the tensors it reads and writes; what it is
+spared is what no kernel touches any more:
 
 - its result, where every reader is computed in the same kernel;
 - an input that its own kernel computes, or that another node of its kernel reads already;
@@ -17,6 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import networkx as nx
 import torch
@@ -27,7 +29,6 @@ from ...kernels.contract.op import Problem
 from ...kernels.contract.spec import Operand
 from ...kernels.contract.targets import Target
 from ...kernels.movement import movement
-from ..fusion.estimate import ASSUMED
 from ..graph.ir import CONSTANT, INPUT, OUTPUT, TORCH, Graph, Node, Value
 from ..graph.ledger import Event, Ledger, Snapshot, op_name
 from ..passes import LABELS, select
@@ -64,7 +65,7 @@ def make_account(ledger: Ledger, snapshot: Snapshot, plan: Plan) -> Account:
     known_us = sum(us for us in steps_us.values() if us is not None)
     bounds = _bounds(plan)
     nodes = _records(ledger, snapshot, places, unfused, alone, steps_us)
-    return Account(
+    account = Account(
         model=captured.name,
         target=plan.target.name,
         dtype=str(computed_in).removeprefix("torch."),
@@ -79,6 +80,19 @@ def make_account(ledger: Ledger, snapshot: Snapshot, plan: Plan) -> Account:
         edges=places.edges,
         events=tuple(replace(event, label=label_of(event)) for event in ledger.events),
     )  # fmt: skip
+    return account if plan.target.is_gpu else _without_times(account)
+
+
+def _without_times(account: Account) -> Account:
+    """The account of a plan for no GPU: which kernels, and what they read and write."""
+    unknown: dict[str, Any] = {"before": acc.UNKNOWN, "after": acc.UNKNOWN}
+    return replace(
+        account,
+        machine="",
+        totals=replace(account.totals, **unknown),
+        nodes=tuple(replace(record, **unknown) for record in account.nodes),
+        places=tuple(replace(p, modelled=acc.UNKNOWN, share=0.0) for p in account.places),
+    )
 
 
 def without_fusion(captured: Graph, dtype: torch.dtype | None) -> Graph:
@@ -168,11 +182,7 @@ def step_bytes(step: Step) -> int:
 
 
 def _machine_name(target: Target) -> str:
-    capability = target.name.removeprefix("cuda:")
-    name = cost_model.machine_for(target).name
-    if target.is_gpu:
-        return f"{name} ({capability})"
-    return f"{name} ({ASSUMED.removeprefix('cuda:')}; {target.name} is no GPU)"
+    return f"{cost_model.machine_for(target).name} ({target.name.removeprefix('cuda:')})"
 
 
 def _peaks(target: Target, dtype: torch.dtype, precision: str) -> Peaks | None:

@@ -13,10 +13,12 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import networkx as nx
+
 from ...errors import InvalidInputError
 from . import account as acc
 from .account import Account, Record
-from .account_text import counted, labels, refusals_by_reason, side_by_side, size_text, us_text
+from .account_text import counted, example_of, labels, refusals, side_by_side, size_text, us_text
 
 SCHEMA, VERSION = "convloom-ledger-diff", 1
 SHOWN = 6
@@ -33,7 +35,8 @@ class Kernel:
 
     def __str__(self) -> str:
         inside = ", ".join(self.nodes) or "no captured op"
-        return f"{self.op}({inside}), {self.time}"
+        time = "" if self.time.us is None else f", {self.time}"
+        return f"{self.op}({inside}){time}"
 
 
 @dataclass(frozen=True)
@@ -197,12 +200,13 @@ def _rules(record: Record, short: Mapping[str, str]) -> tuple[str, ...]:
 
 def _only(account: Account, other: Account) -> tuple[tuple[int, str, str], ...]:
     """Refusals by reason that the other side has less often, and how much less."""
-    counts = {(rule, reason): count for count, rule, reason in refusals_by_reason(other)}
+    paths = {r.node: r.module_path for r in account.nodes if r.module_path}
+    theirs = refusals(other)
     found = [
-        (count - counts.get((rule, reason), 0), rule, reason)
-        for count, rule, reason in refusals_by_reason(account)
+        (len(told) - len(theirs.get((rule, common), ())), rule, example_of(told, paths))
+        for (rule, common), told in refusals(account).items()
     ]
-    return tuple(item for item in found if item[0] > 0)
+    return tuple(sorted((item for item in found if item[0] > 0), key=lambda item: -item[0]))
 
 
 # Text.
@@ -213,15 +217,27 @@ def to_text(difference: Difference) -> str:
     d = difference
     lines = [f"{d.model}: {d.before.name} -> {d.after.name}", "", *_totals(d), ""]
     vanished, appeared = counted(len(d.vanished), "kernel"), counted(len(d.appeared), "kernel")
-    lines += [f"{vanished} vanished", *(f"  - {kernel}" for kernel in d.vanished), ""]
-    lines += [f"{appeared} appeared", *(f"  + {kernel}" for kernel in d.appeared), ""]
+    lines += [f"{vanished} vanished, {appeared} appeared in their place", *_kernel_lines(d), ""]
     lines.append(f"{counted(len(d.changes), 'op')} changed kernels")
     for change in d.changes:
         lines += _change_lines(change)
-    for heading, refusals in (("gone", d.gone_refusals), ("new", d.new_refusals)):
-        lines += ["", f"{counted(sum(n for n, _, _ in refusals), 'refusal')} {heading}"]
-        lines += [f"{count:>5} x  {rule}: {reason}" for count, rule, reason in refusals]
+    for heading, declined in (("gone", d.gone_refusals), ("new", d.new_refusals)):
+        lines += ["", f"{counted(sum(n for n, _, _ in declined), 'refusal')} {heading}"]
+        lines += [f"{count:>5} x  {rule}: {reason}" for count, rule, reason in declined]
     return "\n".join(lines) + "\n"
+
+
+def _kernel_lines(d: Difference) -> Iterator[str]:
+    """Kernels that vanished, each followed by those that compute its ops now."""
+    shares = nx.Graph()
+    for mark, kernels in (("-", d.vanished), ("+", d.appeared)):
+        for at, kernel in enumerate(kernels):
+            shares.add_node((mark, at))
+            shares.add_edges_from(((mark, at), node) for node in kernel.nodes)
+    for group in nx.connected_components(shares):
+        numbers = sorted(each for each in group if isinstance(each, tuple))
+        yield from (f"  - {d.vanished[at]}" for mark, at in numbers if mark == "-")
+        yield from (f"  + {d.appeared[at]}" for mark, at in numbers if mark == "+")
 
 
 def _totals(d: Difference) -> list[str]:
@@ -233,10 +249,12 @@ def _totals(d: Difference) -> list[str]:
         "bytes read and written": lambda side: size_text(side.size_bytes),
         "modelled time": lambda side: us_text(side.time),
         "measured time": lambda side: us_text(side.measured),
-        "modelled for": lambda side: side.machine,
+        "modelled for": lambda side: side.machine or "-",
         "torch fallbacks": lambda side: str(side.torch_fallbacks),
     }
-    lines = side_by_side([(name, show(d.before), show(d.after)) for name, show in rows.items()])
+    shown = [(name, show(d.before), show(d.after)) for name, show in rows.items()]
+    # What neither side has, times where both are for no GPU, is left out.
+    lines = side_by_side([row for row in shown if set(row[1:]) - {"-", acc.NOT_MEASURED}])
     if any(getattr(d.before, f) != getattr(d.after, f) for f in ("target", "dtype", "batch")):
         lines.append("target, dtype or batch differ: times and bytes are not for the same work")
     return lines

@@ -21,7 +21,15 @@ from ...errors import visible
 from ...kernels.contract.cost_model import Resources
 from . import account as acc
 from .account import Account, KernelNode, Record
-from .account_text import counted, labels, size_text, with_paths
+from .account_text import (
+    change_text,
+    counted,
+    kernel_times,
+    labels,
+    size_text,
+    times_note,
+    with_paths,
+)
 from .folding import levels
 from .layers import Box, draw
 
@@ -112,16 +120,16 @@ def _asset(name: str) -> str:
 
 def _headline(account: Account) -> str:
     t = account.totals
-    where = account.measured_on
-    return (
-        f"{t.kernels_before} -> {t.kernels_after} kernels; {t.before} -> {t.after}, for "
-        f"{account.machine}; {f'measured on {where}' if where else 'nothing was measured'}"
-    )
+    told = [f"{t.kernels_before} -> {t.kernels_after} kernels"]
+    told.append(f"{size_text(t.bytes_before)} -> {size_text(t.bytes_after)} read and written")
+    if account.machine:
+        told.append(change_text(t.before, t.after))
+    return "; ".join([*told, times_note(account)])
 
 
 def _contents(account: Account) -> dict[str, _Content]:
     records = {record.node: record for record in account.nodes}
-    return {place.name: _Content(place, records, labels(account)) for place in account.places}
+    return {place.name: _Content(place, records, account) for place in account.places}
 
 
 def _svg(account: Account, boxes: dict[str, _Content], style: str, namespace: str) -> str:
@@ -153,9 +161,9 @@ class _Content:
     """What stands in a place's box."""
 
     def __init__(
-        self, place: KernelNode, records: dict[str, Record], short: dict[str, str]
+        self, place: KernelNode, records: dict[str, Record], account: Account
     ) -> None:
-        self.place, self.short = place, short
+        self.place, self.short, self.is_modelled = place, labels(account), bool(account.machine)
         self.records = [records[name] for name in place.nodes]
         self.paths = {r.node: r.module_path for r in records.values() if r.module_path}
         self.title = place.name
@@ -215,7 +223,9 @@ class _Content:
         place = self.place
         lines = [f"{place.name}: {place.what}", place.computes]
         if place.what in (acc.KERNEL, acc.FALLBACK):
-            lines.append(f"{place.modelled}; {place.measured}; {place.share:.1%} of the network")
+            if times := kernel_times(place):
+                share = [f"{place.share:.1%} of the network"] if place.share else []
+                lines.append("; ".join([*times, *share]))
             moved = f"reads and writes {size_text(place.size_bytes)}"
             lines.append(f"{moved}; {place.config}" if place.config else moved)
         return "\n".join(lines)
@@ -225,7 +235,8 @@ class _Content:
         lines = [f"{record.op} {record.module_path} -> {record.kernel}"]
         lines += [f"by {self.short.get(rule, '')} {rule}" for rule in record.rules]
         lines += [f"refused {with_paths(str(r), self.paths)}" for r in record.refused]
-        lines.append(f"alone {record.before}; its part now {record.after}")
+        if self.is_modelled:
+            lines.append(f"alone {record.before}; its part now {record.after}")
         lines.append(
             f"saves {size_text(record.bytes_saved)}, {counted(record.kernels_saved, 'kernel')}"
         )
@@ -240,7 +251,8 @@ def _figures(place: KernelNode) -> str:
     if place.what != acc.KERNEL:
         return place.what
     time = place.measured if place.measured.us is not None else place.modelled
-    return f"{time}, {size_text(place.size_bytes)}"
+    size = size_text(place.size_bytes)
+    return size if time.us is None else f"{time}, {size}"
 
 
 def shortened(text: str, characters: int = CHARACTERS) -> str:

@@ -17,6 +17,7 @@ from ..graph.memory import on_cpu
 from ..plan.plan import Plan
 from . import account, account_text
 from .account import Account
+from .account_text import counted
 
 
 @dataclass
@@ -85,18 +86,18 @@ class Report(Ledger):
         arena, total = counts["arena_bytes"], counts["activation_bytes"]
         ratio = f", {arena / total:.0%}" if total else ""
         return (
-            f"{name} on {target}: {summary_line(counts)}\n"
+            f"{name} on {target}: {self.summary_line(counts)}\n"
             f"arena {arena:,} bytes of {total:,} bytes of activations{ratio}\n\n{self.to_text()}"
         )
+
+    def summary_line(self, counts: Mapping[str, int]) -> str:
+        """The launches of every op alone and of the plan, by its counts, in one line."""
+        alone, kernels = self.account().totals.kernels_before, counts["kernels"]
+        convs = counted(counts["convs"], "conv")
+        told = f"{alone} -> {kernels} kernels (every op alone -> this plan), {convs}"
+        fallbacks = counts["torch_fallbacks"]
+        return f"{told}; {counted(fallbacks, 'torch fallback')}" if fallbacks else told
 
     def to_text(self) -> str:
         """The account grouped by module, with rules, refusals and totals."""
         return account_text.to_text(self.account())
-
-
-def summary_line(counts: Mapping[str, int]) -> str:
-    """What became of the convolutions, in one line."""
-    return (
-        f"{counts['convs']} convs -> {counts['kernels']} kernels; "
-        f"{counts['torch_fallbacks']} torch fallbacks"
-    )

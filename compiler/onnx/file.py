@@ -22,7 +22,7 @@ import torch
 
 from ...errors import ArtifactError
 
-INSTALL = "reading ONNX files needs the onnx package: pip install 'convloom[onnx]'"
+INSTALL = "reading ONNX files needs the onnx package: pip install 'onnx>=1.16'"
 OLDEST_OPSET, NEWEST_OPSET = 9, 27
 DTYPES = {
     1: torch.float32, 2: torch.uint8, 3: torch.int8, 5: torch.int16, 6: torch.int32,

@@ -18,7 +18,7 @@ from ...kernels.contract.op import Launch
 from ...kernels.contract.targets import Target
 from ...kernels.devices import offline
 from ..evaluation.evaluate import evaluate, relative_error
-from ..explain.report import Report, summary_line
+from ..explain.report import Report
 from ..graph.interface import Interface, Port, empty_outputs
 from ..graph.ir import Graph, Value
 from ..plan.plan import KernelStep, Plan, Step
@@ -235,8 +235,8 @@ class Executable:
         raise InvalidInputError(f"no kernel named {name!r}; {near_names(name, names)}")
 
     def summary_line(self) -> str:
-        """The line that `compile` logs."""
-        return summary_line(self.summary)
+        """The launches of every op alone and of the plan, which `compile` logs."""
+        return self.ledger.summary_line(self.summary)
 
     def explain(self) -> str:
         """The ledger as text, under the summary; with measured times after `profile`."""

@@ -19,6 +19,7 @@ from typing import Any, Protocol
 
 import torch
 
+from ... import progress
 from ...errors import KernelError, TargetUnavailableError
 from ...kernels import registry
 from ...kernels.contract import targets
@@ -104,7 +105,8 @@ class StepRunner(ABC):
         for port, tensor in zip(plan.inputs, inputs, strict=True):
             memory.view(port.place).copy_(tensor)
         with self._running():
-            for step in plan.steps:
+            for done, step in enumerate(plan.steps):
+                progress.tell("kernels", done, len(plan.steps))
                 self._run_step(step, memory)
                 if observe is not None:
                     observe(step, memory.view(first_output(step)).clone())

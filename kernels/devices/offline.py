@@ -34,7 +34,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from ... import settings
+from ... import progress, settings
 from ...errors import KernelError
 from ..contract.cost_model import Resources as Resources
 from ..contract.epilogue import flat, named, resolved
@@ -358,12 +358,14 @@ def compile_all(
     workers = min(workers or os.cpu_count() or 1, len(missing))
     # The first workers of a process wait two seconds for torch: they must have enough to do.
     if workers < 2 or len(missing) < 4:
-        for request in missing:
+        for done, request in enumerate(missing, 1):
             read(request)
+            progress.tell("kernels", done, len(missing))
         return
     try:
         with _pool(workers) as pool:
-            list(pool.map(read, missing))
+            for done, _ in enumerate(pool.map(read, missing), 1):
+                progress.tell("kernels", done, len(missing))
     except BrokenProcessPool:
         if not any(gluon.is_gluon(_kernel(request)) for request in missing):
             raise

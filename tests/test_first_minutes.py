@@ -1,0 +1,84 @@
+"""A new user's first ten minutes, as `benchmarks/examples/first_minutes.sh` records them."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from convloom.cli.main import main
+
+SCRIPT = Path(__file__).parent.parent / "benchmarks" / "examples" / "first_minutes.sh"
+SECONDS = 30.0
+"""Of the processor, for all commands but the demo in one process."""
+SECONDS_OF_PROCESSES = 60.0
+"""For all of them, each in a process that imports torch."""
+
+
+def commands(text: str) -> Iterator[tuple[list[str], int]]:
+    """The commands of the script, and the exit status that each of them should have."""
+    for line in text.splitlines():
+        if line.startswith("convloom "):
+            command, refused, _ = line.partition(" || ")
+            yield shlex.split(command)[1:], 2 if refused else 0
+
+
+@pytest.mark.interpreter
+def test_the_first_minutes_go_as_recorded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """All commands in this process, but for the demo, which has a test of its own."""
+    script = SCRIPT.read_text()
+    ((name, network),) = re.findall(r"^cat > (\S+) <<'END'\n(.*?)^END$", script, re.M | re.S)
+    (tmp_path / name).write_text(network)
+    monkeypatch.chdir(tmp_path)
+    printed: dict[str, str] = {}
+    started = time.process_time()
+    for arguments, status in commands(script):
+        if arguments[0] != "demo":
+            assert main(arguments) == status, arguments
+            said = capsys.readouterr()
+            printed[" ".join([arguments[0], arguments[1], arguments[-1]])] = said.out + said.err
+    assert time.process_time() - started < SECONDS
+    assert "mynet.py:Odd on cuda:sm_90" in (tmp_path / "odd.html").read_text()
+    assert "mynet.py:build on cuda:sm_90: " in printed["explain mynet.py:build cuda:sm_90"]
+    explained = printed["explain mynet.py:Odd cuda:sm_90"]
+    assert re.search(
+        r"Odd has 1 op without a kernel:\n  the top module: aten\.erfinv\.default\(float32\[1, 10\]"
+        r"\) at mynet\.py:\d+: return torch\.erfinv.*: no kernel for this op\n"
+        r"To run it by torch, between the kernels, pass fallback='torch' \(--fallback torch\)$",
+        explained.strip(),
+    ), explained
+    assert "as exact as its type allows" in printed["verify mynet.py:build interpreter"]
+    assert "sha256" in printed["compile mynet.py:build mynet.loom"]
+    assert "3 calls after 1" in printed["run mynet.loom interpreter"]
+
+
+@pytest.mark.slow
+@pytest.mark.interpreter
+def test_the_script_runs_as_it_stands(tmp_path: Path) -> None:
+    (binaries := tmp_path / "bin").mkdir()
+    program = binaries / "convloom"
+    program.write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} -m convloom "$@"\n')
+    program.chmod(0o755)
+    (folder := tmp_path / "empty").mkdir()
+    path = f"{binaries}{os.pathsep}{os.environ['PATH']}"
+    before = os.times()
+    done = subprocess.run(
+        ["sh", str(SCRIPT)], cwd=folder, env={**os.environ, "PATH": path},
+        capture_output=True, text=True, timeout=600,
+    )  # fmt: skip
+    after = os.times()
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.count("(refused, as it should be)\n") == 1
+    # By the processor's time, as other work may share the machine.
+    used = after.children_user + after.children_system
+    used -= before.children_user + before.children_system
+    assert used < SECONDS_OF_PROCESSES
+    assert {path.name for path in folder.iterdir()} >= {"demo", "odd.html", "mynet.loom"}
