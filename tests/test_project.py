@@ -165,7 +165,7 @@ def test_the_package_is_a_program() -> None:
 def test_help_needs_neither_torch_nor_triton() -> None:
     done = run_without_torch(
         "from convloom.cli.main import COMMANDS, main\n"
-        "names = [command.__name__.rpartition('.')[2] for command in COMMANDS]\n"
+        "names = [c.__name__.rpartition('.')[2].replace('_', '-') for c in COMMANDS]\n"
         "for arguments in ([], *([name] for name in names)):\n"
         "    try:\n        main([*arguments, '--help'])\n"
         "    except SystemExit as stop:\n        assert stop.code == 0\n"
@@ -173,7 +173,8 @@ def test_help_needs_neither_torch_nor_triton() -> None:
     )
     assert done.returncode == 0, done.stderr
     for command in cli.COMMANDS:
-        assert f"convloom {command.__name__.rpartition('.')[2]}" in done.stdout
+        name = command.__name__.rpartition(".")[2].replace("_", "-")
+        assert f"convloom {name}" in done.stdout
 
 
 def test_the_list_of_models_needs_neither_torch_nor_triton() -> None:
