@@ -105,7 +105,7 @@ def _time_calls(options: argparse.Namespace) -> int:
         batch = network.batch(options.batch)
         with output.working(f"compiling {network.name} for {target}, batch {batch}"):
             executable = compiled = models.compile_for(network, batch, options)
-        inputs = models.placed(network, shared.changed(options, batch=batch), compiled)
+        inputs = models.placed(compiled)
     tensors = [x for x in pytree.tree_leaves(inputs) if isinstance(x, torch.Tensor)]
     generator = torch.Generator(executable.place).manual_seed(networks.SEED)
     for x in tensors:

@@ -46,14 +46,16 @@ LIBRARIES = {
     "settings": (),
     "atomic": (),
     "progress": (),
+    "extensions": (),
+    "testing": ("pytest", "hypothesis"),
     "kernels": ("torch", "triton", "numpy"),
     "compiler": ("torch", "networkx", "numpy", "safetensors", "onnx"),
     "zoo": ("torch", "numpy", "safetensors", "sklearn"),
     "": (),
     "__main__": (),
     "cli": ("torch", "triton", "numpy", "rich", "PIL", "sklearn"),
-    # PIL, ray and starlette: the examples.
-    "benchmarks": ("torch", "triton", "numpy", "rich", "PIL", "ray", "starlette"),
+    # PIL, ray and starlette: the examples; tinygrad: where it is installed.
+    "benchmarks": ("torch", "triton", "numpy", "rich", "PIL", "ray", "starlette", "tinygrad"),
 }
 STANDARD_LIBRARY = frozenset(__import__("sys").stdlib_module_names)
 
