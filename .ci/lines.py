@@ -14,9 +14,9 @@ import sys
 from pathlib import Path
 
 LIMITS = {
-    ("kernels", "compiler", "cli"): 49_300,
+    ("kernels", "compiler", "cli"): 50_200,
     ("zoo",): 3_440,
-    ("benchmarks",): 6_080,
+    ("benchmarks",): 6_400,
 }
 """Folders that are counted together, and how many lines they may have."""
 
