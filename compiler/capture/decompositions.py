@@ -192,7 +192,10 @@ what draws numbers, which `export.py` refuses by name."""
 def _computes(overload: Any) -> bool:
     """Whether an op makes tensors of tensors: what makes them of nothing is evaluated."""
     schema = overload._schema
-    if schema.name.removeprefix("aten::") in LEFT_WHOLE or schema.overload_name == "data":
+    name = schema.name.removeprefix("aten::")
+    if name in LEFT_WHOLE or name.startswith("fft_"):
+        return False  # Fourier transforms by their public names, which the refusal knows.
+    if schema.overload_name == "data":
         return False  # Packed sequences: how long they are their values tell.
     takes, gives = (
         any("Tensor" in str(each.type) for each in some)
