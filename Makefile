@@ -5,6 +5,8 @@ VENV ?= .venv
 # Installed first, so that the rest finds torch satisfied. Where the package index offers a build
 # for the CPU only, this version has one; `make TORCH=torch==2.15.0 demo` takes another.
 TORCH ?= torch==2.13.0
+# That build asks for no Triton: the release that belongs to it. Others bring their own.
+TRITON ?= $(if $(filter torch==2.13.0,$(TORCH)),triton==3.7.1)
 BIN := $(VENV)/bin
 ROOMS := kernels compiler zoo cli
 # Parts of the tests, of which two run at a time, the longest first.
@@ -87,7 +89,7 @@ $(READY): pyproject.toml
 	  $(PYTHON) -m venv $${found:+--system-site-packages} $(VENV); \
 	fi; \
 	$(BIN)/python -c '$(INSTALLED_TORCH)' 2>/dev/null | grep -q . || \
-	  $(BIN)/python -m pip install --disable-pip-version-check "$(TORCH)"; \
+	  $(BIN)/python -m pip install --disable-pip-version-check "$(TORCH)" $(TRITON); \
 	$(BIN)/python -m pip install --disable-pip-version-check --editable '.[demo,test]'
 	@touch $@
 

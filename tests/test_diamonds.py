@@ -17,10 +17,6 @@ from convloom.compiler.passes.diamonds import LABEL, RULE, fuse_diamonds
 from convloom.errors import GraphError
 from convloom.kernels.contract import epilogue as ep
 from convloom.kernels.contract.epilogue import Access, Stage
-from convloom.kernels.contract.op import Operand, Problem
-from convloom.kernels.contract.spec import TensorSpec
-from convloom.kernels.products.linear import OP as LINEAR
-from convloom.kernels.tile import residual
 from torch import nn
 
 from . import nets
@@ -190,21 +186,6 @@ def test_sums_that_are_read_again_are_not_reordered() -> None:
     assert plain.index("operand1 =") < plain.index("operand0 =")
     assert again.index("operand0 =") < again.index("operand1 =")
     assert "earlier0 = acc" in plain and "earlier1 = acc" in again
-
-
-def test_a_residual_is_not_read_first_where_the_sum_without_it_is_read_again() -> None:
-    def operand(stages: ep.Epilogue) -> int | None:
-        x, w = TensorSpec((32, 16), torch.float16), TensorSpec((24, 16), torch.float16)
-        y = TensorSpec((32, 24), torch.float16)
-        return residual.operand_of(
-            Problem(
-                "linear", LINEAR.attributes(), (Operand.dense(x), Operand.dense(w)),
-                (Operand.dense(y),), stages, (Operand.dense(y),),
-            )
-        )  # fmt: skip
-
-    assert operand((Stage("add"), Stage("relu"), Stage("mul", back=1))) == 0
-    assert operand((Stage("add"), Stage("relu"), Stage("mul", back=2))) is None
 
 
 def test_a_chain_may_not_read_what_was_before_it() -> None:

@@ -369,8 +369,8 @@ def test_libraries(
     assert row["input_shape"] == [3, 12, 12] and len(foreign._KEPT) == 1
     assert answer("zoo", "timm/small", "--json")[0]["input_shape"] == [3, 10, 14]
     assert answer("verify", "timm/small", *REFERENCE, "--batch", "2", "--json")["passed"]
-    assert "torchvision has no model 'tyni'; did you mean tiny" in refusal(
-        "compile", "torchvision/tyni", *REFERENCE
+    assert "torchvision has no model 'tinny'; did you mean tiny" in refusal(
+        "compile", "torchvision/tinny", *REFERENCE
     )
     said = refusal("compile", "torchvision/sizeless", *REFERENCE)
     assert "torchvision/sizeless does not say what its inputs are; pass --input" in said
