@@ -280,7 +280,7 @@ def _another_file(folder: Path) -> str:
         (_words, "'words.json': expected JSON"),
         (_bytes, "'bytes.json': expected JSON"),
         (_another_file, "'plan.json': expected a ledger as `convloom explain NAME --json`"),
-        (_newer, "'new.json': expected version 1 of the ledger's schema, got 99"),
+        (_newer, "'new.json': expected version 2 of the ledger's schema, got 99"),
         (lambda folder: "default", "to compare passes, say of which model"),
     ],
 )
