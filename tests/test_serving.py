@@ -77,7 +77,9 @@ def test_run_wants_an_input_or_random_numbers(
 
 def test_a_model_of_two_tensors_is_refused_with_what_to_do() -> None:
     exe = convloom.compile(Two(), (torch.zeros(2, 5),) * 2, target="reference")
-    pair = type("Pair", (), {"place": exe.place, "__call__": lambda self, x: exe(x, x)})()
+    interface = SimpleNamespace(placed=lambda tensors: (tuple(tensors), {}))
+    made = {"place": exe.place, "interface": interface, "__call__": lambda self, x: exe(x, x)}
+    pair = type("Pair", (), made)()
     with pytest.raises(InvalidInputError, match=r"returns a tuple; call it in Python$"):
         models.run(pair, torch.zeros(2, 5))
 
