@@ -75,8 +75,8 @@ def tests_of(
         ("check", "given"), [pytest.param(check, given, id=name) for name, check, given in found]
     )
     def test(check: Callable[..., None], given: tuple[Any, ...]) -> None:
-        tested = ops.tested(check)
-        (tested if tested is check else profile(tested))(*given)
+        drawing = ops.with_draws(check)
+        (drawing if drawing is check else profile(drawing))(*given)
 
     made: Callable[..., None] = test
     return made

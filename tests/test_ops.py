@@ -22,7 +22,7 @@ from convloom.kernels.tile.conv_geometry import Conv2d
 
 from .domains import domain_of
 from .properties import ops
-from .properties.ops import Subject, tested
+from .properties.ops import Subject, with_draws
 
 SUBJECTS = [pytest.param(Subject(op, domain_of(op)), id=op.name) for op in registry.OPS]
 INTERESTING = [
@@ -43,31 +43,33 @@ def those(takes: str) -> Any:
     return pytest.mark.parametrize("subject", kept)
 
 
-test_infer_agrees_with_reference = every_op(tested(ops.infer_agrees_with_reference))
+test_infer_agrees_with_reference = every_op(with_draws(ops.infer_agrees_with_reference))
 test_infer_refuses_what_the_reference_refuses = every_op(
-    tested(ops.infer_refuses_what_the_reference_refuses)
+    with_draws(ops.infer_refuses_what_the_reference_refuses)
 )
 test_kernel_agrees_with_reference = interpreter(
-    every_dtype(every_op(tested(ops.kernel_agrees_with_reference)))
+    every_dtype(every_op(with_draws(ops.kernel_agrees_with_reference)))
 )
 test_interesting_draws = interpreter(every_dtype(every_draw(ops.interesting_draws)))
 test_what_stands_for_no_element_is_not_seen = interpreter(
     first(every_draw(ops.what_stands_for_no_element_is_not_seen))
 )
 test_gpu_configurations_agree_with_reference = interpreter(
-    every_op(tested(ops.gpu_configurations_agree_with_reference))
+    every_op(with_draws(ops.gpu_configurations_agree_with_reference))
 )
-test_configurations_are_legal = every_op(tested(ops.configurations_are_legal))
+test_configurations_are_legal = every_op(with_draws(ops.configurations_are_legal))
 test_epilogue_equals_kernel_then_epilogue = interpreter(
-    those("takes_epilogue")(tested(ops.epilogue_equals_kernel_then_epilogue))
+    those("takes_epilogue")(with_draws(ops.epilogue_equals_kernel_then_epilogue))
 )
 test_prologue_equals_stages_then_kernel = interpreter(
-    those("takes_prologue")(tested(ops.prologue_equals_stages_then_kernel))
+    those("takes_prologue")(with_draws(ops.prologue_equals_stages_then_kernel))
 )
-test_nan_and_infinity = interpreter(every_op(tested(ops.nan_and_infinity)))
-test_whole_numbers_are_exact = interpreter(every_op(tested(ops.whole_numbers_are_exact)))
-test_wide_offsets_change_nothing = interpreter(every_op(tested(ops.wide_offsets_change_nothing)))
-test_smaller_batch = interpreter(every_op(tested(ops.smaller_batch)))
+test_nan_and_infinity = interpreter(every_op(with_draws(ops.nan_and_infinity)))
+test_whole_numbers_are_exact = interpreter(every_op(with_draws(ops.whole_numbers_are_exact)))
+test_wide_offsets_change_nothing = interpreter(
+    every_op(with_draws(ops.wide_offsets_change_nothing))
+)
+test_smaller_batch = interpreter(every_op(with_draws(ops.smaller_batch)))
 
 
 def image(*shape: int, batch: int | None = None) -> TensorSpec:

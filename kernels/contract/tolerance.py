@@ -58,7 +58,7 @@ def compare(
         return f"dtype {result.dtype}, expected {eager.dtype}"
     if not result.dtype.is_floating_point:
         return _whole_numbers(result, exact)
-    if (problem := _special_values(result.double(), _rounded(exact, result))) is not None:
+    if (problem := special_values(result, exact)) is not None:
         return problem
     found = worst(result, exact, eager, depth)
     if found is None or not found.wrong:
@@ -130,7 +130,10 @@ def is_untouched(tensor: torch.Tensor) -> torch.Tensor:
     return tensor == torch.iinfo(tensor.dtype).min
 
 
-def _special_values(value: torch.Tensor, rounded: torch.Tensor) -> str | None:
+def special_values(result: torch.Tensor, exact: torch.Tensor) -> str | None:
+    """Where the result has NaN or infinities that the exact value, in its dtype, has not, or the
+    other way round, in words; None where nowhere."""
+    value, rounded = result.double(), _rounded(exact, result)
     for name, test in (("NaN", torch.isnan), ("+Inf", torch.isposinf), ("-Inf", torch.isneginf)):
         got, want = test(value), test(rounded)
         if not torch.equal(got, want):

@@ -1,6 +1,7 @@
 """Properties of ops: what holds for each of them, by its domain alone.
 
-A property is a function of a `Subject`; `tested` makes a test of it that draws the other arguments.
+A property is a function of a `Subject`; `with_draws` makes a test of it that draws the other
+arguments.
 """
 
 from __future__ import annotations
@@ -29,6 +30,10 @@ SM_90 = parse("cuda:sm_90")
 DRAWN = {"data": st.data(), "seed": harness.seeds, "pad": harness.pads}
 
 
+FEWEST_FINITE = 16
+"""Results with special values among them that are also compared as numbers."""
+
+
 @dataclass(frozen=True)
 class Subject:
     """An op and where its problems are drawn from."""
@@ -45,7 +50,7 @@ class Subject:
         return harness.cases(self.op, self.domain, dtype)
 
 
-def tested(check: Callable[..., None]) -> Callable[..., None]:
+def with_draws(check: Callable[..., None]) -> Callable[..., None]:
     """The property with what it draws as a test of hypothesis."""
     names = inspect.signature(check).parameters
     drawn = {name: strategy for name, strategy in DRAWN.items() if name in names}
@@ -192,7 +197,8 @@ def nan_and_infinity(subject: Subject, data: st.DataObject, seed: int, pad: int)
         tensor if index in constants else harness.with_special_values(tensor, seed + index)
         for index, tensor in enumerate(case.tensors(seed))
     )
-    harness.check(op, problem, tensors)
+    results = harness.run_interpreted(op, problem, tensors)
+    harness.compare(op, problem, results, tensors, fewest=FEWEST_FINITE)
 
 
 def whole_numbers_are_exact(subject: Subject, data: st.DataObject, seed: int) -> None:
