@@ -164,10 +164,6 @@ def _image_ranks(graph: Graph, node: Node) -> tuple[int, ...]:
     return (4, 5) if has_volumes else (4,)
 
 
-BY_ROWS = ("grid_sample", "sample_conv2d")
-"""Ops of which one image may be constant and another input not, and that read it by its pixels."""
-
-
 def _lay_out(graph: Graph, node: Node, converted: dict[tuple[Value, Layout], Value]) -> None:
     if isinstance(node.attributes, Relayout):
         # A cast: it may as well produce the layout its readers want.
@@ -184,11 +180,12 @@ def _lay_out(graph: Graph, node: Node, converted: dict[tuple[Value, Layout], Val
         return
     ranks = _image_ranks(graph, node)
     packed = () if node.op == TORCH else tuple(node.definition.packs(node.attributes))
-    # What reads images row by row does so of constants too.
-    walked = range(len(graph.own_inputs(node))) if node.op in BY_ROWS else ()
+    # Kernels that do not read any layout want theirs of constants too; epilogues read any.
+    asks = node.op != TORCH and not (node.is_compute and node.definition.follows)
+    own = range(len(graph.own_inputs(node))) if asks else ()
     values = []
     for slot, value in enumerate(graph.inputs(node.name)):
-        keep = slot in packed or (graph.is_constant(value) and slot not in walked)
+        keep = slot in packed or (graph.is_constant(value) and slot not in own)
         layout = _wanted(graph.spec(value), ranks)
         values.append(value if keep else _as(graph, value, layout, converted))
     graph.set_inputs(node.name, values)

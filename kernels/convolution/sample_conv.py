@@ -164,15 +164,13 @@ def sample_conv_kernel(
 
 def is_depthwise(problem: Problem) -> bool:
     """Whether every group has one channel in and one out."""
-    attributes = problem.attributes
-    assert isinstance(attributes, SampleConv2d)
+    attributes = problem.attributes.expect(SampleConv2d)
     return attributes.groups == problem.inputs[0].shape[1] == problem.output.shape[1] > 1
 
 
 def size_of(problem: Problem) -> choice.Size:
     """The product of one group of one sample, and how many of them there are."""
-    attributes, x = problem.attributes, problem.inputs[0]
-    assert isinstance(attributes, SampleConv2d)
+    attributes, x = problem.attributes.expect(SampleConv2d), problem.inputs[0]
     n, k, p, q = problem.output.shape
     groups, taps = attributes.groups, attributes.kernel[0] * attributes.kernel[1]
     c = x.shape[1] // groups
@@ -185,8 +183,8 @@ def size_of(problem: Problem) -> choice.Size:
 
 def launches(problem: Problem, tile: Config, target: Target) -> tuple[Launch, ...]:
     """One launch over the tiles of all samples."""
-    attributes, (x, w), out = problem.attributes, problem.inputs, problem.output
-    assert isinstance(attributes, SampleConv2d)
+    attributes = problem.attributes.expect(SampleConv2d)
+    (x, w), out = problem.inputs, problem.output
     depthwise, size = is_depthwise(problem), size_of(problem)
     groups = 1 if depthwise else attributes.groups
     n, _, p, q = out.shape
