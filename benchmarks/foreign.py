@@ -165,7 +165,8 @@ def named(name: str) -> tuple[nn.Module, tuple[int, ...] | None]:
                 model = package.models.get_model(member, weights=None)
             weights = next(iter(package.models.get_model_weights(member)), None)
             side = getattr(getattr(weights, "transforms", None), "keywords", {}).get("crop_size")
-            return randomised(model).eval(), None if side is None else (3, side, side)
+            # Of videos it is a pair, and how many frames they have nothing says.
+            return randomised(model).eval(), (3, side, side) if isinstance(side, int) else None
         model = package.create_model(member)
         return randomised(model).eval(), tuple(model.pretrained_cfg["input_size"])
 

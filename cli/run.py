@@ -109,7 +109,8 @@ def _time_calls(options: argparse.Namespace) -> int:
     tensors = [x for x in pytree.tree_leaves(inputs) if isinstance(x, torch.Tensor)]
     generator = torch.Generator(executable.place).manual_seed(networks.SEED)
     for x in tensors:
-        x.normal_(generator=generator)
+        fill = x.normal_ if x.dtype.is_floating_point else x.random_
+        fill(generator=generator)
     with output.working(f"running {options.name}") as work:
         times_ms = []
         for at in range(options.warmup + options.iterations):

@@ -311,7 +311,7 @@ from types import SimpleNamespace
 from torch import nn
 
 def list_models():
-    return ["tiny", "sizeless"]
+    return ["tiny", "sizeless", "video"]
 
 def get_model(name, weights=None):
     return nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
@@ -319,7 +319,8 @@ def get_model(name, weights=None):
 def get_model_weights(name):
     if name == "sizeless":
         return []
-    return [SimpleNamespace(transforms=partial(print, crop_size=12))]
+    size = (12, 12) if name == "video" else 12
+    return [SimpleNamespace(transforms=partial(print, crop_size=size))]
 '''
 TIMM = '''
 import torchvision
@@ -372,8 +373,9 @@ def test_libraries(
     assert "torchvision has no model 'tinny'; did you mean tiny" in refusal(
         "compile", "torchvision/tinny", *REFERENCE
     )
-    said = refusal("compile", "torchvision/sizeless", *REFERENCE)
-    assert "torchvision/sizeless does not say what its inputs are; pass --input" in said
+    for name in ("torchvision/sizeless", "torchvision/video"):
+        said = refusal("compile", name, *REFERENCE)
+        assert f"{name} does not say what its inputs are; pass --input" in said
     one, other = (networks.find("timm/small", options()).model.state_dict() for _ in range(2))
     assert all(map(torch.equal, one.values(), other.values())), "weights are seeded"
 

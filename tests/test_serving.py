@@ -55,6 +55,17 @@ def test_run_times_calls_of_a_file(path: Path, answer: Callable[..., Any]) -> No
     assert "p99 ms" in text and "2 calls after 1" in text and "(4, 1, 32, 32)" in text
 
 
+def test_run_draws_masks_as_masks(tmp_path: Path, answer: Callable[..., Any]) -> None:
+    class Masked(nn.Module):
+        def forward(self, x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+            return torch.where(mask, x, -x)
+
+    inputs = torch.zeros(2, 5), torch.zeros(2, 5, dtype=torch.bool)
+    convloom.compile(Masked(), inputs, target="interpreter").save(tmp_path / "masked.loom")
+    command = ("run", tmp_path / "masked.loom", "--random", "--warmup", "1", "--iterations", "1")
+    assert answer(*command, "--json")["input_shapes"] == [[2, 5], [2, 5]]
+
+
 def test_run_times_calls_of_a_model(answer: Callable[..., Any]) -> None:
     command = ("run", "mlp", "--random", "--warmup", "1", "--iterations", "1", "--batch", "2")
     assert answer(*command, *REFERENCE, "--json")["input_shapes"][0][0] == 2
