@@ -1,10 +1,11 @@
 """What the compiler makes of every op, held against a committed snapshot: `make gate`.
 
 Run before and after a change that should not touch machine code, such as a move of files. For every
-op at its typical shape (`ops.py`) and at the draws that its tests call interesting, in half
-precision and in its default configuration: registers, bytes spilled, shared memory and SASS
-instructions, on sm_80 and sm_90. Differences are printed and end with exit status 1; `--update`
-writes the snapshot, results/gate.json.
+op at its typical shape (`ops.py`) and at the draws that its tests call interesting, and for the
+kernels of a few networks, whose sizes choose other configurations, in half precision and in the
+default configuration: registers, bytes spilled, shared memory and SASS instructions, on sm_80 and
+sm_90. Differences are printed and end with exit status 1; `--update` writes the snapshot,
+results/gate.json.
 """
 
 from __future__ import annotations
@@ -13,11 +14,14 @@ import argparse
 import json
 import sys
 from collections.abc import Iterator, Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
 import triton
+from convloom import zoo
+from convloom.compiler.api import plan
 from convloom.compiler.records import rank
 from convloom.kernels import registry
 from convloom.kernels.contract import targets
@@ -30,6 +34,7 @@ from . import ops, report
 
 SNAPSHOT = Path(__file__).resolve().parent / "results" / "gate.json"
 GENERATIONS = ("sm_80", "sm_90")
+NETWORKS, BATCH = ("mobilenet_v2", "inception_v3"), 32
 Figures = dict[str, Any]
 """Of one launch: the configuration, and what the compiler reports."""
 
@@ -47,6 +52,23 @@ def problems() -> Iterator[tuple[str, Op, Problem]]:
         variant = ops.problem_of(op, values)
         assert variant is not None, name
         yield name, op, variant
+    for name in NETWORKS:
+        yield from of_network(name)
+
+
+@cache
+def of_network(name: str) -> tuple[tuple[str, Op, Problem], ...]:
+    """The kernels of a network's plan, those of equal sizes and epilogue once."""
+    x = torch.zeros(BATCH, *zoo.entry(name).input_shape)
+    planned = plan(zoo.build(name).eval(), x, target="cuda:sm_90", dtype=torch.float16).plan
+    found: dict[str, tuple[str, Op, Problem]] = {}
+    for step, _ in planned.kernels:
+        sizes = " ".join(str(operand.spec.shape) for operand in step.problem.inputs[:2])
+        stages = " ".join(stage.name for stage in step.problem.epilogue)
+        results = " ".join(str(operand.spec.shape) for operand in step.problem.outputs)
+        label = f"{step.op} of {name} {sizes} {stages} -> {results}"
+        found.setdefault(label, (label, registry.get(step.op), step.problem))
+    return tuple(found.values())
 
 
 def _drawn(op: Op, draw: Mapping[str, Any]) -> Problem:
