@@ -109,15 +109,19 @@ def test_streaming_is_refused_with_a_reason() -> None:
         assert reason in str(op.legal(problem, tile, SM_90))
 
 
-def test_what_may_spill_is_not_searched_but_may_be_forced() -> None:
+def test_what_may_spill_is_legal_but_comes_last() -> None:
     """Whether it does the compiler's report tells."""
     op, one, sm_100 = registry.get("linear"), linear(1, 4096, 9), parse("cuda:sm_100")
     four = config(4, 1, ROWS=1, BLOCK_N=4, BLOCK_K=1024)
     assert op.legal(one, four, sm_100) is None
-    assert four in streaming(one) and four not in streaming(one, sm_100)
+    assert four in streaming(one, sm_100) and op.crowded(one, four, SM_90) is None
+    assert op.crowded(one, four, sm_100) == "4 columns; more than 2 spill"
+    ranked = [each.config for each in rank.rank(op, one, sm_100, streaming(one, sm_100))]
+    roomy = [op.crowded(one, config_, sm_100) is None for config_ in ranked]
+    assert roomy == sorted(roomy, reverse=True) and not all(roomy)
     many = config(4, 1, ROWS=4, BLOCK_N=8, BLOCK_K=1024)
     assert op.legal(linear(3, 4096, 9), many, SM_90) is None
-    assert many not in streaming(linear(3, 4096, 9))
+    assert "sums per thread" in str(op.crowded(linear(3, 4096, 9), many, SM_90))
 
 
 @pytest.mark.parametrize("target", [t for t in GPU_TARGETS if t.capability % 10 == 0], ids=str)
@@ -126,7 +130,8 @@ def test_streaming_kernels_compile_without_spills(dtype: torch.dtype, target: Ta
     """The largest configurations in both directions; 16-byte loads, no barrier between them."""
     for rows in (1, 8):
         problem = linear(rows, 4096, 1000, dtype)
-        tile = max(streaming(problem, target), key=lambda c: (c["BLOCK_N"], c["BLOCK_K"]))
+        roomy = [c for c in streaming(problem, target) if gemv.crowded(c, target) is None]
+        tile = max(roomy, key=lambda c: (c["BLOCK_N"], c["BLOCK_K"]))
         report = report_of(problem, tile, target)
         assert report.spill_bytes == 0 and report.count("LDG.128"), (tile, report)
         assert report.registers <= 128, (tile, report)

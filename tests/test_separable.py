@@ -156,7 +156,8 @@ REFUSED: dict[str, tuple[Problem, Config, Target]] = {
 
 @pytest.mark.parametrize("reason", REFUSED)
 def test_reasons_of_refused_configurations(reason: str) -> None:
-    assert reason in str(separable.legal(*REFUSED[reason]))
+    asked = REFUSED[reason]
+    assert reason in str(separable.legal(*asked) or separable.crowded(*asked))
 
 
 def test_what_fits_no_configuration_is_refused_with_the_reason() -> None:

@@ -97,7 +97,8 @@ def misfit(graph: Graph, fused: Fused) -> str | None:
     """Why the fused kernel's default configuration cannot run on the machine, or None."""
     asked, target = fused_problem(graph, fused), target_of(graph)
     op = registry.get(fused.op)
-    return op.legal(asked, op.default(asked, target), target)
+    tile = op.default(asked, target)
+    return op.legal(asked, tile, target) or op.crowded(asked, tile, target)
 
 
 def times_us(graph: Graph, alternatives: Sequence[Sequence[Problem]]) -> tuple[str, list[float]]:

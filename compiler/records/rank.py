@@ -51,16 +51,21 @@ def rank(
     configs: Iterable[Config],
     reports: Mapping[Config, Sequence[Resources]] | None = None,
 ) -> list[Ranked]:
-    """The configurations by modelled time, the fastest first; equal ones keep their order.
+    """The configurations by modelled time, the fastest first; equal ones keep their order. Those
+    that are expected to spill, and of which no report says that they do not, come last.
 
     reports: what the compiler made of each launch of a configuration, for those compiled already.
     """
     known = reports or {}
+
+    def crowded(config: Config) -> bool:
+        return config not in known and op.crowded(problem, config, target) is not None
+
     timed = [
         Ranked(config, modelled_us(op, problem, target, config, known.get(config)))
         for config in configs
     ]
-    return sorted(timed, key=lambda each: each.time_us)
+    return sorted(timed, key=lambda each: (crowded(each.config), each.time_us))
 
 
 def modelled_us(

@@ -1,6 +1,6 @@
 """Configurations that the compiler's report refuses give way to the next best.
 
-An op's `legal` tells by rules of thumb what will not fit; only the compiler knows. A plan is
+An op's `crowded` tells by rules of thumb what may not fit; only the compiler knows. A plan is
 compiled, and where a kernel keeps registers on the stack or needs more than the target has, its
 problem gets the next configuration by the model, until all of them fit. The plan says so
 (`chosen_by`), and a file of it keeps the configuration.

@@ -379,6 +379,8 @@ class Op:
     reference(attributes, *tensors): the output tensor(s) by torch, without the epilogue.
     configs / default / legal: the tuning space, its no-search choice, and why a config is refused;
     without them those of a memory-bound kernel, tiles of the output's rows and columns.
+    crowded: why a config is expected to need more registers than there are. Only the compiler
+    knows, so such configs are legal, but come last; a fusion that has no others is not made.
     launches(problem, config, target): the kernels to run, in order.
     packs(attributes): for inputs that must be constants, how their tensor lies in memory.
     factors: inputs that its matrix products take as they are: constants among them keep their
@@ -405,6 +407,7 @@ class Op:
     default: Callable[[Problem, Target], Config] = matrix_tile
     cost: Callable[[Problem], Cost] = movement_cost
     legal: Callable[[Problem, Config, Target], str | None] = lambda problem, config, target: None
+    crowded: Callable[[Problem, Config, Target], str | None] = lambda problem, config, target: None
     aten: Mapping[str, Capture] = field(default_factory=lambda: NONE)
     batched: str = ""
     packs: Callable[[Any], Mapping[int, Pack]] = lambda attributes: {}

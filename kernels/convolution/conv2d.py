@@ -106,6 +106,7 @@ OP = Op(
     configs=lambda problem, target: algorithm(problem).configs(problem, target),
     default=lambda problem, target: algorithm(problem).default(problem, target),
     legal=lambda problem, tile, target: algorithm(problem).legal(problem, tile, target),
+    crowded=product.crowded,
     cost=cost,
     aten={
         f"aten.conv{dims}d.{overload}": convolution("conv2d", Conv2d)

@@ -217,8 +217,18 @@ def configs(problem: Problem, target: Target) -> Iterator[Config]:
 
 
 def legal(problem: Problem, tile: Config, target: Target) -> str | None:
-    """Registers for the widest tile and for whole weights, and shared memory; the former because
-    planning compiles nothing, and a fusion all of whose tiles spill must be refused then."""
+    """Shared memory."""
+    if target.name == "interpreter":
+        return None
+    size, rows, depth = problem.inputs[0].spec.dtype.itemsize, tile["BLOCK_M"], tile["BLOCK_K"]
+    blocks = [_block(width, rows) for width in widths(problem)]
+    whole = (before * after + rows * max(blocks) for before, after in pairwise(blocks))
+    pipelined = tile.num_stages * (rows + blocks[0]) * depth
+    return target.shared_shortage(size * max(pipelined, rows * max(blocks), *whole))
+
+
+def crowded(problem: Problem, tile: Config, target: Target) -> str | None:
+    """The widest tile, and whole weights."""
     if target.name == "interpreter":
         return None
     x, rows, depth = problem.inputs[0], tile["BLOCK_M"], tile["BLOCK_K"]
@@ -234,9 +244,7 @@ def legal(problem: Problem, tile: Config, target: Target) -> str | None:
     most = MOST_WEIGHTS // 2 if crowded else MOST_WEIGHTS
     if held > most:
         return f"{held} bytes of weights per thread; more than {most} spill"
-    pipelined = tile.num_stages * (rows + blocks[0]) * depth
-    needed = size * max(pipelined, *(area + rows * max(blocks) for area in (0, *whole)))
-    return target.shared_shortage(needed)
+    return None
 
 
 def default(problem: Problem, target: Target) -> Config:
@@ -255,8 +263,9 @@ def default(problem: Problem, target: Target) -> Config:
         for block in ((128, 64, 32, 16) if average else (64, 32, 16))
         for warps in order
     ]
-    fitting = (tile for tile in tiles if legal(problem, tile, target) is None)
-    return next(fitting, tiles[-1])
+    fitting = [tile for tile in tiles if legal(problem, tile, target) is None]
+    roomy = (tile for tile in fitting if crowded(problem, tile, target) is None)
+    return next(roomy, fitting[-1] if fitting else tiles[-1])
 
 
 @op.counted
@@ -280,6 +289,7 @@ OP = Op(
     configs=configs,
     default=default,
     legal=legal,
+    crowded=crowded,
     cost=cost,
     # Small logits: a softmax turns their absolute error into a relative one, which with values up
     # to 1 and 130 inputs was larger than the tolerance (N=1, C=130, 100 classes).

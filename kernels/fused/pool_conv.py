@@ -319,8 +319,14 @@ def configs(problem: Problem, target: Target) -> Iterator[Config]:
 
 
 def legal(problem: Problem, tile: Config, target: Target) -> str | None:
-    """Registers for the taps, the weights and the accumulators (as in `head.legal`: fusions are
-    chosen before anything is compiled), and shared memory."""
+    """Shared memory."""
+    if target.name == "interpreter":
+        return None
+    return choice.legal_tile(problem.inputs[0].spec.dtype, tile, target)
+
+
+def crowded(problem: Problem, tile: Config, target: Target) -> str | None:
+    """The taps, the weights and the accumulators."""
     if target.name == "interpreter":
         return None
     x, threads = problem.inputs[0], 32 * tile.num_warps
@@ -341,7 +347,7 @@ def legal(problem: Problem, tile: Config, target: Target) -> str | None:
     accumulators = tile["BLOCK_M"] * tile["BLOCK_N"] // threads
     if single and accumulators > 32:
         return f"{accumulators} fp32 accumulators per thread; more than 32 spill"
-    return choice.legal_tile(x.spec.dtype, tile, target)
+    return None
 
 
 def default(problem: Problem, target: Target) -> Config:
@@ -366,6 +372,7 @@ def default(problem: Problem, target: Target) -> Config:
         choice.Work.of(problem, cost(problem).flops),
         target,
         factor=slower,
+        crowded=lambda tile: crowded(problem, tile, target),
         default=_tile(16, 16, 16, 4),
     )
 
@@ -387,6 +394,7 @@ OP = Op(
     configs=configs,
     default=default,
     legal=legal,
+    crowded=crowded,
     cost=cost,
     packs=lambda attributes: {1: lambda _, w: conv2d.pack(Conv2d(), w)},
 )

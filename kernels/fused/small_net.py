@@ -252,11 +252,15 @@ def configs(problem: Problem, target: Target) -> Iterator[Config]:
 
 
 def legal(problem: Problem, tile: Config, target: Target) -> str | None:
-    """What `head` allows and why, and accumulators for the widest layer."""
+    """What `head` allows."""
+    return head.legal(_head_problem(problem), tile, target)
+
+
+def crowded(problem: Problem, tile: Config, target: Target) -> str | None:
+    """What the head's registers are too few for, and accumulators for the widest layer."""
     if target.name == "interpreter":
         return None
-    alone = _head_problem(problem)
-    if (reason := head.legal(alone, tile, target)) is not None:
+    if (reason := head.crowded(_head_problem(problem), tile, target)) is not None:
         return reason
     parts = problem.attributes.expect(SmallNet).parts(problem.inputs)[:-1]
     widest = max(max(16, op.power_of_two(p[0].shape[0])) for p in parts)
@@ -277,8 +281,9 @@ def default(problem: Problem, target: Target) -> Config:
         for warps in (4, 8)
         for pixels in (128, 64, 32)
     ]  # fmt: skip
-    fitting = (tile for tile in tiles if legal(problem, tile, target) is None)
-    return next(fitting, tiles[0])
+    fitting = [tile for tile in tiles if legal(problem, tile, target) is None]
+    roomy = (tile for tile in fitting if crowded(problem, tile, target) is None)
+    return next(roomy, fitting[0] if fitting else tiles[0])
 
 
 @op.counted
@@ -301,6 +306,7 @@ OP = Op(
     configs=configs,
     default=default,
     legal=legal,
+    crowded=crowded,
     cost=cost,
     # Small logits, as for `head`.
     input_range=(-0.5, 0.5),

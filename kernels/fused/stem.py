@@ -194,7 +194,7 @@ def configs(problem: Problem, target: Target) -> Iterator[Config]:
     for warps in (4, 2, 1):
         for block_n in (16, 32, 64) if half else (16, 32):
             tile = op.config(warps, 1, BLOCK_M=32 * warps, BLOCK_N=block_n, BLOCK_K=BLOCK)
-            if legal(problem, tile, target) is None and not _spills(problem, tile, target):
+            if legal(problem, tile, target) is None:
                 yield tile
 
 
@@ -203,12 +203,14 @@ def legal(problem: Problem, tile: Config, target: Target) -> str | None:
     return choice.legal_tile(problem.output.spec.dtype, tile, target)
 
 
-def _spills(problem: Problem, tile: Config, target: Target) -> bool:
-    """Whether a tile is known to spill: for a 3x3 filter over 3 channels ptxas stops at 80
-    registers of 2 warps with 64 columns, and keeps 8 bytes on the stack."""
+def crowded(problem: Problem, tile: Config, target: Target) -> str | None:
+    """For a 3x3 filter over 3 channels ptxas stops at 80 registers of 2 warps with 64 columns, and
+    keeps 8 bytes on the stack."""
     single_step = terms(problem.inputs[1].spec) <= BLOCK
     wide = (tile.num_warps, tile["BLOCK_N"]) == (2, 64)
-    return target.capability >= 90 and single_step and wide
+    if target.capability >= 90 and single_step and wide:
+        return f"64 columns and 2 warps spill on {target.name}"
+    return None
 
 
 def default(problem: Problem, target: Target) -> Config:
@@ -224,7 +226,7 @@ def default(problem: Problem, target: Target) -> Config:
     enough = cost_model.MULTIPROCESSORS
     warps = 4 if tiles >= enough else 2 if 2 * tiles >= enough else 1
     tile = op.config(warps, 1, BLOCK_M=32 * warps, BLOCK_N=block_n, BLOCK_K=BLOCK)
-    if not _spills(problem, tile, target):
+    if crowded(problem, tile, target) is None:
         return tile
     return op.config(4, 1, BLOCK_M=128, BLOCK_N=block_n, BLOCK_K=BLOCK)
 
@@ -244,6 +246,7 @@ OP = Op(
     configs=configs,
     default=default,
     legal=legal,
+    crowded=crowded,
     cost=cost,
     packs=lambda attributes: {1: pack},
     images=False,

@@ -88,8 +88,7 @@ def uses_gemv(tile: Config) -> bool:
 
 
 def configs(size: choice.Size, target: Target) -> Iterator[Config]:
-    """Runs that one or two loads of all threads cover, without those that are expected to spill;
-    none for more rows than are worth it."""
+    """Runs that one or two loads of all threads cover; none for more rows than are worth it."""
     if not 0 < size.rows <= MOST_ROWS:
         return
     for warps in (4, 2, 1):
@@ -99,7 +98,7 @@ def configs(size: choice.Size, target: Target) -> Iterator[Config]:
                 tile = config(
                     warps, 1, ROWS=power_of_two(size.rows), BLOCK_N=block_n, BLOCK_K=block_k
                 )
-                if legal(size, tile, target) is None and not _spills(tile, target):
+                if legal(size, tile, target) is None:
                     yield tile
 
 
@@ -124,18 +123,21 @@ def legal(size: choice.Size, tile: Config, target: Target) -> str | None:
     return None
 
 
-def _spills(tile: Config, target: Target) -> bool:
-    """Whether a configuration is expected to need more registers than there are."""
+def crowded(tile: Config, target: Target) -> str | None:
+    """Why a configuration is expected to need more registers than there are, or None."""
     sums = tile["ROWS"] * tile["BLOCK_N"] * tile["BLOCK_K"] // (32 * tile.num_warps)
-    many = target.capability >= 100 and tile["BLOCK_N"] > MOST_COLUMNS_ON_SM_100
-    return sums > MOST_SUMS or many
+    if sums > MOST_SUMS:
+        return f"{sums} sums per thread; more than {MOST_SUMS} spill"
+    if target.capability >= 100 and tile["BLOCK_N"] > MOST_COLUMNS_ON_SM_100:
+        return f"{tile['BLOCK_N']} columns; more than {MOST_COLUMNS_ON_SM_100} spill"
+    return None
 
 
 def default(size: choice.Size, target: Target) -> Config | None:
     """The configuration of least modelled time; None for more rows than are worth it."""
     gpu = cost_model.machine_for(target)
     return min(
-        configs(size, target),
+        (tile for tile in configs(size, target) if crowded(tile, target) is None),
         key=lambda tile: choice.product_us(gpu, size, launch_for_cost_model(size, tile)),
         default=None,
     )

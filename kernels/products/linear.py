@@ -74,6 +74,7 @@ OP = Op(
     configs=product.configs,
     default=product.default,
     legal=product.legal,
+    crowded=product.crowded,
     cost=cost,
     aten={
         "aten.linear.default": lambda g, a: _apply(g, a.input, a.weight, a.bias),

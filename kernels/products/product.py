@@ -44,6 +44,11 @@ def legal(problem: Problem, tile: Config, target: Target) -> str | None:
     return choice.legal_tile(size.dtype, tile, target)
 
 
+def crowded(problem: Problem, tile: Config, target: Target) -> str | None:
+    """Why a configuration is expected to spill, or None."""
+    return gemv.crowded(tile, target) if gemv.uses_gemv(tile) else None
+
+
 def default(problem: Problem, target: Target) -> Config:
     """The configuration of least modelled time, of tiles and of streaming: with few rows, tiles are
     mostly padding and take their steps one after the other, or share their sums at a cost."""

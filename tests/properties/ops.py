@@ -137,13 +137,17 @@ def gpu_configurations_agree_with_reference(
 
 
 def configurations_are_legal(subject: Subject, data: st.DataObject) -> None:
-    """The whole tuning space and the default may run on the target they are meant for."""
+    """The whole tuning space and the default may run on the target they are meant for; the default
+    is expected to spill only where all others are."""
     op = subject.op
     case = data.draw(subject.cases(data.draw(harness.dtypes)))
     problem = harness.problem_for(op, case.attributes, case.specs)
     for target in GPU_TARGETS:
-        tiles = [*op.configs(problem, target), op.default(problem, target)]
-        assert len(tiles) > 1, "no tuning space"
+        tiles, default = list(op.configs(problem, target)), op.default(problem, target)
+        assert tiles, "no tuning space"
+        if any(op.crowded(problem, tile, target) is None for tile in tiles):
+            assert (reason := op.crowded(problem, default, target)) is None, reason
+        tiles.append(default)
         for tile in tiles:
             assert op.legal(problem, tile, target) is None, tile
 

@@ -259,6 +259,10 @@ def legal(problem: Problem, tile: Config, target: Target) -> str | None:
     return tiles.legal(_sizes(problem), tile, target)
 
 
+def crowded(problem: Problem, tile: Config, target: Target) -> str | None:
+    return tiles.crowded(_sizes(problem), tile, target)
+
+
 @lru_cache(maxsize=4096)
 def default(problem: Problem, target: Target) -> Config:
     """The fastest by the model; where none is legal any, of which `legal` tells why."""
@@ -270,6 +274,7 @@ def default(problem: Problem, target: Target) -> Config:
         lambda tile: launch_for_cost_model(problem, tile),
         choice.Work.of(problem, cost(problem).flops),
         target,
+        crowded=lambda tile: tiles.crowded(sizes, tile, target),
         default=tiles.any_tile(sizes),
     )
 
@@ -292,6 +297,7 @@ OP = Op(
     configs=configs,
     default=default,
     legal=legal,
+    crowded=crowded,
     cost=cost,
     # Mostly positive: an intermediate that is rounded to the other side, as the order of a sum
     # decides, means nothing beside a result that cancels.

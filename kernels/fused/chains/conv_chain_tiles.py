@@ -83,12 +83,16 @@ def configs(sizes: Sizes, target: Target) -> Iterator[Config]:
 
 
 def legal(sizes: Sizes, tile: Config, target: Target) -> str | None:
-    """Shared memory for the pipelined operands, and registers for both accumulators and t (as in
-    `head.legal`: fusions are chosen before anything is compiled)."""
+    """Shared memory for the pipelined operands."""
     if target.name == "interpreter":
         return None
-    if (shortage := target.shared_shortage(_shared_bytes(sizes, tile))) is not None:
-        return shortage
+    return target.shared_shortage(_shared_bytes(sizes, tile))
+
+
+def crowded(sizes: Sizes, tile: Config, target: Target) -> str | None:
+    """Registers for both accumulators and t."""
+    if target.name == "interpreter":
+        return None
     per_row = sizes.block_narrow + tile["BLOCK_N"] + sizes.block_middle // 2
     values = tile["BLOCK_M"] * per_row // (32 * tile.num_warps)
     limit = _register_limit(sizes, tile, target)

@@ -183,6 +183,10 @@ def legal(problem: Problem, tile: Config, target: Target) -> str | None:
     return separable_tiles.legal(_block(problem), tile, target)
 
 
+def crowded(problem: Problem, tile: Config, target: Target) -> str | None:
+    return separable_tiles.crowded(_block(problem), tile, target)
+
+
 @lru_cache(maxsize=4096)
 def default(problem: Problem, target: Target) -> Config:
     """The legal configuration with the least modelled time; among equals the first with at most
@@ -205,6 +209,7 @@ def default(problem: Problem, target: Target) -> Config:
         choice.Work.of(problem, cost(problem).flops),
         target,
         waste=accumulators,
+        crowded=lambda tile: separable_tiles.crowded(block, tile, target),
         default=next(separable_tiles.accumulating(block)),  # `legal` tells why none can run.
     )
 
@@ -227,6 +232,7 @@ OP = Op(
     configs=configs,
     default=default,
     legal=legal,
+    crowded=crowded,
     cost=cost,
     packs=lambda separable: links.packs(separable.links),
     takes_epilogue=False,

@@ -93,8 +93,7 @@ def resident(block: Block) -> Iterator[Config]:
 
 
 def legal(block: Block, tile: Config, target: Target) -> str | None:
-    """What the algorithm cannot express, then shared memory and registers (as in `head.legal`:
-    fusions are chosen before anything is compiled)."""
+    """What the algorithm cannot express or never pays, then shared memory."""
     _, results, last = block.widths
     n, span = tile["BLOCK_N"], tile["SPAN"]
     if last and (span or n < results):
@@ -103,19 +102,28 @@ def legal(block: Block, tile: Config, target: Target) -> str | None:
         return None
     if tile["TILE_ROWS"] == 1:
         return "one row per program: the operand's conversion moves to every tap (40 barriers)"
-    share = 2 if block.dtype is torch.float32 else 1
+    width = tile["BLOCK_M"] * tile["BLOCK_K"] * block.dtype.itemsize // (32 * tile.num_warps)
+    if width < 4:
+        return f"{width} bytes of a row of inputs per thread; loads of less than 4 are slow"
+    if span and block.widths[0] > MOST_BLOCKS * tile["BLOCK_K"]:
+        return f"{block.widths[0]} channels are more than {MOST_BLOCKS} blocks of {tile['BLOCK_K']}"
+    return target.shared_shortage(shared_bytes(block, tile))
+
+
+def crowded(block: Block, tile: Config, target: Target) -> str | None:
+    """Registers for the sums, the operands and the loads under way."""
+    if target.name == "interpreter":
+        return None
+    last, n, share = block.widths[2], tile["BLOCK_N"], 2 if block.dtype is torch.float32 else 1
     if last and n > 256 // share:
         return f"an fp32 expansion of a tile of {n} channels spills; at most {256 // share}"
     if last and target.capability < 90 and (pixels := _pixels(tile)) > 64 // share:
         return f"{pixels} pixels and an expansion spill on {target.name}"
     if (reason := _spilling(block, tile, target)) is not None:
         return reason
-    if span and block.dtype is torch.float32:
+    if tile["SPAN"] and block.dtype is torch.float32:
         return "fp32 operands of all channels do not fit the registers"
-    if span and block.widths[0] > MOST_BLOCKS * tile["BLOCK_K"]:
-        return f"{block.widths[0]} channels are more than {MOST_BLOCKS} blocks of {tile['BLOCK_K']}"
-    shortage = target.shared_shortage(shared_bytes(block, tile))
-    return shortage or _registers(block, tile, share)
+    return _registers(block, tile, share)
 
 
 def _spilling(block: Block, tile: Config, target: Target) -> str | None:
@@ -169,8 +177,6 @@ def _registers(block: Block, tile: Config, share: int) -> str | None:
     if (each := pixels * block_k // threads) > most:
         return f"{each} depthwise sums per thread; more than {most} leave too few registers"
     width = tile["BLOCK_M"] * block_k * block.dtype.itemsize // threads
-    if width < 4:
-        return f"{width} bytes of a row of inputs per thread; loads of less than 4 are slow"
     reads = block.rows_read(tile["TILE_ROWS"]) * block.filter[1]
     if (each := reads * width // 4) > MOST_INPUTS:
         return f"{each} registers per thread for the filter's input; more than {MOST_INPUTS} spill"
