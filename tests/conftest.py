@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import gc
 import os
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -44,7 +43,7 @@ def checked_passes() -> Iterator[None]:
 def traced_where_it_shows() -> Iterator[None]:
     """Under coverage.py."""
     with pytest.MonkeyPatch.context() as patch:
-        if sys.gettrace() is not None:
+        if untraced.TRACER is not None:
             untraced.leave_out(patch)
         yield
 
@@ -58,11 +57,30 @@ def pytest_collection_finish() -> None:
 
 
 @pytest.hookimpl(wrapper=True)
-def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
-    """Under coverage.py, too, whole networks run at full speed: their lines are those of others."""
-    if item.get_closest_marker("untraced") is None:
-        return (yield)
+def pytest_pycollect_makeitem() -> Iterator[object]:
+    """Under coverage.py, pytest itself runs at full speed."""
     with untraced.paused():
+        return (yield)
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_runtest_protocol() -> Iterator[object]:
+    with untraced.paused():
+        return (yield)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_fixture_setup() -> Iterator[object]:
+    with untraced.traced():
+        return (yield)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> Iterator[object]:
+    """So do whole networks: their lines are those of other tests."""
+    if pyfuncitem.get_closest_marker("untraced") is not None:
+        return (yield)
+    with untraced.traced():
         return (yield)
 
 

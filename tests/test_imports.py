@@ -9,6 +9,7 @@ from pathlib import Path
 import networkx as nx
 import pytest
 
+pytestmark = pytest.mark.untraced  # Sources are read, not run.
 ROOT = Path(__file__).resolve().parent.parent
 ROOMS = ("kernels", "compiler", "zoo", "cli", "benchmarks")
 USERS = ("tests", "benchmarks")
@@ -123,22 +124,19 @@ def _is_within(name: str, allowed: str) -> bool:
     return name == allowed or (bool(allowed) and name.startswith(f"{allowed}."))
 
 
-def _ids(path: Path) -> str:
-    return str(path.relative_to(ROOT))
-
-
-@pytest.mark.parametrize("path", sources(), ids=_ids)
-def test_imports_run_one_way(path: Path) -> None:
-    room = room_of(path)
-    assert room in ALLOWED, f"{path.name}: what may this new file import? Say so in ALLOWED"
-    for name, own in imported(path):
-        if own:
-            known = (room, *ALLOWED[room])
-            assert any(_is_within(name, each) for each in known), f"{room} imports convloom.{name}"
-        else:
-            top = name.partition(".")[0]
-            known = (*LIBRARIES[room], "__future__")
-            assert top in STANDARD_LIBRARY or top in known, f"{room} imports {top}"
+def test_imports_run_one_way() -> None:
+    for path in sources():
+        room, where = room_of(path), path.relative_to(ROOT)
+        assert room in ALLOWED, f"{where}: what may this new file import? Say so in ALLOWED"
+        for name, own in imported(path):
+            if own:
+                known = (room, *ALLOWED[room])
+                found = any(_is_within(name, each) for each in known)
+                assert found, f"{where} imports convloom.{name}"
+            else:
+                top = name.partition(".")[0]
+                known = (*LIBRARIES[room], "__future__")
+                assert top in STANDARD_LIBRARY or top in known, f"{where} imports {top}"
 
 
 def edges() -> nx.DiGraph:
@@ -187,24 +185,26 @@ package = [path for path in sources() if room_of(path) not in USERS]
 users = sorted(path for room in USERS for path in (ROOT / room).glob("*.py"))
 
 
-@pytest.mark.parametrize("path", package, ids=_ids)
-def test_the_package_imports_itself_relatively(path: Path) -> None:
-    for node in ast.walk(ast.parse(path.read_text())):
+def nodes(paths: list[Path]) -> Iterator[tuple[Path, ast.AST]]:
+    return ((path, node) for path in paths for node in ast.walk(ast.parse(path.read_text())))
+
+
+def test_the_package_imports_itself_relatively() -> None:
+    for path, node in nodes(package):
         names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
         if isinstance(node, ast.ImportFrom) and node.level == 0:
             names = [node.module or ""]
-        assert not [name for name in names if name.partition(".")[0] == "convloom"]
+        assert not [name for name in names if name.partition(".")[0] == "convloom"], path
 
 
-@pytest.mark.parametrize("path", users, ids=_ids)
-def test_users_import_the_package_absolutely(path: Path) -> None:
+def test_users_import_the_package_absolutely() -> None:
     """Only what lies beside the file itself is found relatively."""
-    for node in ast.walk(ast.parse(path.read_text())):
+    for path, node in nodes(users):
         if isinstance(node, ast.ImportFrom) and node.level:
-            assert node.level == 1, f"line {node.lineno} climbs out of {path.parent.name}/"
+            assert node.level == 1, f"{path}:{node.lineno} climbs out of {path.parent.name}/"
             beside = [node.module] if node.module else [alias.name for alias in node.names]
             files = [path.parent.joinpath(*name.split(".")) for name in beside]
-            assert all(file.is_dir() or file.with_suffix(".py").exists() for file in files)
+            assert all(file.is_dir() or file.with_suffix(".py").exists() for file in files), path
 
 
 def test_the_reader_of_imports_sees_every_form() -> None:

@@ -207,6 +207,7 @@ def test_every_pass_keeps_the_meaning_and_the_laws_and_is_idempotent(net: str) -
         graph = after
 
 
+@pytest.mark.untraced
 @pytest.mark.parametrize("net", NETS)
 @pytest.mark.parametrize("name", NAMES)
 def test_each_pass_alone_keeps_the_meaning(name: str, net: str) -> None:
@@ -437,6 +438,7 @@ def test_borders_stay_zero_under_a_shift_before_a_padded_convolution(r: int, pad
         torch.testing.assert_close(corner, border.expand_as(corner))
 
 
+@pytest.mark.untraced
 @pytest.mark.interpreter
 @pytest.mark.parametrize("net", [name for name in NETS if name != "mixed_layouts"])
 @pytest.mark.parametrize("dtype", [None, torch.float16])

@@ -1,19 +1,23 @@
 """Leaves to coverage.py only what it reports: tracing every call inside torch.export, Triton's
-compiler, interpreted kernels and comparisons would make the tests slower by half, and shows nothing
-of ours."""
+compiler, interpreted or emulated kernels and comparisons would make the tests slower by half, and
+shows nothing of ours."""
 
 from __future__ import annotations
 
 import functools
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import pytest
 import torch
 import triton
 from convloom.kernels.devices import interpreter
+from convloom.kernels.devices.emulator import launch as emulated
+
+TRACER = sys.gettrace()
+"""The trace function that all tests run with: coverage.py's, where it is used."""
 
 
 def leave_out(patch: pytest.MonkeyPatch) -> None:
@@ -23,6 +27,9 @@ def leave_out(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(program, "run_decompositions", untraced(program.run_decompositions))
     patch.setattr(triton, "compile", untraced(triton.compile))
     patch.setattr(torch.testing, "assert_close", untraced(torch.testing.assert_close))
+    # The emulator's own tests call what the package offers, not what its launches call.
+    patch.setattr(emulated, "emulate", untraced(emulated.emulate))
+    patch.setattr(emulated.source, "parse", untraced(emulated.source.parse))
     rewritten = interpreter._rewritten
     patch.setattr(interpreter, "_rewritten", lambda function: untraced(rewritten(function)))
 
@@ -39,11 +46,16 @@ def untraced(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 @contextmanager
-def paused() -> Iterator[None]:
-    """Without a trace function."""
-    tracer = sys.gettrace()
-    sys.settrace(None)
+def traced(tracer: Any = TRACER) -> Iterator[None]:
+    """With this trace function: that of the tests, if they have one."""
+    before = sys.gettrace()
+    sys.settrace(tracer)
     try:
         yield
     finally:
-        sys.settrace(tracer)
+        sys.settrace(before)
+
+
+def paused() -> AbstractContextManager[None]:
+    """Without a trace function."""
+    return traced(None)

@@ -47,12 +47,13 @@ TOO_WIDE = (64, 1024, 1024)
 
 EXAMPLES = {
     "linear(linear(linear(x, u), v), w) => head(x, u, v, w)": Example(
-        lambda: _chain(*NARROW), (NearMiss(lambda: _chain(64, 512, 512, 10), "more than"),)
+        lambda: _chain(*NARROW),
+        (NearMiss(lambda: _chain(64, 512, 512, 10), "bytes of shared memory"),),
     ),
     "linear(linear(x, v), w) => head(x, v, w)": Example(
         lambda: _chain(*NARROW[:3]),
         (
-            NearMiss(lambda: _chain(*TOO_WIDE), "more than"),
+            NearMiss(lambda: _chain(*TOO_WIDE), "bytes of shared memory"),
             NearMiss(lambda: _chain(*NARROW[:3], shape=(2, 3)), "one row per sample"),
         ),
     ),
