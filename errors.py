@@ -45,6 +45,11 @@ class KernelError(ConvloomError):
     """A kernel cannot be built, compiled or launched for the problem it was asked to solve."""
 
 
+class UnsafeKernelError(KernelError):
+    """What the compiler made of a kernel in one configuration may be wrong; that of another need
+    not be."""
+
+
 class ExtensionError(ConvloomError):
     """An extension cannot be imported, clashes with another or with convloom, or is not what an
     extension has to be."""

@@ -15,7 +15,7 @@ from convloom.compiler.plan.plan import KernelStep
 from convloom.compiler.records import choose
 from convloom.compiler.records.choose import Choice
 from convloom.compiler.tuning import fit
-from convloom.errors import KernelError
+from convloom.errors import KernelError, UnsafeKernelError
 from convloom.kernels import registry
 from convloom.kernels.contract.op import Config, Op, Problem
 from convloom.kernels.contract.targets import Target
@@ -109,6 +109,28 @@ def test_what_does_not_fit_gives_way_too(compiler: Callable[[Said], None]) -> No
     compiler(lambda request: Resources(40, 0, 1 << (20 if request.num_warps == warps else 10)))
     step = step_of(nn.Linear(16, 40))
     assert step.config.num_warps != warps and "of shared memory" in step.chosen_by
+
+
+def test_what_the_compiler_makes_unsafe_gives_way_too(compiler: Callable[[Said], None]) -> None:
+    """Any other fault of the compiler is one, whatever the configuration."""
+    compiler(lambda request: FITS)
+    warps = step_of(nn.Linear(16, 40)).config.num_warps
+
+    def failing(error: type[KernelError]) -> Said:
+        def said(request: CompileRequest) -> Resources:
+            if request.num_warps == warps:
+                raise error("no barrier")
+            return FITS
+
+        return said
+
+    compiler(failing(UnsafeKernelError))
+    step = step_of(nn.Linear(16, 40))
+    assert step.config.num_warps != warps
+    assert step.chosen_by == "next by the model; heuristic refused: no barrier"
+    compiler(failing(KernelError))
+    with pytest.raises(KernelError, match="no barrier"):
+        step_of(nn.Linear(16, 40))
 
 
 def test_where_all_spill_the_least_spilling_is_taken_and_said(

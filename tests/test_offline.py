@@ -336,20 +336,49 @@ add.s32 %r10, %r9, 1;
 setp.gt.s32 %p3, %r10, 2;
 selp.b32 %r9, 0, %r10, %p3;
 shl.b32 %r11, %r9, 12;
-add.s32 %r12, %r1, %r11;
+add.s32 %r14, %r1, {ring};
+add.s32 %r12, %r14, %r11;
 bfe.u32 %r6, %r12, 4, 14;
 cvt.u64.u32 %rd1, %r6;
 or.b64 %rd2, %rd1, 4611686293305294848;
 shl.b32 %r3, %r2, 4;
-add.s32 %r13, %r1, {behind};
+add.s32 %r13, %r1, {write};
 add.s32 %r4, %r13, %r3;
 """
-"""A product reads one of three places of 4,096 bytes by %rd2; %r4 points so far on."""
+"""A product reads one of three places of 4,096 bytes by %rd2; %r4 points to others as large."""
 
 
-@pytest.mark.parametrize(("behind", "is_refused"), [(12288, False), (8192, True)])
-def test_a_write_beside_a_ring_needs_no_barrier(behind: int, is_refused: bool) -> None:
+@pytest.mark.parametrize(
+    ("ring", "write", "is_refused"),
+    # The counter is -1 before the loop counts it on; that is no place.
+    [(0, 12288, False), (0, 8192, True), (4096, 0, False), (4096, 16, True)],
+)
+def test_a_write_beside_a_ring_needs_no_barrier(ring: int, write: int, is_refused: bool) -> None:
     product = PRODUCT.replace("m64n128", "m64n32")
     lines = (product, WAIT, STORE, BARRIER, BACK)
-    text = RING.format(behind=behind) + "\n".join(lines)
+    text = RING.format(ring=ring, write=write) + "\n".join(lines)
+    assert bool(barriers.unordered_write(text, 256)) == is_refused
+
+
+SWIZZLED = """
+mov.b32 %r1, global_smem;
+mov.u32 %r2, %tid.x;
+and.b32 %r3, %r2, 7;
+shl.b32 %r5, %r3, 4;
+and.b32 %r6, %r2, 24;
+shl.b32 %r7, %r6, 5;
+xor.b32 %r8, %r5, %r7;
+add.s32 %r9, %r1, %r8;
+add.s32 %r4, %r9, 128;
+add.s32 %r10, %r1, {product};
+bfe.u32 %r11, %r10, 4, 14;
+cvt.u64.u32 %rd1, %r11;
+or.b64 %rd2, %rd1, 4611686293305294848;
+"""
+"""%r4 points to the upper halves of 4 rows of 256 bytes: the bit for 128 is set once."""
+
+
+@pytest.mark.parametrize(("product", "is_refused"), [(1024, False), (768, True)])
+def test_bits_that_no_address_has_are_known(product: int, is_refused: bool) -> None:
+    text = SWIZZLED.format(product=product) + "\n".join((PRODUCT, WAIT, STORE))
     assert bool(barriers.unordered_write(text, 256)) == is_refused

@@ -1,9 +1,9 @@
 """Configurations that the compiler's report refuses give way to the next best.
 
 An op's `crowded` tells by rules of thumb what may not fit; only the compiler knows. A plan is
-compiled, and where a kernel keeps registers on the stack or needs more than the target has, its
-problem gets the next configuration by the model, until all of them fit. The plan says so
-(`chosen_by`), and a file of it keeps the configuration.
+compiled, and where a kernel keeps registers on the stack, needs more than the target has or lacks a
+barrier, its problem gets the next configuration by the model, until all of them fit. The plan says
+so (`chosen_by`), and a file of it keeps the configuration.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import TypeVar
 
-from ...errors import KernelError
+from ...errors import KernelError, UnsafeKernelError
 from ...kernels.contract.op import Config, Op, Problem
 from ...kernels.contract.targets import Target
 from ...kernels.devices import offline
@@ -101,7 +101,7 @@ class Fitting:
             try:
                 reports += [offline.resources(next(remaining)) for _ in step.launches]
             except KernelError as error:
-                if not core.uses_core(step.config):
+                if not (core.uses_core(step.config) or isinstance(error, UnsafeKernelError)):
                     raise
                 refusal: tuple[str, str] | None = ("compile", str(error))
             else:

@@ -38,12 +38,21 @@ SWIZZLES = {0: 16, 1: 128, 2: 64, 3: 32}
 
 class Interval(NamedTuple):
     """Values from `low` to `high`. in_shared: counted from the start of the shared memory; row: of
-    a descriptor, the bytes of one row of its operand."""
+    a descriptor, the bytes of one row of its operand; bits: those that may be set, -1 for all."""
 
     low: int
     high: int
     in_shared: bool = False
     row: int = 0
+    bits: int = -1
+
+    @staticmethod
+    def of(low: int, high: int, in_shared: bool = False, bits: int = -1) -> Interval:
+        """Values without a sign have no bits above the highest one of `high`."""
+        if low < 0:
+            return Interval(low, high, in_shared)
+        bits &= (1 << high.bit_length()) - 1
+        return Interval(low, min(high, bits), in_shared, bits=bits)
 
 
 ANYWHERE = (0, FAR)
@@ -123,13 +132,13 @@ def _blocks(lines: Sequence[str], addresses: _Addresses) -> dict[str, _Block]:
         elif RETURN.match(line):
             name = str(number)
             blocks[name] = _Block()
-        elif (event := _event(PREDICATE.sub("", line), addresses)) is not None:
+        elif (event := _event(PREDICATE.sub("", line), number, addresses)) is not None:
             blocks[name].events.append(event)
     return blocks
 
 
-def _event(line: str, addresses: _Addresses) -> tuple[str, tuple[Span, ...]] | None:
-    """What an instruction does to shared memory or to who waits for whom."""
+def _event(line: str, at: int, addresses: _Addresses) -> tuple[str, tuple[Span, ...]] | None:
+    """What the instruction in line `at` does to shared memory or to who waits for whom."""
     if line.startswith(WAIT):
         return "wait" if line.rstrip(";").split()[-1] == "0" else "wait for some", ()
     if BARRIER.match(line):
@@ -139,13 +148,22 @@ def _event(line: str, addresses: _Addresses) -> tuple[str, tuple[Span, ...]] | N
         operands = re.sub(r"\{[^}]*\}", "{}", line).split(",")[1:3]
         rows = (64, int(product[1]))
         given = [(x.strip(), count) for x, count in zip(operands, rows, strict=True)]
-        return "product", tuple(addresses.operand(x, n) for x, n in given if x != "{}")
+        return "product", tuple(addresses.operand(x, at, n) for x, n in given if x != "{}")
     if (write := WRITE.match(line)) is not None:
         size = int(write["count"] or 1) * int(write["bits"] or 128) // 8
         if "bulk" in write[1]:
             size = FAR
-        return line, (addresses.span(write["address"], int(write["offset"] or 0), size),)
+        return line, (addresses.span(write["address"], at, int(write["offset"] or 0), size),)
     return None
+
+
+class _Definition(NamedTuple):
+    """block: the number of the line that the straight line of instructions around it begins at."""
+
+    line: int
+    block: int
+    opcode: str
+    operands: str
 
 
 class _Addresses:
@@ -153,65 +171,81 @@ class _Addresses:
 
     def __init__(self, lines: Sequence[str], threads: int) -> None:
         self._threads = threads
-        self._definitions: dict[str, list[tuple[str, str]]] = {}
-        for line in lines:
+        self._blocks: list[int] = []
+        self._definitions: dict[str, list[_Definition]] = {}
+        block = 0
+        for number, line in enumerate(lines):
+            block = number if LABEL.match(line) else block
+            self._blocks.append(block)
             if (found := DEFINITION.match(line)) is not None:
-                self._definitions.setdefault(found[2], []).append((found[1], found[3]))
-        self._known: dict[str, Interval | None] = {}
+                made = _Definition(number, block, found[1], found[3])
+                self._definitions.setdefault(found[2], []).append(made)
+        self._known: dict[tuple[_Definition, ...], Interval | None] = {}
 
-    def span(self, register: str, offset: int, size: int) -> Span:
-        """The bytes that an access of `size` bytes may touch."""
-        value = self._value(register)
+    def _reaching(self, register: str, at: int) -> tuple[_Definition, ...]:
+        """What may have defined a register that line `at` reads: the last definition before it on
+        the way from a label, which a ring's counter has before it names a slot, or any."""
+        every = self._definitions.get(register, ())
+        near = [each for each in every if each.block == self._blocks[at] and each.line < at]
+        return (near[-1],) if near else tuple(every)
+
+    def span(self, register: str, at: int, offset: int, size: int) -> Span:
+        """The bytes that an access of `size` bytes in line `at` may touch."""
+        value = self._value(register, at)
         if value is None or not value.in_shared:
             return ANYWHERE
         # Accesses are aligned to their size, however an interval was rounded.
         return value.low + offset, (value.high + offset) // size * size + size
 
-    def operand(self, register: str, rows: int) -> Span:
-        """The bytes that a product reads by a descriptor, which may begin inside the first row."""
-        value = self._value(register)
+    def operand(self, register: str, at: int, rows: int) -> Span:
+        """The bytes that the product in line `at` reads by a descriptor, which may begin inside the
+        first row."""
+        value = self._value(register, at)
         if value is None or not value.row:
             return ANYWHERE
         first, last = (at // value.row * value.row for at in (value.low, value.high))
         return first, last + rows * value.row
 
-    def _value(self, text: str) -> Interval | None:
-        """The interval of a register or a literal; None where it is not known."""
+    def _value(self, text: str, at: int) -> Interval | None:
+        """The interval of a register or a literal that line `at` reads; None where it is not
+        known."""
         if text == "global_smem":
-            return Interval(0, 0, in_shared=True)
+            return Interval.of(0, 0, in_shared=True)
         if text == "%tid.x":
-            return Interval(0, self._threads - 1)
+            return Interval.of(0, self._threads - 1)
         if not text.startswith("%"):
             try:
-                return Interval(int(text, 0), int(text, 0))
+                return Interval.of(int(text, 0), int(text, 0), bits=int(text, 0))
             except ValueError:
                 return None
-        if text not in self._known:
-            self._known[text] = None  # While it is looked up: a cycle is not known.
-            values = [self._computed(*each) for each in self._definitions.get(text, [])]
+        found = self._reaching(text, at)
+        if found not in self._known:
+            self._known[found] = None  # While it is looked up: a cycle is not known.
+            values = [self._computed(each) for each in found]
             while len(values) > 1:  # A value per path that leads here.
                 first, second = values.pop(), values.pop()
                 values.append(_either(first, second) if first and second else None)
-            self._known[text] = values[0] if values else None
-        return self._known[text]
+            self._known[found] = values[0] if values else None
+        return self._known[found]
 
     def _counter(self, operands: list[str]) -> Interval | None:
         """The place in a ring: `selp 0, x, x > last`, as a loop counts it on."""
         start, counted, past = operands
         definitions = self._definitions.get(past, [])
-        if start != "0" or len(definitions) != 1 or not definitions[0][0].startswith("setp.gt"):
+        if start != "0" or len(definitions) != 1 or not definitions[0].opcode.startswith("setp.gt"):
             return None
-        left, last = (text.strip() for text in definitions[0][1].split(","))
-        known = self._value(last)
-        return Interval(0, known.high) if left == counted and known is not None else None
+        left, last = (text.strip() for text in definitions[0].operands.split(","))
+        known = self._value(last, definitions[0].line)
+        return Interval.of(0, known.high) if left == counted and known is not None else None
 
-    def _computed(self, opcode: str, operands: str) -> Interval | None:
-        name = opcode.split(".")[0]
+    def _computed(self, definition: _Definition) -> Interval | None:
+        _, _, opcode, listed = definition
+        name, operands = opcode.split(".")[0], [text.strip() for text in listed.split(",")]
         if name == "selp":
-            counter = self._counter([text.strip() for text in operands.split(",")])
+            counter = self._counter(operands)
             if counter is not None:
                 return counter
-        values = [self._value(text.strip()) for text in operands.split(",")]
+        values = [self._value(text, definition.line) for text in operands]
         compute = COMPUTED.get(name)
         needed = values[: {"shfl": 1, "selp": 2}.get(name, len(values))]
         if compute is None or any(value is None for value in needed):
@@ -228,7 +262,9 @@ def _add(x: Interval, y: Interval) -> Interval | None:
         return _described(x, y)
     if x.in_shared and y.in_shared:
         return None
-    return Interval(x.low + y.low, x.high + y.high, x.in_shared or y.in_shared)
+    # Without a carry no other bits are set.
+    bits = x.bits | y.bits if min(x.low, y.low) >= 0 and not x.bits & y.bits else -1
+    return Interval.of(x.low + y.low, x.high + y.high, x.in_shared or y.in_shared, bits)
 
 
 def _described(x: Interval, y: Interval) -> Interval | None:
@@ -250,7 +286,7 @@ def _and(x: Interval, y: Interval) -> Interval | None:
     if x.row or y.row:  # A descriptor keeps its 14 bits.
         return x if x.row else y
     masks = [each.high for each in (x, y) if each.low >= 0 and not each.in_shared]
-    return Interval(0, min(masks)) if masks else None
+    return Interval.of(0, min(masks), bits=x.bits & y.bits) if masks else None
 
 
 def _or(x: Interval, y: Interval) -> Interval | None:
@@ -258,11 +294,13 @@ def _or(x: Interval, y: Interval) -> Interval | None:
         return _described(x, y)
     if x.in_shared or y.in_shared or min(x.low, y.low) < 0:
         return None
-    return Interval(0, (1 << max(x.high, y.high).bit_length()) - 1)
+    return Interval.of(0, (1 << max(x.high, y.high).bit_length()) - 1, bits=x.bits | y.bits)
 
 
 def _shl(x: Interval, y: Interval) -> Interval | None:
-    return _mul(x, Interval(1 << y.low, 1 << y.low)) if y.low == y.high else None
+    if y.low != y.high or x.in_shared:
+        return None
+    return Interval.of(x.low << y.low, x.high << y.low, bits=x.bits << y.low)
 
 
 def _shr(x: Interval, y: Interval) -> Interval | None:
@@ -270,21 +308,21 @@ def _shr(x: Interval, y: Interval) -> Interval | None:
         return x._replace(row=SWIZZLES[0]) if (y.low, y.high) == (4, 4) else None
     if y.low != y.high or x.low < 0:
         return None
-    return Interval(x.low >> y.low, x.high >> y.low)
+    return Interval.of(x.low >> y.low, x.high >> y.low, bits=x.bits >> y.low)
 
 
 def _bfe(x: Interval, start: Interval, length: Interval) -> Interval | None:
     if x.in_shared:
         is_descriptor = (start.low, length.low) == (4, 14)
         return x._replace(row=SWIZZLES[0]) if is_descriptor else None
-    return Interval(0, (1 << length.high) - 1)
+    return Interval.of(0, (1 << length.high) - 1)
 
 
 def _mul(x: Interval, y: Interval) -> Interval | None:
     if x.in_shared or y.in_shared:
         return None
     corners = [a * b for a in x[:2] for b in y[:2]]
-    return Interval(min(corners), max(corners))
+    return Interval.of(min(corners), max(corners))
 
 
 def _mad(x: Interval, y: Interval, z: Interval) -> Interval | None:
@@ -295,7 +333,8 @@ def _mad(x: Interval, y: Interval, z: Interval) -> Interval | None:
 def _either(x: Interval, y: Interval) -> Interval | None:
     if x.in_shared != y.in_shared or x.row != y.row:
         return None
-    return Interval(min(x.low, y.low), max(x.high, y.high), x.in_shared, x.row)
+    low, high, bits = min(x.low, y.low), max(x.high, y.high), x.bits | y.bits
+    return Interval.of(low, high, x.in_shared, bits)._replace(row=x.row)
 
 
 COMPUTED: dict[str, Callable[..., Interval | None]] = {

@@ -35,7 +35,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from ... import progress, settings
-from ...errors import KernelError
+from ...errors import KernelError, UnsafeKernelError
 from ..contract.cost_model import Resources as Resources
 from ..contract.epilogue import flat, named, resolved
 from ..contract.op import Launch, Ref, TmaDescriptor
@@ -210,10 +210,10 @@ TENSOR_MEMORY = 512
 
 
 def check_tensor_memory(wanted: CompileRequest, columns: int) -> None:
-    """Raises KernelError for a kernel whose accumulators do not fit: Triton compiles it to one that
-    does nothing."""
+    """Raises UnsafeKernelError for a kernel whose accumulators do not fit: Triton compiles it to
+    one that does nothing."""
     if columns > TENSOR_MEMORY:
-        raise KernelError(
+        raise UnsafeKernelError(
             f"kernel {wanted.name} needs {columns} columns of tensor memory on "
             f"sm_{wanted.capability}, which has {TENSOR_MEMORY}; use smaller tiles"
         )
@@ -223,12 +223,12 @@ WARPS_OF_A_PRODUCT = 4
 
 
 def check_barriers(wanted: CompileRequest, ptx: str) -> None:
-    """Raises KernelError for a kernel in which one group of warps may overwrite what another one's
-    products still read."""
+    """Raises UnsafeKernelError for a kernel in which one group of warps may overwrite what another
+    one's products still read."""
     if wanted.num_warps <= WARPS_OF_A_PRODUCT:
         return
     if (write := barriers.unordered_write(ptx, 32 * wanted.num_warps)) is not None:
-        raise KernelError(
+        raise UnsafeKernelError(
             f"kernel {wanted.name} for sm_{wanted.capability}, {wanted.num_warps} warps: no "
             f"barrier between {barriers.WAIT} and {write.split()[0]!r} (triton issue 11047, triton "
             f"{triton.__version__}); use {WARPS_OF_A_PRODUCT} warps"
