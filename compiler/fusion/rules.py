@@ -66,9 +66,7 @@ def stages_of(node: Node, at: int = 0) -> Epilogue:
     return (stage, *node.epilogue)
 
 
-def _append(
-    graph: Graph, found: Match, stages: Epilogue, others: tuple[Value, ...] = ()
-) -> Value:
+def _append(graph: Graph, found: Match, stages: Epilogue, others: tuple[Value, ...] = ()) -> Value:
     """The anchor with the root's stages, of which the first reads the others, after its own."""
     anchor, root = found.nodes["anchor"], found.root
     inputs = (

@@ -6,6 +6,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from ... import settings
 from ...errors import GraphError, InvalidInputError, near_names
@@ -13,7 +14,7 @@ from ..capture.capture import refuse_unsupported
 from ..evaluation.validate import Validation
 from ..fusion import extension_rules
 from ..fusion.overrides import CONCAT_LABEL, CONCAT_RULE, Labels
-from ..fusion.pattern import apply_rules
+from ..fusion.pattern import Rule, apply_rules
 from ..fusion.rules import EPILOGUE_RULES, FLATTEN_RULES, PROLOGUE_RULES
 from ..graph import text
 from ..graph.ir import Graph
@@ -54,7 +55,7 @@ def sink_prologues(graph: Graph, ledger: Ledger) -> Graph:
 def flatten_in_memory_order(graph: Graph, ledger: Ledger) -> Graph:
     """Lets linear layers read flattened images as they lie in memory, without a transposition, and
     makes permutations with the reshapes around them one copy or a view."""
-    return apply_rules(graph, (*FLATTEN_RULES, *rearrangements.RULES), ledger)
+    return apply_rules(graph, FLATTENED, ledger)
 
 
 def _compute_in_goal_dtype(graph: Graph, ledger: Ledger) -> Graph:
@@ -63,18 +64,24 @@ def _compute_in_goal_dtype(graph: Graph, ledger: Ledger) -> Graph:
 
 @dataclass(frozen=True)
 class Pass:
-    """A named step of the compiler; `required` ones run whatever the user asks for."""
+    """A named step of the compiler; `required` ones run whatever the user asks for.
+
+    rules: that it applies; labels: equation and label of fusions that it makes otherwise.
+    """
 
     name: str
     run: Callable[[Graph, Ledger], Graph]
     why: str
     required: bool = False
+    rules: tuple[Rule, ...] = ()
+    labels: tuple[tuple[str, str], ...] = ()
 
 
-def _pass(run: Callable[[Graph, Ledger], Graph], why: str, required: bool = False) -> Pass:
-    return Pass(run.__name__, run, why, required)
+def _pass(run: Callable[[Graph, Ledger], Graph], why: str, **more: Any) -> Pass:
+    return Pass(run.__name__, run, why, **more)
 
 
+FLATTENED = (*FLATTEN_RULES, *rearrangements.RULES)
 PASSES: tuple[Pass, ...] = (
     _pass(
         recognise_composites,
@@ -90,36 +97,64 @@ PASSES: tuple[Pass, ...] = (
     _pass(
         merge_parallel_convolutions,
         "between: a normalisation beside convolutions is still one node, their biases are folded",
+        labels=((parallel_convs.RULE, parallel_convs.LABEL),),
     ),
     _pass(lower_batch_norm, "what could not be folded can still be fused as two stages"),
-    _pass(fuse_diamonds, "before epilogues: a producer that is read twice could not take them"),
-    _pass(fuse_epilogues, "the main fusion: whole pointwise chains into their producers"),
-    _pass(sink_prologues, "after epilogues: a chain goes to its producer when it can"),
-    _pass(project_before_averaging, "before siblings: the projection becomes one of them"),
+    _pass(
+        fuse_diamonds,
+        "before epilogues: a producer that is read twice could not take them",
+        labels=((diamonds.RULE, diamonds.LABEL),),
+    ),
+    _pass(
+        fuse_epilogues,
+        "the main fusion: whole pointwise chains into their producers",
+        rules=EPILOGUE_RULES,
+    ),
+    _pass(
+        sink_prologues,
+        "after epilogues: a chain goes to its producer when it can",
+        rules=PROLOGUE_RULES,
+    ),
+    _pass(
+        project_before_averaging,
+        "before siblings: the projection becomes one of them",
+        rules=pool_order.RULES,
+    ),
     _pass(nest_concatenations, "before the partition: what is joined in place is free to fuse"),
-    _pass(flatten_in_memory_order, "before the partition: a fused classifier hides its weight"),
-    _pass(choose_partition, "after epilogues: residual and activation ride on the expansion"),
-    _pass(fuse_small_nets, "after the partition: it joins what the partition has made"),
+    _pass(
+        flatten_in_memory_order,
+        "before the partition: a fused classifier hides its weight",
+        rules=FLATTENED,
+    ),
+    _pass(
+        choose_partition,
+        "after epilogues: residual and activation ride on the expansion",
+        rules=fuse.RULES,
+        labels=((siblings.RULE, siblings.LABEL),),
+    ),
+    _pass(
+        fuse_small_nets,
+        "after the partition: it joins what the partition has made",
+        rules=small_nets.RULES,
+    ),
     _pass(choose_layout, "late: fusion does not look at memory, kernels do", required=True),
-    _pass(fuse_stem, "after layouts: it is about the conversions that they put at the boundary"),
+    _pass(
+        fuse_stem,
+        "after layouts: it is about the conversions that they put at the boundary",
+        labels=tuple(stem.LABELS.items()),
+    ),
 )
 NAMES = tuple(step.name for step in PASSES)
+_RULES = tuple(rule for step in PASSES for rule in step.rules)
 _OURS = {
-    **{rule.name: rule.label for rule in (*EPILOGUE_RULES, *PROLOGUE_RULES, *FLATTEN_RULES)},
-    **{rule.name: rule.label for rule in (*fuse.RULES, *pool_order.RULES, *small_nets.RULES)},
-    **{rule.name: rule.label for rule in rearrangements.RULES},
-    **stem.LABELS,
-    siblings.RULE: siblings.LABEL,
-    diamonds.RULE: diamonds.LABEL,
-    parallel_convs.RULE: parallel_convs.LABEL,
+    **{rule.name: rule.label for rule in _RULES},
+    **{rule: label for step in PASSES for rule, label in step.labels},
     CONCAT_RULE: CONCAT_LABEL,
 }
 extension_rules.check(_OURS, _OURS.values())
 LABELS = Labels(
     all=_OURS | {rule.name: rule.label for rule in extension_rules.PROPOSALS},
-    heavy=frozenset(
-        rule.name for rule in (*fuse.RULES, *small_nets.RULES, *extension_rules.PROPOSALS)
-    ),
+    heavy=frozenset(rule.name for rule in (*_RULES, *extension_rules.PROPOSALS) if rule.build),
 )
 """The fusions that `force=` and `forbid=` may name."""
 
