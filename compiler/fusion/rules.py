@@ -57,8 +57,7 @@ def stages_of(node: Node, at: int = 0) -> Epilogue:
     """A pointwise node, as a stage of its operand `at`, and its epilogue."""
     if node.op == "identity":
         return node.epilogue
-    assert isinstance(node.attributes, Pointwise)
-    stage = stage_of(node.op, node.attributes)
+    stage = stage_of(node.op, node.attributes.expect(Pointwise))
     if node.op == "where":
         stage = replace(stage, name=WHERE[at])
     elif at:
