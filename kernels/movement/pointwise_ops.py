@@ -257,11 +257,6 @@ def _fake_quantise(g: Builder, a: Arguments) -> Any:
 
 
 SELU = (1.6732632423543772848170429916717, 1.0507009873554804934193349852946, 1.0)
-UNARY_NAMES = (
-    "relu", "sigmoid", "tanh", "silu", "hardsigmoid", "hardswish", "mish", "sqrt", "rsqrt", "exp",
-    "log", "abs", "neg", "sign", "log_sigmoid", "log1p", "expm1", "sin", "cos", "atan", "erf",
-    "floor", "ceil", "round", "trunc", "logical_not", "isnan", "isinf", "isfinite",
-)  # fmt: skip
 ALIASES = {
     "special_log1p": "log1p", "special_expm1": "expm1", "special_erf": "erf", "arctan": "atan",
     "fix": "trunc", "bitwise_not": "logical_not",
@@ -296,12 +291,14 @@ SPECIAL: dict[str, dict[str, Capture]] = {
     },
     "mul": {
         f"fake_quantize_per_{name}": _fake_quantise
-        for name in ("tensor_affine.default", "tensor_affine.tensor_qparams",
-                     "channel_affine.default")
+        for name in (
+            "tensor_affine.default",
+            "tensor_affine.tensor_qparams",
+            "channel_affine.default",
+        )
     },
     "pow": {f"pow.{kind}": _pow for kind in ("Tensor_Scalar", "Tensor_Tensor", "Scalar")},
     "add": {"addcmul.default": _addcmul("mul"), "addcdiv.default": _addcmul("div")},
-    "square": {"square.default": _unary("square")},
     "clamp": {
         **{
             name: _clamp
@@ -343,10 +340,16 @@ SPECIAL: dict[str, dict[str, Capture]] = {
 """Overloads that the other tables do not tell of, by the scalar they become."""
 
 
+def _takes_one_tensor(name: str) -> bool:
+    """Whether torch has a call of that name that takes a tensor and nothing else."""
+    overload = getattr(getattr(torch.ops.aten, name, None), "default", None)
+    return overload is not None and len(overload._schema.arguments) == 1
+
+
 def _captures(scalar: str) -> dict[str, Capture]:
     """The aten overloads that become a scalar."""
     table = dict(SPECIAL.get(scalar, {}))
-    if scalar in UNARY_NAMES or scalar in PARAMETERS:
+    if scalar in PARAMETERS or _takes_one_tensor(scalar):
         table[f"{scalar}.default"] = _unary(scalar, *PARAMETERS.get(scalar, ()))
     for alias in (alias for alias, name in ALIASES.items() if name == scalar):
         table[f"{alias}.default"] = _unary(scalar)
