@@ -29,14 +29,6 @@ class Form(NamedTuple):
 Inputs = Callable[[Graph, Match], Sequence[Value]]
 
 
-def _root_first(graph: Graph, found: Match) -> Mapping[str, int]:
-    return {found.root.name: 0}
-
-
-def _as_it_is(graph: Graph, found: Match, fused: Fused) -> Fused:
-    return fused
-
-
 @dataclass(frozen=True)
 class Fusion:
     """Several ops that `op` computes in their place.
@@ -53,9 +45,9 @@ class Fusion:
     attributes: Callable[[Graph, Match], Attributes]
     inputs: Inputs
     refusals: tuple[Guard, ...] = ()
-    results: Callable[[Graph, Match], Mapping[str, int]] = _root_first
+    results: Callable[[Graph, Match], Mapping[str, int]] = lambda graph, found: {found.root.name: 0}
     holds: tuple[str, ...] = ()
-    finish: Callable[[Graph, Match, Fused], Fused] = _as_it_is
+    finish: Callable[[Graph, Match, Fused], Fused] = lambda graph, found, fused: fused
 
     @cached_property
     def rules(self) -> tuple[Rule, ...]:
@@ -74,14 +66,9 @@ class Fusion:
         """The node that is to stand for a match."""
         root = found.root
         follows = root.op not in self.holds
-        fused = Fused(
-            self.op,
-            self.attributes(graph, found),
-            tuple(self.inputs(graph, found)),
-            self.results(graph, found),
-            root.epilogue if follows else (),
-            graph.operands(root) if follows else (),
-        )
+        made = self.attributes(graph, found), tuple(self.inputs(graph, found))
+        after = (root.epilogue, graph.operands(root)) if follows else ()
+        fused = Fused(self.op, *made, self.results(graph, found), *after)
         return self.finish(graph, found, fused)
 
 

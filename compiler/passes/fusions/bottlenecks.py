@@ -66,8 +66,8 @@ def _reduce_reason(graph: Graph, found: Match) -> str | None:
     for reduce in found.those("reduce"):
         for value in graph.operands(reduce):
             if not graph.is_constant(value):
-                only = "the kernel adds only constants"
-                return f"{reduce.name} adds the computed tensor {value}; {only}"
+                adds = f"{reduce.name} adds the computed tensor {value}"
+                return f"{adds}; the kernel adds only constants"
     return None
 
 
