@@ -117,11 +117,11 @@ def _worthwhile(graph: Graph, everyone: Sequence[Proposer], ledger: Ledger) -> l
     kept = []
     for proposer in everyone:
         for proposal in proposer(graph, ledger):
-            wish = overrides.of(graph.goal, proposal.label, proposal.nodes)
+            override = overrides.of(graph.goal, proposal.label, proposal.nodes)
             worth_us, reason = _worth(graph, proposal)
-            if wish.force is not None:
+            if override.force is not None:
                 worth_us, reason = FORCED_US + FORCED_NODE_US * len(proposal.nodes), None
-            reason = wish.refusal or reason
+            reason = override.refusal or reason
             if reason is not None:
                 ledger.refuse(proposal.rule, proposal.nodes, reason)
                 continue

@@ -338,8 +338,8 @@ def _try_rules(
         found = match(graph, node, rule.pattern)
         if found is None:
             continue
-        wish = overrides.of(graph.goal, rule.label, found.consumed)
-        reason = wish.refusal or rule.refusal(graph, found)
+        override = overrides.of(graph.goal, rule.label, found.consumed)
+        reason = override.refusal or rule.refusal(graph, found)
         if reason is not None:
             ledger.refuse(rule.name, found.consumed, reason)
             continue

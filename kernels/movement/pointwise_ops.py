@@ -343,10 +343,14 @@ def _takes_one_tensor(name: str) -> bool:
     return overload is not None and len(overload._schema.arguments) == 1
 
 
+UNARY_NAMES = frozenset(s.name for s in SCALARS if s.operands == 1 and _takes_one_tensor(s.name))
+"""Of our functions; those of extensions say which calls they are."""
+
+
 def _captures(scalar: str) -> dict[str, Capture]:
     """The aten overloads that become a scalar."""
     table = dict(SPECIAL.get(scalar, {}))
-    if scalar in PARAMETERS or _takes_one_tensor(scalar):
+    if scalar in UNARY_NAMES or scalar in PARAMETERS:
         table[f"{scalar}.default"] = _unary(scalar, *PARAMETERS.get(scalar, ()))
     for alias in (alias for alias, name in ALIASES.items() if name == scalar):
         table[f"{alias}.default"] = _unary(scalar)

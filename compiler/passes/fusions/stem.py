@@ -109,14 +109,14 @@ def _fuse(graph: Graph, entrance: Entrance, ledger: Ledger) -> None:
     found = _why_not(graph, entrance) or _normalisation(graph, entrance)
     forms = []
     for rule, why_not, build in ((LOADS, _why_no_loads, _loads), (ROWS, _why_no_rows, _rows)):
-        wish = overrides.of(graph.goal, LABELS[rule], entrance.nodes)
+        override = overrides.of(graph.goal, LABELS[rule], entrance.nodes)
         if isinstance(found, str):
             ledger.refuse(rule, entrance.nodes, found)
-        elif (reason := why_not(graph, entrance.conv) or wish.refusal) is not None:
+        elif (reason := why_not(graph, entrance.conv) or override.refusal) is not None:
             ledger.refuse(rule, entrance.nodes, reason)
         else:
             form = build(graph, entrance, found)
-            forms.append(replace(form, forced=wish.force is not None))
+            forms.append(replace(form, forced=override.force is not None))
     if forms:
         _choose(graph, entrance, forms, ledger)
 
