@@ -325,19 +325,20 @@ def by_root(rules: tuple[Rule, ...]) -> dict[str, list[Rule]]:
     return index
 
 
-def rules_for(node: Node, index: dict[str, list[Rule]]) -> list[Rule]:
-    """Those that could match a node."""
-    return index.get(_op_name(node), [])
+def matches(
+    graph: Graph, node: Node, index: dict[str, list[Rule]]
+) -> Iterator[tuple[Rule, Match]]:
+    """The rules that fit with a node as their outermost call, in order, and how."""
+    for rule in index.get(_op_name(node), []):
+        if (found := match(graph, node, rule.pattern)) is not None:
+            yield rule, found
 
 
 def _try_rules(
     graph: Graph, node: Node, index: dict[str, list[Rule]], ledger: Ledger
 ) -> str | None:
     """Applies the first rule that fits; returns the node that now stands there, or None."""
-    for rule in rules_for(node, index):
-        found = match(graph, node, rule.pattern)
-        if found is None:
-            continue
+    for rule, found in matches(graph, node, index):
         override = overrides.of(graph.goal, rule.label, found.consumed)
         reason = override.refusal or rule.refusal(graph, found)
         if reason is not None:

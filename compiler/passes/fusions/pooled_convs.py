@@ -32,16 +32,14 @@ def conv_then(
     label: str,
     followers: tuple[str, ...],
     attributes: Callable[..., StagedConv],
-    unsupported: Callable[[Any, tuple[int, ...]], str | None],
     where: Callable[[Graph, Node], bool] | None = None,
 ) -> Fusion:
     """A convolution and one of the ops that may follow it.
 
     attributes: of the fused op, the convolution's parts being given first, then the follower's
-    attributes; unsupported: why the kernel cannot do it, from the attributes and the height and
-    width of the convolution's result; where: what else makes a follower one of these. Where the
-    fused op takes no epilogue, the follower's own stages join those of the convolution, which only
-    stages without a tensor of their own can.
+    attributes; where: what else makes a follower one of these. Where the fused op takes no
+    epilogue, the follower's own stages join those of the convolution, which only stages without a
+    tensor of their own can.
     """
     holds = () if op.takes_epilogue else followers
 
@@ -53,7 +51,7 @@ def conv_then(
     def reason(graph: Graph, found: Match) -> str | None:
         if holds and graph.operands(found.root):
             return f"{found.root.name} reads a tensor behind the convolution"
-        return unsupported(made(graph, found), found.nodes["conv"].spec.shape[2:])
+        return made(graph, found).unsupported(found.nodes["conv"].spec.shape[2:])
 
     forms = (
         Form(label, f"{name}(conv2d(x, w)) => {op.name}(x, w)", Call(name, CONV, where=where))
@@ -79,10 +77,9 @@ def _is_pixel_shuffle(graph: Graph, node: Node) -> bool:
 
 
 FUSIONS = (
-    conv_then(conv_pool.OP, "conv-pool", POOLS, ConvPool, conv_pool.unsupported),
-    conv_then(conv_mean.OP, "conv-mean", AVERAGES, _mean, conv_mean.unsupported, averages_all),
+    conv_then(conv_pool.OP, "conv-pool", POOLS, ConvPool),
+    conv_then(conv_mean.OP, "conv-mean", AVERAGES, _mean, averages_all),
     conv_then(
-        conv_rearrange.OP, "sub-pixel", ("rearrange",), ConvRearrange, conv_rearrange.unsupported,
-        _is_pixel_shuffle,
+        conv_rearrange.OP, "sub-pixel", ("rearrange",), ConvRearrange, _is_pixel_shuffle
     ),
 )  # fmt: skip
