@@ -236,26 +236,20 @@ def choose(
     *,
     factor: Callable[[Config], float] = lambda tile: 1,
     waste: Callable[[Config], float] = lambda tile: 0,
-    spills: Callable[[Config], bool] = lambda tile: False,
     default: Config | None = None,
 ) -> Config:
     """The candidate of least modelled time; of equals that of least `waste`, and of those the
     first.
 
     launch_of: what the cost model needs to know of a launch; factor: what the model does not know
-    of a configuration, as a multiple of its time; spills: whether it is expected to need more
-    registers than there are, and is taken where no other is. default: where there is no candidate.
+    of a configuration, as a multiple of its time. default: where there is no candidate.
     """
     gpu = cost_model.machine_for(target)
 
     def time_us(tile: Config) -> float:
         return factor(tile) * cost_model.launch_us(gpu, launch_of(tile), *work)
 
-    least = min(
-        candidates,
-        key=lambda tile: (spills(tile), time_us(tile), waste(tile)),
-        default=default,
-    )
+    least = min(candidates, key=lambda tile: (time_us(tile), waste(tile)), default=default)
     assert least is not None, "no configuration can run"
     return least
 
