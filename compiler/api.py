@@ -272,11 +272,11 @@ def lowered(
         captured = capture(module, example, bounds, outputs, kwargs)
     if slide is not None:
         captured = slide_classifier(captured, slide)
-    wished = _names("force", force), _names("forbid", forbid)
-    overrides.check(captured, *wished, LABELS)
+    forced_and_forbidden = _names("force", force), _names("forbid", forbid)
+    overrides.check(captured, *forced_and_forbidden, LABELS)
     if known is None and records and chosen.is_gpu:
         known = Timings(records, chosen)
-    captured.goal = CompileTarget(chosen, dtype, *wished, precision, known)
+    captured.goal = CompileTarget(chosen, dtype, *forced_and_forbidden, precision, known)
     options = Options(chosen, precision, dtype, elide_concats=passes != "none")
     optimise = partial(_optimised, captured, passes, fallback, validation)
     graph, ledger = optimise()

@@ -1,4 +1,5 @@
-"""Every op convloom knows, by name: one line per file, and those of extensions.
+"""Every op convloom knows, by name: those of the files in folders of kernels, which are found by
+being there, and those of extensions.
 
 The tables are made when one of them is first looked at (the files of extensions import from this
 package), and never change afterwards: `OPS`; `BY_NAME`; `CAPTURES`, by the call that becomes an op;
@@ -8,10 +9,12 @@ name.
 
 from __future__ import annotations
 
+import pkgutil
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from functools import cache
+from importlib import import_module
 from itertools import chain
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -24,78 +27,20 @@ from ..extensions import Extension
 from .contract import scalars
 from .contract.op import Attributes, Op
 from .contract.scalars import Scalar
-from .convolution import conv2d, conv_nd, conv_transpose, sample_conv
-from .fused import (
-    conv_mean,
-    conv_pool,
-    conv_rearrange,
-    conv_sum,
-    head,
-    lrn_pool,
-    pool_conv,
-    small_net,
-    squeeze_excite,
-    stem,
-    stem_input,
-)
-from .fused.chains import conv_chain, separable
-from .movement import movement_ops, pad, pointwise_ops, rearrange, unfold
-from .normalisation import batch_norm, lrn, normalize, reduce, scan, softmax, topk
-from .pooling import (
-    adaptive_pool,
-    grid_sample,
-    max_pool_indices,
-    max_unpool,
-    median_pool,
-    mixed_pool,
-    pool,
-    resample,
-    upsample,
-)
-from .products import bmm, linear
+from .movement import pointwise_ops
 
-_OURS: tuple[Op, ...] = (
-    conv2d.OP,
-    conv_chain.OP,
-    *conv_nd.OPS,
-    *conv_transpose.OPS,
-    sample_conv.OP,
-    conv_mean.OP,
-    conv_pool.OP,
-    conv_rearrange.OP,
-    conv_sum.OP,
-    separable.OP,
-    stem.OP,
-    stem_input.OP,
-    linear.OP,
-    head.OP,
-    small_net.OP,
-    bmm.OP,
-    *pointwise_ops.OPS,
-    *movement_ops.OPS,
-    *rearrange.OPS,
-    *unfold.OPS,
-    *softmax.OPS,
-    *reduce.OPS,
-    *scan.OPS,
-    topk.OP,
-    batch_norm.OP,
-    normalize.OP,
-    *pool.OPS,
-    max_pool_indices.OP,
-    max_unpool.OP,
-    median_pool.OP,
-    mixed_pool.OP,
-    pool_conv.OP,
-    squeeze_excite.OP,
-    *adaptive_pool.OPS,
-    lrn.OP,
-    lrn_pool.OP,
-    pad.OP,
-    *upsample.OPS,
-    resample.OP,
-    grid_sample.OP,
-)
+FOLDERS = (
+    "convolution", "movement", "normalisation", "pooling", "products", "fused", "fused.chains"
+)  # fmt: skip
+
+
+def _ours() -> Iterator[Op]:
+    """`OP`, or each of `OPS`, of every file in the folders of kernels."""
+    for folder in FOLDERS:
+        package = import_module(f".{folder}", __package__)
+        for found in pkgutil.iter_modules(package.__path__, f"{package.__name__}."):
+            names = vars(import_module(found.name))
+            yield from (names["OP"],) if "OP" in names else names.get("OPS", ())
 
 
 class _Tables(NamedTuple):
@@ -122,7 +67,7 @@ def __getattr__(name: str) -> Any:
 @cache
 def _tables() -> _Tables:
     """Raises: ExtensionError for an extension that clashes or breaks its contract."""
-    ops, functions = [*_OURS], [*scalars.SCALARS]
+    ops, functions = [*_ours()], [*scalars.SCALARS]
     owners: dict[str, Extension] = {}
     for extension in extensions.loaded():
         _check_kinds(extension)

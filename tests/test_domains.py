@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import importlib
+import re
 from dataclasses import replace
+from pathlib import Path
 
+import convloom
 import pytest
 from convloom.kernels import registry
 from convloom.kernels.contract.op import Op
@@ -34,3 +38,17 @@ def test_an_op_without_a_domain_says_where_to_add_one() -> None:
         'op conv7d has no domain: add "conv7d": Domain(...) to DOMAINS in the file of '
         "tests/domains that is named as the op's file in kernels",
     )
+
+
+def test_every_file_that_has_ops_is_found() -> None:
+    """Whichever folder of kernels it is in, and whether it has one op or several."""
+    room = Path(convloom.__file__).parent / "kernels"
+    files = [path for path in room.rglob("*.py") if re.search(r"^OPS?\b", path.read_text(), re.M)]
+    tables = []
+    for path in files:
+        name = ".".join(path.relative_to(room.parent).with_suffix("").parts)
+        module = vars(importlib.import_module(f"convloom.{name}"))
+        tables += [module["OP"]] if "OP" in module else module.get("OPS", ())
+    ours = [op for op in registry.OPS if op.name not in registry.OWNERS]
+    assert len(files) > 30 and len(tables) == len(ours)
+    assert {id(op) for op in tables} == {id(op) for op in ours}

@@ -30,6 +30,8 @@ from convloom.compiler.passes import (
     recognise_pools,
     sink_prologues,
 )
+from convloom.compiler.passes.fusions import fuse, small_nets
+from convloom.kernels import registry
 from convloom.kernels.contract.epilogue import Stage
 from convloom.kernels.contract.scalars import BY_NAME
 from convloom.kernels.movement.pointwise import Pointwise
@@ -93,6 +95,14 @@ interpreter = pytest.mark.interpreter
 def test_every_rule_belongs_to_a_pass() -> None:
     assert len(RULES) > 10
     assert {id(rule) for rule in RULES.values()} == rules_of.owners().keys()
+
+
+def test_every_fused_op_is_that_of_a_fusion() -> None:
+    """Those at the boundary are made once layouts are chosen, by a pass of their own."""
+    room = "convloom.kernels.fused."
+    ops = {op.name for op in registry.OPS if registry.module_of(op.launches).startswith(room)}
+    assert ops - {"stem", "stem_input"} <= {each.op for each in (*fuse.FUSIONS, small_nets.FUSION)}
+    assert {"conv_chain", "small_net", "lrn_pool"} <= ops
 
 
 @pytest.mark.parametrize("name", RULES)

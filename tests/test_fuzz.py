@@ -70,6 +70,7 @@ def test_more_random_networks_hold_the_contract(first: int) -> None:
     run(first)
 
 
+@pytest.mark.slow
 def test_the_seeds_reach_every_op() -> None:
     """In what the tests before this one have run; what they have not is compiled."""
     for first in range(0, SEEDS, GROUP):

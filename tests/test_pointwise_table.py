@@ -1,6 +1,6 @@
 """The table of torch's pointwise family in the documentation, and functions made of others.
 
-`CONVLOOM_UPDATE_GOLDEN=1 pytest tests/test_pointwise_table.py` rewrites docs/pointwise.md.
+`CONVLOOM_UPDATE_GOLDEN=1 pytest tests/test_pointwise_table.py -m slow` rewrites docs/pointwise.md.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from convloom.kernels import registry
 from . import nets
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "pointwise.md"
+UPDATE = "run: CONVLOOM_UPDATE_GOLDEN=1 pytest tests/test_pointwise_table.py -m slow"
 HEAD = """# Pointwise functions
 
 Every overload of ATen that torch marks as pointwise, but for those that write into their
@@ -63,12 +64,13 @@ def rows() -> Iterator[tuple[str, str]]:
                 yield spelt, f"refused: {reasons[0] if reasons else 'no kernel'}"
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not torch.__version__.startswith("2.13"), reason="written with torch 2.13")
 def test_the_table_is_up_to_date() -> None:
     text = HEAD + "".join(f"| `{spelt}` | {how} |\n" for spelt, how in rows())
     if os.environ.get("CONVLOOM_UPDATE_GOLDEN", "0") not in ("", "0"):
         PAGE.write_text(text)
-    assert PAGE.read_text() == text, "run: CONVLOOM_UPDATE_GOLDEN=1 pytest " + Path(__file__).name
+    assert PAGE.read_text() == text, UPDATE
 
 
 def test_each_refusal_has_a_reason() -> None:

@@ -58,7 +58,7 @@ def prepared(made: Made) -> Graph:
 def fused(made: Made) -> tuple[Graph, list[Node]]:
     """The graph after the rule, and its convolutions of any kind."""
     before = prepared(made)
-    after = apply_rules(before.copy(), shortcuts.RULES, Ledger())
+    after = apply_rules(before.copy(), shortcuts.FUSIONS[0].rules, Ledger())
     verify(after)
     nets.assert_same_meaning(before, after, made[1])
     return after, [node for node in after.compute_nodes() if node.op.startswith("conv")]
@@ -123,7 +123,7 @@ def test_a_sum_that_is_added_twice_is_read_twice() -> None:
         return m.conv(x) + s + s
 
     before = prepared(sum_of(function))
-    (rule,) = shortcuts.RULES
+    (rule,) = shortcuts.FUSIONS[0].rules
     found = [match(before, node, rule.pattern) for node in before.nodes()]
     (reason,) = (rule.refusal(before, one) for one in found if one is not None)
     assert reason is not None and "reads again what it was before it added" in reason
@@ -311,5 +311,5 @@ def test_shared_memory_counts_the_shortcut() -> None:
 
 def test_the_rules_name_both_orders() -> None:
     """Each chain with a shortcut exists for either term of the sum."""
-    names = [rule.name for rule in bottlenecks.RULES if "conv1x1(s)" in rule.name]
+    names = [rule.name for rule in bottlenecks.FUSIONS[0].rules if "conv1x1(s)" in rule.name]
     assert len(names) == 6

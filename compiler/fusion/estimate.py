@@ -93,7 +93,7 @@ def _as_computed(graph: Graph, spec: TensorSpec) -> TensorSpec:
     return spec.with_(dtype=dtype_of(graph, spec), layout=layout)
 
 
-def misfit(graph: Graph, fused: Fused) -> str | None:
+def illegal_reason(graph: Graph, fused: Fused) -> str | None:
     """Why the fused kernel's default configuration cannot run on the machine, or None."""
     asked, target = fused_problem(graph, fused), target_of(graph)
     op = registry.get(fused.op)
@@ -139,7 +139,7 @@ class Fused:
     op: str
     attributes: Attributes
     inputs: tuple[Value, ...]
-    results: dict[str, int]
+    results: Mapping[str, int]
     epilogue: Epilogue = ()
     operands: tuple[Value, ...] = ()
     sums: Mapping[int, tuple[Value, ...]] = field(default_factory=dict)

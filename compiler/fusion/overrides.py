@@ -18,8 +18,8 @@ from ..graph.ledger import Ledger
 
 
 @dataclass(frozen=True)
-class Wish:
-    """What was wished for one match: the forcing entry, or why it is refused."""
+class Override:
+    """What the user asked of one match: the forcing entry, or why it is refused."""
 
     force: str | None = None
     refusal: str | None = None
@@ -34,13 +34,13 @@ class Labels:
     heavy: frozenset[str]
 
 
-def of(goal: CompileTarget | None, label: str, nodes: Iterable[Node]) -> Wish:
-    """The wish that concerns a match of the rule with that label; rules without one are no fusions.
+def of(goal: CompileTarget | None, label: str, nodes: Iterable[Node]) -> Override:
+    """The override of a match of the rule with that label; rules without one are no fusions.
 
     Raises: InvalidInputError where the match is both forced and forbidden.
     """
     if goal is None or not label or not (goal.force or goal.forbid):
-        return Wish()
+        return Override()
     paths = tuple(dict.fromkeys(node.module_path for node in nodes))
     force = next((e for e in goal.force if concerns(e, label, paths)), None)
     forbid = next((e for e in goal.forbid if concerns(e, label, paths)), None)
@@ -49,7 +49,7 @@ def of(goal: CompileTarget | None, label: str, nodes: Iterable[Node]) -> Wish:
             f"force={force!r} and forbid={forbid!r} contradict each other at {label} of "
             f"{', '.join(paths)}; drop one, or narrow it as LABEL@MODULE.PATH"
         )
-    return Wish(force, f"forbidden by forbid={forbid!r}" if forbid else None)
+    return Override(force, f"forbidden by forbid={forbid!r}" if forbid else None)
 
 
 def concerns(entry: str, label: str, paths: Iterable[str]) -> bool:

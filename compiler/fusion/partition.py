@@ -8,7 +8,7 @@ is taken (a maximum-weight set packing, solved exactly along the graph's order),
 fits. Then the rewritten graph is searched again, until nothing is left to propose. Where tuning
 records have timed all of the kernels that are compared, their times stand for the model's.
 
-The tables of rules are collected in `passes/fuse.py`.
+The tables of rules are collected in `passes/fusions/fuse.py`.
 
 Off the GPU nothing is compared: there the fused kernels run to be verified, so the partition with
 the fewest kernels is taken.
@@ -25,7 +25,7 @@ from ...kernels.contract.op import Problem
 from ..graph.ir import Graph, Node
 from ..graph.ledger import Ledger
 from . import estimate, overrides
-from .pattern import Rule, by_root, bytes_saved, match, rules_for
+from .pattern import Rule, by_root, bytes_saved, match, matches
 
 FORCED_US, FORCED_NODE_US = 1e12, 1e6
 """What a forced proposal is worth, and each of its nodes: more than any that is not forced, and of
@@ -84,10 +84,7 @@ def propose_matches(rules: tuple[Rule, ...], graph: Graph, ledger: Ledger) -> li
     proposals = []
     index = by_root(rules)
     for node in graph.nodes():
-        for rule in rules_for(node, index):
-            found = match(graph, node, rule.pattern)
-            if found is None:
-                continue
+        for rule, found in matches(graph, node, index):
             reason = rule.refusal(graph, found)
             if reason is not None:
                 ledger.refuse(rule.name, found.consumed, reason)
@@ -117,11 +114,11 @@ def _worthwhile(graph: Graph, everyone: Sequence[Proposer], ledger: Ledger) -> l
     kept = []
     for proposer in everyone:
         for proposal in proposer(graph, ledger):
-            wish = overrides.of(graph.goal, proposal.label, proposal.nodes)
+            override = overrides.of(graph.goal, proposal.label, proposal.nodes)
             worth_us, reason = _worth(graph, proposal)
-            if wish.force is not None:
+            if override.force is not None:
                 worth_us, reason = FORCED_US + FORCED_NODE_US * len(proposal.nodes), None
-            reason = wish.refusal or reason
+            reason = override.refusal or reason
             if reason is not None:
                 ledger.refuse(proposal.rule, proposal.nodes, reason)
                 continue

@@ -110,6 +110,11 @@ class Match:
         """Inner nodes and the root, sources first."""
         return [*reversed(self.inner), self.root]
 
+    def those(self, *names: str) -> list[Node]:
+        """The nodes that the match has of these names; "root" always names the root."""
+        nodes = {"root": self.root, **self.nodes}
+        return [nodes[name] for name in names if name in nodes]
+
 
 def match(graph: Graph, root: Node, pattern: Call) -> Match | None:
     """The first way the pattern fits with `root` as its outermost call."""
@@ -118,7 +123,7 @@ def match(graph: Graph, root: Node, pattern: Call) -> Match | None:
     return None
 
 
-def leak(graph: Graph, found: Match) -> str | None:
+def external_use(graph: Graph, found: Match) -> str | None:
     """Why some inner node of a match cannot be consumed, or None.
 
     The match itself may read an inner result only where its pattern says so: not once more through
@@ -257,14 +262,14 @@ class Rule:
 
     def refusal(self, graph: Graph, found: Match) -> str | None:
         """Why the match cannot be rewritten (whether it pays is another question), or None."""
-        if (reason := leak(graph, found) or self.guard(graph, found)) is not None:
+        if (reason := external_use(graph, found) or self.guard(graph, found)) is not None:
             return reason
         if self.build is None:
             return None
         fused = self.build(graph, found)
         if (reason := _cycle(graph, found, fused)) is not None:
             return reason
-        return estimate.misfit(graph, fused)
+        return estimate.illegal_reason(graph, fused)
 
 
 def _cycle(graph: Graph, found: Match, fused: Fused) -> str | None:
@@ -320,21 +325,22 @@ def by_root(rules: tuple[Rule, ...]) -> dict[str, list[Rule]]:
     return index
 
 
-def rules_for(node: Node, index: dict[str, list[Rule]]) -> list[Rule]:
-    """Those that could match a node."""
-    return index.get(_op_name(node), [])
+def matches(
+    graph: Graph, node: Node, index: dict[str, list[Rule]]
+) -> Iterator[tuple[Rule, Match]]:
+    """The rules that fit with a node as their outermost call, in order, and how."""
+    for rule in index.get(_op_name(node), []):
+        if (found := match(graph, node, rule.pattern)) is not None:
+            yield rule, found
 
 
 def _try_rules(
     graph: Graph, node: Node, index: dict[str, list[Rule]], ledger: Ledger
 ) -> str | None:
     """Applies the first rule that fits; returns the node that now stands there, or None."""
-    for rule in rules_for(node, index):
-        found = match(graph, node, rule.pattern)
-        if found is None:
-            continue
-        wish = overrides.of(graph.goal, rule.label, found.consumed)
-        reason = wish.refusal or rule.refusal(graph, found)
+    for rule, found in matches(graph, node, index):
+        override = overrides.of(graph.goal, rule.label, found.consumed)
+        reason = override.refusal or rule.refusal(graph, found)
         if reason is not None:
             ledger.refuse(rule.name, found.consumed, reason)
             continue

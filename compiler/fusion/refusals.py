@@ -3,15 +3,37 @@
 from __future__ import annotations
 
 from ...kernels.tile.conv_geometry import Conv2d
-from ..graph.ir import Node
+from ..graph.ir import Graph, Node
+from .pattern import Guard, Match
 
 
-def not_plain_1x1(node: Node, *, prologue: bool = False) -> str | None:
-    """Why a 1x1 convolution is not just a product of pixels with channels, or None; prologue:
-    whether the kernel applies one."""
-    if node.attributes != Conv2d():
-        return f"{node.name} is not dense with stride 1 and no padding, but {node.attributes}"
-    return has_prologue(node) if node.prologue and not prologue else None
+def plain(*names: str, prologue: bool = False) -> Guard:
+    """Refuses a node of these names that has a prologue (without which the kernel must do, unless
+    `prologue`), and a 1x1 convolution that is more than a product of pixels with channels."""
+
+    def refusal(graph: Graph, found: Match) -> str | None:
+        for node in found.those(*names):
+            if node.op == "conv2d" and node.attributes != Conv2d():
+                return (
+                    f"{node.name} is not dense with stride 1 and no padding, but {node.attributes}"
+                )
+            if node.prologue and not prologue:
+                return has_prologue(node)
+        return None
+
+    return refusal
+
+
+def ending(*names: str) -> Guard:
+    """Refuses a node of these names that has an epilogue, for which the kernel has no place."""
+
+    def refusal(graph: Graph, found: Match) -> str | None:
+        for node in found.those(*names):
+            if node.epilogue:
+                return has_epilogue(node)
+        return None
+
+    return refusal
 
 
 def has_prologue(node: Node) -> str:

@@ -57,8 +57,7 @@ def stages_of(node: Node, at: int = 0) -> Epilogue:
     """A pointwise node, as a stage of its operand `at`, and its epilogue."""
     if node.op == "identity":
         return node.epilogue
-    assert isinstance(node.attributes, Pointwise)
-    stage = stage_of(node.op, node.attributes)
+    stage = stage_of(node.op, node.attributes.expect(Pointwise))
     if node.op == "where":
         stage = replace(stage, name=WHERE[at])
     elif at:
@@ -66,9 +65,7 @@ def stages_of(node: Node, at: int = 0) -> Epilogue:
     return (stage, *node.epilogue)
 
 
-def _append(
-    graph: Graph, found: Match, stages: Epilogue, others: tuple[Value, ...] = ()
-) -> Value:
+def _append(graph: Graph, found: Match, stages: Epilogue, others: tuple[Value, ...] = ()) -> Value:
     """The anchor with the root's stages, of which the first reads the others, after its own."""
     anchor, root = found.nodes["anchor"], found.root
     inputs = (

@@ -224,7 +224,6 @@ class Graph:
         attributes: Attributes | None = None,
         *,
         epilogue: Epilogue = (),
-        prologue: Epilogue = (),
         like: Iterable[Node] = (),
         rule: str = "",
         name: str | None = None,
@@ -236,7 +235,7 @@ class Graph:
         """
         definition = registry.get(op)
         attributes = definition.attributes() if attributes is None else attributes
-        own = len(inputs) - operand_count(epilogue) - operand_count(prologue)
+        own = len(inputs) - operand_count(epilogue)
         specs = tuple(self.spec(value) for value in inputs)
         outputs = definition.infer(attributes, specs[:own])
         replaced = list(like)
@@ -249,7 +248,6 @@ class Graph:
             attributes=attributes,
             outputs=outputs,
             epilogue=epilogue,
-            prologue=prologue,
             module_path=replaced[0].module_path if replaced else "",
             origins=origins,
             rules=(*rules, rule) if rule else rules,

@@ -4,8 +4,9 @@ stands there. A pass is a function (Graph, Ledger) -> Graph that owns the graph 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 
 from ... import settings
 from ...errors import GraphError, InvalidInputError, near_names
@@ -13,7 +14,7 @@ from ..capture.capture import refuse_unsupported
 from ..evaluation.validate import Validation
 from ..fusion import extension_rules
 from ..fusion.overrides import CONCAT_LABEL, CONCAT_RULE, Labels
-from ..fusion.pattern import apply_rules
+from ..fusion.pattern import Rule, apply_rules
 from ..fusion.rules import EPILOGUE_RULES, FLATTEN_RULES, PROLOGUE_RULES
 from ..graph import text
 from ..graph.ir import Graph
@@ -54,27 +55,40 @@ def sink_prologues(graph: Graph, ledger: Ledger) -> Graph:
 def flatten_in_memory_order(graph: Graph, ledger: Ledger) -> Graph:
     """Lets linear layers read flattened images as they lie in memory, without a transposition, and
     makes permutations with the reshapes around them one copy or a view."""
-    return apply_rules(graph, (*FLATTEN_RULES, *rearrangements.RULES), ledger)
+    return apply_rules(graph, FLATTENED, ledger)
 
 
 def _compute_in_goal_dtype(graph: Graph, ledger: Ledger) -> Graph:
     return choose_dtype(graph, graph.goal.dtype if graph.goal else None)
 
 
+def labels(rules: Iterable[Rule]) -> dict[str, str]:
+    """By which users force and forbid the rules, by the rules' names."""
+    return {rule.name: rule.label for rule in rules}
+
+
 @dataclass(frozen=True)
 class Pass:
-    """A named step of the compiler; `required` ones run whatever the user asks for."""
+    """A named step of the compiler; `required` ones run whatever the user asks for. labels: of the
+    fusions that it makes, by their equations."""
 
     name: str
     run: Callable[[Graph, Ledger], Graph]
     why: str
+    labels: Mapping[str, str]
     required: bool = False
 
 
-def _pass(run: Callable[[Graph, Ledger], Graph], why: str, required: bool = False) -> Pass:
-    return Pass(run.__name__, run, why, required)
+def _pass(
+    run: Callable[[Graph, Ledger], Graph],
+    why: str,
+    labels: Mapping[str, str] = MappingProxyType({}),
+    required: bool = False,
+) -> Pass:
+    return Pass(run.__name__, run, why, labels, required)
 
 
+FLATTENED = (*FLATTEN_RULES, *rearrangements.RULES)
 PASSES: tuple[Pass, ...] = (
     _pass(
         recognise_composites,
@@ -90,36 +104,35 @@ PASSES: tuple[Pass, ...] = (
     _pass(
         merge_parallel_convolutions,
         "between: a normalisation beside convolutions is still one node, their biases are folded",
+        {parallel_convs.RULE: parallel_convs.LABEL},
     ),
     _pass(lower_batch_norm, "what could not be folded can still be fused as two stages"),
-    _pass(fuse_diamonds, "before epilogues: a producer that is read twice could not take them"),
-    _pass(fuse_epilogues, "the main fusion: whole pointwise chains into their producers"),
-    _pass(sink_prologues, "after epilogues: a chain goes to its producer when it can"),
-    _pass(project_before_averaging, "before siblings: the projection becomes one of them"),
+    _pass(fuse_diamonds, "before epilogues: a producer that is read twice could not take them",
+          {diamonds.RULE: diamonds.LABEL}),
+    _pass(fuse_epilogues, "the main fusion: whole pointwise chains into their producers",
+          labels(EPILOGUE_RULES)),
+    _pass(sink_prologues, "after epilogues: a chain goes to its producer when it can",
+          labels(PROLOGUE_RULES)),
+    _pass(project_before_averaging, "before siblings: the projection becomes one of them",
+          labels(pool_order.RULES)),
     _pass(nest_concatenations, "before the partition: what is joined in place is free to fuse"),
-    _pass(flatten_in_memory_order, "before the partition: a fused classifier hides its weight"),
-    _pass(choose_partition, "after epilogues: residual and activation ride on the expansion"),
-    _pass(fuse_small_nets, "after the partition: it joins what the partition has made"),
+    _pass(flatten_in_memory_order, "before the partition: a fused classifier hides its weight",
+          labels(FLATTENED)),
+    _pass(choose_partition, "after epilogues: residual and activation ride on the expansion",
+          labels(fuse.RULES) | {siblings.RULE: siblings.LABEL}),
+    _pass(fuse_small_nets, "after the partition: it joins what the partition has made",
+          labels(small_nets.RULES)),
     _pass(choose_layout, "late: fusion does not look at memory, kernels do", required=True),
-    _pass(fuse_stem, "after layouts: it is about the conversions that they put at the boundary"),
-)
+    _pass(fuse_stem, "after layouts: it is about the conversions that they put at the boundary",
+          stem.LABELS),
+)  # fmt: skip
 NAMES = tuple(step.name for step in PASSES)
-_OURS = {
-    **{rule.name: rule.label for rule in (*EPILOGUE_RULES, *PROLOGUE_RULES, *FLATTEN_RULES)},
-    **{rule.name: rule.label for rule in (*fuse.RULES, *pool_order.RULES, *small_nets.RULES)},
-    **{rule.name: rule.label for rule in rearrangements.RULES},
-    **stem.LABELS,
-    siblings.RULE: siblings.LABEL,
-    diamonds.RULE: diamonds.LABEL,
-    parallel_convs.RULE: parallel_convs.LABEL,
-    CONCAT_RULE: CONCAT_LABEL,
-}
+_OURS = {rule: label for step in PASSES for rule, label in step.labels.items()}
+_OURS[CONCAT_RULE] = CONCAT_LABEL
 extension_rules.check(_OURS, _OURS.values())
 LABELS = Labels(
-    all=_OURS | {rule.name: rule.label for rule in extension_rules.PROPOSALS},
-    heavy=frozenset(
-        rule.name for rule in (*fuse.RULES, *small_nets.RULES, *extension_rules.PROPOSALS)
-    ),
+    all=_OURS | labels(extension_rules.PROPOSALS),
+    heavy=frozenset(labels((*fuse.RULES, *small_nets.RULES, *extension_rules.PROPOSALS))),
 )
 """The fusions that `force=` and `forbid=` may name."""
 

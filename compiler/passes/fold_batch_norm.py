@@ -14,7 +14,7 @@ from ...kernels.contract.epilogue import Stage
 from ...kernels.convolution.conv_phases import ConvTranspose2d, ConvTranspose3d
 from ...kernels.movement.pointwise import Pointwise
 from ...kernels.normalisation.batch_norm import BatchNorm
-from ..fusion.pattern import Call, Match, leak, match
+from ..fusion.pattern import Call, Match, external_use, match
 from ..graph.ir import Graph, Node, Value
 from ..graph.ledger import Ledger
 
@@ -62,7 +62,7 @@ def fold_batch_norm(graph: Graph, ledger: Ledger) -> Graph:
 
 
 def _why_not(graph: Graph, producer: Node, node: Node) -> str | None:
-    reason = leak(graph, Match(node, inner=[producer]))
+    reason = external_use(graph, Match(node, inner=[producer]))
     if reason is not None:
         return reason
     if scale_and_shift(graph, node) is None:

@@ -13,11 +13,9 @@ from typing import Any
 from ...kernels.convolution.conv_window import BorderConv2d, Conv3d
 from ...kernels.movement.pad import Pad
 from ...kernels.tile.conv_geometry import Conv2d
-from ..fusion.estimate import Fused
-from ..fusion.pattern import Build, Call, Guard, Match, Rule, Var
+from ..fusion.declaration import Form, Fusion, variables
+from ..fusion.pattern import Call, Match, Var
 from ..graph.ir import Graph, Node
-
-LABEL = "pad-into-conv"
 
 
 def _pad_of(found: Match) -> Pad:
@@ -42,7 +40,7 @@ def _is_border(graph: Graph, node: Node) -> bool:
     return not _is_constant(graph, node)
 
 
-def _geometry_reason(found: Match) -> str | None:
+def _geometry_reason(graph: Graph, found: Match) -> str | None:
     pad, attributes = found.nodes["pad"], _pad_of(found)
     if any((*attributes.before[:2], *attributes.after[:2])):
         return f"{pad.name} pads more than the image, which no convolution does: {attributes}"
@@ -53,19 +51,19 @@ def _geometry_reason(found: Match) -> str | None:
     return None
 
 
-def _zeros_guard(graph: Graph, found: Match) -> str | None:
+def _pads_zeros(graph: Graph, found: Match) -> str | None:
     if (value := _pad_of(found).value) != 0:
         return f"{found.nodes['pad'].name} pads with {value:g}; a convolution pads with zeros"
-    return _geometry_reason(found)
+    return None
 
 
-def _border_guard(graph: Graph, found: Match) -> str | None:
+def _conv_allows_border(graph: Graph, found: Match) -> str | None:
     conv, attributes = found.nodes["conv"], _conv_of(found)
     if any(attributes.padding):
         return f"{conv.name} pads once more, with zeros, around another border: {attributes}"
     if graph.spec(found.values["w"]).shape[1] == 1 < attributes.groups:
         return f"{conv.name} is depthwise, and its kernel pads with zeros only"
-    return _geometry_reason(found)
+    return None
 
 
 def _widths(pad: Pad) -> tuple[int, ...]:
@@ -74,46 +72,41 @@ def _widths(pad: Pad) -> tuple[int, ...]:
     return tuple(width for pair in sides for width in pair)
 
 
-def _with_zeros(graph: Graph, found: Match) -> Fused:
+def _with_zeros(graph: Graph, found: Match) -> Conv2d | Conv3d:
     """The convolution with the pad's widths on top of its own."""
     attributes = _conv_of(found)
     both = zip(attributes.padding, _widths(_pad_of(found)), strict=True)
     padding: Any = tuple(own + width for own, width in both)
-    conv, inputs = found.nodes["conv"], (found.values["x"], found.values["w"])
-    return Fused.at(graph, conv, conv.op, replace(attributes, padding=padding), inputs)
+    return replace(attributes, padding=padding)
 
 
-def _with_border(graph: Graph, found: Match) -> Fused:
-    conv, pad, inputs = _conv_of(found), _pad_of(found), (found.values["x"], found.values["w"])
+def _with_border(graph: Graph, found: Match) -> Conv3d | BorderConv2d:
+    conv, pad = _conv_of(found), _pad_of(found)
     if isinstance(conv, Conv3d):
-        volume = replace(conv, padding=_widths(pad), border=pad.mode)
-        return Fused.at(graph, found.root, "conv3d", volume, inputs)
-    image = BorderConv2d(conv.stride, _widths(pad), conv.dilation, conv.groups, pad.mode)
-    return Fused.at(graph, found.root, "border_conv2d", image, inputs)
+        return replace(conv, padding=_widths(pad), border=pad.mode)
+    return BorderConv2d(conv.stride, _widths(pad), conv.dilation, conv.groups, pad.mode)
 
 
-def _rules(
-    label: str, border: str, where: Any, guard: Guard, build: Build, **ops: str
-) -> tuple[Rule, ...]:
-    """For each convolution, the fused op by its name."""
-    return tuple(
-        Rule(
-            f"{name}(pad(x, {border}), w) => {op}(x, w, padding{', border' * (border != '0')})",
-            Call(name, Call("pad", Var("x"), name="pad", where=where), Var("w"), name="conv",
-                 where=_is_plain),
-            build=build,
-            guard=guard,
-            label=label,
-        )
-        for name, op in ops.items()
-    )  # fmt: skip
+def _padded(conv: str, border: str, op: str) -> Fusion:
+    """A convolution of an image with a border, which becomes `op`."""
+    zeros = border == "0"
+    pad = Call("pad", Var("x"), name="pad", where=_is_constant if zeros else _is_border)
+    form = Form(
+        "pad-into-conv" if zeros else "border-into-conv",
+        f"{conv}(pad(x, {border}), w) => {op}(x, w, padding{'' if zeros else ', border'})",
+        Call(conv, pad, Var("w"), name="conv", where=_is_plain),
+    )
+    return Fusion(
+        op,
+        (form,),
+        _with_zeros if zeros else _with_border,
+        variables("x", "w"),
+        (_pads_zeros if zeros else _conv_allows_border, _geometry_reason),
+    )
 
 
-ZERO_RULES = _rules(
-    LABEL, "0", _is_constant, _zeros_guard, _with_zeros, conv2d="conv2d", conv3d="conv3d"
-)
-BORDER_RULES = _rules(
-    "border-into-conv", "border", _is_border, _border_guard, _with_border,
-    conv2d="border_conv2d", conv3d="conv3d",
+ZEROS = (_padded("conv2d", "0", "conv2d"), _padded("conv3d", "0", "conv3d"))
+ZERO_RULES = tuple(rule for fusion in ZEROS for rule in fusion.rules)
+FUSIONS = (
+    *ZEROS, _padded("conv2d", "border", "border_conv2d"), _padded("conv3d", "border", "conv3d")
 )  # fmt: skip
-RULES = (*ZERO_RULES, *BORDER_RULES)

@@ -21,8 +21,7 @@ def _is_projection(graph: Graph, node: Node) -> bool:
 
 def _guard(graph: Graph, found: Match) -> str | None:
     conv, pool = found.nodes["conv"], found.nodes["pool"]
-    assert isinstance(pool.attributes, AvgPool2d)
-    if pool.attributes.stride != (1, 1):
+    if pool.attributes.expect(AvgPool2d).stride != (1, 1):
         return f"{conv.name} would have to project the pixels that {pool.name} drops"
     narrow, wide = conv.spec.shape[1], pool.spec.shape[1]
     if narrow > wide:

@@ -33,11 +33,11 @@ def _made(graph: Graph, found: Match) -> Rearrange | None:
     if isinstance(moved.attributes, Rearrange) and isinstance(root.attributes, Permute):
         return composed(moved.attributes, permutation(moved.spec.shape, root.attributes.dims))
     if isinstance(moved.attributes, Rearrange):
-        middle = moved.attributes.split
+        middle, dims = moved.attributes.split, moved.attributes.dims
     else:
-        assert isinstance(moved.attributes, Permute)
         middle = graph.spec(graph.inputs(moved.name)[0]).shape
-    return rearrangement(x.shape, middle, moved.attributes.dims, root.spec.shape)
+        dims = moved.attributes.expect(Permute).dims
+    return rearrangement(x.shape, middle, dims, root.spec.shape)
 
 
 def _guard(graph: Graph, found: Match) -> str | None:

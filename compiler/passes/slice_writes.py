@@ -134,9 +134,9 @@ def _pad(graph: Graph, node: Node, ledger: Ledger) -> None:
     after[dim] = sum(graph.spec(part).shape[dim] for part in parts[at + 1 :])
     inner, replaced = graph.node(x.node), [node]
     if _continues(graph, inner, value):
-        assert isinstance(inner.attributes, Pad)
-        before = [a + b for a, b in zip(before, inner.attributes.before, strict=True)]
-        after = [a + b for a, b in zip(after, inner.attributes.after, strict=True)]
+        own = inner.attributes.expect(Pad)
+        before = [a + b for a, b in zip(before, own.before, strict=True)]
+        after = [a + b for a, b in zip(after, own.after, strict=True)]
         (x,), replaced = graph.own_inputs(inner), [inner, node]
     inputs = (x, *graph.operands(node))
     pad = Pad(tuple(before), tuple(after), value)

@@ -222,8 +222,8 @@ def _whole_image(state: _State, node: Node, given: list[_Slid], x: TensorSpec) -
             return
         reduces = attributes.size == (1, 1)
     else:
-        assert isinstance(attributes, Reduce)
-        reduces, keeps = attributes.dims == (2, 3), attributes.keepdim
+        reduction = attributes.expect(Reduce)
+        reduces, keeps = reduction.dims == (2, 3), reduction.keepdim
     if not reduces or node.op not in WHOLE_IMAGE:
         _refuse(node, f"only an average or maximum of the whole image slides, not one of {x}")
     make = WHOLE_IMAGE[node.op]

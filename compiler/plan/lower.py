@@ -255,10 +255,9 @@ def _place(state: _Lowering, value: Value) -> BufferSlice:
     if value not in state.destinations:
         return _own_buffer(state, value, str(value).removeprefix("%"), "arena")
     concat, start = state.destinations[value]
-    attributes = state.graph.node(concat.node).attributes
-    assert isinstance(attributes, movement.Concat)
-    size = state.graph.spec(value).shape[attributes.dim]
-    place = state.places[value] = _part(_place(state, concat), attributes.dim, start, size)
+    dim = state.graph.node(concat.node).attributes.expect(movement.Concat).dim
+    size = state.graph.spec(value).shape[dim]
+    place = state.places[value] = _part(_place(state, concat), dim, start, size)
     return place
 
 
@@ -380,13 +379,11 @@ def _finish_concat(state: _Lowering, node: Node) -> bool:
     if not any(here):
         return False
     whole = _place(state, Value(node.name))
-    attributes = node.attributes
-    assert isinstance(attributes, movement.Concat)
-    start = 0
+    dim, start = node.attributes.expect(movement.Concat).dim, 0
     for value, done in zip(values, here, strict=True):
-        size = state.graph.spec(value).shape[attributes.dim]
+        size = state.graph.spec(value).shape[dim]
         if not done:
-            _copy(state, node, value, _part(whole, attributes.dim, start, size))
+            _copy(state, node, value, _part(whole, dim, start, size))
         start += size
     if all(here):
         state.kernels[node.name] = "in place"

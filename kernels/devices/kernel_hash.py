@@ -53,17 +53,21 @@ def hash_of(op: Op) -> str:
 
 
 def kernels_of(op: Op) -> dict[str, JITFunction[Any]]:
-    """The jit functions that the op's launches can reach, nested ones included, by full name.
+    """The jit functions that the op's launches can reach."""
+    module = registry.module_of(op.launches)
+    return reachable((op.launches,), () if module.startswith(ROOM) else (module.partition(".")[0],))
+
+
+def reachable(values: Iterable[Any], packages: tuple[str, ...] = ()) -> dict[str, JITFunction[Any]]:
+    """The jit functions among the values and those that they can reach, by full name.
 
     What can be reached is read from the code: the names that functions mention, the attributes that
-    they may take of a module of this room or of the op's own package, what partial functions,
-    tables, tuples and the defaults of named tuples hold.
+    they may take of a module of this room or of the `packages`, what partial functions, tables,
+    tuples and the defaults of named tuples hold.
     """
     found: dict[str, JITFunction[Any]] = {}
     seen: set[int] = set()
-    waiting: list[Any] = [op.launches]
-    module = registry.module_of(op.launches)
-    rooms = (ROOM,) if module.startswith(ROOM) else (ROOM, module.partition(".")[0])
+    waiting, rooms = [*values], (ROOM, *packages)
     while waiting:
         value = waiting.pop()
         if id(value) in seen:

@@ -19,7 +19,6 @@ from dataclasses import dataclass
 
 import torch
 
-from ...errors import InvalidInputError
 from ..contract.op import Config, Launch, Op, Problem, config, counted, power_of_two
 from ..contract.spec import Layout, TensorSpec
 from ..contract.targets import Target
@@ -44,22 +43,19 @@ class ConvMean(StagedConv):
 
     keepdim: bool = True
 
-
-def unsupported(attributes: ConvMean, pixels: tuple[int, ...]) -> str | None:
-    """Why the kernel cannot average a convolution's result of that height and width, or None."""
-    if attributes.conv.groups != 1:
-        return f"the convolution has {attributes.conv.groups} groups; the kernel takes groups=1"
-    if math.prod(pixels) > MOST_PIXELS:
-        shown = "x".join(map(str, pixels))
-        return f"{shown} pixels do not fit one tile (at most {MOST_PIXELS})"
-    return None
+    def unsupported(self, pixels: tuple[int, ...]) -> str | None:
+        """Why the kernel cannot average a result of that height and width, or None."""
+        if self.conv.groups != 1:
+            return f"the convolution has {self.conv.groups} groups; the kernel takes groups=1"
+        if math.prod(pixels) > MOST_PIXELS:
+            shown = "x".join(map(str, pixels))
+            return f"{shown} pixels do not fit one tile (at most {MOST_PIXELS})"
+        return None
 
 
 def infer(attributes: ConvMean, inputs: tuple[TensorSpec, ...]) -> tuple[TensorSpec, ...]:
     """(N, K, 1, 1), or (N, K)."""
     result = conv_tile.result_of("conv_mean", attributes, inputs)
-    if (reason := unsupported(attributes, result.shape[2:])) is not None:
-        raise InvalidInputError(f"conv_mean: {reason}")
     n, k = result.shape[:2]
     if attributes.keepdim:
         return (result.with_(shape=(n, k, 1, 1)),)

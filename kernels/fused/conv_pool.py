@@ -19,7 +19,6 @@ from dataclasses import dataclass, field
 
 import torch
 
-from ...errors import InvalidInputError
 from ..contract import epilogue as ep
 from ..contract.op import Config, Launch, Op, Problem, counted
 from ..contract.spec import TensorSpec
@@ -45,31 +44,28 @@ class ConvPool(StagedConv):
     def pool_name(self) -> str:
         return "max_pool2d" if isinstance(self.pool, MaxPool2d) else "avg_pool2d"
 
-
-def unsupported(attributes: ConvPool, pixels: tuple[int, ...]) -> str | None:
-    """Why the kernel cannot pool a convolution's result of that height and width, or None."""
-    conv, pool = attributes.conv, attributes.pool
-    if conv.groups != 1:
-        return f"the convolution has {conv.groups} groups; the kernel takes groups=1"
-    for name, value, only in (
-        ("window", pool.kernel, PAIR),
-        ("stride", pool.stride, PAIR),
-        ("dilation", pool.dilation, (1, 1)),
-        ("padding", pool.padding, (0, 0)),
-    ):
-        if value != only:
-            return f"the pooling's {name} is {value[0]}x{value[1]}, not {only[0]}x{only[1]}"
-    odd = any(size % 2 for size in pixels)
-    if isinstance(pool, AvgPool2d) and pool.ceil_mode and odd:
-        return f"averages over windows that overhang {pixels[0]}x{pixels[1]} pixels (ceil_mode)"
-    return None
+    def unsupported(self, pixels: tuple[int, ...]) -> str | None:
+        """Why the kernel cannot pool a convolution's result of that height and width, or None."""
+        conv, pool = self.conv, self.pool
+        if conv.groups != 1:
+            return f"the convolution has {conv.groups} groups; the kernel takes groups=1"
+        for name, value, only in (
+            ("window", pool.kernel, PAIR),
+            ("stride", pool.stride, PAIR),
+            ("dilation", pool.dilation, (1, 1)),
+            ("padding", pool.padding, (0, 0)),
+        ):
+            if value != only:
+                return f"the pooling's {name} is {value[0]}x{value[1]}, not {only[0]}x{only[1]}"
+        odd = any(size % 2 for size in pixels)
+        if isinstance(pool, AvgPool2d) and pool.ceil_mode and odd:
+            return f"averages over windows that overhang {pixels[0]}x{pixels[1]} pixels (ceil_mode)"
+        return None
 
 
 def infer(attributes: ConvPool, inputs: tuple[TensorSpec, ...]) -> tuple[TensorSpec, ...]:
     """The pooled spec of the convolution's result."""
     result = conv_tile.result_of("conv_pool", attributes, inputs)
-    if (reason := unsupported(attributes, result.shape[2:])) is not None:
-        raise InvalidInputError(f"conv_pool: {reason}")
     return pool_window.infer(attributes.pool_name, attributes.pool, (result,))
 
 

@@ -20,7 +20,6 @@ import torch
 import triton
 import triton.language as tl
 
-from ...errors import InvalidInputError
 from ..contract.op import Config, Launch, Op, Problem, W, X, Y, counted
 from ..contract.spec import TensorSpec
 from ..contract.targets import Target
@@ -38,18 +37,15 @@ class ConvRearrange(StagedConv):
 
     then: Rearrange = field(default_factory=Rearrange)
 
-
-def unsupported(attributes: ConvRearrange, pixels: tuple[int, ...]) -> str | None:
-    """Why the kernel cannot compute the convolution, whatever its result's height and width."""
-    groups = attributes.conv.groups
-    return None if groups == 1 else f"the convolution has {groups} groups"
+    def unsupported(self, pixels: tuple[int, ...]) -> str | None:
+        """Why the kernel cannot compute the convolution, whatever its result's height and width."""
+        groups = self.conv.groups
+        return None if groups == 1 else f"the convolution has {groups} groups"
 
 
 def infer(attributes: ConvRearrange, inputs: tuple[TensorSpec, ...]) -> tuple[TensorSpec, ...]:
     """The rearranged spec of the convolution's result."""
     result = conv_tile.result_of("conv_rearrange", attributes, inputs)
-    if (reason := unsupported(attributes, result.shape[2:])) is not None:
-        raise InvalidInputError(f"conv_rearrange: {reason}")
     return rearrange.infer_rearrange(attributes.then, (result,))
 
 

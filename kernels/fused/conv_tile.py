@@ -36,11 +36,16 @@ class StagedConv(Attributes):
     before: ep.Epilogue = ()
     stages: ep.Epilogue = ()
 
+    def unsupported(self, pixels: tuple[int, ...]) -> str | None:
+        """Why the kernel cannot do what follows a result of that height and width, or None."""
+        return None
+
 
 def result_of(name: str, attributes: StagedConv, inputs: tuple[TensorSpec, ...]) -> TensorSpec:
     """The spec of the convolution's result, stages included.
 
-    Raises: InvalidInputError for a wrong number of inputs or an operand that does not fit.
+    Raises: InvalidInputError for a wrong number of inputs, an operand that does not fit, or a
+    result that is `unsupported`.
     """
     first, last = (ep.operand_count(s) for s in (attributes.before, attributes.stages))
     if len(inputs) != 2 + first + last:
@@ -59,6 +64,8 @@ def result_of(name: str, attributes: StagedConv, inputs: tuple[TensorSpec, ...])
             raise InvalidInputError(
                 f"{name}: {operand}, read after the convolution, does not broadcast to {result}"
             )
+    if (reason := attributes.unsupported(result.shape[2:])) is not None:
+        raise InvalidInputError(f"{name}: {reason}")
     return result
 
 

@@ -21,7 +21,7 @@ import triton.language as tl
 from ...errors import InvalidInputError
 from ..contract import epilogue as ep
 from ..contract import op, programmatic_launch
-from ..contract.op import Attributes, Config, Launch, Problem, Ref, operand_refs, power_of_two
+from ..contract.op import Attributes, Config, Launch, Problem, Ref, Y, operand_refs, power_of_two
 from ..contract.scalars import BY_NAME
 from ..contract.spec import FLOAT_DTYPES, MEMORY_FORMATS, Layout, TensorSpec
 from ..contract.targets import Target
@@ -77,14 +77,6 @@ class Walk:
     sizes: tuple[int, ...]
     written: ep.Access
     batch: int | None
-    output: int = 0
-
-    @staticmethod
-    def over(problem: Problem, output: int = 0) -> Walk:
-        """All of one output."""
-        operand = problem.outputs[output]
-        spec = operand.spec
-        return Walk(ep.memory_sizes(spec), ep.access(operand, spec), spec.batch, output)
 
 
 def launch_chain(
@@ -115,7 +107,7 @@ def launch_chain(
     chain = ep.generate(stages, reads, sizes, name="chain")
     return Launch(
         kernel=pointwise_kernel,
-        pointers={"y": Ref("output", walk.output)},
+        pointers={"y": Y},
         extras=refs,
         rows=rows,
         batch=walk.batch,
@@ -149,7 +141,7 @@ def launch_reads(
     return launch_chain(
         problem,
         tile,
-        Walk.over(problem),
+        Walk(ep.memory_sizes(out), ep.access(problem.output, out), out.batch),
         (*reads, *operands),
         (*stages, *problem.epilogue),
         (*inputs, *operand_refs(problem)),

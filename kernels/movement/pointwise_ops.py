@@ -257,11 +257,6 @@ def _fake_quantise(g: Builder, a: Arguments) -> Any:
 
 
 SELU = (1.6732632423543772848170429916717, 1.0507009873554804934193349852946, 1.0)
-UNARY_NAMES = (
-    "relu", "sigmoid", "tanh", "silu", "hardsigmoid", "hardswish", "mish", "sqrt", "rsqrt", "exp",
-    "log", "abs", "neg", "sign", "log_sigmoid", "log1p", "expm1", "sin", "cos", "atan", "erf",
-    "floor", "ceil", "round", "trunc", "logical_not", "isnan", "isinf", "isfinite",
-)  # fmt: skip
 ALIASES = {
     "special_log1p": "log1p", "special_expm1": "expm1", "special_erf": "erf", "arctan": "atan",
     "fix": "trunc", "bitwise_not": "logical_not",
@@ -301,7 +296,6 @@ SPECIAL: dict[str, dict[str, Capture]] = {
     },
     "pow": {f"pow.{kind}": _pow for kind in ("Tensor_Scalar", "Tensor_Tensor", "Scalar")},
     "add": {"addcmul.default": _addcmul("mul"), "addcdiv.default": _addcmul("div")},
-    "square": {"square.default": _unary("square")},
     "clamp": {
         **{
             name: _clamp
@@ -341,6 +335,16 @@ SPECIAL: dict[str, dict[str, Capture]] = {
     },
 }
 """Overloads that the other tables do not tell of, by the scalar they become."""
+
+
+def _takes_one_tensor(name: str) -> bool:
+    """Whether torch has a call of that name that takes a tensor and nothing else."""
+    overload = getattr(getattr(torch.ops.aten, name, None), "default", None)
+    return overload is not None and len(overload._schema.arguments) == 1
+
+
+UNARY_NAMES = frozenset(s.name for s in SCALARS if s.operands == 1 and _takes_one_tensor(s.name))
+"""Of our functions; those of extensions say which calls they are."""
 
 
 def _captures(scalar: str) -> dict[str, Capture]:

@@ -258,8 +258,7 @@ OP = Op(
     infer=infer,
     reference=reference,
     launches=launches,
-    configs=TILES.configs,
-    default=TILES.default,
+    **TILES.space,
     cost=cost,
     aten={
         "aten.grid_sampler.default": _capture,

@@ -140,8 +140,7 @@ OP = Op(
     infer=infer,
     reference=partial(reference, F.max_pool2d_with_indices),
     launches=launches,
-    configs=TILES.configs,
-    default=TILES.default,
+    **TILES.space,
     cost=cost,
     aten={
         f"aten.max_pool{dims}d_with_indices.default": pooling(NAME, MaxPool2d, indices=True)

@@ -264,8 +264,7 @@ def _pooled(g: Builder, value: Any) -> tuple[MaxPool2d, TensorSpec, TensorSpec] 
     while (made := g.maker(value)) is not None:
         name, attributes, inputs = made
         if name == max_pool_indices.NAME:
-            assert isinstance(attributes, MaxPool2d)
-            return attributes, g.spec(inputs[0]), g.spec(value)
+            return attributes.expect(MaxPool2d), g.spec(inputs[0]), g.spec(value)
         if name != "reshape":
             return None
         value = inputs[0]
@@ -313,8 +312,7 @@ OP = Op(
     infer=infer,
     reference=reference,
     launches=launches,
-    configs=TILES.configs,
-    default=TILES.default,
+    **TILES.space,
     cost=cost,
     prepare=prepare,
     aten={"aten.max_unpool2d.default": _capture},

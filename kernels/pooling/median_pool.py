@@ -157,7 +157,6 @@ OP = Op(
     infer=infer,
     reference=reference,
     launches=launches,
-    configs=TILES.configs,
-    default=TILES.default,
+    **TILES.space,
     cost=cost,
 )

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 from ..contract.op import Config, Problem, Target, config, power_of_two, tile_config, tiles_of
 from .pool_window import windows
@@ -48,6 +49,11 @@ class Tiles:
     held: Callable[[Problem], int] = lambda problem: 0
     most: int = 0
     rows: Callable[[Problem], int] = output_pixels
+
+    @property
+    def space(self) -> dict[str, Any]:
+        """What an `Op` asks of its tuning space."""
+        return {"configs": self.configs, "default": self.default}
 
     def configs(self, problem: Problem, target: Target) -> Iterator[Config]:
         """The tiles whose values are expected to fit the registers."""

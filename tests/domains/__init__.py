@@ -12,7 +12,7 @@ from typing import Any
 
 from convloom.kernels.contract.op import Op
 
-from .domain import Domain
+from ..properties.domain import Domain
 
 
 def _collected() -> dict[str, Domain]:

@@ -10,7 +10,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from .example import Example, NearMiss
+from ..properties.example import Example, NearMiss
 
 
 def _collected() -> dict[str, Example]:

@@ -8,7 +8,7 @@ import torch
 from convloom.compiler.passes.fusions.bottlenecks import Links
 from torch import nn
 
-from .example import Example, NearMiss, example
+from ..properties.example import Example, NearMiss, example
 
 
 def _bottleneck(*, front: bool, reduce: bool, **changes: Any) -> Any:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .example import Example, NearMiss, example
+from ..properties.example import Example, NearMiss, example
 
 
 class _Stack(nn.Module):

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .example import IMAGE, Example, NearMiss, example
+from ..properties.example import IMAGE, Example, NearMiss, example
 
 
 def _padded(

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .example import Example, NearMiss, example
+from ..properties.example import Example, NearMiss, example
 
 IMAGE = (2, 16, 8, 6)
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import nn
 
-from .example import Example, NearMiss, example
+from ..properties.example import Example, NearMiss, example
 
 SIDES = ("left", "right")
 

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .example import IMAGE, Example, example
+from ..properties.example import IMAGE, Example, example
 
 
 def _lrn_of_squares(m: nn.ModuleDict, x: torch.Tensor) -> torch.Tensor:

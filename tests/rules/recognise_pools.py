@@ -7,7 +7,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from .example import IMAGE, Example, NearMiss, example
+from ..properties.example import IMAGE, Example, NearMiss, example
 
 
 def _unfolded(x: torch.Tensor) -> torch.Tensor:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .example import IMAGE, Example, NearMiss, example
+from ..properties.example import IMAGE, Example, NearMiss, example
 
 
 def _conv(r: int = 3, k: int = 8) -> nn.Conv2d:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .example import Example, NearMiss, example
+from ..properties.example import Example, NearMiss, example
 
 
 def _sum(function: Any, groups: int = 1) -> Any:

@@ -9,16 +9,18 @@ it or the expansion may be the one that does the adding.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
 
+from ....kernels.fused import links
 from ....kernels.fused.chains.conv_chain import ConvChain
 from ....kernels.tile.conv_geometry import Conv2d
 from ...fusion import estimate, refusals
+from ...fusion.declaration import Form, Fusion
 from ...fusion.estimate import Fused
-from ...fusion.pattern import Call, Match, Rule, Var
+from ...fusion.pattern import Call, Match, Var
 from ...graph.ir import Graph, Node, Value
 from .pool_fusions import is_1x1
 from .shortcuts import Joined, adder_of, adds_only_constants, join, sum_reason
@@ -37,97 +39,94 @@ def _is_plain(graph: Graph, node: Node) -> bool:
     return is_1x1(graph, node) and node.attributes == Conv2d()
 
 
-def _shape_reason(graph: Graph, found: Match) -> str | None:
-    """What the kernel cannot express."""
-    for name in ("expand", "reduce"):
-        node = found.nodes.get(name)
-        if node is not None and (reason := refusals.not_plain_1x1(node)) is not None:
-            return reason
-    for name, reason_of in (
-        ("front", _front_reason), ("shortcut", _shortcut_reason), ("reduce", _reduce_reason)
-    ):  # fmt: skip
-        if name in found.nodes and (reason := reason_of(graph, found, found.nodes[name])):
-            return reason
+def _front_reason(graph: Graph, found: Match) -> str | None:
+    for front in found.those("front"):
+        if (groups := front.attributes.expect(Conv2d).groups) != 1:
+            return (
+                f"{front.name} is grouped: with all its channels in one tile it would be a dense "
+                f"product, {groups} times the work"
+            )
+        if front.prologue:
+            return refusals.has_prologue(front)
+        channels = graph.spec(graph.own_inputs(front)[1]).shape[1]
+        if channels < 16:
+            return f"{front.name} reads {channels} channels, not at least 16"
     return None
 
 
-def _front_reason(graph: Graph, found: Match, front: Node) -> str | None:
-    assert isinstance(front.attributes, Conv2d)
-    if front.attributes.groups != 1:
-        groups = front.attributes.groups
-        return (
-            f"{front.name} is grouped: with all its channels in one tile it would be a dense "
-            f"product, {groups} times the work"
-        )
-    if front.prologue:
-        return refusals.has_prologue(front)
-    channels = graph.spec(graph.own_inputs(front)[1]).shape[1]
-    return f"{front.name} reads {channels} channels, not at least 16" if channels < 16 else None
-
-
-def _shortcut_reason(graph: Graph, found: Match, shortcut: Node) -> str | None:
-    assert isinstance(shortcut.attributes, Conv2d)
-    if any(shortcut.attributes.padding):
-        return f"the shortcut {shortcut.name} is padded; the kernel reads it without a border"
-    return sum_reason(graph, found)
-
-
-def _reduce_reason(graph: Graph, found: Match, reduce: Node) -> str | None:
-    for value in graph.operands(reduce):
-        if not graph.is_constant(value):
-            return f"{reduce.name} adds the computed tensor {value}; the kernel adds only constants"
+def _shortcut_reason(graph: Graph, found: Match) -> str | None:
+    for shortcut in found.those("shortcut"):
+        if any(shortcut.attributes.expect(Conv2d).padding):
+            return f"the shortcut {shortcut.name} is padded; the kernel reads it without a border"
+        return sum_reason(graph, found)
     return None
 
 
-def _guard(graph: Graph, found: Match) -> str | None:
-    if (reason := _shape_reason(graph, found)) is not None:
-        return reason
+def _reduce_reason(graph: Graph, found: Match) -> str | None:
+    for reduce in found.those("reduce"):
+        for value in graph.operands(reduce):
+            if not graph.is_constant(value):
+                adds = f"{reduce.name} adds the computed tensor {value}"
+                return f"{adds}; the kernel adds only constants"
+    return None
+
+
+def _size_reason(graph: Graph, found: Match) -> str | None:
     if estimate.dtype_of(graph, found.root.spec) is torch.float32:
         return "float32 needs too many registers; float16 and bfloat16 are fused"
     limit = LARGEST_WITH_FRONT if "front" in found.nodes else LARGEST
-    narrow = [found.nodes["reduce"].spec.shape[1]] if "reduce" in found.nodes else []
+    narrow = [node.spec.shape[1] for node in found.those("reduce")]
     middle = graph.spec(graph.own_inputs(found.nodes["expand"])[0]).shape[1]
-    if max(middle, *narrow, 0) > limit:
-        return f"{max(middle, *narrow, 0)} channels do not fit one tile (at most {limit})"
+    if (most := max(middle, *narrow, 0)) > limit:
+        return f"{most} channels do not fit one tile (at most {limit})"
     return None
 
 
-def _build(graph: Graph, found: Match) -> Fused:
-    """The chain's attributes and inputs, in the order of its slots."""
-    front, expand, reduce, shortcut = (
-        found.nodes.get(name) for name in ("front", "expand", "reduce", "shortcut")
-    )
-    assert expand is not None
-    wide, joined = expand, Joined(expand.epilogue, graph.operands(expand))
-    if shortcut is not None:
-        wide, joined = adder_of(graph, found)[0], join(graph, found)
-    inputs: list[Value] = [graph.own_inputs(front or expand)[0]]
-    if front is not None:
-        inputs += [graph.own_inputs(front)[1], *graph.operands(front)]
-    inputs.append(graph.own_inputs(expand)[1])
-    if shortcut is not None:
-        inputs += graph.own_inputs(shortcut)
-    sums = {len(inputs): joined.added} if joined.added else {}
-    inputs += joined.operands
-    if reduce is not None:
-        inputs += [graph.own_inputs(reduce)[1], *graph.operands(reduce)]
-    attributes = ConvChain(
-        front=_geometry(front),
-        after_front=front.epilogue if front is not None else (),
-        after_expand=joined.stages,
+def _joined(graph: Graph, found: Match) -> Joined:
+    """What follows the expansion, beside a shortcut the sum."""
+    expand = found.nodes["expand"]
+    if "shortcut" in found.nodes:
+        return join(graph, found)
+    return Joined(expand.epilogue, graph.operands(expand))
+
+
+def _attributes(graph: Graph, found: Match) -> ConvChain:
+    front, shortcut, reduce = (found.nodes.get(name) for name in ("front", "shortcut", "reduce"))
+    return ConvChain(
+        front=front.attributes.expect(Conv2d) if front else None,
+        after_front=front.epilogue if front else (),
+        after_expand=_joined(graph, found).stages,
         has_reduce=reduce is not None,
-        after_reduce=reduce.epilogue if reduce is not None else (),
-        shortcut=_geometry(shortcut),
+        after_reduce=reduce.epilogue if reduce else (),
+        shortcut=shortcut.attributes.expect(Conv2d) if shortcut else None,
     )
-    results = {wide.name: 0} | ({reduce.name: 1} if reduce is not None else {})
-    return Fused("conv_chain", attributes, tuple(inputs), results, sums=sums)
 
 
-def _geometry(node: Node | None) -> Conv2d | None:
-    if node is None:
-        return None
-    assert isinstance(node.attributes, Conv2d)
-    return node.attributes
+def _inputs(graph: Graph, found: Match) -> list[Value]:
+    (first, *_) = nodes = found.those("front", "expand", "reduce")
+    values = [graph.own_inputs(first)[0]]
+    for node in nodes:
+        values.append(graph.own_inputs(node)[1])
+        if node is not found.nodes["expand"]:
+            values += graph.operands(node)
+            continue
+        for shortcut in found.those("shortcut"):
+            values += graph.own_inputs(shortcut)
+        values += _joined(graph, found).operands
+    return values
+
+
+def _results(graph: Graph, found: Match) -> dict[str, int]:
+    wide = adder_of(graph, found)[0] if "shortcut" in found.nodes else found.nodes["expand"]
+    return {wide.name: 0, **{node.name: 1 for node in found.those("reduce")}}
+
+
+def _finish(graph: Graph, found: Match, fused: Fused) -> Fused:
+    """With the other constants of the sum added to the first that the expansion's stages read."""
+    added = _joined(graph, found).added
+    chain = fused.attributes.expect(ConvChain).links
+    at = links.slots(chain).operands["expand"].start
+    return replace(fused, sums={at: added} if added else {})
 
 
 Shortcut = Literal["first", "second"] | None
@@ -176,22 +175,35 @@ def _is_added_plain(graph: Graph, node: Node) -> bool:
 FRONT = Call("conv2d", Var("x"), Var("w1"), name="front", where=_is_larger)
 
 
-def _rule(front: bool, reduce: bool, shortcut: Shortcut) -> Rule:
+def _form(front: bool, reduce: bool, shortcut: Shortcut) -> Form:
     x, inner = ("x", "conv(x)") if front else ("t", "t")
     terms = {None: "conv1x1({0})", "second": "conv1x1({0}) + conv1x1(s)",
              "first": "conv1x1(s) + conv1x1({0})"}  # fmt: skip
     product = terms[shortcut].format(inner)
     fused = f"conv_chain({x}{', s' if shortcut else ''})"
-    name = f"{product} => {fused}"
+    equation = f"{product} => {fused}"
     if reduce:
-        name = f"conv1x1(y = {product}) => {fused} giving y and the reduction"
+        equation = f"conv1x1(y = {product}) => {fused} giving y and the reduction"
     label = ("rotated-bottleneck" if front else "expand-reduce") if reduce else "conv-1x1"
-    pattern = _pattern(Links(front, reduce, shortcut))
-    return Rule(name, pattern, guard=_guard, label=label, build=_build)
+    return Form(label, equation, _pattern(Links(front, reduce, shortcut)))
 
 
-RULES = tuple(
-    _rule(front, reduce, shortcut)
-    for front, reduce in ((True, True), (False, True), (True, False))
-    for shortcut in SHORTCUTS
-)
+FUSIONS = (
+    Fusion(
+        op="conv_chain",
+        forms=tuple(
+            _form(front, reduce, shortcut)
+            for front, reduce in ((True, True), (False, True), (True, False))
+            for shortcut in SHORTCUTS
+        ),
+        attributes=_attributes,
+        inputs=_inputs,
+        refusals=(
+            refusals.plain("expand", "reduce"), _front_reason, _shortcut_reason, _reduce_reason,
+            _size_reason,
+        ),
+        results=_results,
+        holds=("conv2d",),
+        finish=_finish,
+    ),
+)  # fmt: skip

@@ -4,6 +4,7 @@ what they propose (`partition.py`)."""
 from __future__ import annotations
 
 from ...fusion import extension_rules, partition
+from ...fusion.declaration import Fusion
 from ...fusion.pattern import apply_rules
 from ...graph.ir import Graph
 from ...graph.ledger import Ledger
@@ -11,16 +12,17 @@ from .. import pads
 from . import bottlenecks, heads, pool_fusions, pooled_convs, separables, shortcuts
 from .siblings import propose_siblings
 
-RULES = (
-    *bottlenecks.RULES,
-    *separables.RULES,
-    *shortcuts.RULES,
-    *pooled_convs.RULES,
-    *pool_fusions.RULES,
-    *heads.RULES,
-    *pads.RULES,
+FUSIONS: tuple[Fusion, ...] = (
+    *bottlenecks.FUSIONS,
+    *separables.FUSIONS,
+    *shortcuts.FUSIONS,
+    *pooled_convs.FUSIONS,
+    *pool_fusions.FUSIONS,
+    *heads.FUSIONS,
+    *pads.FUSIONS,
 )
 """Every proposal of ours; the order decides only between equal savings."""
+RULES = tuple(rule for fusion in FUSIONS for rule in fusion.rules)
 
 
 def choose_partition(graph: Graph, ledger: Ledger) -> Graph:

@@ -6,6 +6,9 @@ before or after it (`lrn_pool`).
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 from ....kernels.fused.lrn_pool import LrnPool
 from ....kernels.fused.pool_conv import PoolConv
 from ....kernels.fused.squeeze_excite import SqueezeExcite
@@ -13,8 +16,8 @@ from ....kernels.normalisation.lrn import LocalResponseNorm
 from ....kernels.normalisation.reduce import Reduce
 from ....kernels.pooling.pool_window import AdaptivePool2d, AvgPool2d, MaxPool2d
 from ...fusion import refusals
-from ...fusion.estimate import Fused
-from ...fusion.pattern import Call, Constant, Match, Rule, Var
+from ...fusion.declaration import Form, Fusion, variables
+from ...fusion.pattern import Call, Constant, Match, Var
 from ...graph.ir import Graph, Node, Value
 
 AVERAGES = ("adaptive_avg_pool2d", "mean", "avg_pool2d")
@@ -32,9 +35,9 @@ def averages_all(graph: Graph, node: Node) -> bool:
         return x.rank == 4 and attributes.dims == (2, 3)
     if isinstance(attributes, AdaptivePool2d):
         return attributes.size == (1, 1)
-    assert isinstance(attributes, AvgPool2d)
-    plain = not any(attributes.padding) and attributes.divisor_override is None
-    return plain and attributes.kernel == x.shape[2:]
+    window = attributes.expect(AvgPool2d)
+    plain = not any(window.padding) and window.divisor_override is None
+    return plain and window.kernel == x.shape[2:]
 
 
 # Pooling -> 1x1 convolution.
@@ -44,22 +47,20 @@ def _is_shared(graph: Graph, node: Node) -> bool:
     return len(graph.uses(Value(node.name))) > 1
 
 
-def _pool_guard(graph: Graph, found: Match) -> str | None:
-    return refusals.not_plain_1x1(found.root, prologue=True)
-
-
-def _build_pool_conv(graph: Graph, found: Match) -> Fused:
+def _pool_conv(graph: Graph, found: Match) -> PoolConv:
     pool, conv = found.nodes["pool"], found.root
-    assert isinstance(pool.attributes, (MaxPool2d, AvgPool2d))
-    keep = pool.name in found.kept
-    attributes = PoolConv(pool.attributes, pool.epilogue, conv.prologue, keep)
-    inputs = (
-        found.values["x"],
-        found.values["w"],
-        *graph.operands(pool),
-        *graph.prologue_operands(conv),
-    )
-    return Fused.at(graph, conv, "pool_conv", attributes, inputs, {pool.name: 1} if keep else {})
+    window: Any = pool.attributes  # One of POOLS.
+    return PoolConv(window, pool.epilogue, conv.prologue, pool.name in found.kept)
+
+
+def _pool_conv_inputs(graph: Graph, found: Match) -> tuple[Value, ...]:
+    pool, conv = found.nodes["pool"], found.root
+    read = (*graph.operands(pool), *graph.prologue_operands(conv))
+    return (found.values["x"], found.values["w"], *read)
+
+
+def _with_kept(graph: Graph, found: Match) -> dict[str, int]:
+    return {found.root.name: 0, **dict.fromkeys(found.kept, 1)}
 
 
 POOLS = ("max_pool2d", "avg_pool2d")
@@ -68,32 +69,19 @@ POOLS = ("max_pool2d", "avg_pool2d")
 # Global average -> 1x1 convolution -> 1x1 convolution.
 
 
-def _layers(found: Match) -> tuple[Node, Node]:
-    return found.nodes["squeeze"], found.root
-
-
-def _squeeze_guard(graph: Graph, found: Match) -> str | None:
-    average = found.nodes.get("average")
-    if average is not None and average.epilogue:
-        return refusals.has_epilogue(average)
-    for node in _layers(found):
-        if node.op == "conv2d" and (reason := refusals.not_plain_1x1(node)) is not None:
-            return reason
-        if node.prologue:
-            return refusals.has_prologue(node)
-    channels = graph.spec(found.values["x"]).shape[1]
-    if found.root.spec.shape[1] != channels:
+def _one_per_channel(graph: Graph, found: Match) -> str | None:
+    if found.root.spec.shape[1] != graph.spec(found.values["x"]).shape[1]:
         return f"{found.root.name} does not give one number per channel of the image it scales"
     return None
 
 
-def _build_squeeze_excite(graph: Graph, found: Match) -> Fused:
-    squeeze, excite = _layers(found)
-    inputs = (
-        found.values["x"], found.values["w1"], found.values["w2"], *graph.operands(squeeze)
-    )  # fmt: skip
-    attributes = SqueezeExcite(squeeze.epilogue)
-    return Fused.at(graph, excite, "squeeze_excite", attributes, inputs)
+def _squeeze_excite(graph: Graph, found: Match) -> SqueezeExcite:
+    return SqueezeExcite(found.nodes["squeeze"].epilogue)
+
+
+def _squeeze_excite_inputs(graph: Graph, found: Match) -> tuple[Value, ...]:
+    weights = variables("x", "w1", "w2")(graph, found)
+    return (*weights, *graph.operands(found.nodes["squeeze"]))
 
 
 def _is_one_pixel(graph: Graph, node: Node) -> bool:
@@ -103,82 +91,83 @@ def _is_one_pixel(graph: Graph, node: Node) -> bool:
 # Local response normalisation and max pooling.
 
 
-def _lrn_guard(graph: Graph, found: Match) -> str | None:
-    inner = found.nodes["inner"]
-    return refusals.has_epilogue(inner) if inner.epilogue else None
-
-
-def _build_lrn_pool(graph: Graph, found: Match) -> Fused:
-    root, inner = found.root, found.nodes["inner"]
-    lrn_first = isinstance(inner.attributes, LocalResponseNorm)
+def _lrn_pool(graph: Graph, found: Match) -> LrnPool:
+    root, inner = found.root.attributes, found.nodes["inner"].attributes
+    lrn_first = isinstance(inner, LocalResponseNorm)
     lrn, pool = (inner, root) if lrn_first else (root, inner)
-    assert isinstance(lrn.attributes, LocalResponseNorm)
-    assert isinstance(pool.attributes, MaxPool2d)
-    attributes = LrnPool(lrn.attributes, pool.attributes, lrn_first)
-    return Fused.at(graph, root, "lrn_pool", attributes, (found.values["x"],))
+    return LrnPool(lrn.expect(LocalResponseNorm), pool.expect(MaxPool2d), lrn_first)
 
 
 LRN_AND_POOL = ("max_pool2d", "local_response_norm")
 AVERAGE = Call(AVERAGES, Var("x"), name="average", where=averages_all)
-RULES = (
-    *(
-        Rule(
-            f"conv1x1({pool}, w) => pool_conv(x, w){giving}",
-            Call(
-                "conv2d",
-                Call(POOLS, Var("x"), name="pool", kept=where is not None, where=where),
-                Constant("w"),
-                where=is_1x1,
-            ),
-            build=_build_pool_conv,
-            guard=_pool_guard,
-            label=label,
-        )
-        for label, pool, giving, where in (
-            ("pool-conv", "pool(x)", "", None),
-            ("pool-conv-kept", "t = pool(x)", " giving t as well", _is_shared),
-        )
+FLAT = Call(("reshape", "flatten_pixels"), AVERAGE, name="flat")
+
+
+def _pool_form(label: str, giving: str, where: Callable[[Graph, Node], bool] | None) -> Form:
+    pool = Call(POOLS, Var("x"), name="pool", kept=where is not None, where=where)
+    equation = f"conv1x1({'t = ' * (where is not None)}pool(x), w) => pool_conv(x, w){giving}"
+    return Form(label, equation, Call("conv2d", pool, Constant("w"), where=is_1x1))
+
+
+def _gate(
+    layer: str, source: Call | Var, where: Callable[[Graph, Node], bool] | None = None
+) -> Call:
+    """Two layers behind what they read; where: what makes the first one of these."""
+    squeeze = Call(layer, source, Constant("w1"), name="squeeze", where=where)
+    return Call(layer, squeeze, Constant("w2"), where=is_1x1 if layer == "conv2d" else None)
+
+
+FUSIONS = (
+    Fusion(
+        op="pool_conv",
+        forms=(
+            _pool_form("pool-conv", "", None),
+            _pool_form("pool-conv-kept", " giving t as well", _is_shared),
+        ),
+        attributes=_pool_conv,
+        inputs=_pool_conv_inputs,
+        refusals=(refusals.plain("root", prologue=True),),
+        results=_with_kept,
     ),
-    *(
-        Rule(
-            name,
-            Call(
-                layer,
-                Call(layer, source, Constant("w1"), name="squeeze", where=inner),
-                Constant("w2"),
-                where=is_1x1 if layer == "conv2d" else None,
-            ),
-            build=_build_squeeze_excite,
-            guard=_squeeze_guard,
-            label=label,
-        )
-        for name, layer, source, inner, label in (
-            (
+    Fusion(
+        op="squeeze_excite",
+        forms=(
+            Form(
+                "squeeze-excite",
                 "conv1x1(conv1x1(mean(x), v), w) => squeeze_excite(x, v, w)",
-                "conv2d", AVERAGE, is_1x1, "squeeze-excite",
+                _gate("conv2d", AVERAGE, is_1x1),
             ),
-            (
+            Form(
+                "squeeze-excite",
                 "linear(linear(mean(x), v), w) => squeeze_excite(x, v, w)",
-                "linear", AVERAGE, None, "squeeze-excite",
+                _gate("linear", AVERAGE),
             ),
-            (
+            Form(
+                "squeeze-excite",
                 "linear(linear(flatten(mean(x)), v), w) => squeeze_excite(x, v, w)",
-                "linear", Call(("reshape", "flatten_pixels"), AVERAGE), None, "squeeze-excite",
+                _gate("linear", FLAT),
             ),
-            (
+            Form(
+                "excite",
                 "conv1x1(conv1x1(s, v), w) => squeeze_excite(s, v, w), s of one pixel",
-                "conv2d", Var("x"), _is_one_pixel, "excite",
+                _gate("conv2d", Var("x"), _is_one_pixel),
             ),
-        )
+        ),
+        attributes=_squeeze_excite,
+        inputs=_squeeze_excite_inputs,
+        refusals=(
+            refusals.ending("average"), refusals.plain("squeeze", "root"), _one_per_channel
+        ),
     ),
-    *(
-        Rule(
-            f"{outer}({inner}(x)) => lrn_pool(x)",
-            Call(outer, Call(inner, Var("x"), name="inner")),
-            build=_build_lrn_pool,
-            guard=_lrn_guard,
-            label="lrn-pool",
-        )
-        for outer, inner in (LRN_AND_POOL, LRN_AND_POOL[::-1])
+    Fusion(
+        op="lrn_pool",
+        forms=tuple(
+            Form("lrn-pool", f"{outer}({inner}(x)) => lrn_pool(x)",
+                 Call(outer, Call(inner, Var("x"), name="inner")))
+            for outer, inner in (LRN_AND_POOL, LRN_AND_POOL[::-1])
+        ),
+        attributes=_lrn_pool,
+        inputs=variables("x"),
+        refusals=(refusals.ending("inner"),),
     ),
 )  # fmt: skip

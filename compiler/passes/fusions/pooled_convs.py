@@ -8,10 +8,9 @@ one per image, or every pixel at once where it belongs.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
-from ....kernels.contract.op import Attributes
+from ....kernels.contract.op import Attributes, Op
 from ....kernels.fused import conv_mean, conv_pool, conv_rearrange
 from ....kernels.fused.conv_mean import ConvMean
 from ....kernels.fused.conv_pool import ConvPool
@@ -20,70 +19,51 @@ from ....kernels.fused.conv_tile import StagedConv
 from ....kernels.movement.rearrangement import Rearrange
 from ....kernels.normalisation.reduce import Reduce
 from ....kernels.tile.conv_geometry import Conv2d
-from ...fusion.estimate import Fused
-from ...fusion.pattern import Call, Match, Rule, Var
-from ...graph.ir import Graph, Node
-from .pool_fusions import averages_all
+from ...fusion.declaration import Form, Fusion
+from ...fusion.pattern import Call, Match, Var
+from ...graph.ir import Graph, Node, Value
+from .pool_fusions import AVERAGES, POOLS, averages_all
 
 CONV = Call("conv2d", Var("x"), Var("w"), name="conv")
 
 
-@dataclass(frozen=True)
-class ConvThen:
-    """A convolution and what follows it, as one kernel: from this record come the rules.
+def conv_then(
+    op: Op,
+    label: str,
+    followers: tuple[str, ...],
+    attributes: Callable[..., StagedConv],
+    where: Callable[[Graph, Node], bool] | None = None,
+) -> Fusion:
+    """A convolution and one of the ops that may follow it.
 
-    op: the fused op, whose `label` users force or forbid; followers: the ops that may follow;
     attributes: of the fused op, the convolution's parts being given first, then the follower's
-    attributes; unsupported: why the kernel cannot do it, from the attributes and the height and
-    width of the convolution's result; where: what else makes a follower one of these.
-    takes_epilogue: whether the fused op applies the follower's own stages; else they join those of
-    the convolution, which only stages without a tensor of their own can.
+    attributes; where: what else makes a follower one of these. Where the fused op takes no
+    epilogue, the follower's own stages join those of the convolution, which only stages without a
+    tensor of their own can.
     """
+    holds = () if op.takes_epilogue else followers
 
-    op: str
-    label: str
-    followers: tuple[str, ...]
-    attributes: Callable[..., StagedConv]
-    unsupported: Callable[[Any, tuple[int, ...]], str | None]
-    where: Callable[[Graph, Node], bool] | None = None
-    takes_epilogue: bool = True
-
-    def rules(self) -> tuple[Rule, ...]:
-        """One rule for each follower."""
-        return tuple(
-            Rule(
-                f"{name}(conv2d(x, w)) => {self.op}(x, w)",
-                Call(name, CONV, where=self.where),
-                build=self._build,
-                guard=self._guard,
-                label=self.label,
-            )
-            for name in self.followers
-        )
-
-    def _attributes(self, found: Match) -> StagedConv:
+    def made(graph: Graph, found: Match) -> StagedConv:
         conv, root = found.nodes["conv"], found.root
-        assert isinstance(conv.attributes, Conv2d)
-        stages = conv.epilogue if self.takes_epilogue else (*conv.epilogue, *root.epilogue)
-        return self.attributes(conv.attributes, conv.prologue, stages, root.attributes)
+        stages = (*conv.epilogue, *(root.epilogue if holds else ()))
+        return attributes(conv.attributes.expect(Conv2d), conv.prologue, stages, root.attributes)
 
-    def _guard(self, graph: Graph, found: Match) -> str | None:
-        if not self.takes_epilogue and graph.operands(found.root):
+    def reason(graph: Graph, found: Match) -> str | None:
+        if holds and graph.operands(found.root):
             return f"{found.root.name} reads a tensor behind the convolution"
-        return self.unsupported(self._attributes(found), found.nodes["conv"].spec.shape[2:])
+        return made(graph, found).unsupported(found.nodes["conv"].spec.shape[2:])
 
-    def _build(self, graph: Graph, found: Match) -> Fused:
-        """Inputs: x, w, what the stages before the convolution read, what those after it read."""
-        conv, root = found.nodes["conv"], found.root
-        read = (*graph.prologue_operands(conv), *graph.operands(conv))
-        return Fused(
-            self.op,
-            self._attributes(found),
-            (*graph.own_inputs(conv), *read),
-            results={root.name: 0},
-            epilogue=root.epilogue if self.takes_epilogue else (),
-            operands=graph.operands(root),
-        )
+    forms = (
+        Form(label, f"{name}(conv2d(x, w)) => {op.name}(x, w)", Call(name, CONV, where=where))
+        for name in followers
+    )
+    return Fusion(op.name, tuple(forms), made, _inputs, (reason,), holds=holds)
+
+
+def _inputs(graph: Graph, found: Match) -> tuple[Value, ...]:
+    """x, w, what the stages before the convolution read, what those after it read."""
+    conv = found.nodes["conv"]
+    return (*graph.own_inputs(conv), *graph.prologue_operands(conv), *graph.operands(conv))
 
 
 def _mean(conv: Conv2d, before: Any, stages: Any, average: Attributes) -> ConvMean:
@@ -92,28 +72,14 @@ def _mean(conv: Conv2d, before: Any, stages: Any, average: Attributes) -> ConvMe
 
 
 def _is_pixel_shuffle(graph: Graph, node: Node) -> bool:
-    assert isinstance(node.attributes, Rearrange)
-    return len(node.spec.shape) == 4 and node.attributes.dims == (0, 1, 4, 2, 5, 3)
+    dims = node.attributes.expect(Rearrange).dims
+    return len(node.spec.shape) == 4 and dims == (0, 1, 4, 2, 5, 3)
 
 
-POOL = ConvThen(
-    "conv_pool", "conv-pool", ("max_pool2d", "avg_pool2d"), ConvPool, conv_pool.unsupported
-)
-MEAN = ConvThen(
-    "conv_mean",
-    "conv-mean",
-    ("adaptive_avg_pool2d", "mean", "avg_pool2d"),
-    _mean,
-    conv_mean.unsupported,
-    averages_all,
-)
-SUB_PIXEL = ConvThen(
-    "conv_rearrange",
-    "sub-pixel",
-    ("rearrange",),
-    ConvRearrange,
-    conv_rearrange.unsupported,
-    _is_pixel_shuffle,
-    takes_epilogue=False,
-)
-RULES = tuple(rule for fusion in (POOL, MEAN, SUB_PIXEL) for rule in fusion.rules())
+FUSIONS = (
+    conv_then(conv_pool.OP, "conv-pool", POOLS, ConvPool),
+    conv_then(conv_mean.OP, "conv-mean", AVERAGES, _mean, averages_all),
+    conv_then(
+        conv_rearrange.OP, "sub-pixel", ("rearrange",), ConvRearrange, _is_pixel_shuffle
+    ),
+)  # fmt: skip

@@ -9,15 +9,16 @@ enters the accumulator before the epilogue begins, and the constants of both are
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ....kernels.contract import epilogue as ep
 from ....kernels.contract.epilogue import Epilogue, Stage
 from ....kernels.fused.conv_sum import ConvSum
 from ....kernels.tile.conv_geometry import Conv2d
 from ...fusion import refusals
+from ...fusion.declaration import Form, Fusion
 from ...fusion.estimate import Fused
-from ...fusion.pattern import Call, Match, Rule, Var
+from ...fusion.pattern import Call, Match, Var
 from ...graph.ir import Graph, Node, Value
 
 
@@ -64,8 +65,7 @@ def sum_reason(graph: Graph, found: Match) -> str | None:
     """Why the two convolutions cannot share an accumulator, or None."""
     adder, added, position = adder_of(graph, found)
     for node in (adder, added):
-        assert isinstance(node.attributes, Conv2d)
-        if node.attributes.groups != 1:
+        if node.attributes.expect(Conv2d).groups != 1:
             return f"{node.name} is grouped; only convolutions with groups=1 share a sum"
         if node.prologue:
             return refusals.has_prologue(node)
@@ -105,34 +105,35 @@ def _is_constant_add(graph: Graph, stage: Stage, values: tuple[Value, ...]) -> b
     return plain and all(map(graph.is_constant, values))
 
 
-def _build(graph: Graph, found: Match) -> Fused:
-    conv, shortcut = found.nodes["conv"], found.nodes["shortcut"]
-    assert isinstance(conv.attributes, Conv2d) and isinstance(shortcut.attributes, Conv2d)
+def _attributes(graph: Graph, found: Match) -> ConvSum:
+    conv, shortcut = (node.attributes.expect(Conv2d) for node in found.those("conv", "shortcut"))
+    return ConvSum(conv, shortcut)
+
+
+def _inputs(graph: Graph, found: Match) -> list[Value]:
+    return [v for node in found.those("conv", "shortcut") for v in graph.own_inputs(node)]
+
+
+def _finish(graph: Graph, found: Match, fused: Fused) -> Fused:
     joined = join(graph, found)
-    inputs = (*graph.own_inputs(conv), *graph.own_inputs(shortcut))
-    return Fused(
-        "conv_sum",
-        ConvSum(conv.attributes, shortcut.attributes),
-        inputs,
-        {found.root.name: 0},
-        joined.stages,
-        joined.operands,
-        {len(inputs): joined.added} if joined.added else {},
-    )
+    sums = {len(fused.inputs): joined.added} if joined.added else {}
+    return replace(fused, epilogue=joined.stages, operands=joined.operands, sums=sums)
 
 
-RULES = (
-    Rule(
-        "conv2d(x, w) + conv2d(s, v) => conv_sum(x, w, s, v)",
-        Call(
-            "conv2d",
-            Var("x"),
-            Var("w"),
-            name="conv",
-            operand=Call("conv2d", Var("s"), Var("v"), name="shortcut", where=adds_only_constants),
+SHORTCUT = Call("conv2d", Var("s"), Var("v"), name="shortcut", where=adds_only_constants)
+FUSIONS = (
+    Fusion(
+        op="conv_sum",
+        forms=(
+            Form(
+                "shortcut",
+                "conv2d(x, w) + conv2d(s, v) => conv_sum(x, w, s, v)",
+                Call("conv2d", Var("x"), Var("w"), name="conv", operand=SHORTCUT),
+            ),
         ),
-        guard=sum_reason,
-        label="shortcut",
-        build=_build,
+        attributes=_attributes,
+        inputs=_inputs,
+        refusals=(sum_reason,),
+        finish=_finish,
     ),
 )

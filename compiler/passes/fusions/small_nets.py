@@ -10,66 +10,56 @@ from __future__ import annotations
 from ....kernels.fused import links, small_net
 from ....kernels.fused.conv_pool import ConvPool
 from ....kernels.fused.small_net import SmallNet
-from ...fusion import partition, refusals
-from ...fusion.estimate import Fused
-from ...fusion.pattern import Call, Match, Rule
-from ...graph.ir import Graph, Node, Value
+from ...fusion import declaration, partition, refusals
+from ...fusion.declaration import Form, Fusion
+from ...fusion.pattern import Call, Match
+from ...graph.ir import Graph
 from ...graph.ledger import Ledger
 from .heads import LAYERS, as_head
 
-LABEL = "small-net"
 MOST_INTERPRETED = 8
 """Images that the interpreter is given one after the other."""
+CONVS = tuple(f"layer{number}" for number in range(small_net.MOST_LAYERS))
+"""What the convolutions are called, in the order of the data."""
 
 
-def _layers(found: Match) -> list[Node]:
-    """The convolutions, in the order of the data."""
-    names = sorted(name for name in found.nodes if name.startswith("layer"))
-    return [found.nodes[name] for name in names]
+def _attributes(graph: Graph, found: Match) -> SmallNet:
+    layers = (node.attributes.expect(ConvPool) for node in found.those(*CONVS))
+    return SmallNet(tuple(layers), as_head(found.root))
 
 
-def _parts(graph: Graph, found: Match) -> tuple[SmallNet, tuple[Value, ...]]:
-    """Attributes and inputs of the whole."""
-    layers = _layers(found)
-    inputs = [graph.own_inputs(layers[0])[0]]
-    attributes = []
-    for node in layers:
-        assert isinstance(node.attributes, ConvPool)
-        attributes.append(node.attributes)
-        inputs += graph.own_inputs(node)[1:]
-    head, last = as_head(graph, found.root)
-    return SmallNet(tuple(attributes), head), (*inputs, *last[1:])
+_inputs = declaration.links(*CONVS, "root")
 
 
-def _guard(graph: Graph, found: Match) -> str | None:
-    for node in _layers(found):
+def _ends_in_pooling(graph: Graph, found: Match) -> str | None:
+    for node in found.those(*CONVS):
         if node.epilogue:
             return f"{node.name} goes on after its pooling, which has to come last in a layer"
-    root = found.root
-    if root.prologue:
-        return refusals.has_prologue(root)
-    if graph.goal is not None and not graph.goal.target.is_gpu:
-        images = root.spec.shape[0]
-        if images > MOST_INTERPRETED:
-            return f"without a GPU {images} images would be computed one after the other"
-    attributes, inputs = _parts(graph, found)
+    return None
+
+
+def _few_interpreted(graph: Graph, found: Match) -> str | None:
+    images = found.root.spec.shape[0]
+    on_gpu = graph.goal is None or graph.goal.target.is_gpu
+    if on_gpu or images <= MOST_INTERPRETED:
+        return None
+    return f"without a GPU {images} images would be computed one after the other"
+
+
+def _unsupported(graph: Graph, found: Match) -> str | None:
+    attributes, inputs = _attributes(graph, found), tuple(_inputs(graph, found))
     own = links.tensors(attributes.links, inputs)
     for name in links.weights(attributes.head.chain):
         if not graph.is_constant(own[name]):
-            return f"a weight of {root.name} is computed, not a constant of the module"
+            return f"a weight of {found.root.name} is computed, not a constant of the module"
     return small_net.unsupported(attributes, tuple(graph.spec(value) for value in inputs))
-
-
-def _build(graph: Graph, found: Match) -> Fused:
-    attributes, inputs = _parts(graph, found)
-    return Fused("small_net", attributes, inputs, {found.root.name: 0})
 
 
 def _pattern(layers: int) -> Call:
     """A classifier behind that many convolutions."""
     conv: Call | None = None
-    for number in range(layers):
-        conv = Call("conv_pool", first=conv, name=f"layer{number}")
+    for name in CONVS[:layers]:
+        conv = Call("conv_pool", first=conv, name=name)
     return Call(LAYERS, first=Call("flatten_pixels", conv))
 
 
@@ -80,11 +70,16 @@ def _equation(layers: int) -> str:
     return f"head(flatten({inner})) => small_net(x, ...)"
 
 
-RULES = tuple(
-    Rule(_equation(layers), _pattern(layers), build=_build, guard=_guard, label=LABEL)
-    for layers in (3, 2, 1)
+FUSION = Fusion(
+    op="small_net",
+    # The longest first: of equal savings the earlier one is taken.
+    forms=tuple(Form("small-net", _equation(layers), _pattern(layers)) for layers in (3, 2, 1)),
+    attributes=_attributes,
+    inputs=_inputs,
+    refusals=(_ends_in_pooling, refusals.plain("root"), _few_interpreted, _unsupported),
+    holds=LAYERS,
 )
-"""The longest first: of equal savings the earlier rule is taken."""
+RULES = FUSION.rules
 
 
 def fuse_small_nets(graph: Graph, ledger: Ledger) -> Graph:

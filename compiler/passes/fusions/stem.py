@@ -109,14 +109,14 @@ def _fuse(graph: Graph, entrance: Entrance, ledger: Ledger) -> None:
     found = _why_not(graph, entrance) or _normalisation(graph, entrance)
     forms = []
     for rule, why_not, build in ((LOADS, _why_no_loads, _loads), (ROWS, _why_no_rows, _rows)):
-        wish = overrides.of(graph.goal, LABELS[rule], entrance.nodes)
+        override = overrides.of(graph.goal, LABELS[rule], entrance.nodes)
         if isinstance(found, str):
             ledger.refuse(rule, entrance.nodes, found)
-        elif (reason := why_not(graph, entrance.conv) or wish.refusal) is not None:
+        elif (reason := why_not(graph, entrance.conv) or override.refusal) is not None:
             ledger.refuse(rule, entrance.nodes, reason)
         else:
             form = build(graph, entrance, found)
-            forms.append(replace(form, forced=wish.force is not None))
+            forms.append(replace(form, forced=override.force is not None))
     if forms:
         _choose(graph, entrance, forms, ledger)
 
@@ -124,10 +124,9 @@ def _fuse(graph: Graph, entrance: Entrance, ledger: Ledger) -> None:
 def _why_not(graph: Graph, entrance: Entrance) -> str | None:
     """What both forms ask of the convolution and of the nodes before it."""
     conv, image = entrance.conv, graph.spec(entrance.image)
-    assert isinstance(conv.attributes, Conv2d)
     if image.rank != 4 or image.shape[1] > CHANNELS:
         return f"{entrance.image} {image} is no image of at most {CHANNELS} channels"
-    if conv.attributes.groups != 1:
+    if conv.attributes.expect(Conv2d).groups != 1:
         return f"{conv.name} is grouped; only a convolution with groups=1 reads the image itself"
     kept = (image.dtype, graph.spec(graph.own_inputs(conv)[1]).dtype, torch.float32)
     following = [*entrance.nodes[1:]]
@@ -206,8 +205,7 @@ def _why_no_loads(graph: Graph, conv: Node) -> str | None:
 def _loads(graph: Graph, entrance: Entrance, found: Normalisation) -> Form:
     conv, image = entrance.conv, entrance.image
     weight = graph.own_inputs(conv)[1]
-    assert isinstance(conv.attributes, Conv2d)
-    attributes = Stem(conv.attributes, found.mean, found.scale)
+    attributes = Stem(conv.attributes.expect(Conv2d), found.mean, found.scale)
 
     def make() -> Value:
         inputs = (image, weight, *graph.operands(conv))
@@ -223,8 +221,7 @@ def _loads(graph: Graph, entrance: Entrance, found: Normalisation) -> Form:
 
 def _why_no_rows(graph: Graph, conv: Node) -> str | None:
     weight = graph.spec(graph.own_inputs(conv)[1])
-    attributes = conv.attributes
-    assert isinstance(attributes, Conv2d)
+    attributes = conv.attributes.expect(Conv2d)
     zeros = CHANNELS - weight.shape[1]
     if zeros > 1:
         return f"{zeros} of {CHANNELS} channels would be zeros; the image needs 3 or 4 channels"
@@ -248,11 +245,11 @@ def _rows(graph: Graph, entrance: Entrance, found: Normalisation) -> Form:
     conv, image = entrance.conv, entrance.image
     weight = graph.own_inputs(conv)[1]
     spec = graph.spec(weight)
-    assert isinstance(conv.attributes, Conv2d)
-    top, bottom, left, _ = conv.attributes.padding
-    width = padded_width(conv.attributes, spec, conv.spec.shape[3])
+    geometry = conv.attributes.expect(Conv2d)
+    top, bottom, left, _ = geometry.padding
+    width = padded_width(geometry, spec, conv.spec.shape[3])
     first = StemInput(spec.dtype, CHANNELS, left, width, found.mean, found.scale)
-    then = replace(conv.attributes, padding=(top, bottom, 0, 0))
+    then = replace(geometry, padding=(top, bottom, 0, 0))
 
     def make() -> Value:
         padded = graph.add("stem_input", (image,), first, like=entrance.between, rule=ROWS)

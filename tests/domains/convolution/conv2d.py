@@ -10,7 +10,7 @@ from convloom.errors import InvalidInputError
 from convloom.kernels.contract.spec import Layout, TensorSpec
 from convloom.kernels.tile.conv_geometry import Conv2d, infer
 
-from ..domain import Domain
+from ...properties.domain import Domain
 
 
 def _build(draw: Mapping[str, Any]) -> tuple[Conv2d, tuple[TensorSpec, ...]] | None:

@@ -11,7 +11,7 @@ from convloom.errors import InvalidInputError
 from convloom.kernels.contract.spec import Layout, TensorSpec
 from convloom.kernels.convolution.conv_window import BorderConv2d, Conv3d, ConvNd, infer
 
-from ..domain import Domain
+from ...properties.domain import Domain
 
 
 def _build(

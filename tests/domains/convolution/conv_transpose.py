@@ -16,7 +16,7 @@ from convloom.kernels.convolution.conv_phases import (
     infer,
 )
 
-from ..domain import Domain
+from ...properties.domain import Domain
 
 
 def _build(

@@ -10,7 +10,7 @@ from convloom.errors import InvalidInputError
 from convloom.kernels.contract.spec import Layout, TensorSpec
 from convloom.kernels.convolution.sample_conv import SampleConv2d, infer
 
-from ..domain import Domain
+from ...properties.domain import Domain
 
 
 def _build(draw: Mapping[str, Any]) -> tuple[SampleConv2d, tuple[TensorSpec, ...]] | None:

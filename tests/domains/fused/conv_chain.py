@@ -12,7 +12,7 @@ from convloom.kernels.contract.spec import Layout, TensorSpec
 from convloom.kernels.fused.chains.conv_chain import ConvChain, middle
 from convloom.kernels.tile.conv_geometry import Conv2d
 
-from ..domain import Domain
+from ...properties.domain import Domain
 
 
 def _build(draw: Mapping[str, Any]) -> tuple[ConvChain, tuple[TensorSpec, ...]] | None:

@@ -9,7 +9,7 @@ from convloom.errors import InvalidInputError
 from convloom.kernels.contract.spec import TensorSpec
 from convloom.kernels.fused.conv_mean import ConvMean, infer
 
-from ..domain import Domain
+from ...properties.domain import Domain
 from . import conv_tile
 
 

@@ -10,7 +10,7 @@ from convloom.kernels.contract.spec import TensorSpec
 from convloom.kernels.fused.conv_pool import PAIR, ConvPool, infer
 from convloom.kernels.pooling.pool_window import AvgPool2d, MaxPool2d
 
-from ..domain import Domain
+from ...properties.domain import Domain
 from . import conv_tile
 
 

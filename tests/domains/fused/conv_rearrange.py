@@ -12,7 +12,7 @@ from convloom.kernels.fused.conv_rearrange import ConvRearrange, infer
 from convloom.kernels.movement.rearrangement import Rearrange
 from convloom.kernels.tile import conv_geometry
 
-from ..domain import Domain
+from ...properties.domain import Domain
 from . import conv_tile
 
 

@@ -10,7 +10,7 @@ from convloom.kernels.contract.spec import Layout, TensorSpec
 from convloom.kernels.fused.conv_sum import ConvSum
 from convloom.kernels.tile.conv_geometry import Conv2d
 
-from ..domain import Domain
+from ...properties.domain import Domain
 
 
 def _build(draw: Mapping[str, Any]) -> tuple[ConvSum, tuple[TensorSpec, ...]] | None:

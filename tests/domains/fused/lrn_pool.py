@@ -12,7 +12,7 @@ from convloom.kernels.fused.lrn_pool import LrnPool, infer
 from convloom.kernels.normalisation.lrn import LocalResponseNorm
 from convloom.kernels.pooling.pool_window import MaxPool2d
 
-from ..domain import Domain
+from ...properties.domain import Domain
 
 
 def _build(draw: Mapping[str, Any]) -> tuple[LrnPool, tuple[TensorSpec, ...]] | None:

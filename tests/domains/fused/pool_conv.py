@@ -12,7 +12,7 @@ from convloom.kernels.contract.spec import Layout, TensorSpec
 from convloom.kernels.fused.pool_conv import PoolConv, infer
 from convloom.kernels.pooling.pool_window import AvgPool2d, MaxPool2d
 
-from ..domain import Domain
+from ...properties.domain import Domain
 
 
 def _build(draw: Mapping[str, Any]) -> tuple[PoolConv, tuple[TensorSpec, ...]] | None:

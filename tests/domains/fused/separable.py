@@ -13,7 +13,7 @@ from convloom.kernels.fused.chains.separable import Separable
 from convloom.kernels.tile import conv_geometry
 from convloom.kernels.tile.conv_geometry import Conv2d
 
-from ..domain import Domain
+from ...properties.domain import Domain
 
 RELU6 = ep.Stage("clamp", (0.0, 6.0))
 

@@ -17,7 +17,7 @@ from convloom.kernels.fused.small_net import SmallNet
 from convloom.kernels.pooling.pool_window import AvgPool2d, MaxPool2d
 from convloom.kernels.tile.conv_geometry import Conv2d
 
-from ..domain import Domain
+from ...properties.domain import Domain
 
 BIASED = (ep.Stage("add"), ep.Stage("relu"))
 

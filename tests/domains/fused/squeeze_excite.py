@@ -10,7 +10,7 @@ from convloom.kernels.contract import epilogue as ep
 from convloom.kernels.contract.spec import Layout, TensorSpec
 from convloom.kernels.fused.squeeze_excite import SqueezeExcite
 
-from ..domain import Domain
+from ...properties.domain import Domain
 
 
 def _build(draw: Mapping[str, Any]) -> tuple[SqueezeExcite, tuple[TensorSpec, ...]] | None:

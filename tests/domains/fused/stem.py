@@ -11,7 +11,7 @@ from convloom.kernels.contract.spec import Layout, TensorSpec
 from convloom.kernels.fused.stem import Stem, infer
 from convloom.kernels.tile.conv_geometry import Conv2d
 
-from ..domain import Domain
+from ...properties.domain import Domain
 from .stem_input import draw_image
 
 

@@ -9,7 +9,7 @@ import torch
 from convloom.kernels.contract.spec import Layout, TensorSpec
 from convloom.kernels.fused.stem_input import StemInput
 
-from ..domain import Domain
+from ...properties.domain import Domain
 
 MEANS = (0.485, 0.25, -0.125, 1.5)
 

@@ -10,7 +10,7 @@ from convloom.kernels.contract.spec import MEMORY_FORMATS, Layout, TensorSpec
 from convloom.kernels.movement.movement import Concat, FlattenPixels, Permute, Relayout, Slice
 from convloom.kernels.movement.rearrangement import Expand, Reshape
 
-from ..domain import Domain
+from ...properties.domain import Domain
 
 
 def _spec(shape: tuple[int, ...], layout: Layout) -> TensorSpec:

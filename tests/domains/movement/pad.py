@@ -10,7 +10,7 @@ from convloom.errors import InvalidInputError
 from convloom.kernels.contract.spec import MEMORY_FORMATS, Layout, TensorSpec
 from convloom.kernels.movement.pad import MODES, Pad, infer
 
-from ..domain import Domain
+from ...properties.domain import Domain
 
 NHWC, DENSE = Layout.NHWC, Layout.DENSE
 

@@ -10,7 +10,7 @@ from convloom.kernels.contract.spec import MEMORY_FORMATS, Layout, TensorSpec
 from convloom.kernels.movement.rearrange import Flip
 from convloom.kernels.movement.rearrangement import Rearrange
 
-from ..domain import Domain
+from ...properties.domain import Domain
 from .movement_ops import SHAPES
 
 REARRANGEMENTS = (

@@ -9,7 +9,7 @@ import torch
 from convloom.kernels.contract.spec import Layout, TensorSpec
 from convloom.kernels.movement.unfold import Fold, Unfold
 
-from ..domain import Domain
+from ...properties.domain import Domain
 
 
 def _build(draw: Mapping[str, Any]) -> tuple[Unfold, tuple[TensorSpec, ...]] | None:

@@ -9,7 +9,7 @@ import torch
 from convloom.kernels.contract.spec import MEMORY_FORMATS, Layout, TensorSpec
 from convloom.kernels.normalisation.batch_norm import BatchNorm
 
-from ..domain import Domain
+from ...properties.domain import Domain
 
 
 def _build(draw: Mapping[str, Any]) -> tuple[BatchNorm, tuple[TensorSpec, ...]] | None:

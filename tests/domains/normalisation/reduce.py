@@ -11,7 +11,7 @@ import torch
 from convloom.kernels.contract.spec import MEMORY_FORMATS, Layout, TensorSpec
 from convloom.kernels.normalisation.reduce import Reduce, Variance
 
-from ..domain import Domain
+from ...properties.domain import Domain
 
 
 def _build(

@@ -10,7 +10,7 @@ from convloom.kernels.contract.spec import MEMORY_FORMATS, Layout, TensorSpec
 from convloom.kernels.normalisation.softmax import Softmax
 from convloom.kernels.normalisation.statistics import WHOLE
 
-from ..domain import Domain
+from ...properties.domain import Domain
 
 
 def _build(draw: Mapping[str, Any]) -> tuple[Softmax, tuple[TensorSpec, ...]] | None:

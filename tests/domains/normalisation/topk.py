@@ -9,7 +9,7 @@ import torch
 from convloom.kernels.contract.spec import MEMORY_FORMATS, Layout, TensorSpec
 from convloom.kernels.normalisation.topk import TopK
 
-from ..domain import Domain
+from ...properties.domain import Domain
 
 
 def _build(draw: Mapping[str, Any]) -> tuple[TopK, tuple[TensorSpec, ...]]:

@@ -9,7 +9,7 @@ import torch
 from convloom.kernels.contract.spec import Layout, TensorSpec
 from convloom.kernels.pooling.adaptive_pool import AdaptivePool2d
 
-from ..domain import Domain
+from ...properties.domain import Domain
 
 
 def _build(draw: Mapping[str, Any]) -> tuple[AdaptivePool2d, tuple[TensorSpec, ...]] | None:

@@ -9,7 +9,7 @@ import torch
 from convloom.kernels.contract.spec import Layout, TensorSpec
 from convloom.kernels.pooling.pool_window import AdaptivePool3d
 
-from ..domain import Domain
+from ...properties.domain import Domain
 
 
 def _build(draw: Mapping[str, Any]) -> tuple[AdaptivePool3d, tuple[TensorSpec, ...]] | None:

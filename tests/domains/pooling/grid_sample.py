@@ -9,7 +9,7 @@ import torch
 from convloom.kernels.contract.spec import Layout, TensorSpec
 from convloom.kernels.pooling.grid_sample import BORDERS, MODES, GridSample
 
-from ..domain import Domain
+from ...properties.domain import Domain
 
 
 def _build(draw: Mapping[str, Any]) -> tuple[GridSample, tuple[TensorSpec, ...]]:

@@ -11,7 +11,7 @@ from convloom.kernels.contract.spec import Layout, TensorSpec
 from convloom.kernels.pooling.max_pool_indices import infer
 from convloom.kernels.pooling.pool_window import MaxPool2d
 
-from ..domain import Domain
+from ...properties.domain import Domain
 
 
 def _build(draw: Mapping[str, Any]) -> tuple[MaxPool2d, tuple[TensorSpec, ...]] | None:

@@ -12,7 +12,7 @@ from convloom.kernels.pooling import max_pool_indices
 from convloom.kernels.pooling.max_unpool import MaxUnpool2d
 from convloom.kernels.pooling.pool_window import MaxPool2d
 
-from ..domain import Domain
+from ...properties.domain import Domain
 
 
 def _build(draw: Mapping[str, Any]) -> tuple[MaxUnpool2d, tuple[TensorSpec, ...]] | None:

@@ -11,7 +11,7 @@ from convloom.errors import InvalidInputError
 from convloom.kernels.contract.spec import Layout, TensorSpec
 from convloom.kernels.pooling.pool_window import AvgPool2d, LpPool2d, MaxPool2d, Pool2d, infer
 
-from ..domain import Domain
+from ...properties.domain import Domain
 
 
 def _build(name: str, draw: Mapping[str, Any]) -> tuple[Pool2d, tuple[TensorSpec, ...]] | None:

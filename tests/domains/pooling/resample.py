@@ -10,7 +10,7 @@ from convloom.kernels.contract.spec import Layout, TensorSpec
 from convloom.kernels.pooling.resample import REACH, Resample
 from convloom.kernels.pooling.upsample import pixels_per_output
 
-from ..domain import Domain
+from ...properties.domain import Domain
 
 
 def _build(draw: Mapping[str, Any]) -> tuple[Resample, tuple[TensorSpec, ...]]:

@@ -11,7 +11,7 @@ import torch
 from convloom.kernels.contract.spec import Layout, TensorSpec
 from convloom.kernels.pooling.upsample import LINEARLY, RULES, Upsample, step_of
 
-from ..domain import Domain
+from ...properties.domain import Domain
 
 
 def _build(name: str, draw: Mapping[str, Any]) -> tuple[Upsample, tuple[TensorSpec, ...]] | None:

@@ -10,7 +10,7 @@ from convloom.kernels.contract.spec import TensorSpec
 from convloom.kernels.movement.rearrangement import Rearrange
 from convloom.kernels.products.bmm import Bmm
 
-from ..domain import Domain
+from ...properties.domain import Domain
 
 
 def _build(draw: Mapping[str, Any]) -> tuple[Bmm, tuple[TensorSpec, ...]]:

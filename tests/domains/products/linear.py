@@ -9,7 +9,7 @@ import torch
 from convloom.kernels.contract.spec import TensorSpec
 from convloom.kernels.products.linear import Linear
 
-from ..domain import Domain
+from ...properties.domain import Domain
 
 
 def _build(draw: Mapping[str, Any]) -> tuple[Linear, tuple[TensorSpec, ...]] | None:

@@ -13,9 +13,9 @@ import torch
 import triton
 import triton.language as tl
 from convloom import Extension
-from convloom.compiler.fusion.estimate import Fused
-from convloom.compiler.fusion.pattern import Call, Match, Rule
-from convloom.compiler.graph.ir import Graph
+from convloom.compiler.fusion.declaration import Form, Fusion
+from convloom.compiler.fusion.pattern import Call, Match
+from convloom.compiler.graph.ir import Graph, Value
 from convloom.errors import InvalidInputError
 from convloom.kernels.contract import epilogue as ep
 from convloom.kernels.contract.op import Arguments, Attributes, Builder, Config, Launch, Op, Problem
@@ -83,8 +83,7 @@ def shift_kernel(
 
 
 def launches(problem: Problem, tile: Config, target: Target) -> tuple[Launch, ...]:
-    assert isinstance(problem.attributes, Shift)
-    before = ep.generate(problem.attributes.before, (), (), name="before")
+    before = ep.generate(problem.attributes.expect(Shift).before, (), (), name="before")
     constants = {"IMAGE": Image.of(problem.inputs[0]), "BEFORE": before}
     return (tile_launch(problem, tile, shift_kernel, constexprs=constants),)
 
@@ -112,22 +111,23 @@ def refuse(graph: Graph, found: Match) -> str | None:
     return None
 
 
-def build(graph: Graph, found: Match) -> Fused:
-    before, root = found.nodes["before"], found.root
-    own = root.attributes
-    assert isinstance(own, Shift)
-    first = stage_of(before.op, before.attributes)
-    stages = (first, *before.epilogue, *own.before)
-    return Fused.at(graph, root, "shift", Shift(stages), graph.own_inputs(before))
+def fused(graph: Graph, found: Match) -> Shift:
+    before, own = found.nodes["before"], found.root.attributes.expect(Shift)
+    return Shift((stage_of(before.op, before.attributes), *before.epilogue, *own.before))
+
+
+def inputs(graph: Graph, found: Match) -> tuple[Value, ...]:
+    return graph.own_inputs(found.nodes["before"])
 
 
 FUNCTIONS = ("relu", "clamp", "silu", "gelu", "hardswish", "bent_identity")
-INTO_SHIFT = Rule(
-    "shift(f(x)) => shift(x, before=[f])",
-    Call("shift", Call(FUNCTIONS, name="before"), name="root"),
-    guard=refuse,
-    build=build,
-    label="into-shift",
+PATTERN = Call("shift", Call(FUNCTIONS, name="before"))
+INTO_SHIFT = Fusion(
+    op="shift",
+    forms=(Form("into-shift", "shift(f(x)) => shift(x, before=[f])", PATTERN),),
+    attributes=fused,
+    inputs=inputs,
+    refusals=(refuse,),
 )
 
 EXTENSION = Extension(
@@ -135,5 +135,5 @@ EXTENSION = Extension(
     metadata.version("convloom-shift"),
     scalars=(BENT_IDENTITY,),
     ops=(SHIFT,),
-    fusions=(INTO_SHIFT,),
+    fusions=INTO_SHIFT.rules,
 )

@@ -32,7 +32,7 @@ DOMAINS = {
 }
 IMAGE = (2, 12, 6, 5)
 EXAMPLES = {
-    INTO_SHIFT.name: testing.Example(
+    INTO_SHIFT.rules[0].name: testing.Example(
         lambda: testing.example(lambda m, x: shift(torch.relu(x)), IMAGE),
         near_misses=(
             testing.NearMiss(

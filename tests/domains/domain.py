@@ -1,3 +1,0 @@
-"""What a domain of an op is (`properties/domain.py`, which is shipped)."""
-
-from ..properties.domain import Domain as Domain
