@@ -22,7 +22,9 @@ from convloom.kernels.contract.spec import Layout, TensorSpec
 from convloom.kernels.contract.targets import parse
 from convloom.kernels.devices import offline
 from convloom.kernels.devices.emulator import FaultError
-from convloom.kernels.hopper import core, gluon, halo, kernel
+from convloom.kernels.fused.conv_pool import PAIR, ConvPool
+from convloom.kernels.hopper import boxes, core, gluon, halo, kernel
+from convloom.kernels.pooling.pool_window import AvgPool2d, MaxPool2d
 from convloom.kernels.products.linear import Linear
 from convloom.kernels.tile.conv_geometry import Conv2d
 
@@ -61,6 +63,18 @@ def conv(
     x = TensorSpec((n, channels[0], *image), dtype, Layout.NHWC, batch=n)
     w = TensorSpec((channels[1], channels[0] // attributes.groups, *filters), dtype)
     return _problem(CONV, attributes, (x, w), epilogue, operands)
+
+
+def pooled(asked: Problem, pool: MaxPool2d | AvgPool2d) -> Problem:
+    """A convolution whose results, after its epilogue, are pooled, and then added up to a bias."""
+    specs = tuple(each.spec for each in (*asked.inputs, *asked.operands))
+    attributes = ConvPool(asked.attributes.expect(Conv2d), (), asked.epilogue, pool)
+    bias = TensorSpec((asked.inputs[1].shape[0], 1, 1), SINGLE)
+    made = harness.problem_for(
+        registry.get("conv_pool"), attributes, specs, (Stage("add"),), (bias,)
+    )  # fmt: skip
+    inputs = (asked.inputs[0], *made.inputs[1:])  # It may be a slice.
+    return replace(made, inputs=inputs, precision=asked.precision)
 
 
 def linear(
@@ -130,7 +144,8 @@ def check(
 
 def _is_exact(problem: Problem) -> bool:
     """Whether every stage makes whole numbers of whole numbers."""
-    return {stage.name for stage in problem.epilogue} <= {"add", "relu", "sub", "maximum", "mul"}
+    stages = (*problem.epilogue, *getattr(problem.attributes, "stages", ()))
+    return {stage.name for stage in stages} <= {"add", "relu", "sub", "maximum", "mul"}
 
 
 @pytest.fixture(autouse=True)
@@ -142,6 +157,7 @@ def compiled_here(monkeypatch: pytest.MonkeyPatch) -> None:
 ADDED = Stage("add"), Stage("add"), Stage("relu")
 SAME = Conv2d((1, 1), (1, 1, 1, 1))
 HALVED = Conv2d((2, 2), (1, 1, 1, 1))
+OVERHANGING = MaxPool2d(PAIR, PAIR, ceil_mode=True)
 
 
 def cases() -> Iterator[Any]:
@@ -153,6 +169,8 @@ def cases() -> Iterator[Any]:
     asked = conv(Conv2d((1, 1), (2, 4, 3, 1), (2, 3)), (7, 12), (3, 2), (40, 40), 3, ADDED, "rb")
     asked = replace(asked, inputs=(replace(asked.inputs[0], pitch=64, offset=8), asked.inputs[1]))
     yield "dilated, ragged, a slice", asked, tile_of(asked, (256, 64), (2, 8, 16), 2), 2, None
+    asked = pooled(conv(SAME, (17, 15), (3, 3), (64, 136), 2, ADDED, "rb"), OVERHANGING)
+    yield "pooled, ragged", asked, tile_of(asked, (128, 256), (1, 8, 16), 3), 2, 1
     asked = linear(300, (200, 264), ADDED, "rb")
     yield "linear, ragged", asked, tile_of(asked, (128, 256)), 2, None
     asked = conv(SAME, (9, 11), (3, 3), (64, 72), 3, ADDED, "rb")
@@ -167,6 +185,8 @@ def cases() -> Iterator[Any]:
     rows = core.HALO
     asked = conv(Conv2d((1, 1), (2, 0, 0, 1)), (18, 17), (3, 3), (64, 64), 2, ADDED, "rb")
     yield "halo, weights stay", asked, tile_of(asked, (256, 64), (1, 16, 16), 2, way=rows), 2, 1
+    asked = pooled(conv(SAME, (16, 32), (3, 3), (64, 64), 2), AvgPool2d(PAIR, PAIR))
+    yield "halo, pooled", asked, tile_of(asked, (256, 64), (1, 16, 16), 2, way=rows), 1, None
     asked = conv(SAME, (9, 30), (3, 3), (72, 136), 1, ADDED, "rb", BRAIN)
     yield "halo, ragged", asked, tile_of(asked, (256, 128), (1, 8, 32), 2, way=rows), 1, None
 
@@ -175,7 +195,7 @@ CASES = {name: rest for name, *rest in cases()} if gluon.MISSING is None else {}
 
 
 RARE = (
-    "3x3", "1x1, tf32", "linear in turns", "halo, ragged", "two products under way",
+    "3x3", "1x1, tf32", "linear, ragged", "linear in turns", "halo, ragged", "halo, pooled", "two products under way",
     "wrong parity of the consumers", "wrong parity of a halo's weights",
     "pixels of a halo released while a product reads them", "a turn that never comes",
 )  # fmt: skip
@@ -271,6 +291,30 @@ def test_drawn_problems_are_exact_in_the_emulator(way: str, seed: int) -> None:
     check(*drawn(WAYS[way], seed), seed=seed)
 
 
+def drawn_pooled(way: int, seed: int) -> tuple[Problem, Config, int, int]:
+    """As `drawn`, of convolutions in boxes that hold windows, which are pooled."""
+    pick = random.Random(seed)
+    while True:
+        asked, tile, programs, batch = drawn(way, pick.randint(0, 1 << 30))
+        if not isinstance(asked.attributes, Conv2d) or not min(asked.output.shape) > 1:
+            continue
+        average = AvgPool2d(PAIR, PAIR, divisor_override=pick.choice((None, 2)))
+        pool = pick.choice((OVERHANGING, MaxPool2d(PAIR, PAIR), average))
+        asked = pooled(asked, pool)
+        launch = core.launch(asked, tile, SM_90)
+        if not boxes.splits_windows(asked, boxes.box_of(tile)) and launch.tiles_at(batch) > 1:
+            return asked, tile, programs, batch
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(20))
+@pytest.mark.parametrize("way", WAYS)
+def test_drawn_problems_with_pooling_are_exact_in_the_emulator(way: str, seed: int) -> None:
+    if way == "halo" and gluon.SMALL_VIEWS is not None:
+        pytest.skip(gluon.SMALL_VIEWS)
+    check(*drawn_pooled(WAYS[way], seed), seed=seed)
+
+
 # What the emulator must not let pass.
 
 FAULTS = {
@@ -362,6 +406,7 @@ COMPILED = {
     "3x3 stride 2, 64 channels": conv(HALVED, (56, 56), (3, 3), (64, 64), 32, ADDED, "rb"),
     "linear": linear(4096, (1024, 4096), (Stage("add"), Stage("silu")), "b", BRAIN),
 }  # fmt: skip
+COMPILED["3x3, pooled"] = pooled(COMPILED["3x3, residual"], OVERHANGING)
 
 
 @pytest.mark.parametrize("name", list(COMPILED)[:1])

@@ -20,10 +20,12 @@ from convloom.errors import InvalidInputError, KernelError, TargetUnavailableErr
 from convloom.kernels import registry
 from convloom.kernels.contract import cost_model
 from convloom.kernels.contract.epilogue import Stage
-from convloom.kernels.contract.op import Config
-from convloom.kernels.contract.targets import parse
+from convloom.kernels.contract.op import Config, Problem
+from convloom.kernels.contract.targets import Target, parse
 from convloom.kernels.devices import offline
+from convloom.kernels.fused.conv_pool import ConvPool
 from convloom.kernels.hopper import boxes, core, gluon
+from convloom.kernels.pooling.pool_window import MaxPool2d
 from convloom.kernels.tile import choice
 from convloom.kernels.tile.conv_geometry import Conv2d
 from convloom.zoo import build
@@ -39,6 +41,7 @@ from .test_hopper import (
     SINGLE,
     SM_90,
     conv,
+    pooled,
     tile_of,
 )
 
@@ -192,6 +195,24 @@ def test_whoever_asks_where_it_cannot_be_is_told(asked_for: None) -> None:
     api.lowered(module, x, target="interpreter")
 
 
+def test_windows_are_pooled_where_they_lie_in_one_group(asked_for: None) -> None:
+    """The model counts the products of every pixel, and a quarter of the results."""
+    problem = pooled(LARGE, MaxPool2d((2, 2), (2, 2)))
+    op = registry.get("conv_pool")
+    tile = op.default(problem, SM_90)
+    assert core.uses_core(tile)
+    chosen, alone = (
+        cost_model.problem_us(registry.get(each.op), each, SM_90, tile) for each in (problem, LARGE)
+    )
+    assert 0.85 * alone < chosen < alone
+    flat = tile_with(tile, BOX_N=1, BOX_H=2, BOX_W=tile["BLOCK_M"] // 2)
+    assert "does not hold whole windows of 2x2" in str(op.legal(problem, flat, SM_90))
+    before = replace(problem.attributes.expect(ConvPool), before=(Stage("relu"),))
+    prepared = replace(problem, attributes=before)
+    assert "a prologue needs" in str(op.legal(prepared, tile, SM_90))
+    assert core.note(problem, tile, SM_90, ()) == "Hopper core"
+
+
 def test_without_gluon_the_plain_core_is_taken(
     asked_for: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -214,17 +235,29 @@ def test_with_small_views_there_is_no_halo(
     assert all(each[core.BLOCK] != core.HALO for each in core.tiles(problem, SM_90))
 
 
+def any_way(problem: Problem, target: Target, plain: Config, _: object) -> Config:
+    """A tile of the core in the last of its ways that can compute a problem; `plain` if none."""
+    return max(core.tiles(problem, target), key=lambda tile: tile[core.BLOCK], default=plain)
+
+
 @pytest.mark.slow
-def test_a_network_by_the_core_alone_is_right(monkeypatch: pytest.MonkeyPatch) -> None:
-    """ResNet-18 on small images, with every layer that can use the core using it."""
-    monkeypatch.setattr(
-        core, "default", lambda problem, target, plain, _: next(core.tiles(problem, target), plain)
-    )
+@pytest.mark.parametrize("model, least", [("resnet18", 12), ("resnet50", 24), ("vgg_d", 12)])
+def test_a_network_by_the_core_alone_is_right(
+    model: str, least: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On small images, with every layer that can use the core using it, in each of its ways; of
+    VGG-D without the hidden layers of its classifier, which are 120 million weights."""
+    monkeypatch.setattr(core, "default", any_way)
     monkeypatch.setattr(boxes, "MOST_WASTE", 64.0)
-    net, x = build("resnet18").eval(), torch.randn(2, 3, 32, 32)
+    net, x = build(model).eval(), torch.randn(2, 3, 32, 32)
+    if model == "vgg_d":
+        net.classifier = nn.Linear(512 * 7 * 7, 8)
     made = convloom.compile(net, (x,), target="emulator:sm_90", dtype=HALF, tuning="heuristic")
     used = [step for step in made.plan.steps if core.uses_core(step.config)]
-    assert len(used) >= 12, made.plan.to_text()
+    assert len(used) >= least, made.plan.to_text()
+    ways = {step.config[core.BLOCK] for step in used}
+    assert {core.IN_TURNS, core.HALO} <= ways or gluon.SMALL_VIEWS is not None
+    assert model != "vgg_d" or any(step.op == "conv_pool" for step in used)
     exact, found = net.double()(x.double()), made(x).double()
     assert (found - exact).norm() < 0.01 * exact.norm()
 

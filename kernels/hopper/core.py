@@ -9,9 +9,10 @@ names it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -19,14 +20,14 @@ from ... import settings
 from ...errors import TargetUnavailableError
 from ..contract import cost_model
 from ..contract import epilogue as ep
-from ..contract.op import Config, Launch, Problem, TmaDescriptor, W, X, Y, config
+from ..contract.op import Config, Launch, Problem, Ref, TmaDescriptor, W, X, Y, config
 from ..contract.spec import Operand
 from ..contract.targets import Target
 from ..tile import choice
 from ..tile.conv_geometry import Conv2d
 from ..tile.geometry import Image, Output, Window, tile_launch
 from . import boxes, gluon
-from .boxes import Pixels
+from .boxes import Pixels, Pool
 from .halo import halo_kernel
 from .kernel import hopper_kernel
 
@@ -103,7 +104,7 @@ def refusal(problem: Problem, target: Target) -> str | None:
     if (reason := unavailable(target)) is not None:
         return reason
     x, w, y = problem.inputs[0], problem.inputs[1], problem.output
-    if problem.prologue:
+    if problem.prologue or getattr(problem.attributes, "before", ()):
         return "TMA copies to shared memory; a prologue needs its elements in registers on the way"
     if x.spec.dtype is torch.float32 and problem.precision != "tf32":
         return "fp32 sums of fp32 accuracy take three tf32 products; the Hopper core has one"
@@ -128,8 +129,10 @@ def legal(problem: Problem, tile: Config, target: Target) -> str | None:
     if _window(problem).stride_h == 2 and _channels(problem) % tile["BLOCK_K"]:
         # Behind the channels of a pixel lie those of the next one, not zeros.
         return f"stride 2: {_channels(problem)} channels are no multiple of {tile['BLOCK_K']}"
-    if tile["BOX_N"] * tile["BOX_H"] * tile["BOX_W"] != tile["BLOCK_M"]:
+    if math.prod(box := boxes.box_of(tile)) != tile["BLOCK_M"]:
         return f"the box does not hold BLOCK_M={tile['BLOCK_M']} pixels"
+    if boxes.splits_windows(problem, box):
+        return f"half a box of {box} pixels does not hold whole windows of 2x2"
     known = tile["BLOCK_M"], tile["BLOCK_N"], _way(tile)
     if known not in TILES or tile.num_warps != WARPS:
         return f"the Hopper core has no tile of {tile}"
@@ -241,7 +244,7 @@ def note(problem: Problem, tile: Config, target: Target, launches: tuple[Launch,
         return ""
     if uses_core(tile):
         return "Hopper core"
-    if problem.op not in ("conv2d", "linear"):
+    if problem.op not in ("conv2d", "linear", "conv_pool"):
         multiplies = any(cost_model.block_of(launch) for launch in launches)
         return f"plain core: {problem.op} has no other" if multiplies else ""
     reason = refusal(problem, target)
@@ -250,10 +253,38 @@ def note(problem: Problem, tile: Config, target: Target, launches: tuple[Launch,
     return f"plain core: {reason or 'it is ranked before the Hopper core'}"
 
 
+class Rules(NamedTuple):
+    """What an op says of its tuning space."""
+
+    configs: Callable[[Problem, Target], Iterator[Config]]
+    default: Callable[[Problem, Target], Config]
+    legal: Callable[[Problem, Config, Target], str | None]
+
+
+def beside(plain: Mapping[str, Any], launch: Callable[..., Launch]) -> Rules:
+    """The rules of an op with plain tiles, of whose configurations `launch` makes one launch, and
+    with the core's where they are asked for."""
+
+    def every(problem: Problem, target: Target) -> Iterator[Config]:
+        yield from plain["configs"](problem, target)
+        yield from configs(problem, target)
+
+    def first(problem: Problem, target: Target) -> Config:
+        usual = plain["default"](problem, target)
+        return default(problem, target, usual, lambda: launch(problem, usual, target))
+
+    def refused(problem: Problem, tile: Config, target: Target) -> str | None:
+        return (legal if uses_core(tile) else plain["legal"])(problem, tile, target)
+
+    return Rules(every, first, refused)
+
+
 def _is_product(problem: Problem) -> bool:
     """Whether the rows of the input, as they are in memory, are multiplied."""
     attributes = problem.attributes
-    return not isinstance(attributes, Conv2d) or attributes.is_product(problem.inputs[1].shape)
+    if isinstance(attributes, Conv2d):
+        return attributes.is_product(problem.inputs[1].shape)
+    return boxes.side(problem) == 1
 
 
 def _channels(problem: Problem) -> int:
@@ -261,17 +292,19 @@ def _channels(problem: Problem) -> int:
 
 
 def _flops(problem: Problem) -> int:
-    return 2 * problem.output.spec.numel * (problem.inputs[1].spec.numel // _columns(problem))
+    terms = problem.inputs[1].spec.numel // _columns(problem)
+    return 2 * problem.output.spec.numel * boxes.side(problem) ** 2 * terms
 
 
 def _columns(problem: Problem) -> int:
     return ep.memory_sizes(problem.output.spec)[-1]
 
 
-def view_of(problem: Problem) -> View:
-    """The problem as a convolution; a matrix product is one of images of a single pixel."""
+def view_of(problem: Problem, before: ep.Epilogue = ()) -> View:
+    """The problem as a convolution; a matrix product is one of images of a single pixel. before:
+    stages in front of its epilogue."""
     x, y = problem.inputs[0], problem.output
-    epilogue = ep.for_output(problem.epilogue, problem.operands, y.spec)
+    epilogue = ep.for_output((*before, *problem.epilogue), problem.operands, y.spec)
     if _is_product(problem):
         c, k = _channels(problem), _columns(problem)
         output = Output(1, 1, k, y.pitch, y.offset, epilogue)
@@ -283,11 +316,11 @@ def view_of(problem: Problem) -> View:
 def _window(problem: Problem) -> Window:
     if _is_product(problem):
         return Window(1, 1)
-    return Window.of(problem.inputs[1].shape[2:], problem.attributes)
+    return Window.of(problem.inputs[1].shape[2:], boxes.filter_of(problem))
 
 
 def _x_box(problem: Problem, tile: Config, view: View) -> TmaDescriptor:
-    box = Pixels.of(tile)
+    box = boxes.box_of(tile)
     if not _is_product(problem):
         return boxes.view(problem, box, tile["BLOCK_K"])
     x: Operand = problem.inputs[0]
@@ -295,9 +328,19 @@ def _x_box(problem: Problem, tile: Config, view: View) -> TmaDescriptor:
     return TmaDescriptor(X, shape, strides, (*box, tile["BLOCK_K"]), x.offset, x.spec.batch)
 
 
-def launch(problem: Problem, tile: Config, target: Target) -> Launch:
-    """As many programs as there are multiprocessors, each of which takes tile after tile."""
-    view, way, pixels = view_of(problem), _way(tile), Pixels.of(tile)
+def launch(
+    problem: Problem, tile: Config, target: Target, pool: Pool | None = None,
+    before: ep.Epilogue = (), extras: tuple[Ref, ...] = (),
+) -> Launch:  # fmt: skip
+    """As many programs as there are multiprocessors, each of which takes tile after tile.
+
+    pool: what is made of windows of the result, which `extras` are read for; before: stages in
+    front of the epilogue.
+    """
+    view, way, box = view_of(problem, before), _way(tile), boxes.box_of(tile)
+    side = boxes.side(problem)
+    down, across = -(-side * view.output.P // box[1]), -(-side * view.output.Q // box[2])
+    pixels = Pixels(*box, down, across, side, pool)
     c, taps, k = view.image.C, view.window.R * view.window.S, view.output.K
     block_m, block_n, block_k = tile["BLOCK_M"], tile["BLOCK_N"], tile["BLOCK_K"]
     dtype = problem.inputs[0].spec.dtype
@@ -318,7 +361,8 @@ def launch(problem: Problem, tile: Config, target: Target) -> Launch:
         output=view.output,
         rows=view.images,
         block_rows=pixels.N,
-        programs=pixels.of_image(view.output),
+        programs=down * across,
+        extras=extras,
         l2_bytes=steps * _slot_bytes(block_m, block_n, block_k, dtype),
         steps=steps,
         step_instructions=STEP_INSTRUCTIONS * (1 if way == IN_TURNS else 2),

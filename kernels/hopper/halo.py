@@ -148,9 +148,7 @@ def halo_kernel(
     """m counts images. SLOTS: of the weights; with RESIDENT all of them have one."""
     H: gl.constexpr = PIXELS.H
     column_tiles: gl.constexpr = (OUTPUT.K + TILE.N - 1) // TILE.N
-    tiles_q: gl.constexpr = (OUTPUT.Q + PIXELS.W - 1) // PIXELS.W
-    tiles_p: gl.constexpr = (OUTPUT.P + H - 1) // H
-    tiles = m * (tiles_p * tiles_q * column_tiles)
+    tiles = m * (PIXELS.down * PIXELS.across * column_tiles)
     bits: gl.constexpr = x.dtype.primitive_bitwidth
     LAYOUT: gl.constexpr = gl.NVMMASharedLayout(
         swizzle_byte_width=TILE.K * bits // 8, element_bitwidth=bits, rank=2
