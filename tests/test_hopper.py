@@ -185,8 +185,8 @@ def cases() -> Iterator[Any]:
     rows = core.HALO
     asked = conv(Conv2d((1, 1), (2, 0, 0, 1)), (18, 17), (3, 3), (64, 64), 2, ADDED, "rb")
     yield "halo, weights stay", asked, tile_of(asked, (256, 64), (1, 16, 16), 2, way=rows), 2, 1
-    asked = pooled(conv(SAME, (16, 32), (3, 3), (64, 64), 2), AvgPool2d(PAIR, PAIR))
-    yield "halo, pooled", asked, tile_of(asked, (256, 64), (1, 16, 16), 2, way=rows), 1, None
+    asked = pooled(conv(SAME, (16, 16), (3, 3), (64, 64), 3), AvgPool2d(PAIR, PAIR))
+    yield "halo, pooled", asked, tile_of(asked, (256, 64), (2, 16, 8), 2, way=rows), 1, None
     asked = conv(SAME, (9, 30), (3, 3), (72, 136), 1, ADDED, "rb", BRAIN)
     yield "halo, ragged", asked, tile_of(asked, (256, 128), (1, 8, 32), 2, way=rows), 1, None
 
@@ -195,7 +195,8 @@ CASES = {name: rest for name, *rest in cases()} if gluon.MISSING is None else {}
 
 
 RARE = (
-    "3x3", "1x1, tf32", "linear, ragged", "linear in turns", "halo, ragged", "halo, pooled", "two products under way",
+    "3x3", "1x1, tf32", "linear, ragged", "linear in turns", "halo, ragged", "halo, pooled",
+    "two products under way",
     "wrong parity of the consumers", "wrong parity of a halo's weights",
     "pixels of a halo released while a product reads them", "a turn that never comes",
 )  # fmt: skip
@@ -262,7 +263,7 @@ def _attempt(pick: random.Random, way: int) -> tuple[Problem, Config, int, int]:
         asked = conv(attributes, image, (r, s), (c, k), n, chain, operands, dtype)
         wide, high = 1 << pick.randint(1, 4), 1 << pick.randint(1, 3)
         if has_halo:
-            wide, high = pick.choice(((16, 16), (32, 8)))
+            wide, high = pick.choice(((16, 16), (32, 8), (8, 8), (4, 8), (2, 8), (4, 16), (64, 2)))
         box = (
             None if attributes.is_product((k, c, r, s)) else (block[0] // wide // high, high, wide)
         )
@@ -274,6 +275,8 @@ def _attempt(pick: random.Random, way: int) -> tuple[Problem, Config, int, int]:
         y = replace(y, pitch=y.pitch + 16, offset=8)
         asked = replace(asked, inputs=(x, asked.inputs[1]), outputs=(y,))
     fits = (SM_90.shared_bytes - core.END_BYTES) // (sum(block) * depth * dtype.itemsize)
+    if way == core.HALO and box is not None and box[1] == 2:
+        fits = 2  # Four rows for two.
     tile = tile_of(asked, (block[0], block[1]), box, pick.randint(2, min(4, fits)), depth, way)
     batch = pick.randint(1, asked.output.spec.batch or 1)
     return asked, tile, pick.randint(1, 4), batch
@@ -302,7 +305,10 @@ def drawn_pooled(way: int, seed: int) -> tuple[Problem, Config, int, int]:
         pool = pick.choice((OVERHANGING, MaxPool2d(PAIR, PAIR), average))
         asked = pooled(asked, pool)
         launch = core.launch(asked, tile, SM_90)
-        if not boxes.splits_windows(asked, boxes.box_of(tile)) and launch.tiles_at(batch) > 1:
+        if (
+            not boxes.splits_windows(asked, boxes.box_of(tile), way == core.HALO)
+            and launch.tiles_at(batch) > 1
+        ):
             return asked, tile, programs, batch
 
 

@@ -89,8 +89,7 @@ def test_whoever_asks_gets_the_faster_by_the_model(asked_for: None) -> None:
 def test_a_step_without_waste_takes_the_time_of_its_products(asked_for: None) -> None:
     """512 channels of 3x3: what the model knows of the loop is its tensor cores and L2."""
     problem = conv(SAME, (28, 28), (3, 3), (512, 512), 256)
-    tile = CONV.default(problem, SM_90)
-    assert core.uses_core(tile) and (tile["BLOCK_M"], tile["BLOCK_N"]) == (128, 256)
+    tile = next(each for each in core.tiles(problem, SM_90) if each["BLOCK_N"] == 256)
     (launch,) = CONV.launches(problem, tile, SM_90)
     machine = cost_model.machine_for(SM_90)
     cycles = cost_model.tile_cycles(machine, launch, 0.0, HALF, 0.0)
@@ -131,8 +130,23 @@ def test_a_halo_reads_less(asked_for: None) -> None:
     assert cost_model.bound(CONV, problem, SM_90, tile) == "shared memory"
     dilated = conv(replace(SAME, dilation=(2, 2)), (224, 224), (3, 3), (64, 64), 32)
     assert "a halo is for 3x3 filters" in str(CONV.legal(dilated, tile, SM_90))
-    two = tile_with(tile, BOX_N=2, BOX_H=8)
-    assert "a halo is of one image" in str(CONV.legal(problem, two, SM_90))
+    flat = tile_with(tile, BOX_N=16, BOX_H=1, BOX_W=16)
+    assert "a halo has two rows at least" in str(CONV.legal(problem, flat, SM_90))
+
+
+@pytest.mark.skipif(gluon.SMALL_VIEWS is not None, reason=str(gluon.SMALL_VIEWS))
+@pytest.mark.parametrize("size, images, stages", [(56, 4, 3), (28, 16, 3), (14, 64, 2), (7, 32, 3)])
+def test_a_halo_of_several_images_wastes_little(
+    size: int, images: int, stages: int, asked_for: None
+) -> None:
+    """Rows of 28 pixels are no multiple of 8, those of 16 images are. Slots of 14x14, four rows for
+    two, are so large that there is memory for two."""
+    problem = conv(SAME, (size, size), (3, 3), (256, 256), 256)
+    tile = CONV.default(problem, SM_90)
+    assert tile[core.BLOCK] == core.HALO and (tile["BOX_N"], tile.num_stages) == (images, stages)
+    assert boxes.waste(problem, boxes.box_of(tile)) == (8 / 7 if size == 7 else 1)
+    (launch,) = CONV.launches(problem, tile, SM_90)
+    assert launch.boxes["x"].shape_at(3)[:2] == (size, 3)
 
 
 def test_what_it_cannot_compute_is_refused_with_a_reason(asked_for: None) -> None:

@@ -34,12 +34,15 @@ class Pool(NamedTuple):
 
 
 class Pixels(NamedTuple):
-    """The box of pixels that a tile is: images, rows and columns, powers of two; how many boxes of
-    an image lie below and beside each other; and what is made of windows of side x side of them."""
+    """The box of pixels that a tile is: images, rows and columns, powers of two; how many pixels it
+    is from one row to the next (W where an image follows the other, N·W where a row of all images
+    follows the other); how many boxes of an image lie below and beside each other; and what is made
+    of windows of side x side pixels."""
 
     N: int
     H: int
     W: int
+    row: int
     down: int = 1
     across: int = 1
     side: int = 1
@@ -76,23 +79,30 @@ def waste(problem: Problem, box: tuple[int, int, int]) -> float:
     return computed / max(math.prod(there), 1)
 
 
-def splits_windows(problem: Problem, box: tuple[int, int, int]) -> bool:
+def splits_windows(problem: Problem, box: tuple[int, int, int], by_rows: bool) -> bool:
     """Whether half of a box, which a group of warps finishes, holds parts of windows."""
-    _, high, wide = box
-    return side(problem) > 1 and (high < 2 or wide < 2 or 4 * wide > math.prod(box))
+    n, high, wide = box
+    row = n * wide if by_rows else wide
+    return side(problem) > 1 and (high < 2 or wide < 2 or 4 * row > math.prod(box))
 
 
-def boxes(problem: Problem, pixels: int, most_images: int = 1 << 30) -> list[tuple[int, int, int]]:
-    """Boxes of that many pixels, and of at most so many images, that pad little, the best first."""
+def boxes(problem: Problem, pixels: int, by_rows: bool = False) -> list[tuple[int, int, int]]:
+    """Boxes of that many pixels that pad little, the best first. by_rows: in which a row of all
+    images follows the other, each of another height."""
     powers = [1 << bit for bit in range(pixels.bit_length())]
     every = [
         (pixels // (high * wide), high, wide)
         for high, wide in itertools.product(powers, powers)
-        if high * wide <= pixels <= most_images * high * wide
+        if high * wide <= pixels
     ]
-    every = [box for box in every if not splits_windows(problem, box)]
+    every = [box for box in every if not splits_windows(problem, box, by_rows)]
     # Of equal ones that of fewest images: the boxes of neighbouring taps overlap most.
-    every.sort(key=lambda box: (waste(problem, box), box[0], -box[2]))
+    every.sort(key=lambda box: (waste(problem, box), -box[1] * by_rows, box[0], -box[2]))
+    if by_rows:
+        heights: dict[int, tuple[int, int, int]] = {}
+        for box in every:
+            heights.setdefault(box[1], box)
+        every = list(heights.values())
     return [box for box in every[:BOXES_TRIED] if waste(problem, box) <= MOST_WASTE]
 
 
@@ -118,16 +128,26 @@ def refusal(problem: Problem) -> str | None:
     return None
 
 
-def view(problem: Problem, box: tuple[int, int, int], block_k: int) -> TmaDescriptor:
-    """The input of a convolution, read in boxes of (images, rows, columns) by so many channels."""
+def view(
+    problem: Problem, box: tuple[int, int, int], block_k: int, by_rows: bool = False
+) -> TmaDescriptor:
+    """The input of a convolution, read in boxes of (images, rows, columns) by so many channels.
+    by_rows: with rows as the first dimension and images as the second, for stride 1."""
     attributes = filter_of(problem)
     x = problem.inputs[0]
     n, c, h, width = x.shape
     pitch = x.pitch
-    if attributes.stride == (1, 1):
-        shape: tuple[int, ...] = (n, h, width, c)
-        strides: tuple[int, ...] = (h * width * pitch, width * pitch, pitch, 1)
-        read: tuple[int, ...] = (*box, block_k)
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    read: tuple[int, ...]
+    if by_rows:
+        shape = (h, n, width, c)
+        strides = (width * pitch, h * width * pitch, pitch, 1)
+        read = (box[1], box[0], box[2], block_k)
+    elif attributes.stride == (1, 1):
+        shape = (n, h, width, c)
+        strides = (h * width * pitch, width * pitch, pitch, 1)
+        read = (*box, block_k)
     else:
         shape = (n, h // 2, 2, width // 2, pitch + c)
         strides = (h * width * pitch, 2 * width * pitch, width * pitch, 2 * pitch, 1)

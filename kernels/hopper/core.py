@@ -9,6 +9,7 @@ names it.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
@@ -51,8 +52,8 @@ STEP_INSTRUCTIONS = 48
 """Of a warp that multiplies, beside the products (41 to 54 from 128x256 to 256x128)."""
 HALO_INSTRUCTIONS = 140
 """For three taps (104 where the weights stay)."""
-HALO_STAGES, HALO_SLOTS = 3, 8
-"""Slots of pixels, and at most of weights."""
+HALO_STAGES, HALO_SLOTS = (3, 2), 8
+"""Slots of pixels, the more of which there is memory for, and at most of weights."""
 SWIZZLE_PERIOD = 1_024
 """Bytes, of which a row of a halo's slot is a multiple."""
 WARPS = 4
@@ -131,7 +132,7 @@ def legal(problem: Problem, tile: Config, target: Target) -> str | None:
         return f"stride 2: {_channels(problem)} channels are no multiple of {tile['BLOCK_K']}"
     if math.prod(box := boxes.box_of(tile)) != tile["BLOCK_M"]:
         return f"the box does not hold BLOCK_M={tile['BLOCK_M']} pixels"
-    if boxes.splits_windows(problem, box):
+    if boxes.splits_windows(problem, box, _way(tile) == HALO):
         return f"half a box of {box} pixels does not hold whole windows of 2x2"
     known = tile["BLOCK_M"], tile["BLOCK_N"], _way(tile)
     if known not in TILES or tile.num_warps != WARPS:
@@ -145,9 +146,9 @@ def _no_halo(problem: Problem, tile: Config) -> str | None:
     window = _window(problem)
     if window != Window(3, 3, 1, 1, window.top, window.left):
         return "a halo is for 3x3 filters of stride 1 without dilation"
-    row = tile["BOX_W"] * tile["BLOCK_K"] * problem.inputs[0].spec.dtype.itemsize
-    if tile["BOX_N"] != 1 or tile["BOX_H"] < 2 or row % SWIZZLE_PERIOD:
-        return f"a halo is of one image, with rows of a multiple of {SWIZZLE_PERIOD} bytes"
+    row = tile["BOX_N"] * tile["BOX_W"] * tile["BLOCK_K"] * problem.inputs[0].spec.dtype.itemsize
+    if problem.inputs[0].shape[2] < 2 or tile["BOX_H"] < 2 or row % SWIZZLE_PERIOD:
+        return f"a halo has two rows at least, of a multiple of {SWIZZLE_PERIOD} bytes"
     return gluon.SMALL_VIEWS
 
 
@@ -164,7 +165,7 @@ def shared_bytes(problem: Problem, tile: Config, target: Target) -> int:
 def _halo_bytes(tile: Config, dtype: torch.dtype) -> tuple[int, int]:
     """Of a slot of pixels, and of one of weights."""
     depth = tile["BLOCK_K"] * dtype.itemsize
-    return (tile["BOX_H"] + 2) * tile["BOX_W"] * depth, tile["BLOCK_N"] * depth
+    return (tile["BOX_H"] + 2) * tile["BOX_N"] * tile["BOX_W"] * depth, tile["BLOCK_N"] * depth
 
 
 def _weights(problem: Problem, tile: Config, target: Target) -> tuple[int, bool]:
@@ -195,20 +196,19 @@ def tiles(problem: Problem, target: Target) -> Iterator[Config]:
             continue
         room = target.shared_bytes - END_BYTES
         stages = min(MOST_STAGES, room // _slot_bytes(block_m, block_n, block_k, dtype))
-        for box in _boxes(problem, block_m, way):
-            tile = config(
-                WARPS, HALO_STAGES if way == HALO else stages, BLOCK_M=block_m, BLOCK_N=block_n,
-                BLOCK_K=block_k, BOX_N=box[0], BOX_H=box[1], BOX_W=box[2], **{BLOCK: way},
-            )  # fmt: skip
-            if legal(problem, tile, target) is None:
-                yield tile
+        for n, h, w in _boxes(problem, block_m, way):
+            sizes = {"BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_K": block_k}
+            sizes |= {"BOX_N": n, "BOX_H": h, "BOX_W": w, BLOCK: way}
+            deep = HALO_STAGES if way == HALO else (stages,)
+            every = (config(WARPS, count, **sizes) for count in deep)
+            yield from itertools.islice((x for x in every if not legal(problem, x, target)), 1)
 
 
 def _boxes(problem: Problem, pixels: int, way: int) -> list[tuple[int, int, int]]:
     """The boxes of pixels to try."""
     if _is_product(problem):
         return [] if way == HALO else [(pixels, 1, 1)]
-    return boxes.boxes(problem, pixels, most_images=1 if way == HALO else pixels)
+    return boxes.boxes(problem, pixels, by_rows=way == HALO)
 
 
 def configs(problem: Problem, target: Target) -> Iterator[Config]:
@@ -322,7 +322,7 @@ def _window(problem: Problem) -> Window:
 def _x_box(problem: Problem, tile: Config, view: View) -> TmaDescriptor:
     box = boxes.box_of(tile)
     if not _is_product(problem):
-        return boxes.view(problem, box, tile["BLOCK_K"])
+        return boxes.view(problem, box, tile["BLOCK_K"], by_rows=_way(tile) == HALO)
     x: Operand = problem.inputs[0]
     shape, strides = (view.images, 1, 1, view.image.C), (x.pitch, x.pitch, x.pitch, 1)
     return TmaDescriptor(X, shape, strides, (*box, tile["BLOCK_K"]), x.offset, x.spec.batch)
@@ -340,7 +340,8 @@ def launch(
     view, way, box = view_of(problem, before), _way(tile), boxes.box_of(tile)
     side = boxes.side(problem)
     down, across = -(-side * view.output.P // box[1]), -(-side * view.output.Q // box[2])
-    pixels = Pixels(*box, down, across, side, pool)
+    row = box[0] * box[2] if way == HALO else box[2]
+    pixels = Pixels(*box, row, down, across, side, pool)
     c, taps, k = view.image.C, view.window.R * view.window.S, view.output.K
     block_m, block_n, block_k = tile["BLOCK_M"], tile["BLOCK_N"], tile["BLOCK_K"]
     dtype = problem.inputs[0].spec.dtype
@@ -387,7 +388,7 @@ def _with_halo(made: Launch, problem: Problem, tile: Config, target: Target) -> 
     return replace(
         made,
         kernel=halo_kernel,
-        boxes={**made.boxes, "more": replace(x, box=(1, 2, *x.box[2:]))},
+        boxes={**made.boxes, "more": replace(x, box=(2, *x.box[1:]))},
         constexprs={**made.constexprs, "SLOTS": slots, "RESIDENT": stay},
         l2_bytes=copied,
         shared_traffic=made.steps * read + copied,

@@ -168,14 +168,14 @@ def finish(
 
 @jit
 def places(
-    value, n, p, q, m, H: gl.constexpr, W: gl.constexpr, TILE: gl.constexpr, OF: gl.constexpr,
-    FIRST: gl.constexpr,
+    value, n, p, q, m, H: gl.constexpr, W: gl.constexpr, ROW: gl.constexpr, TILE: gl.constexpr,
+    OF: gl.constexpr, FIRST: gl.constexpr,
 ):  # fmt: skip
     """The rows of a tensor of OF.P x OF.Q pixels that those of a tile are, from FIRST on of a box
-    of H x W, and which of them exist."""
+    of H x W whose rows are ROW pixels apart, and which of them exist."""
     pixel = FIRST + gl.arange(0, value.shape[0], layout=gl.SliceLayout(1, value.type.layout))
-    image = n + pixel // (H * W)
-    row = p + pixel // W % H
+    image = n + (pixel // (H * W) if ROW == W else pixel // W % (ROW // W))
+    row = p + pixel // ROW % H
     place = q + pixel % W
     live = (image < m) & (row < OF.P) & (place < OF.Q)
     if TILE.wide:
@@ -184,11 +184,11 @@ def places(
 
 
 @constexpr_function
-def windows(M, N, W):
+def windows(M, N, ROW):
     """The layout in which a thread of 128 holds 8 columns of every window of 2x2 of its pixels,
-    which lie row by row of W, and stores 16 bytes beside its neighbour's."""
+    whose rows are ROW pixels apart, and stores 16 bytes beside its neighbour's."""
     columns = [[0, 1 << bit] for bit in range(N.bit_length() - 1)]
-    window = [[1, 0], [W, 0]]
+    window = [[1, 0], [ROW, 0]]
     rows = [[1 << bit, 0] for bit in range(M.bit_length() - 1)]
     others = columns[3:] + [row for row in rows if row not in window]
     return gl.DistributedLinearLayout(
@@ -207,23 +207,24 @@ def put(
     N: gl.constexpr = acc.shape[1]
     H: gl.constexpr = PIXELS.H
     W: gl.constexpr = PIXELS.W
+    ROW: gl.constexpr = PIXELS.row
     if PIXELS.side == 1:
         wide: gl.constexpr = gl.BlockedLayout([1, 8], [256 // N, N // 8], [4, 1], [1, 0])
         value = gl.convert_layout(acc, wide)
-        rows, live = places(value, n, p, q, m, H, W, TILE, OUTPUT, FIRST)
+        rows, live = places(value, n, p, q, m, H, W, ROW, TILE, OUTPUT, FIRST)
     else:
-        value = gl.convert_layout(acc, windows(M, N, W))
-        rows, live = places(value, n, p, q, m, H, W, TILE, PIXELS.pool, FIRST)
+        value = gl.convert_layout(acc, windows(M, N, ROW))
+        rows, live = places(value, n, p, q, m, H, W, ROW, TILE, PIXELS.pool, FIRST)
         columns = column + gl.arange(0, N, layout=gl.SliceLayout(0, value.type.layout))
         value = PIXELS.pool.stages(value, rows, columns, live, columns < OUTPUT.K, extras)
         if PIXELS.pool.overhangs:
             value = gl.where(live[:, None], value, float("-inf"))
-        upper, lower = value.reshape([M // 2 // W, 2, W, N]).permute((0, 2, 3, 1)).split()
+        upper, lower = value.reshape([M // 2 // ROW, 2, ROW, N]).permute((0, 2, 3, 1)).split()
         value = combine(upper, lower, PIXELS.pool.maximum)
         even, odd = value.reshape([M // 4, 2, N]).permute((0, 2, 1)).split()
         value = combine(even, odd, PIXELS.pool.maximum)
         rows, live = places(
-            value, n, p // 2, q // 2, m, H // 2, W // 2, TILE, OUTPUT, FIRST // 4
+            value, n, p // 2, q // 2, m, H // 2, W // 2, ROW // 2, TILE, OUTPUT, FIRST // 4
         )  # fmt: skip
     columns = column + gl.arange(0, N, layout=gl.SliceLayout(0, value.type.layout))
     column_mask = columns < OUTPUT.K
