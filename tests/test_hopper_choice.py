@@ -15,6 +15,8 @@ import pytest
 import torch
 from convloom import settings
 from convloom.compiler import api
+from convloom.compiler.fusion import estimate
+from convloom.compiler.graph.ir import CompileTarget, Graph
 from convloom.compiler.records import rank
 from convloom.errors import InvalidInputError, KernelError, TargetUnavailableError
 from convloom.kernels import registry
@@ -71,6 +73,17 @@ def test_settings_that_are_none_are_refused(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setenv("CONVLOOM_CORE", "ampere")
     with pytest.raises(InvalidInputError, match="CONVLOOM_CORE: expected plain or hopper, got"):
         settings.read()
+
+
+def test_fusions_are_judged_by_the_core_that_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also in a process that has planned the same layer without it."""
+    graph = Graph()
+    graph.goal = CompileTarget(SM_90, HALF)
+    times = []
+    for setting in ("", "hopper", ""):
+        monkeypatch.setenv("CONVLOOM_CORE", setting)
+        times.append(estimate.problem_time_us(graph, LARGE))
+    assert times[0] == times[2] > times[1]
 
 
 def test_whoever_asks_gets_the_faster_by_the_model(asked_for: None) -> None:

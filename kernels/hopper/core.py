@@ -87,13 +87,13 @@ def unavailable(target: Target) -> str | None:
 
 def is_asked(target: Target) -> bool:
     """Whether the core is asked for, and the target can have it."""
-    return settings.read().core == settings.HOPPER and unavailable(target) is None
+    return settings.core() == settings.HOPPER and unavailable(target) is None
 
 
 def check_asked(target: Target) -> None:
     """Raises TargetUnavailableError where the core is asked for and the target, a GPU, cannot have
     it. (In the interpreter no kernel is that of a GPU.)"""
-    asked = settings.read().core == settings.HOPPER and target.is_gpu
+    asked = settings.core() == settings.HOPPER and target.is_gpu
     if asked and (reason := unavailable(target)) is not None:
         raise TargetUnavailableError(
             f"CONVLOOM_CORE=hopper: {reason}. Unset it to use the plain core"
@@ -123,7 +123,7 @@ def refusal(problem: Problem, target: Target) -> str | None:
 
 def legal(problem: Problem, tile: Config, target: Target) -> str | None:
     """Why a configuration cannot compute the problem on the target, or None."""
-    if settings.read().core == settings.PLAIN:
+    if settings.core() == settings.PLAIN:
         return "CONVLOOM_CORE=plain switches the Hopper core off"
     if (reason := refusal(problem, target)) is not None:
         return reason
