@@ -215,6 +215,32 @@ def test_the_plan_says_which_core_and_why(asked_for: None) -> None:
     assert "(heuristic; plain core: stem has no other)" in plan.to_text()
 
 
+class Branches(nn.Module):
+    """Two 1x1 filters that read one image, and two branches that are put side by side."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two = nn.Conv2d(1024, 128, 1), nn.Conv2d(1024, 128, 1)
+        self.left, self.right = (nn.Conv2d(128, 256, 3, padding=1) for _ in range(2))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        branches = self.left(torch.relu(self.one(x))), self.right(torch.relu(self.two(x)))
+        return torch.cat([torch.relu(each) for each in branches], 1)
+
+
+def test_siblings_and_concatenations_are_its_own(asked_for: None) -> None:
+    """Siblings are one product, read and written in parts: results lie where they will be read."""
+    made: dict[str, Any] = {"target": "cuda:sm_90", "dtype": HALF}
+    _, plan, _ = api.lowered(Branches().eval(), (torch.zeros(256, 1024, 14, 14),), **made)
+    steps = [step for step in plan.steps if step.op == "conv2d"]
+    assert [core.uses_core(step.config) for step in steps] == [True, True, True], plan.to_text()
+    pair, *branches = steps
+    assert pair.problem.output.shape[1] == 256
+    for at, step in enumerate(branches):
+        x, y = step.problem.inputs[0], step.problem.output
+        assert (x.pitch, x.offset, y.pitch, y.offset) == (256, 128 * at, 512, 256 * at)
+
+
 def test_whoever_asks_where_it_cannot_be_is_told(asked_for: None) -> None:
     module, x = Net().eval(), (torch.randn(1, 3, 8, 8),)
     with pytest.raises(TargetUnavailableError, match="CONVLOOM_CORE=hopper: the Hopper core is ma"):

@@ -1,4 +1,5 @@
-"""When and how conv2d and linear use the warp-specialised core of sm_90 (`kernel.py`, `halo.py`).
+"""When and how conv2d, conv_pool and linear use the warp-specialised core of sm_90 (`kernel.py`,
+`halo.py`).
 
 A configuration with the block `HOPPER` is this core's; its value says in which way. No GPU has run
 it: it is neither a default nor in the tuning space unless `CONVLOOM_CORE=hopper` asks for it
