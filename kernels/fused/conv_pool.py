@@ -130,13 +130,16 @@ def _flops(problem: Problem) -> int:
     return 2 * 4 * problem.output.spec.numel * math.prod(problem.inputs[1].shape[1:])
 
 
+configs, default, legal = core.beside(choice.of_product(_size), _launch)
 OP = Op(
     name="conv_pool",
     attributes=ConvPool,
     infer=infer,
     reference=reference,
     launches=lambda problem, tile, target: (_launch(problem, tile, target),),
-    **core.beside(choice.of_product(_size), _launch)._asdict(),
+    configs=configs,
+    default=default,
+    legal=legal,
     cost=counted(_flops),
     packs=lambda attributes: {1: conv_tile.pack},
 )

@@ -64,19 +64,12 @@ def side(problem: Problem) -> int:
     return 1 if filter_of(problem) is problem.attributes else 2
 
 
-def extent(problem: Problem) -> tuple[int, int, int]:
-    """Images, rows and columns of the pixels that are computed."""
-    n, _, p, q = problem.output.shape
-    return n, side(problem) * p, side(problem) * q
-
-
 def waste(problem: Problem, box: tuple[int, int, int]) -> float:
     """How many pixels boxes of (images, rows, columns) compute for each one that there is."""
-    there = extent(problem)
-    computed = 1
-    for pixels, size in zip(there, box, strict=True):
-        computed *= -(-pixels // size) * size
-    return computed / max(math.prod(there), 1)
+    n, _, p, q = problem.output.shape
+    there = n, side(problem) * p, side(problem) * q
+    computed = (-(-pixels // size) * size for pixels, size in zip(there, box, strict=True))
+    return math.prod(computed) / max(math.prod(there), 1)
 
 
 def splits_windows(problem: Problem, box: tuple[int, int, int], by_rows: bool) -> bool:
@@ -99,10 +92,7 @@ def boxes(problem: Problem, pixels: int, by_rows: bool = False) -> list[tuple[in
     # Of equal ones that of fewest images: the boxes of neighbouring taps overlap most.
     every.sort(key=lambda box: (waste(problem, box), -box[1] * by_rows, box[0], -box[2]))
     if by_rows:
-        heights: dict[int, tuple[int, int, int]] = {}
-        for box in every:
-            heights.setdefault(box[1], box)
-        every = list(heights.values())
+        every = [box for at, box in enumerate(every) if box[1] not in {b[1] for b in every[:at]}]
     return [box for box in every[:BOXES_TRIED] if waste(problem, box) <= MOST_WASTE]
 
 

@@ -254,17 +254,9 @@ def note(problem: Problem, tile: Config, target: Target, launches: tuple[Launch,
     return f"plain core: {reason or 'it is ranked before the Hopper core'}"
 
 
-class Rules(NamedTuple):
-    """What an op says of its tuning space."""
-
-    configs: Callable[[Problem, Target], Iterator[Config]]
-    default: Callable[[Problem, Target], Config]
-    legal: Callable[[Problem, Config, Target], str | None]
-
-
-def beside(plain: Mapping[str, Any], launch: Callable[..., Launch]) -> Rules:
-    """The rules of an op with plain tiles, of whose configurations `launch` makes one launch, and
-    with the core's where they are asked for."""
+def beside(plain: Mapping[str, Any], launch: Callable[..., Launch]) -> tuple[Any, Any, Any]:
+    """`configs`, `default` and `legal` of an op with plain tiles, of whose configurations `launch`
+    makes one launch, and with the core's where they are asked for."""
 
     def every(problem: Problem, target: Target) -> Iterator[Config]:
         yield from plain["configs"](problem, target)
@@ -277,7 +269,7 @@ def beside(plain: Mapping[str, Any], launch: Callable[..., Launch]) -> Rules:
     def refused(problem: Problem, tile: Config, target: Target) -> str | None:
         return (legal if uses_core(tile) else plain["legal"])(problem, tile, target)
 
-    return Rules(every, first, refused)
+    return every, first, refused
 
 
 def _is_product(problem: Problem) -> bool:
