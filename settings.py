@@ -50,6 +50,17 @@ class Settings:
     extensions: frozenset[str] | None = None
 
 
+def core() -> str:
+    """CONVLOOM_CORE alone, which is asked for with every problem.
+
+    Raises: InvalidInputError when it is unknown.
+    """
+    found = os.environ.get("CONVLOOM_CORE", "")
+    if found not in ("", *CORES):
+        raise InvalidInputError(f"CONVLOOM_CORE: expected {' or '.join(CORES)}, got {found!r}")
+    return found
+
+
 def read() -> Settings:
     """The settings of this moment (read at each use, so that tests may change them).
 
@@ -73,9 +84,6 @@ def read() -> Settings:
             "CONVLOOM_LAUNCH: programmatic and branches exclude each other: a kernel that starts "
             "early behind another stream's event has not been tried; choose one"
         )
-    core = os.environ.get("CONVLOOM_CORE", "")
-    if core not in ("", *CORES):
-        raise InvalidInputError(f"CONVLOOM_CORE: expected {' or '.join(CORES)}, got {core!r}")
     names = os.environ.get("CONVLOOM_EXTENSIONS", "").replace(" ", "")
     default = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "convloom"
     return Settings(
@@ -83,6 +91,6 @@ def read() -> Settings:
         check=int(check),
         cache_dir=Path(os.environ.get("CONVLOOM_CACHE_DIR", default)),
         launch=launch,
-        core=core,
+        core=core(),
         extensions=frozenset(filter(None, names.split(","))) - {"none"} if names else None,
     )

@@ -22,7 +22,9 @@ from convloom.kernels.contract.spec import Layout, TensorSpec
 from convloom.kernels.contract.targets import parse
 from convloom.kernels.devices import offline
 from convloom.kernels.devices.emulator import FaultError
-from convloom.kernels.hopper import core, gluon, halo, kernel
+from convloom.kernels.fused.conv_pool import PAIR, ConvPool
+from convloom.kernels.hopper import boxes, core, gluon, halo, kernel
+from convloom.kernels.pooling.pool_window import AvgPool2d, MaxPool2d
 from convloom.kernels.products.linear import Linear
 from convloom.kernels.tile.conv_geometry import Conv2d
 
@@ -61,6 +63,18 @@ def conv(
     x = TensorSpec((n, channels[0], *image), dtype, Layout.NHWC, batch=n)
     w = TensorSpec((channels[1], channels[0] // attributes.groups, *filters), dtype)
     return _problem(CONV, attributes, (x, w), epilogue, operands)
+
+
+def pooled(asked: Problem, pool: MaxPool2d | AvgPool2d) -> Problem:
+    """A convolution whose results, after its epilogue, are pooled, and then added up to a bias."""
+    specs = tuple(each.spec for each in (*asked.inputs, *asked.operands))
+    attributes = ConvPool(asked.attributes.expect(Conv2d), (), asked.epilogue, pool)
+    bias = TensorSpec((asked.inputs[1].shape[0], 1, 1), SINGLE)
+    made = harness.problem_for(
+        registry.get("conv_pool"), attributes, specs, (Stage("add"),), (bias,)
+    )  # fmt: skip
+    inputs = (asked.inputs[0], *made.inputs[1:])  # It may be a slice.
+    return replace(made, inputs=inputs, precision=asked.precision)
 
 
 def linear(
@@ -130,19 +144,20 @@ def check(
 
 def _is_exact(problem: Problem) -> bool:
     """Whether every stage makes whole numbers of whole numbers."""
-    return {stage.name for stage in problem.epilogue} <= {"add", "relu", "sub", "maximum", "mul"}
+    stages = (*problem.epilogue, *getattr(problem.attributes, "stages", ()))
+    return {stage.name for stage in stages} <= {"add", "relu", "sub", "maximum", "mul"}
 
 
 @pytest.fixture(autouse=True)
-def compiled_here(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+def compiled_here(monkeypatch: pytest.MonkeyPatch) -> None:
     """Starting workers takes longer than what these tests compile."""
-    if request.node.get_closest_marker("slow") is None:
-        monkeypatch.setattr(offline, "_compile_apart", lambda wanted: None)
+    monkeypatch.setattr(offline, "_compile_apart", lambda wanted: None)
 
 
 ADDED = Stage("add"), Stage("add"), Stage("relu")
 SAME = Conv2d((1, 1), (1, 1, 1, 1))
 HALVED = Conv2d((2, 2), (1, 1, 1, 1))
+OVERHANGING = MaxPool2d(PAIR, PAIR, ceil_mode=True)
 
 
 def cases() -> Iterator[Any]:
@@ -154,6 +169,8 @@ def cases() -> Iterator[Any]:
     asked = conv(Conv2d((1, 1), (2, 4, 3, 1), (2, 3)), (7, 12), (3, 2), (40, 40), 3, ADDED, "rb")
     asked = replace(asked, inputs=(replace(asked.inputs[0], pitch=64, offset=8), asked.inputs[1]))
     yield "dilated, ragged, a slice", asked, tile_of(asked, (256, 64), (2, 8, 16), 2), 2, None
+    asked = pooled(conv(SAME, (17, 15), (3, 3), (64, 136), 2, ADDED, "rb"), OVERHANGING)
+    yield "pooled, ragged", asked, tile_of(asked, (128, 256), (1, 8, 16), 3), 2, 1
     asked = linear(300, (200, 264), ADDED, "rb")
     yield "linear, ragged", asked, tile_of(asked, (128, 256)), 2, None
     asked = conv(SAME, (9, 11), (3, 3), (64, 72), 3, ADDED, "rb")
@@ -168,6 +185,8 @@ def cases() -> Iterator[Any]:
     rows = core.HALO
     asked = conv(Conv2d((1, 1), (2, 0, 0, 1)), (18, 17), (3, 3), (64, 64), 2, ADDED, "rb")
     yield "halo, weights stay", asked, tile_of(asked, (256, 64), (1, 16, 16), 2, way=rows), 2, 1
+    asked = pooled(conv(SAME, (16, 16), (3, 3), (64, 64), 3), AvgPool2d(PAIR, PAIR))
+    yield "halo, pooled", asked, tile_of(asked, (256, 64), (2, 16, 8), 2, way=rows), 1, None
     asked = conv(SAME, (9, 30), (3, 3), (72, 136), 1, ADDED, "rb", BRAIN)
     yield "halo, ragged", asked, tile_of(asked, (256, 128), (1, 8, 32), 2, way=rows), 1, None
 
@@ -176,7 +195,8 @@ CASES = {name: rest for name, *rest in cases()} if gluon.MISSING is None else {}
 
 
 RARE = (
-    "3x3", "1x1, tf32", "linear in turns", "halo, ragged", "two products under way",
+    "3x3", "1x1, tf32", "linear, ragged", "linear in turns", "halo, ragged", "halo, pooled",
+    "two products under way",
     "wrong parity of the consumers", "wrong parity of a halo's weights",
     "pixels of a halo released while a product reads them", "a turn that never comes",
 )  # fmt: skip
@@ -201,21 +221,21 @@ EPILOGUES = {
 FUNCTIONS = ("silu", "gelu", "tanh", "hardswish", "clamp", "leaky_relu", "sigmoid", "mish")
 
 
-MOST_STEPS = 100
+MOST_STEPS = 60
 """Of all tiles of a drawn problem together; the emulator takes 10 a second."""
 
 
-def drawn(seed: int) -> tuple[Problem, Config, int, int]:
-    """A small problem with tiles, programs and batch that a seed draws."""
-    pick = random.Random(seed)
+def drawn(way: int, seed: int) -> tuple[Problem, Config, int, int]:
+    """A small problem with tiles of a way, programs and batch that a seed draws."""
+    pick = random.Random(1_000 * way + seed)
     while True:
-        asked, tile, programs, batch = _attempt(pick)
+        asked, tile, programs, batch = _attempt(pick, way)
         launch = core.launch(asked, tile, SM_90)
         if 2 <= launch.tiles_at(batch) <= MOST_STEPS / launch.steps:
             return asked, tile, programs, batch
 
 
-def _attempt(pick: random.Random) -> tuple[Problem, Config, int, int]:
+def _attempt(pick: random.Random, way: int) -> tuple[Problem, Config, int, int]:
     dtype = pick.choice((HALF, HALF, BRAIN, SINGLE))
     operands = pick.choice(list(EPILOGUES))
     chain = EPILOGUES[operands]
@@ -223,8 +243,7 @@ def _attempt(pick: random.Random) -> tuple[Problem, Config, int, int]:
         name = pick.choice(FUNCTIONS)
         chain = (*chain, Stage(name, pick.choice(BY_NAME[name].examples)))
     depth = 32 if dtype is SINGLE else pick.choice((64, 64, 32))
-    tiles = [each for each in core.TILES if each[2] != core.HALO or gluon.SMALL_VIEWS is None]
-    *block, way = pick.choice(tiles)
+    *block, _ = pick.choice([each for each in core.TILES if each[2] == way])
     n, k = pick.randint(1, 5), 8 * pick.randint(1, 36)
     c = 8 * pick.randint(4, 20)
     if way != core.HALO and pick.random() < 0.3:
@@ -244,7 +263,7 @@ def _attempt(pick: random.Random) -> tuple[Problem, Config, int, int]:
         asked = conv(attributes, image, (r, s), (c, k), n, chain, operands, dtype)
         wide, high = 1 << pick.randint(1, 4), 1 << pick.randint(1, 3)
         if has_halo:
-            wide, high = pick.choice(((16, 16), (32, 8)))
+            wide, high = pick.choice(((16, 16), (32, 8), (8, 8), (4, 8), (2, 8), (4, 16), (64, 2)))
         box = (
             None if attributes.is_product((k, c, r, s)) else (block[0] // wide // high, high, wide)
         )
@@ -256,15 +275,50 @@ def _attempt(pick: random.Random) -> tuple[Problem, Config, int, int]:
         y = replace(y, pitch=y.pitch + 16, offset=8)
         asked = replace(asked, inputs=(x, asked.inputs[1]), outputs=(y,))
     fits = (SM_90.shared_bytes - core.END_BYTES) // (sum(block) * depth * dtype.itemsize)
+    if way == core.HALO and box is not None and box[1] == 2:
+        fits = 2  # Four rows for two.
     tile = tile_of(asked, (block[0], block[1]), box, pick.randint(2, min(4, fits)), depth, way)
     batch = pick.randint(1, asked.output.spec.batch or 1)
     return asked, tile, pick.randint(1, 4), batch
 
 
+WAYS = {"shared": core.SHARED, "in turns": core.IN_TURNS, "halo": core.HALO}
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", range(64))
-def test_drawn_problems_are_exact_in_the_emulator(seed: int) -> None:
-    check(*drawn(seed), seed=seed)
+@pytest.mark.parametrize("seed", range(60))
+@pytest.mark.parametrize("way", WAYS)
+def test_drawn_problems_are_exact_in_the_emulator(way: str, seed: int) -> None:
+    if way == "halo" and gluon.SMALL_VIEWS is not None:
+        pytest.skip(gluon.SMALL_VIEWS)
+    check(*drawn(WAYS[way], seed), seed=seed)
+
+
+def drawn_pooled(way: int, seed: int) -> tuple[Problem, Config, int, int]:
+    """As `drawn`, of convolutions in boxes that hold windows, which are pooled."""
+    pick = random.Random(seed)
+    while True:
+        asked, tile, programs, batch = drawn(way, pick.randint(0, 1 << 30))
+        if not isinstance(asked.attributes, Conv2d) or not min(asked.output.shape) > 1:
+            continue
+        average = AvgPool2d(PAIR, PAIR, divisor_override=pick.choice((None, 2)))
+        pool = pick.choice((OVERHANGING, MaxPool2d(PAIR, PAIR), average))
+        asked = pooled(asked, pool)
+        launch = core.launch(asked, tile, SM_90)
+        if (
+            not boxes.splits_windows(asked, boxes.box_of(tile), way == core.HALO)
+            and launch.tiles_at(batch) > 1
+        ):
+            return asked, tile, programs, batch
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(20))
+@pytest.mark.parametrize("way", WAYS)
+def test_drawn_problems_with_pooling_are_exact_in_the_emulator(way: str, seed: int) -> None:
+    if way == "halo" and gluon.SMALL_VIEWS is not None:
+        pytest.skip(gluon.SMALL_VIEWS)
+    check(*drawn_pooled(WAYS[way], seed), seed=seed)
 
 
 # What the emulator must not let pass.
@@ -337,7 +391,6 @@ def test_planted_faults_are_refused_by_the_emulator(
     module = importlib.util.module_from_spec(spec)
     monkeypatch.setitem(sys.modules, name, module)
     spec.loader.exec_module(module)
-    monkeypatch.setattr(offline, "_compile_apart", lambda wanted: None)  # It has no such module.
     asked = conv(SAME, (8, 16), (3, 3), (64, 64), 3)
     way = core.IN_TURNS if "turn" in fault else core.SHARED
     tile, made = tile_of(asked, (128, 64), (1, 8, 16), 2, way=way), "hopper_kernel"
@@ -359,6 +412,7 @@ COMPILED = {
     "3x3 stride 2, 64 channels": conv(HALVED, (56, 56), (3, 3), (64, 64), 32, ADDED, "rb"),
     "linear": linear(4096, (1024, 4096), (Stage("add"), Stage("silu")), "b", BRAIN),
 }  # fmt: skip
+COMPILED["3x3, pooled"] = pooled(COMPILED["3x3, residual"], OVERHANGING)
 
 
 @pytest.mark.parametrize("name", list(COMPILED)[:1])

@@ -15,15 +15,19 @@ import pytest
 import torch
 from convloom import settings
 from convloom.compiler import api
+from convloom.compiler.fusion import estimate
+from convloom.compiler.graph.ir import CompileTarget, Graph
 from convloom.compiler.records import rank
 from convloom.errors import InvalidInputError, KernelError, TargetUnavailableError
 from convloom.kernels import registry
 from convloom.kernels.contract import cost_model
 from convloom.kernels.contract.epilogue import Stage
-from convloom.kernels.contract.op import Config
-from convloom.kernels.contract.targets import parse
+from convloom.kernels.contract.op import Config, Problem
+from convloom.kernels.contract.targets import Target, parse
 from convloom.kernels.devices import offline
+from convloom.kernels.fused.conv_pool import ConvPool
 from convloom.kernels.hopper import boxes, core, gluon
+from convloom.kernels.pooling.pool_window import MaxPool2d
 from convloom.kernels.tile import choice
 from convloom.kernels.tile.conv_geometry import Conv2d
 from convloom.zoo import build
@@ -39,6 +43,7 @@ from .test_hopper import (
     SINGLE,
     SM_90,
     conv,
+    pooled,
     tile_of,
 )
 
@@ -70,6 +75,17 @@ def test_settings_that_are_none_are_refused(monkeypatch: pytest.MonkeyPatch) -> 
         settings.read()
 
 
+def test_fusions_are_judged_by_the_core_that_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also in a process that has planned the same layer without it."""
+    graph = Graph()
+    graph.goal = CompileTarget(SM_90, HALF)
+    times = []
+    for setting in ("", "hopper", ""):
+        monkeypatch.setenv("CONVLOOM_CORE", setting)
+        times.append(estimate.problem_time_us(graph, LARGE))
+    assert times[0] == times[2] > times[1]
+
+
 def test_whoever_asks_gets_the_faster_by_the_model(asked_for: None) -> None:
     for problem in COMPILED.values():
         op = registry.get(problem.op)
@@ -86,8 +102,7 @@ def test_whoever_asks_gets_the_faster_by_the_model(asked_for: None) -> None:
 def test_a_step_without_waste_takes_the_time_of_its_products(asked_for: None) -> None:
     """512 channels of 3x3: what the model knows of the loop is its tensor cores and L2."""
     problem = conv(SAME, (28, 28), (3, 3), (512, 512), 256)
-    tile = CONV.default(problem, SM_90)
-    assert core.uses_core(tile) and (tile["BLOCK_M"], tile["BLOCK_N"]) == (128, 256)
+    tile = next(each for each in core.tiles(problem, SM_90) if each["BLOCK_N"] == 256)
     (launch,) = CONV.launches(problem, tile, SM_90)
     machine = cost_model.machine_for(SM_90)
     cycles = cost_model.tile_cycles(machine, launch, 0.0, HALF, 0.0)
@@ -128,8 +143,23 @@ def test_a_halo_reads_less(asked_for: None) -> None:
     assert cost_model.bound(CONV, problem, SM_90, tile) == "shared memory"
     dilated = conv(replace(SAME, dilation=(2, 2)), (224, 224), (3, 3), (64, 64), 32)
     assert "a halo is for 3x3 filters" in str(CONV.legal(dilated, tile, SM_90))
-    two = tile_with(tile, BOX_N=2, BOX_H=8)
-    assert "a halo is of one image" in str(CONV.legal(problem, two, SM_90))
+    flat = tile_with(tile, BOX_N=16, BOX_H=1, BOX_W=16)
+    assert "a halo has two rows at least" in str(CONV.legal(problem, flat, SM_90))
+
+
+@pytest.mark.skipif(gluon.SMALL_VIEWS is not None, reason=str(gluon.SMALL_VIEWS))
+@pytest.mark.parametrize("size, images, stages", [(56, 4, 3), (28, 16, 3), (14, 64, 2), (7, 32, 3)])
+def test_a_halo_of_several_images_wastes_little(
+    size: int, images: int, stages: int, asked_for: None
+) -> None:
+    """Rows of 28 pixels are no multiple of 8, those of 16 images are. Slots of 14x14, four rows for
+    two, are so large that there is memory for two."""
+    problem = conv(SAME, (size, size), (3, 3), (256, 256), 256)
+    tile = CONV.default(problem, SM_90)
+    assert tile[core.BLOCK] == core.HALO and (tile["BOX_N"], tile.num_stages) == (images, stages)
+    assert boxes.waste(problem, boxes.box_of(tile)) == (8 / 7 if size == 7 else 1)
+    (launch,) = CONV.launches(problem, tile, SM_90)
+    assert launch.boxes["x"].shape_at(3)[:2] == (size, 3)
 
 
 def test_what_it_cannot_compute_is_refused_with_a_reason(asked_for: None) -> None:
@@ -185,11 +215,55 @@ def test_the_plan_says_which_core_and_why(asked_for: None) -> None:
     assert "(heuristic; plain core: stem has no other)" in plan.to_text()
 
 
+class Branches(nn.Module):
+    """Two 1x1 filters that read one image, and two branches that are put side by side."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two = nn.Conv2d(1024, 128, 1), nn.Conv2d(1024, 128, 1)
+        self.left, self.right = (nn.Conv2d(128, 256, 3, padding=1) for _ in range(2))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        branches = self.left(torch.relu(self.one(x))), self.right(torch.relu(self.two(x)))
+        return torch.cat([torch.relu(each) for each in branches], 1)
+
+
+def test_siblings_and_concatenations_are_its_own(asked_for: None) -> None:
+    """Siblings are one product, read and written in parts: results lie where they will be read."""
+    made: dict[str, Any] = {"target": "cuda:sm_90", "dtype": HALF}
+    _, plan, _ = api.lowered(Branches().eval(), (torch.zeros(256, 1024, 14, 14),), **made)
+    steps = [step for step in plan.steps if step.op == "conv2d"]
+    assert [core.uses_core(step.config) for step in steps] == [True, True, True], plan.to_text()
+    pair, *branches = steps
+    assert pair.problem.output.shape[1] == 256
+    for at, step in enumerate(branches):
+        x, y = step.problem.inputs[0], step.problem.output
+        assert (x.pitch, x.offset, y.pitch, y.offset) == (256, 128 * at, 512, 256 * at)
+
+
 def test_whoever_asks_where_it_cannot_be_is_told(asked_for: None) -> None:
     module, x = Net().eval(), (torch.randn(1, 3, 8, 8),)
     with pytest.raises(TargetUnavailableError, match="CONVLOOM_CORE=hopper: the Hopper core is ma"):
         api.lowered(module, x, target="cuda:sm_80", dtype=HALF)
     api.lowered(module, x, target="interpreter")
+
+
+def test_windows_are_pooled_where_they_lie_in_one_group(asked_for: None) -> None:
+    """The model counts the products of every pixel, and a quarter of the results."""
+    problem = pooled(LARGE, MaxPool2d((2, 2), (2, 2)))
+    op = registry.get("conv_pool")
+    tile = op.default(problem, SM_90)
+    assert core.uses_core(tile)
+    chosen, alone = (
+        cost_model.problem_us(registry.get(each.op), each, SM_90, tile) for each in (problem, LARGE)
+    )
+    assert 0.85 * alone < chosen < alone
+    flat = tile_with(tile, BOX_N=1, BOX_H=2, BOX_W=tile["BLOCK_M"] // 2)
+    assert "does not hold whole windows of 2x2" in str(op.legal(problem, flat, SM_90))
+    before = replace(problem.attributes.expect(ConvPool), before=(Stage("relu"),))
+    prepared = replace(problem, attributes=before)
+    assert "a prologue needs" in str(op.legal(prepared, tile, SM_90))
+    assert core.note(problem, tile, SM_90, ()) == "Hopper core"
 
 
 def test_without_gluon_the_plain_core_is_taken(
@@ -214,17 +288,29 @@ def test_with_small_views_there_is_no_halo(
     assert all(each[core.BLOCK] != core.HALO for each in core.tiles(problem, SM_90))
 
 
+def any_way(problem: Problem, target: Target, plain: Config, _: object) -> Config:
+    """A tile of the core in the last of its ways that can compute a problem; `plain` if none."""
+    return max(core.tiles(problem, target), key=lambda tile: tile[core.BLOCK], default=plain)
+
+
 @pytest.mark.slow
-def test_a_network_by_the_core_alone_is_right(monkeypatch: pytest.MonkeyPatch) -> None:
-    """ResNet-18 on small images, with every layer that can use the core using it."""
-    monkeypatch.setattr(
-        core, "default", lambda problem, target, plain, _: next(core.tiles(problem, target), plain)
-    )
+@pytest.mark.parametrize("model, least", [("resnet18", 12), ("resnet50", 24), ("vgg_d", 12)])
+def test_a_network_by_the_core_alone_is_right(
+    model: str, least: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On small images, with every layer that can use the core using it, in each of its ways; of
+    VGG-D without the hidden layers of its classifier, which are 120 million weights."""
+    monkeypatch.setattr(core, "default", any_way)
     monkeypatch.setattr(boxes, "MOST_WASTE", 64.0)
-    net, x = build("resnet18").eval(), torch.randn(2, 3, 32, 32)
+    net, x = build(model).eval(), torch.randn(2, 3, 32, 32)
+    if model == "vgg_d":
+        net.classifier = nn.Linear(512 * 7 * 7, 8)
     made = convloom.compile(net, (x,), target="emulator:sm_90", dtype=HALF, tuning="heuristic")
     used = [step for step in made.plan.steps if core.uses_core(step.config)]
-    assert len(used) >= 12, made.plan.to_text()
+    assert len(used) >= least, made.plan.to_text()
+    ways = {step.config[core.BLOCK] for step in used}
+    assert {core.IN_TURNS, core.HALO} <= ways or gluon.SMALL_VIEWS is not None
+    assert model != "vgg_d" or any(step.op == "conv_pool" for step in used)
     exact, found = net.double()(x.double()), made(x).double()
     assert (found - exact).norm() < 0.01 * exact.norm()
 

@@ -11,6 +11,8 @@ import torch
 from convloom.benchmarks import report, targets
 from convloom.benchmarks.measure import Choices, Result, Row
 from convloom.benchmarks.targets import Goal, verdict
+from convloom.compiler.capture.capture import capture
+from convloom.kernels.hopper import gluon
 
 GOAL = Goal("resnet50", 256, ratio=1.7, share=0.75)
 
@@ -58,3 +60,15 @@ def test_only_a_gpu_s_half_precision_counts(tmp_path: Path) -> None:
     (folder / "zoo.json").write_text(json.dumps(report.as_json(rows, choices)))
     assert [each.ours.median_us for each in targets.measured_rows(tmp_path)] == [1.0]
     assert targets.measured_rows(tmp_path / "nothing") == []
+
+
+@pytest.mark.skipif(gluon.MISSING is not None, reason=str(gluon.MISSING))
+def test_layers_are_told_by_both_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    net, x = torch.nn.Conv2d(256, 256, 3, padding=1).eval(), torch.zeros(32, 256, 56, 56)
+    monkeypatch.setattr(targets.fusion, "captured_model", lambda model, batch: capture(net, (x,)))
+    monkeypatch.setattr(targets, "MODELLED_LIMITS_MS", {"a layer": 1.0})
+    rows = [line.strip("| ").split(" | ") for line in targets.core_markdown().splitlines()]
+    ((_, result, plain, planned, way, bound, _),) = (row for row in rows if "conv2d" in row[0])
+    assert result == "256x56x56" and way in targets.WAYS[1:]
+    assert float(plain) > float(planned) > 0.9 * float(bound)
+    assert any(row[0].startswith("relayout") and row[2] == row[3] for row in rows)

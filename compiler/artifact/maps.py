@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from ...errors import KernelError
+from ...kernels.contract.op import outermost
 from ..graph.memory import Buffer
 
 MAP_BYTES = 128
@@ -33,9 +34,9 @@ OLD_DRIVER = 13_010
 class Map:
     """A tensor inside its buffer, read in boxes. All in elements, outermost dimension first.
 
-    shape: at the largest batch, `batch`, with which dimension 0 scales where that is not None; the
-    last stride is 1. box: what one instruction copies. swizzle: as the driver counts them, 3 for
-    rows of 128 bytes.
+    shape: at the largest batch, `batch`, with which the dimension of the largest stride scales
+    where that is not None; the last stride is 1. box: what one instruction copies. swizzle: as the
+    driver counts them, 3 for rows of 128 bytes.
     """
 
     shape: tuple[int, ...]
@@ -49,7 +50,8 @@ class Map:
         """The shape when the batch is `batch`."""
         if self.batch is None:
             return self.shape
-        return (self.shape[0] // self.batch * batch, *self.shape[1:])
+        at = outermost(self.strides)
+        return (*self.shape[:at], self.shape[at] // self.batch * batch, *self.shape[at + 1 :])
 
     def problem(self, buffer: Buffer, batches: tuple[int, int]) -> str | None:
         """Why no driver would make it, or it would reach outside of the buffer; None where it is
@@ -71,8 +73,9 @@ class Map:
             return f"has offset {self.offset} and strides {self.strides}"
         if self.strides[-1] != 1:
             return f"has strides {self.strides}; the last one is 1"
-        if self.batch is not None and (self.batch < 1 or self.shape[0] % self.batch):
-            return f"has {self.shape[0]} rows for a batch of {self.batch}"
+        rows = self.shape[outermost(self.strides)]
+        if self.batch is not None and (self.batch < 1 or rows % self.batch):
+            return f"has {rows} rows for a batch of {self.batch}"
         for batch in (max(batches[0], 1), batches[1]):
             sizes = zip(self.shape_at(batch), self.strides, strict=True)
             end = self.offset + sum((size - 1) * stride for size, stride in sizes) + 1

@@ -13,6 +13,7 @@ from typing import Protocol
 
 import torch
 
+from ... import settings
 from ...kernels import registry
 from ...kernels.contract import cost_model, targets
 from ...kernels.contract.epilogue import Epilogue
@@ -118,11 +119,11 @@ def times_us(graph: Graph, alternatives: Sequence[Sequence[Problem]]) -> tuple[s
 
 def problem_time_us(graph: Graph, asked: Problem) -> float:
     """Modelled time of a problem's kernels."""
-    return _modelled_us(asked, target_of(graph))
+    return _modelled_us(asked, target_of(graph), settings.core())
 
 
 @lru_cache(REMEMBERED)
-def _modelled_us(asked: Problem, target: Target) -> float:
+def _modelled_us(asked: Problem, target: Target, core: str) -> float:
     """Networks repeat their layers, and every alternative is asked for again in every round."""
     return cost_model.problem_us(registry.get(asked.op), asked, target)
 

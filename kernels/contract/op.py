@@ -146,7 +146,7 @@ class TmaDescriptor:
 
     shape, strides: in elements, of the tensor inside its buffer; the last stride is 1. box: what is
     copied at a time, zero where it reaches outside. offset: of the first element. batch: the batch
-    for which `shape` holds, where dimension 0 scales with it.
+    for which `shape` holds, where a dimension scales with it: the outermost one in memory.
     """
 
     ref: Ref
@@ -160,7 +160,13 @@ class TmaDescriptor:
         """The shape when the batch is `batch`."""
         if self.batch is None:
             return self.shape
-        return (self.shape[0] // self.batch * batch, *self.shape[1:])
+        at = outermost(self.strides)
+        return (*self.shape[:at], self.shape[at] // self.batch * batch, *self.shape[at + 1 :])
+
+
+def outermost(strides: tuple[int, ...]) -> int:
+    """Which dimension has the largest stride; of several the first."""
+    return strides.index(max(strides))
 
 
 class BatchExtent(int):

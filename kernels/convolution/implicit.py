@@ -8,8 +8,6 @@ its configurations may also be those of the core whose warps do different things
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 from ..contract.op import Config, Launch, Problem
 from ..contract.targets import Target
 from ..hopper import core
@@ -59,20 +57,5 @@ def _gathering(size: choice.Size, tile: Config) -> int:
     return tile["BLOCK_M"] * (23 * elements + 16 * tile["BLOCK_N"])
 
 
-def configs(problem: Problem, target: Target) -> Iterator[Config]:
-    """Tiles, and where it is asked for the Hopper core's."""
-    yield from choice.tile_configs(size(problem), target)
-    yield from core.configs(problem, target)
-
-
-def legal(problem: Problem, tile: Config, target: Target) -> str | None:
-    """Why a configuration cannot run on the target, or None."""
-    if core.uses_core(tile):
-        return core.legal(problem, tile, target)
-    return choice.legal(size(problem), tile, target)
-
-
-def default(problem: Problem, target: Target) -> Config:
-    """The fastest by the model."""
-    plain = choice.default_tile(size(problem), target)
-    return core.default(problem, target, plain, lambda: launch(problem, plain, target))
+configs, default, legal = core.beside(choice.of_product(size), launch)
+"""Tiles, and where it is asked for the Hopper core's; the default is the fastest by the model."""

@@ -23,6 +23,7 @@ from ..contract import epilogue as ep
 from ..contract.op import Config, Launch, Op, Problem, counted
 from ..contract.spec import TensorSpec
 from ..contract.targets import Target
+from ..hopper import core
 from ..pooling import pool_window
 from ..pooling.pool_window import AvgPool2d, MaxPool2d
 from ..tile import choice, finish, space
@@ -95,12 +96,12 @@ def split_stages(attributes: ConvPool) -> tuple[ep.Epilogue, ep.Epilogue]:
     return stages[:keep], stages[keep:]
 
 
-def launches(problem: Problem, tile: Config, target: Target) -> tuple[Launch, ...]:
-    """One launch of the tile kernel."""
+def _launch(problem: Problem, tile: Config, target: Target) -> Launch:
+    """Of the tile kernel, or the Hopper core's where the configuration says so."""
     attributes = problem.attributes.expect(ConvPool)
     result = conv_tile.result(problem)
     stay, move = split_stages(attributes)
-    launch = conv_tile.launch(
+    return conv_tile.launch(
         problem,
         tile,
         target,
@@ -113,7 +114,6 @@ def launches(problem: Problem, tile: Config, target: Target) -> tuple[Launch, ..
         l2_bytes=conv_tile.l2_bytes(problem, tile["BLOCK_M"], tile["BLOCK_N"], result),
         instructions=tile["BLOCK_M"] * tile["BLOCK_N"],
     )
-    return (launch,)
 
 
 def _size(problem: Problem) -> choice.Size:
@@ -126,13 +126,16 @@ def _flops(problem: Problem) -> int:
     return 2 * 4 * problem.output.spec.numel * math.prod(problem.inputs[1].shape[1:])
 
 
+configs, default, legal = core.beside(choice.of_product(_size), _launch)
 OP = Op(
     name="conv_pool",
     attributes=ConvPool,
     infer=infer,
     reference=reference,
-    launches=launches,
-    **choice.of_product(_size),
+    launches=lambda problem, tile, target: (_launch(problem, tile, target),),
+    configs=configs,
+    default=default,
+    legal=legal,
     cost=counted(_flops),
     packs=lambda attributes: {1: conv_tile.pack},
 )

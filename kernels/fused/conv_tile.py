@@ -18,6 +18,8 @@ from ..contract.op import Attributes, Config, Launch, Problem, Ref
 from ..contract.spec import TensorSpec
 from ..contract.targets import Target
 from ..convolution import conv2d
+from ..hopper import core
+from ..hopper.boxes import Pool
 from ..tile import choice, conv_geometry, engine, source
 from ..tile.conv_geometry import Conv2d
 from ..tile.finish import Finish
@@ -124,6 +126,11 @@ def launch(
         before = ep.generate(attributes.before, reads, sizes, own, "prologue")
     reads = tuple(ep.access(operand, result) for operand in operands[first:])
     function = ep.generate(stages, reads, ep.memory_sizes(result), own + first, "stages")
+    extras = tuple(Ref("input", 2 + index) for index in range(len(operands)))
+    if core.uses_core(tile):
+        (p, q), (down, across) = result.shape[2:], problem.output.shape[2:]
+        pool = Pool(p, q, function, maximum, 2 * down > p or 2 * across > q)
+        return core.launch(problem, tile, target, pool, more["before"], extras)
     return engine.launch(
         problem,
         tile,
@@ -131,7 +138,7 @@ def launch(
         space,
         source.of_convolution(attributes.conv, x, w.shape, before),
         finish=Finish(end, function, maximum),
-        extras=tuple(Ref("input", 2 + index) for index in range(len(operands))),
+        extras=extras,
         precision=choice.dot_precision(problem, math.prod(w.shape[1:])),
         step_instructions=step_instructions(problem, tile),
         **more,

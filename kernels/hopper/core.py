@@ -1,4 +1,5 @@
-"""When and how conv2d and linear use the warp-specialised core of sm_90 (`kernel.py`, `halo.py`).
+"""When and how conv2d, conv_pool and linear use the warp-specialised core of sm_90 (`kernel.py`,
+`halo.py`).
 
 A configuration with the block `HOPPER` is this core's; its value says in which way. No GPU has run
 it: it is neither a default nor in the tuning space unless `CONVLOOM_CORE=hopper` asks for it
@@ -9,9 +10,11 @@ names it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import itertools
+import math
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -19,14 +22,14 @@ from ... import settings
 from ...errors import TargetUnavailableError
 from ..contract import cost_model
 from ..contract import epilogue as ep
-from ..contract.op import Config, Launch, Problem, TmaDescriptor, W, X, Y, config
+from ..contract.op import Config, Launch, Problem, Ref, TmaDescriptor, W, X, Y, config
 from ..contract.spec import Operand
 from ..contract.targets import Target
 from ..tile import choice
 from ..tile.conv_geometry import Conv2d
 from ..tile.geometry import Image, Output, Window, tile_launch
 from . import boxes, gluon
-from .boxes import Pixels
+from .boxes import Pixels, Pool
 from .halo import halo_kernel
 from .kernel import hopper_kernel
 
@@ -50,8 +53,8 @@ STEP_INSTRUCTIONS = 48
 """Of a warp that multiplies, beside the products (41 to 54 from 128x256 to 256x128)."""
 HALO_INSTRUCTIONS = 140
 """For three taps (104 where the weights stay)."""
-HALO_STAGES, HALO_SLOTS = 3, 8
-"""Slots of pixels, and at most of weights."""
+HALO_STAGES, HALO_SLOTS = (3, 2), 8
+"""Slots of pixels, the more of which there is memory for, and at most of weights."""
 SWIZZLE_PERIOD = 1_024
 """Bytes, of which a row of a halo's slot is a multiple."""
 WARPS = 4
@@ -85,13 +88,13 @@ def unavailable(target: Target) -> str | None:
 
 def is_asked(target: Target) -> bool:
     """Whether the core is asked for, and the target can have it."""
-    return settings.read().core == settings.HOPPER and unavailable(target) is None
+    return settings.core() == settings.HOPPER and unavailable(target) is None
 
 
 def check_asked(target: Target) -> None:
     """Raises TargetUnavailableError where the core is asked for and the target, a GPU, cannot have
     it. (In the interpreter no kernel is that of a GPU.)"""
-    asked = settings.read().core == settings.HOPPER and target.is_gpu
+    asked = settings.core() == settings.HOPPER and target.is_gpu
     if asked and (reason := unavailable(target)) is not None:
         raise TargetUnavailableError(
             f"CONVLOOM_CORE=hopper: {reason}. Unset it to use the plain core"
@@ -103,7 +106,7 @@ def refusal(problem: Problem, target: Target) -> str | None:
     if (reason := unavailable(target)) is not None:
         return reason
     x, w, y = problem.inputs[0], problem.inputs[1], problem.output
-    if problem.prologue:
+    if problem.prologue or getattr(problem.attributes, "before", ()):
         return "TMA copies to shared memory; a prologue needs its elements in registers on the way"
     if x.spec.dtype is torch.float32 and problem.precision != "tf32":
         return "fp32 sums of fp32 accuracy take three tf32 products; the Hopper core has one"
@@ -121,15 +124,17 @@ def refusal(problem: Problem, target: Target) -> str | None:
 
 def legal(problem: Problem, tile: Config, target: Target) -> str | None:
     """Why a configuration cannot compute the problem on the target, or None."""
-    if settings.read().core == settings.PLAIN:
+    if settings.core() == settings.PLAIN:
         return "CONVLOOM_CORE=plain switches the Hopper core off"
     if (reason := refusal(problem, target)) is not None:
         return reason
     if _window(problem).stride_h == 2 and _channels(problem) % tile["BLOCK_K"]:
         # Behind the channels of a pixel lie those of the next one, not zeros.
         return f"stride 2: {_channels(problem)} channels are no multiple of {tile['BLOCK_K']}"
-    if tile["BOX_N"] * tile["BOX_H"] * tile["BOX_W"] != tile["BLOCK_M"]:
+    if math.prod(box := boxes.box_of(tile)) != tile["BLOCK_M"]:
         return f"the box does not hold BLOCK_M={tile['BLOCK_M']} pixels"
+    if boxes.splits_windows(problem, box, _way(tile) == HALO):
+        return f"half a box of {box} pixels does not hold whole windows of 2x2"
     known = tile["BLOCK_M"], tile["BLOCK_N"], _way(tile)
     if known not in TILES or tile.num_warps != WARPS:
         return f"the Hopper core has no tile of {tile}"
@@ -142,9 +147,9 @@ def _no_halo(problem: Problem, tile: Config) -> str | None:
     window = _window(problem)
     if window != Window(3, 3, 1, 1, window.top, window.left):
         return "a halo is for 3x3 filters of stride 1 without dilation"
-    row = tile["BOX_W"] * tile["BLOCK_K"] * problem.inputs[0].spec.dtype.itemsize
-    if tile["BOX_N"] != 1 or tile["BOX_H"] < 2 or row % SWIZZLE_PERIOD:
-        return f"a halo is of one image, with rows of a multiple of {SWIZZLE_PERIOD} bytes"
+    row = tile["BOX_N"] * tile["BOX_W"] * tile["BLOCK_K"] * problem.inputs[0].spec.dtype.itemsize
+    if problem.inputs[0].shape[2] < 2 or tile["BOX_H"] < 2 or row % SWIZZLE_PERIOD:
+        return f"a halo has two rows at least, of a multiple of {SWIZZLE_PERIOD} bytes"
     return gluon.SMALL_VIEWS
 
 
@@ -161,7 +166,7 @@ def shared_bytes(problem: Problem, tile: Config, target: Target) -> int:
 def _halo_bytes(tile: Config, dtype: torch.dtype) -> tuple[int, int]:
     """Of a slot of pixels, and of one of weights."""
     depth = tile["BLOCK_K"] * dtype.itemsize
-    return (tile["BOX_H"] + 2) * tile["BOX_W"] * depth, tile["BLOCK_N"] * depth
+    return (tile["BOX_H"] + 2) * tile["BOX_N"] * tile["BOX_W"] * depth, tile["BLOCK_N"] * depth
 
 
 def _weights(problem: Problem, tile: Config, target: Target) -> tuple[int, bool]:
@@ -192,20 +197,19 @@ def tiles(problem: Problem, target: Target) -> Iterator[Config]:
             continue
         room = target.shared_bytes - END_BYTES
         stages = min(MOST_STAGES, room // _slot_bytes(block_m, block_n, block_k, dtype))
-        for box in _boxes(problem, block_m, way):
-            tile = config(
-                WARPS, HALO_STAGES if way == HALO else stages, BLOCK_M=block_m, BLOCK_N=block_n,
-                BLOCK_K=block_k, BOX_N=box[0], BOX_H=box[1], BOX_W=box[2], **{BLOCK: way},
-            )  # fmt: skip
-            if legal(problem, tile, target) is None:
-                yield tile
+        for n, h, w in _boxes(problem, block_m, way):
+            sizes = {"BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_K": block_k}
+            sizes |= {"BOX_N": n, "BOX_H": h, "BOX_W": w, BLOCK: way}
+            deep = HALO_STAGES if way == HALO else (stages,)
+            every = (config(WARPS, count, **sizes) for count in deep)
+            yield from itertools.islice((x for x in every if not legal(problem, x, target)), 1)
 
 
 def _boxes(problem: Problem, pixels: int, way: int) -> list[tuple[int, int, int]]:
     """The boxes of pixels to try."""
     if _is_product(problem):
         return [] if way == HALO else [(pixels, 1, 1)]
-    return boxes.boxes(problem, pixels, most_images=1 if way == HALO else pixels)
+    return boxes.boxes(problem, pixels, by_rows=way == HALO)
 
 
 def configs(problem: Problem, target: Target) -> Iterator[Config]:
@@ -241,7 +245,7 @@ def note(problem: Problem, tile: Config, target: Target, launches: tuple[Launch,
         return ""
     if uses_core(tile):
         return "Hopper core"
-    if problem.op not in ("conv2d", "linear"):
+    if problem.op not in ("conv2d", "linear", "conv_pool"):
         multiplies = any(cost_model.block_of(launch) for launch in launches)
         return f"plain core: {problem.op} has no other" if multiplies else ""
     reason = refusal(problem, target)
@@ -250,10 +254,30 @@ def note(problem: Problem, tile: Config, target: Target, launches: tuple[Launch,
     return f"plain core: {reason or 'it is ranked before the Hopper core'}"
 
 
+def beside(plain: Mapping[str, Any], launch: Callable[..., Launch]) -> tuple[Any, Any, Any]:
+    """`configs`, `default` and `legal` of an op with plain tiles, of whose configurations `launch`
+    makes one launch, and with the core's where they are asked for."""
+
+    def every(problem: Problem, target: Target) -> Iterator[Config]:
+        yield from plain["configs"](problem, target)
+        yield from configs(problem, target)
+
+    def first(problem: Problem, target: Target) -> Config:
+        usual = plain["default"](problem, target)
+        return default(problem, target, usual, lambda: launch(problem, usual, target))
+
+    def refused(problem: Problem, tile: Config, target: Target) -> str | None:
+        return (legal if uses_core(tile) else plain["legal"])(problem, tile, target)
+
+    return every, first, refused
+
+
 def _is_product(problem: Problem) -> bool:
     """Whether the rows of the input, as they are in memory, are multiplied."""
     attributes = problem.attributes
-    return not isinstance(attributes, Conv2d) or attributes.is_product(problem.inputs[1].shape)
+    if isinstance(attributes, Conv2d):
+        return attributes.is_product(problem.inputs[1].shape)
+    return boxes.side(problem) == 1
 
 
 def _channels(problem: Problem) -> int:
@@ -261,17 +285,19 @@ def _channels(problem: Problem) -> int:
 
 
 def _flops(problem: Problem) -> int:
-    return 2 * problem.output.spec.numel * (problem.inputs[1].spec.numel // _columns(problem))
+    terms = problem.inputs[1].spec.numel // _columns(problem)
+    return 2 * problem.output.spec.numel * boxes.side(problem) ** 2 * terms
 
 
 def _columns(problem: Problem) -> int:
     return ep.memory_sizes(problem.output.spec)[-1]
 
 
-def view_of(problem: Problem) -> View:
-    """The problem as a convolution; a matrix product is one of images of a single pixel."""
+def view_of(problem: Problem, before: ep.Epilogue = ()) -> View:
+    """The problem as a convolution; a matrix product is one of images of a single pixel. before:
+    stages in front of its epilogue."""
     x, y = problem.inputs[0], problem.output
-    epilogue = ep.for_output(problem.epilogue, problem.operands, y.spec)
+    epilogue = ep.for_output((*before, *problem.epilogue), problem.operands, y.spec)
     if _is_product(problem):
         c, k = _channels(problem), _columns(problem)
         output = Output(1, 1, k, y.pitch, y.offset, epilogue)
@@ -283,21 +309,32 @@ def view_of(problem: Problem) -> View:
 def _window(problem: Problem) -> Window:
     if _is_product(problem):
         return Window(1, 1)
-    return Window.of(problem.inputs[1].shape[2:], problem.attributes)
+    return Window.of(problem.inputs[1].shape[2:], boxes.filter_of(problem))
 
 
 def _x_box(problem: Problem, tile: Config, view: View) -> TmaDescriptor:
-    box = Pixels.of(tile)
+    box = boxes.box_of(tile)
     if not _is_product(problem):
-        return boxes.view(problem, box, tile["BLOCK_K"])
+        return boxes.view(problem, box, tile["BLOCK_K"], by_rows=_way(tile) == HALO)
     x: Operand = problem.inputs[0]
     shape, strides = (view.images, 1, 1, view.image.C), (x.pitch, x.pitch, x.pitch, 1)
     return TmaDescriptor(X, shape, strides, (*box, tile["BLOCK_K"]), x.offset, x.spec.batch)
 
 
-def launch(problem: Problem, tile: Config, target: Target) -> Launch:
-    """As many programs as there are multiprocessors, each of which takes tile after tile."""
-    view, way, pixels = view_of(problem), _way(tile), Pixels.of(tile)
+def launch(
+    problem: Problem, tile: Config, target: Target, pool: Pool | None = None,
+    before: ep.Epilogue = (), extras: tuple[Ref, ...] = (),
+) -> Launch:  # fmt: skip
+    """As many programs as there are multiprocessors, each of which takes tile after tile.
+
+    pool: what is made of windows of the result, which `extras` are read for; before: stages in
+    front of the epilogue.
+    """
+    view, way, box = view_of(problem, before), _way(tile), boxes.box_of(tile)
+    side = boxes.side(problem)
+    down, across = -(-side * view.output.P // box[1]), -(-side * view.output.Q // box[2])
+    row = box[0] * box[2] if way == HALO else box[2]
+    pixels = Pixels(*box, row, down, across, side, pool)
     c, taps, k = view.image.C, view.window.R * view.window.S, view.output.K
     block_m, block_n, block_k = tile["BLOCK_M"], tile["BLOCK_N"], tile["BLOCK_K"]
     dtype = problem.inputs[0].spec.dtype
@@ -318,7 +355,8 @@ def launch(problem: Problem, tile: Config, target: Target) -> Launch:
         output=view.output,
         rows=view.images,
         block_rows=pixels.N,
-        programs=pixels.of_image(view.output),
+        programs=down * across,
+        extras=extras,
         l2_bytes=steps * _slot_bytes(block_m, block_n, block_k, dtype),
         steps=steps,
         step_instructions=STEP_INSTRUCTIONS * (1 if way == IN_TURNS else 2),
@@ -343,7 +381,7 @@ def _with_halo(made: Launch, problem: Problem, tile: Config, target: Target) -> 
     return replace(
         made,
         kernel=halo_kernel,
-        boxes={**made.boxes, "more": replace(x, box=(1, 2, *x.box[2:]))},
+        boxes={**made.boxes, "more": replace(x, box=(2, *x.box[1:]))},
         constexprs={**made.constexprs, "SLOTS": slots, "RESIDENT": stay},
         l2_bytes=copied,
         shared_traffic=made.steps * read + copied,

@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import Any
 
 import triton
+from triton import constexpr_function as constexpr_function
 
 MISSING: str | None = None
 try:

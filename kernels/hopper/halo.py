@@ -1,12 +1,12 @@
 """3x3 filters with stride 1 on sm_90: three vertical taps out of one shared tile.
 
-As `kernel.py`, whose groups share tiles, but a slot of x holds PIXELS.H + 2 rows of one image, for
-the filter's column s: tap (r, s) multiplies the rows from r on. Of x that is (H + 2) / (3 H) as
-many bytes out of the L2 cache and into shared memory. Weights have slots of their own; with
-RESIDENT they are read once by each program and stay (64 to 64 channels: 72 kB).
+As `kernel.py`, whose groups share tiles, but a slot of x holds PIXELS.H + 2 rows, each of all
+PIXELS.N images, for the filter's column s: tap (r, s) multiplies the rows from r on. Of x that is
+(H + 2) / (3 H) as many bytes out of the L2 cache and into shared memory. Weights have slots of
+their own; with RESIDENT they are read once by each program and stay (64 to 64 channels: 72 kB).
 
-A row of a slot, PIXELS.W pixels of TILE.K channels, is a multiple of 1,024 bytes, where the swizzle
-repeats. Boxes are powers of two: the rows arrive as a box of H and a box of 2.
+A row of a slot, PIXELS.row pixels of TILE.K channels, is a multiple of 1,024 bytes, where the
+swizzle repeats. Boxes are powers of two: the rows arrive as a box of H and a box of 2.
 """
 
 from __future__ import annotations
@@ -54,11 +54,11 @@ def produce_halo(
             mbarrier.expect(arrived, x.block_type.nbytes + more.block_type.nbytes)
             rows = slot * (H + 2)
             load_box(
-                x, [n, top, q + s - WINDOW.left, start], arrived,
+                x, [top, n, q + s - WINDOW.left, start], arrived,
                 seen_as(x_ring.index(rows), x.block_shape, x.layout),
             )  # fmt: skip
             load_box(
-                more, [n, top + H, q + s - WINDOW.left, start], arrived,
+                more, [top + H, n, q + s - WINDOW.left, start], arrived,
                 seen_as(x_ring.index(rows + H), more.block_shape, more.layout),
             )  # fmt: skip
             slot += 1
@@ -145,17 +145,16 @@ def halo_kernel(
     IMAGE: gl.constexpr, WINDOW: gl.constexpr, PIXELS: gl.constexpr, TILE: gl.constexpr,
     OUTPUT: gl.constexpr, STAGES: gl.constexpr, SLOTS: gl.constexpr, RESIDENT: gl.constexpr,
 ):  # fmt: skip
-    """m counts images. SLOTS: of the weights; with RESIDENT all of them have one."""
+    """m counts images; x and more are read in boxes of rows, images, columns and channels. SLOTS:
+    of the weights; with RESIDENT all of them have one."""
     H: gl.constexpr = PIXELS.H
     column_tiles: gl.constexpr = (OUTPUT.K + TILE.N - 1) // TILE.N
-    tiles_q: gl.constexpr = (OUTPUT.Q + PIXELS.W - 1) // PIXELS.W
-    tiles_p: gl.constexpr = (OUTPUT.P + H - 1) // H
-    tiles = m * (tiles_p * tiles_q * column_tiles)
+    tiles = gl.cdiv(m, PIXELS.N) * (PIXELS.down * PIXELS.across * column_tiles)
     bits: gl.constexpr = x.dtype.primitive_bitwidth
     LAYOUT: gl.constexpr = gl.NVMMASharedLayout(
         swizzle_byte_width=TILE.K * bits // 8, element_bitwidth=bits, rank=2
     )
-    x_ring = gl.allocate_shared_memory(x.dtype, [STAGES * (H + 2), PIXELS.W, TILE.K], LAYOUT)
+    x_ring = gl.allocate_shared_memory(x.dtype, [STAGES * (H + 2), PIXELS.row, TILE.K], LAYOUT)
     w_ring = gl.allocate_shared_memory(w.dtype, [SLOTS] + w.block_shape, w.layout)
     x_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     x_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())

@@ -28,7 +28,9 @@ a filter in the place of its im2col.
 
 from __future__ import annotations
 
+from ..tile.finish import combine
 from .gluon import (
+    constexpr_function,
     fence_async_shared,
     gl,
     jit,
@@ -47,12 +49,10 @@ def tile_corner(tile, PIXELS: gl.constexpr, TILE: gl.constexpr, OUTPUT: gl.const
     """First image, row, column and channel of a tile. Tiles of the same pixels follow each other:
     they find x in the L2 cache."""
     column_tiles: gl.constexpr = (OUTPUT.K + TILE.N - 1) // TILE.N
-    tiles_q: gl.constexpr = (OUTPUT.Q + PIXELS.W - 1) // PIXELS.W
-    tiles_p: gl.constexpr = (OUTPUT.P + PIXELS.H - 1) // PIXELS.H
     box = tile // column_tiles
-    q = box % tiles_q * PIXELS.W
-    p = box // tiles_q % tiles_p * PIXELS.H
-    n = box // (tiles_q * tiles_p) * PIXELS.N
+    q = box % PIXELS.across * PIXELS.W
+    p = box // PIXELS.across % PIXELS.down * PIXELS.H
+    n = box // (PIXELS.across * PIXELS.down) * PIXELS.N
     return n, p, q, tile % column_tiles * TILE.N
 
 
@@ -167,24 +167,66 @@ def finish(
 
 
 @jit
+def places(
+    value, n, p, q, m, H: gl.constexpr, W: gl.constexpr, ROW: gl.constexpr, TILE: gl.constexpr,
+    OF: gl.constexpr, FIRST: gl.constexpr,
+):  # fmt: skip
+    """The rows of a tensor of OF.P x OF.Q pixels that those of a tile are, from FIRST on of a box
+    of H x W whose rows are ROW pixels apart, and which of them exist."""
+    pixel = FIRST + gl.arange(0, value.shape[0], layout=gl.SliceLayout(1, value.type.layout))
+    image = n + (pixel // (H * W) if ROW == W else pixel // W % (ROW // W))
+    row = p + pixel // ROW % H
+    place = q + pixel % W
+    live = (image < m) & (row < OF.P) & (place < OF.Q)
+    if TILE.wide:
+        image = image.to(gl.int64)
+    return (image * OF.P + row) * OF.Q + place, live
+
+
+@constexpr_function
+def windows(M, N, ROW):
+    """The layout in which a thread of 128 holds 8 columns of every window of 2x2 of its pixels,
+    whose rows are ROW pixels apart, and stores 16 bytes beside its neighbour's."""
+    columns = [[0, 1 << bit] for bit in range(N.bit_length() - 1)]
+    window = [[1, 0], [ROW, 0]]
+    rows = [[1 << bit, 0] for bit in range(M.bit_length() - 1)]
+    others = columns[3:] + [row for row in rows if row not in window]
+    return gl.DistributedLinearLayout(
+        columns[:3] + window + others[7:], others[:5], others[5:7], [], [M, N]
+    )
+
+
+@jit
 def put(
     acc, y, extras, n, p, q, column, m,
     PIXELS: gl.constexpr, TILE: gl.constexpr, OUTPUT: gl.constexpr, FIRST: gl.constexpr,
 ):  # fmt: skip
-    """The epilogue and the store of all rows and some columns of it: 16 bytes by each thread."""
+    """The epilogue and the store of all rows and some columns of it: 16 bytes by each thread; with
+    pooling of every 2x2 window, whose members one thread holds."""
     M: gl.constexpr = acc.shape[0]
     N: gl.constexpr = acc.shape[1]
-    wide: gl.constexpr = gl.BlockedLayout([1, 8], [256 // N, N // 8], [4, 1], [1, 0])
-    value = gl.convert_layout(acc, wide)
-    pixel = FIRST + gl.arange(0, M, layout=gl.SliceLayout(1, wide))
-    image = n + pixel // (PIXELS.H * PIXELS.W)
-    row = p + pixel // PIXELS.W % PIXELS.H
-    place = q + pixel % PIXELS.W
-    live = (image < m) & (row < OUTPUT.P) & (place < OUTPUT.Q)
-    if TILE.wide:
-        image = image.to(gl.int64)
-    rows = (image * OUTPUT.P + row) * OUTPUT.Q + place
-    columns = column + gl.arange(0, N, layout=gl.SliceLayout(0, wide))
+    H: gl.constexpr = PIXELS.H
+    W: gl.constexpr = PIXELS.W
+    ROW: gl.constexpr = PIXELS.row
+    if PIXELS.side == 1:
+        wide: gl.constexpr = gl.BlockedLayout([1, 8], [256 // N, N // 8], [4, 1], [1, 0])
+        value = gl.convert_layout(acc, wide)
+        rows, live = places(value, n, p, q, m, H, W, ROW, TILE, OUTPUT, FIRST)
+    else:
+        value = gl.convert_layout(acc, windows(M, N, ROW))
+        rows, live = places(value, n, p, q, m, H, W, ROW, TILE, PIXELS.pool, FIRST)
+        columns = column + gl.arange(0, N, layout=gl.SliceLayout(0, value.type.layout))
+        value = PIXELS.pool.stages(value, rows, columns, live, columns < OUTPUT.K, extras)
+        if PIXELS.pool.overhangs:
+            value = gl.where(live[:, None], value, float("-inf"))
+        upper, lower = value.reshape([M // 2 // ROW, 2, ROW, N]).permute((0, 2, 3, 1)).split()
+        value = combine(upper, lower, PIXELS.pool.maximum)
+        even, odd = value.reshape([M // 4, 2, N]).permute((0, 2, 1)).split()
+        value = combine(even, odd, PIXELS.pool.maximum)
+        rows, live = places(
+            value, n, p // 2, q // 2, m, H // 2, W // 2, ROW // 2, TILE, OUTPUT, FIRST // 4
+        )  # fmt: skip
+    columns = column + gl.arange(0, N, layout=gl.SliceLayout(0, value.type.layout))
     column_mask = columns < OUTPUT.K
     value = OUTPUT.epilogue(value, rows, columns, live, column_mask, extras)
     address = y + OUTPUT.offset + (rows * OUTPUT.row_stride)[:, None] + columns[None, :]
@@ -200,9 +242,7 @@ def hopper_kernel(
 ):  # fmt: skip
     """m counts images."""
     column_tiles: gl.constexpr = (OUTPUT.K + TILE.N - 1) // TILE.N
-    tiles_q: gl.constexpr = (OUTPUT.Q + PIXELS.W - 1) // PIXELS.W
-    tiles_p: gl.constexpr = (OUTPUT.P + PIXELS.H - 1) // PIXELS.H
-    tiles = gl.cdiv(m, PIXELS.N) * (tiles_p * tiles_q * column_tiles)
+    tiles = gl.cdiv(m, PIXELS.N) * (PIXELS.down * PIXELS.across * column_tiles)
     x_ring = gl.allocate_shared_memory(x.dtype, [STAGES] + x.block_shape, x.layout)
     w_ring = gl.allocate_shared_memory(w.dtype, [STAGES] + w.block_shape, w.layout)
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())

@@ -26,18 +26,13 @@ def launch(problem: Problem, tile: Config, target: Target) -> Launch:
     return gemm.launch(problem, tile)
 
 
-def configs(problem: Problem, target: Target) -> Iterator[Config]:
-    """The search space: every algorithm's."""
+def _plain_configs(problem: Problem, target: Target) -> Iterator[Config]:
     size = gemm.problem_size(problem)
     yield from choice.tile_configs(size, target)
     yield from gemv.configs(size, target)
-    yield from core.configs(problem, target)
 
 
-def legal(problem: Problem, tile: Config, target: Target) -> str | None:
-    """Why a configuration cannot run on the target, or None."""
-    if core.uses_core(tile):
-        return core.legal(problem, tile, target)
+def _plain_legal(problem: Problem, tile: Config, target: Target) -> str | None:
     size = gemm.problem_size(problem)
     if gemv.uses_gemv(tile):
         return gemv.legal(size, tile, target)
@@ -49,14 +44,9 @@ def crowded(problem: Problem, tile: Config, target: Target) -> str | None:
     return gemv.crowded(tile, target) if gemv.uses_gemv(tile) else None
 
 
-def default(problem: Problem, target: Target) -> Config:
-    """The configuration of least modelled time, of tiles and of streaming: with few rows, tiles are
-    mostly padding and take their steps one after the other, or share their sums at a cost."""
-    plain = _plain_default(problem, target)
-    return core.default(problem, target, plain, lambda: launch(problem, plain, target))
-
-
 def _plain_default(problem: Problem, target: Target) -> Config:
+    """Of least modelled time, of tiles and of streaming: with few rows, tiles are mostly padding
+    and take their steps one after the other, or share their sums at a cost."""
     size = gemm.problem_size(problem)
     tile = choice.default_tile(size, target)
     streamed = None if target.name == "interpreter" else gemv.default(size, target)
@@ -68,3 +58,9 @@ def _plain_default(problem: Problem, target: Target) -> Config:
     )  # fmt: skip
     streamed_us, tiled_us = (choice.product_us(gpu, size, launch) for launch in launches)
     return streamed if streamed_us < tiled_us else tile
+
+
+configs, default, legal = core.beside(
+    {"configs": _plain_configs, "default": _plain_default, "legal": _plain_legal}, launch
+)
+"""Of every algorithm; the default is the one of least modelled time."""
