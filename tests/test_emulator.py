@@ -8,6 +8,7 @@ import convloom
 import numpy as np
 import pytest
 import torch
+from convloom.benchmarks import profile
 from convloom.errors import KernelError, TargetUnavailableError
 from convloom.kernels.devices import emulator
 from convloom.kernels.devices.emulator import FaultError, UnsupportedPtxError
@@ -454,9 +455,12 @@ def test_the_target_is_compiled_for_and_run_on_the_cpu() -> None:
     layer = torch.nn.Conv2d(16, 32, 3, padding=1)
     x = torch.randn(2, 16, 9, 7)
     found = convloom.compile(layer, (x,), target="emulator:sm_90", dtype=torch.float16)
-    assert found.target.name == "cuda:sm_90" and found.has_steps
+    assert found.target.name == "emulator:sm_90" and found.has_steps
     assert "mma" in "".join(kernel.ptx() for kernel in found.kernels)
     assert torch.allclose(found(x), layer(x), atol=2e-2)
+    timed = profile.measured("layer", 2, found, found.plan, ((x,), {}), repeats=1)
+    assert timed.timed_on == "the emulator, not a GPU"
+    assert {line.of_bound for line in timed.lines} == {None}
     assert all(step.compiled < 1e-2 for step in found.errors(x))
     with pytest.raises(TargetUnavailableError, match="emulator:sm_90"):
         convloom.compile(layer, (x,), target="emulator:sm_100")
@@ -477,3 +481,8 @@ def test_a_file_is_run_by_the_emulator(tmp_path: Path) -> None:
     convloom.compile(layer, (x,), target="cuda:sm_80").save(tmp_path / "a.loom")
     loaded = convloom.load(tmp_path / "a.loom", "emulator:sm_80")
     assert torch.allclose(loaded(x), layer(x), atol=1e-5)
+    emulated = loaded.executables[0]
+    emulated.save(tmp_path / "b.loom")
+    again = convloom.load(tmp_path / "b.loom", "emulator:sm_80")
+    assert again.plan.target == "cuda:sm_80", "the machine code is a GPU's"
+    assert again.plan == loaded.plan and torch.equal(again(x), loaded(x))

@@ -108,7 +108,7 @@ def _everywhere(labels: Sequence[str]) -> tuple[str, ...]:
 
 
 def _row(model: str, batch: int, fusion: str, how: str, plan: Plan, target: Target) -> Row:
-    times = [step_time_us(step, target) for step in plan.steps] if target.is_gpu else [None]
+    times = [step_time_us(step, target) for step in plan.steps] if target.has_times else [None]
     known = [time for time in times if time is not None]
     time_us = sum(known) if len(known) == len(times) else None
     size = sum(map(step_bytes, plan.steps))

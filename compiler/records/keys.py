@@ -131,7 +131,7 @@ def key_of(problem: Problem, target: Target) -> Key:
         precision=problem.precision if dtype == "float32" else "ieee",
         aligned=all(_is_aligned(operand) for operand in (*placed, *problem.outputs)),
         wide=problem.is_wide,
-        architecture=target.name.removeprefix("cuda:"),
+        architecture=target.compiled_as.removeprefix("cuda:"),
         triton=kernel_hash.TRITON_VERSION,
         source="",
     )

@@ -22,6 +22,7 @@ from ....kernels import registry
 from ....kernels.contract.epilogue import Epilogue, apply_reference, broadcasts
 from ....kernels.contract.op import Attributes, Problem
 from ....kernels.contract.spec import Operand, TensorSpec
+from ....kernels.contract.targets import Target
 from ....kernels.fused import stem
 from ....kernels.fused.stem import Stem
 from ....kernels.fused.stem_input import StemInput
@@ -311,12 +312,14 @@ def _costs(
     """What each alternative costs, and how to say that one costs more than another."""
     if on_gpu:
         status, times = estimate.times_us(graph, alternatives)
-        return times, partial(_slower, status, estimate.target_of(graph).name)
+        return times, partial(_slower, status, estimate.target_of(graph))
     return [float(len(each)) for each in alternatives], _more_kernels
 
 
-def _slower(status: str, machine: str, mine_us: float, rival: str, rival_us: float) -> str:
-    return f"{status} {mine_us:.1f} us, but {rival} {rival_us:.1f} us on {machine}"
+def _slower(status: str, target: Target, mine_us: float, rival: str, rival_us: float) -> str:
+    if target.is_emulated:
+        return f"{status} slower than {rival} on {target.compiled_as}"
+    return f"{status} {mine_us:.1f} us, but {rival} {rival_us:.1f} us on {target.name}"
 
 
 def _more_kernels(mine: float, rival: str, rivals: float) -> str:
