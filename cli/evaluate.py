@@ -203,8 +203,8 @@ def _classes(executable: Executable | LoadedExecutable, name: str) -> int:
     shape = executable.outputs[0].spec.shape
     if len(shape) != 2:
         raise InvalidInputError(
-            f"{name}: expected a model that answers with one score per class, got an output "
-            f"of shape {shape}: its answer is no class"
+            f"{name}: evaluate compares classes: expected a model that answers with one score "
+            f"per class, got an output of shape {shape}"
         )
     return shape[1]
 
@@ -252,7 +252,7 @@ def evaluate(
 
     Networks take up to `batch` crops at a time, the same ones in turn; decoding is not timed.
 
-    Raises: ArtifactError naming a file that is no image.
+    Raises: ArtifactError naming a file that is not an image.
     """
     import torch
 

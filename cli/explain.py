@@ -95,7 +95,7 @@ def _check(options: argparse.Namespace) -> None:
             f"--labels: leave out {options.name}: the labels are the same for all models"
         )
     if options.name is None and not options.diff and not options.labels:
-        raise InvalidInputError("which model? Pass NAME, a model or a file (or --diff A B, files)")
+        raise InvalidInputError("expected NAME, a model or a file, got none (--diff takes files)")
 
 
 def _with_model(options: argparse.Namespace) -> argparse.Namespace:

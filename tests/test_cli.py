@@ -299,7 +299,7 @@ def test_explain_refuses_what_cannot_be_compared(
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ((), "which model? Pass NAME, a model or a file"),
+        ((), "expected NAME, a model or a file, got none"),
         (("--diff", "a.json"), "expected two compilations, A and B, got 1: a.json"),
         (("--diff", "a", "b", "lenet5"), "got 3: a b lenet5"),
         (("lenet5", "--diff", "a", "b", "--measure"), "--diff and --measure exclude each other"),
@@ -409,7 +409,7 @@ def _array(shape: tuple[int, ...], kind: str) -> Callable[[Path], Path]:
 BAD_INPUTS = (
     (lambda folder: folder / "none.png", ArtifactError, "no such file"),
     (lambda folder: folder, ArtifactError, "a folder"),
-    (_not_an_image, ArtifactError, "no known image"),
+    (_not_an_image, ArtifactError, "Pillow knows no such image"),
     (_half_an_image, ArtifactError, "cannot be decoded"),
     (_not_an_array, ArtifactError, "expected a .npy file"),
     (_objects, ArtifactError, "expected a .npy file"),

@@ -256,9 +256,9 @@ FAULTS = {
         "cvt.u32.u64 %r4, %rd4; cvt.u64.u32 %rd6, %r4; ld.global.b32 %r9, [%rd6];",
         "outside every tensor",
     ),
-    "misaligned": ("ld.global.v2.b32 {%r4, %r5}, [%rd1+4];", "no multiple"),
+    "misaligned": ("ld.global.v2.b32 {%r4, %r5}, [%rd1+4];", "a misaligned access of"),
     "beyond shared memory": ("st.shared.b32 [%r3+4096], %r2;", "of 4096 shared bytes"),
-    "misaligned shared": ("st.shared.b16 [%r3+1], %rs1;", "no multiple"),
+    "misaligned shared": ("st.shared.b16 [%r3+1], %rs1;", "a misaligned access of"),
     "nothing was written": ("ld.shared.b32 %r9, [%r3];", "nothing was written to"),
     "read behind a write": (
         f"st.shared.b32 [%r3], %r2; {LATER} ld.shared.b32 %r9, [%r4];",
@@ -267,7 +267,7 @@ FAULTS = {
     "write behind a read": (
         f"st.shared.b32 [%r3], %r2; bar.sync 0; ld.shared.b32 %r9, [%r3]; {LATER} "
         "st.shared.b32 [%r4], %r2;",
-        "overwritten what another warp read since",
+        "overwritten that another warp read since",
     ),
     "write behind a write": (
         f"st.shared.b32 [%r3], %r2; {LATER} st.shared.b32 [%r4], %r2;",
@@ -287,7 +287,7 @@ FAULTS = {
     "a copy of nothing from far away": (
         "mov.b32 %r5, -4; mul.wide.u32 %rd6, %r5, 4; add.s64 %rd6, %rd1, %rd6; mov.b32 %r6, 0;"
         "cp.async.ca.shared.global [%r3], [%rd6], 4, %r6;",
-        "far from every tensor",
+        "outside every tensor",
     ),
     "waited, but no barrier": (
         f"{COPY} cp.async.wait_group 0; {LATER} ld.shared.b32 %r9, [%r4];",
@@ -404,7 +404,7 @@ def test_boxes_of_maps_whose_addresses_are_of_32_bits() -> None:
         if is_map:
             assert copied(body)[:6].tolist() == [25, 26, 27, 28, 29, 30]
         else:  # In the space of parameters, where generic addresses are expected.
-            with pytest.raises(FaultError, match="a box of what is no tensor map"):
+            with pytest.raises(FaultError, match="a box of what is not a tensor map"):
                 copied(body)
 
 
@@ -417,8 +417,8 @@ def test_boxes_of_maps_whose_addresses_are_of_32_bits() -> None:
         (BOX + TOLD.replace("64;", "32;") + STARTED + ARRIVED, "more bytes are copied"),
         (BOX + TOLD + TOLD, "more threads arrive"),
         (TOLD.replace("@first ", "mov.b32 %r20, 8; "), "no mbarrier was made here"),
-        (BOX + TOLD + STARTED.replace("[%r21]", "[%r22]"), "no multiple of 128"),
-        (BOX + TOLD + STARTED.replace("[%rd7,", "[%rd6+256,"), "what is no tensor map"),
+        (BOX + TOLD + STARTED.replace("[%r21]", "[%r22]"), "not a multiple of 128"),
+        (BOX + TOLD + STARTED.replace("[%rd7,", "[%rd6+256,"), "what is not a tensor map"),
     ],
 )  # fmt: skip
 def test_faults_of_boxes_are_seen(body: str, message: str) -> None:

@@ -276,7 +276,7 @@ def test_what_is_for_no_gpu_has_no_times(target: str) -> None:
     )  # fmt: skip
     for text in told:
         assert not re.search(r"\d us\b|modelled time|not measured", text), text
-    assert "is no GPU: no times are modelled; nothing was measured" in told[0]
+    assert "is not a GPU: no times are modelled; nothing was measured" in told[0]
     first = account.kernels[0].name
     measured = account_text.to_text(account.with_measured({first: 5.0}, "the interpreter"))
     assert "5.0 us measured" in measured and "measured times are from the interpreter" in measured

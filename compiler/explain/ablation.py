@@ -25,7 +25,7 @@ class Row:
     """One plan. fusion: a label or a family ("separable*"), "" for all or none of them. how: "all
     fusions", "no fusion" (every captured op alone, as `explain` counts them), "without" the fusion,
     or all other passes and the fusion "alone". size_bytes: read and written
-    if every tensor is touched once; modelled_us: None where the target is no GPU, or a step runs
+    if every tensor is touched once; modelled_us: None where the target is not a GPU, or a step runs
     as a torch op."""
 
     model: str

@@ -265,12 +265,12 @@ def _misfit(account: Account) -> str | None:
         (time for record in account.nodes for time in (record.before, record.after)),
     )
     if any((time.us is None) != (time.how == NOT_MEASURED) for time in timed):
-        return f"a time that is {NOT_MEASURED}, or none that is measured or modelled"
+        return f"a time that is {NOT_MEASURED} has a value, or another one has none"
     readers: dict[str, list[str]] = {}
     for source, reader in account.edges:
         readers.setdefault(reader, []).append(source)
     try:
         TopologicalSorter(readers).prepare()
     except CycleError as error:
-        return f"its places follow each other in a circle: {' '.join(error.args[1])[:80]}"
+        return f"its places form a cycle: {' '.join(error.args[1])[:80]}"
     return None

@@ -2,7 +2,7 @@
 
 "Alone" is the network without fusion: the required passes only, every op in a kernel of its own in
 its default configuration. Both networks are modelled by the same machine
-(`kernels/contract/cost_model.py`); where the target is no GPU, or an emulated one, there are no
+(`kernels/contract/cost_model.py`); where the target is not a GPU, or an emulated one, there are no
 times: no machine would show them. A node is charged for the tensors it reads and writes; what it is
 spared is what no kernel touches any more:
 
@@ -194,7 +194,7 @@ def _peaks(target: Target, dtype: torch.dtype, precision: str) -> Peaks | None:
 
 
 def _bounds(plan: Plan) -> dict[str, str]:
-    """By step, what its modelled time is mostly made of; nothing where the target is no GPU."""
+    """By step, what its modelled time is mostly made of; nothing where the target is not a GPU."""
     return {
         step.name: cost_model.bound(registry.get(step.op), step.problem, plan.target)
         for step in plan.steps

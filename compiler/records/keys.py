@@ -87,7 +87,7 @@ class Key:
             return f"there is no op {self.op!r}"
         ours = kernel_hash.source_of(self.op, self._functions)
         if self.source != ours:
-            return f"the kernels of {self.op} were others then (source {self.source}, now {ours})"
+            return f"the kernels of {self.op} have changed since (source {self.source}, now {ours})"
         return None
 
     @property

@@ -127,7 +127,7 @@ def legal(problem: Problem, tile: Config, target: Target) -> str | None:
         return reason
     if _window(problem).stride_h == 2 and _channels(problem) % tile["BLOCK_K"]:
         # Behind the channels of a pixel lie those of the next one, not zeros.
-        return f"stride 2: {_channels(problem)} channels are no multiple of {tile['BLOCK_K']}"
+        return f"stride 2: {_channels(problem)} channels are not a multiple of {tile['BLOCK_K']}"
     if tile["BOX_N"] * tile["BOX_H"] * tile["BOX_W"] != tile["BLOCK_M"]:
         return f"the box does not hold BLOCK_M={tile['BLOCK_M']} pixels"
     known = tile["BLOCK_M"], tile["BLOCK_N"], _way(tile)

@@ -127,7 +127,7 @@ def _why_not(graph: Graph, entrance: Entrance) -> str | None:
     conv, image = entrance.conv, graph.spec(entrance.image)
     assert isinstance(conv.attributes, Conv2d)
     if image.rank != 4 or image.shape[1] > CHANNELS:
-        return f"{entrance.image} {image} is no image of at most {CHANNELS} channels"
+        return f"{entrance.image} {image} is not an image of at most {CHANNELS} channels"
     if conv.attributes.groups != 1:
         return f"{conv.name} is grouped; only a convolution with groups=1 reads the image itself"
     kept = (image.dtype, graph.spec(graph.own_inputs(conv)[1]).dtype, torch.float32)
@@ -161,7 +161,7 @@ def _normalisation(graph: Graph, entrance: Entrance) -> Normalisation | str:
         stages, operands = _stages(graph, node, entrance)
         for stage in stages:
             if stage.name not in AFFINE or (stage.name == "div" and stage.reverse):
-                return f"{stage} of {node.name} is no addition or multiplication of constants"
+                return f"{stage} of {node.name} is not an addition or multiplication of constants"
         for value in operands:
             if not broadcasts(graph.spec(value), one):
                 return f"{value} {graph.spec(value)} is not one number per channel"
