@@ -41,7 +41,7 @@ def configure(commands: shared.SubParsers) -> None:
     shared.add_data(parser, required=True)
     shared.add_weights(parser)
     parser.add_argument("--classes", metavar="N", type=shared.positive,
-                        help="build the model with so many classes (default: its own number)")
+                        help="build the model with N classes (default: its own number)")
     parser.add_argument(
         "--crops", type=int, nargs="+", choices=CROPS, default=[1],
         help="1: the centre; 10: corners and centre, and these mirrored; or both (default: 1)",

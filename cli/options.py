@@ -126,7 +126,7 @@ def add_data(parser: argparse.ArgumentParser, required: bool) -> None:
     parser.add_argument("--data", metavar="FOLDER", type=Path, required=required,
                         help=f"one sub-folder of images per class{usual}")
     parser.add_argument("--limit", metavar="N", type=positive,
-                        help="at most so many images, evenly from the whole folder")
+                        help="at most N images, evenly from the whole folder")
 
 
 def positive(text: str) -> int:

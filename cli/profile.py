@@ -26,7 +26,7 @@ def configure(commands: shared.SubParsers) -> None:
     )
     parser.add_argument("name", metavar="NAME", help=shared.MODEL_OR_FILE)
     parser.add_argument("--repeats", metavar="N", type=shared.positive, default=REPEATS,
-                        help=f"(default: {REPEATS})")
+                        help=f"how often each kernel is timed (default: {REPEATS})")
     parser.add_argument("--trace", metavar="FILE", type=Path,
                         help="write a trace for ui.perfetto.dev")
 
