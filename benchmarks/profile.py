@@ -141,7 +141,7 @@ def modelled(name: str, batch: int, plan: Plan) -> Profile:
         for step in plan.steps
         if isinstance(step, KernelStep)
     }
-    return _profile(name, batch, f"{plan.target.name}, {MODELLED}", plan, times, True)
+    return _profile(name, batch, f"{MODELLED}, for {plan.target.name}", plan, times, True)
 
 
 def _summed(times: Sequence[tuple[str, float]]) -> dict[str, float]:

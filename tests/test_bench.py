@@ -537,7 +537,7 @@ def test_profiles_of_a_gpu_that_is_not_here_are_modelled(
     command = ["profile", "lenet5", "--target", "cuda:sm_90", "--dtype", "float16"]
     assert main(command) == 0
     printed = " ".join(capsys.readouterr().out.split())
-    assert "cuda:sm_90, modelled, not measured" in printed and "%" in printed
+    assert "modelled, not measured, for cuda:sm_90" in printed and "%" in printed
     found = profile.modelled("lenet5", 2, zoo_plan())
     times = [line.time_us for line in found.by_time()]
     assert times == sorted(times, reverse=True)
