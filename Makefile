@@ -19,7 +19,7 @@ TESTS_rest := $(filter-out $(TESTED),$(wildcard tests/test_*.py))
 PARTS := compiler rest kernels ops offline
 READY := $(VENV)/.ready
 READY_DEV := $(VENV)/.ready-dev
-READY_DOCS := $(VENV)/.ready-docs
+READY_TEST := $(VENV)/.ready-test
 
 # Prints the version where the base Python already has a torch that convloom works with.
 INSTALLED_TORCH := import torch; v = tuple(map(int, torch.__version__.split(".")[:2])); \
@@ -44,13 +44,13 @@ demo: $(READY)
 # Two processes of one thread, one for each core of a small machine: with more threads than cores
 # they wait for one another, which took half of the time of whole networks. Host code must be run
 # by 90%, branches included; `coverage report -m` then tells what was not.
-test: $(READY)
+test: $(READY_TEST)
 	@rm -f .coverage .coverage.*; \
 	echo "$(words $(PARTS)) parts, two at a time; each is printed when it is done (minutes)"; \
 	$(MAKE) --no-print-directory -k -j2 -O $(PARTS:%=test-%); tests=$$?; \
 	$(BIN)/python -m coverage combine -q && $(BIN)/python -m coverage report; exit $$((tests + $$?))
 
-$(PARTS:%=test-%): test-%: $(READY)
+$(PARTS:%=test-%): test-%: $(READY_TEST)
 	@OMP_NUM_THREADS=1 $(BIN)/python -m coverage run -m pytest --durations=10 $(TESTS_$*)
 
 # Needs no network and installs nothing: uses the torch and triton of $(PYTHON). One call takes at
@@ -59,10 +59,10 @@ gpu:
 	$(PYTHON) -m benchmarks.gpu $(ARGS)
 
 # Before and after a change that should leave machine code alone; ARGS=--update takes a snapshot.
-gate: $(READY)
+gate: $(READY_TEST)
 	$(BIN)/python -m benchmarks.gate $(ARGS)
 
-docs: $(READY_DOCS)
+docs: $(READY_TEST)
 	@mkdir -p $(VENV)/checked && ln -sfn "$(CURDIR)" $(VENV)/checked/convloom
 	CONVLOOM_PARENT=$(VENV)/checked $(BIN)/python -m mkdocs build --strict
 	@echo "open build/docs/index.html"
@@ -90,13 +90,14 @@ $(READY): pyproject.toml
 	fi; \
 	$(BIN)/python -c '$(INSTALLED_TORCH)' 2>/dev/null | grep -q . || \
 	  $(BIN)/python -m pip install --disable-pip-version-check "$(TORCH)" $(TRITON); \
-	$(BIN)/python -m pip install --disable-pip-version-check --editable '.[demo,test]'
+	$(BIN)/python -m pip install --disable-pip-version-check --editable '.[demo]'
 	@touch $@
 
-$(READY_DEV): $(READY)
+$(READY_DEV): $(READY_TEST)
 	$(BIN)/python -m pip install --disable-pip-version-check --editable '.[dev]'
 	@touch $@
 
-$(READY_DOCS): $(READY)
-	$(BIN)/python -m pip install --disable-pip-version-check --editable '.[docs]'
+# With what the tests of the documentation and of the HTTP example need.
+$(READY_TEST): $(READY)
+	$(BIN)/python -m pip install --disable-pip-version-check --editable '.[test,docs,http]'
 	@touch $@

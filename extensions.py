@@ -242,6 +242,6 @@ def _place_of(extension: Extension) -> str:
             if value is extension:
                 return f"{module_name}:{name}"
     raise ExtensionError(
-        f"the extension {extension} is no global of a module that can be imported by its name, "
+        f"the extension {extension} is not a global of a module that can be imported by its name, "
         "which processes that tune need: move it from the script into a file of its own"
     )

@@ -456,7 +456,7 @@ def _with_plan(row: Row, plan: Plan, dtype: torch.dtype) -> Row:
 
 def roofline_us(step: KernelStep, plan: Plan) -> float:
     """The longer of a step's products and its traffic with DRAM, at full rate, on the plan's
-    machine (the H200 where the plan's target is no GPU)."""
+    machine (the H200 where the plan's target is not a GPU)."""
     cost = registry.get(step.op).cost(step.problem)
     what = cost_model.machine_for(plan.target)
     dtype = step.problem.output.spec.dtype

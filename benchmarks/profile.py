@@ -9,13 +9,11 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import torch
 from convloom.compiler.artifact.load import LoadedExecutable
 from convloom.compiler.plan.plan import KernelStep, Plan
 from convloom.compiler.records import rank
 from convloom.compiler.run.executable import Executable
 from convloom.kernels import registry
-from convloom.kernels.contract.targets import INTERPRETER
 
 from .measure import roofline_us
 
@@ -132,11 +130,8 @@ def measured(
     executable.profile(*arguments, **keywords)
     runs = [_summed(executable.profile(*arguments, **keywords)) for _ in range(repeats)]
     times = {step: statistics.median(run[step] for run in runs) for step in runs[0]}
-    if executable.target is INTERPRETER:
-        where = "the interpreter on this CPU, which says nothing about a GPU"
-    else:
-        where = torch.cuda.get_device_name()
-    return _profile(name, batch, where, plan, times, executable.target.is_gpu)
+    where = executable.ledger.measured_on
+    return _profile(name, batch, where, plan, times, executable.target.has_times)
 
 
 def modelled(name: str, batch: int, plan: Plan) -> Profile:
@@ -146,7 +141,7 @@ def modelled(name: str, batch: int, plan: Plan) -> Profile:
         for step in plan.steps
         if isinstance(step, KernelStep)
     }
-    return _profile(name, batch, f"{plan.target.name}, {MODELLED}", plan, times, True)
+    return _profile(name, batch, f"{MODELLED}, for {plan.target.name}", plan, times, True)
 
 
 def _summed(times: Sequence[tuple[str, float]]) -> dict[str, float]:

@@ -41,7 +41,7 @@ def configure(commands: shared.SubParsers) -> None:
     shared.add_data(parser, required=True)
     shared.add_weights(parser)
     parser.add_argument("--classes", metavar="N", type=shared.positive,
-                        help="build the model with so many classes (default: its own number)")
+                        help="build the model with N classes (default: its own number)")
     parser.add_argument(
         "--crops", type=int, nargs="+", choices=CROPS, default=[1],
         help="1: the centre; 10: corners and centre, and these mirrored; or both (default: 1)",
@@ -203,8 +203,8 @@ def _classes(executable: Executable | LoadedExecutable, name: str) -> int:
     shape = executable.outputs[0].spec.shape
     if len(shape) != 2:
         raise InvalidInputError(
-            f"{name}: expected a model that answers with one score per class, got an output "
-            f"of shape {shape}: its answer is no class"
+            f"{name}: evaluate compares classes: expected a model that answers with one score "
+            f"per class, got an output of shape {shape}"
         )
     return shape[1]
 
@@ -252,7 +252,7 @@ def evaluate(
 
     Networks take up to `batch` crops at a time, the same ones in turn; decoding is not timed.
 
-    Raises: ArtifactError naming a file that is no image.
+    Raises: ArtifactError naming a file that is not an image.
     """
     import torch
 

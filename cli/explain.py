@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     from ..compiler.graph.ir import Graph
     from ..compiler.plan.plan import Plan
     from ..compiler.run.executable import Executable, Kernel
-    from .networks import Network
 
 CODE = ("source", "ptx", "sass")
 EXCLUDED = {
@@ -60,7 +59,7 @@ def configure(commands: shared.SubParsers) -> None:
 def run(options: argparse.Namespace) -> int:
     """Compiles and prints or writes what was asked for."""
     _check(options)
-    options = _with_target(options)
+    options = _with_model(options)
     if options.labels:
         _list_labels(options)
     elif options.diff:
@@ -96,15 +95,17 @@ def _check(options: argparse.Namespace) -> None:
             f"--labels: leave out {options.name}: the labels are the same for all models"
         )
     if options.name is None and not options.diff and not options.labels:
-        raise InvalidInputError("which model? Pass NAME, a model or a file (or --diff A B, files)")
+        raise InvalidInputError("expected NAME, a model or a file, got none (--diff takes files)")
 
 
-def _with_target(options: argparse.Namespace) -> argparse.Namespace:
-    """The options, where a model is planned and they name no target with this machine's GPU, or
-    one that is not here: a plan for the interpreter has kernels and tiles that no GPU would have.
+def _with_model(options: argparse.Namespace) -> argparse.Namespace:
+    """The options and the model that they name; where they name no target, with this machine's
+    GPU, or one that is not here: the interpreter has kernels and tiles that no GPU would have.
     """
-    compares_files = options.diff and options.name is None
-    if options.target or options.labels or compares_files or shared.is_file(options.name):
+    if options.name is None or shared.is_file(options.name):
+        return options
+    options = shared.changed(options, network=networks.find(options.name, options))
+    if options.target:
         return options
     here = shared.default_target()
     if options.measure or here != shared.INTERPRETER:
@@ -126,24 +127,22 @@ def _list_labels(options: argparse.Namespace) -> None:
     output.say(output.table(("label", "rules"), rows))
 
 
-def _compiled(options: argparse.Namespace) -> tuple[Network, Executable]:
-    network = networks.find(options.name, options)
+def _compiled(options: argparse.Namespace) -> Executable:
     with output.working(f"compiling {options.name}"):
-        return network, models.compile_model(network, options, options.batch)
+        return models.compile_model(options.network, options, options.batch)
 
 
 def _planned(options: argparse.Namespace) -> tuple[Graph, Plan, Report]:
     """What there is to explain of a model; no code has been generated for it."""
-    network = networks.find(options.name, options)
     with output.working(f"planning {options.name}"):
-        graph, plan, ledger = models.lower_for(network, options.batch, options)
+        graph, plan, ledger = models.lower_for(options.network, options.batch, options)
     ledger.plan = plan
     return graph, plan, ledger
 
 
 def _measured(options: argparse.Namespace) -> tuple[Graph, Plan, Report]:
     """Compiled, and run once, kernel by kernel."""
-    _, executable = _compiled(options)
+    executable = _compiled(options)
     _measure(options, executable, *models.placed(executable))
     return executable.graph, executable.plan, executable.ledger
 
@@ -168,7 +167,7 @@ def _explain(options: argparse.Namespace) -> None:
         output.print_json({**account.to_json(), "refusals": refusals, "summary": plan.summary(),
                            "plan": plan.to_json()})
     elif not (options.html or options.svg):
-        text = ledger.explain(options.name, plan.target.name, plan.summary())
+        text = ledger.explain(options.name, plan.summary())
         output.show(text)
 
 
@@ -285,8 +284,7 @@ def read_account(path: Path) -> Account:
 
 
 def _print_kernel(options: argparse.Namespace) -> None:
-    _, executable = _compiled(options)
-    _show_code(options, executable.kernel(options.kernel))
+    _show_code(options, _compiled(options).kernel(options.kernel))
 
 
 def _show_code(options: argparse.Namespace, kernel: Kernel | files.SavedKernel) -> None:

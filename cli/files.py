@@ -41,7 +41,7 @@ def pick(artifact: Artifact, options: argparse.Namespace) -> Program:
 def pictured(artifact: Artifact) -> ZooModel:
     """What images have to become for the file's network: its model's, or any of that shape.
 
-    Raises: InvalidInputError where its only tensor is no image.
+    Raises: InvalidInputError where its only tensor is not an image.
     """
     model = artifact.document.model
     specs = [port.spec for port in artifact.programs[0].inputs]

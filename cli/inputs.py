@@ -109,7 +109,7 @@ def _read_array(path: Path, shape: tuple[int, int, int]) -> torch.Tensor:
 def read_image(path: Path, entry: ZooModel) -> Image:
     """The image, upright, of 8 bits.
 
-    Raises: ArtifactError when the file is no image that Pillow can decode, or would be too large
+    Raises: ArtifactError when Pillow cannot decode the file, or it would be too large
     once it is resized for the model; ConvloomError where Pillow is missing.
     """
     try:
@@ -126,7 +126,8 @@ def read_image(path: Path, entry: ZooModel) -> Image:
         raise
     except UnidentifiedImageError as error:
         raise ArtifactError(
-            f"input '{path}': expected an image or a .npy file; its content is no known image"
+            f"input '{path}': expected an image or a .npy file; Pillow knows no "
+            "such image"
         ) from error
     except Exception as error:  # Each of Pillow's formats has errors of its own.
         raise ArtifactError(f"input '{path}': the image cannot be decoded: {error}") from error

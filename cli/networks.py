@@ -79,7 +79,7 @@ class Network:
     def pictured(self, command: str) -> ZooModel:
         """What images have to become for it.
 
-        Raises: InvalidInputError where its only tensor is no image.
+        Raises: InvalidInputError where its only tensor is not an image.
         """
         if self.entry is not None:
             return self.entry

@@ -80,12 +80,12 @@ def compile_options(
         help="float32 matrix products: fp32-accurate, or TF32 (default: ieee)")
     alone = "; alone: compare what the graph computes after each pass, and nothing else"
     add("--passes", nargs="?" if checked else None, const=CHECKED if checked else None,
-        default="default", help='"default", "none", or names separated by commas (default: all)'
+        default="default", help='"default" (all), "none", or names separated by commas'
         f"{alone if checked else ''}")
     add("--fallback", choices=FALLBACKS, default="error",
         help="ops without a kernel: refuse the model, or run them as torch ops "
         "(default: error)")
-    verbs = {"force": "to make although the cost model would not", "forbid": "not to make"}
+    verbs = {"force": "to make even where they seem slower", "forbid": "not to make"}
     for name, verb in verbs.items():
         add(f"--{name}", metavar="FUSION", nargs="+", default=[],
             help=f'fusions {verb}: "conv-pool", "layer1.*", "conv-pool@layer1.*"')
@@ -126,7 +126,7 @@ def add_data(parser: argparse.ArgumentParser, required: bool) -> None:
     parser.add_argument("--data", metavar="FOLDER", type=Path, required=required,
                         help=f"one sub-folder of images per class{usual}")
     parser.add_argument("--limit", metavar="N", type=positive,
-                        help="at most so many images, evenly from the whole folder")
+                        help="at most N images, evenly from the whole folder")
 
 
 def positive(text: str) -> int:

@@ -21,12 +21,12 @@ def configure(commands: shared.SubParsers) -> None:
     parser = shared.command(
         commands, run, "profile", shared.compile_options(), help="time each kernel of a model",
         description="Times every kernel of a model by itself: its share, GB/s, TFLOP/s and the "
-        "share of what the hardware allows. In the interpreter the times are those of the CPU; for "
-        "a GPU that is not here they are modelled, and say so.",
+        "share of what the hardware allows. In the interpreter and the emulator the times are "
+        "those of the CPU; for a GPU that is not here they are modelled, and say so.",
     )
     parser.add_argument("name", metavar="NAME", help=shared.MODEL_OR_FILE)
     parser.add_argument("--repeats", metavar="N", type=shared.positive, default=REPEATS,
-                        help=f"(default: {REPEATS})")
+                        help=f"how often each kernel is timed (default: {REPEATS})")
     parser.add_argument("--trace", metavar="FILE", type=Path,
                         help="write a trace for ui.perfetto.dev")
 
@@ -66,7 +66,7 @@ def _profile(options: argparse.Namespace) -> Profile:
     network = networks.find(options.name, options)
     batch = network.batch(options.batch)
     target = targets.parse(shared.target(options))
-    if target.is_gpu and not can_measure(target):
+    if target.has_times and not can_measure(target):
         _, plan, _ = models.lower_for(network, batch, options)
         return profile.modelled(network.name, batch, plan)
     with output.working(f"compiling {network.name}"):

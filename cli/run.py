@@ -122,7 +122,7 @@ def _time_calls(options: argparse.Namespace) -> int:
     found: dict[str, Any] = {
         "model": options.name,
         "target": executable.target.name,
-        "timed_on": torch.cuda.get_device_name() if on_gpu else "the CPU, which is no GPU",
+        "timed_on": torch.cuda.get_device_name() if on_gpu else "the CPU, not a GPU",
         "input_shapes": [list(x.shape) for x in tensors],
         "warmup": options.warmup,
         "iterations": options.iterations,

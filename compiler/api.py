@@ -142,7 +142,7 @@ class Planned:
 
     def explain(self) -> str:
         """The ledger as text, under the summary."""
-        return self.ledger.explain(self.graph.name, self.plan.target.name, self.summary)
+        return self.ledger.explain(self.graph.name, self.summary)
 
     def __repr__(self) -> str:
         count = self.summary["kernels"]

@@ -300,7 +300,7 @@ def _why_not(module: GraphModule, kinds: Sequence[str], examples: Sequence[Any])
     for source, kind, example in zip(sources, kinds, examples, strict=True):
         value = source.meta.get("example_value")
         if not kind or example is None:
-            return f"it takes {_source_of(source)}, {value}, which is no tensor, size or number"
+            return f"it takes {_source_of(source)}, {value}, which is not a tensor, size or number"
         if kind == WEIGHT and example.is_inference():
             return (
                 f"{_source_of(source)} was made under torch.inference_mode, so that nobody can "

@@ -122,8 +122,9 @@ def test_families_are_left_out_as_one() -> None:
 
 
 def test_times_are_never_invented() -> None:
-    on_cpu = convloom.ablate(MODEL, X, target="interpreter", fusions=["epilogue"])
-    assert {row.modelled_us for row in on_cpu.rows} == {None}
+    for target in ("interpreter", "reference", "emulator:sm_90"):
+        on_cpu = convloom.ablate(MODEL, X, target=target, fusions=["epilogue"])
+        assert {row.modelled_us for row in on_cpu.rows} == {None} and on_cpu.target == target
 
     class Odd(nn.Module):
         def forward(self, x: torch.Tensor) -> torch.Tensor:

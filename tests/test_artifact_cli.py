@@ -133,4 +133,4 @@ def test_doctor_refuses_what_is_no_executable(
     tmp_path: Path, refusal: Callable[..., str]
 ) -> None:
     (tmp_path / "x.loom").write_bytes(b"hello" * 9)
-    assert "no executable of convloom" in refusal("doctor", tmp_path / "x.loom")
+    assert "not a convloom executable" in refusal("doctor", tmp_path / "x.loom")

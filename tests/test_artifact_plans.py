@@ -46,7 +46,7 @@ def change(plan: Any, place: str, value: Any) -> None:
 P = "programs.0."
 ABSURD = {
     "version": ("version", 1, "this convloom reads version 4"),
-    "format": ("format", "zip", "no plan of convloom"),
+    "format": ("format", "zip", "not a convloom plan"),
     "no programs": ("programs", [], "it has no programs"),
     "unknown field": (P + "more", 1, "expected no field 'more'"),
     "target": (P + "target", "cuda:sm_42", "unknown target"),
@@ -78,13 +78,13 @@ ABSURD = {
     "an output": (P + "outputs.0.place.operand.offset", -1, "and offset -1"),
     "result": (P + "results.0.1", 7, "result 7 of 1 outputs"),
     "result kind": (P + "results.0.0", "code", "a result of kind 'code'"),
-    "nesting": (P + "result", {"kind": "namedtuple", "items": [], "keys": []}, "no structure of"),
+    "nesting": (P + "result", {"kind": "namedtuple", "items": [], "keys": []}, "not a structure"),
     "constant value": (P + "arguments.items.0.items.0",
-                 {"kind": "constant", "items": [], "keys": ["[1]"]}, "a constant that is no bool"),
+                 {"kind": "constant", "items": [], "keys": ["[1]"]}, "constant that is not a bool"),
     "too many constants": (P + "arguments.items.0.items.0",
                   {"kind": "constant", "items": [], "keys": ["1"]}, "0 inputs and 1 results are"),
     "constant result": (P + "result", {"kind": "constant", "items": [], "keys": ["1"]},
-                        "no structure of"),
+                        "not a structure of"),
     "arguments": (P + "arguments.items", [], "0 inputs and 1 results are nested"),
     "entry": (P + "images.0.entry", "a b", "is no name of a function"),
     "cubin": (P + "images.0.cubin", "plan.json", "expected a cubin in kernels/sm_80/"),
@@ -239,7 +239,7 @@ def test_code_that_is_no_machine_code_is_refused(members: dict[str, bytes], muta
     changed = {each: data for each, data in members.items() if each != name}
     changed["plan.json"] = changed["plan.json"].replace(name.encode(), new.encode())
     write(mutant, {**changed, new: code})
-    assert f"'{new}' is no machine code" in refused(mutant)
+    assert f"'{new}' is not machine code" in refused(mutant)
 
 
 def test_json_in_another_form_is_refused(members: dict[str, bytes], mutant: Path) -> None:

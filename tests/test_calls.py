@@ -167,7 +167,7 @@ def test_bytes_are_the_file(tmp_path: Path) -> None:
     again = pickle.loads(pickle.dumps(loaded))
     assert again.device == "reference"
     same(again(X), X)
-    with pytest.raises(convloom.ArtifactError, match="no executable of convloom, or it was cut"):
+    with pytest.raises(convloom.ArtifactError, match="not a convloom executable, or it was cut"):
         convloom.load(io.BytesIO(held[:-1]))
 
 

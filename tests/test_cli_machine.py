@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import sysconfig
 from collections.abc import Callable
@@ -88,3 +89,30 @@ def test_demo_emulates_a_gpu(tmp_path: Path, answer: Callable[..., Any]) -> None
 
 def test_demo_refuses_unknown_parts(refusal: Callable[..., str]) -> None:
     assert "digits" in refusal("demo", "digit")
+
+
+EMULATED = "--target", "emulator:sm_90", "--dtype", "float16"
+NOT_TIMED = {
+    "text": ["explain", "lenet5", *EMULATED],
+    "files": ["explain", "squeezenet1_1", *EMULATED, "--json", "--svg", "a.svg", "--html",
+              "a.html"],
+    "diff": ["explain", "lenet5", "--diff", "none", "default", *EMULATED],
+    "ablate": ["ablate", "lenet5", *EMULATED, "--fusions", "small*", "--plot", "a.svg"],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("words", NOT_TIMED.values(), ids=NOT_TIMED)
+def test_no_command_shows_times_of_the_emulator(
+    words: list[str], capsys: pytest.CaptureFixture[str], tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """Nor in what it writes, nor in refusals, of which SqueezeNet has one that times decide."""
+    monkeypatch.chdir(tmp_path)
+    assert main(words) == 0
+    told = capsys.readouterr()
+    assert told.err.count("GPU") == 0
+    for text in (told.out, *(file.read_text() for file in tmp_path.iterdir())):
+        assert not re.search(r"[\d.]+ us\b", text) and "emulator:sm_90" in text
+        assert not re.search(r'"us": ?[\d.]+|modelled_us": ?[\d.]+', text)
+    if "squeezenet1_1" in words:
+        assert "modelled slower than stem-loads on cuda:sm_90" in told.out

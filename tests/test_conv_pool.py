@@ -188,7 +188,7 @@ def test_illegal_tiles_are_refused(target: Target) -> None:
     tile = conv_mean.OP.default(asked, target)
     blocks = tuple((name, 64 if name == "BLOCK_M" else size) for name, size in tile.blocks)
     reason = conv_mean.OP.legal(asked, replace(tile, blocks=blocks), target)
-    assert reason == "tiles of 64 rows cut images of 128 rows"
+    assert reason == "tiles of 64 pixels do not hold whole images of 128"
 
 
 def test_the_cost_model_is_told_what_a_program_moves() -> None:

@@ -49,7 +49,8 @@ def test_the_pages_build_without_warnings(tmp_path: Path) -> None:
     assert "does the kernel support it?</text>" in fusion and "language-flow" not in fusion
     options = (site / "reference" / "options.html").read_text()
     for command in cli.COMMANDS:
-        assert f"usage: convloom {command.__name__.rpartition('.')[2]}" in options
+        name = command.__name__.rpartition(".")[2].replace("_", "-")
+        assert f"usage: convloom {name}" in options
     reference = (site / "reference" / "api.html").read_text()
     assert "dynamic_batch" in reference and "UnsupportedOpError" in reference
     for page in site.rglob("*.html"):

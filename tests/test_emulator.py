@@ -8,6 +8,7 @@ import convloom
 import numpy as np
 import pytest
 import torch
+from convloom.benchmarks import profile
 from convloom.errors import KernelError, TargetUnavailableError
 from convloom.kernels.devices import emulator
 from convloom.kernels.devices.emulator import FaultError, UnsupportedPtxError
@@ -255,9 +256,9 @@ FAULTS = {
         "cvt.u32.u64 %r4, %rd4; cvt.u64.u32 %rd6, %r4; ld.global.b32 %r9, [%rd6];",
         "outside every tensor",
     ),
-    "misaligned": ("ld.global.v2.b32 {%r4, %r5}, [%rd1+4];", "no multiple"),
+    "misaligned": ("ld.global.v2.b32 {%r4, %r5}, [%rd1+4];", "a misaligned access of"),
     "beyond shared memory": ("st.shared.b32 [%r3+4096], %r2;", "of 4096 shared bytes"),
-    "misaligned shared": ("st.shared.b16 [%r3+1], %rs1;", "no multiple"),
+    "misaligned shared": ("st.shared.b16 [%r3+1], %rs1;", "a misaligned access of"),
     "nothing was written": ("ld.shared.b32 %r9, [%r3];", "nothing was written to"),
     "read behind a write": (
         f"st.shared.b32 [%r3], %r2; {LATER} ld.shared.b32 %r9, [%r4];",
@@ -266,7 +267,7 @@ FAULTS = {
     "write behind a read": (
         f"st.shared.b32 [%r3], %r2; bar.sync 0; ld.shared.b32 %r9, [%r3]; {LATER} "
         "st.shared.b32 [%r4], %r2;",
-        "overwritten what another warp read since",
+        "overwritten that another warp read since",
     ),
     "write behind a write": (
         f"st.shared.b32 [%r3], %r2; {LATER} st.shared.b32 [%r4], %r2;",
@@ -286,7 +287,7 @@ FAULTS = {
     "a copy of nothing from far away": (
         "mov.b32 %r5, -4; mul.wide.u32 %rd6, %r5, 4; add.s64 %rd6, %rd1, %rd6; mov.b32 %r6, 0;"
         "cp.async.ca.shared.global [%r3], [%rd6], 4, %r6;",
-        "far from every tensor",
+        "outside every tensor",
     ),
     "waited, but no barrier": (
         f"{COPY} cp.async.wait_group 0; {LATER} ld.shared.b32 %r9, [%r4];",
@@ -403,7 +404,7 @@ def test_boxes_of_maps_whose_addresses_are_of_32_bits() -> None:
         if is_map:
             assert copied(body)[:6].tolist() == [25, 26, 27, 28, 29, 30]
         else:  # In the space of parameters, where generic addresses are expected.
-            with pytest.raises(FaultError, match="a box of what is no tensor map"):
+            with pytest.raises(FaultError, match="a box of what is not a tensor map"):
                 copied(body)
 
 
@@ -416,8 +417,8 @@ def test_boxes_of_maps_whose_addresses_are_of_32_bits() -> None:
         (BOX + TOLD.replace("64;", "32;") + STARTED + ARRIVED, "more bytes are copied"),
         (BOX + TOLD + TOLD, "more threads arrive"),
         (TOLD.replace("@first ", "mov.b32 %r20, 8; "), "no mbarrier was made here"),
-        (BOX + TOLD + STARTED.replace("[%r21]", "[%r22]"), "no multiple of 128"),
-        (BOX + TOLD + STARTED.replace("[%rd7,", "[%rd6+256,"), "what is no tensor map"),
+        (BOX + TOLD + STARTED.replace("[%r21]", "[%r22]"), "not a multiple of 128"),
+        (BOX + TOLD + STARTED.replace("[%rd7,", "[%rd6+256,"), "what is not a tensor map"),
     ],
 )  # fmt: skip
 def test_faults_of_boxes_are_seen(body: str, message: str) -> None:
@@ -454,9 +455,12 @@ def test_the_target_is_compiled_for_and_run_on_the_cpu() -> None:
     layer = torch.nn.Conv2d(16, 32, 3, padding=1)
     x = torch.randn(2, 16, 9, 7)
     found = convloom.compile(layer, (x,), target="emulator:sm_90", dtype=torch.float16)
-    assert found.target.name == "cuda:sm_90" and found.has_steps
+    assert found.target.name == "emulator:sm_90" and found.has_steps
     assert "mma" in "".join(kernel.ptx() for kernel in found.kernels)
     assert torch.allclose(found(x), layer(x), atol=2e-2)
+    timed = profile.measured("layer", 2, found, found.plan, ((x,), {}), repeats=1)
+    assert timed.timed_on == "the emulator, not a GPU"
+    assert {line.of_bound for line in timed.lines} == {None}
     assert all(step.compiled < 1e-2 for step in found.errors(x))
     with pytest.raises(TargetUnavailableError, match="emulator:sm_90"):
         convloom.compile(layer, (x,), target="emulator:sm_100")
@@ -477,3 +481,8 @@ def test_a_file_is_run_by_the_emulator(tmp_path: Path) -> None:
     convloom.compile(layer, (x,), target="cuda:sm_80").save(tmp_path / "a.loom")
     loaded = convloom.load(tmp_path / "a.loom", "emulator:sm_80")
     assert torch.allclose(loaded(x), layer(x), atol=1e-5)
+    emulated = loaded.executables[0]
+    emulated.save(tmp_path / "b.loom")
+    again = convloom.load(tmp_path / "b.loom", "emulator:sm_80")
+    assert again.plan.target == "cuda:sm_80", "the machine code is a GPU's"
+    assert again.plan == loaded.plan and torch.equal(again(x), loaded(x))

@@ -184,7 +184,7 @@ def test_warps_that_produce_and_warps_that_consume(rows: int, depth: int, progra
         ("wrong parity of the producer", "an mbarrier that nothing under way will end"),
         ("wrong parity of the consumers", "nothing was written to|before the copy into it"),
         ("more bytes announced", "an mbarrier that nothing under way will end"),
-        ("a slot released too early", "what another warp read since|a product under way reads"),
+        ("a slot released too early", "that another warp read since|a product under way reads"),
         ("a slot never released", "an mbarrier that nothing under way will end"),
         ("no wait for the box before", "a product under way reads, or a copy"),
         ("no fence", r"no fence\.proxy\.async made visible"),

@@ -62,7 +62,7 @@ def test_addresses_without_a_space_lead_to_the_stack_and_to_tensors() -> None:
         ("st.local.b32 [%SPL+16], %r2;", "an access of 4 bytes at 16 of 16 local bytes"),
         ("st.b32 [%SP+4096], %r2;", "at 4096 of 16 local bytes"),
         ("ld.local.b32 %r9, [%SPL+-4];", "at -4 of 16 local bytes"),
-        ("st.local.b32 [%SPL+2], %r2;", "no multiple"),
+        ("st.local.b32 [%SPL+2], %r2;", "a misaligned access of"),
         ("cvt.u64.u32 %rd6, %r2; ld.b32 %r9, [%rd6];", "outside every tensor"),
     ],
 )

@@ -130,7 +130,7 @@ def test_unreadable_image(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     data = colours(tmp_path)
     (data / "green" / "z.png").write_bytes(b"no image")
     message = refusal(capsys, "cifar_convnet", "--data", data, "--classes", 3, *REFERENCE)
-    assert str(data / "green" / "z.png") in message and "no known image" in message
+    assert str(data / "green" / "z.png") in message and "Pillow knows no such image" in message
 
 
 def test_truncated_image(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

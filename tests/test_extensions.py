@@ -233,7 +233,7 @@ def test_registered_before_the_first_table_and_never_after(
 
 def test_one_that_only_a_script_has_is_refused(fresh: dict[str, Extension]) -> None:
     convloom.register(Extension(*ME))
-    with pytest.raises(ExtensionError, match=r"me 1.0 is no global of a module that can be impo"):
+    with pytest.raises(ExtensionError, match=r"me 1.0 is not a global of a module that can be i"):
         extensions.registered_places()
 
 

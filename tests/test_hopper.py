@@ -338,15 +338,15 @@ FAULTS = {
     "a slot released while its product runs": (
         "arrive(empty.index(before), count=1, pred=step > 0)",
         "arrive(empty.index(slot), count=1, pred=step > 0)",
-        "a product under way reads|what another warp read since|nothing under way will end",
+        "a product under way reads|that another warp read since|nothing under way will end",
     ),
     "two products under way": (
         "num_outstanding=1", "num_outstanding=2",
-        "a product under way reads|what another warp read since",
+        "a product under way reads|that another warp read since",
     ),
     "only one group asked": (
         "count=1 if TURNS else 2", "count=1",
-        "a product under way reads|what another warp read since|mbarrier",
+        "a product under way reads|that another warp read since|mbarrier",
     ),
     "a turn before its time": (
         "            mbarrier.wait(order.index(WHO), (turn + 1 - WHO) % 2)\n", "",
@@ -355,12 +355,12 @@ FAULTS = {
     "pixels of a halo released while a product reads them": (
         "mbarrier.arrive(x_empty.index(before), count=1, pred=step > 0)",
         "mbarrier.arrive(x_empty.index(slot), count=1)",
-        "a product under way reads|what another warp read since|mbarrier",
+        "a product under way reads|that another warp read since|mbarrier",
     ),
     "weights of a halo released while a product reads them": (
         "mbarrier.arrive(w_empty.index(w_before), count=1, pred=(step > 0) | (r > 0))",
         "mbarrier.arrive(w_empty.index(w_slot), count=1)",
-        "a product under way reads|what another warp read since|mbarrier",
+        "a product under way reads|that another warp read since|mbarrier",
     ),
     "wrong parity of a halo's weights": (
         "w_slot = 0\n    w_phase = 0\n", "w_slot = 0\n    w_phase = 1\n",

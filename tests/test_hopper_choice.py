@@ -173,10 +173,10 @@ def test_what_it_cannot_compute_is_refused_with_a_reason(asked_for: None) -> Non
         (conv(replace(SAME, groups=2), (16, 16), (3, 3), (64, 64)), tile, SM_90, "2 groups"),
         (conv(replace(SAME, stride=(1, 2)), (16, 16), (3, 3), (64, 64)), tile, SM_90, "stride"),
         (conv(HALVED, (15, 16), (3, 3), (64, 64)), tile, SM_90, "15x16 has no halves"),
-        (conv(HALVED, (16, 16), (3, 3), (72, 64)), tile, SM_90, "72 channels are no mu"),
+        (conv(HALVED, (16, 16), (3, 3), (72, 64)), tile, SM_90, "72 channels are not a mu"),
         (conv(SAME, (16, 16), (3, 3), (24, 64)), tile, SM_90, "24 channels; the Hopper core is"),
         (conv(SAME, (16, 16), (3, 3), (36, 64)), tile, SM_90, "the pitch of x, 72 bytes"),
-        (slice_, tile, SM_90, "the pitch of x, 136 bytes, is no multiple of 16"),
+        (slice_, tile, SM_90, "the pitch of x, 136 bytes, is not a multiple of 16"),
         (replace(good, prologue=(Stage("relu"),)), tile, SM_90, "a prologue needs"),
         (conv(SAME, (16, 16), (3, 3), (64, 64), dtype=SINGLE), tile, SM_90, "fp32 accuracy"),
         (good, replace(tile, num_stages=9), SM_90, "bytes of shared memory"),
@@ -185,7 +185,7 @@ def test_what_it_cannot_compute_is_refused_with_a_reason(asked_for: None) -> Non
     ):
         assert reason in str(CONV.legal(problem, config_, target)), reason
     note = core.note(slice_, CONV.default(slice_, SM_90), SM_90, ())
-    assert note == "plain core: TMA: the pitch of x, 136 bytes, is no multiple of 16"
+    assert note == "plain core: TMA: the pitch of x, 136 bytes, is not a multiple of 16"
 
 
 def tile_with(tile: Config, **sizes: int) -> Config:

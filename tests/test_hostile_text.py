@@ -153,7 +153,7 @@ MISFITS: dict[str, tuple[Callable[[Any], None], str]] = {
     "how": (change("nodes.0.before.how", "guessed"), "how expected one of modelled"),
     "negative time": (change("nodes.0.before.us", -1.0), "us expected microseconds below"),
     "time that is none": (change("nodes.0.before.us", {"float": "nan"}), "us expected micros"),
-    "no time": (change("nodes.0.before.us", None), "a time that is not measured, or none that is"),
+    "no time": (change("nodes.0.before.us", None), "a time that is not measured has a value"),
     "share": (change("places.0.share", 7.0), "share expected a share of 1"),
     "launches": (change("places.0.launches", -1), "launches expected 0 or more"),
     "place": (change("nodes.0.place", "nowhere"), "names the place 'nowhere'"),
@@ -161,7 +161,7 @@ MISFITS: dict[str, tuple[Callable[[Any], None], str]] = {
     "edge": (change("edges.0", ["input", "nowhere"]), "names the place"),
     "two nodes": (twice("nodes"), "node .* is there twice"),
     "two places": (twice("places"), "place .* is there twice"),
-    "circle": (circle, "follow each other in a circle"),
+    "circle": (circle, "form a cycle"),
 }
 
 

@@ -56,8 +56,8 @@ def test_the_arena_is_planned_beyond_2_to_the_31() -> None:
 @pytest.mark.parametrize(
     ("module", "shape", "message"),
     [
-        (nn.Softmax(1), (2**31 + 8, 2), r"softmax of .* has 2,147,483,656 rows in tiles of \d+"),
-        (nn.ReLU(), (2**40, 2**20), r"relu of .* has [\d,]+ programs, at most 2,147,483,647; make"),
+        (nn.Softmax(1), (2**31 + 8, 2), r"softmax of .* has 2,147,483,656 rows .*more than 2"),
+        (nn.ReLU(), (2**40, 2**20), r"relu of .* has [\d,]+ programs, more than 2,147,483,647; m"),
         (nn.MaxPool2d(1), (2**17, 1, 256, 256), "8,589,934,592 rows"),
     ],
 )

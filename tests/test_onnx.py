@@ -562,7 +562,7 @@ def test_inputs_that_the_file_leaves_open(tmp_path: Path) -> None:
     nodes = [helper.make_node("Cast", ["x"], ["y"], to=TensorProto.FLOAT)]
     model = model_of(nodes, {}, X4)
     model.graph.input[0].type.tensor_type.elem_type = TensorProto.INT64
-    refused(saved_raw(model, tmp_path), "input 'x' is no tensor of float32")
+    refused(saved_raw(model, tmp_path), "input 'x' is not a tensor of float32")
 
 
 def test_the_package_is_missing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

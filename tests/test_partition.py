@@ -164,6 +164,8 @@ def test_forcing_overrides_the_cost_model(monkeypatch: pytest.MonkeyPatch) -> No
     refused = planned("cuda:sm_90", **big)
     assert "conv_chain" not in kernels(refused)
     assert "us apart on cuda:sm_90" in refusals(refused)
+    emulated = refusals(planned("emulator:sm_90", **big))
+    assert "modelled slower together than apart on cuda:sm_90" in emulated
     assert "conv_chain" in kernels(planned("reference", **big)), "no GPU, no model of its times"
     forced = planned("cuda:sm_90", **big, force=["expand-reduce@layer1.*"])
     assert kernels(forced).count("conv_chain") == 1

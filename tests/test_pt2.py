@@ -192,9 +192,9 @@ HOSTILE = {
     "gone": (payload(path_name="weight_99"), "is in 'data/weights/weight_99', which is not there"),
     "above": (payload(path_name="../weight_0"), "as path_name"),
     "no program": (without(MODEL), "has no 'models/model.json'"),
-    "no JSON": (member(MODEL, b"{"), "'models/model.json' is no JSON"),
-    "a list": (member(MODEL, b"[]"), "'models/model.json' is no JSON object"),
-    "deep": (member(MODEL, b"[" * 100_000), "'models/model.json' is no JSON"),
+    "no JSON": (member(MODEL, b"{"), "'models/model.json' is not JSON"),
+    "a list": (member(MODEL, b"[]"), "'models/model.json' is not a JSON object"),
+    "deep": (member(MODEL, b"[" * 100_000), "'models/model.json' is not JSON"),
     "empty": (member(MODEL, b"{}"), "damaged, or of another torch"),
 }  # fmt: skip
 
@@ -235,9 +235,9 @@ def test_zips_of_others(saved: Path, tmp_path: Path) -> None:
     assert "No such file" in refused(path)
     assert "Is a directory" in refused(tmp_path)
     path.write_bytes(b"x" * 100)
-    assert "is no exported program" in refused(path)
+    assert "is not an exported program" in refused(path)
     path.write_bytes(saved.read_bytes()[:-10])
-    assert "is no exported program" in refused(path)
+    assert "is not an exported program" in refused(path)
     for compression, twice, message in (
         (zipfile.ZIP_DEFLATED, 1, "'models/model.json' is compressed"),
         (zipfile.ZIP_STORED, 2, "holds 'models/model.json' twice"),

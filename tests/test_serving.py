@@ -46,7 +46,7 @@ def test_run_times_calls_of_a_file(path: Path, answer: Callable[..., Any]) -> No
     command = ("run", path, "--random", "--warmup", "1", "--iterations", "5", "--batch", "3")
     found = answer(*command, *REFERENCE, "--json")
     assert found["input_shapes"] == [[3, 1, 32, 32]] and found["iterations"] == 5
-    assert found["timed_on"] == "the CPU, which is no GPU" and found["target"] == "reference"
+    assert found["timed_on"] == "the CPU, not a GPU" and found["target"] == "reference"
     ms = found["latency_ms"]
     assert 0 < ms["least"] <= ms["p50"] <= ms["p90"] <= ms["p99"] <= ms["most"]
     assert ms["least"] <= ms["mean"] <= ms["most"]
@@ -226,7 +226,7 @@ def test_the_configuration_says_what_the_file_takes(path: Path) -> None:
 
 
 class Two(nn.Module):
-    """Two inputs of any batch, and a result per image and one that is no tensor of images."""
+    """Two inputs of any batch, and a result per image and one that is not a tensor of images."""
 
     def forward(self, x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         return (x + y).amax(1), x.half()

@@ -207,7 +207,7 @@ MESSAGES: tuple[tuple[str, Attributes, tuple[TensorSpec, ...], str], ...] = (
     ),
     (
         "conv_sum", ConvSum(second=Conv2d((2, 2))),
-        (image(1, 8, 4, 4), W, image(1, 8, 4, 4), W), "the convolutions give",
+        (image(1, 8, 4, 4), W, image(1, 8, 4, 4), W), "expected equal results, got",
     ),
     (
         "conv_chain", CHAIN,

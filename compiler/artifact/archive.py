@@ -174,7 +174,7 @@ class Archive:
         expected = sorted({*digests, "manifest.json"})
         if expected != sorted(self.members):
             differing = sorted(set(expected) ^ set(self.members))
-            raise damaged(self.path, f"manifest.json does not list '{differing[0]}' as it is there")
+            raise damaged(self.path, f"'{differing[0]}' is not in both manifest.json and the file")
         for name, (size, sha256) in digests.items():
             span = self.members[name]
             if size != span.size:
@@ -194,7 +194,7 @@ class Archive:
         """
         if name not in self.members:
             raise ArtifactError(
-                f"'{self.path}' is no executable of convloom: it has no '{name}'"
+                f"'{self.path}' is not a convloom executable: it has no '{name}'"
             )
         data = self.view(name)
         if len(data) > most_bytes:
@@ -235,14 +235,14 @@ def _directory(path: Path, file: IO[bytes], size: int) -> list[Entry]:
     """The members by the central directory, nothing of which is believed yet."""
     if not _END.size <= size <= LARGEST_FILE:
         raise ArtifactError(
-            f"'{path}' is no executable of convloom: expected {_END.size} bytes to 4 GiB, got "
+            f"'{path}' is not a convloom executable: expected {_END.size} bytes to 4 GiB, got "
             f"{size:,}"
         )
     file.seek(size - _END.size)
     mark, _, _, count, _, length, start, _ = _END.unpack(file.read(_END.size))
     if mark != b"PK\5\6" or start + length + _END.size != size:
         raise ArtifactError(
-            f"'{path}' is no executable of convloom, or it was cut off: it does not end as one"
+            f"'{path}' is not a convloom executable, or it was cut off: it does not end as one"
         )
     if count > MOST_MEMBERS or length > count * (_CENTRAL.size + LONGEST_NAME):
         raise damaged(path, f"its directory of {count} members has {length} bytes")
@@ -262,7 +262,7 @@ def _entries(path: Path, central: bytes) -> Iterator[Entry]:
         position += length
         if not NAME.fullmatch(name):
             raise ArtifactError(
-                f"'{path}' is no executable of convloom: it holds {name[:LONGEST_NAME]!r}"
+                f"'{path}' is not a convloom executable: it holds {name[:LONGEST_NAME]!r}"
             )
         yield Entry(name, size, checksum)
 

@@ -338,7 +338,7 @@ def lower_again(graph: Graph, program: Program, target: Target, source: Path | s
     """
     dtype = graph.goal.dtype if graph.goal else None
     options = Options(target, program.precision, dtype, program.in_place)
-    if target.name == program.target:
+    if target.compiled_as == program.target:
         launch = {PROGRAMMATIC for image in program.images if image.programmatic}
         launch |= {BRANCHES} if program.streams else set()
         choose = _Recorded(program).choose

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from ..explain.report import Report
     from ..run.executable import Executable
 
-DEVICES = ("cuda", INTERPRETER.name, REFERENCE.name, *targets.EMULATED)
+DEVICES = ("cuda", *(each.name for each in (INTERPRETER, REFERENCE, *targets.EMULATED)))
 Part = tuple[Program, "GraphRunner | Executable"]
 
 
@@ -68,7 +68,7 @@ def load(
         target = targets.parse(device)
     parts: list[Part] = [
         (program, planned(artifact, program, target, device))
-        for program in _sources(artifact, target.name)
+        for program in _sources(artifact, target.compiled_as)
     ]
     return LoadedExecutable(artifact, device, target, parts)
 
@@ -250,6 +250,6 @@ def explain(artifact: Artifact, program: Program) -> str:
     """A program's ledger as text, under its summary."""
     ledger = ledger_of(artifact, program)
     try:
-        return ledger.explain(artifact.document.model, program.target, dict(program.summary))
+        return ledger.explain(artifact.document.model, dict(program.summary))
     except KeyError as error:
         raise ArtifactError(f"'{artifact.path}' is damaged: no {error} in its summary") from error

@@ -210,7 +210,7 @@ def read_document(data: Any, source: str) -> Document:
     """
     found = data if isinstance(data, dict) else {}
     if found.get("format") != FORMAT:
-        raise ArtifactError(f'{source} is no plan of convloom: expected "format": "{FORMAT}"')
+        raise ArtifactError(f'{source} is not a convloom plan: expected "format": "{FORMAT}"')
     if found.get("version") != VERSION:
         raise ArtifactError(
             f"{source} has format version {str(found.get('version'))[:20]}; this convloom reads "
@@ -270,7 +270,7 @@ def check_nest(nest: Nest, where: str, constants: bool = False, depth: int = 0) 
     """
     kinds = ("tensor", "tuple", "list", "dict") + ("constant",) * constants
     if depth > DEEPEST or nest.kind not in kinds:
-        raise ArtifactError(f"{where} is no structure of tuples, lists and dicts")
+        raise ArtifactError(f"{where} is not a structure of tuples, lists and dicts")
     if nest.kind == "constant":
         _check_constant(nest, where)
         return 0
@@ -294,4 +294,4 @@ def _check_constant(nest: Nest, where: str) -> None:
     except (ValueError, RecursionError):
         value = ...
     if nest.items or not isinstance(value, CONSTANTS) or json.dumps(value) != text:
-        raise ArtifactError(f"{where} has a constant that is no bool, number, text or null")
+        raise ArtifactError(f"{where} has a constant that is not a bool, number, text or null")

@@ -79,7 +79,7 @@ def open_artifact(path: str | Path) -> Artifact:
     document = read_document(_json(opened, "plan.json"), f"plan.json of '{path}'")
     for name, version in document.versions:
         if not _VERSION.fullmatch(f"{name} {version}"):
-            raise archive.damaged(path, "it names a version that is none")
+            raise archive.damaged(path, "the name or number of a version in it is malformed")
     if reasons := list(extensions.missing(document.versions)):
         raise ArtifactError(f"'{path}' cannot be used: it was {'; and '.join(reasons)}")
     graphs = _list(opened, "graph.json", "graphs")
@@ -92,7 +92,7 @@ def open_artifact(path: str | Path) -> Artifact:
     check_document(document, opened.members.keys(), held, counts, source)
     for name in opened.members:
         if name.endswith(".cubin") and bytes(opened.view(name)[:4]) != b"\x7fELF":
-            raise archive.damaged(path, f"'{name}' is no machine code")
+            raise archive.damaged(path, f"'{name}' is not machine code")
     return Artifact(path, document, held, graphs, ledgers, opened)
 
 
@@ -103,7 +103,7 @@ def _json(opened: Archive, name: str) -> Any:
 def _list(opened: Archive, name: str, key: str) -> tuple[Any, ...]:
     data = _json(opened, name)
     if not isinstance(data, dict) or list(data) != [key] or not isinstance(data[key], list):
-        raise archive.damaged(opened.path, f"'{name}' is no list of {key}")
+        raise archive.damaged(opened.path, f"'{name}' is not a list of {key}")
     return tuple(data[key])
 
 

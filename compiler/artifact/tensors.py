@@ -113,7 +113,7 @@ def read(archive: Archive) -> dict[str, torch.Tensor]:
     """
     if MEMBER not in archive.members:
         raise ArtifactError(
-            f"'{archive.path}' is no executable of convloom: it has no '{MEMBER}'"
+            f"'{archive.path}' is not a convloom executable: it has no '{MEMBER}'"
         )
     data = archive.view(MEMBER)
     length = struct.unpack("<Q", data[:8])[0] if len(data) >= 8 else 0
@@ -142,9 +142,9 @@ def _sizes(path: Path, header: bytes) -> Iterator[tuple[str, tuple[torch.dtype, 
     try:
         described = json.loads(header.decode("ascii"))
     except (ValueError, RecursionError) as error:
-        raise damaged(path, f"{where} is no JSON") from error
+        raise damaged(path, f"{where} is not JSON") from error
     if not isinstance(described, dict):
-        raise damaged(path, f"{where} is no table")
+        raise damaged(path, f"{where} is not a JSON object")
     reader = Reader(f"{where} of '{path}'")
     for name, entry in described.items():
         tensor: _Described = reader.read(_Described, entry, name[:40])

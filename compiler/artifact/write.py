@@ -128,7 +128,7 @@ def program_of(
     images, calls = _compiled(kernels, plan, with_ptx)
     structure = plan.structure
     return Program(
-        target=plan.target.name,
+        target=plan.target.compiled_as,
         batch=plan.batch,
         precision=plan.precision,
         in_place=plan.in_place,

@@ -107,7 +107,7 @@ def _holds_a_constant(argument: Any) -> bool:
 def check_example(arguments: Any, dynamic: bool = False) -> list[torch.Tensor]:
     """The tensors of an example's arguments. dynamic: the batch varies, and may be none.
 
-    Raises: InvalidInputError where one is no tensor of floats with elements, and no constant.
+    Raises: InvalidInputError where one is not a tensor of floats with elements, and no constant.
     """
     leaves = pytree.tree_leaves(arguments)
     tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]

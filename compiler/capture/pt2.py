@@ -77,7 +77,7 @@ def load(path: Path) -> ExportedProgram:
         raise ArtifactError(f"'{path}' {error}") from error
     except zipfile.BadZipFile as error:
         raise ArtifactError(
-            f"'{path}' is no exported program (a zip by torch.export.save): {error}"
+            f"'{path}' is not an exported program (a zip by torch.export.save): {error}"
         ) from error
     except OSError as error:
         raise ArtifactError(f"cannot read '{path}': {error.strerror or error}") from error
@@ -126,7 +126,7 @@ def _members(source: zipfile.ZipFile) -> dict[str, zipfile.ZipInfo]:
         if not slash or name.startswith(LEFT_OUT):
             continue
         if entry.compress_type != zipfile.ZIP_STORED or entry.flag_bits & 1:
-            raise _RefusedError(f"is no file of torch.export.save: '{name}' is compressed")
+            raise _RefusedError(f"is not a file of torch.export.save: '{name}' is compressed")
         if name in members:
             raise _RefusedError(f"holds '{name}' twice")
         if name not in NEEDED and not TENSOR.fullmatch(name):
@@ -138,8 +138,8 @@ def _members(source: zipfile.ZipFile) -> dict[str, zipfile.ZipInfo]:
     for name in NEEDED:
         if name not in members:
             raise _RefusedError(
-                f"is no exported program: it has no '{name}'. Save it with torch.export.save of "
-                "torch 2.9 or newer"
+                f"is not an exported program: it has no '{name}'. Save it with torch.export.save "
+                "of torch 2.9 or newer"
             )
     return members
 
@@ -152,8 +152,8 @@ def _json(source: zipfile.ZipFile, members: Mapping[str, zipfile.ZipInfo], name:
         if isinstance(value, dict):
             return value
     except (ValueError, RecursionError) as error:
-        raise _RefusedError(f"is damaged: '{name}' is no JSON: {error}") from error
-    raise _RefusedError(f"is damaged: '{name}' is no JSON object")
+        raise _RefusedError(f"is damaged: '{name}' is not JSON: {error}") from error
+    raise _RefusedError(f"is damaged: '{name}' is not a JSON object")
 
 
 def _check_payloads(listed: Any, folder: str, members: Mapping[str, zipfile.ZipInfo]) -> None:

@@ -25,7 +25,7 @@ class Row:
     """One plan. fusion: a label or a family ("separable*"), "" for all or none of them. how: "all
     fusions", "no fusion" (every captured op alone, as `explain` counts them), "without" the fusion,
     or all other passes and the fusion "alone". size_bytes: read and written
-    if every tensor is touched once; modelled_us: None where the target is no GPU, or a step runs
+    if every tensor is touched once; modelled_us: None where the target is not a GPU, or a step runs
     as a torch op."""
 
     model: str
@@ -108,7 +108,7 @@ def _everywhere(labels: Sequence[str]) -> tuple[str, ...]:
 
 
 def _row(model: str, batch: int, fusion: str, how: str, plan: Plan, target: Target) -> Row:
-    times = [step_time_us(step, target) for step in plan.steps] if target.is_gpu else [None]
+    times = [step_time_us(step, target) for step in plan.steps] if target.has_times else [None]
     known = [time for time in times if time is not None]
     time_us = sum(known) if len(known) == len(times) else None
     size = sum(map(step_bytes, plan.steps))

@@ -6,8 +6,8 @@ The JSON ("schema": "convloom-ledger", "version": 2) has these fields; every tim
 or null, "how": "modelled" | "measured" | "not measured"}:
 
     model, target, dtype, batch   what was compiled, for what; batch is the largest one
-    machine                       the GPU that modelled times are of; "" where the target is none:
-                                  then no time is modelled
+    machine                       the GPU that modelled times are of; "" where the target is none,
+                                  or emulated: then no time is modelled
     peaks                         what that GPU reaches at most (Peaks below); null for no GPU
     measured_on                   where measured times come from; "" when nothing was measured
     totals                        before (every captured op alone: passes="none") and after
@@ -242,7 +242,6 @@ _LAWS: Laws = {
         "flops": _COUNT,
     },
     Peaks: dict.fromkeys(("tflops", "memory_gbps", "cache_gbps"), _RATE),
-    Event: {"time_us_before": _TIME, "time_us_after": _TIME},
 }
 """What must hold of fields beside their types."""
 
@@ -266,12 +265,12 @@ def _misfit(account: Account) -> str | None:
         (time for record in account.nodes for time in (record.before, record.after)),
     )
     if any((time.us is None) != (time.how == NOT_MEASURED) for time in timed):
-        return f"a time that is {NOT_MEASURED}, or none that is measured or modelled"
+        return f"a time that is {NOT_MEASURED} has a value, or another one has none"
     readers: dict[str, list[str]] = {}
     for source, reader in account.edges:
         readers.setdefault(reader, []).append(source)
     try:
         TopologicalSorter(readers).prepare()
     except CycleError as error:
-        return f"its places follow each other in a circle: {' '.join(error.args[1])[:80]}"
+        return f"its places form a cycle: {' '.join(error.args[1])[:80]}"
     return None

@@ -65,7 +65,7 @@ def to_text(account: Account) -> str:
 
 def times_note(account: Account) -> str:
     """Which machines the account's times are of."""
-    note = f"{account.target} is no GPU: no times are modelled"
+    note = f"{account.target} is not a GPU: no times are modelled"
     if account.machine:
         note = f"modelled times are for {account.machine}"
     where = account.measured_on

@@ -2,8 +2,8 @@
 
 "Alone" is the network without fusion: the required passes only, every op in a kernel of its own in
 its default configuration. Both networks are modelled by the same machine
-(`kernels/contract/cost_model.py`); where the target is no GPU there are no times: its kernels have
-tiles that no GPU would run. A node is charged for the tensors it reads and writes; what it is
+(`kernels/contract/cost_model.py`); where the target is not a GPU, or an emulated one, there are no
+times: no machine would show them. A node is charged for the tensors it reads and writes; what it is
 spared is what no kernel touches any more:
 
 - its result, where every reader is computed in the same kernel;
@@ -80,7 +80,7 @@ def make_account(ledger: Ledger, snapshot: Snapshot, plan: Plan) -> Account:
         edges=places.edges,
         events=tuple(replace(event, label=label_of(event)) for event in ledger.events),
     )  # fmt: skip
-    return account if plan.target.is_gpu else _without_times(account)
+    return account if plan.target.has_times else _without_times(account)
 
 
 def _without_times(account: Account) -> Account:
@@ -186,7 +186,7 @@ def _machine_name(target: Target) -> str:
 
 
 def _peaks(target: Target, dtype: torch.dtype, precision: str) -> Peaks | None:
-    if not target.is_gpu:
+    if not target.has_times:
         return None
     machine = cost_model.machine_for(target)
     rate = cost_model.product_rate(dtype, precision)
@@ -194,11 +194,11 @@ def _peaks(target: Target, dtype: torch.dtype, precision: str) -> Peaks | None:
 
 
 def _bounds(plan: Plan) -> dict[str, str]:
-    """By step, what its modelled time is mostly made of; nothing where the target is no GPU."""
+    """By step, what its modelled time is mostly made of; nothing where the target is not a GPU."""
     return {
         step.name: cost_model.bound(registry.get(step.op), step.problem, plan.target)
         for step in plan.steps
-        if isinstance(step, KernelStep) and plan.target.is_gpu
+        if isinstance(step, KernelStep) and plan.target.has_times
     }
 
 

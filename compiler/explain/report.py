@@ -81,12 +81,12 @@ class Report(Ledger):
         read = account.from_json(data, source)
         return Report(list(read.events), read=read)
 
-    def explain(self, name: str, target: str, counts: Mapping[str, int]) -> str:
+    def explain(self, name: str, counts: Mapping[str, int]) -> str:
         """The report as text, under the counts of the plan of the network `name`."""
         arena, total = counts["arena_bytes"], counts["activation_bytes"]
         ratio = f", {arena / total:.0%}" if total else ""
         return (
-            f"{name} on {target}: {self.summary_line(counts)}\n"
+            f"{name} on {self.account().target}: {self.summary_line(counts)}\n"
             f"arena {arena:,} bytes of {total:,} bytes of activations{ratio}\n\n{self.to_text()}"
         )
 

@@ -23,7 +23,7 @@ from ...kernels.contract.targets import Target
 from ..graph.ir import Graph, Node, Value
 
 ASSUMED = "cuda:sm_90"
-"""The machine that fusions are made for where the target is no GPU."""
+"""The machine that fusions are made for where the target is not a GPU."""
 MODELLED = "modelled"
 REMEMBERED = 1 << 14
 

@@ -135,8 +135,9 @@ def _worth(graph: Graph, proposal: Proposal) -> tuple[float, str | None]:
     together_us, apart_us = times
     if together_us < apart_us:
         return apart_us - together_us, None
-    machine = graph.goal.target.name
-    return 0.0, f"{status} {together_us:.1f} us together, {apart_us:.1f} us apart on {machine}"
+    if (target := graph.goal.target).is_emulated:
+        return 0.0, f"{status} slower together than apart on {target.compiled_as}"
+    return 0.0, f"{status} {together_us:.1f} us together, {apart_us:.1f} us apart on {target.name}"
 
 
 def _refuse_loser(proposal: Proposal, rivals: Sequence[Proposal], ledger: Ledger) -> None:

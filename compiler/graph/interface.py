@@ -195,7 +195,7 @@ class Interface:
             batches.add(_check_input(port, tensor, self.batch, device))
         sizes = {batch for batch in batches if batch is not None}
         if len(sizes) > 1:
-            raise InvalidInputError(f"inputs: batches differ: {sorted(sizes)}")
+            raise InvalidInputError(f"inputs: expected equal batches, got {sorted(sizes)}")
         batch = sizes.pop() if sizes else 1
         if batch < at_least:
             raise InvalidInputError(f"inputs: expected a batch of at least {at_least}, got {batch}")

@@ -19,7 +19,7 @@ class Event:
 
     nodes: captured nodes concerned; into: the node that stands for them afterwards; bytes_saved: of
     intermediate tensors no longer written and read, at the largest batch; label: the rule's short
-    name; time_us_before, time_us_after: modelled, apart and together, where they were compared.
+    name.
     """
 
     rule: str
@@ -30,8 +30,6 @@ class Event:
     bytes_saved: int = 0
     label: str = ""
     kernels_saved: int = 0
-    time_us_before: float | None = None
-    time_us_after: float | None = None
 
 
 @dataclass(frozen=True)

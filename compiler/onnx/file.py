@@ -117,7 +117,7 @@ def read(path: Path) -> File:
     except _Damaged as error:
         raise ArtifactError(f"{path} {error}") from error
     except UnicodeDecodeError as error:
-        raise ArtifactError(f"{path} is not valid ONNX: a name in it is no UTF-8") from error
+        raise ArtifactError(f"{path} is not valid ONNX: a name in it is not UTF-8") from error
     except OSError as error:
         reason = error.strerror or error
         raise ArtifactError(f"{path} cannot be read: {reason}") from error
@@ -160,7 +160,7 @@ def _mapped(path: Path) -> memoryview:
     with os.fdopen(descriptor, "rb") as file:
         status = os.fstat(file.fileno())
         if not stat.S_ISREG(status.st_mode):
-            raise _Damaged("is no regular file")
+            raise _Damaged("is not a regular file")
         if status.st_size == 0:
             raise _Damaged("is empty")
         return memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
@@ -322,7 +322,7 @@ def _external(
     try:
         offset, length = int(entries.get("offset", 0)), int(entries.get("length", needed))
     except ValueError as error:
-        raise _Damaged(f"{what}: offset and length of its data are no numbers") from error
+        raise _Damaged(f"{what}: offset and length of its data are not numbers") from error
     if length != needed:
         raise _Damaged(f"{what} has {length} bytes in {location!r}; its shape takes {needed}")
     path, root = folder / location, folder.resolve()
@@ -401,7 +401,7 @@ def _input(value: Any) -> Input:
     kind = value.type.tensor_type
     dtype = DTYPES.get(kind.elem_type)
     if dtype not in FLOATS:
-        raise _Damaged(f"input '{value.name}' is no tensor of float32, float16 or bfloat16")
+        raise _Damaged(f"input '{value.name}' is not a tensor of float32, float16 or bfloat16")
     shape = tuple(
         size.dim_value if size.HasField("dim_value") else size.dim_param or f"{value.name}_{at}"
         for at, size in enumerate(kind.shape.dim)

@@ -64,7 +64,7 @@ def constant(call: Call) -> Any:
         if (found := call.get(name)) is not None:
             return torch.tensor(found, dtype=torch.float32)
     if (found := call.get("value")) is None:
-        raise call.fail("its value is a text or sparse")
+        raise call.fail("its value is a string or a sparse tensor")
     return found
 
 
@@ -257,7 +257,7 @@ def gather(call: Call, x: torch.Tensor, places: Value) -> torch.Tensor:
         return x.narrow(axis, found[0], len(found))
     if places.ndim == 1:
         return torch.cat([x.narrow(axis, place, 1) for place in found], axis)
-    raise call.fail(f"places of rank {places.ndim}; expected 0 or 1")
+    raise call.fail(f"indices of rank {places.ndim}; expected 0 or 1")
 
 
 @of_arrays("Gather")

@@ -70,7 +70,7 @@ def _refusal(graph: Graph, found: Match, window: tuple[int, int]) -> str | None:
     if graph.uses(Value(root.name, 1)):
         return f"the indices of {root.name} are read too, and median_pool2d has none"
     if x.rank != 4:
-        return f"the windows are of {x}, which is no batch of images (N, C, H, W)"
+        return f"the windows are of {x}, which is not a batch of images (N, C, H, W)"
     if window[0] * window[1] > MOST_TAPS:
         return f"a window of {window} has more than {MOST_TAPS} elements, the most of the kernel"
     return None

@@ -87,7 +87,7 @@ class Key:
             return f"there is no op {self.op!r}"
         ours = kernel_hash.source_of(self.op, self._functions)
         if self.source != ours:
-            return f"the kernels of {self.op} were others then (source {self.source}, now {ours})"
+            return f"the kernels of {self.op} have changed since (source {self.source}, now {ours})"
         return None
 
     @property
@@ -131,7 +131,7 @@ def key_of(problem: Problem, target: Target) -> Key:
         precision=problem.precision if dtype == "float32" else "ieee",
         aligned=all(_is_aligned(operand) for operand in (*placed, *problem.outputs)),
         wide=problem.is_wide,
-        architecture=target.name.removeprefix("cuda:"),
+        architecture=target.compiled_as.removeprefix("cuda:"),
         triton=kernel_hash.TRITON_VERSION,
         source="",
     )

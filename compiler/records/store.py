@@ -128,7 +128,7 @@ def read(path: Path) -> Record:
     if path.stem != record.key.digest:
         raise ArtifactError(f"it holds the record of {record.key}, which is {record.key.digest}")
     if path.parts[-3:-1] != (record.key.architecture, record.key.op):
-        raise ArtifactError(f"it belongs into {record.key.architecture}/{record.key.op}")
+        raise ArtifactError(f"it belongs in {record.key.architecture}/{record.key.op}")
     return record
 
 

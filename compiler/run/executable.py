@@ -240,7 +240,7 @@ class Executable:
 
     def explain(self) -> str:
         """The ledger as text, under the summary; with measured times after `profile`."""
-        return self.ledger.explain(self.graph.name, self.target.name, self.summary)
+        return self.ledger.explain(self.graph.name, self.summary)
 
     def profile(self, *inputs: Any, **keywords: Any) -> list[tuple[str, float]]:
         """(step, microseconds) in order; each step is run by itself once. The ledger keeps them.

@@ -24,7 +24,7 @@ from ...errors import KernelError, TargetUnavailableError
 from ...kernels import registry
 from ...kernels.contract import targets
 from ...kernels.contract.op import Launch, Ref
-from ...kernels.contract.targets import EMULATED, EMULATOR, INTERPRETER, REFERENCE, Target
+from ...kernels.contract.targets import EMULATED, INTERPRETER, REFERENCE, Target
 from ...kernels.devices import emulator, execute, interpreter, offline
 from ...kernels.devices.language import forkable_lock
 from ..evaluation.evaluate import call_torch, evaluate
@@ -233,24 +233,23 @@ class CrossCompiledRunner:
         offline.compile_all(compile_requests(plan, plan.target))
 
     def run(self, inputs: Sequence[torch.Tensor], batch: int) -> list[torch.Tensor]:
-        emulated = self._target.name.replace("cuda:", EMULATOR)
-        more = f", or with target='{emulated}' to run what they became"
+        same = [each.name for each in EMULATED if each.compiled_as == self._target.name]
+        more = "".join(f", or with target='{name}' to run what they became" for name in same)
         raise TargetUnavailableError(
             f"this executable was compiled for {self._target.name} and cannot run here: no such "
             "GPU. Compile with target='interpreter' to run the same kernels on the CPU"
-            f"{more if emulated in EMULATED else ''}"
+            f"{more}"
         )
 
 
 @on_cpu
 def runner_for(graph: Graph, plan: Plan, chosen: Target, target: str) -> Runner:
-    """What runs a plan; `target` is the user's word for `chosen`: "cuda" means this machine's GPU,
-    "emulator:sm_90" a GPU that is emulated."""
+    """What runs a plan; `target` is the user's word for `chosen`: "cuda" is this machine's GPU."""
     if chosen is REFERENCE:
         return ReferenceRunner(graph)
     if chosen is INTERPRETER:
         return InterpreterRunner(plan)
-    if target.startswith(EMULATOR):
+    if chosen.is_emulated:
         return EmulatorRunner(plan)
     capability = targets.local_capability()
     here = capability is not None and targets.nearest(capability) is chosen

@@ -159,7 +159,7 @@ class Crew:
 
     def _ask(self, request: Any) -> Any:
         if self._closed:
-            raise WorkerError("died", "no longer wanted")
+            raise WorkerError("died", "cancelled")
         if not hasattr(self._own, "child"):
             self._own.child = WorkerProcess(self._factory)
             self._children.append(self._own.child)

@@ -135,7 +135,7 @@ def product_rate(dtype: torch.dtype, precision: str) -> float:
 
 
 def machine_for(target: Target) -> Machine:
-    """The machine a target stands for; the H200 where it is no GPU."""
+    """The machine a target stands for; the H200 where it is not a GPU."""
     return MACHINES.get(target.capability, DEFAULT)
 
 

@@ -232,9 +232,9 @@ class Launch:
         """Why no GPU can index it, in words: rows and programs are counted in 32 bits."""
         tiles = -(-self.rows // self.block_rows)
         if tiles * self.block_rows > INT32_MAX:
-            return f"{self.rows:,} rows in tiles of {self.block_rows}, at most {INT32_MAX:,}"
+            return f"{self.rows:,} rows (tiles of {self.block_rows}), more than {INT32_MAX:,}"
         if tiles * self.columns > INT32_MAX:
-            return f"{tiles * self.columns:,} programs, at most {INT32_MAX:,}"
+            return f"{tiles * self.columns:,} programs, more than {INT32_MAX:,}"
         return None
 
     def m_at(self, batch: int) -> int:

@@ -6,9 +6,12 @@ per compute capability).
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ...errors import TargetUnavailableError, near_names
+
+EMULATOR = "emulator:"
+"""In front of a generation: the PTX that is compiled for it is emulated on the CPU."""
 
 
 @dataclass(frozen=True)
@@ -26,7 +29,22 @@ class Target:
 
     @property
     def is_gpu(self) -> bool:
+        """Whether its kernels are compiled for a GPU; an emulated one counts."""
         return self.capability > 0
+
+    @property
+    def is_emulated(self) -> bool:
+        return self.name.startswith(EMULATOR)
+
+    @property
+    def has_times(self) -> bool:
+        """Whether its kernels take the time of a GPU, which can be modelled."""
+        return self.is_gpu and not self.is_emulated
+
+    @property
+    def compiled_as(self) -> str:
+        """The target of the same code: "cuda:sm_90" of "emulator:sm_90", else its own name."""
+        return self.name.replace(EMULATOR, "cuda:")
 
     def shared_shortage(self, needed: int) -> str | None:
         """Why a program cannot have so many bytes of shared memory, or None."""
@@ -44,24 +62,23 @@ GPU_TARGETS = (
     Target("cuda:sm_90", 90, 232_448),
     Target("cuda:sm_100", 100, 232_448),
 )
-EMULATOR = "emulator:"
-"""In front of a generation: the PTX that is compiled for it is emulated on the CPU."""
 EMULATED = tuple(
-    target.name.replace("cuda:", EMULATOR) for target in GPU_TARGETS if target.capability < 100
+    replace(target, name=target.name.replace("cuda:", EMULATOR))
+    for target in GPU_TARGETS
+    if target.capability < 100
 )
-NAMES = ("reference", "interpreter", "cuda", *(target.name for target in GPU_TARGETS), *EMULATED)
+TARGETS = (REFERENCE, INTERPRETER, *GPU_TARGETS, *EMULATED)
+NAMES = ("cuda", *(target.name for target in TARGETS))
 
 
 def parse(name: str) -> Target:
-    """The target of that name; "cuda" is the GPU of this machine, "emulator:sm_90" is compiled for
-    as "cuda:sm_90" is.
+    """The target of that name; "cuda" is the GPU of this machine.
 
     Raises: TargetUnavailableError for an unknown name, or for "cuda" where there is no GPU or one
     of an unsupported generation.
     """
-    wanted = name.replace(EMULATOR, "cuda:") if name in EMULATED else name
-    for target in (REFERENCE, INTERPRETER, *GPU_TARGETS):
-        if target.name == wanted:
+    for target in TARGETS:
+        if target.name == name:
             return target
     if name == "cpu":
         raise TargetUnavailableError(

@@ -138,7 +138,7 @@ def _deepest(size: choice.Size, block_m: int) -> int:
 def legal(problem: Problem, tile: Config, target: Target) -> str | None:
     size, pixels = _size(problem), _pixels(problem)
     if tile["BLOCK_M"] % pixels:
-        return f"tiles of {tile['BLOCK_M']} rows cut images of {pixels} rows"
+        return f"tiles of {tile['BLOCK_M']} pixels do not hold whole images of {pixels}"
     return choice.legal(size, tile, target)
 
 

@@ -42,7 +42,7 @@ def infer(attributes: ConvSum, inputs: tuple[TensorSpec, ...]) -> tuple[TensorSp
     (first,) = conv_geometry.infer(attributes.first, (x1, w1))
     (second,) = conv_geometry.infer(attributes.second, (x2, w2))
     if first != second:
-        raise InvalidInputError(f"conv_sum: the convolutions give {first} and {second}")
+        raise InvalidInputError(f"conv_sum: expected equal results, got {first} and {second}")
     return (first,)
 
 

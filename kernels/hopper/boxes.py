@@ -101,7 +101,7 @@ def misaligned(x: Operand, w_pitch: int) -> str | None:
     parts = {"the start of x": x.offset, "the pitch of x": x.pitch, "the pitch of w": w_pitch}
     for what, elements in parts.items():
         if (size := elements * x.spec.dtype.itemsize) % ALIGNMENT:
-            return f"TMA: {what}, {size} bytes, is no multiple of {ALIGNMENT}"
+            return f"TMA: {what}, {size} bytes, is not a multiple of {ALIGNMENT}"
     return None
 
 

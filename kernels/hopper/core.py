@@ -130,7 +130,7 @@ def legal(problem: Problem, tile: Config, target: Target) -> str | None:
         return reason
     if _window(problem).stride_h == 2 and _channels(problem) % tile["BLOCK_K"]:
         # Behind the channels of a pixel lie those of the next one, not zeros.
-        return f"stride 2: {_channels(problem)} channels are no multiple of {tile['BLOCK_K']}"
+        return f"stride 2: {_channels(problem)} channels are not a multiple of {tile['BLOCK_K']}"
     if math.prod(box := boxes.box_of(tile)) != tile["BLOCK_M"]:
         return f"the box does not hold BLOCK_M={tile['BLOCK_M']} pixels"
     if boxes.splits_windows(problem, box, _way(tile) == HALO):

@@ -359,7 +359,7 @@ def legal(problem: Problem, tile: Config, target: Target) -> str | None:
     """Groups whose columns take several tiles are done one at a time."""
     walk = walk_of(problem)
     if walk.width > tile["BLOCK_WIDTH"] and tile["BLOCK_GROUPS"] > 1:
-        return f"{tile['BLOCK_GROUPS']} groups of {walk.width} columns in tiles of fewer"
+        return f"several groups at a time, of {walk.width} columns, do not fit tiles of fewer"
     return None
 
 

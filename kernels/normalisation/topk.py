@@ -172,7 +172,7 @@ def _takes_one(problem: Problem) -> bool:
 def legal(problem: Problem, tile: Config, target: Target) -> str | None:
     length = _length(problem)
     if not _takes_one(problem) and tile["BLOCK_COLUMNS"] < length:
-        return f"{tile['BLOCK_COLUMNS']} of {length} elements: more than one are taken of all"
+        return f"a tile of {tile['BLOCK_COLUMNS']} must hold all {length} elements where k > 1"
     return None
 
 

@@ -59,8 +59,8 @@ def infer(attributes: Resample, inputs: tuple[TensorSpec, ...]) -> tuple[TensorS
                                 "x (N, C, H, W) and pixels in both")  # fmt: skip
     if attributes.filter not in REACH or not are_steps(attributes.steps, attributes.size):
         raise InvalidInputError(
-            f"resample: expected a filter of {', '.join(REACH)} and steps to pixels that can "
-            f"be counted, got {attributes}"
+            f"resample: expected a filter of {', '.join(REACH)} and steps to pixels below "
+            f"2^24, got {attributes}"
         )
     return (TensorSpec((*x.shape[:2], *attributes.size), x.dtype, Layout.NHWC, x.batch),)
 

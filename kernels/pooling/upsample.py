@@ -78,8 +78,8 @@ def infer(
         raise InvalidInputError(f"{name}: cannot resize {x} to {size}; both need pixels")
     if attributes.rule not in RULES[name] or not are_steps(steps, size):
         raise InvalidInputError(
-            f"{name}: expected a rule of {RULES[name]} and steps to pixels that can be counted, "
-            f"got {attributes}"
+            f"{name}: expected a rule of {RULES[name]} and steps to pixels below 2^24, got "
+            f"{attributes}"
         )
     if attributes.sequence and not (x.rank == 4 and x.shape[2] == size[0] == 1):
         raise InvalidInputError(

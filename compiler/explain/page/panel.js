@@ -99,7 +99,7 @@ function tellAll() {
   if (t.measured.us !== null) rows.push(["measured", "not measured", us(t.measured.us)]);
   if (t.torch_fallbacks) rows.push(["torch fallbacks", t.torch_fallbacks, t.torch_fallbacks]);
   const notes = [timed ? `Modelled times are for ${ledger.machine}.`
-    : `The plan is for ${ledger.target}, which is no GPU: no times are modelled.`];
+    : `The plan is for ${ledger.target}, which is not a GPU: no times are modelled.`];
   notes.push(ledger.measured_on ? `Measured on ${ledger.measured_on}.` : "Nothing was measured.");
   return [element("h2", "The whole network"), table(rows),
     ...notes.map(note => classed("dim", element("p", note))),

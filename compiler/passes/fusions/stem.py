@@ -22,6 +22,7 @@ from ....kernels import registry
 from ....kernels.contract.epilogue import Epilogue, apply_reference, broadcasts
 from ....kernels.contract.op import Attributes, Problem
 from ....kernels.contract.spec import Operand, TensorSpec
+from ....kernels.contract.targets import Target
 from ....kernels.fused import stem
 from ....kernels.fused.stem import Stem
 from ....kernels.fused.stem_input import StemInput
@@ -125,7 +126,7 @@ def _why_not(graph: Graph, entrance: Entrance) -> str | None:
     """What both forms ask of the convolution and of the nodes before it."""
     conv, image = entrance.conv, graph.spec(entrance.image)
     if image.rank != 4 or image.shape[1] > CHANNELS:
-        return f"{entrance.image} {image} is no image of at most {CHANNELS} channels"
+        return f"{entrance.image} {image} is not an image of at most {CHANNELS} channels"
     if conv.attributes.expect(Conv2d).groups != 1:
         return f"{conv.name} is grouped; only a convolution with groups=1 reads the image itself"
     kept = (image.dtype, graph.spec(graph.own_inputs(conv)[1]).dtype, torch.float32)
@@ -159,7 +160,7 @@ def _normalisation(graph: Graph, entrance: Entrance) -> Normalisation | str:
         stages, operands = _stages(graph, node, entrance)
         for stage in stages:
             if stage.name not in AFFINE or (stage.name == "div" and stage.reverse):
-                return f"{stage} of {node.name} is no addition or multiplication of constants"
+                return f"{stage} of {node.name} is not an addition or multiplication of constants"
         for value in operands:
             if not broadcasts(graph.spec(value), one):
                 return f"{value} {graph.spec(value)} is not one number per channel"
@@ -308,12 +309,14 @@ def _costs(
     """What each alternative costs, and how to say that one costs more than another."""
     if on_gpu:
         status, times = estimate.times_us(graph, alternatives)
-        return times, partial(_slower, status, estimate.target_of(graph).name)
+        return times, partial(_slower, status, estimate.target_of(graph))
     return [float(len(each)) for each in alternatives], _more_kernels
 
 
-def _slower(status: str, machine: str, mine_us: float, rival: str, rival_us: float) -> str:
-    return f"{status} {mine_us:.1f} us, but {rival} {rival_us:.1f} us on {machine}"
+def _slower(status: str, target: Target, mine_us: float, rival: str, rival_us: float) -> str:
+    if target.is_emulated:
+        return f"{status} slower than {rival} on {target.compiled_as}"
+    return f"{status} {mine_us:.1f} us, but {rival} {rival_us:.1f} us on {target.name}"
 
 
 def _more_kernels(mine: float, rival: str, rivals: float) -> str:

@@ -138,7 +138,7 @@ class Machine(Registers):
         names = self.kernel.tables[str(instruction.operands[1])]
         index = self.getter(instruction.operands[0], "u32")(lanes)
         if (index >= len(names)).any():
-            raise self._fault(instruction, f"a branch to none of {len(names)} labels")
+            raise self._fault(instruction, f"a branch to a label outside its table of {len(names)}")
         return np.array([self.kernel.target(name, at) for name in names])[index]
 
     def _execute(self, instruction: Instruction, at: int, lanes: Lanes, active: Lanes) -> bool:

@@ -102,7 +102,7 @@ class Global:
             bad = int(at[~inside][0])
             raise FaultError(f"an access of {size} bytes outside every tensor{self._near(bad)}")
         if (at % size).any():
-            raise FaultError(f"an access of {size} bytes at an address that is no multiple")
+            raise FaultError(f"a misaligned access of {size} bytes")
         return at
 
     def is_writable(self, at: Array) -> Array:
@@ -133,7 +133,7 @@ class Global:
         """
         at = (address - np.uint64(BASE)).view(np.int64)
         if ((at < -FAR) | (at > self.bytes.size + FAR)).any():
-            raise FaultError("a copy, of nothing perhaps, from an address far from every tensor")
+            raise FaultError("a copy (perhaps of 0 bytes) from an address outside every tensor")
 
     def _near(self, at: int) -> str:
         """Where the position lies, from the memory that is nearest in front of it."""
@@ -208,7 +208,7 @@ class Shared:
             reached = int(at.max())
             raise FaultError(f"an access of {size} bytes at {reached} of {self.size} shared bytes")
         if (at % size).any():
-            raise FaultError(f"a shared access of {size} bytes at an address that is no multiple")
+            raise FaultError(f"a misaligned access of {size} shared bytes")
         return np.asarray(at + self.origin[lanes])
 
     def _grains(self, at: Array, size: int, lanes: Array) -> tuple[Array, Array, Array]:
@@ -293,7 +293,9 @@ class Shared:
         for warp in range(self.clocks.warps):
             read = self.read_time[places + warp * self.writer.size]
             if (self.clocks.known(rows, warp) < read).any():
-                raise FaultError("overwritten what another warp read since the last barrier")
+                raise FaultError(
+                    "shared memory is overwritten that another warp read since the last barrier"
+                )
 
     def start_copy(self, at: Array, size: int, lanes: Array) -> None:
         """An asynchronous copy begins: the places may change from now on."""

@@ -89,7 +89,7 @@ class Registers:
             try:
                 width = self.kernel.width(name)
             except KeyError:
-                raise UnsupportedPtxError(f"{name} is no register") from None
+                raise UnsupportedPtxError(f"{name} is not a register") from None
             filled = np.full(self.count * max(width // 8, 1), POISON, np.uint8)
             self.registers[name] = filled.view(UNSIGNED[width]) if width > 1 else filled != POISON
         return self.registers[name]

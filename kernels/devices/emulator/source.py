@@ -62,7 +62,7 @@ class Kernel:
     def width(self, register: str) -> int:
         """Bits of a register.
 
-        Raises: KeyError for a name that is no register.
+        Raises: KeyError for a name that is not a register.
         """
         known = self.registers.get(register)
         return known if known is not None else self.registers[register.rstrip("0123456789")]

@@ -51,7 +51,7 @@ class Stack:
             bad, whole = int(at[~inside][0]), sum(length for _, length in self.arrays)
             raise FaultError(f"an access of {size} bytes at {bad} of {whole} local bytes")
         if (at % size).any():
-            raise FaultError(f"a local access of {size} bytes at an address that is no multiple")
+            raise FaultError(f"a misaligned access of {size} local bytes")
         return np.asarray(at + lanes * self.size)
 
     def note_read(self, at: Array, size: int, lanes: Array) -> None:

@@ -111,7 +111,7 @@ class Boxes:
             maps = [self.maps.get(address) for address in which(lanes).tolist()]
             found = [each for each in maps if each is not None]
             if len(found) < len(maps):
-                raise FaultError("a box of what is no tensor map")
+                raise FaultError("a box of what is not a tensor map")
             return list(zip(found, starts.tolist(), strict=True))
 
         return boxes
@@ -133,7 +133,7 @@ class Boxes:
     def _places(self, found: TensorMap, start: int, lane: Array) -> Array:
         """Where the elements of a box lie in shared memory."""
         if start % 128:
-            raise FaultError("a box lies at a place that is no multiple of 128 bytes")
+            raise FaultError("a box lies at a place that is not a multiple of 128 bytes")
         size, count = found.tensor.element_size(), int(np.prod(found.box))
         at = swizzled(start + np.arange(count) * size, found.width)
         return self.machine.shared.locate(at, size, np.repeat(lane, count))

@@ -87,10 +87,10 @@ def rounded_tf32(value: Array) -> Array:
 def immediate(text: str, kind: str) -> Array:
     """A number of the source as an array of one value.
 
-    Raises: ValueError for what is no number.
+    Raises: ValueError for what is not a number.
     """
     if not NUMBER.fullmatch(text):
-        raise ValueError(f"{text} is no number")
+        raise ValueError(f"{text} is not a number")
     width = BITS[kind]
     if text[:2].lower() in ("0f", "0d"):
         raw = int(text[2:], 16)
