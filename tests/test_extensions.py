@@ -8,9 +8,9 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
-import tomllib
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -40,18 +40,14 @@ ME = ("me", "1.0")
 
 @pytest.fixture(scope="module")
 def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder that has of an installed package what pip writes beside its code."""
-    project = tomllib.loads((EXAMPLE / "pyproject.toml").read_text())["project"]
-    folder = tmp_path_factory.mktemp("site")
-    name, version = project["name"], project["version"]
-    info = folder / f"{name.replace('-', '_')}-{version}.dist-info"
-    info.mkdir()
-    info.joinpath("METADATA").write_text(
-        f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n"
+    """A folder that pip has installed the example into, without the network."""
+    source, folder = tmp_path_factory.mktemp("source") / "shift", tmp_path_factory.mktemp("site")
+    shutil.copytree(EXAMPLE, source)  # Building writes beside the code.
+    options = ("--no-deps", "--no-build-isolation", "--no-index", "--disable-pip-version-check")
+    subprocess.run(
+        [sys.executable, "-m", "pip", "install", "-q", *options, "--target", folder, source],
+        check=True,
     )
-    lines = [f"[{extensions.GROUP}]"]
-    lines += [f"{k} = {v}" for k, v in project["entry-points"][extensions.GROUP].items()]
-    info.joinpath("entry_points.txt").write_text("\n".join(lines) + "\n")
     return folder
 
 
@@ -59,7 +55,7 @@ def run(
     installed: Path, *arguments: str | Path, **environment: str
 ) -> subprocess.CompletedProcess[str]:
     """A Python that has the example installed."""
-    path = os.pathsep.join((str(installed), str(EXAMPLE), os.environ.get("PYTHONPATH", "")))
+    path = os.pathsep.join((str(installed), os.environ.get("PYTHONPATH", "")))
     return subprocess.run(
         [sys.executable, *map(str, arguments)],
         capture_output=True,
