@@ -133,6 +133,63 @@ def test_the_code_of_the_page_runs(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
 
 
+POOL = """
+from dataclasses import replace
+
+import torch
+import torch.nn.functional as F
+from convloom import Extension
+from convloom.compiler.fusion.conv_then import ConvThen
+from convloom.kernels.fused import conv_pool
+from convloom.kernels.pooling import pool
+from convloom.kernels.pooling.pool_window import MaxPool2d
+
+@torch.library.custom_op("own::pool", mutates_args=())
+def own_pool(x: torch.Tensor) -> torch.Tensor:
+    return F.max_pool2d(x, 2)
+
+@own_pool.register_fake
+def _(x):
+    return F.max_pool2d(x, 2)
+
+class OwnPool(MaxPool2d):
+    pass
+
+def capture(g, a):
+    return g.apply("own_pool", (a.x,), OwnPool((2, 2), (2, 2)))
+
+OP = replace(pool.OPS[0], name="own_pool", attributes=OwnPool, aten={"own.pool.default": capture})
+THEN = ConvThen(
+    "conv_pool", "own-pool", ("own_pool",), conv_pool.ConvPool, conv_pool.unsupported
+)
+EXTENSION = Extension("own-pool", "1.0", ops=(OP,), fusions=THEN.rules())
+"""
+POOLED = """
+import convloom
+import torch
+convloom.register("own_pool:EXTENSION")
+from own_pool import own_pool
+
+class Net(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv = torch.nn.Conv2d(3, 8, 3, padding=1)
+    def forward(self, x):
+        return own_pool(self.conv(x))
+
+net, x = Net().eval(), torch.randn(1, 3, 8, 8)
+exe = convloom.compile(net, (x,), target="reference")
+torch.testing.assert_close(exe(x), net(x))
+assert "own-pool  own_pool(conv2d(x, w)) => conv_pool(x, w)" in exe.explain()
+"""
+
+
+def test_what_follows_a_convolution_is_declared_with_a_plain_import(tmp_path: Path) -> None:
+    tmp_path.joinpath("own_pool.py").write_text(POOL)
+    done = run(tmp_path, "-c", POOLED)
+    assert done.returncode == 0, done.stderr
+
+
 @pytest.fixture(scope="module")
 def told(installed: Path) -> dict[str, Any]:
     """What a process with the extension made of a network."""
