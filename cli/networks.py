@@ -184,8 +184,9 @@ def _from_library(name: str, weights: str | None) -> Network:
         model, shape = foreign.named(name)
     except ImportError as error:
         library = name.partition("/")[0]
+        lacking = (error.name or library).partition(".")[0]  # timm takes torchvision.
         raise InvalidInputError(
-            f"{name}: {library} cannot be imported ({error}); pip install {library}"
+            f"{name}: {library} cannot be imported ({error}); pip install {lacking}"
         ) from error
     example = () if shape is None else (torch.zeros(1, *shape),)
     return Network(name, _with_weights(model, weights), example, is_random=weights is None)
