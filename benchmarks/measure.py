@@ -15,6 +15,7 @@ import torch
 from convloom import zoo
 from convloom.compiler.artifact.load import LoadedExecutable
 from convloom.compiler.evaluation.evaluate import evaluate
+from convloom.compiler.graph.interface import Interface
 from convloom.compiler.graph.ir import Graph
 from convloom.compiler.plan.plan import KernelStep, Plan
 from convloom.errors import ConvloomError, InvalidInputError, TargetUnavailableError
@@ -24,7 +25,7 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from .bounds import BOUNDS
-from .devices import Cpu, Cuda, Device, Sample
+from .devices import Cpu, Cuda, Device, Sample, channels_last
 from .machine_info import git_hash
 from .peers import OURS, Absentee, Entrant, check_names, enter, one_line, ours, peer
 
@@ -135,39 +136,44 @@ class Row:
 
 @dataclass(frozen=True)
 class Other:
-    """A model that is not of the zoo. input_shape: of one sample of its only input. ready, plan,
-    dtype: of a saved executable; its model is then what its graph computes."""
+    """A model that is not of the zoo, as a function of tensors. tensors: those of a batch. ready,
+    plan, dtype: of a saved executable; its model is then what its graph computes."""
 
     model: nn.Module
-    input_shape: tuple[int, ...]
+    tensors: Callable[[int], Sequence[torch.Tensor]]
     ready: LoadedExecutable | None = None
     plan: Plan | None = None
     dtype: torch.dtype | None = None
 
 
-class OneInput(nn.Module):
-    """A model as a function of the only tensor among its arguments and keywords."""
+class OfTensors(nn.Module):
+    """A model as a function of the tensors among its arguments and keywords."""
 
     def __init__(self, model: nn.Module, example: tuple[tuple[Any, ...], dict[str, Any]]) -> None:
         super().__init__()
-        self.model, self.example = model, example
+        self.model = model
+        self.leaves, self.structure = pytree.tree_flatten(example)
 
-    def forward(self, x: torch.Tensor) -> Any:
-        arguments, keywords = pytree.tree_map_only(torch.Tensor, lambda _: x, self.example)
+    def forward(self, *xs: torch.Tensor) -> Any:
+        given = iter(xs)
+        leaves = [next(given) if torch.is_tensor(leaf) else leaf for leaf in self.leaves]
+        arguments, keywords = pytree.tree_unflatten(leaves, self.structure)
         return self.model(*arguments, **keywords)
 
 
 class GraphModule(nn.Module):
-    """A graph by torch ops, in fp64 for inputs of that type."""
+    """A saved graph by torch ops, in fp64 once `double` has been called."""
 
-    def __init__(self, graph: Graph) -> None:
+    def __init__(self, graph: Graph, interface: Interface) -> None:
         super().__init__()
-        self.graph = graph
+        self.graph, self.interface = graph, interface
+        self.register_buffer("kind", torch.zeros(()))
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        dtype = torch.float64 if x.dtype is torch.float64 else None
-        values = evaluate(self.graph, [x.cpu()], dtype)
-        return values[self.graph.outputs()[0]].to(x.device)
+    def forward(self, *xs: torch.Tensor) -> Any:
+        kind = self.get_buffer("kind").dtype
+        dtype = torch.float64 if kind is torch.float64 else None
+        values = evaluate(self.graph, [x.cpu() for x in xs], dtype)
+        return self.interface.unflatten([values[y].to(xs[0].device) for y in self.graph.outputs()])
 
 
 def check(names: Sequence[str], choices: Choices, others: Mapping[str, Other] = {}) -> None:
@@ -246,14 +252,14 @@ def _measured(
     tell: Callable[[str], None],
     other: Other | None,
 ) -> Row:
-    model, x = subject(name, batch, choices.dtype, device.place, other)
+    model, xs = subject(name, batch, choices.dtype, device.place, other)
     ready = None if other is None else other.ready
     prepare: dict[str, Callable[[], Entrant]] = {
         OURS: partial(
-            ours, model, x, device, choices.target, choices.tuning, choices.precision, ready
+            ours, model, xs, device, choices.target, choices.tuning, choices.precision, ready
         ),
         **{
-            each: partial(peer, each, model if ready is None else None, x, device)
+            each: partial(peer, each, model if ready is None else None, xs, device)
             for each in choices.against
         },
     }
@@ -262,7 +268,7 @@ def _measured(
         tell(f"{name}, batch {batch}: preparing {each}")
         field.append(enter(each, make, device))
     tell(f"{name}, batch {batch}: errors")
-    errors = Errors(model, x)
+    errors = Errors(model, xs)
     checked = [
         (each, *(errors.of(each) if isinstance(each, Entrant) else (None, None))) for each in field
     ]
@@ -276,14 +282,7 @@ def _measured(
     plan = first.executable.plan if isinstance(first, Entrant) and first.executable else None
     plan = plan if ready is None or other is None else other.plan
     row = Row(
-        name,
-        batch,
-        choices.kind,
-        choices.target,
-        device.name,
-        results,
-        choices.tuning,
-        git_hash(),
+        name, batch, choices.kind, choices.target, device.name, results, choices.tuning, git_hash()
     )
     row = row if plan is None else _with_plan(row, plan, choices.dtype)
     field.clear()
@@ -293,22 +292,21 @@ def _measured(
 
 
 def subject(
-    name: str,
-    batch: int,
-    dtype: torch.dtype,
-    place: torch.device,
-    other: Other | None = None,
-) -> tuple[nn.Module, torch.Tensor]:
-    """The zoo model with seeded weights, or a copy of another model, and an input, an image in
-    channels_last, both in the dtype."""
+    name: str, batch: int, dtype: torch.dtype, place: torch.device, other: Other | None = None
+) -> tuple[nn.Module, tuple[torch.Tensor, ...]]:
+    """The zoo model with seeded weights, or a copy of another model, and its tensors: floats in the
+    dtype, images in channels_last, and of whole numbers and masks zeros and ones, which are valid
+    as indices too."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(SEED)
         model = zoo.build(name).eval() if other is None else copy.deepcopy(other.model)
-        shape = zoo.entry(name).input_shape if other is None else other.input_shape
-        x = torch.randn(batch, *shape).to(place, dtype)
-    if x.dim() == 4:
-        x = x.contiguous(memory_format=torch.channels_last)
-    return model.to(place, dtype), x
+        own = (batch, *zoo.entry(name).input_shape) if other is None else ()
+        xs = [torch.zeros(own)] if other is None else other.tensors(batch)
+        drawn = [
+            torch.randn(x.shape).to(dtype) if x.is_floating_point() else torch.randint_like(x, 2)
+            for x in xs
+        ]
+    return model.to(place, dtype), tuple(channels_last(x.to(place)) for x in drawn)
 
 
 # Errors.
@@ -317,14 +315,17 @@ def subject(
 class Errors:
     """Measures contenders against the model in fp64, on the first images of the batch."""
 
-    def __init__(self, model: nn.Module, x: torch.Tensor) -> None:
-        self._count = min(CHECKED_IMAGES, x.shape[0])
+    def __init__(self, model: nn.Module, xs: Sequence[torch.Tensor]) -> None:
         self._reason: str | None = None
         with torch.no_grad():
             try:
-                x = x[: self._count]
-                self._eager = model(x)
-                self._exact = copy.deepcopy(model).double()(x.double())
+                given = [x[:CHECKED_IMAGES] for x in xs] if len(xs) == 1 and xs[0].dim() else xs
+                self._eager = _tensors(model(*given))
+                if any(y.shape[:1] != given[0].shape[:1] for y in self._eager):  # No batch.
+                    given, self._eager = xs, _tensors(model(*xs))
+                exact = copy.deepcopy(model).double()
+                doubled = (x.double() if x.is_floating_point() else x for x in given)
+                self._exact = _tensors(exact(*doubled))
             except (RuntimeError, NotImplementedError) as error:
                 self._reason = f"fp64 cannot be evaluated: {one_line(error)}"
 
@@ -333,15 +334,24 @@ class Errors:
         if self._reason is not None:
             return None, None
         try:
-            result = entrant.call()
+            results = _tensors(entrant.call())
         except (RuntimeError, ConvloomError) as failure:
             return None, one_line(failure)
-        if tuple(result.shape[1:]) != tuple(self._exact.shape[1:]) or not result.dim():
-            return None, f"shape {tuple(result.shape)}, expected {tuple(self._exact.shape)}"
-        result = result[: self._count]
-        rms = self._exact.square().mean().sqrt().clamp_min(1e-30)
-        error = ((result.double() - self._exact).abs().max() / rms).item()
-        return error, tolerance.compare(result, self._exact, self._eager, DEPTH)
+        if len(results) != len(self._exact):
+            return None, f"{len(results)} results, expected {len(self._exact)}"
+        errors, wrong = [], []
+        for result, exact, eager in zip(results, self._exact, self._eager, strict=True):
+            result = result[: len(exact)] if result.dim() and exact.dim() else result
+            if result.shape != exact.shape:
+                return None, f"shape {tuple(result.shape)}, expected {tuple(exact.shape)}"
+            rms = exact.double().square().mean().sqrt().clamp_min(1e-30)
+            errors.append(((result.double() - exact).abs().max() / rms).item())
+            wrong.append(tolerance.compare(result, exact, eager, DEPTH))
+        return max(errors), next(filter(None, wrong), None)
+
+
+def _tensors(result: Any) -> list[torch.Tensor]:
+    return [leaf for leaf in pytree.tree_leaves(result) if torch.is_tensor(leaf)]
 
 
 # Time.

@@ -5,8 +5,8 @@
     inductor           torch.compile with freezing, channels_last, recorded in a CUDA graph
     inductor-max       the same with max-autotune
 
-Every contender answers a call with a tensor of its own for an input that lies on the device
-already: what is recorded in a graph copies the input in and the result out, as convloom does. On
+Every contender answers a call with tensors of its own for inputs that lie on the device already:
+what is recorded in a graph copies the inputs in and the results out, as convloom does. On
 the CPU there are no graphs, and `eager-nhwc-graph` is not available.
 """
 
@@ -25,8 +25,9 @@ from convloom.compiler.artifact.load import LoadedExecutable
 from convloom.compiler.run.executable import Executable
 from convloom.errors import InvalidInputError, near_names
 from torch import nn
+from torch.utils import _pytree as pytree
 
-from .devices import Call, Device
+from .devices import Call, Device, channels_last
 
 OURS = "convloom"
 WARM_UP = 3
@@ -98,38 +99,33 @@ def check_names(names: Sequence[str]) -> None:
 
 
 def ours(
-    model: nn.Module,
-    x: torch.Tensor,
-    device: Device,
-    target: str,
-    tuning: str,
-    precision: str,
-    ready: LoadedExecutable | None = None,
-) -> Entrant:
+    model: nn.Module, xs: Sequence[torch.Tensor], device: Device, target: str, tuning: str,
+    precision: str, ready: LoadedExecutable | None = None,
+) -> Entrant:  # fmt: skip
     """convloom for a target that runs on the device; `ready` where it is compiled already.
 
     With tuning="search" the search is timed apart: the second compilation finds its records.
     """
     tuning_s = None
     if ready is not None:
-        arguments, keywords = ready.interface.placed([x])
+        arguments, keywords = ready.interface.placed(xs)
         ready(*arguments, **keywords)
         call, count = partial(ready, *arguments, **keywords), ready.summary["kernels"]
         return Entrant(OURS, call, 0.0, None, count, device.peak_mb())
     if tuning == "search":
         start = time.perf_counter()
-        convloom.compile(model, (x,), target=target, tuning="search", precision=precision)
+        convloom.compile(model, tuple(xs), target=target, tuning="search", precision=precision)
         tuning_s, tuning = time.perf_counter() - start, "records"
     start = time.perf_counter()
     options: dict[str, Any] = {"tuning": tuning, "precision": precision}
-    exe: Executable = convloom.compile(model, (x,), target=target, **options)
-    exe(x)
+    exe: Executable = convloom.compile(model, tuple(xs), target=target, **options)
+    exe(*xs)
     compile_s = time.perf_counter() - start
     summary = exe.summary
     launched = summary["kernels"] + summary["torch_fallbacks"]
     return Entrant(
         OURS,
-        lambda: exe(x),
+        lambda: exe(*xs),
         compile_s,
         tuning_s,
         launched if target != "reference" else None,
@@ -141,7 +137,7 @@ def ours(
 # Peers.
 
 
-def peer(name: str, model: nn.Module | None, x: torch.Tensor, device: Device) -> Entrant:
+def peer(name: str, model: nn.Module | None, xs: Sequence[torch.Tensor], device: Device) -> Entrant:
     """A peer by name, warmed up. model: None where a file is measured.
 
     Raises: UnavailableError where this machine has no such thing; anything it raises itself.
@@ -150,7 +146,7 @@ def peer(name: str, model: nn.Module | None, x: torch.Tensor, device: Device) ->
         raise UnavailableError("a saved executable holds no module that PyTorch could run")
     start = time.perf_counter()
     # Freezing and layouts change the module: each peer has its own.
-    call = PEERS[name](copy.deepcopy(model), x, device)
+    call = PEERS[name](copy.deepcopy(model), xs, device)
     for _ in range(WARM_UP):
         call()
     _synchronize(device)
@@ -164,85 +160,79 @@ def _synchronize(device: Device) -> None:
         torch.cuda.synchronize()
 
 
-def _eager(model: nn.Module, x: torch.Tensor, device: Device) -> Call:
-    x = x.contiguous()
+def _eager(model: nn.Module, xs: Sequence[torch.Tensor], device: Device) -> Call:
+    return _without_gradients(model, [x.contiguous() for x in xs])
 
+
+def _without_gradients(model: Callable[..., Any], xs: Sequence[torch.Tensor]) -> Call:
     def call() -> Any:
         with torch.no_grad():
-            return model(x)
+            return model(*xs)
 
     return call
 
 
-def _eager_graph(model: nn.Module, x: torch.Tensor, device: Device) -> Call:
+def _eager_graph(model: nn.Module, xs: Sequence[torch.Tensor], device: Device) -> Call:
     if device.kind != "cuda":
         raise UnavailableError("CUDA graphs need a GPU")
     torch.backends.cudnn.benchmark = True
-    model, x = _channels_last(model, x)
-    return _graphed(model, x)
+    model, xs = _in_channels_last(model, xs)
+    return _graphed(model, xs)
 
 
-def _inductor(model: nn.Module, x: torch.Tensor, device: Device, mode: str | None) -> Call:
+def _inductor(
+    model: nn.Module, xs: Sequence[torch.Tensor], device: Device, mode: str | None
+) -> Call:
     try:
         from torch._inductor import config
     except ImportError as error:
         raise UnavailableError(f"not installed: {error}") from error
     torch._dynamo.reset()
     torch.backends.cudnn.benchmark = True
-    model, x = _channels_last(model, x)
+    model, xs = _in_channels_last(model, xs)
     # With its own graphs off: all contenders are recorded in the same way, by `_graphed`.
     compiled = torch.compile(model, mode=mode)
     with config.patch(freezing=True), torch.no_grad():
         for _ in range(WARM_UP):
-            compiled(x)
+            compiled(*xs)
     if device.kind == "cuda":
-        return _graphed(compiled, x)
-
-    def call() -> Any:
-        with torch.no_grad():
-            return compiled(x)
-
-    return call
+        return _graphed(compiled, xs)
+    return _without_gradients(compiled, xs)
 
 
-def _inductor_default(model: nn.Module, x: torch.Tensor, device: Device) -> Call:
-    return _inductor(model, x, device, None)
-
-
-def _inductor_max(model: nn.Module, x: torch.Tensor, device: Device) -> Call:
-    return _inductor(model, x, device, "max-autotune-no-cudagraphs")
-
-
-def _channels_last(model: nn.Module, x: torch.Tensor) -> tuple[nn.Module, torch.Tensor]:
+def _in_channels_last(
+    model: nn.Module, xs: Sequence[torch.Tensor]
+) -> tuple[nn.Module, Sequence[torch.Tensor]]:
     made: nn.Module = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    return made, x.contiguous(memory_format=torch.channels_last)
+    return made, [*map(channels_last, xs)]
 
 
-def _graphed(model: Callable[[torch.Tensor], Any], x: torch.Tensor) -> Call:
-    """The model recorded in a CUDA graph: input copied in, result copied out."""
-    static = x.clone()
+def _graphed(model: Callable[..., Any], xs: Sequence[torch.Tensor]) -> Call:
+    """The model recorded in a CUDA graph: inputs copied in, results copied out."""
+    static = [x.clone() for x in xs]
     stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
     stream.wait_stream(torch.cuda.current_stream())
     with torch.no_grad(), torch.cuda.stream(stream):
         for _ in range(WARM_UP):
-            model(static)
+            model(*static)
     torch.cuda.current_stream().wait_stream(stream)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.no_grad(), torch.cuda.graph(graph):
-        result = model(static)
+        result = model(*static)
 
     def call() -> Any:
-        static.copy_(x)
+        for own, x in zip(static, xs, strict=True):
+            own.copy_(x)
         graph.replay()
-        return result.clone()
+        return pytree.tree_map_only(torch.Tensor, torch.clone, result)
 
     return call
 
 
-PEERS: dict[str, Callable[[nn.Module, torch.Tensor, Device], Call]] = {
+PEERS: dict[str, Callable[[nn.Module, Sequence[torch.Tensor], Device], Call]] = {
     "eager": _eager,
     "eager-nhwc-graph": _eager_graph,
-    "inductor": _inductor_default,
-    "inductor-max": _inductor_max,
+    "inductor": partial(_inductor, mode=None),
+    "inductor-max": partial(_inductor, mode="max-autotune-no-cudagraphs"),
 }

@@ -75,6 +75,7 @@ def _constant(value: Any) -> Callable[..., Any]:
 ANSWERS: dict[str, Callable[..., Any]] = {
     "is_available": _constant(True),
     "is_initialized": _constant(False),
+    "is_current_stream_capturing": _constant(False),
     "_is_compiled": _constant(True),
     "_lazy_init": _constant(None),
     "_exchange_device": _constant(0),

@@ -4,28 +4,28 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .. import zoo
 from ..benchmarks.options import MODELS, add_options
-from ..errors import InvalidInputError
 from . import files, networks, output
 from . import options as shared
 
 if TYPE_CHECKING:
-    import torch
     from rich.table import Table
 
     from ..benchmarks.measure import Other, Row
-    from ..kernels.contract.spec import TensorSpec
 
 
 def configure(commands: shared.SubParsers) -> None:
     parser = shared.command(
-        commands, run, "bench", help="time models against PyTorch and torch.compile",
+        commands,
+        run,
+        "bench",
+        help="time models against PyTorch and torch.compile",
         description="Times models on this machine's GPU against peers that are set up at their "
         "best, all in turns: median and spread with a cold and a warm L2 cache, images per second, "
         "the ratio to each peer, the share of what the hardware allows, memory, compile time, and "
@@ -65,32 +65,22 @@ def run(options: argparse.Namespace) -> int:
 
 def _other(name: str, options: argparse.Namespace) -> Other:
     """What is measured under a name that is no model of the zoo."""
-    from ..benchmarks.measure import GraphModule, OneInput, Other
+    import torch
+
+    from ..benchmarks.measure import GraphModule, OfTensors, Other
 
     if not shared.is_file(name):
         network = networks.find(name, options)
-        shape, dtype = _only(name, network.tensors())
-        arguments, keywords = example = network.example()
-        # Whatever else it takes is constant.
-        is_plain = len(arguments) == 1 and not keywords
-        return Other(network.model if is_plain else OneInput(network.model, example), shape)
+        is_plain = not network.keywords and all(map(torch.is_tensor, network.arguments))
+        model = network.model if is_plain else OfTensors(network.model, network.example())
+        return Other(model, network.tensors)
     executable, *_ = files.loaded(shared.changed(options, name=name))
-    shape, dtype = _only(name, [port.spec for port in executable.inputs])
     planned = files.replanned(executable.artifact, executable.plan)
-    return Other(GraphModule(planned.graph), shape, executable, planned.plan, dtype)
-
-
-def _only(
-    name: str, given: Sequence[torch.Tensor | TensorSpec]
-) -> tuple[tuple[int, ...], torch.dtype]:
-    """The shape of a sample of the only tensor that a network takes, and its dtype."""
-    if len(given) != 1 or not given[0].dtype.is_floating_point:
-        kinds = ", ".join(str(each.dtype) for each in given)
-        raise InvalidInputError(
-            f"bench {name}: expected a network of one tensor of floats, it takes {len(given)} "
-            f"({kinds})"
-        )
-    return tuple(given[0].shape[1:]), given[0].dtype
+    given = [port.spec for port in executable.inputs]
+    example = tuple(torch.zeros(spec.shape, dtype=spec.dtype) for spec in given)
+    saved = networks.Network(name, GraphModule(planned.graph, executable.interface), example)
+    floats = [spec.dtype for spec in given if spec.dtype.is_floating_point]
+    return Other(saved.model, saved.tensors, executable, planned.plan, *floats[:1])
 
 
 @contextmanager

@@ -8,7 +8,7 @@ import importlib
 import importlib.util
 import sys
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -184,8 +184,9 @@ def _from_library(name: str, weights: str | None) -> Network:
         model, shape = foreign.named(name)
     except ImportError as error:
         library = name.partition("/")[0]
+        lacking = (error.name or library).partition(".")[0]  # timm takes torchvision.
         raise InvalidInputError(
-            f"{name}: {library} cannot be imported ({error}); pip install {library}"
+            f"{name}: {library} cannot be imported ({error}); pip install {lacking}"
         ) from error
     example = () if shape is None else (torch.zeros(1, *shape),)
     return Network(name, _with_weights(model, weights), example, is_random=weights is None)
@@ -203,6 +204,21 @@ def made(shapes: list[tuple[tuple[int, ...], str]] | None) -> Iterator[torch.Ten
 
     for shape, dtype in shapes or ():
         yield torch.zeros(shape, dtype=getattr(torch, dtype))
+
+
+def drawn(examples: Iterable[torch.Tensor]) -> tuple[torch.Tensor, ...]:
+    """Tensors like the examples, always the same: normally distributed floats, bytes, masks."""
+    import torch
+
+    generator = torch.Generator().manual_seed(SEED)
+
+    def one(x: torch.Tensor) -> torch.Tensor:
+        if x.is_floating_point():
+            return torch.randn(x.shape, generator=generator).to(x)
+        highest = 1 if x.dtype is torch.bool else 255
+        return torch.randint(highest + 1, x.shape, generator=generator).to(x)
+
+    return tuple(map(one, examples))
 
 
 def _sized(network: Network, shapes: list[tuple[tuple[int, ...], str]] | None) -> Network:

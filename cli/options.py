@@ -31,7 +31,7 @@ MODEL = (
 )
 SUFFIX = ".loom"
 MODEL_OR_FILE = f"{MODEL}; or a file that compile -o wrote (*{SUFFIX})"
-INPUT_DTYPES = ("float32", "float16", "bfloat16")
+INPUT_DTYPES = (*DTYPES, "uint8", "bool")
 
 
 class _Help(argparse.HelpFormatter):

@@ -72,11 +72,8 @@ def _profile(options: argparse.Namespace) -> Profile:
     with output.working(f"compiling {network.name}"):
         executable = models.compile_model(network, options, batch)
     x, keywords = models.placed(executable)
-    generator = torch.Generator().manual_seed(networks.SEED)
-    x = tuple(
-        torch.randn(each.shape, generator=generator).to(each) if torch.is_tensor(each) else each
-        for each in x
-    )
+    values = iter(networks.drawn(filter(torch.is_tensor, x)))
+    x = tuple(next(values) if torch.is_tensor(each) else each for each in x)
     with output.working(f"timing {network.name}"):
         return profile.measured(
             network.name, batch, executable, executable.plan, (x, keywords), options.repeats

@@ -49,15 +49,14 @@ def configure(commands: shared.SubParsers) -> None:
 
 @dataclass(frozen=True)
 class Subject:
-    """What is verified, on batches of inputs of these shapes. steps: the errors of its steps, from
-    inputs, if they can be watched;
-    entry: says how images become inputs, where they can; passes: what became of
-    the network, where that was watched."""
+    """What is verified, on batches of inputs like the examples. steps: the errors of its steps,
+    from inputs, if they can be watched; entry: says how images become inputs, where they can;
+    passes: what became of the network, where that was watched."""
 
     name: str
     target: str
     batch: int
-    shapes: Sequence[tuple[int, ...]]
+    examples: Sequence[torch.Tensor]
     call: Executable | LoadedExecutable
     truth: Truth
     dtype: torch.dtype
@@ -137,14 +136,16 @@ def _first_wrong_layer(steps: list[Step]) -> list[str]:
 
 
 def _model(options: argparse.Namespace) -> Subject:
+    import torch
+
     from ..compiler.evaluation.validate import Validation
     from ..compiler.run import parity
 
     target = shared.target(options)
     network = networks.find(options.name, options, options.weights)
-    model, shapes = network.model, [tuple(x.shape) for x in network.tensors(options.batch)]
-    x = _normal(shapes)
-    validation = Validation([each.double() for each in x], strict=False)
+    model, examples = network.model, network.tensors(options.batch)
+    x = networks.drawn(examples)
+    validation = Validation(parity.as_numbers(x, torch.float64), strict=False)
     with output.working(f"compiling {network.name} for {target}"):
         executable = models.compile_for(network, options.batch, options, validation=validation)
     dtype = parity.dtype_of(executable.graph)
@@ -156,15 +157,17 @@ def _model(options: argparse.Namespace) -> Subject:
         return list(parity.layer_parity(executable, validation, layers, x, dtype))
 
     return Subject(
-        name=network.name, target=target, batch=network.batch(options.batch), shapes=shapes,
+        name=network.name, target=target, batch=network.batch(options.batch), examples=examples,
         call=executable, truth=parity.truth_of_module(model, dtype, placed), dtype=dtype,
         depth=parity.depth_of(executable.graph), steps=steps if executable.has_steps else None,
-        entry=network.pictured("verify") if list(map(len, shapes)) == [4] else network.entry,
+        entry=network.pictured("verify") if [x.dim() for x in examples] == [4] else network.entry,
         passes=tuple(validation.checks),
     )
 
 
 def _file(options: argparse.Namespace) -> Subject:
+    import torch
+
     from ..compiler.artifact.load import load
     from ..compiler.run import parity
 
@@ -187,8 +190,8 @@ def _file(options: argparse.Namespace) -> Subject:
     model = executable.artifact.document.model
     return Subject(
         name=options.name, target=target, batch=batch,
-        shapes=[port.spec.at(batch) if port.spec.batch else port.spec.shape
-                for port in executable.plan.inputs],
+        examples=[torch.zeros(spec.at(batch) if spec.batch else spec.shape, dtype=spec.dtype)
+                  for spec in (port.spec for port in executable.plan.inputs)],
         call=executable, truth=parity.truth_of_graph(graph), dtype=parity.dtype_of(graph),
         depth=parity.depth_of(graph),
         steps=steps if watched is not None else None,
@@ -198,14 +201,7 @@ def _file(options: argparse.Namespace) -> Subject:
 
 def _random(subject: Subject) -> Iterator[tuple[torch.Tensor, ...]]:
     """One batch of normally distributed numbers, always the same."""
-    yield _normal(subject.shapes)
-
-
-def _normal(shapes: Sequence[tuple[int, ...]]) -> tuple[torch.Tensor, ...]:
-    import torch
-
-    generator = torch.Generator().manual_seed(networks.SEED)
-    return tuple(torch.randn(shape, generator=generator) for shape in shapes)
+    yield networks.drawn(subject.examples)
 
 
 def _images(options: argparse.Namespace, subject: Subject) -> Iterator[tuple[torch.Tensor, ...]]:

@@ -26,7 +26,7 @@ import weakref
 from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import compress
-from operator import itemgetter
+from operator import attrgetter, itemgetter
 from typing import Any
 
 import torch
@@ -60,6 +60,8 @@ LARGEST_WHOLE_RANGE = 1024
 KINDS = (WEIGHT, INPUT, SIZE, NUMBER) = ("weight", "input", "size", "number")
 """What a graph takes: tensors of modules, tensors of the caller, symbolic sizes, and Python's
 floating-point numbers, which TorchDynamo passes as tensors."""
+
+_VERSION = attrgetter("_version")
 
 _made: list[weakref.ref[Executable]] = []
 
@@ -144,8 +146,8 @@ class CompiledGraph:
                 self._executables.clear()
                 # They are held, so that no other tensor can have their addresses.
                 self._weights = weights
-                self._addresses = [weight.data_ptr() for weight in weights]
-                self._versions = [weight._version for weight in weights]
+                self._addresses = list(map(torch.Tensor.data_ptr, weights))
+                self._versions = list(map(_VERSION, weights))
             if key not in self._executables and not self._eager:
                 key = self._add(key, arguments)
             return self._executables.get(key)
@@ -154,7 +156,7 @@ class CompiledGraph:
         """Whether the weights are those that were compiled, and hold what they held."""
         return (
             list(map(torch.Tensor.data_ptr, weights)) == self._addresses
-            and [weight._version for weight in weights] == self._versions
+            and list(map(_VERSION, weights)) == self._versions
         )
 
     def _key(self, arguments: Sequence[Any]) -> Any:

@@ -167,9 +167,7 @@ def test_contenders_take_turns() -> None:
         "convloom", "eager", "inductor", "eager", "inductor", "convloom",
         "inductor", "convloom", "eager",
     ]  # fmt: skip
-    found = {
-        name: measure._result(entrant(name), 1e-3, None, rounds, 8) for name in device.times
-    }
+    found = {name: measure._result(entrant(name), 1e-3, None, rounds, 8) for name in device.times}
     assert found["convloom"].ratio is None and found["eager"].ratio == 2.0
     assert found["inductor"].ratio == 0.5 and found["inductor"].warm_us == 2.5
     assert found["convloom"].images_per_s == pytest.approx(8e5)
@@ -213,7 +211,7 @@ def test_a_contender_that_cannot_start_says_why(error: Exception, status: str) -
 
 
 def test_a_peer_that_fails_is_a_column_that_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    def missing(model: nn.Module, x: torch.Tensor, device: devices.Device) -> devices.Call:
+    def missing(model: nn.Module, xs: Any, device: devices.Device) -> devices.Call:
         raise UnavailableError("not installed: No module named 'torch._inductor'")
 
     monkeypatch.setitem(peers.PEERS, "inductor", missing)
@@ -229,7 +227,7 @@ def test_an_uninstalled_inductor(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "torch._inductor", None)
     found = peers.enter(
         "inductor",
-        lambda: peers.peer("inductor", nn.Identity(), torch.zeros(1, 1, 2, 2), devices.Cpu()),
+        lambda: peers.peer("inductor", nn.Identity(), [torch.zeros(1, 1, 2, 2)], devices.Cpu()),
         devices.Cpu(),
     )
     assert isinstance(found, Absentee) and found.reason.startswith("not installed")
@@ -247,14 +245,15 @@ def test_a_failure_of_ours_is_a_loss(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_wrong_results_are_told() -> None:
-    model, x = measure.subject("lenet5", 2, torch.float32, torch.device("cpu"))
-    errors = measure.Errors(model, x)
+    model, (x,) = measure.subject("lenet5", 2, torch.float32, torch.device("cpu"))
+    errors = measure.Errors(model, (x,))
     with torch.no_grad():
         right = model(x)
     assert errors.of(entrant("a", lambda: right)) == (pytest.approx(0, abs=1e-5), None)
     error, reason = errors.of(entrant("b", lambda: right + 1))
     assert error > 0.1 and "elements off" in str(reason)
     assert errors.of(entrant("c", lambda: torch.zeros(())))[1] == "shape (), expected (2, 10)"
+    assert errors.of(entrant("c", lambda: [right, right]))[1] == "2 results, expected 1"
 
     def failing() -> torch.Tensor:
         raise RuntimeError("an illegal memory access")
@@ -409,7 +408,7 @@ def test_profiling_what_is_not_there(
 
 def test_an_executable_survives_running_out_of_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     """The call fails with a clear error and keeps nothing; the next one works."""
-    model, x = measure.subject("mlp", 2, torch.float32, torch.device("cpu"))
+    model, (x,) = measure.subject("mlp", 2, torch.float32, torch.device("cpu"))
     exe = convloom.compile(model, (x,), target="interpreter")
     real = torch.empty
 

@@ -26,12 +26,15 @@ def one_layer(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
 
 
 def test_inductors_kernels_as_counted_by_hand(one_layer: dict[str, int]) -> None:
-    """The library's convolution, then bias and ReLU; as a template one kernel."""
+    """The library's convolution, then bias and ReLU; as a template one kernel, or since torch 2.14
+    two: Inductor then says that the template lays its result out otherwise than ReLU reads it."""
     x, w, b, y = one_layer.values()
     count = boundaries.CONTENDERS["Inductor"]("", 2)
-    assert count == (2, 2 * ((x + w + y) + (y + b + y)))
+    apart = (2, 2 * ((x + w + y) + (y + b + y)))
+    assert count == apart
     count = boundaries.CONTENDERS["Inductor, all templates"]("", 2)
-    assert count == (1, 2 * (x + w + b + y))
+    is_older = tuple(map(int, torch.__version__.split(".")[:2])) < (2, 14)
+    assert count == ((1, 2 * (x + w + b + y)) if is_older else apart)
 
 
 def test_our_kernels_are_those_of_the_plan(one_layer: dict[str, int]) -> None:

@@ -8,9 +8,9 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
-import tomllib
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -40,18 +40,14 @@ ME = ("me", "1.0")
 
 @pytest.fixture(scope="module")
 def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder that has of an installed package what pip writes beside its code."""
-    project = tomllib.loads((EXAMPLE / "pyproject.toml").read_text())["project"]
-    folder = tmp_path_factory.mktemp("site")
-    name, version = project["name"], project["version"]
-    info = folder / f"{name.replace('-', '_')}-{version}.dist-info"
-    info.mkdir()
-    info.joinpath("METADATA").write_text(
-        f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n"
+    """A folder that pip has installed the example into, without the network."""
+    source, folder = tmp_path_factory.mktemp("source") / "shift", tmp_path_factory.mktemp("site")
+    shutil.copytree(EXAMPLE, source)  # Building writes beside the code.
+    options = ("--no-deps", "--no-build-isolation", "--no-index", "--disable-pip-version-check")
+    subprocess.run(
+        [sys.executable, "-m", "pip", "install", "-q", *options, "--target", folder, source],
+        check=True,
     )
-    lines = [f"[{extensions.GROUP}]"]
-    lines += [f"{k} = {v}" for k, v in project["entry-points"][extensions.GROUP].items()]
-    info.joinpath("entry_points.txt").write_text("\n".join(lines) + "\n")
     return folder
 
 
@@ -59,7 +55,7 @@ def run(
     installed: Path, *arguments: str | Path, **environment: str
 ) -> subprocess.CompletedProcess[str]:
     """A Python that has the example installed."""
-    path = os.pathsep.join((str(installed), str(EXAMPLE), os.environ.get("PYTHONPATH", "")))
+    path = os.pathsep.join((str(installed), os.environ.get("PYTHONPATH", "")))
     return subprocess.run(
         [sys.executable, *map(str, arguments)],
         capture_output=True,
@@ -134,6 +130,61 @@ def test_the_code_of_the_page_runs(tmp_path: Path) -> None:
         tmp_path.joinpath(name).write_text(code)
     imports = "\n".join(f"import {name.removesuffix('.py')}" for name in names)
     done = run(tmp_path, "-c", imports)
+    assert done.returncode == 0, done.stderr
+
+
+POOL = """
+from dataclasses import replace
+
+import torch
+import torch.nn.functional as F
+from convloom import Extension
+from convloom.compiler.fusion.conv_then import conv_then
+from convloom.kernels.fused import conv_pool
+from convloom.kernels.pooling import pool
+from convloom.kernels.pooling.pool_window import MaxPool2d
+
+@torch.library.custom_op("own::pool", mutates_args=())
+def own_pool(x: torch.Tensor) -> torch.Tensor:
+    return F.max_pool2d(x, 2)
+
+@own_pool.register_fake
+def _(x):
+    return F.max_pool2d(x, 2)
+
+class OwnPool(MaxPool2d):
+    pass
+
+def capture(g, a):
+    return g.apply("own_pool", (a.x,), OwnPool((2, 2), (2, 2)))
+
+OP = replace(pool.OPS[0], name="own_pool", attributes=OwnPool, aten={"own.pool.default": capture})
+THEN = conv_then(conv_pool.OP, "own-pool", ("own_pool",), conv_pool.ConvPool)
+EXTENSION = Extension("own-pool", "1.0", ops=(OP,), fusions=THEN.rules)
+"""
+POOLED = """
+import convloom
+import torch
+convloom.register("own_pool:EXTENSION")
+from own_pool import own_pool
+
+class Net(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv = torch.nn.Conv2d(3, 8, 3, padding=1)
+    def forward(self, x):
+        return own_pool(self.conv(x))
+
+net, x = Net().eval(), torch.randn(1, 3, 8, 8)
+exe = convloom.compile(net, (x,), target="reference")
+torch.testing.assert_close(exe(x), net(x))
+assert "own-pool  own_pool(conv2d(x, w)) => conv_pool(x, w)" in exe.explain()
+"""
+
+
+def test_what_follows_a_convolution_is_declared_with_a_plain_import(tmp_path: Path) -> None:
+    tmp_path.joinpath("own_pool.py").write_text(POOL)
+    done = run(tmp_path, "-c", POOLED)
     assert done.returncode == 0, done.stderr
 
 

@@ -1,4 +1,5 @@
-"""ONNX files with If, whose condition must be a constant; and how much memory reading takes."""
+"""ONNX files with If, whose condition is a constant or one of sizes; and how much memory reading
+takes."""
 
 from __future__ import annotations
 
@@ -6,6 +7,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+import convloom
 import numpy as np
 import pytest
 import torch
@@ -90,6 +92,42 @@ def test_another_condition_is_refused(tmp_path: Path) -> None:
     ]  # fmt: skip
     path = saved(tmp_path, nodes, zero=np.float32(0))
     with pytest.raises(CaptureError, match="If 'choice': its condition 'c' is computed from pix"):
+        load(path)
+
+
+@pytest.mark.parametrize("size", [3, 4])
+def test_a_condition_of_sizes_is_that_of_the_files_shapes(size: int, tmp_path: Path) -> None:
+    """Behind a layer; other inputs, for which it would be another, are refused."""
+    side = branch("a", [NODE("Relu", ["h"], ["v"])], "v")
+    other = branch("b", [NODE("Neg", ["h"], ["v"])], "v")
+    nodes = [
+        NODE("MatMul", ["x", "w"], ["h"]), NODE("Shape", ["h"], ["all"]),
+        NODE("Gather", ["all", "last"], ["columns"]), NODE("Equal", ["columns", "three"], ["c"]),
+        chosen("c", side, other, "y"),
+    ]  # fmt: skip
+    w = np.random.default_rng(0).normal(size=(3, size)).astype(np.float32)
+    path = saved(tmp_path, nodes, w=w, last=np.array(1), three=np.array(3))
+    x = np.random.default_rng(1).normal(size=(2, 3)).astype(np.float32)
+    (expected,) = runtime.InferenceSession(path).run(None, {"x": x})
+    exe = convloom.compile(path, target="interpreter")
+    torch.testing.assert_close(exe(torch.from_numpy(x)), torch.from_numpy(expected))
+
+
+def test_a_condition_of_other_sizes(tmp_path: Path) -> None:
+    side = branch("a", [NODE("Relu", ["x"], ["v"])], "v")
+    other = branch("b", [NODE("Neg", ["x"], ["v"])], "v")
+    nodes = [
+        NODE("Size", ["x"], ["n"]), NODE("Equal", ["n", "six"], ["c"]),
+        chosen("c", side, other, "y"),
+    ]  # fmt: skip
+    path = saved(tmp_path, nodes, six=np.array(6))
+    assert torch.equal(load(path)(torch.ones(3, 2)), torch.ones(3, 2))
+    with pytest.raises(CaptureError, match="If 'choice': its condition is another one for these"):
+        load(path)(torch.ones(4, 3))
+    model = onnx.load(path)
+    model.graph.input[0].type.tensor_type.shape.dim[1].dim_param = "columns"
+    onnx.save(model, path)
+    with pytest.raises(CaptureError, match=r"computed from sizes: input 'x' .* leaves columns op"):
         load(path)
 
 

@@ -224,6 +224,22 @@ def test_weights_that_change_are_seen() -> None:
     assert made_by(lambda: fast(x)) == []
 
 
+@torch._dynamo.config.patch(use_recursive_dict_tags_for_guards=True)
+def test_weights_that_change_are_seen_by_the_fast_guards_too() -> None:
+    """Those that docs/benchmarks.md recommends."""
+    model = nets.randomise(nn.Sequential(nn.Conv2d(3, 4, 3)))
+    fast, x, conv = faster(model), image(), model[0]
+    fast(x)
+    conv.weight.mul_(2)
+    same(fast(x), model(x))
+    conv.weight = nn.Parameter(conv.weight + 1)
+    same(fast(x), model(x))
+    conv.bias.data = torch.ones(4)
+    same(fast(x), model(x))
+    conv.stride = (2, 2)
+    same(fast(x), model(x))
+
+
 def test_gradients_are_left_to_torch() -> None:
     model, x = network(), image()
     fast = faster(model)

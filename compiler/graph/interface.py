@@ -105,6 +105,10 @@ class Interface:
         Raises: InvalidInputError where they are not structured as the example was, or a constant
         among them is another.
         """
+        # Most calls, for which there is nothing to take apart.
+        is_usual = self._is_flat and not keywords and len(inputs) == len(self.inputs)
+        if is_usual and all(isinstance(each, torch.Tensor) for each in inputs):
+            return list(inputs)
         arguments: Any = (tuple(inputs), {})
         if keywords or len(inputs) != len(self._example[0]):
             arguments = self._as_in_the_example(inputs, keywords or {})
@@ -134,6 +138,11 @@ class Interface:
             names, self.structure.arguments
         )
         return example
+
+    @cached_property
+    def _is_flat(self) -> bool:
+        """Whether the arguments of the example were tensors by position."""
+        return self._example == (tuple(port.name for port in self.inputs), {})
 
     @cached_property
     def _has_constants(self) -> bool:

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 from collections import Counter, deque
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ...errors import InvalidInputError, UnsupportedOpError
 from . import file, images, pointwise, shapes  # noqa: F401 (their operators enter the table)
 from .operator import OPERATORS, Call, Value
-
-IF = "If"
+from .shapes import IF
 
 
 def load(path: str | Path) -> OnnxModule:
@@ -55,7 +56,13 @@ class OnnxModule(nn.Module):
             node = waiting.popleft()
             call = Call(node.op, node.name, source.opset, node.attributes)
             if node.op == IF:
-                branch = _taken(call, node, arrays)
+                (name,) = node.inputs
+                condition = arrays.get(name)
+                if condition is None and name in sizes:
+                    condition = self._for_the_shapes_of_the_file(name, call, tensors)
+                    check = replace(call, attributes={"taken": bool(condition.all())})
+                    self.steps.append(_Step(check, node.inputs, (), sizes, arrays, tensors))
+                branch = _taken(call, node, condition)
                 _refuse_unknown(source.name, branch.nodes)
                 waiting.extendleft(reversed(branch.nodes))
                 made_arrays, made_tensors = _split(branch.constants)
@@ -123,6 +130,26 @@ class OnnxModule(nn.Module):
         results = [values[name] for name in self.outputs]
         return results[0] if len(results) == 1 else tuple(results)
 
+    def _for_the_shapes_of_the_file(
+        self, name: str, call: Call, tensors: Mapping[str, torch.Tensor]
+    ) -> Any:
+        """A value that the steps so far compute from sizes.
+
+        Raises: CaptureError where the file does not say the sizes.
+        """
+        with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
+            try:
+                inputs = self.example()
+            except InvalidInputError as error:
+                reason = f"its condition '{name}' is computed from sizes: {error}"
+                raise call.fail(reason) from error
+            given = zip((each.name for each in self.inputs), inputs, strict=True)
+            values: dict[str, Any] = {**tensors, **dict(given)}
+            for step in self.steps:
+                results = step(*(values.get(each) for each in step.inputs))
+                values.update(zip(step.outputs, _listed(results), strict=False))
+        return values[name]
+
     def _place_buffer(self, name: str, tensor: torch.Tensor) -> str:
         parent, leaf, path = self._parent(name)
         parent.register_buffer(leaf, tensor)
@@ -186,16 +213,15 @@ class _Step(nn.Module):
         return f"{self.call.op}, {', '.join(self.inputs)} -> {', '.join(self.outputs)}"
 
 
-def _taken(call: Call, node: file.Node, arrays: Mapping[str, Any]) -> file.Branch:
+def _taken(call: Call, node: file.Node, condition: Any) -> file.Branch:
     """The branch of an If whose condition is known, as nodes that may stand in its place.
 
     Raises: CaptureError where it is not.
     """
-    condition = arrays.get(node.inputs[0])
     if condition is None:
         raise call.fail(
-            f"its condition '{node.inputs[0]}' is computed from pixels or sizes; expected a "
-            "constant. Export the model for the case and the sizes that are meant"
+            f"its condition '{node.inputs[0]}' is computed from pixels; expected a constant, or "
+            "one of sizes. Export the model for the case that is meant"
         )
     branch: file.Branch = call.attributes["then_branch" if condition.all() else "else_branch"]
     own = {*branch.constants, *(name for each in branch.nodes for name in each.outputs)}
@@ -209,7 +235,7 @@ def _refuse_unknown(title: str, nodes: Sequence[file.Node]) -> None:
     """Every operator without a function, at once; of an If, those of the branch that is taken."""
     where: dict[str, list[str]] = {}
     for node in nodes:
-        if node.op not in (*OPERATORS, IF):
+        if node.op not in OPERATORS:
             where.setdefault(node.op, []).append(node.name)
     if not where:
         return

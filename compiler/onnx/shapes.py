@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from .file import DTYPES
 from .operator import Call, Value, as_tensor, of_arrays, operator
 
+IF = "If"
 MOST_ELEMENTS = 1 << 28
 """Of a constant that a file asks to be filled."""
 
@@ -96,6 +97,19 @@ def _cast_array(call: Call, x: Any) -> Any:
 
     return np.asarray(np.frompyfunc(convert, 1, 1)(x), object)
 
+
+@operator(IF)
+def choice(call: Call, condition: Any) -> Any:
+    """Only checks a condition: what it chooses stands in the place of the If already."""
+    if bool(condition.all()) != call.attributes["taken"]:
+        raise call.fail(
+            "its condition is another one for these inputs than for the shapes that the file says, "
+            "which it was read for; pass inputs of those shapes"
+        )
+    return ()
+
+
+of_arrays(IF)(choice)
 
 # Dimensions.
 
