@@ -393,5 +393,3 @@ def read(path: Path) -> dict[str, float]:
         return {}
     stored: dict[str, float] = json.loads(path.read_text())["measured"]
     return stored
-
-

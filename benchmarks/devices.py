@@ -114,9 +114,7 @@ class Cuda:
         properties: Any = torch.cuda.get_device_properties(self._place)
         self.name: str = properties.name
         cache_bytes = int(getattr(properties, "L2_cache_size", 0)) or (50 << 20)
-        self._flush = torch.empty(
-            FLUSH_FACTOR * cache_bytes, dtype=torch.uint8, device=self._place
-        )
+        self._flush = torch.empty(FLUSH_FACTOR * cache_bytes, dtype=torch.uint8, device=self._place)
         self._before = 0
 
     @property
@@ -165,9 +163,7 @@ class Cuda:
                 torch.cuda.synchronize()
         except (RuntimeError, AssertionError):  # Not allowed to: the contender can still be timed.
             return None
-        names = [
-            event.name for event in seen.events() if event.device_type.name == "CUDA"
-        ]
+        names = [event.name for event in seen.events() if event.device_type.name == "CUDA"]
         return sum(not name.startswith(("Memcpy", "Memset")) for name in names) or None
 
     def free(self) -> None:

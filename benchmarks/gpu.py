@@ -95,9 +95,7 @@ def _profiled(models: Sequence[str], batches: Sequence[str]) -> Iterator[tuple[s
             yield model, batch
 
 
-def _figures(
-    options: argparse.Namespace, output: Path, model: str, kind: str
-) -> Iterator[Stage]:
+def _figures(options: argparse.Namespace, output: Path, model: str, kind: str) -> Iterator[Stage]:
     """Tuning and the benchmark of a model; kind: a dtype, or "tf32". Another than the run's own has
     a table of its own."""
     dtype, precision = ("float32", "tf32") if kind == "tf32" else (kind, "ieee")
@@ -316,9 +314,7 @@ def measure_saved(options: argparse.Namespace, output: Path) -> None:
     device = measure.device_for(options.target)
     batches = (1, SAVED_BATCH) if device.kind == "cuda" else (1, 2)
     calls = saved.CALLS if device.kind == "cuda" else 1
-    rows = saved.measure_all(
-        options.saved, options.target, options.dtype, batches, device, calls
-    )
+    rows = saved.measure_all(options.saved, options.target, options.dtype, batches, device, calls)
     text = json.dumps({"device": device.name, "models": rows}, indent=1)
     report.write_text(output / "saved.json", text + "\n")
     print(text)
@@ -348,9 +344,7 @@ def measure_correlation(options: argparse.Namespace, output: Path) -> None:
             "problem": each.problem,
             "config": str(each.config),
             "measured_us": each.time_us,
-            "modelled_us": rank.modelled_us(
-                each.work.op, each.work.problem, target, each.config
-            ),
+            "modelled_us": rank.modelled_us(each.work.op, each.work.problem, target, each.config),
         }
         for each in timed
     ]

@@ -59,9 +59,7 @@ def build(name: str, target: str, dtype: str, batches: tuple[int, int], path: Pa
     compiled(name, target, dtype, batches).save(path, model=name)
 
 
-def build_apart(
-    name: str, target: str, dtype: str, batches: tuple[int, int], path: Path
-) -> float:
+def build_apart(name: str, target: str, dtype: str, batches: tuple[int, int], path: Path) -> float:
     """`build` in a process without a GPU; seconds.
 
     Raises: RuntimeError with the end of what it said.
