@@ -9,7 +9,8 @@ import math
 import random
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from types import ModuleType
 
@@ -107,7 +108,7 @@ FIRST = frozenset(
 )
 SEED, DRAWN, LARGEST = 17, 100, 30_000_000
 """The draw of further networks: its seed, how many, and of how many parameters at most."""
-SIDES = (64, 96, 128, 224, 256, 384, 448, 518)
+SIDES = (64, 96, 128, 160, 224, 256, 384, 448, 518)
 """Some networks need a larger image, or one of the size they were made for."""
 BATCH, FRAMES = 2, 16
 FORMS: tuple[Callable[[int], tuple[tuple[int, ...], ...]], ...] = (
@@ -285,6 +286,17 @@ class Foreign:
         return next((text for text in texts if text), None)
 
 
+@contextmanager
+def _doubles() -> Iterator[None]:
+    """Inside, tensors that a network makes of nothing are fp64 too."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
 def prepared(name: str) -> Foreign:
     """Builds and captures a network.
 
@@ -294,7 +306,8 @@ def prepared(name: str) -> Foreign:
     inputs = fitting_inputs(model)
     with torch.no_grad():
         eager = tree_leaves(model(*inputs))
-        exact = tree_leaves(copy.deepcopy(model).double()(*(x.double() for x in inputs)))
+        with _doubles():
+            exact = tree_leaves(copy.deepcopy(model).double()(*(x.double() for x in inputs)))
     weights = (p for p in model.parameters() if p.dim() > 1)
     return Foreign(capture(model, inputs), inputs, exact, eager, sum(w[0].numel() for w in weights))
 

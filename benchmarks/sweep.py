@@ -158,8 +158,10 @@ def markdown(rows: Sequence[Row], versions: str) -> str:
         names = [f"{library}/{member}" for members in families.values() for member in members]
         lines.append(f"- {library}: {len(done.intersection(names))} of {len(names)} compile")
     drawn = [row for row in rows if row.family == DRAWN]
+    left = foreign.DRAWN - len(drawn)
     lines += [
-        f"- drawn: {sum(row.name in done for row in drawn)} of {len(drawn)} compile",
+        f"- drawn: {sum(row.name in done for row in drawn)} of {len(drawn)} compile"
+        + (f"; {left} are not tried yet" if left else ""),
         "",
         "A network compiles when every op has a kernel (no torch fallback) and its result agrees "
         "with the module in fp64: the graph run by torch ops, fused and as captured "
@@ -286,7 +288,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     drawn, rows = kept(options.output / "foreign.json")
     if options.fresh:
         rows = {}
-    drawn = drawn or foreign.draw()
+    if not drawn:
+        drawn = foreign.draw()
+        write(drawn, rows, options.output)
     names, started = wanted(options, drawn, rows), time.perf_counter()
     for name in names:
         if options.budget and time.perf_counter() - started > options.budget:
