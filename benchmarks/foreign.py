@@ -9,10 +9,10 @@ import math
 import random
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import ModuleType
+from typing import Any
 
 import torch
 from convloom.compiler.artifact.load import load_bytes
@@ -28,6 +28,7 @@ from convloom.compiler.run.runtime import InterpreterRunner, ReferenceRunner
 from convloom.errors import InvalidInputError, near_names
 from convloom.kernels.contract import targets, tolerance
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 # Families of architectures; the kernels are interpreted for the first member of each.
@@ -286,15 +287,25 @@ class Foreign:
         return next((text for text in texts if text), None)
 
 
-@contextmanager
-def _doubles() -> Iterator[None]:
-    """Inside, tensors that a network makes of nothing are fp64 too."""
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float64)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(before)
+class Doubles(TorchDispatchMode):
+    """Inside, what a network makes of nothing or converts to fp32 is fp64 too."""
+
+    def __enter__(self) -> Doubles:
+        torch.set_default_dtype(torch.float64)
+        super().__enter__()  # type: ignore[no-untyped-call]
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)  # type: ignore[no-untyped-call]
+        torch.set_default_dtype(torch.float32)
+
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = dict(kwargs or {})
+        if kwargs.get("dtype") is torch.float32:
+            kwargs["dtype"] = torch.float64
+        return function(*args, **kwargs)
 
 
 def prepared(name: str) -> Foreign:
@@ -306,7 +317,7 @@ def prepared(name: str) -> Foreign:
     inputs = fitting_inputs(model)
     with torch.no_grad():
         eager = tree_leaves(model(*inputs))
-        with _doubles():
+        with Doubles():
             exact = tree_leaves(copy.deepcopy(model).double()(*(x.double() for x in inputs)))
     weights = (p for p in model.parameters() if p.dim() > 1)
     return Foreign(capture(model, inputs), inputs, exact, eager, sum(w[0].numel() for w in weights))
