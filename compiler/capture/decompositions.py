@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from ...kernels import registry
+from .fourier import hypot, replace_transforms
 
 aten = torch.ops.aten
 
@@ -193,8 +194,8 @@ def _computes(overload: Any) -> bool:
     """Whether an op makes tensors of tensors: what makes them of nothing is evaluated."""
     schema = overload._schema
     name = schema.name.removeprefix("aten::")
-    if name in LEFT_WHOLE or name.startswith("fft_"):
-        return False  # Fourier transforms by their public names, which the refusal knows.
+    if name in LEFT_WHOLE or (name.startswith("fft_") and "shift" not in name):
+        return False  # Fourier transforms by their public names, which `fourier.py` knows.
     if schema.overload_name == "data":
         return False  # Packed sequences: how long they are their values tell.
     takes, gives = (
@@ -256,6 +257,7 @@ def table() -> Mapping[Any, Callable[..., Any]]:
         aten.atanh.default: _atanh,
         aten.fmax.default: _fmax,
         aten.fmin.default: _fmin,
+        aten.hypot.default: hypot,
         aten.exp2.default: lambda x: torch.pow(2.0, x),
         aten.log2.default: lambda x: torch.log(x) * (1.0 / math.log(2.0)),
         aten.log10.default: lambda x: torch.log(x) * (1.0 / math.log(10.0)),
@@ -299,6 +301,7 @@ def _as_frozen(program: Any, node: Any) -> Any:
 def decompose(program: Any) -> None:
     """Puts the functions in the place of the calls of an exported program that is to be traced
     again. As an argument of `run_decompositions` some would come too late."""
+    replace_transforms(program)
     for node in program.graph.nodes:
         if node.target is aten.fused_moving_avg_obs_fake_quant.default:
             node.target = _as_frozen(program, node)

@@ -40,8 +40,10 @@ def why_unknown(target: str) -> str:
     """Why an ATen call has no kernel, and which other overloads of it have."""
     if target.startswith("aten.fft_"):
         return (
-            "no kernel for Fourier transforms; of a fixed size they are products with constant "
-            "matrices of cosines and sines, which torch.nn.functional.linear computes"
+            "Fourier transforms are computed along dimensions of a fixed size (fft, ifft, rfft, "
+            "irfft, in 1, 2 or n dimensions), where nothing but sums, products, absolute values, "
+            "angles, parts and movements is made of complex tensors; compute anything else with "
+            "their real and imaginary parts (torch.view_as_real)"
         )
     name = target.rpartition(".")[0]
     others = sorted(known for known in registry.CAPTURES if known.rpartition(".")[0] == name)
@@ -70,8 +72,8 @@ def refuse_branches(module: torch.nn.Module, decisions: list[Decision], batch: B
 
 
 def refuse_numbers(a: Arguments, known: Sequence[str] = ()) -> None:
-    """Raises: Refused for a call that needs a number which depends on the batch, but for some
-    arguments."""
+    """Raises: Refused for a call that needs a complex number, or, but for some arguments, one that
+    depends on the batch."""
     for name, argument in a.given.items():
         for leaf in pytree.tree_leaves(argument):
             if isinstance(leaf, BatchNumber) and name not in known:
@@ -80,6 +82,8 @@ def refuse_numbers(a: Arguments, known: Sequence[str] = ()) -> None:
                     "batch of a call as a number. Compile for one batch (without dynamic_batch), "
                     "or pass what depends on it as an input"
                 )
+            if isinstance(leaf, complex):
+                raise Refused(f"its argument '{name}' is {leaf}, and no kernel takes it")
 
 
 def read_whole(function: Capture, g: Builder, a: Arguments) -> Any:
