@@ -40,9 +40,25 @@ from .program import Literal, Nest, Program, nest_of
 from .tensors import Pool, Stored, logical
 
 WORDS = (
-    "", "constant", "reflect", "replicate", "circular", "softmax", "log_softmax", "nearest",
-    "nearest-exact", "linear", "corners", "cubic", "antialiased-linear", "antialiased-cubic",
-    "bilinear", "bicubic", "zeros", "border", "reflection",
+    "",
+    "constant",
+    "reflect",
+    "replicate",
+    "circular",
+    "softmax",
+    "log_softmax",
+    "nearest",
+    "nearest-exact",
+    "linear",
+    "corners",
+    "cubic",
+    "antialiased-linear",
+    "antialiased-cubic",
+    "bilinear",
+    "bicubic",
+    "zeros",
+    "border",
+    "reflection",
 )
 """Every text that an attribute may be: kernels and references choose by them."""
 POSITIVE = ("dilation", "groups", "image", "k", "kernel", "size", "split", "step", "stride")

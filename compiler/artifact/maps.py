@@ -121,4 +121,3 @@ def encoded(
         *(ctypes.c_int32(size) for size in shape),
         *(ctypes.c_int64(stride) for stride in map_.strides),
     ]
-

@@ -165,21 +165,71 @@ def _einsum(equation: str, tensors: Sequence[torch.Tensor], **path: Any) -> torc
 
 
 def _affine_grid(theta: torch.Tensor, size: Sequence[Any], align_corners: bool) -> Any:
-    """The places of pixels, which are constants, times each sample's matrix; not of volumes."""
-    if len(size) != 4:
-        return NotImplemented
-    h, w = size[2:]
+    """The places of pixels, which are constants, times each sample's matrix."""
+    sizes = size[2:]
 
-    def along(count: int) -> torch.Tensor:
+    def along(dim: int) -> torch.Tensor:
+        count = sizes[dim]
         if count == 1:
             return torch.zeros(1, dtype=theta.dtype, device=theta.device)
         places = torch.linspace(-1.0, 1.0, count, dtype=theta.dtype, device=theta.device)
         return places if align_corners else places * ((count - 1) / count)
 
-    across, down = along(w).expand(h, w), along(h).unsqueeze(1).expand(h, w)
-    places = torch.stack([across, down, torch.ones_like(across)], -1).reshape(h * w, 3)
-    grid = torch.nn.functional.linear(theta, places)
-    return grid.transpose(1, 2).reshape(theta.shape[0], h, w, 2)
+    places = torch.meshgrid(*map(along, range(len(sizes))), indexing="ij")
+    corners = torch.stack([*reversed(places), torch.ones_like(places[0])], -1)
+    grid = torch.nn.functional.linear(theta, corners.flatten(0, -2))
+    return grid.transpose(1, 2).reshape(theta.shape[0], *sizes, len(sizes))
+
+
+def _one_hot(indices: torch.Tensor, classes: int = -1) -> torch.Tensor:
+    places = torch.arange(classes, device=indices.device)
+    return (indices.unsqueeze(-1) == places).to(torch.int64)
+
+
+def _rows(weight: torch.Tensor, indices: torch.Tensor, *others: Any) -> torch.Tensor:
+    """The rows of a table that are computed: a product with ones where the rows are. All of the
+    table is read for each."""
+    ones = indices.unsqueeze(-1) == torch.arange(weight.shape[0], device=weight.device)
+    flat = torch.nn.functional.linear(ones.to(weight.dtype), weight.flatten(1).t())
+    return flat.reshape(*indices.shape, *weight.shape[1:])
+
+
+READS = (aten.embedding.default, aten.index.Tensor, aten.index_select.default)
+
+
+def _table_of(program: Any, node: Any) -> Callable[..., Any] | None:
+    """What stands for a call that reads rows of a table of finite numbers, a parameter or buffer,
+    where an input tells which; None for any other."""
+    if node.target is aten.index.Tensor:
+        indices = node.args[1][0] if len(node.args[1]) == 1 else None
+    elif node.target is aten.embedding.default or node.args[1:2] == (0,):
+        indices = node.args[-1] if node.target is aten.index_select.default else node.args[1]
+    else:
+        return None
+    signature, table = program.graph_signature, node.args[0]
+    known = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
+    value = program.state_dict.get(known.get(table.name, ""))
+    if not isinstance(indices, torch.fx.Node) or value is None or not value.isfinite().all():
+        return None
+    if indices.meta["val"].dtype is torch.bool or not _follows_from_inputs(program, indices):
+        return None
+    if node.target is aten.index.Tensor:
+        return lambda weight, given: _rows(weight, given[0])
+    if node.target is aten.index_select.default:
+        return lambda weight, dim, given: _rows(weight, given)
+    return _rows
+
+
+def _follows_from_inputs(program: Any, node: Any) -> bool:
+    inputs, seen, left = set(program.graph_signature.user_inputs), set(), [node]
+    while left:
+        one = left.pop()
+        if one.name in inputs:
+            return True
+        if one not in seen:
+            seen.add(one)
+            left += one.all_input_nodes
+    return False
 
 
 LEFT_WHOLE = (
@@ -258,6 +308,7 @@ def table() -> Mapping[Any, Callable[..., Any]]:
         aten.fmax.default: _fmax,
         aten.fmin.default: _fmin,
         aten.hypot.default: hypot,
+        aten.one_hot.default: _one_hot,
         aten.exp2.default: lambda x: torch.pow(2.0, x),
         aten.log2.default: lambda x: torch.log(x) * (1.0 / math.log(2.0)),
         aten.log10.default: lambda x: torch.log(x) * (1.0 / math.log(10.0)),
@@ -307,6 +358,8 @@ def decompose(program: Any) -> None:
             node.target = _as_frozen(program, node)
         elif node.target is aten.einsum.default and _matrix_product(node.args[0]):
             node.target = _einsum
+        elif node.target in READS and (rows := _table_of(program, node)):
+            node.target = rows
         elif node.target is aten.dropout.default and not node.args[2]:
             # As torch did up to 2.13: the ledger tells what became of the layer.
             node.target, node.args = aten.clone.default, node.args[:1]

@@ -211,7 +211,7 @@ def from_json(data: Any, source: str) -> Account:
     if not isinstance(data, dict) or data.get("schema") != SCHEMA:
         raise ArtifactError(
             f"'{source}': expected a ledger as `convloom explain NAME --json` writes it, got JSON "
-            f"without \"schema\": \"{SCHEMA}\""
+            f'without "schema": "{SCHEMA}"'
         )
     if data.get("version") != VERSION:
         raise ArtifactError(

@@ -188,7 +188,11 @@ def _changes(before: Account, after: Account) -> Iterator[Change]:
             continue
         then, now = (_rules(each, short) for each in (earlier[node], record))
         yield Change(
-            node, record.op, record.module_path, *old[node], *new[node],
+            node,
+            record.op,
+            record.module_path,
+            *old[node],
+            *new[node],
             tuple(rule for rule in now if rule not in then),
             tuple(rule for rule in then if rule not in now),
         )

@@ -160,9 +160,7 @@ def _svg(account: Account, boxes: dict[str, _Content], style: str, namespace: st
 class _Content:
     """What stands in a place's box."""
 
-    def __init__(
-        self, place: KernelNode, records: dict[str, Record], account: Account
-    ) -> None:
+    def __init__(self, place: KernelNode, records: dict[str, Record], account: Account) -> None:
         self.place, self.short, self.is_modelled = place, labels(account), bool(account.machine)
         self.records = [records[name] for name in place.nodes]
         self.paths = {r.node: r.module_path for r in records.values() if r.module_path}
@@ -180,7 +178,7 @@ class _Content:
         free = "" if place.what in (acc.KERNEL, acc.FALLBACK) else " free"
         name = "kernel" if not free else "place"
         lines = [
-            f'<g class={quoteattr(f"place {place.kind}{free}")} '
+            f"<g class={quoteattr(f'place {place.kind}{free}')} "
             f"data-{name}={quoteattr(place.name)} "
             f'transform="translate({box.left:.1f} {box.top:.1f})">',
             f"<title>{escape(self.tooltip())}</title>",
@@ -260,4 +258,4 @@ def shortened(text: str, characters: int = CHARACTERS) -> str:
     if len(text) <= characters:
         return text
     head = characters // 3
-    return f"{text[:head]}…{text[head + 1 - characters:]}"
+    return f"{text[:head]}…{text[head + 1 - characters :]}"

@@ -176,8 +176,15 @@ def _step_place(step: Step, node: Node | None, nodes: tuple[str, ...], kind: str
     shown = ", ".join(str(operand.spec) for operand in problem.outputs)
     cost = registry.get(step.op).cost(problem)
     return KernelNode(
-        step.name, acc.KERNEL, kind, step.op, f"{step.op}{stages} -> {shown}", *common,
-        launches=len(step.launches), size_bytes=cost.size_bytes, flops=cost.flops,
+        step.name,
+        acc.KERNEL,
+        kind,
+        step.op,
+        f"{step.op}{stages} -> {shown}",
+        *common,
+        launches=len(step.launches),
+        size_bytes=cost.size_bytes,
+        flops=cost.flops,
         config=f"{step.config} ({step.chosen_by})",
     )
 

@@ -98,6 +98,7 @@ class Ledger:
         """Bytes of intermediate tensors that accepted rewrites say they saved."""
         return sum(event.bytes_saved for event in self.events)
 
+
 def op_name(node: Node) -> str:
     """The op of a node; of a torch call, its overload."""
     return node.op if node.is_compute else str(node.attributes)

@@ -250,9 +250,12 @@ class Tuner:
         """Takes over what an interrupted run on the same device has found out."""
         record = state.previous
         timer = self._timer
-        if record is None or self._options.retune or (
-            record.status, record.device, record.driver
-        ) != (timer.status, timer.device, timer.driver):
+        if (
+            record is None
+            or self._options.retune
+            or (record.status, record.device, record.driver)
+            != (timer.status, timer.device, timer.driver)
+        ):
             return
         state.times[record.config] = Trial(None, record.time_us, record.spread_us, record.warm_us)
         for each in record.rejected:

@@ -65,9 +65,7 @@ RULES = (
         "conv1x1(y = conv1x1(depthwise(x))) => separable(x) giving y if read, and the expansion",
         Call(
             "conv2d",
-            Call(
-                "conv2d", DEPTHWISE, Constant("w2"), name="project", kept=True, where=is_1x1
-            ),
+            Call("conv2d", DEPTHWISE, Constant("w2"), name="project", kept=True, where=is_1x1),
             Constant("w3"),
             name="expand",
             where=is_1x1,
