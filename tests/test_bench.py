@@ -167,9 +167,7 @@ def test_contenders_take_turns() -> None:
         "convloom", "eager", "inductor", "eager", "inductor", "convloom",
         "inductor", "convloom", "eager",
     ]  # fmt: skip
-    found = {
-        name: measure._result(entrant(name), 1e-3, None, rounds, 8) for name in device.times
-    }
+    found = {name: measure._result(entrant(name), 1e-3, None, rounds, 8) for name in device.times}
     assert found["convloom"].ratio is None and found["eager"].ratio == 2.0
     assert found["inductor"].ratio == 0.5 and found["inductor"].warm_us == 2.5
     assert found["convloom"].images_per_s == pytest.approx(8e5)

@@ -19,7 +19,7 @@ from convloom.cli.main import main, parser
 from convloom.errors import InvalidInputError
 from PIL import Image
 
-SOURCE = '''
+SOURCE = """
 import torch
 from dataclasses import dataclass
 from torch import nn
@@ -55,7 +55,7 @@ def wrong():
 
 def failing():
     raise SystemExit("no weights")
-'''
+"""
 REFERENCE = ("--target", "reference")
 INTERPRETER = ("--target", "interpreter")
 SM_90 = ("--target", "cuda:sm_90")
@@ -130,13 +130,16 @@ def refusal(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
 FILE, PROGRAM = ("own_net.py:Net", *IMAGES), ("net.pt2",)
 
 
-@pytest.mark.parametrize("given", [
-    ("own_package.inner:make", *IMAGES), ("own_net.py:READY", *IMAGES),
-    ("cifar_convnet", "--input", "2x3x32x32"),
-], ids=["a function in a package", "a module that is there", "the zoo, of another size"])
-def test_names_are_models(
-    given: tuple[str, ...], folder: Path, answer: Callable[..., Any]
-) -> None:
+@pytest.mark.parametrize(
+    "given",
+    [
+        ("own_package.inner:make", *IMAGES),
+        ("own_net.py:READY", *IMAGES),
+        ("cifar_convnet", "--input", "2x3x32x32"),
+    ],
+    ids=["a function in a package", "a module that is there", "the zoo, of another size"],
+)
+def test_names_are_models(given: tuple[str, ...], folder: Path, answer: Callable[..., Any]) -> None:
     explained = answer("explain", *given, *REFERENCE, "--json")
     assert explained["model"] == given[0] and explained["summary"]["convs"] == 1
 
@@ -299,12 +302,12 @@ def test_shapes_that_are_none(text: str, capsys: pytest.CaptureFixture[str]) -> 
 
 # Libraries, of which small copies stand in.
 
-TORCHVISION = '''
+TORCHVISION = """
 import torch
 torch.ops.torchvision.nms.default  # As the wheel for CUDA: it fails where the operator is not.
 from . import models
-'''
-MODELS = '''
+"""
+MODELS = """
 from functools import partial
 from enum import Enum
 from types import SimpleNamespace
@@ -321,8 +324,8 @@ def get_model_weights(name):
         return []
     size = (12, 12) if name == "video" else 12
     return [SimpleNamespace(transforms=partial(print, crop_size=size))]
-'''
-TIMM = '''
+"""
+TIMM = """
 import torchvision
 from torchvision.models import get_model
 
@@ -333,7 +336,7 @@ def create_model(name):
     model = get_model(name)
     model.pretrained_cfg = {"input_size": (3, 10, 14)}
     return model
-'''
+"""
 
 
 @pytest.fixture

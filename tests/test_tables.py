@@ -8,6 +8,8 @@ import convloom
 import pytest
 import torch
 import torch.nn.functional as F
+from convloom.compiler.capture import refusals
+from convloom.kernels import registry
 from torch import Tensor, nn
 
 from . import nets
@@ -33,6 +35,8 @@ FUNCTIONS: dict[str, Any] = {
     "index_select": lambda m, x: m.cubes.index_select(0, x[:, :, 0, 0].argmax(1)),
     "one_hot": lambda m, x: (F.one_hot(x.argmax(1), 4).permute(0, 3, 1, 2) * x).sum(1),
     "compared": lambda m, x: (x.argmax(1) == x.argmin(1)).float() + (x.argmax(1) > 2),
+    "masked mean": lambda m, x: (x * (x > 0)).sum(1) / (x > 0).sum(1).clamp(min=1, max=3),
+    "counted": lambda m, x: torch.count_nonzero(x > 0, dim=(2, 3)).float(),
     "linear": hyper,
     "addmm": lambda m, x: torch.addmm(
         m.linear.bias, x[:, 0, 0], m.linear.weight.t(), beta=0.5, alpha=2
@@ -96,6 +100,20 @@ def test_constants_are_compared_as_whole_numbers() -> None:
     module, (x,) = made(lambda m, x: x * (2**24 + torch.arange(6) == 2**24 + 1), SHAPE)
     exe = convloom.compile(module, (x,), target="reference")
     assert torch.equal(exe(x), module(x))
+
+
+@pytest.mark.parametrize("name", refusals.INSTEAD)
+def test_refusals_say_what_else_to_do(name: str) -> None:
+    (overload, *_) = getattr(torch.ops.aten, name).overloads()
+    target = str(getattr(getattr(torch.ops.aten, name), overload))
+    assert target not in registry.CAPTURES
+    assert refusals.why_unknown(target).endswith(refusals.INSTEAD[name])
+
+
+def test_a_refused_call_says_what_else_to_do() -> None:
+    module, (x,) = made(lambda m, x: x.gather(1, x.argmax(1, keepdim=True)), SHAPE)
+    with pytest.raises(convloom.UnsupportedOpError, match="max, topk and sort give the values"):
+        convloom.compile(module, (x,), target="reference")
 
 
 def test_tables_with_infinities_are_refused() -> None:

@@ -359,7 +359,7 @@ def _check_result(state: _State, node: Any, result: Any) -> None:
         others = (torch.int64, torch.bool) if maker.is_compute and maker.definition.integers else ()
         known = (*FLOAT_DTYPES, *others)
         if got.dtype not in known and not state.graph.is_constant(value):
-            raise Refused(f"dtype {got.dtype} is not supported")
+            raise Refused(f"dtype {got.dtype} is not supported; compute with floats (.float())")
         if got.dtype is not truth.dtype and not {got.dtype, truth.dtype} <= set(FLOAT_DTYPES):
             raise Refused(f"dtype {truth.dtype} is not supported here; convert with .float() first")
         if (got.shape, got.batch) != (truth.shape, truth.batch) and got.shape == truth.shape:

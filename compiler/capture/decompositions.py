@@ -181,6 +181,15 @@ def _affine_grid(theta: torch.Tensor, size: Sequence[Any], align_corners: bool) 
     return grid.transpose(1, 2).reshape(theta.shape[0], *sizes, len(sizes))
 
 
+def _sum(
+    x: torch.Tensor, dims: Any, keepdim: bool = False, *, dtype: torch.dtype | None = None
+) -> Any:
+    """How many are true, as whole numbers."""
+    if x.dtype is not torch.bool or dtype not in (None, torch.int64):
+        return NotImplemented
+    return x.to(torch.float32).sum(dims, keepdim).to(torch.int64)
+
+
 def _one_hot(indices: torch.Tensor, classes: int = -1) -> torch.Tensor:
     places = torch.arange(classes, device=indices.device)
     return (indices.unsqueeze(-1) == places).to(torch.int64)
@@ -283,6 +292,7 @@ def own() -> Mapping[Any, Callable[..., Any]]:
         aten.copy.default: _copy,
         aten.fill.Scalar: _fill,
         aten.fill.Tensor: _fill,
+        aten.sum.dim_IntList: _sum,
         aten.slice_scatter.default: _slice_scatter,
         aten.select_scatter.default: _select_scatter,
     }

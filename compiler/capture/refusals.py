@@ -36,8 +36,26 @@ def called(node: Any) -> str:
     return f"{module_in_words(path_of(node))}: {node.target}{line_in_words(source_of(node))}"
 
 
+INSTEAD = {
+    "gather": "max, topk and sort give the values at the places that they find; rows of a "
+    "parameter are read by torch.nn.functional.embedding",
+    "index_put": "write x[mask] = y as torch.where(mask, y, x)",
+    "scatter": "compare the indices with torch.arange and choose with torch.where",
+    "scatter_add": "multiply by torch.nn.functional.one_hot of the indices, and sum",
+    "bucketize": "compare with each boundary, and add up what is true as floats",
+    "searchsorted": "compare with each boundary, and add up what is true as floats",
+    "histc": "compare with each boundary, and add up what is true as floats",
+    "median": "take the middle of torch.sort, of at most 64 elements",
+    "kthvalue": "take one of torch.sort, of at most 64 elements",
+    "unfold": "use torch.nn.functional.unfold",
+    "diagonal": "multiply by torch.eye, and sum",
+    "_trilinear": "write it with torch.einsum",
+}
+"""What does the same as an ATen call without a kernel."""
+
+
 def why_unknown(target: str) -> str:
-    """Why an ATen call has no kernel, and which other overloads of it have."""
+    """Why an ATen call has no kernel, and which other overloads of it, or what else, have."""
     if target.startswith("aten.fft_"):
         return (
             "Fourier transforms are computed along dimensions of a fixed size (fft, ifft, rfft, "
@@ -47,7 +65,9 @@ def why_unknown(target: str) -> str:
         )
     name = target.rpartition(".")[0]
     others = sorted(known for known in registry.CAPTURES if known.rpartition(".")[0] == name)
-    return "no kernel for this op" + (f", but for {', '.join(others)}" if others else "")
+    way_out = INSTEAD.get(name.removeprefix("aten."))
+    also = f", but for {', '.join(others)}" if others else ""
+    return f"no kernel for this op{also}" + (f"; {way_out}" if way_out else "")
 
 
 def results_of(value: Any) -> Sequence[torch.Tensor]:

@@ -116,6 +116,10 @@ def _pow(g: Builder, a: Arguments) -> Any:
 
 
 def _clamp(g: Builder, a: Arguments) -> Any:
+    if g.is_computed(a.self) and g.spec(a.self).dtype is torch.int64:
+        # How many, or which: clamped they are whole numbers below 2^24 still.
+        clamped = _clamp(g, a.replaced(self=_whole_as_float(g, a.self)))
+        return g.apply("relayout", (clamped,), Relayout(g.spec(clamped).layout, torch.int64))
     x, low, high = a.self, a.get("min"), a.get("max")
     if _is_value(low):
         x, low = g.apply("maximum", (x, low), Pointwise()), None

@@ -77,7 +77,5 @@ DOMAINS = {
     "avg_pool2d": _domain(
         "avg_pool2d", count_include_pad=(True, False), divisor=(None, None, 1, 7)
     ),
-    "lp_pool2d": _domain(
-        "lp_pool2d", norm=(1.0, 2.0, 3.0, 4.0, 17.0, 1.5), padding=((0, 0),)
-    ),
+    "lp_pool2d": _domain("lp_pool2d", norm=(1.0, 2.0, 3.0, 4.0, 17.0, 1.5), padding=((0, 0),)),
 }
