@@ -37,6 +37,7 @@ FUNCTIONS: dict[str, Any] = {
     "compared": lambda m, x: (x.argmax(1) == x.argmin(1)).float() + (x.argmax(1) > 2),
     "masked mean": lambda m, x: (x * (x > 0)).sum(1) / (x > 0).sum(1).clamp(min=1, max=3),
     "counted": lambda m, x: torch.count_nonzero(x > 0, dim=(2, 3)).float(),
+    "windows": lambda m, x: (x.unfold(2, 3, 2).unfold(3, 2, 1).sum(-1) + 1).movedim(-1, 1),
     "linear": hyper,
     "addmm": lambda m, x: torch.addmm(
         m.linear.bias, x[:, 0, 0], m.linear.weight.t(), beta=0.5, alpha=2

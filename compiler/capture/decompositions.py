@@ -190,6 +190,19 @@ def _sum(
     return x.to(torch.float32).sum(dims, keepdim).to(torch.int64)
 
 
+def _unfold(x: torch.Tensor, dim: int, size: int, step: int) -> torch.Tensor:
+    """Windows along a dimension, their elements in a new last one: stacked windows, or taps where
+    there are fewer of those."""
+    dim %= x.dim()
+    count = (x.shape[dim] - size) // step + 1
+    if count <= size:
+        windows = [x.narrow(dim, at * step, size) for at in range(count)]
+        return torch.stack(windows, dim).movedim(dim + 1, -1)
+    last = (count - 1) * step + 1
+    taps = [aten.slice.Tensor(x, dim, at, at + last, step) for at in range(size)]
+    return torch.stack(taps, -1)
+
+
 def _one_hot(indices: torch.Tensor, classes: int = -1) -> torch.Tensor:
     places = torch.arange(classes, device=indices.device)
     return (indices.unsqueeze(-1) == places).to(torch.int64)
@@ -359,15 +372,24 @@ def _as_frozen(program: Any, node: Any) -> Any:
     return _quantised if quantises else _unquantised
 
 
+def _is_static(node: Any) -> bool:
+    """Whether the dimension that a call names, its first argument, has a fixed size."""
+    return isinstance(node.args[0].meta["val"].shape[node.args[1]], int)
+
+
 def decompose(program: Any) -> None:
     """Puts the functions in the place of the calls of an exported program that is to be traced
     again. As an argument of `run_decompositions` some would come too late."""
     replace_transforms(program)
+    # Medians of windows are one op (`passes/recognise_pools.py`).
+    medians = any(node.target is aten.median.dim for node in program.graph.nodes)
     for node in program.graph.nodes:
         if node.target is aten.fused_moving_avg_obs_fake_quant.default:
             node.target = _as_frozen(program, node)
         elif node.target is aten.einsum.default and _matrix_product(node.args[0]):
             node.target = _einsum
+        elif node.target is aten.unfold.default and not medians and _is_static(node):
+            node.target = _unfold
         elif node.target in READS and (rows := _table_of(program, node)):
             node.target = rows
         elif node.target is aten.dropout.default and not node.args[2]:

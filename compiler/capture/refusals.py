@@ -47,7 +47,7 @@ INSTEAD = {
     "histc": "compare with each boundary, and add up what is true as floats",
     "median": "take the middle of torch.sort, of at most 64 elements",
     "kthvalue": "take one of torch.sort, of at most 64 elements",
-    "unfold": "use torch.nn.functional.unfold",
+    "unfold": "windows along the batch, or beside medians, are not taken; pass them as an input",
     "diagonal": "multiply by torch.eye, and sum",
     "_trilinear": "write it with torch.einsum",
 }
