@@ -24,7 +24,8 @@ def features(m: Any, x: Tensor) -> Tensor:
 
 
 def siamese(m: Any, x: Tensor, y: Tensor) -> Tensor:
-    first, second = features(m, torch.cat([x, y])).chunk(2)
+    halves = torch.chunk(torch.cat([x, y]), dim=1, chunks=2)
+    first, second = torch.chunk(features(m, torch.cat(halves, 1)), chunks=2, dim=0)
     return F.cosine_similarity(first, second)
 
 
@@ -36,7 +37,7 @@ def sliced(m: Any, x: Tensor, y: Tensor) -> Tensor:
 
 def parted(m: Any, x: Tensor, y: Tensor) -> tuple[Tensor, ...]:
     """Two of three batches, joined again with one more."""
-    first, *others = torch.cat([x, y, x * y]).split(x.shape[0])
+    first, *others = torch.cat([x, y, x * y]).split(split_size=x.shape[0], dim=0)
     joined = torch.cat([torch.cat(others), first])
     return tuple(m.conv(joined).amax((2, 3)).split(x.shape[0]))
 

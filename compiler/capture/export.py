@@ -114,16 +114,20 @@ class _PartedBatches(TorchFunctionMode):
     ) -> Any:
         kwargs = kwargs or {}
         if function in (torch.chunk, torch.Tensor.chunk, torch.split, torch.Tensor.split):
-            parts = self._parts(function in (torch.chunk, torch.Tensor.chunk), *args, **kwargs)
+            chunks = function in (torch.chunk, torch.Tensor.chunk)
+            named = [value for name, value in kwargs.items() if name != "dim"]
+            x, given, *dims = (*args, *named)
+            dim = dims[0] if dims else kwargs.get("dim", 0)
+            parts = self._parts(chunks, x, given, dim)
             if parts is not None:
                 return parts
         return function(*args, **kwargs)
 
-    def _parts(self, chunks: bool, x: Any, given: Any, dim: int = 0, **others: Any) -> Any:
+    def _parts(self, chunks: bool, x: Any, given: Any, dim: int) -> Any:
         """The slices, or None where the parts are something else."""
         rows = _in_batches(x.shape[dim])
         length = rows / given if chunks and rows else _in_batches(given)
-        if others or rows is None or length is None or not length.is_Integer or rows % length:
+        if rows is None or length is None or not length.is_Integer or rows % length:
             return None
         count = int(rows / length)
         step = x.shape[dim] // count if chunks else given
