@@ -110,7 +110,7 @@ class _PartedBatches(TorchFunctionMode):
     torch computes with the batch as a number, and would fix it."""
 
     def __torch_function__(
-        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+        self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
         if function in (torch.chunk, torch.Tensor.chunk, torch.split, torch.Tensor.split):
