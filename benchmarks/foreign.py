@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import copy
 import importlib
+import itertools
 import math
+import random
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import ModuleType
+from typing import Any
 
 import torch
 from convloom.compiler.artifact.load import load_bytes
@@ -25,6 +28,8 @@ from convloom.compiler.run.runtime import InterpreterRunner, ReferenceRunner
 from convloom.errors import InvalidInputError, near_names
 from convloom.kernels.contract import targets, tolerance
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 # Families of architectures; the kernels are interpreted for the first member of each.
 TORCHVISION = {
@@ -102,9 +107,17 @@ FIRST = frozenset(
     for library, families in LIBRARIES.items()
     for members in families.values()
 )
-SIDES = (64, 96, 128, 224, 256)
+SEED, DRAWN, LARGEST = 17, 100, 30_000_000
+"""The draw of further networks: its seed, how many, and of how many parameters at most."""
+SIDES = (64, 96, 128, 160, 224, 256, 384, 448, 518)
 """Some networks need a larger image, or one of the size they were made for."""
-BATCH = 2
+BATCH, FRAMES = 2, 16
+FORMS: tuple[Callable[[int], tuple[tuple[int, ...], ...]], ...] = (
+    lambda side: ((BATCH, 3, side, side),),
+    lambda side: ((BATCH, 3, side, side),) * 2,
+    lambda side: ((1, 3, FRAMES, side, side),),
+)
+"""What networks take: images, two images of each scene, videos."""
 
 _KEPT: list[torch.library.Library] = []
 
@@ -144,6 +157,51 @@ def build(name: str) -> nn.Module:
     return named(name)[0]
 
 
+def draw() -> list[str]:
+    """DRAWN names beside FAMILIES, the smallest network first: of all names of both libraries in
+    an order shuffled by SEED, the first that have at most LARGEST parameters. Left out are
+    detectors (how many boxes there are depends on the image) and networks of int8 operators.
+
+    Raises: ImportError where a library is not installed.
+    """
+    torchvision, timm = import_libraries()
+    detectors = torchvision.models.list_models(module=torchvision.models.detection)
+    quantised = torchvision.models.list_models(module=torchvision.models.quantization)
+    others = set(torchvision.models.list_models()) - set(detectors) - set(quantised)
+    names = {*(f"torchvision/{n}" for n in others), *(f"timm/{n}" for n in timm.list_models())}
+    order = sorted(names - set(FAMILIES))
+    random.Random(SEED).shuffle(order)
+    sizes: dict[str, int] = {}
+    for name in order:
+        size = sum(parameter.numel() for parameter in _created(name, "meta").parameters())
+        if size <= LARGEST:
+            sizes[name] = size
+        if len(sizes) == DRAWN:
+            break
+    return sorted(sizes, key=lambda name: (sizes[name], name))
+
+
+def _created(name: str, device: str) -> nn.Module:
+    """The network as its library makes it; on the CPU where it cannot be made on "meta"."""
+    library, _, member = name.partition("/")
+    models = import_library(library).models
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.manual_seed(0)
+        try:
+            with torch.device(device):
+                if library == "timm":
+                    return import_library(library).create_model(member)
+                try:  # Networks with a backbone would download its weights.
+                    return models.get_model(member, weights=None, weights_backbone=None)
+                except TypeError:
+                    return models.get_model(member, weights=None)
+        except (NotImplementedError, RuntimeError):
+            if device == "cpu":
+                raise
+        return _created(name, "cpu")
+
+
 def named(name: str) -> tuple[nn.Module, tuple[int, ...] | None]:
     """The network, and the image that its published weights take, (C, H, W), where that is said.
 
@@ -155,20 +213,13 @@ def named(name: str) -> tuple[nn.Module, tuple[int, ...] | None]:
     known = package.models.list_models() if library == "torchvision" else package.list_models()
     if member not in known:
         raise InvalidInputError(f"{library} has no model {member!r}; {near_names(member, known)}")
-    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        torch.manual_seed(0)
-        if library == "torchvision":
-            try:  # Networks with a backbone would download its weights.
-                model = package.models.get_model(member, weights=None, weights_backbone=None)
-            except TypeError:
-                model = package.models.get_model(member, weights=None)
-            weights = next(iter(package.models.get_model_weights(member)), None)
-            side = getattr(getattr(weights, "transforms", None), "keywords", {}).get("crop_size")
-            # Of videos it is a pair, and how many frames they have nothing says.
-            return randomised(model).eval(), (3, side, side) if isinstance(side, int) else None
-        model = package.create_model(member)
-        return randomised(model).eval(), tuple(model.pretrained_cfg["input_size"])
+    model = randomised(_created(name, "cpu")).eval()
+    if library == "timm":
+        return model, tuple(model.pretrained_cfg["input_size"])
+    weights = next(iter(package.models.get_model_weights(member)), None)
+    side = getattr(getattr(weights, "transforms", None), "keywords", {}).get("crop_size")
+    # Of videos it is a pair, and how many frames they have nothing says.
+    return model, (3, side, side) if isinstance(side, int) else None
 
 
 def randomised(model: nn.Module) -> nn.Module:
@@ -187,64 +238,89 @@ def randomised(model: nn.Module) -> nn.Module:
     return model
 
 
-def fitting_input(model: nn.Module) -> torch.Tensor:
-    """The smallest batch of random square images that the model takes.
+def fitting_inputs(model: nn.Module) -> tuple[torch.Tensor, ...]:
+    """The smallest batch of random square images, pairs of images or videos that the model takes.
 
     Raises: ValueError with the model's own complaint when it takes none.
     """
     complaint: Exception | None = None
-    for side in SIDES:
+    for form, side in itertools.product(FORMS, SIDES):
         generator = torch.Generator().manual_seed(side)
-        x = torch.randn(BATCH, 3, side, side, generator=generator)
+        inputs = tuple(torch.randn(shape, generator=generator) for shape in form(side))
         try:
             with torch.no_grad():
-                model(x)
-        except (AssertionError, RuntimeError, ValueError) as error:
-            complaint = error
+                model(*inputs)
+        except (AssertionError, IndexError, RuntimeError, TypeError, ValueError) as error:
+            complaint = complaint or error
             continue
-        return x
+        return inputs
     raise ValueError(f"takes no image of side {SIDES}: {complaint!r}") from complaint
 
 
 @dataclass(frozen=True)
 class Foreign:
-    """A captured network, its input and what it should return."""
+    """A captured network, its inputs and the tensors it should return."""
 
     captured: Graph
-    x: torch.Tensor
-    exact: torch.Tensor
-    eager: torch.Tensor
+    inputs: tuple[torch.Tensor, ...]
+    exact: Sequence[torch.Tensor]
+    eager: Sequence[torch.Tensor]
     depth: int
 
-    def executable(self, target: str) -> Executable:
+    def executable(self, target: str, passes: str = "default") -> Executable:
         """Compiled for "reference" or "interpreter"; calls without a kernel run as torch ops."""
         ledger, chosen = Report(), targets.parse(target)
         self.captured.goal = CompileTarget(chosen)
-        graph = run_passes(self.captured, ledger, fallback="torch")
+        graph = run_passes(self.captured, ledger, passes, fallback="torch")
         plan = lower(graph, self.captured, Options(chosen), ledger)
         reference = chosen is targets.REFERENCE
         runner = ReferenceRunner(graph) if reference else InterpreterRunner(plan)
         return Executable(graph, plan, ledger, runner, (save, load_bytes))
 
     def check(self, executable: Executable) -> str | None:
-        """What is wrong with the executable's result, in words, or None."""
-        if not self.exact.isfinite().all():
+        """What is wrong with the executable's results, in words, or None."""
+        if not all(exact.isfinite().all() for exact in self.exact):
             return "the module's own result is not finite, so nothing can be compared"
-        return tolerance.compare(executable(self.x), self.exact, self.eager, self.depth)
+        results = tree_leaves(executable(*self.inputs))
+        compared = zip(results, self.exact, self.eager, strict=True)
+        texts = (tolerance.compare(*tensors, self.depth) for tensors in compared)
+        return next((text for text in texts if text), None)
+
+
+class Doubles(TorchDispatchMode):
+    """Inside, what a network makes of nothing or converts to fp32 is fp64 too."""
+
+    def __enter__(self) -> Doubles:
+        torch.set_default_dtype(torch.float64)
+        super().__enter__()  # type: ignore[no-untyped-call]
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)  # type: ignore[no-untyped-call]
+        torch.set_default_dtype(torch.float32)
+
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = dict(kwargs or {})
+        if kwargs.get("dtype") is torch.float32:
+            kwargs["dtype"] = torch.float64
+        return function(*args, **kwargs)
 
 
 def prepared(name: str) -> Foreign:
     """Builds and captures a network.
 
-    Raises: ImportError, ValueError from `fitting_input`, CaptureError.
+    Raises: ImportError, ValueError from `fitting_inputs`, CaptureError.
     """
     model = build(name)
-    x = fitting_input(model)
+    inputs = fitting_inputs(model)
     with torch.no_grad():
-        eager = model(x)
-        exact = copy.deepcopy(model).double()(x.double())
+        eager = tree_leaves(model(*inputs))
+        with Doubles():
+            exact = tree_leaves(copy.deepcopy(model).double()(*(x.double() for x in inputs)))
     weights = (p for p in model.parameters() if p.dim() > 1)
-    return Foreign(capture(model, (x,)), x, exact, eager, sum(w[0].numel() for w in weights))
+    return Foreign(capture(model, inputs), inputs, exact, eager, sum(w[0].numel() for w in weights))
 
 
 def missing_ops(executable: Executable) -> Sequence[TorchCall]:

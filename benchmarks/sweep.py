@@ -1,10 +1,11 @@
 """Networks that other people wrote: `python -m benchmarks.sweep`.
 
 The convolutional families of torchvision and timm, with random weights at a small resolution: each
-network is captured, lowered, and its fused graph run by torch ops (`reference`) and, for one member
-of each family, by the kernels in the interpreter; results are held to the module in fp64 as
-everywhere (`kernels/contract/tolerance.py`). A name is all that is known of a network here: what
-compiles does so because its ops are there.
+network is captured, lowered, and its graph run by torch ops (`reference`), fused and as captured
+(passes="none"), and, for one member of each family, by the kernels in the interpreter; results are
+held to the module in fp64 as everywhere (`kernels/contract/tolerance.py`). A name is all that is
+known of a network here: what compiles does so because its ops are there. To the families come
+networks drawn by lot (`foreign.draw`).
 
 Each network has a process and a time limit of its own, and what is done is kept, so that the sweep
 can be called again and goes on; results lie in benchmarks/results/foreign.json and foreign.md.
@@ -37,6 +38,8 @@ LIMIT_S = 240.0
 COMPILES, MISSING, WRONG, REFUSED = "compiles", "ops missing", "wrong", "refused"
 NOT_BUILT, TOO_LONG, CRASHED = "not built", "time limit", "crashed"
 AGREES = "agrees"
+DRAWN = "drawn"
+"""The family of what was drawn."""
 LONGEST_REASON = 240
 
 
@@ -63,6 +66,11 @@ class Row:
     git: str = ""
 
 
+def family_of(name: str) -> str:
+    """The family of a network; "drawn" for what the families do not have."""
+    return foreign.FAMILIES.get(name, DRAWN)
+
+
 def tried(name: str, interpret: bool) -> Row:
     """Captures, lowers, runs and checks one network."""
     started = time.perf_counter()
@@ -75,18 +83,19 @@ def tried(name: str, interpret: bool) -> Row:
     except (ImportError, ValueError) as error:
         found = {"status": NOT_BUILT, "reason": _one_line(error)}
     seconds = round(time.perf_counter() - started, 1)
-    return Row(name, foreign.FAMILIES[name], seconds=seconds, git=git_hash(), **found)
+    return Row(name, family_of(name), seconds=seconds, git=git_hash(), **found)
 
 
 def _found(name: str, interpret: bool) -> dict[str, Any]:
     network = foreign.prepared(name)
     executable = network.executable("reference")
     calls = Counter(f"{call}: {call.reason}" for call in foreign.missing_ops(executable))
-    checks = {"reference": network.check(executable) or AGREES}
+    plain = network.check(network.executable("reference", passes="none"))
+    checks = {"reference": network.check(executable) or (plain and f"unfused: {plain}") or AGREES}
     if interpret and not calls:
         checks["interpreter"] = network.check(network.executable("interpreter")) or AGREES
     found = {
-        "side": network.x.shape[-1],
+        "side": network.inputs[0].shape[-1],
         "convs": executable.plan.convs,
         "kernels": len(executable.plan.kernels),
         "missing": dict(calls.most_common()),
@@ -132,7 +141,7 @@ def in_a_process(name: str, interpret: bool, limit_s: float) -> Row:
         process.kill()
         process.join()
     seconds = round(time.perf_counter() - started, 1)
-    return Row(name, foreign.FAMILIES[name], status, reason, seconds=seconds, git=git_hash())
+    return Row(name, family_of(name), status, reason, seconds=seconds, git=git_hash())
 
 
 def _child(answer: Connection, name: str, interpret: bool) -> None:
@@ -148,11 +157,16 @@ def markdown(rows: Sequence[Row], versions: str) -> str:
     for library, families in foreign.LIBRARIES.items():
         names = [f"{library}/{member}" for members in families.values() for member in members]
         lines.append(f"- {library}: {len(done.intersection(names))} of {len(names)} compile")
+    drawn = [row for row in rows if row.family == DRAWN]
+    left = foreign.DRAWN - len(drawn)
     lines += [
+        f"- drawn: {sum(row.name in done for row in drawn)} of {len(drawn)} compile"
+        + (f"; {left} are not tried yet" if left else ""),
         "",
         "A network compiles when every op has a kernel (no torch fallback) and its result agrees "
-        "with the module in fp64: the fused graph run by torch ops, and, where the table says so, "
-        "the kernels in the interpreter. Weights are random, images small.",
+        "with the module in fp64: the graph run by torch ops, fused and as captured "
+        '(`passes="none"`), and, where the table says so, the kernels in the interpreter. Weights '
+        "are random, images small.",
         "",
         "## Ops that are missing",
         "",
@@ -160,6 +174,23 @@ def markdown(rows: Sequence[Row], versions: str) -> str:
         "",
         "## Every network",
         "",
+        *_table([row for row in rows if row.family != DRAWN]),
+        "",
+        "## Drawn",
+        "",
+        f"{foreign.DRAWN} further names: of all names of torchvision and timm that are not above, "
+        f"in an order shuffled by `random.Random({foreign.SEED})`, the first whose networks have "
+        f"at most {foreign.LARGEST / 1e6:g} million parameters. Left out are detectors (how many "
+        "boxes there are depends on the image) and networks of int8 operators. The smallest "
+        "stands first; every name that was drawn is listed.",
+        "",
+        *_table(drawn),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _table(rows: Sequence[Row]) -> list[str]:
+    lines = [
         "| network | image | convolutions | kernels | reference | interpreter | result |",
         "|---|---|---|---|---|---|---|",
     ]
@@ -168,7 +199,7 @@ def markdown(rows: Sequence[Row], versions: str) -> str:
         checks = (_verdict(check) for check in (row.reference, row.interpreter))
         cells = (row.name, row.side or "-", row.convs, row.kernels, *checks, result)
         lines.append(f"| {' | '.join(str(cell).replace('|', '/') for cell in cells)} |")
-    return "\n".join(lines) + "\n"
+    return lines
 
 
 def _verdict(check: str) -> str:
@@ -195,41 +226,41 @@ def _missing_table(rows: Sequence[Row]) -> list[str]:
     ]
 
 
-def kept_rows(path: Path) -> dict[str, Row]:
-    """The rows of an earlier call, by name."""
+def kept(path: Path) -> tuple[list[str], dict[str, Row]]:
+    """The names that were drawn and the rows of an earlier call, by name."""
     if not path.is_file():
-        return {}
-    return {row["name"]: Row(**row) for row in json.loads(path.read_text())["rows"]}
+        return [], {}
+    plain = json.loads(path.read_text())
+    return plain[DRAWN], {row["name"]: Row(**row) for row in plain["rows"]}
 
 
-def write(rows: dict[str, Row], folder: Path) -> None:
-    """Both files, in the order of the families."""
+def write(drawn: Sequence[str], rows: dict[str, Row], folder: Path) -> None:
+    """Both files, in the order of the families and then of the draw."""
     torchvision, timm = foreign.import_libraries()
     versions = (
         f"torch {torch.__version__.partition('+')[0]}, torchvision "
         f"{torchvision.__version__.partition('+')[0]}, timm {timm.__version__}"
     )
-    ordered = [rows[name] for name in foreign.FAMILIES if name in rows]
+    ordered = [rows[name] for name in (*foreign.FAMILIES, *drawn) if name in rows]
     folder.mkdir(parents=True, exist_ok=True)
-    plain = {"versions": versions, "rows": [asdict(row) for row in ordered]}
+    plain = {"versions": versions, DRAWN: drawn, "rows": [asdict(row) for row in ordered]}
     (folder / "foreign.json").write_text(json.dumps(plain, indent=1) + "\n")
     (folder / "foreign.md").write_text(markdown(ordered, versions))
 
 
-def wanted(options: argparse.Namespace, rows: dict[str, Row]) -> list[str]:
+def wanted(options: argparse.Namespace, drawn: Sequence[str], rows: dict[str, Row]) -> list[str]:
     """The networks to try: those named, else those not tried yet (`--again`: or that failed).
 
     Raises: InvalidInputError for an unknown name.
     """
+    known = (*foreign.FAMILIES, *drawn)
     for name in options.names:
-        if name not in foreign.FAMILIES:
-            raise InvalidInputError(
-                f"unknown network {name!r}: {near_names(name, foreign.FAMILIES)}"
-            )
+        if name not in known:
+            raise InvalidInputError(f"unknown network {name!r}: {near_names(name, known)}")
     if options.names:
         return list(options.names)
     failed = {n for n, row in rows.items() if options.again and row.status != COMPILES}
-    return [name for name in foreign.FAMILIES if name not in rows or name in failed]
+    return [name for name in known if name not in rows or name in failed]
 
 
 def parser() -> argparse.ArgumentParser:
@@ -254,8 +285,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Tries what is left; status 1 while something has not been tried."""
     options = parser().parse_args(arguments)
     foreign.import_libraries()
-    rows = {} if options.fresh else kept_rows(options.output / "foreign.json")
-    names, started = wanted(options, rows), time.perf_counter()
+    drawn, rows = kept(options.output / "foreign.json")
+    if options.fresh:
+        rows = {}
+    if not drawn:
+        drawn = foreign.draw()
+        write(drawn, rows, options.output)
+    names, started = wanted(options, drawn, rows), time.perf_counter()
     for name in names:
         if options.budget and time.perf_counter() - started > options.budget:
             print(f"{len(names) - names.index(name)} left: call again")
@@ -264,7 +300,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             options.interpret == "first" and name in foreign.FIRST
         )
         rows[name] = in_a_process(name, interpret, options.limit)
-        write(rows, options.output)
+        write(drawn, rows, options.output)
         row = rows[name]
         print(f"{name:<36} {row.seconds:>6.1f} s  {row.status} {row.reason[:120]}", flush=True)
     return 0

@@ -129,8 +129,6 @@ def test_explain_names_what_the_file_holds(path: Path, refusal: Callable[..., st
     assert "holds cuda:sm_80 (batch 1 to 1)" in refusal("explain", path, "--target", "cuda:sm_100")
 
 
-def test_doctor_refuses_what_is_no_executable(
-    tmp_path: Path, refusal: Callable[..., str]
-) -> None:
+def test_doctor_refuses_what_is_no_executable(tmp_path: Path, refusal: Callable[..., str]) -> None:
     (tmp_path / "x.loom").write_bytes(b"hello" * 9)
     assert "not a convloom executable" in refusal("doctor", tmp_path / "x.loom")

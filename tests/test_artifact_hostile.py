@@ -383,9 +383,7 @@ def spread(members: dict[str, bytes], count: int) -> Any:
     return plan
 
 
-def test_checks_take_time_in_proportion_to_a_plan(
-    members: dict[str, bytes], mutant: Path
-) -> None:
+def test_checks_take_time_in_proportion_to_a_plan(members: dict[str, bytes], mutant: Path) -> None:
     """Four times the buffers, side by side and one after the other, at most six times as long."""
 
     def seconds(count: int) -> float:

@@ -416,9 +416,7 @@ def test_fallback_runs_unsupported_nodes_as_torch_ops(
     target: str, batch: tuple[int, int] | None
 ) -> None:
     module, inputs = nets.randomise(Unsupported()), nets.inputs_of(IMAGE)
-    exe = convloom.compile(
-        module, inputs, target=target, dynamic_batch=batch, fallback="torch"
-    )
+    exe = convloom.compile(module, inputs, target=target, dynamic_batch=batch, fallback="torch")
     for size in (2, 3) if batch else (2,):
         (x,) = nets.inputs_of((size, *IMAGE[1:]), seed=size)
         nets.check(exe(x), module, (x,))

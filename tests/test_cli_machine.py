@@ -60,9 +60,7 @@ def test_doctor_notices_a_cache_that_cannot_be_written(
     assert main(["doctor"]) == 0 and main(["doctor", "--strict"]) == 1
 
 
-def test_doctor_tells_what_launching_needs(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_doctor_tells_what_launching_needs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(sysconfig, "get_path", lambda name: str(tmp_path))
     monkeypatch.setattr(shutil, "which", lambda name: f"/usr/bin/{name}")
     assert doctor._c_compiler().status == "missing"

@@ -393,9 +393,11 @@ def test_registers_move_from_warps_to_warps() -> None:
         (REGISTERS.replace("u32 24", "u32 28"), "counted in eights, from 24 to 256"),
         (REGISTERS.replace("u32 24", "u32 16"), "counted in eights, from 24 to 256"),
         (REGISTERS.replace("u32 104", "u32 264"), "counted in eights, from 24 to 256"),
-        (REGISTERS.replace("$give:", "$give: setp.ge.u32 %p2, %r2, 192; @%p2 bra $more;")
-         + "bra.uni $out; $more: setmaxnreg.dec.sync.aligned.u32 32; bar.sync 0; $out:",
-         "of a warpgroup ask for different numbers"),
+        (
+            REGISTERS.replace("$give:", "$give: setp.ge.u32 %p2, %r2, 192; @%p2 bra $more;")
+            + "bra.uni $out; $more: setmaxnreg.dec.sync.aligned.u32 32; bar.sync 0; $out:",
+            "of a warpgroup ask for different numbers",
+        ),
     ],
 )
 def test_faults_of_registers_are_seen(body: str, message: str) -> None:
@@ -414,8 +416,11 @@ def test_registers_of_nobody_knows_how_many_are_refused() -> None:
 LATE = f"""
   setp.lt.u32 %p3, %r2, 32; setp.lt.u32 %p4, %r2, 128; mov.b32 %r20, 3072;
   setp.eq.u32 %p5, %r2, 0; @%p5 mbarrier.init.shared::cta.b64 [%r20], 32;
-  {OPERANDS.replace("setp.lt.u32 %p1, %r2, 64;", "setp.lt.u32 %p1, %r2, 64; @!%p4 bra $laid;")
-    .replace("shl.b32 %r4", "@!%p4 bra $laid; shl.b32 %r4")} $laid: {SEEN}
+  {
+    OPERANDS.replace(
+        "setp.lt.u32 %p1, %r2, 64;", "setp.lt.u32 %p1, %r2, 64; @!%p4 bra $laid;"
+    ).replace("shl.b32 %r4", "@!%p4 bra $laid; shl.b32 %r4")
+} $laid: {SEEN}
   @!%p4 bra $fifth; @!%p3 bra $product; {wait(20)} $product: {PRODUCT}
 """
 REST = f"bra.uni $end; $fifth: {arrive(20)} $end:"

@@ -186,9 +186,7 @@ def test_weights_of_another_number_of_classes(
 
 def test_a_model_without_classes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     data = colours(tmp_path)
-    message = refusal(
-        capsys, "unet", "--data", data, "--classes", 3, "--batch", 1, *REFERENCE
-    )
+    message = refusal(capsys, "unet", "--data", data, "--classes", 3, "--batch", 1, *REFERENCE)
     assert "one score per class, got an output of shape (1, 3, 388, 388)" in message
 
 

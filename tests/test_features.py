@@ -40,9 +40,7 @@ class Taken(nn.Module):
             seen.setdefault(path, []).append(_cloned(y))
 
         for path, layer in self.module.named_modules():
-            handles.append(
-                layer.register_forward_hook(lambda *all, path=path: note(path, all[-1]))
-            )
+            handles.append(layer.register_forward_hook(lambda *all, path=path: note(path, all[-1])))
         result = self.module(*inputs)
         for handle in handles:
             handle.remove()
@@ -268,5 +266,3 @@ def test_the_documented_example_runs(capsys):
     line = torch.linalg.solve(gram, pixels.T @ (names["odd"] * 2.0 - 1))
     by_pixels = ((held_out @ line > 0) == (split.test_labels % 2 == 1)).float().mean()
     assert by_pixels < 0.95 < names["right"]
-
-

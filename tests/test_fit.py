@@ -55,9 +55,7 @@ def warps_spill(count: int, spill_bytes: int = 8) -> Said:
     return lambda request: Resources(255, spill_bytes * (request.num_warps == count), 0)
 
 
-def test_the_next_by_the_model_is_taken(
-    compiler: Callable[[Said], None], tmp_path: Path
-) -> None:
+def test_the_next_by_the_model_is_taken(compiler: Callable[[Said], None], tmp_path: Path) -> None:
     compiler(lambda request: FITS)
     default = step_of(nn.Linear(16, 40))
     assert default.chosen_by == "heuristic"

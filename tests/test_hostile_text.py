@@ -26,7 +26,7 @@ from .artifact_files import members_of, rewrite, save_small
 from .test_ledger import account_of, exporting_once
 
 __all__ = ["exporting_once"]
-ATTACK = '\x1b]0;x\x07</script><img src=x onerror=alert(1)>"\'[/b]\ud800\u202e&amp;{{DATA}}'
+ATTACK = "\x1b]0;x\x07</script><img src=x onerror=alert(1)>\"'[/b]\ud800\u202e&amp;{{DATA}}"
 
 
 @pytest.fixture

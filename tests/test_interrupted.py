@@ -148,8 +148,7 @@ def interrupted_after(seconds: float) -> Iterator[None]:
 
 
 def split() -> nets.Made:
-    """A product that several programs share, and count themselves by numbers that they leave zero.
-    """
+    """A product that several programs share, and count themselves by numbers left at zero."""
     return nets.make(lambda m, x: m.linear(x), (2, 4096), linear=nn.Linear(4096, 8))
 
 

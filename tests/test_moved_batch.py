@@ -145,7 +145,6 @@ REFUSED: dict[str, tuple[Callable[[Tensor], Tensor], str]] = {
     "selected": (lambda x: x.transpose(0, 1)[:, 0], "joins samples"),
     "sliced": (lambda x: x.transpose(0, 1)[:, :1].transpose(0, 1), "joins samples"),
     "softmax": (lambda x: x.transpose(0, 1).softmax(1), "goes along dimension 1"),
-    "concatenated": (lambda x: torch.cat((leading(x),) * 2, 1), "goes along dimension 1"),
     "joined in another order": (
         lambda x: torch.cat(
             (leading(x).reshape(4, -1), x[:, :4].permute(1, 2, 0).reshape(4, -1)), 0

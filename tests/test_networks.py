@@ -19,7 +19,7 @@ from convloom.cli.main import main, parser
 from convloom.errors import InvalidInputError
 from PIL import Image
 
-SOURCE = '''
+SOURCE = """
 import torch
 from dataclasses import dataclass
 from torch import nn
@@ -64,7 +64,7 @@ class Mixed(nn.Module):
     def forward(self, x, keep, image):
         y = x + image.float().mean((1, 2))[:, None] / 255
         return {"scores": self.head(torch.where(keep, y, -y)), "mean": y.mean(), "sum": [y.sum(1)]}
-'''
+"""
 REFERENCE = ("--target", "reference")
 INTERPRETER = ("--target", "interpreter")
 SM_90 = ("--target", "cuda:sm_90")
@@ -139,13 +139,16 @@ def refusal(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
 FILE, PROGRAM = ("own_net.py:Net", *IMAGES), ("net.pt2",)
 
 
-@pytest.mark.parametrize("given", [
-    ("own_package.inner:make", *IMAGES), ("own_net.py:READY", *IMAGES),
-    ("cifar_convnet", "--input", "2x3x32x32"),
-], ids=["a function in a package", "a module that is there", "the zoo, of another size"])
-def test_names_are_models(
-    given: tuple[str, ...], folder: Path, answer: Callable[..., Any]
-) -> None:
+@pytest.mark.parametrize(
+    "given",
+    [
+        ("own_package.inner:make", *IMAGES),
+        ("own_net.py:READY", *IMAGES),
+        ("cifar_convnet", "--input", "2x3x32x32"),
+    ],
+    ids=["a function in a package", "a module that is there", "the zoo, of another size"],
+)
+def test_names_are_models(given: tuple[str, ...], folder: Path, answer: Callable[..., Any]) -> None:
     explained = answer("explain", *given, *REFERENCE, "--json")
     assert explained["model"] == given[0] and explained["summary"]["convs"] == 1
 
@@ -325,12 +328,12 @@ def test_shapes_that_are_none(text: str, capsys: pytest.CaptureFixture[str]) -> 
 
 # Libraries, of which small copies stand in.
 
-TORCHVISION = '''
+TORCHVISION = """
 import torch
 torch.ops.torchvision.nms.default  # As the wheel for CUDA: it fails where the operator is not.
 from . import models
-'''
-MODELS = '''
+"""
+MODELS = """
 from functools import partial
 from enum import Enum
 from types import SimpleNamespace
@@ -347,8 +350,8 @@ def get_model_weights(name):
         return []
     size = (12, 12) if name == "video" else 12
     return [SimpleNamespace(transforms=partial(print, crop_size=size))]
-'''
-TIMM = '''
+"""
+TIMM = """
 import torchvision
 from torchvision.models import get_model
 
@@ -359,7 +362,7 @@ def create_model(name):
     model = get_model(name)
     model.pretrained_cfg = {"input_size": (3, 10, 14)}
     return model
-'''
+"""
 
 
 @pytest.fixture

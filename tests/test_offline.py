@@ -178,9 +178,7 @@ def test_every_op_compiles(target: Target) -> None:
     both = target in GENERATIONS
     problems = list(sample_problems((HALF, torch.float32) if both else (HALF,)))
     assert {name for name, _ in problems} == set(registry.BY_NAME)
-    requests = [
-        wanted for _, problem in problems for _, wanted in launch_requests(problem, target)
-    ]
+    requests = [wanted for _, problem in problems for _, wanted in launch_requests(problem, target)]
     offline.compile_all(requests, kind=offline.KernelReport)
     for _, problem in problems:
         assert_healthy(problem, target)

@@ -26,9 +26,7 @@ def branch(name: str, nodes: list[Any], output: str, **constants: Any) -> Any:
 
 
 def chosen(condition: str, then: Any, other: Any, result: str, name: str = "choice") -> Any:
-    return helper.make_node(
-        "If", [condition], [result], name, then_branch=then, else_branch=other
-    )
+    return helper.make_node("If", [condition], [result], name, then_branch=then, else_branch=other)
 
 
 def saved(folder: Path, nodes: list[Any], **constants: Any) -> Path:

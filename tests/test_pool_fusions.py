@@ -181,9 +181,7 @@ class Gated(nn.Module):
 @pytest.mark.parametrize("dtype", [FLOAT, HALF], ids=str)
 @pytest.mark.parametrize("gate_first", [True, False])
 @pytest.mark.parametrize("linear", [True, False])
-def test_a_gated_block_is_three_kernels(
-    dtype: torch.dtype, gate_first: bool, linear: bool
-) -> None:
+def test_a_gated_block_is_three_kernels(dtype: torch.dtype, gate_first: bool, linear: bool) -> None:
     """The scaling is the projection's prologue: no kernel of its own, nothing written."""
     module = nets.randomise(Gated(gate_first=gate_first, linear=linear)).to(dtype)
     inputs = tuple(x.to(dtype) for x in nets.inputs_of((3, 16, 7, 6)))
@@ -261,9 +259,7 @@ def test_the_kept_tensor_is_written_once_per_pixel() -> None:
     """By the programs of the first tile of output channels, whatever the others see."""
     op = registry.get("pool_conv")
     attributes = PoolConv(MaxPool2d((3, 3), (2, 2), (1, 1)), keep=True)
-    problem = harness.problem_for(
-        op, attributes, (image(2, 24, 9, 9), dense(80, 24, 1, 1)), pad=3
-    )
+    problem = harness.problem_for(op, attributes, (image(2, 24, 9, 9), dense(80, 24, 1, 1)), pad=3)
     tensors = tuple(
         harness.make_tensor(operand.spec, at, -1, 1) for at, operand in enumerate(problem.inputs)
     )

@@ -405,12 +405,6 @@ def test_pooling_in_the_fourier_domain_by_two_products() -> None:
     assert ops(exe).count("linear") == 2 and exe.summary["torch_fallbacks"] == 0
 
 
-def test_fourier_transforms_themselves_are_refused_with_the_way_out() -> None:
-    message = refusal(lambda m, x: cropped_spectrum(x, (5, 3)))
-    assert "aten.fft_fft2.default" in message
-    assert "products with constant matrices" in message
-
-
 # Mixtures.
 
 

@@ -288,6 +288,7 @@ def test_second_products_do_not_spill(name: str, target: targets.Target) -> None
 
 def test_what_is_expected_to_spill_comes_last() -> None:
     sm_80, sm_90, sm_100 = (targets.parse(f"cuda:sm_{at}") for at in (80, 90, 100))
+
     def reason(name: str, target: targets.Target, warps: int, **blocks: int) -> str:
         tile = config(warps, 3, BLOCK_K=64, INNER_STAGES=1, **blocks)
         return str(conv_chain.crowded(COMPILED[name], tile, target))

@@ -17,6 +17,8 @@ PLANE, CHANNEL, ROWS = (2, 6, 7, 5), (6, 1, 1), (3, 5, 8)
 SPELLINGS: dict[str, Callable[..., torch.Tensor]] = {
     "addcmul": lambda m, x, a, b: torch.addcmul(x, a, b),
     "addcmul, value": lambda m, x, a, b: torch.addcmul(x, a, b, value=-0.5),
+    "addcmul of a square": lambda m, x, a, b: torch.addcmul(x, a, a, value=0.5),
+    "addcmul of silu": lambda m, x, a, b: torch.addcmul(x, a, a.sigmoid()),
     "addcmul, broadcast": lambda m, x, a, b: torch.addcmul(a, b, x, value=2.0),
     "addcdiv": lambda m, x, a, b: torch.addcdiv(x, a, b.abs() + 1.0, value=3.0),
 }

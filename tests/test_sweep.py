@@ -105,6 +105,41 @@ def test_networks_that_cannot_be_tried(small: None, monkeypatch: pytest.MonkeyPa
     assert "too small" in row.reason
 
 
+def test_networks_of_pairs_and_videos_with_several_results() -> None:
+    class Pairs(nn.Module):
+        def forward(self, first, second):
+            return {"sum": first[:, :, ::8] + second[:, :, ::8], "other": [first.amax(1)]}
+
+    pair = foreign.fitting_inputs(Pairs())
+    assert [tuple(x.shape) for x in pair] == [(2, 3, 64, 64)] * 2
+    (video,) = foreign.fitting_inputs(nn.Conv3d(3, 4, 3))
+    assert video.shape == (1, 3, 16, 64, 64)
+    with torch.no_grad():
+        results = list(Pairs()(*pair).values())
+    results = [results[0], *results[1]]
+    exact = [x.double() for x in results]
+    network = foreign.Foreign(None, pair, exact, results, 1)
+    assert network.check(Pairs()) is None
+    wrong = {"sum": results[0], "other": [results[1] + 1]}
+    assert "error" in (network.check(lambda *_: wrong) or "")
+
+
+def test_the_unfused_graph_is_held_to_the_module_too(
+    small: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    executable = foreign.Foreign.executable
+
+    def wrong_unfused(network, target, passes="default"):
+        right = executable(network, target, passes)
+        if passes == "default":
+            return right
+        return lambda *inputs: right(*inputs) + 1
+
+    monkeypatch.setattr(foreign.Foreign, "executable", wrong_unfused)
+    row = sweep.tried("torchvision/good", interpret=False)
+    assert row.status == "wrong" and row.reason.startswith("reference: unfused: element")
+
+
 def test_a_wrong_result_is_seen(small: None, monkeypatch: pytest.MonkeyPatch) -> None:
     network = foreign.prepared("torchvision/good")
     executable = network.executable("reference")
@@ -144,21 +179,25 @@ def test_the_sweep_goes_on_where_it_stopped(
     small: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     asked: list[str] = []
+    draws = iter([["timm/drawn"]])  # Drawn once: later calls go on with the names that were kept.
+    monkeypatch.setattr(foreign, "draw", lambda: next(draws))
 
     def answer(name: str, interpret: bool, limit_s: float) -> Row:
         asked.append(name)
-        return Row(name, "family", "compiles" if "good" in name else "ops missing", "1x a|b: no")
+        status = "ops missing" if name in failing else "compiles"
+        return Row(name, sweep.family_of(name), status, "1x a|b: no")
 
     monkeypatch.setattr(sweep, "in_a_process", answer)
-    names, output = list(NETWORKS), ("--output", str(tmp_path))
+    names, output = [*NETWORKS, "timm/drawn"], ("--output", str(tmp_path))
+    failing = names[1:4]
     assert sweep.main([*output, "--budget", "1e-9"]) == 1
     assert "left: call again" in capsys.readouterr().out and asked == []
     assert sweep.main([*output, "torchvision/odd"]) == 0
     assert sweep.main(output) == 0
     assert asked == [names[1], names[0], *names[2:]]
-    assert sweep.main(output) == 0 and len(asked) == 4
-    assert sweep.main([*output, "--again"]) == 0 and asked[4:] == names[1:]
-    assert sweep.main([*output, "--fresh"]) == 0 and asked[7:] == names
+    assert sweep.main(output) == 0 and len(asked) == 5
+    assert sweep.main([*output, "--again"]) == 0 and asked[5:] == failing
+    assert sweep.main([*output, "--fresh"]) == 0 and asked[8:] == names
     written = json.loads((tmp_path / "foreign.json").read_text())
     assert [row["name"] for row in written["rows"]] == names
     assert written["versions"].endswith("torchvision 1.2, timm 3.4")
@@ -180,12 +219,17 @@ def test_the_table_tells_what_is_missing() -> None:
     assert "| differs | - | **wrong**: reference: x / y |" in text
     assert "| a: b | 2 | 7 | timm/dla34, timm/dpn68 |\n| c: d | 1 | 1 | timm/dla34 |" in text
     assert "None." in sweep.markdown(rows[:1], "versions")
+    drawn = Row("timm/tnt", "drawn", "compiles", "", 64, 1, 9, {}, "agrees")
+    first, second = sweep.markdown([*rows, drawn], "versions").split("## Drawn")
+    assert "- drawn: 1 of 1 compile; 99 are not tried yet" in first and "timm/tnt" not in first
+    assert "| timm/tnt | 64 | 1 | 9 | agrees | - | compiles |" in second
 
 
 def test_the_committed_table_is_whole() -> None:
     """Every network was tried, the text is that of the data, and no reason is left out."""
-    rows = sweep.kept_rows(RESULTS / "foreign.json")
-    assert list(rows) == list(foreign.FAMILIES)
+    drawn, rows = sweep.kept(RESULTS / "foreign.json")
+    assert list(rows) == [name for name in (*foreign.FAMILIES, *drawn) if name in rows]
+    assert set(foreign.FAMILIES) <= set(rows) and len({*drawn}) == foreign.DRAWN
     assert all(row.status == sweep.COMPILES or row.reason for row in rows.values())
     versions = json.loads((RESULTS / "foreign.json").read_text())["versions"]
     text = sweep.markdown(list(rows.values()), versions)
@@ -227,6 +271,7 @@ def test_every_name_is_a_network() -> None:
     libraries()
     torchvision, timm = foreign.import_libraries()
     known = {"torchvision": torchvision.models.list_models(), "timm": timm.list_models()}
-    for name in foreign.FAMILIES:
+    drawn, _ = sweep.kept(RESULTS / "foreign.json")
+    for name in (*foreign.FAMILIES, *drawn):
         library, _, member = name.partition("/")
         assert member in known[library] or timm.is_model(member), name

@@ -290,7 +290,7 @@ def _captured(state: _State, node: Any, a: Arguments) -> Any:
     function = partial(refusals.read_whole, op.aten[target]) if op is not None else None
     places = [_place_of(state, tensor) for tensor in results_of(node.meta["val"])]
     builder = _Builder(state, node.name, path_of(node))
-    moved = moved_batch.concerns(a, places)
+    moved = moved_batch.concerns(target, a, places)
     refusals.refuse_numbers(a, moved_batch.NUMBERS.get(target, ()) if moved else ())
     if moved:
         assert state.batch is not None
@@ -316,7 +316,9 @@ def _literal(state: _State, value: Any) -> Any:
 
 def _sized(state: _State, node: Any, a: Arguments) -> Arguments:
     """The arguments of a call, with numbers in its shape at the largest batch."""
-    return a if state.batch is None else state.batch.sized(str(node.target), a)
+    target = str(node.target)
+    parts = target == moved_batch.SLICE and isinstance(a.first, moved_batch.Moved)
+    return a if state.batch is None or parts else state.batch.sized(target, a)
 
 
 def _place_of(state: _State, tensor: torch.Tensor | None) -> moved_batch.Place | None:
@@ -357,7 +359,7 @@ def _check_result(state: _State, node: Any, result: Any) -> None:
         others = (torch.int64, torch.bool) if maker.is_compute and maker.definition.integers else ()
         known = (*FLOAT_DTYPES, *others)
         if got.dtype not in known and not state.graph.is_constant(value):
-            raise Refused(f"dtype {got.dtype} is not supported")
+            raise Refused(f"dtype {got.dtype} is not supported; compute with floats (.float())")
         if got.dtype is not truth.dtype and not {got.dtype, truth.dtype} <= set(FLOAT_DTYPES):
             raise Refused(f"dtype {truth.dtype} is not supported here; convert with .float() first")
         if (got.shape, got.batch) != (truth.shape, truth.batch) and got.shape == truth.shape:
@@ -448,7 +450,7 @@ def _add_output(state: _State, program: Any, arguments: pytree.TreeSpec) -> None
         if isinstance(value, moved_batch.Moved):
             raise UnsupportedOpError(
                 f"output {len(results)}: with a dynamic batch, the batch must be in dimension 0, "
-                f"but is in dimension {value.at} of {value.shape}"
+                f"but {value.where}"
             )
         if isinstance(value, (BatchNumber, *SYMBOLIC)):
             raise UnsupportedOpError(

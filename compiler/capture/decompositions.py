@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from ...kernels import registry
+from .fourier import hypot, replace_transforms
 
 aten = torch.ops.aten
 
@@ -164,21 +165,93 @@ def _einsum(equation: str, tensors: Sequence[torch.Tensor], **path: Any) -> torc
 
 
 def _affine_grid(theta: torch.Tensor, size: Sequence[Any], align_corners: bool) -> Any:
-    """The places of pixels, which are constants, times each sample's matrix; not of volumes."""
-    if len(size) != 4:
-        return NotImplemented
-    h, w = size[2:]
+    """The places of pixels, which are constants, times each sample's matrix."""
+    sizes = size[2:]
 
-    def along(count: int) -> torch.Tensor:
+    def along(dim: int) -> torch.Tensor:
+        count = sizes[dim]
         if count == 1:
             return torch.zeros(1, dtype=theta.dtype, device=theta.device)
         places = torch.linspace(-1.0, 1.0, count, dtype=theta.dtype, device=theta.device)
         return places if align_corners else places * ((count - 1) / count)
 
-    across, down = along(w).expand(h, w), along(h).unsqueeze(1).expand(h, w)
-    places = torch.stack([across, down, torch.ones_like(across)], -1).reshape(h * w, 3)
-    grid = torch.nn.functional.linear(theta, places)
-    return grid.transpose(1, 2).reshape(theta.shape[0], h, w, 2)
+    places = torch.meshgrid(*map(along, range(len(sizes))), indexing="ij")
+    corners = torch.stack([*reversed(places), torch.ones_like(places[0])], -1)
+    grid = torch.nn.functional.linear(theta, corners.flatten(0, -2))
+    return grid.transpose(1, 2).reshape(theta.shape[0], *sizes, len(sizes))
+
+
+def _sum(
+    x: torch.Tensor, dims: Any, keepdim: bool = False, *, dtype: torch.dtype | None = None
+) -> Any:
+    """How many are true, as whole numbers."""
+    if x.dtype is not torch.bool or dtype not in (None, torch.int64):
+        return NotImplemented
+    return x.to(torch.float32).sum(dims, keepdim).to(torch.int64)
+
+
+def _unfold(x: torch.Tensor, dim: int, size: int, step: int) -> torch.Tensor:
+    """Windows along a dimension, their elements in a new last one: stacked windows, or taps where
+    there are fewer of those."""
+    dim %= x.dim()
+    count = (x.shape[dim] - size) // step + 1
+    if count <= size:
+        windows = [x.narrow(dim, at * step, size) for at in range(count)]
+        return torch.stack(windows, dim).movedim(dim + 1, -1)
+    last = (count - 1) * step + 1
+    taps = [aten.slice.Tensor(x, dim, at, at + last, step) for at in range(size)]
+    return torch.stack(taps, -1)
+
+
+def _one_hot(indices: torch.Tensor, classes: int = -1) -> torch.Tensor:
+    places = torch.arange(classes, device=indices.device)
+    return (indices.unsqueeze(-1) == places).to(torch.int64)
+
+
+def _rows(weight: torch.Tensor, indices: torch.Tensor, *others: Any) -> torch.Tensor:
+    """The rows of a table that are computed: a product with ones where the rows are. All of the
+    table is read for each."""
+    ones = indices.unsqueeze(-1) == torch.arange(weight.shape[0], device=weight.device)
+    flat = torch.nn.functional.linear(ones.to(weight.dtype), weight.flatten(1).t())
+    return flat.reshape(*indices.shape, *weight.shape[1:])
+
+
+READS = (aten.embedding.default, aten.index.Tensor, aten.index_select.default)
+
+
+def _table_of(program: Any, node: Any) -> Callable[..., Any] | None:
+    """What stands for a call that reads rows of a table of finite numbers, a parameter or buffer,
+    where an input tells which; None for any other."""
+    if node.target is aten.index.Tensor:
+        indices = node.args[1][0] if len(node.args[1]) == 1 else None
+    elif node.target is aten.embedding.default or node.args[1:2] == (0,):
+        indices = node.args[-1] if node.target is aten.index_select.default else node.args[1]
+    else:
+        return None
+    signature, table = program.graph_signature, node.args[0]
+    known = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
+    value = program.state_dict.get(known.get(table.name, ""))
+    if not isinstance(indices, torch.fx.Node) or value is None or not value.isfinite().all():
+        return None
+    if indices.meta["val"].dtype is torch.bool or not _follows_from_inputs(program, indices):
+        return None
+    if node.target is aten.index.Tensor:
+        return lambda weight, given: _rows(weight, given[0])
+    if node.target is aten.index_select.default:
+        return lambda weight, dim, given: _rows(weight, given)
+    return _rows
+
+
+def _follows_from_inputs(program: Any, node: Any) -> bool:
+    inputs, seen, left = set(program.graph_signature.user_inputs), set(), [node]
+    while left:
+        one = left.pop()
+        if one.name in inputs:
+            return True
+        if one not in seen:
+            seen.add(one)
+            left += one.all_input_nodes
+    return False
 
 
 LEFT_WHOLE = (
@@ -193,8 +266,8 @@ def _computes(overload: Any) -> bool:
     """Whether an op makes tensors of tensors: what makes them of nothing is evaluated."""
     schema = overload._schema
     name = schema.name.removeprefix("aten::")
-    if name in LEFT_WHOLE or name.startswith("fft_"):
-        return False  # Fourier transforms by their public names, which the refusal knows.
+    if name in LEFT_WHOLE or (name.startswith("fft_") and "shift" not in name):
+        return False  # Fourier transforms by their public names, which `fourier.py` knows.
     if schema.overload_name == "data":
         return False  # Packed sequences: how long they are their values tell.
     takes, gives = (
@@ -232,6 +305,7 @@ def own() -> Mapping[Any, Callable[..., Any]]:
         aten.copy.default: _copy,
         aten.fill.Scalar: _fill,
         aten.fill.Tensor: _fill,
+        aten.sum.dim_IntList: _sum,
         aten.slice_scatter.default: _slice_scatter,
         aten.select_scatter.default: _select_scatter,
     }
@@ -256,6 +330,8 @@ def table() -> Mapping[Any, Callable[..., Any]]:
         aten.atanh.default: _atanh,
         aten.fmax.default: _fmax,
         aten.fmin.default: _fmin,
+        aten.hypot.default: hypot,
+        aten.one_hot.default: _one_hot,
         aten.exp2.default: lambda x: torch.pow(2.0, x),
         aten.log2.default: lambda x: torch.log(x) * (1.0 / math.log(2.0)),
         aten.log10.default: lambda x: torch.log(x) * (1.0 / math.log(10.0)),
@@ -296,14 +372,26 @@ def _as_frozen(program: Any, node: Any) -> Any:
     return _quantised if quantises else _unquantised
 
 
+def _is_static(node: Any) -> bool:
+    """Whether the dimension that a call names, its first argument, has a fixed size."""
+    return isinstance(node.args[0].meta["val"].shape[node.args[1]], int)
+
+
 def decompose(program: Any) -> None:
     """Puts the functions in the place of the calls of an exported program that is to be traced
     again. As an argument of `run_decompositions` some would come too late."""
+    replace_transforms(program)
+    # Medians of windows are one op (`passes/recognise_pools.py`).
+    medians = any(node.target is aten.median.dim for node in program.graph.nodes)
     for node in program.graph.nodes:
         if node.target is aten.fused_moving_avg_obs_fake_quant.default:
             node.target = _as_frozen(program, node)
         elif node.target is aten.einsum.default and _matrix_product(node.args[0]):
             node.target = _einsum
+        elif node.target is aten.unfold.default and not medians and _is_static(node):
+            node.target = _unfold
+        elif node.target in READS and (rows := _table_of(program, node)):
+            node.target = rows
         elif node.target is aten.dropout.default and not node.args[2]:
             # As torch did up to 2.13: the ledger tells what became of the layer.
             node.target, node.args = aten.clone.default, node.args[:1]

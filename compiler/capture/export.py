@@ -22,6 +22,7 @@ from torch.ao.quantization import FakeQuantize
 from torch.export import Dim, ShapesCollection
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 from torch.jit._trace import TopLevelTracedModule
+from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from ...errors import CaptureError
@@ -98,9 +99,50 @@ def _program(
         stack.enter_context(_quiet())
         stack.enter_context(_plain_tensors(module))
         stack.enter_context(_known_flags(module))
+        stack.enter_context(_PartedBatches())
         program = torch.export.export(module, arguments, keywords, dynamic_shapes=shapes)
         decompose(program)
         return program.run_decompositions(dict(own()))
+
+
+class _PartedBatches(TorchFunctionMode):
+    """Inside the block `chunk` and `split` into whole batches are slices: how many parts there are
+    torch computes with the batch as a number, and would fix it."""
+
+    def __torch_function__(
+        self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if function in (torch.chunk, torch.Tensor.chunk, torch.split, torch.Tensor.split):
+            chunks = function in (torch.chunk, torch.Tensor.chunk)
+            named = [value for name, value in kwargs.items() if name != "dim"]
+            x, given, *dims = (*args, *named)
+            dim = dims[0] if dims else kwargs.get("dim", 0)
+            parts = self._parts(chunks, x, given, dim)
+            if parts is not None:
+                return parts
+        return function(*args, **kwargs)
+
+    def _parts(self, chunks: bool, x: Any, given: Any, dim: int) -> Any:
+        """The slices, or None where the parts are something else."""
+        rows = _in_batches(x.shape[dim])
+        length = rows / given if chunks and rows else _in_batches(given)
+        if rows is None or length is None or not length.is_Integer or rows % length:
+            return None
+        count = int(rows / length)
+        step = x.shape[dim] // count if chunks else given
+        return tuple(x.narrow(dim, at * step, step) for at in range(count))
+
+
+def _in_batches(size: Any) -> Any:
+    """How many batches a size is, or None. To torch every input has a symbol of its own here."""
+    if not isinstance(size, torch.SymInt):
+        return None
+    symbols = list(size.node.expr.free_symbols)
+    if any(symbol.name.startswith("u") for symbol in symbols):
+        return None  # It follows from values.
+    count = size.node.expr.subs(dict.fromkeys(symbols, symbols[0])) / symbols[0]
+    return count if count.is_Integer else None
 
 
 @contextmanager

@@ -1,7 +1,9 @@
 """Calls between which the batch has left dimension 0: attention as it is usually written.
 
 `qkv.permute(2, 0, 3, 1, 4)` of a vision transformer and `nn.MultiheadAttention`, which computes on
-(length, batch, features), bring the batch back before the heads are done. Such a tensor is kept as
+(length, batch, features), bring the batch back before the heads are done. So do Siamese networks,
+which join batches and part them again: `torch.cat((a, b))` is two rows in front of the batch in one
+dimension, and layers that compute each sample alone do not notice. Such a tensor is kept as
 a graph value with the batch in front, and what torch takes its shape to be: permutations then move
 the other parts only, reshapes nothing at all. Elements before the batch, in torch's order, are
 counted, so that a dimension of length · batch is told from one of batch · length.
@@ -17,9 +19,10 @@ from typing import Any
 import torch
 from torch.utils import _pytree as pytree
 
+from ...kernels import registry
 from ...kernels.contract.op import Arguments, Builder, Capture
 from ...kernels.movement import pointwise_ops
-from ...kernels.movement.movement import Concat, Permute
+from ...kernels.movement.movement import Concat, Permute, Slice
 from ...kernels.movement.rearrangement import Expand, Reshape
 from ..graph.ir import Value
 from ..graph.torch_call import BatchNumber
@@ -31,6 +34,7 @@ VIEWS = frozenset((
 ALONG = frozenset((
     "aten.select.int", "aten.slice.Tensor", "aten.unbind.int", "aten.split.Tensor",
     "aten.split_with_sizes.default", "aten.chunk.default", "aten.softmax.int",
+    "aten.log_softmax.int",
 ))  # fmt: skip
 """Calls along one dimension, `dim`."""
 LAST: dict[str, Callable[[Arguments], int]] = {
@@ -38,16 +42,31 @@ LAST: dict[str, Callable[[Arguments], int]] = {
     "aten.layer_norm.default": lambda a: len(a.normalized_shape),
 }
 """Calls that compute along the last dimensions, and how many."""
+REDUCING = frozenset((
+    "aten.mean.dim", "aten.sum.dim_IntList", "aten.amax.default", "aten.amin.default",
+))  # fmt: skip
+"""Calls along some dimensions, `dim`."""
+BY_SAMPLE = frozenset(
+    target
+    for target, op in registry.CAPTURES.items()
+    if op.batched or op.name == "batch_norm" or target in (
+        "aten.group_norm.default", "aten.instance_norm.default"
+    )
+)  # fmt: skip
+"""Calls that compute each sample alone, whatever dimension 0 consists of."""
 JOINS = ("aten.cat.default", "aten.stack.default")
 FILLS = {"aten.zeros.default": 0.0, "aten.ones.default": 1.0, "aten.full.default": None}
 """Calls that make tensors of one number; None: of `fill_value`."""
-NUMBERS = {
-    f"aten.{name}": ("groups",)
+SLICE = "aten.slice.Tensor"
+CONVOLUTIONS = tuple(
+    f"aten.{name}"
     for name in ("conv1d.default", "conv2d.default", "conv_transpose1d.default",
                  "conv_transpose2d.input")
-}  # fmt: skip
+)  # fmt: skip
 """Convolutions, which filters of their own for each sample make of one image with the channels of
-all; the argument that is a multiple of the batch then."""
+all."""
+NUMBERS = {SLICE: ("start", "end"), **{target: ("groups",) for target in CONVOLUTIONS}}
+"""The arguments that may be multiples of the batch."""
 POINTWISE = frozenset(target for op in pointwise_ops.OPS for target in op.aten)
 
 
@@ -65,6 +84,13 @@ class Moved:
     at: int
     before: int
 
+    @property
+    def where(self) -> str:
+        """Where the batch is, in words."""
+        if self.at == 0:
+            return f"is there several times, one after the other, in {self.shape}; part it again"
+        return f"is in dimension {self.at} of {self.shape}"
+
     def sizes(self, batch: int) -> tuple[tuple[int, ...], ...]:
         """What each dimension consists of, without the batch."""
         front = self.before // math.prod(self.shape[: self.at])
@@ -81,10 +107,18 @@ class Place:
     at: int
 
 
-def concerns(a: Arguments, places: Sequence[Place | None]) -> bool:
+def concerns(target: str, a: Arguments, places: Sequence[Place | None]) -> bool:
     """Whether a call reads or makes a tensor whose batch is not in front."""
     made = any(place is not None and place.at != 0 for place in places)
-    return made or any(isinstance(leaf, Moved) for leaf in pytree.tree_leaves(a.given))
+    joins = places[0] is not None and _joins_samples(target, a, len(places[0].shape))
+    return made or joins or any(isinstance(leaf, Moved) for leaf in pytree.tree_leaves(a.given))
+
+
+def _joins_samples(target: str, a: Arguments, rank: int) -> bool:
+    """Whether dimension 0 of the result is several batches, one after the other."""
+    if target == "aten.repeat.default":
+        return len(a.repeats) == rank and a.repeats[0] != 1 and set(a.repeats[1:]) <= {1}
+    return target == "aten.cat.default" and a.dim % rank == 0 and len(a.tensors) > 1
 
 
 def call(
@@ -102,6 +136,8 @@ def call(
     place = places[0]
     if place is not None and (target in FILLS or target in JOINS):
         return (_filled if target in FILLS else _joined)(g, target, a, place, batch)
+    if place is not None and _joins_samples(target, a, len(place.shape)):
+        return _chained(g, [_moved(g, a.self)] * a.repeats[0], 0, place, batch)
     moved = (leaf for leaf in pytree.tree_leaves(a.given) if isinstance(leaf, Moved))
     x = next(moved, None) if target in POINTWISE else _moved(g, a.first)
     if x is None or place is None or function is None:
@@ -113,24 +149,38 @@ def call(
         return _settled(g, replace(x, shape=place.shape, at=place.at), batch)
     if target in ("aten.permute.default", "aten.transpose.int"):
         return _permuted(g, x, _dims(a, len(x.shape)), batch)
+    if target == SLICE and a.dim % len(x.shape) == x.at:
+        return _sliced(g, x, a, place, batch)
+    result = _computed(g, target, function, x, a, batch)
+    if isinstance(result, (list, tuple)):
+        return [
+            one if one is None else _like(g, x, one, at, batch)
+            for one, at in zip(result, places, strict=True)
+        ]
+    return _like(g, x, result, place, batch)
+
+
+def _computed(
+    g: Builder, target: str, function: Capture, x: Moved, a: Arguments, batch: int
+) -> Any:
+    """What a call makes of the graph's value of its first argument, or of any, if pointwise."""
+    if x.at == 0 and target in BY_SAMPLE:
+        rows = _reshaped(g, x.value, x.shape)
+        return function(g, a.mapped(lambda _, value: rows if value is a.first else value))
     if target in ALONG:
         value = _apart(g, x, batch)
         dim = _place_along(g, x, a.dim % len(x.shape), g.spec(value).rank)
-        result = function(g, a.replaced(self=value, dim=dim))
-    elif target in OTHERS:
-        result = OTHERS[target](g, function, x, a, batch)
-    elif target in LAST:
+        return function(g, a.replaced(self=value, dim=dim))
+    if target in OTHERS:
+        return OTHERS[target](g, function, x, a, batch)
+    if target in LAST:
         count = LAST[target](a)
         if x.at >= len(x.shape) - count:
             return g.refuse(f"the batch is among the last {count} dimensions of {x.shape}")
-        result = function(g, a.replaced(input=_apart(g, x, batch)))
-    elif target in POINTWISE:
-        result = function(g, a.mapped(lambda _, value: _alike(g, x, value, batch)))
-    else:
-        return g.refuse("its batch is not in dimension 0")
-    if isinstance(result, (list, tuple)):
-        return [_like(g, x, one, at, batch) for one, at in zip(result, places, strict=True)]
-    return _like(g, x, result, place, batch)
+        return function(g, a.replaced(input=_apart(g, x, batch)))
+    if target in POINTWISE:
+        return function(g, a.mapped(lambda _, value: _alike(g, x, value, batch)))
+    return g.refuse("its batch is not in dimension 0")
 
 
 def _filled(g: Builder, target: str, a: Arguments, place: Place, batch: int) -> Value | Moved:
@@ -159,14 +209,57 @@ def _joined(g: Builder, target: str, a: Arguments, place: Place, batch: int) -> 
             for x in parts
         ]  # fmt: skip
     x = parts[0]
+    along = (
+        x is not None and dim % len(x.shape) == x.at
+    )  # Of those the numbers in front may differ.
     if x is None or any(
-        y is None or (y.at, y.sizes(batch)[y.at]) != (x.at, x.sizes(batch)[x.at]) for y in parts
+        y is None or y.at != x.at or y.sizes(batch)[y.at][along:] != x.sizes(batch)[x.at][along:]
+        for y in parts
     ):
         refused: Value = g.refuse("it joins tensors whose batch is in different places")
         return refused
+    if dim % len(x.shape) == x.at:
+        return _chained(g, parts, x.at, place, batch)
     values = [_apart(g, y, batch) for y in parts if y is not None]
     at = _place_along(g, x, dim % len(x.shape), g.spec(values[0]).rank)
     return _like(g, x, g.apply("concat", values, Concat(at)), place, batch)
+
+
+def _in_front(x: Moved, batch: int) -> tuple[int, ...]:
+    """The shape of the graph's value with a dimension for what is in front of the batch in its own
+    dimension, and one for what is behind it."""
+    return (batch, *x.shape[: x.at], *x.sizes(batch)[x.at], *x.shape[x.at + 1 :])
+
+
+def _chained(
+    g: Builder, parts: Sequence[Moved | None], at: int, place: Place, batch: int
+) -> Value | Moved:
+    """Tensors one after the other in the dimension of the batch."""
+    values = [_reshaped(g, y.value, _in_front(y, batch)) for y in parts if y is not None]
+    value = g.apply("concat", values, Concat(1 + at))
+    before = math.prod(place.shape[:at]) * g.spec(value).shape[1 + at]
+    return _settled(g, Moved(value, place.shape, at, before), batch)
+
+
+def _sliced(g: Builder, x: Moved, a: Arguments, place: Place, batch: int) -> Value | Moved:
+    """Whole batches of those that are one after the other: x[:n], x[n:]."""
+    front, behind = x.sizes(batch)[x.at]
+
+    def position(number: Any, default: int) -> int:
+        if isinstance(number, BatchNumber):
+            count = number.expression / (number.symbol * behind)
+            if count.is_Integer and a.step == 1:
+                return int(count)
+        elif number is None or number == 0 or number >= x.shape[x.at]:
+            return 0 if number == 0 else default
+        refused: int = g.refuse(f"it takes some samples of {front} batches that are joined")
+        return refused
+
+    first, last, _ = slice(position(a.start, 0), position(a.end, front)).indices(front)
+    apart = _reshaped(g, x.value, _in_front(x, batch))
+    value = g.apply("slice", (apart,), Slice(1 + x.at, first, last, 1))
+    before = math.prod(place.shape[: x.at]) * (last - first)
+    return _settled(g, Moved(value, place.shape, x.at, before), batch)
 
 
 def _by_sample(g: Builder, function: Capture, x: Moved, a: Arguments, batch: int) -> Value:
@@ -178,6 +271,14 @@ def _by_sample(g: Builder, function: Capture, x: Moved, a: Arguments, batch: int
     images = _reshaped(g, x.value, (batch, x.shape[1] // batch, *x.shape[2:]))
     convolved: Value = function(g, a.replaced(input=images, groups=groups // batch))
     return convolved
+
+
+def _reduced(g: Builder, function: Capture, x: Moved, a: Arguments, batch: int) -> Value:
+    value, rank = _apart(g, x, batch), len(x.shape)
+    named = [a.dim] if isinstance(a.dim, int) else a.dim or range(rank)
+    dims = [_place_along(g, x, dim % rank, g.spec(value).rank) for dim in named]
+    reduced: Value = function(g, a.replaced(self=value, dim=dims))
+    return reduced
 
 
 def _flipped(g: Builder, function: Capture, x: Moved, a: Arguments, batch: int) -> Value:
@@ -261,7 +362,10 @@ def _alike(g: Builder, x: Moved, argument: Any, batch: int) -> Any:
         front, behind = x.sizes(batch)[x.at]
         if spec.batch and spec.rank == len(x.shape) - x.at and (front, behind) == (1, 1):
             return _reshaped(g, argument, (batch, *(1 for _ in range(x.at)), *spec.shape[1:]))
-        if spec.batch is not None or spec.rank > len(x.shape) - 1 - x.at:
+        behind_batch = len(x.shape) - 1 - x.at
+        if spec.batch is None and set(spec.shape[: -behind_batch or None]) == {1}:
+            return _reshaped(g, argument, spec.shape[spec.rank - behind_batch :])
+        if spec.batch is not None or spec.rank > behind_batch:
             g.refuse(f"{x.shape}, whose batch is in dimension {x.at}, meets {spec}")
     return argument
 
@@ -277,5 +381,9 @@ def _like(g: Builder, x: Moved, value: Value, place: Place | None, batch: int) -
     return _settled(g, Moved(value, place.shape, place.at, before), batch)
 
 
-OTHERS = {"aten.flip.default": _flipped, **{target: _by_sample for target in NUMBERS}}
+OTHERS = {
+    "aten.flip.default": _flipped,
+    **dict.fromkeys(CONVOLUTIONS, _by_sample),
+    **dict.fromkeys(REDUCING, _reduced),
+}
 """Calls with a way of their own."""

@@ -36,16 +36,38 @@ def called(node: Any) -> str:
     return f"{module_in_words(path_of(node))}: {node.target}{line_in_words(source_of(node))}"
 
 
+INSTEAD = {
+    "gather": "max, topk and sort give the values at the places that they find; rows of a "
+    "parameter are read by torch.nn.functional.embedding",
+    "index_put": "write x[mask] = y as torch.where(mask, y, x)",
+    "scatter": "compare the indices with torch.arange and choose with torch.where",
+    "scatter_add": "multiply by torch.nn.functional.one_hot of the indices, and sum",
+    "bucketize": "compare with each boundary, and add up what is true as floats",
+    "searchsorted": "compare with each boundary, and add up what is true as floats",
+    "histc": "compare with each boundary, and add up what is true as floats",
+    "median": "take the middle of torch.sort, of at most 64 elements",
+    "kthvalue": "take one of torch.sort, of at most 64 elements",
+    "unfold": "windows along the batch, or beside medians, are not taken; pass them as an input",
+    "diagonal": "multiply by torch.eye, and sum",
+    "_trilinear": "write it with torch.einsum",
+}
+"""What does the same as an ATen call without a kernel."""
+
+
 def why_unknown(target: str) -> str:
-    """Why an ATen call has no kernel, and which other overloads of it have."""
+    """Why an ATen call has no kernel, and which other overloads of it, or what else, have."""
     if target.startswith("aten.fft_"):
         return (
-            "no kernel for Fourier transforms; of a fixed size they are products with constant "
-            "matrices of cosines and sines, which torch.nn.functional.linear computes"
+            "Fourier transforms are computed along dimensions of a fixed size (fft, ifft, rfft, "
+            "irfft, in 1, 2 or n dimensions), where nothing but sums, products, absolute values, "
+            "angles, parts and movements is made of complex tensors; compute anything else with "
+            "their real and imaginary parts (torch.view_as_real)"
         )
     name = target.rpartition(".")[0]
     others = sorted(known for known in registry.CAPTURES if known.rpartition(".")[0] == name)
-    return "no kernel for this op" + (f", but for {', '.join(others)}" if others else "")
+    way_out = INSTEAD.get(name.removeprefix("aten."))
+    also = f", but for {', '.join(others)}" if others else ""
+    return f"no kernel for this op{also}" + (f"; {way_out}" if way_out else "")
 
 
 def results_of(value: Any) -> Sequence[torch.Tensor]:
@@ -70,8 +92,8 @@ def refuse_branches(module: torch.nn.Module, decisions: list[Decision], batch: B
 
 
 def refuse_numbers(a: Arguments, known: Sequence[str] = ()) -> None:
-    """Raises: Refused for a call that needs a number which depends on the batch, but for some
-    arguments."""
+    """Raises: Refused for a call that needs a complex number, or, but for some arguments, one that
+    depends on the batch."""
     for name, argument in a.given.items():
         for leaf in pytree.tree_leaves(argument):
             if isinstance(leaf, BatchNumber) and name not in known:
@@ -80,6 +102,8 @@ def refuse_numbers(a: Arguments, known: Sequence[str] = ()) -> None:
                     "batch of a call as a number. Compile for one batch (without dynamic_batch), "
                     "or pass what depends on it as an input"
                 )
+            if isinstance(leaf, complex):
+                raise Refused(f"its argument '{name}' is {leaf}, and no kernel takes it")
 
 
 def read_whole(function: Capture, g: Builder, a: Arguments) -> Any:

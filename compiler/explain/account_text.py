@@ -1,10 +1,10 @@
 """An account as text: the tree of modules, one line per captured op, then totals and refusals.
 
-    layer1                    32 ops, 32 -> 4 kernels, modelled 97.5 -> 14.1 us, saves 47.8 MB
-      0                       12 ops, ...
-        conv1                 conv2d      -> conv2d_5    modelled 2.6 -> 0.5 us, saves 401.4 kB
-            by       fold-batch-norm; epilogue
-            refused  conv-1x1: 512 channels do not fit one tile (at most 128)
+layer1                    32 ops, 32 -> 4 kernels, modelled 97.5 -> 14.1 us, saves 47.8 MB
+  0                       12 ops, ...
+    conv1                 conv2d      -> conv2d_5    modelled 2.6 -> 0.5 us, saves 401.4 kB
+        by       fold-batch-norm; epilogue
+        refused  conv-1x1: 512 channels do not fit one tile (at most 128)
 """
 
 from __future__ import annotations
@@ -191,7 +191,7 @@ def change_text(before: Time, after: Time) -> str:
 
 
 def counted(count: int, noun: str) -> str:
-    """"1 kernel", "2 kernels"."""
+    """ "1 kernel", "2 kernels"."""
     return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"
 
 

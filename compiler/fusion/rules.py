@@ -13,7 +13,7 @@ import torch
 
 from ...kernels import registry
 from ...kernels.contract.epilogue import Epilogue, Stage
-from ...kernels.contract.spec import Layout, TensorSpec
+from ...kernels.contract.spec import FLOAT_DTYPES, Layout, TensorSpec
 from ...kernels.movement.movement import FlattenPixels
 from ...kernels.movement.pointwise import Pointwise, stage_of
 from ...kernels.tile.conv_geometry import Conv2d
@@ -102,6 +102,8 @@ def _cast_guard(graph: Graph, found: Match) -> str | None:
     anchor, root = found.nodes["anchor"], found.root
     if anchor.spec.dtype is not torch.bool:
         return f"{root.name} rounds {anchor.spec}, or lays it out anew"
+    if root.spec.dtype not in FLOAT_DTYPES:
+        return f"{root.name} makes whole numbers, which no chain of functions has"
     if anchor.spec.layout is not root.spec.layout:
         return f"{root.name} lays {anchor.spec} out anew"
     return _same_output(graph, found)

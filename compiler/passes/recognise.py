@@ -8,6 +8,7 @@ SiLU, hard-swish and mish as products.
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 from ...kernels.movement.pad import Pad
@@ -15,7 +16,7 @@ from ...kernels.movement.pointwise import Pointwise
 from ...kernels.movement.rearrangement import Reshape
 from ...kernels.normalisation.lrn import LocalResponseNorm
 from ...kernels.pooling.pool_window import AvgPool2d, AvgPool3d, LpPool2d
-from ..fusion import extension_rules
+from ..fusion import extension_rules, refusals
 from ..fusion.pattern import (
     Call,
     Guard,
@@ -225,9 +226,21 @@ RULES = (
 )  # fmt: skip
 
 
+def _of_plain_calls(rule: Rule) -> Rule:
+    """A rule that leaves nodes alone which compute more than their op, as addcmul's product does:
+    the sum behind it would be lost."""
+
+    def guard(graph: Graph, found: Match) -> str | None:
+        busy = [node for node in found.consumed if node.epilogue]
+        return refusals.has_epilogue(busy[0]) if busy else rule.guard(graph, found)
+
+    return replace(rule, guard=guard)
+
+
 def recognise_composites(graph: Graph, ledger: Ledger) -> Graph:
     """Rebuilds the composite ops that export expresses by simpler ones.
 
     Postcondition: no part of a recognised composite is left, among them calls that have no kernel.
     """
-    return apply_rules(graph, (*extension_rules.REWRITES, *RULES, *POOL_RULES), ledger)
+    rules = (*extension_rules.REWRITES, *RULES, *POOL_RULES)
+    return apply_rules(graph, tuple(map(_of_plain_calls, rules)), ledger)

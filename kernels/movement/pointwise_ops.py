@@ -11,6 +11,7 @@ import torch
 from ..contract import epilogue as ep
 from ..contract.op import Arguments, Builder, Capture, Op
 from ..contract.scalars import SCALARS, Scalar
+from .movement import Relayout
 from .pointwise import Pointwise, configs, cost, default, infer, launches, reference
 from .rearrangement import Expand, Reshape
 
@@ -47,6 +48,8 @@ OF_BOOLEANS = {
 
 def _combined(g: Builder, name: str, a: Any, b: Any) -> Any:
     """A function of two values, of which one may be a number."""
+    if name in COMPARISONS and any(_is_value(value) and g.is_computed(value) for value in (a, b)):
+        a, b = (_whole_as_float(g, value) for value in (a, b))
     if _is_boolean(g, a) and _is_boolean(g, b):
         name = OF_BOOLEANS.get(name, name)
     if not _is_value(b):
@@ -54,6 +57,13 @@ def _combined(g: Builder, name: str, a: Any, b: Any) -> Any:
     if not _is_value(a):
         return g.apply(name, (b,), Pointwise(literal=float(a), reverse=True))
     return g.apply(name, (a, b), Pointwise())
+
+
+def _whole_as_float(g: Builder, x: Any) -> Any:
+    """Whole numbers, which are compared as floats: those that are computed are below 2^24."""
+    if not _is_value(x) or g.spec(x).dtype not in (torch.int32, torch.int64):
+        return x
+    return g.apply("relayout", (x,), Relayout(g.spec(x).layout, torch.float32))
 
 
 def _scaled(g: Builder, x: Any, factor: float) -> Any:
@@ -106,6 +116,10 @@ def _pow(g: Builder, a: Arguments) -> Any:
 
 
 def _clamp(g: Builder, a: Arguments) -> Any:
+    if g.is_computed(a.self) and g.spec(a.self).dtype is torch.int64:
+        # How many, or which: clamped they are whole numbers below 2^24 still.
+        clamped = _clamp(g, a.replaced(self=_whole_as_float(g, a.self)))
+        return g.apply("relayout", (clamped,), Relayout(g.spec(clamped).layout, torch.int64))
     x, low, high = a.self, a.get("min"), a.get("max")
     if _is_value(low):
         x, low = g.apply("maximum", (x, low), Pointwise()), None
@@ -291,8 +305,11 @@ SPECIAL: dict[str, dict[str, Capture]] = {
     },
     "mul": {
         f"fake_quantize_per_{name}": _fake_quantise
-        for name in ("tensor_affine.default", "tensor_affine.tensor_qparams",
-                     "channel_affine.default")
+        for name in (
+            "tensor_affine.default",
+            "tensor_affine.tensor_qparams",
+            "channel_affine.default",
+        )
     },
     "pow": {f"pow.{kind}": _pow for kind in ("Tensor_Scalar", "Tensor_Tensor", "Scalar")},
     "add": {"addcmul.default": _addcmul("mul"), "addcdiv.default": _addcmul("div")},

@@ -39,6 +39,7 @@ from ..contract.op import (
 from ..contract.spec import Layout, Operand, TensorSpec
 from ..contract.targets import Target
 from ..movement.movement import Permute
+from ..movement.pointwise import Pointwise
 from ..movement.rearrange import infer_rearrange, rearrange
 from ..movement.rearrangement import Expand, Rearrange, Reshape, parts_of
 from ..normalisation.softmax import Softmax
@@ -249,7 +250,7 @@ def launches(problem: Problem, tile: Config, target: Target) -> tuple[Launch, ..
     return (launch,)
 
 
-def _product(
+def multiplied(
     g: Builder, a: Any, b: Any, stages: ep.Epilogue = (), *operands: Any, wide: bool = False
 ) -> Any:
     """The product of factors whose leading dimensions broadcast; a constant factor is a weight."""
@@ -259,6 +260,10 @@ def _product(
     if right.rank == 2 and g.constant(b) is not None:
         weight = g.apply("permute", (b,), Permute((1, 0)))
         return g.apply("linear", (a, weight, *operands), epilogue=stages)
+    if right.rank == 2 < left.rank and left.batch is right.batch is None:
+        rows = g.apply("reshape", (a,), Reshape((math.prod(left.shape[:-1]), left.shape[-1])))
+        y = multiplied(g, rows, b, stages, *operands, wide=wide)
+        return g.apply("reshape", (y,), Reshape((*left.shape[:-1], right.shape[-1])))
     if (left.batch is None) != (right.batch is None):
         # What all samples share is read again for each; the batch is not expanded to.
         if left.batch is not None and left.rank == 2:
@@ -266,7 +271,7 @@ def _product(
             rows = g.apply(
                 "reshape", (a,), Reshape((left.batch, left.shape[0] // left.batch, depth))
             )
-            y = _product(g, rows, b, stages, *operands, wide=wide)
+            y = multiplied(g, rows, b, stages, *operands, wide=wide)
             return g.apply("reshape", (y,), Reshape((left.shape[0], right.shape[-1])))
         rank = max(left.rank, right.rank)
         a, b = (_of_rank(g, value, rank) for value in (a, b))
@@ -291,12 +296,19 @@ def _of_rank(g: Builder, x: Any, rank: int) -> Any:
     return g.apply("reshape", (x,), Reshape((*(1,) * missing, *shape))) if missing else x
 
 
+def scaled(g: Builder, x: Any, factor: float) -> Any:
+    """factor · x; None for nothing, whatever x has."""
+    if factor in (0, 1):
+        return x if factor else None
+    return g.apply("mul", (x,), Pointwise(literal=float(factor)))
+
+
 def _capture_baddbmm(g: Builder, a: Arguments) -> Any:
     """beta · c + alpha · a b."""
-    if a.beta != 1:
-        return g.refuse(f"baddbmm with beta={a.beta}; only 1 is")
     scale = (Stage("mul", literal=float(a.alpha)),) if a.alpha != 1 else ()
-    return _product(g, a.batch1, a.batch2, (*scale, Stage("add")), a.self)
+    if (added := scaled(g, a.self, a.beta)) is None:
+        return multiplied(g, a.batch1, a.batch2, scale)
+    return multiplied(g, a.batch1, a.batch2, (*scale, Stage("add")), added)
 
 
 def _added(g: Builder, seen: torch.Tensor, dtype: torch.dtype) -> Any:
@@ -325,9 +337,9 @@ def _capture_attention(g: Builder, a: Arguments) -> Any:
         mask = _added(g, seen, spec.dtype)
     added = () if mask is None else (mask,)
     stages = (*stages, Stage("add")) if added else stages
-    scores = _product(g, q, keys, stages, *added, wide=True)
+    scores = multiplied(g, q, keys, stages, *added, wide=True)
     weights = g.apply("softmax", (scores,), Softmax(dims[-1], spec.dtype))
-    return _product(g, weights, v)
+    return multiplied(g, weights, v)
 
 
 OP = Op(
@@ -339,9 +351,9 @@ OP = Op(
     **choice.of_product(size_of),
     cost=counted(lambda problem: size_of(problem).flops),
     aten={
-        "aten.bmm.default": lambda g, a: _product(g, a.self, a.mat2),
-        "aten.mm.default": lambda g, a: _product(g, a.self, a.mat2),
-        "aten.matmul.default": lambda g, a: _product(g, a.self, a.other),
+        "aten.bmm.default": lambda g, a: multiplied(g, a.self, a.mat2),
+        "aten.mm.default": lambda g, a: multiplied(g, a.self, a.mat2),
+        "aten.matmul.default": lambda g, a: multiplied(g, a.self, a.other),
         "aten.baddbmm.default": _capture_baddbmm,
         "aten.scaled_dot_product_attention.default": _capture_attention,
     },

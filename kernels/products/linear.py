@@ -16,8 +16,10 @@ from ..contract.epilogue import Stage
 from ..contract.op import Arguments, Attributes, Builder, Config, Launch, Op, Problem, counted
 from ..contract.spec import TensorSpec
 from ..contract.targets import Target
+from ..movement.movement import Permute
 from ..tile import gemm
 from . import product
+from .bmm import multiplied, scaled
 
 
 @dataclass(frozen=True)
@@ -47,21 +49,21 @@ def cost(problem: Problem) -> int:
     return 2 * size.rows * size.columns * size.depth
 
 
-def _apply(g: Builder, x: Any, w: Any, b: Any) -> Any:
-    if b is None:
-        return g.apply("linear", (x, w))
-    return g.apply("linear", (x, w, b), epilogue=(Stage("add"),))
+def _apply(g: Builder, x: Any, w: Any, b: Any, alpha: float = 1.0) -> Any:
+    """alpha · x wᵀ + b; a weight that is computed is a factor of a product of activations."""
+    stages = (Stage("mul", literal=float(alpha)),) if alpha != 1 else ()
+    stages, operands = (stages, ()) if b is None else ((*stages, Stage("add")), (b,))
+    if g.is_computed(w):
+        return multiplied(g, x, _transposed(g, w), stages, *operands)
+    return g.apply("linear", (x, w, *operands), epilogue=stages)
 
 
 def _capture_addmm(g: Builder, a: Arguments) -> Any:
-    if a.beta != 1 or a.alpha != 1:
-        return g.refuse(f"addmm with beta={a.beta}, alpha={a.alpha}; only 1 and 1 are")
-    return _apply(g, a.mat1, _transposed(g, a.mat2), a.self)
+    """beta · self + alpha · mat1 mat2."""
+    return _apply(g, a.mat1, _transposed(g, a.mat2), scaled(g, a.self, a.beta), a.alpha)
 
 
 def _transposed(g: Builder, wt: Any) -> Any:
-    from ..movement.movement import Permute
-
     return g.apply("permute", (wt,), Permute((1, 0)))
 
 

@@ -47,9 +47,7 @@ class Case:
         return self.op.prepare(self.attributes, drawn)
 
 
-def case_of(
-    op: Op, domain: Domain, draw: Any, dtype: torch.dtype = torch.float32
-) -> Case | None:
+def case_of(op: Op, domain: Domain, draw: Any, dtype: torch.dtype = torch.float32) -> Case | None:
     """The case behind one draw of a domain, or None where the draw is impossible."""
     built = domain.build(draw)
     return built and Case(op, built[0], with_dtype(op, built[1], dtype))
@@ -293,9 +291,7 @@ def run_on(
         launch = widened(launch) if wide else launch
         exchanged = execute.scratch(launch, device.place)
         for _ in range(2 if exchanged else 1):  # What must be left zeroed is used again.
-            device.run(
-                launch, {**buffers, **exchanged}.__getitem__, batch, op.places(problem)
-            )
+            device.run(launch, {**buffers, **exchanged}.__getitem__, batch, op.places(problem))
     return tuple(
         written(op, operand, buffers[Ref("output", index)].cpu())
         for index, operand in enumerate(problem.outputs)

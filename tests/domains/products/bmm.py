@@ -48,12 +48,20 @@ DOMAINS = {
     "bmm": Domain(
         ranges={
             "shape": (
-                (3, 1, 1, 1), (2, 5, 8, 3), (1, 17, 20, 9), (2, 3, 7, 5, 6), (3, 2, 16, 33, 18),
-                (4, 6, 5), (2, 40, 64, 36),
+                (3, 1, 1, 1),
+                (2, 5, 8, 3),
+                (1, 17, 20, 9),
+                (2, 3, 7, 5, 6),
+                (3, 2, 16, 33, 18),
+                (4, 6, 5),
+                (2, 40, 64, 36),
             ),
             "read": (
-                ("plain", "plain"), ("transposed", "plain"), ("plain", "transposed"),
-                ("heads", "heads"), ("heads", "transposed"),
+                ("plain", "plain"),
+                ("transposed", "plain"),
+                ("plain", "transposed"),
+                ("heads", "heads"),
+                ("heads", "transposed"),
             ),
             "shared": (None, 0, 1),
             "wide": (False, True),

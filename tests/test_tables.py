@@ -1,0 +1,125 @@
+"""Rows of tables that a network computes, and products whose weights it computes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import convloom
+import pytest
+import torch
+import torch.nn.functional as F
+from convloom.compiler.capture import refusals
+from convloom.kernels import registry
+from torch import Tensor, nn
+
+from . import nets
+
+SHAPE = (2, 4, 5, 6)
+
+
+def code_book(m: Any, x: Tensor) -> Tensor:
+    """The nearest code of each pixel, as VQ-VAEs have it."""
+    pixels = x.permute(0, 2, 3, 1).flatten(0, 2)
+    codes = F.embedding(torch.cdist(pixels, m.book).argmin(1), m.book)
+    return codes.view(x.shape[0], 5, 6, 4).permute(0, 3, 1, 2)
+
+
+def hyper(m: Any, x: Tensor) -> Tensor:
+    """A linear layer whose weights are computed from each image are one from parameters alone."""
+    return F.linear(x, m.linear.weight / m.linear.weight.norm(), m.linear.bias)
+
+
+FUNCTIONS: dict[str, Any] = {
+    "code book": code_book,
+    "indexed": lambda m, x: m.book[x.argmax(1)],
+    "index_select": lambda m, x: m.cubes.index_select(0, x[:, :, 0, 0].argmax(1)),
+    "one_hot": lambda m, x: (F.one_hot(x.argmax(1), 4).permute(0, 3, 1, 2) * x).sum(1),
+    "compared": lambda m, x: (x.argmax(1) == x.argmin(1)).float() + (x.argmax(1) > 2),
+    "masked mean": lambda m, x: (x * (x > 0)).sum(1) / (x > 0).sum(1).clamp(min=1, max=3),
+    "counted": lambda m, x: torch.count_nonzero(x > 0, dim=(2, 3)).float(),
+    "windows": lambda m, x: (x.unfold(2, 3, 2).unfold(3, 2, 1).sum(-1) + 1).movedim(-1, 1),
+    "linear": hyper,
+    "addmm": lambda m, x: torch.addmm(
+        m.linear.bias, x[:, 0, 0], m.linear.weight.t(), beta=0.5, alpha=2
+    ),
+    "addmm, beta 0": lambda m, x: torch.addmm(
+        m.linear.bias / 0, x[:, 0, 0], m.linear.weight.t(), beta=0, alpha=2
+    ),
+    "baddbmm": lambda m, x: torch.baddbmm(
+        x[:, 0, :, :5], x[:, 1], x[:, 2].transpose(1, 2), beta=0.5, alpha=0.3
+    ),
+    "baddbmm, beta 0": lambda m, x: torch.baddbmm(
+        x[:, 0, :, :5] / 0, x[:, 1], x[:, 2].transpose(1, 2), beta=0, alpha=0.3
+    ),
+    "affine_grid of volumes": lambda m, x: F.affine_grid(
+        x[:, :3, 0, :4], (x.shape[0], 1, 2, 3, 4), align_corners=False
+    ),
+}
+QUICK = ("code book", "one_hot", "addmm", "baddbmm, beta 0")
+
+
+def made(function: Any, *shapes: tuple[int, ...]) -> tuple[Any, tuple[Tensor, ...]]:
+    module, inputs = nets.make(function, *shapes, linear=nn.Linear(6, 5))
+    generator = torch.Generator().manual_seed(0)
+    module.register_buffer("book", torch.randn(7, 4, generator=generator))
+    module.register_buffer("cubes", torch.randn(4, 2, 3, generator=generator))
+    return module, inputs
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in FUNCTIONS],
+)
+def test_rows_and_products(name: str) -> None:
+    module, inputs = made(FUNCTIONS[name], SHAPE)
+    for target in ("reference", "interpreter"):
+        exe = convloom.compile(module, inputs, target=target, dynamic_batch=(1, 2))
+        assert exe.summary["torch_fallbacks"] == 0
+        for batch in (1, 2):
+            nets.check(exe(inputs[0][:batch]), module, (inputs[0][:batch],))
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_product_with_an_input_as_the_weight(dtype: torch.dtype) -> None:
+    module, inputs = made(lambda m, x, w: F.linear(x, w, m.linear.bias), SHAPE, (5, 6))
+    exe = convloom.compile(module, inputs, target="interpreter", dtype=dtype)
+    nets.check(exe(*inputs), module, inputs, dtype)
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("target", ["reference", "interpreter"])
+def test_whole_numbers_as_results(target: str) -> None:
+    module, (x,) = made(lambda m, x: (F.one_hot(x.argmax(1), 5), (x > 0).long()), SHAPE)
+    exe = convloom.compile(module, (x,), target=target)
+    for result, expected in zip(exe(x), module(x), strict=True):
+        assert torch.equal(result, expected) and result.dtype is torch.int64
+
+
+def test_constants_are_compared_as_whole_numbers() -> None:
+    module, (x,) = made(lambda m, x: x * (2**24 + torch.arange(6) == 2**24 + 1), SHAPE)
+    exe = convloom.compile(module, (x,), target="reference")
+    assert torch.equal(exe(x), module(x))
+
+
+@pytest.mark.parametrize("name", refusals.INSTEAD)
+def test_refusals_say_what_else_to_do(name: str) -> None:
+    (overload, *_) = getattr(torch.ops.aten, name).overloads()
+    target = str(getattr(getattr(torch.ops.aten, name), overload))
+    assert target not in registry.CAPTURES
+    assert refusals.why_unknown(target).endswith(refusals.INSTEAD[name])
+
+
+def test_a_refused_call_says_what_else_to_do() -> None:
+    module, (x,) = made(lambda m, x: x.gather(1, x.argmax(1, keepdim=True)), SHAPE)
+    with pytest.raises(convloom.UnsupportedOpError, match="max, topk and sort give the values"):
+        convloom.compile(module, (x,), target="reference")
+
+
+def test_tables_with_infinities_are_refused() -> None:
+    """A product with zeros would make NaN of them."""
+    module, (x,) = made(lambda m, x: m.book[x.argmax(1)], SHAPE)
+    module.book[0, 0] = torch.inf
+    with pytest.raises(convloom.UnsupportedOpError, match="indices that are not a constant"):
+        convloom.compile(module, (x,), target="reference")
