@@ -14,9 +14,9 @@ import sys
 from pathlib import Path
 
 LIMITS = {
-    ("kernels", "compiler", "cli"): 50_200,
+    ("kernels", "compiler", "cli"): 51_050,
     ("zoo",): 3_440,
-    ("benchmarks",): 6_400,
+    ("benchmarks",): 6_550,
 }
 """Folders that are counted together, and how many lines they may have."""
 
