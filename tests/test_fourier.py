@@ -162,3 +162,11 @@ def test_zeros_of_the_matrices_are_exact() -> None:
     module, (x,) = nets.make(lambda m, x: torch.fft.rfft2(x).imag, (2, 3, 8, 6))
     imaginary = convloom.compile(module, (x,), target="reference")(x)
     assert (imaginary[:, :, ::4, ::3] == 0).all() and (imaginary != 0).any()
+
+
+def test_hypotenuses_of_special_values() -> None:
+    values = torch.tensor([0.0, 1e-30, 3.0, 1e38, torch.inf])
+    x, y = (one.contiguous() for one in torch.meshgrid(values, -values, indexing="ij"))
+    module, _ = nets.make(lambda m, x, y: torch.hypot(x, y), (5, 5), (5, 5))
+    exe = convloom.compile(module, (x, y), target="reference")
+    torch.testing.assert_close(exe(x, y), torch.hypot(x, y))

@@ -208,10 +208,14 @@ def _one_hot(indices: torch.Tensor, classes: int = -1) -> torch.Tensor:
     return (indices.unsqueeze(-1) == places).to(torch.int64)
 
 
-def _rows(weight: torch.Tensor, indices: torch.Tensor, *others: Any) -> torch.Tensor:
+def _rows(
+    weight: torch.Tensor, indices: torch.Tensor, *others: Any, from_end: bool = False
+) -> torch.Tensor:
     """The rows of a table that are computed: a product with ones where the rows are. All of the
-    table is read for each."""
-    ones = indices.unsqueeze(-1) == torch.arange(weight.shape[0], device=weight.device)
+    table is read for each. from_end: -1 is the last row."""
+    rows, count = indices.unsqueeze(-1), weight.shape[0]
+    places = torch.arange(count, device=weight.device)
+    ones = (rows == places) | (rows == places - count) if from_end else rows == places
     flat = torch.nn.functional.linear(ones.to(weight.dtype), weight.flatten(1).t())
     return flat.reshape(*indices.shape, *weight.shape[1:])
 
@@ -236,7 +240,7 @@ def _table_of(program: Any, node: Any) -> Callable[..., Any] | None:
     if indices.meta["val"].dtype is torch.bool or not _follows_from_inputs(program, indices):
         return None
     if node.target is aten.index.Tensor:
-        return lambda weight, given: _rows(weight, given[0])
+        return lambda weight, given: _rows(weight, given[0], from_end=True)
     if node.target is aten.index_select.default:
         return lambda weight, dim, given: _rows(weight, given)
     return _rows

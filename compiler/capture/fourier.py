@@ -85,10 +85,11 @@ def _quotient(x: Any, y: Any) -> Pair:
 
 
 def hypot(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-    """Of the larger number and a ratio: squares of halves would overflow."""
+    """Of the larger number and a ratio: squares of halves would overflow. Two infinities are an
+    infinity: their ratio is taken to the largest number."""
     x, y = x.abs(), y.abs()
-    larger = torch.maximum(x, y)
-    ratio = torch.minimum(x, y) / larger.clamp(min=torch.finfo(larger.dtype).tiny)
+    larger, limits = torch.maximum(x, y), torch.finfo(x.dtype)
+    ratio = torch.minimum(x, y) / larger.clamp(limits.tiny, limits.max)
     return larger * (ratio * ratio + 1.0).sqrt()
 
 
