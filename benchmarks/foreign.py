@@ -184,18 +184,18 @@ def draw() -> list[str]:
 def _created(name: str, device: str) -> nn.Module:
     """The network as its library makes it; on the CPU where it cannot be made on "meta"."""
     library, _, member = name.partition("/")
-    models = import_library(library).models
+    package = import_library(library)
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         torch.manual_seed(0)
         try:
             with torch.device(device):
                 if library == "timm":
-                    return import_library(library).create_model(member)
+                    return package.create_model(member)
                 try:  # Networks with a backbone would download its weights.
-                    return models.get_model(member, weights=None, weights_backbone=None)
+                    return package.models.get_model(member, weights=None, weights_backbone=None)
                 except TypeError:
-                    return models.get_model(member, weights=None)
+                    return package.models.get_model(member, weights=None)
         except (NotImplementedError, RuntimeError):
             if device == "cpu":
                 raise

@@ -162,13 +162,9 @@ def test_masks_are_saved(tmp_path: Path) -> None:
 
 REFUSED: dict[str, tuple[Body, str]] = {
     "whole numbers": (lambda m, x, y: (x > 0) * 2, "convert with .float() first"),
-    "counted": (lambda m, x, y: (x > 0).sum(1), "of booleans; convert them to numbers first"),
     "chosen whole": (lambda m, x, y: torch.where(x > 0, 1, 0), "write them as floats"),
     "mixed": (
         lambda m, x, y: torch.where(x > 0, x > 1, y), "a choice between booleans and numbers",
-    ),
-    "places compared": (
-        lambda m, x, y: x.argmax(1) == 2, "expected floats or booleans, got int64",
     ),
     "sizes of values": (lambda m, x, y: x[x > 0], "mask with torch.where"),
 }  # fmt: skip

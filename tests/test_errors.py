@@ -237,15 +237,15 @@ def test_failures_under_a_dynamic_batch_say_so() -> None:
     refused(CaptureError, *parts, module=Raises(), dynamic_batch=(1, 4))
 
 
-class Joins(nn.Module):
+class Turns(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return torch.cat([x, x], 0)
+        return x.flip(0)
 
 
 def test_unsupported_geometry_names_the_op_and_the_reason() -> None:
-    parts = ("Joins has 1 op without a kernel", "the top module: aten.cat.default(float32[N, 3, ")
-    reason = "cannot be joined along the batch dimension"
-    refused(UnsupportedOpError, *parts, reason, module=Joins(), dynamic_batch=(1, 4))
+    parts = ("Turns has 1 op without a kernel", "the top module: aten.flip.default(float32[N, 3, ")
+    reason = "flip: the batch of float32[N, 3, 8, 8] must stay in order"
+    refused(UnsupportedOpError, *parts, reason, module=Turns(), dynamic_batch=(1, 4))
 
 
 def test_fp64_inside_a_module_is_unsupported() -> None:

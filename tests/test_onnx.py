@@ -440,10 +440,10 @@ def test_external_data_that_is_not_what_it_says(tmp_path: Path) -> None:
         ("w.bin", {"offset": 1}, f"bytes 1 to {size + 1}"),
         ("w.bin", {"offset": -4}, "bytes -4"),
         ("w.bin", {"length": 12}, "12 bytes"),
-        ("w.bin", {"offset": "x"}, "no numbers"),
+        ("w.bin", {"offset": "x"}, "are not numbers"),
         ("none.bin", {}, "no file 'none.bin'"),
         ("link.bin", {}, "behind a link"),
-        ("fifo", {}, "no regular file"),
+        ("fifo", {}, "is not a regular file"),
     ):
         refused(external(tmp_path, location, **entries), "initializer 'w'", part)
 
@@ -478,7 +478,7 @@ def test_files_that_are_no_models(tmp_path: Path) -> None:
     path.write_bytes(b"\x89PNG" + bytes(100))
     refused(path, str(path))
     os.mkfifo(tmp_path / "fifo")
-    refused(tmp_path / "fifo", "no regular file")
+    refused(tmp_path / "fifo", "is not a regular file")
     refused(tmp_path, "cannot be read")
 
 

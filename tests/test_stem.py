@@ -378,13 +378,13 @@ REFUSED: dict[str, tuple[Body, dict[str, Any], tuple[int, ...], str, tuple[str, 
         SHAPE, "is also read by conv", FORMS,
     ),
     "returned": (shared_normalisation, {}, SHAPE, "is also read by relayout", FORMS),
-    "many channels": (plain, {}, (2, 6, 7, 5), "no image of at most 4 channels", FORMS),
+    "many channels": (plain, {}, (2, 6, 7, 5), "not an image of at most 4 channels", FORMS),
     "groups": (plain, {"groups": 3, "out_channels": 9}, SHAPE, "is grouped", FORMS),
     "not affine": (
-        lambda m, x: m.conv(torch.relu(x)), {}, SHAPE, "no addition or multiplication", FORMS,
+        lambda m, x: m.conv(torch.relu(x)), {}, SHAPE, "not an addition or multiplication", FORMS,
     ),
     "reciprocal": (
-        lambda m, x: m.conv(1.0 / (x + 1.0)), {}, SHAPE, "no addition or multiplication", FORMS,
+        lambda m, x: m.conv(1.0 / (x + 1.0)), {}, SHAPE, "not an addition or multiplication", FORMS,
     ),
     "per pixel": (
         lambda m, x: m.conv(x * m.numbers.pixels), {}, SHAPE, "not one number per channel", FORMS,

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from ...errors import KernelError
-from ...kernels.contract.op import outermost
+from ...kernels.contract.spec import outermost
 from ..graph.memory import Buffer
 
 MAP_BYTES = 128

@@ -290,7 +290,7 @@ def _captured(state: _State, node: Any, a: Arguments) -> Any:
     function = partial(refusals.read_whole, op.aten[target]) if op is not None else None
     places = [_place_of(state, tensor) for tensor in results_of(node.meta["val"])]
     builder = _Builder(state, node.name, path_of(node))
-    moved = moved_batch.concerns(target, a, places)
+    moved = moved_batch.concerns(builder, target, a, places)
     refusals.refuse_numbers(a, moved_batch.NUMBERS.get(target, ()) if moved else ())
     if moved:
         assert state.batch is not None

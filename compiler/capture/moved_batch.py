@@ -107,17 +107,20 @@ class Place:
     at: int
 
 
-def concerns(target: str, a: Arguments, places: Sequence[Place | None]) -> bool:
+def concerns(g: Builder, target: str, a: Arguments, places: Sequence[Place | None]) -> bool:
     """Whether a call reads or makes a tensor whose batch is not in front."""
     made = any(place is not None and place.at != 0 for place in places)
-    joins = places[0] is not None and _joins_samples(target, a, len(places[0].shape))
+    joins = places[0] is not None and _joins_samples(g, target, a, len(places[0].shape))
     return made or joins or any(isinstance(leaf, Moved) for leaf in pytree.tree_leaves(a.given))
 
 
-def _joins_samples(target: str, a: Arguments, rank: int) -> bool:
-    """Whether dimension 0 of the result is several batches, one after the other."""
+def _joins_samples(g: Builder, target: str, a: Arguments, rank: int) -> bool:
+    """Whether dimension 0 of the result is several batches, one after the other; not where a
+    constant is repeated for each sample."""
     if target == "aten.repeat.default":
-        return len(a.repeats) == rank and a.repeats[0] != 1 and set(a.repeats[1:]) <= {1}
+        times, *others = a.repeats
+        is_moved = _moved(g, a.self) is not None
+        return is_moved and len(a.repeats) == rank and times != 1 and set(others) <= {1}
     return target == "aten.cat.default" and a.dim % rank == 0 and len(a.tensors) > 1
 
 
@@ -136,7 +139,7 @@ def call(
     place = places[0]
     if place is not None and (target in FILLS or target in JOINS):
         return (_filled if target in FILLS else _joined)(g, target, a, place, batch)
-    if place is not None and _joins_samples(target, a, len(place.shape)):
+    if place is not None and _joins_samples(g, target, a, len(place.shape)):
         return _chained(g, [_moved(g, a.self)] * a.repeats[0], 0, place, batch)
     moved = (leaf for leaf in pytree.tree_leaves(a.given) if isinstance(leaf, Moved))
     x = next(moved, None) if target in POINTWISE else _moved(g, a.first)

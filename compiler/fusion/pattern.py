@@ -302,8 +302,11 @@ def bytes_saved(found: Match) -> int:
     )
 
 
-def apply_rules(graph: Graph, rules: tuple[Rule, ...], ledger: Ledger) -> Graph:
-    """Rewrites until no rule fires; earlier rules win; sources are tried before their readers."""
+def apply_rules(
+    graph: Graph, rules: tuple[Rule, ...], ledger: Ledger, guard: Guard = always
+) -> Graph:
+    """Rewrites until no rule fires; earlier rules win; sources are tried before their readers.
+    guard: of all these rules, beside their own."""
     index = by_root(rules)
     changed = True
     while changed:
@@ -311,7 +314,7 @@ def apply_rules(graph: Graph, rules: tuple[Rule, ...], ledger: Ledger) -> Graph:
         for node in graph.nodes():
             name: str | None = node.name
             while name is not None and name in graph:
-                name = _try_rules(graph, graph.node(name), index, ledger)
+                name = _try_rules(graph, graph.node(name), index, ledger, guard)
                 changed = changed or name is not None
     return graph
 
@@ -335,12 +338,12 @@ def matches(
 
 
 def _try_rules(
-    graph: Graph, node: Node, index: dict[str, list[Rule]], ledger: Ledger
+    graph: Graph, node: Node, index: dict[str, list[Rule]], ledger: Ledger, guard: Guard
 ) -> str | None:
     """Applies the first rule that fits; returns the node that now stands there, or None."""
     for rule, found in matches(graph, node, index):
         override = overrides.of(graph.goal, rule.label, found.consumed)
-        reason = override.refusal or rule.refusal(graph, found)
+        reason = override.refusal or rule.refusal(graph, found) or guard(graph, found)
         if reason is not None:
             ledger.refuse(rule.name, found.consumed, reason)
             continue

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import MappingProxyType
 
 from ... import settings
@@ -75,7 +75,7 @@ class Pass:
     name: str
     run: Callable[[Graph, Ledger], Graph]
     why: str
-    labels: Mapping[str, str]
+    labels: Mapping[str, str] = field(default_factory=dict)
     required: bool = False
 
 

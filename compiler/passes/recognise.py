@@ -8,7 +8,6 @@ SiLU, hard-swish and mish as products.
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 from typing import Any
 
 from ...kernels.movement.pad import Pad
@@ -226,15 +225,11 @@ RULES = (
 )  # fmt: skip
 
 
-def _of_plain_calls(rule: Rule) -> Rule:
-    """A rule that leaves nodes alone which compute more than their op, as addcmul's product does:
-    the sum behind it would be lost."""
-
-    def guard(graph: Graph, found: Match) -> str | None:
-        busy = [node for node in found.consumed if node.epilogue]
-        return refusals.has_epilogue(busy[0]) if busy else rule.guard(graph, found)
-
-    return replace(rule, guard=guard)
+def _computes_more(graph: Graph, found: Match) -> str | None:
+    """Refuses nodes that compute more than their op, as addcmul's product does: the sum behind it
+    would be lost."""
+    busy = [node for node in found.consumed if node.epilogue]
+    return refusals.has_epilogue(busy[0]) if busy else None
 
 
 def recognise_composites(graph: Graph, ledger: Ledger) -> Graph:
@@ -243,4 +238,4 @@ def recognise_composites(graph: Graph, ledger: Ledger) -> Graph:
     Postcondition: no part of a recognised composite is left, among them calls that have no kernel.
     """
     rules = (*extension_rules.REWRITES, *RULES, *POOL_RULES)
-    return apply_rules(graph, tuple(map(_of_plain_calls, rules)), ledger)
+    return apply_rules(graph, rules, ledger, _computes_more)

@@ -19,7 +19,7 @@ from .epilogue import Epilogue as Epilogue
 from .epilogue import GeneratedFunction as GeneratedFunction
 from .spec import Operand as Operand
 from .spec import TensorSpec as TensorSpec
-from .spec import rows_and_columns
+from .spec import outermost, rows_and_columns
 from .targets import Target as Target
 
 A = TypeVar("A", bound="Attributes")
@@ -162,11 +162,6 @@ class TmaDescriptor:
             return self.shape
         at = outermost(self.strides)
         return (*self.shape[:at], self.shape[at] // self.batch * batch, *self.shape[at + 1 :])
-
-
-def outermost(strides: tuple[int, ...]) -> int:
-    """Which dimension has the largest stride; of several the first."""
-    return strides.index(max(strides))
 
 
 class BatchExtent(int):

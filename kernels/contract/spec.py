@@ -33,6 +33,11 @@ class Layout(enum.Enum):
         return tuple(range(rank))
 
 
+def outermost(strides: tuple[int, ...]) -> int:
+    """Which dimension has the largest stride; of several the first."""
+    return strides.index(max(strides))
+
+
 @dataclass(frozen=True)
 class TensorSpec:
     """Logical shape, dtype and layout of one tensor.
