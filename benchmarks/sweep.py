@@ -164,9 +164,9 @@ def markdown(rows: Sequence[Row], versions: str) -> str:
         + (f"; {left} are not tried yet" if left else ""),
         "",
         "A network compiles when every op has a kernel (no torch fallback) and its result agrees "
-        "with the module in fp64: the graph run by torch ops, fused and as captured "
-        '(`passes="none"`), and, where the table says so, the kernels in the interpreter. Weights '
-        "are random, images small.",
+        "with the module in fp64: the graph run by torch ops, fused and (in the second table) as "
+        'captured (`passes="none"`), and, where the table says so, the kernels in the interpreter. '
+        "Weights are random, images small. `foreign.json` names the commit of each row.",
         "",
         "## Ops that are missing",
         "",

@@ -42,9 +42,7 @@ LAST: dict[str, Callable[[Arguments], int]] = {
     "aten.layer_norm.default": lambda a: len(a.normalized_shape),
 }
 """Calls that compute along the last dimensions, and how many."""
-REDUCING = frozenset((
-    "aten.mean.dim", "aten.sum.dim_IntList", "aten.amax.default", "aten.amin.default",
-))  # fmt: skip
+REDUCING = ("aten.mean.dim", "aten.sum.dim_IntList", "aten.amax.default", "aten.amin.default")
 """Calls along some dimensions, `dim`."""
 BY_SAMPLE = frozenset(
     target
@@ -119,8 +117,8 @@ def _joins_samples(g: Builder, target: str, a: Arguments, rank: int) -> bool:
     constant is repeated for each sample."""
     if target == "aten.repeat.default":
         times, *others = a.repeats
-        is_moved = _moved(g, a.self) is not None
-        return is_moved and len(a.repeats) == rank and times != 1 and set(others) <= {1}
+        several = len(a.repeats) == rank and times != 1 and set(others) <= {1}
+        return several and _moved(g, a.self) is not None
     return target == "aten.cat.default" and a.dim % rank == 0 and len(a.tensors) > 1
 
 
