@@ -56,7 +56,9 @@ def add_options(parser: argparse.ArgumentParser, names: str = "models of the zoo
         default=SECONDS,
         help=f"for timing each model at each batch (default: {SECONDS:.0f})",
     )
-    parser.add_argument("--resume", action="store_true", help="keep what the report has already")
+    parser.add_argument(
+        "--resume", action="store_true", help="keep what the report has already"
+    )
 
 
 def peers_of(text: str) -> tuple[str, ...]:

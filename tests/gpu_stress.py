@@ -137,7 +137,9 @@ def eight_warps(
     """What configurations of two groups of warps give: {layer, dtype, configuration, right, said}.
     Nothing is asserted, so that all of them are told."""
     op, problem, tensors = registry.get(layer.op), layer.problem(dtype), layer.tensors(dtype)
-    tiles = [tile for tile in op.configs(problem, device.target) if tile.num_warps == WARPS]
+    tiles = [
+        tile for tile in op.configs(problem, device.target) if tile.num_warps == WARPS
+    ]
     for tile in random.Random(0).sample(tiles, min(most, len(tiles))):
         said = None
         try:
@@ -195,3 +197,5 @@ def _like(device: Interpreter) -> Interpreter:
     made = Interpreter()
     made.target = device.target
     return made
+
+

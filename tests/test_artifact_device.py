@@ -107,7 +107,9 @@ def in_process(exe: Executable, batch: int) -> list[tuple[Any, ...]]:
     memory = Memory(exe.plan, runtime.constants_on(exe.plan, CPU), batch)
     names = {memory.flat(name).data_ptr(): name for name in exe.plan.buffers}
     launches: list[tuple[Any, ...]] = []
-    recorders = [Recorder(launches, launch.kernel.fn.__name__) for _, launch in exe.plan.kernels]
+    recorders = [
+        Recorder(launches, launch.kernel.fn.__name__) for _, launch in exe.plan.kernels
+    ]
     for _, action in runtime.bind_plan(exe.plan, recorders, memory):
         action()
     found = []

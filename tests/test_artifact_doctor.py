@@ -245,7 +245,9 @@ def test_a_tile_that_no_memory_holds_is_refused(two: Members, mutant: Path) -> N
         convloom.load(mutant, "interpreter")
 
 
-def test_constants_that_are_more_exact_than_kernels_are_refused(two: Members, mutant: Path) -> None:
+def test_constants_that_are_more_exact_than_kernels_are_refused(
+    two: Members, mutant: Path
+) -> None:
     data = json.loads(two["graph.json"])
     for graph in data["graphs"]:
         spec = next(n["outputs"][0] for n in graph["nodes"] if n["op"] == "constant")

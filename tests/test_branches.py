@@ -111,7 +111,9 @@ def elements(touch: Touch) -> set[tuple[str, int]]:
 
 
 def must_be_ordered(one: tuple[Touch, ...], other: tuple[Touch, ...]) -> bool:
-    return any((a.writes or b.writes) and elements(a) & elements(b) for a in one for b in other)
+    return any(
+        (a.writes or b.writes) and elements(a) & elements(b) for a in one for b in other
+    )
 
 
 @given(steps=st.lists(touched, max_size=12), most=st.integers(1, 4), seed=st.integers(0, 99))
@@ -229,7 +231,9 @@ def test_branches_of_a_network_run_side_by_side() -> None:
     before = streams.dependencies(
         [branches.touches(step) for step in plan.steps], streams.overlap_in_memory(plan.buffers)
     )
-    independent = [(a, b) for b in range(len(names)) for a in range(b) if not before[b] >> a & 1]
+    independent = [
+        (a, b) for b in range(len(names)) for a in range(b) if not before[b] >> a & 1
+    ]
     assert len(independent) >= 6, "memory orders what data do not"
 
 

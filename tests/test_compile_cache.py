@@ -187,7 +187,9 @@ def test_eight_writers_killed_at_any_moment_leave_no_wrong_entry(
     held = entry(filled, "cubin").read_bytes()
     monkeypatch.setenv("CONVLOOM_CACHE_DIR", str(tmp_path / "cache"))
     for _ in range(6):
-        writers = [in_child(_compile_for_ever, wanted, str(tmp_path / "cache")) for _ in range(8)]
+        writers = [
+            in_child(_compile_for_ever, wanted, str(tmp_path / "cache")) for _ in range(8)
+        ]
         time.sleep(draw.uniform(0.5, 3.0))
         for writer in writers:
             writer.kill()

@@ -254,7 +254,9 @@ def test_phases_cover_every_pair_of_input_and_tap_once(
     if outputs < 1 or more >= max(stride, dilation):
         return
     axis = Axis(size, taps, outputs, stride, padding, dilation)
-    wanted = {(i * stride - padding + r * dilation, i, r) for i in range(size) for r in range(taps)}
+    wanted = {
+        (i * stride - padding + r * dilation, i, r) for i in range(size) for r in range(taps)
+    }
     found = []
     for phase in range(stride):
         shifted = phase + padding

@@ -68,40 +68,21 @@ def conv(d: Draw) -> Drawn:
     both = tuple(side for side in d.padding for _ in (0, 1))
     make, run = (Conv2d, F.conv2d) if d.dims == 2 else (Conv3d, F.conv3d)
     attributes = make(d.stride, both, d.dilation, groups)  # type: ignore[operator]
-    return (
-        f"conv{d.dims}d",
-        attributes,
-        (x, w),
-        lambda: run(
-            x,
-            w,
-            None,
-            d.stride,
-            d.padding,
-            d.dilation,
-            groups,  # type: ignore[arg-type]
-        ),
+    return f"conv{d.dims}d", attributes, (x, w), lambda: run(
+        x, w, None, d.stride, d.padding, d.dilation, groups  # type: ignore[arg-type]
     )
 
 
 def same_conv(d: Draw) -> Drawn:
-    """ "same" pads one more at the end where a filter reaches over an odd number of pixels."""
+    """"same" pads one more at the end where a filter reaches over an odd number of pixels."""
     x, w = d.image(), torch.zeros(2, 2, *d.kernel)
     reach = [dilation * (size - 1) for dilation, size in zip(d.dilation, d.kernel, strict=True)]
     both = tuple(side for total in reach for side in (total // 2, total - total // 2))
     ones = (1,) * d.dims
     make, run = (Conv2d, F.conv2d) if d.dims == 2 else (Conv3d, F.conv3d)
     attributes = make(ones, both, d.dilation)  # type: ignore[operator]
-    return (
-        f"conv{d.dims}d",
-        attributes,
-        (x, w),
-        lambda: run(
-            x,
-            w,
-            padding="same",
-            dilation=d.dilation,  # type: ignore[arg-type]
-        ),
+    return f"conv{d.dims}d", attributes, (x, w), lambda: run(
+        x, w, padding="same", dilation=d.dilation  # type: ignore[arg-type]
     )
 
 
@@ -111,18 +92,8 @@ def border_conv(d: Draw) -> Drawn:
     mode = d.data.draw(st.sampled_from(("reflect", "replicate", "circular")))
     attributes = BorderConv2d(d.stride, sides, d.dilation, 1, mode)
     around = (*sides[2:], *sides[:2])
-    return (
-        "border_conv2d",
-        attributes,
-        (x, w),
-        lambda: F.conv2d(
-            F.pad(x, around, mode),
-            w,
-            None,
-            d.stride,
-            0,
-            d.dilation,  # type: ignore[arg-type]
-        ),
+    return "border_conv2d", attributes, (x, w), lambda: F.conv2d(
+        F.pad(x, around, mode), w, None, d.stride, 0, d.dilation  # type: ignore[arg-type]
     )
 
 
@@ -134,20 +105,8 @@ def transposed(d: Draw) -> Drawn:
         ConvTranspose3d, F.conv_transpose3d
     )  # fmt: skip
     attributes = make(d.stride, d.padding, more, d.dilation, groups)  # type: ignore[operator]
-    return (
-        f"conv_transpose{d.dims}d",
-        attributes,
-        (x, w),
-        lambda: run(
-            x,
-            w,
-            None,
-            d.stride,
-            d.padding,
-            more,
-            groups,
-            d.dilation,  # type: ignore[arg-type]
-        ),
+    return f"conv_transpose{d.dims}d", attributes, (x, w), lambda: run(
+        x, w, None, d.stride, d.padding, more, groups, d.dilation  # type: ignore[arg-type]
     )
 
 
@@ -169,17 +128,8 @@ def avg_pool(d: Draw) -> Drawn:
 def lp_pool(d: Draw) -> Drawn:
     x = d.image()
     attributes = LpPool2d(2.0, d.kernel, d.stride, d.ceil_mode)  # type: ignore[arg-type]
-    return (
-        "lp_pool2d",
-        attributes,
-        (x,),
-        lambda: F.lp_pool2d(
-            x,
-            2.0,
-            d.kernel,
-            d.stride,
-            d.ceil_mode,  # type: ignore[arg-type]
-        ),
+    return "lp_pool2d", attributes, (x,), lambda: F.lp_pool2d(
+        x, 2.0, d.kernel, d.stride, d.ceil_mode  # type: ignore[arg-type]
     )
 
 

@@ -399,7 +399,7 @@ def test_a_group_is_run_in_a_process(monkeypatch: pytest.MonkeyPatch) -> None:
         assert found.outcomes == {names[0]: "skipped: needs an NVIDIA GPU"}
 
 
-TESTS = """
+TESTS = '''
 import json, os, time
 import pytest
 pytestmark = pytest.mark.gpu
@@ -409,7 +409,7 @@ def test_also_right(name): pass
 def test_wrong(): assert 1 == 2, "other numbers"
 def test_fatal(): END
 def test_after(): pass
-"""
+'''
 
 
 @pytest.mark.parametrize(

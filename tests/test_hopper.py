@@ -285,15 +285,6 @@ def _attempt(pick: random.Random, way: int) -> tuple[Problem, Config, int, int]:
 WAYS = {"shared": core.SHARED, "in turns": core.IN_TURNS, "halo": core.HALO}
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("seed", range(60))
-@pytest.mark.parametrize("way", WAYS)
-def test_drawn_problems_are_exact_in_the_emulator(way: str, seed: int) -> None:
-    if way == "halo" and gluon.SMALL_VIEWS is not None:
-        pytest.skip(gluon.SMALL_VIEWS)
-    check(*drawn(WAYS[way], seed), seed=seed)
-
-
 def drawn_pooled(way: int, seed: int) -> tuple[Problem, Config, int, int]:
     """As `drawn`, of convolutions in boxes that hold windows, which are pooled."""
     pick = random.Random(seed)
@@ -312,13 +303,16 @@ def drawn_pooled(way: int, seed: int) -> tuple[Problem, Config, int, int]:
             return asked, tile, programs, batch
 
 
+DRAWS = [(draw, seed) for draw, count in ((drawn, 60), (drawn_pooled, 20)) for seed in range(count)]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", range(20))
+@pytest.mark.parametrize(("draw", "seed"), DRAWS)
 @pytest.mark.parametrize("way", WAYS)
-def test_drawn_problems_with_pooling_are_exact_in_the_emulator(way: str, seed: int) -> None:
+def test_drawn_problems_are_exact_in_the_emulator(way: str, draw: Any, seed: int) -> None:
     if way == "halo" and gluon.SMALL_VIEWS is not None:
         pytest.skip(gluon.SMALL_VIEWS)
-    check(*drawn_pooled(WAYS[way], seed), seed=seed)
+    check(*draw(WAYS[way], seed), seed=seed)
 
 
 # What the emulator must not let pass.

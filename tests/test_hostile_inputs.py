@@ -28,8 +28,8 @@ def png(width: int, height: int, bits: int = 1) -> bytes:
     """A grey PNG of zeros that is a few bytes, whatever size it claims."""
 
     def chunk(kind: bytes, data: bytes) -> bytes:
-        return (
-            struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(
+            ">I", zlib.crc32(kind + data)
         )
 
     header = struct.pack(">2I5B", width, height, bits, 0, 0, 0, 0)

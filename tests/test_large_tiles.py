@@ -75,7 +75,9 @@ PROBLEMS = {
     "1x1": conv(136, 264, Conv2d(), size=1),
     "1x1 residual": conv(136, 264, Conv2d(), RESIDUAL, size=1),
     "1x1 prologue": prepared(conv(72, 264, Conv2d(), size=1)),
-    "3x3 tf32": replace(conv(64, 72, Conv2d(padding=SAME), dtype=torch.float32), precision="tf32"),
+    "3x3 tf32": replace(
+        conv(64, 72, Conv2d(padding=SAME), dtype=torch.float32), precision="tf32"
+    ),
     "linear": linear(),
 }
 

@@ -192,7 +192,9 @@ def test_fused_in_half_precision(name: str) -> None:
     module, x, truth = half_case(name)
     with nets.exporting_once():
         fused, plain = (
-            convloom.compile(module, (x,), target="interpreter", dtype=torch.float16, passes=passes)
+            convloom.compile(
+                module, (x,), target="interpreter", dtype=torch.float16, passes=passes
+            )
             for passes in ("default", "none")
         )
     assert len(fused.kernels) < len(plain.kernels)

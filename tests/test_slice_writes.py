@@ -220,7 +220,9 @@ def test_an_infinite_pixel_is_in_its_windows_only() -> None:
         ),
     ],
 )
-def test_columns_without_a_batch_are_refused(function: Callable[..., Any], message: str) -> None:
+def test_columns_without_a_batch_are_refused(
+    function: Callable[..., Any], message: str
+) -> None:
     module, inputs = nets.make(function, (2, 4, 8, 8) if "unfold" in message else (2, 4, 2, 2))
     with pytest.raises(UnsupportedOpError, match=message):
         convloom.compile(module, inputs, target="interpreter")

@@ -123,7 +123,9 @@ class Averaged(nn.Module):
 
 
 @pytest.mark.interpreter
-@pytest.mark.parametrize("how", ["pool", "mean", "max", "pool, then a layer", "mean, then a layer"])
+@pytest.mark.parametrize(
+    "how", ["pool", "mean", "max", "pool, then a layer", "mean, then a layer"]
+)
 def test_global_averages_become_windows(how: str) -> None:
     module = nets.randomise(Averaged(how))
     (x,) = nets.inputs_of((2, 3, 13, 17))

@@ -384,8 +384,7 @@ def test_padding_and_spills_are_refused() -> None:
     wasteful = {config: why for config, (stage, why) in rejected.items() if stage == "waste"}
     assert wasteful and all("is possible" in reason for reason in wasteful.values())
     assert {*kept, *rejected} == set(space) and {stage for stage, _ in rejected.values()} <= {
-        "illegal",
-        "waste",
+        "illegal", "waste"
     }
     assert min(c["BLOCK_M"] * c["BLOCK_N"] for c in wasteful) > min(
         c["BLOCK_M"] * c["BLOCK_N"] for c in kept

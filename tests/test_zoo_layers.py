@@ -92,3 +92,4 @@ def test_a_call_without_a_kernel_is_shown_by_its_name() -> None:
                                conv=nn.Conv2d(6, 4, 1))  # fmt: skip
     rows = zoo_command.layers_of(nets.captured(module, inputs), module)
     assert [row["ops"] for row in rows] == [["conv2d"], ["aten.erfinv.default"]]
+

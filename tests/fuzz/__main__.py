@@ -77,7 +77,9 @@ def _groups(first: int, last: int) -> Iterator[range]:
         first = stop
 
 
-def _results(work: list[Job], jobs: int) -> Iterator[tuple[int, list[str]]]:
+def _results(
+    work: list[Job], jobs: int
+) -> Iterator[tuple[int, list[str]]]:
     if jobs == 1:
         yield from map(_run, work)
         return

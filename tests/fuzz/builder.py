@@ -133,3 +133,5 @@ class Builder:
         used = {name for statement in self.statements for name in statement.layers}
         kept = tuple(row for row in program.layers if row[0] in used)
         return Program(program.inputs, kept, program.statements, program.results)
+
+

@@ -112,7 +112,9 @@ def _programs(case: Case) -> Iterator[Program]:
     yield from _smaller_numbers(program)
 
 
-def _earlier_results(program: Program, shapes: dict[str, tuple[int, ...]]) -> Iterator[Program]:
+def _earlier_results(
+    program: Program, shapes: dict[str, tuple[int, ...]]
+) -> Iterator[Program]:
     """A value on the way is the result."""
     for statement in program.statements:
         for name in statement.targets:
@@ -131,7 +133,9 @@ def _cuts(program: Program, shapes: dict[str, tuple[int, ...]]) -> Iterator[Prog
         yield replace(program, inputs=inputs).renamed({target: name})
 
 
-def _replacements(program: Program, shapes: dict[str, tuple[int, ...]]) -> Iterator[Program]:
+def _replacements(
+    program: Program, shapes: dict[str, tuple[int, ...]]
+) -> Iterator[Program]:
     """An earlier value of the same shape in the place of another."""
     names = list(shapes)
     for at, name in enumerate(names):
