@@ -12,6 +12,8 @@ import numpy
 import torch
 import triton
 
+ROOT = Path(__file__).resolve().parent.parent
+
 
 def describe() -> dict[str, Any]:
     """Processor count, versions, git hash, and the GPU with its driver where there is one."""
@@ -31,9 +33,12 @@ def describe() -> dict[str, Any]:
     return info
 
 
-def git_hash() -> str:
-    """The commit the working tree stands on, marked where it differs from it."""
-    root = Path(__file__).resolve().parent
-    command = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
-    done = subprocess.run(command, cwd=root, capture_output=True, text=True)
-    return done.stdout.strip() or "unknown"
+def git_hash(root: Path = ROOT) -> str:
+    """The commit the working tree stands on, marked where more than results differ from it."""
+
+    def git(*words: str) -> str:
+        done = subprocess.run(["git", *words], cwd=root, capture_output=True, text=True)
+        return done.stdout.strip()
+
+    changed = git("status", "--porcelain", "-uno", "--", ".", ":!benchmarks/results")
+    return (git("rev-parse", "--short=12", "HEAD") or "unknown") + ("-dirty" if changed else "")

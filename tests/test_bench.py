@@ -8,6 +8,7 @@ import itertools
 import json
 import math
 import re
+import subprocess
 import sys
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Callable
@@ -20,7 +21,7 @@ import convloom
 import pytest
 import torch
 from convloom import zoo
-from convloom.benchmarks import charts, devices, measure, peers, profile, report
+from convloom.benchmarks import charts, devices, machine_info, measure, peers, profile, report
 from convloom.benchmarks import zoo as benchmark
 from convloom.benchmarks.devices import Sample
 from convloom.benchmarks.measure import Choices, Result, Row
@@ -548,3 +549,24 @@ def test_profiles_of_a_gpu_that_is_not_here_are_modelled(
 def test_the_reference_has_no_profile(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["profile", "mlp", "--target", "reference"]) == 2
     assert "no steps that could be timed" in capsys.readouterr().err
+
+
+def test_the_commit_is_marked_where_more_than_results_differ(tmp_path: Path) -> None:
+    def git(*words: str) -> str:
+        name = ["-c", "user.name=a", "-c", "user.email=a@b"]
+        return subprocess.run(
+            ["git", *name, *words], cwd=tmp_path, check=True, capture_output=True, text=True
+        ).stdout.strip()
+
+    assert machine_info.git_hash(tmp_path) == "unknown"
+    results, code = tmp_path / "benchmarks/results/ops.md", tmp_path / "code.py"
+    results.parent.mkdir(parents=True)
+    for file in (results, code):
+        file.write_text("before\n")
+    git("init", "-q")
+    git("add", ".")
+    git("commit", "-q", "-m", "all")
+    results.write_text("after\n")
+    assert machine_info.git_hash(tmp_path) == git("rev-parse", "--short=12", "HEAD")
+    code.write_text("after\n")
+    assert machine_info.git_hash(tmp_path) == git("rev-parse", "--short=12", "HEAD") + "-dirty"
