@@ -52,8 +52,7 @@ def ours(name: str, batch: int) -> Count:
     """Of convloom's plan."""
     module, x = inductor.example(name, batch)
     made = convloom.plan(module, (x,), target=inductor.TARGET, dtype=torch.float16).plan
-    steps = [step for step in made.steps if isinstance(step, KernelStep)]
-    costs = (registry.get(step.op).cost(step.problem) for step in steps)
+    costs = (registry.get(s.op).cost(s.problem) for s in made.steps if isinstance(s, KernelStep))
     return len(made.kernels), sum(cost.size_bytes for cost in costs)
 
 
@@ -116,8 +115,7 @@ def tinygrads(name: str, batch: int) -> Count:
     # Exporting runs the network, so a single image; the batch is a variable of the file.
     options = {"input_names": ["x"], "dynamic_axes": {"x": {0: "batch"}}, "dynamo": False}
     with tempfile.NamedTemporaryFile(suffix=".onnx") as file, torch.no_grad():
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        with warnings.catch_warnings(action="ignore"):
             torch.onnx.export(module.half(), (x[:1].half(),), file.name, **options)
         network = OnnxRunner(file.name)
         for key, value in network.graph_values.items():
@@ -140,7 +138,7 @@ CONTENDERS: dict[str, Callable[[str, int], Count]] = {
 
 
 def measured(name: str, batch: int) -> dict[str, dict[str, Any]]:
-    """The row of each contender, or why it has none."""
+    """The row of each contender that is installed, or why it has none."""
     rows: dict[str, dict[str, Any]] = {}
     for contender, count in CONTENDERS.items():
         try:
@@ -148,7 +146,8 @@ def measured(name: str, batch: int) -> dict[str, dict[str, Any]]:
         except Exception as error:  # anything another compiler may raise
             if contender == inductor.OURS:
                 raise
-            rows[contender] = {"impossible": one_line(error)}
+            if not isinstance(error, ModuleNotFoundError):  # else what was counted before stays
+                rows[contender] = {"impossible": one_line(error)}
         else:
             rows[contender] = {"kernels": kernels, "mb": round(size_bytes / 1e6, 1)}
     return rows
@@ -182,14 +181,15 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--output", type=Path, default=RESULTS)
     options = parser.parse_args()
+    before = json.loads(options.output.read_text()) if options.output.exists() else {}
     try:
         version = metadata.version("tinygrad")
     except metadata.PackageNotFoundError:
-        version = "not installed"
+        version = before.get("machine", {}).get("tinygrad", "not installed")
     about = {"machine": {**describe(), "tinygrad": version}, "batch": options.batch}
-    known = json.loads(options.output.read_text())["rows"] if options.output.exists() else {}
+    known = before.get("rows", {})
     for name in options.models:
-        known[name] = measured(name, options.batch)
+        known[name] = known.get(name, {}) | measured(name, options.batch)
         print(name, json.dumps(known[name]), flush=True)
         report = {**about, "target": inductor.TARGET, "rows": known}
         options.output.write_text(json.dumps(report, indent=2) + "\n")

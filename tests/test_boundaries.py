@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import json
+import sys
+from collections.abc import Callable
+from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -63,6 +67,30 @@ def test_peers_that_cannot_be_counted_are_told_and_we_are_not_excused(
     monkeypatch.setattr(boundaries, "CONTENDERS", fine)
     with pytest.raises(ValueError, match="moved"):
         boundaries.measured("lenet5", 1)
+
+
+def test_a_peer_that_is_not_installed_keeps_what_was_counted_before(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def is_missing(name: str, batch: int) -> boundaries.Count:
+        raise ModuleNotFoundError("No module named 'tinygrad'")
+
+    def count_with(tinygrad: Callable[[str, int], boundaries.Count]) -> tuple[str, Any]:
+        counts = {"convloom": lambda name, batch: (2, 10**6), "tinygrad": tinygrad}
+        monkeypatch.setattr(boundaries, "CONTENDERS", counts)
+        boundaries.main()
+        report: dict[str, Any] = json.loads(file.read_text())
+        return report["machine"]["tinygrad"], report["rows"]["lenet5"].get("tinygrad")
+
+    file = tmp_path / "boundaries.json"
+    monkeypatch.setattr(sys, "argv", ["boundaries", "lenet5", "--output", str(file)])
+    monkeypatch.setattr(metadata, "version", Mock(side_effect=metadata.PackageNotFoundError))
+    assert count_with(is_missing) == ("not installed", None)
+    monkeypatch.setattr(metadata, "version", lambda name: "0.14.0")
+    counted = ("0.14.0", {"kernels": 3, "mb": 2.0})
+    assert count_with(lambda name, batch: (3, 2 * 10**6)) == counted
+    monkeypatch.setattr(metadata, "version", Mock(side_effect=metadata.PackageNotFoundError))
+    assert count_with(is_missing) == counted
 
 
 def test_the_summary_is_the_median_and_the_range() -> None:
