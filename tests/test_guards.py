@@ -95,6 +95,9 @@ LOOP_BARRIERS_OF = {
     "resident_kernel": (4, "each step stores results, which go through shared memory in two parts"),
     "pool_conv": (8, "each step's pooled windows go through shared memory"),
 }
+HALVES, BARRIERS_OF_A_HALF = 256, 2
+"""From so many rows on, what a prologue makes of a step goes through shared memory in two halves,
+with so many barriers more: a twentieth of the products of 256x128x64."""
 
 
 @dataclass(frozen=True)
@@ -217,6 +220,9 @@ def _loop(kernel: Kernel, loop: machine_code.Loop) -> Iterator[str]:
     if kernel.is_even and single > 0:
         yield f"{single} two-byte loads in the hot loop"
     allowed = LOOP_BARRIERS_OF.get(kernel.name, (LOOP_BARRIERS,))[0]
+    block = cost_model.block_of(kernel.launch)
+    if prologue_of(kernel.step) and block is not None and block.m >= HALVES:
+        allowed += BARRIERS_OF_A_HALF
     if loop.count("BAR") > allowed:
         yield f"{loop.count('BAR')} barriers in the hot loop, allowed {allowed}"
     limit = issue_limit(kernel)
@@ -227,10 +233,14 @@ def _loop(kernel: Kernel, loop: machine_code.Loop) -> Iterator[str]:
         )
 
 
+def prologue_of(step: KernelStep) -> object:
+    """What is computed of each step's rows; a fused op has it among its attributes."""
+    return step.problem.prologue or getattr(step.problem.attributes, "before", ())
+
+
 def issue_limit(kernel: Kernel) -> float | None:
     """Instructions per tensor-core cycle that the kernel's hot loop may take."""
-    problem = kernel.step.problem
-    stages = problem.prologue or getattr(problem.attributes, "before", ())
+    stages = prologue_of(kernel.step)
     usual = ISSUE_LIMITS.get(kernel.name, (ISSUE_LIMIT,))[0]
     blocks = dict(kernel.step.config.blocks)
     if kernel.name == "conv_chain_kernel" and blocks["BLOCK_N"] < LEAST_COLUMNS:
