@@ -172,7 +172,13 @@ def sample_problems(dtypes: tuple[torch.dtype, ...]) -> Iterator[tuple[str, Prob
         yield from ((op.name, problem) for problem in samples(op, domain_of(op), dtypes))
 
 
-@pytest.mark.parametrize("target", targets.GPU_TARGETS, ids=lambda target: target.name)
+def seldom(target: Target) -> Any:
+    """sm_89 holds as much as sm_86, and its products are the same instructions."""
+    marks = pytest.mark.slow if target.capability == 89 else ()
+    return pytest.param(target, marks=marks, id=target.name)
+
+
+@pytest.mark.parametrize("target", map(seldom, targets.GPU_TARGETS))
 def test_every_op_compiles(target: Target) -> None:
     """Also the ops nobody named here: the registry is the list."""
     both = target in GENERATIONS
