@@ -374,7 +374,8 @@ differs from its default and is not read is refused by its name."""
 
 @dataclass(frozen=True)
 class Op:
-    """An op as a name with interpretations.
+    """An op as a name with interpretations. What its file computes with comes first and in this
+    order, as far as the file says it; the rest is given by name.
 
     infer(attributes, inputs): the output specs; raises InvalidInputError for impossible geometry.
     reference(attributes, *tensors): the output tensor(s) by torch, without the epilogue.
@@ -404,9 +405,9 @@ class Op:
     infer: Callable[[Any, tuple[TensorSpec, ...]], tuple[TensorSpec, ...]]
     reference: Callable[..., Any]
     launches: Callable[[Problem, Config, Target], tuple[Launch, ...]]
+    cost: Callable[[Problem], Cost] = movement_cost
     configs: Callable[[Problem, Target], Iterator[Config]] = matrix_tiles
     default: Callable[[Problem, Target], Config] = matrix_tile
-    cost: Callable[[Problem], Cost] = movement_cost
     legal: Callable[[Problem, Config, Target], str | None] = lambda problem, config, target: None
     crowded: Callable[[Problem, Config, Target], str | None] = lambda problem, config, target: None
     aten: Mapping[str, Capture] = field(default_factory=lambda: NONE)

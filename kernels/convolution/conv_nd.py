@@ -234,15 +234,8 @@ def _flops(problem: Problem) -> int:
 
 def _op(name: str, make: type[ConvNd], **more: Any) -> Op:
     return Op(
-        name=name,
-        attributes=make,
-        infer=partial(infer, name),
-        reference=reference,
-        launches=launches,
-        **choice.of_product(_size),
-        cost=counted(_flops),
-        packs=lambda attributes: {1: pack},
-        **more,
+        name, make, partial(infer, name), reference, launches, counted(_flops),
+        **choice.of_product(_size), packs=lambda attributes: {1: pack}, **more,
     )  # fmt: skip
 
 

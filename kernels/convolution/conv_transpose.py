@@ -329,19 +329,10 @@ def _op(name: str, make: type[ConvTranspose], *calls: str) -> Op:
         return with_bias(g, name, a, attributes_of(g, a, make))
 
     return Op(
-        name=name,
-        attributes=make,
-        infer=partial(infer, name),
-        reference=reference,
-        launches=launches,
-        configs=configs,
-        default=default,
-        legal=legal,
-        cost=cost,
-        aten={f"aten.{call}": capture for call in calls},
-        batched="convolution",
+        name, make, partial(infer, name), reference, launches, cost, configs, default, legal,
+        aten={f"aten.{call}": capture for call in calls}, batched="convolution",
         packs=lambda attributes: {1: pack},
-    )
+    )  # fmt: skip
 
 
 OPS = (

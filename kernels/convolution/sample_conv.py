@@ -249,14 +249,6 @@ def cost(problem: Problem) -> int:
 
 
 OP = Op(
-    name="sample_conv2d",
-    attributes=SampleConv2d,
-    infer=infer,
-    reference=reference,
-    launches=launches,
-    configs=configs,
-    default=default,
-    legal=legal,
-    cost=cost,
+    "sample_conv2d", SampleConv2d, infer, reference, launches, cost, configs, default, legal,
     factors=(0, 1),
-)
+)  # fmt: skip

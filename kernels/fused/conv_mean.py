@@ -158,16 +158,8 @@ def default(problem: Problem, target: Target) -> Config:
 
 
 OP = Op(
-    name="conv_mean",
-    attributes=ConvMean,
-    infer=infer,
-    reference=reference,
-    launches=launches,
-    configs=configs,
-    default=default,
-    legal=legal,
-    cost=counted(conv_tile.flops),
+    "conv_mean", ConvMean, infer, reference, launches, counted(conv_tile.flops), configs, default,
+    legal,
     # Mostly positive: an error relative to an average that cancels means nothing.
-    input_range=(-1.0, 3.0),
-    packs=lambda attributes: {1: conv_tile.pack},
-)
+    input_range=(-1.0, 3.0), packs=lambda attributes: {1: conv_tile.pack},
+)  # fmt: skip

@@ -128,14 +128,8 @@ def _flops(problem: Problem) -> int:
 
 configs, default, legal = core.beside(choice.of_product(_size), _launch)
 OP = Op(
-    name="conv_pool",
-    attributes=ConvPool,
-    infer=infer,
-    reference=reference,
-    launches=lambda problem, tile, target: (_launch(problem, tile, target),),
-    configs=configs,
-    default=default,
-    legal=legal,
-    cost=counted(_flops),
+    "conv_pool", ConvPool, infer, reference,
+    lambda problem, tile, target: (_launch(problem, tile, target),), counted(_flops), configs,
+    default, legal,
     packs=lambda attributes: {1: conv_tile.pack},
-)
+)  # fmt: skip

@@ -156,14 +156,7 @@ def _size(problem: Problem) -> choice.Size:
 
 
 OP = Op(
-    name="conv_rearrange",
-    attributes=ConvRearrange,
-    infer=infer,
-    reference=reference,
-    launches=launches,
-    **choice.of_product(_size),
-    cost=counted(conv_tile.flops),
-    packs=lambda attributes: {1: conv_tile.pack},
-    takes_epilogue=False,
+    "conv_rearrange", ConvRearrange, infer, reference, launches, counted(conv_tile.flops),
+    **choice.of_product(_size), packs=lambda attributes: {1: conv_tile.pack}, takes_epilogue=False,
     writes_any=True,
-)
+)  # fmt: skip

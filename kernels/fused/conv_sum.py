@@ -120,12 +120,7 @@ def _pack(attributes: ConvSum, w: torch.Tensor) -> torch.Tensor:
 
 
 OP = Op(
-    name="conv_sum",
-    attributes=ConvSum,
-    infer=infer,
-    reference=reference,
-    launches=launches,
+    "conv_sum", ConvSum, infer, reference, launches, cost,
     **choice.of_product(_size) | {"default": default},
-    cost=cost,
     packs=lambda attributes: {1: _pack, 3: _pack},
-)
+)  # fmt: skip

@@ -281,19 +281,8 @@ def cost(problem: Problem) -> int:
 
 
 OP = Op(
-    name="head",
-    attributes=Head,
-    infer=infer,
-    reference=reference,
-    launches=launches,
-    configs=configs,
-    default=default,
-    legal=legal,
-    crowded=crowded,
-    cost=cost,
+    "head", Head, infer, reference, launches, cost, configs, default, legal, crowded,
     # Small logits: a softmax turns their absolute error into a relative one, which with values up
     # to 1 and 130 inputs was larger than the tolerance (N=1, C=130, 100 classes).
-    input_range=(-0.5, 0.5),
-    packs=lambda head: links.packs(head.chain),
-    images=True,
+    input_range=(-0.5, 0.5), packs=lambda head: links.packs(head.chain), images=True,
 )  # fmt: skip

@@ -224,14 +224,6 @@ def cost(problem: Problem) -> int:
 
 
 OP = Op(
-    name="lrn_pool",
-    attributes=LrnPool,
-    infer=infer,
-    reference=reference,
-    launches=launches,
-    configs=lrn.configs,
-    default=lrn.default,
-    legal=lrn.legal,
-    cost=cost,
+    "lrn_pool", LrnPool, infer, reference, launches, cost, lrn.configs, lrn.default, lrn.legal,
     input_range=(-4.0, 4.0),
-)
+)  # fmt: skip

@@ -386,15 +386,6 @@ def cost(problem: Problem) -> int:
 
 
 OP = Op(
-    name="pool_conv",
-    attributes=PoolConv,
-    infer=infer,
-    reference=reference,
-    launches=launches,
-    configs=configs,
-    default=default,
-    legal=legal,
-    crowded=crowded,
-    cost=cost,
+    "pool_conv", PoolConv, infer, reference, launches, cost, configs, default, legal, crowded,
     packs=lambda attributes: {1: lambda _, w: conv2d.pack(Conv2d(), w)},
-)
+)  # fmt: skip

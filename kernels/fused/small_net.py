@@ -298,18 +298,7 @@ def cost(problem: Problem) -> int:
 
 
 OP = Op(
-    name="small_net",
-    attributes=SmallNet,
-    infer=infer,
-    reference=reference,
-    launches=launches,
-    configs=configs,
-    default=default,
-    legal=legal,
-    crowded=crowded,
-    cost=cost,
+    "small_net", SmallNet, infer, reference, launches, cost, configs, default, legal, crowded,
     # Small logits, as for `head`.
-    input_range=(-0.5, 0.5),
-    packs=lambda net: links.packs(net.links),
-    images=True,
-)
+    input_range=(-0.5, 0.5), packs=lambda net: links.packs(net.links), images=True,
+)  # fmt: skip

@@ -219,16 +219,7 @@ def packs(attributes: SqueezeExcite) -> Mapping[int, Callable[[Any, torch.Tensor
 
 
 OP = Op(
-    name="squeeze_excite",
-    attributes=SqueezeExcite,
-    infer=infer,
-    reference=reference,
-    launches=launches,
-    configs=configs,
-    default=default,
-    legal=legal,
-    cost=cost,
+    "squeeze_excite", SqueezeExcite, infer, reference, launches, cost, configs, default, legal,
     # Not centred on zero: an error relative to a mean that cancels means nothing.
-    input_range=(-1.0, 2.0),
-    packs=packs,
-)
+    input_range=(-1.0, 2.0), packs=packs,
+)  # fmt: skip

@@ -238,16 +238,6 @@ def cost(problem: Problem) -> int:
 
 
 OP = Op(
-    name="stem",
-    attributes=Stem,
-    infer=infer,
-    reference=reference,
-    launches=launches,
-    configs=configs,
-    default=default,
-    legal=legal,
-    crowded=crowded,
-    cost=cost,
-    packs=lambda attributes: {1: pack},
-    images=False,
-)
+    "stem", Stem, infer, reference, launches, cost, configs, default, legal, crowded,
+    packs=lambda attributes: {1: pack}, images=False,
+)  # fmt: skip

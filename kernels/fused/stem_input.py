@@ -216,14 +216,6 @@ def cost(problem: Problem) -> int:
 
 
 OP = Op(
-    name="stem_input",
-    attributes=StemInput,
-    infer=infer,
-    reference=reference,
-    launches=launches,
-    configs=configs,
-    default=default,
-    cost=cost,
-    takes_epilogue=False,
-    images=False,
-)
+    "stem_input", StemInput, infer, reference, launches, cost, configs, default,
+    takes_epilogue=False, images=False,
+)  # fmt: skip

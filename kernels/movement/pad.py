@@ -205,10 +205,6 @@ NHWC, DENSE = Layout.NHWC, Layout.DENSE
 
 
 OP = Op(
-    name="pad",
-    attributes=Pad,
-    infer=infer,
-    reference=reference,
-    launches=launches,
+    "pad", Pad, infer, reference, launches,
     aten={"aten.pad.default": _capture, "aten.constant_pad_nd.default": _capture},
 )  # fmt: skip

@@ -269,14 +269,7 @@ def cost(problem: Problem) -> int:
 
 
 OP = Op(
-    name="local_response_norm",
-    attributes=LocalResponseNorm,
-    infer=infer,
-    reference=reference,
-    launches=launches,
-    configs=configs,
-    default=default,
-    legal=legal,
-    cost=cost,
+    "local_response_norm", LocalResponseNorm, infer, reference, launches, cost, configs, default,
+    legal,
     input_range=(-4.0, 4.0),
-)
+)  # fmt: skip

@@ -131,15 +131,8 @@ def _capture_batch_statistics(g: Builder, a: Arguments) -> Any:
 
 
 OP = Op(
-    name="normalize",
-    attributes=Normalize,
-    infer=infer,
-    reference=reference,
-    launches=launches,
-    configs=statistics.configs,
-    default=statistics.default,
-    legal=statistics.legal,
-    cost=statistics.cost,
+    "normalize", Normalize, infer, reference, launches, statistics.cost, statistics.configs,
+    statistics.default, statistics.legal,
     # Far from zero: squares would cancel.
     input_range=(4.0, 8.0),
     aten={

@@ -390,14 +390,8 @@ def _with_places(g: Builder, a: Arguments, values: Any, x: Any) -> Any:
 def _op(name: str, captures: Mapping[str, Capture]) -> Op:
     kind = Variance if name in ("var", "std") else Reduce
     return Op(
-        name=name,
-        attributes=kind,
-        infer=partial(infer, name),
-        reference=partial(reference, name),
-        launches=partial(_launches, name),
-        configs=configs,
-        default=default,
-        cost=cost,
+        name, kind, partial(infer, name), partial(reference, name), partial(_launches, name), cost,
+        configs, default,
         # Not centred on zero: an error relative to a sum that cancels means nothing.
         input_range=(-1.0, 3.0),
         aten={f"aten.{overload}": capture for overload, capture in captures.items()},

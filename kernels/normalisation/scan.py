@@ -143,17 +143,9 @@ def _capture(name: str) -> Capture:
 
 OPS = tuple(
     Op(
-        name=name,
-        attributes=Scan,
-        infer=partial(infer, name),
-        reference=reference,
-        launches=partial(launches, name == "cumprod"),
-        configs=configs,
-        default=default,
-        cost=cost,
-        aten={f"aten.{name}.default": _capture(name)},
-        takes_epilogue=False,
-        follows=True,
+        name, Scan, partial(infer, name), reference, partial(launches, name == "cumprod"), cost,
+        configs, default,
+        aten={f"aten.{name}.default": _capture(name)}, takes_epilogue=False, follows=True,
     )
     for name, reference in (("cumsum", cumsum), ("cumprod", cumprod))
-)
+)  # fmt: skip

@@ -74,15 +74,9 @@ def _capture(name: str) -> Capture:
 
 def _op(name: str, log: bool) -> Op:
     return Op(
-        name=name,
-        attributes=Softmax,
-        infer=partial(infer, name),
-        reference=reference_log if log else reference,
-        launches=partial(_launches, name),
-        configs=statistics.configs,
-        default=statistics.default,
-        legal=statistics.legal,
-        cost=statistics.cost,
+        name, Softmax, partial(infer, name), reference_log if log else reference,
+        partial(_launches, name), statistics.cost, statistics.configs, statistics.default,
+        statistics.legal,
         input_range=(-8.0, 8.0),
         aten={f"aten.{name}.int": _capture(name), f"aten._{name}.default": _capture(name)},
         follows=True,

@@ -192,18 +192,11 @@ def _op(
 ) -> Op:
     """calls: the poolings of aten that become it, in the way that `_capture` knows by `capture`."""
     return Op(
-        name=name,
-        attributes=make,
-        infer=partial(infer, name),
-        reference=partial(reference, function),
-        launches=launches,
-        configs=configs,
-        default=default,
-        legal=legal,
-        cost=pool.cost,
+        name, make, partial(infer, name), partial(reference, function), launches, pool.cost,
+        configs, default, legal,
         aten={f"aten.{call}.default": _capture(name, *capture) for call in calls},
         batched="pooling",
-    )
+    )  # fmt: skip
 
 
 AVERAGES = ("adaptive_avg_pool1d", "adaptive_avg_pool2d")

@@ -253,15 +253,10 @@ def _capture(g: Builder, a: Arguments) -> Any:
 
 
 OP = Op(
-    name="grid_sample",
-    attributes=GridSample,
-    infer=infer,
-    reference=reference,
-    launches=launches,
+    "grid_sample", GridSample, infer, reference, launches, cost,
     **TILES.space,
-    cost=cost,
     aten={
         "aten.grid_sampler.default": _capture,
         "aten.grid_sampler_2d.default": _capture,
     },
-)
+)  # fmt: skip

@@ -135,17 +135,11 @@ TILES = Tiles(
 
 
 OP = Op(
-    name=NAME,
-    attributes=MaxPool2d,
-    infer=infer,
-    reference=partial(reference, F.max_pool2d_with_indices),
-    launches=launches,
+    NAME, MaxPool2d, infer, partial(reference, F.max_pool2d_with_indices), launches, cost,
     **TILES.space,
-    cost=cost,
     aten={
         f"aten.max_pool{dims}d_with_indices.default": pooling(NAME, MaxPool2d, indices=True)
         for dims in (1, 2)
     },
-    batched="pooling",
-    integers=True,
+    batched="pooling", integers=True,
 )  # fmt: skip

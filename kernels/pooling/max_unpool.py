@@ -307,14 +307,7 @@ def prepare(attributes: MaxUnpool2d, tensors: tuple[torch.Tensor, ...]) -> tuple
 
 
 OP = Op(
-    name="max_unpool2d",
-    attributes=MaxUnpool2d,
-    infer=infer,
-    reference=reference,
-    launches=launches,
-    **TILES.space,
-    cost=cost,
-    prepare=prepare,
-    aten={"aten.max_unpool2d.default": _capture},
+    "max_unpool2d", MaxUnpool2d, infer, reference, launches, cost,
+    **TILES.space, prepare=prepare, aten={"aten.max_unpool2d.default": _capture},
     batched="unpooling",
 )  # fmt: skip

@@ -151,12 +151,4 @@ def cost(problem: Problem) -> int:
     return 2 * len(pairs) * problem.output.spec.numel
 
 
-OP = Op(
-    name="median_pool2d",
-    attributes=MedianPool2d,
-    infer=infer,
-    reference=reference,
-    launches=launches,
-    **TILES.space,
-    cost=cost,
-)
+OP = Op("median_pool2d", MedianPool2d, infer, reference, launches, cost, **TILES.space)

@@ -144,12 +144,4 @@ def cost(problem: Problem) -> int:
     return 2 * windows(problem).taps * problem.output.spec.numel
 
 
-OP = Op(
-    name="mixed_pool2d",
-    attributes=MixedPool2d,
-    infer=infer,
-    reference=reference,
-    launches=launches,
-    **TILES.space,
-    cost=cost,
-)
+OP = Op("mixed_pool2d", MixedPool2d, infer, reference, launches, cost, **TILES.space)

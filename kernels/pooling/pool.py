@@ -151,19 +151,11 @@ def cost(problem: Problem) -> int:
 def _op(name: str, make: type[Attributes], function: Any, *calls: str, **more: Any) -> Op:
     """calls: the poolings of aten that become it."""
     return Op(
-        name=name,
-        attributes=make,
-        infer=partial(infer, name),
-        reference=partial(reference, function),
-        launches=launches,
-        configs=configs,
-        default=default,
-        legal=legal,
-        cost=cost,
-        aten={f"aten.{call}.default": pooling(name, make) for call in calls},
-        batched="pooling",
+        name, make, partial(infer, name), partial(reference, function), launches, cost, configs,
+        default, legal,
+        aten={f"aten.{call}.default": pooling(name, make) for call in calls}, batched="pooling",
         **more,
-    )
+    )  # fmt: skip
 
 
 OPS = (

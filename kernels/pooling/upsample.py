@@ -273,16 +273,9 @@ def _capture(name: str, rule: str) -> Capture:
 
 def _op(name: str, aten: Mapping[str, Capture]) -> Op:
     return Op(
-        name=name,
-        attributes=Upsample,
-        infer=partial(infer, name),
-        reference=reference,
-        launches=launches,
-        **TILES.space,
-        cost=cost,
-        aten=aten,
-        batched="upsampling",
-    )
+        name, Upsample, partial(infer, name), reference, launches, cost,
+        **TILES.space, aten=aten, batched="upsampling",
+    )  # fmt: skip
 
 
 OPS = (

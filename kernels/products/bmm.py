@@ -343,13 +343,8 @@ def _capture_attention(g: Builder, a: Arguments) -> Any:
 
 
 OP = Op(
-    name="bmm",
-    attributes=Bmm,
-    infer=infer,
-    reference=reference,
-    launches=launches,
+    "bmm", Bmm, infer, reference, launches, counted(lambda problem: size_of(problem).flops),
     **choice.of_product(size_of),
-    cost=counted(lambda problem: size_of(problem).flops),
     aten={
         "aten.bmm.default": lambda g, a: multiplied(g, a.self, a.mat2),
         "aten.mm.default": lambda g, a: multiplied(g, a.self, a.mat2),
@@ -357,7 +352,5 @@ OP = Op(
         "aten.baddbmm.default": _capture_baddbmm,
         "aten.scaled_dot_product_attention.default": _capture_attention,
     },
-    images=False,
-    follows=True,
-    factors=(0, 1),
+    images=False, follows=True, factors=(0, 1),
 )  # fmt: skip

@@ -289,19 +289,8 @@ def cost(problem: Problem) -> int:
 
 
 OP = Op(
-    name="conv_chain",
-    attributes=ConvChain,
-    infer=infer,
-    reference=reference,
-    launches=launches,
-    configs=configs,
-    default=default,
-    legal=legal,
-    crowded=crowded,
-    cost=cost,
+    "conv_chain", ConvChain, infer, reference, launches, cost, configs, default, legal, crowded,
     # Mostly positive: an intermediate that is rounded to the other side, as the order of a sum
     # decides, means nothing beside a result that cancels.
-    input_range=(-1.0, 3.0),
-    packs=lambda chain: links.packs(chain.links),
-    takes_epilogue=False,
-)
+    input_range=(-1.0, 3.0), packs=lambda chain: links.packs(chain.links), takes_epilogue=False,
+)  # fmt: skip

@@ -224,16 +224,6 @@ def cost(problem: Problem) -> int:
 
 
 OP = Op(
-    name="separable",
-    attributes=Separable,
-    infer=infer,
-    reference=reference,
-    launches=launches,
-    configs=configs,
-    default=default,
-    legal=legal,
-    crowded=crowded,
-    cost=cost,
-    packs=lambda separable: links.packs(separable.links),
-    takes_epilogue=False,
-)
+    "separable", Separable, infer, reference, launches, cost, configs, default, legal, crowded,
+    packs=lambda separable: links.packs(separable.links), takes_epilogue=False,
+)  # fmt: skip
