@@ -214,17 +214,14 @@ def launches(problem: Problem, tile: Config, target: Target) -> tuple[Launch, ..
     steps = size.steps(tile["BLOCK_K"])
     area = tile["BLOCK_K"] * (tile["BLOCK_M"] + tile["BLOCK_N"])
     launch = engine.launch(
-        problem,
-        tile,
-        target,
-        space.of_pixels(problem.output.spec, tile["BLOCK_M"]),
+        problem, tile, target, space.of_pixels(problem.output.spec, tile["BLOCK_M"]),
         _source(problem),
         groups=size.groups,
         precision=choice.dot_precision(problem, math.prod(problem.inputs[1].shape[1:])),
         l2_bytes=steps * area * x.spec.dtype.itemsize,
         steps=steps,
         step_instructions=choice.step_instructions(tile, size.dtype, size.taps),
-    )
+    )  # fmt: skip
     return (launch,)
 
 

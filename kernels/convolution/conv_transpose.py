@@ -29,20 +29,8 @@ from typing import Any
 import triton
 import triton.language as tl
 
-from ..contract.op import (
-    Arguments,
-    Builder,
-    Config,
-    Launch,
-    Op,
-    Problem,
-    W,
-    X,
-    Y,
-    config,
-    counted,
-    power_of_two,
-)
+from ..contract.aten import Arguments, Builder
+from ..contract.op import Config, Launch, Op, Problem, config, counted, power_of_two
 from ..contract.targets import Target
 from ..movement.arguments import attributes_of, with_bias
 from ..tile import choice, space
@@ -267,15 +255,12 @@ def launches(problem: Problem, tile: Config, target: Target) -> tuple[Launch, ..
     else:
         issued = choice.step_instructions(tile, size.dtype, size.taps)
     launch = tile_launch(
-        problem,
-        tile,
-        conv_transpose_kernel,
+        problem, tile, conv_transpose_kernel,
         constexprs={
             "X": Matrix(channels, x.pitch, x.offset), "DEPTH": depth.facts,
             "HEIGHT": height.facts, "WIDTH": width.facts, "GROUPS": groups, "METHOD": chosen,
         },
         precision=choice.dot_precision(problem, channels * size.taps),
-        pointers={"x": X, "w": W, "y": Y},
         rows=size.rows,
         groups=groups,
         programs=_phases(problem),

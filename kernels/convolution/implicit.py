@@ -38,16 +38,13 @@ def launch(problem: Problem, tile: Config, target: Target) -> Launch:
     if product.gathers:
         costs |= {"instructions": _gathering(product, tile), "step_instructions": 0}
     return engine.launch(
-        problem,
-        tile,
-        target,
-        space.of_pixels(problem.output.spec, tile["BLOCK_M"]),
+        problem, tile, target, space.of_pixels(problem.output.spec, tile["BLOCK_M"]),
         source.of_convolution(attributes, x, w, gemm.prologue_of(problem)),
         groups=attributes.groups,
         split=split,
         precision=choice.dot_precision(problem, w[1] * w[2] * w[3]),
         **costs,
-    )
+    )  # fmt: skip
 
 
 def _gathering(size: choice.Size, tile: Config) -> int:

@@ -22,7 +22,7 @@ import triton
 import triton.language as tl
 
 from ...errors import InvalidInputError
-from ..contract.op import Config, Launch, Op, Problem, W, X, Y, config, counted, power_of_two
+from ..contract.op import Config, Launch, Op, Problem, config, counted, power_of_two
 from ..contract.spec import Layout, TensorSpec
 from ..contract.targets import Target
 from ..tile import choice, space
@@ -204,17 +204,14 @@ def launches(problem: Problem, tile: Config, target: Target) -> tuple[Launch, ..
             "step_instructions": choice.step_instructions(tile, size.dtype, size.taps),
         }
     launch = tile_launch(
-        problem,
-        tile,
-        sample_conv_kernel,
+        problem, tile, sample_conv_kernel,
         constexprs=constexprs,
-        pointers={"x": X, "w": W, "y": Y},
         rows=n,
         block_rows=1,
         groups=groups,
         programs=-(-(p * q) // tile["BLOCK_M"]),
         **modelled,
-    )
+    )  # fmt: skip
     return (launch,)
 
 

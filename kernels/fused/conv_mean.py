@@ -77,17 +77,12 @@ def launches(problem: Problem, tile: Config, target: Target) -> tuple[Launch, ..
     n, _, p, q = result.shape
     images = tile["BLOCK_M"] // _pixels(problem)
     launch = conv_tile.launch(
-        problem,
-        tile,
-        target,
-        Space(space.images, p, q, images),
-        attributes.stages,
-        result,
+        problem, tile, target, Space(space.images, p, q, images), attributes.stages, result,
         finish.average_images,
         rows=n,
         l2_bytes=conv_tile.l2_bytes(problem, images * p * q, tile["BLOCK_N"], result),
         instructions=2 * tile["BLOCK_M"] * tile["BLOCK_N"],
-    )
+    )  # fmt: skip
     return (launch,)
 
 

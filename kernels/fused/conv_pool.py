@@ -102,18 +102,13 @@ def _launch(problem: Problem, tile: Config, target: Target) -> Launch:
     result = conv_tile.result(problem)
     stay, move = split_stages(attributes)
     return conv_tile.launch(
-        problem,
-        tile,
-        target,
-        space.of_windows(result, tile["BLOCK_M"], problem.output.spec),
-        stay,
-        result,
-        finish.pool_windows,
+        problem, tile, target, space.of_windows(result, tile["BLOCK_M"], problem.output.spec), stay,
+        result, finish.pool_windows,
         maximum=isinstance(attributes.pool, MaxPool2d),
         before=move,
         l2_bytes=conv_tile.l2_bytes(problem, tile["BLOCK_M"], tile["BLOCK_N"], result),
         instructions=tile["BLOCK_M"] * tile["BLOCK_N"],
-    )
+    )  # fmt: skip
 
 
 def _size(problem: Problem) -> choice.Size:

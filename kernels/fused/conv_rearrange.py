@@ -129,16 +129,11 @@ def launches(problem: Problem, tile: Config, target: Target) -> tuple[Launch, ..
     attributes, result = problem.attributes.expect(ConvRearrange), conv_tile.result(problem)
     n, k, p, q = result.shape
     launch = conv_tile.launch(
-        problem,
-        tile,
-        target,
-        space.of_pixels(result, tile["BLOCK_M"]),
-        attributes.stages,
-        result,
+        problem, tile, target, space.of_pixels(result, tile["BLOCK_M"]), attributes.stages, result,
         None,
         rows=n * p * q,
         l2_bytes=conv_tile.l2_bytes(problem, tile["BLOCK_M"], tile["BLOCK_N"], result),
-    )
+    )  # fmt: skip
     constants = {name: launch.constexprs[name] for name in ("SPACE", "SOURCE", "FINISH", "TILE")}
     launch = replace(
         launch,

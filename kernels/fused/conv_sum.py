@@ -62,17 +62,14 @@ def launches(problem: Problem, tile: Config, target: Target) -> tuple[Launch, ..
     attributes, size = problem.attributes.expect(ConvSum), _size(problem)
     x1, w1, x2, w2 = problem.inputs
     launch = engine.launch(
-        problem,
-        tile,
-        target,
-        space.of_pixels(problem.output.spec, tile["BLOCK_M"]),
+        problem, tile, target, space.of_pixels(problem.output.spec, tile["BLOCK_M"]),
         source.of_convolution(attributes.first, x1, w1.shape),
         second=source.of_convolution(attributes.second, x2, w2.shape),
         pointers={"x2": Ref("input", 2), "w2": Ref("input", 3)},
         precision=choice.dot_precision(problem, size.depth),
         l2_bytes=choice.l2_bytes(problem, tile, _terms(problem)),
         step_instructions=choice.step_instructions(tile, size.dtype, size.taps),
-    )
+    )  # fmt: skip
     return (launch,)
 
 

@@ -132,17 +132,13 @@ def launch(
         pool = Pool(p, q, function, maximum, 2 * down > p or 2 * across > q)
         return core.launch(problem, tile, target, pool, more["before"], extras)
     return engine.launch(
-        problem,
-        tile,
-        target,
-        space,
-        source.of_convolution(attributes.conv, x, w.shape, before),
+        problem, tile, target, space, source.of_convolution(attributes.conv, x, w.shape, before),
         finish=Finish(end, function, maximum),
         extras=extras,
         precision=choice.dot_precision(problem, math.prod(w.shape[1:])),
         step_instructions=step_instructions(problem, tile),
         **more,
-    )
+    )  # fmt: skip
 
 
 def runs_by_tap(problem: Problem) -> bool:

@@ -185,9 +185,7 @@ def launches(problem: Problem, tile: Config, target: Target) -> tuple[Launch, ..
     """One launch of the kernel that the tile's LANES chooses."""
     attributes = problem.attributes.expect(LrnPool)
     launch = tile_launch(
-        problem,
-        tile,
-        shifted_kernel if tile["LANES"] == 1 else lanes_kernel,
+        problem, tile, shifted_kernel if tile["LANES"] == 1 else lanes_kernel,
         constexprs={
             "WINDOWS": pool_window.Windows.of(attributes.pool, problem.inputs[0], problem.output),
             "NORM": lrn.Norm.of(attributes.lrn), "LRN_FIRST": attributes.lrn_first,

@@ -245,15 +245,11 @@ def launches(problem: Problem, tile: Config, target: Target) -> tuple[Launch, ..
     read, extras = _source(problem, tile)
     kept = [Ref("output", index) for index in range(1, len(problem.outputs))]
     launch = engine.launch(
-        problem,
-        tile,
-        target,
-        space.of_pixels(problem.output.spec, tile["BLOCK_M"]),
-        read,
+        problem, tile, target, space.of_pixels(problem.output.spec, tile["BLOCK_M"]), read,
         extras=(*extras, *kept),
         precision=choice.dot_precision(problem, problem.inputs[0].shape[1]),
         **_modelled(problem, tile),
-    )
+    )  # fmt: skip
     return (launch,)
 
 
@@ -369,12 +365,11 @@ def default(problem: Problem, target: Target) -> Config:
     return choice.choose(
         configs(problem, target),
         lambda tile: choice.sketch(tile, rows, k, **_modelled(problem, tile)),
-        choice.Work.of(problem, cost(problem).flops),
-        target,
+        choice.Work.of(problem, cost(problem).flops), target,
         factor=slower,
         crowded=lambda tile: crowded(problem, tile, target),
         default=_tile(16, 16, 16, 4),
-    )
+    )  # fmt: skip
 
 
 @counted

@@ -142,9 +142,7 @@ def launches(problem: Problem, tile: Config, target: Target) -> tuple[Launch, ..
     bound = links.bind(attributes.links, problem.inputs, {"w1": hidden}, refs)
     n, channels, pixels, units = _sizes(problem)
     launch = tile_launch(
-        problem,
-        tile,
-        squeeze_excite_kernel,
+        problem, tile, squeeze_excite_kernel,
         constexprs={
             "IMAGE": Image.of(problem.inputs[0]), "HIDDEN": units,
             "AFTER_SQUEEZE": bound.functions["w1"], "BLOCK_C": op.power_of_two(channels),

@@ -27,7 +27,7 @@ import triton.language as tl
 
 from ...errors import InvalidInputError
 from ..contract import cost_model, op
-from ..contract.op import Attributes, Config, Launch, Op, Problem, W, X, Y
+from ..contract.op import Attributes, Config, Launch, Op, Problem
 from ..contract.spec import TensorSpec
 from ..contract.targets import Target
 from ..tile import choice, conv_geometry
@@ -137,9 +137,7 @@ def launches(problem: Problem, tile: Config, target: Target) -> tuple[Launch, ..
     attributes = problem.attributes.expect(Stem)
     w = problem.inputs[1].spec
     launch = tile_launch(
-        problem,
-        tile,
-        stem_kernel,
+        problem, tile, stem_kernel,
         constexprs={
             "IMAGE": StridedImage.of(problem.inputs[0]),
             "WINDOW": Window.of(w.shape[2:], attributes.conv),
@@ -149,7 +147,6 @@ def launches(problem: Problem, tile: Config, target: Target) -> tuple[Launch, ..
             "LEVELS": tile["BLOCK_K"].bit_length() - 1,
         },
         precision=choice.dot_precision(problem, _pitch(w)),
-        pointers={"x": X, "w": W, "y": Y},
         l2_bytes=_l2_bytes(problem, tile),
         instructions=_instructions(problem, tile),
         steps=-(-terms(w) // tile["BLOCK_K"]),

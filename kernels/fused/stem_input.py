@@ -176,9 +176,7 @@ def launches(problem: Problem, tile: Config, target: Target) -> tuple[Launch, ..
     attributes = problem.attributes.expect(StemInput)
     x = problem.inputs[0]
     launch = tile_launch(
-        problem,
-        tile,
-        stem_input_kernel,
+        problem, tile, stem_input_kernel,
         constexprs={
             "IMAGE": StridedImage.of(x), "LEFT": attributes.left,
             "LEVELS": attributes.channels.bit_length() - 1,

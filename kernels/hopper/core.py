@@ -340,9 +340,7 @@ def launch(
     dtype = problem.inputs[0].spec.dtype
     steps = taps * -(-c // block_k)
     plain = tile_launch(
-        problem,
-        tile,
-        hopper_kernel,
+        problem, tile, hopper_kernel,
         pointers={"y": Y},
         boxes={
             "x": _x_box(problem, tile, view),

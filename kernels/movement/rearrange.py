@@ -16,17 +16,8 @@ import torch
 
 from ...errors import InvalidInputError
 from ..contract import epilogue as ep
-from ..contract.op import (
-    Arguments,
-    Attributes,
-    Builder,
-    Config,
-    Launch,
-    Op,
-    Problem,
-    Ref,
-    operand_refs,
-)
+from ..contract.aten import Arguments, Builder
+from ..contract.op import Attributes, Config, Launch, Op, Problem, Ref, operand_refs
 from ..contract.spec import MEMORY_FORMATS, Layout, TensorSpec
 from ..contract.targets import Target
 from . import movement, pointwise

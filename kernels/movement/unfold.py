@@ -22,10 +22,9 @@ import triton.language as tl
 
 from ...errors import InvalidInputError
 from ..contract import epilogue as ep
+from ..contract.aten import Arguments, Builder
 from ..contract.op import (
-    Arguments,
     Attributes,
-    Builder,
     Config,
     Launch,
     Op,

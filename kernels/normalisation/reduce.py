@@ -231,9 +231,7 @@ def _launches(name: str, problem: Problem, tile: Config, target: Target) -> tupl
     # Where rows lie only Y_ROW tells.
     epilogue = ep.generate(problem.epilogue, reads, walk.sizes)
     launch = tile_launch(
-        problem,
-        tile,
-        reduce_kernel,
+        problem, tile, reduce_kernel,
         constexprs={
             "LENGTH": walk.length, "BLOCK_LENGTH": tile["BLOCK_LENGTH"],
             "X_OFFSET": problem.inputs[0].offset,

@@ -19,20 +19,8 @@ import triton
 import triton.language as tl
 
 from ...errors import InvalidInputError
-from ..contract.op import (
-    Arguments,
-    Attributes,
-    Builder,
-    Capture,
-    Config,
-    Launch,
-    Op,
-    Problem,
-    Target,
-    X,
-    Y,
-    counted,
-)
+from ..contract.aten import Arguments, Builder, Capture
+from ..contract.op import Attributes, Config, Launch, Op, Problem, Target, X, Y, counted
 from ..contract.spec import TensorSpec
 from .along import launch_along, rows_of_program, tile_along, tiles_along
 

@@ -300,9 +300,7 @@ def launches(
     reads = 1 if walk.is_whole(tile) else 2
     owned = walk.length * walk.width * tile["BLOCK_OUTER"] * tile["BLOCK_GROUPS"]
     launch = tile_launch(
-        problem,
-        tile,
-        statistics_kernel,
+        problem, tile, statistics_kernel,
         constexprs={
             "SIZES": Sizes(walk.outer, walk.length, walk.groups, walk.width),
             "HELD": Sizes(*(tile[f"BLOCK_{name.upper()}"] for name in Sizes._fields)),

@@ -26,18 +26,8 @@ import triton
 import triton.language as tl
 
 from ...errors import InvalidInputError
-from ..contract.op import (
-    Arguments,
-    Builder,
-    Capture,
-    Config,
-    Launch,
-    Op,
-    Problem,
-    Target,
-    config,
-    power_of_two,
-)
+from ..contract.aten import Arguments, Builder, Capture
+from ..contract.op import Config, Launch, Op, Problem, Target, config, power_of_two
 from ..contract.spec import Layout, TensorSpec
 from ..movement.arguments import adaptive_size, as_image, as_rank_of
 from ..normalisation.reduce import Reduce

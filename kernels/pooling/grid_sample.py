@@ -17,20 +17,9 @@ import triton
 import triton.language as tl
 
 from ...errors import InvalidInputError
+from ..contract.aten import Arguments, Builder
 from ..contract.elementary import round_half_even
-from ..contract.op import (
-    Arguments,
-    Attributes,
-    Builder,
-    Config,
-    Launch,
-    Op,
-    Problem,
-    W,
-    X,
-    Y,
-    counted,
-)
+from ..contract.op import Attributes, Config, Launch, Op, Problem, counted
 from ..contract.spec import Layout, TensorSpec
 from ..contract.targets import Target
 from ..movement.rearrangement import Reshape
@@ -224,10 +213,7 @@ def launches(problem: Problem, tile: Config, target: Target) -> tuple[Launch, ..
         "TAPS": TAPS[attributes.mode], "MODE": attributes.mode, "BORDER": attributes.border,
         "CORNERS": attributes.corners, "IMAGE": Matrix.of(x), "GRID": Matrix.of(grid),
     }  # fmt: skip
-    pointers = {"x": X, "grid": W, "y": Y}
-    return (
-        tile_launch(problem, tile, grid_sample_kernel, constexprs=constexprs, pointers=pointers),
-    )
+    return (tile_launch(problem, tile, grid_sample_kernel, constexprs=constexprs),)
 
 
 # By default 4 results per thread.

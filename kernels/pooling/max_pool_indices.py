@@ -22,7 +22,7 @@ import triton
 import triton.language as tl
 
 from ...errors import InvalidInputError
-from ..contract.op import Config, Launch, Op, Problem, Ref, Target, X, Y
+from ..contract.op import Config, Launch, Op, Problem, Target
 from ..contract.spec import TensorSpec
 from ..movement.arguments import pooling
 from ..tile.finish import put
@@ -112,14 +112,11 @@ def max_pool_indices_kernel(
 def launches(problem: Problem, tile: Config, target: Target) -> tuple[Launch, ...]:
     """The one launch of the kernel."""
     launch = tile_launch(
-        problem,
-        tile,
-        max_pool_indices_kernel,
+        problem, tile, max_pool_indices_kernel,
         constexprs={
             "WINDOWS": windows(problem), "INDICES": Image.of(problem.outputs[1]),
             "UNROLL": windows(problem).taps <= MOST_UNROLLED_TAPS,
         },
-        pointers={"x": X, "y": Y, "i": Ref("output", 1)},
     )  # fmt: skip
     return (launch,)
 

@@ -26,20 +26,8 @@ import triton
 import triton.language as tl
 
 from ...errors import InvalidInputError
-from ..contract.op import (
-    Arguments,
-    Attributes,
-    Builder,
-    Config,
-    Launch,
-    Op,
-    Problem,
-    Ref,
-    Target,
-    X,
-    Y,
-    counted,
-)
+from ..contract.aten import Arguments, Builder
+from ..contract.op import Attributes, Config, Launch, Op, Problem, Target, counted
 from ..contract.spec import Layout, TensorSpec, as_layout
 from ..tile.finish import put
 from ..tile.geometry import Image, tile_launch
@@ -228,15 +216,12 @@ def launches(problem: Problem, tile: Config, target: Target) -> tuple[Launch, ..
     )
     cells = Cells(height, width, attributes.image[1], math.prod(attributes.size))
     launch = tile_launch(
-        problem,
-        tile,
-        max_unpool_kernel,
+        problem, tile, max_unpool_kernel,
         constexprs={
             "CELLS": cells, "VALUES": Image.of(x), "INDICES": Image.of(where),
             "HELD": candidates(problem) <= MOST_HELD,
         },
         rows=cell_rows(problem),
-        pointers={"x": X, "i": Ref("input", 1), "y": Y},
     )  # fmt: skip
     return (launch,)
 

@@ -21,7 +21,7 @@ import triton.language as tl
 
 from ...errors import InvalidInputError
 from ..contract import scalars
-from ..contract.op import Config, Launch, Op, Operand, Problem, Ref, Target, X, Y, counted
+from ..contract.op import Config, Launch, Op, Operand, Problem, Target, counted
 from ..contract.spec import TensorSpec
 from ..tile.finish import put
 from ..tile.geometry import tile_launch
@@ -117,14 +117,11 @@ def launches(problem: Problem, tile: Config, target: Target) -> tuple[Launch, ..
     """The one launch of the kernel."""
     _, a, b = problem.inputs
     launch = tile_launch(
-        problem,
-        tile,
-        mixed_pool_kernel,
+        problem, tile, mixed_pool_kernel,
         constexprs={
             "WINDOWS": windows(problem), "A": Weight.of(a), "B": Weight.of(b),
             "UNROLL": windows(problem).taps <= MOST_UNROLLED_TAPS,
         },
-        pointers={"x": X, "a": Ref("input", 1), "b": Ref("input", 2), "y": Y},
     )  # fmt: skip
     return (launch,)
 

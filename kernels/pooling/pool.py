@@ -72,9 +72,7 @@ def launches(problem: Problem, tile: Config, target: Target) -> tuple[Launch, ..
         modelled = {"l2_bytes": loads * itemsize, "instructions": 3 * loads}
     outputs = (axis.outputs for axis in (window.depth, window.width))
     launch = tile_launch(
-        problem,
-        tile,
-        pool_kernel,
+        problem, tile, pool_kernel,
         constexprs={
             "WINDOWS": window, "REDUCTION": chosen, "UNROLL": unrolls(problem),
             "TILE_ROWS": tile_rows,

@@ -27,17 +27,8 @@ import triton
 import triton.language as tl
 
 from ...errors import InvalidInputError
-from ..contract.op import (
-    Arguments,
-    Attributes,
-    Builder,
-    Capture,
-    Config,
-    Launch,
-    Op,
-    Problem,
-    counted,
-)
+from ..contract.aten import Arguments, Builder, Capture
+from ..contract.op import Attributes, Config, Launch, Op, Problem, counted
 from ..contract.spec import MEMORY_FORMATS, Layout, TensorSpec
 from ..contract.targets import Target
 from ..movement.arguments import as_image, as_rank_of

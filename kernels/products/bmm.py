@@ -22,20 +22,9 @@ import triton.language as tl
 
 from ...errors import InvalidInputError
 from ..contract import epilogue as ep
+from ..contract.aten import Arguments, Builder
 from ..contract.epilogue import Stage
-from ..contract.op import (
-    Arguments,
-    Attributes,
-    Builder,
-    Config,
-    Launch,
-    Op,
-    Problem,
-    W,
-    X,
-    Y,
-    counted,
-)
+from ..contract.op import Attributes, Config, Launch, Op, Problem, counted
 from ..contract.spec import Layout, Operand, TensorSpec
 from ..contract.targets import Target
 from ..movement.movement import Permute
@@ -230,16 +219,13 @@ def launches(problem: Problem, tile: Config, target: Target) -> tuple[Launch, ..
     attributes, (a, b), size = problem.attributes.expect(Bmm), problem.inputs, size_of(problem)
     leading = problem.output.shape[:-2]
     launch = tile_launch(
-        problem,
-        tile,
-        bmm_kernel,
+        problem, tile, bmm_kernel,
         constexprs={
             "HEIGHT": size.rows, "DEPTH": size.depth,
             "X": Strides.of(attributes.left, a, leading),
             "W": Strides.of(attributes.right, b, leading),
         },
         precision=choice.dot_precision(problem, size.depth),
-        pointers={"x": X, "w": W, "y": Y},
         rows=size.groups,
         block_rows=1,
         programs=-(-size.rows // tile["BLOCK_M"]),

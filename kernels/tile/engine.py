@@ -118,9 +118,7 @@ def launch(
     pointers: of other tensors than the first input and the first weight.
     """
     return tile_launch(
-        problem,
-        tile,
-        tile_kernel,
+        problem, tile, tile_kernel,
         # What is not there is never read: the output stands for it.
         pointers={
             "x": X, "w": W, "x2": Y, "w2": Y, "y": Y, **split_k.pointers(split),

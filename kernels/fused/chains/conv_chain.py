@@ -270,13 +270,11 @@ def default(problem: Problem, target: Target) -> Config:
     if target.name == "interpreter":
         return tiles.interpreter_tile(sizes)
     return choice.choose(
-        tiles.configs(sizes, target),
-        lambda tile: launch_for_cost_model(problem, tile),
-        choice.Work.of(problem, cost(problem).flops),
-        target,
+        tiles.configs(sizes, target), lambda tile: launch_for_cost_model(problem, tile),
+        choice.Work.of(problem, cost(problem).flops), target,
         crowded=lambda tile: tiles.crowded(sizes, tile, target),
         default=tiles.any_tile(sizes),
-    )
+    )  # fmt: skip
 
 
 @counted

@@ -140,14 +140,12 @@ def launches(problem: Problem, tile: Config, target: Target) -> tuple[Launch, ..
         )
         return (launch,)
     launch = tile_launch(
-        problem,
-        tile,
-        parts.resident_kernel,
+        problem, tile, parts.resident_kernel,
         constexprs={"SPACE": space, "SOURCE": source, "SPAN": tile["SPAN"]},
         pointers={"x": X, "w": own["w2"], "y": Y},
         block_rows=space.per_tile,
         **shared,
-    )
+    )  # fmt: skip
     return (replace(launch, columns=-(-channels // tile["SPAN"])),)
 
 
@@ -204,14 +202,11 @@ def default(problem: Problem, target: Target) -> Config:
         return max(area // (32 * tile.num_warps), 32)
 
     return choice.choose(
-        configs(problem, target),
-        launch_of,
-        choice.Work.of(problem, cost(problem).flops),
-        target,
+        configs(problem, target), launch_of, choice.Work.of(problem, cost(problem).flops), target,
         waste=accumulators,
         crowded=lambda tile: separable_tiles.crowded(block, tile, target),
         default=next(separable_tiles.accumulating(block)),  # `legal` tells why none can run.
-    )
+    )  # fmt: skip
 
 
 @counted
