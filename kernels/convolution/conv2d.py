@@ -19,8 +19,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ..contract.op import Config, Launch, Op, Problem, counted
-from ..contract.targets import Target
+from ..contract.op import Config, Launch, Op, Problem, Target, counted
 from ..movement.arguments import convolution
 from ..products import product
 from ..tile.conv_geometry import Conv2d, infer, reference

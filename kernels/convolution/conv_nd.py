@@ -24,8 +24,7 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from ..contract.op import Config, Launch, Op, Problem, counted
-from ..contract.targets import Target
+from ..contract.op import Config, Launch, Op, Problem, Target, counted
 from ..movement.arguments import convolution
 from ..movement.pad import correction
 from ..tile import choice, engine, gemm, space

@@ -23,8 +23,7 @@ import triton
 import triton.language as tl
 
 from ..contract import cost_model
-from ..contract.op import Config, Launch, Problem, config, power_of_two
-from ..contract.targets import Target
+from ..contract.op import Config, Launch, Problem, Target, config, power_of_two
 from ..tile import choice, gemm, space
 from ..tile.conv_geometry import Conv2d
 from ..tile.finish import put

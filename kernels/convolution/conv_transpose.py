@@ -30,8 +30,7 @@ import triton
 import triton.language as tl
 
 from ..contract.aten import Arguments, Builder
-from ..contract.op import Config, Launch, Op, Problem, config, counted, power_of_two
-from ..contract.targets import Target
+from ..contract.op import Config, Launch, Op, Problem, Target, config, counted, power_of_two
 from ..movement.arguments import attributes_of, with_bias
 from ..tile import choice, space
 from ..tile.finish import put

@@ -9,8 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from ...errors import InvalidInputError
-from ..contract.op import Attributes
-from ..contract.spec import TensorSpec
+from ..contract.op import Attributes, TensorSpec
 from ..movement.pad import check_border
 from ..tile import conv_geometry
 

@@ -16,8 +16,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ..contract.op import Config, Launch, Problem, config, power_of_two
-from ..contract.targets import Target
+from ..contract.op import Config, Launch, Problem, Target, config, power_of_two
 from ..tile.conv_geometry import Conv2d
 from ..tile.finish import put
 from ..tile.geometry import Image, Window, tile_launch

@@ -8,8 +8,7 @@ its configurations may also be those of the core whose warps do different things
 
 from __future__ import annotations
 
-from ..contract.op import Config, Launch, Problem
-from ..contract.targets import Target
+from ..contract.op import Config, Launch, Problem, Target
 from ..hopper import core
 from ..tile import choice, engine, gemm, source, space
 from ..tile.conv_geometry import Conv2d

@@ -22,9 +22,8 @@ import triton
 import triton.language as tl
 
 from ...errors import InvalidInputError
-from ..contract.op import Config, Launch, Op, Problem, config, counted, power_of_two
+from ..contract.op import Config, Launch, Op, Problem, Target, config, counted, power_of_two
 from ..contract.spec import Layout, TensorSpec
-from ..contract.targets import Target
 from ..tile import choice, space
 from ..tile.conv_geometry import Conv2d, SampleConv2d
 from ..tile.conv_geometry import infer as infer_convolution

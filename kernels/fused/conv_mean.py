@@ -19,9 +19,8 @@ from dataclasses import dataclass
 
 import torch
 
-from ..contract.op import Config, Launch, Op, Problem, config, counted, power_of_two
+from ..contract.op import Config, Launch, Op, Problem, Target, config, counted, power_of_two
 from ..contract.spec import Layout, TensorSpec
-from ..contract.targets import Target
 from ..tile import choice, finish, space
 from ..tile.space import Space
 from . import conv_tile

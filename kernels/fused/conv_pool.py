@@ -20,9 +20,7 @@ from dataclasses import dataclass, field
 import torch
 
 from ..contract import epilogue as ep
-from ..contract.op import Config, Launch, Op, Problem, counted
-from ..contract.spec import TensorSpec
-from ..contract.targets import Target
+from ..contract.op import Config, Launch, Op, Problem, Target, TensorSpec, counted
 from ..hopper import core
 from ..pooling import pool_window
 from ..pooling.pool_window import AvgPool2d, MaxPool2d

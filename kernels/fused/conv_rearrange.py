@@ -20,9 +20,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ..contract.op import Config, Launch, Op, Problem, W, X, Y, counted
-from ..contract.spec import TensorSpec
-from ..contract.targets import Target
+from ..contract.op import Config, Launch, Op, Problem, Target, TensorSpec, W, X, Y, counted
 from ..movement import rearrange
 from ..movement.rearrangement import Rearrange, factors, spread
 from ..tile import choice, space

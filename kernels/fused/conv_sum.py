@@ -18,9 +18,8 @@ from dataclasses import dataclass, field
 import torch
 
 from ...errors import InvalidInputError
-from ..contract.op import Attributes, Config, Launch, Op, Problem, Ref, config, counted
+from ..contract.op import Attributes, Config, Launch, Op, Problem, Ref, Target, config, counted
 from ..contract.spec import TensorSpec
-from ..contract.targets import Target
 from ..convolution import conv2d
 from ..tile import choice, conv_geometry, engine, source, space
 from ..tile.conv_geometry import Conv2d

@@ -14,9 +14,7 @@ import torch
 
 from ...errors import InvalidInputError
 from ..contract import epilogue as ep
-from ..contract.op import Attributes, Config, Launch, Problem, Ref
-from ..contract.spec import TensorSpec
-from ..contract.targets import Target
+from ..contract.op import Attributes, Config, Launch, Problem, Ref, Target, TensorSpec
 from ..convolution import conv2d
 from ..hopper import core
 from ..hopper.boxes import Pool

@@ -26,9 +26,8 @@ import torch
 from ...errors import InvalidInputError
 from ..contract import epilogue as ep
 from ..contract import op
-from ..contract.op import Attributes, Config, Launch, Op, Problem, Ref, X, Y
+from ..contract.op import Attributes, Config, Launch, Op, Problem, Ref, Target, X, Y
 from ..contract.spec import Operand, TensorSpec
-from ..contract.targets import Target
 from ..tile import choice, source
 from ..tile.geometry import Image, Output, Tile, Window
 from ..tile.source import Source

@@ -23,9 +23,7 @@ import triton
 import triton.language as tl
 
 from ...errors import InvalidInputError
-from ..contract.op import Attributes, Config, Launch, Op, Problem, counted
-from ..contract.spec import TensorSpec
-from ..contract.targets import Target
+from ..contract.op import Attributes, Config, Launch, Op, Problem, Target, TensorSpec, counted
 from ..normalisation import lrn
 from ..normalisation.lrn import LocalResponseNorm
 from ..pooling import pool_window

@@ -26,9 +26,8 @@ import torch
 
 from ...errors import InvalidInputError
 from ..contract import op
-from ..contract.op import Attributes, Config, Launch, Op, Problem, Ref, Scratch, X, Y
+from ..contract.op import Attributes, Config, Launch, Op, Problem, Ref, Scratch, Target, X, Y
 from ..contract.spec import Operand, TensorSpec
-from ..contract.targets import Target
 from ..pooling.pool_window import MaxPool2d
 from ..tile import choice, finish, source, space
 from ..tile.finish import Finish

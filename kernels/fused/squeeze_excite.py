@@ -27,9 +27,8 @@ import triton.language as tl
 from ...errors import InvalidInputError
 from ..contract import epilogue as ep
 from ..contract import op
-from ..contract.op import Attributes, Config, Launch, Op, Problem, Y
+from ..contract.op import Attributes, Config, Launch, Op, Problem, Target, Y
 from ..contract.spec import Layout, TensorSpec
-from ..contract.targets import Target
 from ..tile.finish import put
 from ..tile.geometry import Image, tile_launch
 from . import links

@@ -27,9 +27,7 @@ import triton.language as tl
 
 from ...errors import InvalidInputError
 from ..contract import cost_model, op
-from ..contract.op import Attributes, Config, Launch, Op, Problem
-from ..contract.spec import TensorSpec
-from ..contract.targets import Target
+from ..contract.op import Attributes, Config, Launch, Op, Problem, Target, TensorSpec
 from ..tile import choice, conv_geometry
 from ..tile.conv_geometry import Conv2d
 from ..tile.finish import put

@@ -22,9 +22,8 @@ import triton.language as tl
 
 from ...errors import InvalidInputError
 from ..contract import op
-from ..contract.op import Attributes, Config, Launch, Op, Problem
+from ..contract.op import Attributes, Config, Launch, Op, Problem, Target
 from ..contract.spec import Layout, Operand, TensorSpec
-from ..contract.targets import Target
 from ..tile.geometry import tile_launch
 
 

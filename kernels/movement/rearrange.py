@@ -17,9 +17,8 @@ import torch
 from ...errors import InvalidInputError
 from ..contract import epilogue as ep
 from ..contract.aten import Arguments, Builder
-from ..contract.op import Attributes, Config, Launch, Op, Problem, Ref, operand_refs
+from ..contract.op import Attributes, Config, Launch, Op, Problem, Ref, Target, operand_refs
 from ..contract.spec import MEMORY_FORMATS, Layout, TensorSpec
-from ..contract.targets import Target
 from . import movement, pointwise
 from .rearrangement import Flip, Rearrange, factors, parts_of
 

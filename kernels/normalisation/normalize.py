@@ -16,9 +16,8 @@ import torch
 
 from ...errors import InvalidInputError
 from ..contract import epilogue as ep
-from ..contract.op import Arguments, Attributes, Builder, Config, Launch, Op, Problem
+from ..contract.op import Arguments, Attributes, Builder, Config, Launch, Op, Problem, Target
 from ..contract.spec import TensorSpec
-from ..contract.targets import Target
 from ..movement.rearrangement import Reshape
 from . import batch_norm, statistics
 

@@ -20,8 +20,7 @@ import triton.language as tl
 
 from ...errors import InvalidInputError
 from ..contract.aten import Arguments, Builder, Capture
-from ..contract.op import Attributes, Config, Launch, Op, Problem, Target, X, Y, counted
-from ..contract.spec import TensorSpec
+from ..contract.op import Attributes, Config, Launch, Op, Problem, Target, TensorSpec, X, Y, counted
 from .along import launch_along, rows_of_program, tile_along, tiles_along
 
 BLOCK = 1024

@@ -26,8 +26,7 @@ import triton.language as tl
 
 from ..contract import epilogue as ep
 from ..contract.cost_model import MULTIPROCESSORS
-from ..contract.op import Config, Launch, Problem, config, counted, power_of_two
-from ..contract.targets import Target
+from ..contract.op import Config, Launch, Problem, Target, config, counted, power_of_two
 from ..tile.finish import put
 from ..tile.geometry import Matrix, tile_launch
 

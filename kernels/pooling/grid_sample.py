@@ -19,9 +19,8 @@ import triton.language as tl
 from ...errors import InvalidInputError
 from ..contract.aten import Arguments, Builder
 from ..contract.elementary import round_half_even
-from ..contract.op import Attributes, Config, Launch, Op, Problem, counted
+from ..contract.op import Attributes, Config, Launch, Op, Problem, Target, counted
 from ..contract.spec import Layout, TensorSpec
-from ..contract.targets import Target
 from ..movement.rearrangement import Reshape
 from ..tile.finish import put
 from ..tile.geometry import Matrix, tile_launch

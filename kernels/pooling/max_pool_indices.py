@@ -22,8 +22,7 @@ import triton
 import triton.language as tl
 
 from ...errors import InvalidInputError
-from ..contract.op import Config, Launch, Op, Problem, Target
-from ..contract.spec import TensorSpec
+from ..contract.op import Config, Launch, Op, Problem, Target, TensorSpec
 from ..movement.arguments import pooling
 from ..tile.finish import put
 from ..tile.geometry import Image, tile_launch

@@ -24,8 +24,7 @@ import triton.language as tl
 
 from ...errors import InvalidInputError
 from ..contract.epilogue import GeneratedFunction
-from ..contract.op import Config, Launch, Op, Problem, Target, counted
-from ..contract.spec import TensorSpec
+from ..contract.op import Config, Launch, Op, Problem, Target, TensorSpec, counted
 from ..tile.finish import put
 from ..tile.geometry import tile_launch
 from ..tile.space import output_tile

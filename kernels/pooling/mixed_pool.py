@@ -21,8 +21,7 @@ import triton.language as tl
 
 from ...errors import InvalidInputError
 from ..contract import scalars
-from ..contract.op import Config, Launch, Op, Operand, Problem, Target, counted
-from ..contract.spec import TensorSpec
+from ..contract.op import Config, Launch, Op, Operand, Problem, Target, TensorSpec, counted
 from ..tile.finish import put
 from ..tile.geometry import tile_launch
 from ..tile.space import output_tile

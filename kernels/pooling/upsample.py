@@ -28,9 +28,8 @@ import triton.language as tl
 
 from ...errors import InvalidInputError
 from ..contract.aten import Arguments, Builder, Capture
-from ..contract.op import Attributes, Config, Launch, Op, Problem, counted
+from ..contract.op import Attributes, Config, Launch, Op, Problem, Target, counted
 from ..contract.spec import MEMORY_FORMATS, Layout, TensorSpec
-from ..contract.targets import Target
 from ..movement.arguments import as_image, as_rank_of
 from ..tile.finish import put
 from ..tile.geometry import Matrix, tile_launch

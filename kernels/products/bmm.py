@@ -24,9 +24,8 @@ from ...errors import InvalidInputError
 from ..contract import epilogue as ep
 from ..contract.aten import Arguments, Builder
 from ..contract.epilogue import Stage
-from ..contract.op import Attributes, Config, Launch, Op, Problem, counted
+from ..contract.op import Attributes, Config, Launch, Op, Problem, Target, counted
 from ..contract.spec import Layout, Operand, TensorSpec
-from ..contract.targets import Target
 from ..movement.movement import Permute
 from ..movement.pointwise import Pointwise
 from ..movement.rearrange import infer_rearrange, rearrange

@@ -19,8 +19,7 @@ import triton
 import triton.language as tl
 
 from ..contract import programmatic_launch
-from ..contract.op import Config, Launch, Problem, Ref, W, X, Y
-from ..contract.targets import Target
+from ..contract.op import Config, Launch, Problem, Ref, Target, W, X, Y
 from . import split_k
 from .finish import Finish, store
 from .geometry import Tile, tile_launch

@@ -29,9 +29,8 @@ import triton
 import triton.language as tl
 
 from ...contract import epilogue as ep
-from ...contract.op import Attributes, Config, Launch, Op, Problem, Ref, counted
+from ...contract.op import Attributes, Config, Launch, Op, Problem, Ref, Target, counted
 from ...contract.spec import Layout, Operand, TensorSpec
-from ...contract.targets import Target
 from ...tile import choice, conv_geometry, source, space
 from ...tile.conv_geometry import Conv2d
 from ...tile.finish import put, write

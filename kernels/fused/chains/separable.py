@@ -28,9 +28,8 @@ import torch
 
 from ....errors import InvalidInputError
 from ...contract import epilogue as ep
-from ...contract.op import Attributes, Config, Launch, Op, Problem, Ref, X, Y, counted
+from ...contract.op import Attributes, Config, Launch, Op, Problem, Ref, Target, X, Y, counted
 from ...contract.spec import TensorSpec
-from ...contract.targets import Target
 from ...tile import choice, engine
 from ...tile.conv_geometry import Conv2d
 from ...tile.finish import Finish
