@@ -39,10 +39,6 @@ class ConvPool(StagedConv):
 
     pool: MaxPool2d | AvgPool2d = field(default_factory=lambda: MaxPool2d(PAIR, PAIR))
 
-    @property
-    def pool_name(self) -> str:
-        return "max_pool2d" if isinstance(self.pool, MaxPool2d) else "avg_pool2d"
-
     def unsupported(self, pixels: tuple[int, ...]) -> str | None:
         """Why the kernel cannot pool a convolution's result of that height and width, or None."""
         conv, pool = self.conv, self.pool
@@ -65,14 +61,12 @@ class ConvPool(StagedConv):
 def infer(attributes: ConvPool, inputs: tuple[TensorSpec, ...]) -> tuple[TensorSpec, ...]:
     """The pooled spec of the convolution's result."""
     result = conv_tile.result_of("conv_pool", attributes, inputs)
-    return pool_window.infer(attributes.pool_name, attributes.pool, (result,))
+    pool = attributes.pool
+    return pool_window.infer(pool_window.name_of(pool), pool, (result,))
 
 
 def reference(attributes: ConvPool, *tensors: torch.Tensor) -> torch.Tensor:
-    result = conv_tile.reference(attributes, tensors)
-    if isinstance(attributes.pool, MaxPool2d):
-        return pool_window.reference_max(attributes.pool, result)
-    return pool_window.reference_avg(attributes.pool, result)
+    return pool_window.pooled(attributes.pool, conv_tile.reference(attributes, tensors))
 
 
 def is_monotone(stage: ep.Stage) -> bool:

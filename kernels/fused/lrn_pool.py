@@ -57,8 +57,8 @@ def infer(attributes: LrnPool, inputs: tuple[TensorSpec, ...]) -> tuple[TensorSp
 
 def reference(attributes: LrnPool, x: torch.Tensor) -> torch.Tensor:
     if attributes.lrn_first:
-        return pool_window.reference_max(attributes.pool, lrn.reference(attributes.lrn, x))
-    return lrn.reference(attributes.lrn, pool_window.reference_max(attributes.pool, x))
+        return pool_window.pooled(attributes.pool, lrn.reference(attributes.lrn, x))
+    return lrn.reference(attributes.lrn, pool_window.pooled(attributes.pool, x))
 
 
 @triton.jit

@@ -79,11 +79,6 @@ class PoolConv(Attributes):
     before_conv: ep.Epilogue = ()
     keep: bool = False
 
-    @property
-    def pool_op(self) -> str:
-        """The name of the pooling's own op."""
-        return "max_pool2d" if isinstance(self.pool, MaxPool2d) else "avg_pool2d"
-
     def links(self, divide: ep.Epilogue = ()) -> tuple[Link, ...]:
         """What follows the pooling, for all readers and for one; divide: stages in front."""
         stages = (*divide, *self.after_pool)
@@ -92,7 +87,8 @@ class PoolConv(Attributes):
 
 def pooled_spec(attributes: PoolConv, x: TensorSpec) -> TensorSpec:
     """The spec of t."""
-    return pool_window.infer(attributes.pool_op, attributes.pool, (x,))[0]
+    pool = attributes.pool
+    return pool_window.infer(pool_window.name_of(pool), pool, (x,))[0]
 
 
 def infer(attributes: PoolConv, inputs: tuple[TensorSpec, ...]) -> tuple[TensorSpec, ...]:
@@ -111,10 +107,7 @@ def reference(
     attributes: PoolConv, *inputs: torch.Tensor
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     (x, w, *_), where = inputs, links.slots(attributes.links()).operands
-    if isinstance(attributes.pool, MaxPool2d):
-        t = pool_window.reference_max(attributes.pool, x)
-    else:
-        t = pool_window.reference_avg(attributes.pool, x)
+    t = pool_window.pooled(attributes.pool, x)
     t = ep.apply_reference(attributes.after_pool, t, inputs[where["after_pool"]])
     read = ep.apply_reference(attributes.before_conv, t, inputs[where["before_conv"]])
     y = convolve(read, w)
@@ -210,7 +203,7 @@ def pooling(problem: Problem) -> Problem:
     """The problem of the pooling alone."""
     attributes, x = problem.attributes.expect(PoolConv), problem.inputs[0]
     t = Operand.dense(pooled_spec(attributes, x.spec))
-    return Problem(attributes.pool_op, attributes.pool, (x,), (t,))
+    return Problem(pool_window.name_of(attributes.pool), attributes.pool, (x,), (t,))
 
 
 def _source(problem: Problem, tile: Config) -> tuple[Source, tuple[Ref, ...]]:
@@ -219,10 +212,7 @@ def _source(problem: Problem, tile: Config) -> tuple[Source, tuple[Ref, ...]]:
     reduction = pool_window.reduction(pooling(problem))
     x, y, kept = problem.inputs[0], problem.output, problem.outputs[1:]
     t = pooled_spec(attributes, x.spec)
-    divide = (
-        () if reduction.divisor is None else (ep.Stage("div", literal=float(reduction.divisor)),)
-    )
-    chain, own = attributes.links(divide), operand_refs(problem)
+    chain, own = attributes.links(reduction.divide), operand_refs(problem)
     bound = links.bind(chain, problem.inputs, {link.name: t for link in chain}, own)
     detail = Pooling(
         reduction.maximum,

@@ -22,7 +22,6 @@ from typing import Any
 
 import torch.nn.functional as F
 
-from ..contract import epilogue as ep
 from ..contract.op import Attributes, Config, Launch, Op, Problem, Target, config, counted
 from ..movement.arguments import pooling
 from ..tile.geometry import tile_launch
@@ -64,7 +63,6 @@ def unrolls(problem: Problem) -> bool:
 def launches(problem: Problem, tile: Config, target: Target) -> tuple[Launch, ...]:
     """The one launch of the kernel."""
     window, chosen, tile_rows = windows(problem), reduction(problem), tile["TILE_ROWS"]
-    divide = () if chosen.divisor is None else (ep.Stage("div", literal=float(chosen.divisor)),)
     modelled: dict[str, Any] = {}
     if problem.output.spec.rank == 5:
         loads = window.taps * tile["BLOCK_ROWS"] * tile["BLOCK_COLUMNS"]
@@ -78,7 +76,7 @@ def launches(problem: Problem, tile: Config, target: Target) -> tuple[Launch, ..
             "TILE_ROWS": tile_rows,
         },
         rows=problem.output.shape[0] * math.prod(outputs) * -(-window.height.outputs // tile_rows),
-        before=divide,
+        before=chosen.divide,
         **modelled,
     )  # fmt: skip
     return (launch,)
