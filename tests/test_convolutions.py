@@ -17,8 +17,8 @@ from convloom.errors import CaptureError, InvalidInputError, UnsupportedOpError
 from convloom.kernels import registry
 from convloom.kernels.contract.op import Attributes
 from convloom.kernels.contract.spec import Layout, TensorSpec
+from convloom.kernels.convolution.conv_nd import BorderConv2d, Conv3d
 from convloom.kernels.convolution.conv_phases import Axis, ConvTranspose2d, ConvTranspose3d
-from convloom.kernels.convolution.conv_window import BorderConv2d, Conv3d
 from convloom.kernels.movement.pad import Pad
 from convloom.kernels.pooling.pool_window import AdaptivePool3d, AvgPool3d, MaxPool3d
 from hypothesis import given, settings

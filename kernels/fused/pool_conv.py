@@ -306,8 +306,6 @@ def configs(problem: Problem, target: Target) -> Iterator[Config]:
 
 def legal(problem: Problem, tile: Config, target: Target) -> str | None:
     """Shared memory."""
-    if target.name == "interpreter":
-        return None
     return choice.legal_tile(problem.inputs[0].spec.dtype, tile, target)
 
 

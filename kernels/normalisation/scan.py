@@ -43,14 +43,10 @@ def infer(name: str, attributes: Scan, inputs: tuple[TensorSpec, ...]) -> tuple[
     return (x,)
 
 
-def cumsum(attributes: Scan, x: torch.Tensor) -> torch.Tensor:
+def reference(name: str, attributes: Scan, x: torch.Tensor) -> torch.Tensor:
     wide = x if x.dtype is torch.float64 else x.float()
-    return wide.cumsum(attributes.dim).to(x.dtype)
-
-
-def cumprod(attributes: Scan, x: torch.Tensor) -> torch.Tensor:
-    wide = x if x.dtype is torch.float64 else x.float()
-    return wide.cumprod(attributes.dim).to(x.dtype)
+    scanned: torch.Tensor = getattr(wide, name)(attributes.dim)
+    return scanned.to(x.dtype)
 
 
 @triton.jit
@@ -130,9 +126,9 @@ def _capture(name: str) -> Capture:
 
 OPS = tuple(
     Op(
-        name, Scan, partial(infer, name), reference, partial(launches, name == "cumprod"), cost,
-        configs, default,
+        name, Scan, partial(infer, name), partial(reference, name),
+        partial(launches, name == "cumprod"), cost, configs, default,
         aten={f"aten.{name}.default": _capture(name)}, takes_epilogue=False, follows=True,
     )
-    for name, reference in (("cumsum", cumsum), ("cumprod", cumprod))
+    for name in ("cumsum", "cumprod")
 )  # fmt: skip

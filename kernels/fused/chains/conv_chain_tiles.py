@@ -83,8 +83,6 @@ def configs(sizes: Sizes, target: Target) -> Iterator[Config]:
 
 def legal(sizes: Sizes, tile: Config, target: Target) -> str | None:
     """Shared memory for the pipelined operands."""
-    if target.name == "interpreter":
-        return None
     return target.shared_shortage(_shared_bytes(sizes, tile))
 
 
