@@ -256,8 +256,8 @@ def launches(problem: Problem, tile: Config, target: Target) -> tuple[Launch, ..
     launch = tile_launch(
         problem, tile, conv_transpose_kernel,
         constexprs={
-            "X": Matrix(channels, x.pitch, x.offset), "DEPTH": depth.facts,
-            "HEIGHT": height.facts, "WIDTH": width.facts, "GROUPS": groups, "METHOD": chosen,
+            "X": Matrix(channels, x.pitch, x.offset), "DEPTH": depth,
+            "HEIGHT": height, "WIDTH": width, "GROUPS": groups, "METHOD": chosen,
         },
         precision=choice.dot_precision(problem, channels * size.taps),
         rows=size.rows,

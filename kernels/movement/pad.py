@@ -25,7 +25,7 @@ import triton.language as tl
 
 from ...errors import InvalidInputError
 from ..contract.op import Arguments, Attributes, Builder, Config, Launch, Op, Problem, Target
-from ..contract.spec import Layout, TensorSpec
+from ..contract.spec import TensorSpec
 from ..tile.finish import put
 from ..tile.geometry import tile_launch
 from ..tile.space import output_tile
@@ -199,9 +199,6 @@ def _capture(g: Builder, a: Arguments) -> Any:
     before = (*missing, *reversed([int(width) for width in a.pad[0::2]]))
     after = (*missing, *reversed([int(width) for width in a.pad[1::2]]))
     return g.apply("pad", (a.self,), Pad(before, after, value, mode))
-
-
-NHWC, DENSE = Layout.NHWC, Layout.DENSE
 
 
 OP = Op(
