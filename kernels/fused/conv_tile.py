@@ -22,6 +22,7 @@ from ..tile import choice, conv_geometry, engine, source
 from ..tile.conv_geometry import Conv2d
 from ..tile.finish import Finish
 from ..tile.space import Space
+from . import links
 
 
 @dataclass(frozen=True)
@@ -59,11 +60,7 @@ def result_of(name: str, attributes: StagedConv, inputs: tuple[TensorSpec, ...])
                 f"{name}: {operand}, read before the convolution, is not one number per channel "
                 f"of {inputs[0]}"
             )
-    for operand in inputs[2 + first :]:
-        if not ep.broadcasts(operand, result):
-            raise InvalidInputError(
-                f"{name}: {operand}, read after the convolution, does not broadcast to {result}"
-            )
+    links.check_operands(name, "the convolution", inputs[2 + first :], result)
     if (reason := attributes.unsupported(result.shape[2:])) is not None:
         raise InvalidInputError(f"{name}: {reason}")
     return result
