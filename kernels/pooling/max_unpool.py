@@ -51,22 +51,18 @@ class MaxUnpool2d(Attributes):
     @property
     def candidates(self) -> tuple[int, int]:
         """How many windows may cover one pixel, by direction."""
-        pool = self.pool
-        return tuple(  # type: ignore[return-value]
-            pool.dilation[axis] * (pool.kernel[axis] - 1) // pool.stride[axis] + 1
-            for axis in (0, 1)
-        )
+        windows = zip(self.pool.kernel, self.pool.stride, self.pool.dilation, strict=True)
+        down, across = (dilation * (taps - 1) // stride + 1 for taps, stride, dilation in windows)
+        return down, across
 
     @property
     def cells(self) -> tuple[int, int]:
         """Cells of one stride that hold all pixels of the result, by direction of the image."""
         # A larger result goes on below the image, with rows as wide as the image's.
         height = -(-math.prod(self.size) // self.image[1])
-        extents = (height, self.image[1])
-        return tuple(  # type: ignore[return-value]
-            (extents[axis] - 1 + self.pool.padding[axis]) // self.pool.stride[axis] + 1
-            for axis in (0, 1)
-        )
+        sizes = zip((height, self.image[1]), self.pool.padding, self.pool.stride, strict=True)
+        down, across = ((size - 1 + before) // stride + 1 for size, before, stride in sizes)
+        return down, across
 
 
 def infer(attributes: MaxUnpool2d, inputs: tuple[TensorSpec, ...]) -> tuple[TensorSpec, ...]:
