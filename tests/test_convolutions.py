@@ -17,8 +17,8 @@ from convloom.errors import CaptureError, InvalidInputError, UnsupportedOpError
 from convloom.kernels import registry
 from convloom.kernels.contract.op import Attributes
 from convloom.kernels.contract.spec import Layout, TensorSpec
+from convloom.kernels.convolution.conv_nd import BorderConv2d, Conv3d
 from convloom.kernels.convolution.conv_phases import Axis, ConvTranspose2d, ConvTranspose3d
-from convloom.kernels.convolution.conv_window import BorderConv2d, Conv3d
 from convloom.kernels.movement.pad import Pad
 from convloom.kernels.pooling.pool_window import AdaptivePool3d, AvgPool3d, MaxPool3d
 from hypothesis import given, settings
@@ -253,7 +253,7 @@ def test_phases_cover_every_pair_of_input_and_tap_once(
     outputs = (size - 1) * stride - 2 * padding + dilation * (taps - 1) + 1 + more
     if outputs < 1 or more >= max(stride, dilation):
         return
-    axis = Axis(size, taps, outputs, stride, padding, dilation)
+    axis = Axis.of(size, taps, outputs, stride, padding, dilation)
     wanted = {
         (i * stride - padding + r * dilation, i, r) for i in range(size) for r in range(taps)
     }
@@ -263,7 +263,7 @@ def test_phases_cover_every_pair_of_input_and_tap_once(
         first = shifted // axis.shared * axis.inverse % axis.every
         solvable = shifted % axis.shared == 0 and first < taps
         count = -(-(taps - first) // axis.every) if solvable else 0
-        assert count <= axis.most and axis.count in (None, count)
+        assert count <= axis.most and axis.tap_count in (None, count)
         base = (shifted - first * dilation) // stride
         for j in range(-(-(outputs - phase) // stride)):
             for u in range(count):

@@ -15,8 +15,8 @@ from convloom.errors import CaptureError, InvalidInputError, UnsupportedOpError
 from convloom.kernels import registry
 from convloom.kernels.contract.op import Attributes
 from convloom.kernels.contract.spec import MEMORY_FORMATS, Layout, TensorSpec
+from convloom.kernels.convolution.conv_nd import BorderConv2d, Conv3d
 from convloom.kernels.convolution.conv_phases import ConvTranspose2d, ConvTranspose3d
-from convloom.kernels.convolution.conv_window import BorderConv2d, Conv3d
 from convloom.kernels.movement.pad import Pad
 from convloom.kernels.pooling.max_unpool import MaxUnpool2d
 from convloom.kernels.pooling.median_pool import MedianPool2d

@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from ...kernels.convolution.conv_window import BorderConv2d, Conv3d
+from ...kernels.convolution.conv_nd import BorderConv2d, Conv3d
 from ...kernels.movement.pad import Pad
 from ...kernels.tile.conv_geometry import Conv2d
 from ..fusion.declaration import Form, Fusion, variables

@@ -1,9 +1,16 @@
-"""The arguments of an ATen call, by the names of its schema."""
+"""Calls of ATen, and how an op says what it makes of one: the arguments by the names of the schema,
+and the builder of a graph."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol
+
+import torch
+
+from .attributes import Attributes
+from .epilogue import Epilogue
+from .spec import TensorSpec
 
 WITHOUT_EFFECT = frozenset((
     "memory_format", "layout", "device", "pin_memory", "non_blocking", "copy", "implicit",
@@ -80,3 +87,52 @@ class Arguments:
         """With other values for some arguments, given or not; reads count for both."""
         more = {name: value for name, value in changes.items() if name not in self.given}
         return self.mapped(lambda name, value: changes.get(name, value), **more)
+
+
+class Builder(Protocol):
+    """What an op's capture function may do: apply ops to values, look at their specs."""
+
+    def apply(
+        self,
+        op: str,
+        inputs: Sequence[Any],
+        attributes: Attributes | None = None,
+        epilogue: Epilogue = (),
+    ) -> Any:
+        """The (first) output value of a new node."""
+        ...
+
+    def spec(self, value: Any) -> TensorSpec:
+        """The spec of a value."""
+        ...
+
+    def output(self, value: Any, index: int) -> Any:
+        """Another output of the node whose first output a value is."""
+        ...
+
+    def maker(self, value: Any) -> tuple[str, Attributes, tuple[Any, ...]] | None:
+        """The op that computes a value, its attributes and inputs; None for inputs, constants and
+        what torch computes."""
+        ...
+
+    def constant(self, value: Any) -> torch.Tensor | None:
+        """The tensor behind a value that is known at compile time, or None."""
+        ...
+
+    def is_computed(self, value: Any) -> bool:
+        """Whether a value depends on an input of the graph."""
+        ...
+
+    def add_constant(self, tensor: torch.Tensor, dtype: torch.dtype) -> Any:
+        """A new constant, which its readers see in `dtype`."""
+        ...
+
+    def refuse(self, reason: str) -> Any:
+        """Reports that this call is not supported (never returns)."""
+        ...
+
+
+Capture = Callable[[Builder, Arguments], Any]
+"""`capture(g, a)`: what the builder `g` makes of an ATen call with the arguments `a`; None for a
+result that is not computed. Each argument that matters is read on every way to a result: one that
+differs from its default and is not read is refused by its name."""

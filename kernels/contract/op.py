@@ -7,53 +7,23 @@ tuning space with its legality and its default, the launches, the cost.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from functools import cached_property
 from types import MappingProxyType
-from typing import Any, Protocol, TypeVar
+from typing import Any
 
 import torch
 
 from .aten import Arguments as Arguments
+from .aten import Builder as Builder
+from .aten import Capture as Capture
+from .attributes import Attributes as Attributes
 from .epilogue import Epilogue as Epilogue
 from .epilogue import GeneratedFunction as GeneratedFunction
 from .spec import Operand as Operand
 from .spec import TensorSpec as TensorSpec
 from .spec import outermost, rows_and_columns
 from .targets import Target as Target
-
-A = TypeVar("A", bound="Attributes")
-
-
-@dataclass(frozen=True)
-class Attributes:
-    """Base of every op's attributes; prints the fields that differ from their defaults."""
-
-    def __str__(self) -> str:
-        shown = []
-        for item in fields(self):
-            value = getattr(self, item.name)
-            if value != item.default:
-                shown.append(f"{item.name}={_short(value)}")
-        return ", ".join(shown)
-
-    def expect(self, kind: type[A]) -> A:
-        """Itself, as the attributes of the op that the caller knows it to be of."""
-        assert isinstance(self, kind), f"expected {kind.__name__}, got {type(self).__name__}"
-        return self
-
-
-def _short(value: object) -> str:
-    if isinstance(value, tuple):
-        if value and all(isinstance(item, int) for item in value):
-            return "x".join(map(str, value))
-        return f"({', '.join(map(_short, value))})"
-    if isinstance(value, Attributes):
-        return f"({value})"
-    if isinstance(value, float):
-        return f"{value:g}"
-    return str(value).removeprefix("torch.")
-
 
 NONE: Mapping[str, Any] = MappingProxyType({})
 
@@ -320,61 +290,14 @@ def counted(operations: Callable[[Problem], int]) -> Callable[[Problem], Cost]:
 movement_cost = counted(lambda problem: 0)
 
 
-class Builder(Protocol):
-    """What an op's capture function may do: apply ops to values, look at their specs."""
-
-    def apply(
-        self,
-        op: str,
-        inputs: Sequence[Any],
-        attributes: Attributes | None = None,
-        epilogue: Epilogue = (),
-    ) -> Any:
-        """The (first) output value of a new node."""
-        ...
-
-    def spec(self, value: Any) -> TensorSpec:
-        """The spec of a value."""
-        ...
-
-    def output(self, value: Any, index: int) -> Any:
-        """Another output of the node whose first output a value is."""
-        ...
-
-    def maker(self, value: Any) -> tuple[str, Attributes, tuple[Any, ...]] | None:
-        """The op that computes a value, its attributes and inputs; None for inputs, constants and
-        what torch computes."""
-        ...
-
-    def constant(self, value: Any) -> torch.Tensor | None:
-        """The tensor behind a value that is known at compile time, or None."""
-        ...
-
-    def is_computed(self, value: Any) -> bool:
-        """Whether a value depends on an input of the graph."""
-        ...
-
-    def add_constant(self, tensor: torch.Tensor, dtype: torch.dtype) -> Any:
-        """A new constant, which its readers see in `dtype`."""
-        ...
-
-    def refuse(self, reason: str) -> Any:
-        """Reports that this call is not supported (never returns)."""
-        ...
-
-
 Pack = Callable[[Any, torch.Tensor], torch.Tensor]
 """`pack(attributes, tensor)`: a constant as the kernel wants it in memory."""
-
-Capture = Callable[[Builder, Arguments], Any]
-"""`capture(g, a)`: what the builder `g` makes of an ATen call with the arguments `a`; None for a
-result that is not computed. Each argument that matters is read on every way to a result: one that
-differs from its default and is not read is refused by its name."""
 
 
 @dataclass(frozen=True)
 class Op:
-    """An op as a name with interpretations.
+    """An op as a name with interpretations. What its file computes with comes first and in this
+    order, as far as the file says it; the rest is given by name.
 
     infer(attributes, inputs): the output specs; raises InvalidInputError for impossible geometry.
     reference(attributes, *tensors): the output tensor(s) by torch, without the epilogue.
@@ -404,9 +327,9 @@ class Op:
     infer: Callable[[Any, tuple[TensorSpec, ...]], tuple[TensorSpec, ...]]
     reference: Callable[..., Any]
     launches: Callable[[Problem, Config, Target], tuple[Launch, ...]]
+    cost: Callable[[Problem], Cost] = movement_cost
     configs: Callable[[Problem, Target], Iterator[Config]] = matrix_tiles
     default: Callable[[Problem, Target], Config] = matrix_tile
-    cost: Callable[[Problem], Cost] = movement_cost
     legal: Callable[[Problem, Config, Target], str | None] = lambda problem, config, target: None
     crowded: Callable[[Problem, Config, Target], str | None] = lambda problem, config, target: None
     aten: Mapping[str, Capture] = field(default_factory=lambda: NONE)

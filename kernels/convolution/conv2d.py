@@ -19,8 +19,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ..contract.op import Config, Launch, Op, Problem, counted
-from ..contract.targets import Target
+from ..contract.op import Config, Launch, Op, Problem, Target, counted
 from ..movement.arguments import convolution
 from ..products import product
 from ..tile.conv_geometry import Conv2d, infer, reference
@@ -98,22 +97,15 @@ def cost(problem: Problem) -> int:
 
 
 OP = Op(
-    name="conv2d",
-    attributes=Conv2d,
-    infer=infer,
-    reference=reference,
-    launches=launches,
+    "conv2d", Conv2d, infer, reference, launches, cost,
     configs=lambda problem, target: algorithm(problem).configs(problem, target),
     default=lambda problem, target: algorithm(problem).default(problem, target),
     legal=lambda problem, tile, target: algorithm(problem).legal(problem, tile, target),
     crowded=product.crowded,
-    cost=cost,
     aten={
         f"aten.conv{dims}d.{overload}": convolution("conv2d", Conv2d)
         for dims in (1, 2)
         for overload in ("default", "padding")
     },
-    batched="convolution",
-    packs=lambda attributes: {1: _pack_for_algorithm},
-    takes_prologue=True,
-)
+    batched="convolution", packs=lambda attributes: {1: _pack_for_algorithm}, takes_prologue=True,
+)  # fmt: skip

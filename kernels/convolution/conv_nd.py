@@ -18,20 +18,69 @@ with borders 232 (replicate) to 256 (circular). A 1x1x1 filter with stride 1 is 
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
 
+import torch
 import triton
 import triton.language as tl
 
-from ..contract.op import Config, Launch, Op, Problem, counted
-from ..contract.targets import Target
+from ...errors import InvalidInputError
+from ..contract.op import Attributes, Config, Launch, Op, Problem, Target, TensorSpec, counted
 from ..movement.arguments import convolution
-from ..movement.pad import correction
-from ..tile import choice, engine, gemm, space
+from ..movement.pad import check_border, correction
+from ..tile import choice, conv_geometry, engine, gemm, space
 from ..tile.geometry import Image, Window
 from ..tile.source import Source, runs_by_tap
-from .conv_window import BorderConv2d, Conv3d, ConvNd, infer, pack, reference
+
+
+@dataclass(frozen=True)
+class Conv3d(Attributes):
+    """stride and dilation in depth, vertical, horizontal; padding as (front, back, top, bottom,
+    left, right), negative where the input is cropped; border: how `pad` finds what lies there."""
+
+    stride: tuple[int, ...] = (1, 1, 1)
+    padding: tuple[int, ...] = (0, 0, 0, 0, 0, 0)
+    dilation: tuple[int, ...] = (1, 1, 1)
+    groups: int = 1
+    border: str = "constant"
+
+
+@dataclass(frozen=True)
+class BorderConv2d(Attributes):
+    """As `Conv2d`, with `pad`'s mode for what lies outside the image."""
+
+    stride: tuple[int, ...] = (1, 1)
+    padding: tuple[int, ...] = (0, 0, 0, 0)
+    dilation: tuple[int, ...] = (1, 1)
+    groups: int = 1
+    border: str = "reflect"
+
+
+ConvNd = Conv3d | BorderConv2d
+
+
+def infer(name: str, attributes: ConvNd, inputs: tuple[TensorSpec, ...]) -> tuple[TensorSpec, ...]:
+    """As of any convolution; a border that is not zero must be found in the input."""
+    specs, x = conv_geometry.infer(attributes, inputs, name), inputs[0]
+    if attributes.border != "constant":
+        if min(attributes.padding) < 0:
+            raise InvalidInputError(f"{name}: a {attributes.border} border cannot crop {x}")
+        pairs = zip(attributes.padding[::2], attributes.padding[1::2], strict=True)
+        for dim, (before, after) in enumerate(pairs, 2):
+            check_border(name, attributes.border, x, dim, before, after)
+    return specs
+
+
+def reference(attributes: ConvNd, x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+    border = attributes.border if any(attributes.padding) else "constant"
+    return conv_geometry.reference(attributes, x, w, border=border)
+
+
+def pack(attributes: ConvNd, w: torch.Tensor) -> torch.Tensor:
+    """(K, C/G, T, R, S) -> (K, T·R·S·C/G)."""
+    return w.movedim(1, -1).reshape(w.shape[0], -1).contiguous()
 
 
 class Volume(NamedTuple):
@@ -214,17 +263,14 @@ def launches(problem: Problem, tile: Config, target: Target) -> tuple[Launch, ..
     steps = size.steps(tile["BLOCK_K"])
     area = tile["BLOCK_K"] * (tile["BLOCK_M"] + tile["BLOCK_N"])
     launch = engine.launch(
-        problem,
-        tile,
-        target,
-        space.of_pixels(problem.output.spec, tile["BLOCK_M"]),
+        problem, tile, target, space.of_pixels(problem.output.spec, tile["BLOCK_M"]),
         _source(problem),
         groups=size.groups,
         precision=choice.dot_precision(problem, math.prod(problem.inputs[1].shape[1:])),
         l2_bytes=steps * area * x.spec.dtype.itemsize,
         steps=steps,
         step_instructions=choice.step_instructions(tile, size.dtype, size.taps),
-    )
+    )  # fmt: skip
     return (launch,)
 
 
@@ -234,15 +280,8 @@ def _flops(problem: Problem) -> int:
 
 def _op(name: str, make: type[ConvNd], **more: Any) -> Op:
     return Op(
-        name=name,
-        attributes=make,
-        infer=partial(infer, name),
-        reference=reference,
-        launches=launches,
-        **choice.of_product(_size),
-        cost=counted(_flops),
-        packs=lambda attributes: {1: pack},
-        **more,
+        name, make, partial(infer, name), reference, launches, counted(_flops),
+        **choice.of_product(_size), packs=lambda attributes: {1: pack}, **more,
     )  # fmt: skip
 
 

@@ -43,8 +43,14 @@ class ConvTranspose3d(Attributes):
 ConvTranspose = ConvTranspose2d | ConvTranspose3d
 
 
-class Facts(NamedTuple):
-    """Of a dimension, as `Axis` names them."""
+class Axis(NamedTuple):
+    """One dimension: sizes of input, filter and output; stride, padding, dilation; and what follows
+    from them.
+
+    shared: only phases f with f + padding a multiple of this have taps; inverse: of dilation /
+    shared modulo `every`, leads from a phase to its first tap; tap_count: of a phase, None where it
+    differs between phases; is_open: whether some tap reaches outside the input.
+    """
 
     size: int
     taps: int
@@ -57,22 +63,20 @@ class Facts(NamedTuple):
     tap_count: int | None
     is_open: bool
 
-
-@dataclass(frozen=True)
-class Axis:
-    """One dimension: sizes of input, filter and output; stride, padding, dilation."""
-
-    size: int = 1
-    taps: int = 1
-    outputs: int = 1
-    stride: int = 1
-    padding: int = 0
-    dilation: int = 1
-
-    @property
-    def shared(self) -> int:
-        """Only phases f with f + padding a multiple of this have taps."""
-        return math.gcd(self.dilation, self.stride)
+    @staticmethod
+    @cache
+    def of(
+        size: int = 1, taps: int = 1, outputs: int = 1, stride: int = 1, padding: int = 0,
+        dilation: int = 1,
+    ) -> Axis:  # fmt: skip
+        shared = math.gcd(dilation, stride)
+        axis = Axis(size, taps, outputs, stride, padding, dilation, shared, 0, None, False)
+        alike = shared == 1 and taps % axis.every == 0
+        return axis._replace(
+            inverse=pow(dilation // shared, -1, axis.every),
+            tap_count=axis.most if alike else None,
+            is_open=axis._reaches_outside(),
+        )
 
     @property
     def every(self) -> int:
@@ -80,47 +84,22 @@ class Axis:
         return self.stride // self.shared
 
     @property
-    def inverse(self) -> int:
-        """Of dilation / shared modulo `every`: leads from a phase to its first tap."""
-        return pow(self.dilation // self.shared, -1, self.every)
-
-    @property
     def most(self) -> int:
         """The most taps that a phase has."""
         return -(-self.taps // self.every)
-
-    @property
-    def count(self) -> int | None:
-        """The number of taps, None where it differs between phases."""
-        return self.most if self.shared == 1 and self.taps % self.every == 0 else None
 
     @property
     def phase_outputs(self) -> int:
         """Outputs of the longest phase."""
         return -(-self.outputs // self.stride)
 
-    @property
-    def facts(self) -> Facts:
-        """All of it, as the kernel takes it."""
-        return Facts(
-            self.size, self.taps, self.outputs, self.stride, self.padding, self.dilation,
-            self.shared, self.inverse, self.count, self.is_open,
-        )  # fmt: skip
-
-    @property
-    def is_open(self) -> bool:
-        """Whether some tap reaches outside the input."""
-        return _reaches_outside(self)
-
-
-@cache
-def _reaches_outside(axis: Axis) -> bool:
-    for output in range(axis.outputs):
-        for tap in range(axis.taps):
-            position, rest = divmod(output + axis.padding - tap * axis.dilation, axis.stride)
-            if rest == 0 and not 0 <= position < axis.size:
-                return True
-    return False
+    def _reaches_outside(self) -> bool:
+        for output in range(self.outputs):
+            for tap in range(self.taps):
+                position, rest = divmod(output + self.padding - tap * self.dilation, self.stride)
+                if rest == 0 and not 0 <= position < self.size:
+                    return True
+        return False
 
 
 def infer(
@@ -188,10 +167,10 @@ def axes(problem: Problem) -> tuple[Axis, Axis, Axis]:
     assert isinstance(attributes, (ConvTranspose2d, ConvTranspose3d))
     x, w, y = problem.inputs[0].shape, problem.inputs[1].shape, problem.output.shape
     given = [
-        Axis(x[at + 2], w[at + 2], y[at + 2], stride, padding, dilation)
+        Axis.of(x[at + 2], w[at + 2], y[at + 2], stride, padding, dilation)
         for at, (stride, padding, dilation) in enumerate(
             zip(attributes.stride, attributes.padding, attributes.dilation, strict=True)
         )
     ]
-    depth, height, width = [Axis()] * (3 - len(given)) + given
+    depth, height, width = [Axis.of()] * (3 - len(given)) + given
     return depth, height, width

@@ -23,8 +23,7 @@ import triton
 import triton.language as tl
 
 from ..contract import cost_model
-from ..contract.op import Config, Launch, Problem, W, X, Y, config, power_of_two
-from ..contract.targets import Target
+from ..contract.op import Config, Launch, Problem, Target, config, power_of_two
 from ..tile import choice, gemm, space
 from ..tile.conv_geometry import Conv2d
 from ..tile.finish import put
@@ -107,16 +106,13 @@ def launch(problem: Problem, tile: Config, target: Target) -> Launch:
     filters = problem.inputs[1].shape
     terms = filters[2] * run_length(filters)
     return tile_launch(
-        problem,
-        tile,
-        conv_rows_kernel,
+        problem, tile, conv_rows_kernel,
         constexprs={
             "IMAGE": Image.of(problem.inputs[0]),
             "WINDOW": Window.of(filters[2:], problem.attributes),
             "RUN": run_length(filters), "PROLOGUE": gemm.prologue_of(problem),
         },
         precision=choice.dot_precision(problem, terms),
-        pointers={"x": X, "w": W, "y": Y},
         l2_bytes=choice.l2_bytes(problem, tile, terms),
         instructions=_instructions(problem, tile),
         steps=filters[2],

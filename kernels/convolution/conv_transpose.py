@@ -29,21 +29,8 @@ from typing import Any
 import triton
 import triton.language as tl
 
-from ..contract.op import (
-    Arguments,
-    Builder,
-    Config,
-    Launch,
-    Op,
-    Problem,
-    W,
-    X,
-    Y,
-    config,
-    counted,
-    power_of_two,
-)
-from ..contract.targets import Target
+from ..contract.aten import Arguments, Builder
+from ..contract.op import Config, Launch, Op, Problem, Target, config, counted, power_of_two
 from ..movement.arguments import attributes_of, with_bias
 from ..tile import choice, space
 from ..tile.finish import put
@@ -267,15 +254,12 @@ def launches(problem: Problem, tile: Config, target: Target) -> tuple[Launch, ..
     else:
         issued = choice.step_instructions(tile, size.dtype, size.taps)
     launch = tile_launch(
-        problem,
-        tile,
-        conv_transpose_kernel,
+        problem, tile, conv_transpose_kernel,
         constexprs={
-            "X": Matrix(channels, x.pitch, x.offset), "DEPTH": depth.facts,
-            "HEIGHT": height.facts, "WIDTH": width.facts, "GROUPS": groups, "METHOD": chosen,
+            "X": Matrix(channels, x.pitch, x.offset), "DEPTH": depth,
+            "HEIGHT": height, "WIDTH": width, "GROUPS": groups, "METHOD": chosen,
         },
         precision=choice.dot_precision(problem, channels * size.taps),
-        pointers={"x": X, "w": W, "y": Y},
         rows=size.rows,
         groups=groups,
         programs=_phases(problem),
@@ -329,19 +313,10 @@ def _op(name: str, make: type[ConvTranspose], *calls: str) -> Op:
         return with_bias(g, name, a, attributes_of(g, a, make))
 
     return Op(
-        name=name,
-        attributes=make,
-        infer=partial(infer, name),
-        reference=reference,
-        launches=launches,
-        configs=configs,
-        default=default,
-        legal=legal,
-        cost=cost,
-        aten={f"aten.{call}": capture for call in calls},
-        batched="convolution",
+        name, make, partial(infer, name), reference, launches, cost, configs, default, legal,
+        aten={f"aten.{call}": capture for call in calls}, batched="convolution",
         packs=lambda attributes: {1: pack},
-    )
+    )  # fmt: skip
 
 
 OPS = (

@@ -16,8 +16,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ..contract.op import Config, Launch, Problem, W, X, Y, config, power_of_two
-from ..contract.targets import Target
+from ..contract.op import Config, Launch, Problem, Target, config, power_of_two
 from ..tile.conv_geometry import Conv2d
 from ..tile.finish import put
 from ..tile.geometry import Image, Window, tile_launch
@@ -128,14 +127,11 @@ def launch(problem: Problem, tile: Config, target: Target) -> Launch:
     fetched = window * block_m * attributes.stride[1] * block_n
     each = instructions_per_result(filters[0] * filters[1], height)
     return tile_launch(
-        problem,
-        tile,
-        depthwise_kernel,
+        problem, tile, depthwise_kernel,
         constexprs={
             "IMAGE": Image.of(x), "WINDOW": Window.of(filters, attributes), "SPACE": space,
             "MULTIPLIER": out.shape[1] // x.shape[1],
         },
-        pointers={"x": X, "w": W, "y": Y},
         rows=out.shape[0] * space.down * space.across,
         block_rows=block_m,
         l2_bytes=fetched * x.spec.dtype.itemsize,

@@ -24,8 +24,7 @@ import triton
 import triton.language as tl
 
 from ..contract import cost_model
-from ..contract.op import Config, Launch, Problem, W, X, Y, config, power_of_two
-from ..contract.targets import Target
+from ..contract.op import Config, Launch, Problem, Target, config, power_of_two
 from ..tile import choice, space
 from ..tile.conv_geometry import Conv2d
 from ..tile.finish import put
@@ -153,18 +152,15 @@ def launch(problem: Problem, tile: Config, target: Target) -> Launch:
     window = Window.of(problem.inputs[1].shape[2:], problem.attributes)
     taps = window.R * window.S
     return tile_launch(
-        problem,
-        tile,
-        grouped_kernel,
+        problem, tile, grouped_kernel,
         constexprs={"IMAGE": Image.of(x), "WINDOW": window, "GROUPS": groups},
         precision=choice.dot_precision(problem, groups.C * taps),
-        pointers={"x": X, "w": W, "y": Y},
         columns=1,
         programs=_blocks(problem),
         l2_bytes=choice.l2_bytes(problem, tile, groups.per_block * groups.C * taps),
         steps=taps,
         step_instructions=choice.step_instructions(tile, x.spec.dtype, taps),
-    )
+    )  # fmt: skip
 
 
 def _tile(problem: Problem, block_m: int, warps: int, stages: int) -> Config:

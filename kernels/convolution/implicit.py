@@ -8,8 +8,7 @@ its configurations may also be those of the core whose warps do different things
 
 from __future__ import annotations
 
-from ..contract.op import Config, Launch, Problem
-from ..contract.targets import Target
+from ..contract.op import Config, Launch, Problem, Target
 from ..hopper import core
 from ..tile import choice, engine, gemm, source, space
 from ..tile.conv_geometry import Conv2d
@@ -38,16 +37,13 @@ def launch(problem: Problem, tile: Config, target: Target) -> Launch:
     if product.gathers:
         costs |= {"instructions": _gathering(product, tile), "step_instructions": 0}
     return engine.launch(
-        problem,
-        tile,
-        target,
-        space.of_pixels(problem.output.spec, tile["BLOCK_M"]),
+        problem, tile, target, space.of_pixels(problem.output.spec, tile["BLOCK_M"]),
         source.of_convolution(attributes, x, w, gemm.prologue_of(problem)),
         groups=attributes.groups,
         split=split,
         precision=choice.dot_precision(problem, w[1] * w[2] * w[3]),
         **costs,
-    )
+    )  # fmt: skip
 
 
 def _gathering(size: choice.Size, tile: Config) -> int:

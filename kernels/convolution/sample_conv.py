@@ -22,9 +22,8 @@ import triton
 import triton.language as tl
 
 from ...errors import InvalidInputError
-from ..contract.op import Config, Launch, Op, Problem, W, X, Y, config, counted, power_of_two
+from ..contract.op import Config, Launch, Op, Problem, Target, config, counted, power_of_two
 from ..contract.spec import Layout, TensorSpec
-from ..contract.targets import Target
 from ..tile import choice, space
 from ..tile.conv_geometry import Conv2d, SampleConv2d
 from ..tile.conv_geometry import infer as infer_convolution
@@ -204,17 +203,14 @@ def launches(problem: Problem, tile: Config, target: Target) -> tuple[Launch, ..
             "step_instructions": choice.step_instructions(tile, size.dtype, size.taps),
         }
     launch = tile_launch(
-        problem,
-        tile,
-        sample_conv_kernel,
+        problem, tile, sample_conv_kernel,
         constexprs=constexprs,
-        pointers={"x": X, "w": W, "y": Y},
         rows=n,
         block_rows=1,
         groups=groups,
         programs=-(-(p * q) // tile["BLOCK_M"]),
         **modelled,
-    )
+    )  # fmt: skip
     return (launch,)
 
 
@@ -249,14 +245,6 @@ def cost(problem: Problem) -> int:
 
 
 OP = Op(
-    name="sample_conv2d",
-    attributes=SampleConv2d,
-    infer=infer,
-    reference=reference,
-    launches=launches,
-    configs=configs,
-    default=default,
-    legal=legal,
-    cost=cost,
+    "sample_conv2d", SampleConv2d, infer, reference, launches, cost, configs, default, legal,
     factors=(0, 1),
-)
+)  # fmt: skip

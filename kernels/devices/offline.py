@@ -38,9 +38,8 @@ from ... import progress, settings
 from ...errors import KernelError, UnsafeKernelError
 from ..contract.cost_model import Resources as Resources
 from ..contract.epilogue import flat, named, resolved
-from ..contract.op import Launch, Ref, TmaDescriptor
+from ..contract.op import Launch, Ref, Target, TmaDescriptor
 from ..contract.programmatic_launch import is_programmatic
-from ..contract.targets import Target
 from ..hopper import gluon
 from . import barriers
 from .compile_cache import read_entry, triton_cache, unwritable, write_entry

@@ -19,9 +19,8 @@ from dataclasses import dataclass
 
 import torch
 
-from ..contract.op import Config, Launch, Op, Problem, config, counted, power_of_two
+from ..contract.op import Config, Launch, Op, Problem, Target, config, counted, power_of_two
 from ..contract.spec import Layout, TensorSpec
-from ..contract.targets import Target
 from ..tile import choice, finish, space
 from ..tile.space import Space
 from . import conv_tile
@@ -77,17 +76,12 @@ def launches(problem: Problem, tile: Config, target: Target) -> tuple[Launch, ..
     n, _, p, q = result.shape
     images = tile["BLOCK_M"] // _pixels(problem)
     launch = conv_tile.launch(
-        problem,
-        tile,
-        target,
-        Space(space.images, p, q, images),
-        attributes.stages,
-        result,
+        problem, tile, target, Space(space.images, p, q, images), attributes.stages, result,
         finish.average_images,
         rows=n,
         l2_bytes=conv_tile.l2_bytes(problem, images * p * q, tile["BLOCK_N"], result),
         instructions=2 * tile["BLOCK_M"] * tile["BLOCK_N"],
-    )
+    )  # fmt: skip
     return (launch,)
 
 
@@ -158,16 +152,8 @@ def default(problem: Problem, target: Target) -> Config:
 
 
 OP = Op(
-    name="conv_mean",
-    attributes=ConvMean,
-    infer=infer,
-    reference=reference,
-    launches=launches,
-    configs=configs,
-    default=default,
-    legal=legal,
-    cost=counted(conv_tile.flops),
+    "conv_mean", ConvMean, infer, reference, launches, counted(conv_tile.flops), configs, default,
+    legal,
     # Mostly positive: an error relative to an average that cancels means nothing.
-    input_range=(-1.0, 3.0),
-    packs=lambda attributes: {1: conv_tile.pack},
-)
+    input_range=(-1.0, 3.0), packs=lambda attributes: {1: conv_tile.pack},
+)  # fmt: skip

@@ -20,9 +20,7 @@ from dataclasses import dataclass, field
 import torch
 
 from ..contract import epilogue as ep
-from ..contract.op import Config, Launch, Op, Problem, counted
-from ..contract.spec import TensorSpec
-from ..contract.targets import Target
+from ..contract.op import Config, Launch, Op, Problem, Target, TensorSpec, counted
 from ..hopper import core
 from ..pooling import pool_window
 from ..pooling.pool_window import AvgPool2d, MaxPool2d
@@ -40,10 +38,6 @@ class ConvPool(StagedConv):
     """The convolution with its stages, and the pooling of their result."""
 
     pool: MaxPool2d | AvgPool2d = field(default_factory=lambda: MaxPool2d(PAIR, PAIR))
-
-    @property
-    def pool_name(self) -> str:
-        return "max_pool2d" if isinstance(self.pool, MaxPool2d) else "avg_pool2d"
 
     def unsupported(self, pixels: tuple[int, ...]) -> str | None:
         """Why the kernel cannot pool a convolution's result of that height and width, or None."""
@@ -67,14 +61,12 @@ class ConvPool(StagedConv):
 def infer(attributes: ConvPool, inputs: tuple[TensorSpec, ...]) -> tuple[TensorSpec, ...]:
     """The pooled spec of the convolution's result."""
     result = conv_tile.result_of("conv_pool", attributes, inputs)
-    return pool_window.infer(attributes.pool_name, attributes.pool, (result,))
+    pool = attributes.pool
+    return pool_window.infer(pool_window.name_of(pool), pool, (result,))
 
 
 def reference(attributes: ConvPool, *tensors: torch.Tensor) -> torch.Tensor:
-    result = conv_tile.reference(attributes, tensors)
-    if isinstance(attributes.pool, MaxPool2d):
-        return pool_window.reference_max(attributes.pool, result)
-    return pool_window.reference_avg(attributes.pool, result)
+    return pool_window.pooled(attributes.pool, conv_tile.reference(attributes, tensors))
 
 
 def is_monotone(stage: ep.Stage) -> bool:
@@ -102,18 +94,13 @@ def _launch(problem: Problem, tile: Config, target: Target) -> Launch:
     result = conv_tile.result(problem)
     stay, move = split_stages(attributes)
     return conv_tile.launch(
-        problem,
-        tile,
-        target,
-        space.of_windows(result, tile["BLOCK_M"], problem.output.spec),
-        stay,
-        result,
-        finish.pool_windows,
+        problem, tile, target, space.of_windows(result, tile["BLOCK_M"], problem.output.spec), stay,
+        result, finish.pool_windows,
         maximum=isinstance(attributes.pool, MaxPool2d),
         before=move,
         l2_bytes=conv_tile.l2_bytes(problem, tile["BLOCK_M"], tile["BLOCK_N"], result),
         instructions=tile["BLOCK_M"] * tile["BLOCK_N"],
-    )
+    )  # fmt: skip
 
 
 def _size(problem: Problem) -> choice.Size:
@@ -128,14 +115,8 @@ def _flops(problem: Problem) -> int:
 
 configs, default, legal = core.beside(choice.of_product(_size), _launch)
 OP = Op(
-    name="conv_pool",
-    attributes=ConvPool,
-    infer=infer,
-    reference=reference,
-    launches=lambda problem, tile, target: (_launch(problem, tile, target),),
-    configs=configs,
-    default=default,
-    legal=legal,
-    cost=counted(_flops),
+    "conv_pool", ConvPool, infer, reference,
+    lambda problem, tile, target: (_launch(problem, tile, target),), counted(_flops), configs,
+    default, legal,
     packs=lambda attributes: {1: conv_tile.pack},
-)
+)  # fmt: skip

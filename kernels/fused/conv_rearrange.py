@@ -20,9 +20,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ..contract.op import Config, Launch, Op, Problem, W, X, Y, counted
-from ..contract.spec import TensorSpec
-from ..contract.targets import Target
+from ..contract.op import Config, Launch, Op, Problem, Target, TensorSpec, W, X, Y, counted
 from ..movement import rearrange
 from ..movement.rearrangement import Rearrange, factors, spread
 from ..tile import choice, space
@@ -129,16 +127,11 @@ def launches(problem: Problem, tile: Config, target: Target) -> tuple[Launch, ..
     attributes, result = problem.attributes.expect(ConvRearrange), conv_tile.result(problem)
     n, k, p, q = result.shape
     launch = conv_tile.launch(
-        problem,
-        tile,
-        target,
-        space.of_pixels(result, tile["BLOCK_M"]),
-        attributes.stages,
-        result,
+        problem, tile, target, space.of_pixels(result, tile["BLOCK_M"]), attributes.stages, result,
         None,
         rows=n * p * q,
         l2_bytes=conv_tile.l2_bytes(problem, tile["BLOCK_M"], tile["BLOCK_N"], result),
-    )
+    )  # fmt: skip
     constants = {name: launch.constexprs[name] for name in ("SPACE", "SOURCE", "FINISH", "TILE")}
     launch = replace(
         launch,
@@ -156,14 +149,7 @@ def _size(problem: Problem) -> choice.Size:
 
 
 OP = Op(
-    name="conv_rearrange",
-    attributes=ConvRearrange,
-    infer=infer,
-    reference=reference,
-    launches=launches,
-    **choice.of_product(_size),
-    cost=counted(conv_tile.flops),
-    packs=lambda attributes: {1: conv_tile.pack},
-    takes_epilogue=False,
+    "conv_rearrange", ConvRearrange, infer, reference, launches, counted(conv_tile.flops),
+    **choice.of_product(_size), packs=lambda attributes: {1: conv_tile.pack}, takes_epilogue=False,
     writes_any=True,
-)
+)  # fmt: skip

@@ -18,9 +18,8 @@ from dataclasses import dataclass, field
 import torch
 
 from ...errors import InvalidInputError
-from ..contract.op import Attributes, Config, Launch, Op, Problem, Ref, config, counted
+from ..contract.op import Attributes, Config, Launch, Op, Problem, Ref, Target, config, counted
 from ..contract.spec import TensorSpec
-from ..contract.targets import Target
 from ..convolution import conv2d
 from ..tile import choice, conv_geometry, engine, source, space
 from ..tile.conv_geometry import Conv2d
@@ -62,17 +61,14 @@ def launches(problem: Problem, tile: Config, target: Target) -> tuple[Launch, ..
     attributes, size = problem.attributes.expect(ConvSum), _size(problem)
     x1, w1, x2, w2 = problem.inputs
     launch = engine.launch(
-        problem,
-        tile,
-        target,
-        space.of_pixels(problem.output.spec, tile["BLOCK_M"]),
+        problem, tile, target, space.of_pixels(problem.output.spec, tile["BLOCK_M"]),
         source.of_convolution(attributes.first, x1, w1.shape),
         second=source.of_convolution(attributes.second, x2, w2.shape),
         pointers={"x2": Ref("input", 2), "w2": Ref("input", 3)},
         precision=choice.dot_precision(problem, size.depth),
         l2_bytes=choice.l2_bytes(problem, tile, _terms(problem)),
         step_instructions=choice.step_instructions(tile, size.dtype, size.taps),
-    )
+    )  # fmt: skip
     return (launch,)
 
 
@@ -120,12 +116,7 @@ def _pack(attributes: ConvSum, w: torch.Tensor) -> torch.Tensor:
 
 
 OP = Op(
-    name="conv_sum",
-    attributes=ConvSum,
-    infer=infer,
-    reference=reference,
-    launches=launches,
+    "conv_sum", ConvSum, infer, reference, launches, cost,
     **choice.of_product(_size) | {"default": default},
-    cost=cost,
     packs=lambda attributes: {1: _pack, 3: _pack},
-)
+)  # fmt: skip

@@ -14,9 +14,7 @@ import torch
 
 from ...errors import InvalidInputError
 from ..contract import epilogue as ep
-from ..contract.op import Attributes, Config, Launch, Problem, Ref
-from ..contract.spec import TensorSpec
-from ..contract.targets import Target
+from ..contract.op import Attributes, Config, Launch, Problem, Ref, Target, TensorSpec
 from ..convolution import conv2d
 from ..hopper import core
 from ..hopper.boxes import Pool
@@ -24,6 +22,7 @@ from ..tile import choice, conv_geometry, engine, source
 from ..tile.conv_geometry import Conv2d
 from ..tile.finish import Finish
 from ..tile.space import Space
+from . import links
 
 
 @dataclass(frozen=True)
@@ -61,11 +60,7 @@ def result_of(name: str, attributes: StagedConv, inputs: tuple[TensorSpec, ...])
                 f"{name}: {operand}, read before the convolution, is not one number per channel "
                 f"of {inputs[0]}"
             )
-    for operand in inputs[2 + first :]:
-        if not ep.broadcasts(operand, result):
-            raise InvalidInputError(
-                f"{name}: {operand}, read after the convolution, does not broadcast to {result}"
-            )
+    links.check_operands(name, "the convolution", inputs[2 + first :], result)
     if (reason := attributes.unsupported(result.shape[2:])) is not None:
         raise InvalidInputError(f"{name}: {reason}")
     return result
@@ -132,17 +127,13 @@ def launch(
         pool = Pool(p, q, function, maximum, 2 * down > p or 2 * across > q)
         return core.launch(problem, tile, target, pool, more["before"], extras)
     return engine.launch(
-        problem,
-        tile,
-        target,
-        space,
-        source.of_convolution(attributes.conv, x, w.shape, before),
+        problem, tile, target, space, source.of_convolution(attributes.conv, x, w.shape, before),
         finish=Finish(end, function, maximum),
         extras=extras,
         precision=choice.dot_precision(problem, math.prod(w.shape[1:])),
         step_instructions=step_instructions(problem, tile),
         **more,
-    )
+    )  # fmt: skip
 
 
 def runs_by_tap(problem: Problem) -> bool:

@@ -26,9 +26,8 @@ import torch
 from ...errors import InvalidInputError
 from ..contract import epilogue as ep
 from ..contract import op
-from ..contract.op import Attributes, Config, Launch, Op, Problem, Ref, X, Y
+from ..contract.op import Attributes, Config, Launch, Op, Problem, Ref, Target, X, Y
 from ..contract.spec import Operand, TensorSpec
-from ..contract.targets import Target
 from ..tile import choice, source
 from ..tile.geometry import Image, Output, Tile, Window
 from ..tile.source import Source
@@ -218,8 +217,6 @@ def configs(problem: Problem, target: Target) -> Iterator[Config]:
 
 def legal(problem: Problem, tile: Config, target: Target) -> str | None:
     """Shared memory."""
-    if target.name == "interpreter":
-        return None
     size, rows, depth = problem.inputs[0].spec.dtype.itemsize, tile["BLOCK_M"], tile["BLOCK_K"]
     blocks = [_block(width, rows) for width in widths(problem)]
     whole = (before * after + rows * max(blocks) for before, after in pairwise(blocks))
@@ -281,19 +278,8 @@ def cost(problem: Problem) -> int:
 
 
 OP = Op(
-    name="head",
-    attributes=Head,
-    infer=infer,
-    reference=reference,
-    launches=launches,
-    configs=configs,
-    default=default,
-    legal=legal,
-    crowded=crowded,
-    cost=cost,
+    "head", Head, infer, reference, launches, cost, configs, default, legal, crowded,
     # Small logits: a softmax turns their absolute error into a relative one, which with values up
     # to 1 and 130 inputs was larger than the tolerance (N=1, C=130, 100 classes).
-    input_range=(-0.5, 0.5),
-    packs=lambda head: links.packs(head.chain),
-    images=True,
+    input_range=(-0.5, 0.5), packs=lambda head: links.packs(head.chain), images=True,
 )  # fmt: skip

@@ -23,9 +23,7 @@ import triton
 import triton.language as tl
 
 from ...errors import InvalidInputError
-from ..contract.op import Attributes, Config, Launch, Op, Problem, counted
-from ..contract.spec import TensorSpec
-from ..contract.targets import Target
+from ..contract.op import Attributes, Config, Launch, Op, Problem, Target, TensorSpec, counted
 from ..normalisation import lrn
 from ..normalisation.lrn import LocalResponseNorm
 from ..pooling import pool_window
@@ -59,8 +57,8 @@ def infer(attributes: LrnPool, inputs: tuple[TensorSpec, ...]) -> tuple[TensorSp
 
 def reference(attributes: LrnPool, x: torch.Tensor) -> torch.Tensor:
     if attributes.lrn_first:
-        return pool_window.reference_max(attributes.pool, lrn.reference(attributes.lrn, x))
-    return lrn.reference(attributes.lrn, pool_window.reference_max(attributes.pool, x))
+        return pool_window.pooled(attributes.pool, lrn.reference(attributes.lrn, x))
+    return lrn.reference(attributes.lrn, pool_window.pooled(attributes.pool, x))
 
 
 @triton.jit
@@ -185,9 +183,7 @@ def launches(problem: Problem, tile: Config, target: Target) -> tuple[Launch, ..
     """One launch of the kernel that the tile's LANES chooses."""
     attributes = problem.attributes.expect(LrnPool)
     launch = tile_launch(
-        problem,
-        tile,
-        shifted_kernel if tile["LANES"] == 1 else lanes_kernel,
+        problem, tile, shifted_kernel if tile["LANES"] == 1 else lanes_kernel,
         constexprs={
             "WINDOWS": pool_window.Windows.of(attributes.pool, problem.inputs[0], problem.output),
             "NORM": lrn.Norm.of(attributes.lrn), "LRN_FIRST": attributes.lrn_first,
@@ -224,14 +220,6 @@ def cost(problem: Problem) -> int:
 
 
 OP = Op(
-    name="lrn_pool",
-    attributes=LrnPool,
-    infer=infer,
-    reference=reference,
-    launches=launches,
-    configs=lrn.configs,
-    default=lrn.default,
-    legal=lrn.legal,
-    cost=cost,
+    "lrn_pool", LrnPool, infer, reference, launches, cost, lrn.configs, lrn.default, lrn.legal,
     input_range=(-4.0, 4.0),
-)
+)  # fmt: skip

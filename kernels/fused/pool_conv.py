@@ -79,11 +79,6 @@ class PoolConv(Attributes):
     before_conv: ep.Epilogue = ()
     keep: bool = False
 
-    @property
-    def pool_op(self) -> str:
-        """The name of the pooling's own op."""
-        return "max_pool2d" if isinstance(self.pool, MaxPool2d) else "avg_pool2d"
-
     def links(self, divide: ep.Epilogue = ()) -> tuple[Link, ...]:
         """What follows the pooling, for all readers and for one; divide: stages in front."""
         stages = (*divide, *self.after_pool)
@@ -92,7 +87,8 @@ class PoolConv(Attributes):
 
 def pooled_spec(attributes: PoolConv, x: TensorSpec) -> TensorSpec:
     """The spec of t."""
-    return pool_window.infer(attributes.pool_op, attributes.pool, (x,))[0]
+    pool = attributes.pool
+    return pool_window.infer(pool_window.name_of(pool), pool, (x,))[0]
 
 
 def infer(attributes: PoolConv, inputs: tuple[TensorSpec, ...]) -> tuple[TensorSpec, ...]:
@@ -111,10 +107,7 @@ def reference(
     attributes: PoolConv, *inputs: torch.Tensor
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     (x, w, *_), where = inputs, links.slots(attributes.links()).operands
-    if isinstance(attributes.pool, MaxPool2d):
-        t = pool_window.reference_max(attributes.pool, x)
-    else:
-        t = pool_window.reference_avg(attributes.pool, x)
+    t = pool_window.pooled(attributes.pool, x)
     t = ep.apply_reference(attributes.after_pool, t, inputs[where["after_pool"]])
     read = ep.apply_reference(attributes.before_conv, t, inputs[where["before_conv"]])
     y = convolve(read, w)
@@ -210,7 +203,7 @@ def pooling(problem: Problem) -> Problem:
     """The problem of the pooling alone."""
     attributes, x = problem.attributes.expect(PoolConv), problem.inputs[0]
     t = Operand.dense(pooled_spec(attributes, x.spec))
-    return Problem(attributes.pool_op, attributes.pool, (x,), (t,))
+    return Problem(pool_window.name_of(attributes.pool), attributes.pool, (x,), (t,))
 
 
 def _source(problem: Problem, tile: Config) -> tuple[Source, tuple[Ref, ...]]:
@@ -219,10 +212,7 @@ def _source(problem: Problem, tile: Config) -> tuple[Source, tuple[Ref, ...]]:
     reduction = pool_window.reduction(pooling(problem))
     x, y, kept = problem.inputs[0], problem.output, problem.outputs[1:]
     t = pooled_spec(attributes, x.spec)
-    divide = (
-        () if reduction.divisor is None else (ep.Stage("div", literal=float(reduction.divisor)),)
-    )
-    chain, own = attributes.links(divide), operand_refs(problem)
+    chain, own = attributes.links(reduction.divide), operand_refs(problem)
     bound = links.bind(chain, problem.inputs, {link.name: t for link in chain}, own)
     detail = Pooling(
         reduction.maximum,
@@ -245,15 +235,11 @@ def launches(problem: Problem, tile: Config, target: Target) -> tuple[Launch, ..
     read, extras = _source(problem, tile)
     kept = [Ref("output", index) for index in range(1, len(problem.outputs))]
     launch = engine.launch(
-        problem,
-        tile,
-        target,
-        space.of_pixels(problem.output.spec, tile["BLOCK_M"]),
-        read,
+        problem, tile, target, space.of_pixels(problem.output.spec, tile["BLOCK_M"]), read,
         extras=(*extras, *kept),
         precision=choice.dot_precision(problem, problem.inputs[0].shape[1]),
         **_modelled(problem, tile),
-    )
+    )  # fmt: skip
     return (launch,)
 
 
@@ -320,8 +306,6 @@ def configs(problem: Problem, target: Target) -> Iterator[Config]:
 
 def legal(problem: Problem, tile: Config, target: Target) -> str | None:
     """Shared memory."""
-    if target.name == "interpreter":
-        return None
     return choice.legal_tile(problem.inputs[0].spec.dtype, tile, target)
 
 
@@ -369,12 +353,11 @@ def default(problem: Problem, target: Target) -> Config:
     return choice.choose(
         configs(problem, target),
         lambda tile: choice.sketch(tile, rows, k, **_modelled(problem, tile)),
-        choice.Work.of(problem, cost(problem).flops),
-        target,
+        choice.Work.of(problem, cost(problem).flops), target,
         factor=slower,
         crowded=lambda tile: crowded(problem, tile, target),
         default=_tile(16, 16, 16, 4),
-    )
+    )  # fmt: skip
 
 
 @counted
@@ -386,15 +369,6 @@ def cost(problem: Problem) -> int:
 
 
 OP = Op(
-    name="pool_conv",
-    attributes=PoolConv,
-    infer=infer,
-    reference=reference,
-    launches=launches,
-    configs=configs,
-    default=default,
-    legal=legal,
-    crowded=crowded,
-    cost=cost,
+    "pool_conv", PoolConv, infer, reference, launches, cost, configs, default, legal, crowded,
     packs=lambda attributes: {1: lambda _, w: conv2d.pack(Conv2d(), w)},
-)
+)  # fmt: skip

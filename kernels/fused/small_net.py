@@ -26,9 +26,8 @@ import torch
 
 from ...errors import InvalidInputError
 from ..contract import op
-from ..contract.op import Attributes, Config, Launch, Op, Problem, Ref, Scratch, X, Y
+from ..contract.op import Attributes, Config, Launch, Op, Problem, Ref, Scratch, Target, X, Y
 from ..contract.spec import Operand, TensorSpec
-from ..contract.targets import Target
 from ..pooling.pool_window import MaxPool2d
 from ..tile import choice, finish, source, space
 from ..tile.finish import Finish
@@ -298,18 +297,7 @@ def cost(problem: Problem) -> int:
 
 
 OP = Op(
-    name="small_net",
-    attributes=SmallNet,
-    infer=infer,
-    reference=reference,
-    launches=launches,
-    configs=configs,
-    default=default,
-    legal=legal,
-    crowded=crowded,
-    cost=cost,
+    "small_net", SmallNet, infer, reference, launches, cost, configs, default, legal, crowded,
     # Small logits, as for `head`.
-    input_range=(-0.5, 0.5),
-    packs=lambda net: links.packs(net.links),
-    images=True,
-)
+    input_range=(-0.5, 0.5), packs=lambda net: links.packs(net.links), images=True,
+)  # fmt: skip

@@ -27,9 +27,8 @@ import triton.language as tl
 from ...errors import InvalidInputError
 from ..contract import epilogue as ep
 from ..contract import op
-from ..contract.op import Attributes, Config, Launch, Op, Problem, Y
+from ..contract.op import Attributes, Config, Launch, Op, Problem, Target, Y
 from ..contract.spec import Layout, TensorSpec
-from ..contract.targets import Target
 from ..tile.finish import put
 from ..tile.geometry import Image, tile_launch
 from . import links
@@ -142,9 +141,7 @@ def launches(problem: Problem, tile: Config, target: Target) -> tuple[Launch, ..
     bound = links.bind(attributes.links, problem.inputs, {"w1": hidden}, refs)
     n, channels, pixels, units = _sizes(problem)
     launch = tile_launch(
-        problem,
-        tile,
-        squeeze_excite_kernel,
+        problem, tile, squeeze_excite_kernel,
         constexprs={
             "IMAGE": Image.of(problem.inputs[0]), "HIDDEN": units,
             "AFTER_SQUEEZE": bound.functions["w1"], "BLOCK_C": op.power_of_two(channels),
@@ -219,16 +216,7 @@ def packs(attributes: SqueezeExcite) -> Mapping[int, Callable[[Any, torch.Tensor
 
 
 OP = Op(
-    name="squeeze_excite",
-    attributes=SqueezeExcite,
-    infer=infer,
-    reference=reference,
-    launches=launches,
-    configs=configs,
-    default=default,
-    legal=legal,
-    cost=cost,
+    "squeeze_excite", SqueezeExcite, infer, reference, launches, cost, configs, default, legal,
     # Not centred on zero: an error relative to a mean that cancels means nothing.
-    input_range=(-1.0, 2.0),
-    packs=packs,
-)
+    input_range=(-1.0, 2.0), packs=packs,
+)  # fmt: skip

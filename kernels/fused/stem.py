@@ -27,9 +27,7 @@ import triton.language as tl
 
 from ...errors import InvalidInputError
 from ..contract import cost_model, op
-from ..contract.op import Attributes, Config, Launch, Op, Problem, W, X, Y
-from ..contract.spec import TensorSpec
-from ..contract.targets import Target
+from ..contract.op import Attributes, Config, Launch, Op, Problem, Target, TensorSpec
 from ..tile import choice, conv_geometry
 from ..tile.conv_geometry import Conv2d
 from ..tile.finish import put
@@ -137,9 +135,7 @@ def launches(problem: Problem, tile: Config, target: Target) -> tuple[Launch, ..
     attributes = problem.attributes.expect(Stem)
     w = problem.inputs[1].spec
     launch = tile_launch(
-        problem,
-        tile,
-        stem_kernel,
+        problem, tile, stem_kernel,
         constexprs={
             "IMAGE": StridedImage.of(problem.inputs[0]),
             "WINDOW": Window.of(w.shape[2:], attributes.conv),
@@ -149,7 +145,6 @@ def launches(problem: Problem, tile: Config, target: Target) -> tuple[Launch, ..
             "LEVELS": tile["BLOCK_K"].bit_length() - 1,
         },
         precision=choice.dot_precision(problem, _pitch(w)),
-        pointers={"x": X, "w": W, "y": Y},
         l2_bytes=_l2_bytes(problem, tile),
         instructions=_instructions(problem, tile),
         steps=-(-terms(w) // tile["BLOCK_K"]),
@@ -238,16 +233,6 @@ def cost(problem: Problem) -> int:
 
 
 OP = Op(
-    name="stem",
-    attributes=Stem,
-    infer=infer,
-    reference=reference,
-    launches=launches,
-    configs=configs,
-    default=default,
-    legal=legal,
-    crowded=crowded,
-    cost=cost,
-    packs=lambda attributes: {1: pack},
-    images=False,
-)
+    "stem", Stem, infer, reference, launches, cost, configs, default, legal, crowded,
+    packs=lambda attributes: {1: pack}, images=False,
+)  # fmt: skip

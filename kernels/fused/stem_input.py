@@ -22,9 +22,8 @@ import triton.language as tl
 
 from ...errors import InvalidInputError
 from ..contract import op
-from ..contract.op import Attributes, Config, Launch, Op, Problem
+from ..contract.op import Attributes, Config, Launch, Op, Problem, Target
 from ..contract.spec import Layout, Operand, TensorSpec
-from ..contract.targets import Target
 from ..tile.geometry import tile_launch
 
 
@@ -176,9 +175,7 @@ def launches(problem: Problem, tile: Config, target: Target) -> tuple[Launch, ..
     attributes = problem.attributes.expect(StemInput)
     x = problem.inputs[0]
     launch = tile_launch(
-        problem,
-        tile,
-        stem_input_kernel,
+        problem, tile, stem_input_kernel,
         constexprs={
             "IMAGE": StridedImage.of(x), "LEFT": attributes.left,
             "LEVELS": attributes.channels.bit_length() - 1,
@@ -216,14 +213,6 @@ def cost(problem: Problem) -> int:
 
 
 OP = Op(
-    name="stem_input",
-    attributes=StemInput,
-    infer=infer,
-    reference=reference,
-    launches=launches,
-    configs=configs,
-    default=default,
-    cost=cost,
-    takes_epilogue=False,
-    images=False,
-)
+    "stem_input", StemInput, infer, reference, launches, cost, configs, default,
+    takes_epilogue=False, images=False,
+)  # fmt: skip

@@ -11,8 +11,7 @@ import itertools
 import math
 from typing import Any, NamedTuple
 
-from ..contract.op import Config, Problem, TmaDescriptor, X
-from ..contract.spec import Operand
+from ..contract.op import Config, Operand, Problem, TmaDescriptor, X
 
 ALIGNMENT = 16
 """Bytes: of the first element and of every pitch."""

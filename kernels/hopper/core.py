@@ -22,9 +22,8 @@ from ... import settings
 from ...errors import TargetUnavailableError
 from ..contract import cost_model
 from ..contract import epilogue as ep
-from ..contract.op import Config, Launch, Problem, Ref, TmaDescriptor, W, X, Y, config
+from ..contract.op import Config, Launch, Problem, Ref, Target, TmaDescriptor, W, X, Y, config
 from ..contract.spec import Operand
-from ..contract.targets import Target
 from ..tile import choice
 from ..tile.conv_geometry import Conv2d
 from ..tile.geometry import Image, Output, Window, tile_launch
@@ -340,9 +339,7 @@ def launch(
     dtype = problem.inputs[0].spec.dtype
     steps = taps * -(-c // block_k)
     plain = tile_launch(
-        problem,
-        tile,
-        hopper_kernel,
+        problem, tile, hopper_kernel,
         pointers={"y": Y},
         boxes={
             "x": _x_box(problem, tile, view),

@@ -13,9 +13,8 @@ import torch
 
 from ...errors import InvalidInputError, KernelError
 from ..contract import epilogue as ep
-from ..contract.op import Attributes, Config, Launch, Problem, Ref
+from ..contract.op import Attributes, Config, Launch, Problem, Ref, Target
 from ..contract.spec import MEMORY_FORMATS, Layout, Operand, TensorSpec, as_layout
-from ..contract.targets import Target
 from . import pointwise, rearrangement
 from .rearrangement import Expand, Flip, Reshape, refine
 

@@ -25,7 +25,7 @@ import triton.language as tl
 
 from ...errors import InvalidInputError
 from ..contract.op import Arguments, Attributes, Builder, Config, Launch, Op, Problem, Target
-from ..contract.spec import Layout, TensorSpec
+from ..contract.spec import TensorSpec
 from ..tile.finish import put
 from ..tile.geometry import tile_launch
 from ..tile.space import output_tile
@@ -201,14 +201,7 @@ def _capture(g: Builder, a: Arguments) -> Any:
     return g.apply("pad", (a.self,), Pad(before, after, value, mode))
 
 
-NHWC, DENSE = Layout.NHWC, Layout.DENSE
-
-
 OP = Op(
-    name="pad",
-    attributes=Pad,
-    infer=infer,
-    reference=reference,
-    launches=launches,
+    "pad", Pad, infer, reference, launches,
     aten={"aten.pad.default": _capture, "aten.constant_pad_nd.default": _capture},
 )  # fmt: skip

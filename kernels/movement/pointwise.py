@@ -139,13 +139,9 @@ def launch_reads(
     inputs = refs or tuple(Ref("input", index) for index in range(len(reads)))
     operands = tuple(ep.access(operand, out) for operand in problem.operands)
     return launch_chain(
-        problem,
-        tile,
-        Walk(ep.memory_sizes(out), ep.access(problem.output, out), out.batch),
-        (*reads, *operands),
-        (*stages, *problem.epilogue),
-        (*inputs, *operand_refs(problem)),
-    )
+        problem, tile, Walk(ep.memory_sizes(out), ep.access(problem.output, out), out.batch),
+        (*reads, *operands), (*stages, *problem.epilogue), (*inputs, *operand_refs(problem)),
+    )  # fmt: skip
 
 
 def infer(

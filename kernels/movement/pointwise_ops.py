@@ -400,19 +400,12 @@ def _as_declared(scalar: Scalar) -> Capture:
 def op_of(scalar: Scalar) -> Op:
     """The op that applies a function to whole tensors."""
     return Op(
-        name=scalar.name,
-        attributes=Pointwise,
-        infer=partial(infer, scalar.name),
-        reference=partial(reference, scalar.name),
-        launches=partial(launches, scalar.name),
-        configs=configs,
-        default=default,
-        cost=cost,
+        scalar.name, Pointwise, partial(infer, scalar.name), partial(reference, scalar.name),
+        partial(launches, scalar.name), cost, configs, default,
         input_range=scalar.range,
         aten=_captures(scalar.name) | dict.fromkeys(scalar.aten, _as_declared(scalar)),
-        integers=scalar.boolean,
-        follows=True,
-    )
+        integers=scalar.boolean, follows=True,
+    )  # fmt: skip
 
 
 OPS = tuple(map(op_of, SCALARS))

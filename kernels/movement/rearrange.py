@@ -16,19 +16,9 @@ import torch
 
 from ...errors import InvalidInputError
 from ..contract import epilogue as ep
-from ..contract.op import (
-    Arguments,
-    Attributes,
-    Builder,
-    Config,
-    Launch,
-    Op,
-    Problem,
-    Ref,
-    operand_refs,
-)
+from ..contract.aten import Arguments, Builder
+from ..contract.op import Attributes, Config, Launch, Op, Problem, Ref, Target, operand_refs
 from ..contract.spec import MEMORY_FORMATS, Layout, TensorSpec
-from ..contract.targets import Target
 from . import movement, pointwise
 from .rearrangement import Flip, Rearrange, factors, parts_of
 
@@ -94,24 +84,18 @@ def launches(problem: Problem, tile: Config, target: Target) -> tuple[Launch, ..
     return (pointwise.launch_chain(problem, tile, walk, reads, stages, refs),)
 
 
-def _capture_pixel_shuffle(g: Builder, a: Arguments) -> Any:
-    r, spec = a.upscale_factor, g.spec(a.self)
-    if spec.rank != 4:
-        return g.refuse("pixel shuffle of other ranks than 4")
-    n, c, h, w = spec.shape
-    c //= r * r
-    made = Rearrange((n, c, r, r, h, w), (0, 1, 4, 2, 5, 3), (n, c, h * r, w * r))
-    return g.apply("rearrange", (a.self,), made)
-
-
-def _capture_pixel_unshuffle(g: Builder, a: Arguments) -> Any:
-    r, spec = a.downscale_factor, g.spec(a.self)
-    if spec.rank != 4:
-        return g.refuse("pixel unshuffle of other ranks than 4")
-    n, c, h, w = spec.shape
-    h, w = h // r, w // r
-    made = Rearrange((n, c, h, r, w, r), (0, 1, 3, 5, 2, 4), (n, c * r * r, h, w))
-    return g.apply("rearrange", (a.self,), made)
+def _shuffled(g: Builder, x: Any, r: int, back: bool = False) -> Any:
+    """Channels as r x r pixels each, or such pixels as channels."""
+    if g.spec(x).rank != 4:
+        return g.refuse(f"pixel {'unshuffle' if back else 'shuffle'} of other ranks than 4")
+    n, c, h, w = g.spec(x).shape
+    if back:
+        h, w = h // r, w // r
+        split, dims, shape = (n, c, h, r, w, r), (0, 1, 3, 5, 2, 4), (n, c * r * r, h, w)
+    else:
+        c //= r * r
+        split, dims, shape = (n, c, r, r, h, w), (0, 1, 4, 2, 5, 3), (n, c, h * r, w * r)
+    return g.apply("rearrange", (x,), Rearrange(split, dims, shape))
 
 
 def _capture_channel_shuffle(g: Builder, a: Arguments) -> Any:
@@ -147,8 +131,10 @@ OPS = (
         reference=rearrange,
         launches=launches,
         aten={
-            "aten.pixel_shuffle.default": _capture_pixel_shuffle,
-            "aten.pixel_unshuffle.default": _capture_pixel_unshuffle,
+            "aten.pixel_shuffle.default": lambda g, a: _shuffled(g, a.self, a.upscale_factor),
+            "aten.pixel_unshuffle.default": lambda g, a: _shuffled(
+                g, a.self, a.downscale_factor, back=True
+            ),
             "aten.channel_shuffle.default": _capture_channel_shuffle,
         },
         writes_any=True,

@@ -12,8 +12,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ..contract.op import Attributes
-from ..contract.spec import Operand, TensorSpec
+from ..contract.op import Attributes, Operand, TensorSpec
 
 
 @dataclass(frozen=True)

@@ -22,10 +22,9 @@ import triton.language as tl
 
 from ...errors import InvalidInputError
 from ..contract import epilogue as ep
+from ..contract.aten import Arguments, Builder
 from ..contract.op import (
-    Arguments,
     Attributes,
-    Builder,
     Config,
     Launch,
     Op,
@@ -214,25 +213,12 @@ def _capture_fold(g: Builder, a: Arguments) -> Any:
 
 OPS = (
     Op(
-        name="unfold",
-        attributes=Unfold,
-        infer=infer,
-        reference=unfold,
-        launches=launches,
-        configs=pointwise.configs,
-        default=pointwise.default,
-        follows=True,
+        "unfold", Unfold, infer, unfold, launches,
+        configs=pointwise.configs, default=pointwise.default, follows=True,
         aten={"aten.im2col.default": _capture_unfold},
     ),
     Op(
-        name="fold",
-        attributes=Fold,
-        infer=infer_fold,
-        reference=fold,
-        launches=launches_fold,
-        configs=configs,
-        default=default,
-        cost=cost,
+        "fold", Fold, infer_fold, fold, launches_fold, cost, configs, default,
         aten={"aten.col2im.default": _capture_fold},
     ),
-)
+)  # fmt: skip

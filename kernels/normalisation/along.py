@@ -12,8 +12,7 @@ import triton
 import triton.language as tl
 
 from ..contract import epilogue as ep
-from ..contract.op import Config, Launch, Operand, Problem, Ref, config, power_of_two
-from ..contract.targets import Target
+from ..contract.op import Config, Launch, Operand, Problem, Ref, Target, config, power_of_two
 from ..tile.geometry import Tile
 
 

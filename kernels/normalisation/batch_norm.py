@@ -111,12 +111,8 @@ def _capture_native(g: Builder, a: Arguments) -> Any:
 
 
 OP = Op(
-    name="batch_norm",
-    attributes=BatchNorm,
-    infer=infer,
-    reference=reference,
-    launches=launches,
-    cost=counted(lambda problem: 3 * problem.output.spec.numel),
+    "batch_norm", BatchNorm, infer, reference, launches,
+    counted(lambda problem: 3 * problem.output.spec.numel),
     # Variances are drawn from the same range as everything else.
     input_range=(0.1, 3.0),
     aten={

@@ -223,9 +223,7 @@ def lanes(problem: Problem) -> int:
 def launches(problem: Problem, tile: Config, target: Target) -> tuple[Launch, ...]:
     """One launch of the kernel that the tile's LANES chooses."""
     launch = tile_launch(
-        problem,
-        tile,
-        shifted_kernel if tile["LANES"] == 1 else lanes_kernel,
+        problem, tile, shifted_kernel if tile["LANES"] == 1 else lanes_kernel,
         constexprs={
             "X": Matrix.of(problem.inputs[0]), "LANES": tile["LANES"],
             "NORM": Norm.of(problem.attributes.expect(LocalResponseNorm)),
@@ -269,14 +267,7 @@ def cost(problem: Problem) -> int:
 
 
 OP = Op(
-    name="local_response_norm",
-    attributes=LocalResponseNorm,
-    infer=infer,
-    reference=reference,
-    launches=launches,
-    configs=configs,
-    default=default,
-    legal=legal,
-    cost=cost,
+    "local_response_norm", LocalResponseNorm, infer, reference, launches, cost, configs, default,
+    legal,
     input_range=(-4.0, 4.0),
-)
+)  # fmt: skip

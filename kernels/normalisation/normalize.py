@@ -16,9 +16,8 @@ import torch
 
 from ...errors import InvalidInputError
 from ..contract import epilogue as ep
-from ..contract.op import Arguments, Attributes, Builder, Config, Launch, Op, Problem
+from ..contract.op import Arguments, Attributes, Builder, Config, Launch, Op, Problem, Target
 from ..contract.spec import TensorSpec
-from ..contract.targets import Target
 from ..movement.rearrangement import Reshape
 from . import batch_norm, statistics
 
@@ -131,15 +130,8 @@ def _capture_batch_statistics(g: Builder, a: Arguments) -> Any:
 
 
 OP = Op(
-    name="normalize",
-    attributes=Normalize,
-    infer=infer,
-    reference=reference,
-    launches=launches,
-    configs=statistics.configs,
-    default=statistics.default,
-    legal=statistics.legal,
-    cost=statistics.cost,
+    "normalize", Normalize, infer, reference, launches, statistics.cost, statistics.configs,
+    statistics.default, statistics.legal,
     # Far from zero: squares would cancel.
     input_range=(4.0, 8.0),
     aten={

@@ -231,9 +231,7 @@ def _launches(name: str, problem: Problem, tile: Config, target: Target) -> tupl
     # Where rows lie only Y_ROW tells.
     epilogue = ep.generate(problem.epilogue, reads, walk.sizes)
     launch = tile_launch(
-        problem,
-        tile,
-        reduce_kernel,
+        problem, tile, reduce_kernel,
         constexprs={
             "LENGTH": walk.length, "BLOCK_LENGTH": tile["BLOCK_LENGTH"],
             "X_OFFSET": problem.inputs[0].offset,
@@ -390,14 +388,8 @@ def _with_places(g: Builder, a: Arguments, values: Any, x: Any) -> Any:
 def _op(name: str, captures: Mapping[str, Capture]) -> Op:
     kind = Variance if name in ("var", "std") else Reduce
     return Op(
-        name=name,
-        attributes=kind,
-        infer=partial(infer, name),
-        reference=partial(reference, name),
-        launches=partial(_launches, name),
-        configs=configs,
-        default=default,
-        cost=cost,
+        name, kind, partial(infer, name), partial(reference, name), partial(_launches, name), cost,
+        configs, default,
         # Not centred on zero: an error relative to a sum that cancels means nothing.
         input_range=(-1.0, 3.0),
         aten={f"aten.{overload}": capture for overload, capture in captures.items()},

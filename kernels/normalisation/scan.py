@@ -19,21 +19,8 @@ import triton
 import triton.language as tl
 
 from ...errors import InvalidInputError
-from ..contract.op import (
-    Arguments,
-    Attributes,
-    Builder,
-    Capture,
-    Config,
-    Launch,
-    Op,
-    Problem,
-    Target,
-    X,
-    Y,
-    counted,
-)
-from ..contract.spec import TensorSpec
+from ..contract.aten import Arguments, Builder, Capture
+from ..contract.op import Attributes, Config, Launch, Op, Problem, Target, TensorSpec, X, Y, counted
 from .along import launch_along, rows_of_program, tile_along, tiles_along
 
 BLOCK = 1024
@@ -56,14 +43,10 @@ def infer(name: str, attributes: Scan, inputs: tuple[TensorSpec, ...]) -> tuple[
     return (x,)
 
 
-def cumsum(attributes: Scan, x: torch.Tensor) -> torch.Tensor:
+def reference(name: str, attributes: Scan, x: torch.Tensor) -> torch.Tensor:
     wide = x if x.dtype is torch.float64 else x.float()
-    return wide.cumsum(attributes.dim).to(x.dtype)
-
-
-def cumprod(attributes: Scan, x: torch.Tensor) -> torch.Tensor:
-    wide = x if x.dtype is torch.float64 else x.float()
-    return wide.cumprod(attributes.dim).to(x.dtype)
+    scanned: torch.Tensor = getattr(wide, name)(attributes.dim)
+    return scanned.to(x.dtype)
 
 
 @triton.jit
@@ -143,17 +126,9 @@ def _capture(name: str) -> Capture:
 
 OPS = tuple(
     Op(
-        name=name,
-        attributes=Scan,
-        infer=partial(infer, name),
-        reference=reference,
-        launches=partial(launches, name == "cumprod"),
-        configs=configs,
-        default=default,
-        cost=cost,
-        aten={f"aten.{name}.default": _capture(name)},
-        takes_epilogue=False,
-        follows=True,
+        name, Scan, partial(infer, name), partial(reference, name),
+        partial(launches, name == "cumprod"), cost, configs, default,
+        aten={f"aten.{name}.default": _capture(name)}, takes_epilogue=False, follows=True,
     )
-    for name, reference in (("cumsum", cumsum), ("cumprod", cumprod))
-)
+    for name in ("cumsum", "cumprod")
+)  # fmt: skip

@@ -45,12 +45,9 @@ def infer(name: str, attributes: Softmax, inputs: tuple[TensorSpec, ...]) -> tup
     return (x.with_(dtype=attributes.dtype or x.dtype),)
 
 
-def reference(attributes: Softmax, x: torch.Tensor) -> torch.Tensor:
-    return torch.softmax(x, attributes.dim)
-
-
-def reference_log(attributes: Softmax, x: torch.Tensor) -> torch.Tensor:
-    return torch.log_softmax(x, attributes.dim)
+def reference(name: str, attributes: Softmax, x: torch.Tensor) -> torch.Tensor:
+    result: torch.Tensor = getattr(torch, name)(x, attributes.dim)
+    return result
 
 
 def _launches(kind: str, problem: Problem, tile: Config, target: Target) -> tuple[Launch, ...]:
@@ -72,21 +69,13 @@ def _capture(name: str) -> Capture:
     return capture
 
 
-def _op(name: str, log: bool) -> Op:
-    return Op(
-        name=name,
-        attributes=Softmax,
-        infer=partial(infer, name),
-        reference=reference_log if log else reference,
-        launches=partial(_launches, name),
-        configs=statistics.configs,
-        default=statistics.default,
-        legal=statistics.legal,
-        cost=statistics.cost,
+OPS = tuple(
+    Op(
+        name, Softmax, partial(infer, name), partial(reference, name), partial(_launches, name),
+        statistics.cost, statistics.configs, statistics.default, statistics.legal,
         input_range=(-8.0, 8.0),
         aten={f"aten.{name}.int": _capture(name), f"aten._{name}.default": _capture(name)},
         follows=True,
-    )  # fmt: skip
-
-
-OPS = (_op("softmax", log=False), _op("log_softmax", log=True))
+    )
+    for name in ("softmax", "log_softmax")
+)  # fmt: skip

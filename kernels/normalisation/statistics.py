@@ -26,8 +26,7 @@ import triton.language as tl
 
 from ..contract import epilogue as ep
 from ..contract.cost_model import MULTIPROCESSORS
-from ..contract.op import Config, Launch, Problem, config, counted, power_of_two
-from ..contract.targets import Target
+from ..contract.op import Config, Launch, Problem, Target, config, counted, power_of_two
 from ..tile.finish import put
 from ..tile.geometry import Matrix, tile_launch
 
@@ -300,9 +299,7 @@ def launches(
     reads = 1 if walk.is_whole(tile) else 2
     owned = walk.length * walk.width * tile["BLOCK_OUTER"] * tile["BLOCK_GROUPS"]
     launch = tile_launch(
-        problem,
-        tile,
-        statistics_kernel,
+        problem, tile, statistics_kernel,
         constexprs={
             "SIZES": Sizes(walk.outer, walk.length, walk.groups, walk.width),
             "HELD": Sizes(*(tile[f"BLOCK_{name.upper()}"] for name in Sizes._fields)),

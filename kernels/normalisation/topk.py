@@ -22,10 +22,9 @@ import triton
 import triton.language as tl
 
 from ...errors import InvalidInputError
+from ..contract.aten import Arguments, Builder
 from ..contract.op import (
-    Arguments,
     Attributes,
-    Builder,
     Config,
     Launch,
     Op,
@@ -233,15 +232,7 @@ def _argmin(g: Builder, a: Arguments) -> Any:
 
 
 OP = Op(
-    name="topk",
-    attributes=TopK,
-    infer=infer,
-    reference=reference,
-    launches=launches,
-    configs=configs,
-    default=default,
-    legal=legal,
-    cost=cost,
+    "topk", TopK, infer, reference, launches, cost, configs, default, legal,
     aten={
         "aten.topk.default": _topk,
         "aten.sort.default": _sort,
@@ -251,7 +242,5 @@ OP = Op(
         "aten.argmax.default": lambda g, a: place_of(g, a.self, a.dim, a.keepdim),
         "aten.argmin.default": _argmin,
     },
-    takes_epilogue=False,
-    follows=True,
-    integers=True,
-)
+    takes_epilogue=False, follows=True, integers=True,
+)  # fmt: skip

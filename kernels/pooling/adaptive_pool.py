@@ -26,18 +26,8 @@ import triton
 import triton.language as tl
 
 from ...errors import InvalidInputError
-from ..contract.op import (
-    Arguments,
-    Builder,
-    Capture,
-    Config,
-    Launch,
-    Op,
-    Problem,
-    Target,
-    config,
-    power_of_two,
-)
+from ..contract.aten import Arguments, Builder, Capture
+from ..contract.op import Config, Launch, Op, Problem, Target, config, power_of_two
 from ..contract.spec import Layout, TensorSpec
 from ..movement.arguments import adaptive_size, as_image, as_rank_of
 from ..normalisation.reduce import Reduce
@@ -192,18 +182,11 @@ def _op(
 ) -> Op:
     """calls: the poolings of aten that become it, in the way that `_capture` knows by `capture`."""
     return Op(
-        name=name,
-        attributes=make,
-        infer=partial(infer, name),
-        reference=partial(reference, function),
-        launches=launches,
-        configs=configs,
-        default=default,
-        legal=legal,
-        cost=pool.cost,
+        name, make, partial(infer, name), partial(reference, function), launches, pool.cost,
+        configs, default, legal,
         aten={f"aten.{call}.default": _capture(name, *capture) for call in calls},
         batched="pooling",
-    )
+    )  # fmt: skip
 
 
 AVERAGES = ("adaptive_avg_pool1d", "adaptive_avg_pool2d")

@@ -17,22 +17,10 @@ import triton
 import triton.language as tl
 
 from ...errors import InvalidInputError
+from ..contract.aten import Arguments, Builder
 from ..contract.elementary import round_half_even
-from ..contract.op import (
-    Arguments,
-    Attributes,
-    Builder,
-    Config,
-    Launch,
-    Op,
-    Problem,
-    W,
-    X,
-    Y,
-    counted,
-)
+from ..contract.op import Attributes, Config, Launch, Op, Problem, Target, counted
 from ..contract.spec import Layout, TensorSpec
-from ..contract.targets import Target
 from ..movement.rearrangement import Reshape
 from ..tile.finish import put
 from ..tile.geometry import Matrix, tile_launch
@@ -224,10 +212,7 @@ def launches(problem: Problem, tile: Config, target: Target) -> tuple[Launch, ..
         "TAPS": TAPS[attributes.mode], "MODE": attributes.mode, "BORDER": attributes.border,
         "CORNERS": attributes.corners, "IMAGE": Matrix.of(x), "GRID": Matrix.of(grid),
     }  # fmt: skip
-    pointers = {"x": X, "grid": W, "y": Y}
-    return (
-        tile_launch(problem, tile, grid_sample_kernel, constexprs=constexprs, pointers=pointers),
-    )
+    return (tile_launch(problem, tile, grid_sample_kernel, constexprs=constexprs),)
 
 
 # By default 4 results per thread.
@@ -253,15 +238,10 @@ def _capture(g: Builder, a: Arguments) -> Any:
 
 
 OP = Op(
-    name="grid_sample",
-    attributes=GridSample,
-    infer=infer,
-    reference=reference,
-    launches=launches,
+    "grid_sample", GridSample, infer, reference, launches, cost,
     **TILES.space,
-    cost=cost,
     aten={
         "aten.grid_sampler.default": _capture,
         "aten.grid_sampler_2d.default": _capture,
     },
-)
+)  # fmt: skip

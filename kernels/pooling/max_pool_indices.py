@@ -22,8 +22,7 @@ import triton
 import triton.language as tl
 
 from ...errors import InvalidInputError
-from ..contract.op import Config, Launch, Op, Problem, Ref, Target, X, Y
-from ..contract.spec import TensorSpec
+from ..contract.op import Config, Launch, Op, Problem, Target, TensorSpec
 from ..movement.arguments import pooling
 from ..tile.finish import put
 from ..tile.geometry import Image, tile_launch
@@ -112,14 +111,11 @@ def max_pool_indices_kernel(
 def launches(problem: Problem, tile: Config, target: Target) -> tuple[Launch, ...]:
     """The one launch of the kernel."""
     launch = tile_launch(
-        problem,
-        tile,
-        max_pool_indices_kernel,
+        problem, tile, max_pool_indices_kernel,
         constexprs={
             "WINDOWS": windows(problem), "INDICES": Image.of(problem.outputs[1]),
             "UNROLL": windows(problem).taps <= MOST_UNROLLED_TAPS,
         },
-        pointers={"x": X, "y": Y, "i": Ref("output", 1)},
     )  # fmt: skip
     return (launch,)
 
@@ -135,17 +131,11 @@ TILES = Tiles(
 
 
 OP = Op(
-    name=NAME,
-    attributes=MaxPool2d,
-    infer=infer,
-    reference=partial(reference, F.max_pool2d_with_indices),
-    launches=launches,
+    NAME, MaxPool2d, infer, partial(reference, F.max_pool2d_with_indices), launches, cost,
     **TILES.space,
-    cost=cost,
     aten={
         f"aten.max_pool{dims}d_with_indices.default": pooling(NAME, MaxPool2d, indices=True)
         for dims in (1, 2)
     },
-    batched="pooling",
-    integers=True,
+    batched="pooling", integers=True,
 )  # fmt: skip

@@ -26,20 +26,8 @@ import triton
 import triton.language as tl
 
 from ...errors import InvalidInputError
-from ..contract.op import (
-    Arguments,
-    Attributes,
-    Builder,
-    Config,
-    Launch,
-    Op,
-    Problem,
-    Ref,
-    Target,
-    X,
-    Y,
-    counted,
-)
+from ..contract.aten import Arguments, Builder
+from ..contract.op import Attributes, Config, Launch, Op, Problem, Target, counted
 from ..contract.spec import Layout, TensorSpec, as_layout
 from ..tile.finish import put
 from ..tile.geometry import Image, tile_launch
@@ -63,22 +51,18 @@ class MaxUnpool2d(Attributes):
     @property
     def candidates(self) -> tuple[int, int]:
         """How many windows may cover one pixel, by direction."""
-        pool = self.pool
-        return tuple(  # type: ignore[return-value]
-            pool.dilation[axis] * (pool.kernel[axis] - 1) // pool.stride[axis] + 1
-            for axis in (0, 1)
-        )
+        windows = zip(self.pool.kernel, self.pool.stride, self.pool.dilation, strict=True)
+        down, across = (dilation * (taps - 1) // stride + 1 for taps, stride, dilation in windows)
+        return down, across
 
     @property
     def cells(self) -> tuple[int, int]:
         """Cells of one stride that hold all pixels of the result, by direction of the image."""
         # A larger result goes on below the image, with rows as wide as the image's.
         height = -(-math.prod(self.size) // self.image[1])
-        extents = (height, self.image[1])
-        return tuple(  # type: ignore[return-value]
-            (extents[axis] - 1 + self.pool.padding[axis]) // self.pool.stride[axis] + 1
-            for axis in (0, 1)
-        )
+        sizes = zip((height, self.image[1]), self.pool.padding, self.pool.stride, strict=True)
+        down, across = ((size - 1 + before) // stride + 1 for size, before, stride in sizes)
+        return down, across
 
 
 def infer(attributes: MaxUnpool2d, inputs: tuple[TensorSpec, ...]) -> tuple[TensorSpec, ...]:
@@ -228,15 +212,12 @@ def launches(problem: Problem, tile: Config, target: Target) -> tuple[Launch, ..
     )
     cells = Cells(height, width, attributes.image[1], math.prod(attributes.size))
     launch = tile_launch(
-        problem,
-        tile,
-        max_unpool_kernel,
+        problem, tile, max_unpool_kernel,
         constexprs={
             "CELLS": cells, "VALUES": Image.of(x), "INDICES": Image.of(where),
             "HELD": candidates(problem) <= MOST_HELD,
         },
         rows=cell_rows(problem),
-        pointers={"x": X, "i": Ref("input", 1), "y": Y},
     )  # fmt: skip
     return (launch,)
 
@@ -307,14 +288,7 @@ def prepare(attributes: MaxUnpool2d, tensors: tuple[torch.Tensor, ...]) -> tuple
 
 
 OP = Op(
-    name="max_unpool2d",
-    attributes=MaxUnpool2d,
-    infer=infer,
-    reference=reference,
-    launches=launches,
-    **TILES.space,
-    cost=cost,
-    prepare=prepare,
-    aten={"aten.max_unpool2d.default": _capture},
+    "max_unpool2d", MaxUnpool2d, infer, reference, launches, cost,
+    **TILES.space, prepare=prepare, aten={"aten.max_unpool2d.default": _capture},
     batched="unpooling",
 )  # fmt: skip

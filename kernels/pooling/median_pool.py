@@ -24,8 +24,7 @@ import triton.language as tl
 
 from ...errors import InvalidInputError
 from ..contract.epilogue import GeneratedFunction
-from ..contract.op import Config, Launch, Op, Problem, Target, counted
-from ..contract.spec import TensorSpec
+from ..contract.op import Config, Launch, Op, Problem, Target, TensorSpec, counted
 from ..tile.finish import put
 from ..tile.geometry import tile_launch
 from ..tile.space import output_tile
@@ -151,12 +150,4 @@ def cost(problem: Problem) -> int:
     return 2 * len(pairs) * problem.output.spec.numel
 
 
-OP = Op(
-    name="median_pool2d",
-    attributes=MedianPool2d,
-    infer=infer,
-    reference=reference,
-    launches=launches,
-    **TILES.space,
-    cost=cost,
-)
+OP = Op("median_pool2d", MedianPool2d, infer, reference, launches, cost, **TILES.space)

@@ -21,8 +21,7 @@ import triton.language as tl
 
 from ...errors import InvalidInputError
 from ..contract import scalars
-from ..contract.op import Config, Launch, Op, Operand, Problem, Ref, Target, X, Y, counted
-from ..contract.spec import TensorSpec
+from ..contract.op import Config, Launch, Op, Operand, Problem, Target, TensorSpec, counted
 from ..tile.finish import put
 from ..tile.geometry import tile_launch
 from ..tile.space import output_tile
@@ -117,14 +116,11 @@ def launches(problem: Problem, tile: Config, target: Target) -> tuple[Launch, ..
     """The one launch of the kernel."""
     _, a, b = problem.inputs
     launch = tile_launch(
-        problem,
-        tile,
-        mixed_pool_kernel,
+        problem, tile, mixed_pool_kernel,
         constexprs={
             "WINDOWS": windows(problem), "A": Weight.of(a), "B": Weight.of(b),
             "UNROLL": windows(problem).taps <= MOST_UNROLLED_TAPS,
         },
-        pointers={"x": X, "a": Ref("input", 1), "b": Ref("input", 2), "y": Y},
     )  # fmt: skip
     return (launch,)
 
@@ -144,12 +140,4 @@ def cost(problem: Problem) -> int:
     return 2 * windows(problem).taps * problem.output.spec.numel
 
 
-OP = Op(
-    name="mixed_pool2d",
-    attributes=MixedPool2d,
-    infer=infer,
-    reference=reference,
-    launches=launches,
-    **TILES.space,
-    cost=cost,
-)
+OP = Op("mixed_pool2d", MixedPool2d, infer, reference, launches, cost, **TILES.space)

@@ -22,7 +22,6 @@ from typing import Any
 
 import torch.nn.functional as F
 
-from ..contract import epilogue as ep
 from ..contract.op import Attributes, Config, Launch, Op, Problem, Target, config, counted
 from ..movement.arguments import pooling
 from ..tile.geometry import tile_launch
@@ -64,7 +63,6 @@ def unrolls(problem: Problem) -> bool:
 def launches(problem: Problem, tile: Config, target: Target) -> tuple[Launch, ...]:
     """The one launch of the kernel."""
     window, chosen, tile_rows = windows(problem), reduction(problem), tile["TILE_ROWS"]
-    divide = () if chosen.divisor is None else (ep.Stage("div", literal=float(chosen.divisor)),)
     modelled: dict[str, Any] = {}
     if problem.output.spec.rank == 5:
         loads = window.taps * tile["BLOCK_ROWS"] * tile["BLOCK_COLUMNS"]
@@ -72,15 +70,13 @@ def launches(problem: Problem, tile: Config, target: Target) -> tuple[Launch, ..
         modelled = {"l2_bytes": loads * itemsize, "instructions": 3 * loads}
     outputs = (axis.outputs for axis in (window.depth, window.width))
     launch = tile_launch(
-        problem,
-        tile,
-        pool_kernel,
+        problem, tile, pool_kernel,
         constexprs={
             "WINDOWS": window, "REDUCTION": chosen, "UNROLL": unrolls(problem),
             "TILE_ROWS": tile_rows,
         },
         rows=problem.output.shape[0] * math.prod(outputs) * -(-window.height.outputs // tile_rows),
-        before=divide,
+        before=chosen.divide,
         **modelled,
     )  # fmt: skip
     return (launch,)
@@ -151,19 +147,11 @@ def cost(problem: Problem) -> int:
 def _op(name: str, make: type[Attributes], function: Any, *calls: str, **more: Any) -> Op:
     """calls: the poolings of aten that become it."""
     return Op(
-        name=name,
-        attributes=make,
-        infer=partial(infer, name),
-        reference=partial(reference, function),
-        launches=launches,
-        configs=configs,
-        default=default,
-        legal=legal,
-        cost=cost,
-        aten={f"aten.{call}.default": pooling(name, make) for call in calls},
-        batched="pooling",
+        name, make, partial(infer, name), partial(reference, function), launches, cost, configs,
+        default, legal,
+        aten={f"aten.{call}.default": pooling(name, make) for call in calls}, batched="pooling",
         **more,
-    )
+    )  # fmt: skip
 
 
 OPS = (

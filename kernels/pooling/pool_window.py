@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 
 from ...errors import InvalidInputError
+from ..contract.epilogue import Epilogue, Stage
 from ..contract.op import Attributes, Problem
 from ..contract.spec import Layout, Operand, TensorSpec
 
@@ -200,6 +201,11 @@ class Reduction(NamedTuple):
     norm: float | None = None
     adaptive: bool = False
 
+    @property
+    def divide(self) -> Epilogue:
+        """The stage that divides sums by one number for all, where there is one."""
+        return () if self.divisor is None else (Stage("div", literal=float(self.divisor)),)
+
 
 def reduction(problem: Problem) -> Reduction:
     """The reduction that the problem's attributes ask for."""
@@ -291,11 +297,12 @@ def reference(function: Callable[..., Any], attributes: Attributes, x: torch.Ten
     return function(x, *(getattr(attributes, item.name) for item in fields(attributes)))
 
 
-def reference_max(attributes: MaxPool2d, x: torch.Tensor) -> torch.Tensor:
-    pooled: torch.Tensor = reference(F.max_pool2d, attributes, x)
-    return pooled
+def name_of(pool: MaxPool2d | AvgPool2d) -> str:
+    """The op that a pooling inside another op is by itself."""
+    return "max_pool2d" if isinstance(pool, MaxPool2d) else "avg_pool2d"
 
 
-def reference_avg(attributes: AvgPool2d, x: torch.Tensor) -> torch.Tensor:
-    pooled: torch.Tensor = reference(F.avg_pool2d, attributes, x)
-    return pooled
+def pooled(pool: MaxPool2d | AvgPool2d, x: torch.Tensor) -> torch.Tensor:
+    """The reference of a pooling inside another op."""
+    result: torch.Tensor = reference(getattr(F, name_of(pool)), pool, x)
+    return result

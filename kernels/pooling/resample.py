@@ -253,17 +253,12 @@ def _capture(g: Builder, a: Arguments, kind: str) -> Any:
 
 
 OP = Op(
-    name="resample",
-    attributes=Resample,
-    infer=infer,
-    reference=reference,
-    launches=launches,
+    "resample", Resample, infer, reference, launches, cost,
     **TILES.space,
-    cost=cost,
     aten={
         "aten.upsample_bicubic2d.vec": lambda g, a: _capture(g, a, CUBIC),
         "aten._upsample_bilinear2d_aa.vec": lambda g, a: _capture(g, a, LINEAR_WIDE),
         "aten._upsample_bicubic2d_aa.vec": lambda g, a: _capture(g, a, CUBIC_WIDE),
     },
     batched="upsampling",
-)
+)  # fmt: skip

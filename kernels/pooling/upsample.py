@@ -27,19 +27,9 @@ import triton
 import triton.language as tl
 
 from ...errors import InvalidInputError
-from ..contract.op import (
-    Arguments,
-    Attributes,
-    Builder,
-    Capture,
-    Config,
-    Launch,
-    Op,
-    Problem,
-    counted,
-)
+from ..contract.aten import Arguments, Builder, Capture
+from ..contract.op import Attributes, Config, Launch, Op, Problem, Target, counted
 from ..contract.spec import MEMORY_FORMATS, Layout, TensorSpec
-from ..contract.targets import Target
 from ..movement.arguments import as_image, as_rank_of
 from ..tile.finish import put
 from ..tile.geometry import Matrix, tile_launch
@@ -273,16 +263,9 @@ def _capture(name: str, rule: str) -> Capture:
 
 def _op(name: str, aten: Mapping[str, Capture]) -> Op:
     return Op(
-        name=name,
-        attributes=Upsample,
-        infer=partial(infer, name),
-        reference=reference,
-        launches=launches,
-        **TILES.space,
-        cost=cost,
-        aten=aten,
-        batched="upsampling",
-    )
+        name, Upsample, partial(infer, name), reference, launches, cost,
+        **TILES.space, aten=aten, batched="upsampling",
+    )  # fmt: skip
 
 
 OPS = (

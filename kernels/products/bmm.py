@@ -22,22 +22,10 @@ import triton.language as tl
 
 from ...errors import InvalidInputError
 from ..contract import epilogue as ep
+from ..contract.aten import Arguments, Builder
 from ..contract.epilogue import Stage
-from ..contract.op import (
-    Arguments,
-    Attributes,
-    Builder,
-    Config,
-    Launch,
-    Op,
-    Problem,
-    W,
-    X,
-    Y,
-    counted,
-)
+from ..contract.op import Attributes, Config, Launch, Op, Problem, Target, counted
 from ..contract.spec import Layout, Operand, TensorSpec
-from ..contract.targets import Target
 from ..movement.movement import Permute
 from ..movement.pointwise import Pointwise
 from ..movement.rearrange import infer_rearrange, rearrange
@@ -230,16 +218,13 @@ def launches(problem: Problem, tile: Config, target: Target) -> tuple[Launch, ..
     attributes, (a, b), size = problem.attributes.expect(Bmm), problem.inputs, size_of(problem)
     leading = problem.output.shape[:-2]
     launch = tile_launch(
-        problem,
-        tile,
-        bmm_kernel,
+        problem, tile, bmm_kernel,
         constexprs={
             "HEIGHT": size.rows, "DEPTH": size.depth,
             "X": Strides.of(attributes.left, a, leading),
             "W": Strides.of(attributes.right, b, leading),
         },
         precision=choice.dot_precision(problem, size.depth),
-        pointers={"x": X, "w": W, "y": Y},
         rows=size.groups,
         block_rows=1,
         programs=-(-size.rows // tile["BLOCK_M"]),
@@ -343,13 +328,8 @@ def _capture_attention(g: Builder, a: Arguments) -> Any:
 
 
 OP = Op(
-    name="bmm",
-    attributes=Bmm,
-    infer=infer,
-    reference=reference,
-    launches=launches,
+    "bmm", Bmm, infer, reference, launches, counted(lambda problem: size_of(problem).flops),
     **choice.of_product(size_of),
-    cost=counted(lambda problem: size_of(problem).flops),
     aten={
         "aten.bmm.default": lambda g, a: multiplied(g, a.self, a.mat2),
         "aten.mm.default": lambda g, a: multiplied(g, a.self, a.mat2),
@@ -357,7 +337,5 @@ OP = Op(
         "aten.baddbmm.default": _capture_baddbmm,
         "aten.scaled_dot_product_attention.default": _capture_attention,
     },
-    images=False,
-    follows=True,
-    factors=(0, 1),
+    images=False, follows=True, factors=(0, 1),
 )  # fmt: skip

@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 
 from ..contract import cost_model
-from ..contract.op import Config, Launch, Problem, Target, W, X, Y, config, power_of_two
+from ..contract.op import Config, Launch, Problem, Target, config, power_of_two
 from ..tile import choice, gemm
 from ..tile.finish import put
 from ..tile.geometry import Matrix, tile_launch
@@ -166,11 +166,8 @@ def launch(problem: Problem, tile: Config) -> Launch:
     weight."""
     size = gemm.problem_size(problem)
     return tile_launch(
-        problem,
-        tile,
-        gemv_kernel,
+        problem, tile, gemv_kernel,
         constexprs={"X": Matrix.of(problem.inputs[0]), "PROLOGUE": gemm.prologue_of(problem)},
         rows=size.rows,
-        pointers={"x": X, "w": W, "y": Y},
         **_modelled(size, tile),
-    )
+    )  # fmt: skip

@@ -68,21 +68,11 @@ def _transposed(g: Builder, wt: Any) -> Any:
 
 
 OP = Op(
-    name="linear",
-    attributes=Linear,
-    infer=infer,
-    reference=reference,
-    launches=launches,
-    configs=product.configs,
-    default=product.default,
-    legal=product.legal,
-    crowded=product.crowded,
-    cost=cost,
+    "linear", Linear, infer, reference, launches, cost, product.configs, product.default,
+    product.legal, product.crowded,
     aten={
         "aten.linear.default": lambda g, a: _apply(g, a.input, a.weight, a.bias),
         "aten.addmm.default": _capture_addmm,
     },
-    packs=lambda attributes: {1: lambda _, w: w.contiguous()},
-    takes_prologue=True,
-    images=False,
-)
+    packs=lambda attributes: {1: lambda _, w: w.contiguous()}, takes_prologue=True, images=False,
+)  # fmt: skip

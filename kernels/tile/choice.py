@@ -11,8 +11,7 @@ import torch
 
 from ..contract import cost_model
 from ..contract.cost_model import MULTIPROCESSORS
-from ..contract.op import NONE, Config, Launch, Problem, config, power_of_two
-from ..contract.targets import Target
+from ..contract.op import NONE, Config, Launch, Problem, Target, config, power_of_two
 from . import split_k
 
 # (BLOCK_M, BLOCK_N, warps), the largest first. What a tile of 128x256 reads out of L2 serves twice

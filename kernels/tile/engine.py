@@ -19,8 +19,7 @@ import triton
 import triton.language as tl
 
 from ..contract import programmatic_launch
-from ..contract.op import Config, Launch, Problem, Ref, W, X, Y
-from ..contract.targets import Target
+from ..contract.op import Config, Launch, Problem, Ref, Target, W, X, Y
 from . import split_k
 from .finish import Finish, store
 from .geometry import Tile, tile_launch
@@ -118,9 +117,7 @@ def launch(
     pointers: of other tensors than the first input and the first weight.
     """
     return tile_launch(
-        problem,
-        tile,
-        tile_kernel,
+        problem, tile, tile_kernel,
         # What is not there is never read: the output stands for it.
         pointers={
             "x": X, "w": W, "x2": Y, "w2": Y, "y": Y, **split_k.pointers(split),

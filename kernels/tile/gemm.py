@@ -117,9 +117,7 @@ def launch(problem: Problem, tile: Config) -> Launch:
     weight."""
     size, split = problem_size(problem), split_of(tile)
     return tile_launch(
-        problem,
-        tile,
-        gemm_kernel,
+        problem, tile, gemm_kernel,
         constexprs={
             "X": Matrix.of(problem.inputs[0]), "PROLOGUE": prologue_of(problem),
             "FINITE": is_finite_at_zero(problem), "SPLIT": split, "PDL": False,

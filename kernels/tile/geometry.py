@@ -11,10 +11,9 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from ..contract import epilogue as ep
-from ..contract.op import Config, Launch, Operand, Problem, Ref, X, Y, operand_refs
+from ..contract.op import Config, Launch, Operand, Problem, Ref, operand_refs
 from ..contract.spec import rows_and_columns
 
-FROM_X_TO_Y: Mapping[str, Ref] = {"x": X, "y": Y}
 ROWS = ("BLOCK_M", "BLOCK_ROWS", "BLOCK_OUTER", "ROWS")
 COLUMNS = ("BLOCK_N", "BLOCK_COLUMNS", "BLOCK_GROUPS")
 """What configurations call the rows and the columns of a tile."""
@@ -129,6 +128,15 @@ def problem_extras(problem: Problem) -> tuple[Ref, ...]:
     return (*operand_refs(problem), *(Ref("prologue", index) for index in range(count)))
 
 
+def own_pointers(kernel: Any, problem: Problem) -> dict[str, Ref]:
+    """What the pointers stand for that a kernel takes in front of `extras`: the first inputs, then
+    all outputs."""
+    names = kernel.arg_names[: kernel.arg_names.index("extras")]
+    read = len(names) - len(problem.outputs)
+    refs = [Ref("input", at) if at < read else Ref("output", at - read) for at in range(len(names))]
+    return dict(zip(names, refs, strict=True))
+
+
 def tile_launch(
     problem: Problem,
     tile: Config,
@@ -139,7 +147,7 @@ def tile_launch(
     before: ep.Epilogue = (),
     output: Output | None = None,
     rolled: int = 0,
-    pointers: Mapping[str, Ref] = FROM_X_TO_Y,
+    pointers: Mapping[str, Ref] | None = None,
     extras: tuple[Ref, ...] = (),
     rows: int | None = None,
     columns: int | None = None,
@@ -151,6 +159,7 @@ def tile_launch(
     """A launch of one program per tile of the output, whose kernel takes TILE and OUTPUT beside
     `constexprs`.
 
+    pointers: those of the kernel, where they are others than `own_pointers`.
     before: stages in front of the epilogue; output: in place of the problem's first one and of
     both. extras: more tensors that the kernel reads, behind those of the epilogue and the prologue.
     rows: what `m` counts, by default the output's rows, of which a tile has `block_rows`; columns:
@@ -165,7 +174,7 @@ def tile_launch(
     sizes = Tile.of(problem, tile, precision)._replace(rolled=rolled)
     return Launch(
         kernel=kernel,
-        pointers=pointers,
+        pointers=own_pointers(kernel, problem) if pointers is None else pointers,
         extras=(*problem_extras(problem), *extras),
         rows=rows_and_columns(out.spec)[0] if rows is None else rows,
         batch=out.spec.batch,

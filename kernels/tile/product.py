@@ -40,19 +40,9 @@ def share_of(split, STEPS: tl.constexpr, SPLIT: tl.constexpr):
 
 @triton.jit
 def add_product(
-    acc,
-    x,
-    w,
-    at,
-    columns,
-    column_mask,
-    stop,
-    split,
-    extras,
-    SOURCE: tl.constexpr,
-    TILE: tl.constexpr,
-    SPLIT: tl.constexpr,
-):
+    acc, x, w, at, columns, column_mask, stop, split, extras,
+    SOURCE: tl.constexpr, TILE: tl.constexpr, SPLIT: tl.constexpr,
+):  # fmt: skip
     """acc [M, N] plus this program's share of the products of SOURCE with the rows `columns` of w
     (K, taps·depth).
 

@@ -259,7 +259,8 @@ def smaller_batch(subject: Subject, data: st.DataObject, seed: int, pad: int) ->
     """A plan for the largest batch serves a smaller one, and leaves the other samples alone."""
     op = subject.op
     case = batched(data.draw(subject.cases(data.draw(harness.dtypes))))
-    batch = case.specs[0].shape[0]
+    # Of the first input it is none where that is spread over others.
+    batch = max(spec.batch or 1 for spec in case.specs)
     try:
         outputs = case.outputs
     except InvalidInputError as error:

@@ -56,15 +56,17 @@ def function_of(opcode: tuple[str, ...], operands: int) -> Meaning:
     kind = kinds[-1]
     if root in ("mul", "mad") and kind not in FLOATS:
         return _product(root, rest, kind)
+    if root == "shf":
+        return Meaning(("b32", "b32", "u32"), "b32", _funnel(rest))
+    if root == "prmt" and rest:
+        raise UnsupportedPtxError(", ".join(rest))
     if root in _BITWISE:
-        return _BITWISE[root](rest, kind)
+        return _bitwise(root, kind)
     return _plain(root, rest, kind, operands)
 
 
 def _plain(root: str, rest: list[str], kind: str, operands: int) -> Meaning:
     """Operands and result of one type, but for a condition or a number of places."""
-    if root in ("shl", "shr"):
-        return Meaning((kind, "u32"), kind, _shift(root, BITS[kind]))
     if root in ("min", "max"):
         return Meaning((kind, kind), kind, _extremum(root, kind, rest))
     if root == "selp":
@@ -184,16 +186,16 @@ def _product(root: str, rest: list[str], kind: str) -> Meaning:
     return Meaning((kind, kind), kind, operator.mul)
 
 
-def _shift(root: str, bits: int) -> Function:
-    def shift(a: Array, by: Array) -> Array:
-        amount = np.minimum(by, bits - 1).astype(a.dtype)
-        if root == "shl":
-            return np.where(by >= bits, 0, a << amount).astype(a.dtype)
-        # The sign fills a signed number; shifting by one less than its width leaves only that.
-        moved = a >> amount
-        return moved if a.dtype.kind == "i" else np.where(by >= bits, 0, moved).astype(a.dtype)
+def _shift_left(a: Array, by: Array) -> Array:
+    bits = 8 * a.itemsize
+    return np.where(by >= bits, 0, a << np.minimum(by, bits - 1).astype(a.dtype)).astype(a.dtype)
 
-    return shift
+
+def _shift_right(a: Array, by: Array) -> Array:
+    """The sign fills a signed number; shifting by one less than its width leaves only that."""
+    bits = 8 * a.itemsize
+    moved = a >> np.minimum(by, bits - 1).astype(a.dtype)
+    return moved if a.dtype.kind == "i" else np.where(by >= bits, 0, moved).astype(a.dtype)
 
 
 def _extremum(root: str, kind: str, rest: list[str]) -> Function:
@@ -202,62 +204,32 @@ def _extremum(root: str, kind: str, rest: list[str]) -> Function:
     return np.minimum if root == "min" else np.maximum
 
 
-def _extract(rest: list[str], kind: str) -> Meaning:
-    bits = BITS[kind]
-
-    def extract(a: Array, position: Array, length: Array) -> Array:
-        if int(length.max()) + int(position.max()) > bits or (length == 0).any():
-            raise UnsupportedPtxError("beyond the register")
-        up = (bits - position - length).astype(a.dtype)
-        return np.asarray((a << up) >> (bits - length).astype(a.dtype))
-
-    return Meaning((kind, "u32", "u32"), kind, extract)
+def _extract(a: Array, position: Array, length: Array) -> Array:
+    bits = 8 * a.itemsize
+    if int(length.max()) + int(position.max()) > bits or (length == 0).any():
+        raise UnsupportedPtxError("beyond the register")
+    up = (bits - position - length).astype(a.dtype)
+    return np.asarray((a << up) >> (bits - length).astype(a.dtype))
 
 
-def _insert(rest: list[str], kind: str) -> Meaning:
-    def insert(a: Array, b: Array, position: Array, length: Array) -> Array:
-        mask = ((1 << length.astype(np.uint64)) - 1).astype(a.dtype)
-        at = position.astype(a.dtype)
-        return np.asarray((b & ~(mask << at)) | ((a & mask) << at))
-
-    return Meaning((kind, kind, "u32", "u32"), kind, insert)
+def _insert(a: Array, b: Array, position: Array, length: Array) -> Array:
+    mask = ((1 << length.astype(np.uint64)) - 1).astype(a.dtype)
+    at = position.astype(a.dtype)
+    return np.asarray((b & ~(mask << at)) | ((a & mask) << at))
 
 
-def _funnel(rest: list[str], kind: str) -> Meaning:
+def _funnel(rest: list[str]) -> Function:
     def funnel(low: Array, high: Array, by: Array) -> Array:
         amount = (np.minimum(by, 32) if "clamp" in rest else by & 31).astype(np.uint64)
         both = (high.astype(np.uint64) << np.uint64(32)) | low
         moved = (both << amount) >> np.uint64(32) if "l" in rest else both >> amount
         return moved.astype(np.uint32)
 
-    return Meaning(("b32", "b32", "u32"), "b32", funnel)
+    return funnel
 
 
-def _leading_zeros(rest: list[str], kind: str) -> Meaning:
-    def count(a: Array) -> Array:
-        return np.array([BITS[kind] - int(value).bit_length() for value in a], np.uint32)
-
-    return Meaning((kind,), "u32", count)
-
-
-def _ones(rest: list[str], kind: str) -> Meaning:
-    return Meaning((kind,), "u32", lambda a: np.bitwise_count(a).astype(np.uint32))
-
-
-def _permutation(rest: list[str], kind: str) -> Meaning:
-    if rest:
-        raise UnsupportedPtxError(", ".join(rest))
-    return Meaning(("b32",) * 3, "b32", _permute_bytes)
-
-
-def _truth_table(rest: list[str], kind: str) -> Meaning:
-    return Meaning(("b32",) * 4, "b32", _lop3)
-
-
-_BITWISE: Mapping[str, Callable[[list[str], str], Meaning]] = {
-    "bfe": _extract, "bfi": _insert, "shf": _funnel, "popc": _ones, "clz": _leading_zeros,
-    "prmt": _permutation, "lop3": _truth_table,
-}  # fmt: skip
+def _leading_zeros(a: Array) -> Array:
+    return np.array([8 * a.itemsize - int(value).bit_length() for value in a], np.uint32)
 
 
 def _permute_bytes(a: Array, b: Array, selector: Array) -> Array:
@@ -281,6 +253,22 @@ def _lop3(a: Array, b: Array, c: Array, table: Array) -> Array:
             term = term & (b if index & 2 else ~b)
             result |= term & (c if index & 1 else ~c)
     return result
+
+
+_BITWISE: Mapping[str, tuple[str, str, Function]] = {
+    "bfe": ("own u32 u32", "own", _extract), "bfi": ("own own u32 u32", "own", _insert),
+    "popc": ("own", "u32", lambda a: np.bitwise_count(a).astype(np.uint32)),
+    "clz": ("own", "u32", _leading_zeros), "prmt": ("b32 b32 b32", "b32", _permute_bytes),
+    "lop3": ("b32 b32 b32 b32", "b32", _lop3), "shl": ("own u32", "own", _shift_left),
+    "shr": ("own u32", "own", _shift_right),
+}  # fmt: skip
+"""Kinds of the operands and of the result, "own" that of the instruction, and the function."""
+
+
+def _bitwise(root: str, kind: str) -> Meaning:
+    operands, result, function = _BITWISE[root]
+    kinds = tuple(kind if each == "own" else each for each in operands.split())
+    return Meaning(kinds, kind if result == "own" else result, function)
 
 
 _COMPARE: Mapping[str, Function] = {

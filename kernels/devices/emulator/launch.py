@@ -10,9 +10,7 @@ import numpy as np
 import torch
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from ...contract.op import Launch, Ref
-from ...contract.spec import Operand
-from ...contract.targets import Target
+from ...contract.op import Launch, Operand, Ref, Target
 from .. import execute, offline
 from . import source
 from .clocks import Array

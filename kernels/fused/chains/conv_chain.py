@@ -29,9 +29,8 @@ import triton
 import triton.language as tl
 
 from ...contract import epilogue as ep
-from ...contract.op import Attributes, Config, Launch, Op, Problem, Ref, counted
+from ...contract.op import Attributes, Config, Launch, Op, Problem, Ref, Target, counted
 from ...contract.spec import Layout, Operand, TensorSpec
-from ...contract.targets import Target
 from ...tile import choice, conv_geometry, source, space
 from ...tile.conv_geometry import Conv2d
 from ...tile.finish import put, write
@@ -270,13 +269,11 @@ def default(problem: Problem, target: Target) -> Config:
     if target.name == "interpreter":
         return tiles.interpreter_tile(sizes)
     return choice.choose(
-        tiles.configs(sizes, target),
-        lambda tile: launch_for_cost_model(problem, tile),
-        choice.Work.of(problem, cost(problem).flops),
-        target,
+        tiles.configs(sizes, target), lambda tile: launch_for_cost_model(problem, tile),
+        choice.Work.of(problem, cost(problem).flops), target,
         crowded=lambda tile: tiles.crowded(sizes, tile, target),
         default=tiles.any_tile(sizes),
-    )
+    )  # fmt: skip
 
 
 @counted
@@ -289,19 +286,8 @@ def cost(problem: Problem) -> int:
 
 
 OP = Op(
-    name="conv_chain",
-    attributes=ConvChain,
-    infer=infer,
-    reference=reference,
-    launches=launches,
-    configs=configs,
-    default=default,
-    legal=legal,
-    crowded=crowded,
-    cost=cost,
+    "conv_chain", ConvChain, infer, reference, launches, cost, configs, default, legal, crowded,
     # Mostly positive: an intermediate that is rounded to the other side, as the order of a sum
     # decides, means nothing beside a result that cancels.
-    input_range=(-1.0, 3.0),
-    packs=lambda chain: links.packs(chain.links),
-    takes_epilogue=False,
-)
+    input_range=(-1.0, 3.0), packs=lambda chain: links.packs(chain.links), takes_epilogue=False,
+)  # fmt: skip

@@ -13,8 +13,7 @@ from dataclasses import dataclass
 import torch
 
 from ...contract.cost_model import Block, product_traffic
-from ...contract.op import Config, Launch, config, power_of_two
-from ...contract.targets import Target
+from ...contract.op import Config, Launch, Target, config, power_of_two
 from ...tile import choice
 
 PER_RESULT = 6
@@ -84,8 +83,6 @@ def configs(sizes: Sizes, target: Target) -> Iterator[Config]:
 
 def legal(sizes: Sizes, tile: Config, target: Target) -> str | None:
     """Shared memory for the pipelined operands."""
-    if target.name == "interpreter":
-        return None
     return target.shared_shortage(_shared_bytes(sizes, tile))
 
 

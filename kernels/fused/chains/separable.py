@@ -28,9 +28,8 @@ import torch
 
 from ....errors import InvalidInputError
 from ...contract import epilogue as ep
-from ...contract.op import Attributes, Config, Launch, Op, Problem, Ref, X, Y, counted
+from ...contract.op import Attributes, Config, Launch, Op, Problem, Ref, Target, X, Y, counted
 from ...contract.spec import TensorSpec
-from ...contract.targets import Target
 from ...tile import choice, engine
 from ...tile.conv_geometry import Conv2d
 from ...tile.finish import Finish
@@ -140,14 +139,12 @@ def launches(problem: Problem, tile: Config, target: Target) -> tuple[Launch, ..
         )
         return (launch,)
     launch = tile_launch(
-        problem,
-        tile,
-        parts.resident_kernel,
+        problem, tile, parts.resident_kernel,
         constexprs={"SPACE": space, "SOURCE": source, "SPAN": tile["SPAN"]},
         pointers={"x": X, "w": own["w2"], "y": Y},
         block_rows=space.per_tile,
         **shared,
-    )
+    )  # fmt: skip
     return (replace(launch, columns=-(-channels // tile["SPAN"])),)
 
 
@@ -204,14 +201,11 @@ def default(problem: Problem, target: Target) -> Config:
         return max(area // (32 * tile.num_warps), 32)
 
     return choice.choose(
-        configs(problem, target),
-        launch_of,
-        choice.Work.of(problem, cost(problem).flops),
-        target,
+        configs(problem, target), launch_of, choice.Work.of(problem, cost(problem).flops), target,
         waste=accumulators,
         crowded=lambda tile: separable_tiles.crowded(block, tile, target),
         default=next(separable_tiles.accumulating(block)),  # `legal` tells why none can run.
-    )
+    )  # fmt: skip
 
 
 @counted
@@ -224,16 +218,6 @@ def cost(problem: Problem) -> int:
 
 
 OP = Op(
-    name="separable",
-    attributes=Separable,
-    infer=infer,
-    reference=reference,
-    launches=launches,
-    configs=configs,
-    default=default,
-    legal=legal,
-    crowded=crowded,
-    cost=cost,
-    packs=lambda separable: links.packs(separable.links),
-    takes_epilogue=False,
-)
+    "separable", Separable, infer, reference, launches, cost, configs, default, legal, crowded,
+    packs=lambda separable: links.packs(separable.links), takes_epilogue=False,
+)  # fmt: skip

@@ -14,8 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from ...contract import cost_model
-from ...contract.op import Config, config, power_of_two
-from ...contract.targets import Target
+from ...contract.op import Config, Target, config, power_of_two
 
 if TYPE_CHECKING:
     from ...tile.conv_geometry import Conv2d

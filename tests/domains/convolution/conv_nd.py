@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from convloom.errors import InvalidInputError
 from convloom.kernels.contract.spec import Layout, TensorSpec
-from convloom.kernels.convolution.conv_window import BorderConv2d, Conv3d, ConvNd, infer
+from convloom.kernels.convolution.conv_nd import BorderConv2d, Conv3d, ConvNd, infer
 
 from ...properties.domain import Domain
 
