@@ -22,13 +22,15 @@ VALUES = (
 )  # fmt: skip
 LITERALS = (-INFINITY, -3.0, -2.0, -1.0, -0.5, 0.0, 0.5, 1.0, 1.5, 2.0, 3.0, INFINITY, math.nan)
 UNARY = [scalar for scalar in SCALARS if scalar.operands == 1]
-EITHER_ZERO = ("relu", "clamp", "maximum", "minimum", "softshrink")
-"""The larger and the smaller of two zeros is either, as what is shrunk to zero is: with torch it
-depends on the instructions that a tensor of that size is computed by."""
+EITHER_ZERO = ("relu", "clamp", "maximum", "minimum", "softshrink", "lerp_by")
+"""The larger and the smaller of two zeros is either, as what is shrunk to zero is and the sum of a
+zero and a product too small: with torch it depends on the instructions that a tensor of that size
+is computed by."""
 VECTORISED = ("gelu", "fmod", "remainder")
 """In fp32, torch's code for vectors of a CPU gives NaN for gelu of infinity and for remainders of
 far smaller divisors; in fp64 it does not."""
 BINARY = [scalar for scalar in SCALARS if scalar.operands == 2]
+SEVERAL = [scalar for scalar in SCALARS if scalar.operands > 1]
 
 
 def check(
@@ -90,13 +92,18 @@ def test_of_ordinary_numbers(scalar: Scalar) -> None:
         torch.testing.assert_close(got.double(), truth.double(), rtol=1e-5, atol=1e-6)
 
 
+def combinations(scalar: Scalar, dtype: torch.dtype) -> list[torch.Tensor]:
+    """An operand each, so that every number meets every other."""
+    met = torch.meshgrid(*[values(dtype).flatten()] * scalar.operands, indexing="ij")
+    return [each.reshape(len(VALUES), -1).contiguous() for each in met]
+
+
 @pytest.mark.interpreter
 @both
-@pytest.mark.parametrize("scalar", BINARY, ids=lambda scalar: scalar.name)
-def test_of_two_numbers(scalar: Scalar, dtype: torch.dtype) -> None:
-    first, second = torch.broadcast_tensors(values(dtype), values(dtype).T)
+@pytest.mark.parametrize("scalar", SEVERAL, ids=lambda scalar: scalar.name)
+def test_of_several_numbers(scalar: Scalar, dtype: torch.dtype) -> None:
     for parameters in scalar.examples:
-        check(scalar, Pointwise(parameters), first.contiguous(), second.contiguous())
+        check(scalar, Pointwise(parameters), *combinations(scalar, dtype))
 
 
 @pytest.mark.interpreter
@@ -115,17 +122,22 @@ def test_of_a_number_and_a_literal(scalar: Scalar, reverse: bool, dtype: torch.d
 @pytest.mark.parametrize("name", [
     "pow", "neg", "elu", "gelu", "gelu_tanh", "log_sigmoid", "threshold", "softshrink", "log1p",
     "nan_to_num", "expm1", "sin", "cos", "atan", "erf", "floor", "ceil", "round", "trunc", "atan2",
-    "fmod", "remainder", "lerp",
+    "fmod", "remainder", "lerp", "lerp_by",
 ])  # fmt: skip
 def test_as_compiled_for_a_gpu(name: str) -> None:
-    scalar = BY_NAME[name]
-    device = harness.Emulator("sm_90")
-    if scalar.operands == 1:
-        check(scalar, Pointwise(scalar.examples[0]), values(torch.float32), device=device)
-        return
-    first, second = torch.broadcast_tensors(values(torch.float32), values(torch.float32).T)
-    parameters = Pointwise(scalar.examples[0])
-    check(scalar, parameters, first.contiguous(), second.contiguous(), device=device)
+    scalar, device = BY_NAME[name], harness.Emulator("sm_90")
+    tensors = combinations(scalar, torch.float32)
+    check(scalar, Pointwise(scalar.examples[0]), *tensors, device=device)
+
+
+@pytest.mark.interpreter
+def test_the_end_of_a_way_is_exact() -> None:
+    """Of numbers far apart, whose difference is rounded."""
+    module, _ = nets.make(lambda m, x, y, w: torch.lerp(x, y, w), (1, 1))
+    start, end, weight = torch.tensor([[1e8]]), torch.tensor([[1.25]]), torch.ones(1, 1)
+    exe = convloom.compile(module, (start, end, weight), target="interpreter")
+    assert exe(start, end, weight).item() == 1.25
+    assert exe(end, start, 0 * weight).item() == 1.25
 
 
 @pytest.mark.interpreter

@@ -379,12 +379,20 @@ def minimum(a, b):
     return tl.minimum(a, b, propagate_nan=NAN)
 
 
-@scalar_jit(_pair(torch.lerp), 2, ("weight",), ((0.25,), (0.75,)))
+# Lerp starts from the nearer end: with a weight of 1 the second number comes out as it is.
+
+
+@scalar_jit(_pair(torch.lerp), 2, ("weight",), ((0.25,), (0.75,)), aten=("aten.lerp.Scalar",))
 def lerp(a, b, weight):
-    # From the nearer end: with a weight of 1 the second number comes out as it is.
     way = b - a
     is_near: tl.constexpr = (weight > -0.5) and (weight < 0.5)
     return a + weight * way if is_near else b - way * (1.0 - weight)
+
+
+@scalar_jit(torch.lerp, 3, aten=("aten.lerp.Tensor",))
+def lerp_by(a, b, weight):
+    is_near = tl.abs(weight) < 0.5
+    return tl.where(is_near, a, b) + tl.where(is_near, weight, weight - 1.0) * (b - a)
 
 
 @scalar_jit(torch.square)

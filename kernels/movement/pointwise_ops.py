@@ -164,15 +164,6 @@ def _nan_to_num(g: Builder, a: Arguments) -> Any:
     return g.apply("nan_to_num", (a.self,), Pointwise(parameters))
 
 
-def _lerp(g: Builder, a: Arguments) -> Any:
-    """start + weight * (end - start), rounded once."""
-    start, end, weight = a.self, a.end, a.weight
-    if not _is_value(weight):
-        return g.apply("lerp", (start, end), Pointwise((float(weight),)))
-    stages = (ep.Stage("mul"), ep.Stage("add"))
-    return g.apply("sub", (end, start, weight, start), Pointwise(), stages)
-
-
 def _round(g: Builder, a: Arguments) -> Any:
     """Rounded to so many decimal places, of which there may be less than none."""
     if a.decimals == 0:
@@ -344,7 +335,6 @@ SPECIAL: dict[str, dict[str, Capture]] = {
     },
     "where": {f"where.{kind}": _where for kind in ("self", "ScalarOther", "ScalarSelf", "Scalar")},
     "masked_fill": {f"masked_fill.{kind}": _masked_fill for kind in ("Tensor", "Scalar")},
-    "lerp": {"lerp.Scalar": _lerp, "lerp.Tensor": _lerp},
     "round": {"round.decimals": _round, "special_round.default": _round},
     "identity": {
         f"{name}.default": _identity
