@@ -67,6 +67,10 @@ def compiled(case: str) -> Any:
     return offline.compile_request(request(programmatic_launch.programmatic(launch, SM_90)))
 
 
+def programmatic(filters: int) -> Launch:
+    return programmatic_launch.programmatic(launch_of(filters), SM_90)
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_a_programmatic_kernel_waits_before_it_touches_memory(case: str) -> None:
     """Once, before the loop: a wait inside a pipelined loop would come after its first copies."""
@@ -86,6 +90,16 @@ def test_a_programmatic_kernel_waits_before_it_touches_memory(case: str) -> None
 MEMORY = ("LDG", "LDGSTS", "STG", "ATOMG", "RED")
 
 
+@pytest.mark.parametrize("case", [name for name, filters in CASES.items() if filters])
+def test_weights_are_asked_for_before_the_wait(case: str) -> None:
+    """Into the cache alone: what the kernel in front writes is read behind the wait."""
+    ptx = compiled(case).asm["ptx"]
+    assert ptx.index("cp.async.bulk.prefetch.L2.global") < ptx.index("griddepcontrol.wait")
+    sass = offline.disassembly(compiled(case))
+    assert sass.index("UBLKPF") < sass.index("ACQBULK")
+    assert not offline.resources(request(programmatic(CASES[case]))).spill_bytes
+
+
 def test_the_flag_compiles_out() -> None:
     launch = launch_of(3)
     assert not programmatic_launch.is_programmatic(launch.constexprs)
@@ -102,6 +116,44 @@ def test_only_kernels_and_targets_that_can_are_launched_so() -> None:
     assert programmatic_launch.programmatic(other, SM_90) is other
     changed = programmatic_launch.programmatic(launch, SM_90)
     assert programmatic_launch.is_programmatic(changed.constexprs)
+
+
+# What is asked for ahead, in the emulator, which refuses bytes beside the weights.
+
+
+class Layers(nn.Module):
+    """Ragged tiles, a split sum, groups, rows of channels that are no sixteens of bytes, weights
+    that are computed, and a linear layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.ragged = nn.Conv2d(24, 40, 3, padding=1)
+        self.wide = nn.Conv2d(40, 512, 1)
+        self.split = nn.Conv2d(512, 36, 3)
+        self.odd = nn.Conv2d(36, 9, 1)
+        self.grouped = nn.Conv2d(9, 64, (3, 1))
+        self.groups = nn.Conv2d(64, 64, 3, groups=2)
+        self.last = nn.Linear(64, 10)
+        self.scale = nn.Parameter(torch.ones(64, 1))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.odd(torch.relu(self.split(torch.relu(self.wide(self.ragged(x))))))
+        x = self.groups(torch.relu(self.grouped(x))).flatten(2).mean(2)
+        return torch.as_tensor(self.last(x @ (torch.sigmoid(x.t()) @ x)))
+
+
+@pytest.mark.parametrize("batch", [1, pytest.param(5, marks=pytest.mark.slow)])
+def test_results_are_right_with_weights_asked_for(
+    monkeypatch: pytest.MonkeyPatch, batch: int
+) -> None:
+    monkeypatch.setenv("CONVLOOM_LAUNCH", "programmatic")
+    torch.manual_seed(0)
+    module, x = Layers().eval(), torch.randn(batch, 24, 7, 6)
+    exe = convloom.compile(module, (x,), target="emulator:sm_90", dtype=torch.float16)
+    asked = [launch.constexprs for _, launch in exe.plan.kernels if "TILE" in launch.constexprs]
+    assert sum(programmatic_launch.is_programmatic(each) for each in asked) >= 5
+    assert any(each.get("SPLIT", 1) > 1 for each in asked)
+    torch.testing.assert_close(exe(x), module(x), rtol=5e-3, atol=5e-3)
 
 
 # The option.

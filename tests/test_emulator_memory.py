@@ -71,6 +71,29 @@ def test_faults_of_stacks_are_seen(body: str, message: str) -> None:
         emulate(f"{FRAME} {body}")
 
 
+# ------------------------------------------------------------------- what is asked for ahead
+
+ASK = "cp.async.bulk.prefetch.L2.global [%rd1+{}], {}; mov.u32 %r9, 7;"
+
+
+def test_bytes_of_a_tensor_may_be_asked_for() -> None:
+    assert emulate(f"{ASK.format(16, 240)} {store()}").tolist() == [7] * THREADS
+
+
+@pytest.mark.parametrize(
+    ("at", "size", "message"),
+    [
+        (0, 272, "outside every tensor"),
+        (256, 16, "outside every tensor"),
+        (8, 16, "a misaligned access of 16 bytes"),
+        (0, 24, "a misaligned access of 16 bytes"),
+    ],
+)
+def test_other_bytes_may_not_be_asked_for(at: int, size: int, message: str) -> None:
+    with pytest.raises(FaultError, match=message):
+        emulate(ASK.format(at, size))
+
+
 # ------------------------------------------------------------------------------------- NaN
 
 # Half of the threads have one NaN, half of them the other one; the last word is no NaN.

@@ -7,7 +7,10 @@ results are visible (`grid_dependency_wait`); the predecessor waited in the same
 everything earlier is complete too.
 
 The wait stands before the main loop: loads are hoisted out of a pipelined loop, above a wait that
-stands inside it (triton issue 11905). `PDL` is a compile-time constant of the kernels that take
+stands inside it (triton issue 11905). In front of it weights are asked for (`ask_ahead`), most of
+what small batches read, so that they leave DRAM while the predecessor still computes.
+
+`PDL` is a compile-time constant of the kernels that take
 part, and compiles out; it is off unless `settings.py` says otherwise: its value is not measured.
 """
 
@@ -33,6 +36,20 @@ def grid_dependency_wait(PDL: tl.constexpr):
     """Everything that earlier kernels wrote is visible behind this line."""
     if PDL:
         gdc_wait()
+
+
+@triton.jit
+def ask_ahead(pointers, size_bytes):
+    """As many bytes from each pointer on, sixteens of both, are on their way to the L2 cache.
+    Nothing is read yet: who has written them in the meantime is not missed."""
+    tl.inline_asm_elementwise(
+        "cp.async.bulk.prefetch.L2.global [$1], $2; mov.u32 $0, 0;",
+        "=r,l,r",
+        [pointers, size_bytes],
+        dtype=tl.int32,
+        is_pure=False,
+        pack=1,
+    )
 
 
 @triton.jit

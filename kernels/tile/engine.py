@@ -23,7 +23,7 @@ from ..contract.op import Config, Launch, Problem, Ref, Target, W, X, Y
 from . import split_k
 from .finish import Finish, store
 from .geometry import Tile, tile_launch
-from .product import add_product, least_rolled
+from .product import add_product, ask_for_weights, least_rolled
 from .source import Source
 from .space import Space, pixel_index, tile_index
 
@@ -40,6 +40,9 @@ def compute_tile(
     N: tl.constexpr = TILE.N
     image, p, q, live = SPACE.place(first, stop, SPACE, TILE)
     at = SOURCE.begin(first, stop, image, p, q, live, SOURCE, SPACE, TILE)
+    ask_for_weights(
+        w, columns, column_mask, first, split, SOURCE.taps, SOURCE.depth, TILE, SPLIT, PDL
+    )
     programmatic_launch.grid_dependency_wait(PDL)
     acc = tl.zeros((M, N), tl.float32)
     acc = add_product(acc, x, w, at, columns, column_mask, stop, split, extras, SOURCE, TILE, SPLIT)

@@ -20,7 +20,7 @@ from . import split_k
 from .choice import Size, dot_precision, modelled, split_of
 from .finish import store
 from .geometry import Matrix, tile_launch
-from .product import share_of
+from .product import ask_for_weights, share_of
 from .space import rows_and_columns, tile_index
 
 
@@ -80,6 +80,7 @@ def gemm_kernel(
     first, stop = 0, steps
     if SPLIT > 1:
         first, stop = share_of(split, steps, SPLIT)
+    ask_for_weights(w, columns, column_mask, row_tile, split, 1, X.C, TILE, SPLIT, PDL)
     programmatic_launch.grid_dependency_wait(PDL)
     acc = sum_of_products(
         x, w, rows, columns, row_mask, column_mask, first, stop, extras, X, PROLOGUE, FINITE, TILE

@@ -5,12 +5,16 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from ..contract import programmatic_launch
 from ..contract.targets import Target
 from .geometry import Tile
 
 MANY_SUMS = 128
 """Of a thread: beside so many sums no loop should be unrolled on any GPU."""
 FEW_SUMS = 16
+AHEAD_BYTES = tl.constexpr(65_536)
+"""Of weights, that one program asks for ahead: of all that run at a time no more than a third of
+the L2 cache (assumed)."""
 
 
 def least_rolled(tile: Tile, num_warps: int, target: Target) -> int:
@@ -36,6 +40,27 @@ def share_of(split, STEPS: tl.constexpr, SPLIT: tl.constexpr):
     share: tl.constexpr = (STEPS + SPLIT - 1) // SPLIT
     first = tl.minimum(split * share, STEPS)
     return first, tl.minimum(first + share, STEPS)
+
+
+@triton.jit
+def ask_for_weights(
+    w, columns, column_mask, row, split, TAPS: tl.constexpr, DEPTH: tl.constexpr,
+    TILE: tl.constexpr, SPLIT: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """What a program multiplies first of the rows `columns` of w (K, taps·depth) is asked for
+    before the kernel in front has ended; row: zero in one of the programs that share them."""
+    ITEM: tl.constexpr = w.dtype.element_ty.primitive_bitwidth // 8
+    if PDL and DEPTH * ITEM % 16 == 0:  # noqa: SIM102 - known when compiled, unlike the row
+        if row == 0:
+            blocks: tl.constexpr = (DEPTH + TILE.K - 1) // TILE.K
+            first, last = share_of(split, TAPS * blocks, SPLIT)
+            begin = first // blocks * DEPTH + first % blocks * TILE.K
+            end = last // blocks * DEPTH + last % blocks * TILE.K
+            terms = tl.minimum(end - begin, AHEAD_BYTES // (TILE.N * ITEM))
+            if terms > 0:
+                rows = tl.where(column_mask, columns, 0)
+                start = w + rows.to(tl.int64) * (TAPS * DEPTH) + begin
+                programmatic_launch.ask_ahead(start, rows * 0 + terms * ITEM)
 
 
 @triton.jit

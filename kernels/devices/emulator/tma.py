@@ -1,4 +1,5 @@
-"""The tensor memory accelerator of sm_90: boxes of tensors, copied to and from shared memory.
+"""The tensor memory accelerator of sm_90: boxes of tensors, copied to and from shared memory, and
+bytes that are asked for ahead.
 
 Source: Parallel Thread Execution ISA, "cp.async.bulk.tensor".
 """
@@ -81,6 +82,8 @@ class Boxes:
         if words in (("wait_group",), ("wait_group", "read")):
             newest = int(str(instruction.operands[0]))
             return lambda lanes: self._wait(lanes, newest, "read" in words)
+        if words == ("prefetch", "L2", "global"):
+            return self._prefetch(instruction)
         if words[:1] != ("tensor",):
             raise UnsupportedPtxError("this form")
         goal_space, source_space, *kinds = words[2:]
@@ -97,6 +100,18 @@ class Boxes:
         """Raises: FaultError for copies under way when all threads have returned."""
         if self.loads or any(store.places.size for store in self.stores):
             raise FaultError("a block ends while its shared memory is copied from or to")
+
+    def _prefetch(self, instruction: Instruction) -> Action:
+        """Bytes in a row that are asked for: sixteens, of memory that the launch may read."""
+        address = self.machine.address(instruction.operands[0], "b64")
+        size = self.machine.getter(instruction.operands[1], "u32")
+
+        def prefetch(lanes: Array) -> None:
+            first = address(lanes)
+            self.machine.memory.locate(first, 16)
+            self.machine.memory.locate(first + size(lanes) - np.uint64(16), 16)
+
+        return prefetch
 
     def _boxes(self, operand: Operand) -> Callable[[Array], list[tuple[TensorMap, list[int]]]]:
         """For lanes, the map and the corner of a box that `[map, {corner}]` stands for."""
