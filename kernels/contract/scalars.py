@@ -85,18 +85,9 @@ def scalar_jit(reference: Any, operands: int = 1, *rest: Any, name: str = "", **
     return add
 
 
-def _elu(x: torch.Tensor, alpha: float, scale: float, input_scale: float) -> torch.Tensor:
-    result: torch.Tensor = torch.ops.aten.elu.default(x, alpha, scale, input_scale)
-    return result
-
-
 def _prelu(x: torch.Tensor | float, slope: torch.Tensor | float) -> torch.Tensor:
     value = _as_tensor(x, slope)
     return torch.where(value > 0, value, value * slope)
-
-
-def _clamp(x: torch.Tensor, low: float, high: float) -> torch.Tensor:
-    return torch.clamp(x, low, high)
 
 
 def _as_tensor(value: torch.Tensor | float, like: torch.Tensor | float) -> torch.Tensor:
@@ -145,7 +136,7 @@ def _identity(x: torch.Tensor) -> torch.Tensor:
     return x
 
 
-scalar_jit(_clamp, 1, ("low", "high"), ((0.0, 6.0), (-1.0, 2.5)))(clamp)
+scalar_jit(torch.clamp, 1, ("low", "high"), ((0.0, 6.0), (-1.0, 2.5)))(clamp)
 scalar_jit(torch.exp)(exp)
 scalar_jit(torch.log1p, range=(-0.99, 8.0))(log1p)
 scalar_jit(torch.expm1)(expm1)
@@ -194,7 +185,7 @@ def expm1_of_negative(v):
 
 
 @scalar_jit(
-    _elu, 1, ("alpha", "scale", "input_scale"),
+    torch.ops.aten.elu.default, 1, ("alpha", "scale", "input_scale"),
     ((1.0, 1.0, 1.0), (1.6732632423543772, 1.0507009873554805, 1.0)),
 )
 def elu(v, alpha, scale, input_scale):
