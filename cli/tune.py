@@ -103,9 +103,7 @@ def _tune(options: argparse.Namespace) -> int:
     timer = Model(target) if options.offline else measuring(target)
     records = Records.here(options.to, local_device(target))
     works = _works(options, names, own, target, records)
-    left = None
-    if options.budget is not None:
-        left = max(0.0, options.budget - (time.monotonic() - started))
+    left = options.budget and max(0.0, options.budget - (time.monotonic() - started))
     settings = Options(left, options.candidates, options.retune)
     with output.working(f"tuning {', '.join(options.names)}") as work:
 
