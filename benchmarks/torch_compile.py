@@ -3,7 +3,7 @@
     python -m benchmarks.torch_compile [NAME ...]
 
 Compile times are CPU seconds of this process for the reference target: what another target takes
-more is the same both ways. TorchDynamo's own are those of any backend: its tracing, and per call its
+more is the same both ways. TorchDynamo's are those of any backend: its tracing, and in a call its
 guards and the passing of every weight to a function that calls the executable. Ours looks at them.
 """
 
