@@ -103,9 +103,7 @@ def _tune(options: argparse.Namespace) -> int:
     timer = Model(target) if options.offline else measuring(target)
     records = Records.here(options.to, local_device(target))
     works = _works(options, names, own, target, records)
-    left = None
-    if options.budget is not None:
-        left = max(0.0, options.budget - (time.monotonic() - started))
+    left = options.budget and max(0.0, options.budget - (time.monotonic() - started))
     settings = Options(left, options.candidates, options.retune)
     with output.working(f"tuning {', '.join(options.names)}") as work:
 
@@ -152,12 +150,9 @@ def _target(options: argparse.Namespace) -> Target:
 
 
 def _works(
-    options: argparse.Namespace,
-    names: Sequence[str],
-    own: Mapping[str, Network],
-    target: Target,
-    records: Records,
-) -> list[Work]:
+    options: argparse.Namespace, names: Sequence[str], own: Mapping[str, Network],
+    target: Target, records: Records,
+) -> list[Work]:  # fmt: skip
     """The distinct problems of every model at every batch, and of the fusions that were weighed
     against each other there. own: the models that are not of the zoo."""
     from ..compiler.records.choose import Timings
@@ -198,7 +193,8 @@ def _outcome_table(outcomes: Sequence[Outcome]) -> Table:
 def _summary(tuner: Tuner, records: Records) -> str:
     counts = Counter(outcome.status for outcome in tuner.outcomes)
     told = ", ".join(f"{count} {status}" for status, count in sorted(counts.items()))
-    spent = "; the budget is spent, the same command goes on" if tuner.out_of_time else ""
+    goes_on = "the same command goes on" if set(counts) - {"waiting"} else "give more"
+    spent = f"; the budget is spent, {goes_on}" if tuner.out_of_time else ""
     return f"{told or 'nothing to tune'}{spent}. Records: {records.own.folder}"
 
 

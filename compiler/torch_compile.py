@@ -8,8 +8,8 @@
 TorchDynamo flattens arguments and results, splits at graph breaks, and calls the backend once per
 graph with the weights as inputs. Here they become constants again, under their own names, and the
 graph is replayed inside a module that `capture` exports, so that its nodes keep their module paths.
-Each call looks whether a weight has changed, and compiles again if so. What no version counter sees
-(writing through `weight.data`) takes `torch.compiler.reset()`.
+Each call looks whether a weight has changed, and compiles again if so, unless `check_weights` is
+False. What no version counter sees (writing through `weight.data`) takes `torch.compiler.reset()`.
 
 What an executable cannot be runs as torch ops, with a warning that says why: results that need
 gradients, graphs that write their inputs or return views of them, and what capture refuses. Sizes
@@ -53,8 +53,9 @@ DEFAULTS: dict[str, Any] = {
     "fallback": "torch",
     "force": (),
     "forbid": (),
+    "check_weights": True,
 }
-"""The options, as `convloom.compile` takes them."""
+"""The options, as `convloom.compile` takes them, and whether each call looks at the weights."""
 LARGEST_WHOLE_RANGE = 1024
 """A range of batches up to this one is compiled at once; of a longer one as much as is needed."""
 KINDS = (WEIGHT, INPUT, SIZE, NUMBER) = ("weight", "input", "size", "number")
@@ -69,9 +70,9 @@ _made: list[weakref.ref[Executable]] = []
 def executables() -> list[Executable]:
     """What `torch.compile(backend="convloom")` has compiled in this process and still uses, oldest
     first: one executable per graph, and per range of sizes."""
-    living = [(ref, executable) for ref in _made if (executable := ref()) is not None]
-    _made[:] = [ref for ref, _ in living]
-    return [executable for _, executable in living]
+    living = [executable for ref in _made if (executable := ref()) is not None]
+    _made[:] = map(weakref.ref, living)
+    return living
 
 
 def backend(
@@ -84,7 +85,8 @@ def backend(
     """The backend of the entry point `torch_dynamo_backends`: a graph as a callable.
 
     options: `target`, `dtype`, `precision`, `tuning`, `passes`, `fallback`, `force` and `forbid` of
-    `convloom.compile`; `fallback` is "torch" unless it says "error".
+    `convloom.compile`; `fallback` is "torch" unless it says "error". With `check_weights` False the
+    caller promises that weights do not change.
 
     Raises: InvalidInputError for unknown options or any mode; what `convloom.compile` raises, but
     CaptureError and UnsupportedOpError only under fallback="error".
@@ -106,8 +108,11 @@ class CompiledGraph:
         self, module: GraphModule, examples: Sequence[Any], options: dict[str, Any]
     ) -> None:
         self._module, self._options = module, options
+        self._checks = options.pop("check_weights")
         self._lock = threading.RLock()
-        sources = [node for node in module.graph.nodes if node.op == "placeholder"]
+        sources = _sources(module)
+        held = [node for node in sources if node.op == "get_attr"]
+        self._held = [attrgetter(str(node.target))(module) for node in held]
         self._kinds = [_kind(source) for source in sources]
         self._is_weight = [kind == WEIGHT for kind in self._kinds]
         self._is_input = [kind == INPUT for kind in self._kinds]
@@ -117,12 +122,12 @@ class CompiledGraph:
         self._untangled, self._paths = _untangled(module)
         self._executables: dict[Any, Executable] = {}
         self._weights: list[torch.Tensor] = []
-        self._addresses: list[int] = []
-        self._versions: list[int] = []
+        self._state: tuple[list[int], list[int]] | None = None
         self._told: set[str] = set()
         self._eager = False
         # A symbol's value without a guard on it.
         examples = [x.node.hint if isinstance(x, torch.SymInt) else x for x in examples]
+        examples += self._held
         if reason := _why_not(module, self._kinds, examples):
             self._give_up(CaptureError(reason))
         else:
@@ -130,43 +135,37 @@ class CompiledGraph:
 
     def __call__(self, *arguments: Any) -> Any:
         """The graph's results, as a tuple."""
-        executable = None if self._eager else self._find(arguments)
+        given = (*arguments, *self._held) if self._held else arguments
+        executable = None if self._eager else self._find(given)
         if executable is None:
             return self._module(*arguments)
         return executable(*compress(arguments, self._is_input))
 
     def _find(self, arguments: Sequence[Any]) -> Executable | None:
         """The executable for a call, compiled now if need be; None where torch has to run it."""
-        weights = list(compress(arguments, self._is_weight))
         key = self._key(arguments) if self._varies else None
-        if self._are_known(weights) and (executable := self._executables.get(key)) is not None:
+        executable = self._executables.get(key)
+        if executable is not None and not self._checks:
+            return executable
+        weights = list(compress(arguments, self._is_weight))
+        state = list(map(torch.Tensor.data_ptr, weights)), list(map(_VERSION, weights))
+        if executable is not None and state == self._state:
             return executable
         with self._lock:
-            if not self._are_known(weights):
+            if state != self._state:
                 self._executables.clear()
                 # They are held, so that no other tensor can have their addresses.
-                self._weights = weights
-                self._addresses = list(map(torch.Tensor.data_ptr, weights))
-                self._versions = list(map(_VERSION, weights))
+                self._weights, self._state = weights, state
             if key not in self._executables and not self._eager:
                 key = self._add(key, arguments)
             return self._executables.get(key)
-
-    def _are_known(self, weights: list[torch.Tensor]) -> bool:
-        """Whether the weights are those that were compiled, and hold what they held."""
-        return (
-            list(map(torch.Tensor.data_ptr, weights)) == self._addresses
-            and list(map(_VERSION, weights)) == self._versions
-        )
 
     def _key(self, arguments: Sequence[Any]) -> Any:
         """What tells executables apart: sizes and numbers, or the largest batch of a range."""
         given = list(zip(self._kinds, arguments, strict=True))
         numbers = tuple(x.item() for kind, x in given if kind == NUMBER)
         if self._batches is None:
-            sizes = tuple(x.shape if kind == INPUT else x for kind, x in given if kind in
-                          (INPUT, SIZE))  # fmt: skip
-            return sizes, numbers
+            return tuple(getattr(x, "shape", x) for k, x in given if k in (INPUT, SIZE)), numbers
         _, highest = self._batches
         batch = next(compress(arguments, self._is_input)).shape[0]
         # The next power of two where the range has no end, or one far away.
@@ -218,7 +217,7 @@ class CompiledGraph:
                 replay.values.append(lambda inputs: inputs[0].shape[0])
             else:
                 value = _Number(argument.item()) if kind == NUMBER else argument
-                replay.values.append(partial(_fixed, value))
+                replay.values.append(partial(lambda value, _: value, value))
         return replay
 
     def _give_up(self, error: Exception) -> None:
@@ -226,8 +225,7 @@ class CompiledGraph:
         if self._options["fallback"] == "error":
             raise error
         self._eager = True
-        message = f"convloom: {self._name} runs as torch ops: {error}"
-        warnings.warn(message, stacklevel=2)
+        warnings.warn(f"convloom: {self._name} runs as torch ops: {error}", stacklevel=2)
 
     def _tell(self, executable: Executable) -> None:
         """Says which nodes torch runs, once."""
@@ -238,9 +236,8 @@ class CompiledGraph:
         ]
         if new := [line for line in dict.fromkeys(lines) if line not in self._told]:
             self._told.update(new)
-            listed = "\n  ".join(new)
-            message = f"convloom: {executable.graph.name} runs as torch ops:\n  {listed}"
-            warnings.warn(message, stacklevel=2)
+            told = [f"convloom: {executable.graph.name} runs as torch ops:", *new]
+            warnings.warn("\n  ".join(told), stacklevel=2)
 
 
 def _kind(source: Node) -> str:
@@ -250,11 +247,24 @@ def _kind(source: Node) -> str:
         return SIZE
     if not isinstance(value, torch.Tensor):
         return ""
+    if source.op == "get_attr":
+        return WEIGHT
     if source.meta["grapharg"].pass_arg_as_tensor:
         return NUMBER
     # So TorchDynamo marks parameters, buffers and other tensors that modules hold.
     marked = source.meta.get("tensor_dict", {}).get("_dynamo_static_input_type")
     return WEIGHT if marked == "unguarded" else INPUT
+
+
+def _sources(module: GraphModule) -> list[Node]:
+    """What a graph takes, then the weights that it holds itself, under settings that trust them."""
+    nodes = module.graph.nodes
+    held = {node.target: node for node in nodes if node.op == "get_attr" and _is_tensor(node)}
+    return [*(node for node in nodes if node.op == "placeholder"), *held.values()]
+
+
+def _is_tensor(node: Node) -> bool:
+    return isinstance(node.meta.get("example_value"), torch.Tensor)
 
 
 def _is_symbolic(source: Node) -> bool:
@@ -291,35 +301,30 @@ def _why_not(module: GraphModule, kinds: Sequence[str], examples: Sequence[Any])
     results = [
         leaf.meta["example_value"]
         for leaf in dict.fromkeys(pytree.tree_leaves(output.args[0]))
-        if isinstance(leaf, Node) and isinstance(leaf.meta.get("example_value"), torch.Tensor)
+        if isinstance(leaf, Node) and _is_tensor(leaf)
     ]
     if any(result.requires_grad for result in results):
         return (
             "its results need gradients, which executables do not have: call it under "
             "torch.no_grad() or torch.inference_mode()"
         )
-    sources = [node for node in module.graph.nodes if node.op == "placeholder"]
+    sources = _sources(module)
     for source, kind, example in zip(sources, kinds, examples, strict=True):
-        value = source.meta.get("example_value")
+        value, name = source.meta.get("example_value"), _source_of(source, module)
         if not kind or example is None:
-            return f"it takes {_source_of(source)}, {value}, which is not a tensor, size or number"
+            return f"it takes {name}, {value}, which is not a tensor, size or number"
         if kind == WEIGHT and example.is_inference():
             return (
-                f"{_source_of(source)} was made under torch.inference_mode, so that nobody can "
+                f"{name} was made under torch.inference_mode, so that nobody can "
                 "see it change: make the module outside, or compile it with convloom.compile"
             )
         if isinstance(value, torch.Tensor) and value._version:
-            return f"it writes its input {_source_of(source)}"
+            return f"it writes its input {name}"
     tensors = [source.meta["example_value"] for source in sources]
-    memory = [_memory(x) for x in (*tensors, *results) if isinstance(x, torch.Tensor)]
-    if len(set(memory)) < len(memory):
+    known = [x for x in (*tensors, *results) if isinstance(x, torch.Tensor)]
+    if len({x.untyped_storage()._cdata for x in known}) < len(known):
         return "a result is a view of an input, or of another result"
     return ""
-
-
-def _memory(x: torch.Tensor) -> int:
-    address: int = x.untyped_storage()._cdata
-    return address
 
 
 def _enter_autocast(*arguments: Any) -> Any:
@@ -330,13 +335,9 @@ def _enter_autocast(*arguments: Any) -> Any:
     return region
 
 
-def _exit_autocast(region: Any) -> None:
-    region.__exit__(None, None, None)
-
-
 _IN_EXPORT: dict[Any, Callable[..., Any]] = {
     autocast_mode._enter_autocast: _enter_autocast,
-    autocast_mode._exit_autocast: _exit_autocast,
+    autocast_mode._exit_autocast: lambda region: region.__exit__(None, None, None),
 }
 
 
@@ -345,10 +346,6 @@ class _Number(float):
 
     def item(self) -> float:
         return float(self)
-
-
-def _fixed(value: Any, _: Sequence[torch.Tensor]) -> Any:
-    return value
 
 
 class _Replay(nn.Module):
@@ -378,8 +375,9 @@ class _Replay(nn.Module):
 def _untangled(module: GraphModule) -> tuple[GraphModule, list[str]]:
     """A copy of the graph, with module paths as its user writes them, and the paths of what it
     takes."""
-    graph = Graph()
-    graph.output(graph.graph_copy(module.graph, {}))
+    graph, sources = Graph(), _sources(module)
+    taken = {source: graph.placeholder(source.name) for source in sources}
+    graph.output(graph.graph_copy(module.graph, taken))
     path = _paths_below_root(graph)
     for node in graph.nodes:
         if stack := node.meta.get("nn_module_stack"):
@@ -389,14 +387,17 @@ def _untangled(module: GraphModule) -> tuple[GraphModule, list[str]]:
             graph.erase_node(node)
         elif node.op == "call_function":
             node.target = _IN_EXPORT.get(node.target, node.target)
-    # TorchDynamo forgets the sources when the backend returns.
-    sources = (node for node in module.graph.nodes if node.op == "placeholder")
-    return GraphModule(module, graph), [path(_source_of(source)) for source in sources]
+    # TorchDynamo forgets where they come from when the backend returns.
+    names = (_source_of(source, module) for source in sources)
+    return GraphModule(module, graph), list(map(path, names))
 
 
-def _source_of(source: Node) -> str:
-    """Where a placeholder's value comes from, as Python: "L['self']._modules['fc'].weight"."""
-    return str(source.meta["grapharg"].source.name)
+def _source_of(source: Node, module: GraphModule) -> str:
+    """Where a value comes from, as Python: "L['self']._modules['fc'].weight"."""
+    if source.op == "placeholder":
+        return str(source.meta["grapharg"].source.name)
+    names: Any = module._param_name_to_source
+    return str(names[source.target].name)
 
 
 def _paths_below_root(graph: Graph) -> Callable[[str], str]:

@@ -29,11 +29,20 @@ from convloom.kernels.tile.conv_geometry import Conv2d
 
 from . import harness
 from .domains import domain_of
-from .properties.compiled import assert_healthy, launch_requests, reports, samples
+from .properties.compiled import (
+    assert_gives_way,
+    assert_healthy,
+    launch_requests,
+    reports,
+    samples,
+    spilled,
+)
 
 HALF = torch.float16
 BIAS = (Stage("add"), Stage("relu"))
 RESIDUAL = (Stage("add"), Stage("add"), Stage("relu"))
+SPILLING_DEFAULTS = 1 if triton.__version__.startswith("3.9.") else 0
+"""Of one problem of every op, per target; docs/limits.md names them."""
 TENSOR_CORES = ("HGMMA", "HMMA", "UTCHMMA")
 
 
@@ -160,8 +169,8 @@ def test_special_convolutions_do_not_spill(name: str, target: Target) -> None:
     if reason is not None:
         assert "shared memory" in reason, reason
         return
-    if name == "conv 7x7 c4" and triton.__version__.startswith("3.9."):  # docs/limits.md
-        assert all(report.spill_bytes <= 8 for report in reports(problem, target))
+    if name == "conv 7x7 c4" and SPILLING_DEFAULTS and spilled(problem, target):
+        assert_gives_way(problem, target)
         return
     assert_healthy(problem, target)
 
@@ -186,8 +195,10 @@ def test_every_op_compiles(target: Target) -> None:
     assert {name for name, _ in problems} == set(registry.BY_NAME)
     requests = [wanted for _, problem in problems for _, wanted in launch_requests(problem, target)]
     offline.compile_all(requests, kind=offline.KernelReport)
+    spilling = [problem for _, problem in problems if spilled(problem, target)]
+    assert len(spilling) <= SPILLING_DEFAULTS, [problem.op for problem in spilling]
     for _, problem in problems:
-        assert_healthy(problem, target)
+        (assert_gives_way if problem in spilling else assert_healthy)(problem, target)
 
 
 def test_a_kernel_that_does_not_compile_names_itself() -> None:

@@ -513,8 +513,11 @@ def test_unknown_operators_are_named_all_at_once(tmp_path: Path) -> None:
     ]
     model = model_of(nodes, {}, X4)
     model.opset_import.append(helper.make_opsetid("com.acme", 1))
-    refused(saved_raw(model, tmp_path), "NonZero, 2 times: b, c", "Multinomial, 1 times: draw",
-            "com.acme::Fused", error=UnsupportedOpError)  # fmt: skip
+    parts = "NonZero, 2 times: b, c", "Multinomial, 1 times: draw", "acme::Fused", "it again"
+    refused(saved_raw(model, tmp_path), *parts, error=UnsupportedOpError)
+    model = relu()
+    model.graph.node.extend([make("Frob", ["x"], ["z"]), make("Dabble", ["x"], ["v"])])
+    refused(saved_raw(model, tmp_path), "is not valid ONNX: it has no Dabble, Frob")
 
 
 REFUSED: dict[str, tuple[Case, str]] = {

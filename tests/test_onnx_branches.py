@@ -134,7 +134,7 @@ def test_operators_of_the_other_branch_do_not_matter(tmp_path: Path) -> None:
     odd = branch("b", [NODE("Det", ["x"], ["v"], "odd")], "v")
     load(saved(tmp_path, [chosen("c", side, odd, "y")], c=np.array(True)))
     path = saved(tmp_path, [chosen("c", side, odd, "y")], c=np.array(False))
-    with pytest.raises(UnsupportedOpError, match="not supported:\n  Det, 1 times: odd"):
+    with pytest.raises(UnsupportedOpError, match="export it again:\n  Det, 1 times: odd"):
         load(path)
 
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,10 +18,11 @@ import convloom
 import pytest
 import torch
 from convloom import progress
-from convloom.cli import output
+from convloom.cli import main, output
 from convloom.kernels.devices import offline
 from torch import nn
 
+ROOT = Path(__file__).resolve().parent.parent
 Heard = list[tuple[str, int, int]]
 
 
@@ -72,6 +76,19 @@ def test_a_pipe_gets_a_line_at_intervals(
     assert "compiling \\x1b[31m: 3 of 40 kernels, 0 s" in lines
 
 
+def test_what_a_command_answers_and_how_far_it_is_go_different_ways(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """`convloom compile ... | cat`, and `2> err.txt`: plain lines there, the answer on stdout."""
+    assert main.main(["compile", "lenet5", "--target", "reference", "--json"]) == 0
+    shown = capsys.readouterr()
+    assert json.loads(shown.out)["summary"]["kernels"]
+    first, last, *_ = [line for line in shown.err.splitlines() if "for reference" in line]
+    assert first == "compiling lenet5 for reference, batch 1 ..."
+    assert re.fullmatch(r"compiling lenet5 for reference, batch 1: \d+\.\d s", last)
+    assert "\r" not in shown.err and "\x1b" not in shown.err
+
+
 # Interruption.
 
 NETWORK = """
@@ -90,8 +107,26 @@ COMMANDS: dict[str, tuple[tuple[str, ...], str]] = {
         ("bench", *OWN, "--target", "interpreter", "--batch", "1", "--output", "results"),
         "net.py:build, batch 1: preparing convloom",
     ),
+    "run": (
+        ("run", *OWN, "--target", "interpreter", "--random", "--iterations", "100000"),
+        "running net.py:build",
+    ),
+    "evaluate": (
+        ("evaluate", "resnet18", "--target", "interpreter", "--data", "images", "--classes", "2"),
+        "1 crop ...",
+    ),
+    "ablate": (("ablate", "inception_v3", "--plot", "chart.svg"), "planning inception_v3"),
+    "profile": (
+        ("profile", *OWN, "--target", "interpreter", "--repeats", "100000", "--trace", "trace"),
+        "timing net.py:build",
+    ),
+    "demo": (("demo", "photo", "--output-dir", "out"), "compiling ResNet-18"),
+    "zoo": (("zoo", "inception_resnet_v2"), "capturing inception_resnet_v2"),
+    "doctor": (("doctor", "net.loom"), "making net.loom again"),
 }
 """A command, and what it says when it is to be interrupted, or 0.7 seconds later."""
+QUICK = {"export-server"}
+"""Commands that only copy a file."""
 
 
 @pytest.fixture
@@ -113,14 +148,21 @@ def test_an_interrupted_command_ends_within_a_second(
     """With exit status 130; no process, no file and no traceback is left."""
     command, begun = COMMANDS[name]
     (tmp_path / "net.py").write_text(NETWORK)
+    for folder in ("a", "b"):
+        (tmp_path / "images" / folder).mkdir(parents=True)
+        shutil.copy(ROOT / "zoo" / "digit.png", tmp_path / "images" / folder)
     (temporary := tmp_path / "tmp").mkdir()
+    environment = {
+        **os.environ, "CONVLOOM_CACHE_DIR": str(tmp_path / "cache"), "TMPDIR": str(temporary),
+    }  # fmt: skip
+    program = [sys.executable, "-m", "convloom"]
+    if "net.loom" in command and "-o" not in command:
+        save = ("compile", *OWN, *SM_90, "-o", "net.loom")
+        subprocess.run([*program, *save], cwd=tmp_path, env=environment, check=True)
+    before = files_in(tmp_path)
     process = subprocess.Popen(
-        [sys.executable, "-m", "convloom", *command], cwd=tmp_path, stderr=subprocess.PIPE,
-        stdout=subprocess.DEVNULL, text=True, start_new_session=True,
-        env={
-            **os.environ, "CONVLOOM_CACHE_DIR": str(tmp_path / "cache"),
-            "TMPDIR": str(temporary),
-        },
+        [*program, *command], cwd=tmp_path, stderr=subprocess.PIPE,
+        stdout=subprocess.DEVNULL, text=True, start_new_session=True, env=environment,
     )  # fmt: skip
     assert process.stderr is not None
     lines = []
@@ -137,9 +179,19 @@ def test_an_interrupted_command_ends_within_a_second(
     assert rest.endswith("convloom: interrupted\n") and "Traceback" not in rest
     _assert_ended(process.pid)
     assert not list(temporary.glob("pymp*"))
-    kept = [path.relative_to(tmp_path) for path in tmp_path.rglob("*") if path.is_file()]
-    kept = [path for path in kept if path.parts[0] not in ("cache", "tmp", "__pycache__")]
-    assert [str(path) for path in kept if path.suffix != ".json"] == ["net.py"]
+    assert files_in(tmp_path) == before
+
+
+def files_in(folder: Path) -> set[str]:
+    """All but records and what is only temporary."""
+    found = [path.relative_to(folder) for path in folder.rglob("*") if path.is_file()]
+    found = [path for path in found if path.parts[0] not in ("cache", "tmp", "__pycache__")]
+    return {str(path) for path in found if path.suffix != ".json"}
+
+
+def test_every_command_that_takes_long_is_interrupted_here() -> None:
+    names = {command.__name__.rpartition(".")[2].replace("_", "-") for command in main.COMMANDS}
+    assert names == {*COMMANDS, *QUICK}
 
 
 def _assert_ended(group: int) -> None:

@@ -410,7 +410,7 @@ def test_a_record_may_be_deleted_twice(folder: Path) -> None:
 
 def test_a_folder_that_cannot_be_made(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(ArtifactError, match=r"Set CONVLOOM_CACHE_DIR to a folder"):
+    with pytest.raises(ArtifactError, match=r"Pass --to FOLDER, or set CONVLOOM_CACHE_DIR"):
         Store(tmp_path / "file" / "records").put(record_of(conv()))
     assert Store(tmp_path / "file" / "records").all() == []
 

@@ -11,6 +11,7 @@ from typing import Any
 import convloom
 import pytest
 import torch
+import torch._inductor.config
 from convloom import zoo
 from convloom.benchmarks import foreign
 from convloom.compiler.torch_compile import backend
@@ -237,6 +238,37 @@ def test_weights_that_change_are_seen_by_the_fast_guards_too() -> None:
     conv.bias.data = torch.ones(4)
     same(fast(x), model(x))
     conv.stride = (2, 2)
+    same(fast(x), model(x))
+
+
+@pytest.mark.parametrize("config", [torch._inductor.config, torch._dynamo.config])
+def test_weights_that_the_graph_holds_itself_are_seen_to_change(config: Any) -> None:
+    """TorchDynamo does not pass them to each call under these settings."""
+    name = "freezing" if config is torch._inductor.config else "prepare_freezing"
+    with config.patch({name: True}):
+        model, x = network(), image()
+        fast = faster(model)
+        (exe,) = made_by(lambda: same(fast(x), model(x)))
+        weights = {node.module_path for node in exe.graph.nodes() if node.op == "constant"}
+        assert "heads.0.bias" in weights
+        model.body[0].weight.mul_(2)
+        same(fast(x), model(x))
+        model.body[1].running_mean.data = torch.ones(8)
+        assert len(made_by(lambda: same(fast(x), model(x)))) == 1
+        assert made_by(lambda: fast(x)) == []
+        model.train()
+        with pytest.warns(UserWarning, match="it writes its input .*num_batches_tracked"):
+            fast(x)
+
+
+def test_weights_that_are_promised_to_stay_are_not_looked_at() -> None:
+    model, x = network(), image()
+    fast = faster(model, check_weights=False)
+    before = fast(x)
+    model.body[0].weight.mul_(2)
+    same(fast(x), before)
+    same(fast(image(3)), model(image(3)))  # Another executable takes what they are now.
+    torch.compiler.reset()
     same(fast(x), model(x))
 
 

@@ -311,6 +311,52 @@ def test_records_of_the_command_go_where_it_is_told(
     assert "kept" in capsys.readouterr().out
 
 
+NET = "from torch import nn\ndef build(): return nn.Sequential(nn.Conv2d(3, 4, 3), nn.Tanh())\n"
+
+
+def test_a_budget_for_a_network_of_ones_own(
+    cache: Path, device: Device, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One that is spent before the first kernel asks for more; a longer one tunes them all."""
+    (tmp_path / "net.py").write_text(NET)
+    own = ["tune", f"{tmp_path / 'net.py'}:build", "--input", "1x3x9x9", *lenet()[2:]]
+    assert main([*own, "--budget", "0.001s"]) == 0
+    assert "waiting; the budget is spent, give more." in capsys.readouterr().out
+    assert not (cache / "records").exists()
+    assert main([*own, "--budget", "2h", "--json"]) == 0
+    assert {e["status"] for e in json.loads(capsys.readouterr().out)["outcomes"]} == {"tuned"}
+
+
+def test_files_that_cannot_be_merged(
+    cache: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Damaged ones, of other programs, of other versions and of ops that are not there."""
+    (tmp_path / "empty").mkdir()
+    assert main(["tune", "--merge", str(tmp_path / "empty")]) == EXIT_ERROR
+    assert "empty': a folder without records (*.json)" in capsys.readouterr().err
+    good = records.to_json(record_of(conv()))
+    files = {
+        "damaged": json.dumps(good)[:-40], "foreign": '{"name": "package"}', "binary": "PK\x03",
+        "future": json.dumps({**good, "format": 999}),
+        "op": json.dumps({**good, "key": {**good["key"], "op": "nosuch"}}),
+        "time": json.dumps({**good, "time_us": -1.0}),
+    }  # fmt: skip
+    for name, text in files.items():
+        (tmp_path / f"{name}.json").write_text(text)
+    paths = [str(tmp_path / f"{name}.json") for name in files]
+    assert main(["tune", "--merge", *paths, "--json"]) == EXIT_ERROR
+    shown = capsys.readouterr()
+    assert f"6 of 6 files were not taken over, the first one '{paths[0]}'" in shown.err
+    reasons = [each["reason"] for each in json.loads(shown.out)]
+    expected = (
+        "no JSON", "expected an object with a format and a key", "no JSON",
+        "a record from the future", "there is no op 'nosuch'", "record.time_us",
+    )  # fmt: skip
+    for reason, part in zip(reasons, expected, strict=True):
+        assert part in reason
+    assert not (cache / "records").exists()
+
+
 def test_a_folder_that_cannot_be_written_is_told_and_loses_nothing_else(
     device: Device, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

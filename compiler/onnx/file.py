@@ -370,7 +370,9 @@ def _check(onnx: Any, model: Any, constants: Mapping[str, torch.Tensor]) -> None
     try:
         onnx.checker.check_model(model)
     except onnx.checker.ValidationError as error:
-        first = str(error).strip().partition("\n")[0]
+        ops = {node.op_type for node in model.graph.node if node.domain in ("", "ai.onnx")}
+        unknown = ", ".join(sorted(op for op in ops if not onnx.defs.has(op)))
+        first = f"it has no {unknown}" if unknown else str(error).strip().partition("\n")[0]
         raise _Damaged(f"is not valid ONNX: {first}") from error
 
 

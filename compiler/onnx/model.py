@@ -244,9 +244,9 @@ def _refuse_unknown(title: str, nodes: Sequence[file.Node]) -> None:
         f"  {op}, {count} times: {', '.join(where[op][:3])}{', ...' if count > 3 else ''}"
         for op, count in counts.most_common()
     ]
-    raise UnsupportedOpError(
-        f"{title} has ONNX operators that are not supported:\n" + "\n".join(lines)
-    )
+    told = f"{title} has ONNX operators that are not supported; write the network without them and "
+    told += "export it again:"
+    raise UnsupportedOpError("\n".join((told, *lines)))
 
 
 def _compute(

@@ -114,7 +114,7 @@ def _listed(folder: Path, suffix: str = ".json") -> list[Path]:
 
 def _why_not(path: Path, error: OSError) -> str:
     full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-    advice = "Free some space" if full else "Set CONVLOOM_CACHE_DIR to a folder that can be written"
+    advice = "Free some space" if full else "Pass --to FOLDER, or set CONVLOOM_CACHE_DIR"
     return f"cannot write tuning record '{path}': {error.strerror or error}. {advice}"
 
 
@@ -164,16 +164,14 @@ def merge(store: Store, sources: list[Path]) -> list[Merged]:
     Where both sides have a record, the better one stays: measured before modelled, then the faster
     one. A file that is no valid record is refused and changes nothing.
 
-    Raises: ArtifactError for a source that does not exist, or where the store cannot be written.
+    Raises: ArtifactError for a source without any, or where the store cannot be written.
     """
-    for source in sources:
-        if not source.exists():
-            raise ArtifactError(f"records to merge '{source}': no such file or folder")
-    results = []
-    for source in sources:
-        paths = sorted(source.rglob("*.json")) if source.is_dir() else [source]
-        results += [_merge_file(store, path) for path in paths]
-    return results
+    files = {it: sorted(it.rglob("*.json")) if it.is_dir() else [it] for it in sources}
+    for source, paths in files.items():
+        if not paths or not source.exists():
+            why = "no such file or folder" if paths else "a folder without records (*.json)"
+            raise ArtifactError(f"records to merge '{source}': {why}")
+    return [_merge_file(store, path) for paths in files.values() for path in paths]
 
 
 def _merge_file(store: Store, path: Path) -> Merged:

@@ -6,8 +6,9 @@ import random
 from collections.abc import Iterator, Sequence
 
 import torch
+from convloom.compiler.tuning import fit
 from convloom.kernels import registry
-from convloom.kernels.contract.op import Launch, Op, Problem, Ref
+from convloom.kernels.contract.op import Config, Launch, Op, Problem, Ref
 from convloom.kernels.contract.targets import Target
 from convloom.kernels.devices import offline
 
@@ -16,9 +17,9 @@ from .domain import Domain
 
 
 def launch_requests(
-    problem: Problem, target: Target
+    problem: Problem, target: Target, config: Config | None = None
 ) -> list[tuple[Launch, offline.CompileRequest]]:
-    """The default configuration's launches with what must be compiled for them."""
+    """A configuration's launches, the default's if none is given, with what must be compiled."""
     op = registry.get(problem.op)
     packs = op.packs(problem.attributes)
     packed = {}
@@ -32,18 +33,35 @@ def launch_requests(
             return packed[ref.index]
         return group[ref.index].spec.dtype
 
-    launches = op.launches(problem, op.default(problem, target), target)
+    launches = op.launches(problem, config or op.default(problem, target), target)
     return [(launch, offline.request(launch, dtype_of, target)) for launch in launches]
 
 
-def reports(problem: Problem, target: Target) -> list[offline.KernelReport]:
+def reports(
+    problem: Problem, target: Target, config: Config | None = None
+) -> list[offline.KernelReport]:
     """What the compiler made of the problem's launches."""
-    return [offline.report(wanted) for _, wanted in launch_requests(problem, target)]
+    return [offline.report(wanted) for _, wanted in launch_requests(problem, target, config)]
 
 
-def assert_healthy(problem: Problem, target: Target) -> list[offline.KernelReport]:
+def spilled(problem: Problem, target: Target, config: Config | None = None) -> int:
+    """Bytes that all of its kernels keep on the stack, per thread."""
+    return sum(report.spill_bytes for report in reports(problem, target, config))
+
+
+def assert_gives_way(problem: Problem, target: Target) -> None:
+    """A default that spills has another configuration behind it, which compiling takes."""
+    others = fit.candidates(registry.get(problem.op), problem, target)
+    config = next((each for each in others if not spilled(problem, target, each)), None)
+    assert config is not None, f"{problem.op} {problem.attributes} on {target.name}: all spill"
+    assert_healthy(problem, target, config)
+
+
+def assert_healthy(
+    problem: Problem, target: Target, config: Config | None = None
+) -> list[offline.KernelReport]:
     """No spills, and no more shared memory than the machine has."""
-    made = reports(problem, target)
+    made = reports(problem, target, config)
     for report in made:
         where = f"{problem.op} {problem.attributes} on {target.name}"
         assert report.spill_bytes == 0, f"{where} spills {report.spill_bytes} bytes"
