@@ -326,16 +326,35 @@ class YoloV8(YoloV5):
         return torch.cat(places).transpose(0, 1), torch.cat(strides).transpose(0, 1)
 
 
+class Detection(nn.Module):
+    """What a detector of torchvision computes before it decides about boxes."""
+
+    def __init__(self, detector: Any) -> None:
+        super().__init__()
+        self.backbone = detector.backbone
+        self.head = detector.rpn.head if hasattr(detector, "rpn") else detector.head
+
+    def forward(self, x: Tensor) -> Any:
+        features = self.backbone(x)
+        return self.head([features] if isinstance(features, Tensor) else [*features.values()])
+
+
+def before_boxes(model: nn.Module) -> nn.Module:
+    """The network, or of a detector of torchvision its `Detection`."""
+    detects = type(model).__module__.startswith("torchvision.models.detection")
+    return Detection(model) if detects else model
+
+
 class FakeQuantize(quantization.FusedMovingAvgObsFakeQuantize):
-    """torch's, whose op takes no float64: there it is the op for given scales, which does."""
+    """torch's, whose op takes no float64: there it is the arithmetic that it stands for."""
 
     def forward(self, x: Tensor) -> Tensor:
         if x.dtype is not torch.float64:
             return super().forward(x)
-        scale, zero, limits = self.scale.float(), self.zero_point, (self.quant_min, self.quant_max)
-        if self.is_per_channel:
-            return torch.fake_quantize_per_channel_affine(x, scale, zero, self.ch_axis, *limits)
-        return torch.fake_quantize_per_tensor_affine(x, scale, zero, *limits)
+        shape = [-1 if self.is_per_channel and n == self.ch_axis else 1 for n in range(x.dim())]
+        scale, zero = self.scale.double().view(shape), self.zero_point.double().view(shape)
+        steps = (x / scale).round() + zero
+        return (steps.clamp(self.quant_min, self.quant_max) - zero) * scale
 
 
 def quantised() -> nn.Module:
@@ -379,6 +398,20 @@ NETWORKS: dict[str, Callable[[], tuple[nn.Module, tuple[Tensor, ...]]]] = {
     "yolov5": _plain(YoloV5, (2, 3, 32, 24)),
     "yolov8": _plain(YoloV8, (2, 3, 32, 24)),
 }
+
+SWEPT = (
+    *(f"torchvision/{name}" for name in (
+        "raft_large", "retinanet_resnet50_fpn", "fcos_resnet50_fpn", "ssd300_vgg16",
+        "ssdlite320_mobilenet_v3_large", "fasterrcnn_mobilenet_v3_large_320_fpn",
+    )),
+    *(f"timm/{name}" for name in (
+        "eca_halonext26ts", "crossvit_tiny_240", "volo_d1_224", "coatnet_nano_rw_224",
+        "tiny_vit_5m_224",
+    )),
+    *(f"whole/{name}" for name in NETWORKS),
+)  # fmt: skip
+"""What issues name beyond the families and the draw of `benchmarks/foreign.py`: of libraries, and
+these."""
 
 
 def made(name: str) -> Any:
