@@ -202,9 +202,7 @@ def _bounds(plan: Plan) -> dict[str, str]:
     }
 
 
-def _totals(
-    plan: Plan, alone: Sequence[UnfusedOp], steps_us: Mapping[str, float | None]
-) -> Totals:
+def _totals(plan: Plan, alone: Sequence[UnfusedOp], steps_us: Mapping[str, float | None]) -> Totals:
     return Totals(
         kernels_before=sum(a.launches for a in alone),
         kernels_after=len(plan.kernels),

@@ -325,13 +325,9 @@ OPS = (
             "aten.slice_scatter.default": _refuse_write,
             "aten.select_scatter.default": _refuse_write,
             "aten.select.int": lambda g, a: _select(g, a.self, a.dim, a.index),
-            "aten.narrow.default": lambda g, a: _cut(
-                g, a.self, a.dim, a.start, a.start + a.length
-            ),
+            "aten.narrow.default": lambda g, a: _cut(g, a.self, a.dim, a.start, a.start + a.length),
             "aten.split.Tensor": lambda g, a: _split(g, a.self, a.split_size, a.dim),
-            "aten.split_with_sizes.default": lambda g, a: _split(
-                g, a.self, a.split_sizes, a.dim
-            ),
+            "aten.split_with_sizes.default": lambda g, a: _split(g, a.self, a.split_sizes, a.dim),
             "aten.chunk.default": _chunk,
             "aten.unbind.int": _unbind,
             "aten.glu.default": _glu,

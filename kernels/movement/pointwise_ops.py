@@ -338,10 +338,7 @@ SPECIAL: dict[str, dict[str, Capture]] = {
         }
         for name in ("and", "or", "xor")
     },
-    "eq": {
-        "isposinf.default": _infinite(math.inf),
-        "isneginf.default": _infinite(-math.inf),
-    },
+    "eq": {"isposinf.default": _infinite(math.inf), "isneginf.default": _infinite(-math.inf)},
     "where": {f"where.{kind}": _where for kind in ("self", "ScalarOther", "ScalarSelf", "Scalar")},
     "masked_fill": {f"masked_fill.{kind}": _masked_fill for kind in ("Tensor", "Scalar")},
     "lerp": {"lerp.Scalar": _lerp, "lerp.Tensor": _lerp},

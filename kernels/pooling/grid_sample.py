@@ -260,8 +260,5 @@ OP = Op(
     launches=launches,
     **TILES.space,
     cost=cost,
-    aten={
-        "aten.grid_sampler.default": _capture,
-        "aten.grid_sampler_2d.default": _capture,
-    },
+    aten={"aten.grid_sampler.default": _capture, "aten.grid_sampler_2d.default": _capture},
 )
