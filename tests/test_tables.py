@@ -89,6 +89,22 @@ def test_a_product_with_an_input_as_the_weight(dtype: torch.dtype) -> None:
     nets.check(exe(*inputs), module, inputs, dtype)
 
 
+@pytest.mark.parametrize("passes", ["default", "none"])
+def test_tf32_rounds_no_row(passes: str) -> None:
+    """Only products of numbers are rounded to tf32."""
+
+    def looked_up(m: Any, x: Tensor) -> tuple[Tensor, Tensor]:
+        given = x[:, :7, 0].round().clamp(-7, 6).long()
+        return m.book[given].flatten(1), m.linear(x[:, 0])
+
+    module, (x,) = made(looked_up, (2, 8, 6))
+    exe = convloom.compile(module, (x,), target="emulator:sm_90", precision="tf32", passes=passes)
+    rows, products = exe(x)
+    precisions = {step.problem.precision for step in exe.plan.steps if step.op == "linear"}
+    assert torch.equal(rows, module(x)[0]) and precisions == {"ieee", "tf32"}
+    torch.testing.assert_close(products, module(x)[1], rtol=1e-2, atol=1e-2)
+
+
 LARGE: dict[str, Any] = {
     "row": lambda m, x: F.embedding(x.argmax(1), m.signs),
     "row, from the end": lambda m, x: m.signs[x.argmax(1)],
