@@ -92,10 +92,7 @@ def _cut(g: Builder, x: Any, dim: int, start: int, stop: int, step: int = 1) -> 
 
 def _refuse_write(g: Builder, a: Arguments) -> Any:
     """Other writes have been made concatenations (`capture/decompositions.py`)."""
-    return g.refuse(
-        "a write into every other element, or into some samples of a batch that varies; join or "
-        "stack the parts (torch.cat, torch.stack)"
-    )
+    return g.refuse("a write into some samples of a batch that varies; join the parts (torch.cat)")
 
 
 def _slice(g: Builder, a: Arguments) -> Any:

@@ -82,7 +82,10 @@ def _reversed_sub(g: Builder, a: Arguments) -> Any:
 
 def _div(g: Builder, a: Arguments) -> Any:
     if (mode := a.get("rounding_mode")) is not None:
-        return g.refuse(f"division with rounding_mode={mode!r}; only true division is")
+        return g.refuse(
+            f"division with rounding_mode={mode!r}; divide floats (.float()), and round with "
+            f"torch.{mode}"
+        )
     return _combined(g, "div", a.self, a.other)
 
 
