@@ -23,6 +23,7 @@ from convloom.compiler.graph.ir import CompileTarget, Graph
 from convloom.compiler.graph.torch_call import TorchCall
 from convloom.compiler.passes import run_passes
 from convloom.compiler.plan.lower import Options, lower
+from convloom.compiler.plan.plan import Plan
 from convloom.compiler.run.executable import Executable
 from convloom.compiler.run.runtime import InterpreterRunner, ReferenceRunner
 from convloom.errors import InvalidInputError, near_names
@@ -33,65 +34,36 @@ from torch.utils._pytree import tree_leaves
 
 # Families of architectures; the kernels are interpreted for the first member of each.
 TORCHVISION = {
-    "alexnet": ("alexnet",),
-    "vgg": ("vgg11", "vgg16_bn"),
-    "googlenet": ("googlenet",),
+    "alexnet": ("alexnet",), "vgg": ("vgg11", "vgg16_bn"), "googlenet": ("googlenet",),
     "inception": ("inception_v3",),
     "resnet": ("resnet18", "resnet50", "resnext50_32x4d", "wide_resnet50_2"),
-    "mobilenet_v2": ("mobilenet_v2",),
-    "mobilenet_v3": ("mobilenet_v3_small", "mobilenet_v3_large"),
-    "densenet": ("densenet121",),
-    "squeezenet": ("squeezenet1_1", "squeezenet1_0"),
-    "shufflenet": ("shufflenet_v2_x1_0",),
-    "mnasnet": ("mnasnet1_0",),
+    "mobilenet_v2": ("mobilenet_v2",), "mobilenet_v3": ("mobilenet_v3_small", "mobilenet_v3_large"),
+    "densenet": ("densenet121",), "squeezenet": ("squeezenet1_1", "squeezenet1_0"),
+    "shufflenet": ("shufflenet_v2_x1_0",), "mnasnet": ("mnasnet1_0",),
     "efficientnet": ("efficientnet_b0", "efficientnet_v2_s"),
-    "regnet": ("regnet_y_400mf", "regnet_x_400mf"),
-    "convnext": ("convnext_tiny",),
-}
+    "regnet": ("regnet_y_400mf", "regnet_x_400mf"), "convnext": ("convnext_tiny",),
+}  # fmt: skip
 TIMM = {
     "resnet": ("resnet18", "resnet50", "resnet50d", "resnext50_32x4d"),
-    "resnetv2": ("resnetv2_50",),
-    "resnets with attention": ("seresnet50", "ecaresnet50d"),
-    "sknet": ("skresnet50",),
-    "resnest": ("resnest50d",),
-    "res2net": ("res2net50_26w_4s",),
-    "densenet": ("densenet121",),
-    "dpn": ("dpn68",),
-    "inception": ("inception_v3",),
-    "inception_v4": ("inception_v4", "inception_resnet_v2"),
-    "xception": ("xception", "xception41"),
+    "resnetv2": ("resnetv2_50",), "resnets with attention": ("seresnet50", "ecaresnet50d"),
+    "sknet": ("skresnet50",), "resnest": ("resnest50d",), "res2net": ("res2net50_26w_4s",),
+    "densenet": ("densenet121",), "dpn": ("dpn68",), "inception": ("inception_v3",),
+    "inception_v4": ("inception_v4", "inception_resnet_v2"), "xception": ("xception", "xception41"),
     "vgg": ("vgg16",),
     "efficientnet": ("efficientnet_b0", "tf_efficientnet_b0", "efficientnetv2_rw_s"),
     "mobilenet": ("mobilenetv2_100", "mobilenetv3_large_100"),
     "mobilenetv4": ("mobilenetv4_conv_small",),
-    "mobilenetv4_hybrid": ("mobilenetv4_hybrid_medium",),
-    "mixnet": ("mixnet_s",),
-    "ghostnet": ("ghostnet_100",),
-    "repvgg": ("repvgg_a2",),
-    "mobileone": ("mobileone_s1",),
-    "regnet": ("regnety_008",),
-    "convnext": ("convnext_tiny", "convnextv2_tiny"),
-    "nfnet": ("nfnet_f0",),
-    "dla": ("dla34",),
-    "hrnet": ("hrnet_w18_small",),
-    "searched": (
-        "lcnet_050", "hardcorenas_a", "tinynet_a", "semnasnet_100", "fbnetc_100",
-    ),
-    "csp": ("cspdarknet53", "darknet53"),
-    "vovnet": ("vovnet39a",),
-    "rexnet": ("rexnet_100",),
-    "selecsls": ("selecsls42b",),
-    "hgnet": ("hgnetv2_b0",),
-    "inception_next": ("inception_next_tiny",),
-    "edgenext": ("edgenext_small",),
-    "fastvit": ("fastvit_t8",),
-    "efficientvit": ("efficientvit_b0",),
-    "starnet": ("starnet_s1",),
-    "poolformer": ("poolformer_s12",),
-    "convmixer": ("convmixer_768_32",),
-    "gernet": ("gernet_s",),
-    "visformer": ("visformer_tiny",),
-    "tresnet": ("tresnet_m",),
+    "mobilenetv4_hybrid": ("mobilenetv4_hybrid_medium",), "mixnet": ("mixnet_s",),
+    "ghostnet": ("ghostnet_100",), "repvgg": ("repvgg_a2",), "mobileone": ("mobileone_s1",),
+    "regnet": ("regnety_008",), "convnext": ("convnext_tiny", "convnextv2_tiny"),
+    "nfnet": ("nfnet_f0",), "dla": ("dla34",), "hrnet": ("hrnet_w18_small",),
+    "searched": ("lcnet_050", "hardcorenas_a", "tinynet_a", "semnasnet_100", "fbnetc_100"),
+    "csp": ("cspdarknet53", "darknet53"), "vovnet": ("vovnet39a",), "rexnet": ("rexnet_100",),
+    "selecsls": ("selecsls42b",), "hgnet": ("hgnetv2_b0",),
+    "inception_next": ("inception_next_tiny",), "edgenext": ("edgenext_small",),
+    "fastvit": ("fastvit_t8",), "efficientvit": ("efficientvit_b0",), "starnet": ("starnet_s1",),
+    "poolformer": ("poolformer_s12",), "convmixer": ("convmixer_768_32",), "gernet": ("gernet_s",),
+    "visformer": ("visformer_tiny",), "tresnet": ("tresnet_m",),
     "bat_resnext": ("bat_resnext26ts",),
 }  # fmt: skip
 LIBRARIES = {"torchvision": TORCHVISION, "timm": TIMM}
@@ -269,13 +241,17 @@ class Foreign:
 
     def executable(self, target: str, passes: str = "default") -> Executable:
         """Compiled for "reference" or "interpreter"; calls without a kernel run as torch ops."""
+        graph, plan, ledger = self.planned(target, passes)
+        reference = plan.target is targets.REFERENCE
+        runner = ReferenceRunner(graph) if reference else InterpreterRunner(plan)
+        return Executable(graph, plan, ledger, runner, (save, load_bytes))
+
+    def planned(self, target: str, passes: str = "default") -> tuple[Graph, Plan, Report]:
+        """What comes before code, for any target."""
         ledger, chosen = Report(), targets.parse(target)
         self.captured.goal = CompileTarget(chosen)
         graph = run_passes(self.captured, ledger, passes, fallback="torch")
-        plan = lower(graph, self.captured, Options(chosen), ledger)
-        reference = chosen is targets.REFERENCE
-        runner = ReferenceRunner(graph) if reference else InterpreterRunner(plan)
-        return Executable(graph, plan, ledger, runner, (save, load_bytes))
+        return graph, lower(graph, self.captured, Options(chosen), ledger), ledger
 
     def check(self, executable: Executable) -> str | None:
         """What is wrong with the executable's results, in words, or None."""
@@ -313,8 +289,14 @@ def prepared(name: str) -> Foreign:
 
     Raises: ImportError, ValueError from `fitting_inputs`, CaptureError.
     """
-    model = build(name)
-    inputs = fitting_inputs(model)
+    # Not at the top: the command line imports this module.
+    from convloom.tests.whole_nets import before_boxes, made
+
+    if name.startswith("whole/"):
+        model, inputs = made(name.partition("/")[2])
+    else:
+        model = before_boxes(build(name))
+        inputs = fitting_inputs(model)
     with torch.no_grad():
         eager = tree_leaves(model(*inputs))
         with Doubles():

@@ -3,9 +3,9 @@
 The convolutional families of torchvision and timm, with random weights at a small resolution: each
 network is captured, lowered, and its graph run by torch ops (`reference`), fused and as captured
 (passes="none"), and, for one member of each family, by the kernels in the interpreter; results are
-held to the module in fp64 as everywhere (`kernels/contract/tolerance.py`). A name is all that is
-known of a network here: what compiles does so because its ops are there. To the families come
-networks drawn by lot (`foreign.draw`).
+held to the module in fp64 as everywhere (`kernels/contract/tolerance.py`), and a plan for a GPU
+is made. A name is all that is known of a network here: what compiles does so because its ops are
+there. To the families come networks drawn by lot (`foreign.draw`) and those that issues name.
 
 Each network has a process and a time limit of its own, and what is done is kept, so that the sweep
 can be called again and goes on; results lie in benchmarks/results/foreign.json and foreign.md.
@@ -29,6 +29,7 @@ from typing import Any
 
 import torch
 from convloom.errors import CaptureError, ConvloomError, InvalidInputError, near_names
+from convloom.tests.whole_nets import SWEPT
 
 from . import foreign
 from .machine_info import git_hash
@@ -38,8 +39,9 @@ LIMIT_S = 240.0
 COMPILES, MISSING, WRONG, REFUSED = "compiles", "ops missing", "wrong", "refused"
 NOT_BUILT, TOO_LONG, CRASHED = "not built", "time limit", "crashed"
 AGREES = "agrees"
-DRAWN = "drawn"
-"""The family of what was drawn."""
+DRAWN, ASKED = "drawn", "asked for"
+"""The families of what was drawn and of `SWEPT`."""
+GPU = "cuda:sm_90"
 LONGEST_REASON = 240
 
 
@@ -49,7 +51,8 @@ class Row:
 
     status: "compiles" means no torch fallback and nothing that differs; reason: why not, in words.
     missing: the ATen ops without a kernel, with the reason, and how often. reference, interpreter:
-    "agrees", what differs, or "" where it was not run. git: the tree it was tried with.
+    "agrees", what differs, or "" where it was not run. planned: the kernels of a plan for sm_90 (0:
+    none was made). git: the tree it was tried with.
     """
 
     name: str
@@ -59,6 +62,7 @@ class Row:
     side: int = 0
     convs: int = 0
     kernels: int = 0
+    planned: int = 0
     missing: dict[str, int] = field(default_factory=dict)
     reference: str = ""
     interpreter: str = ""
@@ -67,8 +71,8 @@ class Row:
 
 
 def family_of(name: str) -> str:
-    """The family of a network; "drawn" for what the families do not have."""
-    return foreign.FAMILIES.get(name, DRAWN)
+    """The family of a network."""
+    return foreign.FAMILIES.get(name, ASKED if name in SWEPT else DRAWN)
 
 
 def tried(name: str, interpret: bool) -> Row:
@@ -98,6 +102,7 @@ def _found(name: str, interpret: bool) -> dict[str, Any]:
         "side": network.inputs[0].shape[-1],
         "convs": executable.plan.convs,
         "kernels": len(executable.plan.kernels),
+        "planned": len(network.planned(GPU)[1].kernels),
         "missing": dict(calls.most_common()),
         **checks,
     }
@@ -158,14 +163,17 @@ def markdown(rows: Sequence[Row], versions: str) -> str:
         names = [f"{library}/{member}" for members in families.values() for member in members]
         lines.append(f"- {library}: {len(done.intersection(names))} of {len(names)} compile")
     drawn = [row for row in rows if row.family == DRAWN]
+    asked = [row for row in rows if row.family == ASKED]
     left = foreign.DRAWN - len(drawn)
     lines += [
         f"- drawn: {sum(row.name in done for row in drawn)} of {len(drawn)} compile"
         + (f"; {left} are not tried yet" if left else ""),
+        f"- asked for: {sum(row.name in done for row in asked)} of {len(asked)} compile",
         "",
         "A network compiles when every op has a kernel (no torch fallback) and its result agrees "
-        "with the module in fp64: the graph run by torch ops, fused and (in the second table) as "
-        'captured (`passes="none"`), and, where the table says so, the kernels in the interpreter. '
+        "with the module in fp64: the graph run by torch ops, fused and (not in the first table) "
+        'as captured (`passes="none"`), and, where said, the kernels in the interpreter. sm_90: '
+        "the kernels of a plan for that GPU, in fp32. "
         "Weights are random, images small. `foreign.json` names the commit of each row.",
         "",
         "## Ops that are missing",
@@ -174,7 +182,7 @@ def markdown(rows: Sequence[Row], versions: str) -> str:
         "",
         "## Every network",
         "",
-        *_table([row for row in rows if row.family != DRAWN]),
+        *_table([row for row in rows if row not in (*drawn, *asked)]),
         "",
         "## Drawn",
         "",
@@ -185,19 +193,27 @@ def markdown(rows: Sequence[Row], versions: str) -> str:
         "stands first; every name that was drawn is listed.",
         "",
         *_table(drawn),
+        "",
+        "## Asked for",
+        "",
+        "What issues name (raft_small and halonet26t were drawn). Of detectors: what comes before "
+        "boxes are chosen. whole/...: a few channels wide, written in tests/whole_nets.py.",
+        "",
+        *_table(asked),
     ]
     return "\n".join(lines) + "\n"
 
 
 def _table(rows: Sequence[Row]) -> list[str]:
     lines = [
-        "| network | image | convolutions | kernels | reference | interpreter | result |",
-        "|---|---|---|---|---|---|---|",
+        "| network | image | convolutions | kernels | sm_90 | reference | interpreter | result |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:
         result = row.status if row.status == COMPILES else f"**{row.status}**: {row.reason}"
         checks = (_verdict(check) for check in (row.reference, row.interpreter))
-        cells = (row.name, row.side or "-", row.convs, row.kernels, *checks, result)
+        counts = (row.side or "-", row.convs, row.kernels, row.planned or "-")
+        cells = (row.name, *counts, *checks, result)
         lines.append(f"| {' | '.join(str(cell).replace('|', '/') for cell in cells)} |")
     return lines
 
@@ -241,7 +257,7 @@ def write(drawn: Sequence[str], rows: dict[str, Row], folder: Path) -> None:
         f"torch {torch.__version__.partition('+')[0]}, torchvision "
         f"{torchvision.__version__.partition('+')[0]}, timm {timm.__version__}"
     )
-    ordered = [rows[name] for name in (*foreign.FAMILIES, *drawn) if name in rows]
+    ordered = [rows[name] for name in (*foreign.FAMILIES, *drawn, *SWEPT) if name in rows]
     folder.mkdir(parents=True, exist_ok=True)
     plain = {"versions": versions, DRAWN: drawn, "rows": [asdict(row) for row in ordered]}
     (folder / "foreign.json").write_text(json.dumps(plain, indent=1) + "\n")
@@ -253,7 +269,7 @@ def wanted(options: argparse.Namespace, drawn: Sequence[str], rows: dict[str, Ro
 
     Raises: InvalidInputError for an unknown name.
     """
-    known = (*foreign.FAMILIES, *drawn)
+    known = (*foreign.FAMILIES, *drawn, *SWEPT)
     for name in options.names:
         if name not in known:
             raise InvalidInputError(f"unknown network {name!r}: {near_names(name, known)}")

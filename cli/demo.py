@@ -263,7 +263,5 @@ PARTS: dict[str, tuple[str, Part]] = {
     "gpu-code": (
         f"ResNet-50 in float16, batch {GPU_BATCH}, compiled for sm_90 without a GPU", show_gpu_code
     ),
-    "emulator": (
-        "LeNet-5 in float16, compiled for sm_90 and emulated on the CPU", show_emulator
-    ),
+    "emulator": ("LeNet-5 in float16, compiled for sm_90 and emulated on the CPU", show_emulator),
 }

@@ -156,9 +156,7 @@ def _call_ms(executable: Any, arguments: Any, keywords: Any) -> float:
     return (time.perf_counter() - started) * 1e3
 
 
-def _compiled(
-    options: argparse.Namespace,
-) -> tuple[ZooModel, torch.Tensor, Executable, Network]:
+def _compiled(options: argparse.Namespace) -> tuple[ZooModel, torch.Tensor, Executable, Network]:
     target = shared.target(options)
     network = networks.find(options.name, options, options.weights)
     entry = network.pictured("run")
@@ -168,9 +166,7 @@ def _compiled(
     return entry, x.to(executable.inputs[0].spec.dtype), executable, network
 
 
-def _loaded(
-    options: argparse.Namespace,
-) -> tuple[ZooModel, torch.Tensor, LoadedExecutable, None]:
+def _loaded(options: argparse.Namespace) -> tuple[ZooModel, torch.Tensor, LoadedExecutable, None]:
     from ..compiler.artifact.load import load
 
     shared.refuse_choices(options)

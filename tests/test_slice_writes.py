@@ -10,6 +10,7 @@ import convloom
 import pytest
 import torch
 import torch.nn.functional as F
+from convloom.compiler.capture.decompositions import _slice_scatter
 from convloom.compiler.graph.ledger import Ledger
 from convloom.compiler.passes import run_passes
 from convloom.compiler.passes.slice_writes import simplify_slice_writes
@@ -62,7 +63,22 @@ def everything(x: torch.Tensor) -> torch.Tensor:
     return y
 
 
-WRITES = (filled, shifted, pasted, in_place, everything)
+def every_other(x: torch.Tensor) -> torch.Tensor:
+    y = x.clone()
+    y[:, ::2] = x[:, 1::2]
+    return y
+
+
+def spread(x: torch.Tensor) -> torch.Tensor:
+    """Sub-pixels, and one element of two."""
+    y = x.new_zeros(x.shape[0], 6, 16, 8)
+    y[:, :, ::2] = x
+    y[:, :, 1::2] = x * 2
+    y[:, 1::3, 5:-1:4, 7::2] = 1.5
+    return y
+
+
+WRITES = (filled, shifted, pasted, in_place, everything, every_other, spread)
 
 
 def written(write: Callable[..., Any]) -> nets.Made:
@@ -154,32 +170,28 @@ def test_any_slices_of_any_concatenations(seed: int) -> None:
     nets.forget(module)
 
 
-def every_other(x: torch.Tensor) -> torch.Tensor:
-    y = x.clone()
-    y[:, ::2] = x[:, 1::2]
-    return y
-
-
 def first_sample(x: torch.Tensor) -> torch.Tensor:
     y = x.clone()
     y[0] = 0.0
     return y
 
 
-@pytest.mark.parametrize(
-    ("write", "dynamic", "name"),
-    [
-        (every_other, None, "aten.slice_scatter.default"),
-        (first_sample, (1, 4), "aten.select_scatter.default"),
-    ],
-)
-def test_writes_that_are_no_concatenation_are_refused(
-    write: Callable[..., Any], dynamic: Any, name: str
-) -> None:
-    module, inputs = written(write)
-    message = f"{name}.*a write into every other element, or into some samples"
+def test_writes_into_some_samples_are_refused() -> None:
+    module, inputs = written(first_sample)
+    message = "aten.select_scatter.default.*a write into some samples of a batch that varies; join"
     with pytest.raises(UnsupportedOpError, match=message):
-        convloom.compile(module, inputs, target="interpreter", dynamic_batch=dynamic)
+        convloom.compile(module, inputs, target="interpreter", dynamic_batch=(1, 4))
+
+
+@given(
+    size=st.integers(1, 9), start=st.integers(-10, 10), end=st.integers(-10, 10),
+    step=st.integers(1, 4), dim=st.integers(-2, 1),
+)  # fmt: skip
+def test_every_slice_is_written(size: int, start: int, end: int, step: int, dim: int) -> None:
+    x = torch.arange(1.0, size * size + 1).view(size, size)
+    source = -torch.ones_like(torch.ops.aten.slice.Tensor(x, dim, start, end, step))
+    wanted = torch.slice_scatter(x, source, dim, start, end, step)
+    assert torch.equal(_slice_scatter(x, source, dim, start, end, step), wanted)
 
 
 @pytest.mark.parametrize("padding", [0, 1])

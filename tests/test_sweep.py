@@ -55,6 +55,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(foreign, "import_libraries", lambda: versions)
     monkeypatch.setattr(foreign, "FAMILIES", {name: "family" for name in NETWORKS})
     monkeypatch.setattr(foreign, "FIRST", frozenset(NETWORKS))
+    monkeypatch.setattr(sweep, "SWEPT", ("timm/asked",))
     families = {
         library: {"family": tuple(n.partition("/")[2] for n in NETWORKS if n.startswith(library))}
         for library in foreign.LIBRARIES
@@ -81,7 +82,7 @@ def test_a_network_that_compiles(small: None) -> None:
         "compiles", "", "agrees", "agrees",
     )  # fmt: skip
     assert (row.side, row.convs, row.missing) == (96, 1, {})
-    assert row.kernels > 0 and row.git
+    assert row.kernels > 0 and row.planned > 0 and row.git
     assert sweep.tried("torchvision/good", interpret=False).interpreter == ""
 
 
@@ -188,16 +189,16 @@ def test_the_sweep_goes_on_where_it_stopped(
         return Row(name, sweep.family_of(name), status, "1x a|b: no")
 
     monkeypatch.setattr(sweep, "in_a_process", answer)
-    names, output = [*NETWORKS, "timm/drawn"], ("--output", str(tmp_path))
+    names, output = [*NETWORKS, "timm/drawn", "timm/asked"], ("--output", str(tmp_path))
     failing = names[1:4]
     assert sweep.main([*output, "--budget", "1e-9"]) == 1
     assert "left: call again" in capsys.readouterr().out and asked == []
     assert sweep.main([*output, "torchvision/odd"]) == 0
     assert sweep.main(output) == 0
     assert asked == [names[1], names[0], *names[2:]]
-    assert sweep.main(output) == 0 and len(asked) == 5
-    assert sweep.main([*output, "--again"]) == 0 and asked[5:] == failing
-    assert sweep.main([*output, "--fresh"]) == 0 and asked[8:] == names
+    assert sweep.main(output) == 0 and len(asked) == 6
+    assert sweep.main([*output, "--again"]) == 0 and asked[6:] == failing
+    assert sweep.main([*output, "--fresh"]) == 0 and asked[9:] == names
     written = json.loads((tmp_path / "foreign.json").read_text())
     assert [row["name"] for row in written["rows"]] == names
     assert written["versions"].endswith("torchvision 1.2, timm 3.4")
@@ -205,31 +206,42 @@ def test_the_sweep_goes_on_where_it_stopped(
         sweep.main([*output, "timm/refusd"])
 
 
+def test_a_network_that_brings_its_inputs() -> None:
+    row = sweep.tried("whole/siamfc", interpret=False)
+    assert (row.family, row.status, row.side, row.convs) == ("asked for", "compiles", 27, 6)
+
+
 def test_the_table_tells_what_is_missing() -> None:
     rows = [
-        Row("timm/vgg16", "timm/vgg", "compiles", "", 64, 13, 17, {}, "agrees", "agrees"),
-        Row("timm/dla34", "timm/dla", "ops missing", "2x a: b; 1x c: d", 64, 9, 9,
+        Row("timm/vgg16", "timm/vgg", "compiles", "", 64, 13, 17, 18, {}, "agrees", "agrees"),
+        Row("timm/dla34", "timm/dla", "ops missing", "2x a: b; 1x c: d", 64, 9, 9, 0,
             {"a: b": 2, "c: d": 1}, "agrees"),
-        Row("timm/dpn68", "timm/dpn", "wrong", "reference: x | y", 64, 9, 9, {"a: b": 5}, "x | y"),
+        Row("timm/dpn68", "timm/dpn", "wrong", "reference: x | y", 64, 9, 9, 9, {"a: b": 5},
+            "x | y"),
     ]  # fmt: skip
     text = sweep.markdown(rows, "versions")
     assert "- torchvision: 0 of 22 compile\n- timm: 1 of 57 compile" in text
-    assert "| timm/vgg16 | 64 | 13 | 17 | agrees | agrees | compiles |" in text
-    assert "| timm/dla34 | 64 | 9 | 9 | agrees | - | **ops missing**: 2x a: b; 1x c: d |" in text
+    assert "| timm/vgg16 | 64 | 13 | 17 | 18 | agrees | agrees | compiles |" in text
+    assert "| timm/dla34 | 64 | 9 | 9 | - | agrees | - | **ops missing**: 2x a: b;" in text
     assert "| differs | - | **wrong**: reference: x / y |" in text
     assert "| a: b | 2 | 7 | timm/dla34, timm/dpn68 |\n| c: d | 1 | 1 | timm/dla34 |" in text
     assert "None." in sweep.markdown(rows[:1], "versions")
-    drawn = Row("timm/tnt", "drawn", "compiles", "", 64, 1, 9, {}, "agrees")
-    first, second = sweep.markdown([*rows, drawn], "versions").split("## Drawn")
+    drawn = Row("timm/tnt", "drawn", "compiles", "", 64, 1, 9, 9, {}, "agrees")
+    asked = Row("whole/crnn", sweep.family_of("whole/crnn"), "compiles", "", 12, 3, 9, 9)
+    first, second = sweep.markdown([*rows, drawn, asked], "versions").split("## Drawn")
+    second, third = second.split("## Asked for")
     assert "- drawn: 1 of 1 compile; 99 are not tried yet" in first and "timm/tnt" not in first
-    assert "| timm/tnt | 64 | 1 | 9 | agrees | - | compiles |" in second
+    assert "| timm/tnt | 64 | 1 | 9 | 9 | agrees | - | compiles |" in second
+    assert "- asked for: 1 of 1 compile" in first and "whole/" not in first + second
+    assert "| whole/crnn | 12 | 3 | 9 | 9 | - | - | compiles |" in third
 
 
 def test_the_committed_table_is_whole() -> None:
     """Every network was tried, the text is that of the data, and no reason is left out."""
     drawn, rows = sweep.kept(RESULTS / "foreign.json")
-    assert list(rows) == [name for name in (*foreign.FAMILIES, *drawn) if name in rows]
-    assert set(foreign.FAMILIES) <= set(rows) and len({*drawn}) == foreign.DRAWN
+    known = (*foreign.FAMILIES, *drawn, *sweep.SWEPT)
+    assert list(rows) == [name for name in known if name in rows]
+    assert {*foreign.FAMILIES, *sweep.SWEPT} <= set(rows) and len({*drawn}) == foreign.DRAWN
     assert all(row.status == sweep.COMPILES or row.reason for row in rows.values())
     versions = json.loads((RESULTS / "foreign.json").read_text())["versions"]
     text = sweep.markdown(list(rows.values()), versions)
@@ -252,6 +264,7 @@ def libraries() -> None:
     "name",
     [
         "torchvision/squeezenet1_1",
+        "torchvision/ssdlite320_mobilenet_v3_large",
         "torchvision/resnet18",
         "torchvision/mobilenet_v3_small",
         "timm/nfnet_f0",
@@ -272,6 +285,7 @@ def test_every_name_is_a_network() -> None:
     torchvision, timm = foreign.import_libraries()
     known = {"torchvision": torchvision.models.list_models(), "timm": timm.list_models()}
     drawn, _ = sweep.kept(RESULTS / "foreign.json")
-    for name in (*foreign.FAMILIES, *drawn):
+    asked = [name for name in sweep.SWEPT if not name.startswith("whole/")]
+    for name in (*foreign.FAMILIES, *drawn, *asked):
         library, _, member = name.partition("/")
         assert member in known[library] or timm.is_model(member), name

@@ -89,6 +89,52 @@ def test_a_product_with_an_input_as_the_weight(dtype: torch.dtype) -> None:
     nets.check(exe(*inputs), module, inputs, dtype)
 
 
+@pytest.mark.parametrize("passes", ["default", "none"])
+def test_tf32_rounds_no_row(passes: str) -> None:
+    """Only products of numbers are rounded to tf32."""
+
+    def looked_up(m: Any, x: Tensor) -> tuple[Tensor, Tensor]:
+        given = x[:, :7, 0].round().clamp(-7, 6).long()
+        return m.book[given].flatten(1), m.linear(x[:, 0])
+
+    module, (x,) = made(looked_up, (2, 8, 6))
+    exe = convloom.compile(module, (x,), target="emulator:sm_90", precision="tf32", passes=passes)
+    rows, products = exe(x)
+    precisions = {step.problem.precision for step in exe.plan.steps if step.op == "linear"}
+    assert torch.equal(rows, module(x)[0]) and precisions == {"ieee", "tf32"}
+    torch.testing.assert_close(products, module(x)[1], rtol=1e-2, atol=1e-2)
+
+
+LARGE: dict[str, Any] = {
+    "row": lambda m, x: F.embedding(x.argmax(1), m.signs),
+    "row, from the end": lambda m, x: m.signs[x.argmax(1)],
+    "place": lambda m, x: (x.argmax(1, keepdim=True) == m.places).float(),
+    "moved": lambda m, x: (x.argmax(1).float()[:, None, None].transpose(1, 2) == m.places).float(),
+    "clamped": lambda m, x: x.argmax(1).clamp(2, 4990),
+    "returned": lambda m, x: x.argmax(1).float(),
+    "counted": lambda m, x: (x > -1).sum(1),
+    "counted, as floats": lambda m, x: (x > -1).sum(1).float(),
+    "added": lambda m, x: x.argmax(1).float() + x[:, 0] * 0,
+    "multiplied": lambda m, x: x.argmax(1, keepdim=True).float() @ m.places[:1, None].float(),
+}
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("name", LARGE)
+def test_halves_round_no_index(name: str, dtype: torch.dtype) -> None:
+    """Beyond 256 bfloat16 has no odd number, beyond 2048 float16 none; what is computed with them
+    is computed in halves."""
+    module, (x,) = made(LARGE[name], (6, 5000))
+    module.register_buffer("places", torch.arange(5000) if name != "multiplied" else torch.ones(1))
+    module.register_buffer("signs", torch.tensor([[-1.0], [1.0]]).repeat(2500, 1))
+    x = x.bfloat16().float()
+    rounding = torch.finfo(dtype).eps if name in ("added", "multiplied") else 0.0
+    for target, passes in (("reference", "none"), ("interpreter", "default")):
+        exe = convloom.compile(module, (x,), target=target, dtype=dtype, passes=passes)
+        torch.testing.assert_close(exe(x), module(x), rtol=rounding, atol=0.0)
+
+
 @pytest.mark.interpreter
 @pytest.mark.parametrize("target", ["reference", "interpreter"])
 def test_whole_numbers_as_results(target: str) -> None:

@@ -133,9 +133,7 @@ def arrange(entries: Sequence[Entry]) -> tuple[list[Span], list[bytes], bytes]:
         headers.append(
             _LOCAL.pack(b"PK\3\4", *_FIXED, *sizes, padding) + name + extra.ljust(padding, b"\0")
         )
-        listed.append(
-            _CENTRAL.pack(b"PK\1\2", 20, *_FIXED, *sizes, 0, 0, 0, 0, 0, position) + name
-        )
+        listed.append(_CENTRAL.pack(b"PK\1\2", 20, *_FIXED, *sizes, 0, 0, 0, 0, 0, position) + name)
         spans.append(Span(start + padding, entry.size))
         position = start + padding + entry.size
     central = b"".join(listed)
@@ -193,9 +191,7 @@ class Archive:
         Raises: ArtifactError where it is missing, too large or damaged.
         """
         if name not in self.members:
-            raise ArtifactError(
-                f"'{self.path}' is not a convloom executable: it has no '{name}'"
-            )
+            raise ArtifactError(f"'{self.path}' is not a convloom executable: it has no '{name}'")
         data = self.view(name)
         if len(data) > most_bytes:
             raise damaged(self.path, f"'{name}' has {len(data):,} bytes, more than {most_bytes:,}")

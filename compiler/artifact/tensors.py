@@ -112,9 +112,7 @@ def read(archive: Archive) -> dict[str, torch.Tensor]:
     Raises: ArtifactError for anything but what `Pool.content` writes.
     """
     if MEMBER not in archive.members:
-        raise ArtifactError(
-            f"'{archive.path}' is not a convloom executable: it has no '{MEMBER}'"
-        )
+        raise ArtifactError(f"'{archive.path}' is not a convloom executable: it has no '{MEMBER}'")
     data = archive.view(MEMBER)
     length = struct.unpack("<Q", data[:8])[0] if len(data) >= 8 else 0
     if not 0 < length <= min(LONGEST_HEADER, len(data) - 8):

@@ -115,13 +115,20 @@ def _slice_scatter(
     x: torch.Tensor, source: torch.Tensor, dim: int = 0, start: int | None = None,
     end: int | None = None, step: int = 1,
 ) -> Any:  # fmt: skip
-    """x[..., start:end, ...] = source, as what lies before, in and behind the slice. Every other
-    element, and some samples of a batch that varies, are refused by name."""
+    """x[..., start:end:step, ...] = source, as what lies before, in and behind the slice; some
+    samples of a batch that varies are refused by name."""
     dim %= x.dim()
-    size = x.shape[dim]
-    if step != 1 or not isinstance(size, int):
+    size, count = x.shape[dim], source.shape[dim]
+    if not isinstance(size, int):
         return NotImplemented
-    first, last, _ = slice(start, end).indices(size)
+    first, *_ = slice(start, end).indices(size)
+    last = first + max((count - 1) * step + 1, 0)
+    if step > 1 and count > 1:  # Every element but the last one with those of x behind it.
+        behind: Any = x.narrow(dim, first, last - 1 - first)
+        behind = behind.unflatten(dim, (count - 1, step))
+        *_, others = behind.split((1, step - 1), dim + 1)
+        groups = torch.cat([source.narrow(dim, 0, count - 1).unsqueeze(dim + 1), others], dim + 1)
+        source = torch.cat([groups.flatten(dim, dim + 1), source.narrow(dim, count - 1, 1)], dim)
     parts = [x.narrow(dim, 0, first), source, x.narrow(dim, last, size - last)]
     return torch.cat([part for part in parts if part.shape[dim]], dim)
 

@@ -204,9 +204,7 @@ def _joined(g: Builder, target: str, a: Arguments, place: Place, batch: int) -> 
     if target == "aten.stack.default":
         dim %= len(place.shape)
         parts = [
-            x and replace(
-                x, shape=(*x.shape[:dim], 1, *x.shape[dim:]), at=x.at + (dim <= x.at)
-            )
+            x and replace(x, shape=(*x.shape[:dim], 1, *x.shape[dim:]), at=x.at + (dim <= x.at))
             for x in parts
         ]  # fmt: skip
     x = parts[0]

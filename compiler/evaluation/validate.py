@@ -126,9 +126,7 @@ class Validation:
     otherwise the values from before it go on being the true ones.
     """
 
-    def __init__(
-        self, inputs: Sequence[torch.Tensor] | None = None, strict: bool = True
-    ) -> None:
+    def __init__(self, inputs: Sequence[torch.Tensor] | None = None, strict: bool = True) -> None:
         self.checks: list[PassCheck] = []
         self._given, self._strict = inputs, strict
         self._paths: dict[str, str] = {}

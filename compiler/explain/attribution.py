@@ -58,8 +58,7 @@ def make_account(ledger: Ledger, snapshot: Snapshot, plan: Plan) -> Account:
     entering = (node.spec.dtype for node in captured.graph_inputs())
     computed_in = dtype or next(entering, torch.get_default_dtype())
     unfused = without_fusion(captured, dtype)
-    precision = next((s.problem.precision for s in plan.steps if isinstance(s, KernelStep)), "ieee")
-    alone = {a.node.name: a for a in _alone(unfused, plan.target, precision)}
+    alone = {a.node.name: a for a in _alone(unfused, plan.target, plan.precision)}
     places = find_places(snapshot, plan)
     steps_us = {step.name: step_time_us(step, plan.target) for step in plan.steps}
     known_us = sum(us for us in steps_us.values() if us is not None)
@@ -72,7 +71,7 @@ def make_account(ledger: Ledger, snapshot: Snapshot, plan: Plan) -> Account:
         batch=next((n.spec.batch or n.spec.shape[0] for n in captured.graph_inputs()
                     if n.spec.rank), None),
         machine=_machine_name(plan.target),
-        peaks=_peaks(plan.target, computed_in, precision),
+        peaks=_peaks(plan.target, computed_in, plan.precision),
         measured_on="",
         totals=_totals(plan, list(alone.values()), steps_us),
         nodes=tuple(nodes),
@@ -202,9 +201,7 @@ def _bounds(plan: Plan) -> dict[str, str]:
     }
 
 
-def _totals(
-    plan: Plan, alone: Sequence[UnfusedOp], steps_us: Mapping[str, float | None]
-) -> Totals:
+def _totals(plan: Plan, alone: Sequence[UnfusedOp], steps_us: Mapping[str, float | None]) -> Totals:
     return Totals(
         kernels_before=sum(a.launches for a in alone),
         kernels_after=len(plan.kernels),

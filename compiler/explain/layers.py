@@ -217,9 +217,7 @@ def _width(key: Key, sizes: Mapping[str, tuple[float, float]]) -> float:
     return sizes[key[0]][0] if key[1] < 0 else BEND_WIDTH
 
 
-def spread(
-    wanted: Sequence[float], weights: Sequence[float], gaps: Sequence[float]
-) -> list[float]:
+def spread(wanted: Sequence[float], weights: Sequence[float], gaps: Sequence[float]) -> list[float]:
     """The places nearest to the wanted ones, by weighted squares, that keep the gaps between them.
 
     Pools adjacent violators of the order (isotonic regression).

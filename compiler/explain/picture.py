@@ -160,9 +160,7 @@ def _svg(account: Account, boxes: dict[str, _Content], style: str, namespace: st
 class _Content:
     """What stands in a place's box."""
 
-    def __init__(
-        self, place: KernelNode, records: dict[str, Record], account: Account
-    ) -> None:
+    def __init__(self, place: KernelNode, records: dict[str, Record], account: Account) -> None:
         self.place, self.short, self.is_modelled = place, labels(account), bool(account.machine)
         self.records = [records[name] for name in place.nodes]
         self.paths = {r.node: r.module_path for r in records.values() if r.module_path}

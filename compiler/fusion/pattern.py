@@ -328,9 +328,7 @@ def by_root(rules: tuple[Rule, ...]) -> dict[str, list[Rule]]:
     return index
 
 
-def matches(
-    graph: Graph, node: Node, index: dict[str, list[Rule]]
-) -> Iterator[tuple[Rule, Match]]:
+def matches(graph: Graph, node: Node, index: dict[str, list[Rule]]) -> Iterator[tuple[Rule, Match]]:
     """The rules that fit with a node as their outermost call, in order, and how."""
     for rule in index.get(_op_name(node), []):
         if (found := match(graph, node, rule.pattern)) is not None:

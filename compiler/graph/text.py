@@ -35,9 +35,7 @@ def node_text(graph: Graph, node: Node) -> str:
 
 def to_text(graph: Graph, constants: bool = True) -> str:
     """The whole graph; sources come before their readers."""
-    lines = [
-        node_text(graph, node) for node in graph.nodes() if constants or node.op != CONSTANT
-    ]
+    lines = [node_text(graph, node) for node in graph.nodes() if constants or node.op != CONSTANT]
     return "\n".join(lines) + "\n"
 
 

@@ -135,6 +135,4 @@ def verify_memory(graph: Graph) -> None:
                 )
         for spec, expected in zip(node.outputs, inferred, strict=True):
             if spec.layout is not expected.layout and not definition.writes_any:
-                raise GraphError(
-                    f"{node.name}: {node.op} gives {expected}, the node says {spec}"
-                )
+                raise GraphError(f"{node.name}: {node.op} gives {expected}, the node says {spec}")

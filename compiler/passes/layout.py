@@ -8,7 +8,9 @@ Conversions that turn out to move nothing (one channel, one pixel) become views 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 
 import torch
 
@@ -35,8 +37,10 @@ def choose_dtype(graph: Graph, dtype: torch.dtype | None) -> Graph:
     ):
         return graph
     outputs = [(value, graph.spec(value).dtype) for value in graph.outputs()]
+    exact = _of_whole_numbers(graph)
     for node in graph.nodes():
-        if node.op == INPUT or (node.op == CONSTANT and _is_of_stages(graph, Value(node.name))):
+        read_as_float = node.op == CONSTANT and _is_of_stages(graph, Value(node.name))
+        if node.op == INPUT or read_as_float or node.name in exact:
             continue
         specs = tuple(s.with_(dtype=dtype) if _is_float(s) else s for s in node.outputs)
         if not (isinstance(node.attributes, Bmm) and node.attributes.wide):
@@ -48,7 +52,11 @@ def choose_dtype(graph: Graph, dtype: torch.dtype | None) -> Graph:
             graph.update(node.name, outputs=specs, attributes=attributes, **stages)
     for node in graph.graph_inputs():
         if node.spec.dtype is not dtype:
-            _convert_readers(graph, Value(node.name), Relayout(node.spec.layout, dtype))
+            converter = Relayout(node.spec.layout, dtype)
+            _convert_readers(graph, Value(node.name), converter, lambda reader, slot: True)
+    for name in exact:
+        converter = Relayout(graph.node(name).spec.layout, dtype)
+        _convert_readers(graph, Value(name), converter, partial(_computes_in_halves, graph, exact))
     returned = []
     for value, original in outputs:
         if graph.spec(value).dtype is not original:
@@ -64,18 +72,40 @@ def choose_dtype(graph: Graph, dtype: torch.dtype | None) -> Graph:
     return graph
 
 
+def _of_whole_numbers(graph: Graph) -> set[str]:
+    """What makes floats of whole numbers, moves them, or is made whole numbers of: float32 holds
+    them, where halves would round an index or a count to another one."""
+    exact: set[str] = set()
+    for node in [node for node in graph.nodes() if node.is_compute]:
+        inputs = graph.inputs(node.name)
+        moves = node.definition.integers and all(value.node in exact for value in inputs)
+        converts = isinstance(node.attributes, Relayout) and _is_whole(graph.spec(inputs[0]))
+        readers = [graph.node(reader) for reader, _ in graph.uses(Value(node.name))]
+        counts = all(isinstance(r.attributes, Relayout) and _is_whole(r.spec) for r in readers)
+        stores = counts and node.definition.takes_epilogue and len(node.outputs) == 1
+        if _is_float(node.spec) and (converts or moves or stores):
+            exact.add(node.name)
+    return exact
+
+
+def _computes_in_halves(graph: Graph, exact: set[str], reader: str, slot: int) -> bool:
+    floats = _is_float(graph.node(reader).spec)
+    return floats and reader not in exact and not _is_stage(graph, reader, slot)
+
+
 def _is_of_stages(graph: Graph, constant: Value) -> bool:
     """Whether only pointwise stages and batch normalisations read a constant."""
+    return all(_is_stage(graph, reader, slot) for reader, slot in graph.uses(constant))
 
-    def is_stage(reader: str, slot: int) -> bool:
-        node = graph.node(reader)
-        if not node.is_compute:
-            return False
-        pointwise = isinstance(node.attributes, Pointwise)
-        statistic = isinstance(node.attributes, BatchNorm) and slot > 0
-        return pointwise or statistic or slot >= len(graph.own_inputs(node))
 
-    return all(is_stage(reader, slot) for reader, slot in graph.uses(constant))
+def _is_stage(graph: Graph, reader: str, slot: int) -> bool:
+    """Whether an input is read as fp32 in any case."""
+    node = graph.node(reader)
+    if not node.is_compute:
+        return False
+    pointwise = isinstance(node.attributes, Pointwise)
+    statistic = isinstance(node.attributes, BatchNorm) and slot > 0
+    return pointwise or statistic or slot >= len(graph.own_inputs(node))
 
 
 def _attributes_in(dtype: torch.dtype, node: Node) -> Attributes:
@@ -109,6 +139,10 @@ def _is_float(spec: TensorSpec) -> bool:
     return spec.dtype.is_floating_point
 
 
+def _is_whole(spec: TensorSpec) -> bool:
+    return spec.dtype in (torch.int32, torch.int64)
+
+
 def _can_store_as(graph: Graph, value: Value) -> bool:
     """Whether the kernel that computes a returned value may as well store it in another dtype.
 
@@ -122,9 +156,11 @@ def _can_store_as(graph: Graph, value: Value) -> bool:
     return node.definition.writes_any or (node.definition.takes_epilogue and not images)
 
 
-def _convert_readers(graph: Graph, value: Value, attributes: Relayout) -> None:
-    """Converts an input for all who compute with it; returned as it is, it stays as it is."""
-    readers = [(reader, slot) for reader, slot in graph.uses(value) if reader != OUTPUT]
+def _convert_readers(
+    graph: Graph, value: Value, attributes: Relayout, computes: Callable[[str, int], bool]
+) -> None:
+    """Converts a value for those that compute with it; returned as it is, it stays as it is."""
+    readers = [use for use in graph.uses(value) if use[0] != OUTPUT and computes(*use)]
     if not readers:
         return
     converted = graph.add("relayout", (value,), attributes)

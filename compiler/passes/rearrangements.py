@@ -104,14 +104,8 @@ def _bmm_guard(side: str, graph: Graph, found: Match) -> str | None:
 
 
 RULES = (
-    _rule(
-        "permute(reshape(x)) => rearrange(x)",
-        _permutation(Call("reshape", X, name="split")),
-    ),
-    _rule(
-        "reshape(permute(x)) => rearrange(x)",
-        Call("reshape", _permutation(X), name="root"),
-    ),
+    _rule("permute(reshape(x)) => rearrange(x)", _permutation(Call("reshape", X, name="split"))),
+    _rule("reshape(permute(x)) => rearrange(x)", Call("reshape", _permutation(X), name="root")),
     _rule(
         "reshape(rearrange(x)) => rearrange(x)",
         Call("reshape", Call("rearrange", X, name="moved"), name="root"),

@@ -100,8 +100,6 @@ def keep_apart(
     def all_before(one: str, other: str) -> bool:
         """Whether the second is first touched after all uses of the first are over."""
         mine = bits.get(one, 0)
-        return one not in final and all(
-            mine & ~ordered[step] == 0 for step in users.get(other, ())
-        )
+        return one not in final and all(mine & ~ordered[step] == 0 for step in users.get(other, ()))
 
     return lambda one, other: not (all_before(one, other) or all_before(other, one))

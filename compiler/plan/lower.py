@@ -288,6 +288,7 @@ def _lower_node(state: _Lowering, node: Node) -> None:
     if isinstance(node.attributes, movement.Concat) and _finish_concat(state, node):
         return
     operands = {kind: tuple(place.operand for place in group) for kind, group in places.items()}
+    chooses = node.op == "linear" and _chooses(graph, own[0])
     problem = Problem(
         op=node.op,
         attributes=node.attributes,
@@ -297,9 +298,20 @@ def _lower_node(state: _Lowering, node: Node) -> None:
         operands=operands["operand"],
         prologue=node.prologue,
         prologue_operands=operands["prologue"],
-        precision=state.options.precision,
+        precision="ieee" if chooses else state.options.precision,
     )
     _add_step(state, node, node.name, problem, places)
+
+
+def _chooses(graph: Graph, factor: Value) -> bool:
+    """Whether a product's factor is made of booleans: the rows of a table that it chooses must not
+    be rounded to tf32."""
+    node = graph.node(factor.node)
+    if not node.is_compute:
+        return graph.spec(factor).dtype is torch.bool
+    inputs = graph.own_inputs(node)
+    (first, *_) = node.definition.infer(node.attributes, tuple(map(graph.spec, inputs)))
+    return first.dtype is torch.bool or (is_movement(node) and _chooses(graph, inputs[0]))
 
 
 def _add_step(

@@ -102,9 +102,7 @@ class CudaBackend:
         cold = _timed(turns)
         warm = _timed(turns[:1])
         spread = statistics.quantiles(cold, n=10)
-        return Trial(
-            None, statistics.median(cold), spread[-1] - spread[0], statistics.median(warm)
-        )
+        return Trial(None, statistics.median(cold), spread[-1] - spread[0], statistics.median(warm))
 
     def _copied(self, bench: Bench) -> list[Buffers]:
         """Enough copies of the problem's tensors that none is still in the cache at its turn."""

@@ -199,9 +199,7 @@ def tile_cycles(
     )
 
 
-def product_traffic(
-    block: Block, warps: int, dtype: torch.dtype, rows_held: bool = False
-) -> int:
+def product_traffic(block: Block, warps: int, dtype: torch.dtype, rows_held: bool = False) -> int:
     """Bytes of shared memory that one step reads and writes: four warps multiply 64 rows at a time
     and read both operands from there, each column's once for every 64 rows (sm_90's wgmma; older
     code reads as much). rows_held: the rows are in registers, and only columns are copied."""

@@ -186,10 +186,7 @@ def launches(problem: Problem, tile: Config, target: Target) -> tuple[Launch, ..
         batch=y.spec.batch,
         block_rows=1,
         columns=1,
-        constexprs={
-            "HEAD": classifier, "WIDE": wide,
-            **constants,
-        },
+        constexprs={"HEAD": classifier, "WIDE": wide, **constants},
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
         l2_bytes=_l2_bytes(problem),

@@ -92,10 +92,7 @@ def _cut(g: Builder, x: Any, dim: int, start: int, stop: int, step: int = 1) -> 
 
 def _refuse_write(g: Builder, a: Arguments) -> Any:
     """Other writes have been made concatenations (`capture/decompositions.py`)."""
-    return g.refuse(
-        "a write into every other element, or into some samples of a batch that varies; join or "
-        "stack the parts (torch.cat, torch.stack)"
-    )
+    return g.refuse("a write into some samples of a batch that varies; join the parts (torch.cat)")
 
 
 def _slice(g: Builder, a: Arguments) -> Any:
@@ -325,13 +322,9 @@ OPS = (
             "aten.slice_scatter.default": _refuse_write,
             "aten.select_scatter.default": _refuse_write,
             "aten.select.int": lambda g, a: _select(g, a.self, a.dim, a.index),
-            "aten.narrow.default": lambda g, a: _cut(
-                g, a.self, a.dim, a.start, a.start + a.length
-            ),
+            "aten.narrow.default": lambda g, a: _cut(g, a.self, a.dim, a.start, a.start + a.length),
             "aten.split.Tensor": lambda g, a: _split(g, a.self, a.split_size, a.dim),
-            "aten.split_with_sizes.default": lambda g, a: _split(
-                g, a.self, a.split_sizes, a.dim
-            ),
+            "aten.split_with_sizes.default": lambda g, a: _split(g, a.self, a.split_sizes, a.dim),
             "aten.chunk.default": _chunk,
             "aten.unbind.int": _unbind,
             "aten.glu.default": _glu,

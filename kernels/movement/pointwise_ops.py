@@ -82,7 +82,10 @@ def _reversed_sub(g: Builder, a: Arguments) -> Any:
 
 def _div(g: Builder, a: Arguments) -> Any:
     if (mode := a.get("rounding_mode")) is not None:
-        return g.refuse(f"division with rounding_mode={mode!r}; only true division is")
+        return g.refuse(
+            f"division with rounding_mode={mode!r}; divide floats (.float()), and round with "
+            f"torch.{mode}"
+        )
     return _combined(g, "div", a.self, a.other)
 
 
@@ -329,10 +332,7 @@ SPECIAL: dict[str, dict[str, Capture]] = {
         }
         for name in ("and", "or", "xor")
     },
-    "eq": {
-        "isposinf.default": _infinite(math.inf),
-        "isneginf.default": _infinite(-math.inf),
-    },
+    "eq": {"isposinf.default": _infinite(math.inf), "isneginf.default": _infinite(-math.inf)},
     "where": {f"where.{kind}": _where for kind in ("self", "ScalarOther", "ScalarSelf", "Scalar")},
     "masked_fill": {f"masked_fill.{kind}": _masked_fill for kind in ("Tensor", "Scalar")},
     "round": {"round.decimals": _round, "special_round.default": _round},

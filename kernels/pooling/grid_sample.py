@@ -240,8 +240,5 @@ def _capture(g: Builder, a: Arguments) -> Any:
 OP = Op(
     "grid_sample", GridSample, infer, reference, launches, cost,
     **TILES.space,
-    aten={
-        "aten.grid_sampler.default": _capture,
-        "aten.grid_sampler_2d.default": _capture,
-    },
+    aten={"aten.grid_sampler.default": _capture, "aten.grid_sampler_2d.default": _capture},
 )  # fmt: skip

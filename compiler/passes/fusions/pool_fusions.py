@@ -155,9 +155,7 @@ FUSIONS = (
         ),
         attributes=_squeeze_excite,
         inputs=_squeeze_excite_inputs,
-        refusals=(
-            refusals.ending("average"), refusals.plain("squeeze", "root"), _one_per_channel
-        ),
+        refusals=(refusals.ending("average"), refusals.plain("squeeze", "root"), _one_per_channel),
     ),
     Fusion(
         op="lrn_pool",
