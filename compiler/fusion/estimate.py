@@ -135,16 +135,3 @@ class Fused:
     epilogue: Epilogue = ()
     operands: tuple[Value, ...] = ()
     sums: Mapping[int, tuple[Value, ...]] = field(default_factory=dict)
-
-    @staticmethod
-    def at(
-        graph: Graph,
-        root: Node,
-        op: str,
-        attributes: Attributes,
-        inputs: tuple[Value, ...],
-        results: Mapping[str, int] | None = None,
-    ) -> Fused:
-        """In the place of a node, whose epilogue follows; `results` beside its own first one."""
-        every = {root.name: 0, **(results or {})}
-        return Fused(op, attributes, inputs, every, root.epilogue, graph.operands(root))
