@@ -14,7 +14,7 @@ from . import networks, output
 from . import options as shared
 
 if TYPE_CHECKING:
-    from ..compiler.explain.ablation import Ablation, Row
+    from ..compiler.explain.ablation import Ablation
 
 
 def configure(commands: shared.SubParsers) -> None:
@@ -48,10 +48,7 @@ def run(options: argparse.Namespace) -> int:
     if options.plot is not None:
         output.write_file(options.plot, found.to_svg())
         output.say(f"wrote {options.plot}", stderr=True)
-    if options.json:
-        output.print_json(found.to_json())
-    else:
-        output.say(*_tables(found))
+    output.answer(options, found.to_json(), *_tables(found))
     return 0
 
 
@@ -78,12 +75,9 @@ def _ablated(options: argparse.Namespace) -> Ablation:
 
 def _tables(found: Ablation) -> Sequence[object]:
     """One table for each model and batch; changes against all fusions."""
-    blocks: dict[tuple[str, int], list[Row]] = {}
-    for row in found.rows:
-        blocks.setdefault((row.model, row.batch), []).append(row)
     headings = ("fusions", ">kernels", ">bytes", ">modelled us", ">of all fusions")
     tables: list[object] = []
-    for (model, batch), rows in blocks.items():
+    for (model, batch), rows in found.blocks().items():
         whole = rows[0].modelled_us
         cells = [
             (

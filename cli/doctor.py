@@ -23,6 +23,7 @@ from . import output
 
 if TYPE_CHECKING:
     import torch
+    from rich.table import Table
 
 OK, MISSING, BROKEN, UNCOMPARED = "ok", "missing", "broken", "not compared"
 LEFT_OUT = "left out"
@@ -68,16 +69,14 @@ def run(options: argparse.Namespace) -> int:
     """Prints every check."""
     if options.file is not None:
         checks = list(examine_file(options.file))
-        found = {check.status for check in checks}
-        status = 1 if BROKEN in found else EXIT_UNCOMPARED if UNCOMPARED in found else 0
+        given = {check.status for check in checks}
+        status = 1 if BROKEN in given else EXIT_UNCOMPARED if UNCOMPARED in given else 0
     else:
         checks = list(examine())
         broken = options.strict and any(check.status == BROKEN for check in checks)
         status = int(broken or any(c.disables == EVERYTHING and c.status != OK for c in checks))
-    if options.json:
-        output.print_json({"ok": not status, "checks": [asdict(check) for check in checks]})
-    else:
-        _print(checks)
+    found = {"ok": not status, "checks": [asdict(check) for check in checks]}
+    output.answer(options, found, _table(checks))
     return status
 
 
@@ -270,7 +269,7 @@ def _first_line(error: Exception) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
-def _print(checks: list[Check]) -> None:
+def _table(checks: list[Check]) -> Table:
     from rich.text import Text
 
     colors = {BROKEN: "red"} | dict.fromkeys((MISSING, UNCOMPARED, LEFT_OUT), "yellow")
@@ -281,4 +280,4 @@ def _print(checks: list[Check]) -> None:
     ]
     shown = output.table(("check", "status", "found", "so these do not work"), rows)
     shown.columns[2].overflow = "fold"
-    output.say(shown)
+    return shown

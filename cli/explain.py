@@ -67,7 +67,7 @@ def run(options: argparse.Namespace) -> int:
     elif shared.is_file(options.name):
         _explain_file(options)
     elif options.kernel:
-        _print_kernel(options)
+        _show_code(options, _compiled(options).kernel(options.kernel))
     elif options.dot:
         from ..compiler.graph import text
 
@@ -120,11 +120,9 @@ def _list_labels(options: argparse.Namespace) -> None:
     by_label: dict[str, list[str]] = {}
     for rule, label in LABELS.all.items():
         by_label.setdefault(label, []).append(rule)
-    if options.json:
-        output.print_json([{"label": label, "rules": rules} for label, rules in by_label.items()])
-        return
+    plain = [{"label": label, "rules": rules} for label, rules in by_label.items()]
     rows = [(label, "\n".join(rules)) for label, rules in by_label.items()]
-    output.say(output.table(("label", "rules"), rows))
+    output.answer(options, plain, output.table(("label", "rules"), rows))
 
 
 def _compiled(options: argparse.Namespace) -> Executable:
@@ -281,10 +279,6 @@ def read_account(path: Path) -> Account:
             f"'{path}': expected JSON as `convloom explain NAME --json` writes it: {error}"
         ) from error
     return from_json(data, str(path))
-
-
-def _print_kernel(options: argparse.Namespace) -> None:
-    _show_code(options, _compiled(options).kernel(options.kernel))
 
 
 def _show_code(options: argparse.Namespace, kernel: Kernel | files.SavedKernel) -> None:

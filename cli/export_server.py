@@ -51,10 +51,8 @@ def run(options: argparse.Namespace) -> int:
     output.write_file(folder / VERSION / "model.py", TEMPLATE.read_text(encoding="utf-8"))
     output.write_file(folder / "config.pbtxt", config)
     files = [str(path) for path in sorted(folder.rglob("*")) if path.is_file()]
-    if options.json:
-        output.print_json({"model": name, "folder": str(folder), "files": files})
-    else:
-        output.say(f"wrote {folder}: tritonserver --model-repository {options.folder}")
+    told = f"wrote {folder}: tritonserver --model-repository {options.folder}"
+    output.answer(options, {"model": name, "folder": str(folder), "files": files}, told)
     return 0
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import math
 import os
@@ -33,6 +34,14 @@ INTERVAL_S = 20.0
 def print_json(value: Any) -> None:
     """The value as JSON on stdout; NaN and infinities become null, which JSON lacks."""
     print(json.dumps(_finite(value), indent=2, allow_nan=False))
+
+
+def answer(options: argparse.Namespace, value: Any, *lines: object) -> None:
+    """A command's result: under `--json` the value and nothing else, otherwise the lines."""
+    if options.json:
+        print_json(value)
+    else:
+        say(*lines)
 
 
 def _finite(value: Any) -> Any:

@@ -36,20 +36,17 @@ def run(options: argparse.Namespace) -> int:
     profile = _profile(options)
     if options.trace is not None:
         output.write_file(options.trace, json.dumps(profile.trace(), indent=1))
-    if options.json:
-        output.print_json(profile.as_json())
-        return 0
     rows = [
         (line.name, line.op, line.config, f"{line.time_us:,.1f}", f"{line.share:.1%}",
          f"{line.gbps:,.1f}", f"{line.tflops:,.2f}",
          "-" if line.of_bound is None else f"{line.of_bound:.0%}")
         for line in profile.by_time()
     ]
-    output.say(
-        output.table(HEADINGS, rows),
+    output.answer(
+        options, profile.as_json(), output.table(HEADINGS, rows),
         f"{profile.model}, batch {profile.batch}: {profile.total_us:,.1f} us in "
         f"{len(profile.lines)} steps ({profile.timed_on})",
-    )
+    )  # fmt: skip
     return 0
 
 

@@ -132,16 +132,13 @@ def _time_calls(options: argparse.Namespace) -> int:
         },
         "images_per_s": shape[0] / float(timed.mean()) * 1e3 if shape else None,
     }  # fmt: skip
-    if options.json:
-        output.print_json(found)
-        return 0
     cells = [f"{value:,.3f}" for value in found["latency_ms"].values()]
     shapes = ", ".join(str(tuple(x.shape)) for x in tensors)
-    output.say(
-        output.table([f">{name} ms" for name in found["latency_ms"]], [cells]),
+    output.answer(
+        options, found, output.table([f">{name} ms" for name in found["latency_ms"]], [cells]),
         f"{options.name} on {found['timed_on']}, target {found['target']}, inputs {shapes}: "
         f"{options.iterations} calls after {options.warmup}",
-    )
+    )  # fmt: skip
     return 0
 
 

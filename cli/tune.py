@@ -117,10 +117,8 @@ def _tune(options: argparse.Namespace) -> int:
         except KeyboardInterrupt:
             output.say(_summary(tuner, records), stderr=True)
             raise
-    if options.json:
-        output.print_json(_answer(tuner, records))
-    else:
-        output.say(_outcome_table(tuner.outcomes), _summary(tuner, records))
+    told = _outcome_table(tuner.outcomes), _summary(tuner, records)
+    output.answer(options, _answer(tuner, records), *told)
     if tuner.unsaved is not None:
         raise ArtifactError(tuner.unsaved)
     return 0
@@ -232,14 +230,9 @@ def _show(options: argparse.Namespace) -> int:
     from ..compiler.records.records import to_json
 
     records = listed(_records(options), options.show or None)
-    if options.json:
-        output.print_json(
-            [{"origin": e.origin, "stale": e.stale, **to_json(e.record)} for e in records]
-        )
-    elif records:
-        output.say(_record_table(records))
-    else:
-        output.say("no records; `convloom tune NAME` makes some")
+    told = _record_table(records) if records else "no records; `convloom tune NAME` makes some"
+    plain = [{"origin": e.origin, "stale": e.stale, **to_json(e.record)} for e in records]
+    output.answer(options, plain, told)
     return 0
 
 
@@ -263,7 +256,7 @@ def _merge(options: argparse.Namespace) -> int:
     from ..compiler.records.store import merge
 
     results = merge(_records(options).own, options.merge)
-    _print_merged(results, options.json)
+    _print_merged(results, options)
     refused = [each for each in results if each.outcome == "refused"]
     if refused:
         first = refused[0]
@@ -277,15 +270,12 @@ def _merge(options: argparse.Namespace) -> int:
 def _prune(options: argparse.Namespace) -> int:
     from ..compiler.records.store import prune
 
-    _print_merged(prune(_records(options).own), options.json)
+    _print_merged(prune(_records(options).own), options)
     return 0
 
 
-def _print_merged(results: Sequence[Merged], as_json: bool) -> None:
-    if as_json:
-        output.print_json(
-            [{"file": str(e.path), "outcome": e.outcome, "reason": e.reason} for e in results]
-        )
-        return
+def _print_merged(results: Sequence[Merged], options: argparse.Namespace) -> None:
+    plain = [{"file": str(e.path), "outcome": e.outcome, "reason": e.reason} for e in results]
     rows = [(e.record.key if e.record else e.path, e.outcome, e.reason) for e in results]
-    output.say(output.table(("kernel", "outcome", "reason"), rows) if rows else "nothing to do")
+    told = output.table(("kernel", "outcome", "reason"), rows) if rows else "nothing to do"
+    output.answer(options, plain, told)

@@ -110,16 +110,15 @@ def _run_passes(options: argparse.Namespace) -> int:
         models.lower_for(network, options.batch, options, validation=validation)
     checks = validation.checks
     problems = [check.problem for check in checks if check.problem is not None]
-    if options.json:
-        output.print_json({"name": network.name, "target": target, "passed": not problems,
-                           "passes": [asdict(check) for check in checks]})
-    else:
-        rows = [
-            (c.name, c.changed, f"{c.error:.1e}", "ok" if c.problem is None else "WRONG")
-            for c in checks
-        ]
-        headings = ("pass", "changed nodes", "largest error", "")
-        output.say(output.table(headings, rows, "before and after, float64"), *problems)
+    rows = [
+        (c.name, c.changed, f"{c.error:.1e}", "ok" if c.problem is None else "WRONG")
+        for c in checks
+    ]
+    headings = ("pass", "changed nodes", "largest error", "")
+    table = output.table(headings, rows, "before and after, float64")
+    found = {"name": network.name, "target": target, "passed": not problems,
+             "passes": [asdict(check) for check in checks]}  # fmt: skip
+    output.answer(options, found, table, *problems)
     return EXIT_DIFFERS if problems else 0
 
 

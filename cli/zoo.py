@@ -57,10 +57,8 @@ def run(options: argparse.Namespace) -> int:
     alone = len(options.names) == 1
     if alone:
         rows[0] = {**rows[0], "layers": layers(options.names[0], options)}
-    if options.json:
-        output.print_json(rows)
-    else:
-        output.say(_table(rows), *([_layer_table(rows[0]["layers"])] if alone else []))
+    tables = [_table(rows), *([_layer_table(rows[0]["layers"])] if alone else [])]
+    output.answer(options, rows, *tables)
     return 0
 
 

@@ -294,7 +294,7 @@ def lowered(
     plan, ledger = fitted(lowering, choose, SelfCheck(chosen)) if fits else lowering(choose)
     overrides.check_forced(captured, captured.goal.force, ledger, LABELS)
     if bounds is not None:
-        plan = _with_bounds(plan, bounds)
+        plan = replace(plan, batch=bounds)
     return graph, plan, ledger
 
 
@@ -367,10 +367,6 @@ def _names(argument: str, names: Sequence[str]) -> tuple[str, ...]:
 def _check_choice(name: str, value: str, known: tuple[str, ...]) -> None:
     if value not in known:
         raise InvalidInputError(f"{name}: expected one of {', '.join(known)}; got {value!r}")
-
-
-def _with_bounds(plan: Plan, bounds: tuple[int, int]) -> Plan:
-    return replace(plan, batch=bounds)
 
 
 def _debug(executable: Executable) -> None:

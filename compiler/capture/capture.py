@@ -163,7 +163,7 @@ def capture(
     graph.output_tree = replace(
         graph.output_tree, names=example_inputs.names_of(module), images=images
     )
-    _remove_unused_constants(graph)
+    graph.remove_unread_constants()
     return graph
 
 
@@ -467,15 +467,6 @@ def _add_output(state: _State, program: Any, arguments: pytree.TreeSpec) -> None
     state.graph.insert(Node(OUTPUT, OUTPUT, NoAttributes(), ()), outputs)
     result = program.call_spec.out_spec
     state.graph.output_tree = Structure(arguments, result, tuple(results))
-
-
-def _remove_unused_constants(graph: Graph) -> None:
-    unused = [
-        node.name
-        for node in graph.nodes()
-        if node.op == CONSTANT and not graph.net.out_degree(node.name)
-    ]
-    graph.remove(unused)
 
 
 def refuse_unsupported(graph: Graph) -> None:

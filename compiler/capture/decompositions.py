@@ -75,29 +75,14 @@ def _hardshrink(x: torch.Tensor, width: float = 0.5) -> torch.Tensor:
     return above - torch.nn.functional.threshold(-x, width, 0.0)
 
 
-def _softshrink(x: torch.Tensor, width: float = 0.5) -> torch.Tensor:
-    return x - x.clamp(-width, width)
+def _other_leg(x: torch.Tensor) -> torch.Tensor:
+    """Of a right triangle with a leg x and the hypotenuse 1."""
+    return ((1.0 - x) * (1.0 + x)).sqrt()
 
 
-def _asin(x: torch.Tensor) -> torch.Tensor:
-    return torch.atan2(x, ((1.0 - x) * (1.0 + x)).sqrt())
-
-
-def _acos(x: torch.Tensor) -> torch.Tensor:
-    return torch.atan2(((1.0 - x) * (1.0 + x)).sqrt(), x)
-
-
-def _atanh(x: torch.Tensor) -> torch.Tensor:
-    """Of two logarithms that are exact near 0; one of (1 + x) / (1 - x) would not be near -1."""
-    return 0.5 * (torch.log1p(x) - torch.log1p(-x))
-
-
-def _fmax(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-    return torch.maximum(torch.where(x.isnan(), y, x), torch.where(y.isnan(), x, y))
-
-
-def _fmin(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-    return torch.minimum(torch.where(x.isnan(), y, x), torch.where(y.isnan(), x, y))
+def _or(x: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+    """x, and the other where it is NaN."""
+    return torch.where(x.isnan(), other, x)
 
 
 def _copy(x: torch.Tensor, source: torch.Tensor, non_blocking: bool = False) -> torch.Tensor:
@@ -105,10 +90,6 @@ def _copy(x: torch.Tensor, source: torch.Tensor, non_blocking: bool = False) -> 
     have the batch of x."""
     source = source.to(x.dtype)
     return torch.zeros_like(x) + source if source.dim() == 0 else source.expand(x.shape).clone()
-
-
-def _fill(x: torch.Tensor, value: Any) -> Any:
-    return torch.zeros_like(x) + value
 
 
 def _slice_scatter(
@@ -314,8 +295,8 @@ def own() -> Mapping[Any, Callable[..., Any]]:
         **{overload: _with_dropout(torchs[overload]) for overload in recurrent},
         aten.affine_grid_generator.default: _affine_grid,
         aten.copy.default: _copy,
-        aten.fill.Scalar: _fill,
-        aten.fill.Tensor: _fill,
+        aten.fill.Scalar: lambda x, value: torch.zeros_like(x) + value,
+        aten.fill.Tensor: lambda x, value: torch.zeros_like(x) + value,
         aten.sum.dim_IntList: _sum,
         aten.slice_scatter.default: _slice_scatter,
         aten.select_scatter.default: _select_scatter,
@@ -335,12 +316,13 @@ def table() -> Mapping[Any, Callable[..., Any]]:
         aten.pairwise_distance.default: _pairwise_distance,
         aten.cdist.default: _cdist,
         aten.hardshrink.default: _hardshrink,
-        aten.softshrink.default: _softshrink,
-        aten.asin.default: _asin,
-        aten.acos.default: _acos,
-        aten.atanh.default: _atanh,
-        aten.fmax.default: _fmax,
-        aten.fmin.default: _fmin,
+        aten.softshrink.default: lambda x, width=0.5: x - x.clamp(-width, width),
+        aten.asin.default: lambda x: torch.atan2(x, _other_leg(x)),
+        aten.acos.default: lambda x: torch.atan2(_other_leg(x), x),
+        # Of two logarithms that are exact near 0; one of (1 + x) / (1 - x) would not be near -1.
+        aten.atanh.default: lambda x: 0.5 * (torch.log1p(x) - torch.log1p(-x)),
+        aten.fmax.default: lambda x, y: torch.maximum(_or(x, y), _or(y, x)),
+        aten.fmin.default: lambda x, y: torch.minimum(_or(x, y), _or(y, x)),
         aten.hypot.default: hypot,
         aten.one_hot.default: _one_hot,
         aten.exp2.default: lambda x: torch.pow(2.0, x),

@@ -52,6 +52,13 @@ class Ablation:
     dtype: str
     rows: tuple[Row, ...]
 
+    def blocks(self) -> dict[tuple[str, int], list[Row]]:
+        """The rows by model and batch."""
+        blocks: dict[tuple[str, int], list[Row]] = {}
+        for row in self.rows:
+            blocks.setdefault((row.model, row.batch), []).append(row)
+        return blocks
+
     def to_json(self) -> dict[str, Any]:
         """Plain data."""
         return asdict(self)
@@ -128,10 +135,7 @@ METRICS: tuple[tuple[str, Callable[[Row], float | None], str], ...] = (
 
 def _drawn(ablation: Ablation) -> str:
     parts, y = [], TOP
-    blocks: dict[tuple[str, int], list[Row]] = {}
-    for row in ablation.rows:
-        blocks.setdefault((row.model, row.batch), []).append(row)
-    for (model, batch), rows in blocks.items():
+    for (model, batch), rows in ablation.blocks().items():
         parts.append(_text(10, y, f"{model}, batch {batch}", 'font-weight="bold"'))
         largest = [max((value(r) or 0.0 for r in rows), default=0.0) for _, value, _ in METRICS]
         for row in rows:

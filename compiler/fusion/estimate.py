@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
-from typing import Protocol
 
 import torch
 
@@ -26,17 +25,6 @@ ASSUMED = "cuda:sm_90"
 """The machine that fusions are made for where the target is not a GPU."""
 MODELLED = "modelled"
 REMEMBERED = 1 << 14
-
-
-class Application(Protocol):
-    """What a node and a node to be have in common."""
-
-    @property
-    def op(self) -> str: ...
-    @property
-    def attributes(self) -> Attributes: ...
-    @property
-    def epilogue(self) -> Epilogue: ...
 
 
 def target_of(graph: Graph) -> Target:
@@ -56,14 +44,16 @@ def problem_of(graph: Graph, node: Node) -> Problem:
     """A node as its kernel will see it."""
     own, operands = graph.own_inputs(node), graph.operands(node)
     before = graph.prologue_operands(node)
-    made = problem(graph, node, _specs(graph, own), _specs(graph, operands))
+    specs = _specs(graph, own), _specs(graph, operands)
+    made = problem(graph, node.op, node.attributes, node.epilogue, *specs)
     placed = (Operand.dense(_as_computed(graph, spec)) for spec in _specs(graph, before))
     return replace(made, prologue=node.prologue, prologue_operands=tuple(placed))
 
 
 def fused_problem(graph: Graph, fused: Fused) -> Problem:
     """A node that is not there yet, as its kernel would see it."""
-    return problem(graph, fused, _specs(graph, fused.inputs), _specs(graph, fused.operands))
+    specs = _specs(graph, fused.inputs), _specs(graph, fused.operands)
+    return problem(graph, fused.op, fused.attributes, fused.epilogue, *specs)
 
 
 def _specs(graph: Graph, values: Sequence[Value]) -> tuple[TensorSpec, ...]:
@@ -71,19 +61,20 @@ def _specs(graph: Graph, values: Sequence[Value]) -> tuple[TensorSpec, ...]:
 
 
 def problem(
-    graph: Graph, made: Application, inputs: Sequence[TensorSpec], operands: Sequence[TensorSpec]
-) -> Problem:
+    graph: Graph, op: str, attributes: Attributes, epilogue: Epilogue,
+    inputs: Sequence[TensorSpec], operands: Sequence[TensorSpec],
+) -> Problem:  # fmt: skip
     """An application of an op to tensors of the given specs, as its kernel would see it."""
     specs = tuple(_as_computed(graph, spec) for spec in inputs)
-    inferred = registry.get(made.op).infer(made.attributes, specs)
+    inferred = registry.get(op).infer(attributes, specs)
     outputs = (_as_computed(graph, spec) for spec in inferred)
     others = (_as_computed(graph, spec) for spec in operands)
     return Problem(
-        made.op,
-        made.attributes,
+        op,
+        attributes,
         tuple(map(Operand.dense, specs)),
         tuple(map(Operand.dense, outputs)),
-        made.epilogue,
+        epilogue,
         tuple(map(Operand.dense, others)),
         precision=graph.goal.precision if graph.goal else "ieee",
     )
@@ -144,16 +135,3 @@ class Fused:
     epilogue: Epilogue = ()
     operands: tuple[Value, ...] = ()
     sums: Mapping[int, tuple[Value, ...]] = field(default_factory=dict)
-
-    @staticmethod
-    def at(
-        graph: Graph,
-        root: Node,
-        op: str,
-        attributes: Attributes,
-        inputs: tuple[Value, ...],
-        results: Mapping[str, int] | None = None,
-    ) -> Fused:
-        """In the place of a node, whose epilogue follows; `results` beside its own first one."""
-        every = {root.name: 0, **(results or {})}
-        return Fused(op, attributes, inputs, every, root.epilogue, graph.operands(root))

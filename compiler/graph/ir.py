@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from heapq import heappop, heappush
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import networkx as nx
 import torch
@@ -26,9 +26,6 @@ from ...kernels.contract.epilogue import Epilogue, operand_count
 from ...kernels.contract.op import Attributes, Op, Problem
 from ...kernels.contract.spec import TensorSpec
 from ...kernels.contract.targets import Target
-
-if TYPE_CHECKING:
-    pass
 
 INPUT, CONSTANT, OUTPUT, TORCH = "input", "constant", "output", "torch"
 SPECIAL = (INPUT, CONSTANT, OUTPUT, TORCH)
@@ -289,6 +286,11 @@ class Graph:
             self.net.remove_node(name)
             self.tensors.pop(name, None)
 
+    def remove_unread_constants(self) -> None:
+        """Removes the constants that no node reads."""
+        constants = [node.name for node in self.nodes() if node.op == CONSTANT]
+        self.remove(name for name in constants if not self.net.out_degree(name))
+
     def own_inputs(self, node: Node) -> tuple[Value, ...]:
         """The inputs of the op itself, without those of its epilogue and prologue."""
         values = self.inputs(node.name)
@@ -300,6 +302,11 @@ class Graph:
         values = self.inputs(node.name)
         stop = len(values) - operand_count(node.prologue)
         return values[stop - operand_count(node.epilogue) : stop]
+
+    def stage_operands(self, node: Node) -> list[tuple[Value, ...]]:
+        """The tensors that each stage of the node's epilogue reads."""
+        values = iter(self.operands(node))
+        return [tuple(next(values) for _ in range(stage.operands)) for stage in node.epilogue]
 
     def prologue_operands(self, node: Node) -> tuple[Value, ...]:
         """The tensors the node's prologue reads."""

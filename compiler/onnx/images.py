@@ -10,7 +10,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from .operator import Call, Value, operator
+from .operator import Call, Value, enter_all, operator
 
 Pads = tuple[list[int], list[int]]
 """Pixels before and behind, per spatial dimension."""
@@ -114,12 +114,17 @@ def max_pool(call: Call, x: torch.Tensor) -> Any:
     return pool(x, kernel, strides, before, dilations, ceil)
 
 
+def _window(call: Call, pooling: str) -> tuple[list[int], list[int]]:
+    """The sizes and strides of a window that is not dilated."""
+    kernel = call.get("kernel_shape")
+    if any(each != 1 for each in call.get("dilations", [1])):
+        raise call.fail(f"dilations other than 1, which torch's {pooling} pooling does not have")
+    return kernel, call.get("strides", [1] * len(kernel))
+
+
 @operator("AveragePool")
 def average_pool(call: Call, x: torch.Tensor) -> Any:
-    kernel = call.get("kernel_shape")
-    strides = call.get("strides", [1] * len(kernel))
-    if any(each != 1 for each in call.get("dilations", [1])):
-        raise call.fail("dilations other than 1, which torch's average pooling does not have")
+    kernel, strides = _window(call, "average")
     before, behind = _pads(call, x, kernel, strides)
     ceil, counts = bool(call.get("ceil_mode", 0)), bool(call.get("count_include_pad", 0))
     pool = _of_rank(call, AVG_POOLS, x)
@@ -135,28 +140,22 @@ def average_pool(call: Call, x: torch.Tensor) -> Any:
 
 @operator("LpPool")
 def lp_pool(call: Call, x: torch.Tensor) -> Any:
-    kernel = call.get("kernel_shape")
-    strides = call.get("strides", [1] * len(kernel))
-    if any(each != 1 for each in call.get("dilations", [1])):
-        raise call.fail("dilations other than 1, which torch's power pooling does not have")
+    kernel, strides = _window(call, "power")
     x = _padded(x, _pads(call, x, kernel, strides)).abs()
     pool = _of_rank(call, LP_POOLS, x)
     return pool(x, call.get("p", 2), kernel, strides, bool(call.get("ceil_mode", 0)))
 
 
-@operator("GlobalAveragePool")
-def global_average_pool(call: Call, x: torch.Tensor) -> Any:
-    return _of_rank(call, AVG_ALL, x)(x, 1)
-
-
-@operator("GlobalMaxPool")
-def global_max_pool(call: Call, x: torch.Tensor) -> Any:
-    return _of_rank(call, MAX_ALL, x)(x, 1)
-
-
-@operator("GlobalLpPool")
-def global_lp_pool(call: Call, x: torch.Tensor) -> Any:
-    return torch.linalg.vector_norm(x, call.get("p", 2), tuple(range(2, x.dim())), keepdim=True)
+enter_all({
+    "GlobalAveragePool": lambda call, x: _of_rank(call, AVG_ALL, x)(x, 1),
+    "GlobalMaxPool": lambda call, x: _of_rank(call, MAX_ALL, x)(x, 1),
+    "GlobalLpPool": lambda call, x: (
+        torch.linalg.vector_norm(x, call.get("p", 2), tuple(range(2, x.dim())), keepdim=True)
+    ),
+    "InstanceNormalization": lambda call, x, scale, bias: (
+        F.instance_norm(x, weight=scale, bias=bias, eps=call.get("epsilon", 1e-5))
+    ),
+})  # fmt: skip
 
 
 @operator("BatchNormalization")
@@ -168,13 +167,6 @@ def batch_normalization(
         raise call.fail("training_mode is 1; export the model in eval mode")
     epsilon = call.get("epsilon", 1e-5)
     return F.batch_norm(x, mean, variance, scale, bias, False, 0.0, epsilon)
-
-
-@operator("InstanceNormalization")
-def instance_normalization(
-    call: Call, x: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor
-) -> torch.Tensor:
-    return F.instance_norm(x, weight=scale, bias=bias, eps=call.get("epsilon", 1e-5))
 
 
 @operator("GroupNormalization")

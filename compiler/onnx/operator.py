@@ -60,26 +60,32 @@ class Operator:
 OPERATORS: dict[str, Operator] = {}
 
 
-def operator(*names: str, known: Sequence[int] = ()) -> Callable[[Function], Function]:
-    """Enters a function in the table under its ONNX names."""
+def operator(
+    *names: str, known: Sequence[int] = (), sizes: bool = False
+) -> Callable[[Function], Function]:
+    """Enters a function in the table under its ONNX names. sizes: it computes arrays too."""
 
     def enter(function: Function) -> Function:
         for name in names:
-            OPERATORS[name] = Operator(function, known=known)
+            OPERATORS[name] = Operator(function, function if sizes else None, known)
         return function
 
     return enter
 
 
-def of_arrays(*names: str) -> Callable[[Function], Function]:
-    """Enters what operators that are in the table do to arrays."""
+def of_arrays(name: str) -> Callable[[Function], Function]:
+    """Enters what an operator that is in the table does to arrays."""
 
     def enter(function: Function) -> Function:
-        for name in names:
-            OPERATORS[name] = replace(OPERATORS[name], of_arrays=function)
+        OPERATORS[name] = replace(OPERATORS[name], of_arrays=function)
         return function
 
     return enter
+
+
+def enter_all(functions: Mapping[str, Function]) -> None:
+    """Enters functions of one expression each in the table, by their ONNX names."""
+    OPERATORS.update({name: Operator(function) for name, function in functions.items()})
 
 
 def as_tensor(value: Value, like: torch.Tensor) -> Any:

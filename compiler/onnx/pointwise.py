@@ -11,7 +11,16 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from .operator import OPERATORS, Call, Operator, Value, as_tensor, of_arrays, operator
+from .operator import (
+    OPERATORS,
+    Call,
+    Operator,
+    Value,
+    as_tensor,
+    enter_all,
+    of_arrays,
+    operator,
+)  # fmt: skip
 
 UNARY: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "Abs": torch.abs, "Ceil": torch.ceil, "Cos": torch.cos, "Erf": torch.erf, "Exp": torch.exp,
@@ -123,6 +132,20 @@ def mod(call: Call, a: torch.Tensor, b: Value) -> torch.Tensor:
 _enter("Mod", mod, _of_arrays(BINARY_OF_ARRAYS["Mod"]))
 
 
+enter_all({
+    "LeakyRelu": lambda call, x: F.leaky_relu(x, call.get("alpha", 0.01)),
+    "Elu": lambda call, x: F.elu(x, call.get("alpha", 1.0)),
+    "Celu": lambda call, x: F.celu(x, call.get("alpha", 1.0)),
+    "Gelu": lambda call, x: F.gelu(x, approximate=call.get("approximate", "none")),
+    "ThresholdedRelu": lambda call, x: F.threshold(x, call.get("alpha", 1.0), 0.0),
+    "Dropout": lambda call, x, *_: x,
+    "MatMul": lambda call, a, b: torch.matmul(a, b),
+    "Einsum": lambda call, *operands: torch.einsum(call.get("equation"), *operands),
+    "LpNormalization": lambda call, x: (
+        x / torch.linalg.vector_norm(x, call.get("p", 2), call.get("axis", -1), keepdim=True)
+    ),
+})  # fmt: skip
+
 # Activations with parameters.
 
 
@@ -135,11 +158,6 @@ def clip(call: Call, x: torch.Tensor, low: Value = None, high: Value = None) -> 
     return x if bounds == [None, None] else x.clamp(*bounds)
 
 
-@operator("LeakyRelu")
-def leaky_relu(call: Call, x: torch.Tensor) -> torch.Tensor:
-    return F.leaky_relu(x, call.get("alpha", 0.01))
-
-
 @operator("PRelu")
 def prelu(call: Call, x: torch.Tensor, slope: torch.Tensor) -> torch.Tensor:
     channels = x.shape[1] if x.dim() > 1 else 1
@@ -147,16 +165,6 @@ def prelu(call: Call, x: torch.Tensor, slope: torch.Tensor) -> torch.Tensor:
     if slope.numel() == 1 or list(slope.shape[-len(along) - 1 :]) == [channels, *along]:
         return F.prelu(x, slope.reshape(-1))
     return torch.where(x >= 0, x, slope * x)
-
-
-@operator("Elu")
-def elu(call: Call, x: torch.Tensor) -> torch.Tensor:
-    return F.elu(x, call.get("alpha", 1.0))
-
-
-@operator("Celu")
-def celu(call: Call, x: torch.Tensor) -> torch.Tensor:
-    return F.celu(x, call.get("alpha", 1.0))
 
 
 SELU = (1.67326319217681884765625, 1.05070102214813232421875)
@@ -178,16 +186,6 @@ def hard_sigmoid(call: Call, x: torch.Tensor) -> Any:
     return (x * alpha + beta).clamp(0, 1)
 
 
-@operator("Gelu")
-def gelu(call: Call, x: torch.Tensor) -> torch.Tensor:
-    return F.gelu(x, approximate=call.get("approximate", "none"))
-
-
-@operator("ThresholdedRelu")
-def thresholded_relu(call: Call, x: torch.Tensor) -> torch.Tensor:
-    return F.threshold(x, call.get("alpha", 1.0), 0.0)
-
-
 @operator("Softmax", "LogSoftmax")
 def softmax(call: Call, x: torch.Tensor) -> torch.Tensor:
     function = F.softmax if call.op == "Softmax" else F.log_softmax
@@ -197,11 +195,6 @@ def softmax(call: Call, x: torch.Tensor) -> torch.Tensor:
     if all(size == 1 for size in x.shape[axis + 1 :]):
         return function(x, axis)
     return function(x.flatten(axis), axis).reshape(x.shape)  # Over all dimensions from the axis on.
-
-
-@operator("Dropout")
-def dropout(call: Call, x: torch.Tensor, *_: Value) -> torch.Tensor:
-    return x
 
 
 # Products.
@@ -221,16 +214,6 @@ def gemm(
         y = F.linear(a, b)
         return y if c is None else y + c
     return F.linear(a, b, c.reshape(-1))
-
-
-@operator("MatMul")
-def matmul(call: Call, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    return torch.matmul(a, b)
-
-
-@operator("Einsum")
-def einsum(call: Call, *operands: torch.Tensor) -> torch.Tensor:
-    return torch.einsum(call.get("equation"), *operands)
 
 
 # Over dimensions.
@@ -266,12 +249,6 @@ def product(call: Call, x: torch.Tensor, axes: Value = None) -> torch.Tensor:
 def _product_of_array(call: Call, x: Any, axes: Value = None) -> Any:
     found = _axes(call, axes, x.ndim, tuple(range(x.ndim)))
     return np.asarray(np.prod(x, found, keepdims=bool(call.get("keepdims", 1))), object)
-
-
-@operator("LpNormalization")
-def lp_normalization(call: Call, x: torch.Tensor) -> Any:
-    order, axis = call.get("p", 2), call.get("axis", -1)
-    return x / torch.linalg.vector_norm(x, order, axis, keepdim=True)
 
 
 @operator("MeanVarianceNormalization")

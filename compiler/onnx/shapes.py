@@ -28,21 +28,17 @@ def objects(values: Any) -> Any:
 # Sizes.
 
 
-@operator("Shape")
+@operator("Shape", sizes=True)
 def shape(call: Call, x: torch.Tensor) -> Any:
     return objects(x.shape[slice(call.get("start", 0), call.get("end"))])
 
 
-@operator("Size")
+@operator("Size", sizes=True)
 def size(call: Call, x: torch.Tensor) -> Any:
     return np.asarray(math.prod(x.shape), object)
 
 
-of_arrays("Shape")(shape)
-of_arrays("Size")(size)
-
-
-@operator("ConstantOfShape", known=(0,))
+@operator("ConstantOfShape", known=(0,), sizes=True)
 def constant_of_shape(call: Call, sizes: Value) -> Any:
     wanted = call.numbers(sizes, "shape")
     if math.prod(wanted) > MOST_ELEMENTS or any(each < 0 for each in wanted):
@@ -51,9 +47,6 @@ def constant_of_shape(call: Call, sizes: Value) -> Any:
     if value.is_floating_point():
         return torch.full(wanted, value.item(), dtype=value.dtype)
     return np.full(wanted, value.item(), object)
-
-
-of_arrays("ConstantOfShape")(constant_of_shape)
 
 
 @operator("Constant")
@@ -69,13 +62,10 @@ def constant(call: Call) -> Any:
     return found
 
 
-@operator("Range", known=(0, 1, 2))
+@operator("Range", known=(0, 1, 2), sizes=True)
 def number_range(call: Call, start: Value, limit: Value, step: Value) -> Any:
     bounds = [call.numbers(value, "range")[0] for value in (start, limit, step)]
     return objects(range(*bounds))
-
-
-of_arrays("Range")(number_range)
 
 
 @operator("Cast", "CastLike")
@@ -98,7 +88,7 @@ def _cast_array(call: Call, x: Any) -> Any:
     return np.asarray(np.frompyfunc(convert, 1, 1)(x), object)
 
 
-@operator(IF)
+@operator(IF, sizes=True)
 def choice(call: Call, condition: Any) -> Any:
     """Only checks a condition: what it chooses stands in the place of the If already."""
     if bool(condition.all()) != call.attributes["taken"]:
@@ -109,20 +99,15 @@ def choice(call: Call, condition: Any) -> Any:
     return ()
 
 
-of_arrays(IF)(choice)
-
 # Dimensions.
 
 
-@operator("Identity")
+@operator("Identity", sizes=True)
 def identity(call: Call, x: Any) -> Any:
     return x
 
 
-of_arrays("Identity")(identity)
-
-
-@operator("Reshape", known=(1,))
+@operator("Reshape", known=(1,), sizes=True)
 def reshape(call: Call, x: Any, sizes: Value = None) -> Any:
     wanted = call.get("shape") if sizes is None else call.numbers(sizes, "shape")
     if not call.get("allowzero", 0):
@@ -154,7 +139,7 @@ def _axes(call: Call, axes: Value) -> list[int] | None:
     return call.get("axes") if axes is None else [int(a) for a in call.numbers(axes, "axes")]
 
 
-@operator("Squeeze", known=(1,))
+@operator("Squeeze", known=(1,), sizes=True)
 def squeeze(call: Call, x: Any, axes: Value = None) -> Any:
     found = _axes(call, axes)
     if found is None:
@@ -163,17 +148,12 @@ def squeeze(call: Call, x: Any, axes: Value = None) -> Any:
     return x.reshape([size for axis, size in enumerate(x.shape) if axis not in dropped])
 
 
-@operator("Unsqueeze", known=(1,))
+@operator("Unsqueeze", known=(1,), sizes=True)
 def unsqueeze(call: Call, x: Any, axes: Value = None) -> Any:
     found = _axes(call, axes) or []
     rank = len(x.shape) + len(found)
     new, sizes = {axis % rank for axis in found}, iter(x.shape)
     return x.reshape([1 if axis in new else next(sizes) for axis in range(rank)])
-
-
-of_arrays("Reshape")(reshape)
-of_arrays("Squeeze")(squeeze)
-of_arrays("Unsqueeze")(unsqueeze)
 
 
 @operator("Expand", known=(1,))

@@ -17,8 +17,8 @@ from functools import partial
 
 import torch
 
-from ...kernels.contract.epilogue import Epilogue, Stage
-from ...kernels.contract.op import Attributes, Problem
+from ...kernels.contract.epilogue import Stage
+from ...kernels.contract.op import Problem
 from ...kernels.contract.spec import TensorSpec
 from ...kernels.movement.pointwise import Pointwise
 from ...kernels.tile.conv_geometry import Conv2d
@@ -66,15 +66,6 @@ class _Branch:
     x: Value
     rows: _Span
     columns: _Span
-
-
-@dataclass(frozen=True)
-class _Merged:
-    """The one convolution before it is made."""
-
-    attributes: Attributes
-    op: str = "conv2d"
-    epilogue: Epilogue = (Stage("add"),)
 
 
 def propose_parallel(graph: Graph, ledger: Ledger) -> list[Proposal]:
@@ -185,7 +176,8 @@ def _together(graph: Graph, branches: Sequence[_Branch]) -> Problem:
     """The largest convolution, with a bias."""
     x, weight = (graph.spec(value) for value in graph.own_inputs(branches[0].node))
     bias = TensorSpec((weight.shape[0], 1, 1), x.dtype)
-    return estimate.problem(graph, _Merged(branches[0].node.attributes), (x, weight), (bias,))
+    largest, stages = branches[0].node, (Stage("add"),)
+    return estimate.problem(graph, "conv2d", largest.attributes, stages, (x, weight), (bias,))
 
 
 def _make(names: Sequence[str], graph: Graph, ledger: Ledger) -> bool:

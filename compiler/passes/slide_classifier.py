@@ -84,7 +84,7 @@ def slide_classifier(graph: Graph, size: tuple[int, int]) -> Graph:
             _know(state, node, state.new.insert(node))
         else:
             _remake(state, node)
-    _remove_unread_constants(state.new)
+    state.new.remove_unread_constants()
     return state.new
 
 
@@ -101,11 +101,6 @@ def _check_size(graph: Graph, size: tuple[int, int]) -> None:
         raise InvalidInputError(
             f"slide: expected a size of at least {least}, that of the example; got {tuple(size)}"
         )
-
-
-def _remove_unread_constants(graph: Graph) -> None:
-    constants = [node.name for node in graph.nodes() if node.op == CONSTANT]
-    graph.remove(name for name in constants if not graph.net.out_degree(name))
 
 
 def _know(

@@ -89,9 +89,7 @@ def sum_reason(graph: Graph, found: Match) -> str | None:
 
 
 def _with_operands(graph: Graph, node: Node) -> list[tuple[Stage, tuple[Value, ...]]]:
-    """The stages of a node's epilogue, each with the tensors it reads."""
-    values = iter(graph.operands(node))
-    return [(stage, tuple(next(values) for _ in range(stage.operands))) for stage in node.epilogue]
+    return list(zip(node.epilogue, graph.stage_operands(node), strict=True))
 
 
 def _index_of(node: Node, position: int) -> int:

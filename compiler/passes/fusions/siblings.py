@@ -52,15 +52,6 @@ class _Kind:
     filter: tuple[int, ...]
 
 
-@dataclass(frozen=True)
-class _Wide:
-    """The merged node before it is made: specs instead of tensors."""
-
-    op: str
-    attributes: Any
-    epilogue: Epilogue
-
-
 def propose_siblings(graph: Graph, ledger: Ledger) -> list[Proposal]:
     """Every group of at least two siblings, and every small group less one of its members.
 
@@ -144,8 +135,8 @@ def _together(graph: Graph, members: list[Node]) -> Problem:
     wide = spec.with_(shape=(channels, *spec.shape[1:]))
     stages, values = _joint_epilogue(graph, members)
     operand = TensorSpec((channels, *(1 for _ in members[0].spec.shape[2:])), spec.dtype)
-    made = _Wide(members[0].op, members[0].attributes, stages)
-    return estimate.problem(graph, made, (graph.spec(x), wide), [operand] * len(values))
+    op, attributes, specs = members[0].op, members[0].attributes, (graph.spec(x), wide)
+    return estimate.problem(graph, op, attributes, stages, specs, [operand] * len(values))
 
 
 def _kind_of(graph: Graph, node: Node) -> _Kind | None:
@@ -186,12 +177,13 @@ def _joint_epilogue(graph: Graph, members: list[Node]) -> tuple[Epilogue, list[l
     are limited already: their channels move to where the member's lie.
     """
     widths = [node.spec.shape[1] for node in members]
-    chains = [list(zip(node.epilogue, _operands(graph, node), strict=True)) for node in members]
+    chains: list[list[tuple[Stage, tuple[Value | None, ...]]]] = [
+        list(zip(node.epilogue, graph.stage_operands(node), strict=True)) for node in members
+    ]
     biased = [bool(chain) and chain[0][0] == BIAS for chain in chains]
     if any(biased):
-        none: list[tuple[Stage, tuple[Value | None, ...]]] = [(BIAS, (None,))]
         pairs = zip(chains, biased, strict=True)
-        chains = [chain if has else [*none, *chain] for chain, has in pairs]
+        chains = [chain if has else [(BIAS, (None,)), *chain] for chain, has in pairs]
     stages: list[Stage] = []
     parts: list[list[Part]] = []
     common = 0
@@ -223,12 +215,6 @@ def _joint_epilogue(graph: Graph, members: list[Node]) -> tuple[Epilogue, list[l
 def _is_common(stages: list[Stage]) -> bool:
     """Whether members' stages are one stage of all channels."""
     return stages[0].channels is None and all(stage == stages[0] for stage in stages)
-
-
-def _operands(graph: Graph, node: Node) -> list[tuple[Value | None, ...]]:
-    """The operands of every stage of a node."""
-    values = iter(graph.operands(node))
-    return [tuple(next(values) for _ in range(stage.operands)) for stage in node.epilogue]
 
 
 def _runs(chains: list[list[Stage]]) -> list[tuple[int, int]]:
