@@ -364,4 +364,5 @@ def _problem(
         tuple(map(Operand.dense, outputs)),
         like.epilogue if like is not None else (),
         tuple(Operand.dense(graph.spec(value)) for value in values),
+        precision=graph.goal.precision if graph.goal else "ieee",
     )
