@@ -10,8 +10,8 @@ The wait stands before the main loop: loads are hoisted out of a pipelined loop,
 stands inside it (triton issue 11905). In front of it weights are asked for (`ask_ahead`), most of
 what small batches read, so that they leave DRAM while the predecessor still computes.
 
-`PDL` is a compile-time constant of the kernels that take
-part, and compiles out; it is off unless `settings.py` says otherwise: its value is not measured.
+`PDL` is a compile-time constant of the kernels that take part, and compiles out; it is off unless
+`settings.py` says otherwise: its value is not measured.
 """
 
 from __future__ import annotations
