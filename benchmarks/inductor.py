@@ -10,7 +10,7 @@ Inductor runs as it would on the device, as far as there can be none (`pretended
 out is printed, and makes it faster). Its batch norms are folded into the convolutions beforehand,
 which is not counted, and it compiles in its own process, without workers to start.
 
-Results go to benchmarks/results/cpu/inductor.json; what is not measured this time stays there.
+Results join those in benchmarks/results/cpu/inductor.json; planned models, those of this commit.
 Compare ratios only: they are of one run on one machine.
 """
 
@@ -311,6 +311,7 @@ def main() -> None:
     options = parser.parse_args()
     print("left out of Inductor's part: " + "; ".join(pretended.LEFT_OUT))
     report = json.loads(options.output.read_text()) if options.output.exists() else {}
+    before = report.get("planning", {})
     report["left_out_of_inductor"] = list(pretended.LEFT_OUT)
     what = f"CPU seconds, {options.dtype}, batch {options.batch}, {TARGET}; no GPU"
     about = {"machine": describe(), "what": what}
@@ -320,7 +321,8 @@ def main() -> None:
         print(f"cold compilation, {name}:\n{cold_table(rows)}", flush=True)
     if options.plan:
         rows = measure_planning(options.plan, options.batch, options.dtype)
-        report["planning"] = {**about, "rows": rows}
+        known = before["rows"] if before.items() >= about.items() else {}
+        report["planning"] = {**about, "rows": known | rows}
         print(f"planning (convloom, inductor, ratio):\n{planning_table(rows)}")
     options.output.parent.mkdir(parents=True, exist_ok=True)
     options.output.write_text(json.dumps(report, indent=2) + "\n")

@@ -100,6 +100,24 @@ def test_what_is_measured_joins_what_was(tmp_path: Path, monkeypatch: pytest.Mon
     assert report["left_out_of_inductor"]
 
 
+def test_planned_models_join_those_of_the_same_commit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output = tmp_path / "inductor.json"
+
+    def planned(commit: str, model: str) -> list[str]:
+        monkeypatch.setattr(inductor, "describe", lambda: {"git": commit})
+        monkeypatch.setattr(inductor, "measure_planning", lambda *_: {model: PLANNING["small"]})
+        arguments = ["inductor", "--cold", "--plan", model, "--output", str(output)]
+        monkeypatch.setattr(sys, "argv", arguments)
+        inductor.main()
+        return list(json.loads(output.read_text())["planning"]["rows"])
+
+    assert planned("one", "a") == ["a"]
+    assert planned("one", "b") == ["a", "b"]
+    assert planned("two", "c") == ["c"]
+
+
 @pytest.mark.slow
 def test_inductor_compiles_for_a_gpu_that_is_not_here() -> None:
     """Nothing of it is left behind."""
