@@ -80,7 +80,7 @@ def _other_leg(x: torch.Tensor) -> torch.Tensor:
     return ((1.0 - x) * (1.0 + x)).sqrt()
 
 
-def _or(x: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+def _without_nan(x: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
     """x, and the other where it is NaN."""
     return torch.where(x.isnan(), other, x)
 
@@ -295,8 +295,9 @@ def own() -> Mapping[Any, Callable[..., Any]]:
         **{overload: _with_dropout(torchs[overload]) for overload in recurrent},
         aten.affine_grid_generator.default: _affine_grid,
         aten.copy.default: _copy,
-        aten.fill.Scalar: lambda x, value: torch.zeros_like(x) + value,
-        aten.fill.Tensor: lambda x, value: torch.zeros_like(x) + value,
+        **dict.fromkeys(
+            (aten.fill.Scalar, aten.fill.Tensor), lambda x, value: torch.zeros_like(x) + value
+        ),
         aten.sum.dim_IntList: _sum,
         aten.slice_scatter.default: _slice_scatter,
         aten.select_scatter.default: _select_scatter,
@@ -321,8 +322,8 @@ def table() -> Mapping[Any, Callable[..., Any]]:
         aten.acos.default: lambda x: torch.atan2(_other_leg(x), x),
         # Of two logarithms that are exact near 0; one of (1 + x) / (1 - x) would not be near -1.
         aten.atanh.default: lambda x: 0.5 * (torch.log1p(x) - torch.log1p(-x)),
-        aten.fmax.default: lambda x, y: torch.maximum(_or(x, y), _or(y, x)),
-        aten.fmin.default: lambda x, y: torch.minimum(_or(x, y), _or(y, x)),
+        aten.fmax.default: lambda x, y: torch.maximum(_without_nan(x, y), _without_nan(y, x)),
+        aten.fmin.default: lambda x, y: torch.minimum(_without_nan(x, y), _without_nan(y, x)),
         aten.hypot.default: hypot,
         aten.one_hot.default: _one_hot,
         aten.exp2.default: lambda x: torch.pow(2.0, x),
