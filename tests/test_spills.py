@@ -7,18 +7,15 @@ import torch
 from convloom import zoo
 from convloom.compiler.api import lowered
 from convloom.compiler.plan.plan import KernelStep
-from convloom.compiler.records import rank
 from convloom.compiler.run.runtime import compile_requests
-from convloom.compiler.tuning import fit
 from convloom.kernels import registry
 from convloom.kernels.contract import targets
-from convloom.kernels.contract.op import Config
 from convloom.kernels.devices import offline
+
+from .properties.compiled import assert_gives_way
 
 TARGETS = ("cuda:sm_80", "cuda:sm_90", "cuda:sm_100")
 BATCH = 32
-
-
 MOST_REPLACED = 1
 """Problems of a network whose default spills a few bytes, so that another configuration is made."""
 
@@ -34,26 +31,15 @@ def fused_steps(model: str, target: str) -> dict[offline.CompileRequest, KernelS
     return {request: step for (step, _), request in pairs if not registry.get(step.op).aten}
 
 
-def spills(step: KernelStep, config: Config, target: targets.Target) -> int:
-    """Bytes of all the kernels of a step in another configuration."""
-    op = registry.get(step.op)
-    made = rank.requests(op, step.problem, op.launches(step.problem, config, target), target)
-    return sum(offline.resources(request).spill_bytes for request in made)
-
-
 def check(model: str, target: str) -> None:
     found = fused_steps(model, target)
     offline.compile_all(list(found))
     spilling = {
-        step.problem: step
-        for request, step in found.items()
-        if offline.resources(request).spill_bytes
+        step.problem for request, step in found.items() if offline.resources(request).spill_bytes
     }
-    assert len(spilling) <= MOST_REPLACED, [step.name for step in spilling.values()]
-    parsed = targets.parse(target)
-    for problem, step in spilling.items():
-        others = fit.candidates(registry.get(step.op), problem, parsed)
-        assert not all(spills(step, config, parsed) for config in others), step.name
+    assert len(spilling) <= MOST_REPLACED, [problem.op for problem in spilling]
+    for problem in spilling:
+        assert_gives_way(problem, targets.parse(target))
 
 
 def test_small_networks() -> None:
