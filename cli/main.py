@@ -63,6 +63,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         print(f"convloom: error: {visible(str(error))}", file=sys.stderr)
         return EXIT_ERROR
+    except ModuleNotFoundError as error:
+        if error.name not in doctor.REQUIRED or _wants_traceback():
+            raise
+        told = f"this needs the package {error.name}, which is not installed"
+        print(f"convloom: error: {told}: pip install {error.name}", file=sys.stderr)
+        return EXIT_ERROR
     except KeyboardInterrupt:
         if arguments is None:
             interruption.end()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -132,3 +134,40 @@ def test_explain_names_what_the_file_holds(path: Path, refusal: Callable[..., st
 def test_doctor_refuses_what_is_no_executable(tmp_path: Path, refusal: Callable[..., str]) -> None:
     (tmp_path / "x.loom").write_bytes(b"hello" * 9)
     assert "not a convloom executable" in refusal("doctor", tmp_path / "x.loom")
+
+
+UNINSTALLED = """
+import sys
+
+class WithoutTriton:
+    def find_spec(name, path=None, target=None):
+        if name == "triton":
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+sys.meta_path.insert(0, WithoutTriton)
+from convloom.cli.main import main
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def without_triton(*arguments: object) -> str:
+    """What a command answers where Triton is not installed."""
+    command = [sys.executable, "-c", UNINSTALLED, *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == cli.EXIT_ERROR and "Traceback" not in done.stderr, done.stderr
+    return done.stderr
+
+
+@pytest.mark.parametrize("device", ["interpreter", "reference"])
+def test_without_triton_a_file_runs_on_a_gpu_only(path: Path, device: str) -> None:
+    assert without_triton("run", path, "--random", "--target", device).endswith(
+        f"convloom: error: '{path}' on {device} needs the package triton, which is not installed: "
+        "pip install triton; without it a file runs only on a GPU that it has kernels for\n"
+    )
+
+
+def test_without_triton_a_model_is_not_compiled() -> None:
+    assert without_triton("explain", "lenet5").endswith(
+        "convloom: error: this needs the package triton, which is not installed: pip install "
+        "triton\n"
+    )

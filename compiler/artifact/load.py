@@ -100,10 +100,17 @@ def _sources(artifact: Artifact, device: str) -> list[Program]:
 def planned(artifact: Artifact, program: Program, target: Target, device: str) -> Executable:
     """A program's graph, planned for a target in the file's configurations and run on a device; for
     a GPU of another generation, or none ("cuda:sm_90"), it is there to be looked at."""
-    from ..run.executable import Executable
-    from ..run.runtime import runner_for
-    from .graphs import lower_again, read_graph
-    from .write import save
+    try:
+        from ..run.executable import Executable
+        from ..run.runtime import runner_for
+        from .graphs import lower_again, read_graph
+        from .write import save
+    except ModuleNotFoundError as error:
+        raise TargetUnavailableError(
+            f"'{artifact.path}' on {device} needs the package {error.name}, which is not "
+            f"installed: pip install {error.name}; without it a file runs only on a GPU that it "
+            "has kernels for"
+        ) from error
 
     data = artifact.graphs[program.graph]
     graph = read_graph(data, program, artifact.tensors, target, artifact.path)
