@@ -7,7 +7,6 @@ import re
 import shlex
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,10 +14,6 @@ import pytest
 from convloom.cli.main import main
 
 SCRIPT = Path(__file__).parent.parent / "benchmarks" / "examples" / "first_minutes.sh"
-SECONDS = 20.0
-"""Of the processor, for all commands but the demo in one process."""
-SECONDS_OF_PROCESSES = 40.0
-"""For all of them, each in a process that imports torch."""
 
 
 def commands(text: str) -> Iterator[tuple[list[str], int]]:
@@ -39,13 +34,11 @@ def test_the_first_minutes_go_as_recorded(
     (tmp_path / name).write_text(network)
     monkeypatch.chdir(tmp_path)
     printed: dict[str, str] = {}
-    started = time.process_time()
     for arguments, status in commands(script):
         if arguments[0] != "demo":
             assert main(arguments) == status, arguments
             said = capsys.readouterr()
             printed[" ".join([arguments[0], arguments[1], arguments[-1]])] = said.out + said.err
-    assert time.process_time() - started < SECONDS
     # test_page.py opens such pages in a browser.
     assert "mynet.py:build on cuda:sm_90" in (tmp_path / "mynet.html").read_text()
     assert "wrote mynet.html" in printed["explain mynet.py:build mynet.html"]
@@ -75,17 +68,11 @@ def test_the_script_runs_as_it_stands(tmp_path: Path) -> None:
     program.chmod(0o755)
     (folder := tmp_path / "empty").mkdir()
     path = f"{binaries}{os.pathsep}{os.environ['PATH']}"
-    before = os.times()
     done = subprocess.run(
         ["sh", str(SCRIPT)], cwd=folder, env={**os.environ, "PATH": path},
         capture_output=True, text=True, timeout=600,
     )  # fmt: skip
-    after = os.times()
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.count("(refused, as it should be)\n") == 1
     assert 'pass `fallback="torch"`' in done.stdout
-    # By the processor's time, as other work may share the machine.
-    used = after.children_user + after.children_system
-    used -= before.children_user + before.children_system
-    assert used < SECONDS_OF_PROCESSES
     assert {path.name for path in folder.iterdir()} >= {"demo", "mynet.html", "mynet.loom"}
