@@ -323,6 +323,20 @@ def test_wrong_kernels_give_way_to_their_twins_with_a_warning(
     assert (used(artifact, again) == found) is kept and bool(again.asked) is not kept
 
 
+@pytest.mark.slow
+@pytest.mark.usefixtures("machine")
+def test_a_real_process_without_a_gpu_cannot_say(
+    artifact: Artifact, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It is started, opens nothing, and what it says reaches the warning."""
+    if targets.local_capability() is not None:
+        pytest.skip("this machine has a GPU")
+    with caplog.at_level(logging.WARNING, logger="convloom"):
+        found = twins.trusted(artifact, artifact.programs[0])
+    assert not any("hopper" in found.images[call.image].entry for call in found.calls)
+    assert all("could not be run: " in each for each in caplog.messages) and caplog.messages
+
+
 @pytest.mark.usefixtures("machine")
 def test_the_core_that_is_switched_off_is_not_tried(
     artifact: Artifact, monkeypatch: pytest.MonkeyPatch
