@@ -61,6 +61,25 @@ def core() -> str:
     return found
 
 
+def launch() -> frozenset[str]:
+    """CONVLOOM_LAUNCH alone, which is asked for with every modelled time.
+
+    Raises: InvalidInputError where a word is unknown, or two exclude each other.
+    """
+    words = os.environ.get("CONVLOOM_LAUNCH", "").replace(" ", "").split(",")
+    launch = frozenset(filter(None, words))
+    if unknown := launch - set(LAUNCH_OPTIONS):
+        raise InvalidInputError(
+            f"CONVLOOM_LAUNCH: expected {' or '.join(LAUNCH_OPTIONS)}, got {', '.join(unknown)}"
+        )
+    if launch == set(LAUNCH_OPTIONS):
+        raise InvalidInputError(
+            "CONVLOOM_LAUNCH: programmatic and branches exclude each other: a kernel that starts "
+            "early behind another stream's event has not been tried; choose one"
+        )
+    return launch
+
+
 def read() -> Settings:
     """The settings of this moment (read at each use, so that tests may change them).
 
@@ -73,24 +92,13 @@ def read() -> Settings:
     check = os.environ.get("CONVLOOM_CHECK") or "0"
     if check not in map(str, CHECKS):
         raise InvalidInputError(f"CONVLOOM_CHECK: expected 0, 1 or 2, got {check!r}")
-    words = os.environ.get("CONVLOOM_LAUNCH", "").replace(" ", "").split(",")
-    launch = frozenset(filter(None, words))
-    if unknown := launch - set(LAUNCH_OPTIONS):
-        raise InvalidInputError(
-            f"CONVLOOM_LAUNCH: expected {' or '.join(LAUNCH_OPTIONS)}, got {', '.join(unknown)}"
-        )
-    if launch == set(LAUNCH_OPTIONS):
-        raise InvalidInputError(
-            "CONVLOOM_LAUNCH: programmatic and branches exclude each other: a kernel that starts "
-            "early behind another stream's event has not been tried; choose one"
-        )
     names = os.environ.get("CONVLOOM_EXTENSIONS", "").replace(" ", "")
     default = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "convloom"
     return Settings(
         debug=int(level),
         check=int(check),
         cache_dir=Path(os.environ.get("CONVLOOM_CACHE_DIR", default)),
-        launch=launch,
+        launch=launch(),
         core=core(),
         extensions=frozenset(filter(None, names.split(","))) - {"none"} if names else None,
     )

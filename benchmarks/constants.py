@@ -25,9 +25,9 @@ import triton.language as tl
 from convloom import zoo
 from convloom.compiler.api import lowered
 from convloom.compiler.records import rank
+from convloom.compiler.run.workers import WorkerError
 from convloom.compiler.tuning.search import Work, problems_of, works_for
 from convloom.compiler.tuning.timers import measuring
-from convloom.compiler.tuning.workers import WorkerError
 from convloom.errors import ConvloomError, KernelError
 from convloom.kernels.contract import cost_model
 from convloom.kernels.contract.cost_model import Machine

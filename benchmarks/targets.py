@@ -4,7 +4,7 @@ fp16. A goal is a ratio to torch.compile with max-autotune at batch 256, or micr
 on an H200. Measured figures are those of the reports below `results/` (`python -m benchmarks.zoo`
 on a GPU), with the device they were measured on; until then a cell says so. Modelled times only
 rank (`kernels/contract/cost_model.py`). Writes results/targets.md, and results/hopper.md: layer by
-layer what the Hopper core, which only runs where it is asked for, makes of the plan.
+layer what the Hopper core and programmatic launches, only there where asked for, make of the plan.
 """
 
 from __future__ import annotations
@@ -103,7 +103,7 @@ def markdown(rows: list[Row]) -> str:
         "times are no measurements.",
         "",
         "| model | batch | goal | measured | on | verdict | modelled us (H200) | with the Hopper "
-        "core asked for | bound T us |",
+        "core and programmatic launches asked for | bound T us |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for goal in GOALS:
@@ -154,8 +154,8 @@ def _where_time_goes() -> list[str]:
     return lines
 
 
-CORES = ("", "hopper")
-"""Values of CONVLOOM_CORE: as it comes, and asked for."""
+CORES, EARLY = ("", "hopper"), "programmatic"
+"""Values of CONVLOOM_CORE: as it comes, and asked for; and of CONVLOOM_LAUNCH in the latter."""
 WAYS = ("", "cooperative", "ping-pong", "halo")
 
 
@@ -173,10 +173,10 @@ class Kernel(NamedTuple):
 @lru_cache
 def kernels(model: str, batch: int, asked: str = "") -> list[Kernel]:
     """Those of the plan for sm_90, with CONVLOOM_CORE as `asked`."""
-    with mock.patch.dict(os.environ, CONVLOOM_CORE=asked):
+    with mock.patch.dict(os.environ, CONVLOOM_CORE=asked, CONVLOOM_LAUNCH=asked and EARLY):
         plan = fusion.plan_at(fusion.captured_model(model, batch), "default")
     found = []
-    with mock.patch.dict(os.environ, CONVLOOM_CORE=""):
+    with mock.patch.dict(os.environ, CONVLOOM_CORE="", CONVLOOM_LAUNCH=asked and EARLY):
         for step in plan.steps:
             assert isinstance(step, KernelStep), step
             op, given = registry.get(step.op), (step.problem, plan.target)
@@ -192,11 +192,11 @@ def core_markdown() -> str:
     """What the Hopper core makes of each layer at batch 256."""
     lines = [
         "# The Hopper core by the model (fp16, sm_90, batch 256)\n",
-        "Made by `python -m benchmarks.targets`. Microseconds by the cost model for an H200, none "
-        "of them measured: no GPU has run the core, which is only used with `CONVLOOM_CORE=hopper`."
-        " Plain: plain Triton's default tile for the same problem. Bound: products at 790 TFLOP/s "
-        "or DRAM at 4.3 TB/s, whichever is more; the model's tensor cores reach 865, which no "
-        "published kernel does (808), so that some layers are modelled below their bound.",
+        "Made by `python -m benchmarks.targets`. Microseconds by the cost model for an H200, not "
+        "measured: no GPU has run the core, used only with `CONVLOOM_CORE=hopper`, here also with "
+        "`CONVLOOM_LAUNCH=programmatic`. Plain: plain Triton's default tile. Bound: products at 790"
+        " TFLOP/s or DRAM at 4.3 TB/s, whichever is more; the model's tensor cores reach 865, which"
+        " no published kernel does (808), so that some layers are modelled below their bound.",
     ]
     for model in MODELLED_LIMITS_MS:
         columns = "kernel | result | plain | planned | core | bound | waits for"

@@ -45,7 +45,7 @@ def change(plan: Any, place: str, value: Any) -> None:
 
 P = "programs.0."
 ABSURD = {
-    "version": ("version", 1, "this convloom reads version 4"),
+    "version": ("version", 1, "this convloom reads version 5"),
     "format": ("format", "zip", "not a convloom plan"),
     "no programs": ("programs", [], "it has no programs"),
     "unknown field": (P + "more", 1, "expected no field 'more'"),

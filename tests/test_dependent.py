@@ -14,10 +14,13 @@ from convloom import settings
 from convloom.compiler.api import lowered
 from convloom.compiler.artifact import device as gpu
 from convloom.compiler.artifact.read import open_artifact
+from convloom.compiler.fusion import estimate
+from convloom.compiler.graph.ir import CompileTarget, Graph
 from convloom.compiler.graph.memory import Memory
+from convloom.compiler.run.runtime import dtype_of
 from convloom.errors import InvalidInputError
 from convloom.kernels import registry
-from convloom.kernels.contract import programmatic_launch
+from convloom.kernels.contract import cost_model, programmatic_launch
 from convloom.kernels.contract.epilogue import Stage
 from convloom.kernels.contract.op import NONE, Launch
 from convloom.kernels.contract.spec import Layout, TensorSpec
@@ -25,6 +28,7 @@ from convloom.kernels.contract.targets import Target, parse
 from convloom.kernels.devices import offline
 from convloom.kernels.devices.offline import CompileRequest
 from convloom.kernels.movement.pointwise import Pointwise
+from convloom.kernels.pooling.pool_window import MaxPool2d
 from convloom.kernels.tile.conv_geometry import Conv2d
 from torch import nn
 
@@ -54,6 +58,37 @@ def launch_of(filters: int, target: Target = SM_90) -> Launch:
 
 
 CASES = {"gemm_kernel": 1, "tile_kernel": 3, "pointwise_kernel": 0}
+FUSED = ("stem_kernel", "conv_chain_kernel", "gemv_kernel")
+
+
+class Bottleneck(nn.Module):
+    """A stem, the end of a bottleneck block, and a classifier of one row."""
+
+    def __init__(self, width: int = 64) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, width, 7, 2, 3)
+        self.front = nn.Conv2d(width, width, 3, padding=1)
+        self.wide = nn.Conv2d(width, 4 * width, 1)
+        self.beside = nn.Conv2d(width, 4 * width, 1)
+        self.last = nn.Linear(4 * width, 1000)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = torch.relu(self.stem(x))
+        x = torch.relu(self.wide(torch.relu(self.front(x))) + self.beside(x))
+        return torch.as_tensor(self.last(x.mean((2, 3))))
+
+
+@lru_cache
+def fused() -> dict[str, tuple[Launch, CompileRequest]]:
+    """The launches of `Bottleneck` by kernel, and how they are compiled when programmatic."""
+    x = torch.zeros(1, 3, 112, 112)
+    _, plan, _ = lowered(Bottleneck().eval(), (x,), target="cuda:sm_90", dtype=torch.float16)
+    found = {}
+    for step, launch in plan.kernels:
+        early = programmatic_launch.programmatic(launch, SM_90)
+        request = offline.request(early, dtype_of(plan, step), SM_90)
+        found[launch.kernel.fn.__name__] = launch, request
+    return found
 
 
 def request(launch: Launch, target: Target = SM_90) -> CompileRequest:
@@ -62,6 +97,8 @@ def request(launch: Launch, target: Target = SM_90) -> CompileRequest:
 
 @lru_cache(maxsize=8)
 def compiled(case: str) -> Any:
+    if case in FUSED:
+        return offline.compile_request(fused()[case][1])
     launch = launch_of(CASES[case])
     assert launch.kernel.fn.__name__ == case
     return offline.compile_request(request(programmatic_launch.programmatic(launch, SM_90)))
@@ -71,16 +108,18 @@ def programmatic(filters: int) -> Launch:
     return programmatic_launch.programmatic(launch_of(filters), SM_90)
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", [*CASES, *FUSED])
 def test_a_programmatic_kernel_waits_before_it_touches_memory(case: str) -> None:
-    """Once, before the loop: a wait inside a pipelined loop would come after its first copies."""
+    """Once, before the loop: a wait inside a pipelined loop would come after its first copies. The
+    next kernel may start right behind it, not only when the loop is over."""
     sass = offline.disassembly(compiled(case))
     opcodes = [found[2].split(".")[0] for found in machine_code.INSTRUCTION.finditer(sass)]
     wait, release = opcodes.index("ACQBULK"), opcodes.index("PREEXIT")
     touches = [at for at, name in enumerate(opcodes) if name in MEMORY]
     stores = [at for at, name in enumerate(opcodes) if name == "STG"]
     assert opcodes.count("ACQBULK") == 1 and opcodes.count("PREEXIT") == 1
-    assert wait < min(touches) and wait < release < min(stores)
+    products = [at for at, name in enumerate(opcodes) if name in PRODUCTS]
+    assert wait < min(touches) and wait < release < min(products + stores)
     loop = machine_code.hot_loop(sass)
     assert loop is not None or case != "tile_kernel", "short loops are unrolled, these are not"
     assert loop is None or not loop.count("ACQBULK") + loop.count("PREEXIT")
@@ -88,16 +127,18 @@ def test_a_programmatic_kernel_waits_before_it_touches_memory(case: str) -> None
 
 
 MEMORY = ("LDG", "LDGSTS", "STG", "ATOMG", "RED")
+PRODUCTS = ("HGMMA", "HMMA")
 
 
-@pytest.mark.parametrize("case", [name for name, filters in CASES.items() if filters])
+@pytest.mark.parametrize("case", ["gemm_kernel", "tile_kernel", *FUSED[1:]])
 def test_weights_are_asked_for_before_the_wait(case: str) -> None:
     """Into the cache alone: what the kernel in front writes is read behind the wait."""
     ptx = compiled(case).asm["ptx"]
     assert ptx.index("cp.async.bulk.prefetch.L2.global") < ptx.index("griddepcontrol.wait")
     sass = offline.disassembly(compiled(case))
     assert sass.index("UBLKPF") < sass.index("ACQBULK")
-    assert not offline.resources(request(programmatic(CASES[case]))).spill_bytes
+    wanted = fused()[case][1] if case in FUSED else request(programmatic(CASES[case]))
+    assert not offline.resources(wanted).spill_bytes
 
 
 def test_the_flag_compiles_out() -> None:
@@ -154,6 +195,58 @@ def test_results_are_right_with_weights_asked_for(
     assert sum(programmatic_launch.is_programmatic(each) for each in asked) >= 5
     assert any(each.get("SPLIT", 1) > 1 for each in asked)
     torch.testing.assert_close(exe(x), module(x), rtol=5e-3, atol=5e-3)
+
+
+@pytest.mark.parametrize(
+    ("module", "shape", "kernels"),
+    [(Bottleneck(16), (1, 3, 16, 16), FUSED[:2]), (nn.Linear(200, 21), (3, 200), FUSED[2:])],
+)
+def test_fused_kernels_that_start_early_are_right(
+    monkeypatch: pytest.MonkeyPatch, module: nn.Module, shape: tuple[int, ...], kernels: Any
+) -> None:
+    monkeypatch.setenv("CONVLOOM_LAUNCH", "programmatic")
+    torch.manual_seed(0)
+    module, x = module.eval(), torch.randn(shape)
+    exe = convloom.compile(module, (x,), target="emulator:sm_90", dtype=torch.float16)
+    early = {
+        launch.kernel.fn.__name__: programmatic_launch.is_programmatic(launch.constexprs)
+        for _, launch in exe.plan.kernels
+    }
+    assert all(early[name] for name in kernels), early
+    torch.testing.assert_close(exe(x), module(x), rtol=5e-3, atol=5e-3)
+
+
+# What the model makes of it.
+
+
+def test_the_model_knows_what_an_early_start_saves(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of kernels and machines that can, and no more than a launch costs."""
+    x = TensorSpec((4, 256, 14, 14), torch.float16, Layout.NHWC, batch=4)
+    add, copy = (
+        harness.problem_for(registry.get(name), attributes, inputs)
+        for name, attributes, inputs in (
+            ("add", Pointwise(), (x, x)), ("max_pool2d", MaxPool2d((2, 2), (2, 2)), (x,)),
+        )
+    )  # fmt: skip
+    for target, saved in ((SM_90, 0.96), (SM_80, 0.0)):
+        machine = cost_model.machine_for(target)
+        assert 0 <= machine.early_us < machine.launch_us
+        for asked, expected in ((add, saved), (copy, 0.0)):
+            op, times = registry.get(asked.op), []
+            for launch in ("", "programmatic"):
+                monkeypatch.setenv("CONVLOOM_LAUNCH", launch)
+                times.append(cost_model.problem_us(op, asked, target))
+            assert times[0] - times[1] == pytest.approx(expected)
+
+
+def test_fusions_are_estimated_as_kernels_are_launched(monkeypatch: pytest.MonkeyPatch) -> None:
+    graph = Graph()
+    graph.goal = CompileTarget(SM_90, torch.float16)
+    x = TensorSpec((4, 256, 14, 14), torch.float16, Layout.NHWC, batch=4)
+    asked = harness.problem_for(registry.get("add"), Pointwise(), (x, x))
+    late_us = estimate.problem_time_us(graph, asked)
+    monkeypatch.setenv("CONVLOOM_LAUNCH", "programmatic")
+    assert estimate.problem_time_us(graph, asked) == pytest.approx(late_us - 0.96)
 
 
 # The option.

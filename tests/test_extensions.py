@@ -99,7 +99,7 @@ apart = convloom.compile(net, (x,), target="interpreter", forbid=("into-shift",)
 
 from convloom.compiler.records.keys import key_of
 from convloom.cli import doctor
-from convloom.compiler.tuning.workers import WorkerProcess
+from convloom.compiler.run.workers import WorkerProcess
 from convloom.kernels.contract.targets import INTERPRETER
 steps = [step for step, _ in exe.plan.kernels]
 keys = [asdict(key_of(step.problem, INTERPRETER)) for step in steps]

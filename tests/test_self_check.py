@@ -10,10 +10,10 @@ from typing import Any, cast
 import pytest
 import torch
 from convloom.compiler import api
+from convloom.compiler.run.workers import WorkerError
 from convloom.compiler.tuning import self_check
 from convloom.compiler.tuning.bench import Trial
 from convloom.compiler.tuning.self_check import SelfCheck, smaller
-from convloom.compiler.tuning.workers import WorkerError
 from convloom.errors import KernelError, TargetUnavailableError
 from convloom.kernels import registry
 from convloom.kernels.contract.op import config

@@ -20,11 +20,11 @@ from convloom.compiler.records import choose, rank
 from convloom.compiler.records.keys import key_of
 from convloom.compiler.records.records import shortened
 from convloom.compiler.records.store import Store
+from convloom.compiler.run.workers import Crew, WorkerError, WorkerProcess
 from convloom.compiler.tuning import bench, search
 from convloom.compiler.tuning.bench import Bench, InterpreterBackend, Trial
 from convloom.compiler.tuning.search import Options, Outcome, Tuner, Work
 from convloom.compiler.tuning.timers import Measured, Model
-from convloom.compiler.tuning.workers import Crew, WorkerError, WorkerProcess
 from convloom.errors import KernelError, TargetUnavailableError
 from convloom.kernels import registry
 from convloom.kernels.contract import cost_model
@@ -515,7 +515,7 @@ def test_a_child_that_hangs_or_is_poisoned_is_ended() -> None:
         child.ask("__import__('time').sleep(60)", 0.2)
     assert caught.value.kind == "timeout"
     poison = (
-        "(_ for _ in ()).throw(__import__('convloom.compiler.tuning.workers', fromlist=['x'])"
+        "(_ for _ in ()).throw(__import__('convloom.compiler.run.workers', fromlist=['x'])"
         ".PoisonedError('illegal address'))"
     )
     with pytest.raises(WorkerError, match="illegal address") as caught:

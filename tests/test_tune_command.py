@@ -15,11 +15,11 @@ from convloom.cli.main import EXIT_ERROR, main
 from convloom.compiler import api
 from convloom.compiler.records import choose, records
 from convloom.compiler.records.store import Store
+from convloom.compiler.run.workers import PoisonedError
 from convloom.compiler.tuning import cuda, search, timers
 from convloom.compiler.tuning.bench import Bench
 from convloom.compiler.tuning.cuda import CudaBackend
 from convloom.compiler.tuning.search import Options, Tuner, Work
-from convloom.compiler.tuning.workers import PoisonedError
 from convloom.errors import InvalidInputError, KernelError, TargetUnavailableError
 from convloom.kernels.contract import targets
 from convloom.kernels.contract.op import config

@@ -10,7 +10,7 @@ import math
 import re
 from bisect import bisect_left
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from heapq import heappop, heappush
 from typing import NoReturn
@@ -104,6 +104,11 @@ def _outside(program: Program) -> tuple[object, ...]:
     return (*nests, ports(program.inputs), ports(program.outputs), program.batch is None)
 
 
+def _touched(argument: Argument) -> Argument:
+    """What a launch does to memory by an argument, however it sees it."""
+    return replace(argument, map=None)
+
+
 @dataclass(frozen=True)
 class _Checker:
     """The checks of one program."""
@@ -138,6 +143,7 @@ class _Checker:
         for image in program.images:
             self._check_image(image, names[program.target])
         self._check_calls()
+        self._check_twins()
         self._check_streams()
         self._check_lifetimes()
 
@@ -300,14 +306,33 @@ class _Checker:
             if not previous <= call.step < len(program.steps):
                 self.refuse(f"{where} belongs to step {call.step} of {len(program.steps)}")
             previous = call.step
-            signature = program.images[call.image].signature
-            if len(signature) != len(call.arguments):
-                self.refuse(
-                    f"{where} passes {len(call.arguments)} arguments, expected {len(signature)}"
-                )
-            for argument, kind in zip(call.arguments, signature, strict=True):
-                self._check_argument(argument, kind, where)
-            self._check_grid(call, where)
+            self._check_call(call, where)
+
+    def _check_call(self, call: Call, where: str) -> None:
+        signature = self.program.images[call.image].signature
+        if len(signature) != len(call.arguments):
+            self.refuse(
+                f"{where} passes {len(call.arguments)} arguments, expected {len(signature)}"
+            )
+        for argument, kind in zip(call.arguments, signature, strict=True):
+            self._check_argument(argument, kind, where)
+        self._check_grid(call, where)
+
+    def _check_twins(self) -> None:
+        """Refuses other twins than one of each launch of the Hopper core, which touches no more."""
+        program = self.program
+        own = [call for call in program.calls if program.steps[call.step].tile.is_of_hopper_core]
+        if [call.step for call in own] != [twin.step for twin in program.twins]:
+            self.refuse("its twins are not those of its launches of the Hopper core")
+        if len({call.step for call in own}) != len(own):
+            self.refuse("a step of the Hopper core has several launches")
+        for call, twin in zip(own, program.twins, strict=True):
+            where = f"the twin of step {twin.step}"
+            if not 0 <= twin.image < len(program.images):
+                self.refuse(f"{where} is of kernel {twin.image} of {len(program.images)}")
+            self._check_call(twin, where)
+            if not set(map(_touched, twin.arguments)) <= set(map(_touched, call.arguments)):
+                self.refuse(f"{where} touches other memory than its launch")
 
     def _check_streams(self) -> None:
         streams, steps = self.program.streams, len(self.program.steps)

@@ -16,6 +16,7 @@ from ...kernels.contract.targets import INTERPRETER, REFERENCE, Target
 from ..graph.interface import Interface, Port, empty_outputs
 from ..run.cuda_graphs import GraphRunner
 from . import device as gpu
+from . import twins
 from .program import Program
 from .read import Artifact, open_artifact
 
@@ -62,7 +63,8 @@ def load(
                 raise
             target = targets.nearest(capability)
         else:
-            loaded: list[Part] = [(each, gpu.runner(artifact, each, by_ptx)) for each in programs]
+            used = [twins.trusted(artifact, each) for each in programs]
+            loaded: list[Part] = [(each, gpu.runner(artifact, each, by_ptx)) for each in used]
             return LoadedExecutable(artifact, device, targets.parse(programs[0].target), loaded)
     else:
         target = targets.parse(device)

@@ -18,9 +18,11 @@ from ..graph.memory import Buffer
 from ..graph.typed import Reader
 from .maps import Map
 
-FORMAT, VERSION = "convloom-executable", 4
+FORMAT, VERSION = "convloom-executable", 5
 DEEPEST, MOST_LEAVES = 16, 4096
 READ, WRITE, SCRATCH, ROWS = "read", "write", "scratch", "rows"
+HOPPER = "HOPPER"
+"""The block of a configuration of the Hopper core (`kernels/hopper/core.py`)."""
 
 
 @dataclass(frozen=True)
@@ -100,6 +102,11 @@ class Tile:
     num_warps: int
     num_stages: int
 
+    @property
+    def is_of_hopper_core(self) -> bool:
+        """Whether it is one of the Hopper core."""
+        return bool(dict(self.blocks).get(HOPPER, 0))
+
 
 @dataclass(frozen=True)
 class ProgramStep:
@@ -135,7 +142,8 @@ class Program:
     hold. results: for each leaf of the result, an output's position or a literal. names: what
     the module takes by position or by name. streams: of each
     step, where independent ones may run side by side; how they wait for each other follows from
-    what their calls touch. summary: the counts of `Plan.summary`.
+    what their calls touch. twins: of the launches of the Hopper core, in their order, those of the
+    plain core that may stand for them (`twins.py`). summary: the counts of `Plan.summary`.
     """
 
     target: str
@@ -155,6 +163,7 @@ class Program:
     steps: tuple[ProgramStep, ...]
     images: tuple[Image, ...]
     calls: tuple[Call, ...]
+    twins: tuple[Call, ...]
     streams: tuple[int, ...]
     summary: tuple[tuple[str, int], ...]
 

@@ -105,9 +105,11 @@ def _without_code(program: Program) -> Program:
     def named(call: Call) -> Call:
         return replace(call, image=0)
 
+    every = (*program.calls, *program.twins)
     steps = tuple(
         replace(step, line=f"{step.line} {[program.images[c.image].entry for c in calls]}")
         for at, step in enumerate(program.steps)
-        for calls in [[call for call in program.calls if call.step == at]]
+        for calls in [[call for call in every if call.step == at]]
     )
-    return replace(program, images=(), calls=tuple(map(named, program.calls)), steps=steps)
+    calls, twins = (tuple(map(named, each)) for each in (program.calls, program.twins))
+    return replace(program, images=(), calls=calls, twins=twins, steps=steps)

@@ -11,15 +11,18 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ...errors import ArtifactError
-from ...kernels.contract.op import Launch, Ref, TmaDescriptor
+from ...kernels import registry
+from ...kernels.contract.op import Config, Launch, Problem, Ref, TmaDescriptor
 from ...kernels.contract.targets import Target
 from ...kernels.devices import execute, offline
 from ...kernels.devices.kernel_hash import TRITON_VERSION
+from ...kernels.hopper import core
 from ...settings import VERSION
 from ..graph.ir import Graph
 from ..graph.memory import on_cpu
 from ..graph.typed import dump, plain
 from ..plan.plan import KernelStep, Plan
+from ..records import rank as rank_configs
 from ..run.runtime import compile_requests, dtype_of
 from . import archive, graphs, program, tensors
 from .archive import Content
@@ -125,7 +128,7 @@ def program_of(
         for name, buffer in plan.buffers.items()
         if buffer.kind == "constant"
     )
-    images, calls = _compiled(kernels, plan, with_ptx)
+    images, calls, twins = _compiled(kernels, plan, with_ptx)
     structure = plan.structure
     return Program(
         target=plan.target.compiled_as,
@@ -145,6 +148,7 @@ def program_of(
         steps=_steps(plan),
         images=images,
         calls=calls,
+        twins=twins,
         streams=plan.streams,
         summary=tuple(sorted(plan.summary().items())),
     )
@@ -180,11 +184,14 @@ def _steps(plan: Plan) -> tuple[ProgramStep, ...]:
 
 def _compiled(
     kernels: dict[str, Content], plan: Plan, with_ptx: bool
-) -> tuple[tuple[Image, ...], tuple[Call, ...]]:
-    """The machine code of a plan's launches, distinct ones once, and the launches."""
+) -> tuple[tuple[Image, ...], tuple[Call, ...], tuple[Call, ...]]:
+    """The machine code of a plan's launches and of their twins, distinct ones once, and both."""
     if not plan.target.is_gpu:
-        return (), ()
+        return (), (), ()
+    twins = list(_twins(plan))
     requests = compile_requests(plan, plan.target)
+    for step, launch in twins:
+        requests.append(offline.request(launch, dtype_of(plan, step), plan.target))
     offline.compile_all(requests)
     compiled = {each: offline.compile_request(each) for each in dict.fromkeys(requests)}
     codes = [str(code.asm["ptx"]) for code in compiled.values()]
@@ -192,12 +199,41 @@ def _compiled(
     with_ptx = with_ptx and all(map(_PORTABLE.search, codes))
     images: list[Image] = []
     positions: list[int] = []
-    for request, (step, launch) in zip(requests, plan.kernels, strict=True):
+    launches = [*plan.kernels, *twins]
+    for request, (step, launch) in zip(requests, launches, strict=True):
         signature = _signature(plan, step, launch)
         image = _image(kernels, request, signature, compiled[request], with_ptx)
         positions.append(_index(images, image))
     metas = [list(compiled[each].metadata.tensordesc_meta or ()) for each in requests]
-    return tuple(images), _calls(plan, positions, metas)
+    calls = _calls(plan, launches, positions, metas)
+    return tuple(images), calls[: len(plan.kernels)], calls[len(plan.kernels) :]
+
+
+def _twins(plan: Plan) -> Iterator[tuple[KernelStep, Launch]]:
+    """Of each step of the Hopper core the launch of the plain one that takes least by the model, of
+    those that write nothing but results."""
+
+    def alone(config: Config) -> tuple[Launch, ...]:
+        launches = op.launches(problem, config, target)
+        return launches if len(launches) == 1 and not launches[0].scratch else ()
+
+    found: dict[Problem, tuple[Launch, ...]] = {}
+    for step in plan.steps:
+        if not isinstance(step, KernelStep) or not core.uses_core(step.config):
+            continue
+        op, problem, target = registry.get(step.op), step.problem, plan.target
+        if problem not in found:
+            plain = (
+                config for config in op.configs(problem, target)
+                if not core.uses_core(config) and not op.legal(problem, config, target)
+            )  # fmt: skip
+            # Differences of a rounding between equal times must not decide: a file is made again.
+            best = min(filter(alone, plain), key=lambda each: (
+                op.crowded(problem, each, target) is not None,
+                round(rank_configs.modelled_us(op, problem, target, each), 6),
+            ))  # fmt: skip
+            found[problem] = alone(best)
+        yield from ((step, launch) for launch in found[problem])
 
 
 def _image(
@@ -257,16 +293,19 @@ def _keep(kernels: dict[str, Content], folder: str, kind: str, code: bytes) -> s
 
 
 def _calls(
-    plan: Plan, images: Sequence[int], metas: Sequence[list[dict[str, Any]]]
+    plan: Plan,
+    launches: Sequence[tuple[KernelStep, Launch]],
+    images: Sequence[int],
+    metas: Sequence[list[dict[str, Any]]],
 ) -> tuple[Call, ...]:
-    """The launches of a plan as data; `images` says which kernel each one starts, `metas` what the
+    """Launches of a plan as data; `images` says which kernel each one starts, `metas` what the
     compiler says of its tensor maps, in order.
 
     Raises: ArtifactError for a launch that is more than `Call` can say.
     """
     names = [step.name for step in plan.steps if isinstance(step, KernelStep)]
     calls = []
-    for image, meta, (step, launch) in zip(images, metas, plan.kernels, strict=True):
+    for image, meta, (step, launch) in zip(images, metas, launches, strict=True):
         grid = Grid(
             launch.rows, launch.block_rows, launch.columns, launch.batch, launch.most_programs
         )

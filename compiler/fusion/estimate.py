@@ -110,11 +110,11 @@ def times_us(graph: Graph, alternatives: Sequence[Sequence[Problem]]) -> tuple[s
 
 def problem_time_us(graph: Graph, asked: Problem) -> float:
     """Modelled time of a problem's kernels."""
-    return _modelled_us(asked, target_of(graph), settings.core())
+    return _modelled_us(asked, target_of(graph), settings.core(), settings.launch())
 
 
 @lru_cache(REMEMBERED)
-def _modelled_us(asked: Problem, target: Target, core: str) -> float:
+def _modelled_us(asked: Problem, target: Target, core: str, launch: frozenset[str]) -> float:
     """Networks repeat their layers, and every alternative is asked for again in every round."""
     return cost_model.problem_us(registry.get(asked.op), asked, target)
 

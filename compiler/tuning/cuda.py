@@ -21,8 +21,8 @@ from ...kernels.contract.op import Config, Launch, Problem
 from ...kernels.devices import offline
 from ..records import rank
 from ..run.runtime import bind_launch
+from ..run.workers import PoisonedError
 from .bench import Bench, Buffers, Trial, runs_to_verify
-from .workers import PoisonedError
 
 CACHE_FACTOR = 2.5
 """Copies of a problem's tensors take together so many times the size of the L2 cache."""

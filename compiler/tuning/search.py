@@ -27,9 +27,9 @@ from ..records import rank
 from ..records.choose import Records
 from ..records.keys import Key, key_of
 from ..records.records import MEASURED, Record, Rejected, now, rounded, shortened
+from ..run.workers import Crew, WorkerError
 from .bench import Trial
 from .timers import TRIAL_TIMEOUT_S, Model, Timer, can_measure, compiler_handler, measuring
-from .workers import Crew, WorkerError
 
 LOG = logging.getLogger("convloom")
 FIRST_LOOK = 3

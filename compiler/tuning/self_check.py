@@ -4,7 +4,7 @@ Only the emulator has run that core: a wrong order of its barriers would hang a 
 asked for and this machine has the GPU, every configuration is tried on a small batch of its own
 problem, against the op's reference, in a process of its own that is ended when it hangs. What
 failed gives way to the plain core (`fit.py`). Verdicts are kept in the cache folder, by kernel,
-device and driver. (A file that is loaded brings no compiler, and its kernels are not checked.)
+device and driver. (Files bring no compiler: `artifact/twins.py` checks theirs.)
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from ...kernels import registry
 from ...kernels.contract.op import Config, Problem
 from ...kernels.contract.spec import Operand
 from ...kernels.contract.targets import Target
-from ...kernels.devices.compile_cache import read_entry, write_entry
+from ...kernels.devices.entries import read_entry, write_entry
 from ...kernels.hopper import core
 from ..records import rank
 from ..records.choose import local_device
+from ..run.workers import WorkerError
 from .timers import TRIAL_TIMEOUT_S, Measured, measuring
-from .workers import WorkerError
 
 LOG = logging.getLogger("convloom")
 FOLDER = "checks"

@@ -18,8 +18,8 @@ from ...kernels.devices.offline import Resources
 from ..records import rank
 from ..records.choose import local_device
 from ..records.records import MEASURED, MODELLED
+from ..run.workers import Handler, WorkerError, WorkerProcess
 from .bench import InterpreterBackend, Trial, handler_of
-from .workers import Handler, WorkerError, WorkerProcess
 
 TRIAL_TIMEOUT_S = 180.0
 """One configuration, the exact result included; what takes longer hangs."""

@@ -28,6 +28,7 @@ from typing import NamedTuple
 
 import torch
 
+from . import programmatic_launch
 from .op import Config, Launch, Op, Problem
 from .targets import Target, parse
 
@@ -38,10 +39,10 @@ class Machine:
 
     clock_ghz: under load; tensor_tflops: dense half-precision products at that clock; memory_gbps:
     DRAM; cache_gbps: L2 to all multiprocessors together; cache_mb: its size; launch_us: what one
-    dependent kernel adds inside a CUDA graph. Of one multiprocessor: shared_kb, threads, blocks:
-    what it holds at a time, 1,024 bytes to the kB; store_bytes: of results, per cycle; end_cycles:
-    the end of a tile beside them; fill_cycles: from a program's start to its first products, and
-    what drains behind it.
+    dependent kernel adds inside a CUDA graph; early_us: how much of that a programmatic launch
+    saves. Of one multiprocessor: shared_kb, threads, blocks: what it holds at a time, 1,024 bytes
+    to the kB; store_bytes: of results, per cycle; end_cycles: the end of a tile beside them;
+    fill_cycles: from a program's start to its first products, and what drains behind it.
     """
 
     name: str
@@ -52,6 +53,7 @@ class Machine:
     cache_mb: float
     clock_ghz: float
     launch_us: float = 2.0
+    early_us: float = 0.0
     shared_kb: int = 228
     threads: int = 2048
     blocks: int = 32
@@ -69,8 +71,11 @@ class Machine:
 # 132 x 1.83 GHz x 4,096) at the 1.6 GHz that long products settle at (fitted: 790 to 808 TFLOP/s
 # published); 8,300 GB/s out of L2 (fitted: products of 192x192 tiles at 777 TFLOP/s and of 128x256
 # at 689 both read 8,100), store_bytes, end_cycles and fill_cycles fitted to Triton's persistent and
-# plain kernels of 512 terms (527 and 450 TFLOP/s); memory_gbps is what large copies reach. Of the
-# others the tensor and memory rates are specifications or published copies, the rest is assumed.
+# plain kernels of 512 terms (527 and 450 TFLOP/s); memory_gbps is what large copies reach. For H100
+# are published: launch_us of a chain of empty kernels (Hazy Research, "Look Ma, No Bubbles!", 2025)
+# and early_us of a pair of them (pegainfer issue 569, which calls it the most there is to gain: no
+# more of a program's start is taken to be hidden, nor its first loads). Of the others the tensor
+# and memory rates are specifications or published copies, the rest is assumed.
 MACHINES = {
     80: Machine("A100", 108, 280.0, 1_800.0, 4_000.0, 40.0, 1.41, shared_kb=164),
     86: Machine(
@@ -79,7 +84,7 @@ MACHINES = {
     89: Machine(
         "L40S", 142, 330.0, 780.0, 4_500.0, 96.0, 2.52, shared_kb=100, threads=1536, blocks=24
     ),
-    90: Machine("H200", 132, 865.0, 4_300.0, 8_300.0, 50.0, 1.6),
+    90: Machine("H200", 132, 865.0, 4_300.0, 8_300.0, 50.0, 1.6, launch_us=1.3, early_us=0.96),
     100: Machine("B200", 148, 1_900.0, 7_000.0, 9_000.0, 126.0, 1.9),
 }
 DEFAULT = MACHINES[90]
@@ -351,7 +356,8 @@ class _Modelled:
         rate = product_rate(dtype, problem.precision)
         ends = end_bytes(problem) / len(launches)
         self.memory_us = memory_us(self.machine, problem, cost.size_bytes)
-        self.launched_us = self.machine.launch_us * len(launches)
+        early = sum(programmatic_launch.is_early(launch, shown) for launch in launches)
+        self.launched_us = self.machine.launch_us * len(launches) - self.machine.early_us * early
         self.compute_us = 0.0
         self.cycles: dict[str, float] = dict.fromkeys(TileCycles._fields, 0.0)
         for at, launch in enumerate(launches):

@@ -7,11 +7,10 @@ disk) or that others may write is a miss with a warning: it is compiled and writ
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -20,8 +19,9 @@ import triton
 from triton.runtime.cache import FileCacheManager
 
 from ... import settings
-from ...atomic import PRIVATE, private_folder, refuse_others, replacing
+from ...atomic import PRIVATE, private_folder, refuse_others
 from ...errors import KernelError
+from .entries import content_hash
 
 LOG = logging.getLogger("convloom")
 SUM = ".sha256"
@@ -34,7 +34,7 @@ class CheckedCache(FileCacheManager):  # type: ignore[misc]
         """Writes a file, then its hash: whoever comes between sees a miss."""
         content = data if isinstance(data, bytes) else str(data).encode()
         path: str = super().put(content, filename)
-        beside = super().put(_hash(content).encode(), filename + SUM)
+        beside = super().put(content_hash(content).encode(), filename + SUM)
         for written in (path, beside):
             os.chmod(written, PRIVATE)
         return path
@@ -48,7 +48,7 @@ class CheckedCache(FileCacheManager):  # type: ignore[misc]
         try:
             for each in (self.cache_dir, path):
                 refuse_others(Path(each))
-            if _hash(Path(path).read_bytes()) == Path(beside).read_text():
+            if content_hash(Path(path).read_bytes()) == Path(beside).read_text():
                 return path
             reason: object = "its sha256 is another"
         except (OSError, ValueError) as error:
@@ -64,10 +64,6 @@ class CheckedCache(FileCacheManager):  # type: ignore[misc]
         names = json.loads(Path(path).read_text())["child_paths"]
         paths = {name: self.get_file(name) for name in names}
         return None if None in paths.values() else {n: p for n, p in paths.items() if p}
-
-
-def _hash(content: bytes) -> str:
-    return hashlib.sha256(content).hexdigest()
 
 
 @contextmanager
@@ -95,35 +91,3 @@ def unwritable(root: Path, error: OSError) -> KernelError:
         f"the cache folder {root} cannot be written: {error.strerror or error}. Set "
         "CONVLOOM_CACHE_DIR to a folder of yours that can"
     )
-
-
-def read_entry(path: Path) -> Any:
-    """What `write_entry` wrote into a file; None where there is none, or another than was written.
-    """
-    try:
-        text = path.read_text()
-        refuse_others(path)
-        entry = json.loads(text)
-        if "sha256" not in entry:  # An earlier convloom's.
-            return None
-        if _hash(json.dumps(entry["data"], sort_keys=True).encode()) == entry["sha256"]:
-            return entry["data"]
-        reason: object = "its sha256 is another"
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        reason = error
-    LOG.warning("statistics of a kernel, %s, are ignored: %s", path, reason)
-    return None
-
-
-def write_entry(path: Path, data: Mapping[str, Any]) -> None:
-    """Keeps plain data in a file; where that fails nothing is lost but time, and a warning says so.
-    """
-    total = _hash(json.dumps(data, sort_keys=True).encode())
-    try:
-        private_folder(path.parent.parent, path.parent.name)
-        with replacing(path, PRIVATE) as file:
-            file.write(json.dumps({"data": data, "sha256": total}, sort_keys=True).encode())
-    except OSError as error:
-        LOG.warning("statistics of a kernel cannot be kept: %s", error)

@@ -42,7 +42,8 @@ from ..contract.op import Launch, Ref, Target, TmaDescriptor
 from ..contract.programmatic_launch import is_programmatic
 from ..hopper import gluon
 from . import barriers
-from .compile_cache import read_entry, triton_cache, unwritable, write_entry
+from .compile_cache import triton_cache, unwritable
+from .entries import read_entry, write_entry
 from .language import LANGUAGE
 
 POINTER_TYPES = {

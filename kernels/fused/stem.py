@@ -26,7 +26,7 @@ import triton
 import triton.language as tl
 
 from ...errors import InvalidInputError
-from ..contract import cost_model, op
+from ..contract import cost_model, op, programmatic_launch
 from ..contract.op import Attributes, Config, Launch, Op, Problem, Target, TensorSpec
 from ..tile import choice, conv_geometry
 from ..tile.conv_geometry import Conv2d
@@ -86,7 +86,7 @@ def pack(attributes: Stem, w: torch.Tensor) -> torch.Tensor:
 def stem_kernel(
     x, w, y, extras, m, IMAGE: tl.constexpr, WINDOW: tl.constexpr, SPACE: tl.constexpr,
     OUTPUT: tl.constexpr, TERMS: tl.constexpr, W_PITCH: tl.constexpr, MEAN: tl.constexpr,
-    SCALE: tl.constexpr, LEVELS: tl.constexpr, TILE: tl.constexpr,
+    SCALE: tl.constexpr, LEVELS: tl.constexpr, TILE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     BLOCK_M: tl.constexpr = TILE.M
     BLOCK_N: tl.constexpr = TILE.N
@@ -105,6 +105,7 @@ def stem_kernel(
     top = tl.where(row_mask, top, -1048576)
     w_tile = w + (columns * W_PITCH)[:, None] + tl.arange(0, BLOCK_K)[None, :]
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    programmatic_launch.grid_dependency_wait(PDL)
     for start in tl.static_range(0, TERMS, BLOCK_K):
         values = ()
         for term in tl.static_range(start, start + BLOCK_K):
@@ -142,7 +143,7 @@ def launches(problem: Problem, tile: Config, target: Target) -> tuple[Launch, ..
             "SPACE": of_pixels(problem.output.spec, tile["BLOCK_M"]),
             "TERMS": terms(w), "W_PITCH": _pitch(w),
             "MEAN": attributes.mean or None, "SCALE": attributes.scale or None,
-            "LEVELS": tile["BLOCK_K"].bit_length() - 1,
+            "LEVELS": tile["BLOCK_K"].bit_length() - 1, "PDL": False,
         },
         precision=choice.dot_precision(problem, _pitch(w)),
         l2_bytes=_l2_bytes(problem, tile),

@@ -57,7 +57,6 @@ def pointwise_kernel(
     acc = tl.zeros((M, N), tl.float32)
     programmatic_launch.grid_dependency_wait(PDL)
     acc = OUTPUT.epilogue(acc, rows, columns, row_mask, column_mask, extras)
-    programmatic_launch.launch_dependents(PDL)
     acc = tl.broadcast_to(acc, (M, N))
     address = y + OUTPUT.offset + ROW_OFFSET(rows)[:, None] + (columns * COLUMN_STRIDE)[None, :]
     mask = row_mask[:, None] & column_mask[None, :]

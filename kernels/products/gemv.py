@@ -16,11 +16,12 @@ from typing import Any
 import triton
 import triton.language as tl
 
-from ..contract import cost_model
+from ..contract import cost_model, programmatic_launch
 from ..contract.op import Config, Launch, Problem, Target, config, power_of_two
 from ..tile import choice, gemm
 from ..tile.finish import put
 from ..tile.geometry import Matrix, tile_launch
+from ..tile.product import ask_for_weights
 
 MOST_ROWS = 8
 MOST_SUMS = 64
@@ -34,7 +35,7 @@ VECTOR_BYTES = 16
 @triton.jit
 def gemv_kernel(
     x, w, y, extras, m, X: tl.constexpr, PROLOGUE: tl.constexpr, OUTPUT: tl.constexpr,
-    TILE: tl.constexpr,
+    TILE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     ROWS: tl.constexpr = TILE.M
     BLOCK_N: tl.constexpr = TILE.N
@@ -53,6 +54,8 @@ def gemv_kernel(
     sums = ()
     for _ in tl.static_range(ROWS):
         sums = sums + (tl.zeros((BLOCK_N, BLOCK_K), tl.float32),)
+    ask_for_weights(w, columns, column_mask, 0, 0, 1, C, TILE, 1, PDL)
+    programmatic_launch.grid_dependency_wait(PDL)
     for start in range(0, C, BLOCK_K):
         channels = start + depth
         in_channels = channels < C
@@ -167,7 +170,9 @@ def launch(problem: Problem, tile: Config) -> Launch:
     size = gemm.problem_size(problem)
     return tile_launch(
         problem, tile, gemv_kernel,
-        constexprs={"X": Matrix.of(problem.inputs[0]), "PROLOGUE": gemm.prologue_of(problem)},
+        constexprs={
+            "X": Matrix.of(problem.inputs[0]), "PROLOGUE": gemm.prologue_of(problem), "PDL": False,
+        },
         rows=size.rows,
         **_modelled(size, tile),
     )  # fmt: skip

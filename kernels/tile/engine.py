@@ -51,7 +51,6 @@ def compute_tile(
         acc = add_product(
             acc, x2, w2, at, columns, column_mask, stop, split, extras, SECOND, TILE, 1
         )
-    programmatic_launch.launch_dependents(PDL)
     rows = pixel_index(first, image, p, q, SPACE, TILE)
     FINISH.end(
         acc, y, workspace, semaphores, tile, split, first, stop, rows, live, columns, column_mask,

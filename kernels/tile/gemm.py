@@ -85,7 +85,6 @@ def gemm_kernel(
     acc = sum_of_products(
         x, w, rows, columns, row_mask, column_mask, first, stop, extras, X, PROLOGUE, FINITE, TILE
     )
-    programmatic_launch.launch_dependents(PDL)
     tile = row_tile * column_tiles + column_tile
     store(
         acc, y, workspace, semaphores, tile, split, 0, 0, rows, row_mask, columns, column_mask,

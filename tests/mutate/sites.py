@@ -36,7 +36,7 @@ NO_ANSWERS = {
     "compiler/explain/places.py": "what pictures show",
     "compiler/graph/text.py": "text for people",
     "compiler/tuning/bench.py": "measures times",
-    "compiler/tuning/workers.py": "processes that measure times",
+    "compiler/run/workers.py": "processes that measure times",
     "compiler/tuning/cuda.py": "measures times on a GPU",
     "compiler/tuning/timers.py": "measures times",
     "compiler/records/rank.py": "the cost model",

@@ -29,13 +29,14 @@ import triton
 import triton.language as tl
 
 from ...contract import epilogue as ep
+from ...contract import programmatic_launch
 from ...contract.op import Attributes, Config, Launch, Op, Problem, Ref, Target, counted
 from ...contract.spec import Layout, Operand, TensorSpec
 from ...tile import choice, conv_geometry, source, space
 from ...tile.conv_geometry import Conv2d
 from ...tile.finish import put, write
 from ...tile.geometry import Image, Output, Tile
-from ...tile.product import add_product
+from ...tile.product import add_product, ask_for_weights
 from ...tile.source import Source
 from ...tile.space import pixel_index
 from .. import links
@@ -102,7 +103,7 @@ def conv_chain_kernel(
     IMAGE: tl.constexpr, FRONT: tl.constexpr, STAGES: tl.constexpr, SHORTCUT: tl.constexpr,
     MIDDLE: tl.constexpr, SPACE: tl.constexpr, Y: tl.constexpr, Z: tl.constexpr,
     TILE: tl.constexpr, BLOCK_MIDDLE: tl.constexpr, BLOCK_NARROW: tl.constexpr,
-    LOOP_STAGES: tl.constexpr,
+    LOOP_STAGES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     # One program owns the pixels of its rows and all their channels, N of the wide ones in a step
     # of a loop of LOOP_STAGES. IMAGE is x, STAGES follow FRONT, MIDDLE counts the channels of t,
@@ -114,6 +115,12 @@ def conv_chain_kernel(
     rows = pixel_index(first, image, p, q, SPACE, TILE)
     inner = tl.arange(0, BLOCK_MIDDLE)
     inner_mask = inner < MIDDLE
+    if FRONT is not None:
+        ask_for_weights(
+            w1, inner, inner_mask, first, 0, FRONT.source.taps, FRONT.source.depth, FRONT.tile, 1,
+            PDL,
+        )  # fmt: skip
+    programmatic_launch.grid_dependency_wait(PDL)
     if FRONT is None:
         tile = x + IMAGE.offset + (rows * IMAGE.row_stride)[:, None] + inner[None, :]
         t = tl.load(tile, mask=row_mask[:, None] & inner_mask[None, :], other=0.0)
@@ -202,7 +209,7 @@ def launches(problem: Problem, tile: Config, target: Target) -> tuple[Launch, ..
             "Y": Output.of(y, bound.functions["expand"]),
             "Z": Output.of(z, bound.functions["reduce"]) if chain.has_reduce else None,
             "TILE": block, "LOOP_STAGES": tile["INNER_STAGES"],
-            "BLOCK_MIDDLE": sizes.block_middle, "BLOCK_NARROW": sizes.block_narrow,
+            "BLOCK_MIDDLE": sizes.block_middle, "BLOCK_NARROW": sizes.block_narrow, "PDL": False,
         },
     )  # fmt: skip
     return (launch,)
