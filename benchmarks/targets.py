@@ -199,8 +199,8 @@ def core_markdown() -> str:
         " no published kernel does (808), so that some layers are modelled below their bound.",
     ]
     for model, batch in [*((name, 256) for name in MODELLED_LIMITS_MS), ("resnet50", 1)]:
-        columns = "kernel | result | plain | planned | core | bound | waits for"
-        lines += [f"\n## {model}, batch {batch}\n", f"| {columns} |", "|---|---|--:|--:|---|--:|---|"]
+        columns = "| kernel | result | plain | planned | core | bound | waits for |"
+        lines += [f"\n## {model}, batch {batch}\n", columns, "|---|---|--:|--:|---|--:|---|"]
         found = kernels(model, batch, "hopper")
         for step, time_us, plain_us, bound_us, bound in found:
             way = WAYS[dict(step.config.blocks).get(core.BLOCK, 0)]
