@@ -189,19 +189,19 @@ def kernels(model: str, batch: int, asked: str = "") -> list[Kernel]:
 
 
 def core_markdown() -> str:
-    """What the Hopper core makes of each layer at batch 256."""
+    """What the Hopper core makes of each layer at batch 256, and of ResNet-50 at batch 1."""
     lines = [
-        "# The Hopper core by the model (fp16, sm_90, batch 256)\n",
+        "# The Hopper core by the model (fp16, sm_90)\n",
         "Made by `python -m benchmarks.targets`. Microseconds by the cost model for an H200, not "
         "measured: no GPU has run the core, used only with `CONVLOOM_CORE=hopper`, here also with "
         "`CONVLOOM_LAUNCH=programmatic`. Plain: plain Triton's default tile. Bound: products at 790"
         " TFLOP/s or DRAM at 4.3 TB/s, whichever is more; the model's tensor cores reach 865, which"
         " no published kernel does (808), so that some layers are modelled below their bound.",
     ]
-    for model in MODELLED_LIMITS_MS:
-        columns = "kernel | result | plain | planned | core | bound | waits for"
-        lines += [f"\n## {model}\n", f"| {columns} |", "|---|---|--:|--:|---|--:|---|"]
-        found = kernels(model, 256, "hopper")
+    for model, batch in [*((name, 256) for name in MODELLED_LIMITS_MS), ("resnet50", 1)]:
+        columns = "| kernel | result | plain | planned | core | bound | waits for |"
+        lines += [f"\n## {model}, batch {batch}\n", columns, "|---|---|--:|--:|---|--:|---|"]
+        found = kernels(model, batch, "hopper")
         for step, time_us, plain_us, bound_us, bound in found:
             way = WAYS[dict(step.config.blocks).get(core.BLOCK, 0)]
             why = way or step.chosen_by.partition("; ")[2] or "plain core: nothing is multiplied"

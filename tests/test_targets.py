@@ -67,8 +67,12 @@ def test_layers_are_told_by_both_cores(monkeypatch: pytest.MonkeyPatch) -> None:
     net, x = torch.nn.Conv2d(256, 256, 3, padding=1).eval(), torch.zeros(32, 256, 56, 56)
     monkeypatch.setattr(targets.fusion, "captured_model", lambda model, batch: capture(net, (x,)))
     monkeypatch.setattr(targets, "MODELLED_LIMITS_MS", {"a layer": 1.0})
-    rows = [line.strip("| ").split(" | ") for line in targets.core_markdown().splitlines()]
-    ((_, result, plain, planned, way, bound, _),) = (row for row in rows if "conv2d" in row[0])
+    lines = targets.core_markdown().splitlines()
+    assert [line for line in lines if line.startswith("##")] == [
+        "## a layer, batch 256", "## resnet50, batch 1",
+    ]  # fmt: skip
+    rows = [line.strip("| ").split(" | ") for line in lines]
+    (_, result, plain, planned, way, bound, _), _ = (row for row in rows if "conv2d" in row[0])
     assert result == "256x56x56" and way in targets.WAYS[1:]
     assert float(plain) > float(planned) > 0.9 * float(bound)
     assert any(row[0].startswith("relayout") and row[2] == row[3] for row in rows)
