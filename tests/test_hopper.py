@@ -178,6 +178,8 @@ def cases() -> Iterator[Any]:
     yield "3x3 in turns", asked, tile_of(asked, (128, 64), (1, 8, 16), 2, way=turns), 1, None
     asked = linear(700, (136, 128), ADDED, "rb", BRAIN)
     yield "linear in turns", asked, tile_of(asked, (128, 128), stages=4, way=turns), 2, 650
+    asked = conv(SAME, (9, 11), (3, 3), (64, 75), 2, ADDED, "rb")
+    yield "3x3, stored by threads", asked, tile_of(asked, (128, 128), (1, 8, 16), 3), 2, None
     asked = replace(conv(Conv2d(), (9, 9), (1, 1), (96, 64), 4, dtype=SINGLE), precision="tf32")
     yield "1x1, tf32", asked, tile_of(asked, (256, 128), stages=2, depth=32), 1, None
     if gluon.SMALL_VIEWS is not None:
@@ -196,7 +198,7 @@ CASES = {name: rest for name, *rest in cases()} if gluon.MISSING is None else {}
 
 RARE = (
     "3x3", "1x1, tf32", "linear, ragged", "linear in turns", "halo, ragged", "halo, pooled",
-    "two products under way",
+    "two products under way", "wrong parity of the residual", "results announced too early",
     "wrong parity of the consumers", "wrong parity of a halo's weights",
     "pixels of a halo released while a product reads them", "a turn that never comes",
 )  # fmt: skip
@@ -244,7 +246,7 @@ def _attempt(pick: random.Random, way: int) -> tuple[Problem, Config, int, int]:
         chain = (*chain, Stage(name, pick.choice(BY_NAME[name].examples)))
     depth = 32 if dtype is SINGLE else pick.choice((64, 64, 32))
     *block, _ = pick.choice([each for each in core.TILES if each[2] == way])
-    n, k = pick.randint(1, 5), 8 * pick.randint(1, 36)
+    n, k = pick.randint(1, 5), 8 * pick.randint(1, 36) - pick.choice((0, 0, 0, 0, 1))
     c = 8 * pick.randint(4, 20)
     if way != core.HALO and pick.random() < 0.3:
         asked = linear(pick.randint(1, 700), (c, k), chain, operands, dtype)
@@ -360,6 +362,26 @@ FAULTS = {
         "w_slot = 0\n    w_phase = 0\n", "w_slot = 0\n    w_phase = 1\n",
         "nothing was written to|before the copy into it|nothing under way will end",
     ),
+    "results left before they are written": (
+        "                mbarrier.wait(written.index(who), (item // 2 + 1) % 2)\n", "",
+        "no fence.proxy.async made visible|a copy|nothing was written to|mbarrier",
+    ),
+    "results announced too early": (
+        "        fence_async_shared()\n        mbarrier.arrive(written.index(WHO), count=1)\n",
+        "        mbarrier.arrive(written.index(WHO), count=1)\n",
+        "no fence.proxy.async made visible",
+    ),
+    "a residual that is not waited for": (
+        "        mbarrier.wait(ready.index(WHO), parity)\n", "",
+        "before the copy into it|nothing was written to|mbarrier|another warp read since",
+    ),
+    "wrong parity of the residual": (
+        "        parity ^= 1\n", "",
+        "before the copy into it|nothing was written to|mbarrier|another warp read since",
+    ),
+    "a residual asked for while results leave": (
+        "                tma.store_wait(pendings=0)\n", "", "a product under way reads, or a copy",
+    ),
     "a turn that never comes": (
         "mbarrier.arrive(order.index(1 - WHO), count=1)", "pass",
         "an mbarrier that nothing under way will end",
@@ -385,7 +407,8 @@ def test_planted_faults_are_refused_by_the_emulator(
     module = importlib.util.module_from_spec(spec)
     monkeypatch.setitem(sys.modules, name, module)
     spec.loader.exec_module(module)
-    asked = conv(SAME, (8, 16), (3, 3), (64, 64), 3)
+    reads = "residual" in fault
+    asked = conv(SAME, (8, 16), (3, 3), (64, 64), 3, ADDED if reads else (), "rb" if reads else "")
     way = core.IN_TURNS if "turn" in fault else core.SHARED
     tile, made = tile_of(asked, (128, 64), (1, 8, 16), 2, way=way), "hopper_kernel"
     if file is halo:
@@ -428,7 +451,16 @@ def compiles_well(problem: Problem, tile: Config) -> None:
     found = offline.report(wanted)
     assert found.spill_bytes == 0 and found.registers == 168, (tile, found)
     assert found.shared_bytes <= core.shared_bytes(problem, tile, SM_90), (tile, found)
-    assert found.count("UTMALDG") >= 2 and not found.count("LDGSTS") and found.count("STG.128")
+    assert found.count("UTMALDG") >= 2 and not found.count("LDGSTS")
+    (launch,) = op.launches(problem, tile, SM_90)
+    if launch.constexprs["PIXELS"].copied:
+        assert found.count("UTMASTG") and found.count("STSM") and not found.count("STG")
+        results = problem.output.spec.numel
+        assert ("residual" in launch.boxes) == any(
+            each.spec.numel == results for each in problem.operands
+        )
+    else:
+        assert found.count("STG.128") and not found.count("UTMASTG")
     compiled = offline.compile_request(wanted)
     assert compiled.metadata.num_warps == 12
     loop = machine_code.hot_loop(offline.disassembly(compiled))

@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import itertools
 import math
+from dataclasses import replace
 from typing import Any, NamedTuple
 
-from ..contract.op import Config, Operand, Problem, TmaDescriptor, X
+from ..contract import epilogue as ep
+from ..contract.op import Config, Operand, Problem, Ref, TmaDescriptor, X
 
 ALIGNMENT = 16
 """Bytes: of the first element and of every pitch."""
@@ -35,8 +37,8 @@ class Pool(NamedTuple):
 class Pixels(NamedTuple):
     """The box of pixels that a tile is: images, rows and columns, powers of two; how many pixels it
     is from one row to the next (W where an image follows the other, N·W where a row of all images
-    follows the other); how many boxes of an image lie below and beside each other; and what is made
-    of windows of side x side pixels."""
+    follows the other); how many boxes of an image lie below and beside each other; what is made of
+    windows of side x side pixels; and whether results leave in boxes."""
 
     N: int
     H: int
@@ -46,6 +48,7 @@ class Pixels(NamedTuple):
     across: int = 1
     side: int = 1
     pool: Pool | None = None
+    copied: bool = False
 
 
 def box_of(tile: Config) -> tuple[int, int, int]:
@@ -95,13 +98,28 @@ def boxes(problem: Problem, pixels: int, by_rows: bool = False) -> list[tuple[in
     return [box for box in every[:BOXES_TRIED] if waste(problem, box) <= MOST_WASTE]
 
 
-def misaligned(x: Operand, w_pitch: int) -> str | None:
+def misaligned(x: Operand, w_pitch: int = 0) -> str | None:
     """Why x, or a weight with rows of so many elements, cannot be read in boxes, or None."""
     parts = {"the start of x": x.offset, "the pitch of x": x.pitch, "the pitch of w": w_pitch}
     for what, elements in parts.items():
         if (size := elements * x.spec.dtype.itemsize) % ALIGNMENT:
             return f"TMA: {what}, {size} bytes, is not a multiple of {ALIGNMENT}"
     return None
+
+
+def whole_operands(problem: Problem) -> list[int] | None:
+    """Which operands of the epilogue have an element for each result; None unless results and
+    these, one at most, can be moved in the same boxes."""
+    y, operands = problem.output, problem.operands
+    sizes = ep.memory_sizes(y.spec)
+    reads = [ep.access(operand, y.spec) for operand in operands]
+    whole = [at for at, read in enumerate(reads) if read.is_full(sizes)]
+    for each in (y, *(operands[at] for at in whole)):
+        strides = ep.access(replace(y, pitch=each.pitch), y.spec).strides
+        found = ep.access(each, y.spec).strides
+        if each.spec.dtype is not y.spec.dtype or found != strides or misaligned(each):
+            return None
+    return whole if len(whole) < 2 else None
 
 
 def refusal(problem: Problem) -> str | None:
@@ -117,28 +135,32 @@ def refusal(problem: Problem) -> str | None:
     return None
 
 
+def described(
+    ref: Ref, tensor: Operand, size: tuple[int, int, int], box: tuple[int, int, int],
+    columns: tuple[int, int], by_rows: bool,
+) -> TmaDescriptor:  # fmt: skip
+    """A tensor of so many (images, rows, columns), in boxes of so many. columns: channels of the
+    tensor and of a box; by_rows: with rows as the first dimension and images as the second."""
+    (n, h, width), (channels, read), pitch = size, columns, tensor.pitch
+    first, second = (n, h * width * pitch, box[0]), (h, width * pitch, box[1])
+    if by_rows:
+        first, second = second, first
+    every = (first, second, (width, pitch, box[2]), (channels, 1, read))
+    shape, strides, boxed = zip(*every, strict=True)
+    return TmaDescriptor(ref, shape, strides, boxed, tensor.offset, tensor.spec.batch)
+
+
 def view(
     problem: Problem, box: tuple[int, int, int], block_k: int, by_rows: bool = False
 ) -> TmaDescriptor:
-    """The input of a convolution, read in boxes of (images, rows, columns) by so many channels.
-    by_rows: with rows as the first dimension and images as the second, for stride 1."""
-    attributes = filter_of(problem)
+    """The input of a convolution, read in boxes of (images, rows, columns) by so many channels;
+    by_rows, as `described`, for stride 1."""
     x = problem.inputs[0]
     n, c, h, width = x.shape
     pitch = x.pitch
-    shape: tuple[int, ...]
-    strides: tuple[int, ...]
-    read: tuple[int, ...]
-    if by_rows:
-        shape = (h, n, width, c)
-        strides = (width * pitch, h * width * pitch, pitch, 1)
-        read = (box[1], box[0], box[2], block_k)
-    elif attributes.stride == (1, 1):
-        shape = (n, h, width, c)
-        strides = (h * width * pitch, width * pitch, pitch, 1)
-        read = (*box, block_k)
-    else:
-        shape = (n, h // 2, 2, width // 2, pitch + c)
-        strides = (h * width * pitch, 2 * width * pitch, width * pitch, 2 * pitch, 1)
-        read = (box[0], box[1], 1, box[2], block_k)
+    if filter_of(problem).stride == (1, 1):
+        return described(X, x, (n, h, width), box, (c, block_k), by_rows)
+    shape = (n, h // 2, 2, width // 2, pitch + c)
+    strides = (h * width * pitch, 2 * width * pitch, width * pitch, 2 * pitch, 1)
+    read = (box[0], box[1], 1, box[2], block_k)
     return TmaDescriptor(X, shape, strides, read, x.offset, x.spec.batch)

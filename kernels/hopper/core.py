@@ -10,7 +10,6 @@ names it.
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
@@ -23,14 +22,13 @@ from ...errors import TargetUnavailableError
 from ..contract import cost_model
 from ..contract import epilogue as ep
 from ..contract.op import Config, Launch, Problem, Ref, Target, TmaDescriptor, W, X, Y, config
-from ..contract.spec import Operand
 from ..tile import choice
 from ..tile.conv_geometry import Conv2d
 from ..tile.geometry import Image, Output, Window, tile_launch
 from . import boxes, gluon
 from .boxes import Pixels, Pool
 from .halo import halo_kernel
-from .kernel import hopper_kernel
+from .kernel import hopper_kernel, most_at_once
 
 BLOCK = "HOPPER"
 SHARED, IN_TURNS, HALO = 1, 2, 3
@@ -47,13 +45,21 @@ DEPTHS = (64, 32)
 LEAST_CHANNELS = 32
 MOST_STAGES = 8
 END_BYTES = 17_408
-"""Shared memory beside the ring: what results go through on their way out, and barriers."""
+"""Shared memory beside the ring where threads store results: what these go through, and
+barriers."""
+BARRIER_BYTES = 1_024
+"""Beside the ring and the results where these are copied."""
+LEAST_STAGES = 3
+"""For whose sake results are not copied."""
 STEP_INSTRUCTIONS = 48
 """Of a warp that multiplies, beside the products (41 to 54 from 128x256 to 256x128)."""
 HALO_INSTRUCTIONS = 140
 """For three taps (104 where the weights stay)."""
-HALO_STAGES, HALO_SLOTS = (3, 2), 8
-"""Slots of pixels, the more of which there is memory for, and at most of weights."""
+END_INSTRUCTIONS = 2.5, 2.2
+"""Of a thread for each of its results where these are copied, and for its residual (bias and relu:
+2.4 to 2.5, and 4.6 to 4.7 with a residual, at 64 and 128 results)."""
+HALO_STAGES, LEAST_SLOTS, HALO_SLOTS = (3, 2), 3, 8
+"""Slots of pixels, and at least and at most of weights."""
 SWIZZLE_PERIOD = 1_024
 """Bytes, of which a row of a halo's slot is a multiple."""
 WARPS = 4
@@ -154,12 +160,34 @@ def _no_halo(problem: Problem, tile: Config) -> str | None:
 
 def shared_bytes(problem: Problem, tile: Config, target: Target) -> int:
     """Shared memory of a program: the ring, and what results go through."""
+    ends = _copied_bytes(problem, tile, target) or END_BYTES
+    if _way(tile) == HALO:
+        x_bytes, w_bytes = _halo_bytes(tile, problem.inputs[0].spec.dtype)
+        return tile.num_stages * x_bytes + _weights(problem, tile, target)[0] * w_bytes + ends
+    return _ring_bytes(problem, tile) + ends
+
+
+def _ring_bytes(problem: Problem, tile: Config) -> int:
+    """Of as few slots of weights as a halo can have."""
     dtype = problem.inputs[0].spec.dtype
     if _way(tile) == HALO:
         x_bytes, w_bytes = _halo_bytes(tile, dtype)
-        return tile.num_stages * x_bytes + _weights(problem, tile, target)[0] * w_bytes + END_BYTES
-    slot = _slot_bytes(tile["BLOCK_M"], tile["BLOCK_N"], tile["BLOCK_K"], dtype)
-    return tile.num_stages * slot + END_BYTES
+        return tile.num_stages * x_bytes + LEAST_SLOTS * w_bytes
+    return tile.num_stages * _slot_bytes(tile["BLOCK_M"], tile["BLOCK_N"], tile["BLOCK_K"], dtype)
+
+
+def _result_bytes(problem: Problem, block_m: int, block_n: int, way: int) -> int:
+    """Of both groups' results, in turns of a tile each."""
+    return (1 + (way == IN_TURNS)) * block_m * block_n * problem.output.spec.dtype.itemsize
+
+
+def _copied_bytes(problem: Problem, tile: Config, target: Target) -> int:
+    """Shared memory for a tile's results, and barriers, where the copy engine moves them and a
+    residual; 0 where threads do: they are pooled, or not aligned, or there is not room enough."""
+    if boxes.side(problem) > 1 or boxes.whole_operands(problem) is None:
+        return 0
+    needed = _result_bytes(problem, tile["BLOCK_M"], tile["BLOCK_N"], _way(tile)) + BARRIER_BYTES
+    return needed if _ring_bytes(problem, tile) + needed <= target.shared_bytes else 0
 
 
 def _halo_bytes(tile: Config, dtype: torch.dtype) -> tuple[int, int]:
@@ -171,11 +199,12 @@ def _halo_bytes(tile: Config, dtype: torch.dtype) -> tuple[int, int]:
 def _weights(problem: Problem, tile: Config, target: Target) -> tuple[int, bool]:
     """How many slots the weights of a halo have, at least three, and whether all of them stay."""
     x_bytes, w_bytes = _halo_bytes(tile, problem.inputs[0].spec.dtype)
-    room = (target.shared_bytes - END_BYTES - tile.num_stages * x_bytes) // w_bytes
+    ends = _copied_bytes(problem, tile, target) or END_BYTES
+    room = (target.shared_bytes - ends - tile.num_stages * x_bytes) // w_bytes
     every = 9 * -(-_channels(problem) // tile["BLOCK_K"])
     if every <= room and _columns(problem) <= tile["BLOCK_N"]:
         return every, True
-    return max(3, min(room, HALO_SLOTS)), False
+    return max(LEAST_SLOTS, min(room, HALO_SLOTS)), False
 
 
 def _slot_bytes(block_m: int, block_n: int, block_k: int, dtype: torch.dtype) -> int:
@@ -184,7 +213,7 @@ def _slot_bytes(block_m: int, block_n: int, block_k: int, dtype: torch.dtype) ->
 
 def tiles(problem: Problem, target: Target) -> Iterator[Config]:
     """Every configuration that can compute the problem: of each tile size the boxes that pad least,
-    and as many slots as there is memory for."""
+    and as many slots as there is memory for beside results, and without these."""
     if refusal(problem, target) is not None:
         return
     dtype, c = problem.inputs[0].spec.dtype, _channels(problem)
@@ -194,14 +223,19 @@ def tiles(problem: Problem, target: Target) -> Iterator[Config]:
     for block_m, block_n, way in TILES:
         if block_n > max(64, columns + columns // 2):
             continue
-        room = target.shared_bytes - END_BYTES
-        stages = min(MOST_STAGES, room // _slot_bytes(block_m, block_n, block_k, dtype))
+        slot = _slot_bytes(block_m, block_n, block_k, dtype)
+        results = _result_bytes(problem, block_m, block_n, way) + BARRIER_BYTES
+        copied, most = ((target.shared_bytes - ends) // slot for ends in (results, END_BYTES))
+        counts = (copied, most) if copied >= LEAST_STAGES else (most,)
         for n, h, w in _boxes(problem, block_m, way):
             sizes = {"BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_K": block_k}
             sizes |= {"BOX_N": n, "BOX_H": h, "BOX_W": w, BLOCK: way}
-            deep = HALO_STAGES if way == HALO else (stages,)
-            every = (config(WARPS, count, **sizes) for count in deep)
-            yield from itertools.islice((x for x in every if not legal(problem, x, target)), 1)
+            deep = HALO_STAGES if way == HALO else counts
+            every = (config(WARPS, min(MOST_STAGES, count), **sizes) for count in deep)
+            found = [each for each in every if not legal(problem, each, target)]
+            # Of those whose results are copied and of all the one of most slots.
+            moving = [each for each in found if _copied_bytes(problem, each, target)]
+            yield from dict.fromkeys((*moving[:1], *sorted(found, key=lambda x: -x.num_stages)[:1]))
 
 
 def _boxes(problem: Problem, pixels: int, way: int) -> list[tuple[int, int, int]]:
@@ -292,11 +326,11 @@ def _columns(problem: Problem) -> int:
     return ep.memory_sizes(problem.output.spec)[-1]
 
 
-def view_of(problem: Problem, before: ep.Epilogue = ()) -> View:
+def view_of(problem: Problem, before: ep.Epilogue = (), held: int | None = None) -> View:
     """The problem as a convolution; a matrix product is one of images of a single pixel. before:
-    stages in front of its epilogue."""
+    stages in front of its epilogue; held: the operand that the kernel has read when they begin."""
     x, y = problem.inputs[0], problem.output
-    epilogue = ep.for_output((*before, *problem.epilogue), problem.operands, y.spec)
+    epilogue = ep.for_output((*before, *problem.epilogue), problem.operands, y.spec, held=held)
     if _is_product(problem):
         c, k = _channels(problem), _columns(problem)
         output = Output(1, 1, k, y.pitch, y.offset, epilogue)
@@ -312,12 +346,33 @@ def _window(problem: Problem) -> Window:
 
 
 def _x_box(problem: Problem, tile: Config, view: View) -> TmaDescriptor:
-    box = boxes.box_of(tile)
+    box, depth = boxes.box_of(tile), tile["BLOCK_K"]
     if not _is_product(problem):
-        return boxes.view(problem, box, tile["BLOCK_K"], by_rows=_way(tile) == HALO)
-    x: Operand = problem.inputs[0]
-    shape, strides = (view.images, 1, 1, view.image.C), (x.pitch, x.pitch, x.pitch, 1)
-    return TmaDescriptor(X, shape, strides, (*box, tile["BLOCK_K"]), x.offset, x.spec.batch)
+        return boxes.view(problem, box, depth, by_rows=_way(tile) == HALO)
+    size, columns = (view.images, 1, 1), (view.image.C, depth)
+    return boxes.described(X, problem.inputs[0], size, box, columns, by_rows=False)
+
+
+def _way_out(problem: Problem, tile: Config, view: View, by_rows: bool) -> dict[str, TmaDescriptor]:
+    """y, and the residual if there is one, in boxes of as much as a group of warps finishes at a
+    time: its part of the tile, of at most 64 results for a thread."""
+    n, h, w = boxes.box_of(tile)
+    if _way(tile) != IN_TURNS:  # Half of the outermost dimension that has two.
+        if n > 1 and not by_rows:
+            n //= 2
+        elif h > 1:
+            h //= 2
+        else:
+            w //= 2
+    columns = min(tile["BLOCK_N"], most_at_once() // (n * h * w))
+    out, size = view.output, (view.images, view.output.P, view.output.Q)
+    moved = {"y": (Y, problem.output)}
+    for at in boxes.whole_operands(problem) or ():
+        moved["residual"] = Ref("operand", at), problem.operands[at]
+    return {
+        name: boxes.described(*tensor, size, (n, h, w), (out.K, columns), by_rows)
+        for name, tensor in moved.items()
+    }
 
 
 def launch(
@@ -329,24 +384,29 @@ def launch(
     pool: what is made of windows of the result, which `extras` are read for; before: stages in
     front of the epilogue.
     """
-    view, way, box = view_of(problem, before), _way(tile), boxes.box_of(tile)
+    copied = bool(_copied_bytes(problem, tile, target))
+    held = next(iter(boxes.whole_operands(problem) or ()), None) if copied else None
+    view, way, box = view_of(problem, before, held), _way(tile), boxes.box_of(tile)
     side = boxes.side(problem)
     down, across = -(-side * view.output.P // box[1]), -(-side * view.output.Q // box[2])
     row = box[0] * box[2] if way == HALO else box[2]
-    pixels = Pixels(*box, row, down, across, side, pool)
+    pixels = Pixels(*box, row, down, across, side, pool, copied)
+    way_out = _way_out(problem, tile, view, row != box[2]) if copied else {}
     c, taps, k = view.image.C, view.window.R * view.window.S, view.output.K
     block_m, block_n, block_k = tile["BLOCK_M"], tile["BLOCK_N"], tile["BLOCK_K"]
     dtype = problem.inputs[0].spec.dtype
     steps = taps * -(-c // block_k)
     plain = tile_launch(
         problem, tile, hopper_kernel,
-        pointers={"y": Y},
+        pointers={} if copied else {"y": Y},
         boxes={
             "x": _x_box(problem, tile, view),
             "w": TmaDescriptor(W, (k, taps, c), (taps * c, c, 1), (block_n, 1, block_k)),
+            **way_out,
         },
         constexprs={
             "IMAGE": view.image, "WINDOW": view.window, "PIXELS": pixels, "STAGES": tile.num_stages,
+            **({} if "residual" in way_out else {"residual": None}),
         },
         precision="tf32" if dtype is torch.float32 else "ieee",
         output=view.output,
@@ -359,6 +419,8 @@ def launch(
         step_instructions=STEP_INSTRUCTIONS * (1 if way == IN_TURNS else 2),
         shared_held=shared_bytes(problem, tile, target),
         hides_ends=way == IN_TURNS,
+        end_shared=len(way_out) * block_m * block_n * problem.output.spec.dtype.itemsize,
+        end_instructions=round(sum(END_INSTRUCTIONS[: len(way_out)]) * block_m * block_n / 128),
         most_programs=cost_model.machine_for(target).multiprocessors,
     )  # fmt: skip
     if way == HALO:

@@ -21,7 +21,7 @@ from .gluon import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
-from .kernel import finish, tile_corner
+from .kernel import carry, finish, tile_corner, way_out
 
 
 @jit
@@ -80,7 +80,7 @@ def produce_halo(
 
 @jit
 def consume_halo(
-    y, extras, x_ring, w_ring, x_full, x_empty, w_full, w_empty, tiles, m,
+    y, residual, extras, x_ring, w_ring, x_full, x_empty, w_full, w_empty, ends, tiles, m,
     IMAGE: gl.constexpr, PIXELS: gl.constexpr, TILE: gl.constexpr, OUTPUT: gl.constexpr,
     STAGES: gl.constexpr, SLOTS: gl.constexpr, RESIDENT: gl.constexpr, LAYOUT: gl.constexpr,
     WHO: gl.constexpr,
@@ -98,6 +98,7 @@ def consume_halo(
     phase = 0
     w_slot = 0
     w_phase = 0
+    parity = 0
     if RESIDENT:
         mbarrier.wait(w_full.index(0), 0)
     for tile in range(gl.program_id(0), tiles, gl.num_programs(0)):
@@ -136,12 +137,16 @@ def consume_halo(
         mbarrier.arrive(x_empty.index(before), count=1)
         if not RESIDENT:
             mbarrier.arrive(w_empty.index(w_before), count=1)
-        finish(acc, y, extras, n, p, q, column, m, PIXELS, TILE, OUTPUT, WHO * M)
+        finish(
+            acc, y, residual, extras, ends, parity, n, p, q, column, m, PIXELS, TILE, OUTPUT,
+            WHO * M, WHO,
+        )  # fmt: skip
+        parity ^= 1
 
 
 @jit
 def halo_kernel(
-    x, more, w, y, extras, m,
+    x, more, w, residual, y, extras, m,
     IMAGE: gl.constexpr, WINDOW: gl.constexpr, PIXELS: gl.constexpr, TILE: gl.constexpr,
     OUTPUT: gl.constexpr, STAGES: gl.constexpr, SLOTS: gl.constexpr, RESIDENT: gl.constexpr,
 ):  # fmt: skip
@@ -166,22 +171,24 @@ def halo_kernel(
     for slot in gl.static_range(1 if RESIDENT else SLOTS):
         mbarrier.init(w_full.index(slot), count=1)
         mbarrier.init(w_empty.index(slot), count=2)
+    ends = way_out(y, PIXELS, TILE)
     fence_async_shared()
     gl.warp_specialize(
         [
             (consume_halo, (
-                y, extras, x_ring, w_ring, x_full, x_empty, w_full, w_empty, tiles, m, IMAGE,
-                PIXELS, TILE, OUTPUT, STAGES, SLOTS, RESIDENT, LAYOUT, 0,
+                y, residual, extras, x_ring, w_ring, x_full, x_empty, w_full, w_empty, ends, tiles,
+                m, IMAGE, PIXELS, TILE, OUTPUT, STAGES, SLOTS, RESIDENT, LAYOUT, 0,
             )),
             (consume_halo, (
-                y, extras, x_ring, w_ring, x_full, x_empty, w_full, w_empty, tiles, m, IMAGE,
-                PIXELS, TILE, OUTPUT, STAGES, SLOTS, RESIDENT, LAYOUT, 1,
+                y, residual, extras, x_ring, w_ring, x_full, x_empty, w_full, w_empty, ends, tiles,
+                m, IMAGE, PIXELS, TILE, OUTPUT, STAGES, SLOTS, RESIDENT, LAYOUT, 1,
             )),
             (produce_halo, (
                 x, more, w, x_ring, w_ring, x_full, x_empty, w_full, w_empty, tiles, IMAGE, WINDOW,
                 PIXELS, TILE, OUTPUT, STAGES, SLOTS, RESIDENT,
             )),
+            (carry, (y, residual, ends, tiles, PIXELS, TILE, OUTPUT, False)),
         ],
-        [4, 1],
-        [240, 24],  # As in `kernel.py`.
+        [4, 1, 1],
+        [240, 24, 24],  # As in `kernel.py`.
     )  # fmt: skip
