@@ -16,12 +16,13 @@ import torch
 from convloom.compiler.records import rank
 from convloom.kernels import registry
 from convloom.kernels.contract.epilogue import Stage
-from convloom.kernels.contract.op import Attributes, Config, Op, Problem, config
+from convloom.kernels.contract.op import Attributes, Config, Op, Problem, config, power_of_two
 from convloom.kernels.contract.scalars import BY_NAME
 from convloom.kernels.contract.spec import Layout, TensorSpec
 from convloom.kernels.contract.targets import parse
 from convloom.kernels.devices import offline
 from convloom.kernels.devices.emulator import FaultError
+from convloom.kernels.fused.conv_mean import ConvMean
 from convloom.kernels.fused.conv_pool import PAIR, ConvPool
 from convloom.kernels.hopper import boxes, core, gluon, halo, kernel
 from convloom.kernels.pooling.pool_window import AvgPool2d, MaxPool2d
@@ -74,6 +75,19 @@ def pooled(asked: Problem, pool: MaxPool2d | AvgPool2d) -> Problem:
         registry.get("conv_pool"), attributes, specs, (Stage("add"),), (bias,)
     )  # fmt: skip
     inputs = (asked.inputs[0], *made.inputs[1:])  # It may be a slice.
+    return replace(made, inputs=inputs, precision=asked.precision)
+
+
+def averaged(asked: Problem, keepdim: bool = True) -> Problem:
+    """A convolution whose results, after its epilogue, are averaged over each image, and then
+    added to a bias."""
+    specs = tuple(each.spec for each in (*asked.inputs, *asked.operands))
+    attributes = ConvMean(asked.attributes.expect(Conv2d), (), asked.epilogue, keepdim)
+    bias = TensorSpec((asked.inputs[1].shape[0], *(1, 1) * keepdim), SINGLE)
+    made = harness.problem_for(
+        registry.get("conv_mean"), attributes, specs, (Stage("add"),), (bias,)
+    )  # fmt: skip
+    inputs = (asked.inputs[0], *made.inputs[1:])
     return replace(made, inputs=inputs, precision=asked.precision)
 
 
@@ -136,8 +150,11 @@ def check(
     if y.batch is not None:
         assert results[0][held:].isnan().all()
         rounded, results = rounded[:held], (results[0][:held],)
-    if _is_exact(problem):
+    if _is_exact(problem) and problem.op != "conv_mean":
         assert torch.equal(results[0], rounded)
+    elif _is_exact(problem):  # Quotients, rounded once more.
+        most = torch.finfo(y.dtype).eps
+        torch.testing.assert_close(results[0], rounded, rtol=most, atol=1e-6)
     else:
         torch.testing.assert_close(results[0], rounded, rtol=2e-2, atol=2e-2)
 
@@ -171,6 +188,10 @@ def cases() -> Iterator[Any]:
     yield "dilated, ragged, a slice", asked, tile_of(asked, (256, 64), (2, 8, 16), 2), 2, None
     asked = pooled(conv(SAME, (17, 15), (3, 3), (64, 136), 2, ADDED, "rb"), OVERHANGING)
     yield "pooled, ragged", asked, tile_of(asked, (128, 256), (1, 8, 16), 3), 2, 1
+    asked = averaged(conv(Conv2d(), (7, 7), (1, 1), (72, 136), 5, ADDED, "rb"))
+    yield "1x1, averaged", asked, tile_of(asked, (128, 128), (2, 8, 8), 2), 2, 4
+    asked = averaged(conv(HALVED, (16, 8), (3, 3), (64, 64), 3, ADDED, "rb", BRAIN), keepdim=False)
+    yield "3x3, averaged in turns", asked, tile_of(asked, (128, 64), (2, 8, 8), 2, way=2), 1, None
     asked = linear(300, (200, 264), ADDED, "rb")
     yield "linear, ragged", asked, tile_of(asked, (128, 256)), 2, None
     asked = conv(SAME, (9, 11), (3, 3), (64, 72), 3, ADDED, "rb")
@@ -305,7 +326,28 @@ def drawn_pooled(way: int, seed: int) -> tuple[Problem, Config, int, int]:
             return asked, tile, programs, batch
 
 
-DRAWS = [(draw, seed) for draw, count in ((drawn, 60), (drawn_pooled, 20)) for seed in range(count)]
+def drawn_averaged(way: int, seed: int) -> tuple[Problem, Config, int, int]:
+    """As `drawn`, of convolutions that are averaged, in boxes that hold whole images."""
+    pick = random.Random(seed)
+    while True:
+        asked, tile, programs, batch = drawn(way, pick.randint(0, 1 << 30))
+        if not isinstance(asked.attributes, Conv2d) or asked.output.spec.rank != 4:
+            continue
+        high, wide = (power_of_two(size) for size in asked.output.shape[2:])
+        if 2 * high * wide > tile["BLOCK_M"]:
+            continue
+        box = {"BOX_N": tile["BLOCK_M"] // high // wide, "BOX_H": high, "BOX_W": wide}
+        tile = replace(tile, blocks=tuple({**dict(tile.blocks), **box}.items()))
+        asked = averaged(asked, pick.random() < 0.5)
+        if core.legal(asked, tile, SM_90) is None:
+            return asked, tile, programs, batch
+
+
+DRAWS = [
+    (draw, seed)
+    for draw, count in ((drawn, 60), (drawn_pooled, 20), (drawn_averaged, 20))
+    for seed in range(count)
+]
 
 
 @pytest.mark.slow
@@ -314,6 +356,8 @@ DRAWS = [(draw, seed) for draw, count in ((drawn, 60), (drawn_pooled, 20)) for s
 def test_drawn_problems_are_exact_in_the_emulator(way: str, draw: Any, seed: int) -> None:
     if way == "halo" and gluon.SMALL_VIEWS is not None:
         pytest.skip(gluon.SMALL_VIEWS)
+    if way == "halo" and draw is drawn_averaged:
+        pytest.skip("half of a halo holds half of every image")
     check(*draw(WAYS[way], seed), seed=seed)
 
 
@@ -429,6 +473,7 @@ COMPILED = {
     "3x3 stride 2, 64 channels": conv(HALVED, (56, 56), (3, 3), (64, 64), 32, ADDED, "rb"),
     "linear": linear(4096, (1024, 4096), (Stage("add"), Stage("silu")), "b", BRAIN),
 }  # fmt: skip
+COMPILED["1x1, averaged"] = averaged(conv(Conv2d(), (7, 7), (1, 1), (512, 2048), 256, ADDED, "rb"))
 COMPILED["3x3, pooled"] = pooled(COMPILED["3x3, residual"], OVERHANGING)
 
 

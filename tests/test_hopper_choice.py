@@ -43,6 +43,7 @@ from .test_hopper import (
     SAME,
     SINGLE,
     SM_90,
+    averaged,
     conv,
     pooled,
     tile_of,
@@ -334,6 +335,25 @@ def test_windows_are_pooled_where_they_lie_in_one_group(asked_for: None) -> None
     prepared = replace(problem, attributes=before)
     assert "a prologue needs" in str(op.legal(prepared, tile, SM_90))
     assert core.note(problem, tile, SM_90, ()) == "Hopper core"
+
+
+def test_images_are_averaged_where_they_lie_in_one_group(asked_for: None) -> None:
+    """In boxes of 8x8 for 7x7: the model counts the pixels that there are not, and the residual."""
+    problem = COMPILED["1x1, averaged"]
+    op = registry.get("conv_mean")
+    tile = op.default(problem, SM_90)
+    assert core.uses_core(tile) and core.note(problem, tile, SM_90, ()) == "Hopper core"
+    assert (tile["BOX_H"], tile["BOX_W"]) == (8, 8) and tile[core.BLOCK] != core.HALO
+    (launch,) = op.launches(problem, tile, SM_90)
+    assert cost_model.padding(launch, tile, problem) == pytest.approx(64 / 49)
+    operands = 512 * (tile["BLOCK_M"] + tile["BLOCK_N"])
+    assert launch.l2_bytes == 2 * (operands + tile["BLOCK_M"] * tile["BLOCK_N"])
+    alone = tile_with(tile, BOX_N=1, BOX_H=tile["BLOCK_M"] // 8)
+    assert "does not hold whole images" in str(op.legal(problem, alone, SM_90))
+    large = averaged(conv(Conv2d(), (14, 14), (1, 1), (512, 2048), 256))
+    assert not core.uses_core(op.default(large, SM_90))
+    note = core.note(large, op.default(large, SM_90), SM_90, ())
+    assert note == "plain core: no tile of the Hopper core fits"
 
 
 def test_without_gluon_the_plain_core_is_taken(

@@ -401,7 +401,8 @@ def padding(launch: Launch, config: Config, problem: Problem) -> float:
     if "BOX_W" in blocks:
         # Boxes of pixels: rows are images, and a program has a part of each.
         computed = launch.tiles_at(launch.batch or 1) * blocks["BLOCK_M"] * width
-        pooled: int = launch.constexprs["PIXELS"].side ** 2
+        made = launch.constexprs["PIXELS"]
+        pooled: int = made.side**2 or made.pool.P * made.pool.Q
         return computed / max(problem.output.spec.numel * pooled, 1)
     spec = problem.output.spec
     columns = spec.shape[spec.layout.order(spec.rank)[-1]] if spec.rank else 1

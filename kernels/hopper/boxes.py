@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 from ..contract import epilogue as ep
 from ..contract.op import Config, Operand, Problem, Ref, TmaDescriptor, X
+from ..tile.conv_geometry import infer
 
 ALIGNMENT = 16
 """Bytes: of the first element and of every pitch."""
@@ -23,9 +24,9 @@ BOXES_TRIED = 2
 
 
 class Pool(NamedTuple):
-    """What becomes of windows of 2x2 pixels of a convolution's result, which has height P and width
-    Q. stages: applied before; maximum: whether the largest is taken, else the sum; overhangs:
-    whether some windows have members outside."""
+    """What becomes of windows of 2x2 pixels, or of all, of a convolution's result, which has height
+    P and width Q. stages: applied before; maximum: whether the largest is taken, else the sum;
+    overhangs: whether some windows have members outside."""
 
     P: int
     Q: int
@@ -38,7 +39,7 @@ class Pixels(NamedTuple):
     """The box of pixels that a tile is: images, rows and columns, powers of two; how many pixels it
     is from one row to the next (W where an image follows the other, N·W where a row of all images
     follows the other); how many boxes of an image lie below and beside each other; what is made of
-    windows of side x side pixels; and whether results leave in boxes."""
+    windows of side x side pixels, 0 for the mean of all; and whether results leave in boxes."""
 
     N: int
     H: int
@@ -62,22 +63,33 @@ def filter_of(problem: Problem) -> Any:
 
 
 def side(problem: Problem) -> int:
-    """Of the windows of pixels that become one result."""
-    return 1 if filter_of(problem) is problem.attributes else 2
+    """Of the windows of pixels that become one result; 0 where all of an image do."""
+    return {"conv_pool": 2, "conv_mean": 0}.get(problem.op, 1)
+
+
+def size(problem: Problem) -> tuple[int, int, int]:
+    """Images, rows and columns of the convolution's result, before more is made of it."""
+    n, *_, p, q = (*problem.output.shape, 1, 1)[:4]
+    if side(problem) > 0:
+        return n, side(problem) * p, side(problem) * q
+    (result,) = infer(filter_of(problem), (problem.inputs[0].spec, problem.inputs[1].spec))
+    return n, result.shape[2], result.shape[3]
 
 
 def waste(problem: Problem, box: tuple[int, int, int]) -> float:
     """How many pixels boxes of (images, rows, columns) compute for each one that there is."""
-    n, _, p, q = problem.output.shape
-    there = n, side(problem) * p, side(problem) * q
-    computed = (-(-pixels // size) * size for pixels, size in zip(there, box, strict=True))
+    there = size(problem)
+    computed = (-(-pixels // each) * each for pixels, each in zip(there, box, strict=True))
     return math.prod(computed) / max(math.prod(there), 1)
 
 
 def splits_windows(problem: Problem, box: tuple[int, int, int], by_rows: bool) -> bool:
-    """Whether half of a box, which a group of warps finishes, holds parts of windows."""
+    """Whether half of a box, which a group of warps finishes, holds parts of windows or images."""
     n, high, wide = box
     row = n * wide if by_rows else wide
+    if side(problem) == 0:
+        _, p, q = size(problem)
+        return by_rows or n < 2 or high < p or wide < q
     return side(problem) > 1 and (high < 2 or wide < 2 or 4 * row > math.prod(box))
 
 

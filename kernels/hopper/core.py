@@ -1,5 +1,5 @@
-"""When and how conv2d, conv_pool and linear use the warp-specialised core of sm_90 (`kernel.py`,
-`halo.py`).
+"""When and how conv2d, conv_pool, conv_mean and linear use the warp-specialised core of sm_90
+(`kernel.py`, `halo.py`).
 
 A configuration with the block `HOPPER` is this core's; its value says in which way. No GPU has run
 it: it is neither a default nor in the tuning space unless `CONVLOOM_CORE=hopper` asks for it
@@ -139,7 +139,8 @@ def legal(problem: Problem, tile: Config, target: Target) -> str | None:
     if math.prod(box := boxes.box_of(tile)) != tile["BLOCK_M"]:
         return f"the box does not hold BLOCK_M={tile['BLOCK_M']} pixels"
     if boxes.splits_windows(problem, box, _way(tile) == HALO):
-        return f"half a box of {box} pixels does not hold whole windows of 2x2"
+        what = "windows of 2x2" if boxes.side(problem) else "images"
+        return f"half a box of {box} pixels does not hold whole {what}"
     known = tile["BLOCK_M"], tile["BLOCK_N"], _way(tile)
     if known not in TILES or tile.num_warps != WARPS:
         return f"the Hopper core has no tile of {tile}"
@@ -184,7 +185,7 @@ def _result_bytes(problem: Problem, block_m: int, block_n: int, way: int) -> int
 def _copied_bytes(problem: Problem, tile: Config, target: Target) -> int:
     """Shared memory for a tile's results, and barriers, where the copy engine moves them and a
     residual; 0 where threads do: they are pooled, or not aligned, or there is not room enough."""
-    if boxes.side(problem) > 1 or boxes.whole_operands(problem) is None:
+    if boxes.side(problem) != 1 or boxes.whole_operands(problem) is None:
         return 0
     needed = _result_bytes(problem, tile["BLOCK_M"], tile["BLOCK_N"], _way(tile)) + BARRIER_BYTES
     return needed if _ring_bytes(problem, tile) + needed <= target.shared_bytes else 0
@@ -252,7 +253,7 @@ def configs(problem: Problem, target: Target) -> Iterator[Config]:
 
 
 def default(
-    problem: Problem, target: Target, plain: Config, plain_launch: Callable[[], Launch]
+    problem: Problem, target: Target, plain: Config, launch_of: Callable[[Config], Launch]
 ) -> Config:
     """The core's configuration of least modelled time, where it is asked for and that is less than
     the time of `plain`; else `plain`."""
@@ -262,12 +263,13 @@ def default(
     gpu = cost_model.machine_for(target)
     flops, dtype, end_bytes = choice.Work.of(problem, _flops(problem))
 
-    def time_us(made: Launch, tile: Config) -> float:
+    def time_us(tile: Config) -> float:
+        made = launch_of(tile)
         padded = flops * cost_model.padding(made, tile, problem)
         return cost_model.launch_us(gpu, made, padded, dtype, end_bytes)
 
-    times = [time_us(launch(problem, tile, target), tile) for tile in found]
-    is_faster = min(times) < time_us(plain_launch(), plain)
+    times = [time_us(tile) for tile in found]
+    is_faster = min(times) < time_us(plain)
     return found[times.index(min(times))] if is_faster else plain
 
 
@@ -278,7 +280,7 @@ def note(problem: Problem, tile: Config, target: Target, launches: tuple[Launch,
         return ""
     if uses_core(tile):
         return "Hopper core"
-    if problem.op not in ("conv2d", "linear", "conv_pool"):
+    if problem.op not in ("conv2d", "linear", "conv_pool", "conv_mean"):
         multiplies = any(cost_model.block_of(launch) for launch in launches)
         return f"plain core: {problem.op} has no other" if multiplies else ""
     reason = refusal(problem, target)
@@ -297,7 +299,7 @@ def beside(plain: Mapping[str, Any], launch: Callable[..., Launch]) -> tuple[Any
 
     def first(problem: Problem, target: Target) -> Config:
         usual = plain["default"](problem, target)
-        return default(problem, target, usual, lambda: launch(problem, usual, target))
+        return default(problem, target, usual, lambda tile: launch(problem, tile, target))
 
     def refused(problem: Problem, tile: Config, target: Target) -> str | None:
         return (legal if uses_core(tile) else plain["legal"])(problem, tile, target)
@@ -318,8 +320,9 @@ def _channels(problem: Problem) -> int:
 
 
 def _flops(problem: Problem) -> int:
-    terms = problem.inputs[1].spec.numel // _columns(problem)
-    return 2 * problem.output.spec.numel * boxes.side(problem) ** 2 * terms
+    w, y = problem.inputs[1].spec, problem.output.spec
+    pixels = y.numel // _columns(problem) * boxes.side(problem) ** 2
+    return 2 * w.numel * (pixels or math.prod(boxes.size(problem)))
 
 
 def _columns(problem: Problem) -> int:
@@ -388,7 +391,7 @@ def launch(
     held = next(iter(boxes.whole_operands(problem) or ()), None) if copied else None
     view, way, box = view_of(problem, before, held), _way(tile), boxes.box_of(tile)
     side = boxes.side(problem)
-    down, across = -(-side * view.output.P // box[1]), -(-side * view.output.Q // box[2])
+    down, across = -(-side * view.output.P // box[1]) or 1, -(-side * view.output.Q // box[2]) or 1
     row = box[0] * box[2] if way == HALO else box[2]
     pixels = Pixels(*box, row, down, across, side, pool, copied)
     way_out = _way_out(problem, tile, view, row != box[2]) if copied else {}

@@ -320,21 +320,30 @@ def put(
     PIXELS: gl.constexpr, TILE: gl.constexpr, OUTPUT: gl.constexpr, FIRST: gl.constexpr,
 ):  # fmt: skip
     """The epilogue and the store of all rows and some columns of it: 16 bytes by each thread; with
-    pooling of every 2x2 window, whose members one thread holds."""
+    pooling of every 2x2 window, whose members one thread holds, or the mean of every image."""
     M: gl.constexpr = acc.shape[0]
     N: gl.constexpr = acc.shape[1]
     H: gl.constexpr = PIXELS.H
     W: gl.constexpr = PIXELS.W
     ROW: gl.constexpr = PIXELS.row
-    if PIXELS.side == 1:
+    if PIXELS.side == 2:
+        value = gl.convert_layout(acc, windows(M, N, ROW))
+    else:
         wide: gl.constexpr = gl.BlockedLayout([1, 8], [256 // N, N // 8], [4, 1], [1, 0])
         value = gl.convert_layout(acc, wide)
+    columns = column + gl.arange(0, N, layout=gl.SliceLayout(0, value.type.layout))
+    if PIXELS.side == 1:
         rows, live = places(value, n, p, q, m, H, W, ROW, TILE, OUTPUT, FIRST)
     else:
-        value = gl.convert_layout(acc, windows(M, N, ROW))
         rows, live = places(value, n, p, q, m, H, W, ROW, TILE, PIXELS.pool, FIRST)
-        columns = column + gl.arange(0, N, layout=gl.SliceLayout(0, value.type.layout))
         value = PIXELS.pool.stages(value, rows, columns, live, columns < OUTPUT.K, extras)
+    if PIXELS.side == 0:
+        value = gl.where(live[:, None], value, 0.0)
+        value = gl.sum(value.reshape([M // (H * W), H * W, N]), axis=1)
+        count = gl.full(value.shape, PIXELS.pool.P * PIXELS.pool.Q, gl.float32, value.type.layout)
+        value = gl.div_rn(value, count)
+        rows, live = places(value, n, p, q, m, 1, 1, 1, TILE, OUTPUT, FIRST // (H * W))
+    elif PIXELS.side == 2:
         if PIXELS.pool.overhangs:
             value = gl.where(live[:, None], value, float("-inf"))
         upper, lower = value.reshape([M // 2 // ROW, 2, ROW, N]).permute((0, 2, 3, 1)).split()
