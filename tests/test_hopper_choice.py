@@ -22,9 +22,10 @@ from convloom.errors import InvalidInputError, KernelError, TargetUnavailableErr
 from convloom.kernels import registry
 from convloom.kernels.contract import cost_model
 from convloom.kernels.contract.epilogue import Stage
-from convloom.kernels.contract.op import Config, Problem
+from convloom.kernels.contract.op import Config, Problem, W, X
 from convloom.kernels.contract.spec import Layout
 from convloom.kernels.contract.targets import Target, parse
+from convloom.kernels.convolution import grouped
 from convloom.kernels.devices import offline
 from convloom.kernels.fused.conv_pool import ConvPool
 from convloom.kernels.hopper import boxes, core, gluon
@@ -242,6 +243,9 @@ def test_what_it_cannot_compute_is_refused_with_a_reason(asked_for: None) -> Non
     for problem, config_, target, reason in (
         (good, tile, sm_80, "made for sm_90, not for cuda:sm_80"),
         (conv(replace(SAME, groups=2), (16, 16), (3, 3), (64, 64)), tile, SM_90, "2 groups"),
+        (conv(replace(SAME, groups=4), (16, 16), (3, 3), (64, 64)), tile, SM_90, "only they"),
+        (conv(replace(SAME, groups=8), (16, 16), (3, 3), (64, 128)), tile, SM_90, "8 groups"),
+        (conv(replace(SAME, groups=4), (16, 16), (3, 3), (48, 48)), tile, SM_90, "4 groups"),
         (conv(replace(SAME, stride=(1, 2)), (16, 16), (3, 3), (64, 64)), tile, SM_90, "stride"),
         (conv(HALVED, (15, 16), (3, 3), (64, 64)), tile, SM_90, "15x16 has no halves"),
         (conv(HALVED, (16, 16), (3, 3), (72, 64)), tile, SM_90, "72 channels are not a mu"),
@@ -335,6 +339,22 @@ def test_windows_are_pooled_where_they_lie_in_one_group(asked_for: None) -> None
     prepared = replace(problem, attributes=before)
     assert "a prologue needs" in str(op.legal(prepared, tile, SM_90))
     assert core.note(problem, tile, SM_90, ()) == "Hopper core"
+
+
+@pytest.mark.skipif(gluon.SMALL_VIEWS is not None, reason=str(gluon.SMALL_VIEWS))
+def test_groups_of_few_channels_are_a_halo_of_32(asked_for: None) -> None:
+    """As plain Triton packs them; what is read out of L2 is a third."""
+    problem = COMPILED["3x3, groups"]
+    tile = CONV.default(problem, SM_90)
+    assert (tile[core.BLOCK], tile["BLOCK_N"], tile["BLOCK_K"]) == (core.HALO, 32, 32)
+    (launch,) = CONV.launches(problem, tile, SM_90)
+    assert launch.constexprs["GROUP"] == 4 and launch.pointers == {"x_all": X, "w_all": W}
+    assert launch.boxes["x"].shape_at(3) == (56, 3, 56, 128) and launch.boxes["w"].shape[2] == 32
+    usual = grouped._default(problem, SM_90)
+    (other,) = CONV.launches(problem, usual, SM_90)
+    assert launch.l2_bytes / tile["BLOCK_M"] < 0.45 * other.l2_bytes / usual["BLOCK_M"]
+    one = COMPILED["3x3, residual"]
+    assert "only they" in str(CONV.legal(one, tile_with(tile, BOX_N=4), SM_90))
 
 
 def test_images_are_averaged_where_they_lie_in_one_group(asked_for: None) -> None:

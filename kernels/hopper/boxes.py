@@ -23,6 +23,12 @@ BOXES_TRIED = 2
 """Of each number of pixels, those that pad least."""
 
 
+GROUPED = 32
+"""Channels of a block of several groups, as `convolution/grouped.py` packs their weights. With 64
+the zeros double the products and plain Triton's 128x64 tiles need 194 registers; with 16 the weight
+tiles are too small for 128-bit copies."""
+
+
 class Pool(NamedTuple):
     """What becomes of windows of 2x2 pixels, or of all, of a convolution's result, which has height
     P and width Q. stages: applied before; maximum: whether the largest is taken, else the sum;
@@ -134,12 +140,24 @@ def whole_operands(problem: Problem) -> list[int] | None:
     return whole if len(whole) < 2 else None
 
 
+def groups(problem: Problem) -> int:
+    """Of channels, that share no products; 1 where all do."""
+    return int(getattr(filter_of(problem), "groups", 1))
+
+
+def _fill_blocks(problem: Problem) -> bool:
+    """Whether groups of as many channels of x and of y are packed as whole blocks of GROUPED."""
+    k, per_group = problem.inputs[1].shape[:2]
+    even = k == groups(problem) * per_group and problem.op == "conv2d"
+    return even and per_group > 1 and GROUPED % per_group == k % GROUPED == 0 < GROUPED - per_group
+
+
 def refusal(problem: Problem) -> str | None:
     """Why the input of a convolution cannot be read in boxes, whatever their form, or None."""
     attributes = filter_of(problem)
     _, _, h, width = problem.inputs[0].shape
-    if attributes.groups != 1:
-        return f"TMA: {attributes.groups} groups; boxes hold channels of one"
+    if (count := groups(problem)) != 1 and not _fill_blocks(problem):
+        return f"TMA: {count} groups; boxes hold channels of one, or {GROUPED} of several"
     if attributes.stride not in ((1, 1), (2, 2)):
         return f"TMA: stride {attributes.stride}; boxes are made for (1, 1) and (2, 2)"
     if attributes.stride == (2, 2) and (h % 2 or width % 2):

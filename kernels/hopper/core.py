@@ -38,6 +38,7 @@ CAPABILITY = 90
 TILES = (
     (128, 256, SHARED), (256, 128, SHARED), (128, 128, SHARED), (256, 64, SHARED),
     (128, 64, SHARED), (128, 128, IN_TURNS), (128, 64, IN_TURNS), (256, 128, HALO), (256, 64, HALO),
+    (256, 32, HALO),
 )  # fmt: skip
 """Pixels, output channels and the way."""
 DEPTHS = (64, 32)
@@ -58,6 +59,10 @@ HALO_INSTRUCTIONS = 140
 END_INSTRUCTIONS = 2.5, 2.2
 """Of a thread for each of its results where these are copied, and for its residual (bias and relu:
 2.4 to 2.5, and 4.6 to 4.7 with a residual, at 64 and 128 results)."""
+GROUPED = boxes.GROUPED
+CHECK_INSTRUCTIONS = 2 * 2 * GROUPED
+"""Of each warp that multiplies several groups: whether there is NaN among the 32 sums of its
+threads, by two groups of warps."""
 HALO_STAGES, LEAST_SLOTS, HALO_SLOTS = (3, 2), 3, 8
 """Slots of pixels, and at least and at most of weights."""
 SWIZZLE_PERIOD = 1_024
@@ -124,7 +129,7 @@ def refusal(problem: Problem, target: Target) -> str | None:
         return f"{c} channels; the Hopper core is for {LEAST_CHANNELS} and more"
     if w.spec.numel == 0 or y.spec.numel == 0:
         return "a tensor is empty"
-    return boxes.misaligned(x, c)
+    return boxes.misaligned(x, _depth(problem))
 
 
 def legal(problem: Problem, tile: Config, target: Target) -> str | None:
@@ -146,6 +151,8 @@ def legal(problem: Problem, tile: Config, target: Target) -> str | None:
         return f"the Hopper core has no tile of {tile}"
     if _way(tile) == HALO and (reason := _no_halo(problem, tile)) is not None:
         return reason
+    if bool(_group(problem)) != (tile["BLOCK_N"] == GROUPED):
+        return f"tiles of {GROUPED} channels are for several groups, and only they"
     return target.shared_shortage(shared_bytes(problem, tile, target))
 
 
@@ -202,7 +209,7 @@ def _weights(problem: Problem, tile: Config, target: Target) -> tuple[int, bool]
     x_bytes, w_bytes = _halo_bytes(tile, problem.inputs[0].spec.dtype)
     ends = _copied_bytes(problem, tile, target) or END_BYTES
     room = (target.shared_bytes - ends - tile.num_stages * x_bytes) // w_bytes
-    every = 9 * -(-_channels(problem) // tile["BLOCK_K"])
+    every = 9 * -(-_depth(problem) // tile["BLOCK_K"])
     if every <= room and _columns(problem) <= tile["BLOCK_N"]:
         return every, True
     return max(LEAST_SLOTS, min(room, HALO_SLOTS)), False
@@ -217,7 +224,7 @@ def tiles(problem: Problem, target: Target) -> Iterator[Config]:
     and as many slots as there is memory for beside results, and without these."""
     if refusal(problem, target) is not None:
         return
-    dtype, c = problem.inputs[0].spec.dtype, _channels(problem)
+    dtype, c = problem.inputs[0].spec.dtype, _depth(problem)
     depths = [depth * 2 // dtype.itemsize for depth in DEPTHS]
     block_k = min(depths, key=lambda depth: (-(-c // depth) * depth, -depth))
     columns = _columns(problem)
@@ -307,6 +314,16 @@ def beside(plain: Mapping[str, Any], launch: Callable[..., Launch]) -> tuple[Any
     return every, first, refused
 
 
+def _group(problem: Problem) -> int:
+    """Channels of each group, of which several are multiplied together; else 0."""
+    return problem.inputs[1].shape[1] if boxes.groups(problem) > 1 else 0
+
+
+def _depth(problem: Problem) -> int:
+    """Terms of a tap: the channels, or those of several groups together."""
+    return GROUPED if _group(problem) else _channels(problem)
+
+
 def _is_product(problem: Problem) -> bool:
     """Whether the rows of the input, as they are in memory, are multiplied."""
     attributes = problem.attributes
@@ -339,7 +356,8 @@ def view_of(problem: Problem, before: ep.Epilogue = (), held: int | None = None)
         output = Output(1, 1, k, y.pitch, y.offset, epilogue)
         rows = y.spec.numel // k
         return View(Image(1, 1, c, x.pitch, x.offset), Window(1, 1), output, rows)
-    return View(Image.of(x), _window(problem), Output.of(y, epilogue), y.shape[0])
+    image = Image.of(x)._replace(C=_depth(problem))
+    return View(image, _window(problem), Output.of(y, epilogue), y.shape[0])
 
 
 def _window(problem: Problem) -> Window:
@@ -434,6 +452,8 @@ def launch(
 def _with_halo(made: Launch, problem: Problem, tile: Config, target: Target) -> Launch:
     """The launch with the vertical taps of a filter read once."""
     slots, stay = _weights(problem, tile, target)
+    group = _group(problem)
+    whole = {"x_all": X, "w_all": W}
     x, dtype = made.boxes["x"], problem.inputs[0].spec.dtype
     x_bytes, w_bytes = _halo_bytes(tile, dtype)
     copied = made.steps // 3 * x_bytes + (0 if stay else made.steps * w_bytes)
@@ -444,7 +464,12 @@ def _with_halo(made: Launch, problem: Problem, tile: Config, target: Target) -> 
         made,
         kernel=halo_kernel,
         boxes={**made.boxes, "more": replace(x, box=(2, *x.box[1:]))},
-        constexprs={**made.constexprs, "SLOTS": slots, "RESIDENT": stay},
+        pointers={**made.pointers, **(whole if group else {})},
+        constexprs={
+            **made.constexprs, "SLOTS": slots, "RESIDENT": stay, "GROUP": group,
+            **({} if group else dict.fromkeys(whole)),
+        },
+        end_instructions=made.end_instructions + bool(group) * CHECK_INSTRUCTIONS,
         l2_bytes=copied,
         shared_traffic=made.steps * read + copied,
         steps=made.steps // 3,
