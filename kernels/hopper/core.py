@@ -6,6 +6,8 @@ it: it is neither a default nor in the tuning space unless `CONVLOOM_CORE=hopper
 (`settings.py`). Then it is taken where its conditions hold and the cost model expects it to be
 faster than plain Triton's tiles; `CONVLOOM_CORE=plain` refuses it even where a file or a record
 names it.
+
+Chains of convolutions are not among them: what there is room for is in `docs/how/kernels.md`.
 """
 
 from __future__ import annotations
