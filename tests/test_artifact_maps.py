@@ -106,14 +106,15 @@ def test_maps_are_those_that_this_process_makes(
             if name in launch.boxes:
                 described = bound[name]
                 type_, rank, address, shape, strides, box, ones, *modes = given.pop(0)
-                assert type_ == "CU_TENSOR_MAP_DATA_TYPE_FLOAT16"
+                size = described.base.itemsize  # The network's result is fp32.
+                assert type_ == f"CU_TENSOR_MAP_DATA_TYPE_FLOAT{8 * size}"
                 assert address == described.base.data_ptr() and ones == [1] * rank
                 assert shape == described.shape[::-1]
-                assert strides == [2 * stride for stride in described.strides[-2::-1]]
-                # A row of 64 halves is copied at a time, of the tensor's own box.
+                assert strides == [size * stride for stride in described.strides[-2::-1]]
+                # A row of 128 bytes is copied at a time, of the tensor's own box.
                 assert box == described.block_shape[::-1] or box[0] <= described.block_shape[-1]
-                width = {64: "128B", 32: "64B"}[described.block_shape[-1]]
-                assert modes[1] == f"CU_TENSOR_MAP_SWIZZLE_{width}" and modes[-1]
+                width = min(128, size * described.block_shape[-1])
+                assert modes[1] == f"CU_TENSOR_MAP_SWIZZLE_{width}B" and modes[-1]
                 assert [given.pop(0) for _ in shape] == described.shape
                 assert [given.pop(0) for _ in shape] == described.strides
 
@@ -121,7 +122,7 @@ def test_maps_are_those_that_this_process_makes(
 def test_an_old_driver_is_corrected_for_small_tensors(artifact: Artifact) -> None:
     driver, _ = launched(artifact, 1, version=13_010)
     passed = [x for started in driver.started for x in started.arguments if isinstance(x, tuple)]
-    assert len(passed) == 7 - (gluon.SMALL_VIEWS is not None) and not any(
+    assert len(passed) == 10 - (gluon.SMALL_VIEWS is not None) and not any(
         each[-1] for each in passed
     )
 
@@ -168,14 +169,36 @@ def test_maps_that_are_not_sound_are_refused(changes: dict[str, Any], message: s
     assert problem is not None and message in problem
 
 
-def changed(program: Program, **changes: Any) -> Program:
-    """The program with another map in the first argument of its first call that has one."""
+def changed(program: Program, of: str, **changes: Any) -> Program:
+    """The program with another map in the first argument of that kind of its first call that has
+    one."""
     calls = list(program.calls)
-    at = next(i for i, call in enumerate(calls) if call.arguments[0].map is not None)
-    first, *others = calls[at].arguments
-    assert first.map is not None
-    calls[at] = replace(calls[at], arguments=(replace(first, **changes), *others))
+    at, place = next(
+        (i, j)
+        for i, call in enumerate(calls)
+        for j, argument in enumerate(call.arguments)
+        if argument.map is not None and argument.kind == of
+    )
+    arguments = list(calls[at].arguments)
+    arguments[place] = replace(arguments[place], **changes)
+    calls[at] = replace(calls[at], arguments=tuple(arguments))
     return replace(program, calls=tuple(calls))
+
+
+def test_results_are_only_written_where_a_program_says(artifact: Artifact) -> None:
+    """Results leave in boxes too."""
+    (program,) = artifact.programs
+    (written,) = {
+        each
+        for each in program.calls[-1].arguments
+        if each.kind == "write" and each.map is not None and each.operand is not None
+    }
+    assert written.map is not None and written.operand is not None
+    program = changed(program, "write", map=replace(written.map, offset=8))
+    document = replace(artifact.document, programs=(program,))
+    members, tensors = set(artifact.archive.members), artifact.tensors
+    with pytest.raises(ArtifactError, match=r"writes other parts of '.*' than it says"):
+        check_document(document, members, tensors, (1, 1), "plan")
 
 
 @pytest.mark.parametrize(
@@ -183,7 +206,7 @@ def changed(program: Program, **changes: Any) -> Program:
     [
         ({"map": None}, "of torch.float16 as box4"),
         ({"map": SOUND}, "of torch.float16 as box4"),
-        ({"kind": "write"}, "through a tensor map"),
+        ({"kind": "scratch"}, "would scratch '.*' through a tensor map"),
         ({"map": replace(SOUND, offset=4)}, "a tensor map of '.*' has offset 4"),
         ({"map": replace(SOUND, shape=(2, 8, 64), batch=2)}, "is of batch 2, the program of 4"),
     ],
@@ -191,7 +214,8 @@ def changed(program: Program, **changes: Any) -> Program:
 def test_programs_with_other_maps_are_refused(
     artifact: Artifact, changes: dict[str, Any], message: str
 ) -> None:
-    document = replace(artifact.document, programs=(changed(artifact.programs[0], **changes),))
+    program = changed(artifact.programs[0], "read", **changes)
+    document = replace(artifact.document, programs=(program,))
     members, tensors = set(artifact.archive.members), artifact.tensors
     check_document(artifact.document, members, tensors, (1, 1), "plan")
     with pytest.raises(ArtifactError, match=message):

@@ -22,8 +22,10 @@ from convloom.errors import InvalidInputError, KernelError, TargetUnavailableErr
 from convloom.kernels import registry
 from convloom.kernels.contract import cost_model
 from convloom.kernels.contract.epilogue import Stage
-from convloom.kernels.contract.op import Config, Problem
+from convloom.kernels.contract.op import Config, Problem, W, X
+from convloom.kernels.contract.spec import Layout
 from convloom.kernels.contract.targets import Target, parse
+from convloom.kernels.convolution import grouped
 from convloom.kernels.devices import offline
 from convloom.kernels.fused.conv_pool import ConvPool
 from convloom.kernels.hopper import boxes, core, gluon
@@ -42,6 +44,7 @@ from .test_hopper import (
     SAME,
     SINGLE,
     SM_90,
+    averaged,
     conv,
     pooled,
     tile_of,
@@ -147,19 +150,88 @@ def test_a_halo_reads_less(asked_for: None) -> None:
     assert "a halo has two rows at least" in str(CONV.legal(problem, flat, SM_90))
 
 
+def copied(problem: Problem, tile: Config) -> tuple[bool, bool]:
+    """Whether results leave, and a residual arrives, in boxes."""
+    (launch,) = registry.get(problem.op).launches(problem, tile, SM_90)
+    leaves = launch.constexprs["PIXELS"].copied
+    assert leaves == ("y" in launch.boxes) == ("y" not in launch.pointers)
+    assert leaves == bool(launch.end_shared)
+    return leaves, "residual" in launch.boxes
+
+
+def test_results_and_a_residual_are_copied_where_boxes_hold_them() -> None:
+    plain = conv(SAME, (16, 16), (3, 3), (64, 128), 8)
+    added = conv(SAME, (16, 16), (3, 3), (64, 128), 8, ADDED, "rb")
+    twice = conv(SAME, (16, 16), (3, 3), (64, 128), 8, ADDED, "rr")
+    tile = tile_of(plain, (128, 128), (1, 8, 16))
+    y, (residual, bias) = added.output, added.operands
+    slice_ = replace(added, operands=(replace(residual, pitch=136, offset=8), bias))
+    shifted = replace(added, operands=(replace(residual, offset=4), bias))
+    other = replace(residual, spec=residual.spec.with_(dtype=SINGLE))
+    dense = replace(residual, spec=residual.spec.with_(layout=Layout.DENSE))
+    for problem, expected in (
+        (plain, (True, False)),
+        (added, (True, True)),
+        (slice_, (True, True)),
+        (replace(plain, outputs=(replace(y, pitch=136, offset=8),)), (True, False)),
+        (replace(plain, outputs=(replace(y, pitch=132),)), (False, False)),
+        (conv(SAME, (16, 16), (3, 3), (64, 130), 8), (False, False)),
+        (twice, (False, False)),
+        (shifted, (False, False)),
+        (replace(added, operands=(other, bias)), (False, False)),
+        (replace(added, operands=(dense, bias)), (False, False)),
+        (pooled(added, MaxPool2d((2, 2), (2, 2))), (False, False)),
+    ):
+        assert copied(problem, tile) == expected, problem
+
+
+def test_tiles_leave_memory_for_their_results() -> None:
+    """Of each tile size the configuration of most slots, and that whose results are copied."""
+    problem = conv(SAME, (56, 56), (3, 3), (256, 256), 32, ADDED, "rb", HALF)
+    found = [each for each in core.tiles(problem, SM_90) if each["BLOCK_N"] == 256]
+    stages = {each.num_stages: copied(problem, each)[0] for each in found}
+    assert stages == {3: True, 4: False}
+
+
+def test_ends_that_are_copied_take_what_threads_do(asked_for: None) -> None:
+    """The copy engine moves results and residual while the next tile is multiplied; what is left
+    of an end grows with the residual, as its instructions and bytes of shared memory do."""
+    machine, times = cost_model.machine_for(SM_90), {}
+    for operands, chain in (("b", (Stage("add"), Stage("relu"))), ("rb", ADDED)):
+        problem = conv(SAME, (56, 56), (3, 3), (64, 64), 256, chain, operands)
+        tile = tile_of(problem, (256, 64), (4, 8, 8), 3, way=core.HALO)
+        (launch,) = CONV.launches(problem, tile, SM_90)
+        work = choice.Work.of(problem, CONV.cost(problem).flops)
+        by_threads = replace(launch, end_shared=0, end_instructions=0)
+        each = [cost_model.launch_us(machine, x, *work) for x in (launch, by_threads)]
+        end = work.end_bytes / launch.tiles_at(256)
+        cycles = cost_model.tile_cycles(machine, launch, 0.0, HALF, end)
+        times[operands] = (*each, cycles.stall, cycles.end)
+    assert times["rb"][0] < 1.15 * times["b"][0] < 1.15 * times["b"][1]
+    assert times["rb"][0] < 0.85 * times["rb"][1]
+    for _, _, stall, end in times.values():
+        assert 0.15 * end < stall < 0.25 * end
+    # No program is faster than its results and residuals leave and arrive.
+    instant = replace(launch, l2_bytes=0, shared_traffic=1, step_instructions=0, steps=0)
+    tiles = -(-launch.tiles_at(256) // machine.multiprocessors)
+    least = tiles * times["rb"][3] / machine.clock_ghz / 1e3
+    assert cost_model.launch_us(machine, instant, 0.0, HALF, work.end_bytes) >= least
+
+
 @pytest.mark.skipif(gluon.SMALL_VIEWS is not None, reason=str(gluon.SMALL_VIEWS))
-@pytest.mark.parametrize("size, images, stages", [(56, 4, 3), (28, 16, 3), (14, 64, 2), (7, 32, 3)])
+@pytest.mark.parametrize("size, images", [(56, 4), (28, 16), (14, 64), (7, 32)])
 def test_a_halo_of_several_images_wastes_little(
-    size: int, images: int, stages: int, asked_for: None
+    size: int, images: int, asked_for: None
 ) -> None:
-    """Rows of 28 pixels are no multiple of 8, those of 16 images are. Slots of 14x14, four rows for
-    two, are so large that there is memory for two."""
+    """Rows of 28 pixels are no multiple of 8, those of 16 images are. There is memory for two slots
+    beside the results; those of 14x14, four rows for two, leave none for these."""
     problem = conv(SAME, (size, size), (3, 3), (256, 256), 256)
     tile = CONV.default(problem, SM_90)
-    assert tile[core.BLOCK] == core.HALO and (tile["BOX_N"], tile.num_stages) == (images, stages)
+    assert tile[core.BLOCK] == core.HALO and (tile["BOX_N"], tile.num_stages) == (images, 2)
     assert boxes.waste(problem, boxes.box_of(tile)) == (8 / 7 if size == 7 else 1)
     (launch,) = CONV.launches(problem, tile, SM_90)
     assert launch.boxes["x"].shape_at(3)[:2] == (size, 3)
+    assert launch.constexprs["PIXELS"].copied == (size != 14)
 
 
 def test_what_it_cannot_compute_is_refused_with_a_reason(asked_for: None) -> None:
@@ -171,6 +243,9 @@ def test_what_it_cannot_compute_is_refused_with_a_reason(asked_for: None) -> Non
     for problem, config_, target, reason in (
         (good, tile, sm_80, "made for sm_90, not for cuda:sm_80"),
         (conv(replace(SAME, groups=2), (16, 16), (3, 3), (64, 64)), tile, SM_90, "2 groups"),
+        (conv(replace(SAME, groups=4), (16, 16), (3, 3), (64, 64)), tile, SM_90, "only they"),
+        (conv(replace(SAME, groups=8), (16, 16), (3, 3), (64, 128)), tile, SM_90, "8 groups"),
+        (conv(replace(SAME, groups=4), (16, 16), (3, 3), (48, 48)), tile, SM_90, "4 groups"),
         (conv(replace(SAME, stride=(1, 2)), (16, 16), (3, 3), (64, 64)), tile, SM_90, "stride"),
         (conv(HALVED, (15, 16), (3, 3), (64, 64)), tile, SM_90, "15x16 has no halves"),
         (conv(HALVED, (16, 16), (3, 3), (72, 64)), tile, SM_90, "72 channels are not a mu"),
@@ -264,6 +339,41 @@ def test_windows_are_pooled_where_they_lie_in_one_group(asked_for: None) -> None
     prepared = replace(problem, attributes=before)
     assert "a prologue needs" in str(op.legal(prepared, tile, SM_90))
     assert core.note(problem, tile, SM_90, ()) == "Hopper core"
+
+
+@pytest.mark.skipif(gluon.SMALL_VIEWS is not None, reason=str(gluon.SMALL_VIEWS))
+def test_groups_of_few_channels_are_a_halo_of_32(asked_for: None) -> None:
+    """As plain Triton packs them; what is read out of L2 is a third."""
+    problem = COMPILED["3x3, groups"]
+    tile = CONV.default(problem, SM_90)
+    assert (tile[core.BLOCK], tile["BLOCK_N"], tile["BLOCK_K"]) == (core.HALO, 32, 32)
+    (launch,) = CONV.launches(problem, tile, SM_90)
+    assert launch.constexprs["GROUP"] == 4 and launch.pointers == {"x_all": X, "w_all": W}
+    assert launch.boxes["x"].shape_at(3) == (56, 3, 56, 128) and launch.boxes["w"].shape[2] == 32
+    usual = grouped._default(problem, SM_90)
+    (other,) = CONV.launches(problem, usual, SM_90)
+    assert launch.l2_bytes / tile["BLOCK_M"] < 0.45 * other.l2_bytes / usual["BLOCK_M"]
+    one = COMPILED["3x3, residual"]
+    assert "only they" in str(CONV.legal(one, tile_with(tile, BOX_N=4), SM_90))
+
+
+def test_images_are_averaged_where_they_lie_in_one_group(asked_for: None) -> None:
+    """In boxes of 8x8 for 7x7: the model counts the pixels that there are not, and the residual."""
+    problem = COMPILED["1x1, averaged"]
+    op = registry.get("conv_mean")
+    tile = op.default(problem, SM_90)
+    assert core.uses_core(tile) and core.note(problem, tile, SM_90, ()) == "Hopper core"
+    assert (tile["BOX_H"], tile["BOX_W"]) == (8, 8) and tile[core.BLOCK] != core.HALO
+    (launch,) = op.launches(problem, tile, SM_90)
+    assert cost_model.padding(launch, tile, problem) == pytest.approx(64 / 49)
+    operands = 512 * (tile["BLOCK_M"] + tile["BLOCK_N"])
+    assert launch.l2_bytes == 2 * (operands + tile["BLOCK_M"] * tile["BLOCK_N"])
+    alone = tile_with(tile, BOX_N=1, BOX_H=tile["BLOCK_M"] // 8)
+    assert "does not hold whole images" in str(op.legal(problem, alone, SM_90))
+    large = averaged(conv(Conv2d(), (14, 14), (1, 1), (512, 2048), 256))
+    assert not core.uses_core(op.default(large, SM_90))
+    note = core.note(large, op.default(large, SM_90), SM_90, ())
+    assert note == "plain core: no tile of the Hopper core fits"
 
 
 def test_without_gluon_the_plain_core_is_taken(

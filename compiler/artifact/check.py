@@ -365,8 +365,12 @@ class _Checker:
     def _check_map(self, argument: Argument, buffer: Buffer, where: str) -> None:
         if argument.map is None:
             return
-        if argument.kind != READ:
+        if argument.kind not in (READ, WRITE):
             self.refuse(f"{where} would {argument.kind} '{buffer.name}' through a tensor map")
+        if argument.kind == WRITE and (place := argument.operand) is not None:
+            reached = argument.map.offset, math.prod(argument.map.shape)
+            if reached != (place.offset, place.spec.numel):
+                self.refuse(f"{where} writes other parts of '{buffer.name}' than it says")
         if problem := argument.map.problem(buffer, self.program.batches):
             self.refuse(f"{where}: a tensor map of '{buffer.name}' {problem}")
         self._check_batch(argument.map.batch, f"{where}: a tensor map of '{buffer.name}'")

@@ -32,7 +32,7 @@ OLD_DRIVER = 13_010
 
 @dataclass(frozen=True)
 class Map:
-    """A tensor inside its buffer, read in boxes. All in elements, outermost dimension first.
+    """A tensor inside its buffer, moved in boxes. All in elements, outermost dimension first.
 
     shape: at the largest batch, `batch`, with which the dimension of the largest stride scales
     where that is not None; the last stride is 1. box: what one instruction copies. swizzle: as the

@@ -51,7 +51,7 @@ class Argument:
     """A pointer to the start of a buffer, or the number of rows.
 
     kind: "read", "write", "scratch" or "rows". operand: what the kernel touches of the buffer; None
-    means all of it. map: where it is read in boxes, how.
+    means all of it. map: where it is moved in boxes, how.
     """
 
     kind: str

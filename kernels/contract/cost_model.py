@@ -8,12 +8,14 @@ A program (one tile) keeps its multiprocessor busy, in cycles, for the slowest o
     shared memory  (bytes its products read + bytes copied there) / 128
     instructions   those beside the products / 4 warps per cycle
 
-and then for its end: the bytes of its results / 22. A multiprocessor that holds one program at a
-time waits for each end, and for the first loads of the next program; of several, one's end is
+and then for its end: the bytes of its results / 22, or where the copy engine moves them while the
+next tile is multiplied, what threads issue for it or exchange with shared memory, as above; the
+engine moves as many bytes there once more, beside the loop. A multiprocessor that holds one program
+at a time waits for each end, and for the first loads of the next program; of several, one's end is
 hidden behind the others' loops, as are those of a program that multiplies one tile while it
-finishes another. No program is faster than its loads follow each other, of which
-stages - 1 are under way at once. A problem takes the longer of that and of its traffic with DRAM,
-and what launches cost.
+finishes another. No program is faster than its loads follow each other, of which stages - 1 are
+under way at once. A problem takes the longer of that and of its traffic with DRAM, and what
+launches cost.
 
 The figures are NVIDIA's where they are specifications; the rest is fitted to public measurements on
 H100 and H200, which `benchmarks/public_figures.py` holds the model against, or assumed, as each
@@ -165,7 +167,7 @@ def block_of(launch: Launch) -> Block | None:
 
 class TileCycles(NamedTuple):
     """What one program asks of its multiprocessor, in cycles. latency: of its loads, one after the
-    other; end: its results."""
+    other; end: its results; stall: how long the end keeps its threads."""
 
     tensor: float
     cache: float
@@ -173,6 +175,7 @@ class TileCycles(NamedTuple):
     instructions: float
     latency: float
     end: float
+    stall: float
 
     @property
     def loop(self) -> float:
@@ -193,14 +196,17 @@ def tile_cycles(
         flops = steps * terms
         shared = steps * product_traffic(block, launch.num_warps, dtype)
     products = machine.per_cycle(machine.tensor_tflops * 1e3) * (rate or RATE[dtype])
+    end = end_bytes / machine.store_bytes
+    issued = launch.end_instructions * launch.num_warps / WARPS_PER_CYCLE
     warp_steps = steps * launch.step_instructions * launch.num_warps
     return TileCycles(
         flops / products,
         launch.l2_bytes / machine.per_cycle(machine.cache_gbps),
-        shared / SHARED_BYTES,
+        (shared + launch.end_shared) / SHARED_BYTES,
         (warp_steps + launch.instructions / WARP) / WARPS_PER_CYCLE,
         steps * LOAD_CYCLES / max(launch.num_stages - 1, 1),
-        end_bytes / machine.store_bytes,
+        end,
+        max(launch.end_shared / SHARED_BYTES, issued) if launch.end_shared else end,
     )
 
 
@@ -265,15 +271,16 @@ def launch_us(
     per_multiprocessor = -(-tiles // machine.multiprocessors)
     held = resident(machine, launch, dtype, report)
     start = machine.fill_cycles + machine.end_cycles
-    alone = max(cycles.loop, cycles.latency) + cycles.end
+    alone = max(cycles.loop, cycles.latency) + cycles.stall
     if launch.hides_ends:
         # Two tiles at a time, each of them first in its loop and then at its end.
         each = max(cycles.loop, cycles.latency, cycles.end, (alone + machine.end_cycles) / 2)
         busy = per_multiprocessor * each + cycles.end + start
     elif held == 1:
         stays = launch.most_programs is not None
-        starts = machine.fill_cycles + per_multiprocessor * machine.end_cycles
-        busy = per_multiprocessor * alone + (starts if stays else per_multiprocessor * start)
+        each = max(alone + machine.end_cycles, cycles.end)
+        starts = machine.fill_cycles + cycles.end - cycles.stall
+        busy = per_multiprocessor * (each if stays else alone + start) + stays * starts
     else:
         shared_out = per_multiprocessor * max(cycles.loop, cycles.end) + cycles.end + start
         waves = -(-per_multiprocessor // held)
@@ -400,7 +407,8 @@ def padding(launch: Launch, config: Config, problem: Problem) -> float:
     if "BOX_W" in blocks:
         # Boxes of pixels: rows are images, and a program has a part of each.
         computed = launch.tiles_at(launch.batch or 1) * blocks["BLOCK_M"] * width
-        pooled: int = launch.constexprs["PIXELS"].side ** 2
+        made = launch.constexprs["PIXELS"]
+        pooled: int = made.side**2 or made.pool.P * made.pool.Q
         return computed / max(problem.output.spec.numel * pooled, 1)
     spec = problem.output.spec
     columns = spec.shape[spec.layout.order(spec.rank)[-1]] if spec.rank else 1

@@ -20,7 +20,7 @@ import importlib
 import linecache
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
@@ -191,12 +191,14 @@ class Access:
 
     strides follow the space's dimensions, 0 where the tensor repeats. through: the scalar function,
     and its parameters, that its elements go through before they are spread over rows or columns.
+    held: its part of the tile is not read: the kernel passes it as the last of `extras`.
     """
 
     strides: tuple[int, ...]
     offset: int
     label: str = ""
     through: tuple[str, float] | None = None
+    held: bool = False
 
     def is_full(self, sizes: tuple[int, ...]) -> bool:
         """Whether the tensor has an element of its own for every point of a space of those sizes:
@@ -380,7 +382,10 @@ def generate(
         symbols.append(stage.scalar.symbol)
         arguments = ["acc"]
         for index in range(at or 0, (at or 0) + stage.operands):
-            load = load_source(f"extras[{first + index}]", sizes, reads[index])
+            if reads[index].held:
+                load = f"extras[{first + len(reads)}].to(tl.float32)"
+            else:
+                load = load_source(f"extras[{first + index}]", sizes, reads[index])
             if (through := reads[index].through) is not None:
                 symbols.append(through[0])
             lines.append(f"    # {stage.name} {reads[index].label}")
@@ -404,10 +409,13 @@ def generate(
 
 
 def for_output(
-    stages: Epilogue, operands: tuple[Operand, ...], output: TensorSpec, first: int = 0
-) -> GeneratedFunction:
-    """The epilogue of a kernel whose rows and columns are those of the output in memory."""
+    stages: Epilogue, operands: tuple[Operand, ...], output: TensorSpec, first: int = 0,
+    held: int | None = None,
+) -> GeneratedFunction:  # fmt: skip
+    """The epilogue of a kernel whose rows and columns are those of the output in memory. held:
+    which operand the kernel passes as the last of `extras`."""
     reads = tuple(access(operand, output) for operand in operands)
+    reads = tuple(replace(read, held=at == held) for at, read in enumerate(reads))
     return generate(stages, reads, memory_sizes(output), first)
 
 

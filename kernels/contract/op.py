@@ -112,11 +112,12 @@ class Scratch:
 
 @dataclass(frozen=True)
 class TmaDescriptor:
-    """A tensor argument that is read in boxes through a TMA descriptor (sm_90 and later).
+    """A tensor argument that is moved in boxes through a TMA descriptor (sm_90 and later).
 
     shape, strides: in elements, of the tensor inside its buffer; the last stride is 1. box: what is
-    copied at a time, zero where it reaches outside. offset: of the first element. batch: the batch
-    for which `shape` holds, where a dimension scales with it: the outermost one in memory.
+    copied at a time; of what reaches outside zero is read, and nothing written. offset: of the
+    first element. batch: the batch for which `shape` holds, where a dimension scales with it: the
+    outermost one in memory.
     """
 
     ref: Ref
@@ -166,7 +167,9 @@ class Launch:
     program that adds up a split sum reads. Where a kernel multiplies other blocks than its tile's:
     shared_traffic: bytes of shared memory that products read and copies write; shared_held,
     registers: what a program holds of it, and a thread of those. hides_ends: a program multiplies
-    one tile while it finishes another.
+    one tile while it finishes another. Where the copy engine moves what the end of a tile reads and
+    writes: end_shared: bytes that threads exchange with shared memory instead; end_instructions:
+    what each warp issues for that.
     """
 
     kernel: Any
@@ -191,6 +194,8 @@ class Launch:
     boxes: Mapping[str, TmaDescriptor] = field(default_factory=lambda: NONE)
     most_programs: int | None = None
     hides_ends: bool = False
+    end_shared: int = 0
+    end_instructions: int = 0
 
     @property
     def too_large(self) -> str | None:

@@ -25,15 +25,13 @@ import triton.language as tl
 
 from ..contract import cost_model
 from ..contract.op import Config, Launch, Problem, Target, config, power_of_two
+from ..hopper import core
+from ..hopper.boxes import GROUPED as BLOCK
 from ..tile import choice, space
 from ..tile.conv_geometry import Conv2d
 from ..tile.finish import put
 from ..tile.geometry import Image, Window, tile_launch
 from ..tile.source import inside
-
-BLOCK = 32
-"""Channels of a block. With 64 the zeros double the products and 128x64 tiles need 194 registers;
-with 16 the weight tiles are too small for 128-bit copies."""
 
 
 def applies(attributes: Conv2d, weight: tuple[int, ...]) -> bool:
@@ -147,7 +145,9 @@ def _blocks(problem: Problem) -> int:
 
 
 def launch(problem: Problem, tile: Config, target: Target) -> Launch:
-    """The one launch of the kernel."""
+    """The one launch of the kernel, or of the Hopper core's."""
+    if core.uses_core(tile):
+        return core.launch(problem, tile, target)
     x, groups = problem.inputs[0], _groups(problem)
     window = Window.of(problem.inputs[1].shape[2:], problem.attributes)
     taps = window.R * window.S
@@ -175,20 +175,20 @@ def _tile(problem: Problem, block_m: int, warps: int, stages: int) -> Config:
     )
 
 
-def configs(problem: Problem, target: Target) -> Iterator[Config]:
+def _configs(problem: Problem, target: Target) -> Iterator[Config]:
     """The block gives the columns and the depth; rows and stages are free."""
     for block_m in (64, 128):
         for stages in (2, 3, 4):
             tile = _tile(problem, block_m, 4, stages)
-            if legal(problem, tile, target) is None:
+            if _legal(problem, tile, target) is None:
                 yield tile
 
 
-def legal(problem: Problem, tile: Config, target: Target) -> str | None:
+def _legal(problem: Problem, tile: Config, target: Target) -> str | None:
     return choice.legal_tile(problem.inputs[0].spec.dtype, tile, target)
 
 
-def default(problem: Problem, target: Target) -> Config:
+def _default(problem: Problem, target: Target) -> Config:
     """128 pixels by one block of groups (118 registers on sm_90 for 32 groups of 4); 64 where that
     leaves multiprocessors without work, before sm_90, where it spills up to 16 bytes, and in fp32
     (56 bytes on sm_80, 244 registers on sm_90)."""
@@ -200,3 +200,8 @@ def default(problem: Problem, target: Target) -> Config:
     enough = rows // 128 * _blocks(problem) >= cost_model.MULTIPROCESSORS
     fits = target.capability >= 90 and problem.inputs[0].spec.dtype is not torch.float32
     return tile if enough and fits else _tile(problem, 64, 4, 4)
+
+
+configs, default, legal = core.beside(
+    {"configs": _configs, "default": _default, "legal": _legal}, launch
+)

@@ -21,6 +21,7 @@ import torch
 
 from ..contract.op import Config, Launch, Op, Problem, Target, config, counted, power_of_two
 from ..contract.spec import Layout, TensorSpec
+from ..hopper import core
 from ..tile import choice, finish, space
 from ..tile.space import Space
 from . import conv_tile
@@ -70,19 +71,18 @@ def _pixels(problem: Problem) -> int:
     return power_of_two(math.prod(conv_tile.result(problem).shape[2:]))
 
 
-def launches(problem: Problem, tile: Config, target: Target) -> tuple[Launch, ...]:
-    """One launch of the tile kernel."""
+def _launch(problem: Problem, tile: Config, target: Target) -> Launch:
+    """Of the tile kernel, or the Hopper core's where the configuration says so."""
     attributes, result = problem.attributes.expect(ConvMean), conv_tile.result(problem)
     n, _, p, q = result.shape
     images = tile["BLOCK_M"] // _pixels(problem)
-    launch = conv_tile.launch(
+    return conv_tile.launch(
         problem, tile, target, Space(space.images, p, q, images), attributes.stages, result,
         finish.average_images,
         rows=n,
         l2_bytes=conv_tile.l2_bytes(problem, images * p * q, tile["BLOCK_N"], result),
         instructions=2 * tile["BLOCK_M"] * tile["BLOCK_N"],
     )  # fmt: skip
-    return (launch,)
 
 
 def _default_tiles(problem: Problem, target: Target) -> Iterator[tuple[int, int, int]]:
@@ -105,14 +105,14 @@ def _size(problem: Problem) -> choice.Size:
     return conv_tile.size_of(problem, images * _pixels(problem))
 
 
-def configs(problem: Problem, target: Target) -> Iterator[Config]:
+def _configs(problem: Problem, target: Target) -> Iterator[Config]:
     """Tiles of whole images."""
     size = _size(problem)
     for block_m, block_n, warps in TILES:
         for block_k in (64, 32, 16):
             for stages in (3, 4, 2):
                 tile = _tile(block_m, block_n, block_k, warps, stages)
-                if block_k <= _deepest(size, block_m) and legal(problem, tile, target) is None:
+                if block_k <= _deepest(size, block_m) and _legal(problem, tile, target) is None:
                     yield tile
 
 
@@ -129,14 +129,14 @@ def _deepest(size: choice.Size, block_m: int) -> int:
     return max(16, min(widest, power_of_two(size.depth)))
 
 
-def legal(problem: Problem, tile: Config, target: Target) -> str | None:
+def _legal(problem: Problem, tile: Config, target: Target) -> str | None:
     size, pixels = _size(problem), _pixels(problem)
     if tile["BLOCK_M"] % pixels:
         return f"tiles of {tile['BLOCK_M']} pixels do not hold whole images of {pixels}"
     return choice.legal(size, tile, target)
 
 
-def default(problem: Problem, target: Target) -> Config:
+def _default(problem: Problem, target: Target) -> Config:
     """The fastest by the model."""
     size = _size(problem)
     if target.name == "interpreter":
@@ -147,13 +147,17 @@ def default(problem: Problem, target: Target) -> Config:
         for block_m, block_n, warps in _default_tiles(problem, target)
         for stages in (3, 2)  # Three of 256 rows are more than sm_86 has of shared memory.
     )
-    fitting = (tile for tile in tiles if legal(problem, tile, target) is None)
+    fitting = (tile for tile in tiles if _legal(problem, tile, target) is None)
     return choice.fastest(size, fitting, target)
 
 
+configs, default, legal = core.beside(
+    {"configs": _configs, "default": _default, "legal": _legal}, _launch
+)
 OP = Op(
-    "conv_mean", ConvMean, infer, reference, launches, counted(conv_tile.flops), configs, default,
-    legal,
+    "conv_mean", ConvMean, infer, reference,
+    lambda problem, tile, target: (_launch(problem, tile, target),), counted(conv_tile.flops),
+    configs, default, legal,
     # Mostly positive: an error relative to an average that cancels means nothing.
     input_range=(-1.0, 3.0), packs=lambda attributes: {1: conv_tile.pack},
 )  # fmt: skip

@@ -7,7 +7,7 @@ of pointwise stages that see no single pixels.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -123,9 +123,11 @@ def launch(
     function = ep.generate(stages, reads, ep.memory_sizes(result), own + first, "stages")
     extras = tuple(Ref("input", 2 + index) for index in range(len(operands)))
     if core.uses_core(tile):
-        (p, q), (down, across) = result.shape[2:], problem.output.shape[2:]
+        (p, q), (down, across) = result.shape[2:], problem.output.shape[2:] or (1, 1)
         pool = Pool(p, q, function, maximum, 2 * down > p or 2 * across > q)
-        return core.launch(problem, tile, target, pool, more["before"], extras)
+        launch = core.launch(problem, tile, target, pool, more.get("before", ()), extras)
+        full = _full_bytes(problem, tile["BLOCK_M"] * tile["BLOCK_N"], result)
+        return replace(launch, l2_bytes=launch.l2_bytes + full)
     return engine.launch(
         problem, tile, target, space, source.of_convolution(attributes.conv, x, w.shape, before),
         finish=Finish(end, function, maximum),
@@ -163,9 +165,14 @@ def l2_bytes(problem: Problem, rows: int, columns: int, result: TensorSpec) -> i
     its sums, and its part of the tensors that stages read in full; those of the epilogue are
     smaller."""
     _, c, r, s = problem.inputs[1].shape
+    operands = c * r * s * (rows + columns) * problem.inputs[0].spec.dtype.itemsize
+    return operands + _full_bytes(problem, rows * columns, result)
+
+
+def _full_bytes(problem: Problem, results: int, result: TensorSpec) -> int:
+    """What stages read for so many results of tensors that have an element for each."""
     full = sum(operand.spec.numel == result.numel for operand in problem.inputs[2:])
-    elements = c * r * s * (rows + columns) + full * rows * columns
-    return elements * problem.inputs[0].spec.dtype.itemsize
+    return full * results * problem.inputs[0].spec.dtype.itemsize
 
 
 def pack(attributes: StagedConv, w: torch.Tensor) -> torch.Tensor:

@@ -9,9 +9,12 @@ from __future__ import annotations
 
 import itertools
 import math
+from dataclasses import replace
 from typing import Any, NamedTuple
 
-from ..contract.op import Config, Operand, Problem, TmaDescriptor, X
+from ..contract import epilogue as ep
+from ..contract.op import Config, Operand, Problem, Ref, TmaDescriptor, X
+from ..tile.conv_geometry import infer
 
 ALIGNMENT = 16
 """Bytes: of the first element and of every pitch."""
@@ -20,10 +23,16 @@ BOXES_TRIED = 2
 """Of each number of pixels, those that pad least."""
 
 
+GROUPED = 32
+"""Channels of a block of several groups, as `convolution/grouped.py` packs their weights. With 64
+the zeros double the products and plain Triton's 128x64 tiles need 194 registers; with 16 the weight
+tiles are too small for 128-bit copies."""
+
+
 class Pool(NamedTuple):
-    """What becomes of windows of 2x2 pixels of a convolution's result, which has height P and width
-    Q. stages: applied before; maximum: whether the largest is taken, else the sum; overhangs:
-    whether some windows have members outside."""
+    """What becomes of windows of 2x2 pixels, or of all, of a convolution's result, which has height
+    P and width Q. stages: applied before; maximum: whether the largest is taken, else the sum;
+    overhangs: whether some windows have members outside."""
 
     P: int
     Q: int
@@ -35,8 +44,8 @@ class Pool(NamedTuple):
 class Pixels(NamedTuple):
     """The box of pixels that a tile is: images, rows and columns, powers of two; how many pixels it
     is from one row to the next (W where an image follows the other, N·W where a row of all images
-    follows the other); how many boxes of an image lie below and beside each other; and what is made
-    of windows of side x side pixels."""
+    follows the other); how many boxes of an image lie below and beside each other; what is made of
+    windows of side x side pixels, 0 for the mean of all; and whether results leave in boxes."""
 
     N: int
     H: int
@@ -46,6 +55,7 @@ class Pixels(NamedTuple):
     across: int = 1
     side: int = 1
     pool: Pool | None = None
+    copied: bool = False
 
 
 def box_of(tile: Config) -> tuple[int, int, int]:
@@ -59,22 +69,33 @@ def filter_of(problem: Problem) -> Any:
 
 
 def side(problem: Problem) -> int:
-    """Of the windows of pixels that become one result."""
-    return 1 if filter_of(problem) is problem.attributes else 2
+    """Of the windows of pixels that become one result; 0 where all of an image do."""
+    return {"conv_pool": 2, "conv_mean": 0}.get(problem.op, 1)
+
+
+def size(problem: Problem) -> tuple[int, int, int]:
+    """Images, rows and columns of the convolution's result, before more is made of it."""
+    n, *_, p, q = (*problem.output.shape, 1, 1)[:4]
+    if side(problem) > 0:
+        return n, side(problem) * p, side(problem) * q
+    (result,) = infer(filter_of(problem), (problem.inputs[0].spec, problem.inputs[1].spec))
+    return n, result.shape[2], result.shape[3]
 
 
 def waste(problem: Problem, box: tuple[int, int, int]) -> float:
     """How many pixels boxes of (images, rows, columns) compute for each one that there is."""
-    n, _, p, q = problem.output.shape
-    there = n, side(problem) * p, side(problem) * q
-    computed = (-(-pixels // size) * size for pixels, size in zip(there, box, strict=True))
+    there = size(problem)
+    computed = (-(-pixels // each) * each for pixels, each in zip(there, box, strict=True))
     return math.prod(computed) / max(math.prod(there), 1)
 
 
 def splits_windows(problem: Problem, box: tuple[int, int, int], by_rows: bool) -> bool:
-    """Whether half of a box, which a group of warps finishes, holds parts of windows."""
+    """Whether half of a box, which a group of warps finishes, holds parts of windows or images."""
     n, high, wide = box
     row = n * wide if by_rows else wide
+    if side(problem) == 0:
+        _, p, q = size(problem)
+        return by_rows or n < 2 or high < p or wide < q
     return side(problem) > 1 and (high < 2 or wide < 2 or 4 * row > math.prod(box))
 
 
@@ -95,7 +116,7 @@ def boxes(problem: Problem, pixels: int, by_rows: bool = False) -> list[tuple[in
     return [box for box in every[:BOXES_TRIED] if waste(problem, box) <= MOST_WASTE]
 
 
-def misaligned(x: Operand, w_pitch: int) -> str | None:
+def misaligned(x: Operand, w_pitch: int = 0) -> str | None:
     """Why x, or a weight with rows of so many elements, cannot be read in boxes, or None."""
     parts = {"the start of x": x.offset, "the pitch of x": x.pitch, "the pitch of w": w_pitch}
     for what, elements in parts.items():
@@ -104,12 +125,39 @@ def misaligned(x: Operand, w_pitch: int) -> str | None:
     return None
 
 
+def whole_operands(problem: Problem) -> list[int] | None:
+    """Which operands of the epilogue have an element for each result; None unless results and
+    these, one at most, can be moved in the same boxes."""
+    y, operands = problem.output, problem.operands
+    sizes = ep.memory_sizes(y.spec)
+    reads = [ep.access(operand, y.spec) for operand in operands]
+    whole = [at for at, read in enumerate(reads) if read.is_full(sizes)]
+    for each in (y, *(operands[at] for at in whole)):
+        strides = ep.access(replace(y, pitch=each.pitch), y.spec).strides
+        found = ep.access(each, y.spec).strides
+        if each.spec.dtype is not y.spec.dtype or found != strides or misaligned(each):
+            return None
+    return whole if len(whole) < 2 else None
+
+
+def groups(problem: Problem) -> int:
+    """Of channels, that share no products; 1 where all do."""
+    return int(getattr(filter_of(problem), "groups", 1))
+
+
+def _fill_blocks(problem: Problem) -> bool:
+    """Whether groups of as many channels of x and of y are packed as whole blocks of GROUPED."""
+    k, per_group = problem.inputs[1].shape[:2]
+    even = k == groups(problem) * per_group and problem.op == "conv2d"
+    return even and per_group > 1 and GROUPED % per_group == k % GROUPED == 0 < GROUPED - per_group
+
+
 def refusal(problem: Problem) -> str | None:
     """Why the input of a convolution cannot be read in boxes, whatever their form, or None."""
     attributes = filter_of(problem)
     _, _, h, width = problem.inputs[0].shape
-    if attributes.groups != 1:
-        return f"TMA: {attributes.groups} groups; boxes hold channels of one"
+    if (count := groups(problem)) != 1 and not _fill_blocks(problem):
+        return f"TMA: {count} groups; boxes hold channels of one, or {GROUPED} of several"
     if attributes.stride not in ((1, 1), (2, 2)):
         return f"TMA: stride {attributes.stride}; boxes are made for (1, 1) and (2, 2)"
     if attributes.stride == (2, 2) and (h % 2 or width % 2):
@@ -117,28 +165,32 @@ def refusal(problem: Problem) -> str | None:
     return None
 
 
+def described(
+    ref: Ref, tensor: Operand, size: tuple[int, int, int], box: tuple[int, int, int],
+    columns: tuple[int, int], by_rows: bool,
+) -> TmaDescriptor:  # fmt: skip
+    """A tensor of so many (images, rows, columns), in boxes of so many. columns: channels of the
+    tensor and of a box; by_rows: with rows as the first dimension and images as the second."""
+    (n, h, width), (channels, read), pitch = size, columns, tensor.pitch
+    first, second = (n, h * width * pitch, box[0]), (h, width * pitch, box[1])
+    if by_rows:
+        first, second = second, first
+    every = (first, second, (width, pitch, box[2]), (channels, 1, read))
+    shape, strides, boxed = zip(*every, strict=True)
+    return TmaDescriptor(ref, shape, strides, boxed, tensor.offset, tensor.spec.batch)
+
+
 def view(
     problem: Problem, box: tuple[int, int, int], block_k: int, by_rows: bool = False
 ) -> TmaDescriptor:
-    """The input of a convolution, read in boxes of (images, rows, columns) by so many channels.
-    by_rows: with rows as the first dimension and images as the second, for stride 1."""
-    attributes = filter_of(problem)
+    """The input of a convolution, read in boxes of (images, rows, columns) by so many channels;
+    by_rows, as `described`, for stride 1."""
     x = problem.inputs[0]
     n, c, h, width = x.shape
     pitch = x.pitch
-    shape: tuple[int, ...]
-    strides: tuple[int, ...]
-    read: tuple[int, ...]
-    if by_rows:
-        shape = (h, n, width, c)
-        strides = (width * pitch, h * width * pitch, pitch, 1)
-        read = (box[1], box[0], box[2], block_k)
-    elif attributes.stride == (1, 1):
-        shape = (n, h, width, c)
-        strides = (h * width * pitch, width * pitch, pitch, 1)
-        read = (*box, block_k)
-    else:
-        shape = (n, h // 2, 2, width // 2, pitch + c)
-        strides = (h * width * pitch, 2 * width * pitch, width * pitch, 2 * pitch, 1)
-        read = (box[0], box[1], 1, box[2], block_k)
+    if filter_of(problem).stride == (1, 1):
+        return described(X, x, (n, h, width), box, (c, block_k), by_rows)
+    shape = (n, h // 2, 2, width // 2, pitch + c)
+    strides = (h * width * pitch, 2 * width * pitch, width * pitch, 2 * pitch, 1)
+    read = (box[0], box[1], 1, box[2], block_k)
     return TmaDescriptor(X, shape, strides, read, x.offset, x.spec.batch)

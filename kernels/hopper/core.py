@@ -1,16 +1,17 @@
-"""When and how conv2d, conv_pool and linear use the warp-specialised core of sm_90 (`kernel.py`,
-`halo.py`).
+"""When and how conv2d, conv_pool, conv_mean and linear use the warp-specialised core of sm_90
+(`kernel.py`, `halo.py`).
 
 A configuration with the block `HOPPER` is this core's; its value says in which way. No GPU has run
 it: it is neither a default nor in the tuning space unless `CONVLOOM_CORE=hopper` asks for it
 (`settings.py`). Then it is taken where its conditions hold and the cost model expects it to be
 faster than plain Triton's tiles; `CONVLOOM_CORE=plain` refuses it even where a file or a record
 names it.
+
+Chains of convolutions are not among them: what there is room for is in `docs/how/kernels.md`.
 """
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
@@ -23,14 +24,13 @@ from ...errors import TargetUnavailableError
 from ..contract import cost_model
 from ..contract import epilogue as ep
 from ..contract.op import Config, Launch, Problem, Ref, Target, TmaDescriptor, W, X, Y, config
-from ..contract.spec import Operand
 from ..tile import choice
 from ..tile.conv_geometry import Conv2d
 from ..tile.geometry import Image, Output, Window, tile_launch
 from . import boxes, gluon
 from .boxes import Pixels, Pool
 from .halo import halo_kernel
-from .kernel import hopper_kernel
+from .kernel import hopper_kernel, most_at_once
 
 BLOCK = "HOPPER"
 SHARED, IN_TURNS, HALO = 1, 2, 3
@@ -40,6 +40,7 @@ CAPABILITY = 90
 TILES = (
     (128, 256, SHARED), (256, 128, SHARED), (128, 128, SHARED), (256, 64, SHARED),
     (128, 64, SHARED), (128, 128, IN_TURNS), (128, 64, IN_TURNS), (256, 128, HALO), (256, 64, HALO),
+    (256, 32, HALO),
 )  # fmt: skip
 """Pixels, output channels and the way."""
 DEPTHS = (64, 32)
@@ -47,13 +48,25 @@ DEPTHS = (64, 32)
 LEAST_CHANNELS = 32
 MOST_STAGES = 8
 END_BYTES = 17_408
-"""Shared memory beside the ring: what results go through on their way out, and barriers."""
+"""Shared memory beside the ring where threads store results: what these go through, and
+barriers."""
+BARRIER_BYTES = 1_024
+"""Beside the ring and the results where these are copied."""
+LEAST_STAGES = 3
+"""For whose sake results are not copied."""
 STEP_INSTRUCTIONS = 48
 """Of a warp that multiplies, beside the products (41 to 54 from 128x256 to 256x128)."""
 HALO_INSTRUCTIONS = 140
 """For three taps (104 where the weights stay)."""
-HALO_STAGES, HALO_SLOTS = (3, 2), 8
-"""Slots of pixels, the more of which there is memory for, and at most of weights."""
+END_INSTRUCTIONS = 2.5, 2.2
+"""Of a thread for each of its results where these are copied, and for its residual (bias and relu:
+2.4 to 2.5, and 4.6 to 4.7 with a residual, at 64 and 128 results)."""
+GROUPED = boxes.GROUPED
+CHECK_INSTRUCTIONS = 2 * 2 * GROUPED
+"""Of each warp that multiplies several groups: whether there is NaN among the 32 sums of its
+threads, by two groups of warps."""
+HALO_STAGES, LEAST_SLOTS, HALO_SLOTS = (3, 2), 3, 8
+"""Slots of pixels, and at least and at most of weights."""
 SWIZZLE_PERIOD = 1_024
 """Bytes, of which a row of a halo's slot is a multiple."""
 WARPS = 4
@@ -118,7 +131,7 @@ def refusal(problem: Problem, target: Target) -> str | None:
         return f"{c} channels; the Hopper core is for {LEAST_CHANNELS} and more"
     if w.spec.numel == 0 or y.spec.numel == 0:
         return "a tensor is empty"
-    return boxes.misaligned(x, c)
+    return boxes.misaligned(x, _depth(problem))
 
 
 def legal(problem: Problem, tile: Config, target: Target) -> str | None:
@@ -133,12 +146,15 @@ def legal(problem: Problem, tile: Config, target: Target) -> str | None:
     if math.prod(box := boxes.box_of(tile)) != tile["BLOCK_M"]:
         return f"the box does not hold BLOCK_M={tile['BLOCK_M']} pixels"
     if boxes.splits_windows(problem, box, _way(tile) == HALO):
-        return f"half a box of {box} pixels does not hold whole windows of 2x2"
+        what = "windows of 2x2" if boxes.side(problem) else "images"
+        return f"half a box of {box} pixels does not hold whole {what}"
     known = tile["BLOCK_M"], tile["BLOCK_N"], _way(tile)
     if known not in TILES or tile.num_warps != WARPS:
         return f"the Hopper core has no tile of {tile}"
     if _way(tile) == HALO and (reason := _no_halo(problem, tile)) is not None:
         return reason
+    if bool(_group(problem)) != (tile["BLOCK_N"] == GROUPED):
+        return f"tiles of {GROUPED} channels are for several groups, and only they"
     return target.shared_shortage(shared_bytes(problem, tile, target))
 
 
@@ -154,12 +170,34 @@ def _no_halo(problem: Problem, tile: Config) -> str | None:
 
 def shared_bytes(problem: Problem, tile: Config, target: Target) -> int:
     """Shared memory of a program: the ring, and what results go through."""
+    ends = _copied_bytes(problem, tile, target) or END_BYTES
+    if _way(tile) == HALO:
+        x_bytes, w_bytes = _halo_bytes(tile, problem.inputs[0].spec.dtype)
+        return tile.num_stages * x_bytes + _weights(problem, tile, target)[0] * w_bytes + ends
+    return _ring_bytes(problem, tile) + ends
+
+
+def _ring_bytes(problem: Problem, tile: Config) -> int:
+    """Of as few slots of weights as a halo can have."""
     dtype = problem.inputs[0].spec.dtype
     if _way(tile) == HALO:
         x_bytes, w_bytes = _halo_bytes(tile, dtype)
-        return tile.num_stages * x_bytes + _weights(problem, tile, target)[0] * w_bytes + END_BYTES
-    slot = _slot_bytes(tile["BLOCK_M"], tile["BLOCK_N"], tile["BLOCK_K"], dtype)
-    return tile.num_stages * slot + END_BYTES
+        return tile.num_stages * x_bytes + LEAST_SLOTS * w_bytes
+    return tile.num_stages * _slot_bytes(tile["BLOCK_M"], tile["BLOCK_N"], tile["BLOCK_K"], dtype)
+
+
+def _result_bytes(problem: Problem, block_m: int, block_n: int, way: int) -> int:
+    """Of both groups' results, in turns of a tile each."""
+    return (1 + (way == IN_TURNS)) * block_m * block_n * problem.output.spec.dtype.itemsize
+
+
+def _copied_bytes(problem: Problem, tile: Config, target: Target) -> int:
+    """Shared memory for a tile's results, and barriers, where the copy engine moves them and a
+    residual; 0 where threads do: they are pooled, or not aligned, or there is not room enough."""
+    if boxes.side(problem) != 1 or boxes.whole_operands(problem) is None:
+        return 0
+    needed = _result_bytes(problem, tile["BLOCK_M"], tile["BLOCK_N"], _way(tile)) + BARRIER_BYTES
+    return needed if _ring_bytes(problem, tile) + needed <= target.shared_bytes else 0
 
 
 def _halo_bytes(tile: Config, dtype: torch.dtype) -> tuple[int, int]:
@@ -171,11 +209,12 @@ def _halo_bytes(tile: Config, dtype: torch.dtype) -> tuple[int, int]:
 def _weights(problem: Problem, tile: Config, target: Target) -> tuple[int, bool]:
     """How many slots the weights of a halo have, at least three, and whether all of them stay."""
     x_bytes, w_bytes = _halo_bytes(tile, problem.inputs[0].spec.dtype)
-    room = (target.shared_bytes - END_BYTES - tile.num_stages * x_bytes) // w_bytes
-    every = 9 * -(-_channels(problem) // tile["BLOCK_K"])
+    ends = _copied_bytes(problem, tile, target) or END_BYTES
+    room = (target.shared_bytes - ends - tile.num_stages * x_bytes) // w_bytes
+    every = 9 * -(-_depth(problem) // tile["BLOCK_K"])
     if every <= room and _columns(problem) <= tile["BLOCK_N"]:
         return every, True
-    return max(3, min(room, HALO_SLOTS)), False
+    return max(LEAST_SLOTS, min(room, HALO_SLOTS)), False
 
 
 def _slot_bytes(block_m: int, block_n: int, block_k: int, dtype: torch.dtype) -> int:
@@ -184,24 +223,29 @@ def _slot_bytes(block_m: int, block_n: int, block_k: int, dtype: torch.dtype) ->
 
 def tiles(problem: Problem, target: Target) -> Iterator[Config]:
     """Every configuration that can compute the problem: of each tile size the boxes that pad least,
-    and as many slots as there is memory for."""
+    and as many slots as there is memory for beside results, and without these."""
     if refusal(problem, target) is not None:
         return
-    dtype, c = problem.inputs[0].spec.dtype, _channels(problem)
+    dtype, c = problem.inputs[0].spec.dtype, _depth(problem)
     depths = [depth * 2 // dtype.itemsize for depth in DEPTHS]
     block_k = min(depths, key=lambda depth: (-(-c // depth) * depth, -depth))
     columns = _columns(problem)
     for block_m, block_n, way in TILES:
         if block_n > max(64, columns + columns // 2):
             continue
-        room = target.shared_bytes - END_BYTES
-        stages = min(MOST_STAGES, room // _slot_bytes(block_m, block_n, block_k, dtype))
+        slot = _slot_bytes(block_m, block_n, block_k, dtype)
+        results = _result_bytes(problem, block_m, block_n, way) + BARRIER_BYTES
+        copied, most = ((target.shared_bytes - ends) // slot for ends in (results, END_BYTES))
+        counts = (copied, most) if copied >= LEAST_STAGES else (most,)
         for n, h, w in _boxes(problem, block_m, way):
             sizes = {"BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_K": block_k}
             sizes |= {"BOX_N": n, "BOX_H": h, "BOX_W": w, BLOCK: way}
-            deep = HALO_STAGES if way == HALO else (stages,)
-            every = (config(WARPS, count, **sizes) for count in deep)
-            yield from itertools.islice((x for x in every if not legal(problem, x, target)), 1)
+            deep = HALO_STAGES if way == HALO else counts
+            every = (config(WARPS, min(MOST_STAGES, count), **sizes) for count in deep)
+            found = [each for each in every if not legal(problem, each, target)]
+            # Of those whose results are copied and of all the one of most slots.
+            moving = [each for each in found if _copied_bytes(problem, each, target)]
+            yield from dict.fromkeys((*moving[:1], *sorted(found, key=lambda x: -x.num_stages)[:1]))
 
 
 def _boxes(problem: Problem, pixels: int, way: int) -> list[tuple[int, int, int]]:
@@ -218,7 +262,7 @@ def configs(problem: Problem, target: Target) -> Iterator[Config]:
 
 
 def default(
-    problem: Problem, target: Target, plain: Config, plain_launch: Callable[[], Launch]
+    problem: Problem, target: Target, plain: Config, launch_of: Callable[[Config], Launch]
 ) -> Config:
     """The core's configuration of least modelled time, where it is asked for and that is less than
     the time of `plain`; else `plain`."""
@@ -228,12 +272,13 @@ def default(
     gpu = cost_model.machine_for(target)
     flops, dtype, end_bytes = choice.Work.of(problem, _flops(problem))
 
-    def time_us(made: Launch, tile: Config) -> float:
+    def time_us(tile: Config) -> float:
+        made = launch_of(tile)
         padded = flops * cost_model.padding(made, tile, problem)
         return cost_model.launch_us(gpu, made, padded, dtype, end_bytes)
 
-    times = [time_us(launch(problem, tile, target), tile) for tile in found]
-    is_faster = min(times) < time_us(plain_launch(), plain)
+    times = [time_us(tile) for tile in found]
+    is_faster = min(times) < time_us(plain)
     return found[times.index(min(times))] if is_faster else plain
 
 
@@ -244,7 +289,7 @@ def note(problem: Problem, tile: Config, target: Target, launches: tuple[Launch,
         return ""
     if uses_core(tile):
         return "Hopper core"
-    if problem.op not in ("conv2d", "linear", "conv_pool"):
+    if problem.op not in ("conv2d", "linear", "conv_pool", "conv_mean"):
         multiplies = any(cost_model.block_of(launch) for launch in launches)
         return f"plain core: {problem.op} has no other" if multiplies else ""
     reason = refusal(problem, target)
@@ -263,12 +308,22 @@ def beside(plain: Mapping[str, Any], launch: Callable[..., Launch]) -> tuple[Any
 
     def first(problem: Problem, target: Target) -> Config:
         usual = plain["default"](problem, target)
-        return default(problem, target, usual, lambda: launch(problem, usual, target))
+        return default(problem, target, usual, lambda tile: launch(problem, tile, target))
 
     def refused(problem: Problem, tile: Config, target: Target) -> str | None:
         return (legal if uses_core(tile) else plain["legal"])(problem, tile, target)
 
     return every, first, refused
+
+
+def _group(problem: Problem) -> int:
+    """Channels of each group, of which several are multiplied together; else 0."""
+    return problem.inputs[1].shape[1] if boxes.groups(problem) > 1 else 0
+
+
+def _depth(problem: Problem) -> int:
+    """Terms of a tap: the channels, or those of several groups together."""
+    return GROUPED if _group(problem) else _channels(problem)
 
 
 def _is_product(problem: Problem) -> bool:
@@ -284,25 +339,27 @@ def _channels(problem: Problem) -> int:
 
 
 def _flops(problem: Problem) -> int:
-    terms = problem.inputs[1].spec.numel // _columns(problem)
-    return 2 * problem.output.spec.numel * boxes.side(problem) ** 2 * terms
+    w, y = problem.inputs[1].spec, problem.output.spec
+    pixels = y.numel // _columns(problem) * boxes.side(problem) ** 2
+    return 2 * w.numel * (pixels or math.prod(boxes.size(problem)))
 
 
 def _columns(problem: Problem) -> int:
     return ep.memory_sizes(problem.output.spec)[-1]
 
 
-def view_of(problem: Problem, before: ep.Epilogue = ()) -> View:
+def view_of(problem: Problem, before: ep.Epilogue = (), held: int | None = None) -> View:
     """The problem as a convolution; a matrix product is one of images of a single pixel. before:
-    stages in front of its epilogue."""
+    stages in front of its epilogue; held: the operand that the kernel has read when they begin."""
     x, y = problem.inputs[0], problem.output
-    epilogue = ep.for_output((*before, *problem.epilogue), problem.operands, y.spec)
+    epilogue = ep.for_output((*before, *problem.epilogue), problem.operands, y.spec, held=held)
     if _is_product(problem):
         c, k = _channels(problem), _columns(problem)
         output = Output(1, 1, k, y.pitch, y.offset, epilogue)
         rows = y.spec.numel // k
         return View(Image(1, 1, c, x.pitch, x.offset), Window(1, 1), output, rows)
-    return View(Image.of(x), _window(problem), Output.of(y, epilogue), y.shape[0])
+    image = Image.of(x)._replace(C=_depth(problem))
+    return View(image, _window(problem), Output.of(y, epilogue), y.shape[0])
 
 
 def _window(problem: Problem) -> Window:
@@ -312,12 +369,33 @@ def _window(problem: Problem) -> Window:
 
 
 def _x_box(problem: Problem, tile: Config, view: View) -> TmaDescriptor:
-    box = boxes.box_of(tile)
+    box, depth = boxes.box_of(tile), tile["BLOCK_K"]
     if not _is_product(problem):
-        return boxes.view(problem, box, tile["BLOCK_K"], by_rows=_way(tile) == HALO)
-    x: Operand = problem.inputs[0]
-    shape, strides = (view.images, 1, 1, view.image.C), (x.pitch, x.pitch, x.pitch, 1)
-    return TmaDescriptor(X, shape, strides, (*box, tile["BLOCK_K"]), x.offset, x.spec.batch)
+        return boxes.view(problem, box, depth, by_rows=_way(tile) == HALO)
+    size, columns = (view.images, 1, 1), (view.image.C, depth)
+    return boxes.described(X, problem.inputs[0], size, box, columns, by_rows=False)
+
+
+def _way_out(problem: Problem, tile: Config, view: View, by_rows: bool) -> dict[str, TmaDescriptor]:
+    """y, and the residual if there is one, in boxes of as much as a group of warps finishes at a
+    time: its part of the tile, of at most 64 results for a thread."""
+    n, h, w = boxes.box_of(tile)
+    if _way(tile) != IN_TURNS:  # Half of the outermost dimension that has two.
+        if n > 1 and not by_rows:
+            n //= 2
+        elif h > 1:
+            h //= 2
+        else:
+            w //= 2
+    columns = min(tile["BLOCK_N"], most_at_once() // (n * h * w))
+    out, size = view.output, (view.images, view.output.P, view.output.Q)
+    moved = {"y": (Y, problem.output)}
+    for at in boxes.whole_operands(problem) or ():
+        moved["residual"] = Ref("operand", at), problem.operands[at]
+    return {
+        name: boxes.described(*tensor, size, (n, h, w), (out.K, columns), by_rows)
+        for name, tensor in moved.items()
+    }
 
 
 def launch(
@@ -329,24 +407,29 @@ def launch(
     pool: what is made of windows of the result, which `extras` are read for; before: stages in
     front of the epilogue.
     """
-    view, way, box = view_of(problem, before), _way(tile), boxes.box_of(tile)
+    copied = bool(_copied_bytes(problem, tile, target))
+    held = next(iter(boxes.whole_operands(problem) or ()), None) if copied else None
+    view, way, box = view_of(problem, before, held), _way(tile), boxes.box_of(tile)
     side = boxes.side(problem)
-    down, across = -(-side * view.output.P // box[1]), -(-side * view.output.Q // box[2])
+    down, across = -(-side * view.output.P // box[1]) or 1, -(-side * view.output.Q // box[2]) or 1
     row = box[0] * box[2] if way == HALO else box[2]
-    pixels = Pixels(*box, row, down, across, side, pool)
+    pixels = Pixels(*box, row, down, across, side, pool, copied)
+    way_out = _way_out(problem, tile, view, row != box[2]) if copied else {}
     c, taps, k = view.image.C, view.window.R * view.window.S, view.output.K
     block_m, block_n, block_k = tile["BLOCK_M"], tile["BLOCK_N"], tile["BLOCK_K"]
     dtype = problem.inputs[0].spec.dtype
     steps = taps * -(-c // block_k)
     plain = tile_launch(
         problem, tile, hopper_kernel,
-        pointers={"y": Y},
+        pointers={} if copied else {"y": Y},
         boxes={
             "x": _x_box(problem, tile, view),
             "w": TmaDescriptor(W, (k, taps, c), (taps * c, c, 1), (block_n, 1, block_k)),
+            **way_out,
         },
         constexprs={
             "IMAGE": view.image, "WINDOW": view.window, "PIXELS": pixels, "STAGES": tile.num_stages,
+            **({} if "residual" in way_out else {"residual": None}),
         },
         precision="tf32" if dtype is torch.float32 else "ieee",
         output=view.output,
@@ -359,6 +442,8 @@ def launch(
         step_instructions=STEP_INSTRUCTIONS * (1 if way == IN_TURNS else 2),
         shared_held=shared_bytes(problem, tile, target),
         hides_ends=way == IN_TURNS,
+        end_shared=len(way_out) * block_m * block_n * problem.output.spec.dtype.itemsize,
+        end_instructions=round(sum(END_INSTRUCTIONS[: len(way_out)]) * block_m * block_n / 128),
         most_programs=cost_model.machine_for(target).multiprocessors,
     )  # fmt: skip
     if way == HALO:
@@ -369,6 +454,8 @@ def launch(
 def _with_halo(made: Launch, problem: Problem, tile: Config, target: Target) -> Launch:
     """The launch with the vertical taps of a filter read once."""
     slots, stay = _weights(problem, tile, target)
+    group = _group(problem)
+    whole = {"x_all": X, "w_all": W}
     x, dtype = made.boxes["x"], problem.inputs[0].spec.dtype
     x_bytes, w_bytes = _halo_bytes(tile, dtype)
     copied = made.steps // 3 * x_bytes + (0 if stay else made.steps * w_bytes)
@@ -379,7 +466,12 @@ def _with_halo(made: Launch, problem: Problem, tile: Config, target: Target) -> 
         made,
         kernel=halo_kernel,
         boxes={**made.boxes, "more": replace(x, box=(2, *x.box[1:]))},
-        constexprs={**made.constexprs, "SLOTS": slots, "RESIDENT": stay},
+        pointers={**made.pointers, **(whole if group else {})},
+        constexprs={
+            **made.constexprs, "SLOTS": slots, "RESIDENT": stay, "GROUP": group,
+            **({} if group else dict.fromkeys(whole)),
+        },
+        end_instructions=made.end_instructions + bool(group) * CHECK_INSTRUCTIONS,
         l2_bytes=copied,
         shared_traffic=made.steps * read + copied,
         steps=made.steps // 3,

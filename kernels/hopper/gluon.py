@@ -22,7 +22,7 @@ try:
         fence_async_shared as fence_async_shared,
     )
     from triton.experimental.gluon.language.nvidia.hopper import mbarrier as mbarrier
-    from triton.experimental.gluon.language.nvidia.hopper import tma
+    from triton.experimental.gluon.language.nvidia.hopper import tma as tma
     from triton.experimental.gluon.language.nvidia.hopper import warpgroup_mma as warpgroup_mma
     from triton.experimental.gluon.language.nvidia.hopper import (
         warpgroup_mma_wait as warpgroup_mma_wait,
@@ -48,6 +48,9 @@ SMALL_VIEWS: str | None = (
 # Called async_copy_* up to 3.8, async_load and async_store since.
 load_box: Any = getattr(tma, "async_load", None) or getattr(
     tma, "async_copy_global_to_shared", None
+)
+store_box: Any = getattr(tma, "async_store", None) or getattr(
+    tma, "async_copy_shared_to_global", None
 )
 
 

@@ -7,6 +7,9 @@ their own; with RESIDENT they are read once by each program and stay (64 to 64 c
 
 A row of a slot, PIXELS.row pixels of TILE.K channels, is a multiple of 1,024 bytes, where the
 swizzle repeats. Boxes are powers of two: the rows arrive as a box of H and a box of 2.
+
+Several groups of few channels are one block of 32 channels, as in `convolution/grouped.py`: a tile
+reads those channels of x that it writes of y.
 """
 
 from __future__ import annotations
@@ -21,7 +24,7 @@ from .gluon import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
-from .kernel import finish, tile_corner
+from .kernel import carry, finish, places, tile_corner, way_out
 
 
 @jit
@@ -29,6 +32,7 @@ def produce_halo(
     x, more, w, x_ring, w_ring, x_full, x_empty, w_full, w_empty, tiles,
     IMAGE: gl.constexpr, WINDOW: gl.constexpr, PIXELS: gl.constexpr, TILE: gl.constexpr,
     OUTPUT: gl.constexpr, STAGES: gl.constexpr, SLOTS: gl.constexpr, RESIDENT: gl.constexpr,
+    GROUP: gl.constexpr,
 ):  # fmt: skip
     """The warp that copies."""
     H: gl.constexpr = PIXELS.H
@@ -53,12 +57,13 @@ def produce_halo(
             arrived = x_full.index(slot)
             mbarrier.expect(arrived, x.block_type.nbytes + more.block_type.nbytes)
             rows = slot * (H + 2)
+            channel = start if GROUP == 0 else column
             load_box(
-                x, [top, n, q + s - WINDOW.left, start], arrived,
+                x, [top, n, q + s - WINDOW.left, channel], arrived,
                 seen_as(x_ring.index(rows), x.block_shape, x.layout),
             )  # fmt: skip
             load_box(
-                more, [top + H, n, q + s - WINDOW.left, start], arrived,
+                more, [top + H, n, q + s - WINDOW.left, channel], arrived,
                 seen_as(x_ring.index(rows + H), more.block_shape, more.layout),
             )  # fmt: skip
             slot += 1
@@ -80,10 +85,10 @@ def produce_halo(
 
 @jit
 def consume_halo(
-    y, extras, x_ring, w_ring, x_full, x_empty, w_full, w_empty, tiles, m,
-    IMAGE: gl.constexpr, PIXELS: gl.constexpr, TILE: gl.constexpr, OUTPUT: gl.constexpr,
-    STAGES: gl.constexpr, SLOTS: gl.constexpr, RESIDENT: gl.constexpr, LAYOUT: gl.constexpr,
-    WHO: gl.constexpr,
+    y, residual, extras, source, x_ring, w_ring, x_full, x_empty, w_full, w_empty, ends, tiles, m,
+    IMAGE: gl.constexpr, WINDOW: gl.constexpr, PIXELS: gl.constexpr, TILE: gl.constexpr,
+    OUTPUT: gl.constexpr, STAGES: gl.constexpr, SLOTS: gl.constexpr, RESIDENT: gl.constexpr,
+    GROUP: gl.constexpr, LAYOUT: gl.constexpr, WHO: gl.constexpr,
 ):  # fmt: skip
     """Four warps that multiply and finish the pixels from WHO·TILE.M/2 on of every tile."""
     M: gl.constexpr = TILE.M // 2
@@ -98,6 +103,7 @@ def consume_halo(
     phase = 0
     w_slot = 0
     w_phase = 0
+    parity = 0
     if RESIDENT:
         mbarrier.wait(w_full.index(0), 0)
     for tile in range(gl.program_id(0), tiles, gl.num_programs(0)):
@@ -136,17 +142,61 @@ def consume_halo(
         mbarrier.arrive(x_empty.index(before), count=1)
         if not RESIDENT:
             mbarrier.arrive(w_empty.index(w_before), count=1)
-        finish(acc, y, extras, n, p, q, column, m, PIXELS, TILE, OUTPUT, WHO * M)
+        if GROUP > 0:
+            acc = own_group(
+                acc, source, n, p, q, column, m, IMAGE, WINDOW, PIXELS, TILE, OUTPUT, GROUP,
+                WHO * M,
+            )  # fmt: skip
+        finish(
+            acc, y, residual, extras, ends, parity, n, p, q, column, m, PIXELS, TILE, OUTPUT,
+            WHO * M, WHO,
+        )  # fmt: skip
+        parity ^= 1
+
+
+@jit
+def own_group(
+    acc, source, n, p, q, column, m,
+    IMAGE: gl.constexpr, WINDOW: gl.constexpr, PIXELS: gl.constexpr, TILE: gl.constexpr,
+    OUTPUT: gl.constexpr, GROUP: gl.constexpr, FIRST: gl.constexpr,
+):  # fmt: skip
+    """The sums of a tile; where there is NaN among them, which zero times infinity may have made,
+    added up again of each channel's own group alone."""
+    M: gl.constexpr = acc.shape[0]
+    N: gl.constexpr = TILE.N
+    x, w = source
+    rows, live = places(acc, n, p, q, m, PIXELS.H, PIXELS.W, PIXELS.row, TILE, OUTPUT, FIRST)
+    within = gl.arange(0, N, layout=gl.SliceLayout(0, acc.type.layout))
+    again = gl.max(gl.max((acc != acc).to(gl.int32), axis=1), axis=0)
+    if again > 0:
+        image = rows // (OUTPUT.P * OUTPUT.Q) * IMAGE.H
+        top = (rows // OUTPUT.Q % OUTPUT.P).to(gl.int32) - WINDOW.top
+        left = (rows % OUTPUT.Q).to(gl.int32) - WINDOW.left
+        acc = gl.zeros([M, N], gl.float32, acc.type.layout)
+        for at in range(again * 9 * GROUP):
+            i = top + at // GROUP // 3
+            j = left + at // GROUP % 3
+            there = live & (i >= 0) & (i < IMAGE.H) & (j >= 0) & (j < IMAGE.W)
+            channel = within // GROUP * GROUP + at % GROUP
+            start = ((image + i) * IMAGE.W + j) * IMAGE.row_stride + IMAGE.offset + column
+            a = gl.load(x + start[:, None] + channel[None, :], mask=there[:, None], other=0.0)
+            b = gl.load(w + ((column + within) * 9 + at // GROUP) * TILE.K + channel)
+            acc += a.to(gl.float32) * b.to(gl.float32)[None, :]
+    return acc
 
 
 @jit
 def halo_kernel(
-    x, more, w, y, extras, m,
+    x, more, w, residual, y, x_all, w_all, extras, m,
     IMAGE: gl.constexpr, WINDOW: gl.constexpr, PIXELS: gl.constexpr, TILE: gl.constexpr,
     OUTPUT: gl.constexpr, STAGES: gl.constexpr, SLOTS: gl.constexpr, RESIDENT: gl.constexpr,
+    GROUP: gl.constexpr,
 ):  # fmt: skip
     """m counts images; x and more are read in boxes of rows, images, columns and channels. SLOTS:
-    of the weights; with RESIDENT all of them have one."""
+    of the weights; with RESIDENT all of them have one. GROUP: channels of each group, of which a
+    tile has several, whose weights are zero for each other; x_all and w_all are the same tensors
+    then. 0 where all channels are one group."""
+    source = (x_all, w_all)
     H: gl.constexpr = PIXELS.H
     column_tiles: gl.constexpr = (OUTPUT.K + TILE.N - 1) // TILE.N
     tiles = gl.cdiv(m, PIXELS.N) * (PIXELS.down * PIXELS.across * column_tiles)
@@ -166,22 +216,26 @@ def halo_kernel(
     for slot in gl.static_range(1 if RESIDENT else SLOTS):
         mbarrier.init(w_full.index(slot), count=1)
         mbarrier.init(w_empty.index(slot), count=2)
+    ends = way_out(y, PIXELS, TILE)
     fence_async_shared()
     gl.warp_specialize(
         [
             (consume_halo, (
-                y, extras, x_ring, w_ring, x_full, x_empty, w_full, w_empty, tiles, m, IMAGE,
-                PIXELS, TILE, OUTPUT, STAGES, SLOTS, RESIDENT, LAYOUT, 0,
+                y, residual, extras, source, x_ring, w_ring, x_full, x_empty, w_full, w_empty, ends,
+                tiles, m, IMAGE, WINDOW, PIXELS, TILE, OUTPUT, STAGES, SLOTS, RESIDENT, GROUP,
+                LAYOUT, 0,
             )),
             (consume_halo, (
-                y, extras, x_ring, w_ring, x_full, x_empty, w_full, w_empty, tiles, m, IMAGE,
-                PIXELS, TILE, OUTPUT, STAGES, SLOTS, RESIDENT, LAYOUT, 1,
+                y, residual, extras, source, x_ring, w_ring, x_full, x_empty, w_full, w_empty, ends,
+                tiles, m, IMAGE, WINDOW, PIXELS, TILE, OUTPUT, STAGES, SLOTS, RESIDENT, GROUP,
+                LAYOUT, 1,
             )),
             (produce_halo, (
                 x, more, w, x_ring, w_ring, x_full, x_empty, w_full, w_empty, tiles, IMAGE, WINDOW,
-                PIXELS, TILE, OUTPUT, STAGES, SLOTS, RESIDENT,
+                PIXELS, TILE, OUTPUT, STAGES, SLOTS, RESIDENT, GROUP,
             )),
+            (carry, (y, residual, ends, tiles, PIXELS, TILE, OUTPUT, False)),
         ],
-        [4, 1],
-        [240, 24],  # As in `kernel.py`.
+        [4, 1, 1],
+        [240, 24, 24],  # As in `kernel.py`.
     )  # fmt: skip

@@ -15,12 +15,16 @@ TILE.N channels. In each program
 - two groups of four warps multiply straight out of the ring, with one product under way while the
   next one's operands are waited for, and then finish their results. They share each tile, half of
   its pixels each, and the ring fills meanwhile with the next tile's operands; or with TURNS they
-  take tiles in turn, and one multiplies while the other finishes.
+  take tiles in turn, and one multiplies while the other finishes;
+- where PIXELS.copied, one warp moves residuals in and results out, in boxes: each group has memory
+  for its part of a tile, in which the residual has arrived when its sums are complete, and which it
+  leaves results in. Nobody else waits for either.
 
 `full[slot]`: both boxes have arrived. `empty[slot]`: who reads them has: a group arrives when only
 the product behind it is still under way. `order[group]`, in turns: the other one's loop is over. A
 parity tells apart no more than two fillings of a slot; whoever is further behind would take an old
-one for its own. Groups that share tiles never wait for each other.
+one for its own. Groups that share tiles never wait for each other. `ready[group]`: its results
+before have left, and the residual is there; `written[group]`: its results are.
 
 The design is that of CUTLASS's cooperative and ping-pong kernels (Thakkar et al.) with the taps of
 a filter in the place of its im2col.
@@ -36,12 +40,18 @@ from .gluon import (
     jit,
     load_box,
     mbarrier,
+    store_box,
+    tma,
     warpgroup_mma,
     warpgroup_mma_wait,
 )
 
-MOST_AT_ONCE = gl.constexpr(64 * 128) if gl else None
-"""Results that a group finishes at a time. gelu keeps 272 bytes on the stack with twice as many."""
+
+@constexpr_function
+def most_at_once():
+    """Results that a group finishes at a time. gelu keeps 272 bytes on the stack with twice as
+    many."""
+    return 64 * 128
 
 
 @jit
@@ -95,8 +105,57 @@ def produce(
 
 
 @jit
+def part_corner(tile, who, y, PIXELS: gl.constexpr, TILE: gl.constexpr, OUTPUT: gl.constexpr):
+    """Where the boxes of a group's part of a tile begin, in the order of y's dimensions."""
+    n, p, q, column = tile_corner(tile, PIXELS, TILE, OUTPUT)
+    if PIXELS.row != PIXELS.W:
+        first = p + who * (PIXELS.H - y.block_shape[0])
+        return first, n + who * (PIXELS.N - y.block_shape[1]), q, column
+    first = n + who * (PIXELS.N - y.block_shape[0])
+    second = p + who * (PIXELS.H - y.block_shape[1])
+    return first, second, q + who * (PIXELS.W - y.block_shape[2]), column
+
+
+@jit
+def carry(
+    y, residual, ends, tiles,
+    PIXELS: gl.constexpr, TILE: gl.constexpr, OUTPUT: gl.constexpr, TURNS: gl.constexpr,
+):  # fmt: skip
+    """The warp that moves results out, and residuals in behind them: both groups' in turn."""
+    if PIXELS.copied:
+        out, ready, written = ends
+        N: gl.constexpr = y.block_shape[3]
+        PARTS: gl.constexpr = TILE.N // N
+        first = gl.program_id(0)
+        stride = gl.num_programs(0)
+        count = gl.cdiv(tiles - first, stride)
+        if not TURNS:
+            count *= 2
+        for item in range(count + 2):
+            who = item % 2
+            if item >= 2:
+                tile = first + (item - 2 if TURNS else item // 2 - 1) * stride
+                a, b, c, column = part_corner(tile, who, y, PIXELS, TILE, OUTPUT)
+                mbarrier.wait(written.index(who), (item // 2 + 1) % 2)
+                for part in gl.static_range(PARTS):
+                    store_box(y, [a, b, c, column + part * N], out.index(who * PARTS + part))
+                tma.store_wait(pendings=0)
+            if item < count:
+                if residual is None:
+                    mbarrier.arrive(ready.index(who), count=1)
+                else:
+                    tile = first + (item if TURNS else item // 2) * stride
+                    a, b, c, column = part_corner(tile, who, y, PIXELS, TILE, OUTPUT)
+                    arrived = ready.index(who)
+                    mbarrier.expect(arrived, PARTS * residual.block_type.nbytes)
+                    for part in gl.static_range(PARTS):
+                        place = out.index(who * PARTS + part)
+                        load_box(residual, [a, b, c, column + part * N], arrived, place)
+
+
+@jit
 def consume(
-    y, extras, x_ring, w_ring, full, empty, order, tiles, m,
+    y, residual, extras, x_ring, w_ring, full, empty, order, ends, tiles, m,
     IMAGE: gl.constexpr, WINDOW: gl.constexpr, PIXELS: gl.constexpr, TILE: gl.constexpr,
     OUTPUT: gl.constexpr, STAGES: gl.constexpr, TURNS: gl.constexpr, WHO: gl.constexpr,
 ):  # fmt: skip
@@ -114,6 +173,7 @@ def consume(
     slot = 0
     phase = 0
     turn = 0
+    parity = 0
     first = gl.program_id(0)
     stride = gl.num_programs(0)
     if TURNS:
@@ -146,24 +206,82 @@ def consume(
             mbarrier.arrive(order.index(1 - WHO), count=1)
         acc = warpgroup_mma_wait(num_outstanding=0, deps=(acc,))
         mbarrier.arrive(empty.index(before), count=1)
-        finish(acc, y, extras, n, p, q, column, m, PIXELS, TILE, OUTPUT, FIRST)
+        finish(
+            acc, y, residual, extras, ends, parity, n, p, q, column, m, PIXELS, TILE, OUTPUT, FIRST,
+            WHO,
+        )  # fmt: skip
+        parity ^= 1
 
 
 @jit
 def finish(
-    acc, y, extras, n, p, q, column, m,
+    acc, y, residual, extras, ends, parity, n, p, q, column, m,
     PIXELS: gl.constexpr, TILE: gl.constexpr, OUTPUT: gl.constexpr, FIRST: gl.constexpr,
+    WHO: gl.constexpr,
 ):  # fmt: skip
     """The epilogue of a tile's pixels from FIRST on, and their store: 64 results of each thread at
     a time, beside which there are registers for any epilogue."""
     M: gl.constexpr = acc.shape[0]
     N: gl.constexpr = TILE.N
-    if M * N > MOST_AT_ONCE:
+    HALVES: gl.constexpr = most_at_once() < M * N
+    if HALVES:
         left, right = acc.reshape([M, 2, N // 2]).permute((0, 2, 1)).split()
+    if PIXELS.copied:
+        out, ready, written = ends
+        mbarrier.wait(ready.index(WHO), parity)
+        if HALVES:
+            place = out.index(2 * WHO)
+            leave(left, residual, place, extras, n, p, q, column, m, PIXELS, TILE, OUTPUT, FIRST)
+            place = out.index(2 * WHO + 1)
+            column += N // 2
+            leave(right, residual, place, extras, n, p, q, column, m, PIXELS, TILE, OUTPUT, FIRST)
+        else:
+            place = out.index(WHO)
+            leave(acc, residual, place, extras, n, p, q, column, m, PIXELS, TILE, OUTPUT, FIRST)
+        fence_async_shared()
+        mbarrier.arrive(written.index(WHO), count=1)
+    elif HALVES:
         put(left, y, extras, n, p, q, column, m, PIXELS, TILE, OUTPUT, FIRST)
         put(right, y, extras, n, p, q, column + N // 2, m, PIXELS, TILE, OUTPUT, FIRST)
     else:
         put(acc, y, extras, n, p, q, column, m, PIXELS, TILE, OUTPUT, FIRST)
+
+
+@jit
+def leave(
+    acc, residual, place, extras, n, p, q, column, m,
+    PIXELS: gl.constexpr, TILE: gl.constexpr, OUTPUT: gl.constexpr, FIRST: gl.constexpr,
+):  # fmt: skip
+    """The epilogue of all rows and some columns, whose residual is at a place in shared memory, for
+    the results."""
+    M: gl.constexpr = acc.shape[0]
+    N: gl.constexpr = acc.shape[1]
+    sums: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, N, 16])
+    value = gl.convert_layout(acc, sums, assert_trivial=True)
+    place = place.reshape([M, N])
+    rows, live = places(value, n, p, q, m, PIXELS.H, PIXELS.W, PIXELS.row, TILE, OUTPUT, FIRST)
+    columns = column + gl.arange(0, N, layout=gl.SliceLayout(0, sums))
+    if residual is not None:
+        extras = extras + (place.load(sums),)
+    value = OUTPUT.epilogue(value, rows, columns, live, columns < OUTPUT.K, extras)
+    place.store(value.to(place.dtype))
+
+
+@jit
+def way_out(y, PIXELS: gl.constexpr, TILE: gl.constexpr):
+    """Memory for both groups' results, in boxes of y, and its barriers; empty unless they are
+    copied."""
+    if PIXELS.copied:
+        boxes: gl.constexpr = 2 * (TILE.N // y.block_shape[3])
+        out = gl.allocate_shared_memory(y.dtype, [boxes] + y.block_shape, y.layout)
+        ready = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+        written = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+        for who in gl.static_range(2):
+            mbarrier.init(ready.index(who), count=1)
+            mbarrier.init(written.index(who), count=1)
+        return out, ready, written
+    else:  # noqa: RET505  (Triton compiles what follows a return.)
+        return ()
 
 
 @jit
@@ -202,21 +320,30 @@ def put(
     PIXELS: gl.constexpr, TILE: gl.constexpr, OUTPUT: gl.constexpr, FIRST: gl.constexpr,
 ):  # fmt: skip
     """The epilogue and the store of all rows and some columns of it: 16 bytes by each thread; with
-    pooling of every 2x2 window, whose members one thread holds."""
+    pooling of every 2x2 window, whose members one thread holds, or the mean of every image."""
     M: gl.constexpr = acc.shape[0]
     N: gl.constexpr = acc.shape[1]
     H: gl.constexpr = PIXELS.H
     W: gl.constexpr = PIXELS.W
     ROW: gl.constexpr = PIXELS.row
-    if PIXELS.side == 1:
+    if PIXELS.side == 2:
+        value = gl.convert_layout(acc, windows(M, N, ROW))
+    else:
         wide: gl.constexpr = gl.BlockedLayout([1, 8], [256 // N, N // 8], [4, 1], [1, 0])
         value = gl.convert_layout(acc, wide)
+    columns = column + gl.arange(0, N, layout=gl.SliceLayout(0, value.type.layout))
+    if PIXELS.side == 1:
         rows, live = places(value, n, p, q, m, H, W, ROW, TILE, OUTPUT, FIRST)
     else:
-        value = gl.convert_layout(acc, windows(M, N, ROW))
         rows, live = places(value, n, p, q, m, H, W, ROW, TILE, PIXELS.pool, FIRST)
-        columns = column + gl.arange(0, N, layout=gl.SliceLayout(0, value.type.layout))
         value = PIXELS.pool.stages(value, rows, columns, live, columns < OUTPUT.K, extras)
+    if PIXELS.side == 0:
+        value = gl.where(live[:, None], value, 0.0)
+        value = gl.sum(value.reshape([M // (H * W), H * W, N]), axis=1)
+        count = gl.full(value.shape, PIXELS.pool.P * PIXELS.pool.Q, gl.float32, value.type.layout)
+        value = gl.div_rn(value, count)
+        rows, live = places(value, n, p, q, m, 1, 1, 1, TILE, OUTPUT, FIRST // (H * W))
+    elif PIXELS.side == 2:
         if PIXELS.pool.overhangs:
             value = gl.where(live[:, None], value, float("-inf"))
         upper, lower = value.reshape([M // 2 // ROW, 2, ROW, N]).permute((0, 2, 3, 1)).split()
@@ -236,11 +363,12 @@ def put(
 
 @jit
 def hopper_kernel(
-    x, w, y, extras, m,
+    x, w, residual, y, extras, m,
     IMAGE: gl.constexpr, WINDOW: gl.constexpr, PIXELS: gl.constexpr, TILE: gl.constexpr,
     OUTPUT: gl.constexpr, STAGES: gl.constexpr, TURNS: gl.constexpr,
 ):  # fmt: skip
-    """m counts images."""
+    """m counts images. residual: in boxes as y; None where there is none, or where it is
+    among `extras`."""
     column_tiles: gl.constexpr = (OUTPUT.K + TILE.N - 1) // TILE.N
     tiles = gl.cdiv(m, PIXELS.N) * (PIXELS.down * PIXELS.across * column_tiles)
     x_ring = gl.allocate_shared_memory(x.dtype, [STAGES] + x.block_shape, x.layout)
@@ -253,22 +381,25 @@ def hopper_kernel(
     order = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
     for who in gl.static_range(2):
         mbarrier.init(order.index(who), count=1)
+    ends = way_out(y, PIXELS, TILE)
     fence_async_shared()
     gl.warp_specialize(
         [
             (consume, (
-                y, extras, x_ring, w_ring, full, empty, order, tiles, m, IMAGE, WINDOW, PIXELS,
-                TILE, OUTPUT, STAGES, TURNS, 0,
+                y, residual, extras, x_ring, w_ring, full, empty, order, ends, tiles, m, IMAGE,
+                WINDOW, PIXELS, TILE, OUTPUT, STAGES, TURNS, 0,
             )),
             (consume, (
-                y, extras, x_ring, w_ring, full, empty, order, tiles, m, IMAGE, WINDOW, PIXELS,
-                TILE, OUTPUT, STAGES, TURNS, 1,
+                y, residual, extras, x_ring, w_ring, full, empty, order, ends, tiles, m, IMAGE,
+                WINDOW, PIXELS, TILE, OUTPUT, STAGES, TURNS, 1,
             )),
             (produce, (
                 x, w, x_ring, w_ring, full, empty, tiles, IMAGE, WINDOW, PIXELS, TILE, OUTPUT,
                 STAGES,
             )),
+            (carry, (y, residual, ends, tiles, PIXELS, TILE, OUTPUT, TURNS)),
         ],
-        [4, 1],
-        [240, 24],  # Registers of a thread; 8 · 240 + 4 · 24 of the 2,048 that 32 of them share.
+        [4, 1, 1],
+        # Registers of a thread; 8 · 240 + 4 · 24 of the 2,048 that 32 of them share.
+        [240, 24, 24],
     )  # fmt: skip
