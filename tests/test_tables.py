@@ -130,6 +130,9 @@ LARGE: dict[str, Any] = {
     "returned": lambda m, x: x.argmax(1).float(),
     "counted": lambda m, x: (x > -1).sum(1),
     "counted, as floats": lambda m, x: (x > -1).sum(1).float(),
+    "quotient": lambda m, x: (x.argmax(1) // 3, torch.div(x.argmax(1), -7, rounding_mode="trunc")),
+    "rest": lambda m, x: (x.argmax(1) % -999).float(),
+    "row of an image": lambda m, x: (x.argmax(1) / 7).int(),
     "added": lambda m, x: x.argmax(1).float() + x[:, 0] * 0,
     "multiplied": lambda m, x: x.argmax(1, keepdim=True).float() @ m.places[:1, None].float(),
 }
@@ -149,6 +152,28 @@ def test_halves_round_no_index(name: str, dtype: torch.dtype) -> None:
     for target, passes in (("reference", "none"), ("interpreter", "default")):
         exe = convloom.compile(module, (x,), target=target, dtype=dtype, passes=passes)
         torch.testing.assert_close(exe(x), module(x), rtol=rounding, atol=0.0)
+
+
+ROUNDED: dict[str, Any] = {
+    "floor": lambda x, y: (torch.div(x, y, rounding_mode="floor"), x // 0.7, 3.0 // x),
+    "trunc": lambda x, y: (torch.div(x, y, rounding_mode="trunc"), torch.div(x, 49.0).trunc()),
+    "rest": lambda x, y: (x % y, torch.fmod(x, 0.7), 3.0 % x),
+    "whole": lambda x, y: (x.long() // y.round().long(), x.long() % 7, torch.fmod(x.long(), -4)),
+    "of an index": lambda x, y: torch.take_along_dim(x, x.argmin(2, keepdim=True), 2),
+}
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("target", ["reference", "interpreter", "emulator:sm_90"])
+@pytest.mark.parametrize("name", ROUNDED)
+def test_rounded_quotients(name: str, target: str) -> None:
+    """Exactly torch's, where a quotient is a whole number too: what a GPU makes of a / b is not."""
+    module, _ = made(lambda m, x, y: ROUNDED[name](x, y))
+    y = torch.tensor([41.0, 49.0, -3.0, 0.3, 7.0]).repeat(2, 6, 1)
+    x = y * torch.arange(-30.0, 30.0).reshape(2, 6, 5) + torch.arange(60).view_as(y) % 2 * 0.1
+    y = y.clamp(min=1.0) if name == "whole" else y
+    exe = convloom.compile(module, (x, y), target=target)
+    torch.testing.assert_close(exe(x, y), module(x, y), rtol=0.0, atol=0.0, equal_nan=True)
 
 
 @pytest.mark.interpreter

@@ -356,7 +356,8 @@ def _check_result(state: _State, node: Any, result: Any) -> None:
         got, truth = state.graph.spec(value), _spec_of(state, tensor)
         # Constants of other types may be indices.
         maker = state.graph.node(value.node)
-        others = (torch.int64, torch.bool) if maker.is_compute and maker.definition.integers else ()
+        moves = maker.is_compute and maker.definition.integers
+        others = (torch.int64, torch.int32, torch.bool) if moves else ()
         known = (*FLOAT_DTYPES, *others)
         if got.dtype not in known and not state.graph.is_constant(value):
             raise Refused(f"dtype {got.dtype} is not supported; compute with floats (.float())")

@@ -48,7 +48,8 @@ OF_BOOLEANS = {
 
 def _combined(g: Builder, name: str, a: Any, b: Any) -> Any:
     """A function of two values, of which one may be a number."""
-    if name in COMPARISONS and any(_is_value(value) and g.is_computed(value) for value in (a, b)):
+    computed = any(_is_value(value) and g.is_computed(value) for value in (a, b))
+    if computed and (name in COMPARISONS or name in QUOTIENTS):
         a, b = (_whole_as_float(g, value) for value in (a, b))
     if _is_boolean(g, a) and _is_boolean(g, b):
         name = OF_BOOLEANS.get(name, name)
@@ -59,11 +60,31 @@ def _combined(g: Builder, name: str, a: Any, b: Any) -> Any:
     return g.apply(name, (a, b), Pointwise())
 
 
+def _is_whole(g: Builder, value: Any) -> bool:
+    return _is_value(value) and g.spec(value).dtype in (torch.int32, torch.int64)
+
+
 def _whole_as_float(g: Builder, x: Any) -> Any:
-    """Whole numbers, which are compared as floats: those that are computed are below 2^24."""
-    if not _is_value(x) or g.spec(x).dtype not in (torch.int32, torch.int64):
-        return x
-    return g.apply("relayout", (x,), Relayout(g.spec(x).layout, torch.float32))
+    """Whole numbers, which are compared and divided as floats: those that are computed are below
+    2^24."""
+    return _as_dtype(g, x, torch.float32) if _is_whole(g, x) else x
+
+
+def _as_dtype(g: Builder, x: Any, dtype: torch.dtype) -> Any:
+    return g.apply("relayout", (x,), Relayout(g.spec(x).layout, dtype))
+
+
+def _quotient(name: str) -> Capture:
+    """A function whose result is whole, and exact, for whole numbers: their dtype stays."""
+
+    def capture(g: Builder, a: Arguments) -> Any:
+        x, other = a.self, a.other
+        kinds = [g.spec(value).dtype for value in (x, other) if _is_whole(g, value)]
+        whole = kinds and all(_is_whole(g, v) or isinstance(v, int) for v in (x, other))
+        result = _combined(g, name, x, other)
+        return _as_dtype(g, result, max(kinds, key=lambda kind: kind.itemsize)) if whole else result
+
+    return capture
 
 
 def _scaled(g: Builder, x: Any, factor: float) -> Any:
@@ -81,12 +102,10 @@ def _reversed_sub(g: Builder, a: Arguments) -> Any:
 
 
 def _div(g: Builder, a: Arguments) -> Any:
-    if (mode := a.get("rounding_mode")) is not None:
-        return g.refuse(
-            f"division with rounding_mode={mode!r}; divide floats (.float()), and round with "
-            f"torch.{mode}"
-        )
-    return _combined(g, "div", a.self, a.other)
+    mode = a.get("rounding_mode")
+    if mode is not None:
+        return _quotient(f"{mode}_divide")(g, a)
+    return _combined(g, "div", *(_whole_as_float(g, value) for value in (a.self, a.other)))
 
 
 def _addcmul(op: str) -> Capture:
@@ -119,10 +138,10 @@ def _pow(g: Builder, a: Arguments) -> Any:
 
 
 def _clamp(g: Builder, a: Arguments) -> Any:
-    if g.is_computed(a.self) and g.spec(a.self).dtype is torch.int64:
+    if g.is_computed(a.self) and _is_whole(g, a.self):
         # How many, or which: clamped they are whole numbers below 2^24 still.
         clamped = _clamp(g, a.replaced(self=_whole_as_float(g, a.self)))
-        return g.apply("relayout", (clamped,), Relayout(g.spec(clamped).layout, torch.int64))
+        return _as_dtype(g, clamped, g.spec(a.self).dtype)
     x, low, high = a.self, a.get("min"), a.get("max")
     if _is_value(low):
         x, low = g.apply("maximum", (x, low), Pointwise()), None
@@ -272,10 +291,12 @@ ALIASES = {
 BINARY_NAMES = (
     "add.Tensor", "add.Scalar", "sub.Tensor", "sub.Scalar", "mul.Tensor", "mul.Scalar",
     "maximum.default", "minimum.default", "atan2.default", "fmod.Tensor", "fmod.Scalar",
-    "remainder.Tensor", "remainder.Scalar", "remainder.Scalar_Tensor",
+    "remainder.Tensor", "remainder.Scalar", "remainder.Scalar_Tensor", "floor_divide.default",
+    "floor_divide.Scalar",
 )  # fmt: skip
 
-
+QUOTIENTS = ("floor_divide", "trunc_divide", "fmod", "remainder")
+"""Functions of whole numbers too, which are exact in fp32."""
 COMPARISONS = {
     "eq": "eq", "ne": "not_equal", "lt": "less", "le": "less_equal", "gt": "greater",
     "ge": "greater_equal",
@@ -362,7 +383,7 @@ def _captures(scalar: str) -> dict[str, Capture]:
     for alias in (alias for alias, name in ALIASES.items() if name == scalar):
         table[f"{alias}.default"] = _unary(scalar)
     for overload in (name for name in BINARY_NAMES if name.partition(".")[0] == scalar):
-        table[overload] = _binary(scalar)
+        table[overload] = (_quotient if scalar in QUOTIENTS else _binary)(scalar)
     for name in {scalar, COMPARISONS[scalar]} if scalar in COMPARISONS else ():
         table |= {f"{name}.{kind}": _compared(scalar) for kind in ("Tensor", "Scalar")}
     return {f"aten.{overload}": capture for overload, capture in table.items()}
