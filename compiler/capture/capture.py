@@ -451,7 +451,8 @@ def _add_output(state: _State, program: Any, arguments: pytree.TreeSpec) -> None
         if isinstance(value, moved_batch.Moved):
             raise UnsupportedOpError(
                 f"output {len(results)}: with a dynamic batch, the batch must be in dimension 0, "
-                f"but {value.where}"
+                f"but {value.where}. Move it there before it is returned, or compile for one batch "
+                "(without dynamic_batch)"
             )
         if isinstance(value, (BatchNumber, *SYMBOLIC)):
             raise UnsupportedOpError(
