@@ -133,6 +133,7 @@ LARGE: dict[str, Any] = {
     "quotient": lambda m, x: (x.argmax(1) // 3, torch.div(x.argmax(1), -7, rounding_mode="trunc")),
     "rest": lambda m, x: (x.argmax(1) % -999).float(),
     "row of an image": lambda m, x: (x.argmax(1) / 7).int(),
+    "chosen": lambda m, x: torch.where(x[:, 0] > 0, x.argmax(1), x.argmin(1)),
     "added": lambda m, x: x.argmax(1).float() + x[:, 0] * 0,
     "multiplied": lambda m, x: x.argmax(1, keepdim=True).float() @ m.places[:1, None].float(),
 }

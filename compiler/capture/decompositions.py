@@ -104,12 +104,14 @@ def _slice_scatter(
         return NotImplemented
     first, *_ = slice(start, end).indices(size)
     last = first + max((count - 1) * step + 1, 0)
-    if step > 1 and count > 1:  # Every element but the last one with those of x behind it.
-        behind: Any = x.narrow(dim, first, last - 1 - first)
-        behind = behind.unflatten(dim, (count - 1, step))
-        *_, others = behind.split((1, step - 1), dim + 1)
-        groups = torch.cat([source.narrow(dim, 0, count - 1).unsqueeze(dim + 1), others], dim + 1)
-        source = torch.cat([groups.flatten(dim, dim + 1), source.narrow(dim, count - 1, 1)], dim)
+    if step > 1 and count > 1:  # Each element in all places of its group, chosen in one of them.
+        offset = first % step
+        first -= offset
+        last = min(first + count * step, size)
+        here = torch.arange(last - first, device=x.device) % step == offset
+        wide = source.repeat_interleave(step, dim).narrow(dim, 0, last - first)
+        others = x.narrow(dim, first, last - first)
+        source = torch.where(here.view(-1, *(1,) * (x.dim() - 1 - dim)), wide, others)
     parts = [x.narrow(dim, 0, first), source, x.narrow(dim, last, size - last)]
     return torch.cat([part for part in parts if part.shape[dim]], dim)
 
