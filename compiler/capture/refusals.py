@@ -37,7 +37,6 @@ def called(node: Any) -> str:
 
 
 INSTEAD = {
-    "index_put": "write x[mask] = y as torch.where(mask, y, x)",
     "scatter": "compare the indices with torch.arange and choose with torch.where",
     "scatter_add": "multiply by torch.nn.functional.one_hot of the indices, and sum",
     "bucketize": "compare with each boundary, and add up what is true as floats",

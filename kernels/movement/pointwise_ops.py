@@ -245,9 +245,9 @@ def _chosen(g: Builder, condition: Any, first: Any, second: Any) -> Any:
         first, second = (_number(g, value) if g.spec(other).rank else value
                          for value, other in (pair, pair[::-1]))  # fmt: skip
     if not _is_value(first) and not _is_value(second):
-        if isinstance(first, int) and isinstance(second, int):
-            return g.refuse("a choice between whole numbers; write them as floats (1.0)")
-        return g.apply("choose", (condition,), Pointwise((float(first), float(second))))
+        chosen = g.apply("choose", (condition,), Pointwise((float(first), float(second))))
+        whole = isinstance(first, int) and isinstance(second, int)
+        return _as_dtype(g, chosen, torch.int64) if whole else chosen
     if not _is_value(second):
         return g.apply("where_else", (first, condition), Pointwise((float(second),)))
     if not _is_value(first):
@@ -257,6 +257,18 @@ def _chosen(g: Builder, condition: Any, first: Any, second: Any) -> Any:
 
 def _masked_fill(g: Builder, a: Arguments) -> Any:
     return _chosen(g, a.mask, _number(g, a.value), a.self)
+
+
+def _index_put(g: Builder, a: Arguments) -> Any:
+    """x[mask] = number, with a mask of all dimensions of x or of the first ones."""
+    x, value = a.self, _number(g, a["values"])
+    mask, *others = a.indices
+    numbers = g.spec(value).numel if _is_value(value) else 1
+    if others or not _is_boolean(g, mask) or numbers != 1 or a.accumulate:
+        return g.refuse("only a number is written, by a mask; write others with torch.where")
+    missing = g.spec(x).rank - g.spec(mask).rank
+    mask = g.apply("reshape", (mask,), Reshape((*g.spec(mask).shape, *(1 for _ in range(missing)))))
+    return _chosen(g, mask, value, x)
 
 
 HUGE = float(torch.finfo(torch.float32).max)
@@ -358,7 +370,10 @@ SPECIAL: dict[str, dict[str, Capture]] = {
         for name in ("and", "or", "xor")
     },
     "eq": {"isposinf.default": _infinite(math.inf), "isneginf.default": _infinite(-math.inf)},
-    "where": {f"where.{kind}": _where for kind in ("self", "ScalarOther", "ScalarSelf", "Scalar")},
+    "where": {
+        **{f"where.{kind}": _where for kind in ("self", "ScalarOther", "ScalarSelf", "Scalar")},
+        "index_put.default": _index_put,
+    },
     "masked_fill": {f"masked_fill.{kind}": _masked_fill for kind in ("Tensor", "Scalar")},
     "round": {"round.decimals": _round, "special_round.default": _round},
     "identity": {
