@@ -66,6 +66,7 @@ SPELLINGS: dict[str, Body] = {
     "other side convolved": lambda m, x, y: torch.where(x > 0, y, m.conv(x)),
     "slope": lambda m, x, y: m.conv(torch.where(x > 0, x, 0.1 * x)),
     "pooled": lambda m, x, y: (torch.max_pool2d(x, 3, 1, 1) == x).type_as(x) * y,
+    "whole or not": lambda m, x, y: torch.where(x > 0, y, x.argmax(1, keepdim=True)),
     "whole": lambda m, x, y: torch.where(x > 0, 3, -1).float() + y,
     "written": lambda m, x, y: x.clone().index_put((y > 0,), torch.tensor(0.5)),
     "written rows": lambda m, x, y: x.clone().index_put((y[:, :, 0, 0] > 0,), torch.tensor(-1.0)),

@@ -230,9 +230,10 @@ def _where(g: Builder, a: Arguments) -> Any:
 def _chosen(g: Builder, condition: Any, first: Any, second: Any) -> Any:
     pair = (first, second)
     kinds = [g.spec(value).dtype for value in pair if _is_whole(g, value)]
-    if kinds and all(_is_whole(g, value) or isinstance(value, int) for value in pair):
+    if kinds:
+        whole = all(_is_whole(g, value) or isinstance(value, int) for value in pair)
         chosen = _chosen(g, condition, *(_whole_as_float(g, value) for value in pair))
-        return _as_dtype(g, chosen, max(kinds, key=lambda kind: kind.itemsize))
+        return _as_dtype(g, chosen, max(kinds, key=lambda kind: kind.itemsize)) if whole else chosen
     if any(_is_boolean(g, value) for value in pair):
         if not all(_is_boolean(g, value) for value in pair):
             return g.refuse("a choice between booleans and numbers; convert them with .float()")
