@@ -125,7 +125,7 @@ def test_bytes_into_half_and_any_batch(target: str) -> None:
     ("prepare", "why"),
     [
         (lambda x: (x + 1).float(), "goes into aten.add.Tensor"),
-        (lambda x: (x // 2).float(), "goes into aten.div.Tensor_mode"),
+        (lambda x: (x // 2).float(), "goes into aten.floor_divide.default"),
         (lambda x: (x.permute(0, 1, 3, 2) * 2).float(), "goes into aten.mul"),
         (lambda x: (x > 7).float(), "goes into aten.gt"),
         (lambda x: (x - x.flip(3)).float(), "goes into aten.sub"),

@@ -66,6 +66,10 @@ SPELLINGS: dict[str, Body] = {
     "other side convolved": lambda m, x, y: torch.where(x > 0, y, m.conv(x)),
     "slope": lambda m, x, y: m.conv(torch.where(x > 0, x, 0.1 * x)),
     "pooled": lambda m, x, y: (torch.max_pool2d(x, 3, 1, 1) == x).type_as(x) * y,
+    "whole or not": lambda m, x, y: torch.where(x > 0, y, x.argmax(1, keepdim=True)),
+    "whole": lambda m, x, y: torch.where(x > 0, 3, -1).float() + y,
+    "written": lambda m, x, y: x.clone().index_put((y > 0,), torch.tensor(0.5)),
+    "written rows": lambda m, x, y: x.clone().index_put((y[:, :, 0, 0] > 0,), torch.tensor(-1.0)),
     "full of booleans": lambda m, x, y: torch.full_like(x, True, dtype=torch.bool) & (x > 0),
 }  # fmt: skip
 
@@ -162,7 +166,10 @@ def test_masks_are_saved(tmp_path: Path) -> None:
 
 REFUSED: dict[str, tuple[Body, str]] = {
     "whole numbers": (lambda m, x, y: (x > 0) * 2, "convert with .float() first"),
-    "chosen whole": (lambda m, x, y: torch.where(x > 0, 1, 0), "write them as floats"),
+    "written by a mask": (
+        lambda m, x, y: x.clone().index_put((x[0, 0, 0, 0].isnan(), ), y[0, 0]),
+        "write others with torch.where",
+    ),
     "mixed": (
         lambda m, x, y: torch.where(x > 0, x > 1, y), "a choice between booleans and numbers",
     ),

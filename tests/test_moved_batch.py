@@ -154,7 +154,9 @@ REFUSED: dict[str, tuple[Callable[[Tensor], Tensor], str]] = {
     "filled with whole numbers": (
         lambda x: torch.zeros(5, x.shape[0], dtype=torch.int64), "expected floats"
     ),
-    "returned": (lambda x: x.transpose(0, 1), "the batch must be in dimension 0, but is in .* 1"),
+    "returned": (
+        lambda x: x.transpose(0, 1), "batch must be in dimension 0, but is in .* 1.* Move it there"
+    ),
     "met by positions": (lambda x: x.transpose(0, 1) + torch.ones(5, 1, 16), "meets float32"),
 }  # fmt: skip
 

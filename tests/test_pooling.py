@@ -22,6 +22,7 @@ from convloom.kernels.pooling import pool
 from convloom.kernels.pooling.median_pool import MedianPool2d
 from convloom.kernels.pooling.pool_window import LpPool2d, MaxPool2d, Pool2d
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from . import harness, nets
 
@@ -88,6 +89,28 @@ def test_an_encoder_and_decoder_with_indices(passes: str, dtype: torch.dtype | N
     close = {"rtol": 1e-4, "atol": 1e-4} if dtype is None else {"rtol": 0.1, "atol": 0.5}
     torch.testing.assert_close(exe(*inputs), reference(*inputs), **close)
     assert ops(exe).count("max_unpool2d") == 2
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("passes", ["default", "none"])
+def test_indices_of_adaptive_poolings(passes: str) -> None:
+    """Where windows are alike; what nobody reads is not computed."""
+
+    def pooled(m: Any, x: torch.Tensor) -> Any:
+        row = F.adaptive_max_pool1d(x[:, :, 0], 3, return_indices=True)
+        return F.adaptive_max_pool2d(x, (2, 3), return_indices=True), row
+
+    module, inputs = nets.make(pooled, (2, 4, 6, 9))
+    exe = convloom.compile(
+        module, inputs, target="interpreter", dynamic_batch=(1, 2), passes=passes
+    )
+    for got, wanted in zip(*map(tree_leaves, (exe(*inputs), module(*inputs))), strict=True):
+        assert got.dtype is wanted.dtype and torch.equal(got, wanted)
+    largest, inputs = nets.make(lambda m, x: F.adaptive_max_pool2d(x, 3), (2, 4, 6, 9))
+    assert ops(convloom.compile(largest, inputs, target="interpreter")) == ["adaptive_max_pool2d"]
+    uneven, inputs = nets.make(lambda m, x: F.adaptive_max_pool2d(x, 4, True)[1], (2, 4, 6, 9))
+    with pytest.raises(convloom.UnsupportedOpError, match="its result 1 is not computed"):
+        convloom.compile(uneven, inputs, target="reference")
 
 
 @pytest.mark.interpreter

@@ -9,6 +9,7 @@ import convloom
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from . import nets
 
@@ -77,3 +78,69 @@ def test_dropout_between_recurrent_layers_that_train_is_refused() -> None:
     module = Recurrent(nn.GRU(8, 6, num_layers=2, dropout=0.5)).train()
     with pytest.raises(convloom.CaptureError, match="would still train"):
         convloom.compile(module, nets.inputs_of((2, 1, 4, 6)), target="reference")
+
+
+def stepwise(m: Any, x: Tensor, h: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
+    """A convolutional LSTM's step."""
+    i, f, o, g = m.conv(torch.cat([x, h], 1)).chunk(4, 1)
+    c = f.sigmoid() * c + i.sigmoid() * g.tanh()
+    return o.sigmoid() * c.tanh(), c
+
+
+def batch_first(m: Any, x: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
+    y, h = m.layer(x, h.transpose(0, 1).contiguous())
+    return y, h.transpose(0, 1)
+
+
+def shifted(m: Any, x: Tensor) -> Tensor:
+    """A temporal shift in place, of frames that are merged with the batch."""
+    frames = x.view(-1, 4, *x.shape[1:])
+    y = torch.zeros_like(frames)
+    y[:, :-1, :2], y[:, 1:, 2:4] = frames[:, 1:, :2], frames[:, :-1, 2:4]
+    y[:, :, 4:] = frames[:, :, 4:]
+    return y.view(x.shape)
+
+
+STATES: dict[str, Any] = {
+    "cell": (lambda m, x, h: m.cell(x, h), (2, 8), (2, 5)),
+    "named": (lambda m, x, h: {"y": m.cell(x, h).relu(), "h": m.cell(x, h)}, (2, 8), (2, 5)),
+    "images": (stepwise, (2, 3, 4, 4), (2, 4, 4, 4), (2, 4, 4, 4)),
+    "layer": (batch_first, (2, 3, 8), (2, 1, 5)),
+    "frames": (lambda m, x: shifted(m, x.flatten(0, 1)).view(x.shape), (2, 4, 6, 3, 3)),
+}
+
+
+def with_state(function: Any, *shapes: tuple[int, ...]) -> Any:
+    conv, layer = nn.Conv2d(7, 16, 3, padding=1), nn.GRU(8, 5, batch_first=True)
+    return nets.make(function, *shapes, conv=conv, cell=nn.GRUCell(8, 5), layer=layer)
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("name", STATES)
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_states_go_in_and_out(name: str, dynamic: bool) -> None:
+    """What the user hands from one call to the next."""
+    module, inputs = with_state(*STATES[name])
+    options: dict[str, Any] = {"dynamic_batch": (1, 2)} if dynamic else {}
+    exe = convloom.compile(module, inputs, target="interpreter", **options)
+    assert exe.summary["torch_fallbacks"] == 0
+    for batch in (1, 2) if dynamic else (2,):
+        given = tuple(x[:batch] for x in inputs)
+        for result, exact in zip(*map(tree_leaves, (exe(*given), module(*given))), strict=True):
+            torch.testing.assert_close(result, exact)
+
+
+REFUSED: dict[str, Any] = {
+    "states": (lambda m, x, h: m.layer(x, h), (2, 3, 8), (1, 2, 5)),
+    "frames": (shifted, (8, 6, 3, 3)),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_batches_elsewhere_are_refused(name: str) -> None:
+    """They are taken for one batch."""
+    module, inputs = with_state(*REFUSED[name])
+    convloom.compile(module, inputs, target="reference")
+    message = r"Net cannot be compiled with a dynamic batch: .*, at .*Dimension 0 of every input is"
+    with pytest.raises(convloom.CaptureError, match=message):
+        convloom.compile(module, inputs, target="reference", dynamic_batch=(1, 8))

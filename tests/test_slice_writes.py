@@ -100,6 +100,27 @@ def test_writes_agree_with_torch(write: Callable[..., Any], dynamic: Any) -> Non
         nets.check(exe(*x), module, x)
 
 
+def test_writes_of_whole_numbers() -> None:
+    module, inputs = nets.make(lambda m, x: every_other((x * 1000).long()), (2, 4, 6, 8))
+    exe = convloom.compile(module, inputs, target="interpreter", dtype=torch.bfloat16)
+    assert torch.equal(exe(*inputs), module(inputs[0].bfloat16().float()))
+
+
+def test_sub_pixels_take_few_kernels() -> None:
+    """Each write chooses between what it reads, repeated, and what was there, in both directions;
+    what is in other places is not seen, NaN neither."""
+
+    def fourth(m: Any, x: torch.Tensor) -> torch.Tensor:
+        y = x / 0
+        y[:, :, 1::2, ::2] = x[:, :, :3, :4]
+        return y
+
+    module, inputs = nets.make(fourth, (2, 4, 6, 8))
+    exe = convloom.compile(module, inputs, target="interpreter")
+    torch.testing.assert_close(exe(*inputs), module(*inputs), equal_nan=True)
+    assert exe.summary["kernels"] <= 14
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_writes_in_half_precision(dtype: torch.dtype) -> None:
     module, inputs = written(shifted)

@@ -356,7 +356,8 @@ def _check_result(state: _State, node: Any, result: Any) -> None:
         got, truth = state.graph.spec(value), _spec_of(state, tensor)
         # Constants of other types may be indices.
         maker = state.graph.node(value.node)
-        others = (torch.int64, torch.bool) if maker.is_compute and maker.definition.integers else ()
+        moves = maker.is_compute and maker.definition.integers
+        others = (torch.int64, torch.int32, torch.bool) if moves else ()
         known = (*FLOAT_DTYPES, *others)
         if got.dtype not in known and not state.graph.is_constant(value):
             raise Refused(f"dtype {got.dtype} is not supported; compute with floats (.float())")
@@ -450,7 +451,8 @@ def _add_output(state: _State, program: Any, arguments: pytree.TreeSpec) -> None
         if isinstance(value, moved_batch.Moved):
             raise UnsupportedOpError(
                 f"output {len(results)}: with a dynamic batch, the batch must be in dimension 0, "
-                f"but {value.where}"
+                f"but {value.where}. Move it there before it is returned, or compile for one batch "
+                "(without dynamic_batch)"
             )
         if isinstance(value, (BatchNumber, *SYMBOLIC)):
             raise UnsupportedOpError(

@@ -104,12 +104,14 @@ def _slice_scatter(
         return NotImplemented
     first, *_ = slice(start, end).indices(size)
     last = first + max((count - 1) * step + 1, 0)
-    if step > 1 and count > 1:  # Every element but the last one with those of x behind it.
-        behind: Any = x.narrow(dim, first, last - 1 - first)
-        behind = behind.unflatten(dim, (count - 1, step))
-        *_, others = behind.split((1, step - 1), dim + 1)
-        groups = torch.cat([source.narrow(dim, 0, count - 1).unsqueeze(dim + 1), others], dim + 1)
-        source = torch.cat([groups.flatten(dim, dim + 1), source.narrow(dim, count - 1, 1)], dim)
+    if step > 1 and count > 1:  # Each element in all places of its group, chosen in one of them.
+        offset = first % step
+        first -= offset
+        last = min(first + count * step, size)
+        here = torch.arange(last - first, device=x.device) % step == offset
+        wide = source.repeat_interleave(step, dim).narrow(dim, 0, last - first)
+        others = x.narrow(dim, first, last - first)
+        source = torch.where(here.view(-1, *(1,) * (x.dim() - 1 - dim)), wide, others)
     parts = [x.narrow(dim, 0, first), source, x.narrow(dim, last, size - last)]
     return torch.cat([part for part in parts if part.shape[dim]], dim)
 
@@ -194,56 +196,6 @@ def _unfold(x: torch.Tensor, dim: int, size: int, step: int) -> torch.Tensor:
 def _one_hot(indices: torch.Tensor, classes: int = -1) -> torch.Tensor:
     places = torch.arange(classes, device=indices.device)
     return (indices.unsqueeze(-1) == places).to(torch.int64)
-
-
-def _rows(
-    weight: torch.Tensor, indices: torch.Tensor, *others: Any, from_end: bool = False
-) -> torch.Tensor:
-    """The rows of a table that are computed: a product with ones where the rows are. All of the
-    table is read for each. from_end: -1 is the last row."""
-    rows, count = indices.unsqueeze(-1), weight.shape[0]
-    places = torch.arange(count, device=weight.device)
-    ones = (rows == places) | (rows == places - count) if from_end else rows == places
-    flat = torch.nn.functional.linear(ones.to(weight.dtype), weight.flatten(1).t())
-    return flat.reshape(*indices.shape, *weight.shape[1:])
-
-
-READS = (aten.embedding.default, aten.index.Tensor, aten.index_select.default)
-
-
-def _table_of(program: Any, node: Any) -> Callable[..., Any] | None:
-    """What stands for a call that reads rows of a table of finite numbers, a parameter or buffer,
-    where an input tells which; None for any other."""
-    if node.target is aten.index.Tensor:
-        indices = node.args[1][0] if len(node.args[1]) == 1 else None
-    elif node.target is aten.embedding.default or node.args[1:2] == (0,):
-        indices = node.args[-1] if node.target is aten.index_select.default else node.args[1]
-    else:
-        return None
-    signature, table = program.graph_signature, node.args[0]
-    known = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
-    value = program.state_dict.get(known.get(table.name, ""))
-    if not isinstance(indices, torch.fx.Node) or value is None or not value.isfinite().all():
-        return None
-    if indices.meta["val"].dtype is torch.bool or not _follows_from_inputs(program, indices):
-        return None
-    if node.target is aten.index.Tensor:
-        return lambda weight, given: _rows(weight, given[0], from_end=True)
-    if node.target is aten.index_select.default:
-        return lambda weight, dim, given: _rows(weight, given)
-    return _rows
-
-
-def _follows_from_inputs(program: Any, node: Any) -> bool:
-    inputs, seen, left = set(program.graph_signature.user_inputs), set(), [node]
-    while left:
-        one = left.pop()
-        if one.name in inputs:
-            return True
-        if one not in seen:
-            seen.add(one)
-            left += one.all_input_nodes
-    return False
 
 
 LEFT_WHOLE = (
@@ -384,8 +336,6 @@ def decompose(program: Any) -> None:
             node.target = _einsum
         elif node.target is aten.unfold.default and not medians and _is_static(node):
             node.target = _unfold
-        elif node.target in READS and (rows := _table_of(program, node)):
-            node.target = rows
         elif node.target is aten.dropout.default and not node.args[2]:
             # As torch did up to 2.13: the ledger tells what became of the layer.
             node.target, node.args = aten.clone.default, node.args[:1]

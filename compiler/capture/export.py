@@ -238,6 +238,14 @@ def _reason(
             f"{name} cannot be compiled with a dynamic batch: its code depends on the value of the "
             f"batch{why}. Compile it for one batch (without dynamic_batch), or write it for any"
         )
+    if highest is not None and re.search("is invalid for input|Expected hidden", str(error)):
+        return (
+            f"{name} cannot be compiled with a dynamic batch: {_first_lines(error)}, at "
+            f"{_line_of(error)}. Dimension 0 of every input is the batch, of any size: pass frames "
+            "as (N, T, ...) and merge them in the module, x.flatten(0, 1); pass states as "
+            "(N, layers, ...) and transpose them there; or compile for one batch (without "
+            "dynamic_batch)"
+        )
     if double := [name for name, held in module.named_parameters() if held.dtype is torch.float64]:
         return (
             f"{name} computes in float64 ('{double[0]}' and {len(double) - 1} more), which has no "

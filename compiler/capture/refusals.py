@@ -37,9 +37,6 @@ def called(node: Any) -> str:
 
 
 INSTEAD = {
-    "gather": "max, topk and sort give the values at the places that they find; rows of a "
-    "parameter are read by torch.nn.functional.embedding",
-    "index_put": "write x[mask] = y as torch.where(mask, y, x)",
     "scatter": "compare the indices with torch.arange and choose with torch.where",
     "scatter_add": "multiply by torch.nn.functional.one_hot of the indices, and sum",
     "bucketize": "compare with each boundary, and add up what is true as floats",

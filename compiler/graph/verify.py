@@ -119,10 +119,12 @@ def verify_memory(graph: Graph) -> None:
         ))  # fmt: skip
         # Vectors may be more exact than matrices; the stem rounds the image as its weights are.
         kind = node.spec.dtype if node.op == "stem" else specs[0].dtype
-        for slot in {*definition.packs(node.attributes), *definition.factors}:
-            if slot < len(specs) and specs[slot].rank > 1 and specs[slot].dtype is not kind:
+        multiplied = {*definition.packs(node.attributes), *definition.factors}
+        for slot, spec in enumerate(specs):
+            apart = spec.rank > 1 and spec.dtype in FLOAT_DTYPES and spec.dtype is not kind
+            if slot in multiplied and apart:
                 raise GraphError(
-                    f"{node.name}: {node.op} takes {specs[slot]} as input {slot}, expected {kind}"
+                    f"{node.name}: {node.op} takes {spec} as input {slot}, expected {kind}"
                 )
         for value, spec in zip(graph.own_inputs(node), specs, strict=True):
             wanted = Layout.NHWC if definition.images else Layout.DENSE

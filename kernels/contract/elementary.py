@@ -207,6 +207,28 @@ def remainder(a, b):
 
 
 @triton.jit
+def divide(a, b):
+    # Rounded as IEEE 754 has it, which a / b is not on a GPU: a quotient that is a whole number
+    # comes out as one, for floor, comparisons and casts.
+    return tl.div_rn(*tl.broadcast(a, b))
+
+
+@triton.jit
+def trunc_divide(a, b):
+    return trunc(divide(a, b))
+
+
+@triton.jit
+def floor_divide(a, b):
+    # The fp64 quotient is no whole number unless the exact one is, up to 2^28.
+    dividend, divisor = tl.broadcast(a, b)
+    whole = tl.floor(dividend.to(tl.float64) / divisor.to(tl.float64)).to(tl.float32)
+    below = (dividend != 0.0) & ((dividend < 0.0) != (divisor < 0.0))
+    whole = tl.where((tl.abs(divisor) == float("inf")) & below, -1.0, whole)
+    return tl.where((tl.abs(dividend) == float("inf")) & (divisor != 0.0), float("nan"), whole)
+
+
+@triton.jit
 def power(a, b):
     # |a|^b through fp64 exp2(b log2|a|): the fp32 logarithm would lose b * log2|a| ulps.
     # The special values are those of IEEE 754 pow.

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from types import MappingProxyType
 from typing import Any
 
@@ -25,8 +26,10 @@ from .elementary import (
     atan2,
     clamp,
     cos,
+    divide,
     exp,
     expm1,
+    floor_divide,
     fmod,
     log1p,
     log1p_exp,
@@ -36,6 +39,7 @@ from .elementary import (
     round_half_even,
     sin,
     trunc,
+    trunc_divide,
 )
 
 
@@ -148,6 +152,9 @@ scalar_jit(torch.trunc)(trunc)
 scalar_jit(_pair(torch.atan2), 2)(atan2)
 scalar_jit(_pair(torch.fmod), 2)(fmod)
 scalar_jit(_pair(torch.remainder), 2)(remainder)
+scalar_jit(torch.div, 2, name="div", range=(0.5, 8.0))(divide)
+scalar_jit(_pair(torch.floor_divide), 2)(floor_divide)
+scalar_jit(_pair(partial(torch.div, rounding_mode="trunc")), 2)(trunc_divide)
 scalar_jit(torch.pow, 2, name="pow", range=(0.1, 4.0))(power)
 
 
@@ -353,11 +360,6 @@ def subtract(a, b):
 @scalar_jit(torch.mul, 2, name="mul")
 def multiply(a, b):
     return a * b
-
-
-@scalar_jit(torch.div, 2, name="div", range=(0.5, 8.0))
-def divide(a, b):
-    return a / b
 
 
 @scalar_jit(_pair(torch.maximum), 2)

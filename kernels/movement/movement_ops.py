@@ -12,7 +12,7 @@ from ..contract.op import Arguments, Attributes, BatchExtent, Builder, Capture, 
 from ..contract.spec import FLOAT_DTYPES, TensorSpec
 from . import movement, pointwise
 from .movement import Concat, FlattenPixels, Permute, Relayout, Slice
-from .rearrangement import Expand, Flip, Reshape
+from .rearrangement import Expand, Reshape
 
 
 def _view(g: Builder, x: Any, shape: Any) -> Any:
@@ -81,7 +81,7 @@ def _full(number: float | None = None) -> Capture:
     return capture
 
 
-def _cut(g: Builder, x: Any, dim: int, start: int, stop: int, step: int = 1) -> Any:
+def cut(g: Builder, x: Any, dim: int, start: int, stop: int, step: int = 1) -> Any:
     size = g.spec(x).shape[dim]
     dim %= g.spec(x).rank
     start, stop, step = slice(start, stop, step).indices(size)
@@ -100,15 +100,15 @@ def _slice(g: Builder, a: Arguments) -> Any:
     if isinstance(end, BatchExtent):
         if not _rows_of_batch(g, a.self, end):
             return a.self
-        piece = _cut(g, a.self, 0, 0, end)
+        piece = cut(g, a.self, 0, 0, end)
         return _expand(g, piece, (end, *g.spec(piece).shape[1:]))
-    return _cut(g, a.self, dim, start, end, step)
+    return cut(g, a.self, dim, start, end, step)
 
 
 def _select(g: Builder, x: Any, dim: int, index: int) -> Any:
     size = g.spec(x).shape[dim]
     index %= size
-    piece = _cut(g, x, dim, index, index + 1)
+    piece = cut(g, x, dim, index, index + 1)
     shape = list(g.spec(x).shape)
     del shape[dim]
     return _view(g, piece, shape)
@@ -120,7 +120,7 @@ def _split(g: Builder, x: Any, sizes: Any, dim: int) -> Any:
         sizes = [min(sizes, extent - at) for at in range(0, extent, sizes)]
     pieces, start = [], 0
     for size in sizes:
-        pieces.append(_cut(g, x, dim, start, start + size))
+        pieces.append(cut(g, x, dim, start, start + size))
         start += size
     return pieces
 
@@ -134,7 +134,7 @@ def _unbind(g: Builder, a: Arguments) -> Any:
     return [_select(g, a.self, a.dim, at) for at in range(g.spec(a.self).shape[a.dim])]
 
 
-def _concat(g: Builder, tensors: Any, dim: int) -> Any:
+def join(g: Builder, tensors: Any, dim: int) -> Any:
     if len(tensors) == 1:
         return tensors[0]
     return g.apply("concat", tuple(tensors), Concat(dim % g.spec(tensors[0]).rank))
@@ -142,13 +142,13 @@ def _concat(g: Builder, tensors: Any, dim: int) -> Any:
 
 def _stack(g: Builder, a: Arguments) -> Any:
     dim, rank = a.dim, g.spec(a.tensors[0]).rank + 1
-    return _concat(g, [_unsqueeze(g, x, dim) for x in a.tensors], dim % rank)
+    return join(g, [_unsqueeze(g, x, dim) for x in a.tensors], dim % rank)
 
 
 def _glu(g: Builder, a: Arguments) -> Any:
     """x · sigmoid(y), the halves of one dimension."""
     half = g.spec(a.self).shape[a.dim] // 2
-    x, y = _cut(g, a.self, a.dim, 0, half), _cut(g, a.self, a.dim, half, 2 * half)
+    x, y = cut(g, a.self, a.dim, 0, half), cut(g, a.self, a.dim, half, 2 * half)
     gate = g.apply("sigmoid", (y,), pointwise.Pointwise())
     return g.apply("mul", (x, gate), pointwise.Pointwise())
 
@@ -161,7 +161,7 @@ def _roll(g: Builder, a: Arguments) -> Any:
     for shift, dim in zip(a.shifts, a.dims, strict=True):
         size = g.spec(x).shape[dim]
         if start := -shift % size:
-            x = _concat(g, [_cut(g, x, dim, start, size), _cut(g, x, dim, 0, start)], dim)
+            x = join(g, [cut(g, x, dim, start, size), cut(g, x, dim, 0, start)], dim)
     return x
 
 
@@ -178,7 +178,7 @@ def _repeat(g: Builder, x: Any, repeats: Any) -> Any:
     if 0 in repeats:
         return g.refuse("repeat zero times")
     for dim, count in enumerate(repeats):
-        x = _concat(g, [x] * count, dim)
+        x = join(g, [x] * count, dim)
     return x
 
 
@@ -197,50 +197,6 @@ def _repeat_interleave(g: Builder, a: Arguments) -> Any:
     kept = (*(-1 for _ in range(dim + 1)), count, *(-1 for _ in shape[dim + 1 :]))
     wide = g.apply("expand", (_unsqueeze(g, a.self, dim + 1),), Expand(kept))
     return _view(g, wide, (*shape[:dim], shape[dim] * count, *shape[dim + 1 :]))
-
-
-MOST_RUNS = 16
-"""Pieces that an indexed tensor is put together from at most."""
-
-
-def _runs(indices: list[int]) -> list[tuple[int, int, int]]:
-    """Indices as (first, step, count) of arithmetic progressions."""
-    runs: list[tuple[int, int, int]] = []
-    for index in indices:
-        if runs:
-            first, step, count = runs[-1]
-            gap = index - (first + (count - 1) * step)
-            if gap and (count == 1 or gap == step):
-                runs[-1] = (first, gap, count + 1)
-                continue
-        runs.append((index, 1, 1))
-    return runs
-
-
-def _index_select(g: Builder, x: Any, dim: int, index: Any) -> Any:
-    """Indices known at compile time, as slices and flipped slices joined together."""
-    known = g.constant(index)
-    if known is None or known.dim() != 1 or known.dtype not in (torch.int32, torch.int64):
-        return g.refuse("indices that are not a constant vector of whole numbers")
-    size = g.spec(x).shape[dim]
-    runs = _runs([int(value) % size for value in known])
-    if not 0 < len(runs) <= MOST_RUNS:
-        return g.refuse(f"{len(runs)} runs of indices; expected 1 to {MOST_RUNS}")
-    pieces = []
-    for first, step, count in runs:
-        last = first + (count - 1) * step
-        piece = _cut(g, x, dim, min(first, last), max(first, last) + 1, abs(step))
-        if step < 0:
-            piece = g.apply("flip", (piece,), Flip((dim % g.spec(x).rank,)))
-        pieces.append(piece)
-    return _concat(g, pieces, dim)
-
-
-def _index(g: Builder, a: Arguments) -> Any:
-    given = [dim for dim, index in enumerate(a.indices) if index is not None]
-    if len(given) != 1:
-        return g.refuse(f"indexing of {len(given)} dimensions at once; expected one")
-    return _index_select(g, a.self, given[0], a.indices[given[0]])
 
 
 def _cast(g: Builder, a: Arguments) -> Any:
@@ -322,21 +278,19 @@ OPS = (
             "aten.slice_scatter.default": _refuse_write,
             "aten.select_scatter.default": _refuse_write,
             "aten.select.int": lambda g, a: _select(g, a.self, a.dim, a.index),
-            "aten.narrow.default": lambda g, a: _cut(g, a.self, a.dim, a.start, a.start + a.length),
+            "aten.narrow.default": lambda g, a: cut(g, a.self, a.dim, a.start, a.start + a.length),
             "aten.split.Tensor": lambda g, a: _split(g, a.self, a.split_size, a.dim),
             "aten.split_with_sizes.default": lambda g, a: _split(g, a.self, a.split_sizes, a.dim),
             "aten.chunk.default": _chunk,
             "aten.unbind.int": _unbind,
             "aten.glu.default": _glu,
-            "aten.index_select.default": lambda g, a: _index_select(g, a.self, a.dim, a.index),
-            "aten.index.Tensor": _index,
         },
         takes_epilogue=False,
     ),
     _op(
         "concat", Concat, movement.infer_concat, movement.concat,
         {
-            "aten.cat.default": lambda g, a: _concat(g, a.tensors, a.dim),
+            "aten.cat.default": lambda g, a: join(g, a.tensors, a.dim),
             "aten.stack.default": _stack,
             "aten.roll.default": _roll,
             "aten.repeat.default": lambda g, a: _repeat(g, a.self, a.repeats),

@@ -48,7 +48,8 @@ OF_BOOLEANS = {
 
 def _combined(g: Builder, name: str, a: Any, b: Any) -> Any:
     """A function of two values, of which one may be a number."""
-    if name in COMPARISONS and any(_is_value(value) and g.is_computed(value) for value in (a, b)):
+    computed = any(_is_value(value) and g.is_computed(value) for value in (a, b))
+    if computed and (name in COMPARISONS or name in QUOTIENTS):
         a, b = (_whole_as_float(g, value) for value in (a, b))
     if _is_boolean(g, a) and _is_boolean(g, b):
         name = OF_BOOLEANS.get(name, name)
@@ -59,11 +60,31 @@ def _combined(g: Builder, name: str, a: Any, b: Any) -> Any:
     return g.apply(name, (a, b), Pointwise())
 
 
+def _is_whole(g: Builder, value: Any) -> bool:
+    return _is_value(value) and g.spec(value).dtype in (torch.int32, torch.int64)
+
+
 def _whole_as_float(g: Builder, x: Any) -> Any:
-    """Whole numbers, which are compared as floats: those that are computed are below 2^24."""
-    if not _is_value(x) or g.spec(x).dtype not in (torch.int32, torch.int64):
-        return x
-    return g.apply("relayout", (x,), Relayout(g.spec(x).layout, torch.float32))
+    """Whole numbers, which are compared and divided as floats: those that are computed are below
+    2^24."""
+    return _as_dtype(g, x, torch.float32) if _is_whole(g, x) else x
+
+
+def _as_dtype(g: Builder, x: Any, dtype: torch.dtype) -> Any:
+    return g.apply("relayout", (x,), Relayout(g.spec(x).layout, dtype))
+
+
+def _quotient(name: str) -> Capture:
+    """A function whose result is whole, and exact, for whole numbers: their dtype stays."""
+
+    def capture(g: Builder, a: Arguments) -> Any:
+        x, other = a.self, a.other
+        kinds = [g.spec(value).dtype for value in (x, other) if _is_whole(g, value)]
+        whole = kinds and all(_is_whole(g, v) or isinstance(v, int) for v in (x, other))
+        result = _combined(g, name, x, other)
+        return _as_dtype(g, result, max(kinds, key=lambda kind: kind.itemsize)) if whole else result
+
+    return capture
 
 
 def _scaled(g: Builder, x: Any, factor: float) -> Any:
@@ -81,12 +102,10 @@ def _reversed_sub(g: Builder, a: Arguments) -> Any:
 
 
 def _div(g: Builder, a: Arguments) -> Any:
-    if (mode := a.get("rounding_mode")) is not None:
-        return g.refuse(
-            f"division with rounding_mode={mode!r}; divide floats (.float()), and round with "
-            f"torch.{mode}"
-        )
-    return _combined(g, "div", a.self, a.other)
+    mode = a.get("rounding_mode")
+    if mode is not None:
+        return _quotient(f"{mode}_divide")(g, a)
+    return _combined(g, "div", *(_whole_as_float(g, value) for value in (a.self, a.other)))
 
 
 def _addcmul(op: str) -> Capture:
@@ -119,10 +138,10 @@ def _pow(g: Builder, a: Arguments) -> Any:
 
 
 def _clamp(g: Builder, a: Arguments) -> Any:
-    if g.is_computed(a.self) and g.spec(a.self).dtype is torch.int64:
+    if g.is_computed(a.self) and _is_whole(g, a.self):
         # How many, or which: clamped they are whole numbers below 2^24 still.
         clamped = _clamp(g, a.replaced(self=_whole_as_float(g, a.self)))
-        return g.apply("relayout", (clamped,), Relayout(g.spec(clamped).layout, torch.int64))
+        return _as_dtype(g, clamped, g.spec(a.self).dtype)
     x, low, high = a.self, a.get("min"), a.get("max")
     if _is_value(low):
         x, low = g.apply("maximum", (x, low), Pointwise()), None
@@ -210,6 +229,11 @@ def _where(g: Builder, a: Arguments) -> Any:
 
 def _chosen(g: Builder, condition: Any, first: Any, second: Any) -> Any:
     pair = (first, second)
+    kinds = [g.spec(value).dtype for value in pair if _is_whole(g, value)]
+    if kinds:
+        whole = all(_is_whole(g, value) or isinstance(value, int) for value in pair)
+        chosen = _chosen(g, condition, *(_whole_as_float(g, value) for value in pair))
+        return _as_dtype(g, chosen, max(kinds, key=lambda kind: kind.itemsize)) if whole else chosen
     if any(_is_boolean(g, value) for value in pair):
         if not all(_is_boolean(g, value) for value in pair):
             return g.refuse("a choice between booleans and numbers; convert them with .float()")
@@ -222,9 +246,9 @@ def _chosen(g: Builder, condition: Any, first: Any, second: Any) -> Any:
         first, second = (_number(g, value) if g.spec(other).rank else value
                          for value, other in (pair, pair[::-1]))  # fmt: skip
     if not _is_value(first) and not _is_value(second):
-        if isinstance(first, int) and isinstance(second, int):
-            return g.refuse("a choice between whole numbers; write them as floats (1.0)")
-        return g.apply("choose", (condition,), Pointwise((float(first), float(second))))
+        chosen = g.apply("choose", (condition,), Pointwise((float(first), float(second))))
+        whole = isinstance(first, int) and isinstance(second, int)
+        return _as_dtype(g, chosen, torch.int64) if whole else chosen
     if not _is_value(second):
         return g.apply("where_else", (first, condition), Pointwise((float(second),)))
     if not _is_value(first):
@@ -234,6 +258,18 @@ def _chosen(g: Builder, condition: Any, first: Any, second: Any) -> Any:
 
 def _masked_fill(g: Builder, a: Arguments) -> Any:
     return _chosen(g, a.mask, _number(g, a.value), a.self)
+
+
+def _index_put(g: Builder, a: Arguments) -> Any:
+    """x[mask] = number, with a mask of all dimensions of x or of the first ones."""
+    x, value = a.self, _number(g, a["values"])
+    mask, *others = a.indices
+    numbers = g.spec(value).numel if _is_value(value) else 1
+    if others or not _is_boolean(g, mask) or numbers != 1 or a.accumulate:
+        return g.refuse("only a number is written, by a mask; write others with torch.where")
+    missing = g.spec(x).rank - g.spec(mask).rank
+    mask = g.apply("reshape", (mask,), Reshape((*g.spec(mask).shape, *(1 for _ in range(missing)))))
+    return _chosen(g, mask, value, x)
 
 
 HUGE = float(torch.finfo(torch.float32).max)
@@ -272,10 +308,12 @@ ALIASES = {
 BINARY_NAMES = (
     "add.Tensor", "add.Scalar", "sub.Tensor", "sub.Scalar", "mul.Tensor", "mul.Scalar",
     "maximum.default", "minimum.default", "atan2.default", "fmod.Tensor", "fmod.Scalar",
-    "remainder.Tensor", "remainder.Scalar", "remainder.Scalar_Tensor",
+    "remainder.Tensor", "remainder.Scalar", "remainder.Scalar_Tensor", "floor_divide.default",
+    "floor_divide.Scalar",
 )  # fmt: skip
 
-
+QUOTIENTS = ("floor_divide", "trunc_divide", "fmod", "remainder")
+"""Functions of whole numbers too, which are exact in fp32."""
 COMPARISONS = {
     "eq": "eq", "ne": "not_equal", "lt": "less", "le": "less_equal", "gt": "greater",
     "ge": "greater_equal",
@@ -333,7 +371,10 @@ SPECIAL: dict[str, dict[str, Capture]] = {
         for name in ("and", "or", "xor")
     },
     "eq": {"isposinf.default": _infinite(math.inf), "isneginf.default": _infinite(-math.inf)},
-    "where": {f"where.{kind}": _where for kind in ("self", "ScalarOther", "ScalarSelf", "Scalar")},
+    "where": {
+        **{f"where.{kind}": _where for kind in ("self", "ScalarOther", "ScalarSelf", "Scalar")},
+        "index_put.default": _index_put,
+    },
     "masked_fill": {f"masked_fill.{kind}": _masked_fill for kind in ("Tensor", "Scalar")},
     "round": {"round.decimals": _round, "special_round.default": _round},
     "identity": {
@@ -362,7 +403,7 @@ def _captures(scalar: str) -> dict[str, Capture]:
     for alias in (alias for alias, name in ALIASES.items() if name == scalar):
         table[f"{alias}.default"] = _unary(scalar)
     for overload in (name for name in BINARY_NAMES if name.partition(".")[0] == scalar):
-        table[overload] = _binary(scalar)
+        table[overload] = (_quotient if scalar in QUOTIENTS else _binary)(scalar)
     for name in {scalar, COMPARISONS[scalar]} if scalar in COMPARISONS else ():
         table |= {f"{name}.{kind}": _compared(scalar) for kind in ("Tensor", "Scalar")}
     return {f"aten.{overload}": capture for overload, capture in table.items()}

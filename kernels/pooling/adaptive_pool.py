@@ -36,7 +36,14 @@ from ..tile.geometry import tile_launch
 from ..tile.space import output_tile
 from . import pool
 from .pool_kernel import span
-from .pool_window import AdaptivePool, AdaptivePool2d, AdaptivePool3d, reduction, windows
+from .pool_window import (
+    AdaptivePool,
+    AdaptivePool2d,
+    AdaptivePool3d,
+    MaxPool2d,
+    reduction,
+    windows,
+)
 from .tiles import MOST_UNROLLED_TAPS, channel_block
 
 
@@ -162,7 +169,7 @@ def default(problem: Problem, target: Target) -> Config:
 def _capture(name: str, reduction: str = "", indices: bool = False) -> Capture:
     """The capture of adaptive poolings of images and volumes, and of sequences as images of one
     row. reduction: the op that a volume of one pixel is. With `indices` the call has a second
-    result, for whose readers there is no kernel."""
+    result, which is computed apart for its readers, where all windows of an image are alike."""
 
     def capture(g: Builder, a: Arguments) -> Any:
         size = adaptive_size(g, a)
@@ -171,7 +178,13 @@ def _capture(name: str, reduction: str = "", indices: bool = False) -> Capture:
         elif len(size) == 3:
             y = g.apply(name, (a.self,), AdaptivePool3d(size))
         else:
-            y = as_rank_of(g, g.apply(name, (as_image(g, a.self),), AdaptivePool2d(size)), a.self)
+            x = as_image(g, a.self)
+            y = as_rank_of(g, g.apply(name, (x,), AdaptivePool2d(size)), a.self)
+            image = g.spec(x).shape[2:]
+            if indices and image[0] % size[0] == image[1] % size[1] == 0:
+                window = (image[0] // size[0], image[1] // size[1])
+                largest = g.apply("max_pool2d_with_indices", (x,), MaxPool2d(window, window))
+                return y, as_rank_of(g, g.output(largest, 1), a.self)
         return (y, None) if indices else y
 
     return capture

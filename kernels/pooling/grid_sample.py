@@ -228,7 +228,10 @@ def cost(problem: Problem) -> int:
 def _capture(g: Builder, a: Arguments) -> Any:
     x, grid = a.input, a.grid
     if g.spec(x).rank != 4:
-        return g.refuse("sampling of volumes; of images it is")
+        return g.refuse(
+            f"sampling of volumes: expected an image (N, C, H, W), got {g.spec(x)}; weigh the 8 "
+            "voxels around each place, which torch.gather gives"
+        )
     n, p, q, _ = g.spec(grid).shape
     flat = g.apply("reshape", (grid,), Reshape((n, p * q, 2)))
     attributes = GridSample(

@@ -226,7 +226,7 @@ def scan(b: Builder) -> None:
     dim = b.random.randrange(1, len(b.shape(x)))
     b.let(b.alternative(
         f"{x}.cumsum({dim})", f"{x}.topk(1, {dim}).values", f"torch.tanh({x}).cumprod({dim})",
-        f"{x}.sort({dim}).values",
+        f"{x}.sort({dim}).values", f"{x}.gather({dim}, {x}.argsort({dim}))",
     ))  # fmt: skip
 
 

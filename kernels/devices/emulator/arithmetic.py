@@ -131,7 +131,8 @@ _INEXACT: Mapping[str, tuple[float, float]] = {
 
 def _approximate(root: str, function: Function) -> Function:
     """The function with errors as large as a device's may be: a kernel that is right with them is
-    right with the device's. What float32 holds exactly stays exact."""
+    right with the device's. What float32 holds exactly stays exact, but for quotients: of
+    whole numbers too they are a product with an inexact inverse."""
     relative, absolute = _INEXACT[root]
 
     def approximate(*values: Array) -> Array:
@@ -141,7 +142,8 @@ def _approximate(root: str, function: Function) -> Function:
         bits = nearest.view(np.uint32) * np.uint32(2654435761)
         wrong = bits.astype(np.float64) / 2**31 - 1
         off = exact + wrong * (np.abs(exact) * relative + absolute)
-        return np.where((exact == nearest) | ~np.isfinite(exact), nearest, off).astype(np.float32)
+        stays = ~np.isfinite(exact) | ((exact == nearest) & (root != "div"))
+        return np.where(stays, nearest, off).astype(np.float32)
 
     return approximate
 
