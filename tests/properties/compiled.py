@@ -6,6 +6,7 @@ import random
 from collections.abc import Iterator, Sequence
 
 import torch
+import triton
 from convloom.compiler.tuning import fit
 from convloom.kernels import registry
 from convloom.kernels.contract.op import Config, Launch, Op, Problem, Ref
@@ -14,6 +15,9 @@ from convloom.kernels.devices import offline
 
 from . import harness
 from .domain import Domain
+
+SPILLING_DEFAULTS = 1 if triton.__version__.startswith("3.9.") else 0
+"""Of one problem of every op, per target; docs/limits.md names them."""
 
 
 def launch_requests(
