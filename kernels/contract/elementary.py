@@ -223,7 +223,7 @@ def floor_divide(a, b):
     # The fp64 quotient is no whole number unless the exact one is, up to 2^28.
     dividend, divisor = tl.broadcast(a, b)
     whole = tl.floor(dividend.to(tl.float64) / divisor.to(tl.float64)).to(tl.float32)
-    below = (dividend != 0.0) & ((dividend < 0.0) != (divisor < 0.0))
+    below = ((dividend < 0.0) & (divisor > 0.0)) | ((dividend > 0.0) & (divisor < 0.0))
     whole = tl.where((tl.abs(divisor) == float("inf")) & below, -1.0, whole)
     return tl.where((tl.abs(dividend) == float("inf")) & (divisor != 0.0), float("nan"), whole)
 

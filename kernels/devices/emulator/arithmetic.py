@@ -131,8 +131,8 @@ _INEXACT: Mapping[str, tuple[float, float]] = {
 
 def _approximate(root: str, function: Function) -> Function:
     """The function with errors as large as a device's may be: a kernel that is right with them is
-    right with the device's. What float32 holds exactly stays exact, but for quotients: of
-    whole numbers too they are a product with an inexact inverse."""
+    right with the device's. What float32 holds exactly stays exact, but for quotients, unless
+    they are zero: of whole numbers too they are a product with an inexact inverse."""
     relative, absolute = _INEXACT[root]
 
     def approximate(*values: Array) -> Array:
@@ -142,7 +142,7 @@ def _approximate(root: str, function: Function) -> Function:
         bits = nearest.view(np.uint32) * np.uint32(2654435761)
         wrong = bits.astype(np.float64) / 2**31 - 1
         off = exact + wrong * (np.abs(exact) * relative + absolute)
-        stays = ~np.isfinite(exact) | ((exact == nearest) & (root != "div"))
+        stays = ~np.isfinite(exact) | ((exact == nearest) & ((root != "div") | (exact == 0)))
         return np.where(stays, nearest, off).astype(np.float32)
 
     return approximate
