@@ -20,6 +20,7 @@ ANY_WIDTH = {
     "conv_transpose3d": "a filter may have any width",
     "concat": "parts may differ along the dimension that joins them",
     "bmm": "the second factor may have any number of columns",
+    "gather": "any number of places may be named along the dimension that is searched",
 }
 POINTWISE = {op.name for op in registry.OPS if op.attributes.__name__ == "Pointwise"}
 

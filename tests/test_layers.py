@@ -261,9 +261,6 @@ def test_impossible_arguments_are_named(
 
 REFUSED: dict[str, tuple[Callable[..., Any], str]] = {
     "all rolled": (lambda x: x.roll(3), "pass dims"),
-    "scattered": (
-        lambda x: x.repeat(1, 5, 1, 1)[:, [at * at % 40 for at in range(40)]], "runs of indices"
-    ),
     "two indices": (lambda x: x[:, [0, 1], [2, 3]], "indexing of 2 dimensions"),
     "3-norm": (lambda x: x.norm(3, 1), "the 3"),
     "one number": (lambda x: x[:, :1].std(1), "the variance of 1 numbers"),

@@ -43,6 +43,7 @@ FUNCTIONS: dict[str, Any] = {
     "gather of fewer": lambda m, x: x.gather(-1, x[:, :3, 1:, :4].argsort(-1).argsort(-1)),
     "tokens": lambda m, x: x.flatten(2).mT.gather(1, best(x)[..., None].expand(-1, -1, 4)),
     "places apart": lambda m, x: x[..., m.apart] + x.index_select(3, m.apart.flatten().abs()).sum(),
+    "scattered": lambda m, x: x.repeat(1, 10, 1, 1)[:, [at * at % 40 for at in range(40)]],
     "channels": lambda m, x: m.cubes[:, :, x.argmax(3)[0, 0]] + x[0, 0, 0, 0],
     "row of numbers": lambda m, x: torch.gather(m.book[:, 0], 0, x[:, 0, 0, 0].abs().long()),
     "one_hot": lambda m, x: (F.one_hot(x.argmax(1), 4).permute(0, 3, 1, 2) * x).sum(1),
@@ -67,7 +68,9 @@ FUNCTIONS: dict[str, Any] = {
         x[:, :3, 0, :4], (x.shape[0], 1, 2, 3, 4), align_corners=False
     ),
 }
-QUICK = ("code book", "from the end", "tokens", "one_hot", "addmm", "baddbmm, beta 0")
+QUICK = (
+    "code book", "from the end", "tokens", "scattered", "one_hot", "addmm", "baddbmm, beta 0"
+)  # fmt: skip
 STATIC = ("channels", "places apart")
 """Of all samples of a batch, which a smaller one has not."""
 
