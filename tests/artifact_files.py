@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,14 @@ import torch
 from convloom.compiler.artifact import archive
 from convloom.compiler.artifact.read import open_artifact
 from convloom.compiler.graph.typed import dump
+from convloom.compiler.run.executable import Executable
 from convloom.errors import ArtifactError
+from convloom.kernels.contract.op import Config, Problem
+from convloom.kernels.contract.targets import Target
+from convloom.kernels.hopper import boxes, core
 from torch import nn
 
+from . import nets
 from .nets import make
 
 
@@ -34,6 +40,28 @@ def save_small(folder: Path) -> Path:
     path = folder / "net.loom"
     exe.save(path)
     return path
+
+
+def save_by_core(
+    folder: Path, made: nets.Made, choose: Callable[[list[Config], Config], Config], **options: Any
+) -> tuple[Path, Executable]:
+    """A network in halves for sm_90, any batch to 4, by the Hopper core whatever the model says of
+    layers so small. choose: of a problem's tiles of that core and its plain default."""
+    module, inputs = made
+
+    def chosen(problem: Problem, target: Target, plain: Config, plain_launch: Any) -> Config:
+        return choose(list(core.tiles(problem, target)), plain)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(core, "default", chosen)
+        patch.setattr(boxes, "MOST_WASTE", 9.0)
+        exe = convloom.compile(
+            module, inputs, target="cuda:sm_90", dtype=torch.float16, dynamic_batch=(1, 4),
+            tuning="heuristic", **options,
+        )  # fmt: skip
+    path = folder / "net.loom"
+    exe.save(path)
+    return path, exe
 
 
 def members_of(path: Path) -> dict[str, bytes]:

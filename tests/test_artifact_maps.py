@@ -24,6 +24,7 @@ from convloom.kernels.devices import execute
 from convloom.kernels.hopper import core, gluon
 from torch import nn
 
+from .artifact_files import save_by_core
 from .fake_driver import FakeDriver
 from .nets import make
 
@@ -53,21 +54,12 @@ def network() -> tuple[nn.Module, tuple[torch.Tensor, ...]]:
 def saved(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Executable]:
     """All of the network by the core, whatever the model says of such small layers, and a halo of
     several images, whose map has the batch as its second dimension."""
-    module, inputs = network()
-
-    def first(problem: Any, target: Any, plain: Any, plain_launch: Any) -> Any:
-        return max(core.tiles(problem, target), key=lambda tile: tile[core.BLOCK], default=plain)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(core, "default", first)
-        patch.setattr("convloom.kernels.hopper.boxes.MOST_WASTE", 9.0)
-        made = convloom.compile(
-            module, inputs, target="cuda:sm_90", dtype=HALF, dynamic_batch=(1, 4),
-            tuning="heuristic", passes="none",
-        )  # fmt: skip
-    path = tmp_path_factory.mktemp("files") / "net.loom"
-    made.save(path)
-    return path, made
+    return save_by_core(
+        tmp_path_factory.mktemp("files"),
+        network(),
+        lambda tiles, plain: max(tiles, key=lambda tile: tile[core.BLOCK], default=plain),
+        passes="none",
+    )
 
 
 @pytest.fixture(scope="module")

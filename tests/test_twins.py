@@ -29,6 +29,7 @@ from convloom.kernels.devices import execute, interpreter
 from convloom.kernels.hopper import core, gluon
 from torch import nn
 
+from .artifact_files import save_by_core
 from .fake_driver import FakeDriver, Started
 from .nets import make
 
@@ -58,22 +59,11 @@ def network() -> tuple[nn.Module, tuple[torch.Tensor, ...]]:
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Executable]:
     """All of the network by the core, whatever the model says of such small layers."""
-    module, inputs = network()
-
-    def first(problem: Any, target: Any, plain: Any, plain_launch: Any) -> Any:
-        tiles = (tile for tile in core.tiles(problem, target) if tile[core.BLOCK] != core.HALO)
-        return next(tiles, plain)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(core, "default", first)
-        patch.setattr("convloom.kernels.hopper.boxes.MOST_WASTE", 9.0)
-        made = convloom.compile(
-            module, inputs, target="cuda:sm_90", dtype=torch.float16, dynamic_batch=(1, 4),
-            tuning="heuristic",
-        )  # fmt: skip
-    path = tmp_path_factory.mktemp("files") / "net.loom"
-    made.save(path)
-    return path, made
+    return save_by_core(
+        tmp_path_factory.mktemp("files"),
+        network(),
+        lambda tiles, plain: next((each for each in tiles if each[core.BLOCK] != core.HALO), plain),
+    )
 
 
 @pytest.fixture(scope="module")
