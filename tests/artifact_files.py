@@ -21,8 +21,7 @@ from convloom.kernels.contract.targets import Target
 from convloom.kernels.hopper import boxes, core
 from torch import nn
 
-from . import nets
-from .nets import make
+from .nets import Made, make
 
 
 def save_small(folder: Path) -> Path:
@@ -43,7 +42,7 @@ def save_small(folder: Path) -> Path:
 
 
 def save_by_core(
-    folder: Path, made: nets.Made, choose: Callable[[list[Config], Config], Config], **options: Any
+    folder: Path, made: Made, choose: Callable[[list[Config], Config], Config], **options: Any
 ) -> tuple[Path, Executable]:
     """A network in halves for sm_90, any batch to 4, by the Hopper core whatever the model says of
     layers so small. choose: of a problem's tiles of that core and its plain default."""
