@@ -144,3 +144,13 @@ def test_batches_elsewhere_are_refused(name: str) -> None:
     message = r"Net cannot be compiled with a dynamic batch: .*, at .*Dimension 0 of every input is"
     with pytest.raises(convloom.CaptureError, match=message):
         convloom.compile(module, inputs, target="reference", dynamic_batch=(1, 8))
+
+
+def test_a_layer_alone_has_no_line_of_its_users() -> None:
+    """Nor one of the standard library between torch and us."""
+    x, state = torch.zeros(5, 2, 8), (torch.zeros(1, 2, 4), torch.zeros(1, 2, 4))
+    message = r"Expected hidden\[0\] size .* at an unknown line\. Dimension 0"
+    with pytest.raises(convloom.CaptureError, match=message):
+        convloom.compile(
+            nn.LSTM(8, 4).eval(), (x, state), target="reference", dynamic_batch=(1, 4)
+        )

@@ -11,9 +11,9 @@ larger batches, without a guard. `watched` notes what is decided, so that it can
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,8 +26,11 @@ from ..graph.torch_call import BatchNumber, in_words
 
 SYMBOLIC = (torch.SymInt, torch.SymFloat, torch.SymBool)
 GENERATED = ("<string>", "<eval_with_key>")
-LIBRARIES = (str(Path(torch.__file__).parent), str(Path(__file__).parents[1]), *GENERATED)
-"""How the names of files begin whose code is torch's or ours, not the user's."""
+LIBRARIES = (
+    str(Path(torch.__file__).parent), str(Path(__file__).parents[1]), contextlib.__file__,
+    *GENERATED,
+)  # fmt: skip
+"""How the names of files begin whose code is torch's or ours, not the user's, or between both."""
 
 SIZES = ("size", "shape", "repeats", "end")
 SIZED = frozenset((
@@ -115,7 +118,7 @@ class Decision:
         return bool(answer) != self.result if isinstance(self.result, bool) else False
 
 
-@contextmanager
+@contextlib.contextmanager
 def watched() -> Iterator[list[Decision]]:
     """The decisions that code outside torch takes by symbolic numbers inside the block."""
     decisions: list[Decision] = []
