@@ -168,6 +168,26 @@ def test_an_executable_whose_call_was_interrupted_is_as_before(
     assert not _is_patched()
 
 
+def test_an_interruption_inside_a_shape_stays_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """numpy makes a TypeError of whatever a sequence raises that it was given as a shape."""
+    exe, x = compiled()
+    plain, calls, last = core.tuple.__iter__, 0, 0
+
+    def interrupted(*given: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == last:
+            raise KeyboardInterrupt
+        return plain(*given)
+
+    monkeypatch.setattr(core.tuple, "__iter__", interrupted)
+    exe(x)
+    for call in range(1, calls, calls // 60):
+        calls, last = 0, call
+        with pytest.raises(KeyboardInterrupt):
+            exe(x)
+
+
 @pytest.mark.parametrize(("times", "goes_on"), [(1, True), (2, False)])
 def test_an_interruption_waits_for_the_end_of_the_export(times: int, goes_on: bool) -> None:
     ends = []

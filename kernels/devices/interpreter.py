@@ -101,10 +101,11 @@ def _cast(src: Any, dst_type: Any) -> Any:
 
 def _splat(kind: Any, scalar: Any) -> Any:
     """The scalar in every element. A truth value stays one, where upstream makes a number of it,
-    which Triton 3.9 refuses as a mask."""
+    which Triton 3.9 refuses as a mask. The shape goes to numpy as a plain tuple: an interruption
+    inside the methods of `core.tuple` would come out of numpy as a TypeError."""
     value = np.asarray(scalar.data).reshape(())
     dtype = value.dtype if value.dtype == bool else upstream._get_np_dtype(scalar.dtype)
-    return upstream.TensorHandle(np.full(kind.shape, value, dtype), scalar.dtype.scalar)
+    return upstream.TensorHandle(np.full(tuple(kind.shape), value, dtype), scalar.dtype.scalar)
 
 
 OWN = {"create_dot": _dot, "create_fma": _fma, "cast_impl": _cast, "create_splat": _splat}
