@@ -115,7 +115,7 @@ class CompiledGraph:
         self._held = [attrgetter(str(node.target))(module) for node in held]
         self._kinds = [_kind(source) for source in sources]
         self._is_weight = [kind == WEIGHT for kind in self._kinds]
-        self._is_input = [kind == INPUT for kind in self._kinds]
+        self._inputs = [at for at, kind in enumerate(self._kinds) if kind == INPUT]
         self._batches = _batches(sources, self._kinds)
         self._varies = any(map(_is_symbolic, sources)) or NUMBER in self._kinds
         self._name = _name_of(module)
@@ -139,7 +139,7 @@ class CompiledGraph:
         executable = None if self._eager else self._find(given)
         if executable is None:
             return self._module(*arguments)
-        return executable(*compress(arguments, self._is_input))
+        return executable(*[arguments[at] for at in self._inputs])
 
     def _find(self, arguments: Sequence[Any]) -> Executable | None:
         """The executable for a call, compiled now if need be; None where torch has to run it."""
@@ -167,7 +167,7 @@ class CompiledGraph:
         if self._batches is None:
             return tuple(getattr(x, "shape", x) for k, x in given if k in (INPUT, SIZE)), numbers
         _, highest = self._batches
-        batch = next(compress(arguments, self._is_input)).shape[0]
+        batch = arguments[self._inputs[0]].shape[0]
         # The next power of two where the range has no end, or one far away.
         return highest or max(2, 1 << (batch - 1).bit_length()), numbers
 
@@ -190,7 +190,7 @@ class CompiledGraph:
                 f"its sizes vary, and it is compiled for {limit} of them already (torch._dynamo."
                 "config.recompile_limit); only the batch, dimension 0 of all inputs, is a range"
             )
-        inputs = tuple(compress(arguments, self._is_input))
+        inputs = tuple(arguments[at] for at in self._inputs)
         try:
             check_example(inputs, bounds is not None)
         except InvalidInputError as error:

@@ -272,6 +272,23 @@ def test_weights_that_are_promised_to_stay_are_not_looked_at() -> None:
     same(fast(x), model(x))
 
 
+def test_modules_that_are_promised_to_stay_are_not_looked_at() -> None:
+    """By torch's own option, as docs/torch_compile.md recommends: no guard is left on a module."""
+    model, x = nets.randomise(nn.Sequential(nn.Conv2d(3, 4, 3))), image()
+    trusting = torch.compiler.skip_guard_on_all_nn_modules_unsafe
+    fast = faster(model, check_weights=False, guard_filter_fn=trusting)
+    before = fast(x)
+    same(before, model(x))
+    model[0].stride = (2, 2)
+    model[0].weight = nn.Parameter(model[0].weight + 1)
+    assert made_by(lambda: same(fast(x), before)) == []
+    same(fast(image(3)), model(image(3)))  # Traced again for another size, as all is now.
+    fast = faster(model, guard_filter_fn=trusting)
+    fast(x)
+    model[0].bias.mul_(2)
+    same(fast(x), model(x))  # Weights are looked at by the backend.
+
+
 def test_gradients_are_left_to_torch() -> None:
     model, x = network(), image()
     fast = faster(model)
