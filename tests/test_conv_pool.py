@@ -25,6 +25,7 @@ from convloom.kernels.tile.conv_geometry import Conv2d
 from torch import nn
 
 from . import harness, nets
+from .test_offline import by_generation
 
 HALF, FLOAT = torch.float16, torch.float32
 BIAS = (Stage("add"), Stage("relu"))
@@ -32,8 +33,6 @@ RESIDUAL = (Stage("add"), Stage("add"), Stage("relu"))
 PAIR = (2, 2)
 SAME = Conv2d((1, 1), (1,) * 4)
 SM_90 = targets.parse("cuda:sm_90")
-GENERATIONS = tuple(target for target in targets.GPU_TARGETS if target.capability % 10 == 0)
-by_target = pytest.mark.parametrize("target", GENERATIONS, ids=lambda target: target.name)
 
 
 def image(*shape: int, dtype: torch.dtype = FLOAT) -> TensorSpec:
@@ -150,7 +149,7 @@ def averaged(c: int, k: int, size: int, n: int = 8) -> Problem:
     )
 
 
-@by_target
+@by_generation
 @pytest.mark.parametrize("shape", [(64, 64, 224), (256, 256, 56)], ids=str)
 def test_pooling_exchanges_nothing_and_stores_wide(
     shape: tuple[int, int, int], target: Target
@@ -162,7 +161,7 @@ def test_pooling_exchanges_nothing_and_stores_wide(
     assert made.count("LDGSTS") == made.count("LDGSTS.128") > 0
 
 
-@by_target
+@by_generation
 def test_averaging_does_not_spill(target: Target) -> None:
     made = report(averaged(512, 2048, 7), target)
     assert made.spill_bytes == 0 and made.registers <= 160

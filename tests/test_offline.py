@@ -119,6 +119,14 @@ OTHERS = {
 
 GENERATIONS = tuple(target for target in targets.GPU_TARGETS if target.capability % 10 == 0)
 """One target per kind of tensor core; sm_86 and sm_89 share sm_80's, with less shared memory."""
+by_generation = pytest.mark.parametrize(
+    "target",
+    [
+        pytest.param(each, id=each.name, marks=pytest.mark.slow if each.capability > 90 else ())
+        for each in GENERATIONS
+    ],
+)
+"""For kernels beside those of this file, whose machine code on sm_100 is seldom looked at."""
 
 
 @pytest.fixture(scope="module", autouse=True)

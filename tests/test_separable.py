@@ -34,7 +34,7 @@ from torch import nn
 from . import harness, nets
 from .domains.fused.separable import RELU6
 from .properties.compiled import SPILLING_DEFAULTS, assert_gives_way, assert_healthy, spilled
-from .test_offline import GENERATIONS, TENSOR_CORES, channels
+from .test_offline import TENSOR_CORES, by_generation, channels
 
 SM_80, SM_90 = targets.parse("cuda:sm_80"), targets.parse("cuda:sm_90")
 
@@ -80,7 +80,7 @@ BLOCKS = {
 }
 
 
-@pytest.mark.parametrize("target", GENERATIONS, ids=lambda target: target.name)
+@by_generation
 @pytest.mark.parametrize("name", BLOCKS)
 def test_machine_code(name: str, target: Target) -> None:
     """No spills, tensor cores, wide loads, and few barriers: when the compiler moves the operand's

@@ -33,7 +33,6 @@ from . import harness, nets, test_offline
 from .nets import Made, make
 
 X, R = (2, 8, 5, 6), (2, 6, 10, 12)
-GENERATIONS = test_offline.GENERATIONS
 
 
 def sum_of(function: Any, *shapes: tuple[int, ...], bias: bool = True, **layers: nn.Module) -> Made:
@@ -278,7 +277,7 @@ COMPILED = {
 }
 
 
-@pytest.mark.parametrize("target", GENERATIONS, ids=lambda target: target.name)
+@test_offline.by_generation
 @pytest.mark.parametrize("name", COMPILED)
 def test_second_products_do_not_spill(name: str, target: targets.Target) -> None:
     (report,) = test_offline.assert_healthy(COMPILED[name], target)
