@@ -199,7 +199,7 @@ def test_results_are_right_with_weights_asked_for(
 
 @pytest.mark.parametrize(
     ("module", "shape", "kernels"),
-    [(Bottleneck(16), (1, 3, 16, 16), FUSED[:2]), (nn.Linear(200, 21), (3, 200), FUSED[2:])],
+    [(Bottleneck(16), (1, 3, 48, 48), FUSED[:2]), (nn.Linear(200, 21), (3, 200), FUSED[2:])],
 )
 def test_fused_kernels_that_start_early_are_right(
     monkeypatch: pytest.MonkeyPatch, module: nn.Module, shape: tuple[int, ...], kernels: Any

@@ -231,6 +231,21 @@ def test_adding_up_is_in_the_model() -> None:
     assert split_k.combine_bytes(4, 64, 32) == 4 * 4 * 64 * 32
 
 
+def test_a_program_waits_for_its_own_first_operands() -> None:
+    """Those of a tile of 128x256 take what was fitted, those of a small one their share of that;
+    where a launch does not tell its steps, as much as the former."""
+    gpu = cost_model.machine_for(SM_90)
+    size, firsts = choice.Size(8_192, 8_192, 512, torch.float16), []
+    for block in ((128, 256, 8), (32, 32, 4)):
+        launch = choice.launch_for_cost_model(size, choice.config_of(size, block, 64, 3, 1))
+        firsts.append(cost_model.tile_cycles(gpu, launch, 0.0, torch.float16, 0.0).first)
+    assert gpu.fill_cycles + firsts[0] == pytest.approx(2_000, rel=0.01)
+    assert firsts[1] == pytest.approx(firsts[0] / 6)
+    untold = replace(launch, steps=0, constexprs={})
+    found = cost_model.tile_cycles(gpu, untold, 0.0, torch.float16, 0.0)
+    assert found.first == cost_model.FIRST_CYCLES == pytest.approx(firsts[0], rel=0.01)
+
+
 @pytest.mark.parametrize("target", [t for t in GPU_TARGETS if t.capability % 10 == 0], ids=str)
 def test_split_convolutions_compile_without_spills(target: object) -> None:
     (report,) = reports(conv(512, 512, 7, 3, n=1), target)  # type: ignore[arg-type]
