@@ -49,7 +49,7 @@ def compute_tile(
     if SECOND is not None:
         at = SECOND.begin(first, stop, image, p, q, live, SECOND, SPACE, TILE)
         acc = add_product(
-            acc, x2, w2, at, columns, column_mask, stop, split, extras, SECOND, TILE, 1
+            acc, x2, w2, at, columns, column_mask, stop, split, extras, SECOND, TILE, SPLIT
         )
     rows = pixel_index(first, image, p, q, SPACE, TILE)
     FINISH.end(
