@@ -331,7 +331,7 @@ def test_a_saved_file_launches_as_it_was_compiled(
 @pytest.mark.parametrize(
     ("launch", "message"),
     [
-        ("early", "CONVLOOM_LAUNCH: expected programmatic or branches, got early"),
+        ("early", "expected programmatic, branches or clusters, got early"),
         ("branches, programmatic", "programmatic and branches exclude each other"),
     ],
 )

@@ -111,6 +111,13 @@ COMBINE_US = 1.0
 COMBINE_BYTES = 32
 """What one program reads per cycle while it adds up parts: half of what its multiprocessor could,
 two parts being under way at once (assumed)."""
+CLUSTER_CYCLES = 180
+"""From a load's issue to its data, out of the shared memory of another multiprocessor (H800: Luo
+et al., "Benchmarking and Dissecting the Nvidia Hopper GPU Architecture", arXiv 2402.13499); a
+barrier of a cluster takes as long (assumed)."""
+CLUSTER_BYTES = {2: 16, 4: 13, 8: 13}
+"""What one program reads there per cycle, by the size of the cluster: 3.27 and 2.65 TB/s in
+clusters of 2 and 4 on 114 multiprocessors at 1.755 GHz (the same source; of 8 assumed)."""
 RESIDENT = 0.25
 """The part of the L2 cache in which a tensor surely survives until the next kernel reads it."""
 COPY_BYTES = 16
@@ -253,7 +260,8 @@ def _staged_bytes(launch: Launch, dtype: torch.dtype) -> int:
     block = block_of(launch)
     if block is None:
         return 0
-    return launch.num_stages * (block.m + block.n) * block.k * dtype.itemsize
+    staged = launch.num_stages * (block.m + block.n) * block.k * dtype.itemsize
+    return staged + launch.cluster_bytes
 
 
 def _registers(launch: Launch, dtype: torch.dtype) -> int:
@@ -299,9 +307,13 @@ def launch_us(
 
 
 def combine_us(machine: Machine, launch: Launch) -> float:
-    """What the last programs of split sums take to add them up, after all the others."""
+    """What the last programs of split sums take to add them up, after all the others; or all of a
+    cluster together, between two barriers of which a store hides the second."""
     if not launch.combine_bytes:
         return 0.0
+    if launch.cluster > 1:
+        cycles = 2 * CLUSTER_CYCLES + launch.combine_bytes / CLUSTER_BYTES[launch.cluster]
+        return cycles / (machine.clock_ghz * 1e3)
     return COMBINE_US + launch.combine_bytes / (COMBINE_BYTES * machine.clock_ghz * 1e3)
 
 

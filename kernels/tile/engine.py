@@ -122,7 +122,8 @@ def launch(
         problem, tile, tile_kernel,
         # What is not there is never read: the output stands for it.
         pointers={
-            "x": X, "w": W, "x2": Y, "w2": Y, "y": Y, **split_k.pointers(split),
+            "x": X, "w": W, "x2": Y, "w2": Y, "y": Y,
+            **split_k.pointers(split, more.get("cluster", 1)),
             **(pointers or {}),
         },
         block_rows=space.per_tile,

@@ -50,7 +50,7 @@ def run(
         )
     ]
     blocks = launch.grid_at(batch)[0]
-    emulate(kernel, arguments, blocks, WARP * warps, shared_bytes, seed, bounds)
+    emulate(kernel, arguments, blocks, WARP * warps, shared_bytes, seed, bounds, launch.cluster)
 
 
 def _bounded(ref: Ref, buffer: torch.Tensor, place: Operand | None, batch: int) -> Bounded:
