@@ -11,7 +11,8 @@
 |                     | ~/.cache/convloom)                                                    |
 | CONVLOOM_LAUNCH     | how kernels follow each other on a GPU, separated by commas; nothing  |
 |                     | by default: programmatic (the next one starts early, sm_90 and        |
-|                     | later), branches (independent ones run side by side)                  |
+|                     | later), branches (independent ones run side by side), clusters        |
+|                     | (programs that share sums exchange them among multiprocessors, sm_90) |
 | CONVLOOM_CORE       | hopper: convolutions and linear layers by warps that do different     |
 |                     | things, on sm_90 where they can (no GPU has run that); plain: never,  |
 |                     | even where a file or a record says so; by default it is not chosen    |
@@ -33,7 +34,7 @@ VERSION = "0.1.0"
 
 CHECKS = (NOTHING, LAWS, MEANING) = (0, 1, 2)
 """What CONVLOOM_CHECK asks for, each with all before it."""
-LAUNCH_OPTIONS = (PROGRAMMATIC, BRANCHES) = ("programmatic", "branches")
+LAUNCH_OPTIONS = (PROGRAMMATIC, BRANCHES, CLUSTERS) = ("programmatic", "branches", "clusters")
 CORES = (PLAIN, HOPPER) = ("plain", "hopper")
 """What computes products (`kernels/hopper/core.py`)."""
 
@@ -70,9 +71,10 @@ def launch() -> frozenset[str]:
     launch = frozenset(filter(None, words))
     if unknown := launch - set(LAUNCH_OPTIONS):
         raise InvalidInputError(
-            f"CONVLOOM_LAUNCH: expected {' or '.join(LAUNCH_OPTIONS)}, got {', '.join(unknown)}"
+            "CONVLOOM_LAUNCH: expected programmatic, branches or clusters, got "
+            f"{', '.join(unknown)}"
         )
-    if launch == set(LAUNCH_OPTIONS):
+    if launch >= {PROGRAMMATIC, BRANCHES}:
         raise InvalidInputError(
             "CONVLOOM_LAUNCH: programmatic and branches exclude each other: a kernel that starts "
             "early behind another stream's event has not been tried; choose one"

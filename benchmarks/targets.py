@@ -103,7 +103,7 @@ def markdown(rows: list[Row]) -> str:
         "times are no measurements.",
         "",
         "| model | batch | goal | measured | on | verdict | modelled us (H200) | with the Hopper "
-        "core and programmatic launches asked for | bound T us |",
+        "core, programmatic launches and clusters asked for | bound T us |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for goal in GOALS:
@@ -154,7 +154,7 @@ def _where_time_goes() -> list[str]:
     return lines
 
 
-CORES, EARLY = ("", "hopper"), "programmatic"
+CORES, EARLY = ("", "hopper"), "programmatic,clusters"
 """Values of CONVLOOM_CORE: as it comes, and asked for; and of CONVLOOM_LAUNCH in the latter."""
 WAYS = ("", "cooperative", "ping-pong", "halo")
 
@@ -194,9 +194,9 @@ def core_markdown() -> str:
         "# The Hopper core by the model (fp16, sm_90)\n",
         "Made by `python -m benchmarks.targets`. Microseconds by the cost model for an H200, not "
         "measured: no GPU has run the core, used only with `CONVLOOM_CORE=hopper`, here also with "
-        "`CONVLOOM_LAUNCH=programmatic`. Plain: plain Triton's default tile. Bound: products at 790"
-        " TFLOP/s or DRAM at 4.3 TB/s, whichever is more; the model's tensor cores reach 865, which"
-        " no published kernel does (808), so that some layers are modelled below their bound.",
+        "`CONVLOOM_LAUNCH=programmatic,clusters`. Plain: Triton's default tile. Bound: products at "
+        "790 TFLOP/s or DRAM at 4.3 TB/s, whichever is more; the model's tensor cores reach 865, "
+        "which no published kernel does (808), so that some layers are modelled below their bound.",
     ]
     for model, batch in [*((name, 256) for name in MODELLED_LIMITS_MS), ("resnet50", 1)]:
         columns = "| kernel | result | plain | planned | core | bound | waits for |"

@@ -27,7 +27,7 @@ class Block(nn.Module):
         self.stem = nn.Conv2d(3, 32, 3, padding=1)
         self.depthwise = nn.Conv2d(32, 32, 3, padding=1, groups=32)
         self.separable = nn.Conv2d(32, 32, 1)
-        self.pool = nn.MaxPool2d(2)
+        self.pool = nn.MaxPool2d(3, 2, 1)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = torch.relu(self.stem(x))

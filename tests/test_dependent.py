@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ from convloom.kernels.contract.targets import Target, parse
 from convloom.kernels.devices import offline
 from convloom.kernels.devices.offline import CompileRequest
 from convloom.kernels.movement.pointwise import Pointwise
+from convloom.kernels.normalisation.softmax import Softmax
 from convloom.kernels.pooling.pool_window import MaxPool2d
 from convloom.kernels.tile.conv_geometry import Conv2d
 from torch import nn
@@ -35,6 +36,7 @@ from torch import nn
 from . import harness, machine_code
 from .nets import make
 from .test_artifact_device import fake
+from .test_separable import problem as separable_problem
 
 SM_80, SM_90 = parse("cuda:sm_80"), parse("cuda:sm_90")
 PROGRAMMATIC = "CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION"
@@ -57,6 +59,29 @@ def launch_of(filters: int, target: Target = SM_90) -> Launch:
     return launch
 
 
+def separable_launch() -> Launch:
+    """A block whose operands stay in shared memory."""
+    asked = separable_problem(256, 512, 28, stride=2, n=32)
+    op = registry.get("separable")
+    return op.launches(asked, op.default(asked, SM_90), SM_90)[0]
+
+
+def alone_launch(name: str, attributes: Any, *filters: int) -> Launch:
+    """An op on an image of 256 channels, with a weight of its own perhaps."""
+    op, specs = registry.get(name), [TensorSpec((4, 256, 14, 14), torch.float16, Layout.NHWC)]
+    specs += [TensorSpec(filters, torch.float16)] * bool(filters)
+    asked = harness.problem_for(op, attributes, tuple(specs))
+    return op.launches(asked, op.default(asked, SM_90), SM_90)[0]
+
+
+POOL = MaxPool2d((3, 3), (2, 2), (1, 1))
+ALONE = {
+    "resident_kernel": separable_launch,
+    "depthwise_kernel": partial(
+        alone_launch, "conv2d", Conv2d(padding=(1,) * 4, groups=256), 256, 1, 3, 3
+    ),
+    "pool_kernel": partial(alone_launch, "max_pool2d", POOL),
+}
 CASES = {"gemm_kernel": 1, "tile_kernel": 3, "pointwise_kernel": 0}
 FUSED = ("stem_kernel", "conv_chain_kernel", "gemv_kernel")
 
@@ -99,7 +124,7 @@ def request(launch: Launch, target: Target = SM_90) -> CompileRequest:
 def compiled(case: str) -> Any:
     if case in FUSED:
         return offline.compile_request(fused()[case][1])
-    launch = launch_of(CASES[case])
+    launch = ALONE[case]() if case in ALONE else launch_of(CASES[case])
     assert launch.kernel.fn.__name__ == case
     return offline.compile_request(request(programmatic_launch.programmatic(launch, SM_90)))
 
@@ -108,7 +133,7 @@ def programmatic(filters: int) -> Launch:
     return programmatic_launch.programmatic(launch_of(filters), SM_90)
 
 
-@pytest.mark.parametrize("case", [*CASES, *FUSED])
+@pytest.mark.parametrize("case", [*CASES, *FUSED, *ALONE])
 def test_a_programmatic_kernel_waits_before_it_touches_memory(case: str) -> None:
     """Once, before the loop: a wait inside a pipelined loop would come after its first copies. The
     next kernel may start right behind it, not only when the loop is over."""
@@ -199,7 +224,7 @@ def test_results_are_right_with_weights_asked_for(
 
 @pytest.mark.parametrize(
     ("module", "shape", "kernels"),
-    [(Bottleneck(16), (1, 3, 16, 16), FUSED[:2]), (nn.Linear(200, 21), (3, 200), FUSED[2:])],
+    [(Bottleneck(16), (1, 3, 48, 48), FUSED[:2]), (nn.Linear(200, 21), (3, 200), FUSED[2:])],
 )
 def test_fused_kernels_that_start_early_are_right(
     monkeypatch: pytest.MonkeyPatch, module: nn.Module, shape: tuple[int, ...], kernels: Any
@@ -225,7 +250,7 @@ def test_the_model_knows_what_an_early_start_saves(monkeypatch: pytest.MonkeyPat
     add, copy = (
         harness.problem_for(registry.get(name), attributes, inputs)
         for name, attributes, inputs in (
-            ("add", Pointwise(), (x, x)), ("max_pool2d", MaxPool2d((2, 2), (2, 2)), (x,)),
+            ("add", Pointwise(), (x, x)), ("softmax", Softmax(1), (x,)),
         )
     )  # fmt: skip
     for target, saved in ((SM_90, 0.96), (SM_80, 0.0)):
@@ -254,7 +279,7 @@ def test_fusions_are_estimated_as_kernels_are_launched(monkeypatch: pytest.Monke
 
 def network() -> tuple[nn.Module, tuple[torch.Tensor, ...]]:
     def forward(m: Any, x: torch.Tensor) -> torch.Tensor:
-        return torch.max_pool2d(torch.relu(m.second(torch.relu(m.first(x)))), 2)
+        return torch.max_pool2d(torch.relu(m.second(torch.relu(m.first(x)))), 2).softmax(1)
 
     return make(forward, (2, 16, 8, 8), first=nn.Conv2d(16, 16, 3), second=nn.Conv2d(16, 8, 1))
 
@@ -263,7 +288,7 @@ def network() -> tuple[nn.Module, tuple[torch.Tensor, ...]]:
     ("launch", "target", "expected"),
     [
         ("", "cuda:sm_90", set()),
-        ("programmatic", "cuda:sm_90", {"gemm_kernel", "tile_kernel"}),
+        ("programmatic", "cuda:sm_90", {"gemm_kernel", "tile_kernel", "pool_kernel"}),
         ("programmatic", "cuda:sm_80", set()),
         ("programmatic", "interpreter", set()),
     ],
@@ -306,7 +331,7 @@ def test_a_saved_file_launches_as_it_was_compiled(
 @pytest.mark.parametrize(
     ("launch", "message"),
     [
-        ("early", "CONVLOOM_LAUNCH: expected programmatic or branches, got early"),
+        ("early", "expected programmatic, branches or clusters, got early"),
         ("branches, programmatic", "programmatic and branches exclude each other"),
     ],
 )

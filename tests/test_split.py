@@ -19,11 +19,12 @@ from convloom.compiler.records.choose import Choice, heuristic
 from convloom.kernels import registry
 from convloom.kernels.contract import cost_model
 from convloom.kernels.contract.epilogue import Stage
-from convloom.kernels.contract.op import Config, Op, Problem
+from convloom.kernels.contract.op import Config, Op, Problem, config
 from convloom.kernels.contract.spec import Layout, TensorSpec
 from convloom.kernels.contract.targets import GPU_TARGETS, Target, parse
 from convloom.kernels.devices import emulator, interpreter, offline
 from convloom.kernels.devices.emulator import FaultError
+from convloom.kernels.fused.conv_sum import ConvSum
 from convloom.kernels.products.linear import Linear
 from convloom.kernels.tile import choice, split_k
 from convloom.kernels.tile.conv_geometry import Conv2d
@@ -41,10 +42,10 @@ def image(n: int, c: int, size: int, batch: int | None = None) -> TensorSpec:
     return TensorSpec((n, c, size, size), torch.float32, Layout.NHWC, batch)
 
 
-def problem(name: str, attributes: object, x: TensorSpec, w: TensorSpec) -> Problem:
+def problem(name: str, attributes: object, *inputs: TensorSpec) -> Problem:
     op = registry.get(name)
-    (y,) = op.infer(attributes, (x, w))
-    return harness.problem_for(op, attributes, (x, w), RESIDUAL, (y,), pad=3)
+    (y,) = op.infer(attributes, inputs)
+    return harness.problem_for(op, attributes, inputs, RESIDUAL, (y,), pad=3)
 
 
 def weights(*shape: int) -> TensorSpec:
@@ -56,6 +57,10 @@ PROBLEMS = {
     "1x1": problem("conv2d", Conv2d(), image(2, 300, 5, 2), weights(20, 300, 1, 1)),
     "groups": problem(
         "conv2d", Conv2d((2, 2), (1, 0, 1, 1), groups=2), image(2, 160, 5, 2), weights(36, 80, 3, 3)
+    ),
+    "two convolutions": problem(
+        "conv_sum", ConvSum(second=Conv2d((2, 2))), image(2, 520, 4, 2), weights(24, 520, 1, 1),
+        image(2, 72, 8, 2), weights(24, 72, 1, 1),
     ),
     "linear": problem(
         "linear", Linear(), TensorSpec((3, 600), torch.float32, batch=3), weights(40, 600)
@@ -182,6 +187,24 @@ def test_batch_1_splits_where_multiprocessors_would_idle() -> None:
     assert sums.elements * 4 == launch.combine_bytes * semaphores.elements and semaphores.zeroed
 
 
+def test_shared_sums_are_shared_evenly() -> None:
+    """36 steps of 32 terms among 4 programs, where 18 of 64 would be 5 for the slowest; sums that
+    are not shared keep the deeper steps. Both products of a residual block's end are shared."""
+    found = choice.candidates(choice.Size(784, 128, 128, torch.float16, taps=9, splits=True), SM_90)
+    depths = {(choice.split_of(tile) > 1, tile["BLOCK_K"]) for tile in found
+              if tile["BLOCK_M"] == tile["BLOCK_N"] == 64}  # fmt: skip
+    assert depths == {(False, 64), (True, 64), (True, 32)}
+    half = TensorSpec((1, 512, 7, 7), torch.float16, Layout.NHWC)
+    asked = harness.problem_for(registry.get("conv_sum"), ConvSum(), (
+        half, TensorSpec((2048, 512, 1, 1), torch.float16),
+        replace(half, shape=(1, 1024, 7, 7)), TensorSpec((2048, 1024, 1, 1), torch.float16),
+    ))  # fmt: skip
+    tile = config(4, 3, BLOCK_M=64, BLOCK_N=64, BLOCK_K=64, GROUP_M=8, SPLIT=4)
+    (launch,) = registry.get("conv_sum").launches(asked, tile, SM_90)
+    assert launch.steps == 2 + 4 and len(launch.scratch) == 2
+    assert launch.l2_bytes == 2 * (512 + 1024) * 128 // 4
+
+
 def replace_split(tile: Config, count: int) -> Config:
     return replace(tile, blocks=tuple({**dict(tile.blocks), "SPLIT": count}.items()))
 
@@ -229,6 +252,21 @@ def test_adding_up_is_in_the_model() -> None:
     ]
     assert times[0] == 0.0 and times == sorted(set(times))
     assert split_k.combine_bytes(4, 64, 32) == 4 * 4 * 64 * 32
+
+
+def test_a_program_waits_for_its_own_first_operands() -> None:
+    """Those of a tile of 128x256 take what was fitted, those of a small one their share of that;
+    where a launch does not tell its steps, as much as the former."""
+    gpu = cost_model.machine_for(SM_90)
+    size, firsts = choice.Size(8_192, 8_192, 512, torch.float16), []
+    for block in ((128, 256, 8), (32, 32, 4)):
+        launch = choice.launch_for_cost_model(size, choice.config_of(size, block, 64, 3, 1))
+        firsts.append(cost_model.tile_cycles(gpu, launch, 0.0, torch.float16, 0.0).first)
+    assert gpu.fill_cycles + firsts[0] == pytest.approx(2_000, rel=0.01)
+    assert firsts[1] == pytest.approx(firsts[0] / 6)
+    untold = replace(launch, steps=0, constexprs={})
+    found = cost_model.tile_cycles(gpu, untold, 0.0, torch.float16, 0.0)
+    assert found.first == cost_model.FIRST_CYCLES == pytest.approx(firsts[0], rel=0.01)
 
 
 @pytest.mark.parametrize("target", [t for t in GPU_TARGETS if t.capability % 10 == 0], ids=str)

@@ -306,11 +306,11 @@ def _calls(
     names = [step.name for step in plan.steps if isinstance(step, KernelStep)]
     calls = []
     for image, meta, (step, launch) in zip(images, metas, launches, strict=True):
-        grid = Grid(
-            launch.rows, launch.block_rows, launch.columns, launch.batch, launch.most_programs
-        )
+        # Of clusters, which the image says are of several programs.
+        columns = launch.columns // launch.cluster
+        grid = Grid(launch.rows, launch.block_rows, columns, launch.batch, launch.most_programs)
         for batch in {1, *(plan.batch or (1,))}:
-            programs = (grid.programs_at(batch), 1, 1)
+            programs = (grid.programs_at(batch) * launch.cluster, 1, 1)
             if launch.grid_at(batch) != programs or launch.m_at(batch) != grid.rows_at(batch):
                 raise ArtifactError(
                     f"cannot save step {step.name}: its grid for a batch of {batch} is "

@@ -221,7 +221,8 @@ def bind_launch(
     grid = launch.grid_at(batch)
     if 0 in grid:  # An empty tensor: a device refuses to launch nothing.
         return lambda: None
-    start = compiled[grid]
+    # The launcher starts a cluster in the place of each.
+    start = compiled[(grid[0] // launch.cluster, *grid[1:])]
     return lambda: start(*ordered)
 
 

@@ -44,7 +44,8 @@ class Machine:
     dependent kernel adds inside a CUDA graph; early_us: how much of that a programmatic launch
     saves. Of one multiprocessor: shared_kb, threads, blocks: what it holds at a time, 1,024 bytes
     to the kB; store_bytes: of results, per cycle; end_cycles: the end of a tile beside them;
-    fill_cycles: from a program's start to its first products, and what drains behind it.
+    fill_cycles: from a program's start to its first products, beside the time in which what these
+    multiply leaves L2, and what drains behind it.
     """
 
     name: str
@@ -61,7 +62,7 @@ class Machine:
     blocks: int = 32
     store_bytes: float = 22.0
     end_cycles: float = 400.0
-    fill_cycles: float = 2_000.0
+    fill_cycles: float = 750.0
 
     def per_cycle(self, per_second_giga: float) -> float:
         """A rate of the whole GPU in 10^9 per second as one multiprocessor's share per cycle."""
@@ -73,11 +74,12 @@ class Machine:
 # 132 x 1.83 GHz x 4,096) at the 1.6 GHz that long products settle at (fitted: 790 to 808 TFLOP/s
 # published); 8,300 GB/s out of L2 (fitted: products of 192x192 tiles at 777 TFLOP/s and of 128x256
 # at 689 both read 8,100), store_bytes, end_cycles and fill_cycles fitted to Triton's persistent and
-# plain kernels of 512 terms (527 and 450 TFLOP/s); memory_gbps is what large copies reach. For H100
-# are published: launch_us of a chain of empty kernels (Hazy Research, "Look Ma, No Bubbles!", 2025)
-# and early_us of a pair of them (pegainfer issue 569, which calls it the most there is to gain: no
-# more of a program's start is taken to be hidden, nor its first loads). Of the others the tensor
-# and memory rates are specifications or published copies, the rest is assumed.
+# plain kernels of 512 terms (527 and 450 TFLOP/s: 2,000 cycles between tiles of 128x256, 1,250 of
+# them until the operands of the first step are there); memory_gbps is what large copies reach. For
+# H100 are published: launch_us of a chain of empty kernels (Hazy Research, "Look Ma, No Bubbles!",
+# 2025) and early_us of a pair of them (pegainfer issue 569, which calls it the most there is to
+# gain: no more of a program's start is taken to be hidden, nor its first loads). Of the others the
+# tensor and memory rates are specifications or published copies, the rest is assumed.
 MACHINES = {
     80: Machine("A100", 108, 280.0, 1_800.0, 4_000.0, 40.0, 1.41, shared_kb=164),
     86: Machine(
@@ -109,6 +111,13 @@ COMBINE_US = 1.0
 COMBINE_BYTES = 32
 """What one program reads per cycle while it adds up parts: half of what its multiprocessor could,
 two parts being under way at once (assumed)."""
+CLUSTER_CYCLES = 180
+"""From a load's issue to its data, out of the shared memory of another multiprocessor (H800: Luo
+et al., "Benchmarking and Dissecting the Nvidia Hopper GPU Architecture", arXiv 2402.13499); a
+barrier of a cluster takes as long (assumed)."""
+CLUSTER_BYTES = {2: 16, 4: 13, 8: 13}
+"""What one program reads there per cycle, by the size of the cluster: 3.27 and 2.65 TB/s in
+clusters of 2 and 4 on 114 multiprocessors at 1.755 GHz (the same source; of 8 assumed)."""
 RESIDENT = 0.25
 """The part of the L2 cache in which a tensor surely survives until the next kernel reads it."""
 COPY_BYTES = 16
@@ -118,6 +127,9 @@ RATE = {torch.float16: 1.0, torch.bfloat16: 1.0, torch.float32: 1.0 / 6.0}
 TF32_RATE = 0.5
 FEW_REGISTERS = 40
 """Of a thread without accumulators, where no report tells (assumed)."""
+FIRST_CYCLES = 1_250.0
+"""Until the first operands are there, where a launch does not say what its steps are: as of the
+tile that `fill_cycles` was fitted to."""
 
 
 @dataclass(frozen=True)
@@ -167,7 +179,8 @@ def block_of(launch: Launch) -> Block | None:
 
 class TileCycles(NamedTuple):
     """What one program asks of its multiprocessor, in cycles. latency: of its loads, one after the
-    other; end: its results; stall: how long the end keeps its threads."""
+    other; end: its results; stall: how long the end keeps its threads; first: until the operands of
+    its first step are there, from when they are on their way."""
 
     tensor: float
     cache: float
@@ -176,6 +189,7 @@ class TileCycles(NamedTuple):
     latency: float
     end: float
     stall: float
+    first: float
 
     @property
     def loop(self) -> float:
@@ -199,14 +213,16 @@ def tile_cycles(
     end = end_bytes / machine.store_bytes
     issued = launch.end_instructions * launch.num_warps / WARPS_PER_CYCLE
     warp_steps = steps * launch.step_instructions * launch.num_warps
+    cache = launch.l2_bytes / machine.per_cycle(machine.cache_gbps)
     return TileCycles(
         flops / products,
-        launch.l2_bytes / machine.per_cycle(machine.cache_gbps),
+        cache,
         (shared + launch.end_shared) / SHARED_BYTES,
         (warp_steps + launch.instructions / WARP) / WARPS_PER_CYCLE,
         steps * LOAD_CYCLES / max(launch.num_stages - 1, 1),
         end,
         max(launch.end_shared / SHARED_BYTES, issued) if launch.end_shared else end,
+        cache / steps if steps else FIRST_CYCLES,
     )
 
 
@@ -244,7 +260,8 @@ def _staged_bytes(launch: Launch, dtype: torch.dtype) -> int:
     block = block_of(launch)
     if block is None:
         return 0
-    return launch.num_stages * (block.m + block.n) * block.k * dtype.itemsize
+    staged = launch.num_stages * (block.m + block.n) * block.k * dtype.itemsize
+    return staged + launch.cluster_bytes
 
 
 def _registers(launch: Launch, dtype: torch.dtype) -> int:
@@ -270,7 +287,8 @@ def launch_us(
     cycles = tile_cycles(machine, launch, flops / tiles, dtype, end_bytes / tiles, rate)
     per_multiprocessor = -(-tiles // machine.multiprocessors)
     held = resident(machine, launch, dtype, report)
-    start = machine.fill_cycles + machine.end_cycles
+    fill = machine.fill_cycles + cycles.first
+    start = fill + machine.end_cycles
     alone = max(cycles.loop, cycles.latency) + cycles.stall
     if launch.hides_ends:
         # Two tiles at a time, each of them first in its loop and then at its end.
@@ -279,19 +297,23 @@ def launch_us(
     elif held == 1:
         stays = launch.most_programs is not None
         each = max(alone + machine.end_cycles, cycles.end)
-        starts = machine.fill_cycles + cycles.end - cycles.stall
+        starts = fill + cycles.end - cycles.stall
         busy = per_multiprocessor * (each if stays else alone + start) + stays * starts
     else:
         shared_out = per_multiprocessor * max(cycles.loop, cycles.end) + cycles.end + start
         waves = -(-per_multiprocessor // held)
-        busy = max(shared_out, waves * (alone + machine.end_cycles) + machine.fill_cycles)
+        busy = max(shared_out, waves * (alone + machine.end_cycles) + fill)
     return busy / (machine.clock_ghz * 1e3) + combine_us(machine, launch)
 
 
 def combine_us(machine: Machine, launch: Launch) -> float:
-    """What the last programs of split sums take to add them up, after all the others."""
+    """What the last programs of split sums take to add them up, after all the others; or all of a
+    cluster together, between two barriers of which a store hides the second."""
     if not launch.combine_bytes:
         return 0.0
+    if launch.cluster > 1:
+        cycles = 2 * CLUSTER_CYCLES + launch.combine_bytes / CLUSTER_BYTES[launch.cluster]
+        return cycles / (machine.clock_ghz * 1e3)
     return COMBINE_US + launch.combine_bytes / (COMBINE_BYTES * machine.clock_ghz * 1e3)
 
 

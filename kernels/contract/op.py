@@ -166,7 +166,9 @@ class Launch:
     step_instructions: what each warp issues in a step beside the products. combine_bytes: what the
     program that adds up a split sum reads. Where a kernel multiplies other blocks than its tile's:
     shared_traffic: bytes of shared memory that products read and copies write; shared_held,
-    registers: what a program holds of it, and a thread of those. hides_ends: a program multiplies
+    registers: what a program holds of it, and a thread of those. cluster: programs next to each
+    other that are a cluster, each of which is given cluster_bytes of shared memory beside those
+    that the compiler asks for. hides_ends: a program multiplies
     one tile while it finishes another. Where the copy engine moves what the end of a tile reads and
     writes: end_shared: bytes that threads exchange with shared memory instead; end_instructions:
     what each warp issues for that.
@@ -190,6 +192,8 @@ class Launch:
     shared_held: int = 0
     registers: int = 0
     combine_bytes: int = 0
+    cluster: int = 1
+    cluster_bytes: int = 0
     scratch: tuple[Scratch, ...] = ()
     boxes: Mapping[str, TmaDescriptor] = field(default_factory=lambda: NONE)
     most_programs: int | None = None

@@ -16,6 +16,7 @@ import torch
 import triton
 import triton.language as tl
 
+from ..contract import programmatic_launch
 from ..contract.op import Config, Launch, Problem, Target, config, power_of_two
 from ..tile.conv_geometry import Conv2d
 from ..tile.finish import put
@@ -87,7 +88,7 @@ def band_sums(
 @triton.jit
 def depthwise_kernel(
     x, w, y, extras, m, IMAGE: tl.constexpr, WINDOW: tl.constexpr, MULTIPLIER: tl.constexpr,
-    SPACE: tl.constexpr, OUTPUT: tl.constexpr, TILE: tl.constexpr,
+    SPACE: tl.constexpr, OUTPUT: tl.constexpr, TILE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     BLOCK_M: tl.constexpr = SPACE.per_tile
     BLOCK_N: tl.constexpr = TILE.N
@@ -101,6 +102,7 @@ def depthwise_kernel(
     )
     base = x + IMAGE.offset + (pixel * IMAGE.row_stride)[:, None]
     base = base + (columns // MULTIPLIER)[None, :]
+    programmatic_launch.grid_dependency_wait(PDL)
     sums = band_sums(
         base, w, top, left, columns, column_mask, IMAGE, WINDOW, OUTPUT.K, HEIGHT, BLOCK_M, BLOCK_N
     )
@@ -130,7 +132,7 @@ def launch(problem: Problem, tile: Config, target: Target) -> Launch:
         problem, tile, depthwise_kernel,
         constexprs={
             "IMAGE": Image.of(x), "WINDOW": Window.of(filters, attributes), "SPACE": space,
-            "MULTIPLIER": out.shape[1] // x.shape[1],
+            "MULTIPLIER": out.shape[1] // x.shape[1], "PDL": False,
         },
         rows=out.shape[0] * space.down * space.across,
         block_rows=block_m,

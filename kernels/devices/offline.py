@@ -32,7 +32,7 @@ from typing import Any, TypeVar
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+from triton.compiler import ASTSource, make_backend
 
 from ... import progress, settings
 from ...errors import KernelError, UnsafeKernelError
@@ -64,7 +64,8 @@ class CompileRequest:
     """One kernel variant: function, argument types, compile-time constants, options, target.
 
     pointers: tensors by name, as pointers or as TMA descriptors of a box. constexprs: numbers,
-    words, generated sources, names of functions, and tuples of those.
+    words, generated sources, names of functions, and tuples of those. cluster, cluster_bytes: as
+    the launch has them.
     """
 
     kernel: str
@@ -74,6 +75,8 @@ class CompileRequest:
     num_warps: int
     num_stages: int
     capability: int
+    cluster: int = 1
+    cluster_bytes: int = 0
 
     @property
     def name(self) -> str:
@@ -119,6 +122,8 @@ def request(
         num_warps=launch.num_warps,
         num_stages=launch.num_stages,
         capability=target.capability,
+        cluster=launch.cluster,
+        cluster_bytes=launch.cluster_bytes,
     )
 
 
@@ -191,7 +196,7 @@ def compile_request(wanted: CompileRequest) -> Any:
             )
             check_tensor_memory(wanted, getattr(compiled.metadata, "tmem_size", 0))
             check_barriers(wanted, compiled.asm["ptx"])
-            return compiled
+            return in_cluster(compiled, wanted)
         except KernelError:
             raise
         except OSError as error:
@@ -203,6 +208,19 @@ def compile_request(wanted: CompileRequest) -> Any:
                 f"{wanted.num_warps} warps, {wanted.num_stages} stages: {first[-1]} "
                 f"(triton {triton.__version__})"
             ) from error
+
+
+def in_cluster(compiled: Any, wanted: CompileRequest) -> Any:
+    """The kernel, to be launched in clusters where that is wanted. Triton takes a cluster for one
+    program that is spread over several multiprocessors, and compiles no exchange between them
+    (3.7.1: "nvvm.mapa" is given a wrong address space); here each is a program of its own, so that
+    only the launcher is told."""
+    if wanted.cluster > 1:
+        shared = compiled.metadata.shared + wanted.cluster_bytes
+        compiled.metadata = compiled.metadata._replace(num_ctas=wanted.cluster, shared=shared)
+        made_for = make_backend(compiled.metadata.target)
+        compiled.packed_metadata = made_for.pack_metadata(compiled.metadata)
+    return compiled
 
 
 TENSOR_MEMORY = 512

@@ -13,7 +13,8 @@ over taps and channel blocks, one after the other, share the accumulator and the
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 
@@ -57,7 +58,8 @@ def reference(
 
 
 def launches(problem: Problem, tile: Config, target: Target) -> tuple[Launch, ...]:
-    """One launch of the tile kernel; every program computes one tile of both products."""
+    """One launch of the tile kernel; every program computes one tile of both products, or its share
+    of each."""
     attributes, size = problem.attributes.expect(ConvSum), _size(problem)
     x1, w1, x2, w2 = problem.inputs
     launch = engine.launch(
@@ -66,19 +68,36 @@ def launches(problem: Problem, tile: Config, target: Target) -> tuple[Launch, ..
         second=source.of_convolution(attributes.second, x2, w2.shape),
         pointers={"x2": Ref("input", 2), "w2": Ref("input", 3)},
         precision=choice.dot_precision(problem, size.depth),
-        l2_bytes=choice.l2_bytes(problem, tile, _terms(problem)),
-        step_instructions=choice.step_instructions(tile, size.dtype, size.taps),
+        split=choice.split_of(tile),
+        **_modelled(problem, tile),
     )  # fmt: skip
     return (launch,)
 
 
+def _modelled(problem: Problem, tile: Config) -> dict[str, Any]:
+    """What the launch says to the cost model, and its scratch."""
+    split, costs = choice.split_of(tile), choice.modelled(_size(problem), tile)
+    costs["l2_bytes"] = choice.l2_bytes(problem, tile, _terms(problem)) // split
+    costs["steps"] = sum(-(-each.steps(tile["BLOCK_K"]) // split) for each in _products(problem))
+    return costs
+
+
 def _size(problem: Problem) -> choice.Size:
     """The product for the choice of a tile: the deeper convolution decides about its depth."""
-    _, w1, _, w2 = problem.inputs
+    first, second = _products(problem)
+    depth, taps = max(first.depth, second.depth), max(first.taps, second.taps)
+    return replace(first, depth=depth, taps=taps)
+
+
+def _products(problem: Problem) -> tuple[choice.Size, choice.Size]:
+    """Both products."""
     n, k, p, q = problem.output.shape
-    depth = max(w1.shape[1], w2.shape[1])
-    most_taps = max(w.shape[2] * w.shape[3] for w in (w1, w2))
-    return choice.Size(n * p * q, k, depth, problem.inputs[0].spec.dtype, taps=most_taps)
+    dtype = problem.inputs[0].spec.dtype
+    first, second = (
+        choice.Size(n * p * q, k, c, dtype, taps=r * s, splits=True)
+        for _, c, r, s in (problem.inputs[slot].shape for slot in (1, 3))
+    )
+    return first, second
 
 
 def _has_loops(problem: Problem, tile: Config) -> bool:
@@ -88,13 +107,27 @@ def _has_loops(problem: Problem, tile: Config) -> bool:
 
 
 def default(problem: Problem, target: Target) -> Config:
-    """The tile of one product as wide; channels in steps of 32 where a step of 64 leaves no loop.
+    """The fastest by the model; channels in steps of 32 where a step of 64 leaves no loop.
 
     sm_80, 1x1 over 64 + 64 channels, 128x128 w8: 140 registers and asynchronous copies in two
     steps, 255 and none in one; with two steps sm_90 needs as many registers (128) as with one.
     """
-    tile = choice.default_tile(_size(problem), target)
-    if target.is_gpu and not _has_loops(problem, tile) and tile["BLOCK_K"] > 32:
+    size = _size(problem)
+    if not target.is_gpu:
+        return choice.default_tile(size, target)
+
+    def launch_of(tile: Config) -> Launch:
+        programs, costs = choice.split_of(tile), _modelled(problem, tile)
+        return choice.sketch(tile, size.rows, size.columns, programs, dict(tile.blocks), **costs)
+
+    tile = choice.choose(
+        choice.candidates(size, target),
+        launch_of,
+        choice.Work.of(problem, cost(problem).flops),
+        target,
+        waste=lambda tile: -size.columns % tile["BLOCK_N"],
+    )
+    if not _has_loops(problem, tile) and tile["BLOCK_K"] > 32:
         blocks = {**dict(tile.blocks), "BLOCK_K": 32}
         return config(tile.num_warps, tile.num_stages, **blocks)
     return tile

@@ -73,7 +73,7 @@ def launches(problem: Problem, tile: Config, target: Target) -> tuple[Launch, ..
         problem, tile, pool_kernel,
         constexprs={
             "WINDOWS": window, "REDUCTION": chosen, "UNROLL": unrolls(problem),
-            "TILE_ROWS": tile_rows,
+            "TILE_ROWS": tile_rows, "PDL": False,
         },
         rows=problem.output.shape[0] * math.prod(outputs) * -(-window.height.outputs // tile_rows),
         before=chosen.divide,

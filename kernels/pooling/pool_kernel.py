@@ -13,7 +13,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ..contract import elementary
+from ..contract import elementary, programmatic_launch
 from ..tile.finish import combine, put
 from ..tile.space import output_tile
 
@@ -192,7 +192,7 @@ def averaged(
 def pool_kernel(
     x, y, extras, m,
     WINDOWS: tl.constexpr, REDUCTION: tl.constexpr, UNROLL: tl.constexpr, TILE_ROWS: tl.constexpr,
-    OUTPUT: tl.constexpr, TILE: tl.constexpr,
+    OUTPUT: tl.constexpr, TILE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     M: tl.constexpr = TILE.M
     N: tl.constexpr = TILE.N
@@ -227,6 +227,7 @@ def pool_kernel(
         safe_front, safe_depth = empty_past_end(front, depth, live, ADAPTIVE)
     else:
         safe_top, safe_height = empty_past_end(top, height, live, ADAPTIVE)
+    programmatic_launch.grid_dependency_wait(PDL)
     accs = ()
     for _ in tl.static_range(TILE_ROWS):
         # Tuples grow by addition: Triton has no starred elements.

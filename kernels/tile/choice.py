@@ -9,10 +9,12 @@ from typing import Any, NamedTuple
 
 import torch
 
+from ... import settings
 from ..contract import cost_model
 from ..contract.cost_model import MULTIPROCESSORS
 from ..contract.op import NONE, Config, Launch, Problem, Target, config, power_of_two
 from . import split_k
+from .geometry import CLUSTER
 
 # (BLOCK_M, BLOCK_N, warps), the largest first. What a tile of 128x256 reads out of L2 serves twice
 # the products of one of 128x64; small ones are for small results. Where 255 registers are not
@@ -42,6 +44,7 @@ FEWEST_TERMS = 16
 """Terms of a sum of fp32 numbers from which tensor cores multiply it; shorter ones are left to
 FMAs ("ieee")."""
 MOST_WARPS_OF_FMAS = 4
+CLUSTER_CAPABILITY = 90
 MOST_GATHERED = 64
 """Rows and columns of a default tile whose rows are gathered element by element."""
 
@@ -76,8 +79,11 @@ def step_instructions(tile: Config, dtype: torch.dtype, taps: int) -> int:
 
 def shared_bytes(tile: Config, dtype: torch.dtype) -> int:
     """Shared memory of a pipelined matrix product: one A and one B tile per stage; or of two parts
-    of a split sum that change their places, in fp32."""
+    of a split sum that change their places, in fp32; in a cluster one beside the stages."""
     area = (tile["BLOCK_M"] + tile["BLOCK_N"]) * tile["BLOCK_K"]
+    if cluster_of(tile) > 1:
+        parts = split_k.part_bytes(tile["BLOCK_M"], tile["BLOCK_N"])
+        return tile.num_stages * area * dtype.itemsize + parts
     parts = 2 * 4 * tile["BLOCK_M"] * tile["BLOCK_N"] if split_of(tile) > 1 else 0
     return max(tile.num_stages * area * dtype.itemsize, parts)
 
@@ -141,6 +147,8 @@ def legal(size: Size, tile: Config, target: Target) -> str | None:
     cores do not (what Hopper needs with two groups of warps, a barrier behind each wait for
     products, is checked in what is compiled: `offline.check_barriers`).
     """
+    if cluster_of(tile) > 1 and (reason := no_cluster(tile, target)) is not None:
+        return reason
     by_fmas = size.dtype is torch.float32 and size.terms < FEWEST_TERMS
     if target.is_gpu and by_fmas and size.taps > 1 and tile.num_warps > MOST_WARPS_OF_FMAS:
         return (
@@ -159,18 +167,40 @@ def tile_configs(size: Size, target: Target) -> Iterator[Config]:
                 continue
             for stages in STAGES:
                 for split in splits(size, block[0], block[1], block_k) if stages == 3 else (1,):
-                    tile = config_of(size, block, block_k, stages, split)
-                    if legal(size, tile, target) is None:
-                        yield tile
+                    for ways in ways_to_split(split, target):
+                        tile = config_of(size, block, block_k, stages, split, ways)
+                        if legal(size, tile, target) is None:
+                            yield tile
 
 
 def config_of(
-    size: Size, block: tuple[int, int, int], block_k: int, stages: int, split: int
-) -> Config:
+    size: Size, block: tuple[int, int, int], block_k: int, stages: int, split: int,
+    in_cluster: bool = False,
+) -> Config:  # fmt: skip
     """A configuration for a block of (rows, columns, warps)."""
     block_m, block_n, warps = block
     sizes = {"BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_K": block_k, "GROUP_M": 8}
-    return config(warps, stages, **sizes, **({"SPLIT": split} if size.splits else {}))
+    if size.splits:
+        sizes["SPLIT"] = split
+    if in_cluster:
+        sizes[CLUSTER] = 1
+    return config(warps, stages, **sizes)
+
+
+def ways_to_split(split: int, target: Target) -> tuple[bool, ...]:
+    """Whether programs that share sums are a cluster. No GPU has run that: it is tried only where
+    `CONVLOOM_LAUNCH=clusters` asks for it."""
+    asked = settings.CLUSTERS in settings.launch() and target.capability == CLUSTER_CAPABILITY
+    return (False, True) if asked and 1 < split <= split_k.MOST_IN_CLUSTER else (False,)
+
+
+def no_cluster(tile: Config, target: Target) -> str | None:
+    """Why the programs that share the sums of a tile cannot be a cluster, or None."""
+    if target.capability != CLUSTER_CAPABILITY:
+        return f"programs share sums in clusters on sm_{CLUSTER_CAPABILITY}, not on {target.name}"
+    if split_of(tile) not in (2, 4, split_k.MOST_IN_CLUSTER):
+        return f"a cluster of {split_of(tile)}; 2, 4 and {split_k.MOST_IN_CLUSTER} are possible"
+    return None
 
 
 def splits(size: Size, block_m: int, block_n: int, block_k: int) -> tuple[int, ...]:
@@ -186,21 +216,32 @@ def splits(size: Size, block_m: int, block_n: int, block_k: int) -> tuple[int, .
     )
 
 
-@lru_cache(maxsize=1 << 14)
 def default_tile(size: Size, target: Target) -> Config:
     """A tile without search: the fastest by the model."""
+    return _default_tile(size, target, True in ways_to_split(2, target))
+
+
+@lru_cache(maxsize=1 << 14)
+def _default_tile(size: Size, target: Target, in_clusters: bool) -> Config:
+    """in_clusters: part of the key alone; `ways_to_split` asks the environment again."""
     if target.name == "interpreter":
         return interpreter_tile(size)
-    candidates = [
+    return fastest(size, candidates(size, target), target)
+
+
+def candidates(size: Size, target: Target) -> list[Config]:
+    """What is tried on a GPU without search."""
+    return [
         tile
         for block in tiles(size.dtype, target)
         if not size.gathers or max(block[:2]) <= MOST_GATHERED
-        for block_k in default_depths(size, block, target)
+        for block_k, is_usual in _depths_and_halves(size, block, target)
         for split in splits(size, block[0], block[1], block_k)
+        if is_usual or split > 1
         for stages in (DEFAULT_STAGES if split == 1 else (3,))
-        if legal(size, tile := config_of(size, block, block_k, stages, split), target) is None
+        for ways in ways_to_split(split, target)
+        if legal(size, tile := config_of(size, block, block_k, stages, split, ways), target) is None
     ]
-    return fastest(size, candidates, target)
 
 
 def of_product(size_of: Callable[[Problem], Size]) -> dict[str, Any]:
@@ -316,6 +357,17 @@ def default_depths(size: Size, block: tuple[int, int, int], target: Target) -> I
             yield block_k
 
 
+def _depths_and_halves(
+    size: Size, block: tuple[int, int, int], target: Target
+) -> Iterator[tuple[int, bool]]:
+    """`default_depths`, and halves of 64 for sums that are shared: 18 steps are 5 for the slowest
+    of 4 programs, 36 of half as many terms are 9."""
+    usual = tuple(default_depths(size, block, target))
+    yield from ((block_k, True) for block_k in usual)
+    if 64 in usual and 32 not in usual:
+        yield 32, False
+
+
 def _halves_fit_in_twos(size: Size, block: tuple[int, int, int], target: Target) -> bool:
     """Whether a multiprocessor holds two programs that take 32 terms per step, and one that takes
     64: the end of one program is then hidden behind the loop of the other. 256x64 by 8 warps over
@@ -346,20 +398,28 @@ def launch_for_cost_model(size: Size, tile: Config) -> Launch:
 def modelled(size: Size, tile: Config) -> dict[str, Any]:
     """What the launch of a product says to the cost model, and its scratch."""
     block_m, block_n, split = tile["BLOCK_M"], tile["BLOCK_N"], split_of(tile)
+    cluster, tiles = cluster_of(tile), size.tiles(block_m, block_n)
     steps = -(-size.steps(tile["BLOCK_K"]) // split)
     read = min(steps * tile["BLOCK_K"], size.terms)  # Padding is not.
     return {
         "l2_bytes": read * (block_m + block_n) * size.dtype.itemsize,
         "steps": steps,
         "step_instructions": step_instructions(tile, size.dtype, size.taps),
-        "combine_bytes": split_k.combine_bytes(split, block_m, block_n),
-        "scratch": split_k.scratch(size.tiles(block_m, block_n), split, block_m, block_n),
+        "combine_bytes": split_k.combine_bytes(split, block_m, block_n, cluster),
+        "cluster": cluster,
+        "cluster_bytes": split_k.part_bytes(block_m, block_n) if cluster > 1 else 0,
+        "scratch": split_k.scratch(tiles, split, block_m, block_n, cluster),
     }
 
 
 def split_of(tile: Config) -> int:
     """Among how many programs a configuration shares the sums of a tile."""
     return dict(tile.blocks).get("SPLIT", 1)
+
+
+def cluster_of(tile: Config) -> int:
+    """How many programs of a configuration are a cluster."""
+    return split_of(tile) if dict(tile.blocks).get(CLUSTER, 0) else 1
 
 
 def interpreter_tile(size: Size, least_rows: int = 16) -> Config:

@@ -49,7 +49,7 @@ def compute_tile(
     if SECOND is not None:
         at = SECOND.begin(first, stop, image, p, q, live, SECOND, SPACE, TILE)
         acc = add_product(
-            acc, x2, w2, at, columns, column_mask, stop, split, extras, SECOND, TILE, 1
+            acc, x2, w2, at, columns, column_mask, stop, split, extras, SECOND, TILE, SPLIT
         )
     rows = pixel_index(first, image, p, q, SPACE, TILE)
     FINISH.end(
@@ -122,7 +122,8 @@ def launch(
         problem, tile, tile_kernel,
         # What is not there is never read: the output stands for it.
         pointers={
-            "x": X, "w": W, "x2": Y, "w2": Y, "y": Y, **split_k.pointers(split),
+            "x": X, "w": W, "x2": Y, "w2": Y, "y": Y,
+            **split_k.pointers(split, more.get("cluster", 1)),
             **(pointers or {}),
         },
         block_rows=space.per_tile,

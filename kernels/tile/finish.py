@@ -57,9 +57,16 @@ def store(
     extras, SPACE: tl.constexpr, FINISH: tl.constexpr, OUTPUT: tl.constexpr, TILE: tl.constexpr,
     SPLIT: tl.constexpr,
 ):  # fmt: skip
-    """Every pixel; where SPLIT programs share a sum, by the one that completes it."""
+    """Every pixel; where SPLIT programs share a sum, by the one that completes it, or each a share
+    of the rows where they are a cluster."""
     if SPLIT == 1:
         put(acc, y, rows, live, columns, column_mask, extras, OUTPUT)
+    elif TILE.cluster:
+        acc = split_k.sum_in_cluster(acc, split, SPLIT, TILE)
+        SHARE: tl.constexpr = TILE.M // SPLIT
+        rows, live = unit_rows(first + split * SHARE, stop, SHARE, TILE)
+        put(acc, y, rows, live, columns, column_mask, extras, OUTPUT)
+        split_k.meet_cluster(split)
     elif split_k.store_partial(acc, workspace, semaphores, tile, split, SPLIT, TILE):
         acc = split_k.reduce_partials(workspace, semaphores, tile, SPLIT, TILE)
         put(acc, y, rows, live, columns, column_mask, extras, OUTPUT)

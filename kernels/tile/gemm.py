@@ -17,7 +17,7 @@ from ..contract import epilogue as ep
 from ..contract import programmatic_launch
 from ..contract.op import Config, Launch, Problem, W, X, Y
 from . import split_k
-from .choice import Size, dot_precision, modelled, split_of
+from .choice import Size, cluster_of, dot_precision, modelled, split_of
 from .finish import store
 from .geometry import Matrix, tile_launch
 from .product import ask_for_weights, share_of
@@ -87,8 +87,8 @@ def gemm_kernel(
     )
     tile = row_tile * column_tiles + column_tile
     store(
-        acc, y, workspace, semaphores, tile, split, 0, 0, rows, row_mask, columns, column_mask,
-        extras, None, None, OUTPUT, TILE, SPLIT,
+        acc, y, workspace, semaphores, tile, split, row_tile * TILE.M, m, rows, row_mask, columns,
+        column_mask, extras, None, None, OUTPUT, TILE, SPLIT,
     )  # fmt: skip
 
 
@@ -123,7 +123,7 @@ def launch(problem: Problem, tile: Config) -> Launch:
             "FINITE": is_finite_at_zero(problem), "SPLIT": split, "PDL": False,
         },
         precision=dot_precision(problem, size.depth),
-        pointers={"x": X, "w": W, "y": Y, **split_k.pointers(split)},
+        pointers={"x": X, "w": W, "y": Y, **split_k.pointers(split, cluster_of(tile))},
         programs=split,
         **modelled(size, tile),
     )  # fmt: skip

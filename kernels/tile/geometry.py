@@ -17,6 +17,8 @@ from ..contract.spec import rows_and_columns
 ROWS = ("BLOCK_M", "BLOCK_ROWS", "BLOCK_OUTER", "ROWS")
 COLUMNS = ("BLOCK_N", "BLOCK_COLUMNS", "BLOCK_GROUPS")
 """What configurations call the rows and the columns of a tile."""
+CLUSTER = "CLUSTER"
+"""What they call that the programs which share the sums of a tile are a cluster (`split_k.py`)."""
 
 
 class Matrix(NamedTuple):
@@ -79,7 +81,8 @@ class Tile(NamedTuple):
 
     GROUP_M: tiles of rows that share the same columns one after the other. precision: of fp32
     products, as Triton names it. wide: whether offsets need 64 bits. rolled: from how many steps on
-    the compiler is kept from unrolling the loop over them; 0 for never.
+    the compiler is kept from unrolling the loop over them; 0 for never. cluster: whether programs
+    that share sums are a cluster.
     """
 
     M: int
@@ -89,6 +92,7 @@ class Tile(NamedTuple):
     precision: str = "ieee"
     wide: bool = False
     rolled: int = 0
+    cluster: bool = False
 
     @staticmethod
     def of(problem: Problem, tile: Config, precision: str = "ieee") -> Tile:
@@ -100,7 +104,8 @@ class Tile(NamedTuple):
         )
         m *= sizes.get("TILE_ROWS", 1) if "BLOCK_M" in sizes else 1
         k, group = sizes.get("BLOCK_K", 0), sizes.get("GROUP_M", 1)
-        return Tile(m, n, k, group, precision, problem.is_wide)
+        in_cluster = bool(sizes.get(CLUSTER, 0))
+        return Tile(m, n, k, group, precision, problem.is_wide, cluster=in_cluster)
 
 
 class Output(NamedTuple):

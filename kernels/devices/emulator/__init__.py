@@ -10,11 +10,12 @@ that another block wrote and did not release, results of asynchronous copies and
 before they have arrived, waits that nothing will end. Warps may do different things: whether one of
 them has seen what another one did does not depend on the order in which they run here.
 
-What it cannot show: races within a warp; blocks that write to one place after each other; clusters;
-whether a warp that gave registers back needs them (the assembler tells); what a
-masked load without `other=` leaves in a register, where the compiler makes a copy of it that fills
-zeros (`tests/test_loads.py` asks for `other=` instead); what the assembler (ptxas) and the hardware
-make of the PTX; the exact rounding of matrix products and approximate functions; time.
+What it cannot show: races within a warp; blocks that write to one place after each other; writes to
+the shared memory of another block of a cluster; whether a warp that gave registers back needs them
+(the assembler tells); what a masked load without `other=` leaves in a register, where the compiler
+makes a copy of it that fills zeros (`tests/test_loads.py` asks for `other=` instead); what the
+assembler (ptxas) and the hardware make of the PTX; the exact rounding of matrix products and
+approximate functions; time.
 Source: NVIDIA, Parallel Thread Execution ISA.
 """
 

@@ -18,7 +18,7 @@ from .values import BITS, UNSIGNED
 
 WORDS = {
     "global", "shared", "local", "relaxed", "acquire", "release", "acq_rel", "gpu", "sys", "cta",
-    "volatile", "weak", "nc", "ca", "cg", "cs", "cv", "wb", "wt", "shared::cta",
+    "volatile", "weak", "nc", "ca", "cg", "cs", "cv", "wb", "wt", "shared::cta", "shared::cluster",
     "v2", "v4", "v8",
 }  # fmt: skip
 HINTS = ("L1::", "L2::")
@@ -44,8 +44,8 @@ Pieces = Callable[[Array], Iterable[tuple[Space, Array, Array]]]
 class Accesses:
     """The instructions of one machine that access memory a thread at a time."""
 
-    def __init__(self, machine: Registers) -> None:
-        self.machine = machine
+    def __init__(self, machine: Registers, clusters: Space) -> None:
+        self.machine, self.clusters = machine, clusters
 
     def load(self, instruction: Instruction) -> Action:
         """`ld`. Raises: UnsupportedPtxError."""
@@ -104,7 +104,7 @@ class Accesses:
         address = machine.address(operand, "b32" if shared else "b64")
         named: Space | None = None
         if shared:
-            named = machine.shared
+            named = self.clusters if "shared::cluster" in words else machine.shared
         elif "global" in words:
             named = machine.everywhere
         elif "local" in words:

@@ -15,7 +15,7 @@ from .. import execute, offline
 from . import source
 from .clocks import Array
 from .machine import Machine
-from .memory import Bounded, Global
+from .memory import Bounded, FaultError, Global
 from .registers import WARP
 from .tma import MAP_BYTES, PARAMETERS, SWIZZLE_BYTES, TensorMap
 
@@ -50,7 +50,7 @@ def run(
         )
     ]
     blocks = launch.grid_at(batch)[0]
-    emulate(kernel, arguments, blocks, WARP * warps, shared_bytes, seed, bounds)
+    emulate(kernel, arguments, blocks, WARP * warps, shared_bytes, seed, bounds, launch.cluster)
 
 
 def _bounded(ref: Ref, buffer: torch.Tensor, place: Operand | None, batch: int) -> Bounded:
@@ -104,11 +104,12 @@ def emulate(
     shared_bytes: int = 0,
     seed: int = 0,
     bounds: Sequence[Bounded] | None = None,
+    cluster: int = 1,
 ) -> None:
     """Runs a kernel: tensors are passed by address.
 
     bounds: of all memory that the arguments lie in, what may be done to it; anything to the tensors
-    themselves where there are none.
+    themselves where there are none. cluster: blocks next to each other that are one.
     Parameters beyond the arguments are null: Triton adds pointers to scratch memory of its own,
     which our kernels do not use.
     """
@@ -128,11 +129,16 @@ def emulate(
             raw.append(int(argument).to_bytes(size, "little", signed=True))
     raw += [bytes(8)] * (len(kernel.parameters) - len(raw))
     order = np.random.default_rng(seed)
-    numbers = order.permutation(blocks)
-    together = max(1, MOST_THREADS // threads)
+    if blocks % cluster:
+        raise FaultError(f"{kernel.name}: {blocks} blocks are not clusters of {cluster}")
+    first = cluster * order.permutation(blocks // cluster)
+    numbers = (first[:, None] + np.arange(cluster)).ravel()
+    together = max(1, MOST_THREADS // (threads * cluster)) * cluster
     with np.errstate(all="ignore"):
         for at in range(0, blocks, together):
             part = numbers[at : at + together].tolist()
-            machine = Machine(kernel, memory, raw, part, blocks, threads, shared_bytes, order, maps)
+            machine = Machine(
+                kernel, memory, raw, part, blocks, threads, shared_bytes, order, maps, cluster
+            )
             machine.run()
     memory.copy_back()

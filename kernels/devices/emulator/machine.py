@@ -30,6 +30,7 @@ DEADLOCKS = {
     "mbarrier": "a wait at an mbarrier that nothing under way will end",
     "setmaxnreg": "a wait for registers that no warp gives back",
     "wgmma": f"not all {products.WARPGROUP} threads take part",
+    "barrier": "a wait at a barrier of a cluster that not all threads arrive at",
 }
 
 
@@ -50,17 +51,21 @@ class Machine(Registers):
         shared_bytes: int,
         order: np.random.Generator,
         maps: dict[int, tma.TensorMap] | None = None,
+        cluster: int = 1,
     ) -> None:
-        super().__init__(kernel, memory, parameters, blocks, grid, threads, shared_bytes, order)
+        super().__init__(
+            kernel, memory, parameters, blocks, grid, threads, shared_bytes, order, cluster
+        )
         self.products = products.Pending(self)
         self.check = self.products.check
-        self.accesses = Accesses(self)
+        self.where = np.zeros(self.count, np.int64)
+        self.clusters = waits.Clusters(self, cluster, self.where, FINISHED)
+        self.accesses = Accesses(self, self.clusters)
         self.barriers = waits.Mbarriers(self)
         self.block_barriers = waits.BlockBarriers(self)
         self.pool = waits.RegisterPool(self)
         self.boxes = tma.Boxes(self, maps or {}, self.barriers)
         self.copies = asynchronous.Copies(self, self.boxes)
-        self.where = np.zeros(self.count, np.int64)
         self._blocked = np.zeros(self.count, bool)
         self._made: dict[int, Action] = {}
         self._trials: dict[int, Callable[[Lanes], Array]] = {}
@@ -94,7 +99,7 @@ class Machine(Registers):
                 f"{self.kernel.name}: some threads wait at a barrier that other threads of their "
                 "block never reach"
             )
-        for parts in (self.boxes, self.barriers):
+        for parts in (self.boxes, self.barriers, self.clusters):
             try:
                 parts.check_ended()
             except FaultError as fault:
@@ -150,6 +155,8 @@ class Machine(Registers):
                 self._block(at, lanes, late)
                 self._blocked[others], self.where[active] = False, at
                 return False
+        if instruction.opcode[:2] == ("barrier", "cluster"):
+            return self._meet_cluster(instruction, at, lanes, active)
         if root in ("bar", "barrier") and instruction.opcode[1] != "warp":
             self.where[lanes] = at + 1
             self.block_barriers.wait(instruction, active, self.where)
@@ -163,6 +170,14 @@ class Machine(Registers):
             return True if done.all() else self._block(at, lanes, active[~done])
         self._action(at)(active)
         return True
+
+    def _meet_cluster(self, instruction: Instruction, at: int, lanes: Lanes, active: Lanes) -> bool:
+        if instruction.opcode[2] == "arrive":
+            self.clusters.arrive(instruction)(active)
+            self.barriers.changed = True
+            return True
+        done = self.clusters.wait(instruction)(active)
+        return True if done.all() else self._block(at, lanes, active[~done])
 
     def _block(self, at: int, lanes: Lanes, late: Lanes) -> bool:
         """Of a group, some threads wait at an instruction; the others go on."""
@@ -224,7 +239,7 @@ class Machine(Registers):
             "atom": self.accesses.atomic, "red": self.accesses.atomic,
             "shfl": self._shuffle, "cp": self.copies.decode, "mov": self._move,
             "cvta": self.accesses.convert_address, "elect": self._elect,
-            "redux": self._reduce, "mbarrier": self.barriers.decode,
+            "redux": self._reduce, "mbarrier": self.barriers.decode, "mapa": self.clusters.map,
         }  # fmt: skip
         if root in makers:
             return makers[root](instruction)

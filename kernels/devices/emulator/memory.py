@@ -193,6 +193,7 @@ class Shared:
         self.in_flight = np.zeros(grains, bool)
         self.unfenced = np.zeros(grains, bool)
         self.being_read = np.zeros(grains, np.int32)
+        self.read_afar: Array | None = None  # By another block since the cluster's last barrier.
 
     def alike(self, at: Array, old: Array, new: Array) -> Array:
         """Whether two values that threads write to a place at once are one: both NaN perhaps."""
@@ -280,6 +281,8 @@ class Shared:
             raise FaultError("shared memory is written while a copy into it is under way")
         if self.being_read[places].any():
             raise FaultError("shared memory is written that a product under way reads, or a copy")
+        if self.read_afar is not None and self.read_afar[places].any():
+            raise FaultError("shared memory is overwritten that a block of the cluster still reads")
         known = self.clocks.known(rows, self.writer[places])
         self._check_writers(places, known < self.write_time[places], "overwritten")
         # Mostly a warp has seen everything up to the last read, whoever did it.

@@ -26,8 +26,9 @@ class Registers:
     """Registers, shared memory and the places of several blocks of one launch.
 
     blocks: their numbers in the grid; parameters: bytes of each of the kernel's; order: in which
-    the atomic operations of an instruction happen. check: called with every register that is read
-    or written and by whom, before it is; it raises where that is too early.
+    the atomic operations of an instruction happen; cluster: blocks of each. check: called with
+    every register that is read or written and by whom, before it is; it raises where that is too
+    early.
     """
 
     def __init__(
@@ -40,6 +41,7 @@ class Registers:
         threads: int,
         shared_bytes: int,
         order: np.random.Generator,
+        cluster: int = 1,
     ) -> None:
         self.kernel, self.memory, self.order = kernel, memory, order
         self.threads, self.blocks, self.grid = threads, np.array(blocks, np.uint32), grid
@@ -52,7 +54,7 @@ class Registers:
         self.registers: dict[str, Array] = {}
         self.parameters = dict(zip(kernel.parameters, parameters, strict=False))
         self.check: Callable[[str, Lanes], None] = lambda name, lanes: None
-        self._special = self._special_registers()
+        self._special = self._special_registers(cluster, shared_bytes)
 
     def getter(self, operand: Operand, kind: str) -> Callable[[Lanes], Array]:
         """Reads an operand as values of a type: one per lane, or a single one for a constant."""
@@ -112,7 +114,7 @@ class Registers:
 
         return write
 
-    def _special_registers(self) -> dict[str, Array]:
+    def _special_registers(self, cluster: int, shared_bytes: int) -> dict[str, Array]:
         """What special registers hold in every thread."""
         zero = np.zeros(self.count, np.uint32)
         one = zero + np.uint32(1)
@@ -121,7 +123,9 @@ class Registers:
             "%ctaid.x": np.repeat(self.blocks, self.threads), "%ctaid.y": zero, "%ctaid.z": zero,
             "%ntid.x": one * np.uint32(self.threads), "%ntid.y": one, "%ntid.z": one,
             "%nctaid.x": one * np.uint32(self.grid), "%nctaid.y": one, "%nctaid.z": one,
-            "%laneid": self.thread % np.uint32(WARP), "%cluster_ctarank": zero,
+            "%laneid": self.thread % np.uint32(WARP),
+            "%cluster_ctarank": np.repeat(self.blocks % np.uint32(cluster), self.threads),
+            "%dynamic_smem_size": one * np.uint32(shared_bytes),
         }  # fmt: skip
 
     def address(self, operand: Operand, kind: str) -> Callable[[Lanes], Array]:

@@ -1,9 +1,9 @@
 """What threads wait for: barriers of a block or a part of it, barriers in shared memory (mbarrier),
-and registers.
+registers, and barriers of a cluster of blocks, behind which these read each other's shared memory.
 
 Who arrives makes what it has seen and done known to who waits; so does the end of a copy that an
 mbarrier tells of.
-Source: Parallel Thread Execution ISA, "bar", "mbarrier" and "setmaxnreg".
+Source: Parallel Thread Execution ISA, "bar", "barrier.cluster", "mapa", "mbarrier", "setmaxnreg".
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import numpy as np
 
 from .arithmetic import UnsupportedPtxError
 from .clocks import Array, Clocks
-from .memory import FaultError
+from .memory import GRAIN, FaultError
 from .registers import WARP, Action, Registers
 from .source import Address, Instruction
 
@@ -23,6 +23,9 @@ BYTES = 8
 BARRIERS = 16
 """That a block has."""
 LEAST_REGISTERS, MOST_REGISTERS = 24, 256
+WINDOW = 24
+"""Bits of an address in shared memory; above them the rank of the block in its cluster, and 1."""
+CLUSTER_ARRIVE, CLUSTER_WAIT = ("arrive", "release", "aligned"), ("wait", "acquire", "aligned")
 
 
 class BlockBarriers:
@@ -311,3 +314,137 @@ class Mbarriers:
             return done
 
         return passes
+
+
+class Clusters:
+    """The clusters of a machine, as the memory that blocks read of each other. size: blocks of
+    each; where: the next instruction of every thread.
+
+    What a block wrote another one may read behind a barrier of the cluster that both have waited
+    for; what was read so may be overwritten, and its block may end, behind the next one. A write to
+    another block's memory is not known, nor are barriers that are `relaxed`.
+    """
+
+    def __init__(self, machine: Registers, size: int, where: Array, finished: int) -> None:
+        self.machine, self.shared, self.size = machine, machine.shared, size
+        self.bytes = machine.shared.bytes
+        self.alike = machine.shared.alike
+        self._where, self._finished = where, finished
+        self._arrivals = np.zeros(machine.count, np.int64)
+        self._waits = np.zeros(machine.count, np.int64)
+        self._told: list[list[Array]] = [[] for _ in machine.blocks]
+        self._published = np.zeros((len(machine.blocks), machine.shared.clocks.warps), np.int32)
+        if size > 1:
+            self.shared.read_afar = np.zeros(self.bytes.size // GRAIN, bool)
+
+    # Barriers.
+
+    def arrive(self, instruction: Instruction) -> Action:
+        """`barrier.cluster.arrive`. Raises: UnsupportedPtxError."""
+        if instruction.opcode[2:] != CLUSTER_ARRIVE:
+            raise UnsupportedPtxError("this form")
+        clocks = self.shared.clocks
+
+        def arrive(lanes: Array) -> None:
+            if (self._arrivals[lanes] != self._waits[lanes]).any():
+                raise FaultError("a thread arrives twice at a barrier of its cluster")
+            self._arrivals[lanes] += 1
+            for row in np.unique(clocks.row[lanes]).tolist():
+                self._told[row // clocks.warps].append(clocks.release(row))
+            for cluster in np.unique(clocks.block[lanes] // self.size).tolist():
+                self._complete(cluster)
+
+        return arrive
+
+    def _complete(self, cluster: int) -> None:
+        """Where all threads of a cluster have arrived, what they did is known to who waits."""
+        threads = self.size * self.machine.threads
+        arrivals = self._arrivals[cluster * threads : (cluster + 1) * threads]
+        if (arrivals != arrivals[0]).any():
+            return
+        grains = self.shared.size // GRAIN
+        for block in range(cluster * self.size, (cluster + 1) * self.size):
+            agents = max(each.size for each in self._told[block])
+            told = [np.pad(each, (0, agents - each.size)) for each in self._told[block]]
+            self._told[block] = [np.max(told, 0)]
+            self._published[block] = self._told[block][0][: self._published.shape[1]]
+            if self.shared.read_afar is not None:
+                self.shared.read_afar[block * grains : (block + 1) * grains] = False
+
+    def wait(self, instruction: Instruction) -> Callable[[Array], Array]:
+        """`barrier.cluster.wait`: which of the lanes need not wait any longer.
+
+        Raises: UnsupportedPtxError.
+        """
+        if instruction.opcode[2:] != CLUSTER_WAIT:
+            raise UnsupportedPtxError("this form")
+        clocks, threads = self.shared.clocks, self.size * self.machine.threads
+
+        def passes(lanes: Array) -> Array:
+            if (self._arrivals[lanes] == self._waits[lanes]).any():
+                raise FaultError("a thread waits at a barrier of its cluster and has not arrived")
+            least = self._arrivals.reshape(-1, threads).min(1)
+            done = least[lanes // threads] >= self._arrivals[lanes]
+            self._waits[lanes[done]] += 1
+            rows = np.unique(clocks.row[lanes[done]])
+            for block in np.unique(rows // clocks.warps).tolist():
+                clocks.acquire(rows[rows // clocks.warps == block], self._told[block][0])
+            return np.asarray(done)
+
+        return passes
+
+    # Memory.
+
+    def map(self, instruction: Instruction) -> Action:
+        """`mapa`: the address of a place in another block's memory. Raises: UnsupportedPtxError."""
+        if instruction.opcode[1:] != ("shared::cluster", "u32"):
+            raise UnsupportedPtxError("this form")
+        goal, address, rank = instruction.operands
+        read, which = (self.machine.getter(each, "u32") for each in (address, rank))
+        write = self.machine.setter(goal, "u32")
+
+        def mapped(lanes: Array) -> None:
+            ranks = np.broadcast_to(which(lanes), lanes.shape)
+            if (ranks >= self.size).any():
+                raise FaultError(f"rank {int(ranks.max())} in a cluster of {self.size} blocks")
+            write(lanes, read(lanes) | (ranks + np.uint32(1) << np.uint32(WINDOW)))
+
+        return mapped
+
+    def locate(self, address: Array, size: int, lanes: Array) -> Array:
+        """As `Shared.locate`, of the block that an address names."""
+        rank = (address >> np.uint32(WINDOW)).astype(np.int64) - 1
+        if (rank < 0).any():
+            raise FaultError("an address of a cluster that no mapa made")
+        block = self.shared.clocks.block[lanes] // self.size * self.size + rank
+        within = address & np.uint32((1 << WINDOW) - 1)
+        return self.shared.locate(within, size, block * self.machine.threads)
+
+    def note_read(self, at: Array, size: int, lanes: Array) -> None:
+        """Raises: FaultError where what is read may not be there yet, or not any more."""
+        shared = self.shared
+        places = at // GRAIN + np.arange(max(size // GRAIN, 1))[:, None]
+        block = np.broadcast_to(at // shared.size, places.shape)
+        if (self._arrivals[lanes] != self._waits[lanes]).any():
+            raise FaultError("a block's memory is read between arriving at a barrier and its wait")
+        ended = (self._where.reshape(-1, self.machine.threads) == self._finished).all(1)
+        if ended[block].any():
+            raise FaultError("shared memory of a block of the cluster that has ended")
+        if shared.in_flight[places].any() or not shared.write_time[places].all():
+            raise FaultError("shared memory of another block that nothing was written to")
+        writer = shared.writer[places]
+        warps = self._published.shape[1]
+        known = np.where(writer < warps, self._published[block, np.minimum(writer, warps - 1)], 0)
+        if (known < shared.write_time[places]).any():
+            raise FaultError("read of what a block wrote since the last barrier of its cluster")
+        assert shared.read_afar is not None
+        shared.read_afar[places] = True
+
+    def note_write(self, at: Array, size: int, lanes: Array) -> None:
+        """Raises: UnsupportedPtxError."""
+        raise UnsupportedPtxError("a write to another block's shared memory")
+
+    def check_ended(self) -> None:
+        """Raises: FaultError for reads of a block's memory behind which it waited for nobody."""
+        if self.shared.read_afar is not None and self.shared.read_afar.any():
+            raise FaultError("a block may end while another one of its cluster reads its memory")

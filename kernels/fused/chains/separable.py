@@ -140,7 +140,7 @@ def launches(problem: Problem, tile: Config, target: Target) -> tuple[Launch, ..
         return (launch,)
     launch = tile_launch(
         problem, tile, parts.resident_kernel,
-        constexprs={"SPACE": space, "SOURCE": source, "SPAN": tile["SPAN"]},
+        constexprs={"SPACE": space, "SOURCE": source, "SPAN": tile["SPAN"], "PDL": False},
         pointers={"x": X, "w": own["w2"], "y": Y},
         block_rows=space.per_tile,
         **shared,

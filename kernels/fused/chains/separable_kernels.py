@@ -26,6 +26,7 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
+from ...contract import programmatic_launch
 from ...convolution.depthwise import band_corner, band_sums
 from ...tile.finish import put, write
 from ...tile.geometry import Output
@@ -123,7 +124,7 @@ def expand(
 @triton.jit
 def resident_kernel(
     x, w, y, extras, m, SPACE: tl.constexpr, SOURCE: tl.constexpr, SPAN: tl.constexpr,
-    OUTPUT: tl.constexpr, TILE: tl.constexpr,
+    OUTPUT: tl.constexpr, TILE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     # A program owns SPAN output channels of its pixels.
     BLOCK_M: tl.constexpr = TILE.M
@@ -136,6 +137,7 @@ def resident_kernel(
     image, p, q, live = SPACE.place(first, m, SPACE, TILE)
     rows = pixel_index(first, image, p, q, SPACE, TILE)
     at = SOURCE.begin(first, m, image, p, q, live, SOURCE, SPACE, TILE)
+    programmatic_launch.grid_dependency_wait(PDL)
     operands = ()
     for block in tl.static_range(blocks):
         operands = operands + (SOURCE.load(x, at, 0, block * TILE.K, extras, SOURCE, TILE),)
