@@ -13,7 +13,7 @@ Chains of convolutions are not among them: what there is room for is in `docs/ho
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -255,6 +255,19 @@ def _boxes(problem: Problem, pixels: int, way: int) -> list[tuple[int, int, int]
     return boxes.boxes(problem, pixels, by_rows=way == HALO)
 
 
+def unfit(problem: Problem, target: Target) -> str | None:
+    """Why the core has no configuration for a problem, or None."""
+    if (reason := refusal(problem, target)) is not None:
+        return reason
+    return None if any(tiles(problem, target)) else "no tile of the Hopper core fits"
+
+
+OPS: dict[str, Callable[[Problem, Target], str | None]] = dict.fromkeys(
+    ("conv2d", "linear", "conv_pool", "conv_mean"), unfit
+)
+"""`unfit` of each op that the core computes."""
+
+
 def configs(problem: Problem, target: Target) -> Iterator[Config]:
     """The core's part of the tuning space; empty unless it is asked for."""
     if is_asked(target):
@@ -267,15 +280,23 @@ def default(
     """The core's configuration of least modelled time, where it is asked for and that is less than
     the time of `plain`; else `plain`."""
     found = list(configs(problem, target))
+    return faster(problem, target, plain, found, launch_of, _flops(problem) if found else 0)
+
+
+def faster(
+    problem: Problem, target: Target, plain: Config, found: Sequence[Config],
+    launch_of: Callable[[Config], Launch], flops: int,
+) -> Config:  # fmt: skip
+    """That of the core's configurations of least modelled time, or `plain` if none takes less."""
     if not found:
         return plain
     gpu = cost_model.machine_for(target)
-    flops, dtype, end_bytes = choice.Work.of(problem, _flops(problem))
+    work = choice.Work.of(problem, flops)
 
     def time_us(tile: Config) -> float:
         made = launch_of(tile)
         padded = flops * cost_model.padding(made, tile, problem)
-        return cost_model.launch_us(gpu, made, padded, dtype, end_bytes)
+        return cost_model.launch_us(gpu, made, padded, work.dtype, work.end_bytes)
 
     times = [time_us(tile) for tile in found]
     is_faster = min(times) < time_us(plain)
@@ -289,12 +310,10 @@ def note(problem: Problem, tile: Config, target: Target, launches: tuple[Launch,
         return ""
     if uses_core(tile):
         return "Hopper core"
-    if problem.op not in ("conv2d", "linear", "conv_pool", "conv_mean"):
+    if problem.op not in OPS:
         multiplies = any(cost_model.block_of(launch) for launch in launches)
         return f"plain core: {problem.op} has no other" if multiplies else ""
-    reason = refusal(problem, target)
-    if reason is None and not any(tiles(problem, target)):
-        reason = "no tile of the Hopper core fits"
+    reason = OPS[problem.op](problem, target)
     return f"plain core: {reason or 'it is ranked before the Hopper core'}"
 
 
