@@ -18,9 +18,7 @@ from ...contract import epilogue as ep
 from ...contract.op import Config, Launch, Problem, Ref, Target, TmaDescriptor, config, power_of_two
 from ...contract.spec import Operand
 from ...hopper import boxes, core
-from ...hopper.boxes import Pixels
 from ...hopper.chain import chain_kernel
-from ...tile import choice
 from ...tile.geometry import Output, tile_launch
 from .. import links
 
@@ -34,8 +32,7 @@ MOST_CHANNELS = 256
 DEPTHS = ((2, 4, 3), (2, 3, 3), (2, 3, 2), (2, 2, 2), (1, 3, 2), (1, 2, 2))
 """Slots of t and of weights, and places of each group for results, the best first."""
 MOST_WASTE = 1.5
-"""Products, those with zeros that fill up the channels included, for each that there is."""
-BLOCK_INSTRUCTIONS = 160
+BLOCK_INSTRUCTIONS = 80
 """Of a warp that multiplies, for each block beside its results (counted in the machine code)."""
 
 
@@ -80,9 +77,6 @@ def refusal(problem: Problem, target: Target) -> str | None:
             f"{channels[0]} to {channels[2]} channels; the Hopper core chains "
             f"{core.LEAST_CHANNELS} to {MOST_CHANNELS}"
         )
-    blocks = -(-channels[1] // BLOCK) * BLOCK
-    if (waste := blocks * sum(padded) / channels[1] / (channels[0] + channels[2])) > MOST_WASTE:
-        return f"channels are filled up to {waste:.2f} times the products"
     for what, each in (("y", y), ("z", z)):
         if boxes.whole(each, ()) is None:
             return f"TMA: {what} cannot be moved in boxes of pixels"
@@ -116,10 +110,18 @@ def shared_bytes(problem: Problem, tile: Config) -> int:
     return elements * problem.output.spec.dtype.itemsize + core.BARRIER_BYTES
 
 
+def _waste(problem: Problem) -> float:
+    """Products, those with zeros included, for each that there is."""
+    t, y, z, *_, padded = _parts(problem)
+    real = y.shape[1] * (t.shape[1] + z.shape[1])
+    return -(-y.shape[1] // BLOCK) * BLOCK * sum(padded) / real
+
+
 def tiles(problem: Problem, target: Target) -> Iterator[Config]:
-    """The configuration of most slots, if there is one."""
-    every = (_tile(problem, *depths) for depths in DEPTHS) if refusal(problem, target) is None else ()
-    yield from [each for each in every if legal(problem, each, target) is None][:1]
+    """The configuration of most slots, if there is one that wastes little."""
+    if refusal(problem, target) is None and _waste(problem) <= MOST_WASTE:
+        every = (_tile(problem, *depths) for depths in DEPTHS)
+        yield from [each for each in every if legal(problem, each, target) is None][:1]
 
 
 def configs(problem: Problem, target: Target) -> Iterator[Config]:
@@ -130,8 +132,11 @@ def configs(problem: Problem, target: Target) -> Iterator[Config]:
 
 def unfit(problem: Problem, target: Target) -> str | None:
     """As `core.unfit`."""
-    reason = refusal(problem, target)
-    return reason or (None if any(tiles(problem, target)) else "no tile of the Hopper core fits")
+    if (reason := refusal(problem, target)) is not None:
+        return reason
+    if any(tiles(problem, target)):
+        return None
+    return f"with channels filled up a chain has {_waste(problem):.1f} times the products"
 
 
 core.OPS["conv_chain"] = unfit
@@ -158,11 +163,12 @@ def launch(problem: Problem, tile: Config, target: Target) -> Launch:
         moved["residual"] = Ref("input", parts.wide.start + held), added[held]
     first, second = Ref("input", parts.w2), Ref("input", parts.w3)
     # Behind those of the reduction: what is held is the last.
-    read = (*range(parts.narrow.start, parts.narrow.stop), *range(parts.wide.start, parts.wide.stop))
+    read = (each for span in (parts.narrow, parts.wide) for each in range(span.start, span.stop))
     blocks = tile["BLOCK_N"] // BLOCK
     weights, passing = BLOCK * (middle + narrow), (1 + (held is not None)) * PIXELS * BLOCK
     products = 2 * ((64 + BLOCK) * middle + (64 + narrow) * BLOCK)
     whole = sum(each.spec.numel == y.spec.numel for each in added)
+    traffic = blocks * (products + weights + 2 * passing) + PIXELS * (middle + narrow)
     return tile_launch(
         problem, tile, chain_kernel,
         pointers={},
@@ -185,7 +191,7 @@ def launch(problem: Problem, tile: Config, target: Target) -> Launch:
         steps=2 * blocks,
         step_instructions=BLOCK_INSTRUCTIONS,
         instructions=round(sum(core.END_INSTRUCTIONS[: len(moved) - 1]) * PIXELS * wide),
-        shared_traffic=size * (blocks * (products + weights + 2 * passing) + PIXELS * (middle + narrow)),
+        shared_traffic=size * traffic,
         shared_held=shared_bytes(problem, tile),
         end_shared=size * PIXELS * narrow,
         end_instructions=round(core.END_INSTRUCTIONS[0] * PIXELS * narrow / 128),

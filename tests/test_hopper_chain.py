@@ -1,0 +1,307 @@
+"""Chains of convolutions by the Hopper core: right in the emulator, chosen where they can run, and
+compiled without spills."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from convloom.compiler.records import rank
+from convloom.kernels import registry
+from convloom.kernels.contract import cost_model
+from convloom.kernels.contract.epilogue import Stage
+from convloom.kernels.contract.op import Config, Problem
+from convloom.kernels.contract.scalars import BY_NAME
+from convloom.kernels.contract.spec import Layout, TensorSpec
+from convloom.kernels.devices import offline
+from convloom.kernels.devices.emulator import FaultError
+from convloom.kernels.fused.chains import conv_chain_hopper as hopper
+from convloom.kernels.fused.chains.conv_chain import ConvChain
+from convloom.kernels.hopper import chain, core, gluon
+
+from . import harness, machine_code
+from .test_hopper import (
+    ADDED,
+    BRAIN,
+    EPILOGUES,
+    FUNCTIONS,
+    HALF,
+    SINGLE,
+    SM_90,
+    FewPrograms,
+    planted,
+)
+from .test_hopper import compiled_here as compiled_here
+
+pytestmark = pytest.mark.skipif(gluon.MISSING is not None, reason=str(gluon.MISSING))
+
+CHAIN = registry.get("conv_chain")
+BIAS = Stage("add"), Stage("relu")
+
+
+def problem(
+    image: tuple[int, int], channels: tuple[int, int, int], n: int = 2,
+    stages: tuple[Any, ...] = ADDED, operands: str = "rb", dtype: torch.dtype = HALF,
+    last: tuple[Any, ...] = BIAS, last_operands: str = "b",
+) -> Problem:  # fmt: skip
+    """An expansion and a reduction; operands as in `test_hopper.conv`."""
+    c, wide, narrow = channels
+    x = TensorSpec((n, c, *image), dtype, Layout.NHWC, batch=n)
+
+    def read(of: int, operands: str) -> Iterator[TensorSpec]:
+        for each in operands:
+            yield x.with_(shape=(n, of, *image)) if each == "r" else TensorSpec((of, 1, 1), SINGLE)
+
+    specs = (
+        x, TensorSpec((wide, c, 1, 1), dtype), *read(wide, operands),
+        TensorSpec((narrow, wide, 1, 1), dtype), *read(narrow, last_operands),
+    )  # fmt: skip
+    return harness.problem_for(CHAIN, ConvChain(None, (), stages, True, last), specs)
+
+
+def moved(asked: Problem, **places: dict[str, int]) -> Problem:
+    """With other pitches and offsets: of x, y and z."""
+    (x, *others), (y, z) = asked.inputs, asked.outputs
+    x, y, z = (
+        replace(each, **places.get(name, {})) for name, each in (("x", x), ("y", y), ("z", z))
+    )
+    return replace(asked, inputs=(x, *others), outputs=(y, z))
+
+
+def check(
+    asked: Problem, tile: Config, programs: int = 2, batch: int | None = None, seed: int = 0,
+    kernel: Any = None,
+) -> None:  # fmt: skip
+    """Emulates a chain of small whole numbers; where all stages make such, every sum is exact."""
+    assert CHAIN.legal(asked, tile, SM_90) is None
+    inputs = tuple(
+        harness.make_integers(each.spec, seed + 10 * at, -1, 1)
+        for at, each in enumerate(asked.inputs)
+    )
+    held = batch or asked.output.spec.batch or 1
+    device = FewPrograms(programs, kernel)
+    results = harness.run_on(device, CHAIN, asked, inputs, (), tile, held)
+    exact = harness.expected(CHAIN, asked, inputs, ())
+    attributes = asked.attributes.expect(ConvChain)
+    names = {stage.name for stage in (*attributes.after_expand, *attributes.after_reduce)}
+    for result, right in zip(results, exact, strict=True):
+        rounded = right[:held].to(result.dtype)
+        assert result[held:].isnan().all()
+        if names <= {"add", "relu", "sub", "maximum", "mul"}:
+            assert torch.equal(result[:held], rounded)
+        else:
+            scale = float(rounded.abs().max())
+            torch.testing.assert_close(result[:held], rounded, rtol=2e-2, atol=2e-2 * scale)
+
+
+def tile_of(asked: Problem, *depths: int) -> Config:
+    """A configuration by its slots of t and of weights, and its places for results."""
+    made = hopper._tile(asked, *depths)
+    assert hopper.legal(asked, made, SM_90) is None
+    return made
+
+
+def cases() -> Iterator[Any]:
+    """Problems with their tiles, programs and batch."""
+    asked = problem((9, 11), (64, 128, 64), 3)
+    yield "residual", asked, tile_of(asked, 1, 2, 2), 2, None
+    asked = problem((9, 11), (120, 200, 112), 3, BIAS, "b", BRAIN)
+    yield "ragged, bf16, 2 of 3 images", asked, tile_of(asked, 2, 3, 3), 1, 2
+    asked = moved(
+        problem((8, 9), (64, 192, 64), 4, (), "", last=(), last_operands=""),
+        x={"pitch": 88, "offset": 8}, y={"pitch": 208, "offset": 16}, z={"pitch": 72},
+    )  # fmt: skip
+    yield "slices, no stages", asked, tile_of(asked, 1, 2, 2), 1, None
+    asked = problem((9, 15), (256, 192, 256), 2)
+    yield "256 channels", asked, tile_of(asked, 1, 2, 2), 1, None
+    asked = problem((8, 8), (64, 128, 128), 5, last=ADDED, last_operands="rb")
+    yield "residuals of both", asked, tile_of(asked, 2, 4, 3), 2, 4
+    asked = problem((8, 8), (64, 128, 64), 5, (Stage("add"), Stage("add")), "rr")
+    yield "two residuals, read by threads", asked, tile_of(asked, 2, 2, 2), 1, None
+    # NaN behind the last channel alone.
+    nan = Stage("mul", literal=float("inf"), channels=(72, 128)), Stage("relu")
+    asked = problem((8, 8), (64, 72, 64), 3, nan, "", dtype=BRAIN)
+    yield "zeros behind the last channel", asked, tile_of(asked, 2, 2, 2), 1, None
+
+
+CASES = {name: rest for name, *rest in cases()} if gluon.MISSING is None else {}
+RARE = (
+    "256 channels", "two residuals, read by threads", "slices, no stages", "residuals of both",
+    "wrong parity of the weights", "wrong parity of the pixels", "wrong parity of the places",
+    "one group asked", "a place taken before it has left",
+)  # fmt: skip
+
+
+def usual(names: Any) -> list[Any]:
+    """As `often`, of this file's."""
+    return [
+        pytest.param(name, marks=pytest.mark.slow if name in RARE else ()) for name in names
+    ]
+
+
+@pytest.mark.parametrize("name", usual(CASES))
+def test_chains_are_exact_in_the_emulator(name: str) -> None:
+    asked, tile, programs, batch = CASES[name]
+    check(asked, tile, programs, batch)
+
+
+def drawn(seed: int) -> tuple[Problem, Config, int, int]:
+    """A small chain that a seed draws, with slots, programs and batch."""
+    pick = random.Random(seed)
+    while True:
+        channels = 8 * pick.randint(4, 20), 8 * pick.randint(4, 32), 8 * pick.randint(4, 20)
+        chains = []
+        for _ in range(2):
+            operands = pick.choice(list(EPILOGUES))
+            stages: tuple[Any, ...] = EPILOGUES[operands]
+            if pick.random() < 0.3:
+                name = pick.choice(FUNCTIONS)
+                stages = (*stages, Stage(name, pick.choice(BY_NAME[name].examples)))
+            chains += [stages, operands]
+        image, n = (pick.randint(1, 12), pick.randint(1, 12)), pick.randint(1, 5)
+        stages, operands, *last = chains
+        dtype = pick.choice((HALF, BRAIN))
+        asked = problem(image, channels, n, stages, operands, dtype, *last)
+        if pick.random() < 0.3:
+            place = {"pitch": 8 * pick.randint(40, 50), "offset": 8}
+            asked = moved(asked, **{pick.choice("xyz"): place})
+        depths = pick.choice(hopper.DEPTHS)
+        tile = hopper._tile(asked, *depths)
+        if hopper.legal(asked, tile, SM_90) is None:
+            return asked, tile, pick.randint(1, 3), pick.randint(1, n)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(60))
+def test_drawn_chains_are_exact_in_the_emulator(seed: int) -> None:
+    check(*drawn(seed), seed=seed)
+
+
+# What the emulator must not let pass.
+
+RACES = "a product under way|another warp read since|nothing was written to|before the copy into it"
+TOLD = "            mbarrier.arrive(written.index(here), count=1)\n"
+FAULTS = {
+    "weights overwritten": (
+        "            mbarrier.wait(w2_empty.index(slot), phase)\n", "",
+        RACES + "|more threads arrive",
+    ),
+    "weights of the second product released while it runs": (
+        "mbarrier.arrive(w3_empty.index(before), count=1, pred=block > 0)",
+        "mbarrier.arrive(w3_empty.index(slot), count=1)", RACES + "|mbarrier",
+    ),
+    "pixels released too early": ("pred=block == BLOCKS - 1", "pred=block == 0", RACES),
+    "wrong parity of the weights": (
+        "    slot = 0\n    phase = 0\n", "    slot = 0\n    phase = 1\n", RACES + "|mbarrier"
+    ),
+    "wrong parity of the pixels": ("t_phase = 0\n    place", "t_phase = 1\n    place", RACES),
+    "wrong parity of the places": (
+        "leaving // PLACES % 2", "(leaving // PLACES + 1) % 2", RACES + "|fence|mbarrier|copy"
+    ),
+    "one group asked": ("barriers(STAGES, 1, 2)", "barriers(STAGES, 1, 1)", RACES + "|mbarrier"),
+    "a residual that is not waited for": (
+        "            mbarrier.wait(ready.index(here), parity)\n            wide =",
+        "            wide =", RACES + "|mbarrier",
+    ),
+    "a block that is multiplied before it is visible": (
+        f"            fence_async_shared()\n{TOLD}            mbarrier.wait(w3_full",
+        f"{TOLD}            mbarrier.wait(w3_full", "no fence.proxy.async made visible",
+    ),
+    "a place taken before it has left": (
+        "                tma.store_wait(pendings=2)\n", "", "a product under way reads, or a copy"
+    ),
+    "a place taken before it is multiplied": (
+        "leaving = item - (PLACES - 1)", "leaving = item - PLACES", RACES + "|mbarrier|copy"
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("fault", usual(FAULTS))
+def test_planted_faults_are_refused_by_the_emulator(
+    fault: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text, replacement, message = FAULTS[fault]
+    module = planted(chain, text, replacement, tmp_path, monkeypatch)
+    asked = problem((16, 8), (64, 256, 64), 4)
+    with pytest.raises(FaultError, match=message):
+        check(asked, tile_of(asked, 1, 2, 2), 1, kernel=module.chain_kernel)
+
+
+# What it compiles to.
+
+COMPILED = {
+    f"{narrow} channels": problem((28, 28), (narrow, 4 * narrow, narrow), 256)
+    for narrow in (64, 128, 256)
+}
+COMPILED["gelu"] = problem(
+    (28, 28), (128, 512, 256), 256, (*ADDED, Stage("gelu")), last=(Stage("add"), Stage("gelu"))
+)
+
+
+@pytest.mark.parametrize("name", COMPILED)
+def test_chains_are_compiled_without_spills(name: str) -> None:
+    """Nothing but both products, and little beside them, in a block's loop."""
+    asked = COMPILED[name]
+    (tile,) = hopper.tiles(asked, SM_90)
+    (launch,) = CHAIN.launches(asked, tile, SM_90)
+    (wanted,) = rank.requests(CHAIN, asked, (launch,), SM_90)
+    found = offline.report(wanted)
+    assert found.spill_bytes == 0 and found.registers == 168, found
+    assert found.shared_bytes <= hopper.shared_bytes(asked, tile)
+    assert found.count("UTMALDG") >= 4 and found.count("UTMASTG") and found.count("STSM")
+    assert not found.count("STG") and not found.count("LDGSTS")
+    loop = machine_code.hot_loop(offline.disassembly(offline.compile_request(wanted)))
+    c, narrow = (max(64, each.shape[1]) for each in (asked.inputs[0], asked.outputs[1]))
+    assert loop is not None
+    assert loop.count("HGMMA.64x64x16") == c // 16 + 4 * (narrow == 64)
+    assert narrow == 64 or loop.count(f"HGMMA.64x{narrow}x16") == 4
+    assert loop.count("WARPGROUP.DEPBAR") == 1
+    if name != "gelu":
+        results = sum(core.END_INSTRUCTIONS) * 64 * hopper.BLOCK / 128
+        beside = len(loop.opcodes) - loop.count("HGMMA") - results
+        assert 0.75 * hopper.BLOCK_INSTRUCTIONS < beside < 1.3 * hopper.BLOCK_INSTRUCTIONS
+
+
+# Where it is chosen.
+
+
+@pytest.fixture
+def asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CONVLOOM_CORE", "hopper")
+
+
+def test_nobody_gets_it_who_does_not_ask(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = COMPILED["128 channels"]
+    (tile,) = hopper.tiles(asked, SM_90)
+    for setting, chosen, reason in (
+        ("", False, None), ("hopper", True, None), ("plain", False, "CONVLOOM_CORE=plain switches"),
+    ):  # fmt: skip
+        monkeypatch.setenv("CONVLOOM_CORE", setting)
+        assert core.uses_core(CHAIN.default(asked, SM_90)) is chosen
+        assert (tile in CHAIN.configs(asked, SM_90)) is chosen
+        found = CHAIN.legal(asked, tile, SM_90)
+        assert found is None if reason is None else reason in str(found)
+        assert CHAIN.crowded(asked, tile, SM_90) is None
+
+
+def test_whoever_asks_gets_the_faster_by_the_model(asked_for: None) -> None:
+    """A chain whose results are few is left to plain tiles."""
+    for asked in COMPILED.values():
+        (tile,) = hopper.tiles(asked, SM_90)
+        chosen = CHAIN.default(asked, SM_90)
+        assert chosen == tile
+        plain = [each for each in CHAIN.configs(asked, SM_90) if each != tile]
+        least = min(cost_model.problem_us(CHAIN, asked, SM_90, each) for each in plain)
+        assert cost_model.problem_us(CHAIN, asked, SM_90, tile) < 1.02 * least
+    few = problem((7, 7), (128, 512, 128), 1)
+    chosen = CHAIN.default(few, SM_90)
+    assert not core.uses_core(chosen)
+    note = core.note(few, chosen, SM_90, ())
+    assert note == "plain core: it is ranked before the Hopper core"
+    asked = COMPILED["128 channels"]
+    assert core.note(asked, CHAIN.default(asked, SM_90), SM_90, ()) == "Hopper core"
