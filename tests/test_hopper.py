@@ -414,7 +414,7 @@ FAULTS = {
         "a product under way reads|that another warp read since",
     ),
     "only one group asked": (
-        "count=1 if TURNS else 2", "count=1",
+        "1 if TURNS else 2", "1",
         "a product under way reads|that another warp read since|mbarrier",
     ),
     "a turn before its time": (

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from convloom.compiler.records import rank
+from convloom.errors import InvalidInputError
 from convloom.kernels import registry
 from convloom.kernels.contract import cost_model
 from convloom.kernels.contract.epilogue import Stage
@@ -23,6 +24,8 @@ from convloom.kernels.devices.emulator import FaultError
 from convloom.kernels.fused.chains import conv_chain_hopper as hopper
 from convloom.kernels.fused.chains.conv_chain import ConvChain
 from convloom.kernels.hopper import chain, core, gluon
+from convloom.kernels.tile import conv_geometry
+from convloom.kernels.tile.conv_geometry import Conv2d
 
 from . import harness, machine_code
 from .test_hopper import (
@@ -31,6 +34,8 @@ from .test_hopper import (
     EPILOGUES,
     FUNCTIONS,
     HALF,
+    HALVED,
+    SAME,
     SINGLE,
     SM_90,
     FewPrograms,
@@ -48,20 +53,30 @@ def problem(
     image: tuple[int, int], channels: tuple[int, int, int], n: int = 2,
     stages: tuple[Any, ...] = ADDED, operands: str = "rb", dtype: torch.dtype = HALF,
     last: tuple[Any, ...] = BIAS, last_operands: str = "b",
+    front: Conv2d | None = None, filters: tuple[int, int, int] = (64, 3, 3),
+    before: tuple[Any, ...] = BIAS, front_operands: str = "b",
 ) -> Problem:  # fmt: skip
-    """An expansion and a reduction; operands as in `test_hopper.conv`."""
+    """An expansion and a reduction of an image; operands as in `test_hopper.conv`. front: in front
+    of both, with filters of so many channels, rows and columns."""
     c, wide, narrow = channels
     x = TensorSpec((n, c, *image), dtype, Layout.NHWC, batch=n)
+    specs = [x]
+    if front is not None:
+        specs.append(TensorSpec((c, *filters), dtype))
+        x = x.with_(shape=(n, filters[0], *image))
+        (t,) = conv_geometry.infer(front, (x, specs[-1]))
+        specs[0], image = x, t.shape[2:]
 
     def read(of: int, operands: str) -> Iterator[TensorSpec]:
         for each in operands:
             yield x.with_(shape=(n, of, *image)) if each == "r" else TensorSpec((of, 1, 1), SINGLE)
 
-    specs = (
-        x, TensorSpec((wide, c, 1, 1), dtype), *read(wide, operands),
-        TensorSpec((narrow, wide, 1, 1), dtype), *read(narrow, last_operands),
-    )  # fmt: skip
-    return harness.problem_for(CHAIN, ConvChain(None, (), stages, True, last), specs)
+    if front is not None:
+        specs += read(c, front_operands)
+    specs += TensorSpec((wide, c, 1, 1), dtype), *read(wide, operands)
+    specs += TensorSpec((narrow, wide, 1, 1), dtype), *read(narrow, last_operands)
+    attributes = ConvChain(front, before if front else (), stages, True, last)
+    return harness.problem_for(CHAIN, attributes, tuple(specs))
 
 
 def moved(asked: Problem, **places: dict[str, int]) -> Problem:
@@ -88,7 +103,7 @@ def check(
     results = harness.run_on(device, CHAIN, asked, inputs, (), tile, held)
     exact = harness.expected(CHAIN, asked, inputs, ())
     attributes = asked.attributes.expect(ConvChain)
-    names = {stage.name for stage in (*attributes.after_expand, *attributes.after_reduce)}
+    names = {stage.name for link in attributes.links for stage in link.stages}
     for result, right in zip(results, exact, strict=True):
         rounded = right[:held].to(result.dtype)
         assert result[held:].isnan().all()
@@ -99,9 +114,11 @@ def check(
             torch.testing.assert_close(result[:held], rounded, rtol=2e-2, atol=2e-2 * scale)
 
 
-def tile_of(asked: Problem, *depths: int) -> Config:
-    """A configuration by its slots of t and of weights, and its places for results."""
-    made = hopper._tile(asked, *depths)
+def tile_of(
+    asked: Problem, *depths: int, box: tuple[int, int, int] = (hopper.PIXELS, 1, 1)
+) -> Config:
+    """A configuration by its slots of pixels and of weights, and its places for results."""
+    made = hopper._tile(asked, box, *depths)
     assert hopper.legal(asked, made, SM_90) is None
     return made
 
@@ -123,6 +140,13 @@ def cases() -> Iterator[Any]:
     yield "residuals of both", asked, tile_of(asked, 2, 4, 3), 2, 4
     asked = problem((8, 8), (64, 128, 64), 5, (Stage("add"), Stage("add")), "rr")
     yield "two residuals, read by threads", asked, tile_of(asked, 2, 2, 2), 1, None
+    asked = problem((9, 11), (64, 128, 64), 3, front=SAME)
+    yield "3x3 in front, weights stay", asked, tile_of(asked, 2, 2, 2, box=(1, 8, 16)), 1, 2
+    asked = problem((8, 15), (72, 200, 64), 3, BIAS, "b", BRAIN, front=SAME, filters=(40, 3, 3))
+    yield "3x3 in front, ragged", asked, tile_of(asked, 3, 2, 3, box=(2, 8, 8)), 2, None
+    asked = problem((12, 18), (128, 192, 64), 2, front=HALVED, filters=(64, 3, 3), before=ADDED,
+                    front_operands="rb")  # fmt: skip
+    yield "stride 2 in front, a residual", asked, tile_of(asked, 2, 2, 2, box=(4, 4, 8)), 1, None
     # NaN behind the last channel alone.
     nan = Stage("mul", literal=float("inf"), channels=(72, 128)), Stage("relu")
     asked = problem((8, 8), (64, 72, 64), 3, nan, "", dtype=BRAIN)
@@ -133,7 +157,8 @@ CASES = {name: rest for name, *rest in cases()} if gluon.MISSING is None else {}
 RARE = (
     "256 channels", "two residuals, read by threads", "slices, no stages", "residuals of both",
     "wrong parity of the weights", "wrong parity of the pixels", "wrong parity of the places",
-    "one group asked", "a place taken before it has left",
+    "one group asked", "a place taken before it has left", "3x3 in front, ragged",
+    "stride 2 in front, a residual",
 )  # fmt: skip
 
 
@@ -151,33 +176,44 @@ def test_chains_are_exact_in_the_emulator(name: str) -> None:
 
 
 def drawn(seed: int) -> tuple[Problem, Config, int, int]:
-    """A small chain that a seed draws, with slots, programs and batch."""
+    """A small chain that a seed draws, with a configuration, programs and batch."""
     pick = random.Random(seed)
     while True:
         channels = 8 * pick.randint(4, 20), 8 * pick.randint(4, 32), 8 * pick.randint(4, 20)
-        chains = []
-        for _ in range(2):
+        chains: list[Any] = []
+        for _ in range(3):
             operands = pick.choice(list(EPILOGUES))
             stages: tuple[Any, ...] = EPILOGUES[operands]
-            if pick.random() < 0.3:
+            if pick.random() < 0.2:
                 name = pick.choice(FUNCTIONS)
                 stages = (*stages, Stage(name, pick.choice(BY_NAME[name].examples)))
-            chains += [stages, operands]
-        image, n = (pick.randint(1, 12), pick.randint(1, 12)), pick.randint(1, 5)
-        stages, operands, *last = chains
-        dtype = pick.choice((HALF, BRAIN))
-        asked = problem(image, channels, n, stages, operands, dtype, *last)
+            chains.append((stages, operands))
+        image, n = (2 * pick.randint(2, 6), 2 * pick.randint(2, 6)), pick.randint(1, 5)
+        dtype, box = pick.choice((HALF, BRAIN)), (hopper.PIXELS, 1, 1)
+        front, depth, r, s = None, 8 * pick.randint(4, 16), *pick.choice(((3, 3), (1, 3), (5, 2)))
+        if pick.random() < 0.5:
+            stride, padding = pick.choice((1, 1, 2)), tuple(pick.randint(0, 2) for _ in range(4))
+            front = Conv2d((stride, stride), padding, (1, pick.choice((1, 1, 2))))
+            depth = -(-depth // 64) * 64 if stride == 2 else depth
+            high, wide = 1 << pick.randint(1, 3), 1 << pick.randint(1, 4)
+            box = hopper.PIXELS // high // wide, high, wide
+        try:
+            asked = problem(
+                image, channels, n, *chains[0], dtype, *chains[1], front, (depth, r, s), *chains[2]
+            )
+        except InvalidInputError:
+            continue
         if pick.random() < 0.3:
             place = {"pitch": 8 * pick.randint(40, 50), "offset": 8}
             asked = moved(asked, **{pick.choice("xyz"): place})
-        depths = pick.choice(hopper.DEPTHS)
-        tile = hopper._tile(asked, *depths)
+        depths = pick.randint(1, 4), pick.randint(2, 4), pick.randint(2, 3)
+        tile = hopper._tile(asked, box, *depths)
         if hopper.legal(asked, tile, SM_90) is None:
             return asked, tile, pick.randint(1, 3), pick.randint(1, n)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", range(60))
+@pytest.mark.parametrize("seed", range(100))
 def test_drawn_chains_are_exact_in_the_emulator(seed: int) -> None:
     check(*drawn(seed), seed=seed)
 
@@ -188,18 +224,27 @@ RACES = "a product under way|another warp read since|nothing was written to|befo
 TOLD = "            mbarrier.arrive(written.index(here), count=1)\n"
 FAULTS = {
     "weights overwritten": (
-        "            mbarrier.wait(w2_empty.index(slot), phase)\n", "",
+        "mbarrier.wait(w2_empty.index(slot), phase)", "pass",
         RACES + "|more threads arrive",
     ),
     "weights of the second product released while it runs": (
         "mbarrier.arrive(w3_empty.index(before), count=1, pred=block > 0)",
         "mbarrier.arrive(w3_empty.index(slot), count=1)", RACES + "|mbarrier",
     ),
+    "taps overwritten": (
+        "    mbarrier.wait(x_empty.index(x_slot), x_phase)\n                    load_tap",
+        "    load_tap",
+        RACES + "|more threads arrive",
+    ),
+    "pixels of the product in front that are not all there": (
+        "    acc = warpgroup_mma_wait(num_outstanding=0, deps=(acc,))\n    mbarrier",
+        "    mbarrier", "is used before the product that writes it was waited for",
+    ),
     "pixels released too early": ("pred=block == BLOCKS - 1", "pred=block == 0", RACES),
     "wrong parity of the weights": (
-        "    slot = 0\n    phase = 0\n", "    slot = 0\n    phase = 1\n", RACES + "|mbarrier"
+        "    phase = 0\n    x_slot", "    phase = 1\n    x_slot", RACES + "|mbarrier"
     ),
-    "wrong parity of the pixels": ("t_phase = 0\n    place", "t_phase = 1\n    place", RACES),
+    "wrong parity of the pixels": ("x_phase = 0\n    place", "x_phase = 1\n    place", RACES),
     "wrong parity of the places": (
         "leaving // PLACES % 2", "(leaving // PLACES + 1) % 2", RACES + "|fence|mbarrier|copy"
     ),
@@ -228,8 +273,12 @@ def test_planted_faults_are_refused_by_the_emulator(
     text, replacement, message = FAULTS[fault]
     module = planted(chain, text, replacement, tmp_path, monkeypatch)
     asked = problem((16, 8), (64, 256, 64), 4)
+    tile = tile_of(asked, 1, 2, 2)
+    if "front" in fault or "taps" in fault:
+        asked = problem((8, 16), (64, 192, 64), 3, front=SAME)
+        tile = tile_of(asked, 2, 2, 2, box=(1, 8, 16))
     with pytest.raises(FaultError, match=message):
-        check(asked, tile_of(asked, 1, 2, 2), 1, kernel=module.chain_kernel)
+        check(asked, tile, 1, kernel=module.chain_kernel)
 
 
 # What it compiles to.
@@ -264,7 +313,7 @@ def test_chains_are_compiled_without_spills(name: str) -> None:
     if name != "gelu":
         results = sum(core.END_INSTRUCTIONS) * 64 * hopper.BLOCK / 128
         beside = len(loop.opcodes) - loop.count("HGMMA") - results
-        assert 0.75 * hopper.BLOCK_INSTRUCTIONS < beside < 1.3 * hopper.BLOCK_INSTRUCTIONS
+        assert 0.6 * hopper.BLOCK_INSTRUCTIONS < beside < 1.3 * hopper.BLOCK_INSTRUCTIONS
 
 
 # Where it is chosen.
@@ -290,18 +339,18 @@ def test_nobody_gets_it_who_does_not_ask(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_whoever_asks_gets_the_faster_by_the_model(asked_for: None) -> None:
-    """A chain whose results are few is left to plain tiles."""
-    for asked in COMPILED.values():
+    """Plain tiles for few pixels, and for so few channels that both wait for memory."""
+    for name, asked in COMPILED.items():
         (tile,) = hopper.tiles(asked, SM_90)
         chosen = CHAIN.default(asked, SM_90)
-        assert chosen == tile
-        plain = [each for each in CHAIN.configs(asked, SM_90) if each != tile]
-        least = min(cost_model.problem_us(CHAIN, asked, SM_90, each) for each in plain)
-        assert cost_model.problem_us(CHAIN, asked, SM_90, tile) < 1.02 * least
+        assert (chosen == tile) is (name != "64 channels")
+        times = [
+            cost_model.problem_us(CHAIN, asked, SM_90, each)
+            for each in (chosen, *CHAIN.configs(asked, SM_90))
+        ]
+        assert times[0] < 1.02 * min(times)
     few = problem((7, 7), (128, 512, 128), 1)
-    chosen = CHAIN.default(few, SM_90)
-    assert not core.uses_core(chosen)
-    note = core.note(few, chosen, SM_90, ())
+    note = core.note(few, CHAIN.default(few, SM_90), SM_90, ())
     assert note == "plain core: it is ranked before the Hopper core"
     asked = COMPILED["128 channels"]
     assert core.note(asked, CHAIN.default(asked, SM_90), SM_90, ()) == "Hopper core"

@@ -100,6 +100,14 @@ def splits_windows(problem: Problem, box: tuple[int, int, int], by_rows: bool) -
     return side(problem) > 1 and (high < 2 or wide < 2 or 4 * row > math.prod(box))
 
 
+def half(box: tuple[int, int, int], by_rows: bool = False) -> tuple[int, int, int]:
+    """Of a box of pixels what one of two groups finishes."""
+    n, h, w = box
+    if n > 1 and not by_rows:
+        return n // 2, h, w
+    return (n, h // 2, w) if h > 1 else (n, h, w // 2)
+
+
 def boxes(problem: Problem, pixels: int, by_rows: bool = False) -> list[tuple[int, int, int]]:
     """Boxes of that many pixels that pad little, the best first. by_rows: in which a row of all
     images follows the other, each of another height."""

@@ -37,44 +37,50 @@ from .gluon import (
     warpgroup_mma_init,
     warpgroup_mma_wait,
 )
-from .kernel import part_corner, places, tile_corner
+from .kernel import after, barriers, leave, load_tap, multiply, part_corner, tile_corner
 
 
 @jit
 def produce_chain(
-    t, w2, w3, t_ring, t_bars, w2_ring, w2_bars, w3_ring, w3_bars, tiles,
-    PIXELS: gl.constexpr, TILE: gl.constexpr, OUTPUT: gl.constexpr, T_SLOTS: gl.constexpr,
-    STAGES: gl.constexpr,
+    x, w1, w2, w3, first, w2_ring, w2_bars, w3_ring, w3_bars, tiles,
+    FRONT: gl.constexpr, PIXELS: gl.constexpr, TILE: gl.constexpr, OUTPUT: gl.constexpr,
+    SLOTS: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """The warp that copies."""
     N: gl.constexpr = w2.block_shape[0]
-    t_full, t_empty = t_bars
+    BLOCKS: gl.constexpr = (OUTPUT.K + N - 1) // N
+    x_ring, w1_ring, _t, x_full, x_empty = first
     w2_full, w2_empty = w2_bars
     w3_full, w3_empty = w3_bars
     slot = 0
     phase = 1
-    t_slot = 0
-    t_phase = 1
+    x_slot = 0
+    x_phase = 1
     for tile in range(gl.program_id(0), tiles, gl.num_programs(0)):
         n, p, q, _ = tile_corner(tile, PIXELS, TILE, OUTPUT)
-        mbarrier.wait(t_empty.index(t_slot), t_phase)
-        mbarrier.expect(t_full.index(t_slot), t.block_type.nbytes)
-        load_box(t, [n, p, q, 0], t_full.index(t_slot), t_ring.index(t_slot))
-        t_slot += 1
-        if t_slot == T_SLOTS:
-            t_slot = 0
-            t_phase ^= 1
-        for column in range(0, OUTPUT.K, N):
-            mbarrier.wait(w2_empty.index(slot), phase)
-            mbarrier.expect(w2_full.index(slot), w2.block_type.nbytes)
-            load_box(w2, [column, 0], w2_full.index(slot), w2_ring.index(slot))
-            mbarrier.wait(w3_empty.index(slot), phase)
-            mbarrier.expect(w3_full.index(slot), w3.block_type.nbytes)
-            load_box(w3, [0, column], w3_full.index(slot), w3_ring.index(slot))
-            slot += 1
-            if slot == STAGES:
-                slot = 0
-                phase ^= 1
+        if FRONT is None:
+            mbarrier.wait(x_empty.index(x_slot), x_phase)
+            mbarrier.expect(x_full.index(x_slot), x.block_type.nbytes)
+            load_box(x, [n, p, q, 0], x_full.index(x_slot), x_ring.index(x_slot))
+            x_slot, x_phase = after(x_slot, x_phase, SLOTS)
+        else:
+            for tap in range(FRONT.window.R * FRONT.window.S):
+                for start in range(0, FRONT.image.C, TILE.K):
+                    mbarrier.wait(x_empty.index(x_slot), x_phase)
+                    load_tap(
+                        x, w1, n, p, q, 0, tap, start, x_full.index(x_slot), x_ring.index(x_slot),
+                        w1_ring.index(x_slot), FRONT.image, FRONT.window,
+                    )  # fmt: skip
+                    x_slot, x_phase = after(x_slot, x_phase, SLOTS)
+        if BLOCKS != STAGES or tile == gl.program_id(0):
+            for column in range(0, OUTPUT.K, N):
+                mbarrier.wait(w2_empty.index(slot), phase)
+                mbarrier.expect(w2_full.index(slot), w2.block_type.nbytes)
+                load_box(w2, [column, 0], w2_full.index(slot), w2_ring.index(slot))
+                mbarrier.wait(w3_empty.index(slot), phase)
+                mbarrier.expect(w3_full.index(slot), w3.block_type.nbytes)
+                load_box(w3, [0, column], w3_full.index(slot), w3_ring.index(slot))
+                slot, phase = after(slot, phase, STAGES)
 
 
 @jit
@@ -126,9 +132,10 @@ def carry_chain(
 
 @jit
 def consume_chain(
-    residual, extras, t_ring, t_bars, w2_ring, w2_bars, w3_ring, w3_bars, ends, tiles, m,
-    PIXELS: gl.constexpr, TILE: gl.constexpr, OUTPUT: gl.constexpr, Z: gl.constexpr,
-    T_SLOTS: gl.constexpr, STAGES: gl.constexpr, PLACES: gl.constexpr, WHO: gl.constexpr,
+    residual, extras, first, w2_ring, w2_bars, w3_ring, w3_bars, ends, tiles, m,
+    FRONT: gl.constexpr, PIXELS: gl.constexpr, TILE: gl.constexpr, OUTPUT: gl.constexpr,
+    Z: gl.constexpr, SLOTS: gl.constexpr, STAGES: gl.constexpr, PLACES: gl.constexpr,
+    WHO: gl.constexpr,
 ):  # fmt: skip
     """Four warps that multiply and finish the pixels from WHO·TILE.M/2 on of every tile."""
     M: gl.constexpr = TILE.M // 2
@@ -137,22 +144,29 @@ def consume_chain(
     MIDDLE: gl.constexpr = w2_ring.shape[2]
     NARROW: gl.constexpr = w3_ring.shape[1]
     BLOCKS: gl.constexpr = (OUTPUT.K + N - 1) // N
+    STAY: gl.constexpr = BLOCKS == STAGES
     wide_sums: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, N, 16])
     narrow_sums: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, NARROW, 16])
-    t_full, t_empty = t_bars
+    x_ring, _w1, t_places, x_full, x_empty = first
     w2_full, w2_empty = w2_bars
     w3_full, w3_empty = w3_bars
     out, ready, written = ends
     slot = 0
     phase = 0
-    t_slot = 0
-    t_phase = 0
+    x_slot = 0
+    x_phase = 0
     place = 0
     parity = 0
     for tile in range(gl.program_id(0), tiles, gl.num_programs(0)):
         n, p, q, _ = tile_corner(tile, PIXELS, TILE, OUTPUT)
-        mbarrier.wait(t_full.index(t_slot), t_phase)
-        t = t_ring.index(t_slot).reshape([TILE.M, MIDDLE]).slice(FIRST, M)
+        if FRONT is None:
+            mbarrier.wait(x_full.index(x_slot), x_phase)
+            t = x_ring.index(x_slot).reshape([TILE.M, MIDDLE]).slice(FIRST, M)
+        else:
+            t = t_places.index(WHO)
+            x_slot, x_phase = make_front(
+                t, extras, first, x_slot, x_phase, n, p, q, m, FRONT, PIXELS, TILE, SLOTS, FIRST
+            )
         total = warpgroup_mma_init(gl.zeros([M, NARROW], gl.float32, narrow_sums))
         before = 0
         for block in range(BLOCKS):
@@ -160,49 +174,57 @@ def consume_chain(
             acc = gl.zeros([M, N], gl.float32, wide_sums)
             acc = warpgroup_mma(t, w2_ring.index(slot).permute((1, 0)), acc, is_async=True)
             acc, added = warpgroup_mma_wait(num_outstanding=0, deps=(acc, total))
-            mbarrier.arrive(w2_empty.index(slot), count=1)
-            mbarrier.arrive(t_empty.index(t_slot), count=1, pred=block == BLOCKS - 1)
-            mbarrier.arrive(w3_empty.index(before), count=1, pred=block > 0)
+            if not STAY:
+                mbarrier.arrive(w2_empty.index(slot), count=1)
+                mbarrier.arrive(w3_empty.index(before), count=1, pred=block > 0)
+            if FRONT is None:
+                mbarrier.arrive(x_empty.index(x_slot), count=1, pred=block == BLOCKS - 1)
             here = WHO * PLACES + place
             mbarrier.wait(ready.index(here), parity)
             wide = out.index(here).reshape([M, N])
-            finish_block(
-                acc, wide, residual, extras, n, p, q, block * N, m, PIXELS, TILE, OUTPUT, FIRST
-            )
+            leave(acc, residual, wide, extras, n, p, q, block * N, m, PIXELS, TILE, OUTPUT, FIRST)
             fence_async_shared()
             mbarrier.arrive(written.index(here), count=1)
             mbarrier.wait(w3_full.index(slot), phase)
             total = warpgroup_mma(wide, w3_ring.index(slot).permute((1, 0)), added, is_async=True)
             before = slot
-            slot += 1
-            if slot == STAGES:
-                slot = 0
-                phase ^= 1
-            place += 1
-            if place == PLACES:
-                place = 0
-                parity ^= 1
+            slot, phase = after(slot, phase, STAGES)
+            place, parity = after(place, parity, PLACES)
         added = warpgroup_mma_wait(num_outstanding=0, deps=(total,))
-        mbarrier.arrive(w3_empty.index(before), count=1)
-        t_slot += 1
-        if t_slot == T_SLOTS:
-            t_slot = 0
-            t_phase ^= 1
+        if STAY:
+            phase = 0
+        else:
+            mbarrier.arrive(w3_empty.index(before), count=1)
+        if FRONT is None:
+            x_slot, x_phase = after(x_slot, x_phase, SLOTS)
         parts = columns_of(added, N)
         for part in gl.static_range(NARROW // N):
             here = WHO * PLACES + place
             mbarrier.wait(ready.index(here), parity)
-            acc = gl.convert_layout(parts[part], wide_sums, assert_trivial=True)
-            finish_block(
-                acc, out.index(here).reshape([M, N]), None, extras, n, p, q, part * N, m, PIXELS,
-                TILE, Z, FIRST,
-            )  # fmt: skip
+            narrow = out.index(here)
+            leave(parts[part], None, narrow, extras, n, p, q, part * N, m, PIXELS, TILE, Z, FIRST)
             fence_async_shared()
             mbarrier.arrive(written.index(here), count=1)
-            place += 1
-            if place == PLACES:
-                place = 0
-                parity ^= 1
+            place, parity = after(place, parity, PLACES)
+
+
+@jit
+def make_front(
+    t, extras, first, slot, phase, n, p, q, m,
+    FRONT: gl.constexpr, PIXELS: gl.constexpr, TILE: gl.constexpr, SLOTS: gl.constexpr,
+    FIRST: gl.constexpr,
+):  # fmt: skip
+    """Leaves a group's pixels of t for its products, and says which slot is next."""
+    x_ring, w1_ring, _, full, empty = first
+    TAPS: gl.constexpr = FRONT.window.R * FRONT.window.S * -(-FRONT.image.C // TILE.K)
+    acc, before, slot, phase = multiply(
+        x_ring, w1_ring, full, empty, slot, phase, TAPS, t.shape[1], TILE, SLOTS, t.shape[0], FIRST
+    )
+    acc = warpgroup_mma_wait(num_outstanding=0, deps=(acc,))
+    mbarrier.arrive(empty.index(before), count=1)
+    leave(acc, None, t, extras, n, p, q, 0, m, PIXELS, TILE, FRONT.output, FIRST)
+    fence_async_shared()
+    return slot, phase
 
 
 @jit
@@ -218,51 +240,28 @@ def columns_of(value, N: gl.constexpr):
 
 
 @jit
-def finish_block(
-    acc, place, residual, extras, n, p, q, column, m,
-    PIXELS: gl.constexpr, TILE: gl.constexpr, OUTPUT: gl.constexpr, FIRST: gl.constexpr,
-):  # fmt: skip
-    """The epilogue of some columns, whose residual is at a place in shared memory, for the results;
-    zeros behind the last column: the next product reads them."""
-    sums: gl.constexpr = acc.type.layout
-    N: gl.constexpr = acc.shape[1]
-    rows, live = places(acc, n, p, q, m, PIXELS.H, PIXELS.W, PIXELS.row, TILE, OUTPUT, FIRST)
-    columns = column + gl.arange(0, N, layout=gl.SliceLayout(0, sums))
-    column_mask = columns < OUTPUT.K
-    if residual is not None:
-        extras = extras + (place.load(sums),)
-    value = OUTPUT.epilogue(acc, rows, columns, live, column_mask, extras)
-    if OUTPUT.K % N != 0:
-        value = gl.where(column_mask[None, :], value, 0.0)
-    place.store(value.to(place.dtype))
-
-
-@jit
-def barriers(COUNT: gl.constexpr, FULL: gl.constexpr, EMPTY: gl.constexpr):
-    """So many pairs, and how often somebody arrives at the first and at the second of each."""
-    full = gl.allocate_shared_memory(gl.int64, [COUNT, 1], mbarrier.MBarrierLayout())
-    empty = gl.allocate_shared_memory(gl.int64, [COUNT, 1], mbarrier.MBarrierLayout())
-    for slot in gl.static_range(COUNT):
-        mbarrier.init(full.index(slot), count=FULL)
-        mbarrier.init(empty.index(slot), count=EMPTY)
-    return full, empty
-
-
-@jit
 def chain_kernel(
-    x, w2, w3, residual, y, z, extras, m,
-    PIXELS: gl.constexpr, TILE: gl.constexpr, OUTPUT: gl.constexpr, Z: gl.constexpr,
-    STAGES: gl.constexpr, T_SLOTS: gl.constexpr, PLACES: gl.constexpr,
+    x, w1, w2, w3, residual, y, z, extras, m,
+    FRONT: gl.constexpr, PIXELS: gl.constexpr, TILE: gl.constexpr, OUTPUT: gl.constexpr,
+    Z: gl.constexpr, SLOTS: gl.constexpr, STAGES: gl.constexpr, PLACES: gl.constexpr,
 ):  # fmt: skip
-    """m counts images. OUTPUT is y; residual: in boxes as y, None where there is none, or where it
-    is among `extras`. STAGES, T_SLOTS: slots of weights and of pixels; PLACES: of each group."""
+    """m counts images. FRONT: the convolution in front, None where x is t, and w1 too. OUTPUT is y;
+    residual: in boxes as y, None where there is none, or where it is among `extras`. SLOTS: of
+    pixels, and of w1; STAGES: of w2 and of w3; PLACES: of each group."""
     NARROW: gl.constexpr = w3.block_shape[0]
     tiles = gl.cdiv(m, PIXELS.N) * (PIXELS.down * PIXELS.across)
-    t_ring = gl.allocate_shared_memory(x.dtype, [T_SLOTS] + x.block_shape, x.layout)
+    x_ring = gl.allocate_shared_memory(x.dtype, [SLOTS] + x.block_shape, x.layout)
+    x_full, x_empty = barriers(SLOTS, 1, 2)
+    first = (x_ring, None, None, x_full, x_empty)
+    if FRONT is not None:
+        w1_ring = gl.allocate_shared_memory(w1.dtype, [SLOTS] + w1.block_shape, w1.layout)
+        t = gl.allocate_shared_memory(
+            x.dtype, [2, TILE.M // 2, w2.block_shape[1]], w2.layout
+        )
+        first = (x_ring, w1_ring, t, x_full, x_empty)
     w2_ring = gl.allocate_shared_memory(w2.dtype, [STAGES] + w2.block_shape, w2.layout)
     w3_ring = gl.allocate_shared_memory(w3.dtype, [STAGES] + w3.block_shape, w3.layout)
     out = gl.allocate_shared_memory(y.dtype, [2 * PLACES] + y.block_shape, y.layout)
-    t_bars = barriers(T_SLOTS, 1, 2)
     w2_bars = barriers(STAGES, 1, 2)
     w3_bars = barriers(STAGES, 1, 2)
     ready, written = barriers(2 * PLACES, 1, 1)
@@ -271,16 +270,16 @@ def chain_kernel(
     gl.warp_specialize(
         [
             (consume_chain, (
-                residual, extras, t_ring, t_bars, w2_ring, w2_bars, w3_ring, w3_bars, ends, tiles,
-                m, PIXELS, TILE, OUTPUT, Z, T_SLOTS, STAGES, PLACES, 0,
+                residual, extras, first, w2_ring, w2_bars, w3_ring, w3_bars, ends, tiles, m, FRONT,
+                PIXELS, TILE, OUTPUT, Z, SLOTS, STAGES, PLACES, 0,
             )),
             (consume_chain, (
-                residual, extras, t_ring, t_bars, w2_ring, w2_bars, w3_ring, w3_bars, ends, tiles,
-                m, PIXELS, TILE, OUTPUT, Z, T_SLOTS, STAGES, PLACES, 1,
+                residual, extras, first, w2_ring, w2_bars, w3_ring, w3_bars, ends, tiles, m, FRONT,
+                PIXELS, TILE, OUTPUT, Z, SLOTS, STAGES, PLACES, 1,
             )),
             (produce_chain, (
-                x, w2, w3, t_ring, t_bars, w2_ring, w2_bars, w3_ring, w3_bars, tiles, PIXELS, TILE,
-                OUTPUT, T_SLOTS, STAGES,
+                x, w1, w2, w3, first, w2_ring, w2_bars, w3_ring, w3_bars, tiles, FRONT, PIXELS,
+                TILE, OUTPUT, SLOTS, STAGES,
             )),
             (carry_chain, (
                 y, z, residual, ends, tiles, PIXELS, TILE, OUTPUT, NARROW, PLACES,

@@ -1,13 +1,11 @@
 """When and how conv2d, conv_pool, conv_mean and linear use the warp-specialised core of sm_90
-(`kernel.py`, `halo.py`).
+(`kernel.py`, `halo.py`); conv_chain does too (`fused/chains/conv_chain_hopper.py`).
 
 A configuration with the block `HOPPER` is this core's; its value says in which way. No GPU has run
 it: it is neither a default nor in the tuning space unless `CONVLOOM_CORE=hopper` asks for it
 (`settings.py`). Then it is taken where its conditions hold and the cost model expects it to be
 faster than plain Triton's tiles; `CONVLOOM_CORE=plain` refuses it even where a file or a record
 names it.
-
-Chains of convolutions are not among them: what there is room for is in `docs/how/kernels.md`.
 """
 
 from __future__ import annotations
@@ -140,9 +138,8 @@ def legal(problem: Problem, tile: Config, target: Target) -> str | None:
         return "CONVLOOM_CORE=plain switches the Hopper core off"
     if (reason := refusal(problem, target)) is not None:
         return reason
-    if _window(problem).stride_h == 2 and _channels(problem) % tile["BLOCK_K"]:
-        # Behind the channels of a pixel lie those of the next one, not zeros.
-        return f"stride 2: {_channels(problem)} channels are not a multiple of {tile['BLOCK_K']}"
+    if (reason := splits_steps(problem, tile["BLOCK_K"])) is not None:
+        return reason
     if math.prod(box := boxes.box_of(tile)) != tile["BLOCK_M"]:
         return f"the box does not hold BLOCK_M={tile['BLOCK_M']} pixels"
     if boxes.splits_windows(problem, box, _way(tile) == HALO):
@@ -156,6 +153,14 @@ def legal(problem: Problem, tile: Config, target: Target) -> str | None:
     if bool(_group(problem)) != (tile["BLOCK_N"] == GROUPED):
         return f"tiles of {GROUPED} channels are for several groups, and only they"
     return target.shared_shortage(shared_bytes(problem, tile, target))
+
+
+def splits_steps(problem: Problem, block_k: int) -> str | None:
+    """Why steps of so many channels reach from one pixel into another, or None."""
+    if _window(problem).stride_h == 2 and _channels(problem) % block_k:
+        # Behind the channels of a pixel lie those of the next one, not zeros.
+        return f"stride 2: {_channels(problem)} channels are not a multiple of {block_k}"
+    return None
 
 
 def _no_halo(problem: Problem, tile: Config) -> str | None:
@@ -398,14 +403,9 @@ def _x_box(problem: Problem, tile: Config, view: View) -> TmaDescriptor:
 def _way_out(problem: Problem, tile: Config, view: View, by_rows: bool) -> dict[str, TmaDescriptor]:
     """y, and the residual if there is one, in boxes of as much as a group of warps finishes at a
     time: its part of the tile, of at most 64 results for a thread."""
-    n, h, w = boxes.box_of(tile)
-    if _way(tile) != IN_TURNS:  # Half of the outermost dimension that has two.
-        if n > 1 and not by_rows:
-            n //= 2
-        elif h > 1:
-            h //= 2
-        else:
-            w //= 2
+    n, h, w = box = boxes.box_of(tile)
+    if _way(tile) != IN_TURNS:
+        n, h, w = boxes.half(box, by_rows)
     columns = min(tile["BLOCK_N"], most_at_once() // (n * h * w))
     out, size = view.output, (view.images, view.output.P, view.output.Q)
     moved = {"y": (Y, problem.output)}

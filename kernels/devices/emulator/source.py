@@ -96,7 +96,7 @@ class Kernel:
         for start, stop in itertools.pairwise(starts):
             for to in goals.get(stop - 1, [stop]):
                 sources[to].append(start)
-        along = {start: (start,) for start in starts}
+        along: dict[int, tuple[int, ...]] = {start: (start,) for start in starts}
         for start in starts:
             before = [along[source] for source in sources[start]]
             if start and before and min(before) > along[start]:

@@ -1,5 +1,6 @@
 """When and how `conv_chain` uses the warp-specialised core of sm_90 (`hopper/chain.py`): where it
-is asked for, as for the other ops of `hopper/core.py`, for an expansion and a reduction.
+is asked for, as for the other ops of `hopper/core.py`, for an expansion and a reduction, with or
+without a convolution in front.
 
 Every program keeps the sums of z of its pixels, and both weights pass by in blocks of 64 wide
 channels. What that leaves of shared memory goes to more slots.
@@ -7,8 +8,10 @@ channels. What that leaves of shared memory goes to more slots.
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -19,7 +22,7 @@ from ...contract.op import Config, Launch, Problem, Ref, Target, TmaDescriptor, 
 from ...contract.spec import Operand
 from ...hopper import boxes, core
 from ...hopper.chain import chain_kernel
-from ...tile.geometry import Output, tile_launch
+from ...tile.geometry import Image, Output, Window, tile_launch
 from .. import links
 
 WAY = 4
@@ -29,60 +32,63 @@ BLOCK = 64
 """Wide channels at a time: with 128 the sums of 256 to 1,024 to 256 channels spill."""
 MOST_CHANNELS = 256
 """Of t and z: the sums of z are 128 registers of a thread."""
-DEPTHS = ((2, 4, 3), (2, 3, 3), (2, 3, 2), (2, 2, 2), (1, 3, 2), (1, 2, 2))
-"""Slots of t and of weights, and places of each group for results, the best first."""
 MOST_WASTE = 1.5
 BLOCK_INSTRUCTIONS = 80
-"""Of a warp that multiplies, for each block beside its results (counted in the machine code)."""
+"""Of a warp that multiplies, for each block beside its results (65 to 99)."""
 
 
 class Parts(NamedTuple):
-    """Of a chain: t, y and z, the weights, and the operands of both epilogues; padded: channels of
-    t and z with those that fill them up."""
+    """Of a chain: t, y and z, the numbers of both weights, and the inputs that the epilogues read;
+    padded: channels of t and z with those that fill them up; front: the convolution that makes t,
+    as a problem of its own."""
 
     t: Operand
     y: Operand
     z: Operand
     w2: int
     w3: int
-    wide: slice
-    narrow: slice
+    reads: dict[str, slice]
     padded: tuple[int, int]
+    front: Problem | None
 
 
 def _parts(problem: Problem) -> Parts:
-    chain, inputs = problem.attributes, problem.inputs
-    where = links.slots(chain.links)
-    y, z = problem.outputs
-    padded = tuple(max(BLOCK, power_of_two(each.shape[1])) for each in (inputs[0], z))
-    names, spans = where.tensors, where.operands
-    return Parts(
-        inputs[0], y, z, names["w2"], names["w3"], spans["expand"], spans["reduce"], padded
-    )  # fmt: skip
+    chain: Any = problem.attributes
+    inputs, where = problem.inputs, links.slots(chain.links)
+    t, front, (y, z) = inputs[0], None, problem.outputs
+    if chain.front is not None:
+        channels = inputs[where.tensors["w2"]].shape[1]
+        n, _, p, q = y.shape
+        t = Operand.dense(y.spec.with_(shape=(n, channels, p, q)))
+        front = Problem("conv2d", chain.front, inputs[:2], (t,))
+    c, few = (max(BLOCK, power_of_two(each.shape[1])) for each in (t, z))
+    w2, w3 = where.tensors["w2"], where.tensors["w3"]
+    return Parts(t, y, z, w2, w3, dict(where.operands), (c, few), front)
 
 
 def refusal(problem: Problem, target: Target) -> str | None:
     """Why the core cannot compute a chain, or None."""
     if (reason := core.unavailable(target)) is not None:
         return reason
-    chain = problem.attributes
-    if chain.front is not None or chain.shortcut is not None or not chain.has_reduce:
-        return "the Hopper core chains an expansion and a reduction, and nothing beside them"
-    t, y, z, *_, padded = _parts(problem)
+    chain: Any = problem.attributes
+    if chain.shortcut is not None or not chain.has_reduce:
+        what = "beside a shortcut" if chain.has_reduce else "without a reduction"
+        return f"the Hopper core has no chain {what}"
+    t, y, z, *_, padded, front = _parts(problem)
     if t.spec.dtype not in (torch.float16, torch.bfloat16):
         return f"the Hopper core chains products of fp16 and bf16, not {t.spec.dtype}"
-    channels = [each.shape[1] for each in (t, y, z)]
-    if min(channels) < core.LEAST_CHANNELS or max(padded) > MOST_CHANNELS:
-        return (
-            f"{channels[0]} to {channels[2]} channels; the Hopper core chains "
-            f"{core.LEAST_CHANNELS} to {MOST_CHANNELS}"
-        )
-    for what, each in (("y", y), ("z", z)):
+    if front is not None and (reason := core.refusal(front, target)) is not None:
+        return reason
+    c, wide, few = (each.shape[1] for each in (t, y, z))
+    if min(c, wide, few) < core.LEAST_CHANNELS or max(padded) > MOST_CHANNELS:
+        least, most = core.LEAST_CHANNELS, MOST_CHANNELS
+        return f"{c} to {wide} to {few} channels; the Hopper core chains {least} to {most}"
+    for name, each in (("y", y), ("z", z)):
         if boxes.whole(each, ()) is None:
-            return f"TMA: {what} cannot be moved in boxes of pixels"
-    if t.spec.numel == 0 or y.spec.numel == 0:
+            return f"TMA: {name} cannot be moved in boxes of pixels"
+    if y.spec.numel == 0:
         return "a tensor is empty"
-    return boxes.misaligned(t, channels[0]) or boxes.misaligned(t, channels[1])
+    return boxes.misaligned(t, c) or boxes.misaligned(t, wide)
 
 
 def legal(problem: Problem, tile: Config, target: Target) -> str | None:
@@ -91,37 +97,61 @@ def legal(problem: Problem, tile: Config, target: Target) -> str | None:
         return "CONVLOOM_CORE=plain switches the Hopper core off"
     if (reason := refusal(problem, target)) is not None:
         return reason
-    if tile not in (_tile(problem, *depths) for depths in DEPTHS):
+    sizes = dict(tile.blocks)
+    box, front = (sizes["BOX_N"], sizes["BOX_H"], sizes["BOX_W"]), _parts(problem).front
+    slots, stages, places = sizes["SLOTS"], tile.num_stages, sizes["PLACES"]
+    known = slots > (front is not None) and min(stages, places) >= 2
+    if not known or math.prod(box) != PIXELS or tile != _tile(problem, box, slots, stages, places):
         return f"the Hopper core has no tile of {tile}"
+    if front is not None and (reason := core.splits_steps(front, BLOCK)) is not None:
+        return reason
     return target.shared_shortage(shared_bytes(problem, tile))
 
 
-def _tile(problem: Problem, t_slots: int, stages: int, places: int) -> Config:
+def _tile(
+    problem: Problem, box: tuple[int, int, int], slots: int, stages: int, places: int
+) -> Config:
     wide = -(-problem.output.shape[1] // BLOCK) * BLOCK
-    sizes = {"BLOCK_M": PIXELS, "BLOCK_N": wide, "T_SLOTS": t_slots, "PLACES": places}
+    sizes = {"BLOCK_M": PIXELS, "BLOCK_N": wide, "BLOCK_K": BLOCK}
+    sizes |= {"BOX_N": box[0], "BOX_H": box[1], "BOX_W": box[2], "SLOTS": slots, "PLACES": places}
     return config(core.WARPS, stages, **sizes, **{core.BLOCK: WAY})
 
 
 def shared_bytes(problem: Problem, tile: Config) -> int:
     """Shared memory of a program."""
     middle, narrow = _parts(problem).padded
-    elements = tile["T_SLOTS"] * PIXELS * middle + tile.num_stages * BLOCK * (middle + narrow)
-    elements += tile["PLACES"] * PIXELS * BLOCK
+    if _parts(problem).front is None:
+        first = tile["SLOTS"] * PIXELS * middle
+    else:
+        first = tile["SLOTS"] * (PIXELS + middle) * BLOCK + PIXELS * middle
+    elements = first + tile.num_stages * BLOCK * (middle + narrow) + tile["PLACES"] * PIXELS * BLOCK
     return elements * problem.output.spec.dtype.itemsize + core.BARRIER_BYTES
 
 
 def _waste(problem: Problem) -> float:
-    """Products, those with zeros included, for each that there is."""
-    t, y, z, *_, padded = _parts(problem)
+    """Products, those with zeros included, for each that there is, of whole boxes."""
+    t, y, z, *_, padded, _ = _parts(problem)
     real = y.shape[1] * (t.shape[1] + z.shape[1])
     return -(-y.shape[1] // BLOCK) * BLOCK * sum(padded) / real
 
 
 def tiles(problem: Problem, target: Target) -> Iterator[Config]:
-    """The configuration of most slots, if there is one that wastes little."""
-    if refusal(problem, target) is None and _waste(problem) <= MOST_WASTE:
-        every = (_tile(problem, *depths) for depths in DEPTHS)
-        yield from [each for each in every if legal(problem, each, target) is None][:1]
+    """Of each of the boxes that pad least the best configuration, if channels are filled up with
+    few others."""
+    if refusal(problem, target) is not None or _waste(problem) > MOST_WASTE:
+        return
+    front, blocks = _parts(problem).front, -(-problem.output.shape[1] // BLOCK)
+
+    def worth(tile: Config) -> tuple[int, ...]:
+        """Weights that stay, then taps under way, residuals, weights."""
+        slots, stages = tile["SLOTS"], tile.num_stages
+        return stages == blocks, min(slots, 3) * (front is not None), tile["PLACES"], stages, slots
+
+    for box in [(PIXELS, 1, 1)] if front is None else boxes.boxes(front, PIXELS):
+        depths = itertools.product((4, 3, 2) if front else (2, 1), (4, 3, 2), (3, 2))
+        every = (_tile(problem, box, *each) for each in depths)
+        fitting = [tile for tile in every if legal(problem, tile, target) is None]
+        yield from sorted(fitting, key=worth)[-1:]
 
 
 def configs(problem: Problem, target: Target) -> Iterator[Config]:
@@ -134,9 +164,9 @@ def unfit(problem: Problem, target: Target) -> str | None:
     """As `core.unfit`."""
     if (reason := refusal(problem, target)) is not None:
         return reason
-    if any(tiles(problem, target)):
-        return None
-    return f"with channels filled up a chain has {_waste(problem):.1f} times the products"
+    if (waste := _waste(problem)) > MOST_WASTE:
+        return f"with channels filled up a chain has {waste:.1f} times the products"
+    return None if any(tiles(problem, target)) else "no tile of the Hopper core fits"
 
 
 core.OPS["conv_chain"] = unfit
@@ -144,56 +174,104 @@ core.OPS["conv_chain"] = unfit
 
 def launch(problem: Problem, tile: Config, target: Target) -> Launch:
     """As many programs as there are multiprocessors, each of which takes tile after tile."""
-    chain, inputs, parts = problem.attributes, problem.inputs, _parts(problem)
-    t, y, z = parts.t, parts.y, parts.z
-    (middle, narrow), (c, wide, few) = parts.padded, (each.shape[1] for each in (t, y, z))
-    rows, size = y.spec.numel // wide, y.spec.dtype.itemsize
-    added, later = inputs[parts.wide], inputs[parts.narrow]
+    chain: Any = problem.attributes
+    inputs, parts, box = problem.inputs, _parts(problem), boxes.box_of(tile)
+    y, z, front = parts.y, parts.z, parts.front
+    n, _, p, q = y.shape
+    n, p, q = (n * p * q, 1, 1) if front is None else (n, p, q)
+    added = inputs[parts.reads["expand"]]
     held = next(iter(boxes.whole(y, added) or ()), None)
-
-    def described(ref: Ref, tensor: Operand, pixels: int, columns: int) -> TmaDescriptor:
-        channels = tensor.shape[1], columns
-        return boxes.described(ref, tensor, (rows, 1, 1), (pixels, 1, 1), channels, by_rows=False)
-
-    def output(tensor: Operand, epilogue: ep.GeneratedFunction) -> Output:
-        return Output(1, 1, tensor.shape[1], tensor.pitch, tensor.offset, epilogue)
-
     moved = {"y": (Ref("output", 0), y), "z": (Ref("output", 1), z)}
     if held is not None:
-        moved["residual"] = Ref("input", parts.wide.start + held), added[held]
-    first, second = Ref("input", parts.w2), Ref("input", parts.w3)
-    # Behind those of the reduction: what is held is the last.
-    read = (each for span in (parts.narrow, parts.wide) for each in range(span.start, span.stop))
-    blocks = tile["BLOCK_N"] // BLOCK
-    weights, passing = BLOCK * (middle + narrow), (1 + (held is not None)) * PIXELS * BLOCK
-    products = 2 * ((64 + BLOCK) * middle + (64 + narrow) * BLOCK)
-    whole = sum(each.spec.numel == y.spec.numel for each in added)
-    traffic = blocks * (products + weights + 2 * passing) + PIXELS * (middle + narrow)
+        at = parts.reads["expand"].start + held
+        moved["residual"] = Ref("input", at), inputs[at]
+    # What is held is the last that a function reads.
+    order: list[str] = [name for name in ("front", "reduce", "expand") if name in parts.reads]
+    reads: dict[str, range] = {
+        name: range(parts.reads[name].start, parts.reads[name].stop) for name in order
+    }
+
+    def output(name: str, tensor: Operand, stages: ep.Epilogue) -> Output:
+        skipped = sum(len(reads[each]) for each in order[: order.index(name)])
+        operands = tuple(inputs[each] for each in reads[name])
+        function = ep.for_output(
+            stages, operands, tensor.spec, skipped, held if name == "expand" else None
+        )
+        return Output(p, q, tensor.shape[1], tensor.pitch, tensor.offset, function)
+
+    c, wide, few = (each.shape[1] for each in (parts.t, y, z))
+    middle, narrow = parts.padded
+    ref = [Ref("input", at) for at in range(len(inputs))]
+    if front is None:
+        x = boxes.described(ref[0], parts.t, (n, p, q), box, (c, middle), by_rows=False)
+        read, view = {"x": x}, None
+    else:
+        _, depth, r, s = front.inputs[1].shape
+        taps = (c, r * s, depth), (r * s * depth, depth, 1), (middle, 1, BLOCK)
+        read = {"x": boxes.view(front, box, BLOCK), "w1": TmaDescriptor(ref[1], *taps)}
+        view = core.View(
+            Image.of(inputs[0]), Window.of((r, s), chain.front),
+            output("front", parts.t, chain.after_front), n,
+        )  # fmt: skip
+    half, down, across = boxes.half(box), -(-p // box[1]), -(-q // box[2])
     return tile_launch(
         problem, tile, chain_kernel,
         pointers={},
         boxes={
-            "x": described(Ref("input", 0), t, PIXELS, middle),
-            "w2": TmaDescriptor(first, (wide, c), (c, 1), (BLOCK, middle)),
-            "w3": TmaDescriptor(second, (few, wide), (wide, 1), (narrow, BLOCK)),
-            **{name: described(*each, PIXELS // 2, BLOCK) for name, each in moved.items()},
+            **read,
+            "w2": TmaDescriptor(ref[parts.w2], (wide, c), (c, 1), (BLOCK, middle)),
+            "w3": TmaDescriptor(ref[parts.w3], (few, wide), (wide, 1), (narrow, BLOCK)),
+            **{
+                name: boxes.described(*each, (n, p, q), half, (each[1].shape[1], BLOCK), False)
+                for name, each in moved.items()
+            },
         },
         constexprs={
-            "PIXELS": boxes.Pixels(PIXELS, 1, 1, 1, copied=True), "STAGES": tile.num_stages,
-            "Z": output(z, ep.for_output(chain.after_reduce, later, z.spec)),
-            "T_SLOTS": tile["T_SLOTS"], "PLACES": tile["PLACES"],
+            "PIXELS": boxes.Pixels(*box, box[2], down, across, copied=True), "FRONT": view,
+            "Z": output("reduce", z, chain.after_reduce), "STAGES": tile.num_stages,
+            "SLOTS": tile["SLOTS"], "PLACES": tile["PLACES"],
             **({} if held is not None else {"residual": None}),
+            **({} if front is not None else {"w1": None}),
         },
-        output=output(y, ep.for_output(chain.after_expand, added, y.spec, len(later), held)),
-        rows=rows,
-        extras=tuple(Ref("input", at) for at in read),
-        l2_bytes=size * (PIXELS * (c + whole * wide) + wide * (c + few)),
-        steps=2 * blocks,
-        step_instructions=BLOCK_INSTRUCTIONS,
-        instructions=round(sum(core.END_INSTRUCTIONS[: len(moved) - 1]) * PIXELS * wide),
-        shared_traffic=size * traffic,
-        shared_held=shared_bytes(problem, tile),
-        end_shared=size * PIXELS * narrow,
-        end_instructions=round(core.END_INSTRUCTIONS[0] * PIXELS * narrow / 128),
+        output=output("expand", y, chain.after_expand),
+        rows=n,
+        block_rows=box[0],
+        programs=down * across,
+        extras=tuple(ref[each] for name in order for each in reads[name]),
         most_programs=cost_model.machine_for(target).multiprocessors,
+        **_modelled(problem, tile, held is not None),
     )  # fmt: skip
+
+
+def _modelled(problem: Problem, tile: Config, has_residual: bool) -> dict[str, Any]:
+    """What the cost model asks of a launch. Weights of as many blocks as there are slots stay."""
+    parts, size = _parts(problem), problem.output.spec.dtype.itemsize
+    (middle, narrow), front = parts.padded, parts.front
+    c, wide, few = (each.shape[1] for each in (parts.t, parts.y, parts.z))
+    blocks, passing = tile["BLOCK_N"] // BLOCK, (1 + has_residual) * PIXELS * BLOCK
+    stay = blocks == tile.num_stages
+    weights = 0 if stay else BLOCK * (middle + narrow)
+    products = 2 * ((64 + BLOCK) * middle + (64 + narrow) * BLOCK)
+    traffic = blocks * (products + weights + 2 * passing) + PIXELS * (middle + narrow)
+    added = problem.inputs[parts.reads["expand"]]
+    residuals = sum(each.spec.numel == parts.y.spec.numel for each in added)
+    read, steps, step_instructions = PIXELS * c, 2 * blocks, 2 * blocks * BLOCK_INSTRUCTIONS
+    if front is not None:
+        _, channels, r, s = front.inputs[1].shape
+        taps = r * s * -(-channels // BLOCK)
+        read = r * s * channels * (PIXELS + c)
+        copied = (PIXELS + middle) * BLOCK
+        traffic += taps * (copied + 2 * (64 + middle) * BLOCK) + PIXELS * middle
+        steps += taps
+        step_instructions += 2 * taps * core.STEP_INSTRUCTIONS
+    results = sum(core.END_INSTRUCTIONS[: 1 + has_residual]) * PIXELS * wide
+    return {
+        "l2_bytes": size * (read + PIXELS * residuals * wide + (not stay) * wide * (c + few)),
+        "steps": steps,
+        "step_instructions": step_instructions // steps,
+        "instructions": round(results),
+        "shared_traffic": size * traffic,
+        "shared_held": shared_bytes(problem, tile),
+        "end_shared": size * PIXELS * narrow,
+        "end_instructions": round(core.END_INSTRUCTIONS[0] * PIXELS * narrow / 128),
+    }
