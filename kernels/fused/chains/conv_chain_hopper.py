@@ -34,7 +34,7 @@ MOST_CHANNELS = 256
 """Of t and z: the sums of z are 128 registers of a thread."""
 MOST_WASTE = 1.5
 BLOCK_INSTRUCTIONS = 80
-"""Of a warp that multiplies, for each block beside its results (65 to 99)."""
+"""Of a warp that multiplies, for each block beside its results (57 to 99)."""
 
 
 class Parts(NamedTuple):
@@ -211,7 +211,7 @@ def launch(problem: Problem, tile: Config, target: Target) -> Launch:
         read = {"x": boxes.view(front, box, BLOCK), "w1": TmaDescriptor(ref[1], *taps)}
         view = core.View(
             Image.of(inputs[0]), Window.of((r, s), chain.front),
-            output("front", parts.t, chain.after_front), n,
+            output("front", parts.t, chain.after_front), 1,
         )  # fmt: skip
     half, down, across = boxes.half(box), -(-p // box[1]), -(-q // box[2])
     return tile_launch(
