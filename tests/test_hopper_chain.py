@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import convloom
 import pytest
 import torch
 from convloom.compiler.records import rank
@@ -20,6 +21,7 @@ from convloom.kernels.contract.epilogue import Stage
 from convloom.kernels.contract.op import Config, Problem
 from convloom.kernels.contract.scalars import BY_NAME
 from convloom.kernels.contract.spec import Layout, TensorSpec
+from convloom.kernels.contract.targets import parse
 from convloom.kernels.devices import offline
 from convloom.kernels.devices.emulator import FaultError
 from convloom.kernels.fused import links
@@ -28,6 +30,7 @@ from convloom.kernels.fused.chains.conv_chain import ConvChain
 from convloom.kernels.hopper import chain, core, gluon
 from convloom.kernels.tile import conv_geometry
 from convloom.kernels.tile.conv_geometry import Conv2d
+from torch import nn
 
 from . import harness, machine_code
 from .test_hopper import (
@@ -65,7 +68,7 @@ def problem(
     specs = [x]
     if front is not None:
         specs.append(TensorSpec((c, *filters), dtype))
-        x = x.with_(shape=(n, filters[0], *image))
+        x = x.with_(shape=(n, front.groups * filters[0], *image))
         (t,) = conv_geometry.infer(front, (x, specs[-1]))
         specs[0], image = x, t.shape[2:]
 
@@ -367,3 +370,130 @@ def test_whoever_asks_gets_the_faster_by_the_model(asked_for: None) -> None:
     assert note == "plain core: it is ranked before the Hopper core"
     asked = COMPILED["128 channels"]
     assert core.note(asked, CHAIN.default(asked, SM_90), SM_90, ()) == "Hopper core"
+
+
+def test_what_it_cannot_compute_is_refused_with_a_reason(asked_for: None) -> None:
+    good = problem((16, 16), (64, 256, 64), 8, front=SAME)
+    tile = tile_of(good, 2, 2, 2, box=(1, 8, 16))
+    chained = good.attributes.expect(ConvChain)
+    single = harness.problem_for(
+        CHAIN, chained, tuple(each.spec.with_(dtype=SINGLE) for each in good.inputs)
+    )
+    grouped = problem((16, 16), (64, 256, 64), 8, front=replace(SAME, groups=2), filters=(32, 3, 3))
+    uneven = problem((16, 16), (64, 256, 64), 8, front=HALVED, filters=(72, 3, 3))
+    for asked, config_, target, reason in (
+        (good, tile, parse("cuda:sm_80"), "made for sm_90, not for cuda:sm_80"),
+        (without_reduction(good), tile, SM_90, "has no chain without a reduction"),
+        (beside_a_shortcut(), tile, SM_90, "has no chain beside a shortcut"),
+        (single, tile, SM_90, "chains products of fp16 and bf16, not torch.float32"),
+        (grouped, tile, SM_90, "2 groups"),
+        (uneven, tile, SM_90, "72 channels are not a multiple of 64"),
+        (problem((8, 8), (264, 256, 64)), tile, SM_90, "264 to 256 to 64 channels; the Hopper"),
+        (problem((8, 8), (64, 256, 24)), tile, SM_90, "64 to 256 to 24 channels; the Hopper core"),
+        (problem((8, 8), (68, 256, 64)), tile, SM_90, "the pitch of x, 136 bytes"),
+        (problem((8, 8), (64, 260, 64)), tile, SM_90, "TMA: y cannot be moved in boxes"),
+        (moved(good, z={"pitch": 68}), tile, SM_90, "TMA: z cannot be moved in boxes"),
+        (good, replace(tile, num_warps=8), SM_90, "has no tile of"),
+        (good, replace(tile, num_stages=16), SM_90, "bytes of shared memory"),
+        (good, tile_with(tile, BOX_W=8), SM_90, "has no tile of"),
+        (good, tile_with(tile, PLACES=1), SM_90, "has no tile of"),
+        (good, tile_with(tile, SLOTS=1), SM_90, "has no tile of"),
+    ):
+        assert reason in str(CHAIN.legal(asked, config_, target)), reason
+    for asked, note in (
+        (without_reduction(good), "the Hopper core has no chain without a reduction"),
+        (problem((8, 8), (72, 136, 72)), "with channels filled up a chain has 2.5 times the produ"),
+        (problem((28, 28), (256, 1024, 256), front=SAME, filters=(256, 3, 3)), "no tile of the H"),
+    ):
+        chosen = CHAIN.default(asked, SM_90)
+        assert core.note(asked, chosen, SM_90, ()).startswith(f"plain core: {note}")
+
+
+def without_reduction(asked: Problem) -> Problem:
+    """A chain without its reduction."""
+    attributes = replace(asked.attributes.expect(ConvChain), has_reduce=False, after_reduce=())
+    specs = tuple(each.spec for each in asked.inputs)
+    return harness.problem_for(CHAIN, attributes, specs[: links.slots(attributes.links).count])
+
+
+def beside_a_shortcut() -> Problem:
+    """A chain that adds the product of another image."""
+    asked = problem((16, 16), (64, 256, 64), 8, BIAS, "b")
+    x, w2, *others = (each.spec for each in asked.inputs)
+    attributes = replace(asked.attributes.expect(ConvChain), shortcut=Conv2d())
+    return harness.problem_for(CHAIN, attributes, (x, w2, x, w2, *others))
+
+
+def tile_with(tile: Config, **sizes: int) -> Config:
+    return replace(tile, blocks=tuple({**dict(tile.blocks), **sizes}.items()))
+
+
+def test_weights_of_few_channels_are_read_once(asked_for: None) -> None:
+    """Of as many blocks as there are slots for; the model knows that a program reads them once."""
+    bytes_read = {}
+    for name in ("64 channels", "128 channels"):
+        asked = COMPILED[name]
+        (tile,) = hopper.tiles(asked, SM_90)
+        (launch,) = CHAIN.launches(asked, tile, SM_90)
+        c, wide = asked.inputs[0].shape[1], asked.output.shape[1]
+        pixels = 2 * hopper.PIXELS * (c + wide)
+        bytes_read[name] = (launch.l2_bytes - pixels, 2 * wide * 2 * c)
+    assert bytes_read["64 channels"][0] == 0
+    assert bytes_read["128 channels"][0] == bytes_read["128 channels"][1]
+
+
+@pytest.mark.parametrize(
+    ("channels", "front", "slots", "shared"),
+    [
+        ((64, 256, 64), None, (2, 4, 3), 148_480),
+        ((64, 256, 64), SAME, (4, 4, 3), 230_400),
+        ((128, 512, 128), None, (1, 4, 3), 214_016),
+        ((128, 512, 128), SAME, (3, 2, 2), 230_400),
+        ((256, 1024, 256), None, (1, 2, 2), 230_400),
+    ],
+)
+def test_what_there_is_room_for(
+    channels: tuple[int, int, int], front: Conv2d | None, slots: tuple[int, ...], shared: int
+) -> None:
+    """As `docs/how/kernels.md` says."""
+    asked = problem((28, 28), channels, 256, front=front, filters=(channels[0], 3, 3))
+    tile = next(hopper.tiles(asked, SM_90))
+    assert (tile["SLOTS"], tile.num_stages, tile["PLACES"]) == slots
+    assert hopper.shared_bytes(asked, tile) == shared
+
+
+class Bottlenecks(nn.Module):
+    """Two blocks of ResNet-50, and the reduction behind them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(
+            nn.Conv2d(*channels, size, padding=size // 2)
+            for channels, size in (
+                ((256, 64), 1), ((64, 64), 3), ((64, 256), 1), ((256, 64), 1), ((64, 64), 3),
+                ((64, 256), 1),
+            )
+        )  # fmt: skip
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for first in (0, 3):
+            t = torch.relu(self.layers[first](x))
+            t = torch.relu(self.layers[first + 1](t))
+            x = torch.relu(self.layers[first + 2](t) + x)
+        return x
+
+
+def test_a_network_of_bottlenecks_is_right(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CONVLOOM_CORE", "hopper")
+    monkeypatch.setattr(core, "faster", lambda *given: (given[3] or [given[2]])[0])
+    net, x = Bottlenecks().eval(), torch.randn(2, 256, 16, 16)
+    made = convloom.compile(
+        net, (x,), target="emulator:sm_90", dtype=HALF, tuning="heuristic",
+        force=["rotated-bottleneck"],
+    )  # fmt: skip
+    chains = [step for step in made.plan.steps if step.op == "conv_chain"]
+    by_core = [step.problem.attributes.front for step in chains if core.uses_core(step.config)]
+    assert len(chains) > len(by_core) == 1 and by_core != [None], made.plan.to_text()
+    assert "without a reduction" in made.plan.to_text()
+    exact, found = net.double()(x.double()), made(x).double()
+    assert (found - exact).norm() < 0.01 * exact.norm()
