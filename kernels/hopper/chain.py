@@ -42,7 +42,7 @@ from .kernel import after, barriers, leave, load_tap, multiply, part_corner, til
 
 @jit
 def produce_chain(
-    x, w1, w2, w3, first, w2_ring, w2_bars, w3_ring, w3_bars, tiles,
+    x, w1, w2, w3, first, weights, tiles,
     FRONT: gl.constexpr, PIXELS: gl.constexpr, TILE: gl.constexpr, OUTPUT: gl.constexpr,
     SLOTS: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
@@ -50,8 +50,7 @@ def produce_chain(
     N: gl.constexpr = w2.block_shape[0]
     BLOCKS: gl.constexpr = (OUTPUT.K + N - 1) // N
     x_ring, w1_ring, _t, x_full, x_empty = first
-    w2_full, w2_empty = w2_bars
-    w3_full, w3_empty = w3_bars
+    w2_ring, w2_full, w2_empty, w3_ring, w3_full, w3_empty = weights
     slot = 0
     phase = 1
     x_slot = 0
@@ -132,7 +131,7 @@ def carry_chain(
 
 @jit
 def consume_chain(
-    residual, extras, first, w2_ring, w2_bars, w3_ring, w3_bars, ends, tiles, m,
+    residual, extras, first, weights, ends, tiles, m,
     FRONT: gl.constexpr, PIXELS: gl.constexpr, TILE: gl.constexpr, OUTPUT: gl.constexpr,
     Z: gl.constexpr, SLOTS: gl.constexpr, STAGES: gl.constexpr, PLACES: gl.constexpr,
     WHO: gl.constexpr,
@@ -140,6 +139,7 @@ def consume_chain(
     """Four warps that multiply and finish the pixels from WHO·TILE.M/2 on of every tile."""
     M: gl.constexpr = TILE.M // 2
     FIRST: gl.constexpr = WHO * M
+    w2_ring, w2_full, w2_empty, w3_ring, w3_full, w3_empty = weights
     N: gl.constexpr = w2_ring.shape[1]
     MIDDLE: gl.constexpr = w2_ring.shape[2]
     NARROW: gl.constexpr = w3_ring.shape[1]
@@ -148,8 +148,6 @@ def consume_chain(
     wide_sums: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, N, 16])
     narrow_sums: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, NARROW, 16])
     x_ring, _w1, t_places, x_full, x_empty = first
-    w2_full, w2_empty = w2_bars
-    w3_full, w3_empty = w3_bars
     out, ready, written = ends
     slot = 0
     phase = 0
@@ -255,31 +253,29 @@ def chain_kernel(
     first = (x_ring, None, None, x_full, x_empty)
     if FRONT is not None:
         w1_ring = gl.allocate_shared_memory(w1.dtype, [SLOTS] + w1.block_shape, w1.layout)
-        t = gl.allocate_shared_memory(
-            x.dtype, [2, TILE.M // 2, w2.block_shape[1]], w2.layout
-        )
+        t = gl.allocate_shared_memory(x.dtype, [2, TILE.M // 2, w2.block_shape[1]], w2.layout)
         first = (x_ring, w1_ring, t, x_full, x_empty)
     w2_ring = gl.allocate_shared_memory(w2.dtype, [STAGES] + w2.block_shape, w2.layout)
     w3_ring = gl.allocate_shared_memory(w3.dtype, [STAGES] + w3.block_shape, w3.layout)
+    w2_full, w2_empty = barriers(STAGES, 1, 2)
+    w3_full, w3_empty = barriers(STAGES, 1, 2)
+    weights = (w2_ring, w2_full, w2_empty, w3_ring, w3_full, w3_empty)
     out = gl.allocate_shared_memory(y.dtype, [2 * PLACES] + y.block_shape, y.layout)
-    w2_bars = barriers(STAGES, 1, 2)
-    w3_bars = barriers(STAGES, 1, 2)
     ready, written = barriers(2 * PLACES, 1, 1)
     ends = (out, ready, written)
     fence_async_shared()
     gl.warp_specialize(
         [
             (consume_chain, (
-                residual, extras, first, w2_ring, w2_bars, w3_ring, w3_bars, ends, tiles, m, FRONT,
-                PIXELS, TILE, OUTPUT, Z, SLOTS, STAGES, PLACES, 0,
+                residual, extras, first, weights, ends, tiles, m, FRONT, PIXELS, TILE, OUTPUT, Z,
+                SLOTS, STAGES, PLACES, 0,
             )),
             (consume_chain, (
-                residual, extras, first, w2_ring, w2_bars, w3_ring, w3_bars, ends, tiles, m, FRONT,
-                PIXELS, TILE, OUTPUT, Z, SLOTS, STAGES, PLACES, 1,
+                residual, extras, first, weights, ends, tiles, m, FRONT, PIXELS, TILE, OUTPUT, Z,
+                SLOTS, STAGES, PLACES, 1,
             )),
             (produce_chain, (
-                x, w1, w2, w3, first, w2_ring, w2_bars, w3_ring, w3_bars, tiles, FRONT, PIXELS,
-                TILE, OUTPUT, SLOTS, STAGES,
+                x, w1, w2, w3, first, weights, tiles, FRONT, PIXELS, TILE, OUTPUT, SLOTS, STAGES,
             )),
             (carry_chain, (
                 y, z, residual, ends, tiles, PIXELS, TILE, OUTPUT, NARROW, PLACES,

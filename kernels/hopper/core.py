@@ -260,17 +260,10 @@ def _boxes(problem: Problem, pixels: int, way: int) -> list[tuple[int, int, int]
     return boxes.boxes(problem, pixels, by_rows=way == HALO)
 
 
-def unfit(problem: Problem, target: Target) -> str | None:
-    """Why the core has no configuration for a problem, or None."""
-    if (reason := refusal(problem, target)) is not None:
-        return reason
-    return None if any(tiles(problem, target)) else "no tile of the Hopper core fits"
-
-
-OPS: dict[str, Callable[[Problem, Target], str | None]] = dict.fromkeys(
-    ("conv2d", "linear", "conv_pool", "conv_mean"), unfit
+OPS: dict[str, tuple[Callable[[Problem, Target], str | None], Callable[..., Iterator[Config]]]] = (
+    dict.fromkeys(("conv2d", "linear", "conv_pool", "conv_mean"), (refusal, tiles))
 )
-"""`unfit` of each op that the core computes."""
+"""`refusal` and `tiles` of each op that the core computes."""
 
 
 def configs(problem: Problem, target: Target) -> Iterator[Config]:
@@ -318,7 +311,10 @@ def note(problem: Problem, tile: Config, target: Target, launches: tuple[Launch,
     if problem.op not in OPS:
         multiplies = any(cost_model.block_of(launch) for launch in launches)
         return f"plain core: {problem.op} has no other" if multiplies else ""
-    reason = OPS[problem.op](problem, target)
+    refused, fitting = OPS[problem.op]
+    reason = refused(problem, target)
+    if reason is None and not any(fitting(problem, target)):
+        reason = "no tile of the Hopper core fits"
     return f"plain core: {reason or 'it is ranked before the Hopper core'}"
 
 

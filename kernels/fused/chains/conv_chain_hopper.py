@@ -83,11 +83,12 @@ def refusal(problem: Problem, target: Target) -> str | None:
     if min(c, wide, few) < core.LEAST_CHANNELS or max(padded) > MOST_CHANNELS:
         least, most = core.LEAST_CHANNELS, MOST_CHANNELS
         return f"{c} to {wide} to {few} channels; the Hopper core chains {least} to {most}"
+    products = -(-wide // BLOCK) * BLOCK * sum(padded)
+    if (waste := products / wide / (c + few)) > MOST_WASTE:
+        return f"with channels filled up a chain has {waste:.1f} times the products"
     for name, each in (("y", y), ("z", z)):
         if boxes.whole(each, ()) is None:
             return f"TMA: {name} cannot be moved in boxes of pixels"
-    if y.spec.numel == 0:
-        return "a tensor is empty"
     return boxes.misaligned(t, c) or boxes.misaligned(t, wide)
 
 
@@ -128,17 +129,9 @@ def shared_bytes(problem: Problem, tile: Config) -> int:
     return elements * problem.output.spec.dtype.itemsize + core.BARRIER_BYTES
 
 
-def _waste(problem: Problem) -> float:
-    """Products, those with zeros included, for each that there is, of whole boxes."""
-    t, y, z, *_, padded, _ = _parts(problem)
-    real = y.shape[1] * (t.shape[1] + z.shape[1])
-    return -(-y.shape[1] // BLOCK) * BLOCK * sum(padded) / real
-
-
 def tiles(problem: Problem, target: Target) -> Iterator[Config]:
-    """Of each of the boxes that pad least the best configuration, if channels are filled up with
-    few others."""
-    if refusal(problem, target) is not None or _waste(problem) > MOST_WASTE:
+    """Of each of the boxes that pad least the best configuration."""
+    if refusal(problem, target) is not None:
         return
     front, blocks = _parts(problem).front, -(-problem.output.shape[1] // BLOCK)
 
@@ -160,16 +153,7 @@ def configs(problem: Problem, target: Target) -> Iterator[Config]:
         yield from tiles(problem, target)
 
 
-def unfit(problem: Problem, target: Target) -> str | None:
-    """As `core.unfit`."""
-    if (reason := refusal(problem, target)) is not None:
-        return reason
-    if (waste := _waste(problem)) > MOST_WASTE:
-        return f"with channels filled up a chain has {waste:.1f} times the products"
-    return None if any(tiles(problem, target)) else "no tile of the Hopper core fits"
-
-
-core.OPS["conv_chain"] = unfit
+core.OPS["conv_chain"] = refusal, tiles
 
 
 def launch(problem: Problem, tile: Config, target: Target) -> Launch:
