@@ -1,26 +1,27 @@
-"""An expansion and the reduction of its result on sm_90, in one kernel whose warps do different
-things.
+"""An expansion and the reduction of its result on sm_90, with or without a convolution in front, in
+one kernel whose warps do different things.
 
-    y = E(t · w2ᵀ)      stored; E usually adds the residual and applies the activation
-    z = G(y · w3ᵀ)      stored; y is rounded first, as it is stored
+    t = F(conv2d(x, w1))   where there is one in front, else x; rounded, and nowhere stored
+    y = E(t · w2ᵀ)         stored; E usually adds the residual and applies the activation
+    z = G(y · w3ᵀ)         stored; y is rounded first, as it is stored
 
-t: (N, H, W, MIDDLE); w2: (E, MIDDLE); w3: (O, E); y: (N, H, W, E); z: (N, H, W, O); half precision
-with fp32 sums. As `kernel.py`, whose groups share tiles and whose programs stay. A tile has all
-channels of its pixels: t waits in shared memory, and the wide channels pass by in blocks of
-y.block_shape[3], for each of which
+x: (N, H, W, C), or by parity (`boxes.py`); w1: (MIDDLE, R·S, C); w2: (E, MIDDLE); w3: (O, E); y and
+z: (N, P, Q, E) and (N, P, Q, O); half precision with fp32 sums. As `kernel.py`, whose groups share
+tiles and whose programs stay. A tile has all channels of its pixels: t waits in shared memory, and
+the wide channels pass by in blocks of y.block_shape[3], for each of which
 - the product with a block of w2 gives sums, and these, with the residual that has arrived at one of
   the group's PLACES for results, a block of y;
 - it is left where the residual was, whence a box of it goes to memory, and whence the product with
   a block of w3 reads it, which is added to the sums of z.
 That product and the next block's first one are under way together: each group waits once for a
 block, and multiplies while the other one finishes. z leaves through the same places, in as wide
-parts.
+parts. Weights that have a slot for each block are read once and stay.
 
-`t_full`, `t_empty`: of a tile's pixels, whose slot is free when the last block's sums are complete.
-`full[slot]`, `empty[slot]` of w2 and of w3. `ready[place]`: its block before has left and has been
-multiplied, and the residual is there; `written[place]`: its results are. The warp that carries
-knows of the products by order: a group that has written a block has waited for the product of the
-block before.
+`x_full`, `x_empty`: of a tile's pixels, whose slot is free when the last block's sums are complete;
+or of a tap and its weights, as in `kernel.py`. `full`, `empty` of w2 and of w3: of a block's.
+`ready[place]`: what was there has left and has been multiplied, and the residual has arrived;
+`written[place]`: its results are there. The warp that carries knows of the products by order: a
+group that has written a block has waited for the product of the block before.
 """
 
 from __future__ import annotations
