@@ -156,7 +156,7 @@ def _where_time_goes() -> list[str]:
 
 CORES, EARLY = ("", "hopper"), "programmatic,clusters"
 """Values of CONVLOOM_CORE: as it comes, and asked for; and of CONVLOOM_LAUNCH in the latter."""
-WAYS = ("", "cooperative", "ping-pong", "halo")
+WAYS = ("", "cooperative", "ping-pong", "halo", "chain")
 
 
 class Kernel(NamedTuple):

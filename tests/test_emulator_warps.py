@@ -54,6 +54,21 @@ def test_a_branch_to_no_label_is_seen() -> None:
         emulate(PARTS.replace("%r2, 5", "%r2, 4"))
 
 
+LOOP_WITH_ITS_END_IN_FRONT = f"""
+  mov.b32 %r8, 0; mov.b32 %r4, 1; bra.uni $body;
+  $last: redux.sync.add.s32 %r9, %r4, -1;
+  add.s32 %r8, %r8, 1; setp.eq.s32 %p2, %r8, 2; @%p2 bra $out;
+  $body: setp.lt.u32 %p1, %r2, 7; @%p1 bra $last;
+  bra.uni $last;
+  $out: {store()}
+"""
+
+
+def test_threads_meet_at_the_end_of_a_loop_that_stands_in_front_of_it() -> None:
+    """Compilers lay loops out so; whoever branches there first waits for those still behind."""
+    assert emulate(LOOP_WITH_ITS_END_IN_FRONT).tolist() == [32] * THREADS
+
+
 def test_scopes_behind_lines_of_a_source_are_read() -> None:
     body = ".loc 1 2 3\n { .reg .pred own; setp.eq.u32 own, %r2, 7; selp.b32 %r9, 1, 0, own; }"
     assert emulate(f"{body} {store()}").tolist() == [i == 7 for i in range(THREADS)]

@@ -184,17 +184,17 @@ class Device:
         self.batch = self.memory.batch
         return cast("Memory", self.memory)
 
-    def place(self, position: int) -> BufferSlice:
+    def places(self, position: int) -> list[BufferSlice]:
         call = twins.own_call(self.program, self.program.twins[position])
-        written = next(argument for argument in call.arguments if argument.kind == "write")
-        assert written.operand is not None
-        return BufferSlice(written.buffer, written.operand)
+        written = [argument for argument in call.arguments if argument.kind == "write"]
+        return [BufferSlice(each.buffer, cast("Any", each.operand)) for each in written]
 
     def launched(self, started: Started) -> None:
-        result = self.memory.view(self.place(self.position))
-        assert bool(result.isnan().all()), "nobody has written it before"
-        result.fill_(1.0)
-        if "hopper" in started.entry:
+        for place in self.places(self.position):
+            result = self.memory.view(place)
+            assert bool(result.isnan().all()), "nobody has written it before"
+            result.fill_(1.0)
+        if started.entry in ("hopper_kernel", "chain_kernel"):
             self.own(result)
 
     def difference(self, position: int) -> str | None:
@@ -232,6 +232,35 @@ def test_results_are_compared_with_the_twins(
     for position in range(3):
         assert re.fullmatch(f".*{reason}.*", str(device.difference(position)))
     assert device.batch == 4, "blocks of so small a network never take two tiles"
+
+
+def test_all_results_of_a_launch_are_compared(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A chain writes two; the second is spoilt."""
+
+    def forward(m: Any, t: torch.Tensor, r: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        y = torch.relu(m.expand(t) + r)
+        return y, m.reduce(y)
+
+    module, inputs = make(
+        forward, (4, CHANNELS, 8, 8),
+        expand=nn.Conv2d(CHANNELS, 128, 1), reduce=nn.Conv2d(128, CHANNELS, 1),
+    )  # fmt: skip
+    with monkeypatch.context() as patch:
+        patch.setenv("CONVLOOM_CORE", "hopper")
+        patch.setattr(core, "faster", lambda *given: (given[3] or [given[2]])[0])
+        exe = convloom.compile(
+            module, (*inputs, torch.randn(4, 128, 8, 8)), target="cuda:sm_90", dtype=torch.float16,
+            tuning="heuristic", force=["expand-reduce"],
+        )  # fmt: skip
+        exe.save(tmp_path / "chain.loom")
+    artifact = open_artifact(tmp_path / "chain.loom")
+    for own, reason in ((lambda result: None, None), (spoil, "1 of .* results differ from .*")):
+        device = Device(artifact, monkeypatch, own)
+        (place, other) = device.places(0)
+        assert (place.operand.shape[1], other.operand.shape[1]) == (128, CHANNELS)
+        assert re.fullmatch(str(reason), str(device.difference(0)))
 
 
 def test_a_batch_in_which_blocks_take_several_tiles(artifact: Artifact) -> None:

@@ -26,7 +26,7 @@ from ...kernels.devices.entries import read_entry, write_entry
 from ..graph.memory import BufferSlice, Memory
 from ..run.workers import Handler, WorkerError, WorkerProcess
 from . import device as gpu
-from .program import READ, WRITE, Call, Image, Program
+from .program import READ, WRITE, Argument, Call, Image, Program
 from .read import Artifact, open_artifact
 
 LOG = logging.getLogger("convloom")
@@ -139,16 +139,23 @@ def difference(
         if argument.kind == READ and program.buffers[argument.buffer].kind != "constant":
             whole = memory.flat(argument.buffer)
             whole.copy_(torch.randn(whole.shape, generator=random))
-    written = next(argument for argument in own.arguments if argument.kind == WRITE)
-    assert written.operand is not None, "every write says where"
-    place = BufferSlice(written.buffer, written.operand)
-    results: list[torch.Tensor] = []
+    written = [argument for argument in own.arguments if argument.kind == WRITE]
+    found: list[list[torch.Tensor]] = []
     for call in (own, twin):
-        memory.flat(written.buffer).fill_(float("nan"))
+        for argument in written:
+            memory.flat(argument.buffer).fill_(float("nan"))
         for _, start in gpu.bind(driver, replace(program, calls=(call,)), kernels, memory, stream):
             start()
-        results.append(memory.view(place).to("cpu", torch.float64))
-    return _compared(results[0], results[1], ROUNDOFF[written.operand.spec.dtype])
+        found.append([_result(memory, argument) for argument in written])
+    for mine, right in zip(*found, strict=True):
+        if (reason := _compared(mine.double(), right.double(), ROUNDOFF[mine.dtype])) is not None:
+            return reason
+    return None
+
+
+def _result(memory: Memory, argument: Argument) -> torch.Tensor:
+    assert argument.operand is not None, "every write says where"
+    return memory.view(BufferSlice(argument.buffer, argument.operand)).to("cpu", copy=True)
 
 
 def _batch(program: Program, call: Call) -> int:

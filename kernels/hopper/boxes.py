@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -99,6 +100,14 @@ def splits_windows(problem: Problem, box: tuple[int, int, int], by_rows: bool) -
     return side(problem) > 1 and (high < 2 or wide < 2 or 4 * row > math.prod(box))
 
 
+def half(box: tuple[int, int, int], by_rows: bool = False) -> tuple[int, int, int]:
+    """Of a box of pixels what one of two groups finishes."""
+    n, h, w = box
+    if n > 1 and not by_rows:
+        return n // 2, h, w
+    return (n, h // 2, w) if h > 1 else (n, h, w // 2)
+
+
 def boxes(problem: Problem, pixels: int, by_rows: bool = False) -> list[tuple[int, int, int]]:
     """Boxes of that many pixels that pad little, the best first. by_rows: in which a row of all
     images follows the other, each of another height."""
@@ -126,18 +135,22 @@ def misaligned(x: Operand, w_pitch: int = 0) -> str | None:
 
 
 def whole_operands(problem: Problem) -> list[int] | None:
-    """Which operands of the epilogue have an element for each result; None unless results and
+    """As `whole`, of a problem."""
+    return whole(problem.output, problem.operands)
+
+
+def whole(y: Operand, operands: Sequence[Operand]) -> list[int] | None:
+    """Which operands of y's epilogue have an element for each result; None unless results and
     these, one at most, can be moved in the same boxes."""
-    y, operands = problem.output, problem.operands
     sizes = ep.memory_sizes(y.spec)
     reads = [ep.access(operand, y.spec) for operand in operands]
-    whole = [at for at, read in enumerate(reads) if read.is_full(sizes)]
-    for each in (y, *(operands[at] for at in whole)):
+    found = [at for at, read in enumerate(reads) if read.is_full(sizes)]
+    for each in (y, *(operands[at] for at in found)):
         strides = ep.access(replace(y, pitch=each.pitch), y.spec).strides
-        found = ep.access(each, y.spec).strides
-        if each.spec.dtype is not y.spec.dtype or found != strides or misaligned(each):
+        walked = ep.access(each, y.spec).strides
+        if each.spec.dtype is not y.spec.dtype or walked != strides or misaligned(each):
             return None
-    return whole if len(whole) < 2 else None
+    return found if len(found) < 2 else None
 
 
 def groups(problem: Problem) -> int:

@@ -1,19 +1,17 @@
 """When and how conv2d, conv_pool, conv_mean and linear use the warp-specialised core of sm_90
-(`kernel.py`, `halo.py`).
+(`kernel.py`, `halo.py`); conv_chain does too (`fused/chains/conv_chain_hopper.py`).
 
 A configuration with the block `HOPPER` is this core's; its value says in which way. No GPU has run
 it: it is neither a default nor in the tuning space unless `CONVLOOM_CORE=hopper` asks for it
 (`settings.py`). Then it is taken where its conditions hold and the cost model expects it to be
 faster than plain Triton's tiles; `CONVLOOM_CORE=plain` refuses it even where a file or a record
 names it.
-
-Chains of convolutions are not among them: what there is room for is in `docs/how/kernels.md`.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -140,9 +138,8 @@ def legal(problem: Problem, tile: Config, target: Target) -> str | None:
         return "CONVLOOM_CORE=plain switches the Hopper core off"
     if (reason := refusal(problem, target)) is not None:
         return reason
-    if _window(problem).stride_h == 2 and _channels(problem) % tile["BLOCK_K"]:
-        # Behind the channels of a pixel lie those of the next one, not zeros.
-        return f"stride 2: {_channels(problem)} channels are not a multiple of {tile['BLOCK_K']}"
+    if (reason := splits_steps(problem, tile["BLOCK_K"])) is not None:
+        return reason
     if math.prod(box := boxes.box_of(tile)) != tile["BLOCK_M"]:
         return f"the box does not hold BLOCK_M={tile['BLOCK_M']} pixels"
     if boxes.splits_windows(problem, box, _way(tile) == HALO):
@@ -156,6 +153,14 @@ def legal(problem: Problem, tile: Config, target: Target) -> str | None:
     if bool(_group(problem)) != (tile["BLOCK_N"] == GROUPED):
         return f"tiles of {GROUPED} channels are for several groups, and only they"
     return target.shared_shortage(shared_bytes(problem, tile, target))
+
+
+def splits_steps(problem: Problem, block_k: int) -> str | None:
+    """Why steps of so many channels reach from one pixel into another, or None."""
+    if _window(problem).stride_h == 2 and _channels(problem) % block_k:
+        # Behind the channels of a pixel lie those of the next one, not zeros.
+        return f"stride 2: {_channels(problem)} channels are not a multiple of {block_k}"
+    return None
 
 
 def _no_halo(problem: Problem, tile: Config) -> str | None:
@@ -255,6 +260,12 @@ def _boxes(problem: Problem, pixels: int, way: int) -> list[tuple[int, int, int]
     return boxes.boxes(problem, pixels, by_rows=way == HALO)
 
 
+OPS: dict[str, tuple[Callable[[Problem, Target], str | None], Callable[..., Iterator[Config]]]] = (
+    dict.fromkeys(("conv2d", "linear", "conv_pool", "conv_mean"), (refusal, tiles))
+)
+"""`refusal` and `tiles` of each op that the core computes."""
+
+
 def configs(problem: Problem, target: Target) -> Iterator[Config]:
     """The core's part of the tuning space; empty unless it is asked for."""
     if is_asked(target):
@@ -267,15 +278,23 @@ def default(
     """The core's configuration of least modelled time, where it is asked for and that is less than
     the time of `plain`; else `plain`."""
     found = list(configs(problem, target))
+    return faster(problem, target, plain, found, launch_of, _flops(problem) if found else 0)
+
+
+def faster(
+    problem: Problem, target: Target, plain: Config, found: Sequence[Config],
+    launch_of: Callable[[Config], Launch], flops: int,
+) -> Config:  # fmt: skip
+    """That of the core's configurations of least modelled time, or `plain` if none takes less."""
     if not found:
         return plain
     gpu = cost_model.machine_for(target)
-    flops, dtype, end_bytes = choice.Work.of(problem, _flops(problem))
+    work = choice.Work.of(problem, flops)
 
     def time_us(tile: Config) -> float:
         made = launch_of(tile)
         padded = flops * cost_model.padding(made, tile, problem)
-        return cost_model.launch_us(gpu, made, padded, dtype, end_bytes)
+        return cost_model.launch_us(gpu, made, padded, work.dtype, work.end_bytes)
 
     times = [time_us(tile) for tile in found]
     is_faster = min(times) < time_us(plain)
@@ -289,11 +308,12 @@ def note(problem: Problem, tile: Config, target: Target, launches: tuple[Launch,
         return ""
     if uses_core(tile):
         return "Hopper core"
-    if problem.op not in ("conv2d", "linear", "conv_pool", "conv_mean"):
+    if problem.op not in OPS:
         multiplies = any(cost_model.block_of(launch) for launch in launches)
         return f"plain core: {problem.op} has no other" if multiplies else ""
-    reason = refusal(problem, target)
-    if reason is None and not any(tiles(problem, target)):
+    refused, fitting = OPS[problem.op]
+    reason = refused(problem, target)
+    if reason is None and not any(fitting(problem, target)):
         reason = "no tile of the Hopper core fits"
     return f"plain core: {reason or 'it is ranked before the Hopper core'}"
 
@@ -379,14 +399,9 @@ def _x_box(problem: Problem, tile: Config, view: View) -> TmaDescriptor:
 def _way_out(problem: Problem, tile: Config, view: View, by_rows: bool) -> dict[str, TmaDescriptor]:
     """y, and the residual if there is one, in boxes of as much as a group of warps finishes at a
     time: its part of the tile, of at most 64 results for a thread."""
-    n, h, w = boxes.box_of(tile)
-    if _way(tile) != IN_TURNS:  # Half of the outermost dimension that has two.
-        if n > 1 and not by_rows:
-            n //= 2
-        elif h > 1:
-            h //= 2
-        else:
-            w //= 2
+    n, h, w = box = boxes.box_of(tile)
+    if _way(tile) != IN_TURNS:
+        n, h, w = boxes.half(box, by_rows)
     columns = min(tile["BLOCK_N"], most_at_once() // (n * h * w))
     out, size = view.output, (view.images, view.output.P, view.output.Q)
     moved = {"y": (Y, problem.output)}

@@ -25,6 +25,9 @@ try:
     from triton.experimental.gluon.language.nvidia.hopper import tma as tma
     from triton.experimental.gluon.language.nvidia.hopper import warpgroup_mma as warpgroup_mma
     from triton.experimental.gluon.language.nvidia.hopper import (
+        warpgroup_mma_init as warpgroup_mma_init,
+    )
+    from triton.experimental.gluon.language.nvidia.hopper import (
         warpgroup_mma_wait as warpgroup_mma_wait,
     )
 except ImportError as error:
@@ -36,7 +39,8 @@ except ImportError as error:
 
     builtin = jit
     language = mbarrier = tma = None
-    GluonASTSource = fence_async_shared = warpgroup_mma = warpgroup_mma_wait = None
+    GluonASTSource = fence_async_shared = None
+    warpgroup_mma = warpgroup_mma_init = warpgroup_mma_wait = None
 
 gl: Any = language
 SMALL_VIEWS: str | None = (

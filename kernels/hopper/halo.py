@@ -24,7 +24,7 @@ from .gluon import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
-from .kernel import carry, finish, places, tile_corner, way_out
+from .kernel import after, barriers, carry, finish, places, tile_corner, way_out
 
 
 @jit
@@ -66,10 +66,7 @@ def produce_halo(
                 more, [top + H, n, q + s - WINDOW.left, channel], arrived,
                 seen_as(x_ring.index(rows + H), more.block_shape, more.layout),
             )  # fmt: skip
-            slot += 1
-            if slot == STAGES:
-                slot = 0
-                phase ^= 1
+            slot, phase = after(slot, phase, STAGES)
             if not RESIDENT:
                 for r in range(3):
                     mbarrier.wait(w_empty.index(w_slot), w_phase)
@@ -77,10 +74,7 @@ def produce_halo(
                     load_box(
                         w, [column, r * 3 + s, start], w_full.index(w_slot), w_ring.index(w_slot)
                     )
-                    w_slot += 1
-                    if w_slot == SLOTS:
-                        w_slot = 0
-                        w_phase ^= 1
+                    w_slot, w_phase = after(w_slot, w_phase, SLOTS)
 
 
 @jit
@@ -129,15 +123,9 @@ def consume_halo(
                 if not RESIDENT:
                     mbarrier.arrive(w_empty.index(w_before), count=1, pred=(step > 0) | (r > 0))
                     w_before = w_slot
-                    w_slot += 1
-                    if w_slot == SLOTS:
-                        w_slot = 0
-                        w_phase ^= 1
+                    w_slot, w_phase = after(w_slot, w_phase, SLOTS)
             before = slot
-            slot += 1
-            if slot == STAGES:
-                slot = 0
-                phase ^= 1
+            slot, phase = after(slot, phase, STAGES)
         acc = warpgroup_mma_wait(num_outstanding=0, deps=(acc,))
         mbarrier.arrive(x_empty.index(before), count=1)
         if not RESIDENT:
@@ -206,16 +194,8 @@ def halo_kernel(
     )
     x_ring = gl.allocate_shared_memory(x.dtype, [STAGES * (H + 2), PIXELS.row, TILE.K], LAYOUT)
     w_ring = gl.allocate_shared_memory(w.dtype, [SLOTS] + w.block_shape, w.layout)
-    x_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    x_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    w_full = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], mbarrier.MBarrierLayout())
-    w_empty = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], mbarrier.MBarrierLayout())
-    for slot in gl.static_range(STAGES):
-        mbarrier.init(x_full.index(slot), count=1)
-        mbarrier.init(x_empty.index(slot), count=2)
-    for slot in gl.static_range(1 if RESIDENT else SLOTS):
-        mbarrier.init(w_full.index(slot), count=1)
-        mbarrier.init(w_empty.index(slot), count=2)
+    x_full, x_empty = barriers(STAGES, 1, 2)
+    w_full, w_empty = barriers(1 if RESIDENT else SLOTS, 1, 2)
     ends = way_out(y, PIXELS, TILE)
     fence_async_shared()
     gl.warp_specialize(

@@ -67,41 +67,56 @@ def tile_corner(tile, PIXELS: gl.constexpr, TILE: gl.constexpr, OUTPUT: gl.const
 
 
 @jit
+def after(slot, phase, COUNT: gl.constexpr):
+    """The slot after one of so many, and its phase."""
+    slot += 1
+    if slot == COUNT:
+        slot = 0
+        phase ^= 1
+    return slot, phase
+
+
+@jit
 def produce(
     x, w, x_ring, w_ring, full, empty, tiles,
     IMAGE: gl.constexpr, WINDOW: gl.constexpr, PIXELS: gl.constexpr, TILE: gl.constexpr,
     OUTPUT: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """The warp that copies."""
-    # Even numbers that make the positions of all taps positive: division rounds towards zero.
-    rise: gl.constexpr = (WINDOW.top + 1) // 2 * 2
-    drift: gl.constexpr = (WINDOW.left + 1) // 2 * 2
     slot = 0
     phase = 1  # Of the emptying that is waited for: the first round finds every slot empty.
     for tile in range(gl.program_id(0), tiles, gl.num_programs(0)):
         n, p, q, column = tile_corner(tile, PIXELS, TILE, OUTPUT)
         for tap in range(WINDOW.R * WINDOW.S):
-            top = tap // WINDOW.S * WINDOW.dilation_h - WINDOW.top
-            left = tap % WINDOW.S * WINDOW.dilation_w - WINDOW.left
             for start in range(0, IMAGE.C, TILE.K):
                 mbarrier.wait(empty.index(slot), phase)
-                arrived = full.index(slot)
-                mbarrier.expect(arrived, x.block_type.nbytes + w.block_type.nbytes)
-                if WINDOW.stride_h == 1:
-                    load_box(x, [n, p + top, q + left, start], arrived, x_ring.index(slot))
-                else:
-                    half_row = p + (top + rise) // 2 - rise // 2
-                    half_column = q + (left + drift) // 2 - drift // 2
-                    inner = (left + drift) % 2 * IMAGE.row_stride + start
-                    load_box(
-                        x, [n, half_row, (top + rise) % 2, half_column, inner], arrived,
-                        x_ring.index(slot),
-                    )  # fmt: skip
-                load_box(w, [column, tap, start], arrived, w_ring.index(slot))
-                slot += 1
-                if slot == STAGES:
-                    slot = 0
-                    phase ^= 1
+                load_tap(
+                    x, w, n, p, q, column, tap, start, full.index(slot), x_ring.index(slot),
+                    w_ring.index(slot), IMAGE, WINDOW,
+                )  # fmt: skip
+                slot, phase = after(slot, phase, STAGES)
+
+
+@jit
+def load_tap(
+    x, w, n, p, q, column, tap, start, arrived, x_place, w_place,
+    IMAGE: gl.constexpr, WINDOW: gl.constexpr,
+):  # fmt: skip
+    """Asks for the box of a tap and some channels, and for their weights."""
+    # Even numbers that make the positions of all taps positive: division rounds towards zero.
+    rise: gl.constexpr = (WINDOW.top + 1) // 2 * 2
+    drift: gl.constexpr = (WINDOW.left + 1) // 2 * 2
+    top = tap // WINDOW.S * WINDOW.dilation_h - WINDOW.top
+    left = tap % WINDOW.S * WINDOW.dilation_w - WINDOW.left
+    mbarrier.expect(arrived, x.block_type.nbytes + w.block_type.nbytes)
+    if WINDOW.stride_h == 1:
+        load_box(x, [n, p + top, q + left, start], arrived, x_place)
+    else:
+        half_row = p + (top + rise) // 2 - rise // 2
+        half_column = q + (left + drift) // 2 - drift // 2
+        inner = (left + drift) % 2 * IMAGE.row_stride + start
+        load_box(x, [n, half_row, (top + rise) % 2, half_column, inner], arrived, x_place)
+    load_box(w, [column, tap, start], arrived, w_place)
 
 
 @jit
@@ -154,6 +169,33 @@ def carry(
 
 
 @jit
+def multiply(
+    x_ring, w_ring, full, empty, slot, phase, steps: gl.constexpr, N: gl.constexpr,
+    TILE: gl.constexpr, STAGES: gl.constexpr, M: gl.constexpr, FIRST: gl.constexpr,
+):  # fmt: skip
+    """The sums of M pixels of a box, the last product still under way, the slot that it reads, and
+    which is next in which phase."""
+    K: gl.constexpr = TILE.K
+    bits: gl.constexpr = x_ring.dtype.primitive_bitwidth
+    sums: gl.constexpr = gl.NVMMADistributedLayout(
+        version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, N, 256 // bits]
+    )
+    acc = gl.zeros([M, N], gl.float32, sums)
+    before = 0
+    for step in range(steps):
+        mbarrier.wait(full.index(slot), phase)
+        a = x_ring.index(slot).reshape([TILE.M, K]).slice(FIRST, M)
+        b = w_ring.index(slot).reshape([N, K]).permute((1, 0))
+        acc = warpgroup_mma(a, b, acc, precision=TILE.precision, is_async=True)
+        acc = warpgroup_mma_wait(num_outstanding=1, deps=(acc,))
+        # Only this product is under way: the slot before has been read.
+        mbarrier.arrive(empty.index(before), count=1, pred=step > 0)
+        before = slot
+        slot, phase = after(slot, phase, STAGES)
+    return acc, before, slot, phase
+
+
+@jit
 def consume(
     y, residual, extras, x_ring, w_ring, full, empty, order, ends, tiles, m,
     IMAGE: gl.constexpr, WINDOW: gl.constexpr, PIXELS: gl.constexpr, TILE: gl.constexpr,
@@ -165,10 +207,6 @@ def consume(
     FIRST: gl.constexpr = 0 if TURNS else WHO * M
     N: gl.constexpr = TILE.N
     K: gl.constexpr = TILE.K
-    bits: gl.constexpr = x_ring.dtype.primitive_bitwidth
-    sums: gl.constexpr = gl.NVMMADistributedLayout(
-        version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, N, 256 // bits]
-    )
     steps: gl.constexpr = WINDOW.R * WINDOW.S * ((IMAGE.C + K - 1) // K)
     slot = 0
     phase = 0
@@ -187,21 +225,9 @@ def consume(
             phase = count // STAGES % 2
             mbarrier.wait(order.index(WHO), (turn + 1 - WHO) % 2)
             turn += 1
-        acc = gl.zeros([M, N], gl.float32, sums)
-        before = 0
-        for step in range(steps):
-            mbarrier.wait(full.index(slot), phase)
-            a = x_ring.index(slot).reshape([TILE.M, K]).slice(FIRST, M)
-            b = w_ring.index(slot).reshape([N, K]).permute((1, 0))
-            acc = warpgroup_mma(a, b, acc, precision=TILE.precision, is_async=True)
-            acc = warpgroup_mma_wait(num_outstanding=1, deps=(acc,))
-            # Only this product is under way: the slot before has been read.
-            mbarrier.arrive(empty.index(before), count=1, pred=step > 0)
-            before = slot
-            slot += 1
-            if slot == STAGES:
-                slot = 0
-                phase ^= 1
+        acc, before, slot, phase = multiply(
+            x_ring, w_ring, full, empty, slot, phase, steps, N, TILE, STAGES, M, FIRST
+        )
         if TURNS:
             mbarrier.arrive(order.index(1 - WHO), count=1)
         acc = warpgroup_mma_wait(num_outstanding=0, deps=(acc,))
@@ -253,7 +279,7 @@ def leave(
     PIXELS: gl.constexpr, TILE: gl.constexpr, OUTPUT: gl.constexpr, FIRST: gl.constexpr,
 ):  # fmt: skip
     """The epilogue of all rows and some columns, whose residual is at a place in shared memory, for
-    the results."""
+    the results, and for zeros behind the last column: another product may read them."""
     M: gl.constexpr = acc.shape[0]
     N: gl.constexpr = acc.shape[1]
     sums: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, N, 16])
@@ -264,7 +290,20 @@ def leave(
     if residual is not None:
         extras = extras + (place.load(sums),)
     value = OUTPUT.epilogue(value, rows, columns, live, columns < OUTPUT.K, extras)
+    if OUTPUT.K % N != 0:
+        value = gl.where((columns < OUTPUT.K)[None, :], value, 0.0)
     place.store(value.to(place.dtype))
+
+
+@jit
+def barriers(COUNT: gl.constexpr, FULL: gl.constexpr, EMPTY: gl.constexpr):
+    """So many pairs, and how often somebody arrives at the first and at the second of each."""
+    full = gl.allocate_shared_memory(gl.int64, [COUNT, 1], mbarrier.MBarrierLayout())
+    empty = gl.allocate_shared_memory(gl.int64, [COUNT, 1], mbarrier.MBarrierLayout())
+    for slot in gl.static_range(COUNT):
+        mbarrier.init(full.index(slot), count=FULL)
+        mbarrier.init(empty.index(slot), count=EMPTY)
+    return full, empty
 
 
 @jit
@@ -274,11 +313,7 @@ def way_out(y, PIXELS: gl.constexpr, TILE: gl.constexpr):
     if PIXELS.copied:
         boxes: gl.constexpr = 2 * (TILE.N // y.block_shape[3])
         out = gl.allocate_shared_memory(y.dtype, [boxes] + y.block_shape, y.layout)
-        ready = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
-        written = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
-        for who in gl.static_range(2):
-            mbarrier.init(ready.index(who), count=1)
-            mbarrier.init(written.index(who), count=1)
+        ready, written = barriers(2, 1, 1)
         return out, ready, written
     else:  # noqa: RET505  (Triton compiles what follows a return.)
         return ()
@@ -373,11 +408,7 @@ def hopper_kernel(
     tiles = gl.cdiv(m, PIXELS.N) * (PIXELS.down * PIXELS.across * column_tiles)
     x_ring = gl.allocate_shared_memory(x.dtype, [STAGES] + x.block_shape, x.layout)
     w_ring = gl.allocate_shared_memory(w.dtype, [STAGES] + w.block_shape, w.layout)
-    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    for slot in gl.static_range(STAGES):
-        mbarrier.init(full.index(slot), count=1)
-        mbarrier.init(empty.index(slot), count=1 if TURNS else 2)
+    full, empty = barriers(STAGES, 1, 1 if TURNS else 2)
     order = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
     for who in gl.static_range(2):
         mbarrier.init(order.index(who), count=1)

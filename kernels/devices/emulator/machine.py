@@ -17,14 +17,13 @@ from .arithmetic import UnsupportedPtxError
 from .clocks import Array
 from .memory import FaultError, Global
 from .registers import WARP, Action, Lanes, Registers
-from .source import Instruction, Kernel
+from .source import BRANCHES, Instruction, Kernel
 from .values import BITS, UNSIGNED
 
 IGNORED = {
     "fence", "membar", "griddepcontrol", "prefetch", "discard", "nanosleep", "createpolicy",
     "pragma",
 }  # fmt: skip
-BRANCHES = {"bra", "brx", "ret", "exit"}
 FINISHED = np.iinfo(np.int64).max
 DEADLOCKS = {
     "mbarrier": "a wait at an mbarrier that nothing under way will end",
@@ -66,6 +65,7 @@ class Machine(Registers):
         self.pool = waits.RegisterPool(self)
         self.boxes = tma.Boxes(self, maps or {}, self.barriers)
         self.copies = asynchronous.Copies(self, self.boxes)
+        self.along = np.array([*kernel.order, FINISHED])
         self._blocked = np.zeros(self.count, bool)
         self._made: dict[int, Action] = {}
         self._trials: dict[int, Callable[[Lanes], Array]] = {}
@@ -81,15 +81,16 @@ class Machine(Registers):
         while True:
             if self.barriers.changed:
                 self._blocked[:], self.barriers.changed = False, False
-            ready = np.where(waiting | self._blocked, FINISHED, self.where)
-            at = int(ready.min())
-            if at == FINISHED:
+            along = self.along[np.minimum(self.where, self.along.size - 1)]
+            ready = np.where(waiting | self._blocked, FINISHED, along)
+            least = int(ready.min())
+            if least == FINISHED:
                 break
-            others = ready[ready > at]
-            lanes = np.flatnonzero(ready == at)
+            others = ready[ready > least]
+            lanes = np.flatnonzero(ready == least)
             self._advance(
                 self.everyone if lanes.size == self.count else lanes,
-                at,
+                int(self.where[lanes[0]]),
                 int(others.min()) if others.size else FINISHED,
             )
         if self._blocked.any():
@@ -107,7 +108,7 @@ class Machine(Registers):
 
     def _advance(self, lanes: Lanes, at: int, meeting: int) -> None:
         """Runs a group from `at` until it meets another one, splits up, waits or ends."""
-        while at < meeting:
+        while at < FINISHED and self.along[at] < meeting:
             instruction = self.kernel.instructions[at]
             active = self._guarded(instruction, lanes)
             root = instruction.opcode[0]

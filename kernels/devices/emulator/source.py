@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import cached_property
 
 from ....errors import KernelError
 
@@ -17,6 +19,7 @@ PARAMETER = re.compile(r"\.[busf](\d+)\s.*?([\w$]+)(?:\[(\d+)\])?$")
 REGISTERS = re.compile(r"\.reg\s+\.(\w+)\s+(.*)")
 ARRAY = re.compile(r"\.align\s+(\d+)\s+\.b8\s+([\w$]+)\[(\d*)\]")
 LABEL = re.compile(r"^([\w$]+):")
+BRANCHES = {"bra", "brx", "ret", "exit"}
 GUARD = re.compile(r"^@(!?)(%?[\w$]+)\s+")
 
 
@@ -72,6 +75,37 @@ class Kernel:
         last one in front of it."""
         first, *others = self.labels[label]
         return max((place for place in others if place <= at), default=first)
+
+    @cached_property
+    def order(self) -> list[int]:
+        """How far along each instruction is, and the kernel's end: its number, but behind every
+        branch to it where nothing else leads there. Compilers put ends of loops in front of them.
+        """
+        count, goals = len(self.instructions), dict[int, list[int]]()
+        for at, each in enumerate(self.instructions):
+            if each.opcode[0] in BRANCHES:
+                label = str(each.operands[-1]) if each.operands else None
+                labels = self.tables.get(str(label), [label] if label else [])
+                goals[at] = [self.target(name, at) for name in labels]
+                if each.guard is not None:
+                    goals[at].append(at + 1)
+        ends = {*goals, count - 1}
+        reached = itertools.chain.from_iterable(goals.values())
+        starts = sorted({0, *(at + 1 for at in ends), *reached})
+        sources: dict[int, list[int]] = {start: [] for start in starts}
+        for start, stop in itertools.pairwise(starts):
+            for to in goals.get(stop - 1, [stop]):
+                sources[to].append(start)
+        along: dict[int, tuple[int, ...]] = {start: (start,) for start in starts}
+        for start in starts:
+            before = [along[source] for source in sources[start]]
+            if start and before and min(before) > along[start]:
+                along[start] = *max(before), start
+        blocks = sorted(itertools.pairwise(starts), key=lambda block: along[block[0]])
+        found = [0] * count
+        for rank, at in enumerate(at for block in blocks for at in range(*block)):
+            found[at] = rank
+        return found
 
 
 def parse(text: str) -> Kernel:

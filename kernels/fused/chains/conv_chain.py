@@ -32,6 +32,7 @@ from ...contract import epilogue as ep
 from ...contract import programmatic_launch
 from ...contract.op import Attributes, Config, Launch, Op, Problem, Ref, Target, counted
 from ...contract.spec import Layout, Operand, TensorSpec
+from ...hopper import core
 from ...tile import choice, conv_geometry, source, space
 from ...tile.conv_geometry import Conv2d
 from ...tile.finish import put, write
@@ -41,6 +42,7 @@ from ...tile.source import Source
 from ...tile.space import pixel_index
 from .. import links
 from ..links import Link
+from . import conv_chain_hopper as hopper
 from . import conv_chain_tiles as tiles
 
 
@@ -177,6 +179,8 @@ def conv_chain_kernel(
 def launches(problem: Problem, tile: Config, target: Target) -> tuple[Launch, ...]:
     """One launch; every program owns BLOCK_M pixels and all their channels. It is what the cost
     model ranks, with a kernel: `tile_launch` knows of one output, and here two are written."""
+    if core.uses_core(tile):
+        return (hopper.launch(problem, tile, target),)
     chain, inputs, specs = _chain(problem)
     own = links.tensors(chain.links, inputs)
     results = links.check("conv_chain", chain.links, specs)
@@ -258,20 +262,36 @@ def _sizes(problem: Problem) -> tiles.Sizes:
 
 
 def configs(problem: Problem, target: Target) -> Iterator[Config]:
-    return tiles.configs(_sizes(problem), target)
+    yield from tiles.configs(_sizes(problem), target)
+    yield from hopper.configs(problem, target)
 
 
 def legal(problem: Problem, tile: Config, target: Target) -> str | None:
+    if core.uses_core(tile):
+        return hopper.legal(problem, tile, target)
     return tiles.legal(_sizes(problem), tile, target)
 
 
 def crowded(problem: Problem, tile: Config, target: Target) -> str | None:
+    if core.uses_core(tile):
+        return None
     return tiles.crowded(_sizes(problem), tile, target)
 
 
-@lru_cache(maxsize=4096)
 def default(problem: Problem, target: Target) -> Config:
     """The fastest by the model; where none is legal any, of which `legal` tells why."""
+
+    def launch_of(tile: Config) -> Launch:
+        if core.uses_core(tile):
+            return hopper.launch(problem, tile, target)
+        return launch_for_cost_model(problem, tile)
+
+    found, flops = list(hopper.configs(problem, target)), cost(problem).flops
+    return core.faster(problem, target, _plain(problem, target), found, launch_of, flops)
+
+
+@lru_cache(maxsize=4096)
+def _plain(problem: Problem, target: Target) -> Config:
     sizes = _sizes(problem)
     if target.name == "interpreter":
         return tiles.interpreter_tile(sizes)
