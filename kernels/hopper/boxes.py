@@ -46,7 +46,8 @@ class Pixels(NamedTuple):
     """The box of pixels that a tile is: images, rows and columns, powers of two; how many pixels it
     is from one row to the next (W where an image follows the other, N·W where a row of all images
     follows the other); how many boxes of an image lie below and beside each other; what is made of
-    windows of side x side pixels, 0 for the mean of all; and whether results leave in boxes."""
+    windows of side x side pixels, 0 for the mean of all; whether results leave in boxes; and how
+    many channels of a tile a group of warps finishes at a time."""
 
     N: int
     H: int
@@ -57,11 +58,24 @@ class Pixels(NamedTuple):
     side: int = 1
     pool: Pool | None = None
     copied: bool = False
+    columns: int = 0
 
 
 def box_of(tile: Config) -> tuple[int, int, int]:
     """Images, rows and columns of a configuration that reads boxes."""
     return tile["BOX_N"], tile["BOX_H"], tile["BOX_W"]
+
+
+def at_once(tile: Config, side: int, turns: bool) -> int:
+    """How many channels a group of warps finishes at a time: 64 results of a thread, with twice as
+    many of which gelu keeps 272 bytes on the stack; in turns, beside 128 sums, 32: silu kept 8.
+    Windows and images are put together by exchange, for 64 channels in `END_BYTES`."""
+    most = 64 * 128 // (tile["BLOCK_M"] // (1 if turns else 2))
+    if side != 1:
+        most = min(most, 64)
+    elif turns and tile["BLOCK_N"] == 128:
+        most //= 2
+    return min(tile["BLOCK_N"], most)
 
 
 def filter_of(problem: Problem) -> Any:

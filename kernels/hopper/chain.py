@@ -38,7 +38,7 @@ from .gluon import (
     warpgroup_mma_init,
     warpgroup_mma_wait,
 )
-from .kernel import after, barriers, leave, load_tap, multiply, part_corner, tile_corner
+from .kernel import after, barriers, columns_of, leave, load_tap, multiply, part_corner, tile_corner
 
 
 @jit
@@ -224,18 +224,6 @@ def make_front(
     leave(acc, None, t, extras, n, p, q, 0, m, PIXELS, TILE, FRONT.output, FIRST)
     fence_async_shared()
     return slot, phase
-
-
-@jit
-def columns_of(value, N: gl.constexpr):
-    """Its parts of N columns, of which a thread holds what it held."""
-    M: gl.constexpr = value.shape[0]
-    WIDTH: gl.constexpr = value.shape[1]
-    if WIDTH == N:
-        return (value,)
-    else:  # noqa: RET505  (Triton compiles what follows a return.)
-        left, right = value.reshape([M, 2, WIDTH // 2]).permute((0, 2, 1)).split()
-        return columns_of(left, N) + columns_of(right, N)
 
 
 @jit

@@ -28,7 +28,7 @@ from ..tile.geometry import Image, Output, Window, tile_launch
 from . import boxes, gluon
 from .boxes import Pixels, Pool
 from .halo import halo_kernel
-from .kernel import hopper_kernel, most_at_once
+from .kernel import hopper_kernel
 
 BLOCK = "HOPPER"
 SHARED, IN_TURNS, HALO = 1, 2, 3
@@ -398,17 +398,17 @@ def _x_box(problem: Problem, tile: Config, view: View) -> TmaDescriptor:
 
 def _way_out(problem: Problem, tile: Config, view: View, by_rows: bool) -> dict[str, TmaDescriptor]:
     """y, and the residual if there is one, in boxes of as much as a group of warps finishes at a
-    time: its part of the tile, of at most 64 results for a thread."""
+    time."""
     n, h, w = box = boxes.box_of(tile)
     if _way(tile) != IN_TURNS:
         n, h, w = boxes.half(box, by_rows)
-    columns = min(tile["BLOCK_N"], most_at_once() // (n * h * w))
     out, size = view.output, (view.images, view.output.P, view.output.Q)
+    columns = out.K, boxes.at_once(tile, 1, _way(tile) == IN_TURNS)
     moved = {"y": (Y, problem.output)}
     for at in boxes.whole_operands(problem) or ():
         moved["residual"] = Ref("operand", at), problem.operands[at]
     return {
-        name: boxes.described(*tensor, size, (n, h, w), (out.K, columns), by_rows)
+        name: boxes.described(*tensor, size, (n, h, w), columns, by_rows)
         for name, tensor in moved.items()
     }
 
@@ -428,7 +428,8 @@ def launch(
     side = boxes.side(problem)
     down, across = -(-side * view.output.P // box[1]) or 1, -(-side * view.output.Q // box[2]) or 1
     row = box[0] * box[2] if way == HALO else box[2]
-    pixels = Pixels(*box, row, down, across, side, pool, copied)
+    at_once = boxes.at_once(tile, side, way == IN_TURNS)
+    pixels = Pixels(*box, row, down, across, side, pool, copied, at_once)
     way_out = _way_out(problem, tile, view, row != box[2]) if copied else {}
     c, taps, k = view.image.C, view.window.R * view.window.S, view.output.K
     block_m, block_n, block_k = tile["BLOCK_M"], tile["BLOCK_N"], tile["BLOCK_K"]

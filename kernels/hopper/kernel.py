@@ -47,13 +47,6 @@ from .gluon import (
 )
 
 
-@constexpr_function
-def most_at_once():
-    """Results that a group finishes at a time. gelu keeps 272 bytes on the stack with twice as
-    many."""
-    return 64 * 128
-
-
 @jit
 def tile_corner(tile, PIXELS: gl.constexpr, TILE: gl.constexpr, OUTPUT: gl.constexpr):
     """First image, row, column and channel of a tile. Tiles of the same pixels follow each other:
@@ -245,32 +238,38 @@ def finish(
     PIXELS: gl.constexpr, TILE: gl.constexpr, OUTPUT: gl.constexpr, FIRST: gl.constexpr,
     WHO: gl.constexpr,
 ):  # fmt: skip
-    """The epilogue of a tile's pixels from FIRST on, and their store: 64 results of each thread at
-    a time, beside which there are registers for any epilogue."""
-    M: gl.constexpr = acc.shape[0]
-    N: gl.constexpr = TILE.N
-    HALVES: gl.constexpr = most_at_once() < M * N
-    if HALVES:
-        left, right = acc.reshape([M, 2, N // 2]).permute((0, 2, 1)).split()
+    """The epilogue of a tile's pixels from FIRST on, and their store: as many columns at a time as
+    there are registers for beside the others."""
+    N: gl.constexpr = PIXELS.columns
+    PARTS: gl.constexpr = TILE.N // N
+    parts = columns_of(acc, N)
     if PIXELS.copied:
         out, ready, written = ends
         mbarrier.wait(ready.index(WHO), parity)
-        if HALVES:
-            place = out.index(2 * WHO)
-            leave(left, residual, place, extras, n, p, q, column, m, PIXELS, TILE, OUTPUT, FIRST)
-            place = out.index(2 * WHO + 1)
-            column += N // 2
-            leave(right, residual, place, extras, n, p, q, column, m, PIXELS, TILE, OUTPUT, FIRST)
-        else:
-            place = out.index(WHO)
-            leave(acc, residual, place, extras, n, p, q, column, m, PIXELS, TILE, OUTPUT, FIRST)
+        for part in gl.static_range(PARTS):
+            leave(
+                parts[part], residual, out.index(PARTS * WHO + part), extras, n, p, q,
+                column + part * N, m, PIXELS, TILE, OUTPUT, FIRST,
+            )  # fmt: skip
         fence_async_shared()
         mbarrier.arrive(written.index(WHO), count=1)
-    elif HALVES:
-        put(left, y, extras, n, p, q, column, m, PIXELS, TILE, OUTPUT, FIRST)
-        put(right, y, extras, n, p, q, column + N // 2, m, PIXELS, TILE, OUTPUT, FIRST)
     else:
-        put(acc, y, extras, n, p, q, column, m, PIXELS, TILE, OUTPUT, FIRST)
+        for part in gl.static_range(PARTS):
+            put(
+                parts[part], y, extras, n, p, q, column + part * N, m, PIXELS, TILE, OUTPUT, FIRST
+            )
+
+
+@jit
+def columns_of(value, N: gl.constexpr):
+    """Its parts of N columns, of which a thread holds what it held."""
+    M: gl.constexpr = value.shape[0]
+    WIDTH: gl.constexpr = value.shape[1]
+    if WIDTH == N:
+        return (value,)
+    else:  # noqa: RET505  (Triton compiles what follows a return.)
+        left, right = value.reshape([M, 2, WIDTH // 2]).permute((0, 2, 1)).split()
+        return columns_of(left, N) + columns_of(right, N)
 
 
 @jit
