@@ -14,9 +14,9 @@ import sys
 from pathlib import Path
 
 LIMITS = {
-    ("kernels", "compiler", "cli"): 51_200,
+    ("kernels", "compiler", "cli"): 52_250,
     ("zoo",): 3_440,
-    ("benchmarks",): 6_550,
+    ("benchmarks",): 6_560,
 }
 """Folders that are counted together, and how many lines they may have."""
 
