@@ -62,8 +62,8 @@ FOR_TESTS = ("pytest", "hypothesis", "sklearn", "PIL")
 
 
 def stages(options: argparse.Namespace, output: Path) -> Iterator[Stage]:
-    """The stages, in order: correctness, constants, profiles, then records and figures model by
-    model, so that what was tuned has been measured when time runs out."""
+    """The stages, in order: a file, correctness, constants, profiles, then records and figures
+    model by model, so that what was tuned has been measured when time runs out."""
     batches = [str(batch) for batch in options.batch]
     common = ["--dtype", options.dtype, "--target", options.target]
     missing = _missing(FOR_TESTS)
@@ -72,6 +72,9 @@ def stages(options: argparse.Namespace, output: Path) -> Iterator[Stage]:
     own += ["--models", *options.models, "--batch", *batches]
     own += ["--per-problem", str(options.per_problem), "--problems", str(options.problems)]
     own += ["--tests", str(options.tests), "--saved", *options.saved]
+    # In a rehearsal too: no other stage of it shows what this Triton compiles.
+    built = ["compile", "lenet5", "--target", "cuda:sm_90", "-o", str(output / "lenet5.loom")]
+    yield _stage("compile", [*_program(), *built])
     yield _stage("tests", [*own, "--stage", "tests"], skip=skip)
     yield _stage("constants", [*own, "--stage", "constants"])
     yield _stage("saved", [*own, "--stage", "saved"])

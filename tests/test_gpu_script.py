@@ -41,8 +41,8 @@ def python(code: str, name: str = "stage", **more: Any) -> Stage:
 def test_the_order_is_correctness_first(tmp_path: Path) -> None:
     found = [stage.name for stage in gpu.stages(options(models=["resnet50", "vgg_d"]), tmp_path)]
     assert found == [
-        "tests", "constants", "saved", "tests-networks", "profile-lenet5-1", "correlation",
-        "tune-resnet50", "bench-resnet50", "tune-vgg_d", "bench-vgg_d",
+        "compile", "tests", "constants", "saved", "tests-networks", "profile-lenet5-1",
+        "correlation", "tune-resnet50", "bench-resnet50", "tune-vgg_d", "bench-vgg_d",
         "tune-resnet50-tf32", "bench-resnet50-tf32",
     ]  # fmt: skip
     real = gpu.parser().parse_args([])
@@ -168,7 +168,7 @@ def test_tests_are_skipped_where_they_cannot_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(gpu, "FOR_TESTS", ("pytest", "no_such_module"))
-    first = next(gpu.stages(options(), tmp_path))
+    _, first, *_ = gpu.stages(options(), tmp_path)
     entry = gpu.run_stage(first, 10.0, tmp_path, None)
     assert (entry.status, entry.reason) == (gpu_state.SKIPPED, "not installed: no_such_module")
     assert not gpu_state.is_open(first, entry) and gpu_state.is_open(replace(first, skip=""), entry)

@@ -45,6 +45,7 @@ from . import barriers
 from .compile_cache import triton_cache, unwritable
 from .entries import read_entry, write_entry
 from .language import LANGUAGE
+from .older_triton import help_compiler
 
 POINTER_TYPES = {
     torch.float32: "*fp32",
@@ -57,6 +58,8 @@ POINTER_TYPES = {
 ALIGNED = [["tt.divisibility", 16]]
 _IS_WORKER = False
 """Whether this process is one that compiles for another."""
+
+help_compiler()
 
 
 @dataclass(frozen=True)
