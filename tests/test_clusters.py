@@ -124,6 +124,9 @@ def test_a_network_is_right_and_its_file_starts_clusters(
         assert image.num_ctas == launch.cluster
         assert call.grid.programs_at(1) * image.num_ctas == launch.grid_at(1)[0]
         assert image.shared_bytes > launch.cluster_bytes
+    shared = [at for at, launch in enumerate(launches) if launch.cluster > 1]
+    assert [twin.step for twin in program.twins] == [program.calls[at].step for at in shared]
+    assert all(program.images[twin.image].num_ctas == 1 for twin in program.twins)
 
 
 # ------------------------------------------------------------------------------- the choice

@@ -4,6 +4,7 @@ to the plain core."""
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -109,7 +110,7 @@ def test_what_fails_is_refused_with_a_warning(
     with caplog.at_level(logging.WARNING, logger="convloom"):
         for _ in range(2):
             assert reason in str(check.failure(PROBLEM, TILE))
-    told = [each for each in caplog.messages if "Hopper core is not used for conv2d" in each]
+    told = [each for each in caplog.messages if "the untried kernel of conv2d" in each]
     assert len(told) == 1 and reason in told[0] and "HOPPER=1" in told[0]
 
 
@@ -134,6 +135,18 @@ def test_nothing_is_tried_without_a_gpu_or_of_the_plain_core(
     monkeypatch.setattr(self_check, "local_device", lambda target: None)
     assert check.failure(PROBLEM, TILE) is None and not device.asked
     check.close()
+
+
+def test_clusters_are_tried_too() -> None:
+    """A problem as it is: of batch 1, which several programs share the sums of."""
+    few = conv(SAME, (7, 7), (3, 3), (512, 512), 1)
+    shared = config(4, 3, BLOCK_M=64, BLOCK_N=64, BLOCK_K=64, GROUP_M=8, SPLIT=4)
+    clusters = replace(shared, blocks=(*shared.blocks, ("CLUSTER", 1)))
+    device = Device(Trial("results differ"))
+    check = checking(device)
+    assert check.failure(few, shared) is None
+    assert "self-check on H200 failed" in str(check.failure(few, clusters))
+    assert device.asked == [(few, clusters)]
 
 
 def test_a_small_batch_gives_every_program_several_tiles() -> None:

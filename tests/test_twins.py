@@ -27,6 +27,7 @@ from convloom.kernels.contract import epilogue, targets
 from convloom.kernels.contract.op import Ref
 from convloom.kernels.devices import execute, interpreter
 from convloom.kernels.hopper import core, gluon
+from convloom.kernels.tile import geometry
 from torch import nn
 
 from .artifact_files import save_by_core
@@ -84,7 +85,7 @@ def driver_of(artifact: Artifact, **options: Any) -> FakeDriver:
 
 def test_every_launch_of_the_core_has_a_twin_of_the_plain_core(artifact: Artifact) -> None:
     (program,) = artifact.programs
-    assert programs.HOPPER == core.BLOCK
+    assert programs.UNTRIED == (core.BLOCK, geometry.CLUSTER)
     assert len(program.twins) == 3
     for twin in program.twins:
         own = twins.own_call(program, twin)
@@ -141,7 +142,7 @@ def refused(artifact: Artifact, program: Program, message: str) -> None:
 def test_twins_that_do_not_belong_to_their_launches_are_refused(artifact: Artifact) -> None:
     (program,) = artifact.programs
     first, *others = program.twins
-    own = "its twins are not those of its launches of the Hopper core"
+    own = "its twins are not those of its untried launches"
     refused(artifact, replace(program, twins=()), own)
     refused(artifact, replace(program, twins=(*others, first)), own)
     wrong = replace(first, image=len(program.images))
@@ -161,7 +162,7 @@ def test_twins_that_do_not_belong_to_their_launches_are_refused(artifact: Artifa
     calls = list(program.calls)
     calls.insert(calls.index(twins.own_call(program, first)), twins.own_call(program, first))
     twice = replace(program, calls=tuple(calls), twins=(first, *program.twins))
-    refused(artifact, twice, "a step of the Hopper core has several launches")
+    refused(artifact, twice, "an untried step has several launches")
 
 
 # The comparison, on a device that a test plays.
@@ -336,7 +337,7 @@ def test_wrong_kernels_give_way_to_their_twins_with_a_warning(
         found = used(artifact, Child(answer))
     own = {twin.step: twin for twin in program.twins}
     assert [own.get(call.step, call) for call in program.calls] == list(found.calls)
-    told = [each for each in caplog.messages if "the Hopper core is not used for" in each]
+    told = [each for each in caplog.messages if "the untried kernel of" in each]
     assert len(told) == 2 and all(reason in each for each in told)
     again = Child(None)
     assert (used(artifact, again) == found) is kept and bool(again.asked) is not kept

@@ -319,13 +319,13 @@ class _Checker:
         self._check_grid(call, where)
 
     def _check_twins(self) -> None:
-        """Refuses other twins than one of each launch of the Hopper core, which touches no more."""
+        """Refuses other twins than one of each untried launch, which touches no more."""
         program = self.program
-        own = [call for call in program.calls if program.steps[call.step].tile.is_of_hopper_core]
+        own = [call for call in program.calls if program.steps[call.step].tile.is_untried]
         if [call.step for call in own] != [twin.step for twin in program.twins]:
-            self.refuse("its twins are not those of its launches of the Hopper core")
+            self.refuse("its twins are not those of its untried launches")
         if len({call.step for call in own}) != len(own):
-            self.refuse("a step of the Hopper core has several launches")
+            self.refuse("an untried step has several launches")
         for call, twin in zip(own, program.twins, strict=True):
             where = f"the twin of step {twin.step}"
             if not 0 <= twin.image < len(program.images):

@@ -21,8 +21,8 @@ from .maps import Map
 FORMAT, VERSION = "convloom-executable", 5
 DEEPEST, MOST_LEAVES = 16, 4096
 READ, WRITE, SCRATCH, ROWS = "read", "write", "scratch", "rows"
-HOPPER = "HOPPER"
-"""The block of a configuration of the Hopper core (`kernels/hopper/core.py`)."""
+UNTRIED = ("HOPPER", "CLUSTER")
+"""Blocks of a configuration that no GPU has run (`kernels/hopper/core.py`)."""
 
 
 @dataclass(frozen=True)
@@ -103,9 +103,9 @@ class Tile:
     num_stages: int
 
     @property
-    def is_of_hopper_core(self) -> bool:
-        """Whether it is one of the Hopper core."""
-        return bool(dict(self.blocks).get(HOPPER, 0))
+    def is_untried(self) -> bool:
+        """Whether it needs what no GPU has run: the Hopper core, or clusters."""
+        return any(dict(self.blocks).get(name, 0) for name in UNTRIED)
 
 
 @dataclass(frozen=True)

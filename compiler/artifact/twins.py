@@ -65,7 +65,7 @@ def trusted(
                 verdicts[number] = reason = _verdict(image, child, position)
                 if reason is not None:
                     LOG.warning(
-                        "'%s': the Hopper core is not used for %s (%s): %s",
+                        "'%s': the untried kernel of %s (%s) is not used: %s",
                         artifact.path, step.name, image.entry, reason,
                     )  # fmt: skip
             if verdicts[number] is not None:

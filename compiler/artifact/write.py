@@ -210,8 +210,8 @@ def _compiled(
 
 
 def _twins(plan: Plan) -> Iterator[tuple[KernelStep, Launch]]:
-    """Of each step of the Hopper core the launch of the plain one that takes least by the model, of
-    those that write nothing but results."""
+    """Of each step that needs what no GPU has run (`core.is_untried`) the plain launch that takes
+    least by the model, of those that write nothing but results."""
 
     def alone(config: Config) -> tuple[Launch, ...]:
         launches = op.launches(problem, config, target)
@@ -219,13 +219,13 @@ def _twins(plan: Plan) -> Iterator[tuple[KernelStep, Launch]]:
 
     found: dict[Problem, tuple[Launch, ...]] = {}
     for step in plan.steps:
-        if not isinstance(step, KernelStep) or not core.uses_core(step.config):
+        if not isinstance(step, KernelStep) or not core.is_untried(step.config):
             continue
         op, problem, target = registry.get(step.op), step.problem, plan.target
         if problem not in found:
             plain = (
                 config for config in op.configs(problem, target)
-                if not core.uses_core(config) and not op.legal(problem, config, target)
+                if not core.is_untried(config) and not op.legal(problem, config, target)
             )  # fmt: skip
             # Differences of a rounding between equal times must not decide: a file is made again.
             best = min(filter(alone, plain), key=lambda each: (

@@ -64,7 +64,7 @@ class Fitting:
         if choice.source != HEURISTIC and len(refused) == 1:
             LOG.warning("%s is not used: %s", choice.source, reason)
         for config in candidates(op, problem, target):
-            trusted = problem not in self.distrusted or not core.uses_core(config)
+            trusted = problem not in self.distrusted or not core.is_untried(config)
             if config not in refused and trusted:
                 return Choice(config, f"next by the model; {choice.source} refused: {reason}")
         return self._settle(op, problem)
@@ -101,7 +101,7 @@ class Fitting:
             try:
                 reports += [offline.resources(next(remaining)) for _ in step.launches]
             except KernelError as error:
-                if not (core.uses_core(step.config) or isinstance(error, UnsafeKernelError)):
+                if not (core.is_untried(step.config) or isinstance(error, UnsafeKernelError)):
                     raise
                 refusal: tuple[str, str] | None = ("compile", str(error))
             else:

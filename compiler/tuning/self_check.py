@@ -1,10 +1,11 @@
-"""Each kernel of the Hopper core is run once on a device before anything relies on it there.
+"""What no GPU has run is tried on a device before anything relies on it there: the Hopper core, and
+clusters.
 
-Only the emulator has run that core: a wrong order of its barriers would hang a GPU. Where it is
-asked for and this machine has the GPU, every configuration is tried on a small batch of its own
-problem, against the op's reference, in a process of its own that is ended when it hangs. What
-failed gives way to the plain core (`fit.py`). Verdicts are kept in the cache folder, by kernel,
-device and driver. (Files bring no compiler: `artifact/twins.py` checks theirs.)
+Only the emulator has run them: a wrong order of barriers would hang a GPU. Where they are asked for
+and this machine has the GPU, every configuration is tried on a small batch of its own problem,
+against the op's reference, in a process of its own that is ended when it hangs. What failed gives
+way to a tried one (`fit.py`). Verdicts are kept in the cache folder, by kernel, device and driver.
+(Files bring no compiler: `artifact/twins.py` checks theirs.)
 """
 
 from __future__ import annotations
@@ -47,15 +48,15 @@ class SelfCheck:
     _verdicts: dict[tuple[Problem, Config], str | None] = field(default_factory=dict)
 
     def failure(self, problem: Problem, config: Config) -> str | None:
-        """Why a configuration must not be used on this machine, or None: also where it is not the
-        Hopper core's, or there is no GPU for it. Warns of what it finds wrong."""
-        if not core.uses_core(config) or local_device(self.target) is None:
+        """Why a configuration must not be used on this machine, or None: also where it is not
+        untried, or there is no GPU for it. Warns of what it finds wrong."""
+        if not core.is_untried(config) or local_device(self.target) is None:
             return None
         if (problem, config) not in self._verdicts:
             self._verdicts[problem, config] = reason = self._found(problem, config)
             if reason is not None:
                 LOG.warning(
-                    "the Hopper core is not used for %s of %s (%s): %s",
+                    "the untried kernel of %s of %s (%s) is not used: %s",
                     problem.op, problem.output.spec, config, reason,
                 )  # fmt: skip
         return self._verdicts[problem, config]

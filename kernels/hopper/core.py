@@ -85,6 +85,11 @@ def uses_core(tile: Config) -> bool:
     return bool(dict(tile.blocks).get(BLOCK, 0))
 
 
+def is_untried(tile: Config) -> bool:
+    """Whether a configuration needs what no GPU has run: this core, or clusters (`split_k.py`)."""
+    return uses_core(tile) or choice.cluster_of(tile) > 1
+
+
 def _way(tile: Config) -> int:
     return dict(tile.blocks).get(BLOCK, 0)
 
