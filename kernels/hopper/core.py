@@ -265,7 +265,7 @@ def _boxes(problem: Problem, pixels: int, way: int) -> list[tuple[int, int, int]
     return boxes.boxes(problem, pixels, by_rows=way == HALO)
 
 
-OPS: dict[str, tuple[Callable[[Problem, Target], str | None], Callable[..., Iterator[Config]]]] = (
+USES: dict[str, tuple[Callable[[Problem, Target], str | None], Callable[..., Iterator[Config]]]] = (
     dict.fromkeys(("conv2d", "linear", "conv_pool", "conv_mean"), (refusal, tiles))
 )
 """`refusal` and `tiles` of each op that the core computes."""
@@ -313,10 +313,10 @@ def note(problem: Problem, tile: Config, target: Target, launches: tuple[Launch,
         return ""
     if uses_core(tile):
         return "Hopper core"
-    if problem.op not in OPS:
+    if problem.op not in USES:
         multiplies = any(cost_model.block_of(launch) for launch in launches)
         return f"plain core: {problem.op} has no other" if multiplies else ""
-    refused, fitting = OPS[problem.op]
+    refused, fitting = USES[problem.op]
     reason = refused(problem, target)
     if reason is None and not any(fitting(problem, target)):
         reason = "no tile of the Hopper core fits"

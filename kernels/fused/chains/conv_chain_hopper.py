@@ -153,7 +153,7 @@ def configs(problem: Problem, target: Target) -> Iterator[Config]:
         yield from tiles(problem, target)
 
 
-core.OPS["conv_chain"] = refusal, tiles
+core.USES["conv_chain"] = refusal, tiles
 
 
 def launch(problem: Problem, tile: Config, target: Target) -> Launch:
