@@ -70,9 +70,9 @@ def launch() -> frozenset[str]:
     words = os.environ.get("CONVLOOM_LAUNCH", "").replace(" ", "").split(",")
     launch = frozenset(filter(None, words))
     if unknown := launch - set(LAUNCH_OPTIONS):
+        *others, last = LAUNCH_OPTIONS
         raise InvalidInputError(
-            "CONVLOOM_LAUNCH: expected programmatic, branches or clusters, got "
-            f"{', '.join(unknown)}"
+            f"CONVLOOM_LAUNCH: expected {', '.join(others)} or {last}, got {', '.join(unknown)}"
         )
     if launch >= {PROGRAMMATIC, BRANCHES}:
         raise InvalidInputError(

@@ -69,7 +69,7 @@ def box_of(tile: Config) -> tuple[int, int, int]:
 def at_once(tile: Config, side: int, turns: bool) -> int:
     """How many channels a group of warps finishes at a time: 64 results of a thread, with twice as
     many of which gelu keeps 272 bytes on the stack; in turns, beside 128 sums, 32: silu kept 8.
-    Windows and images are put together by exchange, for 64 channels in `END_BYTES`."""
+    Windows and images are put together by exchange, for 64 channels in `core.END_BYTES`."""
     most = 64 * 128 // (tile["BLOCK_M"] // (1 if turns else 2))
     if side != 1:
         most = min(most, 64)
