@@ -185,6 +185,36 @@ def test_only_runs_of_additions_are_reordered() -> None:
 
 
 @pytest.mark.parametrize(
+    ("literal", "text"),
+    [
+        (4.0, "multiply(acc, tl.cast(0.25, tl.float32))"),
+        (-0.125, "multiply(acc, tl.cast(-8.0, tl.float32))"),
+        (9.0, "divide(acc, tl.cast(9.0, tl.float32))"),
+        (2.0**-127, f"divide(acc, tl.cast({2.0**-127!r}, tl.float32))"),
+        (2.0**127, f"divide(acc, tl.cast({2.0**127!r}, tl.float32))"),
+        (0.0, "divide(acc, tl.cast(0.0, tl.float32))"),
+        (math.inf, 'divide(acc, tl.cast(float("inf"), tl.float32))'),
+    ],
+)
+def test_powers_of_two_divide_by_a_product(literal: float, text: str) -> None:
+    source = ep.generate((Stage("div", literal=literal),), (), (4, 8)).source
+    assert f"    acc = {text}\n" in source
+    reverse = ep.generate((Stage("div", literal=literal, reverse=True),), (), (4, 8)).source
+    assert "acc = divide(" in reverse
+
+
+@pytest.mark.parametrize("literal", [2.0**exponent for exponent in (-125, -3, 1, 2, 6, 124)])
+def test_a_product_is_the_quotient_bit_by_bit(literal: float) -> None:
+    """Also where the result has fewer digits than it needs, or leaves the range."""
+    bits = np.random.default_rng(0).integers(0, 2**32, 100_000, dtype=np.uint32)
+    values = torch.from_numpy(bits.view(np.float32))
+    values = values[~values.isnan()]
+    product = ep._without_division(Stage("div", literal=literal)).literal
+    assert product is not None
+    assert torch.equal(values / literal, values * product)
+
+
+@pytest.mark.parametrize(
     ("stage", "text"),
     [
         (Stage("relu"), "relu"),

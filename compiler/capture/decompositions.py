@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from functools import cache
+from functools import cache, lru_cache, partial
 from typing import Any
 
 import torch
+from torch.export import exported_program
 
 from ...kernels import registry
 from .fourier import hypot, replace_transforms
@@ -214,11 +215,12 @@ def _computes(overload: Any) -> bool:
         return False  # Fourier transforms by their public names, which `fourier.py` knows.
     if schema.overload_name == "data":
         return False  # Packed sequences: how long they are their values tell.
-    takes, gives = (
-        any("Tensor" in str(each.type) for each in some)
-        for some in (schema.arguments, schema.returns)
-    )
-    return takes and gives
+    return _maps_tensors(overload)
+
+
+def _maps_tensors(overload: Any) -> bool:
+    sides = overload._schema.arguments, overload._schema.returns
+    return all(any("Tensor" in str(each.type) for each in side) for side in sides)
 
 
 def _with_dropout(unrolled: Callable[..., Any]) -> Callable[..., Any]:
@@ -232,7 +234,6 @@ def _with_dropout(unrolled: Callable[..., Any]) -> Callable[..., Any]:
     return recurrent
 
 
-@cache
 def own() -> Mapping[Any, Callable[..., Any]]:
     """What is taken apart while the program is traced again: what has no kernel, as torch does it;
     and what writes into slices, which tracing alone brings about."""
@@ -254,6 +255,42 @@ def own() -> Mapping[Any, Callable[..., Any]]:
         aten.slice_scatter.default: _slice_scatter,
         aten.select_scatter.default: _select_scatter,
     }
+
+
+def trace_again(program: Any) -> Any:
+    """The program as functional ATen calls, with `own` taken apart.
+
+    Before each program torch writes down for the composite ops of all libraries what to do with
+    them, mostly what they do anyway: 0.25 s. Here only those are written down for which it differs.
+    """
+    names = torch._C._dispatch_get_registrations_for_dispatch_key("CompositeImplicitAutograd")
+    composites, others = _split_of(frozenset(names))
+    original = exported_program._split_decomp_table_to_cia_and_python_decomp
+    try:
+        exported_program._split_decomp_table_to_cia_and_python_decomp = lambda table: (
+            dict(composites), dict(others)
+        )  # fmt: skip
+        return program.run_decompositions({})
+    finally:
+        exported_program._split_decomp_table_to_cia_and_python_decomp = original
+
+
+@lru_cache(maxsize=1)
+def _split_of(_composites: frozenset[str]) -> tuple[dict[Any, Any], dict[Any, Any]]:
+    """What stands for composite ops and for others, while these composite ops are registered."""
+    composites, others = exported_program._split_decomp_table_to_cia_and_python_decomp(dict(own()))
+    differ = {
+        overload: function
+        for overload, function in composites.items()
+        if _maps_tensors(overload) and not _stands_already(overload, function)
+    }
+    return differ, others
+
+
+def _stands_already(overload: Any, function: Any) -> bool:
+    """Whether it is what torch calls for a composite op: in C++, behind a `partial`, or Python."""
+    key = torch._C.DispatchKey.CompositeImplicitAutograd
+    return isinstance(function, partial) or function is overload.py_kernels.get(key)
 
 
 @cache

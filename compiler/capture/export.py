@@ -27,7 +27,7 @@ from torch.utils import _pytree as pytree
 
 from ...errors import CaptureError
 from .batch_numbers import LIBRARIES, Decision, watched
-from .decompositions import decompose, own
+from .decompositions import decompose, trace_again
 
 RANDOM = ("native_dropout", "bernoulli", "rand_like", "randn_like", "rand", "randn", "rrelu")
 STATISTICS = "_native_batch_norm_legit_functional"
@@ -102,7 +102,7 @@ def _program(
         stack.enter_context(_PartedBatches())
         program = torch.export.export(module, arguments, keywords, dynamic_shapes=shapes)
         decompose(program)
-        return program.run_decompositions(dict(own()))
+        return trace_again(program)
 
 
 class _PartedBatches(TorchFunctionMode):
