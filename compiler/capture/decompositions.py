@@ -267,7 +267,7 @@ def trace_again(program: Any) -> Any:
     composites, others = _split_of(frozenset(names))
     original = exported_program._split_decomp_table_to_cia_and_python_decomp
     try:
-        exported_program._split_decomp_table_to_cia_and_python_decomp = lambda table: (
+        exported_program._split_decomp_table_to_cia_and_python_decomp = lambda decomp_table: (
             dict(composites), dict(others)
         )  # fmt: skip
         return program.run_decompositions({})
