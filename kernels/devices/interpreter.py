@@ -14,7 +14,8 @@ Eight things differ from upstream, on purpose:
 - tensors are used in place, where upstream copies every storage to the host and back;
 - integer sums are not computed a second time in int64 for an assertion that upstream's default
   options then leave out: that was a third of the time;
-- types of blocks and shapes of tensors are made once and shared: a fifth of the rest;
+- types of blocks and of numpy and shapes of tensors are made once and shared, and a scalar that is
+  spread over a block is not copied: a third of the rest;
 - a scalar truth value that is spread over a block stays one, as masks must be since Triton 3.9;
 - a scalar is an index with any numpy: Triton 3.6 leaves the conversion to numpy, which refuses it
   for arrays of one dimension since 2.4.
@@ -87,7 +88,7 @@ def _fma(a: Any, b: Any, c: Any) -> Any:
 def _cast(src: Any, dst_type: Any) -> Any:
     source, destination = src.dtype.scalar, dst_type.scalar
     if source == tl.bfloat16 and destination.is_floating():
-        values = _as_float32(src).astype(upstream._get_np_dtype(destination))
+        values = _as_float32(src).astype(_numpy_type(destination))
         return upstream.TensorHandle(values, destination)
     if destination == tl.bfloat16 and source.is_floating():
         bits = np.ascontiguousarray(src.data, dtype=np.float32).view(np.uint32)
@@ -96,7 +97,7 @@ def _cast(src: Any, dst_type: Any) -> Any:
         is_nan = (bits & 0x7FFFFFFF) > 0x7F800000
         values = np.where(is_nan, quiet_nan, rounded).astype(np.uint16)
         return upstream.TensorHandle(values, destination)
-    return upstream.TensorHandle(src.data.astype(upstream._get_np_dtype(dst_type)), destination)
+    return upstream.TensorHandle(src.data.astype(_numpy_type(dst_type)), destination)
 
 
 def _splat(kind: Any, scalar: Any) -> Any:
@@ -104,10 +105,23 @@ def _splat(kind: Any, scalar: Any) -> Any:
     which Triton 3.9 refuses as a mask. The shape goes to numpy as a plain tuple: an interruption
     inside the methods of `core.tuple` would come out of numpy as a TypeError."""
     value = np.asarray(scalar.data).reshape(())
-    dtype = value.dtype if value.dtype == bool else upstream._get_np_dtype(scalar.dtype)
-    return upstream.TensorHandle(np.full(tuple(kind.shape), value, dtype), scalar.dtype.scalar)
+    if value.dtype != bool:
+        value = value.astype(_numpy_type(scalar.dtype))
+    shape = tuple(kind.shape)
+    everywhere: Any = np.ndarray(shape, value.dtype, value, strides=(0,) * len(shape))
+    return upstream.TensorHandle(everywhere, scalar.dtype.scalar)
 
 
+def _numpy_type(kind: Any) -> Any:
+    """`upstream._get_np_dtype`, which makes a table of all types at every call; kept with the
+    type."""
+    known = vars(kind)
+    if "numpy" not in known:
+        known["numpy"] = _NUMPY_TYPE(kind)
+    return known["numpy"]
+
+
+_NUMPY_TYPE = upstream._get_np_dtype
 OWN = {"create_dot": _dot, "create_fma": _fma, "cast_impl": _cast, "create_splat": _splat}
 """Methods of upstream's builder that are replaced."""
 
@@ -174,6 +188,7 @@ def interpreting() -> Iterator[None]:
             scope.set_attr(core.tensor, "__init__", _make_tensor)
             scope.set_attr(core.tensor, "__index__", _index)
             scope.set_attr(core.block_type, "with_element_ty", _with_element_type)
+            scope.set_attr(upstream, "_get_np_dtype", _numpy_type)
             scope.set_attr(core.block_type, "to_ir", lambda kind, builder: kind)
             JITFunction.__call__ = _call_nested
             # Padding lanes compute on garbage (0/0, inf - inf); their results are never stored.
