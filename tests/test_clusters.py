@@ -78,7 +78,7 @@ def tiles_of(asked: Problem, split: int) -> list[Config]:
     return [found[0], found[-1]] if found else []
 
 
-@pytest.mark.parametrize("split", [2, 4, 8])
+@pytest.mark.parametrize("split", [2, pytest.param(4, marks=pytest.mark.slow), 8])
 @pytest.mark.parametrize("name", PROBLEMS)
 def test_a_cluster_makes_the_bits_of_a_split_sum(name: str, split: int) -> None:
     """Parts are added up in the same order; a call with fewer samples leaves the others alone."""
