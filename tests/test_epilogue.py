@@ -10,9 +10,11 @@ import pytest
 import torch
 import triton
 import triton.language as tl
+from convloom.kernels import registry
 from convloom.kernels.contract import epilogue as ep
 from convloom.kernels.contract.epilogue import Access, Stage
 from convloom.kernels.contract.spec import Layout, Operand, TensorSpec
+from convloom.kernels.movement.pointwise import Pointwise
 from hypothesis import assume, given
 from hypothesis import strategies as st
 from triton.backends.compiler import GPUTarget
@@ -189,29 +191,43 @@ def test_only_runs_of_additions_are_reordered() -> None:
     [
         (4.0, "multiply(acc, tl.cast(0.25, tl.float32))"),
         (-0.125, "multiply(acc, tl.cast(-8.0, tl.float32))"),
-        (9.0, "divide(acc, tl.cast(9.0, tl.float32))"),
+        (3.0, "divide_by(acc, tl.cast(3.0, tl.float32), tl.cast(0.3333333432674408, tl.float32))"),
+        (0.75, "divide(acc, tl.cast(0.75, tl.float32))"),
         (2.0**-127, f"divide(acc, tl.cast({2.0**-127!r}, tl.float32))"),
         (2.0**127, f"divide(acc, tl.cast({2.0**127!r}, tl.float32))"),
+        (1e30, "divide(acc, tl.cast(1e+30, tl.float32))"),
         (0.0, "divide(acc, tl.cast(0.0, tl.float32))"),
         (math.inf, 'divide(acc, tl.cast(float("inf"), tl.float32))'),
+        (math.nan, 'divide(acc, tl.cast(float("nan"), tl.float32))'),
     ],
-)
-def test_powers_of_two_divide_by_a_product(literal: float, text: str) -> None:
+)  # fmt: skip
+def test_most_numbers_divide_by_products(literal: float, text: str) -> None:
     source = ep.generate((Stage("div", literal=literal),), (), (4, 8)).source
     assert f"    acc = {text}\n" in source
     reverse = ep.generate((Stage("div", literal=literal, reverse=True),), (), (4, 8)).source
     assert "acc = divide(" in reverse
 
 
-@pytest.mark.parametrize("literal", [2.0**exponent for exponent in (-125, -3, 1, 2, 6, 124)])
-def test_a_product_is_the_quotient_bit_by_bit(literal: float) -> None:
-    """Also where the result has fewer digits than it needs, or leaves the range."""
-    bits = np.random.default_rng(0).integers(0, 2**32, 100_000, dtype=np.uint32)
-    values = torch.from_numpy(bits.view(np.float32))
-    values = values[~values.isnan()]
-    product = ep._without_division(Stage("div", literal=literal)).literal
-    assert product is not None
-    assert torch.equal(values / literal, values * product)
+SPECIAL = (0.0, -0.0, math.inf, -math.inf, math.nan, 3.4028235e38, -3.4028235e38, 1.17549435e-38)
+POWERS = [2.0**exponent for exponent in (-125, -3, 1, 2, 6, 124)]
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("literal", [*POWERS, 3.0, -7.0, 9.0, 49.0, 255.0, 1.1, 1e6, 1.8e19])
+def test_quotients_by_numbers_are_rounded_as_quotients_are(literal: float) -> None:
+    """Bit by bit: by powers of two everywhere, by others from 2^-100 on."""
+    bits = np.random.default_rng(0).integers(0, 2**32, 2**16, dtype=np.uint32).view(np.float32)
+    whole = (torch.arange(2.0**12) * literal).numpy()
+    values = torch.from_numpy(np.concatenate([bits, whole, np.array(SPECIAL, np.float32)]))
+    if literal not in POWERS:
+        values = values[(values.abs() >= 2.0**-100) | (values == 0) | values.isnan()]
+    op, spec = registry.get("div"), TensorSpec(tuple(values.shape), values.dtype)
+    problem = harness.problem_for(op, Pointwise(literal=literal), (spec,))
+    (result,) = harness.run_interpreted(op, problem, (values,))
+    expected = values / torch.tensor(literal)
+    assert torch.equal(result.isnan(), expected.isnan())
+    same = result.view(torch.int32) == expected.view(torch.int32)
+    assert bool((same | expected.isnan()).all()), values[~same][:5]
 
 
 @pytest.mark.parametrize(

@@ -214,6 +214,16 @@ def divide(a, b):
 
 
 @triton.jit
+def divide_by(a, b, inverse):
+    # a / b by the rounded inverse of a number b, as IEEE 754 rounds it from 2^-100 on: what is
+    # left of a corrects the product (P. Markstein, IBM J. Res. Dev. 34, 1990). Of zeros and of
+    # infinite a nothing is.
+    quotient = a * inverse
+    rest = tl.fma(quotient, 0.0 - b, a)
+    return tl.where(tl.abs(rest) > 0.0, tl.fma(rest, inverse, quotient), quotient)
+
+
+@triton.jit
 def trunc_divide(a, b):
     return trunc(divide(a, b))
 

@@ -24,12 +24,13 @@ from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
+import numpy as np
 import torch
 import triton
 import triton.language as tl
 from triton.runtime.jit import JITFunction
 
-from . import scalars
+from . import elementary, scalars
 from .spec import Operand, TensorSpec
 
 
@@ -327,14 +328,20 @@ def _full(value: float) -> str:
     return text if text.startswith("tl.cast") else f"tl.cast({text}, tl.float32)"
 
 
-def _without_division(stage: Stage) -> Stage:
-    """The stage as a product where it divides by a power of two, whose inverse is exact: a division
-    rounded as IEEE 754 has it takes four times the instructions."""
-    if stage.name == "div" and stage.literal and not stage.reverse:
-        fraction, exponent = math.frexp(stage.literal)
-        if abs(fraction) == 0.5 and abs(exponent) < 126:
-            return replace(stage, name="mul", literal=1 / stage.literal)
-    return stage
+_BY_INVERSE = f"{elementary.__name__}:divide_by"
+
+
+def _without_division(stage: Stage) -> tuple[Stage, float | None]:
+    """Of a division by a number, which takes 27 instructions: a product by the inverse where that
+    is exact, as those of powers of two are; else with the inverse for `scalars.divide_by`."""
+    if stage.name != "div" or stage.reverse or not stage.literal:
+        return stage, None
+    fraction, exponent = math.frexp(stage.literal)
+    if abs(fraction) == 0.5 and abs(exponent) < 126:
+        return replace(stage, name="mul", literal=1 / stage.literal), None
+    # Its product must not overflow where the quotient does not.
+    divisor = np.float32(stage.literal)
+    return stage, float(1 / divisor) if 1 < abs(divisor) < 2.0**64 else None
 
 
 def _values_read(stages: Epilogue) -> set[int]:
@@ -388,9 +395,9 @@ def generate(
     for position, (stage, at) in enumerate(_ordered(stages, reads, sizes)):
         if position in read:
             lines.append(f"    earlier{position} = acc")
-        stage = _without_division(stage)
-        function = stage.scalar.function.fn.__name__
-        symbols.append(stage.scalar.symbol)
+        stage, inverse = _without_division(stage)
+        function = stage.scalar.function if inverse is None else elementary.divide_by
+        symbols.append(stage.scalar.symbol if inverse is None else _BY_INVERSE)
         arguments = ["acc"]
         for index in range(at or 0, (at or 0) + stage.operands):
             if reads[index].held:
@@ -409,7 +416,8 @@ def generate(
         if stage.reverse:
             arguments.reverse()
         arguments += [_literal(value) for value in stage.parameters]
-        result = f"{function}({', '.join(arguments)})"
+        arguments += [] if inverse is None else [_full(inverse)]
+        result = f"{function.fn.__name__}({', '.join(arguments)})"
         if stage.channels is not None:
             start, stop = stage.channels
             here = f"((columns >= {start}) & (columns < {stop}))[None, :]"
