@@ -43,11 +43,9 @@ def configure(commands: shared.SubParsers) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Plans, and prints the table."""
     found = _ablated(options)
     if options.plot is not None:
-        output.write_file(options.plot, found.to_svg())
-        output.say(f"wrote {options.plot}", stderr=True)
+        output.write_text(options.plot, found.to_svg())
     output.answer(options, found.to_json(), *_tables(found))
     return 0
 

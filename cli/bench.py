@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, redirect_stdout
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -22,10 +21,7 @@ if TYPE_CHECKING:
 
 def configure(commands: shared.SubParsers) -> None:
     parser = shared.command(
-        commands,
-        run,
-        "bench",
-        help="time models against PyTorch and torch.compile",
+        commands, run, "bench", help="time models against PyTorch and torch.compile",
         description="Times models on this machine's GPU against peers that are set up at their "
         "best, all in turns: median and spread with a cold and a warm L2 cache, images per second, "
         "the ratio to each peer, the share of what the hardware allows, memory, compile time, and "
@@ -39,7 +35,6 @@ def configure(commands: shared.SubParsers) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Measures, and prints the table and where we lose."""
     from ..benchmarks import report
     from ..benchmarks import zoo as benchmark
 
@@ -47,14 +42,19 @@ def run(options: argparse.Namespace) -> int:
     names = options.names or MODELS
     others = {name: _other(name, options) for name in names if name not in zoo.names()}
     # Compilers print; --json answers with JSON and nothing else.
-    with _telling() as tell, redirect_stdout(sys.stderr):
+    with output.working("the benchmark") as work, redirect_stdout(sys.stderr):
+
+        def tell(text: str) -> None:
+            work.what = text
+            if not sys.stderr.isatty():
+                output.say(f"{text} ...", stderr=True)
+
         rows = benchmark.bench(
             names, choices, options.output, resume=options.resume, tell=tell, others=others
         )
-    if options.json:
-        output.print_json(report.as_json(rows, choices))
-        return 0
-    output.say(
+    output.answer(
+        options,
+        report.as_json(rows, choices),
         report.note(rows[0]).replace("**", ""),
         *(_table(rows, details) for details in (False, True)),
         *(f"not measured: {reason}" for reason in report.absences(rows)),
@@ -81,19 +81,6 @@ def _other(name: str, options: argparse.Namespace) -> Other:
     saved = networks.Network(name, GraphModule(planned.graph, executable.interface), example)
     floats = [spec.dtype for spec in given if spec.dtype.is_floating_point]
     return Other(saved.model, saved.tensors, executable, planned.plan, *floats[:1])
-
-
-@contextmanager
-def _telling() -> Iterator[Callable[[str], None]]:
-    """Shows on stderr what is being done."""
-    with output.working("the benchmark") as work:
-
-        def tell(text: str) -> None:
-            work.what = text
-            if not sys.stderr.isatty():
-                output.say(f"{text} ...", stderr=True)
-
-        yield tell
 
 
 def _table(rows: list[Row], details: bool) -> Table:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import InvalidInputError
-from . import files, models, networks, output
+from . import files, networks, output
 from . import options as shared
 
 if TYPE_CHECKING:
@@ -43,12 +43,13 @@ def run(options: argparse.Namespace) -> int:
         raise InvalidInputError(
             "--target, --batch: expected one of each, or -o FILE to write all of them to"
         )
+    (executable,) = executables
     with output.working(f"reading the kernels of {options.name}"):
-        shown = _answer(executables[0]) if options.json else kernel_table(executables[0])
+        shown = _answer(executable) if options.json else kernel_table(executable)
     if options.json:
         output.print_json(shown)
     else:
-        output.say(summary_text(executables[0]), shown)
+        output.say(summary_text(executable), shown)
     return 0
 
 
@@ -63,7 +64,7 @@ def _executables(options: argparse.Namespace) -> Iterator[Executable]:
             shown = "-".join(map(str, bounds))
             with output.working(f"compiling {options.name} for {target}, batch {shown}"):
                 one = shared.changed(options, target=target)
-                yield models.compile_model(network, one, batch)
+                yield networks.compile_model(network, one, batch)
 
 
 def _write(options: argparse.Namespace, executables: list[Executable]) -> int:
@@ -71,24 +72,20 @@ def _write(options: argparse.Namespace, executables: list[Executable]) -> int:
 
     executables[0].save(options.output, *executables[1:], model=options.name)
     facts = files.facts(open_artifact(options.output))
-    if options.json:
-        output.print_json(facts)
-        return 0
     size = output.readable_size(options.output.stat().st_size)
     told = f"wrote {options.output}: {size}, sha256 {facts['sha256']}"
-    output.say(*map(summary_text, executables), told)
+    output.answer(options, facts, *map(summary_text, executables), told)
     return 0
 
 
 def _answer(executable: Executable) -> dict[str, Any]:
     """Counts, and what every kernel computes and uses; None where there is no machine code."""
-    figures = ("registers", "spill_bytes", "shared_bytes")
-    reports = [k.report() if executable.target.is_gpu else None for k in executable.kernels]
-    kernels = [
-        {"name": kernel.name, "ops": list(kernel.ops),
-         **{name: getattr(report, name, None) for name in figures}}
-        for kernel, report in zip(executable.kernels, reports, strict=True)
-    ]
+    kernels = []
+    for kernel in executable.kernels:
+        report = kernel.report() if executable.target.is_gpu else None
+        figures = ("registers", "spill_bytes", "shared_bytes")
+        used = {name: getattr(report, name, None) for name in figures}
+        kernels.append({"name": kernel.name, "ops": list(kernel.ops), **used})
     return {"summary": executable.summary, "kernels": kernels}
 
 

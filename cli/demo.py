@@ -11,7 +11,7 @@ from typing import IO, TYPE_CHECKING, Any
 
 from .. import zoo
 from ..errors import ConvloomError, InvalidInputError, near_names
-from . import inputs, models, networks, output
+from . import inputs, networks, output
 from . import options as shared
 from .compile import kernel_table, summary_text
 
@@ -95,15 +95,13 @@ def show_digits(console: Console, folder: Path) -> dict[str, Any]:
         )
     console.print(f"{target}: {executable.summary_line()}")
     started = time.perf_counter()
-    compiled = _in_batches(lambda x: models.run(executable, x), images)
+    compiled = _in_batches(lambda x: networks.run(executable, x), images)
     seconds = time.perf_counter() - started
     eager = _in_batches(model, images)
     predicted, expected = compiled.argmax(1), eager.argmax(1)
     agree = int((predicted == expected).sum())
-    accuracy = {
-        "compiled": (predicted == labels).double().mean().item(),
-        "eager": (expected == labels).double().mean().item(),
-    }
+    answers = {"compiled": predicted, "eager": expected}
+    accuracy = {name: (it == labels).double().mean().item() for name, it in answers.items()}
     console.print(
         f"{len(images)} held-out scans in batches of {DIGITS_BATCH}: {seconds:.1f} s\n"
         f"top-1 eager {accuracy['eager']:.2%}, compiled {accuracy['compiled']:.2%}; "

@@ -66,7 +66,6 @@ def configure(commands: shared.SubParsers) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Prints every check."""
     if options.file is not None:
         checks = list(examine_file(options.file))
         given = {check.status for check in checks}
@@ -82,7 +81,9 @@ def run(options: argparse.Namespace) -> int:
 
 def examine() -> Iterator[Check]:
     """Every check; what cannot be tried because something else is missing is left out."""
-    yield _python()
+    status = OK if sys.version_info >= (3, 11) else BROKEN
+    version = platform.python_version()
+    yield Check("python", status, f"{version}, 3.11 or newer is needed", EVERYTHING)
     yield Check("convloom", OK, __version__)
     libraries = [_library(name, EVERYTHING) for name in REQUIRED]
     yield from libraries
@@ -133,12 +134,6 @@ def examine_file(path: Path) -> Iterator[Check]:
                 "and the versions named above: nothing else in the file says what they should be")
 
 
-def _python() -> Check:
-    version = platform.python_version()
-    status = OK if sys.version_info >= (3, 11) else BROKEN
-    return Check("python", status, f"{version}, 3.11 or newer is needed", EVERYTHING)
-
-
 def _library(name: str, disables: str) -> Check:
     try:
         module = importlib.import_module(name)
@@ -184,10 +179,9 @@ def _gpu() -> Check:
 def _c_compiler() -> Check:
     """Triton builds the small function that launches a kernel with it and Python's headers."""
     disables = "target cuda, whose kernels are launched through a compiled function"
-    names = ("gcc", "clang")
-    found = next((path for name in names if (path := shutil.which(name))), None)
+    found = shutil.which("gcc") or shutil.which("clang")
     if found is None:
-        return Check("C compiler", MISSING, f"no {', '.join(names)}", disables)
+        return Check("C compiler", MISSING, "no gcc, clang", disables)
     header = Path(sysconfig.get_path("include")) / "Python.h"
     if not header.is_file():
         text = f"{found}, but no {header}: install Python's development files (python3-dev)"

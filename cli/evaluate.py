@@ -6,15 +6,17 @@ import argparse
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from ..errors import ArtifactError, InvalidInputError
-from . import files, inputs, models, networks, output
+from . import files, inputs, networks, output
 from . import options as shared
 
 if TYPE_CHECKING:
     import torch
+    from rich.table import Table
 
     from ..compiler.artifact.load import LoadedExecutable
     from ..compiler.run.executable import Executable
@@ -105,15 +107,14 @@ def _images(path: Path) -> list[Path]:
 
 @dataclass
 class _Tally:
-    """One network's errors and the time it took."""
-
     network: Network
     errors: Errors
     seconds: float = 0.0
     answers: list[int] = field(default_factory=list)
 
     def add(self, crops: Sequence[torch.Tensor], labels: torch.Tensor, count: int) -> None:
-        """Runs the network on batches of crops, `count` of them for each label, and counts."""
+        """Runs the network on batches of crops, `count` of them for each label and some to fill the
+        last batch up, and counts."""
         import torch
 
         from ..zoo.accuracy import mean_prediction
@@ -122,37 +123,34 @@ class _Tally:
         with torch.no_grad():
             scores = torch.cat([self.network(x) for x in crops])
         self.seconds += time.perf_counter() - started
-        prediction = mean_prediction(scores, count)
+        prediction = mean_prediction(scores[: count * len(labels)], count)
         self.errors.add(prediction, labels)
         self.answers += prediction.argmax(1).tolist()
 
 
 def run(options: argparse.Namespace) -> int:
-    """Evaluates the model and prints the table."""
     target = shared.target(options)
     is_file = shared.is_file(options.name)
     subject = _of_file(options) if is_file else _of_network(options, target)
-    entry, executable, folder, batch = subject.entry, subject.call, subject.folder, subject.batch
-    results = [
-        row
-        for count in dict.fromkeys(options.crops)
-        for row in evaluate(subject.contenders, folder, entry, count, batch)
-    ]
-    if options.json:
-        output.print_json({
-            "model": entry.name,
-            "weights": options.weights,
-            "data": str(options.data),
-            "classes": len(folder.classes),
-            "images": len(folder.files),
-            "target": executable.target.name,
-            "dtype": options.dtype or "float32",
-            "results": results,
-        })
-        return 0
-    if subject.network is not None:
-        models.warn_of_random_weights(subject.network)
-    _print_table(results, folder, executable)
+    folder, on = subject.folder, subject.call.target.name
+    results = [row for count in dict.fromkeys(options.crops) for row in _evaluate(subject, count)]
+    if subject.network is not None and not options.json:
+        networks.warn_of_random_weights(subject.network)
+    found = {
+        "model": subject.entry.name,
+        "weights": options.weights,
+        "data": str(options.data),
+        "classes": len(folder.classes),
+        "images": len(folder.files),
+        "target": on,
+        "dtype": options.dtype or "float32",
+        "results": results,
+    }
+    output.answer(
+        options, found, _table(results, folder, on),
+        f"{len(folder.files)} images of {len(folder.classes)} classes; images/s without decoding; "
+        "as eager: images with the same likeliest class",
+    )  # fmt: skip
     return 0
 
 
@@ -176,13 +174,12 @@ def _of_network(options: argparse.Namespace, target: str) -> _Subject:
     if classes:  # A folder that is none is refused before anything is compiled.
         folder = read_folder(options.data, classes, options.limit)
     with output.working(f"compiling {network.name} for {target}"):
-        executable = models.compile_for(network, batch, options)
+        executable = networks.compile_for(network, batch, options)
     classes = _classes(executable, network.name)
     folder = folder or read_folder(options.data, classes, options.limit)
-    contenders = {
-        "eager": _eager(network.model, executable, batch),
-        "compiled": _compiled(executable, batch),
-    }
+    contenders: dict[str, Network] = {
+        "eager": _eager(network.model, executable), "compiled": partial(networks.run, executable)
+    }  # fmt: skip
     return _Subject(contenders, entry, executable, folder, batch, network)
 
 
@@ -194,9 +191,8 @@ def _of_file(options: argparse.Namespace) -> _Subject:
     executable, x, _ = files.loaded(options, options.batch)
     entry = files.pictured(executable.artifact)
     folder = read_folder(options.data, _classes(executable, options.name), options.limit)
-    batch = len(x[0])
-    contenders = {"compiled": _compiled(executable, batch)}
-    return _Subject(contenders, entry, executable, folder, batch)
+    contenders: dict[str, Network] = {"compiled": partial(networks.run, executable)}
+    return _Subject(contenders, entry, executable, folder, len(x[0]))
 
 
 def _classes(executable: Executable | LoadedExecutable, name: str) -> int:
@@ -209,7 +205,7 @@ def _classes(executable: Executable | LoadedExecutable, name: str) -> int:
     return shape[1]
 
 
-def _eager(model: torch.nn.Module, executable: Executable, batch: int) -> Network:
+def _eager(model: torch.nn.Module, executable: Executable) -> Network:
     """PyTorch's own answers in the model's dtype, on the device of the executable."""
     model = model.to(executable.place)
 
@@ -218,39 +214,13 @@ def _eager(model: torch.nn.Module, executable: Executable, batch: int) -> Networ
         scores: torch.Tensor = model(*arguments, **keywords)
         return scores.cpu()
 
-    return _in_whole_batches(answers, executable, batch)
-
-
-def _compiled(executable: Executable | LoadedExecutable, batch: int) -> Network:
-    return _in_whole_batches(lambda x: models.run(executable, x), executable, batch)
-
-
-def _in_whole_batches(
-    network: Network, executable: Executable | LoadedExecutable, batch: int
-) -> Network:
-    """The answers for `batch` images or fewer of a network that takes that many, as one is that is
-    compiled or was exported."""
-    import torch
-
-    dtype = executable.inputs[0].spec.dtype
-
-    def answers(x: torch.Tensor) -> torch.Tensor:
-        padded = torch.cat([x, x[-1:].expand(batch - len(x), *x.shape[1:])])
-        return network(padded.to(dtype))[: len(x)]
-
     return answers
 
 
-def evaluate(
-    networks: dict[str, Network],
-    folder: Folder,
-    entry: ZooModel,
-    count: int,
-    batch: int,
-) -> list[dict[str, Any]]:
+def _evaluate(subject: _Subject, count: int) -> list[dict[str, Any]]:
     """One row per network: its errors with `count` crops of each image, and images per second.
 
-    Networks take up to `batch` crops at a time, the same ones in turn; decoding is not timed.
+    Networks take whole batches of crops, the same ones in turn; decoding is not timed.
 
     Raises: ArtifactError naming a file that is not an image.
     """
@@ -258,16 +228,20 @@ def evaluate(
 
     from ..zoo.accuracy import Errors
 
-    tallies = {name: _Tally(network, Errors()) for name, network in networks.items()}
+    folder, entry, batch = subject.folder, subject.entry, subject.batch
+    dtype = subject.call.inputs[0].spec.dtype
+    tallies = {name: _Tally(network, Errors()) for name, network in subject.contenders.items()}
     title = f"{count} crop{'s' if count > 1 else ''}"
     with output.working(title) as work:
         for start in range(0, len(folder.files), batch):
             work.what = f"{title}, {start:,} of {len(folder.files):,} images"
             files = folder.files[start : start + batch]
             images = [inputs.read_image(path, entry) for path, _ in files]
-            crops = torch.cat([inputs.evaluation_crops(each, entry, count) for each in images])
+            crops = [inputs.evaluation_crops(each, entry, count) for each in images]
+            # What is compiled or was exported takes whole batches.
+            fill = crops[-1][-1:].expand(-sum(map(len, crops)) % batch, -1, -1, -1)
+            pieces = torch.split(torch.cat([*crops, fill]).to(dtype), batch)
             labels = torch.tensor([label for _, label in files])
-            pieces = [crops[at : at + batch] for at in range(0, len(crops), batch)]
             for tally in tallies.values():
                 tally.add(pieces, labels, count)
     eager = tallies.get("eager")
@@ -284,13 +258,11 @@ def evaluate(
     ]
 
 
-def _print_table(
-    results: Sequence[dict[str, Any]], folder: Folder, executable: Executable | LoadedExecutable
-) -> None:
+def _table(results: Sequence[dict[str, Any]], folder: Folder, target: str) -> Table:
     rows = [
         (
             row["crops"],
-            row["network"] if row["network"] == "eager" else f"on {executable.target.name}",
+            row["network"] if row["network"] == "eager" else f"on {target}",
             f"{row['top1_error']:.2%}",
             "-" if row["top5_error"] is None else f"{row['top5_error']:.2%}",
             f"{row['images_per_s']:,.1f}",
@@ -299,8 +271,4 @@ def _print_table(
         for row in results
     ]
     headings = ("crops", "network", ">top-1 error", ">top-5 error", ">images/s", ">as eager")
-    output.say(
-        output.table(headings, rows),
-        f"{len(folder.files)} images of {len(folder.classes)} classes; images/s without decoding; "
-        "as eager: images with the same likeliest class",
-    )
+    return output.table(headings, rows)

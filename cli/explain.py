@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import ArtifactError, InvalidInputError
-from . import files, models, networks, output
+from . import files, networks, output
 from . import options as shared
 
 if TYPE_CHECKING:
@@ -57,7 +57,6 @@ def configure(commands: shared.SubParsers) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Compiles and prints or writes what was asked for."""
     _check(options)
     options = _with_model(options)
     if options.labels:
@@ -67,7 +66,8 @@ def run(options: argparse.Namespace) -> int:
     elif shared.is_file(options.name):
         _explain_file(options)
     elif options.kernel:
-        _show_code(options, _compiled(options).kernel(options.kernel))
+        kernel = _compiled(options).kernel(options.kernel)
+        _show_code(options, kernel, kernel.code(options.code or "source"))
     elif options.dot:
         from ..compiler.graph import text
 
@@ -127,33 +127,33 @@ def _list_labels(options: argparse.Namespace) -> None:
 
 def _compiled(options: argparse.Namespace) -> Executable:
     with output.working(f"compiling {options.name}"):
-        return models.compile_model(options.network, options, options.batch)
+        return networks.compile_model(options.network, options, options.batch)
 
 
 def _planned(options: argparse.Namespace) -> tuple[Graph, Plan, Report]:
     """What there is to explain of a model; no code has been generated for it."""
     with output.working(f"planning {options.name}"):
-        graph, plan, ledger = models.lower_for(options.network, options.batch, options)
+        graph, plan, ledger = networks.lower_for(options.network, options.batch, options)
     ledger.plan = plan
     return graph, plan, ledger
 
 
-def _measured(options: argparse.Namespace) -> tuple[Graph, Plan, Report]:
-    """Compiled, and run once, kernel by kernel."""
-    executable = _compiled(options)
-    _measure(options, executable, *models.placed(executable))
-    return executable.graph, executable.plan, executable.ledger
-
-
-def _measure(options: argparse.Namespace, executable: Any, x: Any, keywords: Any) -> None:
+def _measured(options: argparse.Namespace, executable: Any, x: Any, keywords: Any) -> Report:
+    """The ledger of what has been run once, kernel by kernel."""
     with output.working(f"running {options.name} kernel by kernel"):
         executable.profile(*x, **keywords)
+    ledger: Report = executable.ledger
+    return ledger
 
 
 def _explain(options: argparse.Namespace) -> None:
     from ..compiler.explain.account_text import refusals_by_reason
 
-    _, plan, ledger = _measured(options) if options.measure else _planned(options)
+    if options.measure:
+        executable = _compiled(options)
+        plan, ledger = executable.plan, _measured(options, executable, *networks.placed(executable))
+    else:
+        _, plan, ledger = _planned(options)
     account = replace(ledger.account(), model=options.name)
     _draw(options, account, lambda: plan)
     if options.json:
@@ -165,8 +165,7 @@ def _explain(options: argparse.Namespace) -> None:
         output.print_json({**account.to_json(), "refusals": refusals, "summary": plan.summary(),
                            "plan": plan.to_json()})
     elif not (options.html or options.svg):
-        text = ledger.explain(options.name, plan.summary())
-        output.show(text)
+        output.show(ledger.explain(options.name, plan.summary()))
 
 
 def _explain_file(options: argparse.Namespace) -> None:
@@ -178,29 +177,23 @@ def _explain_file(options: argparse.Namespace) -> None:
     artifact = open_artifact(options.name)
     program = files.pick(artifact, options)
     if options.kernel:
-        _show_code(options, files.kernel_in(artifact, program, options.kernel))
+        kind = options.code or "source"
+        _show_code(options, *files.code_of(artifact, program, options.kernel, kind))
         return
     if options.dot:
         from ..compiler.graph import text
 
         output.show(text.to_dot(files.replanned(artifact, program).graph))
         return
-    ledger = _run_file(options) if options.measure else ledger_of(artifact, program)
+    measured = _measured(options, *files.loaded(options)) if options.measure else None
+    ledger = measured or ledger_of(artifact, program)
     account = replace(ledger.account(), model=artifact.document.model)
     _draw(options, account, lambda: files.replanned(artifact, program).plan)
     if options.json:
         output.print_json({**account.to_json(), "artifact": files.facts(artifact)})
     elif not (options.html or options.svg):
         output.show(f"{options.name} holds {artifact.holds()}; sha256 {artifact.sha256}\n\n")
-        told = ledger.to_text() if options.measure else explain(artifact, program)
-        output.show(told)
-
-
-def _run_file(options: argparse.Namespace) -> Report:
-    """The ledger of a file that has been run, kernel by kernel."""
-    executable, x, keywords = files.loaded(options)
-    _measure(options, executable, x, keywords)
-    return executable.ledger
+        output.show(ledger.to_text() if measured else explain(artifact, program))
 
 
 def _draw(options: argparse.Namespace, account: Account, plan: Callable[[], Plan]) -> None:
@@ -208,14 +201,9 @@ def _draw(options: argparse.Namespace, account: Account, plan: Callable[[], Plan
     from ..compiler.explain import picture
 
     if options.html is not None:
-        _write(options.html, picture.to_html(account, _code(plan())))
+        output.write_text(options.html, picture.to_html(account, _code(plan())))
     if options.svg is not None:
-        _write(options.svg, picture.to_svg(account))
-
-
-def _write(path: Path, text: str) -> None:
-    output.write_file(path, text)
-    output.say(f"wrote {path}", stderr=True)
+        output.write_text(options.svg, picture.to_svg(account))
 
 
 def _code(plan: Plan) -> list[KernelCode]:
@@ -242,10 +230,7 @@ def _compare(options: argparse.Namespace) -> None:
 
     before, after = (_side(word, options) for word in options.diff)
     difference = diff.compare(before, after, tuple(options.diff))
-    if options.json:
-        output.print_json(difference.to_json())
-    else:
-        output.show(diff.to_text(difference))
+    output.answer(options, difference.to_json(), text=diff.to_text(difference))
 
 
 def _side(word: str, options: argparse.Namespace) -> Account:
@@ -281,10 +266,6 @@ def read_account(path: Path) -> Account:
     return from_json(data, str(path))
 
 
-def _show_code(options: argparse.Namespace, kernel: Kernel | files.SavedKernel) -> None:
-    code = options.code or "source"
-    text = {"source": kernel.source, "ptx": kernel.ptx, "sass": kernel.sass}[code]()
-    if options.json:
-        output.print_json({"kernel": kernel.name, "ops": list(kernel.ops), code: text})
-    else:
-        output.show(text)
+def _show_code(options: argparse.Namespace, kernel: Kernel, text: str) -> None:
+    found = {"kernel": kernel.name, "ops": list(kernel.ops), options.code or "source": text}
+    output.answer(options, found, text=text)

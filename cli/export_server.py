@@ -38,7 +38,6 @@ def configure(commands: shared.SubParsers) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Writes the folder."""
     from ..compiler.artifact.read import open_artifact
 
     artifact = open_artifact(options.file)

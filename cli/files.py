@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import argparse
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from .. import zoo
 from ..errors import InvalidInputError
-from . import inputs, output
+from . import inputs, networks, output
 from . import options as shared
 
 if TYPE_CHECKING:
     from ..compiler.artifact.load import LoadedExecutable
-    from ..compiler.artifact.program import Image, Program
+    from ..compiler.artifact.program import Program
     from ..compiler.artifact.read import Artifact
     from ..compiler.run.executable import Executable, Kernel
     from ..zoo import ZooModel
@@ -64,69 +64,34 @@ def loaded(
 ) -> tuple[LoadedExecutable, tuple[Any, ...], dict[str, Any]]:
     """The file's network on this machine, and zeros as its inputs, as many images as were asked
     for, or as the largest batch it was compiled for."""
-    import torch
-
     from ..compiler.artifact.load import load
 
     with output.working(f"loading {options.name} for {device(options)}"):
         executable = load(options.name, device(options))
-    program = executable.plan
-    batch = min(batch or program.batches[1], program.batches[1])
-    tensors = [
-        torch.zeros(port.spec.at(batch) if port.spec.batch else port.spec.shape,
-                    dtype=port.spec.dtype, device=executable.place)
-        for port in executable.inputs
-    ]  # fmt: skip
-    arguments, keywords = program.interface.placed(tensors)
-    return executable, arguments, keywords
+    most = executable.plan.batches[1]
+    return executable, *networks.placed(executable, min(batch or most, most))
 
 
-@dataclass(frozen=True)
-class SavedKernel:
-    """One launch of a program: machine code and PTX are those of the file."""
+def code_of(artifact: Artifact, program: Program, name: str, kind: str) -> tuple[Kernel, str]:
+    """The launch of that name, and its code: the file's own machine code ("sass") and "ptx", which
+    is compiled again where the file has none, as newer generations do not need it.
 
-    artifact: Artifact
-    kernel: Kernel
-    image: Image | None
+    Raises: InvalidInputError with the near names.
+    """
+    from ..kernels.devices import offline
 
-    @property
-    def name(self) -> str:
-        return self.kernel.name
-
-    @property
-    def ops(self) -> tuple[str, ...]:
-        return self.kernel.ops
-
-    def source(self) -> str:
-        """The Triton source that this convloom compiles for it."""
-        return self.kernel.source()
-
-    def ptx(self) -> str:
-        """PTX text; compiled again where the file has none, which newer generations do not need."""
-        if self.image is None or self.image.ptx is None:
-            return self.kernel.ptx()
-        return self.artifact.code(self.image.ptx).decode("utf-8", "replace")
-
-    def sass(self) -> str:
-        """Disassembled machine code."""
-        from ..kernels.devices import offline
-
-        if self.image is None:
-            return self.kernel.sass()
-        return offline.disassembled(self.artifact.code(self.image.cubin), self.name)
-
-
-def kernel_in(artifact: Artifact, program: Program, name: str) -> SavedKernel:
-    """The launch of that name. Raises: InvalidInputError with the near names."""
     executable = replanned(artifact, program)
     kernel = executable.kernel(name)
     at = [each.name for each in executable.kernels].index(kernel.name)
     image = program.images[program.calls[at].image] if program.calls else None
-    return SavedKernel(artifact, kernel, image)
+    if image is not None and kind == "sass":
+        return kernel, offline.disassembled(artifact.code(image.cubin), kernel.name)
+    if image is not None and kind == "ptx" and image.ptx is not None:
+        return kernel, artifact.code(image.ptx).decode("utf-8", "replace")
+    return kernel, kernel.code(kind)
 
 
 def largest_batch(program: Program) -> int:
-    """The most images of a call."""
     shape = program.inputs[0].spec.shape
     return program.batches[1] if program.batch or not shape else shape[0]
 

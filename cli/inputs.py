@@ -204,19 +204,15 @@ def _pixels(image: Image, entry: ZooModel) -> torch.Tensor:
     pixels = torch.from_numpy(values.transpose(2, 0, 1) / 255)
     if entry.name in DIGIT_MODELS:
         # Paper is bright and ink dark in most scans; the network learnt the opposite.
-        return 1 - pixels if _border(pixels) > 0.5 else pixels
+        inner = pixels[:, 1:-1, 1:-1]
+        border = (pixels.sum() - inner.sum()) / (pixels.numel() - inner.numel())
+        return 1 - pixels if border > 0.5 else pixels
     if entry.name in HALF_RANGE_MODELS:
         return pixels * 2 - 1
     if channels == 1:
         return (pixels - GREY_MEAN) / GREY_DEVIATION
     mean, deviation = (torch.tensor(each).view(-1, 1, 1) for each in (MEAN, DEVIATION))
     return (pixels - mean) / deviation
-
-
-def _border(pixels: torch.Tensor) -> float:
-    """Mean brightness of the outermost pixels."""
-    inner = pixels[:, 1:-1, 1:-1]
-    return ((pixels.sum() - inner.sum()) / (pixels.numel() - inner.numel())).item()
 
 
 def _resized(image: Image, height: int, width: int, share: float) -> Image:

@@ -37,7 +37,6 @@ EXIT_ERROR = 2
 
 
 def parser() -> argparse.ArgumentParser:
-    """The parser of the whole command line."""
     top = argparse.ArgumentParser(
         prog="convloom",
         description="Compiles convolutional networks from PyTorch to fused Triton kernels.",

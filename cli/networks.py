@@ -1,5 +1,5 @@
 """What a NAME on the command line stands for: a model of the zoo, of torchvision or timm, anything
-that Python can import, or a file."""
+that Python can import, or a file; compiled as the options ask."""
 
 from __future__ import annotations
 
@@ -9,20 +9,25 @@ import importlib.util
 import sys
 import traceback
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from .. import zoo
 from ..errors import ArtifactError, InvalidInputError, near_names
-from . import inputs
+from . import inputs, output
 from . import options as shared
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
 
+    from ..compiler.artifact.load import LoadedExecutable
+    from ..compiler.explain.report import Report
+    from ..compiler.graph.ir import Graph
+    from ..compiler.plan.plan import Plan
+    from ..compiler.run.executable import Executable
     from ..zoo import ZooModel
 
 SEED = 0
@@ -50,12 +55,10 @@ class Network:
         return asked or (sizes[0] if self.says_batch and sizes else usual)
 
     def tensors(self, batch: int | None = None) -> list[torch.Tensor]:
-        """The tensors of the example."""
         import torch
         from torch.utils import _pytree as pytree
 
-        leaves = pytree.tree_leaves(self.example(batch))
-        return [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
+        return list(filter(torch.is_tensor, pytree.tree_leaves(self.example(batch))))
 
     def example(self, batch: int | None = None) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Arguments and keywords with zeros for `batch` images in every tensor whose first size is
@@ -64,8 +67,7 @@ class Network:
         from torch.utils import _pytree as pytree
 
         both = (self.arguments, self.keywords)
-        leaves = [leaf for leaf in pytree.tree_leaves(both) if isinstance(leaf, torch.Tensor)]
-        first = leaves[0].shape[:1] if leaves else ()
+        first = next((x.shape[:1] for x in filter(torch.is_tensor, pytree.tree_leaves(both))), ())
 
         def sized(x: torch.Tensor) -> torch.Tensor:
             changes = batch is not None and bool(first) and x.shape[:1] == first
@@ -105,7 +107,9 @@ def find(
     if Path(name).suffix in (".onnx", ".pt2"):
         network = _from_file(name, options)
     elif ":" in name:
-        network = Network(name, _with_weights(_called(name), weights).eval(), ())
+        from ..zoo.checkpoint import load_weights
+
+        network = Network(name, load_weights(_called(name), weights).eval(), ())
     elif name.partition("/")[0] in ("torchvision", "timm"):
         network = _from_library(name, weights)
     else:
@@ -179,6 +183,7 @@ def _from_library(name: str, weights: str | None) -> Network:
     import torch
 
     from ..benchmarks import foreign
+    from ..zoo.checkpoint import load_weights
 
     try:
         model, shape = foreign.named(name)
@@ -189,13 +194,7 @@ def _from_library(name: str, weights: str | None) -> Network:
             f"{name}: {library} cannot be imported ({error}); pip install {lacking}"
         ) from error
     example = () if shape is None else (torch.zeros(1, *shape),)
-    return Network(name, _with_weights(model, weights), example, is_random=weights is None)
-
-
-def _with_weights(model: nn.Module, weights: str | None) -> nn.Module:
-    from ..zoo.checkpoint import load_weights
-
-    return load_weights(model, weights)
+    return Network(name, load_weights(model, weights), example, is_random=weights is None)
 
 
 def made(shapes: list[tuple[tuple[int, ...], str]] | None) -> Iterator[torch.Tensor]:
@@ -223,12 +222,12 @@ def drawn(examples: Iterable[torch.Tensor]) -> tuple[torch.Tensor, ...]:
 
 def _sized(network: Network, shapes: list[tuple[tuple[int, ...], str]] | None) -> Network:
     """The network with the inputs that `--input` says."""
-    if not shapes and not network.arguments and not network.keywords:
-        raise InvalidInputError(
-            f"{network.name} does not say what its inputs are; pass --input, such as "
-            "--input 1x3x224x224"
-        )
     if not shapes:
+        if not network.arguments and not network.keywords:
+            raise InvalidInputError(
+                f"{network.name} does not say what its inputs are; pass --input, such as "
+                "--input 1x3x224x224"
+            )
         return network
     given = tuple(made(shapes))
     entry = network.entry
@@ -241,6 +240,103 @@ def _sized(network: Network, shapes: list[tuple[tuple[int, ...], str]] | None) -
         _, channels, height, width = given[0].shape
         entry = replace(entry, input_shape=(channels, height, width))
     return replace(network, arguments=given, keywords={}, entry=entry, says_batch=True)
+
+
+# Compiling.
+
+
+def warn_of_random_weights(network: Network) -> None:
+    """Says on stderr that the answers of a model with random weights mean nothing."""
+    if network.is_random:
+        hint = "--weights digits" if network.name in inputs.DIGIT_MODELS else "--weights FILE"
+        text = f"the weights are random (seed {SEED}), so the classes mean nothing; pass {hint}"
+        output.say(text, stderr=True)
+
+
+def compile_model(
+    network: Network, options: argparse.Namespace, batch: int | tuple[int, int] | None
+) -> Executable:
+    """The network compiled for `batch` images (None: for its example's), or for any number in a
+    range.
+
+    Raises: ConvloomError for an unknown target or pass, and as compiling does.
+    """
+    bounds = batch if isinstance(batch, tuple) else None
+    most = batch[1] if isinstance(batch, tuple) else batch
+    return compile_for(network, most, options, dynamic_batch=bounds)
+
+
+def compile_for(
+    network: Network, batch: int | None, options: argparse.Namespace, **more: Any
+) -> Executable:
+    """The network compiled for `batch` images; more: as `api.executable_for` takes it."""
+    from ..compiler.api import executable_for
+
+    example, keywords = network.example(batch)
+    choices = {"kwargs": keywords, **_choices(options), **more}
+    # Under CONVLOOM_DEBUG the compiler prints: never into the JSON that a command answers with.
+    with redirect_stdout(sys.stderr):
+        return executable_for(network.model, example, **choices)
+
+
+def lower_for(
+    network: Network, batch: int | None, options: argparse.Namespace, **more: Any
+) -> tuple[Graph, Plan, Report]:
+    """The network as it would be compiled for `batch` images, without code; more: as
+    `api.lowered` takes it."""
+    from ..compiler.api import lowered
+
+    example, keywords = network.example(batch)
+    choices = {"kwargs": keywords, **_choices(options), **more}
+    with redirect_stdout(sys.stderr):
+        return lowered(network.model, example, **choices)
+
+
+def placed(
+    executable: Executable | LoadedExecutable, batch: int | None = None
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Zeros as inputs of an executable, where it takes them: larger images under `--slide`."""
+    import torch
+
+    specs, place = [port.spec for port in executable.inputs], executable.place
+    return executable.interface.placed([
+        torch.zeros(spec.at(batch) if batch else spec.shape, dtype=spec.dtype, device=place)
+        for spec in specs
+    ])  # fmt: skip
+
+
+def _choices(options: argparse.Namespace) -> dict[str, Any]:
+    """What the options say of a compilation."""
+    return {
+        "target": shared.target(options),
+        "dtype": shared.dtype(options),
+        "precision": options.precision,
+        "passes": shared.passes(options),
+        "fallback": options.fallback,
+        "force": options.force,
+        "forbid": options.forbid,
+        "slide": getattr(options, "slide", None),
+    }
+
+
+def seen(entry: ZooModel, options: argparse.Namespace) -> ZooModel:
+    """The model with the images that it takes: larger ones than its own under `--slide`."""
+    size = getattr(options, "slide", None)
+    return entry if size is None else replace(entry, input_shape=(entry.input_shape[0], *size))
+
+
+def run(executable: Executable | LoadedExecutable, x: torch.Tensor) -> torch.Tensor:
+    """The executable's only output, on the CPU; moves the input to the GPU where it must be."""
+    import torch
+
+    arguments, keywords = executable.interface.placed([x.to(executable.place)])
+    y = executable(*arguments, **keywords)
+    if not isinstance(y, torch.Tensor):
+        raise InvalidInputError(
+            f"expected a model that returns one tensor, this one returns a {type(y).__name__}; "
+            "call it in Python"
+        )
+    return y.cpu()
 
 
 # What Python can import.

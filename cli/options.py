@@ -102,26 +102,17 @@ def compile_options(
 
 
 def add_input(parser: argparse.ArgumentParser) -> None:
-    """`--input`."""
-    parser.add_argument(
-        "--input",
-        dest="shapes",
-        metavar="SHAPE",
-        nargs="+",
-        type=_shape,
-        help="what each input is, for a model that does not say or takes others too: 1x3x224x224, "
-        "or 1x3x224x224:float16",
-    )
+    parser.add_argument("--input", dest="shapes", metavar="SHAPE", nargs="+", type=_shape,
+                        help="what each input is, for a model that does not say or takes others "
+                        "too: 1x3x224x224, or 1x3x224x224:float16")
 
 
 def add_weights(parser: argparse.ArgumentParser) -> None:
-    """`--weights`."""
     parser.add_argument("--weights", metavar="FILE", help="a .safetensors or .pth file, or "
                         '"digits" for lenet5 (default: random, seed 0)')
 
 
 def add_data(parser: argparse.ArgumentParser, required: bool) -> None:
-    """`--data` and `--limit`."""
     usual = "" if required else " (default: one random batch)"
     parser.add_argument("--data", metavar="FOLDER", type=Path, required=required,
                         help=f"one sub-folder of images per class{usual}")
@@ -166,7 +157,6 @@ def _batches(text: str) -> int | tuple[int, int]:
 
 
 def changed(options: argparse.Namespace, **changes: Any) -> argparse.Namespace:
-    """The options with some of them replaced."""
     return argparse.Namespace(**{**vars(options), **changes})
 
 

@@ -36,10 +36,13 @@ def print_json(value: Any) -> None:
     print(json.dumps(_finite(value), indent=2, allow_nan=False))
 
 
-def answer(options: argparse.Namespace, value: Any, *lines: object) -> None:
-    """A command's result: under `--json` the value and nothing else, otherwise the lines."""
+def answer(options: argparse.Namespace, value: Any, *lines: object, text: str = "") -> None:
+    """A command's result: under `--json` the value and nothing else, otherwise the lines, or the
+    text as `show` prints it."""
     if options.json:
         print_json(value)
+    elif text:
+        show(text)
     else:
         say(*lines)
 
@@ -161,6 +164,12 @@ def write_file(path: Path, content: str | Callable[[IO[bytes]], object]) -> None
             file.write(content.encode()) if isinstance(content, str) else content(file)
     except OSError as error:
         raise ArtifactError(f"cannot write '{path}': {error.strerror or error}") from error
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a text, and says so on stderr. Raises: ArtifactError as `write_file` does."""
+    write_file(path, text)
+    say(f"wrote {path}", stderr=True)
 
 
 def readable_size(size_bytes: int) -> str:

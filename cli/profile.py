@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from . import files, models, networks, output
+from . import files, networks, output
 from . import options as shared
 
 if TYPE_CHECKING:
@@ -32,7 +32,6 @@ def configure(commands: shared.SubParsers) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Profiles, and prints the kernels, the slowest first."""
     profile = _profile(options)
     if options.trace is not None:
         output.write_file(options.trace, json.dumps(profile.trace(), indent=1))
@@ -64,11 +63,11 @@ def _profile(options: argparse.Namespace) -> Profile:
     batch = network.batch(options.batch)
     target = targets.parse(shared.target(options))
     if target.has_times and not can_measure(target):
-        _, plan, _ = models.lower_for(network, batch, options)
+        _, plan, _ = networks.lower_for(network, batch, options)
         return profile.modelled(network.name, batch, plan)
     with output.working(f"compiling {network.name}"):
-        executable = models.compile_model(network, options, batch)
-    x, keywords = models.placed(executable)
+        executable = networks.compile_model(network, options, batch)
+    x, keywords = networks.placed(executable)
     values = iter(networks.drawn(filter(torch.is_tensor, x)))
     x = tuple(next(values) if torch.is_tensor(each) else each for each in x)
     with output.working(f"timing {network.name}"):

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import InvalidInputError
-from . import files, inputs, models, networks, output
+from . import files, inputs, networks, output
 from . import options as shared
 
 if TYPE_CHECKING:
@@ -57,6 +57,8 @@ def run(options: argparse.Namespace) -> int:
             f"run {options.name}: expected INPUT, an image or a .npy file, or --random without "
             "INPUT and --output"
         )
+    import numpy as np
+
     if options.random:
         return _time_calls(options)
     if options.batch is not None:
@@ -64,26 +66,22 @@ def run(options: argparse.Namespace) -> int:
     saved = shared.is_file(options.name)
     entry, x, executable, network = _loaded(options) if saved else _compiled(options)
     with output.working(f"running {entry.name}"):
-        y = models.run(executable, x)
+        y = networks.run(executable, x)
     if options.output is not None:
-        output.write_file(options.output, lambda file: _save(file, y))
+        output.write_file(options.output, lambda file: np.save(file, y.float().numpy()))
     best = _best_classes(y)
-    if options.json:
-        output.print_json({
-            "model": entry.name,
-            "target": executable.target.name,
-            "input_shape": list(x.shape),
-            "output_shape": list(y.shape),
-            "output": str(options.output) if options.output else None,
-            "top": best,
-        })
-        return 0
-    if network is not None:
-        models.warn_of_random_weights(network)
-    if options.output is not None:
-        output.say(f"wrote {tuple(y.shape)} to {options.output}")
-    else:
-        output.say(*_result_lines(y, best))
+    if network is not None and not options.json:
+        networks.warn_of_random_weights(network)
+    written = [f"wrote {tuple(y.shape)} to {options.output}"] if options.output else None
+    found = {
+        "model": entry.name,
+        "target": executable.target.name,
+        "input_shape": list(x.shape),
+        "output_shape": list(y.shape),
+        "output": str(options.output) if options.output else None,
+        "top": best,
+    }
+    output.answer(options, found, *([] if options.json else written or _result_lines(y, best)))
     return 0
 
 
@@ -94,31 +92,33 @@ def _time_calls(options: argparse.Namespace) -> int:
     from torch.utils import _pytree as pytree
 
     executable: Executable | LoadedExecutable
-    inputs: tuple[Any, Any]
     if shared.is_file(options.name):
         shared.refuse_choices(options, "batch")
-        executable, *rest = files.loaded(options, options.batch)
-        inputs = rest[0], rest[1]
+        executable, x, keywords = files.loaded(options, options.batch)
     else:
         network = networks.find(options.name, options, options.weights)
         target = shared.target(options)
         batch = network.batch(options.batch)
         with output.working(f"compiling {network.name} for {target}, batch {batch}"):
-            executable = compiled = models.compile_for(network, batch, options)
-        inputs = models.placed(compiled)
-    tensors = [x for x in pytree.tree_leaves(inputs) if isinstance(x, torch.Tensor)]
+            executable = networks.compile_for(network, batch, options)
+        x, keywords = networks.placed(executable)
+    on_gpu = executable.place.type == "cuda"
+    tensors = list(filter(torch.is_tensor, pytree.tree_leaves((x, keywords))))
     generator = torch.Generator(executable.place).manual_seed(networks.SEED)
-    for x in tensors:
-        fill = x.normal_ if x.dtype.is_floating_point else x.random_
+    for each in tensors:
+        fill = each.normal_ if each.dtype.is_floating_point else each.random_
         fill(generator=generator)
     with output.working(f"running {options.name}") as work:
         times_ms = []
         for at in range(options.warmup + options.iterations):
             work.what = f"running {options.name}, {at} of {options.warmup + options.iterations}"
-            times_ms.append(_call_ms(executable, *inputs))
+            started = time.perf_counter()
+            executable(*x, **keywords)
+            if on_gpu:
+                torch.cuda.synchronize()
+            times_ms.append((time.perf_counter() - started) * 1e3)
     timed = np.array(times_ms[options.warmup :])
     shape = tensors[0].shape
-    on_gpu = executable.place.type == "cuda"
     found: dict[str, Any] = {
         "model": options.name,
         "target": executable.target.name,
@@ -142,43 +142,22 @@ def _time_calls(options: argparse.Namespace) -> int:
     return 0
 
 
-def _call_ms(executable: Any, arguments: Any, keywords: Any) -> float:
-    """Milliseconds of a call, until its outputs are there."""
-    import torch
-
-    started = time.perf_counter()
-    executable(*arguments, **keywords)
-    if executable.place.type == "cuda":
-        torch.cuda.synchronize()
-    return (time.perf_counter() - started) * 1e3
-
-
 def _compiled(options: argparse.Namespace) -> tuple[ZooModel, torch.Tensor, Executable, Network]:
     target = shared.target(options)
     network = networks.find(options.name, options, options.weights)
     entry = network.pictured("run")
-    x = inputs.read_input(inputs.present(options.input), models.seen(entry, options))
+    x = inputs.read_input(inputs.present(options.input), networks.seen(entry, options))
     with output.working(f"compiling {network.name} for {target}"):
-        executable = models.compile_for(network, len(x), options)
+        executable = networks.compile_for(network, len(x), options)
     return entry, x.to(executable.inputs[0].spec.dtype), executable, network
 
 
 def _loaded(options: argparse.Namespace) -> tuple[ZooModel, torch.Tensor, LoadedExecutable, None]:
-    from ..compiler.artifact.load import load
-
     shared.refuse_choices(options)
-    device = files.device(options)
-    with output.working(f"loading {options.name} for {device}"):
-        executable = load(options.name, device)
+    executable, *_ = files.loaded(options)
     entry = files.pictured(executable.artifact)
     x = inputs.read_input(inputs.present(options.input), entry)
     return entry, x.to(executable.inputs[0].spec.dtype), executable, None
-
-
-def _save(file: Any, y: torch.Tensor) -> None:
-    import numpy as np
-
-    np.save(file, y.float().numpy())
 
 
 def _best_classes(y: torch.Tensor) -> list[list[dict[str, float]]] | None:

@@ -12,15 +12,15 @@ from typing import TYPE_CHECKING, Any
 
 from .. import zoo
 from ..errors import ArtifactError, InvalidInputError, TargetUnavailableError
-from . import models, networks, output
+from . import networks, output
 from . import options as shared
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from ..compiler.records.choose import Listed, Records
+    from ..compiler.records.choose import Records
     from ..compiler.records.store import Merged
-    from ..compiler.tuning.search import Outcome, Progress, Tuner, Work
+    from ..compiler.tuning.search import Outcome, Tuner, Work
     from ..kernels.contract.op import Problem
     from ..kernels.contract.targets import Target
     from .networks import Network
@@ -70,7 +70,6 @@ def _seconds(text: str) -> float:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Tunes, or looks after the records."""
     records_only = options.show is not None or options.merge or options.prune
     if options.names and records_only:
         raise InvalidInputError(
@@ -80,11 +79,19 @@ def run(options: argparse.Namespace) -> int:
         raise InvalidInputError(
             "expected the name of a model (see `convloom zoo`), --show, --merge or --prune"
         )
+    if not records_only:
+        return _tune(options)
+    from ..compiler.records.choose import Records
+    from ..compiler.records.store import merge, prune
+
+    records = Records.here(options.to)
     if options.show is not None:
-        return _show(options)
-    if options.merge:
-        return _merge(options)
-    return _prune(options) if options.prune else _tune(options)
+        _show(records, options)
+    elif options.merge:
+        _print_merged(merge(records.own, options.merge), options)
+    else:
+        _print_merged(prune(records.own), options)
+    return 0
 
 
 # Tuning.
@@ -107,9 +114,9 @@ def _tune(options: argparse.Namespace) -> int:
     settings = Options(left, options.candidates, options.retune)
     with output.working(f"tuning {', '.join(options.names)}") as work:
 
-        def watch(now: Progress) -> None:
-            work.what = now.text
-            work.heard("configurations", now.done, now.total)
+        def watch(trying: str, done: int, total: int) -> None:
+            work.what = trying
+            work.heard("configurations", done, total)
 
         tuner = Tuner(records, timer, settings, watch)
         try:
@@ -162,7 +169,7 @@ def _works(
         network = own[name] if name in own else networks.find(name, options)
         for batch in options.batch:
             with output.working(f"reading {name}, batch {network.batch(batch)}"):
-                _, plan, _ = models.lower_for(
+                _, plan, _ = networks.lower_for(
                     network, batch, options, target=target.name, known=timings
                 )
             problems += problems_of(plan)
@@ -199,47 +206,25 @@ def _summary(tuner: Tuner, records: Records) -> str:
 def _answer(tuner: Tuner, records: Records) -> dict[str, Any]:
     from ..compiler.records.records import to_json
 
-    return {
-        "records": str(records.own.folder),
-        "out_of_time": tuner.out_of_time,
-        "unsaved": tuner.unsaved,
-        "outcomes": [
-            {
-                "kernel": str(each.work.key),
-                "uses": each.work.uses,
-                "status": each.status,
-                "default_us": each.default_us,
-                "record": to_json(each.record) if each.record else None,
-            }
-            for each in tuner.outcomes
-        ],
-    }
+    outcomes = [
+        {"kernel": str(each.work.key), "uses": each.work.uses, "status": each.status,
+         "default_us": each.default_us, "record": to_json(each.record) if each.record else None}
+        for each in tuner.outcomes
+    ]  # fmt: skip
+    return {"records": str(records.own.folder), "out_of_time": tuner.out_of_time,
+            "unsaved": tuner.unsaved, "outcomes": outcomes}  # fmt: skip
 
 
 # Records.
 
 
-def _records(options: argparse.Namespace) -> Records:
-    from ..compiler.records.choose import Records
-
-    return Records.here(options.to)
-
-
-def _show(options: argparse.Namespace) -> int:
+def _show(records: Records, options: argparse.Namespace) -> None:
     from ..compiler.records.choose import listed
     from ..compiler.records.records import to_json
 
-    records = listed(_records(options), options.show or None)
-    told = _record_table(records) if records else "no records; `convloom tune NAME` makes some"
-    plain = [{"origin": e.origin, "stale": e.stale, **to_json(e.record)} for e in records]
-    output.answer(options, plain, told)
-    return 0
-
-
-def _record_table(records: Sequence[Listed]) -> Table:
-    rows = []
-    for each in records:
-        record = each.record
+    plain, rows = [], []
+    for record, origin, stale in listed(records, options.show or None):
+        plain.append({"origin": origin, "stale": stale, **to_json(record)})
         state = "" if record.complete else "interrupted"
         rows.append((
             record.key,
@@ -247,16 +232,18 @@ def _record_table(records: Sequence[Listed]) -> Table:
             record.config,
             record if record.is_measured else f"{record} ({record.time_us:,.1f} us)",
             record.date.partition("T")[0],
-            ", ".join(filter(None, (each.origin, state, each.stale and f"stale: {each.stale}"))),
+            ", ".join(filter(None, (origin, state, stale and f"stale: {stale}"))),
         ))
-    return output.table(("kernel", "for", "configuration", "time", "date", ""), rows)
+    table = output.table(("kernel", "for", "configuration", "time", "date", ""), rows)
+    output.answer(options, plain, table if rows else "no records; `convloom tune NAME` makes some")
 
 
-def _merge(options: argparse.Namespace) -> int:
-    from ..compiler.records.store import merge
-
-    results = merge(_records(options).own, options.merge)
-    _print_merged(results, options)
+def _print_merged(results: Sequence[Merged], options: argparse.Namespace) -> None:
+    """Raises: ArtifactError where a file was refused."""
+    plain = [{"file": str(e.path), "outcome": e.outcome, "reason": e.reason} for e in results]
+    rows = [(e.record.key if e.record else e.path, e.outcome, e.reason) for e in results]
+    told = output.table(("kernel", "outcome", "reason"), rows) if rows else "nothing to do"
+    output.answer(options, plain, told)
     refused = [each for each in results if each.outcome == "refused"]
     if refused:
         first = refused[0]
@@ -264,18 +251,3 @@ def _merge(options: argparse.Namespace) -> int:
             f"{len(refused)} of {len(results)} files were not taken over, the first one "
             f"'{first.path}': {first.reason}"
         )
-    return 0
-
-
-def _prune(options: argparse.Namespace) -> int:
-    from ..compiler.records.store import prune
-
-    _print_merged(prune(_records(options).own), options)
-    return 0
-
-
-def _print_merged(results: Sequence[Merged], options: argparse.Namespace) -> None:
-    plain = [{"file": str(e.path), "outcome": e.outcome, "reason": e.reason} for e in results]
-    rows = [(e.record.key if e.record else e.path, e.outcome, e.reason) for e in results]
-    told = output.table(("kernel", "outcome", "reason"), rows) if rows else "nothing to do"
-    output.answer(options, plain, told)

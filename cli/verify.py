@@ -4,14 +4,14 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
 from .. import zoo
 from ..errors import ConvloomError, InvalidInputError
-from . import evaluate, inputs, models, networks, output
+from . import evaluate, inputs, networks, output
 from . import options as shared
 
 if TYPE_CHECKING:
@@ -78,24 +78,25 @@ def run(options: argparse.Namespace) -> int:
     if options.passes == shared.CHECKED and not is_file:
         return _run_passes(shared.changed(options, passes="default"))
     subject = _file(options) if is_file else _model(options)
-    batches = _random(subject) if options.data is None else _images(options, subject)
+    random = [networks.drawn(subject.examples)]
+    batches = random if options.data is None else _images(options, subject)
     steps, rows, agreement = _verify(subject, batches)
     problems = [check.problem for check in subject.passes if check.problem is not None]
     problems += _first_wrong_layer(steps)
     problems += [f"{row.name}: {row.problem}" for row in rows if row.problem is not None]
-    if options.json:
-        output.print_json({
-            "name": subject.name,
-            "target": subject.target,
-            "dtype": str(subject.dtype).removeprefix("torch."),
-            "passed": not problems,
-            "outputs": [asdict(row) for row in rows],
-            "agreement": asdict(agreement) if agreement else None,
-            "steps": [asdict(step) for step in steps],
-            "passes": [asdict(check) for check in subject.passes],
-        })
-    else:
-        _print(subject, steps, rows, agreement, problems)
+    kind = str(subject.dtype).removeprefix("torch.")
+    found = {
+        "name": subject.name,
+        "target": subject.target,
+        "dtype": kind,
+        "passed": not problems,
+        "outputs": [asdict(row) for row in rows],
+        "agreement": asdict(agreement) if agreement else None,
+        "steps": [asdict(step) for step in steps],
+        "passes": [asdict(check) for check in subject.passes],
+    }
+    told = "\n".join(problems) if problems else "as exact as its type allows"
+    output.answer(options, found, *_lines(kind, steps, rows, agreement), told)
     return EXIT_DIFFERS if problems else 0
 
 
@@ -107,13 +108,10 @@ def _run_passes(options: argparse.Namespace) -> int:
     network = networks.find(options.name, options, options.weights)
     validation = Validation(strict=False)
     with output.working(f"running the passes on {network.name} for {target}"):
-        models.lower_for(network, options.batch, options, validation=validation)
+        networks.lower_for(network, options.batch, options, validation=validation)
     checks = validation.checks
     problems = [check.problem for check in checks if check.problem is not None]
-    rows = [
-        (c.name, c.changed, f"{c.error:.1e}", "ok" if c.problem is None else "WRONG")
-        for c in checks
-    ]
+    rows = [(c.name, c.changed, f"{c.error:.1e}", "WRONG" if c.problem else "ok") for c in checks]
     headings = ("pass", "changed nodes", "largest error", "")
     table = output.table(headings, rows, "before and after, float64")
     found = {"name": network.name, "target": target, "passed": not problems,
@@ -146,7 +144,7 @@ def _model(options: argparse.Namespace) -> Subject:
     x = networks.drawn(examples)
     validation = Validation(parity.as_numbers(x, torch.float64), strict=False)
     with output.working(f"compiling {network.name} for {target}"):
-        executable = models.compile_for(network, options.batch, options, validation=validation)
+        executable = networks.compile_for(network, options.batch, options, validation=validation)
     dtype = parity.dtype_of(executable.graph)
 
     placed = executable.interface.placed
@@ -175,32 +173,23 @@ def _file(options: argparse.Namespace) -> Subject:
     with output.working(f"loading {options.name}"):
         executable = load(options.name, target)
         graph = load(options.name, "reference").executables[-1].graph
-    batch = min(
-        options.batch or BATCH, max(high for _, high in (p.batches for p in executable.programs))
-    )
+    batch = min(options.batch or BATCH, max(each.batches[1] for each in executable.programs))
     last = executable.executables[-1] if target != "cuda" else None
-    watched = last if last is not None and last.has_steps else None
 
     def steps(x: tuple[torch.Tensor, ...]) -> list[Step]:
-        assert watched is not None
+        assert last is not None
         arguments, keywords = executable.interface.placed(x)
-        return list(watched.errors(*arguments, **keywords))
+        return list(last.errors(*arguments, **keywords))
 
     model = executable.artifact.document.model
     return Subject(
         name=options.name, target=target, batch=batch,
-        examples=[torch.zeros(spec.at(batch) if spec.batch else spec.shape, dtype=spec.dtype)
-                  for spec in (port.spec for port in executable.plan.inputs)],
+        examples=[torch.zeros(port.spec.at(batch), dtype=port.spec.dtype)
+                  for port in executable.plan.inputs],
         call=executable, truth=parity.truth_of_graph(graph), dtype=parity.dtype_of(graph),
-        depth=parity.depth_of(graph),
-        steps=steps if watched is not None else None,
+        depth=parity.depth_of(graph), steps=steps if last is not None and last.has_steps else None,
         entry=zoo.entry(model) if model in zoo.names() else None,
-    )
-
-
-def _random(subject: Subject) -> Iterator[tuple[torch.Tensor, ...]]:
-    """One batch of normally distributed numbers, always the same."""
-    yield networks.drawn(subject.examples)
+    )  # fmt: skip
 
 
 def _images(options: argparse.Namespace, subject: Subject) -> Iterator[tuple[torch.Tensor, ...]]:
@@ -223,7 +212,7 @@ def _images(options: argparse.Namespace, subject: Subject) -> Iterator[tuple[tor
 
 
 def _verify(
-    subject: Subject, batches: Iterator[tuple[torch.Tensor, ...]]
+    subject: Subject, batches: Iterable[tuple[torch.Tensor, ...]]
 ) -> tuple[list[Step], list[OutputParity], Agreement | None]:
     """Steps on the first batch; of every output the worst batch; answers on all of them."""
     from ..compiler.run import parity
@@ -262,33 +251,27 @@ def _badness(row: OutputParity) -> tuple[bool, float]:
     return row.problem is not None, share
 
 
-def _print(
-    subject: Subject,
-    steps: list[Step],
-    rows: list[OutputParity],
-    agreement: Agreement | None,
-    problems: list[str],
-) -> None:
-    kind = str(subject.dtype).removeprefix("torch.")
+def _lines(
+    kind: str, steps: list[Step], rows: list[OutputParity], agreement: Agreement | None
+) -> Iterator[object]:
     lines: list[tuple[str, str, Step | OutputParity]] = [
         (getattr(step, "layer", "") or step.module_path, step.step, step) for step in steps
     ]
     lines += [("result", row.name, row) for row in rows]
     cells = [(*names, f"{row.compiled:.1e}", f"{row.eager:.1e}") for *names, row in lines]
     headings = ("layer", "step", ">compiled", ">eager")
-    output.say(output.table(headings, cells, f"largest error / rms, {kind}"))
+    yield output.table(headings, cells, f"largest error / rms, {kind}")
     if not steps:
-        output.say("--target interpreter or emulator:sm_90 compares layers")
+        yield "--target interpreter or emulator:sm_90 compares layers"
     for row in rows:
         if (worst := row.worst) is not None:
-            output.say(
+            yield (
                 f"{row.name}: worst element {worst.index}: got {worst.got:.9g}, expected "
                 f"{worst.expected:.9g}; error {worst.error:.2g} of {worst.allowed:.2g} allowed"
             )
     if agreement is not None:
-        output.say(
+        yield (
             f"likeliest class as in float64: compiled {agreement.compiled_top1} of "
             f"{agreement.images}, eager {agreement.eager_top1}; among float64's five: compiled "
             f"{agreement.compiled_top5}, eager {agreement.eager_top5}"
         )
-    output.say("\n".join(problems) if problems else "as exact as its type allows")

@@ -50,7 +50,6 @@ def configure(commands: shared.SubParsers) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Prints the table."""
     if options.shapes and not options.names:
         raise InvalidInputError("--input: expected the NAME of a model too")
     rows = figures(options.names or zoo.names(), options.measure, options)
@@ -151,7 +150,7 @@ def layers_of(graph: Graph, model: nn.Module) -> list[dict[str, Any]]:
     is that of its last op. Ops that move nothing (flatten, dropout at inference) are no layers.
     A parameter is counted where it is first read.
     """
-    from ..compiler.graph.ledger import Ledger
+    from ..compiler.graph.ledger import Ledger, op_name
     from ..compiler.passes.recognise import recognise_composites
 
     graph = recognise_composites(graph.copy(), Ledger())
@@ -161,7 +160,7 @@ def layers_of(graph: Graph, model: nn.Module) -> list[dict[str, Any]]:
     rows = []
     for path, group in groupby(nodes, key=lambda node: node.module_path):
         members = list(group)
-        ops = [_op(node) for node in members if node.op not in VIEWS]
+        ops = [op_name(node) for node in members if node.op not in VIEWS]
         if not ops:
             continue
         spec = members[-1].spec
@@ -176,11 +175,6 @@ def layers_of(graph: Graph, model: nn.Module) -> list[dict[str, Any]]:
             }
         )
     return rows
-
-
-def _op(node: Node) -> str:
-    """The op; of a call without a kernel the aten op."""
-    return node.op if node.is_compute else str(node.attributes)
 
 
 def _parameters(graph: Graph, model: nn.Module, reachable: set[str]) -> dict[str, int]:

@@ -591,9 +591,9 @@ def test_listing(known: choose.Records) -> None:
     known.shipped.put(record_of(conv()))
     known.own.put(stale(record_of(relu())))
     found = choose.listed(known)
-    assert [(each.origin, each.stale is None) for each in found] == [
+    assert [(origin, stale is None) for _, origin, stale in found] == [
         ("shipped", True), ("yours", False),
     ]  # fmt: skip
-    assert [each.record.key.op for each in choose.listed(known, "relu")] == ["relu"]
+    assert [record.key.op for record, _, _ in choose.listed(known, "relu")] == ["relu"]
     with pytest.raises(InvalidInputError, match="unknown op 'conv'; did you mean"):
         choose.listed(known, "conv")

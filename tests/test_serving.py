@@ -16,7 +16,7 @@ import convloom
 import pytest
 import torch
 from convloom import zoo
-from convloom.cli import export_server, models
+from convloom.cli import export_server, networks
 from convloom.cli.inputs import SAMPLE
 from convloom.compiler.artifact.read import open_artifact
 from convloom.errors import InvalidInputError
@@ -93,7 +93,7 @@ def test_a_model_of_two_tensors_is_refused_with_what_to_do() -> None:
     made = {"place": exe.place, "interface": interface, "__call__": lambda self, x: exe(x, x)}
     pair = type("Pair", (), made)()
     with pytest.raises(InvalidInputError, match=r"returns a tuple; call it in Python$"):
-        models.run(pair, torch.zeros(2, 5))
+        networks.run(pair, torch.zeros(2, 5))
 
 
 # The Triton Inference Server.

@@ -17,7 +17,7 @@ import re
 import stat
 import struct
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from io import BufferedReader
 from pathlib import Path
@@ -54,19 +54,9 @@ Content = Sequence[bytes | memoryview]
 
 @dataclass(frozen=True)
 class Entry:
-    """A member in the central directory."""
-
     name: str
     size: int
     checksum: int
-
-
-@dataclass(frozen=True)
-class Span:
-    """Where a member's data lies in the file."""
-
-    offset: int
-    size: int
 
 
 def write(path: Path, members: Mapping[str, Content]) -> None:
@@ -82,7 +72,7 @@ def write(path: Path, members: Mapping[str, Content]) -> None:
             f"{sum(entry.size for entry in entries):,} bytes in {len(names):,}; save fewer targets "
             "or batch ranges"
         )
-    _, headers, directory = arrange(entries)
+    _, headers, directory = _arrange(entries)
     try:
         with replacing(path) as file:
             for name, header in zip(names, headers, strict=True):
@@ -104,7 +94,6 @@ def _checksum(content: Content) -> int:
 
 
 def digest(content: Content) -> str:
-    """The sha256 of a member, in hexadecimal."""
     hashed = hashlib.sha256()
     for piece in content:
         hashed.update(piece)
@@ -118,9 +107,9 @@ def _fits(entries: Sequence[Entry]) -> bool:
     return total <= LARGEST_FILE and len(entries) <= MOST_MEMBERS
 
 
-def arrange(entries: Sequence[Entry]) -> tuple[list[Span], list[bytes], bytes]:
-    """Where members lie, the header in front of each, and the directory behind them all."""
-    spans, headers, listed = [], [], []
+def _arrange(entries: Sequence[Entry]) -> tuple[list[int], list[bytes], bytes]:
+    """Where members begin, the header in front of each, and the directory behind them all."""
+    starts, headers, listed = [], [], []
     position = 0
     for entry in entries:
         name = entry.name.encode("ascii")
@@ -134,19 +123,19 @@ def arrange(entries: Sequence[Entry]) -> tuple[list[Span], list[bytes], bytes]:
             _LOCAL.pack(b"PK\3\4", *_FIXED, *sizes, padding) + name + extra.ljust(padding, b"\0")
         )
         listed.append(_CENTRAL.pack(b"PK\1\2", 20, *_FIXED, *sizes, 0, 0, 0, 0, 0, position) + name)
-        spans.append(Span(start + padding, entry.size))
+        starts.append(start + padding)
         position = start + padding + entry.size
     central = b"".join(listed)
     count = len(entries)
     end = _END.pack(b"PK\5\6", 0, 0, count, count, len(central), position, 0)
-    return spans, headers, central + end
+    return starts, headers, central + end
 
 
 class Archive:
     """A file of the one accepted form, in memory; what its members hold is checked by `verify`.
 
     All of it is read at once: what is checked is what is used, whoever changes the file or cuts it
-    off afterwards.
+    off afterwards. `members` are views of it.
     """
 
     def __init__(self, path: Path) -> None:
@@ -157,13 +146,13 @@ class Archive:
                 size = os.fstat(file.fileno()).st_size
                 entries = _directory(path, file, size)
                 # Whole pages, which torch may take for its own and which start at one.
-                self._data = memoryview(mmap.mmap(-1, size, flags=PRIVATE))
+                data = memoryview(mmap.mmap(-1, size, flags=PRIVATE))
                 file.seek(0)
-                if file.readinto(self._data) != size or file.read(1):
+                if file.readinto(data) != size or file.read(1):
                     raise damaged(path, "it was changed while it was read")
         except OSError as error:
             raise ArtifactError(f"cannot read '{path}': {error.strerror or error}") from error
-        self.members = _members(path, self._data, entries)
+        self.members = _members(path, data, entries)
         self._checksums = {entry.name: entry.checksum for entry in entries}
 
     def verify(self, digests: Mapping[str, tuple[int, str]]) -> None:
@@ -174,12 +163,11 @@ class Archive:
             differing = sorted(set(expected) ^ set(self.members))
             raise damaged(self.path, f"'{differing[0]}' is not in both manifest.json and the file")
         for name, (size, sha256) in digests.items():
-            span = self.members[name]
-            if size != span.size:
+            data = self.members[name]
+            if size != len(data):
                 raise damaged(
-                    self.path, f"'{name}' has {span.size} bytes, manifest.json says {size}"
+                    self.path, f"'{name}' has {len(data)} bytes, manifest.json says {size}"
                 )
-            data = self.view(name)
             if zlib.crc32(data) != self._checksums[name] or digest([data]) != sha256:
                 raise damaged(self.path, f"the sha256 of '{name}' is not manifest.json's")
             if name.startswith("kernels/") and Path(name).stem != sha256[:NAME_DIGITS]:
@@ -192,17 +180,12 @@ class Archive:
         """
         if name not in self.members:
             raise ArtifactError(f"'{self.path}' is not a convloom executable: it has no '{name}'")
-        data = self.view(name)
+        data = self.members[name]
         if len(data) > most_bytes:
             raise damaged(self.path, f"'{name}' has {len(data):,} bytes, more than {most_bytes:,}")
         if zlib.crc32(data) != self._checksums[name]:
             raise damaged(self.path, f"the checksum of '{name}' is wrong")
         return bytes(data)
-
-    def view(self, name: str) -> memoryview:
-        """A member's bytes, without a copy."""
-        span = self.members[name]
-        return self._data[span.offset : span.offset + span.size]
 
 
 def _opened(path: Path) -> BufferedReader:
@@ -243,45 +226,42 @@ def _directory(path: Path, file: IO[bytes], size: int) -> list[Entry]:
     if count > MOST_MEMBERS or length > count * (_CENTRAL.size + LONGEST_NAME):
         raise damaged(path, f"its directory of {count} members has {length} bytes")
     file.seek(start)
-    return list(_entries(path, file.read(length)))
-
-
-def _entries(path: Path, central: bytes) -> Iterator[Entry]:
-    position = 0
-    while position < len(central):
-        if len(central) - position < _CENTRAL.size:
+    central, entries = memoryview(file.read(length)), []
+    while central:
+        if len(central) < _CENTRAL.size:
             raise damaged(path, "its directory ends within an entry")
-        values = _CENTRAL.unpack_from(central, position)
-        checksum, size, length = values[7], values[9], values[10]
-        position += _CENTRAL.size
-        name = central[position : position + length].decode("latin-1")
-        position += length
+        values = _CENTRAL.unpack_from(central)
+        end = _CENTRAL.size + values[10]
+        name = str(central[_CENTRAL.size : end], "latin-1")
         if not NAME.fullmatch(name):
             raise ArtifactError(
                 f"'{path}' is not a convloom executable: it holds {name[:LONGEST_NAME]!r}"
             )
-        yield Entry(name, size, checksum)
+        entries.append(Entry(name, size=values[9], checksum=values[7]))
+        central = central[end:]
+    return entries
 
 
-def _members(path: Path, data: memoryview, entries: Sequence[Entry]) -> dict[str, Span]:
-    """Members by name, once everything around them is what `arrange` makes."""
+def _members(path: Path, data: memoryview, entries: Sequence[Entry]) -> dict[str, memoryview]:
+    """Members by name, once everything around them is what `_arrange` makes."""
     names = [entry.name for entry in entries]
     if not _fits(entries):
         raise damaged(path, "its members are larger than a zip can be")
     if names != sorted(set(names)):
         raise damaged(path, "its members are not each there once, in order")
-    spans, headers, directory = arrange(entries)
-    for name, span, header in zip(names, spans, headers, strict=True):
-        if data[span.offset - len(header) : span.offset] != header:
-            raise damaged(path, f"the header of '{name}' is not what convloom writes")
-    end = spans[-1].offset + spans[-1].size if spans else 0
+    starts, headers, directory = _arrange(entries)
+    members, end = {}, 0
+    for entry, start, header in zip(entries, starts, headers, strict=True):
+        if data[start - len(header) : start] != header:
+            raise damaged(path, f"the header of '{entry.name}' is not what convloom writes")
+        end = start + entry.size
+        members[entry.name] = data[start:end]
     if data[end:] != directory:
         raise damaged(path, "its directory is not what convloom writes")
-    return dict(zip(names, spans, strict=True))
+    return members
 
 
 def manifest_of(members: Mapping[str, Content]) -> dict[str, dict[str, int | str]]:
-    """Size and sha256 of every member."""
     return {
         name: {"size": _size(content), "sha256": digest(content)}
         for name, content in sorted(members.items())

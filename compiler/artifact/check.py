@@ -11,7 +11,6 @@ import re
 from bisect import bisect_left
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
 from heapq import heappop, heappush
 from typing import NoReturn
 
@@ -149,17 +148,13 @@ class _Checker:
 
     # Memory.
 
-    @cached_property
-    def _is_dynamic(self) -> bool:
-        """Whether some buffer holds a batch."""
-        return any(buffer.batch is not None for buffer in self.program.buffer_list)
-
     def _check_buffers(self) -> None:
         buffers = self.program.buffer_list
         if len({buffer.name for buffer in buffers}) != len(buffers):
             self.refuse("a buffer is there twice")
+        is_dynamic = any(buffer.batch is not None for buffer in buffers)
         for buffer in buffers:
-            self._check_buffer(buffer)
+            self._check_buffer(buffer, is_dynamic)
         for kind in ARENAS:
             end = max((b.offset + b.size_bytes for b in buffers if b.kind == kind), default=0)
             if end > LARGEST_MEMORY:
@@ -183,7 +178,8 @@ class _Checker:
                     f"{size} of {tensor.dtype}"
                 )
 
-    def _check_buffer(self, buffer: Buffer) -> None:
+    def _check_buffer(self, buffer: Buffer, is_dynamic: bool) -> None:
+        """is_dynamic: whether some buffer holds a batch."""
         where = f"buffer '{buffer.name[:80]}'"
         if buffer.kind not in KINDS or buffer.dtype not in POINTERS:
             self.refuse(f"{where} of kind {buffer.kind[:20]!r} and {buffer.dtype}")
@@ -192,7 +188,7 @@ class _Checker:
         self._check_batch(buffer.batch, where)
         scales = buffer.batch is not None
         fixed = buffer.kind in ("constant", "zeroed", "fixed")
-        in_arena = buffer.kind == "arena" and not scales and self._is_dynamic
+        in_arena = buffer.kind == "arena" and not scales and is_dynamic
         if (scales and fixed) or in_arena or (buffer.offset and buffer.kind not in ARENAS):
             self.refuse(f"{where} of kind {buffer.kind} at {buffer.offset}, batch {buffer.batch}")
         parts = buffer.batch or 1
@@ -274,9 +270,8 @@ class _Checker:
         if not _ENTRY.fullmatch(image.entry):
             self.refuse(f"{where} is no name of a function")
         folder = f"kernels/sm_{target.capability}/"
-        for member, kind in ((image.cubin, "cubin"), (image.ptx, "ptx")):
-            if member is None:
-                continue
+        members = {"cubin": image.cubin} | ({} if image.ptx is None else {"ptx": image.ptx})
+        for kind, member in members.items():
             named = member.startswith(folder) and member.endswith(f".{kind}")
             if not named or member not in self.members:
                 self.refuse(f"{where}: expected a {kind} in {folder}, got '{member[:80]}'")

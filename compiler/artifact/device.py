@@ -12,7 +12,6 @@ from __future__ import annotations
 import ctypes
 import importlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -74,8 +73,9 @@ def pick(artifact: Artifact, capability: int) -> tuple[tuple[Program, ...], bool
             by_architecture.setdefault(program.architecture, []).append(program)
     older = sorted((each for each in by_architecture if each < capability), reverse=True)
     family = [e for e in older if e // 10 == capability // 10 and e < ARCHITECTURE_SPECIFIC]
-    for architecture in ([capability] if capability in by_architecture else []) + family:
-        return tuple(by_architecture[architecture]), False
+    for architecture in (capability, *family):
+        if architecture in by_architecture:
+            return tuple(by_architecture[architecture]), False
     for architecture in older:
         programs = tuple(by_architecture[architecture])
         if all(image.ptx is not None for program in programs for image in program.images):
@@ -91,18 +91,10 @@ ARCHITECTURE_SPECIFIC = 90
 """From Hopper on Triton compiles for the generation's own instructions."""
 
 
-@dataclass(frozen=True)
-class Kernel:
-    """A loaded function, and the image it came from."""
-
-    function: Any
-    image: Image
-
-
 def load_kernels(
     driver: Any, program: Program, code: Callable[[str], bytes], by_ptx: bool
-) -> tuple[Kernel, ...]:
-    """Every image of a program on the current device.
+) -> tuple[Any, ...]:
+    """The driver's function of every image of a program, on the current device.
 
     Raises: TargetUnavailableError where the device has less shared memory than a kernel needs,
     KernelError for what the driver refuses.
@@ -111,7 +103,7 @@ def load_kernels(
     attribute = driver.CUdevice_attribute.CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN
     available = call(driver, "cuDeviceGetAttribute", attribute, device)
     modules: dict[str, Any] = {}
-    kernels = []
+    attributes, functions = driver.CUfunction_attribute, []
     for image in program.images:
         if image.shared_bytes > available:
             raise TargetUnavailableError(
@@ -124,50 +116,49 @@ def load_kernels(
         if member not in modules:
             modules[member] = call(driver, "cuModuleLoadData", code(member) + end)
         function = call(driver, "cuModuleGetFunction", modules[member], image.entry.encode())
-        _ask_for_shared_memory(driver, function, image)
-        kernels.append(Kernel(function, image))
-    return tuple(kernels)
-
-
-def _ask_for_shared_memory(driver: Any, function: Any, image: Image) -> None:
-    attributes = driver.CUfunction_attribute
-    if image.shared_bytes > STATIC_SHARED_BYTES:
-        call(
-            driver,
-            "cuFuncSetCacheConfig",
-            function,
-            driver.CUfunc_cache.CU_FUNC_CACHE_PREFER_SHARED,
-        )
-        size = attributes.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
-        call(driver, "cuFuncSetAttribute", function, size, image.shared_bytes)
-    if image.num_ctas == 16:
-        allowed = attributes.CU_FUNC_ATTRIBUTE_NON_PORTABLE_CLUSTER_SIZE_ALLOWED
-        call(driver, "cuFuncSetAttribute", function, allowed, 1)
+        if image.shared_bytes > STATIC_SHARED_BYTES:
+            preference = driver.CUfunc_cache.CU_FUNC_CACHE_PREFER_SHARED
+            call(driver, "cuFuncSetCacheConfig", function, preference)
+            size = attributes.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+            call(driver, "cuFuncSetAttribute", function, size, image.shared_bytes)
+        if image.num_ctas == 16:
+            allowed = attributes.CU_FUNC_ATTRIBUTE_NON_PORTABLE_CLUSTER_SIZE_ALLOWED
+            call(driver, "cuFuncSetAttribute", function, allowed, 1)
+        functions.append(function)
+    return tuple(functions)
 
 
 def bind(
     driver: Any,
     program: Program,
-    kernels: Sequence[Kernel],
+    kernels: Sequence[Any],
     memory: Memory,
     stream: Callable[[], int],
 ) -> list[Action]:
-    """One call without arguments per launch, in order; `stream` is asked at each.
+    """One call without arguments per launch, in order; `stream` is asked at each. kernels: of
+    `load_kernels`.
 
     Raises: KernelError for a buffer that is not aligned as kernels were compiled for.
     """
-    return [
-        (
-            program.steps[each.step].name,
-            _bind_call(driver, each, kernels[each.image], memory, stream),
-        )
-        for each in program.calls
-    ]
+    actions: list[Action] = []
+    for each in program.calls:
+        image = program.images[each.image]
+        config = driver.CUlaunchConfig()
+        config.gridDimX = each.grid.programs_at(memory.batch) * image.num_ctas
+        config.gridDimY = config.gridDimZ = 1
+        config.blockDimX = WARP * image.num_warps
+        config.blockDimY = config.blockDimZ = 1
+        config.sharedMemBytes = image.shared_bytes
+        config.attrs = attributes = _attributes(driver, image)
+        config.numAttrs = len(attributes)
+        passed = _arguments(driver, each, image, memory)
+        action = partial(_launch, driver, config, kernels[each.image], passed, stream)
+        actions.append((program.steps[each.step].name, action))
+    return actions
 
 
-def _bind_call(
-    driver: Any, each: Call, kernel: Kernel, memory: Memory, stream: Callable[[], int]
-) -> Callable[[], None]:
+def _arguments(driver: Any, each: Call, image: Image, memory: Memory) -> tuple[Any, list[Any]]:
+    """The addresses of a launch's arguments, and the arguments, which must stay alive."""
     values: list[Any] = []
     for argument in each.arguments:
         if argument.kind == ROWS:
@@ -176,33 +167,22 @@ def _bind_call(
         address = memory.flat(argument.buffer).data_ptr()
         if address % PROMISE:
             raise KernelError(
-                f"{kernel.image.entry}: buffer {argument.buffer} is not aligned to {PROMISE} bytes"
+                f"{image.entry}: buffer {argument.buffer} is not aligned to {PROMISE} bytes"
             )
         if argument.map is not None:
             buffer = memory.flat(argument.buffer)
             values += maps.encoded(call, driver, argument.map, buffer, memory.batch)
-            continue
-        values.append(ctypes.c_uint64(address))
+        else:
+            values.append(ctypes.c_uint64(address))
     # The compiler's global and profiling scratch: no kernel in a file uses them.
     values += [ctypes.c_uint64(0), ctypes.c_uint64(0)]
-    addresses = (ctypes.c_void_p * len(values))(*map(ctypes.addressof, values))
-    config = driver.CUlaunchConfig()
-    config.gridDimX = each.grid.programs_at(memory.batch) * kernel.image.num_ctas
-    config.gridDimY = config.gridDimZ = 1
-    config.blockDimX = WARP * kernel.image.num_warps
-    config.blockDimY = config.blockDimZ = 1
-    config.sharedMemBytes = kernel.image.shared_bytes
-    attributes = _attributes(driver, kernel.image)
-    config.attrs = attributes
-    config.numAttrs = len(attributes)
-
-    return partial(_launch, driver, config, kernel.function, (addresses, values), stream)
+    return (ctypes.c_void_p * len(values))(*map(ctypes.addressof, values)), values
 
 
 def _launch(
     driver: Any, config: Any, function: Any, passed: tuple[Any, Any], stream: Callable[[], int]
 ) -> None:
-    """passed: the addresses of the arguments, and the arguments, which must stay alive."""
+    """passed: of `_arguments`."""
     config.hStream = driver.CUstream(stream())
     call(driver, "cuLaunchKernelEx", config, function, ctypes.addressof(passed[0]), 0)
 
@@ -237,10 +217,8 @@ def upload(
     program: Program, tensors: Mapping[str, torch.Tensor], device: torch.device
 ) -> dict[str, torch.Tensor]:
     """The packed constants of a program on a device; tensors that buffers share are there once."""
-    copies: dict[str, torch.Tensor] = {}
-    for _, name in program.constants:
-        if name not in copies:
-            copies[name] = tensors[name].to(device, copy=True)
+    names = dict.fromkeys(name for _, name in program.constants)
+    copies = {name: tensors[name].to(device, copy=True) for name in names}
     return {buffer: copies[name] for buffer, name in program.constants}
 
 
@@ -275,8 +253,7 @@ def schedule_of(program: Program) -> Schedule | None:
             for argument in each.arguments
             if argument.kind != ROWS
         )
-    every = [tuple(touches) for touches in touched]
-    return scheduled(program.streams, every, program.buffers, tuple(launches))
+    return scheduled(program.streams, touched, program.buffers, tuple(launches))
 
 
 def capability_here(artifact: Artifact) -> int:

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, fields, is_dataclass, replace
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 
@@ -30,11 +30,11 @@ from ...settings import BRANCHES, PROGRAMMATIC
 from ..graph import ir
 from ..graph.ir import CONSTANT, INPUT, OUTPUT, TORCH, CompileTarget, Graph, Node, Value
 from ..graph.ledger import Ledger
-from ..graph.typed import Reader, plain
+from ..graph.typed import Reader
 from ..graph.verify import verify
 from ..plan.lower import Options, lower
 from ..plan.plan import Plan
-from ..records.choose import Choice, heuristic
+from ..records.choose import Choice, Chooser, heuristic
 from .check import LARGEST_EXTENT, spec_problem
 from .program import Literal, Nest, Program, nest_of
 from .tensors import Pool, Stored, logical
@@ -117,16 +117,16 @@ def record_of(graph: Graph, plan: Plan, pool: Pool) -> GraphRecord:
         for node in nodes
         if node.op == CONSTANT
     )
-    records = tuple(_node_record(graph, node) for node in nodes)
+    records = tuple(
+        NodeRecord(
+            **{item.name: getattr(node, item.name) for item in fields(node)},
+            inputs=tuple((value.node, value.index) for value in graph.inputs(node.name)),
+        )
+        for node in nodes
+    )
     return GraphRecord(
         name=graph.name,
-        batch=plan.batch,
-        precision=plan.precision,
-        in_place=plan.in_place,
-        arguments=nest_of(plan.structure.arguments),
-        result=nest_of(plan.structure.result),
-        results=plan.structure.results,
-        names=plan.structure.names,
+        **outside_of(plan),
         summary=tuple((name, plan.summary()[name]) for name in CAPTURED),
         dtype=goal.dtype,
         force=goal.force,
@@ -136,10 +136,14 @@ def record_of(graph: Graph, plan: Plan, pool: Pool) -> GraphRecord:
     )
 
 
-def _node_record(graph: Graph, node: Node) -> NodeRecord:
-    own = {item.name: getattr(node, item.name) for item in fields(node)}
-    inputs = tuple((value.node, value.index) for value in graph.inputs(node.name))
-    return NodeRecord(**own, inputs=inputs)
+def outside_of(plan: Plan) -> dict[str, Any]:
+    """The fields that a graph's record and its programs have alike."""
+    structure = plan.structure
+    return {
+        "batch": plan.batch, "precision": plan.precision, "in_place": plan.in_place,
+        "arguments": nest_of(structure.arguments), "result": nest_of(structure.result),
+        "results": structure.results, "names": structure.names,
+    }  # fmt: skip
 
 
 def _as_read(graph: Graph, node: Node) -> torch.Tensor:
@@ -170,11 +174,6 @@ def extensions_of(graph: Graph) -> set[tuple[str, str]]:
     return found
 
 
-def to_json(record: GraphRecord) -> Any:
-    """The record as plain data, attributes with the name of their class."""
-    return plain(record, (Attributes,))
-
-
 # Reading.
 
 
@@ -194,14 +193,10 @@ def _attribute_classes() -> dict[str, type]:
         if not (isinstance(kind, type) and is_dataclass(kind)):
             waiting.extend(typing.get_args(kind))
             continue
-        if issubclass(kind, Attributes) and found.setdefault(kind.__name__, kind) is kind:
-            hints = typing.get_type_hints(kind)
-            waiting.extend(hint for hint in hints.values() if not _is_known(hint, found))
+        if issubclass(kind, Attributes) and kind.__name__ not in found:
+            found[kind.__name__] = kind
+            waiting.extend(typing.get_type_hints(kind).values())
     return found
-
-
-def _is_known(hint: Any, found: Mapping[str, type]) -> bool:
-    return isinstance(hint, type) and found.get(hint.__name__) is hint
 
 
 class _GraphReader(Reader):
@@ -236,9 +231,8 @@ class _GraphReader(Reader):
             self.refuse(where, f"one of {', '.join(map(repr, _words()))}", value)
         if isinstance(value, int) and not -LARGEST_EXTENT < value < LARGEST_EXTENT:
             self.refuse(where, f"a number below {LARGEST_EXTENT}", value)
-        if isinstance(value, tuple):
-            for item in value:
-                self._check_plain(item, where)
+        for item in value if isinstance(value, tuple) else ():
+            self._check_plain(item, where)
 
     def _checked_stage(self, stage: Stage, where: str) -> Stage:
         if stage.name not in registry.BY_NAME and stage.name not in BY_NAME:
@@ -268,22 +262,20 @@ def read_graph(
     where = f"graph.json of '{source}'"
     with _damaged(where):
         record: GraphRecord = _GraphReader(where).read(GraphRecord, data, "graph")
-        for name in ("batch", "precision", "in_place", "arguments", "result", "results", "names"):
-            _check_same(name, getattr(program, name), getattr(record, name), where)
         counts = dict(program.summary)
-        _check_same("summary", [(c, counts.get(c)) for c in CAPTURED], [*record.summary], where)
+        names = ("batch", "precision", "in_place", "arguments", "result", "results", "names")
+        pairs = {name: (getattr(record, name), getattr(program, name)) for name in names}
+        pairs["summary"] = [*record.summary], [(name, counts.get(name)) for name in CAPTURED]
+        for name, (own, plans) in pairs.items():
+            if own != plans:
+                raise ArtifactError(
+                    f"{where} is not that of its plan: {name}: expected {str(own)[:80]}, the plan "
+                    f"says {str(plans)[:80]}"
+                )
         graph = _build(record, tensors, target, where)
         graph.output_tree = program.interface.structure
         verify(graph)
     return graph
-
-
-def _check_same(name: str, planned: Any, graphs: Any, where: str) -> None:
-    if planned != graphs:
-        raise ArtifactError(
-            f"{where} is not that of its plan: {name}: expected {str(graphs)[:80]}, the plan says "
-            f"{str(planned)[:80]}"
-        )
 
 
 @contextmanager
@@ -301,26 +293,28 @@ def _damaged(where: str) -> Iterator[None]:
 def _build(
     record: GraphRecord, tensors: Mapping[str, torch.Tensor], target: Target, where: str
 ) -> Graph:
-    names = [node.name for node in record.nodes]
-    if len(set(names)) != len(names) or len(names) > MOST_NODES:
-        raise ArtifactError(f"{where} is damaged: {len(names)} nodes with equal names, or too many")
+    def refuse(what: str) -> NoReturn:
+        raise ArtifactError(f"{where} is damaged: {what}")
+
+    count = len({node.name for node in record.nodes})
+    if count != len(record.nodes) or count > MOST_NODES:
+        refuse(f"{len(record.nodes)} nodes with equal names, or too many")
     goal = CompileTarget(target, record.dtype, record.force, record.forbid)
     graph = Graph(name=record.name, goal=goal)
-    graph.counter = len(names)
+    graph.counter = count
     for node in record.nodes:
         if node.op not in (INPUT, CONSTANT, OUTPUT) and node.op not in registry.BY_NAME:
-            raise ArtifactError(f"{where} is damaged: no op {node.op[:40]!r}")
+            refuse(f"no op {node.op[:40]!r}")
         for spec in node.outputs:
             if problem := spec_problem(spec):
-                raise ArtifactError(f"{where} is damaged: '{node.name[:80]}' {problem}")
+                refuse(f"'{node.name[:80]}' {problem}")
             if spec.dtype is torch.float64 and spec.rank:
-                raise ArtifactError(f"{where} is damaged: '{node.name[:80]}' is {spec}")
-        kept = {item.name: getattr(node, item.name) for item in fields(Node)}
-        graph.insert(Node(**kept))
+                refuse(f"'{node.name[:80]}' is {spec}")
+        graph.insert(Node(**{item.name: getattr(node, item.name) for item in fields(Node)}))
     for node in record.nodes:
         for slot, (source, index) in enumerate(node.inputs):
             if source not in graph or index < 0:
-                raise ArtifactError(f"{where} is damaged: '{node.name[:80]}' reads '{source[:80]}'")
+                refuse(f"'{node.name[:80]}' reads '{source[:80]}'")
             graph.net.add_edge(source, node.name, key=slot, index=index)
     for name, stored in record.constants:
         graph.tensors[name] = logical(stored, tensors, f"{where}: constant '{name[:80]}'")
@@ -341,8 +335,7 @@ def lower_again(graph: Graph, program: Program, target: Target, source: Path | s
     if target.compiled_as == program.target:
         launch = {PROGRAMMATIC for image in program.images if image.programmatic}
         launch |= {BRANCHES} if program.streams else set()
-        choose = _Recorded(program).choose
-        options = replace(options, choose=choose, launch=frozenset(launch))
+        options = replace(options, choose=_recorded(program), launch=frozenset(launch))
     with _damaged(f"graph.json of '{source}'"):
         try:
             plan = lower(graph, graph, options, Ledger())
@@ -350,14 +343,8 @@ def lower_again(graph: Graph, program: Program, target: Target, source: Path | s
             problem = f"'{source}' cannot be planned for {target.name}: {error}"
             raise ArtifactError(problem) from error
     interface = program.interface
-    counts = dict(program.summary)
-    plan = replace(
-        plan,
-        structure=interface.structure,
-        batch=program.batch,
-        convs=counts.get("convs", 0),
-        activation_bytes=counts.get("activation_bytes", 0),
-    )
+    counts: dict[str, Any] = {n: count for n, count in program.summary if n in CAPTURED}
+    plan = replace(plan, structure=interface.structure, batch=program.batch, **counts)
     ports = (plan.inputs, plan.outputs), (program.inputs, program.outputs)
     for planned, stored in zip(*ports, strict=True):
         if [(p.name, p.spec) for p in planned] != [(p.name, p.spec) for p in stored]:
@@ -365,19 +352,18 @@ def lower_again(graph: Graph, program: Program, target: Target, source: Path | s
     return plan
 
 
-class _Recorded:
-    """A chooser that gives each step the configuration it has in a program."""
+def _recorded(program: Program) -> Chooser:
+    """Gives each step the configuration it has in a program."""
+    steps = iter(program.steps)
 
-    def __init__(self, program: Program) -> None:
-        self._steps: Iterator[Any] = iter(program.steps)
-
-    def choose(self, op: Op, problem: Problem, target: Target) -> Choice:
-        step = next(self._steps, None)
+    def choose(op: Op, problem: Problem, target: Target) -> Choice:
+        step, default = next(steps, None), heuristic(op, problem, target)
         if step is None or step.op != op.name:
-            return heuristic(op, problem, target)
-        tile = step.tile
-        known = heuristic(op, problem, target).config
-        for name, size in tile.blocks:
-            if not 0 <= size <= max(LARGEST_BLOCK, dict(known.blocks).get(name, 0)):
+            return default
+        for name, size in step.tile.blocks:
+            if not 0 <= size <= max(LARGEST_BLOCK, dict(default.config.blocks).get(name, 0)):
                 raise ArtifactError(f"step {step.name[:80]}: {name} is {size:,}")
+        tile = step.tile
         return Choice(Config(tile.blocks, tile.num_warps, tile.num_stages), step.chosen_by)
+
+    return choose

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
@@ -68,9 +68,13 @@ def load(
             return LoadedExecutable(artifact, device, targets.parse(programs[0].target), loaded)
     else:
         target = targets.parse(device)
+    # The device's programs, else those of the first target: their graphs stand for the network.
+    own, first = target.compiled_as, artifact.programs[0].target
+    source = own if any(program.target == own for program in artifact.programs) else first
     parts: list[Part] = [
         (program, planned(artifact, program, target, device))
-        for program in _sources(artifact, target.compiled_as)
+        for program in artifact.programs
+        if program.target == source
     ]
     return LoadedExecutable(artifact, device, target, parts)
 
@@ -90,13 +94,6 @@ def _made_for(artifact: Artifact) -> str:
         return "cuda"
     names = {program.target for program in artifact.programs}
     return INTERPRETER.name if INTERPRETER.name in names else REFERENCE.name
-
-
-def _sources(artifact: Artifact, device: str) -> list[Program]:
-    """The programs whose graphs stand for the network: the device's, else the first target's."""
-    own = [program for program in artifact.programs if program.target == device]
-    first = artifact.programs[0].target
-    return own or [program for program in artifact.programs if program.target == first]
 
 
 def planned(artifact: Artifact, program: Program, target: Target, device: str) -> Executable:
@@ -158,13 +155,13 @@ class LoadedExecutable:
         return part(*inputs, **keywords)
 
     def __reduce__(self) -> tuple[Any, ...]:
+        recompile = bool(self.executables)
         if self.data is not None:
-            return load_bytes, (self.data, self.device, bool(self.executables))
-        return _reload, (str(self.path), self.device, bool(self.executables))
+            return load_bytes, (self.data, self.device, recompile)
+        return partial(load, str(self.path), self.device, recompile=recompile), ()
 
     @property
     def path(self) -> Path:
-        """The file."""
         return self.artifact.path.absolute()
 
     @property
@@ -216,11 +213,9 @@ class LoadedExecutable:
             self.ledger = part.ledger
             return times
         times = part.time_steps(tensors, batch)
-        summed: dict[str, float] = {}
-        for name, us in times:
-            summed[name] = summed.get(name, 0.0) + us
-        where = torch.cuda.get_device_name()
-        self.ledger = ledger_of(self.artifact, program).with_measured(summed, where)
+        summed = {name: sum(us for other, us in times if other == name) for name, _ in times}
+        ledger = ledger_of(self.artifact, program)
+        self.ledger = ledger.with_measured(summed, torch.cuda.get_device_name())
         return times
 
     @property
@@ -239,10 +234,6 @@ class LoadedExecutable:
         raise InvalidInputError(
             f"inputs: expected a batch that '{self.path}' was compiled for ({held}), got {batch}"
         )
-
-
-def _reload(path: str, device: str, recompile: bool) -> LoadedExecutable:
-    return load(path, device, recompile=recompile)
 
 
 def ledger_of(artifact: Artifact, program: Program) -> Report:

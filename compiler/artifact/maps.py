@@ -47,7 +47,6 @@ class Map:
     swizzle: int
 
     def shape_at(self, batch: int) -> tuple[int, ...]:
-        """The shape when the batch is `batch`."""
         if self.batch is None:
             return self.shape
         at = outermost(self.strides)

@@ -75,19 +75,15 @@ class Grid:
     most: int | None
 
     def rows_at(self, batch: int) -> int:
-        """The number of rows when the batch is `batch`."""
         return self.rows if self.batch is None else self.rows // self.batch * batch
 
     def programs_at(self, batch: int) -> int:
-        """The number of programs when the batch is `batch`."""
         tiles = -(-self.rows_at(batch) // self.block_rows) * self.columns
         return tiles if self.most is None else min(tiles, self.most)
 
 
 @dataclass(frozen=True)
 class Call:
-    """One launch: an image, its arguments, its grid."""
-
     step: int
     image: int
     arguments: tuple[Argument, ...]
@@ -96,8 +92,6 @@ class Call:
 
 @dataclass(frozen=True)
 class Tile:
-    """A configuration."""
-
     blocks: tuple[tuple[str, int], ...]
     num_warps: int
     num_stages: int
@@ -169,7 +163,6 @@ class Program:
 
     @cached_property
     def buffers(self) -> Mapping[str, Buffer]:
-        """The buffers by name."""
         return {buffer.name: buffer for buffer in self.buffer_list}
 
     @property

@@ -46,22 +46,19 @@ class Artifact:
         return archive.digest([self.archive.read("manifest.json", LARGEST_JSON)])
 
     def code(self, member: str) -> bytes:
-        """A kernel's machine code."""
-        return bytes(self.archive.view(member))
+        return bytes(self.archive.members[member])
 
     def size_bytes(self, kind: str) -> int:
         """Bytes of the members whose name ends in `.kind`."""
         members = self.archive.members.items()
-        return sum(span.size for name, span in members if name.endswith(f".{kind}"))
+        return sum(len(data) for name, data in members if name.endswith(f".{kind}"))
 
     def holds(self) -> str:
         """The targets and batches, for errors."""
-        shown = []
-        for program in self.programs:
-            low, high = program.batches
-            batches = "" if program.batch is None else f" (batch {low} to {high})"
-            shown.append(f"{program.target}{batches}")
-        return ", ".join(shown)
+        return ", ".join(
+            each.target + (" (batch {} to {})".format(*each.batch) if each.batch else "")
+            for each in self.programs
+        )
 
 
 def open_artifact(path: str | Path) -> Artifact:
@@ -90,8 +87,8 @@ def open_artifact(path: str | Path) -> Artifact:
     counts = len(graphs), len(ledgers)
     source = f"plan.json of '{path}'"
     check_document(document, opened.members.keys(), held, counts, source)
-    for name in opened.members:
-        if name.endswith(".cubin") and bytes(opened.view(name)[:4]) != b"\x7fELF":
+    for name, data in opened.members.items():
+        if name.endswith(".cubin") and bytes(data[:4]) != b"\x7fELF":
             raise archive.damaged(path, f"'{name}' is not machine code")
     return Artifact(path, document, held, graphs, ledgers, opened)
 
@@ -109,8 +106,6 @@ def _list(opened: Archive, name: str, key: str) -> tuple[Any, ...]:
 
 @dataclass(frozen=True)
 class _Listed:
-    """A member in the manifest."""
-
     size: int
     sha256: str
 

@@ -21,7 +21,7 @@ from ...kernels.contract import targets
 from ...kernels.devices.kernel_hash import TRITON_VERSION
 from . import archive, tensors
 from .graphs import lower_again, read_graph
-from .program import Call, Program
+from .program import Program
 from .read import Artifact
 from .write import Writing, oldest_of, rank
 
@@ -91,7 +91,7 @@ def _other_members(artifact: Artifact, writing: Writing) -> Iterator[str]:
             continue
         if name not in members or name not in artifact.archive.members:
             yield f"'{name}' is {'not there' if name in members else 'of no program'}"
-        elif archive.digest(members[name]) != archive.digest([artifact.archive.view(name)]):
+        elif archive.digest(members[name]) != archive.digest([artifact.archive.members[name]]):
             yield f"'{name}' is not what its graphs give{_ABOUT.get(name, '')}"
 
 
@@ -101,15 +101,14 @@ _ABOUT = {tensors.MEMBER: ": tensors that are named by other contents, or that n
 
 def _without_code(program: Program) -> Program:
     """The program with each launch's kernel by its name alone."""
-
-    def named(call: Call) -> Call:
-        return replace(call, image=0)
-
     every = (*program.calls, *program.twins)
     steps = tuple(
         replace(step, line=f"{step.line} {[program.images[c.image].entry for c in calls]}")
         for at, step in enumerate(program.steps)
         for calls in [[call for call in every if call.step == at]]
     )
-    calls, twins = (tuple(map(named, each)) for each in (program.calls, program.twins))
+    calls, twins = (
+        tuple(replace(call, image=0) for call in calls)
+        for calls in (program.calls, program.twins)
+    )
     return replace(program, images=(), calls=calls, twins=twins, steps=steps)

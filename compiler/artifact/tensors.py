@@ -71,10 +71,9 @@ class Pool:
         orders = [tuple(range(tensor.dim()))]
         if tensor.dim() > 2:
             orders.append((0, *range(2, tensor.dim()), 1))
-        names = set(self.tensors)
         for order in orders:
             name = Pool().add(tensor.permute(order))
-            if name in names:
+            if name in self.tensors:
                 return Stored(name, shape, order)
         return Stored(self.add(tensor), shape, orders[0])
 
@@ -113,7 +112,7 @@ def read(archive: Archive) -> dict[str, torch.Tensor]:
     """
     if MEMBER not in archive.members:
         raise ArtifactError(f"'{archive.path}' is not a convloom executable: it has no '{MEMBER}'")
-    data = archive.view(MEMBER)
+    data = archive.members[MEMBER]
     length = struct.unpack("<Q", data[:8])[0] if len(data) >= 8 else 0
     if not 0 < length <= min(LONGEST_HEADER, len(data) - 8):
         raise damaged(archive.path, f"the header of '{MEMBER}' has {length} bytes")
@@ -128,8 +127,6 @@ def read(archive: Archive) -> dict[str, torch.Tensor]:
 
 @dataclass(frozen=True)
 class _Described:
-    """An entry of the header."""
-
     dtype: str
     shape: tuple[int]
     data_offsets: tuple[int, int]

@@ -52,11 +52,11 @@ def trusted(
     if not program.twins:
         return program
     if settings.core() == settings.PLAIN:
-        return with_twins(program, {twin.step for twin in program.twins})
+        return _with_twins(program, program.twins)
     at, device = artifact.programs.index(program), torch.cuda.current_device()
     child = connect(partial(comparing, str(artifact.path), at, device))
     verdicts: dict[int, str | None] = {}
-    refused: set[int] = set()
+    refused = []
     try:
         for position, twin in enumerate(program.twins):
             number = own_call(program, twin).image
@@ -69,16 +69,16 @@ def trusted(
                         artifact.path, step.name, image.entry, reason,
                     )  # fmt: skip
             if verdicts[number] is not None:
-                refused.add(twin.step)
+                refused.append(twin)
     finally:
         child.close()
-    return with_twins(program, refused)
+    return _with_twins(program, refused)
 
 
-def with_twins(program: Program, steps: set[int]) -> Program:
-    """The program with the twins of some steps in their place."""
-    twins = {twin.step: twin for twin in program.twins if twin.step in steps}
-    return replace(program, calls=tuple(twins.get(call.step, call) for call in program.calls))
+def _with_twins(program: Program, twins: Sequence[Call]) -> Program:
+    """The program with some twins in their place."""
+    by_step = {twin.step: twin for twin in twins}
+    return replace(program, calls=tuple(by_step.get(call.step, call) for call in program.calls))
 
 
 def own_call(program: Program, twin: Call) -> Call:
@@ -125,7 +125,7 @@ def comparing(path: str, at: int, device: int) -> Handler:
 def difference(
     driver: Any,
     program: Program,
-    kernels: Sequence[gpu.Kernel],
+    kernels: Sequence[Any],
     constants: Mapping[str, torch.Tensor],
     stream: Callable[[], int],
     position: int,

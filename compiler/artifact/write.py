@@ -12,7 +12,7 @@ import torch
 
 from ...errors import ArtifactError
 from ...kernels import registry
-from ...kernels.contract.op import Config, Launch, Problem, Ref, TmaDescriptor
+from ...kernels.contract.op import Attributes, Config, Launch, Problem, Ref, TmaDescriptor
 from ...kernels.contract.targets import Target
 from ...kernels.devices import execute, offline
 from ...kernels.devices.kernel_hash import TRITON_VERSION
@@ -28,7 +28,7 @@ from . import archive, graphs, program, tensors
 from .archive import Content
 from .check import POINTERS, check_document
 from .maps import KIND, Map
-from .program import Argument, Call, Document, Grid, Image, Program, ProgramStep, Tile, nest_of
+from .program import Argument, Call, Document, Grid, Image, Program, ProgramStep, Tile
 
 if TYPE_CHECKING:
     from ..run.executable import Executable
@@ -49,7 +49,7 @@ class Writing:
     def add(self, graph: Graph, plan: Plan, account: Any, with_ptx: bool) -> Program:
         """Adds a program. Packed constants go first: a graph's own tensors are then found there."""
         added = program_of(plan, self.pool, self.kernels, with_ptx)
-        record = graphs.to_json(graphs.record_of(graph, plan, self.pool))
+        record = plain(graphs.record_of(graph, plan, self.pool), (Attributes,))
         positions = _index(self.graphs, record), _index(self.accounts, account)
         self.programs.append(replace(added, graph=positions[0], account=positions[1]))
         return self.programs[-1]
@@ -85,26 +85,23 @@ def save(path: str | Path, executables: Sequence[Executable], model: str = "") -
     together; nothing is left behind then.
     """
     path = Path(path)
-    if not executables:
-        raise ArtifactError(f"cannot write '{path}': expected at least one executable, got none")
     writing = Writing()
     ordered = sorted(executables, key=lambda each: rank(each.target, each.plan.batch))
     oldest = oldest_of(executable.target for executable in ordered)
-    for executable in ordered:
-        ledger = plain(replace(executable.ledger, measured={}, measured_on="").to_json())
-        with_ptx = executable.target == oldest
-        writing.add(executable.graph, executable.plan, ledger, with_ptx)
+    for each in ordered:
+        ledger = plain(replace(each.ledger, measured={}, measured_on="").to_json())
+        writing.add(each.graph, each.plan, ledger, with_ptx=each.target == oldest)
     own = ("convloom", VERSION), ("torch", torch.__version__), ("triton", TRITON_VERSION)
-    used = {each for executable in ordered for each in graphs.extensions_of(executable.graph)}
+    used = {version for each in ordered for version in graphs.extensions_of(each.graph)}
     versions = *own, *sorted(used)
     document, members = writing.file(model or executables[0].graph.name, versions)
     # By the checks of the reader: what would be refused there is not written.
     counts = len(writing.graphs), len(writing.accounts)
     source = f"cannot write '{path}': plan.json"
     check_document(document, set(members), writing.pool.tensors, counts, source)
-    for executable, each in zip(ordered, writing.programs, strict=True):
-        data = writing.graphs[each.graph]
-        graphs.read_graph(data, each, writing.pool.tensors, executable.target, path)
+    for each, added in zip(ordered, writing.programs, strict=True):
+        data = writing.graphs[added.graph]
+        graphs.read_graph(data, added, writing.pool.tensors, each.target, path)
     members["manifest.json"] = [dump({"members": archive.manifest_of(members)})]
     archive.write(path, members)
 
@@ -129,20 +126,13 @@ def program_of(
         if buffer.kind == "constant"
     )
     images, calls, twins = _compiled(kernels, plan, with_ptx)
-    structure = plan.structure
     return Program(
         target=plan.target.compiled_as,
-        batch=plan.batch,
-        precision=plan.precision,
-        in_place=plan.in_place,
+        **graphs.outside_of(plan),
         graph=0,
         account=0,
         inputs=plan.inputs,
         outputs=plan.outputs,
-        arguments=nest_of(structure.arguments),
-        result=nest_of(structure.result),
-        results=structure.results,
-        names=structure.names,
         buffer_list=tuple(plan.buffers.values()),
         constants=constants,
         steps=_steps(plan),
@@ -162,7 +152,6 @@ def _index(known: list[Any], data: Any) -> int:
 
 
 def _steps(plan: Plan) -> tuple[ProgramStep, ...]:
-    """The kernel steps of a plan as data."""
     lines = plan.to_text().splitlines()
     return tuple(
         ProgramStep(
@@ -198,15 +187,14 @@ def _compiled(
     # Code for one generation's own instructions (sm_90a) runs on no other.
     with_ptx = with_ptx and all(map(_PORTABLE.search, codes))
     images: list[Image] = []
-    positions: list[int] = []
-    launches = [*plan.kernels, *twins]
-    for request, (step, launch) in zip(requests, launches, strict=True):
+    calls: list[Call] = []
+    for request, (step, launch) in zip(requests, [*plan.kernels, *twins], strict=True):
         signature = _signature(plan, step, launch)
         image = _image(kernels, request, signature, compiled[request], with_ptx)
-        positions.append(_index(images, image))
-    metas = [list(compiled[each].metadata.tensordesc_meta or ()) for each in requests]
-    calls = _calls(plan, launches, positions, metas)
-    return tuple(images), calls[: len(plan.kernels)], calls[len(plan.kernels) :]
+        described = iter(compiled[request].metadata.tensordesc_meta or ())
+        calls.append(_call(plan, step, launch, _index(images, image), described))
+    count = len(plan.kernels)
+    return tuple(images), tuple(calls[:count]), tuple(calls[count:])
 
 
 def _twins(plan: Plan) -> Iterator[tuple[KernelStep, Launch]]:
@@ -247,15 +235,14 @@ def _image(
     described = len(getattr(metadata, "tensordesc_meta", None) or ())
     needed = {
         "descriptors of its own": described != sum(map(bool, map(KIND.match, signature))),
-        "global scratch memory": bool(getattr(metadata, "global_scratch_size", 0)),
-        "profiling memory": bool(getattr(metadata, "profile_scratch_size", 0)),
+        "global scratch memory": getattr(metadata, "global_scratch_size", 0),
+        "profiling memory": getattr(metadata, "profile_scratch_size", 0),
     }
-    for what, is_needed in needed.items():
-        if is_needed:
-            raise ArtifactError(
-                f"cannot save kernel {request.name}: it needs {what}, which a file cannot make "
-                "again; choose another configuration or forbid the fusion"
-            )
+    for what in filter(needed.get, needed):
+        raise ArtifactError(
+            f"cannot save kernel {request.name}: it needs {what}, which a file cannot make "
+            "again; choose another configuration or forbid the fusion"
+        )
     folder = f"kernels/sm_{request.capability}"
     cubin = _keep(kernels, folder, "cubin", bytes(compiled.asm["cubin"]))
     code = str(compiled.asm["ptx"]).encode()
@@ -292,36 +279,25 @@ def _keep(kernels: dict[str, Content], folder: str, kind: str, code: bytes) -> s
     return name
 
 
-def _calls(
-    plan: Plan,
-    launches: Sequence[tuple[KernelStep, Launch]],
-    images: Sequence[int],
-    metas: Sequence[list[dict[str, Any]]],
-) -> tuple[Call, ...]:
-    """Launches of a plan as data; `images` says which kernel each one starts, `metas` what the
-    compiler says of its tensor maps, in order.
+def _call(
+    plan: Plan, step: KernelStep, launch: Launch, image: int, described: Iterator[dict[str, Any]]
+) -> Call:
+    """A launch of kernel `image` as data; described: what the compiler says of its tensor maps.
 
     Raises: ArtifactError for a launch that is more than `Call` can say.
     """
-    names = [step.name for step in plan.steps if isinstance(step, KernelStep)]
-    calls = []
-    for image, meta, (step, launch) in zip(images, metas, launches, strict=True):
-        # Of clusters, which the image says are of several programs.
-        columns = launch.columns // launch.cluster
-        grid = Grid(launch.rows, launch.block_rows, columns, launch.batch, launch.most_programs)
-        for batch in {1, *(plan.batch or (1,))}:
-            programs = (grid.programs_at(batch) * launch.cluster, 1, 1)
-            if launch.grid_at(batch) != programs or launch.m_at(batch) != grid.rows_at(batch):
-                raise ArtifactError(
-                    f"cannot save step {step.name}: its grid for a batch of {batch} is "
-                    f"{launch.grid_at(batch)}, and a file can only say {programs}"
-                )
-        described = iter(meta)
-        arguments = tuple(
-            _argument(plan, step, each, described) for each in execute.parameters(launch)
-        )
-        calls.append(Call(names.index(step.name), image, arguments, grid))
-    return tuple(calls)
+    names = [each.name for each in plan.steps if isinstance(each, KernelStep)]
+    columns = launch.columns // launch.cluster  # Of clusters, as the image says.
+    grid = Grid(launch.rows, launch.block_rows, columns, launch.batch, launch.most_programs)
+    for batch in {1, *(plan.batch or (1,))}:
+        programs = (grid.programs_at(batch) * launch.cluster, 1, 1)
+        if launch.grid_at(batch) != programs or launch.m_at(batch) != grid.rows_at(batch):
+            raise ArtifactError(
+                f"cannot save step {step.name}: its grid for a batch of {batch} is "
+                f"{launch.grid_at(batch)}, and a file can only say {programs}"
+            )
+    arguments = (_argument(plan, step, each, described) for each in execute.parameters(launch))
+    return Call(names.index(step.name), image, tuple(arguments), grid)
 
 
 def _argument(
@@ -330,21 +306,18 @@ def _argument(
     parameter: Ref | TmaDescriptor | None,
     described: Iterator[dict[str, Any]],
 ) -> Argument:
+    if parameter is None:
+        return Argument(program.ROWS)
     if isinstance(parameter, TmaDescriptor):
         made, box = next(described), parameter
-        known = Map(
-            box.shape, box.strides, tuple(made["block_size"]), box.offset, box.batch,
-            int(made["swizzle"]),
-        )  # fmt: skip
+        block, swizzle = tuple(made["block_size"]), int(made["swizzle"])
+        known = Map(box.shape, box.strides, block, box.offset, box.batch, swizzle)
         return replace(_argument(plan, step, box.ref, described), map=known)
-    ref = parameter
-    if ref is None:
-        return Argument(program.ROWS)
-    name = step.buffers[ref]
-    if ref.kind == "scratch":
+    name = step.buffers[parameter]
+    if parameter.kind == "scratch":
         return Argument(program.SCRATCH, name)
-    kind = program.WRITE if ref.kind == "output" else program.READ
+    kind = program.WRITE if parameter.kind == "output" else program.READ
     # A packed constant has not the shape that its operand says: the kernel reads all of it.
     whole = plan.buffers[name].kind == "constant"
-    operand = step.problem.groups[ref.kind][ref.index]
+    operand = step.problem.groups[parameter.kind][parameter.index]
     return Argument(kind, name, None if whole else operand)

@@ -41,15 +41,11 @@ MOST_NAMES = 8
 Rewriting = Callable[[Graph, Ledger], Graph]
 
 
-def _normal(shape: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:
-    return torch.randn(shape, generator=generator, dtype=torch.float64)
+def _positive(shape: tuple[int, ...], **options: Any) -> torch.Tensor:
+    return torch.rand(shape, **options) + 0.1
 
 
-def _positive(shape: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:
-    return torch.rand(shape, generator=generator, dtype=torch.float64) + 0.1
-
-
-DRAWS = (_normal, _positive)
+DRAWS: tuple[Callable[..., torch.Tensor], ...] = (torch.randn, _positive)
 """Numbers for the inputs, the second for networks that take roots or logarithms of them."""
 
 
@@ -99,11 +95,8 @@ def _content(node: Node) -> tuple[Any, ...]:
 
 
 class _CulpritError(Exception):
-    """A rewrite after which the graph computes something else."""
-
-    def __init__(self, rule: str, made: str, problem: str) -> None:
-        super().__init__(problem)
-        self.rule, self.made = rule, made
+    """A rewrite after which the graph computes something else: its rule, what it made, and the
+    problem."""
 
 
 @dataclass
@@ -190,7 +183,7 @@ class Validation:
                 state = self._agreeing(graph, state)
             except ConvloomError as error:
                 made = self._described(graph, into) if into in graph else into
-                raise _CulpritError(rule, made, str(error)) from error
+                raise _CulpritError(rule, made, error) from error
 
         try:
             run(graph, _Watched(look=look))
@@ -309,10 +302,7 @@ class Validation:
         return tuple(numbers)
 
     def _agrees(self, result: torch.Tensor, number: int, scale: float) -> bool:
-        expected = self._tensor(number)
-        if result.shape != expected.shape:
-            return False
-        error = relative_errors(result, expected, scale).max().item() if result.numel() else 0.0
+        error = largest_error(result, self._tensor(number), scale)
         if error <= RELATIVE:
             self._error = max(self._error, error)
         return error <= RELATIVE
@@ -340,9 +330,9 @@ class Validation:
 
 
 def _drawn(graph: Graph, draw: Callable[..., torch.Tensor]) -> list[torch.Tensor]:
-    generator = torch.Generator().manual_seed(0)
+    given: dict[str, Any] = {"generator": torch.Generator().manual_seed(0), "dtype": torch.float64}
     specs = [node.spec for node in graph.graph_inputs()]
-    return [draw(spec.at(min(spec.batch or BATCH, BATCH)), generator) for spec in specs]
+    return [draw(spec.at(min(spec.batch or BATCH, BATCH)), **given) for spec in specs]
 
 
 @dataclass(frozen=True, eq=False)
@@ -385,9 +375,14 @@ def _rms(tensor: torch.Tensor) -> float:
 
 def agree(got: torch.Tensor, expected: torch.Tensor) -> bool:
     """Whether two results of fp64 are the same but for roundings."""
+    return largest_error(got, expected) <= RELATIVE
+
+
+def largest_error(got: torch.Tensor, expected: torch.Tensor, scale: float = 0.0) -> float:
+    """Of `relative_errors`; infinite for another shape."""
     if got.shape != expected.shape:
-        return False
-    return not got.numel() or relative_errors(got, expected).max().item() <= RELATIVE
+        return torch.inf
+    return relative_errors(got, expected, scale).max().item() if got.numel() else 0.0
 
 
 def relative_errors(got: torch.Tensor, expected: torch.Tensor, scale: float = 0.0) -> torch.Tensor:
@@ -406,7 +401,8 @@ def relative_errors(got: torch.Tensor, expected: torch.Tensor, scale: float = 0.
 def _message(name: str, graph: Graph, error: Exception) -> str:
     rewrite = ""
     if isinstance(error, _CulpritError):
-        rewrite = f"; rule {error.rule!r} made {error.made}"
+        rule, made, error = error.args
+        rewrite = f"; rule {rule!r} made {made}"
     return (
         f"pass {name!r} changes what {graph.name} computes{rewrite}; seen at {error}. This is a "
         "defect of convloom: report it, and leave the pass (passes=) or the rule (forbid=) out"

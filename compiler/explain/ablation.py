@@ -53,7 +53,6 @@ class Ablation:
     rows: tuple[Row, ...]
 
     def blocks(self) -> dict[tuple[str, int], list[Row]]:
-        """The rows by model and batch."""
         blocks: dict[tuple[str, int], list[Row]] = {}
         for row in self.rows:
             blocks.setdefault((row.model, row.batch), []).append(row)
@@ -95,7 +94,8 @@ def rows_of(
     """The rows of one network at one batch. Raises: InvalidInputError for a name of no fusion."""
 
     def row(fusion: str, how: str, forbidden: Sequence[str]) -> Row:
-        plan, _ = planned(_everywhere(forbidden), "default")
+        # A bare label could be the path of a module too.
+        plan, _ = planned(tuple(f"{label}@*" for label in forbidden), "default")
         return _row(model, batch, fusion, how, plan, target)
 
     known = tuple(dict.fromkeys(LABELS.all.values()))
@@ -107,11 +107,6 @@ def rows_of(
     for name, labels in groups_of(fusions, made).items():
         yield row(name, WITHOUT, labels)
         yield row(name, ALONE, [label for label in known if label not in labels])
-
-
-def _everywhere(labels: Sequence[str]) -> tuple[str, ...]:
-    """Entries of `forbid`: a bare label could be the path of a module too."""
-    return tuple(f"{label}@*" for label in labels)
 
 
 def _row(model: str, batch: int, fusion: str, how: str, plan: Plan, target: Target) -> Row:

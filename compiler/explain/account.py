@@ -180,7 +180,6 @@ class Account:
         return tuple(place for place in self.places if place.what in (KERNEL, FALLBACK))
 
     def place(self, name: str) -> KernelNode:
-        """The place of that name."""
         return next(place for place in self.places if place.name == name)
 
     def with_measured(self, times_us: Mapping[str, float], where: str) -> Account:
@@ -224,11 +223,7 @@ def from_json(data: Any, source: str) -> Account:
     return account
 
 
-def _is_time(us: float | None) -> bool:
-    return us is None or 0 <= us < LONGEST_US
-
-
-_TIME = _is_time, f"microseconds below {LONGEST_US:g}"
+_TIME = (lambda us: us is None or 0 <= us < LONGEST_US), f"microseconds below {LONGEST_US:g}"
 _COUNT = (0).__le__, "0 or more"
 _RATE = (lambda rate: 0 < rate < 1e9), "a rate above 0"
 _LAWS: Laws = {

@@ -10,7 +10,7 @@ layer1                    32 ops, 32 -> 4 kernels, modelled 97.5 -> 14.1 us, sav
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from . import account as acc
@@ -19,35 +19,24 @@ from .account import Account, KernelNode, Record, Time
 
 @dataclass
 class Module:
-    """One module: its own ops and its sub-modules, in order of first use."""
+    """One module: its own ops and its sub-modules, in order of first use, and all ops within."""
 
     name: str
     inside: list[Record | Module] = field(default_factory=list)
     modules: dict[str, Module] = field(default_factory=dict)
-
-    def records(self) -> Iterator[Record]:
-        """Its records and those of its sub-modules."""
-        for item in self.inside:
-            if isinstance(item, Module):
-                yield from item.records()
-            else:
-                yield item
-
-    def module(self, name: str) -> Module:
-        """The sub-module of that name, made at its first use."""
-        if name not in self.modules:
-            self.modules[name] = Module(name)
-            self.inside.append(self.modules[name])
-        return self.modules[name]
+    records: list[Record] = field(default_factory=list)
 
 
 def module_tree(account: Account) -> Module:
-    """The records by module path."""
     top = Module("")
     for record in account.nodes:
         module = top
         for part in filter(None, record.module_path.split(".")):
-            module = module.module(part)
+            if part not in module.modules:
+                module.modules[part] = Module(part)
+                module.inside.append(module.modules[part])
+            module = module.modules[part]
+            module.records.append(record)
         module.inside.append(record)
     return top
 
@@ -87,13 +76,15 @@ class _Writer:
         self.is_modelled = bool(account.machine)
         self.labels = labels(account)
         self.paths = {r.node: r.module_path for r in account.nodes if r.module_path}
-        names = [2 * r.module_path.count(".") + _last(r) for r in account.nodes]
-        self.name_columns = min(32, max([8, *names]))
+        self.name_columns = min(32, max([8, *(
+            2 * r.module_path.count(".")
+            + max(len(r.module_path.rpartition(".")[2]), len(r.node) + 4)
+            for r in account.nodes
+        )]))  # fmt: skip
         self.op_columns = max([4, *(len(record.op) for record in account.nodes)])
         self.kernel_columns = max([4, *(len(record.kernel) for record in account.nodes)])
 
     def item(self, name: str, item: Record | Module, indent: str) -> list[str]:
-        """An op of module `name`, or a sub-module."""
         if isinstance(item, Module):
             return self.module(item, indent)
         return self.op(name, item, indent)
@@ -103,7 +94,7 @@ class _Writer:
         if len(module.inside) == 1 and isinstance(module.inside[0], Record):
             return self.op(module.name, module.inside[0], indent)
         left = f"{indent}{module.name}".ljust(self.name_columns)
-        lines = [f"{left}  {_module_totals(list(module.records()), self.is_modelled)}"]
+        lines = [f"{left}  {_module_totals(module.records, self.is_modelled)}"]
         for item in module.inside:
             name = "" if isinstance(item, Module) else f"({item.node})"
             lines += self.item(name, item, indent + "  ")
@@ -146,11 +137,6 @@ class _Writer:
         return ", ".join(shown)
 
 
-def _last(record: Record) -> int:
-    """Columns of the name that stands for a record in its line."""
-    return max(len(record.module_path.rpartition(".")[2]), len(record.node) + 4)
-
-
 def labels(account: Account) -> dict[str, str]:
     """The short name of every rule that has one."""
     return {event.rule: event.label for event in account.events if event.label}
@@ -174,13 +160,11 @@ def _module_totals(records: list[Record], is_modelled: bool) -> str:
     after = before - sum(record.kernels_saved for record in records)
     told = [counted(len(records), "op"), f"{before} -> {after} kernels"]
     if is_modelled:
-        told.append(change_text(_sum(r.before for r in records), _sum(r.after for r in records)))
+        sides = ([r.before for r in records], [r.after for r in records])
+        sums = (acc.modelled(sum(time.us or 0.0 for time in side)) for side in sides)
+        told.append(change_text(*sums))
     told.append(f"saves {size_text(sum(record.bytes_saved for record in records))}")
     return ", ".join(told)
-
-
-def _sum(times: Iterable[Time]) -> Time:
-    return acc.modelled(sum(time.us or 0.0 for time in times))
 
 
 def change_text(before: Time, after: Time) -> str:
@@ -288,15 +272,12 @@ def _names_of_nodes(account: Account) -> re.Pattern[str]:
 
 def _refusals(account: Account) -> list[str]:
     counts = refusals_by_reason(account)
-    if not counts:
-        return ["nothing was refused"]
-    return ["refused", *(f"{n:>5} x  {rule}: {reason}" for n, rule, reason in counts)]
+    told = [f"{n:>5} x  {rule}: {reason}" for n, rule, reason in counts]
+    return ["refused", *told] if told else ["nothing was refused"]
 
 
 def _rules(account: Account) -> list[str]:
     """The equations of the rules that stand above by their short names."""
     shown = sorted((label, rule) for rule, label in labels(account).items())
-    if not shown:
-        return []
-    width = max(len(label) for label, _ in shown)
-    return ["rules", *(f"  {label:<{width}}  {rule}" for label, rule in shown)]
+    width = max((len(label) for label, _ in shown), default=0)
+    return ["rules", *(f"  {label:<{width}}  {rule}" for label, rule in shown)] if shown else []

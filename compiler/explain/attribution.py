@@ -16,7 +16,7 @@ nodes add up to the difference of the two networks, but for conversions, which b
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -36,7 +36,7 @@ from ..passes.layout import choose_dtype, choose_layout
 from ..plan.lower import is_movement
 from ..plan.plan import KernelStep, Plan, Step
 from . import account as acc
-from .account import Account, KernelNode, Peaks, Record, Refusal, Time, Totals
+from .account import Account, KernelNode, Peaks, Record, Refusal, Totals
 from .places import RANK, Places, find_places, kind_of
 
 
@@ -52,7 +52,6 @@ class UnfusedOp:
 
 
 def make_account(ledger: Ledger, snapshot: Snapshot, plan: Plan) -> Account:
-    """The account of a compilation."""
     captured = snapshot.captured
     dtype = captured.goal.dtype if captured.goal else None
     entering = (node.spec.dtype for node in captured.graph_inputs())
@@ -61,21 +60,20 @@ def make_account(ledger: Ledger, snapshot: Snapshot, plan: Plan) -> Account:
     alone = {a.node.name: a for a in _alone(unfused, plan.target, plan.precision)}
     places = find_places(snapshot, plan)
     steps_us = {step.name: step_time_us(step, plan.target) for step in plan.steps}
-    known_us = sum(us for us in steps_us.values() if us is not None)
-    bounds = _bounds(plan)
-    nodes = _records(ledger, snapshot, places, unfused, alone, steps_us)
+    machine = cost_model.machine_for(plan.target)
+    rate = cost_model.product_rate(computed_in, plan.precision)
     account = Account(
         model=captured.name,
         target=plan.target.name,
         dtype=str(computed_in).removeprefix("torch."),
         batch=next((n.spec.batch or n.spec.shape[0] for n in captured.graph_inputs()
                     if n.spec.rank), None),
-        machine=_machine_name(plan.target),
-        peaks=_peaks(plan.target, computed_in, plan.precision),
+        machine=f"{machine.name} ({plan.target.name.removeprefix('cuda:')})",
+        peaks=Peaks(machine.tensor_tflops * rate, machine.memory_gbps, machine.cache_gbps),
         measured_on="",
         totals=_totals(plan, list(alone.values()), steps_us),
-        nodes=tuple(nodes),
-        places=tuple(_with_times(p, steps_us, known_us, bounds) for p in places.drawn),
+        nodes=tuple(_records(ledger, snapshot, places, unfused, alone, steps_us)),
+        places=tuple(_with_times(places.drawn, plan, steps_us)),
         edges=places.edges,
         events=tuple(replace(event, label=label_of(event)) for event in ledger.events),
     )  # fmt: skip
@@ -88,6 +86,7 @@ def _without_times(account: Account) -> Account:
     return replace(
         account,
         machine="",
+        peaks=None,
         totals=replace(account.totals, **unknown),
         nodes=tuple(replace(record, **unknown) for record in account.nodes),
         places=tuple(replace(p, modelled=acc.UNKNOWN, share=0.0) for p in account.places),
@@ -180,27 +179,6 @@ def step_bytes(step: Step) -> int:
     return registry.get(step.op).cost(step.problem).size_bytes
 
 
-def _machine_name(target: Target) -> str:
-    return f"{cost_model.machine_for(target).name} ({target.name.removeprefix('cuda:')})"
-
-
-def _peaks(target: Target, dtype: torch.dtype, precision: str) -> Peaks | None:
-    if not target.has_times:
-        return None
-    machine = cost_model.machine_for(target)
-    rate = cost_model.product_rate(dtype, precision)
-    return Peaks(machine.tensor_tflops * rate, machine.memory_gbps, machine.cache_gbps)
-
-
-def _bounds(plan: Plan) -> dict[str, str]:
-    """By step, what its modelled time is mostly made of; nothing where the target is not a GPU."""
-    return {
-        step.name: cost_model.bound(registry.get(step.op), step.problem, plan.target)
-        for step in plan.steps
-        if isinstance(step, KernelStep) and plan.target.has_times
-    }
-
-
 def _totals(plan: Plan, alone: Sequence[UnfusedOp], steps_us: Mapping[str, float | None]) -> Totals:
     return Totals(
         kernels_before=sum(a.launches for a in alone),
@@ -215,28 +193,30 @@ def _totals(plan: Plan, alone: Sequence[UnfusedOp], steps_us: Mapping[str, float
 
 
 def _with_times(
-    place: KernelNode, steps_us: Mapping[str, float | None], whole_us: float,
-    bounds: Mapping[str, str],
-) -> KernelNode:  # fmt: skip
-    if place.what != acc.KERNEL:
-        return place
-    us = steps_us[place.name]
-    share = us / whole_us if us is not None and whole_us else 0.0
-    bound = bounds.get(place.name, "")
-    return replace(place, modelled=acc.modelled(us), share=share, bound=bound)
+    places: Sequence[KernelNode], plan: Plan, steps_us: Mapping[str, float | None]
+) -> Iterator[KernelNode]:
+    """The places, kernels with their modelled times and what these are mostly made of."""
+    steps = {step.name: step for step in plan.steps if isinstance(step, KernelStep)}
+    whole_us = sum(us or 0.0 for us in steps_us.values())
+    for place in places:
+        step = steps.get(place.name)
+        if step is None or place.what != acc.KERNEL:
+            yield place
+            continue
+        us, bound = steps_us[place.name], ""
+        if plan.target.has_times:
+            bound = cost_model.bound(registry.get(step.op), step.problem, plan.target)
+        share = us / whole_us if us is not None and whole_us else 0.0
+        yield replace(place, modelled=acc.modelled(us), share=share, bound=bound)
 
 
 # Nodes.
 
 
-@dataclass(frozen=True)
-class _Figures:
-    """What one node of the network without fusion costs and is spared."""
-
-    alone: UnfusedOp
-    bytes_saved: int
-    kernels_saved: int
-    after: Time
+NO_FIGURES: Mapping[str, Any] = {
+    "bytes_before": 0, "bytes_saved": 0, "kernels_before": 0, "kernels_saved": 0,
+    "before": acc.modelled(0.0), "after": acc.modelled(0.0),
+}  # fmt: skip
 
 
 def _records(
@@ -247,52 +227,37 @@ def _records(
     alone: Mapping[str, UnfusedOp],
     steps_us: Mapping[str, float | None],
 ) -> list[Record]:
-    figures = _figures(places, unfused, alone, steps_us)
     # A composite's figures stand at the last of the captured nodes it was put together from.
     order = {node.name: at for at, node in enumerate(snapshot.captured.nodes())}
-    stands_at: dict[str, _Figures] = {}
+    stands_at: dict[str, Mapping[str, Any]] = {}
     part_of: dict[str, str] = {}
-    for name, found in figures.items():
-        origins = [origin for origin in unfused.node(name).origins if origin in order]
+    for name, figures in _figures(places, unfused, alone, steps_us).items():
+        node = unfused.node(name)
+        origins = [origin for origin in node.origins if origin in order]
         if not origins:
             continue
         last = max(origins, key=order.__getitem__)
-        stands_at[last] = found
-        part_of |= {origin: found.alone.node.op for origin in origins if origin != last}
+        stands_at[last] = figures
+        part_of |= {origin: node.op for origin in origins if origin != last}
     accepted, refused = ledger.by_node()
     return [
-        _record(node, places, stands_at.get(node.name), part_of.get(node.name, ""),
-                accepted.get(node.name, []), refused.get(node.name, []))
+        Record(
+            node=node.name,
+            op=op_name(node),
+            module_path=node.module_path,
+            kernel=places.kernel_of[node.name],
+            place=places.place_of[node.name],
+            rules=tuple(dict.fromkeys(event.rule for event in accepted.get(node.name, ()))),
+            refused=tuple(dict.fromkeys(map(_refusal, refused.get(node.name, ())))),
+            part_of=part_of.get(node.name, ""),
+            **stands_at.get(node.name, NO_FIGURES),
+        )
         for node in snapshot.captured.compute_nodes()
-    ]  # fmt: skip
+    ]
 
 
-def _record(
-    node: Node,
-    places: Places,
-    figures: _Figures | None,
-    part_of: str,
-    accepted: Sequence[Event],
-    refused: Sequence[Event],
-) -> Record:
-    reasons = (Refusal(event.rule, label_of(event), event.reason) for event in refused)
-    alone = figures.alone if figures else None
-    return Record(
-        node=node.name,
-        op=op_name(node),
-        module_path=node.module_path,
-        kernel=places.kernel_of[node.name],
-        place=places.place_of[node.name],
-        rules=tuple(dict.fromkeys(event.rule for event in accepted)),
-        refused=tuple(dict.fromkeys(reasons)),
-        bytes_before=alone.size_bytes if alone else 0,
-        bytes_saved=figures.bytes_saved if figures else 0,
-        kernels_before=alone.launches if alone else 0,
-        kernels_saved=figures.kernels_saved if figures else 0,
-        before=acc.modelled(alone.us if alone else 0.0),
-        after=figures.after if figures else acc.modelled(0.0),
-        part_of=part_of,
-    )
+def _refusal(event: Event) -> Refusal:
+    return Refusal(event.rule, label_of(event), event.reason)
 
 
 def label_of(event: Event) -> str:
@@ -305,7 +270,8 @@ def _figures(
     unfused: Graph,
     alone: Mapping[str, UnfusedOp],
     steps_us: Mapping[str, float | None],
-) -> dict[str, _Figures]:
+) -> dict[str, Mapping[str, Any]]:
+    """What each node of the network without fusion costs and is spared, as fields of records."""
     # Nodes that were captured, by the final node that holds them; "" where none does.
     groups: dict[str, list[UnfusedOp]] = {}
     holders: dict[str, str] = {}
@@ -315,14 +281,17 @@ def _figures(
             holders[name] = places.holder_of[origins[-1]]
             groups.setdefault(holders[name], []).append(found)
     saved = _bytes_saved(unfused, alone, holders, places.steps_of)
-    figures = {}
+    figures: dict[str, Mapping[str, Any]] = {}
     for holder, members in groups.items():
         steps = places.steps_of.get(holder, ())
         launches = sum(len(s.launches) for s in steps if isinstance(s, KernelStep))
         times = [steps_us[step.name] for step in steps]
         us = None if None in times else sum(time for time in times if time is not None)
         whole = sum(member.us or 0.0 for member in members)
-        leader = min(members, key=_leads)
+        # The op that a kernel is named after: a convolution before a normalisation.
+        leader = min(members, key=lambda member: (
+            RANK.get(kind_of(op_name(member.node)), len(RANK)), -(member.us or 0.0)
+        ))  # fmt: skip
         # What no other node of the kernel is spared: parameters that were folded, operands that it
         # reads for them, and what rules save that change the op itself.
         others = sum(saved[member.node.name] for member in members if member is not leader)
@@ -330,18 +299,15 @@ def _figures(
         saved[leader.node.name] = before - sum(map(step_bytes, steps)) - others
         for member in members:
             part = (member.us or 0.0) / whole if whole else 1.0 / len(members)
-            figures[member.node.name] = _Figures(
-                member,
-                saved[member.node.name],
-                member.launches - (launches if member is leader else 0),
-                acc.modelled(None if us is None else us * part),
-            )
+            figures[member.node.name] = {
+                "bytes_before": member.size_bytes,
+                "bytes_saved": saved[member.node.name],
+                "kernels_before": member.launches,
+                "kernels_saved": member.launches - (launches if member is leader else 0),
+                "before": acc.modelled(member.us),
+                "after": acc.modelled(None if us is None else us * part),
+            }
     return figures
-
-
-def _leads(member: UnfusedOp) -> tuple[int, float]:
-    """The op that a kernel is named after sorts first: a convolution before a normalisation."""
-    return RANK.get(kind_of(op_name(member.node)), len(RANK)), -(member.us or 0.0)
 
 
 def _bytes_saved(

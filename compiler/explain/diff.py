@@ -98,8 +98,15 @@ def compare(before: Account, after: Account, names: tuple[str, str]) -> Differen
 
     Raises: InvalidInputError where the captured ops are not the same.
     """
-    _check_same_model(before, after, names)
-    old, new = _kernels(before), _kernels(after)
+    ops = [{(r.node, r.op, r.module_path) for r in side.nodes} for side in (before, after)]
+    if ops[0] != ops[1]:
+        sides = zip(names, (ops[0] - ops[1], ops[1] - ops[0]), strict=True)
+        told = [f"only in {name}: {_some(extra)}" for name, extra in sides if extra]
+        raise InvalidInputError(
+            f"--diff: expected two accounts of one model, got {before.model} ({names[0]}) and "
+            f"{after.model} ({names[1]}); captured ops {'; '.join(told)}"
+        )
+    old, new = (list(_kernels(side).values()) for side in (before, after))
     return Difference(
         model=after.model,
         before=_side(before, names[0]),
@@ -109,18 +116,6 @@ def compare(before: Account, after: Account, names: tuple[str, str]) -> Differen
         changes=tuple(_changes(before, after)),
         gone_refusals=_only(before, after),
         new_refusals=_only(after, before),
-    )
-
-
-def _check_same_model(before: Account, after: Account, names: tuple[str, str]) -> None:
-    old, new = ({(r.node, r.op, r.module_path) for r in side.nodes} for side in (before, after))
-    if old == new:
-        return
-    sides = zip(names, (old - new, new - old), strict=True)
-    told = [f"only in {name}: {_some(extra)}" for name, extra in sides if extra]
-    raise InvalidInputError(
-        f"--diff: expected two accounts of one model, got {before.model} ({names[0]}) and "
-        f"{after.model} ({names[1]}); captured ops {'; '.join(told)}"
     )
 
 
@@ -142,40 +137,33 @@ def _side(account: Account, name: str) -> Side:
 # Kernels and groups.
 
 
-def _members(account: Account) -> dict[str, tuple[str, ...]]:
-    """The captured ops of each kernel, without those that vanished beside it."""
-    members: dict[str, list[str]] = {place.name: [] for place in account.kernels}
+def _kernels(account: Account) -> dict[str, Kernel]:
+    """The kernels by name, with their captured ops but for those that vanished beside them."""
+    members: dict[str, list[str]] = {}
     for record in account.nodes:
-        if record.kernel in members:
-            members[record.kernel].append(record.node)
-    return {name: tuple(nodes) for name, nodes in members.items()}
-
-
-def _kernels(account: Account) -> list[Kernel]:
-    members = _members(account)
-    return [Kernel(p.op, members[p.name], p.modelled) for p in account.kernels]
+        members.setdefault(record.kernel, []).append(record.node)
+    return {
+        place.name: Kernel(place.op, tuple(members.get(place.name, ())), place.modelled)
+        for place in account.kernels
+    }
 
 
 def _missing(kernels: Sequence[Kernel], others: Sequence[Kernel]) -> Iterator[Kernel]:
     """Kernels that the other side does not have, each as often as it lacks them."""
     left = Counter((kernel.op, kernel.nodes) for kernel in others)
     for kernel in kernels:
-        if left[kernel.op, kernel.nodes]:
-            left[kernel.op, kernel.nodes] -= 1
-        else:
+        left[kernel.op, kernel.nodes] -= 1
+        if left[kernel.op, kernel.nodes] < 0:
             yield kernel
 
 
 def _groups(account: Account) -> dict[str, tuple[str, tuple[str, ...]]]:
     """What each captured op is computed by, and with which others."""
-    ops, members = {place.name: place.op for place in account.kernels}, _members(account)
-    return {
-        record.node: (
-            ops.get(record.kernel, record.kernel),
-            tuple(n for n in members.get(record.kernel, ()) if n != record.node),
-        )
-        for record in account.nodes
-    }
+    kernels, groups = _kernels(account), {}
+    for record in account.nodes:
+        kernel = kernels.get(record.kernel, Kernel(record.kernel, (), acc.UNKNOWN))
+        groups[record.node] = kernel.op, tuple(n for n in kernel.nodes if n != record.node)
+    return groups
 
 
 def _changes(before: Account, after: Account) -> Iterator[Change]:
@@ -269,8 +257,7 @@ def _change_lines(change: Change) -> list[str]:
     ):
         beside = f" with {', '.join(others)}" if others else ""
         lines.append(f"      {word:<8} {by}{beside}")
-    if change.rules:
-        lines.append(f"      by       {'; '.join(change.rules)}")
-    if change.dropped:
-        lines.append(f"      without  {'; '.join(change.dropped)}")
+    for word, rules in (("by", change.rules), ("without", change.dropped)):
+        if rules:
+            lines.append(f"      {word:<8} {'; '.join(rules)}")
     return lines

@@ -10,11 +10,10 @@ few edges cross, so that the drawing has about the shape of a screen.
 
 from __future__ import annotations
 
-import math
 from bisect import bisect_right, insort
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import accumulate, pairwise
 
 import networkx as nx
 
@@ -84,8 +83,8 @@ def draw(sizes: Mapping[str, tuple[float, float]], edges: Iterable[tuple[str, st
             f"the picture would have {keys:,} boxes and bends of edges, expected at most "
             f"{MOST_KEYS:,}; look at the text or the JSON"
         )
-    bent = _with_bends(graph, layer)
-    rows = _ordered(bent, _rows(bent, layer))
+    bent, rows = _rows(graph, layer)
+    rows = _ordered(bent, rows)
     x = _positions(bent, rows, sizes)
     return _Sheet(graph, layer, rows, x, sizes).drawing()
 
@@ -109,20 +108,17 @@ def _route(layer: Mapping[str, int], source: str, target: str) -> list[Key]:
     return [(source, -1), *bends, (target, -1)]
 
 
-def _with_bends(graph: nx.DiGraph, layer: Mapping[str, int]) -> nx.DiGraph:
+def _rows(graph: nx.DiGraph, layer: Mapping[str, int]) -> tuple[nx.DiGraph, list[list[Key]]]:
+    """The graph of boxes and bends, and what is in each layer."""
     bent = nx.DiGraph()
     bent.add_nodes_from((name, -1) for name in graph)
     for source, target in graph.edges:
         nx.add_path(bent, _route(layer, source, target))
-    return bent
-
-
-def _rows(bent: nx.DiGraph, layer: Mapping[str, int]) -> list[list[Key]]:
     rows: list[list[Key]] = [[] for _ in range(max(layer.values()) + 1)]
     # In the order of a depth-first walk, branches start out side by side.
     for key in nx.dfs_preorder_nodes(bent):
         rows[layer[key[0]] if key[1] < 0 else key[1]].append(key)
-    return rows
+    return bent, rows
 
 
 # The order within layers.
@@ -199,8 +195,7 @@ def _positions(
 def _pulls(near: Iterable[Key], key: Key, x: Mapping[Key, float]) -> list[tuple[float, float]]:
     """Where neighbours pull and how strongly: long edges should be straight, then chains of boxes;
     where a long edge ends matters least."""
-    strength = {0: 12.0, 1: 1.0, 2: 12.0}
-    return [(x[other], strength[(other[1] >= 0) + (key[1] >= 0)]) for other in near]
+    return [(x[other], 12.0 if (other[1] >= 0) == (key[1] >= 0) else 1.0) for other in near]
 
 
 def _gaps(row: Sequence[Key], sizes: Mapping[str, tuple[float, float]]) -> list[float]:
@@ -222,9 +217,7 @@ def spread(wanted: Sequence[float], weights: Sequence[float], gaps: Sequence[flo
 
     Pools adjacent violators of the order (isotonic regression).
     """
-    offsets = [0.0]
-    for gap in gaps:
-        offsets.append(offsets[-1] + gap)
+    offsets = [*accumulate(gaps, initial=0.0)]
     pools: list[tuple[float, float, int]] = []
     for place, weight, offset in zip(wanted, weights, offsets, strict=True):
         mean, total, count = place - offset, weight, 1
@@ -268,9 +261,7 @@ class _Sheet:
 
     def _cut(self, count: int) -> list[int]:
         """The column of every layer: cut where few edges cross, in columns of similar height."""
-        tops = [0.0]
-        for height in self.heights:
-            tops.append(tops[-1] + height + LAYER_GAP)
+        tops = [*accumulate((height + LAYER_GAP for height in self.heights), initial=0.0)]
         crossing = [len({name for name, bend in row if bend >= 0 or self.graph.succ[name]})
                     for row in self.rows]  # fmt: skip
         column, start = [0] * len(self.rows), 0
@@ -353,21 +344,17 @@ class _Sheet:
 
 def rounded(start: tuple[float, float], corners: Sequence[tuple[float, float]]) -> str:
     """Straight lines through corners, which are rounded."""
-    path, (x, y) = [f"L{start[0]:.1f} {start[1]:.1f}"], start
-    for (cx, cy), (px, py) in pairwise(corners):
-        before, after = math.dist((x, y), (cx, cy)), math.dist((cx, cy), (px, py))
-        radius = min(8.0, before / 2, after / 2)
-        enter = _toward((cx, cy), (x, y), radius)
-        leave = _toward((cx, cy), (px, py), radius)
-        path.append(f"L{enter[0]:.1f} {enter[1]:.1f}Q{cx:.1f} {cy:.1f} "
-                    f"{leave[0]:.1f} {leave[1]:.1f}")  # fmt: skip
-        x, y = leave
-    return "".join([*path, f"L{corners[-1][0]:.1f} {corners[-1][1]:.1f}"])
+    last = complex(*start)
+    path = [f"L{_numbers(last)}"]
+    for corner, after in pairwise(complex(*corner) for corner in corners):
+        radius = min(8.0, abs(last - corner) / 2, abs(after - corner) / 2)
+        enter, leave = (
+            corner + (end - corner) * (radius / (abs(end - corner) or 1.0)) for end in (last, after)
+        )
+        path.append(f"L{_numbers(enter)}Q{_numbers(corner)} {_numbers(leave)}")
+        last = leave
+    return "".join([*path, f"L{_numbers(complex(*corners[-1]))}"])
 
 
-def _toward(
-    point: tuple[float, float], other: tuple[float, float], distance: float
-) -> tuple[float, float]:
-    length = math.dist(point, other) or 1.0
-    part = distance / length
-    return (point[0] + (other[0] - point[0]) * part, point[1] + (other[1] - point[1]) * part)
+def _numbers(point: complex) -> str:
+    return f"{point.real:.1f} {point.imag:.1f}"

@@ -158,16 +158,13 @@ def _svg(account: Account, boxes: dict[str, _Content], style: str, namespace: st
 
 
 class _Content:
-    """What stands in a place's box."""
-
     def __init__(self, place: KernelNode, records: dict[str, Record], account: Account) -> None:
         self.place, self.short, self.is_modelled = place, labels(account), bool(account.machine)
         self.records = [records[name] for name in place.nodes]
         self.paths = {r.node: r.module_path for r in records.values() if r.module_path}
-        self.title = place.name
         self.figures = _figures(place)
         self.rows = [shortened(f"{r.op} {r.module_path}".strip()) for r in self.records]
-        texts = ((self.title, TITLE_PX), (self.figures, LINE_PX))
+        texts = ((place.name, TITLE_PX), (self.figures, LINE_PX))
         widths = [len(text) * size * ADVANCE for text, size in texts]
         widths += [len(row) * ROW_PX * ADVANCE + 12 for row in self.rows]
         height = HEAD + (len(self.rows) * ROW + PAD if self.rows else 0.0)
@@ -183,7 +180,7 @@ class _Content:
             f'transform="translate({box.left:.1f} {box.top:.1f})">',
             f"<title>{escape(self.tooltip())}</title>",
             f'<rect class="box" width="{box.width:.1f}" height="{box.height:.1f}" rx="6"/>',
-            f'<text class="title" x="{PAD}" y="16">{escape(self.title)}</text>',
+            f'<text class="title" x="{PAD}" y="16">{escape(place.name)}</text>',
             f'<text class="figures" x="{PAD}" y="30">{escape(self.figures)}</text>',
         ]
         for at, (record, row) in enumerate(zip(self.records, self.rows, strict=True)):
@@ -217,7 +214,6 @@ class _Content:
         return f'<text class="far" style="font-size:{size:.1f}px">{spans}</text>'
 
     def tooltip(self) -> str:
-        """The kernel in a few lines."""
         place = self.place
         lines = [f"{place.name}: {place.what}", place.computes]
         if place.what in (acc.KERNEL, acc.FALLBACK):

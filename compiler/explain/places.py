@@ -48,7 +48,6 @@ class Places:
 
 
 def kind_of(op: str) -> str:
-    """The family of an op."""
     if op in scalars.BY_NAME:
         return POINTWISE
     for kind, words in KINDS:
@@ -64,14 +63,18 @@ def find_places(snapshot: Snapshot, plan: Plan) -> Places:
     holders = {origin: node for node in final.nodes() for origin in node.origins}
     names = [node.name for node in captured.compute_nodes()]
     holder_of = {name: holders[name].name if name in holders else "" for name in names}
-    kept = {node.name for node in final.nodes() if _is_place(node, steps_of)}
+    kept = {
+        node.name for node in final.nodes() if node.op != CONSTANT
+        and (node.op in (INPUT, OUTPUT) or node.origins or node.name in steps_of)
+    }  # fmt: skip
     place_of, kernel_of = {}, {}
     for name in names:
         holder = holders.get(name)
         if holder is not None and holder.name in kept:
             place_of[name] = holder.name
         kernel_of[name] = _kernel_of(holder, steps_of, snapshot.kernels)
-    placed = {**place_of, **_ports(captured)}
+    # Inputs and the output node are places under their own names.
+    placed = {n.name: n.name for n in captured.nodes() if n.op in (INPUT, OUTPUT)} | place_of
     for name in names:
         if name not in place_of:
             place_of[name] = placed[name] = _nearest(captured, name, placed)
@@ -104,12 +107,6 @@ def _steps_by_node(final: Graph, plan: Plan) -> dict[str, tuple[Step, ...]]:
     return {name: tuple(steps) for name, steps in by_node.items()}
 
 
-def _is_place(node: Node, steps_of: Mapping[str, tuple[Step, ...]]) -> bool:
-    if node.op == CONSTANT:
-        return False
-    return node.op in (INPUT, OUTPUT) or bool(node.origins) or node.name in steps_of
-
-
 def _kernel_of(
     holder: Node | None, steps_of: Mapping[str, tuple[Step, ...]], kernels: Mapping[str, str]
 ) -> str:
@@ -120,11 +117,6 @@ def _kernel_of(
     if steps := steps_of.get(holder.name):
         return steps[-1].name
     return kernels.get(holder.name, acc.VIEW)
-
-
-def _ports(captured: Graph) -> dict[str, str]:
-    """Inputs and the output node are places under their own names."""
-    return {node.name: node.name for node in captured.nodes() if node.op in (INPUT, OUTPUT)}
 
 
 def _nearest(captured: Graph, name: str, place_of: Mapping[str, str]) -> str:
@@ -171,10 +163,9 @@ def _step_place(step: Step, node: Node | None, nodes: tuple[str, ...], kind: str
     if isinstance(step, TorchStep):
         shown = ", ".join(str(place.operand.spec) for place in step.outputs)
         return KernelNode(step.name, acc.FALLBACK, OTHER, str(step.call), shown, *common)
-    problem = step.problem
     stages = stages_text(node) if node else ""
-    shown = ", ".join(str(operand.spec) for operand in problem.outputs)
-    cost = registry.get(step.op).cost(problem)
+    shown = ", ".join(str(operand.spec) for operand in step.problem.outputs)
+    cost = registry.get(step.op).cost(step.problem)
     return KernelNode(
         step.name, acc.KERNEL, kind, step.op, f"{step.op}{stages} -> {shown}", *common,
         launches=len(step.launches), size_bytes=cost.size_bytes, flops=cost.flops,

@@ -89,11 +89,9 @@ def place(
     total = 0
     for kind in ("arena", "fixed"):
         members = [
-            buffer
-            for buffer in buffers.values()
-            if buffer.kind == "arena"
-            and ("fixed" if dynamic and buffer.batch is None else "arena") == kind
-        ]
+            buffer for buffer in buffers.values() if buffer.kind == "arena"
+            and (dynamic and buffer.batch is None) == (kind == "fixed")
+        ]  # fmt: skip
         lifetimes = {b.name: Lifetime(b.size_bytes, first[b.name], last[b.name]) for b in members}
         offsets, size = allocate(lifetimes, together)
         for buffer in members:

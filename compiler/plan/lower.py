@@ -35,7 +35,6 @@ from ..graph.verify import verify, verify_memory
 from ..records.choose import Chooser, heuristic
 from . import branches
 from .arena import place
-from .packing import constant_place, packed_place
 from .plan import KernelStep, Plan, Step, TorchStep
 
 VIEW_RULE = "reshape, slice, permute => view"
@@ -151,7 +150,6 @@ def _outside(graph: Graph, node: Node) -> TensorSpec:
 
 
 def _own_buffer(state: _Lowering, value: Value, name: str, kind: str) -> BufferSlice:
-    """Gives a value a buffer of its own."""
     spec = state.graph.spec(value)
     size_bytes = _rounded(spec.size_bytes, spec.batch)
     state.buffers[name] = Buffer(name, kind, spec.dtype, size_bytes, spec.batch)
@@ -217,14 +215,9 @@ def _why_not_in_place(
 
 
 MOVEMENTS = (
-    rearrangement.Reshape,
-    Rearrange,
-    movement.FlattenPixels,
-    movement.Permute,
-    movement.Slice,
-    movement.Relayout,
-    movement.Concat,
-)
+    rearrangement.Reshape, Rearrange, movement.FlattenPixels, movement.Permute, movement.Slice,
+    movement.Relayout, movement.Concat,
+)  # fmt: skip
 
 
 def is_movement(node: Node) -> bool:
@@ -244,7 +237,7 @@ def _plan_outputs(state: _Lowering) -> None:
 def _output_place(state: _Lowering, value: Value) -> BufferSlice:
     """Where the runtime finds an output: its own buffer, or wherever the value lies."""
     if state.graph.is_constant(value):
-        return constant_place(state, value, state.graph.spec(value).dtype)
+        return _constant_place(state, value, state.graph.spec(value).dtype)
     return state.places[value]
 
 
@@ -290,16 +283,10 @@ def _lower_node(state: _Lowering, node: Node) -> None:
     operands = {kind: tuple(place.operand for place in group) for kind, group in places.items()}
     chooses = node.op == "linear" and _chooses(graph, own[0])
     problem = Problem(
-        op=node.op,
-        attributes=node.attributes,
-        inputs=operands["input"],
-        outputs=operands["output"],
-        epilogue=node.epilogue,
-        operands=operands["operand"],
-        prologue=node.prologue,
-        prologue_operands=operands["prologue"],
+        node.op, node.attributes, operands["input"], operands["output"], node.epilogue,
+        operands["operand"], node.prologue, operands["prologue"],
         precision="ieee" if chooses else state.options.precision,
-    )
+    )  # fmt: skip
     _add_step(state, node, node.name, problem, places)
 
 
@@ -334,19 +321,11 @@ def _add_step(
         for kind in problem.groups
         for index, place in enumerate(places.get(kind, ()))
     }
-    state.steps.append(
-        KernelStep(
-            name,
-            problem.op,
-            problem,
-            tile,
-            launches,
-            buffers | _scratch(state, node, launches),
-            node.module_path,
-            node.origins,
-            choice.source,
-        )
-    )
+    buffers |= _scratch(state, node, launches)
+    state.steps.append(KernelStep(
+        name, problem.op, problem, tile, launches, buffers, node.module_path, node.origins,
+        choice.source,
+    ))  # fmt: skip
     state.kernels[node.name] = name
 
 
@@ -395,7 +374,11 @@ def _finish_concat(state: _Lowering, node: Node) -> bool:
     for value, done in zip(values, here, strict=True):
         size = state.graph.spec(value).shape[dim]
         if not done:
-            _copy(state, node, value, _part(whole, dim, start, size))
+            source, copy = _read(state, value, node, None), _part(whole, dim, start, size)
+            attributes = movement.Relayout(copy.operand.spec.layout, copy.operand.spec.dtype)
+            problem = Problem("relayout", attributes, (source.operand,), (copy.operand,))
+            places = {"input": (source,), "output": (copy,)}
+            _add_step(state, node, f"{node.name}.{value.node}", problem, places)
         start += size
     if all(here):
         state.kernels[node.name] = "in place"
@@ -403,21 +386,10 @@ def _finish_concat(state: _Lowering, node: Node) -> bool:
     return True
 
 
-def _copy(state: _Lowering, node: Node, value: Value, destination: BufferSlice) -> None:
-    """A step that copies one value into a slice."""
-    source, spec = _read(state, value, node, None), destination.operand.spec
-    attributes = movement.Relayout(spec.layout, spec.dtype)
-    problem = Problem("relayout", attributes, (source.operand,), (destination.operand,))
-    places = {"input": (source,), "output": (destination,)}
-    _add_step(state, node, f"{node.name}.{value.node}", problem, places)
-
-
 def _becomes_view(state: _Lowering, node: Node) -> bool:
     """Gives the node's value a place inside its input's buffer where memory allows it."""
-    value = Value(node.name)
-    if not is_movement(node) or value in state.places or value in state.destinations:
-        return False
-    if isinstance(node.attributes, movement.Concat):
+    value, joins = Value(node.name), isinstance(node.attributes, movement.Concat)
+    if not is_movement(node) or joins or value in state.places or value in state.destinations:
         return False
     source_value = state.graph.inputs(node.name)[0]
     if state.graph.is_constant(source_value):
@@ -442,7 +414,6 @@ def _lower_torch(state: _Lowering, node: Node) -> None:
 
 
 def _written(state: _Lowering, node: Node) -> tuple[BufferSlice, ...]:
-    """Where a node's results go."""
     return tuple(_place(state, Value(node.name, at)) for at in range(len(node.outputs)))
 
 
@@ -463,13 +434,47 @@ def _read(state: _Lowering, value: Value, node: Node, slot: int | None) -> Buffe
                 f"'{node.module_path}': {node.op} needs a constant as input {slot}, got the "
                 f"computed tensor {value} {state.graph.spec(value)}"
             )
-        return packed_place(state, value, node, slot)
+        return _packed_place(state, value, node, slot)
     if state.graph.is_constant(value):
         # Vectors of stages (bias, scale) stay fp32: they are few and read once.
         as_is = node.op == TORCH or slot in node.definition.factors
         dtype = state.graph.spec(value).dtype if as_is else torch.float32
-        return constant_place(state, value, dtype)
+        return _constant_place(state, value, dtype)
     return state.places[value]
+
+
+def _constant_place(state: _Lowering, value: Value, dtype: torch.dtype) -> BufferSlice:
+    """Where a constant lies, dense and in a dtype."""
+    name = f"{value.node}.{str(dtype).removeprefix('torch.')}"
+    if name not in state.buffers:
+        tensor = state.graph.constant(value).detach()
+        _add_constant(state, name, tensor.to(dtype).contiguous().reshape(-1), tensor)
+    return BufferSlice(name, Operand.dense(state.graph.spec(value).with_(dtype=dtype)))
+
+
+def _packed_place(state: _Lowering, value: Value, node: Node, slot: int) -> BufferSlice:
+    """Where a constant lies as the op of a node packs it for one of its inputs."""
+    spec = state.graph.spec(value)
+    tensor = state.graph.constant(value).detach()
+    pack = node.definition.packs(node.attributes)[slot]
+    packed = pack(node.attributes, tensor.to(spec.dtype))
+    # The order may depend on the attributes: nodes that share a weight may want it differently.
+    base = name = f"{value.node}.{node.op}{slot}.{str(spec.dtype).removeprefix('torch.')}"
+    copies = 1
+    while name in state.constants and not torch.equal(state.constants[name], packed):
+        copies += 1
+        name = f"{base}.{copies}"
+    if name not in state.buffers:
+        _add_constant(state, name, packed, tensor)
+    return BufferSlice(name, Operand.dense(spec))
+
+
+def _add_constant(state: _Lowering, name: str, packed: torch.Tensor, tensor: torch.Tensor) -> None:
+    """Adds what was made of a constant, in memory of its own."""
+    packed = packed.clone() if packed.data_ptr() == tensor.data_ptr() else packed
+    state.constants[name] = packed
+    size_bytes = packed.numel() * packed.element_size()
+    state.buffers[name] = Buffer(name, "constant", packed.dtype, size_bytes)
 
 
 # Memory.

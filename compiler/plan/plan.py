@@ -121,19 +121,15 @@ class Plan:
             "summary": self.summary(),
             "steps": [_step_json(step) for step in self.steps],
             "buffers": [
-                {
-                    "name": buffer.name,
-                    "kind": buffer.kind,
-                    "dtype": str(buffer.dtype).removeprefix("torch."),
-                    "size_bytes": buffer.size_bytes,
-                    "scales_with_batch": buffer.batch is not None,
-                    "offset": buffer.offset,
-                }
+                {"name": buffer.name, "kind": buffer.kind,
+                 "dtype": str(buffer.dtype).removeprefix("torch."),
+                 "size_bytes": buffer.size_bytes, "scales_with_batch": buffer.batch is not None,
+                 "offset": buffer.offset}
                 for buffer in self.buffers.values()
             ],
             "inputs": [{"name": port.name, "spec": str(port.spec)} for port in self.inputs],
             "outputs": [{"name": port.name, "spec": str(port.spec)} for port in self.outputs],
-        }
+        }  # fmt: skip
 
 
 def _step_json(step: Step) -> dict[str, Any]:
@@ -151,11 +147,8 @@ def _step_json(step: Step) -> dict[str, Any]:
         "chosen_by": step.chosen_by,
         "buffers": {f"{ref.kind}{ref.index}": name for ref, name in step.buffers.items()},
         "launches": [
-            {
-                "kernel": launch.kernel.fn.__name__,
-                "rows": launch.rows,
-                "programs": launch.grid_at(launch.batch or 1)[0],
-            }
+            {"kernel": launch.kernel.fn.__name__, "rows": launch.rows,
+             "programs": launch.grid_at(launch.batch or 1)[0]}
             for launch in step.launches
         ],
     }  # fmt: skip

@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
@@ -37,7 +37,6 @@ class Schedule:
 
     @property
     def count(self) -> int:
-        """How many streams there are."""
         return max(self.streams, default=0) + 1
 
     @property
@@ -107,7 +106,7 @@ def overlap_in_memory(buffers: Mapping[str, Buffer]) -> Overlap:
     return overlap
 
 
-def dependencies(steps: Sequence[tuple[Touch, ...]], overlap: Overlap) -> tuple[int, ...]:
+def dependencies(steps: Sequence[Sequence[Touch]], overlap: Overlap) -> tuple[int, ...]:
     """For each step the earlier ones it must follow, as bits, whatever is implied by others
     included."""
     followed: list[int] = []
@@ -115,16 +114,14 @@ def dependencies(steps: Sequence[tuple[Touch, ...]], overlap: Overlap) -> tuple[
         before = 0
         # The latest first: what they follow need not be looked at.
         for earlier in reversed(range(at)):
-            if not before >> earlier & 1 and _conflict(mine, steps[earlier], overlap):
+            if not before >> earlier & 1 and any(
+                (one.writes or other.writes) and overlap(one, other)
+                for one in mine
+                for other in steps[earlier]
+            ):
                 before |= followed[earlier] | 1 << earlier
         followed.append(before)
     return tuple(followed)
-
-
-def _conflict(mine: Sequence[Touch], theirs: Sequence[Touch], overlap: Overlap) -> bool:
-    return any(
-        (one.writes or other.writes) and overlap(one, other) for one in mine for other in theirs
-    )
 
 
 def waits(before: Sequence[int], chosen: Sequence[int]) -> tuple[tuple[int, ...], ...]:
@@ -149,7 +146,7 @@ def waits(before: Sequence[int], chosen: Sequence[int]) -> tuple[tuple[int, ...]
 
 def scheduled(
     streams: Sequence[int],
-    steps: Sequence[tuple[Touch, ...]],
+    steps: Sequence[Sequence[Touch]],
     buffers: Mapping[str, Buffer],
     launches: tuple[int, ...],
 ) -> Schedule | None:
@@ -164,44 +161,30 @@ def scheduled(
 # Launching.
 
 
-class Streams(Protocol):
-    """Numbered streams; 0 is the one in which everything begins and ends."""
-
-    def on(self, stream: int) -> AbstractContextManager[Any]:
-        """Launches inside go to the stream."""
-        ...
-
-    def record(self, stream: int) -> Any:
-        """An event after what the stream was given so far."""
-        ...
-
-    def wait(self, stream: int, event: Any) -> None:
-        """What the stream is given from now on comes after the event."""
-        ...
-
-
 class TorchStreams:
-    """Streams of this machine's GPU; stream 0 is the current one."""
+    """Numbered streams of this machine's GPU; 0 is the current one, in which everything begins and
+    ends."""
 
     def __init__(self, count: int) -> None:
         make: Any = torch.cuda.Stream
         self._streams = [torch.cuda.current_stream(), *(make() for _ in range(count - 1))]
 
     def on(self, stream: int) -> AbstractContextManager[Any]:
+        """Launches inside go to the stream."""
         return torch.cuda.stream(self._streams[stream])
 
     def record(self, stream: int) -> Any:
-        make: Any = torch.cuda.Event
-        event = make()
-        event.record(self._streams[stream])
-        return event
+        """An event after what the stream was given so far."""
+        return self._streams[stream].record_event()
 
     def wait(self, stream: int, event: Any) -> None:
+        """What the stream is given from now on comes after the event."""
         self._streams[stream].wait_event(event)
 
 
-def play(actions: Sequence[Action], schedule: Schedule, streams: Streams) -> None:
-    """Gives every launch to its step's stream; stream 0 is behind all of them at the end."""
+def play(actions: Sequence[Action], schedule: Schedule, streams: Any) -> None:
+    """Gives every launch to its step's stream; stream 0 is behind all of them at the end. streams:
+    as `TorchStreams`."""
     sides = range(1, schedule.count)
     start = streams.record(0)
     for side in sides:

@@ -8,7 +8,7 @@ shape of the same op; the op's own default.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -99,26 +99,22 @@ class Records:
             if reason is None:
                 return _noted(Choice(record.config, f"record: {record}"), op, problem, target)
             self._tell(f"the tuning record of {key} is not used: {reason}")
-        others = [*self.shipped.of(key.architecture, op.name), *self._own(key)]
-        found = self._by_stale(op, problem, target, key, others) or self._by_nearest(
-            op, problem, target, key, others
-        )
+        given = op, problem, target, key
+        found = self._by_stale(*given) or self._by_nearest(*given)
         return _noted(found, op, problem, target) if found else heuristic(op, problem, target)
 
     def hints(self, op: Op, problem: Problem, target: Target, key: Key) -> list[Config]:
         """Configurations that records name for this problem, fresh or stale, and that fit it."""
-        every = (*self.shipped.of(key.architecture, op.name), *self._own(key))
-        named = [each.config for each in every if each.key.current == key.current]
+        named = [each.config for each in self._of(key) if each.key.current == key.current]
         return [c for c in dict.fromkeys(named) if not rank.illegal_reason(op, problem, c, target)]
 
-    def _own(self, key: Key) -> list[Record]:
-        return self.own.of(key.architecture, key.op)
+    def _of(self, key: Key) -> list[Record]:
+        of = (key.architecture, key.op)
+        return [*self.shipped.of(*of), *self.own.of(*of)]
 
-    def _by_stale(
-        self, op: Op, problem: Problem, target: Target, key: Key, others: Iterable[Record]
-    ) -> Choice | None:
+    def _by_stale(self, op: Op, problem: Problem, target: Target, key: Key) -> Choice | None:
         """The model's choice among the default and what stale records of this problem name."""
-        stale = [each for each in others if each.key.stale and each.key.current == key]
+        stale = [each for each in self._of(key) if each.key.stale and each.key.current == key]
         if not stale:
             return None
         self._tell(
@@ -132,13 +128,11 @@ class Records:
             return Choice(default, f"{HEURISTIC} (a stale record ranks behind it)")
         return Choice(best, "stale record, ranked first by the model")
 
-    def _by_nearest(
-        self, op: Op, problem: Problem, target: Target, key: Key, others: Iterable[Record]
-    ) -> Choice | None:
+    def _by_nearest(self, op: Op, problem: Problem, target: Target, key: Key) -> Choice | None:
         """The configuration of the nearest shape that is legal here too."""
         near = [
             (distance(key, each.key), not each.is_measured, each.key.digest, each)
-            for each in others
+            for each in self._of(key)
             if each.key.triton == key.triton and each.key.source == key.source
         ]
         for far, _, _, record in sorted(near, key=lambda each: each[:3]):
@@ -187,24 +181,16 @@ class Timings:
         return found
 
 
-@dataclass(frozen=True)
-class Listed:
-    """A record as lists show it: whose it is, and why it is stale, if it is."""
-
-    record: Record
-    origin: str
-    stale: str | None
-
-
-def listed(records: Records, op: str | None = None) -> list[Listed]:
-    """Every valid record, or those of one op: the shipped ones, then the user's.
+def listed(records: Records, op: str | None = None) -> list[tuple[Record, str, str | None]]:
+    """Every valid record, or those of one op, with whose it is and why it is stale, if it is: the
+    shipped ones, then the user's.
 
     Raises: InvalidInputError for an unknown op.
     """
     if op is not None and op not in registry.BY_NAME:
         raise InvalidInputError(f"unknown op {op!r}; {near_names(op, registry.BY_NAME)}")
     return [
-        Listed(record, origin, record.key.stale)
+        (record, origin, record.key.stale)
         for origin, store in (("shipped", records.shipped), ("yours", records.own))
         for record in store.all()
         if op in (None, record.key.op)

@@ -11,7 +11,7 @@ import hashlib
 import json
 import math
 import re
-from dataclasses import dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 
 from ... import extensions
@@ -64,8 +64,7 @@ class Key:
     @cached_property
     def digest(self) -> str:
         """The hash that names the record's file."""
-        plain = {item.name: getattr(self, item.name) for item in fields(self)}
-        text = json.dumps(plain, sort_keys=True)
+        text = json.dumps(asdict(self), sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:DIGEST_DIGITS]
 
     @property
@@ -117,7 +116,6 @@ class Key:
 
 
 def key_of(problem: Problem, target: Target) -> Key:
-    """The key of a problem on a target."""
     dtype = _dtype(problem.inputs[0].spec)
     packed = registry.get(problem.op).packs(problem.attributes)
     placed = [o for slot, o in enumerate(problem.inputs) if slot not in packed]

@@ -23,8 +23,6 @@ WASTE_FACTOR = 2.0
 
 @dataclass(frozen=True)
 class Ranked:
-    """A configuration with its modelled time."""
-
     config: Config
     time_us: float
 
@@ -56,16 +54,12 @@ def rank(
 
     reports: what the compiler made of each launch of a configuration, for those compiled already.
     """
-    known = reports or {}
-
-    def crowded(config: Config) -> bool:
-        return config not in known and op.crowded(problem, config, target) is not None
-
-    timed = [
-        Ranked(config, modelled_us(op, problem, target, config, known.get(config)))
-        for config in configs
-    ]
-    return sorted(timed, key=lambda each: (crowded(each.config), each.time_us))
+    known, timed = reports or {}, []
+    for config in configs:
+        crowded = config not in known and op.crowded(problem, config, target) is not None
+        us = modelled_us(op, problem, target, config, known.get(config))
+        timed.append((crowded, us, Ranked(config, us)))
+    return [ranked for _, _, ranked in sorted(timed, key=lambda each: each[:2])]
 
 
 def modelled_us(
@@ -90,20 +84,15 @@ def varied(
     """At most so many configurations, from the front but of each tile size and core one first: the
     model tells sizes apart better than what is tried within one."""
     sizes: dict[object, dict[object, Config]] = {}
-    for each in ranked:
-        alike = sizes.setdefault(_tile_size(op, problem, target, each.config), {})
-        alike.setdefault(core.uses_core(each.config), each.config)
+    for config in (each.config for each in ranked):
+        blocks = dict(config.blocks)
+        size: object = blocks.get("BLOCK_M"), blocks.get("BLOCK_N")
+        if not {"BLOCK_M", "BLOCK_N"} <= blocks.keys():
+            launches = op.launches(problem, config, target)
+            size = tuple((launch.block_rows, launch.columns) for launch in launches)
+        sizes.setdefault(size, {}).setdefault(core.uses_core(config), config)
     first = [config for alike in sizes.values() for config in alike.values()]
     return list(dict.fromkeys([*first, *(each.config for each in ranked)]))[:most]
-
-
-def _tile_size(op: Op, problem: Problem, target: Target, config: Config) -> object:
-    """What configurations of one size have in common."""
-    blocks = dict(config.blocks)
-    if {"BLOCK_M", "BLOCK_N"} <= blocks.keys():
-        return blocks["BLOCK_M"], blocks["BLOCK_N"]
-    launches = op.launches(problem, config, target)
-    return tuple((launch.block_rows, launch.columns) for launch in launches)
 
 
 def screened(

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any, NoReturn
@@ -85,7 +84,6 @@ class Record:
 
 
 def now() -> str:
-    """This moment as records write it."""
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 
@@ -115,12 +113,9 @@ def to_json(record: Record) -> dict[str, Any]:
 def to_text(record: Record) -> str:
     """The record as the text of its file."""
     text = json.dumps(to_json(record), indent=1, allow_nan=False)
-    # Lists of numbers and configurations read better in one line.
-    return re.sub(r"\{\s+((?:\"\w+\": \d+,?\s*)+)\}", _in_one_line, text) + "\n"
-
-
-def _in_one_line(found: re.Match[str]) -> str:
-    return "{" + " ".join(found[1].split()) + "}"
+    # Configurations read better in one line.
+    sizes = r"\{\s+((?:\"\w+\": \d+,?\s*)+)\}"
+    return re.sub(sizes, lambda found: "{" + " ".join(found[1].split()) + "}", text) + "\n"
 
 
 # Reading.
@@ -147,7 +142,8 @@ def from_json(data: Any) -> Record:
     """
     if not isinstance(data, dict) or "format" not in data or "key" not in data:
         raise ArtifactError("not a tuning record: expected an object with a format and a key")
-    version = data["format"]
+    fields = dict(data)
+    version = fields.pop("format")
     if type(version) is int and version > FORMAT:
         raise NewerRecordError(
             f"a record from the future: format {version}; this version of convloom reads up to "
@@ -155,13 +151,8 @@ def from_json(data: Any) -> Record:
         )
     if type(version) is not int or version != FORMAT:
         raise ArtifactError(f"format: expected {FORMAT}, got {version!r:.60}")
-    fields = {name: value for name, value in data.items() if name != "format"}
     record: Record = _RecordReader("tuning record", laws=LAWS).read(Record, fields, "record")
     return record
-
-
-def _is_time(time_us: float | None) -> bool:
-    return time_us is None or 0 < time_us < LONGEST_US
 
 
 def _is_date(text: str) -> bool:
@@ -171,12 +162,8 @@ def _is_date(text: str) -> bool:
         return False
 
 
-def _are_tensors(texts: tuple[str, ...]) -> bool:
-    return None not in map(shape_of, texts)
-
-
-_TIME = _is_time, f"microseconds below {LONGEST_US:g}"
-_TENSORS = _are_tensors, "tensors such as 'float16 8x64 dense'"
+_TIME = (lambda us: us is None or 0 < us < LONGEST_US), f"microseconds below {LONGEST_US:g}"
+_TENSORS = (lambda texts: None not in map(shape_of, texts)), "tensors such as 'float16 8x64 dense'"
 LAWS: Laws = {
     Record: {
         "status": one_of(MEASURED, MODELLED),
@@ -202,23 +189,20 @@ LAWS: Laws = {
 
 
 class _RecordReader(Reader):
-    """Reads configurations as records write them."""
+    """Reads configurations as records write them. That one fits its problem is checked where the
+    problem is known."""
 
     def read_dataclass(self, kind: type, data: Any, where: str) -> Any:
         if kind is Config and isinstance(data, dict):
             blocks = {name: size for name, size in data.items() if not name.startswith("num_")}
-            self._check_blocks(blocks, where)
+            for name, size in blocks.items():
+                if not re.fullmatch(r"[A-Z][A-Z0-9_]{0,40}", name) or type(size) is not int:
+                    self.refuse(where, "sizes by name", f"{name}: {size!r}")
+                if not 0 <= size <= MOST_BLOCK:
+                    self.refuse(f"{where}.{name}", f"0 to {MOST_BLOCK}", size)
             others = {name: size for name, size in data.items() if name not in blocks}
             data = {**others, "blocks": list(blocks.items())}
         return super().read_dataclass(kind, data, where)
-
-    def _check_blocks(self, blocks: Mapping[str, Any], where: str) -> None:
-        """That a configuration fits its problem is checked where the problem is known."""
-        for name, size in blocks.items():
-            if not re.fullmatch(r"[A-Z][A-Z0-9_]{0,40}", name) or type(size) is not int:
-                self.refuse(where, "sizes by name", f"{name}: {size!r}")
-            if not 0 <= size <= MOST_BLOCK:
-                self.refuse(f"{where}.{name}", f"0 to {MOST_BLOCK}", size)
 
     def refuse(self, where: str, expected: str, got: Any) -> NoReturn:
         raise ArtifactError(f"{where}: expected {expected}, got {got!r:.60}")

@@ -28,7 +28,6 @@ LARGEST_FILE = 1 << 20
 
 
 def user_folder() -> Path:
-    """Where this user's records are kept."""
     return settings.read().cache_dir / "records"
 
 
@@ -40,7 +39,6 @@ class Store:
         self._known: dict[Path, Record | None] = {}
 
     def path(self, key: Key) -> Path:
-        """The file of a key."""
         return self.folder / key.architecture / key.op / f"{key.digest}.json"
 
     def get(self, key: Key) -> Record | None:
@@ -59,7 +57,6 @@ class Store:
                 yield from _listed(op)
 
     def all(self) -> list[Record]:
-        """Every valid record."""
         return [record for path in self.files() if (record := self._load(path)) is not None]
 
     def _load(self, path: Path) -> Record | None:
@@ -88,7 +85,10 @@ class Store:
             with replacing(path, PRIVATE) as file:
                 file.write(to_text(record).encode())
         except OSError as error:
-            raise ArtifactError(_why_not(path, error)) from error
+            full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+            advice = "Free some space" if full else "Pass --to FOLDER, or set CONVLOOM_CACHE_DIR"
+            problem = f"cannot write tuning record '{path}': {error.strerror or error}"
+            raise ArtifactError(f"{problem}. {advice}") from error
         self._known[path] = record
 
     def remove(self, path: Path) -> None:
@@ -110,12 +110,6 @@ def _listed(folder: Path, suffix: str = ".json") -> list[Path]:
     except OSError:
         return []
     return [folder / name for name in names if name.endswith(suffix) and not name.startswith(".")]
-
-
-def _why_not(path: Path, error: OSError) -> str:
-    full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-    advice = "Free some space" if full else "Pass --to FOLDER, or set CONVLOOM_CACHE_DIR"
-    return f"cannot write tuning record '{path}': {error.strerror or error}. {advice}"
 
 
 def read(path: Path) -> Record:

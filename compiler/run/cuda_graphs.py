@@ -7,6 +7,7 @@ import traceback
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import pairwise
 from typing import Any, Protocol
 
 import torch
@@ -150,11 +151,7 @@ class _CapturedPlan:
     """A plan bound to memory, recorded into a CUDA graph."""
 
     def __init__(
-        self,
-        plan: Ported,
-        actions: Sequence[Action],
-        memory: Memory,
-        schedule: Schedule | None = None,
+        self, plan: Ported, actions: Sequence[Action], memory: Memory, schedule: Schedule | None
     ) -> None:
         self._plan, self._memory, self._actions = plan, memory, actions
         stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
@@ -192,17 +189,14 @@ class _CapturedPlan:
 
     def time_steps(self, inputs: Sequence[torch.Tensor]) -> list[tuple[str, float]]:
         self._load(inputs)
-        count = len(self._actions) + 1
         make: Any = torch.cuda.Event
-        events = [make(enable_timing=True) for _ in range(count)]
+        start, *ends = (make(enable_timing=True) for _ in range(len(self._actions) + 1))
         # The GPU waits until every launch is queued: otherwise the host's own time is measured.
         torch.cuda._sleep(QUEUEING_CYCLES)  # type: ignore[no-untyped-call]
-        events[0].record()
-        for (_, action), event in zip(self._actions, events[1:], strict=True):
+        start.record()
+        for (_, action), event in zip(self._actions, ends, strict=True):
             action()
             event.record()
         torch.cuda.synchronize()
-        return [
-            (name, before.elapsed_time(after) * 1e3)
-            for (name, _), before, after in zip(self._actions, events, events[1:], strict=False)
-        ]
+        pairs = zip(self._actions, pairwise((start, *ends)), strict=True)
+        return [(name, one.elapsed_time(other) * 1e3) for (name, _), (one, other) in pairs]

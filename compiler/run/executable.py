@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import tempfile
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -64,6 +63,10 @@ class Kernel:
         """Registers, spills and shared memory where it has been compiled before, here."""
         return offline.known_resources(self.request) if self.request else None
 
+    def code(self, kind: str) -> str:
+        """Its "source", "ptx" or "sass"."""
+        return {"source": self.source, "ptx": self.ptx, "sass": self.sass}[kind]()
+
     def ptx(self) -> str:
         """PTX text."""
         return str(offline.compile_request(self._compiled_request()).asm["ptx"])
@@ -83,17 +86,13 @@ class Kernel:
 
 def kernels_of(plan: Plan) -> tuple[Kernel, ...]:
     """Every launch of a plan, in order; nothing is compiled for it."""
-    launches = plan.kernels
-    requests: Sequence[offline.CompileRequest | None] = [None] * len(launches)
-    if plan.target.is_gpu:
-        requests = compile_requests(plan, plan.target)
-    counts: dict[str, int] = {}
+    requests = iter(compile_requests(plan, plan.target) if plan.target.is_gpu else ())
     kernels = []
-    for (step, launch), request in zip(launches, requests, strict=True):
-        counts[step.name] = counts.get(step.name, 0) + 1
-        single = len(step.launches) == 1
-        name = step.name if single else f"{step.name}.{counts[step.name]}"
-        kernels.append(Kernel(name, step.origins, step.module_path, step, launch, request))
+    for step in (step for step in plan.steps if isinstance(step, KernelStep)):
+        for at, launch in enumerate(step.launches, 1):
+            name = step.name if len(step.launches) == 1 else f"{step.name}.{at}"
+            request = next(requests, None)
+            kernels.append(Kernel(name, step.origins, step.module_path, step, launch, request))
     return tuple(kernels)
 
 
@@ -140,14 +139,13 @@ class Executable:
             return self.interface.unflatten(empty_outputs(self.plan.outputs, self.place))
         return self.interface.unflatten(self._runner.run(tensors, batch))
 
-    def __copy__(self) -> Executable:
+    def __copy__(self, memo: Any = None) -> Executable:
         """The same plan, weights and buffers: nothing of them is the caller's to change."""
         twin = object.__new__(type(self))
         twin.__dict__.update(self.__dict__)
         return twin
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Executable:
-        return self.__copy__()
+    __deepcopy__ = __copy__
 
     def __reduce__(self) -> tuple[Any, ...]:
         """As a file, of which whoever unpickles it loads the bytes."""
@@ -228,11 +226,10 @@ class Executable:
 
         Raises: InvalidInputError with the near names.
         """
-        for kernel in self.kernels:
-            if kernel.name == name:
-                return kernel
-        names = [kernel.name for kernel in self.kernels]
-        raise InvalidInputError(f"no kernel named {name!r}; {near_names(name, names)}")
+        kernels = {kernel.name: kernel for kernel in self.kernels}
+        if name not in kernels:
+            raise InvalidInputError(f"no kernel named {name!r}; {near_names(name, kernels)}")
+        return kernels[name]
 
     def summary_line(self) -> str:
         """The launches of every op alone and of the plan, which `compile` logs."""
@@ -250,33 +247,16 @@ class Executable:
         """
         tensors = self.interface.flatten(inputs, keywords)
         batch = self.interface.check(tensors, self.place, at_least=1)
-        times = self._time_steps(tensors, batch)
-        summed: dict[str, float] = {}
-        for name, us in times:
-            summed[name] = summed.get(name, 0.0) + us
-        if isinstance(self._runner, StepRunner):
+        if isinstance(self._runner, CudaRunner):
+            where = torch.cuda.get_device_name()
+        elif isinstance(self._runner, StepRunner):
             where = f"the {self._runner.by}, not a GPU"
         else:
-            where = torch.cuda.get_device_name()
-        if self.plan.batch is not None:
-            where += f", batch {batch}"
-        self.ledger = self.ledger.with_measured(summed, where)
-        return times
-
-    def _time_steps(self, tensors: list[torch.Tensor], batch: int) -> list[tuple[str, float]]:
-        if isinstance(self._runner, CudaRunner):
-            return self._runner.time_steps(tensors, batch)
-        if not isinstance(self._runner, StepRunner):
             raise KernelError(f"target {self.target.name} has no steps that could be timed")
-        times: list[tuple[str, float]] = []
-        last = [time.perf_counter()]
-
-        def observe(step: Step, output: torch.Tensor) -> None:
-            now = time.perf_counter()
-            times.append((step.name, (now - last[0]) * 1e6))
-            last[0] = now
-
-        self._runner.run(tensors, batch, observe)
+        times = self._runner.time_steps(tensors, batch)
+        where += f", batch {batch}" if self.plan.batch is not None else ""
+        summed = {name: sum(us for other, us in times if other == name) for name, _ in times}
+        self.ledger = self.ledger.with_measured(summed, where)
         return times
 
     def errors(self, *inputs: Any, **keywords: Any) -> list[StepError]:
@@ -285,7 +265,7 @@ class Executable:
         The kernels run in the interpreter or the emulator; torch evaluates the same fused graph in
         the plan's dtype.
         """
-        tensors, _, _ = self._watched(inputs, keywords)
+        tensors, batch, runner = self._watched(inputs, keywords)
         with torch.no_grad():
             exact = evaluate(self.graph, tensors, torch.float64)
             eager = evaluate(self.graph, tensors)
@@ -297,7 +277,7 @@ class Executable:
                 ours, theirs = relative_error(output, truth), relative_error(eager[value], truth)
                 rows.append(StepError(step.name, step.module_path, ours, theirs))
 
-        self.watch(inputs, observe, keywords)
+        runner.run(tensors, batch, observe)
         return rows
 
     def watch(

@@ -86,11 +86,9 @@ class Agreement:
         best = exact.topk(min(TOP, exact.shape[1])).indices
         self.images += len(exact)
         for name, scores in (("compiled", got), ("eager", eager)):
-            first = scores.argmax(1)
-            top1 = (first == best[:, 0]).sum()
-            top5 = (first[:, None] == best).any(1).sum()
-            setattr(self, f"{name}_top1", getattr(self, f"{name}_top1") + int(top1))
-            setattr(self, f"{name}_top5", getattr(self, f"{name}_top5") + int(top5))
+            same = scores.argmax(1)[:, None] == best
+            for top, counted in ((f"{name}_top1", same[:, 0]), (f"{name}_top5", same.any(1))):
+                setattr(self, top, getattr(self, top) + int(counted.sum()))
 
 
 def dtype_of(graph: Graph) -> torch.dtype:
@@ -122,18 +120,18 @@ def truth_of_module(
 ) -> Truth:
     """The module itself in fp64 and in `dtype`."""
     exact, eager = (copy.deepcopy(module).to(each) for each in (torch.float64, dtype))
+    return lambda inputs: (
+        _call(exact, inputs, torch.float64, placed), _call(eager, inputs, dtype, placed)
+    )  # fmt: skip
 
-    def called(
-        model: torch.nn.Module, inputs: Sequence[torch.Tensor], kind: torch.dtype
-    ) -> list[torch.Tensor]:
-        arguments, keywords = placed(as_numbers(inputs, kind))
-        with torch.no_grad(), SoundConvolutions():
-            return tensors_of(model(*arguments, **keywords))
 
-    def truth(inputs: Sequence[torch.Tensor]) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-        return called(exact, inputs, torch.float64), called(eager, inputs, dtype)
-
-    return truth
+def _call(
+    module: torch.nn.Module, inputs: Sequence[torch.Tensor], dtype: torch.dtype, placed: Placing
+) -> list[torch.Tensor]:
+    """What a module that computes in `dtype` returns."""
+    arguments, keywords = placed(as_numbers(inputs, dtype))
+    with torch.no_grad(), SoundConvolutions():
+        return tensors_of(module(*arguments, **keywords))
 
 
 def layers_of(
@@ -142,36 +140,28 @@ def layers_of(
     inputs: Sequence[torch.Tensor],
     placed: Placing,
 ) -> list[Layer]:
-    """What the modules inside of a module return, call by call, in fp64 and in `dtype`."""
-    exact, eager = (
-        _called(copy.deepcopy(module), each, inputs, placed) for each in (torch.float64, dtype)
-    )
+    """What the modules inside of a module return, call by call, inner ones first, in fp64 and in
+    `dtype`."""
+
+    def called(dtype: torch.dtype) -> list[tuple[str, torch.Tensor]]:
+        results: list[tuple[str, torch.Tensor]] = []
+
+        def note(path: str, _: Any, __: Any, result: Any) -> None:
+            # Copies: what is returned may be changed in place later.
+            results.extend((path, tensor.clone()) for tensor in tensors_of(result))
+
+        model = copy.deepcopy(module).to(dtype)
+        for path, layer in model.named_modules():
+            if path:
+                layer.register_forward_hook(partial(note, path))
+        _call(model, inputs, dtype, placed)
+        return results
+
     return [
         Layer(path, true, peer)
-        for (path, true), (_, peer) in zip(exact, eager, strict=True)
+        for (path, true), (_, peer) in zip(called(torch.float64), called(dtype), strict=True)
         if true.shape == peer.shape
     ]
-
-
-def _called(
-    module: torch.nn.Module,
-    dtype: torch.dtype,
-    inputs: Sequence[torch.Tensor],
-    placed: Placing,
-) -> list[tuple[str, torch.Tensor]]:
-    """Every submodule's path and result, inner ones first; what changes it later changes a copy."""
-    results: list[tuple[str, torch.Tensor]] = []
-
-    def note(path: str, _: Any, __: Any, result: Any) -> None:
-        results.extend((path, tensor.clone()) for tensor in tensors_of(result))
-
-    for path, layer in module.to(dtype).named_modules():
-        if path:
-            layer.register_forward_hook(partial(note, path))
-    arguments, keywords = placed(as_numbers(inputs, dtype))
-    with torch.no_grad(), SoundConvolutions():
-        module(*arguments, **keywords)
-    return results
 
 
 def layer_parity(

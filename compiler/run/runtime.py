@@ -11,10 +11,12 @@ an arena is the memory that a network needs, and a GPU gains nothing from two of
 
 from __future__ import annotations
 
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
+from itertools import pairwise
 from typing import Any, Protocol
 
 import torch
@@ -43,11 +45,9 @@ class Runner(Protocol):
 
     def run(self, inputs: Sequence[torch.Tensor], batch: int) -> list[torch.Tensor]:
         """The outputs, owned by the caller."""
-        ...
 
 
 def constants_on(plan: Plan, device: torch.device) -> dict[str, torch.Tensor]:
-    """The plan's packed constants on a device."""
     return {name: tensor.to(device) for name, tensor in plan.constants.items()}
 
 
@@ -78,6 +78,8 @@ class StepRunner(ABC):
 
     by: str
     """What runs them, in a word."""
+    around: Callable[[], AbstractContextManager[Any]] = staticmethod(nullcontext)
+    """Around all steps of a call."""
 
     def __init__(self, plan: Plan) -> None:
         self._plan = plan
@@ -93,6 +95,12 @@ class StepRunner(ABC):
         with self._lock:
             return self._run(inputs, batch, observe)
 
+    def time_steps(self, inputs: Sequence[torch.Tensor], batch: int) -> list[tuple[str, float]]:
+        """(step, microseconds) for each step, by the wall clock."""
+        ends: list[tuple[str, float]] = [("", time.perf_counter())]
+        self.run(inputs, batch, lambda step, _: ends.append((step.name, time.perf_counter())))
+        return [(name, (end - start) * 1e6) for (_, start), (name, end) in pairwise(ends)]
+
     def _run(
         self, inputs: Sequence[torch.Tensor], batch: int, observe: Observer | None
     ) -> list[torch.Tensor]:
@@ -104,7 +112,7 @@ class StepRunner(ABC):
             memory = Memory(plan, self._constants, batch)
         for port, tensor in zip(plan.inputs, inputs, strict=True):
             memory.view(port.place).copy_(tensor)
-        with self._running():
+        with self.around():
             for done, step in enumerate(plan.steps):
                 progress.tell("kernels", done, len(plan.steps))
                 self._run_step(step, memory)
@@ -121,22 +129,13 @@ class StepRunner(ABC):
         for launch in step.launches:
             self._launch(step, launch, memory)
 
-    def _running(self) -> AbstractContextManager[None]:
-        """Around all steps of a call."""
-        return nullcontext()
-
     @abstractmethod
     def _launch(self, step: KernelStep, launch: Launch, memory: Memory) -> None:
         """Runs one launch of a step."""
 
 
 class InterpreterRunner(StepRunner):
-    """Interprets the source of the kernels."""
-
-    by = "interpreter"
-
-    def _running(self) -> AbstractContextManager[None]:
-        return interpreter.interpreting()
+    by, around = "interpreter", staticmethod(interpreter.interpreting)
 
     def _launch(self, step: KernelStep, launch: Launch, memory: Memory) -> None:
         execute.interpret(launch, _tensors_of(step, memory), memory.batch)
@@ -157,7 +156,6 @@ class EmulatorRunner(StepRunner):
 
 
 def first_output(step: Step) -> BufferSlice:
-    """Where the step's first result lies."""
     if isinstance(step, TorchStep):
         return step.outputs[0]
     return BufferSlice(step.buffers[Ref("output", 0)], step.problem.output)
@@ -197,9 +195,8 @@ def bind_plan(plan: Plan, compiled: Sequence[Any], memory: Memory) -> list[Actio
         if isinstance(step, TorchStep):
             actions.append((step.name, partial(run_torch_step, step, memory)))
             continue
-        for launch in step.launches:
-            tensor_of = _tensors_of(step, memory)
-            action = bind_launch(launch, next(remaining), tensor_of, memory.batch)
+        for launch, code in zip(step.launches, remaining, strict=False):
+            action = bind_launch(launch, code, _tensors_of(step, memory), memory.batch)
             actions.append((step.name, action))
     return actions
 

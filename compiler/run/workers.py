@@ -63,7 +63,6 @@ class WorkerProcess:
         """
         if self._process is None:
             self._start()
-        assert self._pipe is not None
         return self._exchange(request, timeout_s)
 
     def _start(self) -> None:
@@ -154,7 +153,6 @@ class Crew:
         self._threads = ThreadPoolExecutor(workers, thread_name_prefix="convloom-crew")
 
     def submit(self, request: Any) -> Future[Any]:
-        """The answer to a request, once there is one."""
         return self._threads.submit(self._ask, request)
 
     def _ask(self, request: Any) -> Any:
@@ -190,20 +188,19 @@ def serve(handle: int, registered: tuple[str, ...] = ()) -> None:
             message = connection.recv_bytes()
         except EOFError:
             return
-        poisoned = False
+        kind, result = "answer", None
         try:
             value = pickle.loads(message)
             if handler is None:
                 for place in registered:
                     register(place)
-                handler, answer = value(), None
+                handler = value()
             else:
-                answer = handler(value)
-            kind, result = "answer", answer
+                result = handler(value)
         except PoisonedError as error:
-            kind, result, poisoned = "poisoned", str(error), True
+            kind, result = "poisoned", str(error)
         except Exception as error:
             kind, result = "error", str(error) or repr(error)
         connection.send_bytes(pickle.dumps((kind, result)))
-        if poisoned:
+        if kind == "poisoned":
             os._exit(1)

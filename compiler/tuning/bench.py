@@ -11,11 +11,10 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
-from ...errors import KernelError
 from ...kernels import registry
 from ...kernels.contract import tolerance
 from ...kernels.contract.epilogue import apply_reference
@@ -50,23 +49,7 @@ class Trial:
     warm_us: float | None = None
 
 
-class Backend(Protocol):
-    """A device that runs configurations. `device` and `driver` are what records call it."""
-
-    device: str
-    driver: str
-
-    def trial(self, problem: Problem, config: Config) -> Trial:
-        """Runs, verifies and times one configuration.
-
-        Raises: ConvloomError where it cannot be built or launched; PoisonedError where the process
-        must end because of it.
-        """
-        ...
-
-
 def float_dtype(tensors: Sequence[torch.Tensor]) -> torch.dtype:
-    """That of the first floats; float32 without any."""
     floats = (tensor.dtype for tensor in tensors if tensor.dtype.is_floating_point)
     return next(floats, torch.float32)
 
@@ -85,9 +68,9 @@ class Bench:
 
         def draw(spec: TensorSpec, low: float, high: float) -> torch.Tensor:
             values = torch.rand(spec.shape, generator=generator, device=device)
-            if spec.dtype is torch.bool:
-                return as_layout(values < 0.5, spec.layout)
-            return as_layout((values * (high - low) + low).to(spec.dtype), spec.layout)
+            is_mask = spec.dtype is torch.bool
+            drawn = values < 0.5 if is_mask else (values * (high - low) + low).to(spec.dtype)
+            return as_layout(drawn, spec.layout)
 
         self.inputs = tuple(
             self._weight(draw(operand.spec, -1.0, 1.0))
@@ -120,13 +103,14 @@ class Bench:
             before = tuple(t.double() for t in self.before)
             exact = apply_reference(problem.prologue, first.double(), before)
             first = exact.to(first.dtype)
-        given = (first, *others)
-        tensors = (t.to(dtype) if t.dtype.is_floating_point else t for t in given)
+
+        def cast(tensors: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
+            return tuple(t.to(dtype) if t.dtype.is_floating_point else t for t in tensors)
+
         with torch.no_grad():
-            values = self.op.reference(problem.attributes, *tensors)
+            values = self.op.reference(problem.attributes, *cast((first, *others)))
             values = values if isinstance(values, tuple) else (values,)
-            operands = (t.to(dtype) if t.dtype.is_floating_point else t for t in self.operands)
-            last = apply_reference(problem.epilogue, values[0], tuple(operands))
+            last = apply_reference(problem.epilogue, values[0], cast(self.operands))
         return (last, *values[1:])
 
     def _eager_reference(self) -> tuple[torch.Tensor, ...]:
@@ -148,9 +132,9 @@ class Bench:
         for kind, group in problem.groups.items():
             for index, operand in enumerate(group):
                 tensor = tensors[kind][index] if kind in tensors else None
-                if kind == "input" and tensor is not None and index in self._packs:
-                    packed = self._packs[index](problem.attributes, tensor).clone()
-                    flat[Ref(kind, index)] = packed
+                pack = self._packs.get(index) if kind == "input" else None
+                if pack is not None and tensor is not None:
+                    flat[Ref(kind, index)] = pack(problem.attributes, tensor).clone()
                 else:
                     flat[Ref(kind, index)] = self._flat(operand, tensor)
         return flat
@@ -243,16 +227,14 @@ def _interpreted_us(bound: Sequence[tuple[Launch, Buffers]], batch: int) -> floa
     return (time.perf_counter() - started) * 1e6
 
 
-def handler_of(backend: Callable[[], Backend]) -> Callable[[Any], Any]:
-    """What a child answers with the backend: None asks who it is, (problem, config) for a trial."""
-    device = backend()
+def handler_of(device: Any) -> Callable[[Any], Any]:
+    """What a child answers with a backend: None asks for its `device` and `driver`, as records call
+    them; (problem, config) for a trial, which raises ConvloomError where it cannot be built or
+    launched, and PoisonedError where the process must end because of it."""
 
     def handle(request: Any) -> Any:
         if request is None:
             return device.device, device.driver
-        problem, config = request
-        if not isinstance(problem, Problem) or not isinstance(config, Config):
-            raise KernelError(f"expected a problem and a configuration, got {request!r:.80}")
-        return device.trial(problem, config)
+        return device.trial(*request)
 
     return handle

@@ -7,7 +7,6 @@ one copy gives the time with a warm cache. Clocks are left as they are.
 
 from __future__ import annotations
 
-import shutil
 import statistics
 import subprocess
 from collections.abc import Callable, Sequence
@@ -118,11 +117,8 @@ def _bound(
     bench: Bench, launches: Sequence[Launch], compiled: Sequence[Any], buffers: Buffers
 ) -> list[Action]:
     """The launches as calls; they keep their scratch memory alive."""
-    pairs = zip(bench.arguments(launches, buffers), compiled, strict=True)
-    return [
-        bind_launch(launch, code, tensors.__getitem__, bench.batch)
-        for (launch, tensors), code in pairs
-    ]
+    bound = zip(bench.arguments(launches, buffers), compiled, strict=True)
+    return [bind_launch(it, code, given.__getitem__, bench.batch) for (it, given), code in bound]
 
 
 def _timed(turns: Sequence[Sequence[Action]]) -> list[float]:
@@ -168,10 +164,7 @@ def _replayed_us(graph: Any) -> float:
 
 def driver_version() -> str:
     """The NVIDIA driver's version, "unknown" where nobody tells."""
-    program = shutil.which("nvidia-smi")
-    if program is None:
-        return "unknown"
-    command = [program, "--query-gpu=driver_version", "--format=csv,noheader"]
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=20)
     except (OSError, subprocess.TimeoutExpired):

@@ -68,7 +68,6 @@ class Work:
 
 
 def problems_of(plan: Plan) -> list[tuple[Problem, Target]]:
-    """The problem of every kernel step."""
     return [(step.problem, plan.target) for step in plan.steps if isinstance(step, KernelStep)]
 
 
@@ -96,15 +95,6 @@ class Outcome:
     status: str
     record: Record | None
     default_us: float | None
-
-
-@dataclass(frozen=True)
-class Progress:
-    """Candidates decided, of all, and what is being tried."""
-
-    done: int
-    total: int
-    text: str
 
 
 @dataclass
@@ -135,7 +125,6 @@ class _State:
         return min(self.times, key=handicapped, default=None)
 
     def outcome(self, record: Record | None) -> Outcome:
-        """Where the problem stands."""
         if self.kept is not None:
             return Outcome(self.work, "kept", self.kept, None)
         timed = self.times.get(self.default) if self.selected else None
@@ -159,8 +148,9 @@ class Tuner:
         records: Records,
         timer: Timer,
         options: Options | None = None,
-        watch: Callable[[Progress], None] = lambda progress: None,
+        watch: Callable[[str, int, int], None] = lambda trying, done, total: None,
     ) -> None:
+        """watch: is told what is being tried, and how many candidates are decided of how many."""
         self._records, self._timer = records, timer
         self._options = options or Options()
         self._watch = watch
@@ -181,12 +171,16 @@ class Tuner:
         open_states = [state for state in self._states if not self._keeps(state)]
         if not open_states:
             return self.outcomes
-        crew = self._crew(open_states)
+        crew = None
+        if any(state.work.target.is_gpu for state in open_states):
+            workers = self._options.workers or os.cpu_count() or 1
+            crew = Crew(compiler_handler, workers, COMPILE_TIMEOUT_S)
         try:
             self._timer.open()
             for state in open_states:
                 self._select(state)
-            self._compile(crew, open_states)
+            if crew is not None:
+                self._compile(crew, open_states)
             for look in (0, 1):
                 for state in open_states:
                     self._try(state, look)
@@ -200,17 +194,8 @@ class Tuner:
 
     @property
     def outcomes(self) -> list[Outcome]:
-        """What has become of each problem."""
         found = self._records.found
-        return [
-            state.outcome(found.get(state.work.key) or state.previous) for state in self._states
-        ]
-
-    def _crew(self, states: Sequence[_State]) -> Crew | None:
-        if not any(state.work.target.is_gpu for state in states):
-            return None
-        workers = self._options.workers or os.cpu_count() or 1
-        return Crew(compiler_handler, workers, COMPILE_TIMEOUT_S)
+        return [each.outcome(found.get(each.work.key) or each.previous) for each in self._states]
 
     # What to try.
 
@@ -268,13 +253,12 @@ class Tuner:
 
     # Compilation.
 
-    def _compile(self, crew: Crew | None, states: Sequence[_State]) -> None:
+    def _compile(self, crew: Crew, states: Sequence[_State]) -> None:
         """Sets everything going, what the first look needs before the rest."""
-        for first in (True, False):
+        for look in (slice(FIRST_LOOK), slice(FIRST_LOOK, None)):
             for state in states:
-                looked = state.selected[:FIRST_LOOK] if first else state.selected[FIRST_LOOK:]
-                for config in looked:
-                    if crew is not None and config in self._open(state):
+                for config in state.selected[look]:
+                    if config in self._open(state):
                         self._submit(crew, state, config)
 
     def _submit(self, crew: Crew, state: _State, config: Config) -> None:
@@ -300,10 +284,8 @@ class Tuner:
                 self._reject(state, config, "compile", str(error))
                 return False
         state.reports[config] = reports
-        if not reports:
-            return True
         work = state.work
-        launches = work.op.launches(work.problem, config, work.target)
+        launches = work.op.launches(work.problem, config, work.target) if reports else ()
         refused = rank.refused(work.target, launches, reports)
         # What runs without records is worth knowing, even where it spills.
         if refused is None or (config == state.default and refused[0] == "spills"):
@@ -335,7 +317,9 @@ class Tuner:
 
     def _trial(self, state: _State, config: Config) -> None:
         self._check_time()
-        self._watch(self._progress(f"{state.work.key}: {config}"))
+        total = sum(len(each.selected) for each in self._states)
+        left = sum(len(self._open(each)) for each in self._states)
+        self._watch(f"{state.work.key}: {config}", total - left, total)
         limit = min(TRIAL_TIMEOUT_S, self._time_left() + GRACE_S)
         try:
             reports = state.reports.get(config, [])
@@ -347,13 +331,8 @@ class Tuner:
             return
         if trial.wrong is not None:
             self._reject(state, config, "wrong", trial.wrong)
-            return
-        state.times[config] = trial
-
-    def _progress(self, text: str) -> Progress:
-        total = sum(len(each.selected) for each in self._states)
-        left = sum(len(self._open(each)) for each in self._states)
-        return Progress(total - left, total, text)
+        else:
+            state.times[config] = trial
 
     def _reject(self, state: _State, config: Config, stage: str, reason: str) -> None:
         state.rejected[config] = Rejected(config, stage, shortened(reason))
@@ -364,11 +343,11 @@ class Tuner:
         if best is None:
             return
         trial = state.times[best]
-        slower = []
-        for config, other in state.times.items():
-            if config != best:
-                reason = f"takes {other.time_us / trial.time_us:.2f} times as long"
-                slower.append(Rejected(config, "slower", reason, rounded(other.time_us)))
+        slower = [
+            Rejected(config, "slower", f"takes {other.time_us / trial.time_us:.2f} times as long",
+                     rounded(other.time_us))
+            for config, other in state.times.items() if config != best
+        ]  # fmt: skip
         record = Record(
             key=state.work.key,
             config=best,

@@ -62,14 +62,16 @@ class SelfCheck:
         return self._verdicts[problem, config]
 
     def close(self) -> None:
-        """Ends the process."""
         if self._timer is not None:
             self._timer.close()
 
     def _found(self, problem: Problem, config: Config) -> str | None:
         """The verdict on disk, or that of a run."""
         try:
-            timer = self._opened()
+            if (timer := self._timer) is None:
+                timer = self.connect(self.target)
+                timer.open()
+                self._timer = timer
             small = smaller(problem, config, self.target)
             op = registry.get(problem.op)
             launches = op.launches(small, config, self.target)
@@ -78,28 +80,15 @@ class SelfCheck:
             path = settings.read().cache_dir / FOLDER / f"{key}.json"
             known: Any = read_entry(path)
             if known is None:
-                wrong = _tried(timer, small, config)
-                known = {"wrong": wrong}
+                try:
+                    known = {"wrong": timer.trial(small, config, (), TRIAL_TIMEOUT_S).wrong}
+                except WorkerError as error:
+                    known = {"wrong": f"{error.kind}: {error}"}
                 write_entry(path, known)
         except (KernelError, TargetUnavailableError) as error:
             return f"its self-check could not be run: {error}"
         wrong = known.get("wrong")
         return None if wrong is None else f"its self-check on {timer.device} failed: {wrong}"
-
-    def _opened(self) -> Measured:
-        if self._timer is None:
-            timer = self.connect(self.target)
-            timer.open()
-            self._timer = timer
-        return self._timer
-
-
-def _tried(timer: Measured, problem: Problem, config: Config) -> str | None:
-    """What is wrong with a configuration, by running it; None where its results are right."""
-    try:
-        return timer.trial(problem, config, (), TRIAL_TIMEOUT_S).wrong
-    except WorkerError as error:
-        return f"{error.kind}: {error}"
 
 
 def smaller(problem: Problem, config: Config, target: Target) -> Problem:
@@ -117,10 +106,6 @@ def smaller(problem: Problem, config: Config, target: Target) -> Problem:
             return operand
         return replace(operand, spec=spec.with_(shape=spec.at(enough), batch=enough))
 
-    return replace(
-        problem,
-        inputs=tuple(map(at, problem.inputs)),
-        outputs=tuple(map(at, problem.outputs)),
-        operands=tuple(map(at, problem.operands)),
-        prologue_operands=tuple(map(at, problem.prologue_operands)),
-    )
+    groups = ("inputs", "outputs", "operands", "prologue_operands")
+    changes: dict[str, Any] = {name: tuple(map(at, getattr(problem, name))) for name in groups}
+    return replace(problem, **changes)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -25,43 +24,20 @@ TRIAL_TIMEOUT_S = 180.0
 """One configuration, the exact result included; what takes longer hangs."""
 
 
-class Timer(ABC):
-    """Tries configurations. status, device and driver are what its records say.
-
-    margin: how much faster than the default another must be, as a fraction, before it is believed.
-    """
-
-    status: str
-    device: str = ""
-    driver: str = ""
-    margin: float = 0.0
-
-    def open(self) -> None:  # noqa: B027  nothing to do for a model
-        """Makes ready; raises TargetUnavailableError where there is nothing to measure with."""
-
-    @abstractmethod
-    def trial(
-        self, problem: Problem, config: Config, reports: Sequence[Resources], timeout_s: float
-    ) -> Trial:
-        """What the configuration does.
-
-        Raises: WorkerError where it failed; KernelError where the device has been unusable since.
-        """
-
-    def close(self) -> None:  # noqa: B027
-        """Lets go of the device."""
-
-
-class Model(Timer):
+class Model:
     """Times by the cost model and by what the compiler made of a configuration; results are not
     verified."""
 
-    status = MODELLED
-    device = "model"
-    margin = 0.05
+    status, device, driver, margin = MODELLED, "model", "", 0.05
 
     def __init__(self, target: Target) -> None:
         self._target = target
+
+    def open(self) -> None:
+        """Nothing has to be made ready."""
+
+    def close(self) -> None:
+        """There is no device."""
 
     def trial(
         self, problem: Problem, config: Config, reports: Sequence[Resources], timeout_s: float
@@ -71,19 +47,20 @@ class Model(Timer):
         return Trial(None, modelled, 0.0)
 
 
-class Measured(Timer):
+class Measured:
     """Times by running on a device, in a process of its own that a fault cannot harm.
 
     connect: makes something with `ask(request, timeout_s)` and `close()`, as `WorkerProcess` has.
     """
 
-    status = MEASURED
+    status, device, driver, margin = MEASURED, "", "", 0.0
 
     def __init__(self, connect: Callable[[], Any]) -> None:
         self._connect = connect
         self._child: Any = None
 
     def open(self) -> None:
+        """Raises: TargetUnavailableError where there is nothing to measure with."""
         self._child = self._connect()
         try:
             self.device, self.driver = self._child.ask(None, TRIAL_TIMEOUT_S)
@@ -93,38 +70,44 @@ class Measured(Timer):
     def trial(
         self, problem: Problem, config: Config, reports: Sequence[Resources], timeout_s: float
     ) -> Trial:
+        """What the configuration does.
+
+        Raises: WorkerError where it failed; KernelError where the device has been unusable since.
+        """
         try:
             trial: Trial = self._child.ask((problem, config), timeout_s)
             return trial
         except WorkerError as error:
             if error.kind != "error":
-                self._revive(config, error)
+                # Else a lost device would look like a fault of every configuration left.
+                try:
+                    self._child.ask(None, TRIAL_TIMEOUT_S)
+                except WorkerError as lost:
+                    raise KernelError(
+                        f"{self.device} cannot be used any more: {lost} (after {config}: {error})"
+                    ) from lost
             raise
-
-    def _revive(self, config: Config, reason: WorkerError) -> None:
-        """Without this, a lost device would look like a fault of every configuration left."""
-        try:
-            self._child.ask(None, TRIAL_TIMEOUT_S)
-        except WorkerError as error:
-            raise KernelError(
-                f"{self.device} cannot be used any more: {error} (after {config}: {reason})"
-            ) from error
 
     def close(self) -> None:
         if self._child is not None:
             self._child.close()
 
 
+Timer = Model | Measured
+"""Tries configurations. status, device and driver are what its records say; margin: how much faster
+than the default another must be, as a fraction, before it is believed."""
+
+
 def interpreter_handler() -> Handler:
     """Trials in the interpreter (in the child)."""
-    return handler_of(InterpreterBackend)
+    return handler_of(InterpreterBackend())
 
 
 def cuda_handler() -> Handler:
     """Trials on the GPU (in the child)."""
     from .cuda import CudaBackend
 
-    return handler_of(CudaBackend)
+    return handler_of(CudaBackend())
 
 
 def compiler_handler() -> Handler:
@@ -135,9 +118,7 @@ def compiler_handler() -> Handler:
 
 def can_measure(target: Target) -> bool:
     """Whether this machine runs what is compiled for the target."""
-    if target is INTERPRETER:
-        return True
-    return local_device(target) is not None
+    return target is INTERPRETER or local_device(target) is not None
 
 
 def measuring(target: Target) -> Measured:
