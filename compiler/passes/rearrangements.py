@@ -12,55 +12,49 @@ from functools import partial
 from typing import Any
 
 from ...errors import InvalidInputError
-from ...kernels.contract.spec import Operand
+from ...kernels.contract.spec import Operand, TensorSpec
 from ...kernels.movement import rearrange
 from ...kernels.movement.movement import Permute
 from ...kernels.movement.rearrangement import Rearrange, composed, permutation, rearrangement
 from ...kernels.products import bmm
 from ...kernels.products.bmm import Bmm
 from ..fusion import refusals
-from ..fusion.pattern import Call, Match, Rule, Var, absorb, replace_root
+from ..fusion.pattern import Call, Match, Rule, Var, absorb, becomes
 from ..graph.ir import Graph, Value
 
 X = Var("x")
 SIDES = ("left", "right")
 
 
-def _made(graph: Graph, found: Match) -> Rearrange | None:
-    """The rearrangement that a permutation, or another one, and what stands around it are."""
-    root, moved = found.root, found.nodes["moved"]
-    x = graph.spec(found.values["x"])
-    if isinstance(moved.attributes, Rearrange) and isinstance(root.attributes, Permute):
-        return composed(moved.attributes, permutation(moved.spec.shape, root.attributes.dims))
-    if isinstance(moved.attributes, Rearrange):
-        middle, dims = moved.attributes.split, moved.attributes.dims
-    else:
-        middle = graph.spec(graph.inputs(moved.name)[0]).shape
-        dims = moved.attributes.expect(Permute).dims
-    return rearrangement(x.shape, middle, dims, root.spec.shape)
-
-
-def _guard(graph: Graph, found: Match) -> str | None:
-    if busy := [node for node in found.nodes.values() if node.epilogue]:
-        return refusals.has_epilogue(busy[0])
-    made = _made(graph, found)
-    if made is None:
-        return "the reshapes cut across dimensions that are permuted: one copy cannot do both"
+def _why_not(x: TensorSpec, made: Rearrange) -> str | None:
+    """Why x cannot be taken apart in this way, or None."""
     try:
-        rearrange.infer_rearrange(made, (graph.spec(found.values["x"]),))
+        rearrange.infer_rearrange(made, (x,))
     except InvalidInputError as error:
         return str(error)
     return None
 
 
-def _rearrange(graph: Graph, found: Match) -> Value:
-    made = _made(graph, found)
-    assert made is not None
-    return replace_root(graph, found, "rearrange", (found.values["x"],), made)
+def _rearranged(graph: Graph, found: Match) -> Rearrange | str:
+    """The rearrangement that a permutation, or another one, and what stands around it are."""
+    if busy := [node for node in found.nodes.values() if node.epilogue]:
+        return refusals.has_epilogue(busy[0])
+    root, moved = found.root, found.nodes["moved"]
+    x, own = graph.spec(found.values["x"]), moved.attributes
+    if isinstance(own, Rearrange) and isinstance(root.attributes, Permute):
+        made = composed(own, permutation(moved.spec.shape, root.attributes.dims))
+    elif isinstance(own, Rearrange):
+        made = rearrangement(x.shape, own.split, own.dims, root.spec.shape)
+    else:
+        middle = graph.spec(graph.inputs(moved.name)[0]).shape
+        made = rearrangement(x.shape, middle, own.expect(Permute).dims, root.spec.shape)
+    if made is None:
+        return "the reshapes cut across dimensions that are permuted: one copy cannot do both"
+    return _why_not(x, made) or made
 
 
 def _rule(name: str, pattern: Call) -> Rule:
-    return Rule(name, pattern, _rearrange, _guard, label="rearrange")
+    return becomes("rearrange", name, pattern, _rearranged, label="rearrange")
 
 
 def _permutation(inner: Any) -> Call:
@@ -94,10 +88,8 @@ def _bmm_guard(side: str, graph: Graph, found: Match) -> str | None:
     if factor is None:
         return "the factor's reshapes cut across dimensions that are permuted"
     x = graph.spec(found.values["x"])
-    try:
-        rearrange.infer_rearrange(factor, (x,))
-    except InvalidInputError as error:
-        return str(error)
+    if (reason := _why_not(x, factor)) is not None:
+        return reason
     if bmm.factor_of(factor, Operand.dense(x)) is None:
         return "rows or columns of the factor have no single stride, so a copy has to be made"
     return None
