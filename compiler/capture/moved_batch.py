@@ -208,15 +208,13 @@ def _joined(g: Builder, target: str, a: Arguments, place: Place, batch: int) -> 
             for x in parts
         ]  # fmt: skip
     x = parts[0]
-    along = (
-        x is not None and dim % len(x.shape) == x.at
-    )  # Of those the numbers in front may differ.
+    # Of those along the batch the numbers in front may differ.
+    along = x is not None and dim % len(x.shape) == x.at
     if x is None or any(
         y is None or y.at != x.at or y.sizes(batch)[y.at][along:] != x.sizes(batch)[x.at][along:]
         for y in parts
     ):
-        refused: Value = g.refuse("it joins tensors whose batch is in different places")
-        return refused
+        g.refuse("it joins tensors whose batch is in different places")
     if dim % len(x.shape) == x.at:
         return _chained(g, parts, x.at, place, batch)
     values = [_apart(g, y, batch) for y in parts if y is not None]
@@ -251,8 +249,7 @@ def _sliced(g: Builder, x: Moved, a: Arguments, place: Place, batch: int) -> Val
                 return int(count)
         elif number is None or number == 0 or number >= x.shape[x.at]:
             return 0 if number == 0 else default
-        refused: int = g.refuse(f"it takes some samples of {front} batches that are joined")
-        return refused
+        return g.refuse(f"it takes some samples of {front} batches that are joined")
 
     first, last, _ = slice(position(a.start, 0), position(a.end, front)).indices(front)
     apart = _reshaped(g, x.value, _in_front(x, batch))
@@ -261,31 +258,27 @@ def _sliced(g: Builder, x: Moved, a: Arguments, place: Place, batch: int) -> Val
     return _settled(g, Moved(value, place.shape, x.at, before), batch)
 
 
-def _by_sample(g: Builder, function: Capture, x: Moved, a: Arguments, batch: int) -> Value:
+def _by_sample(g: Builder, function: Capture, x: Moved, a: Arguments, batch: int) -> Any:
     """A convolution whose groups are samples, as one of samples."""
     groups = a.groups.at(batch) if isinstance(a.groups, BatchNumber) else a.groups
     if (x.at, x.before) != (1, 1) or groups % batch:
-        refused: Value = g.refuse("its batch is not in dimension 0")
-        return refused
+        g.refuse("its batch is not in dimension 0")
     images = _reshaped(g, x.value, (batch, x.shape[1] // batch, *x.shape[2:]))
-    convolved: Value = function(g, a.replaced(input=images, groups=groups // batch))
-    return convolved
+    return function(g, a.replaced(input=images, groups=groups // batch))
 
 
-def _reduced(g: Builder, function: Capture, x: Moved, a: Arguments, batch: int) -> Value:
+def _reduced(g: Builder, function: Capture, x: Moved, a: Arguments, batch: int) -> Any:
     value, rank = _apart(g, x, batch), len(x.shape)
     named = [a.dim] if isinstance(a.dim, int) else a.dim or range(rank)
     dims = [_place_along(g, x, dim % rank, g.spec(value).rank) for dim in named]
-    reduced: Value = function(g, a.replaced(self=value, dim=dims))
-    return reduced
+    return function(g, a.replaced(self=value, dim=dims))
 
 
-def _flipped(g: Builder, function: Capture, x: Moved, a: Arguments, batch: int) -> Value:
+def _flipped(g: Builder, function: Capture, x: Moved, a: Arguments, batch: int) -> Any:
     value = _apart(g, x, batch)
     rank = g.spec(value).rank
     dims = [_place_along(g, x, dim % len(x.shape), rank) for dim in a.dims]
-    flipped: Value = function(g, a.replaced(self=value, dims=dims))
-    return flipped
+    return function(g, a.replaced(self=value, dims=dims))
 
 
 def _moved(g: Builder, x: Any) -> Moved | None:
@@ -372,8 +365,7 @@ def _alike(g: Builder, x: Moved, argument: Any, batch: int) -> Any:
 def _like(g: Builder, x: Moved, value: Value, place: Place | None, batch: int) -> Value | Moved:
     """A result that is split as `x` is, but for what has changed in one dimension."""
     if place is None:
-        refused: Value = g.refuse("its result has no batch")
-        return refused
+        g.refuse("its result has no batch")
     front = x.sizes(batch)[x.at][0]
     before = math.prod(place.shape[: place.at]) * front
     assert g.spec(value).numel == math.prod(place.shape), "a call that changes more than one dim"
