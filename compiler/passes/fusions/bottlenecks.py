@@ -9,7 +9,7 @@ it or the expansion may be the one that does the adding.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Literal
 
 import torch
@@ -133,33 +133,21 @@ Shortcut = Literal["first", "second"] | None
 SHORTCUTS: tuple[Shortcut, ...] = (None, "second", "first")
 
 
-@dataclass(frozen=True)
-class Links:
-    """Which links a chain has besides its expansion.
-
-    shortcut: which term of the sum it is, as the epilogues tell them apart: the first is the one
-    that adds; None for a chain that adds what somebody else computed, or nothing.
-    """
-
-    front: bool
-    reduce: bool
-    shortcut: Shortcut = None
-
-
-def _pattern(links: Links) -> Call:
-    before = FRONT if links.front else Var("t")
+def _pattern(front: bool, reduce: bool, shortcut: Shortcut) -> Call:
+    """shortcut: which term of the sum it is, as the epilogues tell them apart: the first is the one
+    that adds; None for a chain that adds what somebody else computed, or nothing."""
+    before = FRONT if front else Var("t")
     product = ("conv2d", before, Var("w2"))
     beside = ("conv2d", Var("s"), Var("ws"))
-    kept = links.reduce
-    if links.shortcut is None:
-        wide = Call(*product, name="expand", kept=kept, where=is_1x1)
-    elif links.shortcut == "second":
+    if shortcut is None:
+        wide = Call(*product, name="expand", kept=reduce, where=is_1x1)
+    elif shortcut == "second":
         added = Call(*beside, name="shortcut", where=_is_added_1x1)
-        wide = Call(*product, name="expand", kept=kept, where=_is_plain, operand=added)
+        wide = Call(*product, name="expand", kept=reduce, where=_is_plain, operand=added)
     else:
         added = Call(*product, name="expand", where=_is_added_plain)
-        wide = Call(*beside, name="shortcut", kept=kept, where=is_1x1, operand=added)
-    if not links.reduce:
+        wide = Call(*beside, name="shortcut", kept=reduce, where=is_1x1, operand=added)
+    if not reduce:
         return wide
     return Call("conv2d", wide, Var("w3"), name="reduce", where=is_1x1)
 
@@ -185,7 +173,7 @@ def _form(front: bool, reduce: bool, shortcut: Shortcut) -> Form:
     if reduce:
         equation = f"conv1x1(y = {product}) => {fused} giving y and the reduction"
     label = ("rotated-bottleneck" if front else "expand-reduce") if reduce else "conv-1x1"
-    return Form(label, equation, _pattern(Links(front, reduce, shortcut)))
+    return Form(label, equation, _pattern(front, reduce, shortcut))
 
 
 FUSIONS = (

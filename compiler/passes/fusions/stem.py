@@ -18,7 +18,6 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 
-from ....kernels import registry
 from ....kernels.contract.epilogue import Epilogue, apply_reference, broadcasts
 from ....kernels.contract.op import Attributes, Problem
 from ....kernels.contract.spec import Operand, TensorSpec
@@ -355,14 +354,6 @@ def _problem(
     like: Node | None = None,
 ) -> Problem:
     """An application with the epilogue of `like`, every tensor in a buffer of its own."""
-    outputs = registry.get(op).infer(attributes, inputs)
-    values = graph.operands(like) if like is not None else ()
-    return Problem(
-        op,
-        attributes,
-        tuple(map(Operand.dense, inputs)),
-        tuple(map(Operand.dense, outputs)),
-        like.epilogue if like is not None else (),
-        tuple(Operand.dense(graph.spec(value)) for value in values),
-        precision=graph.goal.precision if graph.goal else "ieee",
-    )
+    stages, values = (like.epilogue, graph.operands(like)) if like is not None else ((), ())
+    operands = [graph.spec(value) for value in values]
+    return estimate.problem(graph, op, attributes, stages, inputs, operands, chosen=True)
