@@ -1,6 +1,6 @@
 """Patterns written as the expressions they match, and the rules made of them.
 
-    Call("relu", Call(HEAVY, name="anchor"), name="root")
+    Call("relu", Call(HEAVY, name="anchor"))
 
 matches relu of a convolution or linear layer. That inner nodes have a single reader is the
 matcher's duty: a match whose inner result is read elsewhere, or returned, is a refusal with that

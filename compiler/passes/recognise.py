@@ -17,7 +17,7 @@ from ...kernels.normalisation.lrn import LocalResponseNorm
 from ...kernels.pooling.pool_window import AvgPool2d, AvgPool3d, LpPool2d
 from ..fusion import extension_rules, refusals
 from ..fusion.pattern import Call, Match, Rule, Var, apply_rules, becomes
-from ..graph.ir import Graph, Value
+from ..graph.ir import Graph, Node, Value
 from ..graph.ledger import Ledger
 from .recognise_pools import POOL_RULES
 
@@ -25,16 +25,15 @@ X = Var("x")
 POWERS = ("pow", "square", "sqrt", "identity")
 
 
-def _literal(found: Match, name: str) -> float | None:
-    attributes = found.nodes[name].attributes.expect(Pointwise)
+def _literal(node: Node) -> float | None:
+    attributes = node.attributes.expect(Pointwise)
     return None if attributes.reverse else attributes.literal
 
 
-def _exponent(found: Match, name: str) -> float | None:
+def _exponent(node: Node) -> float | None:
     """What a power raises to, by its name or by a constant."""
-    node = found.nodes[name]
     shortcuts = {"square": 2.0, "sqrt": 0.5, "identity": 1.0}
-    return shortcuts.get(node.op) or _literal(found, name)
+    return shortcuts.get(node.op) or _literal(node)
 
 
 def _lrn(graph: Graph, found: Match) -> LocalResponseNorm | str:
@@ -43,7 +42,8 @@ def _lrn(graph: Graph, found: Match) -> LocalResponseNorm | str:
     around = Pad((0, 0, size // 2, 0, 0), (0, 0, (size - 1) // 2, 0, 0))
     if pool != AvgPool3d((size, 1, 1)) or pad != around:
         return "the pooling does not run over neighbouring channels"
-    alpha, k, beta = _literal(found, "alpha"), _literal(found, "k"), _exponent(found, "beta")
+    alpha, k = map(_literal, found.those("alpha", "k"))
+    beta = _exponent(found.nodes["beta"])
     if alpha is None or k is None or beta is None:
         return "alpha, beta and k are not all constant numbers"
     if graph.spec(found.values["x"]).shape != found.root.spec.shape:
@@ -57,16 +57,16 @@ def _lrn_rule() -> Rule:
     scaled = Call("mul", Call("reshape", Call("reshape", pooled)), name="alpha")
     power = Call(("pow", "sqrt", "square"), Call("add", scaled, name="k"), name="beta")
     equation = "x / (k + alpha*mean_c(x²))^beta => local_response_norm(x)"
-    return becomes("local_response_norm", equation, Call("div", X, power, name="root"), _lrn)
+    return becomes("local_response_norm", equation, Call("div", X, power), _lrn)
 
 
 def _lp(graph: Graph, found: Match) -> LpPool2d | str:
-    p, root = _exponent(found, "power"), _exponent(found, "root")
+    p, root = _exponent(found.nodes["power"]), _exponent(found.root)
     if p is None or root is None or not abs(root * p - 1) <= 1e-6:
         return f"the root, {root}, does not undo the power, {p}"
     if p < 0:
         return f"the power {p} is negative, and Lp pooling takes positive ones"
-    pool, area = found.nodes["pool"].attributes.expect(AvgPool2d), _literal(found, "area")
+    pool, area = found.nodes["pool"].attributes.expect(AvgPool2d), _literal(found.nodes["area"])
     if any(pool.padding) or pool.divisor_override is not None:
         return "the average pooling is padded or has a divisor of its own"
     window = pool.kernel[0] * pool.kernel[1]
@@ -91,7 +91,7 @@ def _lp_rule(of_sequences: bool) -> Rule:
     magnitude = Call("relu", Call("abs", pooled))
     # sign(v) and |v| read the same pooled value, so the pooling has two readers inside the match.
     signed = Call("mul", Call("sign", pooled), magnitude)
-    pattern = Call(POWERS, Call("mul", signed, name="area"), name="root")
+    pattern = Call(POWERS, Call("mul", signed, name="area"))
     equation = "(R·S·avg_pool(x^p))^(1/p) => lp_pool2d(x, p)"
     return becomes("lp_pool2d", equation, pattern, _lp, _as_pooled)
 
@@ -101,7 +101,7 @@ def _plain(graph: Graph, found: Match) -> Attributes | str:
 
 
 def _product_with(factor: Call) -> Call:
-    return Call("mul", X, factor, name="root", commutes=True)
+    return Call("mul", X, factor, commutes=True)
 
 
 def _mish(graph: Graph, found: Match) -> Attributes | str:
@@ -126,7 +126,7 @@ def _softshrink(graph: Graph, found: Match) -> Attributes | str:
 
 
 DIFFERENTLY = "positive and negative values shrink differently"
-SQUARE = becomes("square", "x·x => square(x)", Call("mul", X, X, name="root"), _plain)
+SQUARE = becomes("square", "x·x => square(x)", Call("mul", X, X), _plain)
 RULES = (
     SQUARE,
     _lrn_rule(),
@@ -145,13 +145,13 @@ RULES = (
         "hardshrink", "threshold(x, w) - threshold(-x, w) => hardshrink(x, w)",
         Call(
             "sub", Call("threshold", X, name="above"),
-            Call("threshold", Call("neg", X), name="below"), name="root",
+            Call("threshold", Call("neg", X), name="below"),
         ),
         _hardshrink,
     ),
     becomes(
         "softshrink", "x - clamp(x, -w, w) => softshrink(x, w)",
-        Call("sub", X, Call("clamp", X, name="clamp"), name="root"), _softshrink,
+        Call("sub", X, Call("clamp", X, name="clamp")), _softshrink,
     ),
 )  # fmt: skip
 
