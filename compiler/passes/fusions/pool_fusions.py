@@ -53,12 +53,6 @@ def _pool_conv(graph: Graph, found: Match) -> PoolConv:
     return PoolConv(window, pool.epilogue, conv.prologue, pool.name in found.kept)
 
 
-def _pool_conv_inputs(graph: Graph, found: Match) -> tuple[Value, ...]:
-    pool, conv = found.nodes["pool"], found.root
-    read = (*graph.operands(pool), *graph.prologue_operands(conv))
-    return (found.values["x"], found.values["w"], *read)
-
-
 def _with_kept(graph: Graph, found: Match) -> dict[str, int]:
     return {found.root.name: 0, **dict.fromkeys(found.kept, 1)}
 
@@ -73,15 +67,6 @@ def _one_per_channel(graph: Graph, found: Match) -> str | None:
     if found.root.spec.shape[1] != graph.spec(found.values["x"]).shape[1]:
         return f"{found.root.name} does not give one number per channel of the image it scales"
     return None
-
-
-def _squeeze_excite(graph: Graph, found: Match) -> SqueezeExcite:
-    return SqueezeExcite(found.nodes["squeeze"].epilogue)
-
-
-def _squeeze_excite_inputs(graph: Graph, found: Match) -> tuple[Value, ...]:
-    weights = variables("x", "w1", "w2")(graph, found)
-    return (*weights, *graph.operands(found.nodes["squeeze"]))
 
 
 def _is_one_pixel(graph: Graph, node: Node) -> bool:
@@ -125,7 +110,7 @@ FUSIONS = (
             _pool_form("pool-conv-kept", " giving t as well", _is_shared),
         ),
         attributes=_pool_conv,
-        inputs=_pool_conv_inputs,
+        inputs=variables("x", "w", stages=("pool", "root")),
         refusals=(refusals.plain("root", prologue=True),),
         results=_with_kept,
     ),
@@ -153,8 +138,8 @@ FUSIONS = (
                 _gate("conv2d", Var("x"), _is_one_pixel),
             ),
         ),
-        attributes=_squeeze_excite,
-        inputs=_squeeze_excite_inputs,
+        attributes=lambda graph, found: SqueezeExcite(found.nodes["squeeze"].epilogue),
+        inputs=variables("x", "w1", "w2", stages=("squeeze",)),
         refusals=(refusals.ending("average"), refusals.plain("squeeze", "root"), _one_per_channel),
     ),
     Fusion(
