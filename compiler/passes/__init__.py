@@ -57,10 +57,6 @@ def flatten_in_memory_order(graph: Graph, ledger: Ledger) -> Graph:
     return apply_rules(graph, FLATTENED, ledger)
 
 
-def _compute_in_goal_dtype(graph: Graph, ledger: Ledger) -> Graph:
-    return choose_dtype(graph, graph.goal.dtype if graph.goal else None)
-
-
 def labels(rules: Iterable[Rule]) -> dict[str, str]:
     """By which users force and forbid the rules, by the rules' names."""
     return {rule.name: rule.label for rule in rules}
@@ -196,10 +192,11 @@ def run_passes(
             print(f"# after {name} ({elapsed_ms:.1f} ms)\n{text.to_text(result, False)}")
         return result
 
+    dtype = graph.goal.dtype if graph.goal else None
     for step in select(passes):
         if step.run is choose_layout:
             if fallback == "error":
                 refuse_unsupported(graph)
-            graph = run("choose_dtype", _compute_in_goal_dtype)
+            graph = run("choose_dtype", lambda graph, _: choose_dtype(graph, dtype))
         graph = run(step.name, step.run)
     return graph

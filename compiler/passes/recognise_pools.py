@@ -25,10 +25,6 @@ X = Var("x")
 UNFOLD, MEDIAN = "aten.unfold.default", "aten.median.dim"
 
 
-def _indices_are_unread(graph: Graph, node: Node) -> bool:
-    return not graph.uses(Value(node.name, 1))
-
-
 # Medians.
 
 
@@ -133,9 +129,12 @@ def _mixture_rule(learned: bool) -> Rule:
 DROP_INDICES = becomes(
     "max_pool2d",
     "values of max_pool2d_with_indices(x) => max_pool2d(x)",
-    Call("max_pool2d_with_indices", X, where=_indices_are_unread),
+    Call(
+        "max_pool2d_with_indices", X,
+        where=lambda graph, node: not graph.uses(Value(node.name, 1)),  # The indices.
+    ),
     lambda graph, found: found.root.attributes,
-)
+)  # fmt: skip
 POOL_RULES = (
     DROP_INDICES,
     _mixture_rule(learned=True),

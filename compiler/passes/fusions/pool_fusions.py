@@ -43,18 +43,10 @@ def averages_all(graph: Graph, node: Node) -> bool:
 # Pooling -> 1x1 convolution.
 
 
-def _is_shared(graph: Graph, node: Node) -> bool:
-    return len(graph.uses(Value(node.name))) > 1
-
-
 def _pool_conv(graph: Graph, found: Match) -> PoolConv:
     pool, conv = found.nodes["pool"], found.root
     window: Any = pool.attributes  # One of POOLS.
     return PoolConv(window, pool.epilogue, conv.prologue, pool.name in found.kept)
-
-
-def _with_kept(graph: Graph, found: Match) -> dict[str, int]:
-    return {found.root.name: 0, **dict.fromkeys(found.kept, 1)}
 
 
 POOLS = ("max_pool2d", "avg_pool2d")
@@ -107,12 +99,15 @@ FUSIONS = (
         op="pool_conv",
         forms=(
             _pool_form("pool-conv", "", None),
-            _pool_form("pool-conv-kept", " giving t as well", _is_shared),
+            _pool_form(
+                "pool-conv-kept", " giving t as well",
+                lambda graph, node: len(graph.uses(Value(node.name))) > 1,
+            ),
         ),
         attributes=_pool_conv,
         inputs=variables("x", "w", stages=("pool", "root")),
         refusals=(refusals.plain("root", prologue=True),),
-        results=_with_kept,
+        results=lambda graph, found: {found.root.name: 0, **dict.fromkeys(found.kept, 1)},
     ),
     Fusion(
         op="squeeze_excite",

@@ -275,12 +275,8 @@ class _Joint:
 def _find_concat(graph: Graph, members: list[Node]) -> _Joint | None:
     """The first concatenation that begins or ends with a member and can be widened."""
     partners = {node.name: node for node in members}
-    seen = set()
     for node in members:
         for reader, _ in graph.uses(Value(node.name)):
-            if reader in seen:
-                continue
-            seen.add(reader)
             concat = graph.node(reader)
             if concat.attributes != Concat(1) or not _can_widen(graph, concat):
                 continue
