@@ -100,22 +100,7 @@ def compile(
     Raises: InvalidInputError, TargetUnavailableError, CaptureError, UnsupportedOpError,
     KernelError.
     """
-    return executable_for(
-        module,
-        example,
-        kwargs=kwargs,
-        target=target,
-        dtype=dtype,
-        precision=precision,
-        dynamic_batch=dynamic_batch,
-        tuning=tuning,
-        passes=passes,
-        fallback=fallback,
-        force=force,
-        forbid=forbid,
-        slide=slide,
-        outputs=outputs,
-    )
+    return executable_for(**locals())  # Its arguments are ours, by the same names.
 
 
 @dataclass(frozen=True)

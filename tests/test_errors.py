@@ -382,7 +382,7 @@ def test_checking_finds_a_pass_that_breaks_the_graph(monkeypatch: pytest.MonkeyP
         graph.net.add_edge("input", "output", key=3, index=0)
         return graph
 
-    step = passes.Pass("break_graph", break_graph, "to be found out")
+    step = passes.Pass(break_graph, "to be found out")
     monkeypatch.setattr(passes, "PASSES", (step, *passes.PASSES))
     refused(GraphError, "output: input slots [3] are not 0..n-1")
 

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import inspect
-import textwrap
-
 import convloom
 import pytest
 import torch
 from convloom import zoo
-from convloom.compiler.capture import features
 from convloom.errors import CaptureError, InvalidInputError
 from convloom.zoo.digits import load_digits_split
 from torch import nn
 
 from .nets import IMAGE, check, exporting_once, inputs_of, make, randomise
+from .test_docs import DOCS, blocks
 
 EVERY_WAY = ("default", "none", ("fold_batch_norm", "fuse_epilogues"))
 
@@ -254,11 +251,10 @@ def test_outputs_of_modules_without_any():
 @pytest.mark.interpreter
 def test_the_documented_example_runs(capsys):
     """And says something: the features know more than the pixels do."""
-    text = inspect.getdoc(features)
-    start = text.index("    import torch\n")
-    code = textwrap.dedent(text[start : text.index("\n\nWhile torch.export")])
+    (code,) = [block for block in blocks((DOCS / "compile.md").read_text(), "python")
+               if "outputs=" in block]  # fmt: skip
     names: dict = {}
-    exec(compile(code, "features.py", "exec"), names)
+    exec(compile(code, "compile.md", "exec"), names)
     assert "by the network's features" in capsys.readouterr().out
     split = load_digits_split()
     pixels, held_out = split.train_images[:300].flatten(1), split.test_images.flatten(1)

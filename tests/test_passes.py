@@ -269,6 +269,17 @@ def test_constants_are_folded_in_fp64() -> None:
     torch.testing.assert_close(graph.constant(folded), weight * scale, rtol=1e-14, atol=1e-14)
 
 
+def test_constants_become_whole_numbers_not_truth_values() -> None:
+    def function(m: Any, x: torch.Tensor) -> Any:
+        return x + m.numbers.long(), x[:, m.numbers.int().long() % 3]
+
+    module, inputs = make(function, (2, 3))
+    module.register_buffer("numbers", torch.tensor([2.7, 5.2, -3.9]))
+    exe = convloom.compile(module, inputs, target="reference")
+    for ours, theirs in zip(exe(*inputs), module(*inputs), strict=True):
+        assert torch.equal(ours, theirs)
+
+
 @pytest.mark.interpreter
 def test_all_results_of_constants_are_folded() -> None:
     def function(m: Any, x: torch.Tensor) -> Any:

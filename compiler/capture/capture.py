@@ -44,9 +44,10 @@ MOVES = frozenset(op.name for op in (*movement_ops.OPS, *rearrange.OPS))
 
 @dataclass
 class _State:
-    """What one capture run accumulates.
+    """What one capture run accumulates, and what an op's capture function sees of it: a `Builder`.
 
-    computed: the nodes that depend on an input; added: those of the call that is captured.
+    computed: the nodes that depend on an input; added: those of the call that is captured, and
+    name, path: its own and its module's.
     """
 
     graph: Graph
@@ -54,19 +55,14 @@ class _State:
     values: dict[str, Any] = field(default_factory=dict)
     computed: set[str] = field(default_factory=set)
     added: list[str] = field(default_factory=list)
+    name: str = ""
+    path: str = ""
 
     def note(self, name: str, inputs: Sequence[Value] = ()) -> None:
         """Tells of a node that has been added."""
         self.added.append(name)
         if any(value.node in self.computed for value in inputs):
             self.computed.add(name)
-
-
-class _Builder:
-    """What an op's capture function sees of the graph."""
-
-    def __init__(self, state: _State, name: str, path: str) -> None:
-        self._state, self._name, self._path = state, name, path
 
     def apply(
         self,
@@ -75,38 +71,35 @@ class _Builder:
         attributes: Attributes | None = None,
         epilogue: Epilogue = (),
     ) -> Value:
-        graph = self._state.graph
         # What only prepares a constant (a bias reshaped per channel) leaves the name to the op.
-        prepares = bool(inputs) and all(map(graph.is_constant, inputs))
-        taken = prepares or self._name in graph
-        name = graph.fresh_name(self._name) if taken else self._name
-        value = graph.add(op, inputs, attributes, epilogue=epilogue, name=name)
-        graph.update(value.node, module_path=self._path, origins=(value.node,))
-        self._state.note(value.node, inputs)
+        prepares = bool(inputs) and all(map(self.graph.is_constant, inputs))
+        taken = prepares or self.name in self.graph
+        name = self.graph.fresh_name(self.name) if taken else self.name
+        value = self.graph.add(op, inputs, attributes, epilogue=epilogue, name=name)
+        self.graph.update(value.node, module_path=self.path, origins=(value.node,))
+        self.note(value.node, inputs)
         return value
 
     def spec(self, value: Value) -> TensorSpec:
-        return self._state.graph.spec(value)
+        return self.graph.spec(value)
 
     def output(self, value: Value, index: int) -> Value:
         return Value(value.node, index)
 
     def maker(self, value: Value) -> tuple[str, Attributes, tuple[Value, ...]] | None:
-        graph = self._state.graph
-        node = graph.node(value.node)
-        return (node.op, node.attributes, graph.own_inputs(node)) if node.is_compute else None
+        node = self.graph.node(value.node)
+        return (node.op, node.attributes, self.graph.own_inputs(node)) if node.is_compute else None
 
     def constant(self, value: Value) -> torch.Tensor | None:
-        graph = self._state.graph
-        is_known = isinstance(value, Value) and graph.is_constant(value)
-        return graph.constant(value) if is_known else None
+        is_known = isinstance(value, Value) and self.graph.is_constant(value)
+        return self.graph.constant(value) if is_known else None
 
     def is_computed(self, value: Value) -> bool:
-        return value.node in self._state.computed
+        return value.node in self.computed
 
     def add_constant(self, tensor: torch.Tensor, dtype: torch.dtype) -> Value:
-        value = self._state.graph.add_constant(tensor, f"{self._name}_constant", dtype)
-        self._state.note(value.node)
+        value = self.graph.add_constant(tensor, f"{self.name}_constant", dtype)
+        self.note(value.node)
         return value
 
     def refuse(self, reason: str) -> NoReturn:
@@ -251,11 +244,11 @@ def _add_call(state: _State, node: Any) -> None:
     if node.target is operator.getitem:
         _add_getitem(state, node)
         return
+    state.name, state.path = node.name, path_of(node)
     if _is_empty(value):
         # Whatever it is computed from: nothing has to run for a result without elements.
         empty = torch.empty(tuple(value.shape), dtype=value.dtype)
-        builder = _Builder(state, node.name, path_of(node))
-        state.values[node.name] = builder.add_constant(empty, value.dtype)
+        state.values[node.name] = state.add_constant(empty, value.dtype)
         return
     refusals.refuse_unbounded(node, state.batch)
     a = _arguments(state, node)
@@ -289,17 +282,16 @@ def _captured(state: _State, node: Any, a: Arguments) -> Any:
     op = registry.CAPTURES.get(target)
     function = partial(refusals.read_whole, op.aten[target]) if op is not None else None
     places = [_place_of(state, tensor) for tensor in results_of(node.meta["val"])]
-    builder = _Builder(state, node.name, path_of(node))
-    moved = moved_batch.concerns(builder, target, a, places)
+    moved = moved_batch.concerns(state, target, a, places)
     refusals.refuse_numbers(a, moved_batch.NUMBERS.get(target, ()) if moved else ())
     if moved:
         assert state.batch is not None
-        result = moved_batch.call(builder, target, function, a, places, state.batch.highest)
+        result = moved_batch.call(state, target, function, a, places, state.batch.highest)
     elif op is None or function is None:
         raise Refused(refusals.why_unknown(target))
     else:
-        refusals.refuse_unbatched(builder, op, target, a)
-        result = function(builder, a)
+        refusals.refuse_unbatched(state, op, target, a)
+        result = function(state, a)
     _check_booleans(state)
     _check_result(state, node, result)
     _check_constants(state)

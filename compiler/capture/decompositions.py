@@ -27,13 +27,6 @@ def _logsumexp(x: torch.Tensor, dims: Any, keepdim: bool = False) -> torch.Tenso
     return result if keepdim else result.squeeze(dims)
 
 
-def _rot90(x: torch.Tensor, k: int = 1, dims: Sequence[int] = (0, 1)) -> torch.Tensor:
-    first, second = dims
-    if k % 2 == 0:
-        return x.flip((first, second)) if k % 4 else x.clone()
-    return x.flip((second if k % 4 == 1 else first,)).transpose(first, second)
-
-
 def _std_mean(
     x: torch.Tensor, dims: Any = None, unbiased: bool = True, keepdim: bool = False,
     *, correction: float | None = None,
@@ -55,12 +48,6 @@ def _cosine_similarity(
     x, y = (v[(None,) * (rank - v.dim())] for v in (x, y))
     first, second = (_norm(v, 2, dim, True).clamp(min=eps) for v in (x, y))
     return ((x / first) * (y / second)).sum(dim)
-
-
-def _pairwise_distance(
-    x: torch.Tensor, y: torch.Tensor, p: float = 2.0, eps: float = 1e-6, keepdim: bool = False
-) -> torch.Tensor:
-    return _norm(x - y + eps, p, -1, keepdim)
 
 
 def _cdist(
@@ -299,11 +286,9 @@ def table() -> Mapping[Any, Callable[..., Any]]:
     return {
         aten.logsumexp.default: _logsumexp,
         aten.special_logsumexp.default: _logsumexp,
-        aten.rot90.default: _rot90,
         aten.std_mean.dim: _std_mean,
         aten.std_mean.correction: _std_mean,
         aten.cosine_similarity.default: _cosine_similarity,
-        aten.pairwise_distance.default: _pairwise_distance,
         aten.cdist.default: _cdist,
         aten.hardshrink.default: _hardshrink,
         aten.softshrink.default: lambda x, width=0.5: x - x.clamp(-width, width),

@@ -1,25 +1,5 @@
 """Named intermediate activations: `convloom.compile(model, x, outputs=["fc6", "layer3.1.relu"])`.
 
-Transfer learning: a linear classifier, in closed form, that tells odd digits from even ones by the
-last hidden layer of a network that was trained for something else, to read them.
-
-    import torch
-    import convloom
-    from convloom import zoo
-    from convloom.zoo.digits import load_digits_split
-
-    digits = load_digits_split()
-    images, odd = digits.train_images[:300], digits.train_labels[:300] % 2
-    model = zoo.lenet5(weights="digits").eval()
-    exe = convloom.compile(
-        model, (images,), target="interpreter", dynamic_batch=(1, 400), outputs=["fc2"]
-    )
-    train, test = exe(images)["fc2"], exe(digits.test_images)["fc2"]
-    gram = train.T @ train + torch.eye(84)  # ridge regression
-    line = torch.linalg.solve(gram, train.T @ (odd * 2.0 - 1))
-    right = ((test @ line > 0) == (digits.test_labels % 2 == 1)).float().mean()
-    print(f"{right:.1%} of the held-out digits, by the network's features")
-
 While torch.export traces the module, forward hooks note what the wanted submodules return and make
 the module return that, as a dict by name, instead of its own result. The activations are then
 ordinary outputs of the graph: no rewrite may remove or change them, and what only the dropped
@@ -33,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -62,7 +43,8 @@ class _Calls:
     def clear(self) -> None:
         self.results = {path: [] for path in self.results}
 
-    def note(self, path: str, result: Any) -> None:
+    def note(self, path: str, _: torch.nn.Module, __: Any, result: Any) -> None:
+        """Takes down a call, as a forward hook."""
         self.results[path].append(pytree.tree_map_only(torch.Tensor, torch.clone, result))
 
     def pick(self, feature: Feature) -> Any:
@@ -114,7 +96,8 @@ def observed(module: torch.nn.Module, outputs: Sequence[str] | None) -> Iterator
     calls = _Calls({feature.path: [] for feature in features if feature.path != OWN_OUTPUT})
     handles = [module.register_forward_pre_hook(lambda *_: calls.clear())]
     for path in calls.results:
-        handles.append(_observe(module.get_submodule(path), path, calls))
+        hook = partial(calls.note, path)
+        handles.append(module.get_submodule(path).register_forward_hook(hook))
 
     def answer(_: torch.nn.Module, __: Any, result: Any) -> dict[str, Any]:
         values = {
@@ -132,13 +115,6 @@ def observed(module: torch.nn.Module, outputs: Sequence[str] | None) -> Iterator
             handle.remove()
     for feature in features:
         _check(feature, calls)
-
-
-def _observe(submodule: torch.nn.Module, path: str, calls: _Calls) -> Any:
-    def note(_: torch.nn.Module, __: Any, result: Any) -> None:
-        calls.note(path, result)
-
-    return submodule.register_forward_hook(note)
 
 
 def _tensors(value: Any) -> bool:

@@ -74,13 +74,15 @@ class Moved:
 
     value: the graph's, (batch, parts in front of it, parts behind it) in any split of the parts.
     shape: torch's, at the largest batch; at: the dimension that the batch is in, perhaps with
-    others; before: elements in front of the batch, its dimension's own included.
+    others; before: elements in front of the batch, its dimension's own included; batch: the
+    largest.
     """
 
     value: Value
     shape: tuple[int, ...]
     at: int
     before: int
+    batch: int
 
     @property
     def where(self) -> str:
@@ -89,10 +91,11 @@ class Moved:
             return f"is there several times, one after the other, in {self.shape}; part it again"
         return f"is in dimension {self.at} of {self.shape}"
 
-    def sizes(self, batch: int) -> tuple[tuple[int, ...], ...]:
+    @property
+    def sizes(self) -> tuple[tuple[int, ...], ...]:
         """What each dimension consists of, without the batch."""
         front = self.before // math.prod(self.shape[: self.at])
-        behind = self.shape[self.at] // (front * batch)
+        behind = self.shape[self.at] // (front * self.batch)
         split = [(size,) for size in self.shape]
         return (*split[: self.at], (front, behind), *split[self.at + 1 :])
 
@@ -135,52 +138,52 @@ def call(
     function: the call's capture function; places: of its results. Refuses what it does not know.
     """
     place = places[0]
-    if place is not None and (target in FILLS or target in JOINS):
-        return (_filled if target in FILLS else _joined)(g, target, a, place, batch)
+    if place is not None and target in FILLS:
+        return _filled(g, target, a, place, batch)
+    if place is not None and target in JOINS:
+        return _joined(g, target, a, place)
     if place is not None and _joins_samples(g, target, a, len(place.shape)):
-        return _chained(g, [_moved(g, a.self)] * a.repeats[0], 0, place, batch)
+        return _chained(g, [_moved(g, a.self)] * a.repeats[0], 0, place)
     moved = (leaf for leaf in pytree.tree_leaves(a.given) if isinstance(leaf, Moved))
     x = next(moved, None) if target in POINTWISE else _moved(g, a.first)
     if x is None or place is None or function is None:
         return g.refuse("it joins samples of the batch, or its batch is not in dimension 0")
     if target in VIEWS:
-        front = math.prod(place.shape[: place.at])
-        if x.before % front or place.shape[place.at] % (x.before // front * batch):
+        front, rest = divmod(x.before, math.prod(place.shape[: place.at]))
+        if rest or place.shape[place.at] % (front * x.batch):
             return g.refuse(f"{x.shape} -> {place.shape} splits the batch")
-        return _settled(g, replace(x, shape=place.shape, at=place.at), batch)
+        return _settled(g, x.value, place.shape, place.at, front)
     if target in ("aten.permute.default", "aten.transpose.int"):
-        return _permuted(g, x, _dims(a, len(x.shape)), batch)
+        return _permuted(g, x, _dims(a, len(x.shape)))
     if target == SLICE and a.dim % len(x.shape) == x.at:
-        return _sliced(g, x, a, place, batch)
-    result = _computed(g, target, function, x, a, batch)
+        return _sliced(g, x, a, place)
+    result = _computed(g, target, function, x, a)
     if isinstance(result, (list, tuple)):
         return [
-            one if one is None else _like(g, x, one, at, batch)
+            one if one is None else _like(g, x, one, at)
             for one, at in zip(result, places, strict=True)
         ]
-    return _like(g, x, result, place, batch)
+    return _like(g, x, result, place)
 
 
-def _computed(
-    g: Builder, target: str, function: Capture, x: Moved, a: Arguments, batch: int
-) -> Any:
+def _computed(g: Builder, target: str, function: Capture, x: Moved, a: Arguments) -> Any:
     """What a call makes of the graph's value of its first argument, or of any, if pointwise."""
     if x.at == 0 and target in BY_SAMPLE:
         rows = _reshaped(g, x.value, x.shape)
         return function(g, a.mapped(lambda _, value: rows if value is a.first else value))
     if target in ALONG:
-        value = _apart(g, x, batch)
+        value = _apart(g, x)
         dim = _place_along(g, x, a.dim % len(x.shape), g.spec(value).rank)
         return function(g, a.replaced(self=value, dim=dim))
     if target in OTHERS:
-        return OTHERS[target](g, function, x, a, batch)
+        return OTHERS[target](g, function, x, a)
     if target in LAST:
         count = LAST[target](a)
         if x.at >= len(x.shape) - count:
             return g.refuse(f"the batch is among the last {count} dimensions of {x.shape}")
-        return function(g, a.replaced(input=_apart(g, x, batch)))
+        return function(g, a.replaced(input=_apart(g, x)))
     if target in POINTWISE:
-        return function(g, a.mapped(lambda _, value: _alike(g, x, value, batch)))
+        return function(g, a.mapped(lambda _, value: _alike(g, x, value)))
     return g.refuse("its batch is not in dimension 0")
 
 
@@ -194,11 +197,10 @@ def _filled(g: Builder, target: str, a: Arguments, place: Place, batch: int) -> 
     shape = (batch, *place.shape[: place.at], beside, *place.shape[place.at + 1 :])
     one = g.add_constant(torch.tensor(float(number)), dtype)
     value = g.apply("expand", (one,), Expand(shape, batch))
-    before = math.prod(place.shape[: place.at])
-    return _settled(g, Moved(value, place.shape, place.at, before), batch)
+    return _settled(g, value, place.shape, place.at, 1)
 
 
-def _joined(g: Builder, target: str, a: Arguments, place: Place, batch: int) -> Value | Moved:
+def _joined(g: Builder, target: str, a: Arguments, place: Place) -> Value | Moved:
     """Tensors one after the other, or side by side in a new dimension."""
     dim, parts = a.dim, [_moved(g, x) for x in a.tensors]
     if target == "aten.stack.default":
@@ -208,41 +210,36 @@ def _joined(g: Builder, target: str, a: Arguments, place: Place, batch: int) -> 
             for x in parts
         ]  # fmt: skip
     x = parts[0]
-    along = (
-        x is not None and dim % len(x.shape) == x.at
-    )  # Of those the numbers in front may differ.
+    # Of those along the batch the numbers in front may differ.
+    along = x is not None and dim % len(x.shape) == x.at
     if x is None or any(
-        y is None or y.at != x.at or y.sizes(batch)[y.at][along:] != x.sizes(batch)[x.at][along:]
+        y is None or y.at != x.at or y.sizes[y.at][along:] != x.sizes[x.at][along:]
         for y in parts
     ):
-        refused: Value = g.refuse("it joins tensors whose batch is in different places")
-        return refused
+        g.refuse("it joins tensors whose batch is in different places")
     if dim % len(x.shape) == x.at:
-        return _chained(g, parts, x.at, place, batch)
-    values = [_apart(g, y, batch) for y in parts if y is not None]
+        return _chained(g, parts, x.at, place)
+    values = [_apart(g, y) for y in parts if y is not None]
     at = _place_along(g, x, dim % len(x.shape), g.spec(values[0]).rank)
-    return _like(g, x, g.apply("concat", values, Concat(at)), place, batch)
+    return _like(g, x, g.apply("concat", values, Concat(at)), place)
 
 
-def _in_front(x: Moved, batch: int) -> tuple[int, ...]:
+def _in_front(x: Moved) -> tuple[int, ...]:
     """The shape of the graph's value with a dimension for what is in front of the batch in its own
     dimension, and one for what is behind it."""
-    return (batch, *x.shape[: x.at], *x.sizes(batch)[x.at], *x.shape[x.at + 1 :])
+    return (x.batch, *x.shape[: x.at], *x.sizes[x.at], *x.shape[x.at + 1 :])
 
 
-def _chained(
-    g: Builder, parts: Sequence[Moved | None], at: int, place: Place, batch: int
-) -> Value | Moved:
+def _chained(g: Builder, parts: Sequence[Moved | None], at: int, place: Place) -> Value | Moved:
     """Tensors one after the other in the dimension of the batch."""
-    values = [_reshaped(g, y.value, _in_front(y, batch)) for y in parts if y is not None]
+    values = [_reshaped(g, y.value, _in_front(y)) for y in parts if y is not None]
     value = g.apply("concat", values, Concat(1 + at))
-    before = math.prod(place.shape[:at]) * g.spec(value).shape[1 + at]
-    return _settled(g, Moved(value, place.shape, at, before), batch)
+    return _settled(g, value, place.shape, at, g.spec(value).shape[1 + at])
 
 
-def _sliced(g: Builder, x: Moved, a: Arguments, place: Place, batch: int) -> Value | Moved:
+def _sliced(g: Builder, x: Moved, a: Arguments, place: Place) -> Value | Moved:
     """Whole batches of those that are one after the other: x[:n], x[n:]."""
-    front, behind = x.sizes(batch)[x.at]
+    front, behind = x.sizes[x.at]
 
     def position(number: Any, default: int) -> int:
         if isinstance(number, BatchNumber):
@@ -251,48 +248,43 @@ def _sliced(g: Builder, x: Moved, a: Arguments, place: Place, batch: int) -> Val
                 return int(count)
         elif number is None or number == 0 or number >= x.shape[x.at]:
             return 0 if number == 0 else default
-        refused: int = g.refuse(f"it takes some samples of {front} batches that are joined")
-        return refused
+        return g.refuse(f"it takes some samples of {front} batches that are joined")
 
     first, last, _ = slice(position(a.start, 0), position(a.end, front)).indices(front)
-    apart = _reshaped(g, x.value, _in_front(x, batch))
+    apart = _reshaped(g, x.value, _in_front(x))
     value = g.apply("slice", (apart,), Slice(1 + x.at, first, last, 1))
-    before = math.prod(place.shape[: x.at]) * (last - first)
-    return _settled(g, Moved(value, place.shape, x.at, before), batch)
+    return _settled(g, value, place.shape, x.at, last - first)
 
 
-def _by_sample(g: Builder, function: Capture, x: Moved, a: Arguments, batch: int) -> Value:
+def _by_sample(g: Builder, function: Capture, x: Moved, a: Arguments) -> Any:
     """A convolution whose groups are samples, as one of samples."""
-    groups = a.groups.at(batch) if isinstance(a.groups, BatchNumber) else a.groups
-    if (x.at, x.before) != (1, 1) or groups % batch:
-        refused: Value = g.refuse("its batch is not in dimension 0")
-        return refused
-    images = _reshaped(g, x.value, (batch, x.shape[1] // batch, *x.shape[2:]))
-    convolved: Value = function(g, a.replaced(input=images, groups=groups // batch))
-    return convolved
+    groups = a.groups.at(x.batch) if isinstance(a.groups, BatchNumber) else a.groups
+    if (x.at, x.before) != (1, 1) or groups % x.batch:
+        g.refuse("its batch is not in dimension 0")
+    images = _reshaped(g, x.value, (x.batch, x.shape[1] // x.batch, *x.shape[2:]))
+    return function(g, a.replaced(input=images, groups=groups // x.batch))
 
 
-def _reduced(g: Builder, function: Capture, x: Moved, a: Arguments, batch: int) -> Value:
-    value, rank = _apart(g, x, batch), len(x.shape)
+def _reduced(g: Builder, function: Capture, x: Moved, a: Arguments) -> Any:
+    value, rank = _apart(g, x), len(x.shape)
     named = [a.dim] if isinstance(a.dim, int) else a.dim or range(rank)
     dims = [_place_along(g, x, dim % rank, g.spec(value).rank) for dim in named]
-    reduced: Value = function(g, a.replaced(self=value, dim=dims))
-    return reduced
+    return function(g, a.replaced(self=value, dim=dims))
 
 
-def _flipped(g: Builder, function: Capture, x: Moved, a: Arguments, batch: int) -> Value:
-    value = _apart(g, x, batch)
+def _flipped(g: Builder, function: Capture, x: Moved, a: Arguments) -> Any:
+    value = _apart(g, x)
     rank = g.spec(value).rank
     dims = [_place_along(g, x, dim % len(x.shape), rank) for dim in a.dims]
-    flipped: Value = function(g, a.replaced(self=value, dims=dims))
-    return flipped
+    return function(g, a.replaced(self=value, dims=dims))
 
 
 def _moved(g: Builder, x: Any) -> Moved | None:
     """An argument, whose batch may also be in front."""
-    if isinstance(x, Moved) or not isinstance(x, Value) or g.spec(x).batch is None:
+    batch = g.spec(x).batch if isinstance(x, Value) else None
+    if batch is None:
         return x if isinstance(x, Moved) else None
-    return Moved(x, g.spec(x).shape, 0, 1)
+    return Moved(x, g.spec(x).shape, 0, 1, batch)
 
 
 def _reshaped(g: Builder, value: Value, shape: tuple[int, ...]) -> Value:
@@ -302,16 +294,23 @@ def _reshaped(g: Builder, value: Value, shape: tuple[int, ...]) -> Value:
     return made
 
 
-def _apart(g: Builder, x: Moved, batch: int) -> Value:
+def _apart(g: Builder, x: Moved) -> Value:
     """The graph's value with one dimension for each of torch's; those beside the batch in its own
     dimension only where there are such."""
-    beside = [part for part in x.sizes(batch)[x.at] if part != 1]
-    return _reshaped(g, x.value, (batch, *x.shape[: x.at], *beside, *x.shape[x.at + 1 :]))
+    beside = [part for part in x.sizes[x.at] if part != 1]
+    return _reshaped(g, x.value, (x.batch, *x.shape[: x.at], *beside, *x.shape[x.at + 1 :]))
 
 
-def _settled(g: Builder, x: Moved, batch: int) -> Value | Moved:
-    """The tensor, as a plain value where its batch is in front again."""
-    return _reshaped(g, x.value, x.shape) if (x.at, x.before) == (0, 1) else x
+def _settled(
+    g: Builder, value: Value, shape: tuple[int, ...], at: int, front: int
+) -> Value | Moved:  # fmt: skip
+    """The tensor, as a plain value where its batch is in front again. front: elements in front of
+    the batch in its own dimension."""
+    before, batch = math.prod(shape[:at]) * front, g.spec(value).batch
+    if (at, before) == (0, 1):
+        return _reshaped(g, value, shape)
+    assert batch is not None
+    return Moved(value, shape, at, before, batch)
 
 
 def _dims(a: Arguments, rank: int) -> list[int]:
@@ -323,8 +322,8 @@ def _dims(a: Arguments, rank: int) -> list[int]:
     return dims
 
 
-def _permuted(g: Builder, x: Moved, dims: list[int], batch: int) -> Value | Moved:
-    sizes = x.sizes(batch)
+def _permuted(g: Builder, x: Moved, dims: list[int]) -> Value | Moved:
+    sizes = x.sizes
     starts = [1 + sum(map(len, sizes[:dim])) for dim in range(len(sizes))]
     order = [starts[dim] + part for dim in dims for part in range(len(sizes[dim]))]
     parts = tuple(part for dim in sizes for part in dim)
@@ -333,13 +332,11 @@ def _permuted(g: Builder, x: Moved, dims: list[int], batch: int) -> Value | Move
     real = [part for part in order if parts[part - 1] != 1]
     if real != sorted(real):
         kept = sorted(real)
-        apart = _reshaped(g, value, (batch, *(parts[part - 1] for part in kept)))
+        apart = _reshaped(g, value, (x.batch, *(parts[part - 1] for part in kept)))
         places = tuple(1 + kept.index(part) for part in real)
         value = g.apply("permute", (apart,), Permute((0, *places)))
     shape = tuple(x.shape[dim] for dim in dims)
-    at = dims.index(x.at)
-    before = math.prod(shape[:at]) * sizes[x.at][0]
-    return _settled(g, Moved(value, shape, at, before), batch)
+    return _settled(g, value, shape, dims.index(x.at), sizes[x.at][0])
 
 
 def _place_along(g: Builder, x: Moved, dim: int, rank: int) -> int:
@@ -349,18 +346,18 @@ def _place_along(g: Builder, x: Moved, dim: int, rank: int) -> int:
     return 1 + dim if dim < x.at else rank - (len(x.shape) - dim)
 
 
-def _alike(g: Builder, x: Moved, argument: Any, batch: int) -> Any:
+def _alike(g: Builder, x: Moved, argument: Any) -> Any:
     """An operand of a pointwise call, as it stands beside the graph's value."""
     if isinstance(argument, Moved):
-        places = ((len(y.shape), y.at, y.sizes(batch)[y.at]) for y in (x, argument))
+        places = ((len(y.shape), y.at, y.sizes[y.at]) for y in (x, argument))
         if len(set(places)) > 1:
             g.refuse(f"{x.shape} meets {argument.shape}, whose batch is elsewhere")
-        return _apart(g, argument, batch)
+        return _apart(g, argument)
     if isinstance(argument, Value):
         spec = g.spec(argument)
-        front, behind = x.sizes(batch)[x.at]
+        front, behind = x.sizes[x.at]
         if spec.batch and spec.rank == len(x.shape) - x.at and (front, behind) == (1, 1):
-            return _reshaped(g, argument, (batch, *(1 for _ in range(x.at)), *spec.shape[1:]))
+            return _reshaped(g, argument, (x.batch, *(1 for _ in range(x.at)), *spec.shape[1:]))
         behind_batch = len(x.shape) - 1 - x.at
         if spec.batch is None and set(spec.shape[: -behind_batch or None]) == {1}:
             return _reshaped(g, argument, spec.shape[spec.rank - behind_batch :])
@@ -369,15 +366,12 @@ def _alike(g: Builder, x: Moved, argument: Any, batch: int) -> Any:
     return argument
 
 
-def _like(g: Builder, x: Moved, value: Value, place: Place | None, batch: int) -> Value | Moved:
+def _like(g: Builder, x: Moved, value: Value, place: Place | None) -> Value | Moved:
     """A result that is split as `x` is, but for what has changed in one dimension."""
     if place is None:
-        refused: Value = g.refuse("its result has no batch")
-        return refused
-    front = x.sizes(batch)[x.at][0]
-    before = math.prod(place.shape[: place.at]) * front
+        g.refuse("its result has no batch")
     assert g.spec(value).numel == math.prod(place.shape), "a call that changes more than one dim"
-    return _settled(g, Moved(value, place.shape, place.at, before), batch)
+    return _settled(g, value, place.shape, place.at, x.sizes[x.at][0])
 
 
 OTHERS = {

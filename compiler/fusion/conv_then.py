@@ -11,8 +11,8 @@ from collections.abc import Callable
 from ...kernels.contract.op import Op
 from ...kernels.fused.conv_tile import StagedConv
 from ...kernels.tile.conv_geometry import Conv2d
-from ..graph.ir import Graph, Node, Value
-from .declaration import Form, Fusion
+from ..graph.ir import Graph, Node
+from .declaration import Form, Fusion, variables
 from .pattern import Call, Match, Var
 
 CONV = Call("conv2d", Var("x"), Var("w"), name="conv")
@@ -48,10 +48,5 @@ def conv_then(
         Form(label, f"{name}(conv2d(x, w)) => {op.name}(x, w)", Call(name, CONV, where=where))
         for name in followers
     )
-    return Fusion(op.name, tuple(forms), made, _inputs, (reason,), holds=holds)
-
-
-def _inputs(graph: Graph, found: Match) -> tuple[Value, ...]:
-    """x, w, what the stages before the convolution read, what those after it read."""
-    conv = found.nodes["conv"]
-    return (*graph.own_inputs(conv), *graph.prologue_operands(conv), *graph.operands(conv))
+    inputs = variables("x", "w", stages=("conv",))
+    return Fusion(op.name, tuple(forms), made, inputs, (reason,), holds=holds)

@@ -72,9 +72,18 @@ class Fusion:
         return self.finish(graph, found, fused)
 
 
-def variables(*names: str) -> Inputs:
-    """What these variables of the pattern stand for."""
-    return lambda graph, found: [found.values[name] for name in names]
+def variables(*names: str, stages: Sequence[str] = ()) -> Inputs:
+    """What these variables of the pattern stand for, then what the stages of these nodes read; what
+    follows the root is no input."""
+
+    def inputs(graph: Graph, found: Match) -> list[Value]:
+        values = [found.values[name] for name in names]
+        for node in found.those(*stages):
+            values += graph.prologue_operands(node)
+            values += graph.operands(node) if node is not found.root else ()
+        return values
+
+    return inputs
 
 
 def links(*names: str) -> Inputs:

@@ -62,21 +62,20 @@ def _specs(graph: Graph, values: Sequence[Value]) -> tuple[TensorSpec, ...]:
 
 def problem(
     graph: Graph, op: str, attributes: Attributes, epilogue: Epilogue,
-    inputs: Sequence[TensorSpec], operands: Sequence[TensorSpec],
+    inputs: Sequence[TensorSpec], operands: Sequence[TensorSpec], chosen: bool = False,
 ) -> Problem:  # fmt: skip
-    """An application of an op to tensors of the given specs, as its kernel would see it."""
-    specs = tuple(_as_computed(graph, spec) for spec in inputs)
-    inferred = registry.get(op).infer(attributes, specs)
-    outputs = (_as_computed(graph, spec) for spec in inferred)
-    others = (_as_computed(graph, spec) for spec in operands)
+    """An application of an op to tensors of the given specs, as its kernel would see it. chosen:
+    layouts and dtypes are chosen already."""
+
+    def dense(specs: Sequence[TensorSpec]) -> tuple[Operand, ...]:
+        computed = specs if chosen else [_as_computed(graph, spec) for spec in specs]
+        return tuple(map(Operand.dense, computed))
+
+    own = dense(inputs)
+    outputs = registry.get(op).infer(attributes, tuple(operand.spec for operand in own))
+    precision = graph.goal.precision if graph.goal else "ieee"
     return Problem(
-        op,
-        attributes,
-        tuple(map(Operand.dense, specs)),
-        tuple(map(Operand.dense, outputs)),
-        epilogue,
-        tuple(map(Operand.dense, others)),
-        precision=graph.goal.precision if graph.goal else "ieee",
+        op, attributes, own, dense(outputs), epilogue, dense(operands), precision=precision
     )
 
 

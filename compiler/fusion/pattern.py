@@ -1,6 +1,6 @@
 """Patterns written as the expressions they match, and the rules made of them.
 
-    Call("relu", Call(HEAVY, name="anchor"), name="root")
+    Call("relu", Call(HEAVY, name="anchor"))
 
 matches relu of a convolution or linear layer. That inner nodes have a single reader is the
 matcher's duty: a match whose inner result is read elsewhere, or returned, is a refusal with that
@@ -14,7 +14,7 @@ the machine and pays is then asked for it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -23,6 +23,7 @@ import torch
 
 from ...errors import GraphError
 from ...kernels.contract.op import Attributes
+from ...kernels.movement.rearrangement import Reshape
 from ..graph.ir import TORCH, Graph, Node, Value
 from ..graph.ledger import Ledger
 from ..graph.verify import verify_node
@@ -78,15 +79,12 @@ class Call:
         operand: Any = None,
         where: Callable[[Graph, Node], bool] | None = None,
     ) -> None:
-        object.__setattr__(self, "ops", (ops,) if isinstance(ops, str) else ops)
-        object.__setattr__(self, "arguments", arguments or None)
-        object.__setattr__(self, "first", first)
-        object.__setattr__(self, "name", name)
-        object.__setattr__(self, "commutes", commutes)
-        object.__setattr__(self, "plain", plain)
-        object.__setattr__(self, "kept", kept)
-        object.__setattr__(self, "operand", operand)
-        object.__setattr__(self, "where", where)
+        vars(self).update(
+            ops=(ops,) if isinstance(ops, str) else ops,
+            arguments=arguments or None,
+            first=first, name=name, commutes=commutes, plain=plain, kept=kept, operand=operand,
+            where=where,
+        )  # fmt: skip
 
 
 @dataclass
@@ -408,11 +406,33 @@ def absorb(
     return kept
 
 
-def replace_root(
-    graph: Graph, found: Match, op: str, inputs: tuple[Value, ...], attributes: Attributes
-) -> Value:
-    """Replaces the whole match by one new application."""
-    value = graph.add(op, inputs, attributes, like=list(reversed(found.consumed)))
-    graph.redirect(Value(found.root.name), value)
-    graph.remove(node.name for node in reversed(found.consumed))
-    return value
+def becomes(
+    op: str,
+    name: str,
+    pattern: Call,
+    made: Callable[[Graph, Match], Attributes | str],
+    inputs: Callable[[Graph, Match], Sequence[Value]] = lambda graph, found: [found.values["x"]],
+    label: str = "",
+) -> Rule:
+    """The rule that puts one application of `op` in the place of a match.
+
+    made: its attributes, or why there are none; inputs: what it reads, by default the pattern's x.
+    A result of another shape than the root's is reshaped to that.
+    """
+
+    def guard(graph: Graph, found: Match) -> str | None:
+        reason = made(graph, found)
+        return reason if isinstance(reason, str) else None
+
+    def rewrite(graph: Graph, found: Match) -> Value:
+        attributes, root = made(graph, found), found.root
+        assert not isinstance(attributes, str), name
+        like = found.consumed[::-1]
+        value = graph.add(op, inputs(graph, found), attributes, like=like)
+        if graph.spec(value).shape != root.spec.shape:
+            value = graph.add("reshape", (value,), Reshape(root.spec.shape), like=like)
+        graph.redirect(Value(root.name), value)
+        graph.remove(node.name for node in like)
+        return value
+
+    return Rule(name, pattern, rewrite, guard, label=label)

@@ -18,7 +18,7 @@ from ...kernels.movement.movement import FlattenPixels
 from ...kernels.movement.pointwise import Pointwise, stage_of
 from ...kernels.tile.conv_geometry import Conv2d
 from ..graph.ir import INPUT, Graph, Node, Value
-from .pattern import Call, Constant, Match, Rewrite, Rule, Var, absorb
+from .pattern import Call, Constant, Match, Rule, Var, absorb
 
 HEAVY = ("conv2d", "linear")
 PRODUCTS = (*HEAVY, "conv3d", "conv_transpose2d", "conv_transpose3d")
@@ -80,17 +80,11 @@ def _append(graph: Graph, found: Match, stages: Epilogue, others: tuple[Value, .
     return absorb(graph, found, anchor.name, inputs, epilogue=epilogue, outputs=outputs)
 
 
-def _append_at(at: int) -> Rewrite:
-    """Fuses a function that the anchor is operand `at` of."""
-
-    def append(graph: Graph, found: Match) -> Value:
-        own = graph.own_inputs(found.root)
-        return _append(graph, found, stages_of(found.root, at), (*own[:at], *own[at + 1 :]))
-
-    return append
-
-
-append_stage, append_reversed_stage, append_to_second = map(_append_at, range(3))
+def append(graph: Graph, found: Match) -> Value:
+    """Fuses a function of the anchor, whichever of its operands that is."""
+    root, own = found.root, graph.own_inputs(found.root)
+    at = own.index(Value(found.nodes["anchor"].name))
+    return _append(graph, found, stages_of(root, at), (*own[:at], *own[at + 1 :]))
 
 
 def append_cast(graph: Graph, found: Match) -> Value:
@@ -166,41 +160,22 @@ def sink_into_prologue(graph: Graph, found: Match) -> Value:
 
 def _epilogue_rules(kind: str, anchors: tuple[str, ...]) -> tuple[Rule, ...]:
     """Rules for a function of an op, and of an op and a number or other tensors."""
-    anchor = Call(anchors, name="anchor")
+    anchor, a, b, c, r = Call(anchors, name="anchor"), *map(Var, "abcr")
+    patterns = {
+        f"f({kind}(x)) => {kind}(x, epilogue=[f])": Call(UNARY, anchor),
+        f"f({kind}(x), literal) => {kind}(x, epilogue=[f literal])": Call(BINARY, anchor),
+        f"f({kind}(x), r) => {kind}(x, epilogue=[f r])": Call(BINARY, anchor, r),
+        f"f(r, {kind}(x)) => {kind}(x, epilogue=[reversed f r])": Call(BINARY, r, anchor),
+        f"where(c, {kind}(x), b) => {kind}(x, epilogue=[where_first c b])": (
+            Call("where", c, anchor, b)
+        ),
+        f"where(c, a, {kind}(x)) => {kind}(x, epilogue=[where_second c a])": (
+            Call("where", c, a, anchor)
+        ),
+    }
     return tuple(
-        Rule(name, pattern, rewrite, _same_output, label="epilogue")
-        for name, pattern, rewrite in (
-            (
-                f"f({kind}(x)) => {kind}(x, epilogue=[f])",
-                Call(UNARY, anchor, name="root"),
-                append_stage,
-            ),
-            (
-                f"f({kind}(x), literal) => {kind}(x, epilogue=[f literal])",
-                Call(BINARY, anchor, name="root"),
-                append_stage,
-            ),
-            (
-                f"f({kind}(x), r) => {kind}(x, epilogue=[f r])",
-                Call(BINARY, anchor, Var("r"), name="root"),
-                append_stage,
-            ),
-            (
-                f"f(r, {kind}(x)) => {kind}(x, epilogue=[reversed f r])",
-                Call(BINARY, Var("r"), anchor, name="root"),
-                append_reversed_stage,
-            ),
-            (
-                f"where(c, {kind}(x), b) => {kind}(x, epilogue=[where_first c b])",
-                Call("where", Var("c"), anchor, Var("b"), name="root"),
-                append_reversed_stage,
-            ),
-            (
-                f"where(c, a, {kind}(x)) => {kind}(x, epilogue=[where_second c a])",
-                Call("where", Var("c"), Var("a"), anchor, name="root"),
-                append_to_second,
-            ),
-        )
+        Rule(name, pattern, append, _same_output, label="epilogue")
+        for name, pattern in patterns.items()
     )
 
 
@@ -209,14 +184,14 @@ EPILOGUE_RULES = (
     *_epilogue_rules("op", ANCHORS),
     Rule(
         "where(op(x), a, b) => op(x, epilogue=[where a b])",
-        Call("where", Call(ANCHORS, name="anchor"), Var("a"), Var("b"), name="root"),
-        append_stage,
+        Call("where", Call(ANCHORS, name="anchor"), Var("a"), Var("b")),
+        append,
         _same_output,
         label="epilogue",
     ),
     Rule(
         "float(op(x)) => op(x, epilogue=[identity])",
-        Call("relayout", Call(POINTWISE, name="anchor"), name="root"),
+        Call("relayout", Call(POINTWISE, name="anchor")),
         append_cast,
         _cast_guard,
         label="epilogue",
@@ -256,7 +231,7 @@ def flatten_in_memory_order(graph: Graph, found: Match) -> Value:
 FLATTEN_RULES = (
     Rule(
         "linear(reshape(x), w) => linear(flatten_pixels(x), w with permuted columns)",
-        Call("linear", Call("reshape", Var("x"), name="flat"), Constant("w"), name="root"),
+        Call("linear", Call("reshape", Var("x"), name="flat"), Constant("w")),
         flatten_in_memory_order,
         _flatten_guard,
         label="flatten",
@@ -265,12 +240,7 @@ FLATTEN_RULES = (
 PROLOGUE_RULES = (
     Rule(
         "conv2d(f(x), w) => conv2d(x, w, prologue=[f])",
-        Call(
-            "conv2d",
-            Call(POINTWISE, name="before"),
-            Var("w"),
-            name="root",
-        ),
+        Call("conv2d", Call(POINTWISE, name="before"), Var("w")),
         sink_into_prologue,
         _prologue_guard,
         label="prologue",

@@ -12,7 +12,7 @@ every constant has its tensor; there is exactly one output node.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from heapq import heappop, heappush
 from typing import Any, NamedTuple
@@ -312,9 +312,6 @@ class Graph:
         """The tensors the node's prologue reads."""
         values = self.inputs(node.name)
         return values[len(values) - operand_count(node.prologue) :]
-
-    def __iter__(self) -> Iterator[Node]:
-        return iter(self.nodes())
 
 
 class Timing(NamedTuple):

@@ -8,7 +8,7 @@ import torch
 from ...errors import GraphError, InvalidInputError
 from ...kernels.contract.epilogue import makes_boolean, operand_count, read_before
 from ...kernels.contract.spec import FLOAT_DTYPES, Layout, TensorSpec
-from .ir import CONSTANT, INPUT, OUTPUT, TORCH, Graph, Node
+from .ir import CONSTANT, INPUT, OUTPUT, Graph, Node
 
 
 def verify(graph: Graph) -> None:
@@ -40,9 +40,8 @@ def verify_node(graph: Graph, node: Node) -> None:
             raise GraphError(f"{node.name}: constant {node.spec} without a tensor of its shape")
         if tensor.is_floating_point() != node.spec.dtype.is_floating_point:
             raise GraphError(f"{node.name}: constant {node.spec}, its tensor is {tensor.dtype}")
-    if node.op in (INPUT, CONSTANT, OUTPUT, TORCH):
-        return
-    _verify_compute(graph, node)
+    if node.is_compute:
+        _verify_compute(graph, node)
 
 
 def _verify_compute(graph: Graph, node: Node) -> None:
@@ -104,9 +103,9 @@ def verify_memory(graph: Graph) -> None:
     """Raises GraphError where a kernel would take a tensor for one that lies otherwise in memory,
     or multiply two types; to be asked once passes have chosen layouts and types."""
     for node in graph.nodes():
-        if node.op in (INPUT, CONSTANT, OUTPUT, TORCH):
-            if node.op == CONSTANT and node.spec.layout is not Layout.DENSE:
-                raise GraphError(f"{node.name}: constant {node.spec}, expected a dense one")
+        if node.op == CONSTANT and node.spec.layout is not Layout.DENSE:
+            raise GraphError(f"{node.name}: constant {node.spec}, expected a dense one")
+        if not node.is_compute:
             continue
         definition = node.definition
         specs = tuple(graph.spec(value) for value in graph.own_inputs(node))

@@ -14,20 +14,14 @@ from .operator import Call, Value, enter_all, operator
 
 Pads = tuple[list[int], list[int]]
 """Pixels before and behind, per spatial dimension."""
-CONVOLUTIONS = (F.conv1d, F.conv2d, F.conv3d)
-TRANSPOSED = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)
-MAX_POOLS = (F.max_pool1d, F.max_pool2d, F.max_pool3d)
-AVG_POOLS: tuple[Any, ...] = (F.avg_pool1d, F.avg_pool2d, F.avg_pool3d)
-LP_POOLS = (F.lp_pool1d, F.lp_pool2d, F.lp_pool3d)
-AVG_ALL = (F.adaptive_avg_pool1d, F.adaptive_avg_pool2d, F.adaptive_avg_pool3d)
-MAX_ALL = (F.adaptive_max_pool1d, F.adaptive_max_pool2d, F.adaptive_max_pool3d)
 
 
-def _of_rank(call: Call, functions: Sequence[Any], x: torch.Tensor) -> Any:
+def _of_rank(call: Call, function: str, x: torch.Tensor) -> Any:
+    """torch's function of that many spatial dimensions, which stand for the braces of its name."""
     rank = x.dim() - 2
-    if not 1 <= rank <= len(functions):
-        raise call.fail(f"an input of rank {x.dim()}; expected rank 3 to {len(functions) + 2}")
-    return functions[rank - 1]
+    if not 1 <= rank <= 3:
+        raise call.fail(f"an input of rank {x.dim()}; expected rank 3 to 5")
+    return getattr(F, function.format(rank))
 
 
 def _pads(call: Call, x: torch.Tensor, kernel: Sequence[int], strides: Sequence[int]) -> Pads:
@@ -63,7 +57,7 @@ def conv(call: Call, x: torch.Tensor, w: torch.Tensor, b: torch.Tensor | None = 
     before, behind = _pads(call, x, w.shape[2:], strides)
     if before != behind:
         x, before = _padded(x, (before, behind)), [0] * rank
-    convolve = _of_rank(call, CONVOLUTIONS, x)
+    convolve = _of_rank(call, "conv{}d", x)
     return convolve(x, w, b, strides, before, dilations, call.get("group", 1))
 
 
@@ -90,7 +84,7 @@ def conv_transpose(
         before, behind = (small, large) if auto == "SAME_UPPER" else (large, small)
         if min(totals) < 0:
             raise call.fail(f"output_shape {wanted} is larger than the whole result, {whole}")
-    transpose = _of_rank(call, TRANSPOSED, x)
+    transpose = _of_rank(call, "conv_transpose{}d", x)
     if before == behind and not any(extra):
         return transpose(x, w, b, strides, before, 0, call.get("group", 1), dilations)
     # What is cut off differs: all of it, then the part that is wanted.
@@ -110,7 +104,7 @@ def max_pool(call: Call, x: torch.Tensor) -> Any:
     if before != behind or any(2 * pad > size for pad, size in zip(before, kernel, strict=True)):
         x, before = _padded(x, (before, behind), -math.inf), [0] * len(kernel)
     ceil = bool(call.get("ceil_mode", 0))
-    pool = _of_rank(call, MAX_POOLS, x)
+    pool = _of_rank(call, "max_pool{}d", x)
     return pool(x, kernel, strides, before, dilations, ceil)
 
 
@@ -127,7 +121,7 @@ def average_pool(call: Call, x: torch.Tensor) -> Any:
     kernel, strides = _window(call, "average")
     before, behind = _pads(call, x, kernel, strides)
     ceil, counts = bool(call.get("ceil_mode", 0)), bool(call.get("count_include_pad", 0))
-    pool = _of_rank(call, AVG_POOLS, x)
+    pool = _of_rank(call, "avg_pool{}d", x)
     if before == behind and all(2 * pad <= size for pad, size in zip(before, kernel, strict=True)):
         return pool(x, kernel, strides, before, ceil, counts)
     y: torch.Tensor = pool(_padded(x, (before, behind)), kernel, strides, 0, ceil)
@@ -142,13 +136,13 @@ def average_pool(call: Call, x: torch.Tensor) -> Any:
 def lp_pool(call: Call, x: torch.Tensor) -> Any:
     kernel, strides = _window(call, "power")
     x = _padded(x, _pads(call, x, kernel, strides)).abs()
-    pool = _of_rank(call, LP_POOLS, x)
+    pool = _of_rank(call, "lp_pool{}d", x)
     return pool(x, call.get("p", 2), kernel, strides, bool(call.get("ceil_mode", 0)))
 
 
 enter_all({
-    "GlobalAveragePool": lambda call, x: _of_rank(call, AVG_ALL, x)(x, 1),
-    "GlobalMaxPool": lambda call, x: _of_rank(call, MAX_ALL, x)(x, 1),
+    "GlobalAveragePool": lambda call, x: _of_rank(call, "adaptive_avg_pool{}d", x)(x, 1),
+    "GlobalMaxPool": lambda call, x: _of_rank(call, "adaptive_max_pool{}d", x)(x, 1),
     "GlobalLpPool": lambda call, x: (
         torch.linalg.vector_norm(x, call.get("p", 2), tuple(range(2, x.dim())), keepdim=True)
     ),

@@ -47,7 +47,7 @@ class OnnxModule(nn.Module):
         _refuse_unknown(source.name, source.nodes)
         self.title, self.inputs, self.outputs = source.name, source.inputs, source.outputs
         self.constants: dict[str, str] = {}
-        arrays, tensors = _split(source.constants)
+        known = _numbers(source.constants)
         sizes: set[str] = set()
         """Values that are numbers, and known once the shapes are."""
         self.steps: list[_Step] = []
@@ -57,35 +57,30 @@ class OnnxModule(nn.Module):
             call = Call(node.op, node.name, source.opset, node.attributes)
             if node.op == IF:
                 (name,) = node.inputs
-                condition = arrays.get(name)
+                condition = known.get(name)
                 if condition is None and name in sizes:
-                    condition = self._for_the_shapes_of_the_file(name, call, tensors)
+                    condition = self._for_the_shapes_of_the_file(name, call, known)
                     check = replace(call, attributes={"taken": bool(condition.all())})
-                    self.steps.append(_Step(check, node.inputs, (), sizes, arrays, tensors))
+                    self.steps.append(_Step(check, node.inputs, (), sizes, known))
                 branch = _taken(call, node, condition)
                 _refuse_unknown(source.name, branch.nodes)
                 waiting.extendleft(reversed(branch.nodes))
-                made_arrays, made_tensors = _split(branch.constants)
-                arrays |= made_arrays
-                tensors |= made_tensors
+                known |= _numbers(branch.constants)
                 continue
             given = [name for name in node.inputs if name]
-            if all(name in arrays or name in tensors for name in given):
-                names = zip(node.outputs, _listed(_compute(call, node.inputs, arrays, tensors)),
-                            strict=False)  # fmt: skip
-                made_arrays, made_tensors = _split(dict(names))
-                arrays |= made_arrays
-                tensors |= made_tensors
+            if all(name in known for name in given):
+                results = _listed(_compute(call, node.inputs, known))
+                known |= _numbers(dict(zip(node.outputs, results, strict=False)))
                 continue
             if node.op in ("Shape", "Size") or all(
-                name in sizes or name in arrays or (name in tensors and tensors[name].numel() < 64)
-                for name in given
+                name in sizes or (name in known and _is_small(known[name])) for name in given
             ):
                 sizes |= set(node.outputs)
-            self.steps.append(_Step(call, node.inputs, node.outputs, sizes, arrays, tensors))
+            self.steps.append(_Step(call, node.inputs, node.outputs, sizes, known))
         self._read = {*self.outputs, *(name for step in self.steps for name in step.read)}
-        for name in sorted(self._read & tensors.keys()):
-            self.constants[name] = self._place_buffer(name, tensors[name])
+        for name in sorted(self._read & known.keys()):
+            if isinstance(tensor := known[name], torch.Tensor):
+                self.constants[name] = self._place_buffer(name, tensor)
         for step in self.steps:
             self._place_module(step)
         self._last = _last_uses(self.steps, self.outputs)
@@ -130,9 +125,7 @@ class OnnxModule(nn.Module):
         results = [values[name] for name in self.outputs]
         return results[0] if len(results) == 1 else tuple(results)
 
-    def _for_the_shapes_of_the_file(
-        self, name: str, call: Call, tensors: Mapping[str, torch.Tensor]
-    ) -> Any:
+    def _for_the_shapes_of_the_file(self, name: str, call: Call, known: Mapping[str, Any]) -> Any:
         """A value that the steps so far compute from sizes.
 
         Raises: CaptureError where the file does not say the sizes.
@@ -144,7 +137,7 @@ class OnnxModule(nn.Module):
                 reason = f"its condition '{name}' is computed from sizes: {error}"
                 raise call.fail(reason) from error
             given = zip((each.name for each in self.inputs), inputs, strict=True)
-            values: dict[str, Any] = {**tensors, **dict(given)}
+            values: dict[str, Any] = {**known, **dict(given)}
             for step in self.steps:
                 results = step(*(values.get(each) for each in step.inputs))
                 values.update(zip(step.outputs, _listed(results), strict=False))
@@ -182,7 +175,7 @@ class _Step(nn.Module):
 
     def __init__(
         self, call: Call, inputs: Sequence[str], outputs: Sequence[str], sizes: set[str],
-        arrays: Mapping[str, Any], tensors: Mapping[str, torch.Tensor],
+        known: Mapping[str, Any],
     ) -> None:  # fmt: skip
         super().__init__()
         entry = OPERATORS[call.op]
@@ -191,14 +184,13 @@ class _Step(nn.Module):
         self.known: dict[int, Any] = {}
         """Inputs that are constants, and given as arrays."""
         for at, name in enumerate(inputs):
-            if name in arrays:
-                self.known[at] = arrays[name]
-            elif name in tensors and (
-                is_of_arrays
-                or at in entry.known
-                or (entry.takes_numbers and tensors[name].numel() == 1)
+            value = known.get(name)
+            if isinstance(value, torch.Tensor) and (
+                is_of_arrays or at in entry.known or (entry.takes_numbers and value.numel() == 1)
             ):
-                self.known[at] = _as_array(tensors[name])
+                value = _as_array(value)
+            if value is not None and not isinstance(value, torch.Tensor):
+                self.known[at] = value
         self.read = {n for at, n in enumerate(inputs) if n and at not in self.known}
         of_arrays = entry.of_arrays
         if is_of_arrays and of_arrays is None:
@@ -249,18 +241,15 @@ def _refuse_unknown(title: str, nodes: Sequence[file.Node]) -> None:
     raise UnsupportedOpError("\n".join((told, *lines)))
 
 
-def _compute(
-    call: Call, inputs: Sequence[str], arrays: Mapping[str, Any], tensors: Mapping[str, Any]
-) -> Any:
+def _compute(call: Call, inputs: Sequence[str], known: Mapping[str, Any]) -> Any:
     """The results of a node that reads constants only."""
-    entry = OPERATORS[call.op]
-    given: list[Value] = []
-    of_arrays = all(name in arrays for name in inputs if name) and entry.of_arrays is not None
-    for at, name in enumerate(inputs):
-        value = arrays.get(name, tensors.get(name))
-        given.append(_as_array(value) if at in entry.known and name in tensors else value)
-    function = entry.of_arrays if of_arrays and inputs else entry.function
-    assert function is not None
+    entry, given = OPERATORS[call.op], [known.get(name) for name in inputs]
+    no_tensors = bool(inputs) and not any(isinstance(each, torch.Tensor) for each in given)
+    function = (entry.of_arrays if no_tensors else None) or entry.function
+    given = [
+        _as_array(value) if at in entry.known and isinstance(value, torch.Tensor) else value
+        for at, value in enumerate(given)
+    ]
     try:
         with torch.no_grad():
             return function(call, *given)
@@ -270,17 +259,19 @@ def _compute(
         raise call.fail(f"its constants do not fit it: {error}") from error
 
 
-def _split(values: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
-    """Whole numbers and truth values as arrays; other numbers as tensors."""
-    arrays, tensors = {}, {}
-    for name, value in values.items():
-        if isinstance(value, torch.Tensor) and value.is_floating_point():
-            tensors[name] = value
-        elif isinstance(value, torch.Tensor):
-            arrays[name] = _as_array(value)
-        elif value is not None:
-            arrays[name] = value
-    return arrays, tensors
+def _numbers(values: Mapping[str, Any]) -> dict[str, Value]:
+    """Known values: whole numbers and truth values as arrays, other numbers as tensors."""
+    return {
+        name: _as_array(value)
+        if isinstance(value, torch.Tensor) and not value.is_floating_point() else value
+        for name, value in values.items()
+        if value is not None
+    }  # fmt: skip
+
+
+def _is_small(value: Any) -> bool:
+    """Whether a constant may be sizes: an array, or a tensor of few numbers."""
+    return not isinstance(value, torch.Tensor) or value.numel() < 64
 
 
 def _as_array(tensor: torch.Tensor) -> Any:

@@ -6,7 +6,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from types import MappingProxyType
 
 from ... import settings
 from ...errors import GraphError, InvalidInputError, near_names
@@ -58,10 +57,6 @@ def flatten_in_memory_order(graph: Graph, ledger: Ledger) -> Graph:
     return apply_rules(graph, FLATTENED, ledger)
 
 
-def _compute_in_goal_dtype(graph: Graph, ledger: Ledger) -> Graph:
-    return choose_dtype(graph, graph.goal.dtype if graph.goal else None)
-
-
 def labels(rules: Iterable[Rule]) -> dict[str, str]:
     """By which users force and forbid the rules, by the rules' names."""
     return {rule.name: rule.label for rule in rules}
@@ -72,59 +67,53 @@ class Pass:
     """A named step of the compiler; `required` ones run whatever the user asks for. labels: of the
     fusions that it makes, by their equations."""
 
-    name: str
     run: Callable[[Graph, Ledger], Graph]
     why: str
     labels: Mapping[str, str] = field(default_factory=dict)
     required: bool = False
 
-
-def _pass(
-    run: Callable[[Graph, Ledger], Graph],
-    why: str,
-    labels: Mapping[str, str] = MappingProxyType({}),
-    required: bool = False,
-) -> Pass:
-    return Pass(run.__name__, run, why, labels, required)
+    @property
+    def name(self) -> str:
+        return self.run.__name__
 
 
 FLATTENED = (*FLATTEN_RULES, *rearrangements.RULES)
 PASSES: tuple[Pass, ...] = (
-    _pass(
+    Pass(
         recognise_composites,
         "first: later passes would take the parts for something else; some have no kernel",
         required=True,
     ),
-    _pass(fold_constants, "weights reshaped by the capture must be constants again", required=True),
-    _pass(drop_identities, "dropout and clone would stand between a producer and its epilogue"),
-    _pass(simplify_slice_writes, "before equal nodes are unified: what is written is read again"),
-    _pass(eliminate_common_subexpressions, "before fusion: equal nodes fuse differently"),
-    _pass(eliminate_dead_nodes, "a dead reader would forbid a fusion"),
-    _pass(fold_batch_norm, "before epilogues: a folded scale costs nothing, a stage costs a load"),
-    _pass(
+    Pass(fold_constants, "weights reshaped by the capture must be constants again", required=True),
+    Pass(drop_identities, "dropout and clone would stand between a producer and its epilogue"),
+    Pass(simplify_slice_writes, "before equal nodes are unified: what is written is read again"),
+    Pass(eliminate_common_subexpressions, "before fusion: equal nodes fuse differently"),
+    Pass(eliminate_dead_nodes, "a dead reader would forbid a fusion"),
+    Pass(fold_batch_norm, "before epilogues: a folded scale costs nothing, a stage costs a load"),
+    Pass(
         merge_parallel_convolutions,
         "between: a normalisation beside convolutions is still one node, their biases are folded",
         {parallel_convs.RULE: parallel_convs.LABEL},
     ),
-    _pass(lower_batch_norm, "what could not be folded can still be fused as two stages"),
-    _pass(fuse_diamonds, "before epilogues: a producer that is read twice could not take them",
-          {diamonds.RULE: diamonds.LABEL}),
-    _pass(fuse_epilogues, "the main fusion: whole pointwise chains into their producers",
-          labels(EPILOGUE_RULES)),
-    _pass(sink_prologues, "after epilogues: a chain goes to its producer when it can",
-          labels(PROLOGUE_RULES)),
-    _pass(project_before_averaging, "before siblings: the projection becomes one of them",
-          labels(pool_order.RULES)),
-    _pass(nest_concatenations, "before the partition: what is joined in place is free to fuse"),
-    _pass(flatten_in_memory_order, "before the partition: a fused classifier hides its weight",
-          labels(FLATTENED)),
-    _pass(choose_partition, "after epilogues: residual and activation ride on the expansion",
-          labels(fuse.RULES) | {siblings.RULE: siblings.LABEL}),
-    _pass(fuse_small_nets, "after the partition: it joins what the partition has made",
-          labels(small_nets.RULES)),
-    _pass(choose_layout, "late: fusion does not look at memory, kernels do", required=True),
-    _pass(fuse_stem, "after layouts: it is about the conversions that they put at the boundary",
-          stem.LABELS),
+    Pass(lower_batch_norm, "what could not be folded can still be fused as two stages"),
+    Pass(fuse_diamonds, "before epilogues: a producer that is read twice could not take them",
+         {diamonds.RULE: diamonds.LABEL}),
+    Pass(fuse_epilogues, "the main fusion: whole pointwise chains into their producers",
+         labels(EPILOGUE_RULES)),
+    Pass(sink_prologues, "after epilogues: a chain goes to its producer when it can",
+         labels(PROLOGUE_RULES)),
+    Pass(project_before_averaging, "before siblings: the projection becomes one of them",
+         labels(pool_order.RULES)),
+    Pass(nest_concatenations, "before the partition: what is joined in place is free to fuse"),
+    Pass(flatten_in_memory_order, "before the partition: a fused classifier hides its weight",
+         labels(FLATTENED)),
+    Pass(choose_partition, "after epilogues: residual and activation ride on the expansion",
+         labels(fuse.RULES) | {siblings.RULE: siblings.LABEL}),
+    Pass(fuse_small_nets, "after the partition: it joins what the partition has made",
+         labels(small_nets.RULES)),
+    Pass(choose_layout, "late: fusion does not look at memory, kernels do", required=True),
+    Pass(fuse_stem, "after layouts: it is about the conversions that they put at the boundary",
+         stem.LABELS),
 )  # fmt: skip
 NAMES = tuple(step.name for step in PASSES)
 _OURS = {rule: label for step in PASSES for rule, label in step.labels.items()}
@@ -203,10 +192,11 @@ def run_passes(
             print(f"# after {name} ({elapsed_ms:.1f} ms)\n{text.to_text(result, False)}")
         return result
 
+    dtype = graph.goal.dtype if graph.goal else None
     for step in select(passes):
         if step.run is choose_layout:
             if fallback == "error":
                 refuse_unsupported(graph)
-            graph = run("choose_dtype", _compute_in_goal_dtype)
+            graph = run("choose_dtype", lambda graph, _: choose_dtype(graph, dtype))
         graph = run(step.name, step.run)
     return graph

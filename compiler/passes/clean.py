@@ -6,13 +6,11 @@ from typing import Any
 
 import torch
 
-from ...kernels.contract.epilogue import apply_reference
 from ...kernels.movement import movement, rearrangement
 from ...kernels.pooling.pool_window import AdaptivePool2d
-from ..evaluation.evaluate import call_torch
+from ..evaluation.evaluate import evaluate_node
 from ..graph.ir import CONSTANT, INPUT, OUTPUT, TORCH, Graph, Node, Value
 from ..graph.ledger import Ledger
-from ..graph.torch_call import TorchCall
 from .squeezes import sink_squeezes
 
 
@@ -57,58 +55,35 @@ def fold_constants(graph: Graph, ledger: Ledger) -> Graph:
     known: dict[Any, tuple[Value, ...]] = {}
     for node in graph.nodes():
         values = graph.inputs(node.name)
-        if node.op == TORCH and all(map(graph.is_constant, values)):
-            _fold_call(graph, node, ledger)
-            continue
-        if not node.is_compute or not values or not all(map(graph.is_constant, values)):
+        # A call may have no inputs at all (`eye`).
+        folds = node.op == TORCH or (node.is_compute and values)
+        if not folds or not all(map(graph.is_constant, values)):
             continue
         # A layer called twice folds its weight once: equal nodes that read it are then still equal.
-        key = (node.op, node.attributes, node.epilogue, values)
+        alike = (node.op, node.attributes, node.epilogue, values)
+        key = alike if node.is_compute else node.name
         if key not in known:
-            results = evaluate_exactly(node, tuple(graph.constant(value) for value in values))
             known[key] = tuple(
                 graph.add_constant(result, node.name, spec.dtype, spec.batch)
-                for result, spec in zip(results, node.outputs, strict=True)
+                for result, spec in zip(_exact_results(graph, node), node.outputs, strict=True)
             )
         for index, folded in enumerate(known[key]):
             origins = (*graph.node(folded.node).origins, *node.origins)
             graph.update(folded.node, origins=origins, module_path=node.module_path)
             graph.redirect(Value(node.name, index), folded)
         graph.remove([node.name])
-        ledger.accept("f(constants) => constant", [node], known[key][0].node)
+        into = next(filter(graph.uses, known[key]), known[key][0])
+        ledger.accept("f(constants) => constant", [node], into.node)
     return eliminate_dead_nodes(graph, ledger)
 
 
-def _fold_call(graph: Graph, node: Node, ledger: Ledger) -> None:
-    """Replaces an ATen call on constants, or on nothing (`eye`), by its results."""
-    call = node.attributes.expect(TorchCall)
+def _exact_results(graph: Graph, node: Node) -> tuple[torch.Tensor, ...]:
+    """A node's outputs on fp64 copies of its constants; without values where one has none."""
     tensors = [graph.constant(value) for value in graph.inputs(node.name)]
     exact = [tensor.double() if tensor.is_floating_point() else tensor for tensor in tensors]
-    for index, result in enumerate(call_torch(call, exact)):
-        value = Value(node.name, index)
-        if graph.uses(value):
-            spec = node.outputs[index]
-            folded = graph.add_constant(result, node.name, spec.dtype, spec.batch)
-            graph.update(folded.node, origins=node.origins, module_path=node.module_path)
-            graph.redirect(value, folded)
-            ledger.accept("f(constants) => constant", [node], folded.node)
-    graph.remove([node.name])
-
-
-def evaluate_exactly(node: Node, tensors: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
-    """The node's outputs on fp64 copies of the tensors; without values where one has none."""
-    from ...kernels.contract.epilogue import operand_count
-
-    exact = tuple(t.double() if t.is_floating_point() else t for t in tensors)
-    if any(t.is_meta for t in exact):
-        exact = tuple(t.to("meta") for t in exact)
-    own = len(exact) - operand_count(node.epilogue)
-    if isinstance(node.attributes, movement.Relayout) and exact[0].is_floating_point():
-        value = exact[0] if node.attributes.dtype.is_floating_point else exact[0].bool()
-    else:
-        value = node.definition.reference(node.attributes, *exact[:own])
-    values = value if isinstance(value, tuple) else (value,)
-    return (apply_reference(node.epilogue, values[0], exact[own:]), *values[1:])
+    if any(tensor.is_meta for tensor in tensors):
+        exact = [tensor.to("meta") for tensor in exact]
+    return evaluate_node(node, tuple(exact), graph, keep_dtype=True)
 
 
 def eliminate_common_subexpressions(graph: Graph, ledger: Ledger) -> Graph:

@@ -14,12 +14,11 @@ from ...kernels.contract.epilogue import Stage
 from ...kernels.convolution.conv_phases import ConvTranspose2d, ConvTranspose3d
 from ...kernels.movement.pointwise import Pointwise
 from ...kernels.normalisation.batch_norm import BatchNorm
-from ..fusion.pattern import Call, Match, external_use, match
+from ..fusion.pattern import Call, Match, Rule, absorb, apply_rules
+from ..fusion.rules import PRODUCTS
 from ..graph.ir import Graph, Node, Value
 from ..graph.ledger import Ledger
 
-PRODUCTS = ("conv2d", "linear", "conv3d", "conv_transpose2d", "conv_transpose3d")
-FOLD = "batch_norm(heavy(x, w) + b) => heavy(x, s*w) + (s*b + t)"
 LOWER = "batch_norm(x) => s*x + t"
 
 
@@ -40,31 +39,8 @@ def scale_and_shift(graph: Graph, node: Node) -> tuple[torch.Tensor, torch.Tenso
     return scale, shift
 
 
-def fold_batch_norm(graph: Graph, ledger: Ledger) -> Graph:
-    """Folds batch_norm into the convolution or linear layer that alone feeds it.
-
-    Refused where the layer's result or its weight is used elsewhere, or where something already
-    stands between them.
-    """
-    pattern = Call("batch_norm", name="root")
-    for node in graph.nodes():
-        if node.op != "batch_norm" or match(graph, node, pattern) is None:
-            continue
-        producer = graph.node(graph.own_inputs(node)[0].node)
-        if producer.op not in PRODUCTS:
-            continue
-        reason = _why_not(graph, producer, node)
-        if reason is not None:
-            ledger.refuse(FOLD, [producer, node], reason)
-            continue
-        _fold(graph, producer, node, ledger)
-    return graph
-
-
-def _why_not(graph: Graph, producer: Node, node: Node) -> str | None:
-    reason = external_use(graph, Match(node, inner=[producer]))
-    if reason is not None:
-        return reason
+def _why_not(graph: Graph, found: Match) -> str | None:
+    producer, node = found.nodes["producer"], found.root
     if scale_and_shift(graph, node) is None:
         return f"the statistics of {node.name} are not constants of the module"
     weight = graph.own_inputs(producer)[1]
@@ -82,14 +58,13 @@ def _why_not(graph: Graph, producer: Node, node: Node) -> str | None:
     return None
 
 
-def _fold(graph: Graph, producer: Node, node: Node, ledger: Ledger) -> None:
+def _fold(graph: Graph, found: Match) -> Value:
+    producer, node = found.nodes["producer"], found.root
     both = scale_and_shift(graph, node)
     assert both is not None
-    scale, shift = both
+    scale, bias = both
     x, weight = graph.own_inputs(producer)
-    w = graph.constant(weight).double()
-    scaled = _scaled(producer, w, scale)
-    bias = shift
+    scaled = _scaled(producer, graph.constant(weight).double(), scale)
     if producer.epilogue:
         bias = bias + graph.constant(graph.operands(producer)[0]).double().reshape(-1) * scale
     trailing = [1] * (node.spec.rank - 2)
@@ -97,12 +72,7 @@ def _fold(graph: Graph, producer: Node, node: Node, ledger: Ledger) -> None:
     new_weight = graph.add_constant(scaled, weight.node, dtype)
     new_bias = graph.add_constant(bias.reshape(-1, *trailing), f"{node.name}_shift", dtype)
     inputs = (x, new_weight, new_bias, *graph.operands(node))
-    graph.set_inputs(producer.name, inputs)
-    origins = (*producer.origins, *node.origins)
-    graph.update(producer.name, epilogue=(Stage("add"), *node.epilogue), origins=origins)
-    graph.redirect(Value(node.name), Value(producer.name))
-    ledger.accept(FOLD, [producer, node], producer.name, 2 * producer.spec.size_bytes)
-    graph.remove([node.name])
+    return absorb(graph, found, producer.name, inputs, epilogue=(Stage("add"), *node.epilogue))
 
 
 def _scaled(producer: Node, w: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
@@ -114,6 +84,25 @@ def _scaled(producer: Node, w: torch.Tensor, scale: torch.Tensor) -> torch.Tenso
     groups = producer.attributes.groups
     grouped = w.reshape(groups, -1, *w.shape[1:])
     return (grouped * scale.reshape(groups, 1, -1, *ones[1:])).reshape(w.shape)
+
+
+FOLD_RULES = (
+    Rule(
+        "batch_norm(heavy(x, w) + b) => heavy(x, s*w) + (s*b + t)",
+        Call("batch_norm", first=Call(PRODUCTS, name="producer")),
+        _fold,
+        _why_not,
+    ),
+)
+
+
+def fold_batch_norm(graph: Graph, ledger: Ledger) -> Graph:
+    """Folds batch_norm into the convolution or linear layer that alone feeds it.
+
+    Refused where the layer's result or its weight is used elsewhere, or where something already
+    stands between them.
+    """
+    return apply_rules(graph, FOLD_RULES, ledger)
 
 
 def lower_batch_norm(graph: Graph, ledger: Ledger) -> Graph:

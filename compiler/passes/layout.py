@@ -59,14 +59,11 @@ def choose_dtype(graph: Graph, dtype: torch.dtype | None) -> Graph:
         _convert_readers(graph, Value(name), converter, partial(_computes_in_halves, graph, exact))
     returned = []
     for value, original in outputs:
-        if graph.spec(value).dtype is not original:
-            if _can_store_as(graph, value):
-                spec = graph.spec(value).with_(dtype=original)
-                graph.update(value.node, outputs=(spec,))
-                returned.append(value)
-                continue
-            layout = graph.spec(value).layout
-            value = graph.add("relayout", (value,), Relayout(layout, original))
+        spec = graph.spec(value)
+        if spec.dtype is not original and _can_store_as(graph, value):
+            graph.update(value.node, outputs=(spec.with_(dtype=original),))
+        elif spec.dtype is not original:
+            value = graph.add("relayout", (value,), Relayout(spec.layout, original))
         returned.append(value)
     graph.set_inputs(OUTPUT, returned)
     return graph

@@ -32,14 +32,6 @@ def _is_plain(graph: Graph, node: Node) -> bool:
     return not node.prologue and getattr(node.attributes, "border", "constant") == "constant"
 
 
-def _is_constant(graph: Graph, node: Node) -> bool:
-    return isinstance(node.attributes, Pad) and node.attributes.mode == "constant"
-
-
-def _is_border(graph: Graph, node: Node) -> bool:
-    return not _is_constant(graph, node)
-
-
 def _geometry_reason(graph: Graph, found: Match) -> str | None:
     pad, attributes = found.nodes["pad"], _pad_of(found)
     if any((*attributes.before[:2], *attributes.after[:2])):
@@ -90,7 +82,11 @@ def _with_border(graph: Graph, found: Match) -> Conv3d | BorderConv2d:
 def _padded(conv: str, border: str, op: str) -> Fusion:
     """A convolution of an image with a border, which becomes `op`."""
     zeros = border == "0"
-    pad = Call("pad", Var("x"), name="pad", where=_is_constant if zeros else _is_border)
+
+    def is_of_this_kind(graph: Graph, node: Node) -> bool:
+        return (node.attributes.expect(Pad).mode == "constant") == zeros
+
+    pad = Call("pad", Var("x"), name="pad", where=is_of_this_kind)
     form = Form(
         "pad-into-conv" if zeros else "border-into-conv",
         f"{conv}(pad(x, {border}), w) => {op}(x, w, padding{'' if zeros else ', border'})",

@@ -166,10 +166,8 @@ def _is_linear(graph: Graph, node: Node) -> bool:
 
 def _propose(graph: Graph, branches: Sequence[_Branch]) -> Proposal:
     nodes = tuple(branch.node for branch in branches)
-    return Proposal(
-        RULE, LABEL, nodes, make=partial(_make, [node.name for node in nodes]),
-        together=partial(_together, graph, branches),
-    )  # fmt: skip
+    make = partial(_make, [node.name for node in nodes])
+    return Proposal(RULE, LABEL, nodes, make, partial(_together, graph, branches))
 
 
 def _together(graph: Graph, branches: Sequence[_Branch]) -> Problem:

@@ -8,69 +8,47 @@ SiLU, hard-swish and mish as products.
 from __future__ import annotations
 
 import math
-from typing import Any
 
+from ...kernels.contract.op import Attributes
 from ...kernels.movement.pad import Pad
 from ...kernels.movement.pointwise import Pointwise
 from ...kernels.movement.rearrangement import Reshape
 from ...kernels.normalisation.lrn import LocalResponseNorm
 from ...kernels.pooling.pool_window import AvgPool2d, AvgPool3d, LpPool2d
 from ..fusion import extension_rules, refusals
-from ..fusion.pattern import (
-    Call,
-    Guard,
-    Match,
-    Rewrite,
-    Rule,
-    Var,
-    always,
-    apply_rules,
-    replace_root,
-)  # fmt: skip
-from ..graph.ir import Graph, Value
+from ..fusion.pattern import Call, Match, Rule, Var, apply_rules, becomes
+from ..graph.ir import Graph, Node, Value
 from ..graph.ledger import Ledger
 from .recognise_pools import POOL_RULES
 
 X = Var("x")
+POWERS = ("pow", "square", "sqrt", "identity")
 
 
-def _window(found: Match) -> int | None:
-    """How many channels the pooling averages, or None if it is something else."""
-    pool, pad = found.nodes["pool"].attributes.expect(AvgPool3d), found.nodes["pad"].attributes
-    size = pool.kernel[0]
-    around = Pad((0, 0, size // 2, 0, 0), (0, 0, (size - 1) // 2, 0, 0))
-    return size if pool == AvgPool3d((size, 1, 1)) and pad == around else None
-
-
-def _literal(found: Match, name: str) -> float | None:
-    attributes = found.nodes[name].attributes.expect(Pointwise)
+def _literal(node: Node) -> float | None:
+    attributes = node.attributes.expect(Pointwise)
     return None if attributes.reverse else attributes.literal
 
 
-def _lrn_guard(graph: Graph, found: Match) -> str | None:
-    if _window(found) is None:
+def _exponent(node: Node) -> float | None:
+    """What a power raises to, by its name or by a constant."""
+    shortcuts = {"square": 2.0, "sqrt": 0.5, "identity": 1.0}
+    return shortcuts.get(node.op) or _literal(node)
+
+
+def _lrn(graph: Graph, found: Match) -> LocalResponseNorm | str:
+    pool, pad = found.nodes["pool"].attributes.expect(AvgPool3d), found.nodes["pad"].attributes
+    size = pool.kernel[0]
+    around = Pad((0, 0, size // 2, 0, 0), (0, 0, (size - 1) // 2, 0, 0))
+    if pool != AvgPool3d((size, 1, 1)) or pad != around:
         return "the pooling does not run over neighbouring channels"
-    literals = _literal(found, "alpha"), _literal(found, "k"), _exponent(found, "beta")
-    if None in literals:
+    alpha, k = map(_literal, found.those("alpha", "k"))
+    beta = _exponent(found.nodes["beta"])
+    if alpha is None or k is None or beta is None:
         return "alpha, beta and k are not all constant numbers"
     if graph.spec(found.values["x"]).shape != found.root.spec.shape:
         return f"the result, {found.root.spec}, does not have the shape of the input"
-    return None
-
-
-def _exponent(found: Match, name: str) -> float | None:
-    """What a power raises to, by its name or by a constant."""
-    node = found.nodes[name]
-    shortcuts = {"square": 2.0, "sqrt": 0.5, "identity": 1.0}
-    return shortcuts.get(node.op) or _literal(found, name)
-
-
-def _make_lrn(graph: Graph, found: Match) -> Value:
-    window, beta = _window(found), _exponent(found, "beta")
-    alpha, k = _literal(found, "alpha"), _literal(found, "k")
-    assert window is not None and alpha is not None and k is not None and beta is not None
-    attributes = LocalResponseNorm(size=window, alpha=alpha, beta=beta, k=k)
-    return replace_root(graph, found, "local_response_norm", (found.values["x"],), attributes)
+    return LocalResponseNorm(size=size, alpha=alpha, beta=beta, k=k)
 
 
 def _lrn_rule() -> Rule:
@@ -78,150 +56,103 @@ def _lrn_rule() -> Rule:
     pooled = Call("avg_pool3d", padded, name="pool")
     scaled = Call("mul", Call("reshape", Call("reshape", pooled)), name="alpha")
     power = Call(("pow", "sqrt", "square"), Call("add", scaled, name="k"), name="beta")
-    return Rule(
-        "x / (k + alpha*mean_c(x²))^beta => local_response_norm(x)",
-        Call("div", X, power, name="root"),
-        _make_lrn,
-        _lrn_guard,
-    )
+    equation = "x / (k + alpha*mean_c(x²))^beta => local_response_norm(x)"
+    return becomes("local_response_norm", equation, Call("div", X, power), _lrn)
 
 
-def _lp_guard(graph: Graph, found: Match) -> str | None:
-    pool = found.nodes["pool"].attributes.expect(AvgPool2d)
-    area = _literal(found, "area")
-    if any(pool.padding) or pool.divisor_override is not None:
-        return "the average pooling is padded or has a divisor of its own"
-    if area != pool.kernel[0] * pool.kernel[1]:
-        window = pool.kernel[0] * pool.kernel[1]
-        return f"the mean is multiplied by {area}, not by the window's area, {window}"
-    return None
-
-
-def _lp_root_guard(graph: Graph, found: Match) -> str | None:
-    p, root = _exponent(found, "power"), _exponent(found, "root")
+def _lp(graph: Graph, found: Match) -> LpPool2d | str:
+    p, root = _exponent(found.nodes["power"]), _exponent(found.root)
     if p is None or root is None or not abs(root * p - 1) <= 1e-6:
         return f"the root, {root}, does not undo the power, {p}"
     if p < 0:
         return f"the power {p} is negative, and Lp pooling takes positive ones"
-    return _lp_guard(graph, found)
+    pool, area = found.nodes["pool"].attributes.expect(AvgPool2d), _literal(found.nodes["area"])
+    if any(pool.padding) or pool.divisor_override is not None:
+        return "the average pooling is padded or has a divisor of its own"
+    window = pool.kernel[0] * pool.kernel[1]
+    if area != window:
+        return f"the mean is multiplied by {area}, not by the window's area, {window}"
+    return LpPool2d(p, pool.kernel, pool.stride, pool.ceil_mode)
 
 
-def _make_lp(graph: Graph, found: Match) -> Value:
-    pool, p = found.nodes["pool"].attributes, _exponent(found, "power")
-    assert isinstance(pool, AvgPool2d) and p is not None
-    attributes = LpPool2d(p, pool.kernel, pool.stride, pool.ceil_mode)
-    return replace_root(graph, found, "lp_pool2d", (found.values["x"],), attributes)
-
-
-POWERS = ("pow", "square", "sqrt", "identity")
-
-
-def _make_lp_of_sequences(graph: Graph, found: Match) -> Value:
-    """A sequence is pooled as an image of one row."""
-    pool, p = found.nodes["pool"], _exponent(found, "power")
-    assert p is not None
-    window = pool.attributes.expect(AvgPool2d)
-    attributes = LpPool2d(p, window.kernel, window.stride, window.ceil_mode)
-    like = list(reversed(found.consumed))
-    row = Reshape(graph.spec(graph.inputs(pool.name)[0]).shape)
-    x = graph.add("reshape", (found.values["x"],), row, like=like)
-    y = graph.add("lp_pool2d", (x,), attributes, like=like)
-    return replace_root(graph, found, "reshape", (y,), Reshape(found.root.spec.shape))
+def _as_pooled(graph: Graph, found: Match) -> list[Value]:
+    """x in the shape of what is pooled: a sequence is pooled as an image of one row."""
+    shape = graph.spec(graph.inputs(found.nodes["pool"].name)[0]).shape
+    x = found.values["x"]
+    if graph.spec(x).shape == shape:
+        return [x]
+    return [graph.add("reshape", (x,), Reshape(shape), like=found.consumed[::-1])]
 
 
 def _lp_rule(of_sequences: bool) -> Rule:
     powered = Call(POWERS, X, name="power")
-    if of_sequences:
-        row = Call("avg_pool2d", Call("reshape", powered), name="pool")
-        pooled = Call("reshape", row)
-    else:
-        pooled = Call("avg_pool2d", powered, name="pool")
+    pooled = Call("avg_pool2d", Call("reshape", powered) if of_sequences else powered, name="pool")
+    pooled = Call("reshape", pooled) if of_sequences else pooled
     magnitude = Call("relu", Call("abs", pooled))
     # sign(v) and |v| read the same pooled value, so the pooling has two readers inside the match.
     signed = Call("mul", Call("sign", pooled), magnitude)
-    return Rule(
-        "(R·S·avg_pool(x^p))^(1/p) => lp_pool2d(x, p)",
-        Call(POWERS, Call("mul", signed, name="area"), name="root"),
-        _make_lp_of_sequences if of_sequences else _make_lp,
-        _lp_root_guard,
-    )
+    pattern = Call(POWERS, Call("mul", signed, name="area"))
+    equation = "(R·S·avg_pool(x^p))^(1/p) => lp_pool2d(x, p)"
+    return becomes("lp_pool2d", equation, pattern, _lp, _as_pooled)
 
 
-def _pointwise(name: str) -> Rewrite:
-    """Puts a pointwise function of x in the place of a match."""
-    return lambda graph, found: replace_root(graph, found, name, (found.values["x"],), Pointwise())
+def _plain(graph: Graph, found: Match) -> Attributes | str:
+    return Pointwise()
 
 
-def _product_rule(name: str, equation: str, factor: Call, guard: Guard = always) -> Rule:
-    pattern = Call("mul", X, factor, name="root", commutes=True)
-    return Rule(f"{equation} => {name}(x)", pattern, _pointwise(name), guard)
+def _product_with(factor: Call) -> Call:
+    return Call("mul", X, factor, commutes=True)
 
 
-def _softplus_guard(graph: Graph, found: Match) -> str | None:
+def _mish(graph: Graph, found: Match) -> Attributes | str:
     (beta, *_) = _parameters(found, "softplus")
-    return None if beta == 1.0 else f"softplus has beta={beta:g}, and in mish it is 1"
+    return Pointwise() if beta == 1.0 else f"softplus has beta={beta:g}, and in mish it is 1"
 
 
 def _parameters(found: Match, name: str) -> tuple[float, ...]:
     return found.nodes[name].attributes.expect(Pointwise).parameters
 
 
-def _shrink_rule(name: str, equation: str, pattern: Call, width: Any) -> Rule:
-    """width: what a match shrinks by, or None where it is something else."""
-
-    def rewrite(graph: Graph, found: Match) -> Value:
-        parameters = Pointwise((width(found),))
-        return replace_root(graph, found, name, (found.values["x"],), parameters)
-
-    def guard(graph: Graph, found: Match) -> str | None:
-        return "positive and negative values shrink differently" if width(found) is None else None
-
-    return Rule(f"{equation} => {name}(x, w)", pattern, rewrite, guard)
-
-
-def _hard_width(found: Match) -> float | None:
+def _hardshrink(graph: Graph, found: Match) -> Attributes | str:
     """By how much two thresholds shrink; below zero they overlap."""
     width, value = _parameters(found, "above")
     alike = _parameters(found, "below") == (width, 0.0) and value == 0
-    return width if alike and width >= 0 else None
+    return Pointwise((width,)) if alike and width >= 0 else DIFFERENTLY
 
 
-def _soft_width(found: Match) -> float | None:
+def _softshrink(graph: Graph, found: Match) -> Attributes | str:
     low, high = _parameters(found, "clamp")
-    return high if low == -high and 0 <= high < math.inf else None
+    return Pointwise((high,)) if low == -high and 0 <= high < math.inf else DIFFERENTLY
 
 
-SHRINK_RULES = (
-    _shrink_rule(
-        "hardshrink",
-        "threshold(x, w) - threshold(-x, w)",
-        Call(
-            "sub", Call("threshold", X, name="above"),
-            Call("threshold", Call("neg", X), name="below"), name="root",
-        ),
-        _hard_width,
-    ),
-    _shrink_rule(
-        "softshrink",
-        "x - clamp(x, -w, w)",
-        Call("sub", X, Call("clamp", X, name="clamp"), name="root"),
-        _soft_width,
-    ),
-)  # fmt: skip
-
-SQUARE = Rule("x·x => square(x)", Call("mul", X, X, name="root"), _pointwise("square"))
+DIFFERENTLY = "positive and negative values shrink differently"
+SQUARE = becomes("square", "x·x => square(x)", Call("mul", X, X), _plain)
 RULES = (
     SQUARE,
     _lrn_rule(),
     _lp_rule(of_sequences=False),
     _lp_rule(of_sequences=True),
-    _product_rule("silu", "x·sigmoid(x)", Call("sigmoid", X)),
-    _product_rule("hardswish", "x·hardsigmoid(x)", Call("hardsigmoid", X)),
-    _product_rule(
-        "mish", "x·tanh(softplus(x))", Call("tanh", Call("softplus", X, name="softplus")),
-        _softplus_guard,
+    becomes("silu", "x·sigmoid(x) => silu(x)", _product_with(Call("sigmoid", X)), _plain),
+    becomes(
+        "hardswish", "x·hardsigmoid(x) => hardswish(x)", _product_with(Call("hardsigmoid", X)),
+        _plain,
     ),
-    *SHRINK_RULES,
+    becomes(
+        "mish", "x·tanh(softplus(x)) => mish(x)",
+        _product_with(Call("tanh", Call("softplus", X, name="softplus"))), _mish,
+    ),
+    becomes(
+        "hardshrink", "threshold(x, w) - threshold(-x, w) => hardshrink(x, w)",
+        Call(
+            "sub", Call("threshold", X, name="above"),
+            Call("threshold", Call("neg", X), name="below"),
+        ),
+        _hardshrink,
+    ),
+    becomes(
+        "softshrink", "x - clamp(x, -w, w) => softshrink(x, w)",
+        Call("sub", X, Call("clamp", X, name="clamp")), _softshrink,
+    ),
 )  # fmt: skip
 
 

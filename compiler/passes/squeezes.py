@@ -51,9 +51,14 @@ def _is_reshape(node: Node) -> bool:
     return isinstance(node.attributes, Reshape)
 
 
+def _with_row(sizes: tuple[int, ...], row: int) -> tuple[int, ...]:
+    """Numbers of a sequence's dimensions as those of its image's."""
+    return (*sizes[:ROW], row, *sizes[ROW:])
+
+
 def _as_row(spec: TensorSpec) -> tuple[int, ...]:
     """The shape of a sequence's image."""
-    return (*spec.shape[:ROW], 1, *spec.shape[ROW:])
+    return _with_row(spec.shape, 1)
 
 
 def _squeezed(graph: Graph, value: Value) -> Value | None:
@@ -180,13 +185,8 @@ def _on_rows(attributes: Any) -> Any:
         rows = over_length or attributes.keepdim
         return replace(attributes, dims=tuple(sorted(dims))) if rows else None
     if isinstance(attributes, Expand) and len(attributes.shape) == ROW + 1:
-        shape = attributes.shape
-        return replace(attributes, shape=(*shape[:ROW], 1, *shape[ROW:]))
+        return replace(attributes, shape=_with_row(attributes.shape, 1))
     if isinstance(attributes, Pad):
-        before, after = attributes.before, attributes.after
-        return replace(
-            attributes,
-            before=(*before[:ROW], 0, *before[ROW:]),
-            after=(*after[:ROW], 0, *after[ROW:]),
-        )
+        before, after = (_with_row(each, 0) for each in (attributes.before, attributes.after))
+        return replace(attributes, before=before, after=after)
     return None

@@ -4,7 +4,7 @@ and the builder of a graph."""
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any, NoReturn, Protocol
 
 import torch
 
@@ -127,8 +127,8 @@ class Builder(Protocol):
         """A new constant, which its readers see in `dtype`."""
         ...
 
-    def refuse(self, reason: str) -> Any:
-        """Reports that this call is not supported (never returns)."""
+    def refuse(self, reason: str) -> NoReturn:
+        """Reports that this call is not supported."""
         ...
 
 

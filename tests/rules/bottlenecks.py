@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from convloom.compiler.passes.fusions.bottlenecks import Links
 from torch import nn
 
 from ..properties.example import Example, NearMiss, example
@@ -60,6 +59,14 @@ def _wide_chain() -> Any:
     layers = {"c": nn.Conv2d(512, 64, 1), "d": nn.Conv2d(64, 16, 1)}
     module, inputs = example(lambda m, x: m["d"](m["c"](x)), (1, 512, 2, 2), **layers)
     return module.half(), tuple(x.half() for x in inputs)
+
+
+class Links(NamedTuple):
+    """What a stage begins with besides its expansion, and which term of the sum the shortcut is."""
+
+    front: bool
+    reduce: bool
+    shortcut: str
 
 
 def _stage_start(links: Links, padding: int = 0) -> Any:

@@ -9,7 +9,7 @@ it or the expansion may be the one that does the adding.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Literal
 
 import torch
@@ -28,10 +28,6 @@ from .shortcuts import Joined, adder_of, adds_only_constants, join, sum_reason
 LARGEST = 256
 LARGEST_WITH_FRONT = 128
 """Channels of t and z that fit one tile, with and without a convolution in front."""
-
-
-def _is_larger(graph: Graph, node: Node) -> bool:
-    return not is_1x1(graph, node)
 
 
 def _is_plain(graph: Graph, node: Node) -> bool:
@@ -130,49 +126,34 @@ def _finish(graph: Graph, found: Match, fused: Fused) -> Fused:
 
 
 Shortcut = Literal["first", "second"] | None
+FRONT = Call(
+    "conv2d", Var("x"), Var("w1"), name="front",
+    where=lambda graph, node: not is_1x1(graph, node),
+)  # fmt: skip
 SHORTCUTS: tuple[Shortcut, ...] = (None, "second", "first")
 
 
-@dataclass(frozen=True)
-class Links:
-    """Which links a chain has besides its expansion.
+def _pattern(front: bool, reduce: bool, shortcut: Shortcut) -> Call:
+    """shortcut: which term of the sum it is, as the epilogues tell them apart: the first is the one
+    that adds; None for a chain that adds what somebody else computed, or nothing."""
 
-    shortcut: which term of the sum it is, as the epilogues tell them apart: the first is the one
-    that adds; None for a chain that adds what somebody else computed, or nothing.
-    """
+    def is_added(graph: Graph, node: Node) -> bool:
+        fits = is_1x1 if shortcut == "second" else _is_plain
+        return fits(graph, node) and adds_only_constants(graph, node)
 
-    front: bool
-    reduce: bool
-    shortcut: Shortcut = None
-
-
-def _pattern(links: Links) -> Call:
-    before = FRONT if links.front else Var("t")
-    product = ("conv2d", before, Var("w2"))
+    product = ("conv2d", FRONT if front else Var("t"), Var("w2"))
     beside = ("conv2d", Var("s"), Var("ws"))
-    kept = links.reduce
-    if links.shortcut is None:
-        wide = Call(*product, name="expand", kept=kept, where=is_1x1)
-    elif links.shortcut == "second":
-        added = Call(*beside, name="shortcut", where=_is_added_1x1)
-        wide = Call(*product, name="expand", kept=kept, where=_is_plain, operand=added)
+    if shortcut is None:
+        wide = Call(*product, name="expand", kept=reduce, where=is_1x1)
+    elif shortcut == "second":
+        added = Call(*beside, name="shortcut", where=is_added)
+        wide = Call(*product, name="expand", kept=reduce, where=_is_plain, operand=added)
     else:
-        added = Call(*product, name="expand", where=_is_added_plain)
-        wide = Call(*beside, name="shortcut", kept=kept, where=is_1x1, operand=added)
-    if not links.reduce:
+        added = Call(*product, name="expand", where=is_added)
+        wide = Call(*beside, name="shortcut", kept=reduce, where=is_1x1, operand=added)
+    if not reduce:
         return wide
     return Call("conv2d", wide, Var("w3"), name="reduce", where=is_1x1)
-
-
-def _is_added_1x1(graph: Graph, node: Node) -> bool:
-    return is_1x1(graph, node) and adds_only_constants(graph, node)
-
-
-def _is_added_plain(graph: Graph, node: Node) -> bool:
-    return _is_plain(graph, node) and adds_only_constants(graph, node)
-
-
-FRONT = Call("conv2d", Var("x"), Var("w1"), name="front", where=_is_larger)
 
 
 def _form(front: bool, reduce: bool, shortcut: Shortcut) -> Form:
@@ -185,7 +166,7 @@ def _form(front: bool, reduce: bool, shortcut: Shortcut) -> Form:
     if reduce:
         equation = f"conv1x1(y = {product}) => {fused} giving y and the reduction"
     label = ("rotated-bottleneck" if front else "expand-reduce") if reduce else "conv-1x1"
-    return Form(label, equation, _pattern(Links(front, reduce, shortcut)))
+    return Form(label, equation, _pattern(front, reduce, shortcut))
 
 
 FUSIONS = (

@@ -43,24 +43,10 @@ def averages_all(graph: Graph, node: Node) -> bool:
 # Pooling -> 1x1 convolution.
 
 
-def _is_shared(graph: Graph, node: Node) -> bool:
-    return len(graph.uses(Value(node.name))) > 1
-
-
 def _pool_conv(graph: Graph, found: Match) -> PoolConv:
     pool, conv = found.nodes["pool"], found.root
     window: Any = pool.attributes  # One of POOLS.
     return PoolConv(window, pool.epilogue, conv.prologue, pool.name in found.kept)
-
-
-def _pool_conv_inputs(graph: Graph, found: Match) -> tuple[Value, ...]:
-    pool, conv = found.nodes["pool"], found.root
-    read = (*graph.operands(pool), *graph.prologue_operands(conv))
-    return (found.values["x"], found.values["w"], *read)
-
-
-def _with_kept(graph: Graph, found: Match) -> dict[str, int]:
-    return {found.root.name: 0, **dict.fromkeys(found.kept, 1)}
 
 
 POOLS = ("max_pool2d", "avg_pool2d")
@@ -73,15 +59,6 @@ def _one_per_channel(graph: Graph, found: Match) -> str | None:
     if found.root.spec.shape[1] != graph.spec(found.values["x"]).shape[1]:
         return f"{found.root.name} does not give one number per channel of the image it scales"
     return None
-
-
-def _squeeze_excite(graph: Graph, found: Match) -> SqueezeExcite:
-    return SqueezeExcite(found.nodes["squeeze"].epilogue)
-
-
-def _squeeze_excite_inputs(graph: Graph, found: Match) -> tuple[Value, ...]:
-    weights = variables("x", "w1", "w2")(graph, found)
-    return (*weights, *graph.operands(found.nodes["squeeze"]))
 
 
 def _is_one_pixel(graph: Graph, node: Node) -> bool:
@@ -122,12 +99,15 @@ FUSIONS = (
         op="pool_conv",
         forms=(
             _pool_form("pool-conv", "", None),
-            _pool_form("pool-conv-kept", " giving t as well", _is_shared),
+            _pool_form(
+                "pool-conv-kept", " giving t as well",
+                lambda graph, node: len(graph.uses(Value(node.name))) > 1,
+            ),
         ),
         attributes=_pool_conv,
-        inputs=_pool_conv_inputs,
+        inputs=variables("x", "w", stages=("pool", "root")),
         refusals=(refusals.plain("root", prologue=True),),
-        results=_with_kept,
+        results=lambda graph, found: {found.root.name: 0, **dict.fromkeys(found.kept, 1)},
     ),
     Fusion(
         op="squeeze_excite",
@@ -153,8 +133,8 @@ FUSIONS = (
                 _gate("conv2d", Var("x"), _is_one_pixel),
             ),
         ),
-        attributes=_squeeze_excite,
-        inputs=_squeeze_excite_inputs,
+        attributes=lambda graph, found: SqueezeExcite(found.nodes["squeeze"].epilogue),
+        inputs=variables("x", "w1", "w2", stages=("squeeze",)),
         refusals=(refusals.ending("average"), refusals.plain("squeeze", "root"), _one_per_channel),
     ),
     Fusion(

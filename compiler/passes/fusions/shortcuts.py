@@ -16,7 +16,7 @@ from ....kernels.contract.epilogue import Epilogue, Stage
 from ....kernels.fused.conv_sum import ConvSum
 from ....kernels.tile.conv_geometry import Conv2d
 from ...fusion import refusals
-from ...fusion.declaration import Form, Fusion
+from ...fusion.declaration import Form, Fusion, variables
 from ...fusion.estimate import Fused
 from ...fusion.pattern import Call, Match, Var
 from ...graph.ir import Graph, Node, Value
@@ -108,10 +108,6 @@ def _attributes(graph: Graph, found: Match) -> ConvSum:
     return ConvSum(conv, shortcut)
 
 
-def _inputs(graph: Graph, found: Match) -> list[Value]:
-    return [v for node in found.those("conv", "shortcut") for v in graph.own_inputs(node)]
-
-
 def _finish(graph: Graph, found: Match, fused: Fused) -> Fused:
     joined = join(graph, found)
     sums = {len(fused.inputs): joined.added} if joined.added else {}
@@ -130,7 +126,7 @@ FUSIONS = (
             ),
         ),
         attributes=_attributes,
-        inputs=_inputs,
+        inputs=variables("x", "w", "s", "v"),
         refusals=(sum_reason,),
         finish=_finish,
     ),

@@ -42,23 +42,13 @@ LEAVE_OUT = 6
 want. Of larger groups all or none are merged: what the others save weighs more than one member."""
 
 
-@dataclass(frozen=True)
-class _Kind:
-    """What siblings have in common."""
-
-    x: Value
-    op: str
-    attributes: Any
-    filter: tuple[int, ...]
-
-
 def propose_siblings(graph: Graph, ledger: Ledger) -> list[Proposal]:
     """Every group of at least two siblings, and every small group less one of its members.
 
     Refused where a weight is shared, a stage reads something other than one constant per channel,
     the channels do not come in eights, or the user forbids it.
     """
-    groups: dict[_Kind, list[Node]] = {}
+    groups: dict[Any, list[Node]] = {}
     for node in graph.nodes():
         if node.op in ("conv2d", "linear") and (kind := _kind_of(graph, node)) is not None:
             groups.setdefault(kind, []).append(node)
@@ -99,21 +89,14 @@ def _with_few_ends(members: list[Node], ledger: Ledger) -> list[list[Node]]:
 def _by_end(members: list[Node]) -> list[Node]:
     """Members with equal chains side by side, in the order of the first of each: their stages are
     then one range of channels."""
-    groups: dict[Epilogue, list[Node]] = {}
-    for node in members:
-        groups.setdefault(node.epilogue, []).append(node)
-    return [node for group in groups.values() for node in group]
+    chains = [node.epilogue for node in members]
+    return sorted(members, key=lambda node: chains.index(node.epilogue))
 
 
 def _propose(graph: Graph, members: list[Node]) -> Proposal:
-    names = [node.name for node in members]
-    return Proposal(
-        rule=RULE,
-        label=LABEL,
-        nodes=tuple(members),
-        make=partial(_make, names),
-        together=partial(_together, graph, members),
-    )
+    make = partial(_make, [node.name for node in members])
+    together = partial(_together, graph, members)
+    return Proposal(RULE, LABEL, tuple(members), make, together)
 
 
 def _make(names: list[str], graph: Graph, ledger: Ledger) -> bool:
@@ -139,12 +122,13 @@ def _together(graph: Graph, members: list[Node]) -> Problem:
     return estimate.problem(graph, op, attributes, stages, specs, [operand] * len(values))
 
 
-def _kind_of(graph: Graph, node: Node) -> _Kind | None:
+def _kind_of(graph: Graph, node: Node) -> Any:
+    """What siblings have in common, or None where the node is none."""
     x, weight = graph.own_inputs(node)
     grouped = isinstance(node.attributes, Conv2d) and node.attributes.groups != 1
     if grouped or node.prologue or not graph.is_constant(weight) or graph.is_constant(x):
         return None
-    return _Kind(x, node.op, node.attributes, graph.spec(weight).shape[1:])
+    return x, node.op, node.attributes, graph.spec(weight).shape[1:]
 
 
 def _why_not(graph: Graph, node: Node) -> str | None:
@@ -291,12 +275,8 @@ class _Joint:
 def _find_concat(graph: Graph, members: list[Node]) -> _Joint | None:
     """The first concatenation that begins or ends with a member and can be widened."""
     partners = {node.name: node for node in members}
-    seen = set()
     for node in members:
         for reader, _ in graph.uses(Value(node.name)):
-            if reader in seen:
-                continue
-            seen.add(reader)
             concat = graph.node(reader)
             if concat.attributes != Concat(1) or not _can_widen(graph, concat):
                 continue

@@ -11,18 +11,15 @@ the columns of the border, so that the convolution copies whole filter rows, 128
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import partial
 
 import torch
 import torch.nn.functional as F
 
-from ....kernels import registry
 from ....kernels.contract.epilogue import Epilogue, apply_reference, broadcasts
 from ....kernels.contract.op import Attributes, Problem
 from ....kernels.contract.spec import Operand, TensorSpec
-from ....kernels.contract.targets import Target
 from ....kernels.fused import stem
 from ....kernels.fused.stem import Stem
 from ....kernels.fused.stem_input import StemInput
@@ -284,43 +281,33 @@ def _choose(graph: Graph, entrance: Entrance, forms: list[Form], ledger: Ledger)
     """Makes the best form, of those that are forced if there are any; and what stands there is left
     alone where it is better."""
     on_gpu = graph.goal is not None and graph.goal.target.is_gpu
-    there = _as_it_is(graph, entrance)
-    costs, told = _costs(graph, [*(form.problems for form in forms), there], on_gpu)
+    alternatives = [*(form.problems for form in forms), _as_it_is(graph, entrance)]
+    status, costs = "", [float(len(each)) for each in alternatives]
+    if on_gpu:
+        status, costs = estimate.times_us(graph, alternatives)
     eligible = [at for at, form in enumerate(forms) if form.forced] or list(range(len(forms)))
     best = min(eligible, key=lambda at: costs[at])
     forced = forms[best].forced
     stays = costs[best] >= costs[-1] if on_gpu else costs[best] > costs[-1]
-    taken, rival = (None, "unfused") if stays and not forced else (best, LABELS[forms[best].rule])
+    taken, rival = (-1, "unfused") if stays and not forced else (best, LABELS[forms[best].rule])
     for at, form in enumerate(forms):
         if at == taken:
             made = form.make()
             graph.remove(node.name for node in reversed(entrance.between))
             ledger.accept(form.rule, entrance.nodes, made.node, max(0, form.saved_bytes))
-        elif forced:
-            ledger.refuse(form.rule, entrance.nodes, f"{rival} is forced")
         else:
-            other = costs[-1] if taken is None else costs[taken]
-            ledger.refuse(form.rule, entrance.nodes, told(costs[at], rival, other))
+            reason = _dearer(graph, status, costs[at], rival, costs[taken])
+            ledger.refuse(form.rule, entrance.nodes, f"{rival} is forced" if forced else reason)
 
 
-def _costs(
-    graph: Graph, alternatives: Sequence[Sequence[Problem]], on_gpu: bool
-) -> tuple[list[float], Callable[[float, str, float], str]]:
-    """What each alternative costs, and how to say that one costs more than another."""
-    if on_gpu:
-        status, times = estimate.times_us(graph, alternatives)
-        return times, partial(_slower, status, estimate.target_of(graph))
-    return [float(len(each)) for each in alternatives], _more_kernels
-
-
-def _slower(status: str, target: Target, mine_us: float, rival: str, rival_us: float) -> str:
+def _dearer(graph: Graph, status: str, mine: float, rival: str, rivals: float) -> str:
+    """That a form costs more than its rival: in kernels, or in microseconds known by `status`."""
+    target = estimate.target_of(graph)
+    if not status:
+        return f"{mine:.0f} kernels, but {rival} {rivals:.0f}"
     if target.is_emulated:
         return f"{status} slower than {rival} on {target.compiled_as}"
-    return f"{status} {mine_us:.1f} us, but {rival} {rival_us:.1f} us on {target.name}"
-
-
-def _more_kernels(mine: float, rival: str, rivals: float) -> str:
-    return f"{mine:.0f} kernels, but {rival} {rivals:.0f}"
+    return f"{status} {mine:.1f} us, but {rival} {rivals:.1f} us on {target.name}"
 
 
 def _as_it_is(graph: Graph, entrance: Entrance) -> list[Problem]:
@@ -355,14 +342,6 @@ def _problem(
     like: Node | None = None,
 ) -> Problem:
     """An application with the epilogue of `like`, every tensor in a buffer of its own."""
-    outputs = registry.get(op).infer(attributes, inputs)
-    values = graph.operands(like) if like is not None else ()
-    return Problem(
-        op,
-        attributes,
-        tuple(map(Operand.dense, inputs)),
-        tuple(map(Operand.dense, outputs)),
-        like.epilogue if like is not None else (),
-        tuple(Operand.dense(graph.spec(value)) for value in values),
-        precision=graph.goal.precision if graph.goal else "ieee",
-    )
+    stages, values = (like.epilogue, graph.operands(like)) if like is not None else ((), ())
+    operands = [graph.spec(value) for value in values]
+    return estimate.problem(graph, op, attributes, stages, inputs, operands, chosen=True)
