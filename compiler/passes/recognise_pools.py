@@ -64,7 +64,7 @@ def _windows(found: Match) -> MedianPool2d | None:
     return MedianPool2d((sides[2][0], sides[3][0]), (sides[2][1], sides[3][1]))
 
 
-def _refusal(graph: Graph, found: Match, window: tuple[int, int]) -> str | None:
+def _refusal(graph: Graph, found: Match, window: tuple[int, ...]) -> str | None:
     """Why the median of windows cannot be a `median_pool2d`, or None."""
     root, x = found.root, graph.spec(found.values["x"])
     if graph.uses(Value(root.name, 1)):

@@ -160,7 +160,6 @@ class GeneratedFunction:
     symbols: tuple[str, ...] = ()
 
     def resolve(self) -> Any:
-        """The `JITFunction`."""
         return _compile_source(self)
 
     def __str__(self) -> str:
@@ -428,7 +427,6 @@ class FunctionName:
     name: str
 
     def resolve(self) -> Any:
-        """The `JITFunction`."""
         return getattr(importlib.import_module(self.module), self.name)
 
     @property

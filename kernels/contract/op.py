@@ -359,13 +359,9 @@ class Op:
     def places(self, problem: Problem) -> dict[Ref, Operand]:
         """Where a problem's tensors lie in their buffers; those that the op packs own theirs."""
         packed = self.packs(problem.attributes)
-        kinds = {
-            "input": problem.inputs, "operand": problem.operands,
-            "prologue": problem.prologue_operands, "output": problem.outputs,
-        }  # fmt: skip
         return {
             Ref(kind, index): operand
-            for kind, operands in kinds.items()
+            for kind, operands in problem.groups.items()
             for index, operand in enumerate(operands)
             if kind != "input" or index not in packed
         }

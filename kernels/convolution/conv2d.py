@@ -22,7 +22,7 @@ import torch
 from ..contract.op import Config, Launch, Op, Problem, Target, counted
 from ..movement.arguments import convolution
 from ..products import product
-from ..tile.conv_geometry import Conv2d, infer, reference
+from ..tile.conv_geometry import Conv2d, infer, is_product, reference
 from . import conv_rows, depthwise, grouped, implicit
 
 
@@ -66,7 +66,7 @@ ALGORITHMS = (
     _of(depthwise, depthwise.applies, lambda attributes, w: depthwise.pack(w)),
     _of(conv_rows, conv_rows.applies, lambda attributes, w: conv_rows.pack(w)),
     _of(grouped, grouped.applies, lambda attributes, w: grouped.pack(attributes.groups, w)),
-    _of(product, Conv2d.is_product),
+    _of(product, is_product),
     _of(implicit, lambda attributes, filters: True),
 )
 """The first that applies computes a problem."""
@@ -86,7 +86,6 @@ def _pack_for_algorithm(attributes: Conv2d, w: torch.Tensor) -> torch.Tensor:
 
 
 def launches(problem: Problem, tile: Config, target: Target) -> tuple[Launch, ...]:
-    """One launch of the algorithm's kernel."""
     return (algorithm(problem).launch(problem, tile, target),)
 
 

@@ -36,15 +36,7 @@ from ..tile import choice, space
 from ..tile.finish import put
 from ..tile.geometry import Matrix, tile_launch
 from ..tile.source import runs_by_tap
-from .conv_phases import (
-    ConvTranspose,
-    ConvTranspose2d,
-    ConvTranspose3d,
-    axes,
-    infer,
-    pack,
-    reference,
-)
+from .conv_phases import ConvTranspose2d, ConvTranspose3d, axes, infer, pack, reference
 
 
 @triton.jit
@@ -198,26 +190,21 @@ def conv_transpose_kernel(
     put(acc, y, rows, row_mask, columns, column_mask, extras, OUTPUT)
 
 
-def _attributes(problem: Problem) -> ConvTranspose:
-    assert isinstance(problem.attributes, (ConvTranspose2d, ConvTranspose3d))
-    return problem.attributes
-
-
 def _phases(problem: Problem) -> int:
-    return math.prod(_attributes(problem).stride)
+    return math.prod(problem.attributes.expect(ConvTranspose2d).stride)
 
 
 def method(problem: Problem) -> str:
     """Over what a step of the kernel's loop goes: a tap's channels, (tap, channel) pairs, or
     without a matrix product one tap ("depthwise")."""
-    per_group, groups = _per_group(problem), _attributes(problem).groups
+    per_group, groups = _per_group(problem), problem.attributes.expect(ConvTranspose2d).groups
     if per_group == 1 < groups:
         return "depthwise"
     return "channels" if runs_by_tap(per_group, _most_taps(problem)) else "pairs"
 
 
 def _per_group(problem: Problem) -> int:
-    return problem.inputs[0].shape[1] // _attributes(problem).groups
+    return problem.inputs[0].shape[1] // problem.attributes.expect(ConvTranspose2d).groups
 
 
 def _most_taps(problem: Problem) -> int:
@@ -226,7 +213,7 @@ def _most_taps(problem: Problem) -> int:
 
 def _size(problem: Problem) -> choice.Size:
     """The matrix product of one phase; the phases are further groups."""
-    groups, out = _attributes(problem).groups, problem.output
+    groups, out = problem.attributes.expect(ConvTranspose2d).groups, problem.output
     rows = out.shape[0] * math.prod(axis.phase_outputs for axis in axes(problem))
     gathers = method(problem) == "pairs"
     taps = _most_taps(problem)
@@ -240,7 +227,7 @@ def _size(problem: Problem) -> choice.Size:
 def launches(problem: Problem, tile: Config, target: Target) -> tuple[Launch, ...]:
     """One launch for all phases."""
     x, size, chosen = problem.inputs[0], _size(problem), method(problem)
-    groups = _attributes(problem).groups
+    groups = problem.attributes.expect(ConvTranspose2d).groups
     depth, height, width = axes(problem)
     channels, blocks = _per_group(problem), dict(tile.blocks)
     steps = -(-size.depth // blocks.get("BLOCK_K", 1)) * (1 if size.gathers else size.taps)
@@ -306,7 +293,7 @@ def cost(problem: Problem) -> int:
     return 2 * problem.inputs[0].spec.numel * per_input
 
 
-def _op(name: str, make: type[ConvTranspose], *calls: str) -> Op:
+def _op(name: str, make: type[ConvTranspose2d], *calls: str) -> Op:
     """calls: those of aten that become it, of sequences as of images of one row."""
 
     def capture(g: Builder, a: Arguments) -> Any:

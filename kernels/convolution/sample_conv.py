@@ -181,7 +181,6 @@ def size_of(problem: Problem) -> choice.Size:
 
 
 def launches(problem: Problem, tile: Config, target: Target) -> tuple[Launch, ...]:
-    """One launch over the tiles of all samples."""
     attributes = problem.attributes.expect(SampleConv2d)
     (x, w), out = problem.inputs, problem.output
     depthwise, size = is_depthwise(problem), size_of(problem)
@@ -234,7 +233,6 @@ def default(problem: Problem, target: Target) -> Config:
 
 
 def legal(problem: Problem, tile: Config, target: Target) -> str | None:
-    """Why a configuration cannot run on the target, or None."""
     return None if is_depthwise(problem) else choice.legal(size_of(problem), tile, target)
 
 

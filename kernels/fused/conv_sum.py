@@ -46,15 +46,9 @@ def infer(attributes: ConvSum, inputs: tuple[TensorSpec, ...]) -> tuple[TensorSp
     return (first,)
 
 
-def reference(
-    attributes: ConvSum,
-    x1: torch.Tensor,
-    w1: torch.Tensor,
-    x2: torch.Tensor,
-    w2: torch.Tensor,
-) -> torch.Tensor:
-    first = conv_geometry.reference(attributes.first, x1, w1)
-    return first + conv_geometry.reference(attributes.second, x2, w2)
+def reference(attributes: ConvSum, *tensors: torch.Tensor) -> torch.Tensor:
+    first = conv_geometry.reference(attributes.first, *tensors[:2])
+    return first + conv_geometry.reference(attributes.second, *tensors[2:])
 
 
 def launches(problem: Problem, tile: Config, target: Target) -> tuple[Launch, ...]:
@@ -144,12 +138,8 @@ def _terms(problem: Problem) -> int:
     return sum(problem.inputs[slot].spec.numel for slot in (1, 3)) // problem.output.shape[1]
 
 
-def _pack(attributes: ConvSum, w: torch.Tensor) -> torch.Tensor:
-    return conv2d.pack(Conv2d(), w)
-
-
 OP = Op(
     "conv_sum", ConvSum, infer, reference, launches, cost,
     **choice.of_product(_size) | {"default": default},
-    packs=lambda attributes: {1: _pack, 3: _pack},
+    packs=lambda attributes: {slot: lambda _, w: conv2d.pack(Conv2d(), w) for slot in (1, 3)},
 )  # fmt: skip

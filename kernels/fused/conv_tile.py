@@ -176,5 +176,4 @@ def _full_bytes(problem: Problem, results: int, result: TensorSpec) -> int:
 
 
 def pack(attributes: StagedConv, w: torch.Tensor) -> torch.Tensor:
-    """As conv2d packs it."""
     return conv2d.pack(attributes.conv, w)

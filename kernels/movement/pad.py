@@ -165,7 +165,6 @@ def pad_kernel(
 
 
 def launches(problem: Problem, tile: Config, target: Target) -> tuple[Launch, ...]:
-    """The one launch of the kernel."""
     attributes = problem.attributes.expect(Pad)
     x, out = problem.inputs[0], problem.output
     order = out.spec.layout.order(out.spec.rank)

@@ -20,7 +20,6 @@ from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 import triton
 import triton.language as tl
@@ -42,6 +41,7 @@ from .pool_window import (
     AdaptivePool3d,
     MaxPool2d,
     reduction,
+    reference,
     windows,
 )
 from .tiles import MOST_UNROLLED_TAPS, channel_block
@@ -50,7 +50,6 @@ from .tiles import MOST_UNROLLED_TAPS, channel_block
 def infer(
     name: str, attributes: AdaptivePool, inputs: tuple[TensorSpec, ...]
 ) -> tuple[TensorSpec, ...]:
-    """(N, C, *size)."""
     (x,) = inputs
     shape, pixels = ("(N,C,H,W)", "pixels") if "2d" in name else ("(N,C,D,H,W)", "voxels")
     if x.rank != len(attributes.size) + 2:
@@ -58,12 +57,6 @@ def infer(
     if min(*attributes.size, *x.shape[2:]) < 1:
         raise InvalidInputError(f"{name}: cannot pool {x} to {attributes.size}; both need {pixels}")
     return (TensorSpec((*x.shape[:2], *attributes.size), x.dtype, Layout.NHWC, x.batch),)
-
-
-def reference(function: Any, attributes: AdaptivePool, x: torch.Tensor) -> torch.Tensor:
-    """By the function of torch."""
-    result: torch.Tensor = function(x, attributes.size)
-    return result
 
 
 @triton.jit
@@ -115,7 +108,6 @@ def uses_region(problem: Problem) -> bool:
 
 
 def launches(problem: Problem, tile: Config, target: Target) -> tuple[Launch, ...]:
-    """One launch of the algorithm's kernel."""
     if not uses_region(problem):
         return pool.launches(problem, tile, target)
     constexprs = {

@@ -16,7 +16,7 @@ from typing import Any
 import triton
 import triton.language as tl
 
-from ..contract import cost_model, programmatic_launch
+from ..contract import programmatic_launch
 from ..contract.op import Config, Launch, Problem, Target, config, power_of_two
 from ..tile import choice, gemm
 from ..tile.finish import put
@@ -134,16 +134,6 @@ def crowded(tile: Config, target: Target) -> str | None:
     if target.capability >= 100 and tile["BLOCK_N"] > MOST_COLUMNS_ON_SM_100:
         return f"{tile['BLOCK_N']} columns; more than {MOST_COLUMNS_ON_SM_100} spill"
     return None
-
-
-def default(size: choice.Size, target: Target) -> Config | None:
-    """The configuration of least modelled time; None for more rows than are worth it."""
-    gpu = cost_model.machine_for(target)
-    return min(
-        (tile for tile in configs(size, target) if crowded(tile, target) is None),
-        key=lambda tile: choice.product_us(gpu, size, launch_for_cost_model(size, tile)),
-        default=None,
-    )
 
 
 def launch_for_cost_model(size: choice.Size, tile: Config) -> Launch:

@@ -130,6 +130,11 @@ class Size:
     def flops(self) -> int:
         return 2 * self.rows * self.columns * self.groups * self.terms
 
+    @property
+    def work(self) -> Work:
+        results = self.rows * self.columns * self.groups * self.dtype.itemsize
+        return Work(self.flops, self.dtype, results)
+
     def tiles(self, block_m: int, block_n: int) -> int:
         """Output tiles."""
         return -(-self.rows // block_m) * -(-self.columns // block_n) * self.groups
@@ -307,15 +312,10 @@ def fastest(size: Size, candidates: Iterable[Config], target: Target) -> Config:
     return choose(
         candidates,
         lambda tile: launch_for_cost_model(size, tile),
-        _work(size),
+        size.work,
         target,
         waste=lambda tile: -size.columns % tile["BLOCK_N"],
     )
-
-
-def _work(size: Size) -> Work:
-    results = size.rows * size.columns * size.groups * size.dtype.itemsize
-    return Work(size.flops, size.dtype, results)
 
 
 def sketch(
@@ -381,11 +381,6 @@ def _halves_fit_in_twos(size: Size, block: tuple[int, int, int], target: Target)
         return cost_model.resident(gpu, launch_for_cost_model(size, tile), size.dtype)
 
     return held(64) == 1 and held(32) > 1
-
-
-def product_us(gpu: cost_model.Machine, size: Size, launch: Launch) -> float:
-    """Modelled time of a launch that computes a product of that size."""
-    return cost_model.launch_us(gpu, launch, *_work(size))
 
 
 def launch_for_cost_model(size: Size, tile: Config) -> Launch:

@@ -7,7 +7,8 @@ that wait let the others run; where all that are left wait for each other, that 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 
@@ -15,9 +16,9 @@ from . import arithmetic, asynchronous, products, tma, waits
 from .accesses import Accesses
 from .arithmetic import UnsupportedPtxError
 from .clocks import Array
-from .memory import FaultError, Global
+from .memory import FaultError
 from .registers import WARP, Action, Lanes, Registers
-from .source import BRANCHES, Instruction, Kernel
+from .source import BRANCHES, Instruction
 from .values import BITS, UNSIGNED
 
 IGNORED = {
@@ -37,24 +38,11 @@ class Machine(Registers):
     """Several blocks of one launch that run: their state, and where their threads are.
 
     maps: tensor maps by generic address; a parameter that is one holds that in its own space.
+    state: what `Registers` takes.
     """
 
-    def __init__(
-        self,
-        kernel: Kernel,
-        memory: Global,
-        parameters: Sequence[bytes],
-        blocks: Sequence[int],
-        grid: int,
-        threads: int,
-        shared_bytes: int,
-        order: np.random.Generator,
-        maps: dict[int, tma.TensorMap] | None = None,
-        cluster: int = 1,
-    ) -> None:
-        super().__init__(
-            kernel, memory, parameters, blocks, grid, threads, shared_bytes, order, cluster
-        )
+    def __init__(self, maps: dict[int, tma.TensorMap], cluster: int, *state: Any) -> None:
+        super().__init__(cluster, *state)
         self.products = products.Pending(self)
         self.check = self.products.check
         self.where = np.zeros(self.count, np.int64)
@@ -63,9 +51,9 @@ class Machine(Registers):
         self.barriers = waits.Mbarriers(self)
         self.block_barriers = waits.BlockBarriers(self)
         self.pool = waits.RegisterPool(self)
-        self.boxes = tma.Boxes(self, maps or {}, self.barriers)
+        self.boxes = tma.Boxes(self, maps, self.barriers)
         self.copies = asynchronous.Copies(self, self.boxes)
-        self.along = np.array([*kernel.order, FINISHED])
+        self.along = np.array([*self.kernel.order, FINISHED])
         self._blocked = np.zeros(self.count, bool)
         self._made: dict[int, Action] = {}
         self._trials: dict[int, Callable[[Lanes], Array]] = {}

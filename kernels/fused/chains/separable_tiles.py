@@ -1,6 +1,6 @@
 """Tile sizes of `separable`: the search space, what is refused and why, and what a program costs.
 
-Two algorithms, told apart by SPAN (`separable_kernels.py`): 0 accumulates over channel blocks; else
+Two algorithms, told apart by SPAN (`separable.py`): 0 accumulates over channel blocks; else
 a program keeps the whole depthwise result of its pixels as operands, for SPAN output channels.
 """
 
@@ -29,9 +29,9 @@ class Block:
     """
 
     conv: Conv2d
-    filter: tuple[int, int]
-    widths: tuple[int, int, int]
-    operands: tuple[int, int, int]
+    filter: tuple[int, ...]
+    widths: tuple[int, ...]
+    operands: tuple[int, ...]
     pixels: int
     dtype: torch.dtype
 
