@@ -326,18 +326,15 @@ SPECIAL: dict[str, dict[str, Capture]] = {
     "mul": {
         f"fake_quantize_per_{name}": _fake_quantise
         for name in (
-            "tensor_affine.default",
-            "tensor_affine.tensor_qparams",
-            "channel_affine.default",
-        )
+            "tensor_affine.default", "tensor_affine.tensor_qparams", "channel_affine.default",
+        )  # fmt: skip
     },
     "pow": {f"pow.{kind}": _pow for kind in ("Tensor_Scalar", "Tensor_Tensor", "Scalar")},
     "add": {"addcmul.default": _addcmul("mul"), "addcdiv.default": _addcmul("div")},
     "clamp": {
-        **{
-            name: _clamp
-            for name in ("clamp.default", "clamp.Tensor", "clamp_min.default", "clamp_max.default")
-        },
+        **dict.fromkeys(
+            ("clamp.default", "clamp.Tensor", "clamp_min.default", "clamp_max.default"), _clamp
+        ),
         "hardtanh.default": _unary("clamp", "min_val", "max_val"),
         "relu6.default": _unary("clamp", 0.0, 6.0),
     },
@@ -347,14 +344,9 @@ SPECIAL: dict[str, dict[str, Capture]] = {
     "nan_to_num": {"nan_to_num.default": _nan_to_num},
     **{
         f"logical_{name}": {
-            spelt: _binary(f"logical_{name}")
-            for spelt in (
-                f"logical_{name}.default",
-                f"bitwise_{name}.Tensor",
-                f"bitwise_{name}.Scalar",
-                f"__{name}__.Tensor",
-                f"__{name}__.Scalar",
-            )
+            f"{spelt}.{kind}": _binary(f"logical_{name}")
+            for spelt in (f"logical_{name}", f"bitwise_{name}", f"__{name}__")
+            for kind in (("default",) if spelt.startswith("logical") else ("Tensor", "Scalar"))
         }
         for name in ("and", "or", "xor")
     },
