@@ -81,10 +81,6 @@ def algorithm(problem: Problem) -> Algorithm:
     return _algorithm(problem.attributes.expect(Conv2d), problem.inputs[1].shape)
 
 
-def _pack_for_algorithm(attributes: Conv2d, w: torch.Tensor) -> torch.Tensor:
-    return _algorithm(attributes, tuple(w.shape)).pack(attributes, w)
-
-
 def launches(problem: Problem, tile: Config, target: Target) -> tuple[Launch, ...]:
     return (algorithm(problem).launch(problem, tile, target),)
 
@@ -106,5 +102,7 @@ OP = Op(
         for dims in (1, 2)
         for overload in ("default", "padding")
     },
-    batched="convolution", packs=lambda attributes: {1: _pack_for_algorithm}, takes_prologue=True,
+    batched="convolution",
+    packs=lambda _: {1: lambda conv, w: _algorithm(conv, tuple(w.shape)).pack(conv, w)},
+    takes_prologue=True,
 )  # fmt: skip

@@ -110,13 +110,9 @@ def default(problem: Problem, target: Target) -> Config:
     if not target.is_gpu:
         return choice.default_tile(size, target)
 
-    def launch_of(tile: Config) -> Launch:
-        programs, costs = choice.split_of(tile), _modelled(problem, tile)
-        return choice.sketch(tile, size.rows, size.columns, programs, dict(tile.blocks), **costs)
-
     tile = choice.choose(
         choice.candidates(size, target),
-        launch_of,
+        lambda tile: choice.launch_for_cost_model(size, tile, **_modelled(problem, tile)),
         choice.Work.of(problem, cost(problem).flops),
         target,
         waste=lambda tile: -size.columns % tile["BLOCK_N"],

@@ -326,8 +326,8 @@ SPECIAL: dict[str, dict[str, Capture]] = {
     "mul": {
         f"fake_quantize_per_{name}": _fake_quantise
         for name in (
-            "tensor_affine.default", "tensor_affine.tensor_qparams", "channel_affine.default",
-        )  # fmt: skip
+            "tensor_affine.default", "tensor_affine.tensor_qparams", "channel_affine.default"
+        )
     },
     "pow": {f"pow.{kind}": _pow for kind in ("Tensor_Scalar", "Tensor_Tensor", "Scalar")},
     "add": {"addcmul.default": _addcmul("mul"), "addcdiv.default": _addcmul("div")},

@@ -82,10 +82,8 @@ def infer(attributes: TopK, inputs: tuple[TensorSpec, ...]) -> tuple[TensorSpec,
 
 def reference(attributes: TopK, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     values, places = x.sort(dim=attributes.dim, descending=attributes.largest, stable=True)
-    return (
-        values.narrow(attributes.dim, 0, attributes.k),
-        places.narrow(attributes.dim, 0, attributes.k),
-    )
+    first = attributes.dim, 0, attributes.k
+    return values.narrow(*first), places.narrow(*first)
 
 
 @triton.jit

@@ -383,11 +383,11 @@ def _halves_fit_in_twos(size: Size, block: tuple[int, int, int], target: Target)
     return held(64) == 1 and held(32) > 1
 
 
-def launch_for_cost_model(size: Size, tile: Config) -> Launch:
-    """What the cost model needs to know of the launch that a tile would become."""
-    programs = size.groups * split_of(tile)
-    blocks = dict(tile.blocks)
-    return sketch(tile, size.rows, size.columns, programs, blocks, **modelled(size, tile))
+def launch_for_cost_model(size: Size, tile: Config, **changes: Any) -> Launch:
+    """What the cost model needs to know of the launch that a tile would become; changes: of what is
+    `modelled`."""
+    programs, costs = size.groups * split_of(tile), {**modelled(size, tile), **changes}
+    return sketch(tile, size.rows, size.columns, programs, dict(tile.blocks), **costs)
 
 
 def modelled(size: Size, tile: Config) -> dict[str, Any]:

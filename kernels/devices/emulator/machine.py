@@ -144,29 +144,21 @@ class Machine(Registers):
                 self._block(at, lanes, late)
                 self._blocked[others], self.where[active] = False, at
                 return False
-        if instruction.opcode[:2] == ("barrier", "cluster"):
-            return self._meet_cluster(instruction, at, lanes, active)
-        if root in ("bar", "barrier") and instruction.opcode[1] != "warp":
+        if root in ("bar", "barrier") and instruction.opcode[1] not in ("warp", "cluster"):
             self.where[lanes] = at + 1
             self.block_barriers.wait(instruction, active, self.where)
             return lanes is self.everyone and not self.block_barriers.waiting.any()
-        if root == "setmaxnreg" or (root == "mbarrier" and instruction.opcode[1] == "try_wait"):
+        is_wait = root in ("mbarrier", "barrier") and {"try_wait", "wait"} & {*instruction.opcode}
+        if root == "setmaxnreg" or is_wait:
             if at not in self._trials:
-                of = self.pool.change if root == "setmaxnreg" else self.barriers.wait
-                self._trials[at] = of(instruction)
+                waits = {"setmaxnreg": self.pool.change, "barrier": self.clusters.wait}
+                self._trials[at] = waits.get(root, self.barriers.wait)(instruction)
             done = self._trials[at](active)
             self.barriers.changed |= root == "setmaxnreg" and bool(done.any())
             return True if done.all() else self._block(at, lanes, active[~done])
         self._action(at)(active)
+        self.barriers.changed |= root == "barrier"  # Of a cluster, at which threads have arrived.
         return True
-
-    def _meet_cluster(self, instruction: Instruction, at: int, lanes: Lanes, active: Lanes) -> bool:
-        if instruction.opcode[2] == "arrive":
-            self.clusters.arrive(instruction)(active)
-            self.barriers.changed = True
-            return True
-        done = self.clusters.wait(instruction)(active)
-        return True if done.all() else self._block(at, lanes, active[~done])
 
     def _block(self, at: int, lanes: Lanes, late: Lanes) -> bool:
         """Of a group, some threads wait at an instruction; the others go on."""
@@ -229,6 +221,7 @@ class Machine(Registers):
             "shfl": self._shuffle, "cp": self.copies.decode, "mov": self._move,
             "cvta": self.accesses.convert_address, "elect": self._elect,
             "redux": self._reduce, "mbarrier": self.barriers.decode, "mapa": self.clusters.map,
+            "barrier": self.clusters.arrive,
         }  # fmt: skip
         if root in makers:
             return makers[root](instruction)

@@ -328,16 +328,13 @@ def default(problem: Problem, target: Target) -> Config:
     if target.name == "interpreter":
         return separable_tiles.interpreter_tile(block)
 
-    def launch_of(tile: Config) -> Launch:
-        (launch,) = launches(problem, tile, target)
-        return launch
-
     def accumulators(tile: Config) -> int:
         area = tile["TILE_ROWS"] * tile["BLOCK_M"] * tile["BLOCK_N"]
         return max(area // (32 * tile.num_warps), 32)
 
     return choice.choose(
-        configs(problem, target), launch_of, choice.Work.of(problem, cost(problem).flops), target,
+        configs(problem, target), lambda tile: launches(problem, tile, target)[0],
+        choice.Work.of(problem, cost(problem).flops), target,
         waste=accumulators,
         crowded=lambda tile: separable_tiles.crowded(block, tile, target),
         default=next(separable_tiles.accumulating(block)),  # `legal` tells why none can run.
