@@ -285,6 +285,23 @@ def matrix_tile(problem: Problem, target: Target) -> Config:
     return tile_config(*rows_and_columns(problem.output.spec), target)
 
 
+def either(
+    applies: Callable[[Problem], bool], one: Mapping[str, Any], other: Mapping[str, Any]
+) -> dict[str, Any]:
+    """`configs`, `default` and `legal` of an op: those of `one` where it applies, else those of
+    the other. Every tile can run where no `legal` is given."""
+
+    def of(name: str, usual: Any = None) -> Callable[..., Any]:
+        return lambda problem, *rest: (one if applies(problem) else other).get(name, usual)(
+            problem, *rest
+        )
+
+    return {
+        "configs": of("configs"), "default": of("default"),
+        "legal": of("legal", lambda problem, tile, target: None),
+    }  # fmt: skip
+
+
 def counted(operations: Callable[[Problem], int]) -> Callable[[Problem], Cost]:
     """The cost of an op that touches each tensor once and computes so many operations."""
 

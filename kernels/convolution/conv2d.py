@@ -77,7 +77,6 @@ def _algorithm(attributes: Conv2d, filters: tuple[int, ...]) -> Algorithm:
 
 
 def algorithm(problem: Problem) -> Algorithm:
-    """Which algorithm computes the problem."""
     return _algorithm(problem.attributes.expect(Conv2d), problem.inputs[1].shape)
 
 

@@ -30,7 +30,7 @@ import triton
 import triton.language as tl
 
 from ..contract.aten import Arguments, Builder
-from ..contract.op import Config, Launch, Op, Problem, Target, config, counted, power_of_two
+from ..contract.op import Config, Launch, Op, Problem, Target, config, counted, either, power_of_two
 from ..movement.arguments import attributes_of, with_bias
 from ..tile import choice, space
 from ..tile.finish import put
@@ -225,7 +225,6 @@ def _size(problem: Problem) -> choice.Size:
 
 
 def launches(problem: Problem, tile: Config, target: Target) -> tuple[Launch, ...]:
-    """One launch for all phases."""
     x, size, chosen = problem.inputs[0], _size(problem), method(problem)
     groups = problem.attributes.expect(ConvTranspose2d).groups
     depth, height, width = axes(problem)
@@ -257,30 +256,19 @@ def launches(problem: Problem, tile: Config, target: Target) -> tuple[Launch, ..
     return (launch,)
 
 
-def configs(problem: Problem, target: Target) -> Iterator[Config]:
-    """Those of a matrix product; depthwise 512 to 2048 results per program."""
-    if method(problem) != "depthwise":
-        yield from choice.tile_configs(_size(problem), target)
-        return
+def _configs(problem: Problem, target: Target) -> Iterator[Config]:
+    """Depthwise 512 to 2048 results per program."""
     for elements in (512, 1024, 2048):
         for block_n in (32, 64, 128):
             yield config(4, 1, BLOCK_M=elements // block_n, BLOCK_N=block_n)
 
 
-def legal(problem: Problem, tile: Config, target: Target) -> str | None:
-    if method(problem) == "depthwise":
-        return None
-    return choice.legal(_size(problem), tile, target)
-
-
-def default(problem: Problem, target: Target) -> Config:
-    size = _size(problem)
-    if method(problem) != "depthwise":
-        return choice.default_tile(size, target)
+def _default(problem: Problem, target: Target) -> Config:
+    """Depthwise 1024 results, or as many as the interpreter likes."""
     k = problem.output.shape[1]
     if target.name == "interpreter":
         block_n = min(256, power_of_two(k))
-        block_m = min(power_of_two(size.rows), (1 << 20) // block_n)
+        block_m = min(power_of_two(_size(problem).rows), (1 << 20) // block_n)
         return config(1, 1, BLOCK_M=block_m, BLOCK_N=block_n)
     block_n = 64 if k % 64 == 0 or k > 256 else 32
     return config(4, 1, BLOCK_M=1024 // block_n, BLOCK_N=block_n)
@@ -300,7 +288,11 @@ def _op(name: str, make: type[ConvTranspose2d], *calls: str) -> Op:
         return with_bias(g, name, a, attributes_of(g, a, make))
 
     return Op(
-        name, make, partial(infer, name), reference, launches, cost, configs, default, legal,
+        name, make, partial(infer, name), reference, launches, cost,
+        **either(
+            lambda problem: method(problem) == "depthwise",
+            {"configs": _configs, "default": _default}, choice.of_product(_size),
+        ),
         aten={f"aten.{call}": capture for call in calls}, batched="convolution",
         packs=lambda attributes: {1: pack},
     )  # fmt: skip

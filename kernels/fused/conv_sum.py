@@ -35,7 +35,6 @@ class ConvSum(Attributes):
 
 
 def infer(attributes: ConvSum, inputs: tuple[TensorSpec, ...]) -> tuple[TensorSpec, ...]:
-    """The output both convolutions have."""
     x1, w1, x2, w2 = inputs
     if attributes.first.groups != 1 or attributes.second.groups != 1:
         raise InvalidInputError("conv_sum: expected convolutions without groups")
@@ -84,7 +83,6 @@ def _size(problem: Problem) -> choice.Size:
 
 
 def _products(problem: Problem) -> tuple[choice.Size, choice.Size]:
-    """Both products."""
     n, k, p, q = problem.output.shape
     dtype = problem.inputs[0].spec.dtype
     first, second = (

@@ -67,7 +67,6 @@ def result_of(name: str, attributes: StagedConv, inputs: tuple[TensorSpec, ...])
 
 
 def result(problem: Problem) -> TensorSpec:
-    """As `result_of`, of a problem."""
     specs = tuple(operand.spec for operand in problem.inputs)
     return result_of(problem.op, problem.attributes.expect(StagedConv), specs)
 
@@ -89,7 +88,6 @@ def is_per_image(operand: TensorSpec, x: TensorSpec) -> bool:
 
 
 def reference(attributes: StagedConv, tensors: tuple[torch.Tensor, ...]) -> torch.Tensor:
-    """The convolution and its stages by torch."""
     x, w, *operands = tensors
     first = ep.operand_count(attributes.before)
     x = ep.apply_reference(attributes.before, x, tuple(operands[:first]))

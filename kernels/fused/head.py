@@ -322,7 +322,6 @@ def configs(problem: Problem, target: Target) -> Iterator[Config]:
 
 
 def legal(problem: Problem, tile: Config, target: Target) -> str | None:
-    """Shared memory."""
     size, rows, depth = problem.inputs[0].spec.dtype.itemsize, tile["BLOCK_M"], tile["BLOCK_K"]
     blocks = [_block(width, rows) for width in widths(problem)]
     whole = (before * after + rows * max(blocks) for before, after in pairwise(blocks))

@@ -86,7 +86,6 @@ class PoolConv(Attributes):
 
 
 def pooled_spec(attributes: PoolConv, x: TensorSpec) -> TensorSpec:
-    """The spec of t."""
     pool = attributes.pool
     return pool_window.infer(pool_window.name_of(pool), pool, (x,))[0]
 
@@ -295,7 +294,6 @@ def configs(problem: Problem, target: Target) -> Iterator[Config]:
 
 
 def legal(problem: Problem, tile: Config, target: Target) -> str | None:
-    """Shared memory."""
     return choice.legal_tile(problem.inputs[0].spec.dtype, tile, target)
 
 

@@ -112,7 +112,6 @@ def _rows(spec: TensorSpec) -> TensorSpec:
 
 
 def infer(attributes: SmallNet, inputs: tuple[TensorSpec, ...]) -> tuple[TensorSpec, ...]:
-    """(N, classes)."""
     links.check_count("small_net", attributes.links, inputs)
     if (reason := unsupported(attributes, inputs)) is not None:
         raise InvalidInputError(f"small_net: {reason}")
@@ -278,7 +277,6 @@ def _tile(problem: Problem, pixels: int, depth: int, warps: int, stages: int) ->
 
 
 def configs(problem: Problem, target: Target) -> Iterator[Config]:
-    """Tiles of 32 to 256 pixels."""
     for warps in (4, 8):
         for pixels in (32, 64, 128, 256):
             for depth in (16, 32):
@@ -289,7 +287,6 @@ def configs(problem: Problem, target: Target) -> Iterator[Config]:
 
 
 def legal(problem: Problem, tile: Config, target: Target) -> str | None:
-    """What `head` allows."""
     return head.legal(_head_problem(problem), tile, target)
 
 

@@ -227,7 +227,6 @@ def default(problem: Problem, target: Target) -> Config:
 
 @op.counted
 def cost(problem: Problem) -> int:
-    """The products."""
     return 2 * problem.output.spec.numel * terms(problem.inputs[1].spec)
 
 

@@ -257,7 +257,6 @@ def tiles(problem: Problem, target: Target) -> Iterator[Config]:
 
 
 def _boxes(problem: Problem, pixels: int, way: int) -> list[tuple[int, int, int]]:
-    """The boxes of pixels to try."""
     if _is_product(problem):
         return [] if way == HALO else [(pixels, 1, 1)]
     return boxes.boxes(problem, pixels, by_rows=way == HALO)

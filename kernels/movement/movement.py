@@ -88,7 +88,6 @@ def infer_flatten(
 
 
 def infer_permute(attributes: Permute, inputs: tuple[TensorSpec, ...]) -> tuple[TensorSpec, ...]:
-    """The permuted shape in the input's layout."""
     (x,) = inputs
     if sorted(attributes.dims) != list(range(x.rank)):
         raise InvalidInputError(f"permute: {attributes.dims} does not permute the dims of {x}")
@@ -99,7 +98,6 @@ def infer_permute(attributes: Permute, inputs: tuple[TensorSpec, ...]) -> tuple[
 
 
 def infer_expand(attributes: Expand, inputs: tuple[TensorSpec, ...]) -> tuple[TensorSpec, ...]:
-    """The larger shape."""
     (x,) = inputs
     missing = len(attributes.shape) - x.rank
     if missing < 0 or -1 in attributes.shape[:missing]:
@@ -119,7 +117,6 @@ def infer_expand(attributes: Expand, inputs: tuple[TensorSpec, ...]) -> tuple[Te
 
 
 def infer_slice(attributes: Slice, inputs: tuple[TensorSpec, ...]) -> tuple[TensorSpec, ...]:
-    """The shape with one dimension cut."""
     (x,) = inputs
     if not 0 <= attributes.dim < x.rank:
         raise InvalidInputError(f"slice: {x} has no dimension {attributes.dim}")
@@ -151,7 +148,6 @@ def infer_concat(attributes: Concat, inputs: tuple[TensorSpec, ...]) -> tuple[Te
 
 
 def infer_relayout(attributes: Relayout, inputs: tuple[TensorSpec, ...]) -> tuple[TensorSpec, ...]:
-    """The same shape with the new layout and dtype."""
     if attributes.layout is Layout.NHWC and inputs[0].rank not in MEMORY_FORMATS:
         raise InvalidInputError(f"relayout: only ranks 4 and 5 can be NHWC, got {inputs[0]}")
     return (inputs[0].with_(layout=attributes.layout, dtype=attributes.dtype),)
@@ -209,7 +205,6 @@ def read_strides(problem: Problem) -> ep.Access:
 
 
 def launches(problem: Problem, tile: Config, target: Target) -> tuple[Launch, ...]:
-    """One copy with the op's strides."""
     reads = (read_strides(problem),)
     return (pointwise.launch_reads(problem, tile, reads, (pointwise.LOAD,)),)
 

@@ -63,7 +63,6 @@ def check_border(name: str, mode: str, x: TensorSpec, dim: int, before: int, aft
 
 
 def infer(attributes: Pad, inputs: tuple[TensorSpec, ...]) -> tuple[TensorSpec, ...]:
-    """Every dimension longer by its two sides."""
     (x,) = inputs
     before, after, mode = attributes.before, attributes.after, attributes.mode
     if mode not in MODES:

@@ -59,7 +59,6 @@ def flip(attributes: Flip, x: torch.Tensor) -> torch.Tensor:
 
 
 def launches(problem: Problem, tile: Config, target: Target) -> tuple[Launch, ...]:
-    """One copy in the output's memory order."""
     attributes = problem.attributes.expect(Rearrange)
     parts = parts_of(attributes, problem.inputs[0], problem.output.spec)
     return (pointwise.launch_parts(problem, tile, parts.sizes, parts.read, parts.of_output),)

@@ -155,7 +155,6 @@ def launches_fold(problem: Problem, tile: Config, target: Target) -> tuple[Launc
 
 
 def configs(problem: Problem, target: Target) -> Iterator[Config]:
-    """512 to 2048 results per program."""
     for elements in (512, 1024, 2048):
         for columns in (8, 32, 128):
             yield config(4, 1, BLOCK_ROWS=elements // columns, BLOCK_COLUMNS=columns)

@@ -180,7 +180,6 @@ def cost(problem: Problem) -> int:
 
 
 def _selected(g: Builder, x: Any, dim: int, k: int, largest: bool) -> tuple[Any, Any]:
-    """Values and places."""
     attributes = TopK(dim % max(1, g.spec(x).rank), int(k), bool(largest))
     values = g.apply("topk", (x,), attributes)
     return values, g.output(values, 1)

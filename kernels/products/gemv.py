@@ -142,7 +142,6 @@ def launch_for_cost_model(size: choice.Size, tile: Config) -> Launch:
 
 
 def _modelled(size: choice.Size, tile: Config) -> dict[str, Any]:
-    """What a launch says to the cost model."""
     block_n, rows, steps = tile["BLOCK_N"], tile["ROWS"], -(-size.depth // tile["BLOCK_K"])
     # As counted in sm_90 code for half precision: a conversion for each weight and element of x, a
     # multiply-add for each product, and at the end 14 instructions of every thread for each result.

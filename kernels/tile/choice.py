@@ -136,7 +136,6 @@ class Size:
         return Work(self.flops, self.dtype, results)
 
     def tiles(self, block_m: int, block_n: int) -> int:
-        """Output tiles."""
         return -(-self.rows // block_m) * -(-self.columns // block_n) * self.groups
 
     def steps(self, block_k: int) -> int:
@@ -164,7 +163,6 @@ def legal(size: Size, tile: Config, target: Target) -> str | None:
 
 
 def tile_configs(size: Size, target: Target) -> Iterator[Config]:
-    """The search space of a matrix product."""
     widest = 32 if size.dtype is torch.float32 else 128
     for block in tiles(size.dtype, target):
         for block_k in DEPTHS:

@@ -75,7 +75,6 @@ class ConvChain(Attributes):
 
 
 def middle(attributes: ConvChain, inputs: tuple[TensorSpec, ...]) -> TensorSpec:
-    """The spec of t."""
     if attributes.front is None:
         return inputs[0].with_(layout=Layout.NHWC)
     return conv_geometry.infer(attributes.front, (inputs[0], inputs[1]))[0]

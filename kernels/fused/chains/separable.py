@@ -305,7 +305,6 @@ def _block(problem: Problem) -> Block:
 
 
 def configs(problem: Problem, target: Target) -> Iterator[Config]:
-    """Both algorithms over bands of 32 to 128 pixels."""
     block = _block(problem)
     for tile in (*separable_tiles.accumulating(block), *separable_tiles.resident(block)):
         if separable_tiles.legal(block, tile, target) is None:

@@ -44,7 +44,6 @@ class Block:
 def make_tile(
     rows: int, m: int, k: int, n: int, span: int = 0, warps: int = 4, stages: int = 1
 ) -> Config:
-    """A configuration by its numbers."""
     return config(warps, stages, TILE_ROWS=rows, BLOCK_M=m, BLOCK_K=k, BLOCK_N=n, SPAN=span)
 
 
