@@ -73,8 +73,8 @@ class SmallNet(Attributes):
 
     def parts(self, values: tuple[Any, ...]) -> tuple[tuple[Any, ...], ...]:
         """The inputs of each layer but its x, and last those of the head."""
-        where = links.slots(self.links).links
-        starts = [where[link.name].start for link in self.links if link.conv is not None]
+        where = links.slots(self.links).tensors
+        starts = [where[link.tensors[0]] for link in self.links if link.conv is not None]
         starts.append(1 + len(values) - links.slots(self.head.chain).count)
         return (*(values[start:stop] for start, stop in pairwise(starts)), values[starts[-1] :])
 

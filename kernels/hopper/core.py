@@ -390,14 +390,6 @@ def _window(problem: Problem) -> Window:
     return Window.of(problem.inputs[1].shape[2:], boxes.filter_of(problem))
 
 
-def _x_box(problem: Problem, tile: Config, view: View) -> TmaDescriptor:
-    box, depth = boxes.box_of(tile), tile["BLOCK_K"]
-    if not _is_product(problem):
-        return boxes.view(problem, box, depth, by_rows=_way(tile) == HALO)
-    size, columns = (view.images, 1, 1), (view.image.C, depth)
-    return boxes.described(X, problem.inputs[0], size, box, columns, by_rows=False)
-
-
 def _way_out(problem: Problem, tile: Config, view: View, by_rows: bool) -> dict[str, TmaDescriptor]:
     """y, and the residual if there is one, in boxes of as much as a group of warps finishes at a
     time."""
@@ -442,7 +434,9 @@ def launch(
         problem, tile, hopper_kernel,
         pointers={} if copied else {"y": Y},
         boxes={
-            "x": _x_box(problem, tile, view),
+            "x": boxes.described(
+                X, problem.inputs[0], (view.images, 1, 1), box, (c, block_k), by_rows=False
+            ) if _is_product(problem) else boxes.view(problem, box, block_k, way == HALO),
             "w": TmaDescriptor(W, (k, taps, c), (taps * c, c, 1), (block_n, 1, block_k)),
             **way_out,
         },
