@@ -131,7 +131,7 @@ def launch(
         finish=Finish(end, function, maximum),
         extras=extras,
         precision=choice.dot_precision(problem, math.prod(w.shape[1:])),
-        step_instructions=step_instructions(problem, tile),
+        step_instructions=choice.step_instructions(tile, x.spec.dtype, math.prod(w.shape[2:])),
         **more,
     )  # fmt: skip
 
@@ -150,12 +150,6 @@ def size_of(problem: Problem, rows: int) -> choice.Size:
     depth = c if by_tap else c * r * s
     dtype = problem.inputs[0].spec.dtype
     return choice.Size(rows, k, depth, dtype, gathers=not by_tap, taps=r * s)
-
-
-def step_instructions(problem: Problem, tile: Config) -> int:
-    """What a warp issues in a step beside the products; as `gemm` counts it."""
-    _, _, r, s = problem.inputs[1].shape
-    return choice.step_instructions(tile, problem.inputs[0].spec.dtype, r * s)
 
 
 def l2_bytes(problem: Problem, rows: int, columns: int, result: TensorSpec) -> int:
