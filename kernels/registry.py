@@ -17,7 +17,7 @@ from functools import cache
 from importlib import import_module
 from itertools import chain
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import Any
 
 from triton.runtime.jit import JITFunction
 
@@ -43,14 +43,6 @@ def _ours() -> Iterator[Op]:
             yield from (names["OP"],) if "OP" in names else names.get("OPS", ())
 
 
-class _Tables(NamedTuple):
-    OPS: tuple[Op, ...]
-    BY_NAME: Mapping[str, Op]
-    CAPTURES: Mapping[str, Op]
-    SCALARS: tuple[Scalar, ...]
-    OWNERS: Mapping[str, Extension]
-
-
 OPS: tuple[Op, ...]
 BY_NAME: Mapping[str, Op]
 CAPTURES: Mapping[str, Op]
@@ -59,13 +51,13 @@ OWNERS: Mapping[str, Extension]
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _Tables._fields:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(_tables(), name)
+    if name.isupper() and name in _tables():
+        return _tables()[name]
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 @cache
-def _tables() -> _Tables:
+def _tables() -> Mapping[str, Any]:
     """Raises: ExtensionError for an extension that clashes or breaks its contract."""
     ops, functions = [*_ours()], [*scalars.SCALARS]
     owners: dict[str, Extension] = {}
@@ -78,13 +70,13 @@ def _tables() -> _Tables:
         functions += extension.scalars
         owners |= {op.name: extension for op in added}
     scalars.extend(functions)
-    return _Tables(
-        tuple(ops),
-        MappingProxyType({op.name: op for op in ops}),
-        MappingProxyType({call: op for op in ops for call in op.aten}),
-        tuple(functions),
-        MappingProxyType(owners),
-    )
+    return {
+        "OPS": tuple(ops),
+        "BY_NAME": MappingProxyType({op.name: op for op in ops}),
+        "CAPTURES": MappingProxyType({call: op for op in ops for call in op.aten}),
+        "SCALARS": tuple(functions),
+        "OWNERS": MappingProxyType(owners),
+    }
 
 
 def _check_kinds(extension: Extension) -> None:
@@ -151,7 +143,7 @@ def get(name: str) -> Op:
 
     Raises: UnsupportedOpError with the near names.
     """
-    known = _tables().BY_NAME
+    known: Mapping[str, Op] = _tables()["BY_NAME"]
     if name not in known:
         raise UnsupportedOpError(f"unknown op {name!r}; {near_names(name, known)}")
     return known[name]

@@ -20,7 +20,7 @@ from convloom.kernels.contract.spec import Layout, TensorSpec
 from convloom.kernels.devices import offline
 from convloom.kernels.pooling import pool
 from convloom.kernels.pooling.median_pool import MedianPool2d
-from convloom.kernels.pooling.pool_window import LpPool2d, MaxPool2d, Pool2d
+from convloom.kernels.pooling.pool_window import LpPool2d, MaxPool2d, Pool
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
@@ -248,7 +248,7 @@ def test_norms_of_windows_of_either_sign(dims: int, norm: float) -> None:
         assert ops(exe) == ["lp_pool2d"]
 
 
-def unrolls(attributes: Pool2d) -> bool:
+def unrolls(attributes: Pool) -> bool:
     op = registry.get("lp_pool2d" if isinstance(attributes, LpPool2d) else "max_pool2d")
     x = TensorSpec((1, 8, 32, 32), torch.float32, Layout.NHWC)
     return pool.unrolls(harness.problem_for(op, attributes, (x,)))
@@ -273,7 +273,7 @@ def test_taps_are_unrolled_where_there_are_few() -> None:
         (LpPool2d(2.5, (2, 2), (2, 2)), False),
     ],
 )
-def test_windows_of_25_cheap_taps_are_unrolled(attributes: Pool2d, unrolled: bool) -> None:
+def test_windows_of_25_cheap_taps_are_unrolled(attributes: Pool, unrolled: bool) -> None:
     """The power of a tap is not cheap where it takes logarithms in fp64."""
     assert unrolls(attributes) is unrolled
 

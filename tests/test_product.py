@@ -65,8 +65,9 @@ def test_one_row_is_streamed_by_default(columns: int) -> None:
     assert gemv.uses_gemv(tile), tile
     tiles = choice.default_tile(gemm.problem_size(problem), SM_90)
     gpu, size = cost_model.machine_for(SM_90), gemm.problem_size(problem)
-    streamed = choice.product_us(gpu, size, gemv.launch_for_cost_model(size, tile))
-    assert streamed < choice.product_us(gpu, size, choice.launch_for_cost_model(size, tiles))
+    launches = gemv.launch_for_cost_model(size, tile), choice.launch_for_cost_model(size, tiles)
+    streamed, tiled = (cost_model.launch_us(gpu, launch, *size.work) for launch in launches)
+    assert streamed < tiled
 
 
 @pytest.mark.parametrize("problem", [linear(64, 4096, 1000), pointwise(8, 64, 64, 14)], ids=str)

@@ -322,15 +322,9 @@ def memory_us(machine: Machine, problem: Problem, moved_bytes: int) -> float:
 
     moved_bytes: what the op really moves of them (a slice reads only a part).
     """
-    everything = (
-        *problem.inputs, *problem.outputs, *problem.operands, *problem.prologue_operands,
-    )  # fmt: skip
-    near = far = 0
-    for operand in everything:
-        if operand.spec.size_bytes <= RESIDENT * machine.cache_mb * 1e6:
-            near += operand.spec.size_bytes
-        else:
-            far += operand.spec.size_bytes
+    sizes = [operand.spec.size_bytes for group in problem.groups.values() for operand in group]
+    near = sum(size for size in sizes if size <= RESIDENT * machine.cache_mb * 1e6)
+    far = sum(sizes) - near
     share = moved_bytes / max(near + far, 1)
     return share * (near / machine.cache_gbps + far / machine.memory_gbps) * 1e-3
 

@@ -161,7 +161,6 @@ class GeneratedFunction:
     symbols: tuple[str, ...] = ()
 
     def resolve(self) -> Any:
-        """The `JITFunction`."""
         return _compile_source(self)
 
     def __str__(self) -> str:
@@ -447,7 +446,6 @@ class FunctionName:
     name: str
 
     def resolve(self) -> Any:
-        """The `JITFunction`."""
         return getattr(importlib.import_module(self.module), self.name)
 
     @property

@@ -285,6 +285,23 @@ def matrix_tile(problem: Problem, target: Target) -> Config:
     return tile_config(*rows_and_columns(problem.output.spec), target)
 
 
+def either(
+    applies: Callable[[Problem], bool], one: Mapping[str, Any], other: Mapping[str, Any]
+) -> dict[str, Any]:
+    """`configs`, `default` and `legal` of an op: those of `one` where it applies, else those of
+    the other. Every tile can run where no `legal` is given."""
+
+    def of(name: str, usual: Any = None) -> Callable[..., Any]:
+        return lambda problem, *rest: (one if applies(problem) else other).get(name, usual)(
+            problem, *rest
+        )
+
+    return {
+        "configs": of("configs"), "default": of("default"),
+        "legal": of("legal", lambda problem, tile, target: None),
+    }  # fmt: skip
+
+
 def counted(operations: Callable[[Problem], int]) -> Callable[[Problem], Cost]:
     """The cost of an op that touches each tensor once and computes so many operations."""
 
@@ -359,13 +376,9 @@ class Op:
     def places(self, problem: Problem) -> dict[Ref, Operand]:
         """Where a problem's tensors lie in their buffers; those that the op packs own theirs."""
         packed = self.packs(problem.attributes)
-        kinds = {
-            "input": problem.inputs, "operand": problem.operands,
-            "prologue": problem.prologue_operands, "output": problem.outputs,
-        }  # fmt: skip
         return {
             Ref(kind, index): operand
-            for kind, operands in kinds.items()
+            for kind, operands in problem.groups.items()
             for index, operand in enumerate(operands)
             if kind != "input" or index not in packed
         }

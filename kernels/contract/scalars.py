@@ -132,10 +132,6 @@ def _choose(condition: torch.Tensor, first: float, second: float) -> torch.Tenso
     return _where(condition, like + first, like + second)
 
 
-def _gelu_tanh(x: torch.Tensor) -> torch.Tensor:
-    return F.gelu(x, approximate="tanh")
-
-
 def _identity(x: torch.Tensor) -> torch.Tensor:
     return x
 
@@ -235,7 +231,7 @@ def gelu(v):
 
 
 # Below -5 the reference's own 1 + tanh cancels, in fp64 too.
-@scalar_jit(_gelu_tanh, range=(-5.0, 8.0))
+@scalar_jit(partial(F.gelu, approximate="tanh"), range=(-5.0, 8.0))
 def gelu_tanh(v):
     # 0.5 v (1 + tanh u) = v sigmoid(2u)
     u = 0.7978845608028654 * (v + 0.044715 * v * v * v)

@@ -22,7 +22,7 @@ import torch
 from ..contract.op import Config, Launch, Op, Problem, Target, counted
 from ..movement.arguments import convolution
 from ..products import product
-from ..tile.conv_geometry import Conv2d, infer, reference
+from ..tile.conv_geometry import Conv2d, infer, is_product, reference
 from . import conv_rows, depthwise, grouped, implicit
 
 
@@ -66,7 +66,7 @@ ALGORITHMS = (
     _of(depthwise, depthwise.applies, lambda attributes, w: depthwise.pack(w)),
     _of(conv_rows, conv_rows.applies, lambda attributes, w: conv_rows.pack(w)),
     _of(grouped, grouped.applies, lambda attributes, w: grouped.pack(attributes.groups, w)),
-    _of(product, Conv2d.is_product),
+    _of(product, is_product),
     _of(implicit, lambda attributes, filters: True),
 )
 """The first that applies computes a problem."""
@@ -77,16 +77,10 @@ def _algorithm(attributes: Conv2d, filters: tuple[int, ...]) -> Algorithm:
 
 
 def algorithm(problem: Problem) -> Algorithm:
-    """Which algorithm computes the problem."""
     return _algorithm(problem.attributes.expect(Conv2d), problem.inputs[1].shape)
 
 
-def _pack_for_algorithm(attributes: Conv2d, w: torch.Tensor) -> torch.Tensor:
-    return _algorithm(attributes, tuple(w.shape)).pack(attributes, w)
-
-
 def launches(problem: Problem, tile: Config, target: Target) -> tuple[Launch, ...]:
-    """One launch of the algorithm's kernel."""
     return (algorithm(problem).launch(problem, tile, target),)
 
 
@@ -107,5 +101,7 @@ OP = Op(
         for dims in (1, 2)
         for overload in ("default", "padding")
     },
-    batched="convolution", packs=lambda attributes: {1: _pack_for_algorithm}, takes_prologue=True,
+    batched="convolution",
+    packs=lambda _: {1: lambda conv, w: _algorithm(conv, tuple(w.shape)).pack(conv, w)},
+    takes_prologue=True,
 )  # fmt: skip

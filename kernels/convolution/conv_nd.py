@@ -48,20 +48,16 @@ class Conv3d(Attributes):
 
 
 @dataclass(frozen=True)
-class BorderConv2d(Attributes):
-    """As `Conv2d`, with `pad`'s mode for what lies outside the image."""
+class BorderConv2d(Conv3d):
+    """The same without depth."""
 
     stride: tuple[int, ...] = (1, 1)
     padding: tuple[int, ...] = (0, 0, 0, 0)
     dilation: tuple[int, ...] = (1, 1)
-    groups: int = 1
     border: str = "reflect"
 
 
-ConvNd = Conv3d | BorderConv2d
-
-
-def infer(name: str, attributes: ConvNd, inputs: tuple[TensorSpec, ...]) -> tuple[TensorSpec, ...]:
+def infer(name: str, attributes: Conv3d, inputs: tuple[TensorSpec, ...]) -> tuple[TensorSpec, ...]:
     """As of any convolution; a border that is not zero must be found in the input."""
     specs, x = conv_geometry.infer(attributes, inputs, name), inputs[0]
     if attributes.border != "constant":
@@ -73,12 +69,12 @@ def infer(name: str, attributes: ConvNd, inputs: tuple[TensorSpec, ...]) -> tupl
     return specs
 
 
-def reference(attributes: ConvNd, x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+def reference(attributes: Conv3d, x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
     border = attributes.border if any(attributes.padding) else "constant"
     return conv_geometry.reference(attributes, x, w, border=border)
 
 
-def pack(attributes: ConvNd, w: torch.Tensor) -> torch.Tensor:
+def pack(attributes: Conv3d, w: torch.Tensor) -> torch.Tensor:
     """(K, C/G, T, R, S) -> (K, T·R·S·C/G)."""
     return w.movedim(1, -1).reshape(w.shape[0], -1).contiguous()
 
@@ -193,81 +189,59 @@ def volume_gather(x, at, step, start, extras, SOURCE: tl.constexpr, TILE: tl.con
     return tl.load(x + IMAGE.offset + x_tile, mask=mask, other=0.0)
 
 
-def _attributes(problem: Problem) -> ConvNd:
-    assert isinstance(problem.attributes, (Conv3d, BorderConv2d))
-    return problem.attributes
-
-
-def is_matrix_product(problem: Problem) -> bool:
-    """Whether input and output are one matrix each, and the filter multiplies their rows."""
-    attributes = _attributes(problem)
-    plain = set(attributes.stride) == {1} and not any(attributes.padding)
-    return plain and attributes.groups == 1 and set(problem.inputs[1].shape[2:]) == {1}
-
-
 def _size(problem: Problem) -> choice.Size:
-    groups = _attributes(problem).groups
-    x, w, y = problem.inputs[0].spec, problem.inputs[1].spec, problem.output.spec
-    taps = math.prod(w.shape[2:])
-    by_tap = runs_by_tap(w.shape[1], taps)
-    depth = w.shape[1] if by_tap else w.shape[1] * taps
+    w, y = problem.inputs[1].shape, problem.output.spec
+    groups, taps = problem.attributes.expect(Conv3d).groups, math.prod(w[2:])
+    by_tap = runs_by_tap(w[1], taps)
+    depth = w[1] if by_tap else w[1] * taps
     rows, columns = y.numel // y.shape[1], y.shape[1] // groups
-    return choice.Size(rows, columns, depth, x.dtype, groups, not by_tap, taps)
+    dtype = problem.inputs[0].spec.dtype
+    return choice.Size(rows, columns, depth, dtype, groups, not by_tap, taps)
 
 
-def _three(values: tuple[int, ...], missing: int) -> tuple[int, int, int]:
+def _three(values: tuple[int, ...], missing: int = 1) -> tuple[int, ...]:
     """For depth, height and width; images have no depth."""
-    depth, height, width = (missing, *values) if len(values) == 2 else values
-    return depth, height, width
-
-
-def _open_dimensions(problem: Problem) -> tuple[int, ...]:
-    """Where some tap leaves the input."""
-    attributes = _attributes(problem)
-    x, w, y = problem.inputs[0].shape, problem.inputs[1].shape, problem.output.shape
-    result = []
-    for at, (stride, dilation) in enumerate(
-        zip(attributes.stride, attributes.dilation, strict=True)
-    ):
-        before = attributes.padding[2 * at]
-        last = (y[at + 2] - 1) * stride + (w[at + 2] - 1) * dilation - before
-        result.append(before > 0 or last >= x[at + 2])
-    return tuple(result)
+    return (missing, *values) if len(values) == 2 else values
 
 
 def _source(problem: Problem) -> Source:
-    attributes, x, w = _attributes(problem), problem.inputs[0], problem.inputs[1].shape
-    d, h, width = _three(x.shape[2:], 1)
-    (t, r, s), taps = _three(w[2:], 1), math.prod(w[2:])
-    strides, dilations = _three(attributes.stride, 1), _three(attributes.dilation, 1)
-    front, top, left = _three(attributes.padding[::2], 0)
-    out_d = _three(problem.output.shape[2:], 1)[0]
-    is_open = _three(_open_dimensions(problem), False)
+    attributes, x = problem.attributes.expect(Conv3d), problem.inputs[0]
+    channels = problem.inputs[1].shape[1]
+    sizes, filters, outputs = (
+        _three(shape[2:]) for shape in (x.shape, problem.inputs[1].shape, problem.output.shape)
+    )
+    strides, dilations = _three(attributes.stride), _three(attributes.dilation)
+    before = _three(attributes.padding[::2], 0)
+    each = zip(sizes, filters, outputs, strides, dilations, before, strict=True)
+    open_d, open_h, open_w = (
+        padding > 0 or (count - 1) * stride + (taps - 1) * dilation - padding >= size
+        for size, taps, count, stride, dilation, padding in each
+    )
     volume = Volume(
-        d, out_d, t, strides[0], front, dilations[0],
-        bool(is_open[0]), bool(is_open[1]), bool(is_open[2]), attributes.border,
+        sizes[0], outputs[0], filters[0], strides[0], before[0], dilations[0],
+        open_d, open_h, open_w, attributes.border,
     )  # fmt: skip
-    image = Image(h, width, w[1], x.pitch, x.offset)
-    window = Window(r, s, *strides[1:], top, left, *dilations[1:])
-    by_tap = runs_by_tap(w[1], taps)
-    steps = (taps, w[1]) if by_tap else (1, taps * w[1])
+    image = Image(sizes[1], sizes[2], channels, x.pitch, x.offset)
+    window = Window(*filters[1:], *strides[1:], *before[1:], *dilations[1:])
+    taps = math.prod(filters)
+    by_tap = runs_by_tap(channels, taps)
+    steps = (taps, channels) if by_tap else (1, taps * channels)
     load = volume_tap if by_tap else volume_gather
     return Source(image, window, volume_corner, load, *steps, detail=volume)
 
 
 def launches(problem: Problem, tile: Config, target: Target) -> tuple[Launch, ...]:
     """One launch: of the matrix product where the convolution is one."""
-    x, size = problem.inputs[0], _size(problem)
-    if is_matrix_product(problem):
+    attributes, size = problem.attributes.expect(Conv3d), _size(problem)
+    if conv_geometry.is_product(attributes, problem.inputs[1].shape):
         return (gemm.launch(problem, tile),)
     steps = size.steps(tile["BLOCK_K"])
-    area = tile["BLOCK_K"] * (tile["BLOCK_M"] + tile["BLOCK_N"])
     launch = engine.launch(
         problem, tile, target, space.of_pixels(problem.output.spec, tile["BLOCK_M"]),
         _source(problem),
         groups=size.groups,
         precision=choice.dot_precision(problem, math.prod(problem.inputs[1].shape[1:])),
-        l2_bytes=steps * area * x.spec.dtype.itemsize,
+        l2_bytes=choice.l2_bytes(problem, tile, steps * tile["BLOCK_K"]),
         steps=steps,
         step_instructions=choice.step_instructions(tile, size.dtype, size.taps),
     )  # fmt: skip
@@ -278,7 +252,7 @@ def _flops(problem: Problem) -> int:
     return 2 * problem.output.spec.numel * math.prod(problem.inputs[1].shape[1:])
 
 
-def _op(name: str, make: type[ConvNd], **more: Any) -> Op:
+def _op(name: str, make: type[Conv3d], **more: Any) -> Op:
     return Op(
         name, make, partial(infer, name), reference, launches, counted(_flops),
         **choice.of_product(_size), packs=lambda attributes: {1: pack}, **more,

@@ -30,17 +30,13 @@ class ConvTranspose2d(Attributes):
 
 
 @dataclass(frozen=True)
-class ConvTranspose3d(Attributes):
-    """`ConvTranspose2d` with the depth in front."""
+class ConvTranspose3d(ConvTranspose2d):
+    """The same with the depth in front."""
 
     stride: tuple[int, ...] = (1, 1, 1)
     padding: tuple[int, ...] = (0, 0, 0)
     output_padding: tuple[int, ...] = (0, 0, 0)
     dilation: tuple[int, ...] = (1, 1, 1)
-    groups: int = 1
-
-
-ConvTranspose = ConvTranspose2d | ConvTranspose3d
 
 
 class Axis(NamedTuple):
@@ -75,7 +71,12 @@ class Axis(NamedTuple):
         return axis._replace(
             inverse=pow(dilation // shared, -1, axis.every),
             tap_count=axis.most if alike else None,
-            is_open=axis._reaches_outside(),
+            is_open=any(
+                (output + padding - tap * dilation) % stride == 0
+                and not 0 <= output + padding - tap * dilation < size * stride
+                for output in range(outputs)
+                for tap in range(taps)
+            ),
         )
 
     @property
@@ -93,17 +94,9 @@ class Axis(NamedTuple):
         """Outputs of the longest phase."""
         return -(-self.outputs // self.stride)
 
-    def _reaches_outside(self) -> bool:
-        for output in range(self.outputs):
-            for tap in range(self.taps):
-                position, rest = divmod(output + self.padding - tap * self.dilation, self.stride)
-                if rest == 0 and not 0 <= position < self.size:
-                    return True
-        return False
-
 
 def infer(
-    name: str, attributes: ConvTranspose, inputs: tuple[TensorSpec, ...]
+    name: str, attributes: ConvTranspose2d, inputs: tuple[TensorSpec, ...]
 ) -> tuple[TensorSpec, ...]:
     """P = (H − 1)·sh − 2·ph + dh·(R − 1) + output padding + 1; the others likewise."""
     x, w = inputs
@@ -140,19 +133,11 @@ def infer(
     return (TensorSpec((x.shape[0], k, *sizes), x.dtype, Layout.NHWC, x.batch),)
 
 
-def reference(attributes: ConvTranspose, x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
-    return convolve_transposed(
-        x,
-        w,
-        stride=attributes.stride,
-        padding=attributes.padding,
-        output_padding=attributes.output_padding,
-        groups=attributes.groups,
-        dilation=attributes.dilation,
-    )
+def reference(attributes: ConvTranspose2d, x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+    return convolve_transposed(x, w, **vars(attributes))
 
 
-def pack(attributes: ConvTranspose, w: torch.Tensor) -> torch.Tensor:
+def pack(attributes: ConvTranspose2d, w: torch.Tensor) -> torch.Tensor:
     """(C, K/G, R, S) -> (K, R·S·C/G); with one channel per group (R·S, K) in fp32."""
     groups, (c, per_group_out) = attributes.groups, w.shape[:2]
     if c == groups > 1:
@@ -163,14 +148,9 @@ def pack(attributes: ConvTranspose, w: torch.Tensor) -> torch.Tensor:
 
 def axes(problem: Problem) -> tuple[Axis, Axis, Axis]:
     """Depth, height and width; images have a depth of one."""
-    attributes = problem.attributes
-    assert isinstance(attributes, (ConvTranspose2d, ConvTranspose3d))
-    x, w, y = problem.inputs[0].shape, problem.inputs[1].shape, problem.output.shape
-    given = [
-        Axis.of(x[at + 2], w[at + 2], y[at + 2], stride, padding, dilation)
-        for at, (stride, padding, dilation) in enumerate(
-            zip(attributes.stride, attributes.padding, attributes.dilation, strict=True)
-        )
-    ]
+    attributes = problem.attributes.expect(ConvTranspose2d)
+    sizes = (tensor.shape[2:] for tensor in (*problem.inputs, problem.output))
+    geometry = (*sizes, attributes.stride, attributes.padding, attributes.dilation)
+    given = [Axis.of(*each) for each in zip(*geometry, strict=True)]
     depth, height, width = [Axis.of()] * (3 - len(given)) + given
     return depth, height, width

@@ -102,7 +102,6 @@ def conv_rows_kernel(
 
 
 def launch(problem: Problem, tile: Config, target: Target) -> Launch:
-    """The one launch of the kernel."""
     filters = problem.inputs[1].shape
     terms = filters[2] * run_length(filters)
     return tile_launch(
@@ -148,7 +147,6 @@ def configs(problem: Problem, target: Target) -> Iterator[Config]:
 
 
 def legal(problem: Problem, tile: Config, target: Target) -> str | None:
-    """Why a configuration cannot run on the target, or None."""
     return choice.legal(size(problem), tile, target)
 
 

@@ -30,21 +30,13 @@ import triton
 import triton.language as tl
 
 from ..contract.aten import Arguments, Builder
-from ..contract.op import Config, Launch, Op, Problem, Target, config, counted, power_of_two
+from ..contract.op import Config, Launch, Op, Problem, Target, config, counted, either, power_of_two
 from ..movement.arguments import attributes_of, with_bias
 from ..tile import choice, space
 from ..tile.finish import put
 from ..tile.geometry import Matrix, tile_launch
 from ..tile.source import runs_by_tap
-from .conv_phases import (
-    ConvTranspose,
-    ConvTranspose2d,
-    ConvTranspose3d,
-    axes,
-    infer,
-    pack,
-    reference,
-)
+from .conv_phases import ConvTranspose2d, ConvTranspose3d, axes, infer, pack, reference
 
 
 @triton.jit
@@ -198,26 +190,21 @@ def conv_transpose_kernel(
     put(acc, y, rows, row_mask, columns, column_mask, extras, OUTPUT)
 
 
-def _attributes(problem: Problem) -> ConvTranspose:
-    assert isinstance(problem.attributes, (ConvTranspose2d, ConvTranspose3d))
-    return problem.attributes
-
-
 def _phases(problem: Problem) -> int:
-    return math.prod(_attributes(problem).stride)
+    return math.prod(problem.attributes.expect(ConvTranspose2d).stride)
 
 
 def method(problem: Problem) -> str:
     """Over what a step of the kernel's loop goes: a tap's channels, (tap, channel) pairs, or
     without a matrix product one tap ("depthwise")."""
-    per_group, groups = _per_group(problem), _attributes(problem).groups
+    per_group, groups = _per_group(problem), problem.attributes.expect(ConvTranspose2d).groups
     if per_group == 1 < groups:
         return "depthwise"
     return "channels" if runs_by_tap(per_group, _most_taps(problem)) else "pairs"
 
 
 def _per_group(problem: Problem) -> int:
-    return problem.inputs[0].shape[1] // _attributes(problem).groups
+    return problem.inputs[0].shape[1] // problem.attributes.expect(ConvTranspose2d).groups
 
 
 def _most_taps(problem: Problem) -> int:
@@ -226,7 +213,7 @@ def _most_taps(problem: Problem) -> int:
 
 def _size(problem: Problem) -> choice.Size:
     """The matrix product of one phase; the phases are further groups."""
-    groups, out = _attributes(problem).groups, problem.output
+    groups, out = problem.attributes.expect(ConvTranspose2d).groups, problem.output
     rows = out.shape[0] * math.prod(axis.phase_outputs for axis in axes(problem))
     gathers = method(problem) == "pairs"
     taps = _most_taps(problem)
@@ -238,9 +225,8 @@ def _size(problem: Problem) -> choice.Size:
 
 
 def launches(problem: Problem, tile: Config, target: Target) -> tuple[Launch, ...]:
-    """One launch for all phases."""
     x, size, chosen = problem.inputs[0], _size(problem), method(problem)
-    groups = _attributes(problem).groups
+    groups = problem.attributes.expect(ConvTranspose2d).groups
     depth, height, width = axes(problem)
     channels, blocks = _per_group(problem), dict(tile.blocks)
     steps = -(-size.depth // blocks.get("BLOCK_K", 1)) * (1 if size.gathers else size.taps)
@@ -270,30 +256,19 @@ def launches(problem: Problem, tile: Config, target: Target) -> tuple[Launch, ..
     return (launch,)
 
 
-def configs(problem: Problem, target: Target) -> Iterator[Config]:
-    """Those of a matrix product; depthwise 512 to 2048 results per program."""
-    if method(problem) != "depthwise":
-        yield from choice.tile_configs(_size(problem), target)
-        return
+def _configs(problem: Problem, target: Target) -> Iterator[Config]:
+    """Depthwise 512 to 2048 results per program."""
     for elements in (512, 1024, 2048):
         for block_n in (32, 64, 128):
             yield config(4, 1, BLOCK_M=elements // block_n, BLOCK_N=block_n)
 
 
-def legal(problem: Problem, tile: Config, target: Target) -> str | None:
-    if method(problem) == "depthwise":
-        return None
-    return choice.legal(_size(problem), tile, target)
-
-
-def default(problem: Problem, target: Target) -> Config:
-    size = _size(problem)
-    if method(problem) != "depthwise":
-        return choice.default_tile(size, target)
+def _default(problem: Problem, target: Target) -> Config:
+    """Depthwise 1024 results, or as many as the interpreter likes."""
     k = problem.output.shape[1]
     if target.name == "interpreter":
         block_n = min(256, power_of_two(k))
-        block_m = min(power_of_two(size.rows), (1 << 20) // block_n)
+        block_m = min(power_of_two(_size(problem).rows), (1 << 20) // block_n)
         return config(1, 1, BLOCK_M=block_m, BLOCK_N=block_n)
     block_n = 64 if k % 64 == 0 or k > 256 else 32
     return config(4, 1, BLOCK_M=1024 // block_n, BLOCK_N=block_n)
@@ -306,14 +281,18 @@ def cost(problem: Problem) -> int:
     return 2 * problem.inputs[0].spec.numel * per_input
 
 
-def _op(name: str, make: type[ConvTranspose], *calls: str) -> Op:
+def _op(name: str, make: type[ConvTranspose2d], *calls: str) -> Op:
     """calls: those of aten that become it, of sequences as of images of one row."""
 
     def capture(g: Builder, a: Arguments) -> Any:
         return with_bias(g, name, a, attributes_of(g, a, make))
 
     return Op(
-        name, make, partial(infer, name), reference, launches, cost, configs, default, legal,
+        name, make, partial(infer, name), reference, launches, cost,
+        **either(
+            lambda problem: method(problem) == "depthwise",
+            {"configs": _configs, "default": _default}, choice.of_product(_size),
+        ),
         aten={f"aten.{call}": capture for call in calls}, batched="convolution",
         packs=lambda attributes: {1: pack},
     )  # fmt: skip

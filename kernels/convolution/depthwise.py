@@ -118,7 +118,6 @@ def pack(w: torch.Tensor) -> torch.Tensor:
 
 
 def launch(problem: Problem, tile: Config, target: Target) -> Launch:
-    """The one launch of the kernel."""
     attributes = problem.attributes.expect(Conv2d)
     x, out = problem.inputs[0], problem.output
     filters, height = problem.inputs[1].shape[2:], tile["TILE_ROWS"]
@@ -155,7 +154,6 @@ def configs(problem: Problem, target: Target) -> Iterator[Config]:
 
 
 def legal(problem: Problem, tile: Config, target: Target) -> None:
-    """Every configuration can run."""
     return
 
 

@@ -35,7 +35,11 @@ def launch(problem: Problem, tile: Config, target: Target) -> Launch:
     x, w, product = problem.inputs[0], problem.inputs[1].shape, size(problem)
     split, costs = choice.split_of(tile), choice.modelled(product, tile)
     if product.gathers:
-        costs |= {"instructions": _gathering(product, tile), "step_instructions": 0}
+        # 23 for each element that is loaded, 16 for each result, as counted in sm_90 code for half
+        # precision.
+        loaded = 23 * product.steps(tile["BLOCK_K"]) * tile["BLOCK_K"]
+        costs["instructions"] = tile["BLOCK_M"] * (loaded + 16 * tile["BLOCK_N"])
+        costs["step_instructions"] = 0
     return engine.launch(
         problem, tile, target, space.of_pixels(problem.output.spec, tile["BLOCK_M"]),
         source.of_convolution(attributes, x, w, gemm.prologue_of(problem)),
@@ -44,13 +48,6 @@ def launch(problem: Problem, tile: Config, target: Target) -> Launch:
         precision=choice.dot_precision(problem, w[1] * w[2] * w[3]),
         **costs,
     )  # fmt: skip
-
-
-def _gathering(size: choice.Size, tile: Config) -> int:
-    """Instructions of one program that loads its input element by element: 23 for each, 16 for each
-    result, as counted in sm_90 code for half precision."""
-    elements = size.steps(tile["BLOCK_K"]) * tile["BLOCK_K"]
-    return tile["BLOCK_M"] * (23 * elements + 16 * tile["BLOCK_N"])
 
 
 configs, default, legal = core.beside(choice.of_product(size), launch)

@@ -22,7 +22,7 @@ import triton
 import triton.language as tl
 
 from ...errors import InvalidInputError
-from ..contract.op import Config, Launch, Op, Problem, Target, config, counted, power_of_two
+from ..contract.op import Config, Launch, Op, Problem, Target, config, counted, either, power_of_two
 from ..contract.spec import Layout, TensorSpec
 from ..tile import choice, space
 from ..tile.conv_geometry import Conv2d, SampleConv2d
@@ -181,7 +181,6 @@ def size_of(problem: Problem) -> choice.Size:
 
 
 def launches(problem: Problem, tile: Config, target: Target) -> tuple[Launch, ...]:
-    """One launch over the tiles of all samples."""
     attributes = problem.attributes.expect(SampleConv2d)
     (x, w), out = problem.inputs, problem.output
     depthwise, size = is_depthwise(problem), size_of(problem)
@@ -214,28 +213,18 @@ def launches(problem: Problem, tile: Config, target: Target) -> tuple[Launch, ..
     return (launch,)
 
 
-def configs(problem: Problem, target: Target) -> Iterator[Config]:
-    """Those of a product; depthwise 1024 results per program."""
-    if not is_depthwise(problem):
-        yield from choice.tile_configs(size_of(problem), target)
-        return
+def _configs(problem: Problem, target: Target) -> Iterator[Config]:
+    """Depthwise 1024 results per program."""
     for block_n in (16, 32, 64, 128):
         yield config(4, 1, BLOCK_M=1024 // block_n, BLOCK_N=block_n)
 
 
-def default(problem: Problem, target: Target) -> Config:
-    """That of a product; depthwise 32 channels, or a tile as large as the interpreter likes."""
-    if not is_depthwise(problem):
-        return choice.default_tile(size_of(problem), target)
+def _default(problem: Problem, target: Target) -> Config:
+    """Depthwise 32 channels, or a tile as large as the interpreter likes."""
     _, k, p, q = problem.output.shape
     if target.name == "interpreter":
         return config(1, 1, BLOCK_M=power_of_two(p * q), BLOCK_N=min(256, power_of_two(k)))
     return config(4, 1, BLOCK_M=32, BLOCK_N=32)
-
-
-def legal(problem: Problem, tile: Config, target: Target) -> str | None:
-    """Why a configuration cannot run on the target, or None."""
-    return None if is_depthwise(problem) else choice.legal(size_of(problem), tile, target)
 
 
 @counted
@@ -245,6 +234,9 @@ def cost(problem: Problem) -> int:
 
 
 OP = Op(
-    "sample_conv2d", SampleConv2d, infer, reference, launches, cost, configs, default, legal,
+    "sample_conv2d", SampleConv2d, infer, reference, launches, cost,
+    **either(
+        is_depthwise, {"configs": _configs, "default": _default}, choice.of_product(size_of)
+    ),
     factors=(0, 1),
 )  # fmt: skip

@@ -99,7 +99,7 @@ def unordered_write(ptx: str, threads: int) -> str | None:
                 state = _State(left, state.waited | state.issued)
             elif kind == "barrier":
                 state = state._replace(waited=frozenset())
-            elif any(_meet(span, read) for span in spans for read in state.waited):
+            elif any(a < stop and start < b for a, b in spans for start, stop in state.waited):
                 return kind
         for following in blocks[name].next:
             before = reached.get(following)
@@ -110,10 +110,6 @@ def unordered_write(ptx: str, threads: int) -> str | None:
                 reached[following] = joined
                 pending.append(following)
     return None
-
-
-def _meet(a: Span, b: Span) -> bool:
-    return a[0] < b[1] and b[0] < a[1]
 
 
 def _blocks(lines: Sequence[str], addresses: _Addresses) -> dict[str, _Block]:
@@ -325,11 +321,6 @@ def _mul(x: Interval, y: Interval) -> Interval | None:
     return Interval.of(min(corners), max(corners))
 
 
-def _mad(x: Interval, y: Interval, z: Interval) -> Interval | None:
-    product = _mul(x, y)
-    return None if product is None else _add(product, z)
-
-
 def _either(x: Interval, y: Interval) -> Interval | None:
     if x.in_shared != y.in_shared or x.row != y.row:
         return None
@@ -339,6 +330,7 @@ def _either(x: Interval, y: Interval) -> Interval | None:
 
 COMPUTED: dict[str, Callable[..., Interval | None]] = {
     "mov": _same, "cvt": _same, "shfl": _same, "add": _add, "and": _and, "or": _or, "xor": _or,
-    "shl": _shl, "shr": _shr, "bfe": _bfe, "mul": _mul, "mad": _mad, "selp": _either,
+    "shl": _shl, "shr": _shr, "bfe": _bfe, "mul": _mul, "selp": _either,
+    "mad": lambda x, y, z: _add(product, z) if (product := _mul(x, y)) else None,
 }  # fmt: skip
 """How the interval of a result follows from those of the operands, by opcode."""

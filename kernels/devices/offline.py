@@ -307,10 +307,6 @@ def _stored(kind: type[Kind], path: Path) -> Kind | None:
     return None if data is None else kind(**data)
 
 
-def _tool(name: str) -> str:
-    return str(Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name)
-
-
 def disassembly(compiled: Any) -> str:
     """SASS text of a compiled kernel."""
     return disassembled(compiled.asm["cubin"], compiled.name)
@@ -318,22 +314,23 @@ def disassembly(compiled: Any) -> str:
 
 def disassembled(cubin: bytes, name: str) -> str:
     """SASS text of the machine code of the kernel `name`."""
-    return _run_on_cubin(cubin, name, _tool("nvdisasm"), "-c")
+    return _run_on_cubin(cubin, name, "nvdisasm", "-c")
 
 
 def _run_on_cubin(cubin: bytes, name: str, tool: str, option: str) -> str:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        done = subprocess.run([tool, option, file.name], capture_output=True, text=True)
+        path = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / tool
+        done = subprocess.run([path, option, file.name], capture_output=True, text=True)
     if done.returncode:
-        raise KernelError(f"{Path(tool).name} failed on {name}: {done.stderr.strip()}")
+        raise KernelError(f"{tool} failed on {name}: {done.stderr.strip()}")
     return done.stdout
 
 
 def _resources(compiled: Any) -> Resources:
     cubin, name = compiled.asm["cubin"], compiled.name
-    usage = _run_on_cubin(cubin, name, _tool("cuobjdump"), "-res-usage")
+    usage = _run_on_cubin(cubin, name, "cuobjdump", "-res-usage")
     registers = re.search(r"REG:(\d+)", usage)
     stack = re.search(r"STACK:(\d+)", usage)
     assert registers and stack, usage

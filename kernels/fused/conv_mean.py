@@ -106,7 +106,6 @@ def _size(problem: Problem) -> choice.Size:
 
 
 def _configs(problem: Problem, target: Target) -> Iterator[Config]:
-    """Tiles of whole images."""
     size = _size(problem)
     for block_m, block_n, warps in TILES:
         for block_k in (64, 32, 16):
@@ -137,7 +136,6 @@ def _legal(problem: Problem, tile: Config, target: Target) -> str | None:
 
 
 def _default(problem: Problem, target: Target) -> Config:
-    """The fastest by the model."""
     size = _size(problem)
     if target.name == "interpreter":
         return choice.interpreter_tile(size, _pixels(problem))

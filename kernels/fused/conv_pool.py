@@ -59,7 +59,6 @@ class ConvPool(StagedConv):
 
 
 def infer(attributes: ConvPool, inputs: tuple[TensorSpec, ...]) -> tuple[TensorSpec, ...]:
-    """The pooled spec of the convolution's result."""
     result = conv_tile.result_of("conv_pool", attributes, inputs)
     pool = attributes.pool
     return pool_window.infer(pool_window.name_of(pool), pool, (result,))

@@ -42,7 +42,6 @@ class ConvRearrange(StagedConv):
 
 
 def infer(attributes: ConvRearrange, inputs: tuple[TensorSpec, ...]) -> tuple[TensorSpec, ...]:
-    """The rearranged spec of the convolution's result."""
     result = conv_tile.result_of("conv_rearrange", attributes, inputs)
     return rearrange.infer_rearrange(attributes.then, (result,))
 
@@ -123,7 +122,6 @@ def _walk(problem: Problem, result: TensorSpec) -> Walk:
 
 
 def launches(problem: Problem, tile: Config, target: Target) -> tuple[Launch, ...]:
-    """One launch of the kernel."""
     attributes, result = problem.attributes.expect(ConvRearrange), conv_tile.result(problem)
     n, k, p, q = result.shape
     launch = conv_tile.launch(

@@ -35,7 +35,6 @@ class ConvSum(Attributes):
 
 
 def infer(attributes: ConvSum, inputs: tuple[TensorSpec, ...]) -> tuple[TensorSpec, ...]:
-    """The output both convolutions have."""
     x1, w1, x2, w2 = inputs
     if attributes.first.groups != 1 or attributes.second.groups != 1:
         raise InvalidInputError("conv_sum: expected convolutions without groups")
@@ -46,15 +45,9 @@ def infer(attributes: ConvSum, inputs: tuple[TensorSpec, ...]) -> tuple[TensorSp
     return (first,)
 
 
-def reference(
-    attributes: ConvSum,
-    x1: torch.Tensor,
-    w1: torch.Tensor,
-    x2: torch.Tensor,
-    w2: torch.Tensor,
-) -> torch.Tensor:
-    first = conv_geometry.reference(attributes.first, x1, w1)
-    return first + conv_geometry.reference(attributes.second, x2, w2)
+def reference(attributes: ConvSum, *tensors: torch.Tensor) -> torch.Tensor:
+    first = conv_geometry.reference(attributes.first, *tensors[:2])
+    return first + conv_geometry.reference(attributes.second, *tensors[2:])
 
 
 def launches(problem: Problem, tile: Config, target: Target) -> tuple[Launch, ...]:
@@ -90,7 +83,6 @@ def _size(problem: Problem) -> choice.Size:
 
 
 def _products(problem: Problem) -> tuple[choice.Size, choice.Size]:
-    """Both products."""
     n, k, p, q = problem.output.shape
     dtype = problem.inputs[0].spec.dtype
     first, second = (
@@ -116,13 +108,9 @@ def default(problem: Problem, target: Target) -> Config:
     if not target.is_gpu:
         return choice.default_tile(size, target)
 
-    def launch_of(tile: Config) -> Launch:
-        programs, costs = choice.split_of(tile), _modelled(problem, tile)
-        return choice.sketch(tile, size.rows, size.columns, programs, dict(tile.blocks), **costs)
-
     tile = choice.choose(
         choice.candidates(size, target),
-        launch_of,
+        lambda tile: choice.launch_for_cost_model(size, tile, **_modelled(problem, tile)),
         choice.Work.of(problem, cost(problem).flops),
         target,
         waste=lambda tile: -size.columns % tile["BLOCK_N"],
@@ -144,12 +132,8 @@ def _terms(problem: Problem) -> int:
     return sum(problem.inputs[slot].spec.numel for slot in (1, 3)) // problem.output.shape[1]
 
 
-def _pack(attributes: ConvSum, w: torch.Tensor) -> torch.Tensor:
-    return conv2d.pack(Conv2d(), w)
-
-
 OP = Op(
     "conv_sum", ConvSum, infer, reference, launches, cost,
     **choice.of_product(_size) | {"default": default},
-    packs=lambda attributes: {1: _pack, 3: _pack},
+    packs=lambda attributes: {slot: lambda _, w: conv2d.pack(Conv2d(), w) for slot in (1, 3)},
 )  # fmt: skip

@@ -67,7 +67,6 @@ def result_of(name: str, attributes: StagedConv, inputs: tuple[TensorSpec, ...])
 
 
 def result(problem: Problem) -> TensorSpec:
-    """As `result_of`, of a problem."""
     specs = tuple(operand.spec for operand in problem.inputs)
     return result_of(problem.op, problem.attributes.expect(StagedConv), specs)
 
@@ -89,7 +88,6 @@ def is_per_image(operand: TensorSpec, x: TensorSpec) -> bool:
 
 
 def reference(attributes: StagedConv, tensors: tuple[torch.Tensor, ...]) -> torch.Tensor:
-    """The convolution and its stages by torch."""
     x, w, *operands = tensors
     first = ep.operand_count(attributes.before)
     x = ep.apply_reference(attributes.before, x, tuple(operands[:first]))
@@ -133,7 +131,7 @@ def launch(
         finish=Finish(end, function, maximum),
         extras=extras,
         precision=choice.dot_precision(problem, math.prod(w.shape[1:])),
-        step_instructions=step_instructions(problem, tile),
+        step_instructions=choice.step_instructions(tile, x.spec.dtype, math.prod(w.shape[2:])),
         **more,
     )  # fmt: skip
 
@@ -154,12 +152,6 @@ def size_of(problem: Problem, rows: int) -> choice.Size:
     return choice.Size(rows, k, depth, dtype, gathers=not by_tap, taps=r * s)
 
 
-def step_instructions(problem: Problem, tile: Config) -> int:
-    """What a warp issues in a step beside the products; as `gemm` counts it."""
-    _, _, r, s = problem.inputs[1].shape
-    return choice.step_instructions(tile, problem.inputs[0].spec.dtype, r * s)
-
-
 def l2_bytes(problem: Problem, rows: int, columns: int, result: TensorSpec) -> int:
     """What a program of that many pixels and channels reads: both operand tiles for all terms of
     its sums, and its part of the tensors that stages read in full; those of the epilogue are
@@ -176,5 +168,4 @@ def _full_bytes(problem: Problem, results: int, result: TensorSpec) -> int:
 
 
 def pack(attributes: StagedConv, w: torch.Tensor) -> torch.Tensor:
-    """As conv2d packs it."""
     return conv2d.pack(attributes.conv, w)

@@ -49,25 +49,23 @@ class Link:
 
 @dataclass(frozen=True)
 class Slots:
-    """Where a chain's inputs are: x and the links' own tensors by their names, all inputs of a
-    link and those of its stages by its name, and how many inputs there are."""
+    """Where a chain's inputs are: x and the links' own tensors by their names, what the stages of a
+    link read by its name, and how many inputs there are."""
 
     tensors: Mapping[str, int]
-    links: Mapping[str, slice]
     operands: Mapping[str, slice]
     count: int
 
 
 def slots(links: Sequence[Link]) -> Slots:
     """Where each input of the chain is."""
-    tensors, spans, operands, at = {"x": 0}, {}, {}, 1
+    tensors, operands, at = {"x": 0}, {}, 1
     for link in links:
+        tensors |= {name: index for index, name in enumerate(link.tensors, at)}
         first = at + len(link.tensors)
-        stop = first + ep.operand_count(link.stages)
-        tensors |= {name: at + index for index, name in enumerate(link.tensors)}
-        spans[link.name], operands[link.name] = slice(at, stop), slice(first, stop)
-        at = stop
-    return Slots(tensors, spans, operands, at)
+        at = first + ep.operand_count(link.stages)
+        operands[link.name] = slice(first, at)
+    return Slots(tensors, operands, at)
 
 
 def tensors(links: Sequence[Link], inputs: Sequence[T]) -> dict[str, T]:

@@ -48,7 +48,6 @@ class LrnPool(Attributes):
 
 
 def infer(attributes: LrnPool, inputs: tuple[TensorSpec, ...]) -> tuple[TensorSpec, ...]:
-    """(N, C, P, Q)."""
     if len(inputs) != 1:
         raise InvalidInputError(f"lrn_pool: expected 1 input, got {len(inputs)}")
     lrn.infer(attributes.lrn, inputs)
@@ -181,32 +180,22 @@ def shifted_kernel(
 
 def launches(problem: Problem, tile: Config, target: Target) -> tuple[Launch, ...]:
     """One launch of the kernel that the tile's LANES chooses."""
-    attributes = problem.attributes.expect(LrnPool)
+    attributes, x = problem.attributes.expect(LrnPool), problem.inputs[0]
+    # The pixels of a program's windows, each read once thanks to L1.
+    pixels = pool_window.pixels_read(problem, attributes.pool, tile["BLOCK_ROWS"])
+    taps, every = math.prod(attributes.pool.kernel), lrn.instructions_per_result(tile)
+    every = taps * every if attributes.lrn_first else every + POOLED * taps
     launch = tile_launch(
         problem, tile, shifted_kernel if tile["LANES"] == 1 else lanes_kernel,
         constexprs={
-            "WINDOWS": pool_window.Windows.of(attributes.pool, problem.inputs[0], problem.output),
+            "WINDOWS": pool_window.Windows.of(attributes.pool, x, problem.output),
             "NORM": lrn.Norm.of(attributes.lrn), "LRN_FIRST": attributes.lrn_first,
             "LANES": tile["LANES"],
         },
-        l2_bytes=_l2_bytes(problem, tile),
-        instructions=_instructions(problem, tile),
+        l2_bytes=pixels * tile["BLOCK_COLUMNS"] * x.spec.dtype.itemsize,
+        instructions=tile["BLOCK_ROWS"] * tile["BLOCK_COLUMNS"] * every,
     )  # fmt: skip
     return (launch,)
-
-
-def _l2_bytes(problem: Problem, tile: Config) -> int:
-    """What one program reads: its windows' pixels, each once thanks to L1."""
-    pool = problem.attributes.expect(LrnPool).pool
-    pixels = pool_window.pixels_read(problem, pool, tile["BLOCK_ROWS"])
-    return pixels * tile["BLOCK_COLUMNS"] * problem.inputs[0].spec.dtype.itemsize
-
-
-def _instructions(problem: Problem, tile: Config) -> int:
-    attributes, normalised = problem.attributes.expect(LrnPool), lrn.instructions_per_result(tile)
-    taps = math.prod(attributes.pool.kernel)
-    every = taps * normalised if attributes.lrn_first else normalised + POOLED * taps
-    return tile["BLOCK_ROWS"] * tile["BLOCK_COLUMNS"] * every
 
 
 @counted

@@ -86,7 +86,6 @@ class PoolConv(Attributes):
 
 
 def pooled_spec(attributes: PoolConv, x: TensorSpec) -> TensorSpec:
-    """The spec of t."""
     pool = attributes.pool
     return pool_window.infer(pool_window.name_of(pool), pool, (x,))[0]
 
@@ -244,29 +243,19 @@ def launches(problem: Problem, tile: Config, target: Target) -> tuple[Launch, ..
 
 
 def _modelled(problem: Problem, tile: Config) -> dict[str, Any]:
-    """What the cost model asks of the launch."""
-    return {
-        "l2_bytes": _l2_bytes(problem, tile),
-        "instructions": _instructions(problem, tile),
-        "steps": -(-problem.inputs[0].shape[1] // tile["BLOCK_K"]),
-    }
-
-
-def _l2_bytes(problem: Problem, tile: Config) -> int:
-    """What one program reads: its windows' pixels, each once thanks to L1, and its weights."""
-    window = problem.attributes.expect(PoolConv).pool
-    x, results = problem.inputs[0], min(tile["BLOCK_M"], math.prod(problem.output.shape[2:]))
-    pixels = pool_window.pixels_read(problem, window, results)
-    values = min(pixels, results * math.prod(window.kernel)) + tile["BLOCK_N"]
-    return values * x.shape[1] * x.spec.dtype.itemsize
-
-
-def _instructions(problem: Problem, tile: Config) -> int:
-    """What pooling one program's pixels takes."""
+    """What the cost model asks of the launch: what a program reads, its windows' pixels, each once
+    thanks to L1, and its weights; and what pooling takes."""
     spec, window = problem.inputs[0].spec, problem.attributes.expect(PoolConv).pool
+    channels, taps = spec.shape[1], math.prod(window.kernel)
+    results = min(tile["BLOCK_M"], math.prod(problem.output.shape[2:]))
+    values = min(pool_window.pixels_read(problem, window, results), results * taps)
     packed = isinstance(window, MaxPool2d) and spec.dtype is not torch.float32
     every_tap = EVERY_PACKED_TAP if packed else EVERY_TAP
-    return tile["BLOCK_M"] * spec.shape[1] * (every_tap * math.prod(window.kernel) + EVERY_RESULT)
+    return {
+        "l2_bytes": (values + tile["BLOCK_N"]) * channels * spec.dtype.itemsize,
+        "instructions": tile["BLOCK_M"] * channels * (every_tap * taps + EVERY_RESULT),
+        "steps": -(-channels // tile["BLOCK_K"]),
+    }
 
 
 def _size(problem: Problem) -> tuple[int, int, int]:
@@ -305,7 +294,6 @@ def configs(problem: Problem, target: Target) -> Iterator[Config]:
 
 
 def legal(problem: Problem, tile: Config, target: Target) -> str | None:
-    """Shared memory."""
     return choice.legal_tile(problem.inputs[0].spec.dtype, tile, target)
 
 

@@ -20,9 +20,11 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+import triton
+import triton.language as tl
 
 from ...errors import InvalidInputError
 from ..contract import op
@@ -30,13 +32,15 @@ from ..contract.op import Attributes, Config, Launch, Op, Problem, Ref, Scratch,
 from ..contract.spec import Operand, TensorSpec
 from ..pooling.pool_window import MaxPool2d
 from ..tile import choice, finish, source, space
+from ..tile.engine import compute_tile
 from ..tile.finish import Finish
 from ..tile.geometry import Image, Output, Tile
+from ..tile.source import Source
+from ..tile.space import Space
 from . import conv_pool, conv_tile, head, links
 from .conv_pool import ConvPool
 from .head import Head
 from .links import Link
-from .small_net_kernel import Layer, small_net_kernel
 
 MOST_LAYERS = 3
 MOST_CHANNELS = 64
@@ -69,8 +73,8 @@ class SmallNet(Attributes):
 
     def parts(self, values: tuple[Any, ...]) -> tuple[tuple[Any, ...], ...]:
         """The inputs of each layer but its x, and last those of the head."""
-        where = links.slots(self.links).links
-        starts = [where[link.name].start for link in self.links if link.conv is not None]
+        where = links.slots(self.links).tensors
+        starts = [where[link.tensors[0]] for link in self.links if link.conv is not None]
         starts.append(1 + len(values) - links.slots(self.head.chain).count)
         return (*(values[start:stop] for start, stop in pairwise(starts)), values[starts[-1] :])
 
@@ -108,7 +112,6 @@ def _rows(spec: TensorSpec) -> TensorSpec:
 
 
 def infer(attributes: SmallNet, inputs: tuple[TensorSpec, ...]) -> tuple[TensorSpec, ...]:
-    """(N, classes)."""
     links.check_count("small_net", attributes.links, inputs)
     if (reason := unsupported(attributes, inputs)) is not None:
         raise InvalidInputError(f"small_net: {reason}")
@@ -121,6 +124,50 @@ def reference(attributes: SmallNet, *values: torch.Tensor) -> torch.Tensor:
     for layer, part in zip(attributes.layers, layers, strict=True):
         t = conv_pool.reference(layer, t, *part)
     return head.reference(attributes.head, t.permute(0, 2, 3, 1).flatten(1), *last)
+
+
+class Layer(NamedTuple):
+    """A convolution and its pooling, as the tile engine takes them; a tile has all channels."""
+
+    space: Space
+    source: Source
+    finish: Finish
+    output: Output
+    tile: Tile
+
+
+@triton.jit
+def layer(x, w, y, image, extras, LAYER: tl.constexpr):
+    """One convolution and its pooling for one image, to the end."""
+    columns = tl.arange(0, LAYER.tile.N)
+    units: tl.constexpr = LAYER.space.down * LAYER.space.across
+    first = image * units
+    for start in range(0, units, LAYER.space.per_tile):
+        compute_tile(
+            x, w, x, w, y, y, y, 0, 0, first + start, first + units, columns,
+            columns < LAYER.output.K, extras, LAYER.space, LAYER.source, None, LAYER.finish,
+            LAYER.output, LAYER.tile, 1, False,
+        )  # fmt: skip
+    # The next layer reads what other threads of this program wrote.
+    tl.debug_barrier()
+
+
+@triton.jit
+def small_net_kernel(
+    x, v1, v2, v3, y, between, extras, m, LAYER1: tl.constexpr, LAYER2: tl.constexpr,
+    LAYER3: tl.constexpr, HEAD: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    image = tl.program_id(0)
+    if WIDE:
+        image = image.to(tl.int64)
+    layer(x, v1, between, image, extras, LAYER1)
+    if LAYER2 is not None:
+        layer(between, v2, between, image, extras, LAYER2)
+    if LAYER3 is not None:
+        layer(between, v3, between, image, extras, LAYER3)
+    # A matrix product takes 16 rows at least; this image is the first of them.
+    index = tl.arange(0, HEAD.tile.M)
+    head.classify(between, y, extras, image + index, index < 1, m, HEAD)
 
 
 def _tensors(problem: Problem) -> tuple[TensorSpec, ...]:
@@ -150,7 +197,8 @@ def launches(problem: Problem, tile: Config, target: Target) -> tuple[Launch, ..
     parts, x, written = attributes.parts(problem.inputs), problem.inputs[0], 0
     chain = head.results(attributes.head, (_rows(specs[-1]), *attributes.parts(inputs)[-1]))
     for number, (layer, part) in enumerate(zip(attributes.layers, parts, strict=False), 1):
-        chain[f"layer{number}"] = _result(layer, specs[number - 1], part)
+        read = (specs[number - 1], *(operand.spec for operand in part))
+        chain[f"layer{number}"] = conv_tile.result_of("small_net", layer, read)
         chain[f"pooled{number}"] = specs[number]
     exchanged = sum(spec.numel for spec in specs[1:-1])
     inner = math.prod(specs[-1].shape[1:])
@@ -196,20 +244,12 @@ def launches(problem: Problem, tile: Config, target: Target) -> tuple[Launch, ..
     return (launch,)
 
 
-def _result(each: ConvPool, x: TensorSpec, part: tuple[Operand, ...]) -> TensorSpec:
-    """What is pooled."""
-    return conv_tile.result_of("small_net", each, (x, *(operand.spec for operand in part)))
-
-
 def _l2_bytes(problem: Problem) -> int:
     """A program reads its image, all weights, and what its layers exchange twice: it is written to
     be read, R*S times but out of the L1 cache."""
-    specs = _tensors(problem)
-    images = sum(math.prod(spec.shape[1:]) for spec in specs) + sum(
-        math.prod(spec.shape[1:]) for spec in specs[1:]
-    )
+    image, *others = (math.prod(spec.shape[1:]) for spec in _tensors(problem))
     weights = sum(operand.spec.numel for operand in problem.inputs[1:])
-    return (images + weights) * problem.inputs[0].spec.dtype.itemsize
+    return (image + 2 * sum(others) + weights) * problem.inputs[0].spec.dtype.itemsize
 
 
 def _depth(part: tuple[Operand, ...], block: int) -> int:
@@ -237,7 +277,6 @@ def _tile(problem: Problem, pixels: int, depth: int, warps: int, stages: int) ->
 
 
 def configs(problem: Problem, target: Target) -> Iterator[Config]:
-    """Tiles of 32 to 256 pixels."""
     for warps in (4, 8):
         for pixels in (32, 64, 128, 256):
             for depth in (16, 32):
@@ -248,7 +287,6 @@ def configs(problem: Problem, target: Target) -> Iterator[Config]:
 
 
 def legal(problem: Problem, tile: Config, target: Target) -> str | None:
-    """What `head` allows."""
     return head.legal(_head_problem(problem), tile, target)
 
 

@@ -16,9 +16,8 @@ would be three dependent launches that leave a GPU idle, two of them products wi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import triton
@@ -134,7 +133,6 @@ def squeeze_excite_kernel(
 
 
 def launches(problem: Problem, tile: Config, target: Target) -> tuple[Launch, ...]:
-    """One launch of one program per image."""
     attributes = problem.attributes.expect(SqueezeExcite)
     hidden = _hidden(tuple(operand.spec for operand in problem.inputs))
     refs = op.operand_refs(problem)
@@ -207,16 +205,12 @@ def cost(problem: Problem) -> int:
     return n * channels * (pixels + 4 * units)
 
 
-def packs(attributes: SqueezeExcite) -> Mapping[int, Callable[[Any, torch.Tensor], torch.Tensor]]:
-    """Both weights (D, C), so that neighbouring lanes read neighbouring channels."""
-    return {
-        1: lambda _, w: w.flatten(1).contiguous(),
-        2: lambda _, w: w.flatten(1).t().contiguous(),
-    }
-
-
 OP = Op(
     "squeeze_excite", SqueezeExcite, infer, reference, launches, cost, configs, default, legal,
     # Not centred on zero: an error relative to a mean that cancels means nothing.
-    input_range=(-1.0, 2.0), packs=packs,
+    input_range=(-1.0, 2.0),
+    # Both weights (D, C), so that neighbouring lanes read neighbouring channels.
+    packs=lambda attributes: {
+        1: lambda _, w: w.flatten(1).contiguous(), 2: lambda _, w: w.flatten(1).t().contiguous(),
+    },
 )  # fmt: skip

@@ -132,7 +132,6 @@ def stem_kernel(
 
 
 def launches(problem: Problem, tile: Config, target: Target) -> tuple[Launch, ...]:
-    """One launch."""
     attributes = problem.attributes.expect(Stem)
     w = problem.inputs[1].spec
     launch = tile_launch(
@@ -195,7 +194,6 @@ def configs(problem: Problem, target: Target) -> Iterator[Config]:
 
 
 def legal(problem: Problem, tile: Config, target: Target) -> str | None:
-    """Why a tile cannot run on the target, or None."""
     return choice.legal_tile(problem.output.spec.dtype, tile, target)
 
 
@@ -229,7 +227,6 @@ def default(problem: Problem, target: Target) -> Config:
 
 @op.counted
 def cost(problem: Problem) -> int:
-    """The products."""
     return 2 * problem.output.spec.numel * terms(problem.inputs[1].spec)
 
 

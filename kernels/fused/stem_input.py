@@ -171,7 +171,6 @@ def stem_input_kernel(
 
 
 def launches(problem: Problem, tile: Config, target: Target) -> tuple[Launch, ...]:
-    """One program per BLOCK_M pixels of the result."""
     attributes = problem.attributes.expect(StemInput)
     x = problem.inputs[0]
     launch = tile_launch(

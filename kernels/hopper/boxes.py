@@ -148,11 +148,6 @@ def misaligned(x: Operand, w_pitch: int = 0) -> str | None:
     return None
 
 
-def whole_operands(problem: Problem) -> list[int] | None:
-    """As `whole`, of a problem."""
-    return whole(problem.output, problem.operands)
-
-
 def whole(y: Operand, operands: Sequence[Operand]) -> list[int] | None:
     """Which operands of y's epilogue have an element for each result; None unless results and
     these, one at most, can be moved in the same boxes."""

@@ -23,7 +23,7 @@ from ..contract import cost_model
 from ..contract import epilogue as ep
 from ..contract.op import Config, Launch, Problem, Ref, Target, TmaDescriptor, W, X, Y, config
 from ..tile import choice
-from ..tile.conv_geometry import Conv2d
+from ..tile.conv_geometry import Conv2d, is_product
 from ..tile.geometry import Image, Output, Window, tile_launch
 from . import boxes, gluon
 from .boxes import Pixels, Pool
@@ -180,19 +180,17 @@ def _no_halo(problem: Problem, tile: Config) -> str | None:
 
 def shared_bytes(problem: Problem, tile: Config, target: Target) -> int:
     """Shared memory of a program: the ring, and what results go through."""
+    slots = _weights(problem, tile, target)[0] if _way(tile) == HALO else 0
     ends = _copied_bytes(problem, tile, target) or END_BYTES
-    if _way(tile) == HALO:
-        x_bytes, w_bytes = _halo_bytes(tile, problem.inputs[0].spec.dtype)
-        return tile.num_stages * x_bytes + _weights(problem, tile, target)[0] * w_bytes + ends
-    return _ring_bytes(problem, tile) + ends
+    return _ring_bytes(problem, tile, slots) + ends
 
 
-def _ring_bytes(problem: Problem, tile: Config) -> int:
-    """Of as few slots of weights as a halo can have."""
+def _ring_bytes(problem: Problem, tile: Config, slots: int = LEAST_SLOTS) -> int:
+    """slots: of a halo's weights, by default as few as there can be."""
     dtype = problem.inputs[0].spec.dtype
     if _way(tile) == HALO:
         x_bytes, w_bytes = _halo_bytes(tile, dtype)
-        return tile.num_stages * x_bytes + LEAST_SLOTS * w_bytes
+        return tile.num_stages * x_bytes + slots * w_bytes
     return tile.num_stages * _slot_bytes(tile["BLOCK_M"], tile["BLOCK_N"], tile["BLOCK_K"], dtype)
 
 
@@ -204,7 +202,7 @@ def _result_bytes(problem: Problem, block_m: int, block_n: int, way: int) -> int
 def _copied_bytes(problem: Problem, tile: Config, target: Target) -> int:
     """Shared memory for a tile's results, and barriers, where the copy engine moves them and a
     residual; 0 where threads do: they are pooled, or not aligned, or there is not room enough."""
-    if boxes.side(problem) != 1 or boxes.whole_operands(problem) is None:
+    if boxes.side(problem) != 1 or boxes.whole(problem.output, problem.operands) is None:
         return 0
     needed = _result_bytes(problem, tile["BLOCK_M"], tile["BLOCK_N"], _way(tile)) + BARRIER_BYTES
     return needed if _ring_bytes(problem, tile) + needed <= target.shared_bytes else 0
@@ -259,7 +257,6 @@ def tiles(problem: Problem, target: Target) -> Iterator[Config]:
 
 
 def _boxes(problem: Problem, pixels: int, way: int) -> list[tuple[int, int, int]]:
-    """The boxes of pixels to try."""
     if _is_product(problem):
         return [] if way == HALO else [(pixels, 1, 1)]
     return boxes.boxes(problem, pixels, by_rows=way == HALO)
@@ -355,7 +352,7 @@ def _is_product(problem: Problem) -> bool:
     """Whether the rows of the input, as they are in memory, are multiplied."""
     attributes = problem.attributes
     if isinstance(attributes, Conv2d):
-        return attributes.is_product(problem.inputs[1].shape)
+        return is_product(attributes, problem.inputs[1].shape)
     return boxes.side(problem) == 1
 
 
@@ -393,14 +390,6 @@ def _window(problem: Problem) -> Window:
     return Window.of(problem.inputs[1].shape[2:], boxes.filter_of(problem))
 
 
-def _x_box(problem: Problem, tile: Config, view: View) -> TmaDescriptor:
-    box, depth = boxes.box_of(tile), tile["BLOCK_K"]
-    if not _is_product(problem):
-        return boxes.view(problem, box, depth, by_rows=_way(tile) == HALO)
-    size, columns = (view.images, 1, 1), (view.image.C, depth)
-    return boxes.described(X, problem.inputs[0], size, box, columns, by_rows=False)
-
-
 def _way_out(problem: Problem, tile: Config, view: View, by_rows: bool) -> dict[str, TmaDescriptor]:
     """y, and the residual if there is one, in boxes of as much as a group of warps finishes at a
     time."""
@@ -410,7 +399,7 @@ def _way_out(problem: Problem, tile: Config, view: View, by_rows: bool) -> dict[
     out, size = view.output, (view.images, view.output.P, view.output.Q)
     columns = out.K, boxes.at_once(tile, 1, _way(tile) == IN_TURNS)
     moved = {"y": (Y, problem.output)}
-    for at in boxes.whole_operands(problem) or ():
+    for at in boxes.whole(problem.output, problem.operands) or ():
         moved["residual"] = Ref("operand", at), problem.operands[at]
     return {
         name: boxes.described(*tensor, size, (n, h, w), columns, by_rows)
@@ -428,7 +417,8 @@ def launch(
     front of the epilogue.
     """
     copied = bool(_copied_bytes(problem, tile, target))
-    held = next(iter(boxes.whole_operands(problem) or ()), None) if copied else None
+    moved = boxes.whole(problem.output, problem.operands) if copied else None
+    held = next(iter(moved or ()), None)
     view, way, box = view_of(problem, before, held), _way(tile), boxes.box_of(tile)
     side = boxes.side(problem)
     down, across = -(-side * view.output.P // box[1]) or 1, -(-side * view.output.Q // box[2]) or 1
@@ -444,7 +434,9 @@ def launch(
         problem, tile, hopper_kernel,
         pointers={} if copied else {"y": Y},
         boxes={
-            "x": _x_box(problem, tile, view),
+            "x": boxes.described(
+                X, problem.inputs[0], (view.images, 1, 1), box, (c, block_k), by_rows=False
+            ) if _is_product(problem) else boxes.view(problem, box, block_k, way == HALO),
             "w": TmaDescriptor(W, (k, taps, c), (taps * c, c, 1), (block_n, 1, block_k)),
             **way_out,
         },

@@ -80,5 +80,4 @@ def descriptor_type(dtype: str, box: tuple[int, ...], itemsize: int) -> str:
 
 
 def is_gluon(kernel: Any) -> bool:
-    """Whether a jit function is in Gluon."""
     return bool(getattr(kernel, "is_gluon", bool)())

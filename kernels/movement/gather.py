@@ -8,7 +8,7 @@ raises an error on a CPU and stops on a GPU). Elements are copied, bit by bit; e
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import triton
@@ -20,7 +20,7 @@ from ..contract.aten import Arguments, Builder
 from ..contract.op import Attributes, Config, Cost, Launch, Op, Operand, Problem, Target
 from ..contract.spec import TensorSpec
 from ..tile.finish import put
-from ..tile.geometry import tile_launch
+from ..tile.geometry import Walked, tile_launch
 from ..tile.space import output_tile
 from .movement_ops import cut, join
 from .rearrangement import Flip, Reshape
@@ -66,15 +66,6 @@ def reference(attributes: Gather, x: torch.Tensor, index: torch.Tensor) -> torch
     return taken.masked_fill((place < 0) | (place >= length), 0)
 
 
-class Strides(NamedTuple):
-    """How a tensor is read while the result is walked: a function that gives the offset of a row,
-    the elements from one column to the next, and those before the first."""
-
-    row: Any
-    column: int
-    offset: int
-
-
 @triton.jit
 def gather_kernel(
     x, index, y, extras, m, LENGTH: tl.constexpr, STEP: tl.constexpr, FROM_END: tl.constexpr,
@@ -83,36 +74,34 @@ def gather_kernel(
     rows, columns, row_mask, column_mask = output_tile(m, OUTPUT, TILE)
     mask = row_mask[:, None] & column_mask[None, :]
     named = index + INDEX.offset + INDEX.row(rows)
-    if INDEX.column == 0:
+    if INDEX.step == 0:
         place = tl.load(named, mask=row_mask, other=0)[:, None]
     else:
-        address = named[:, None] + (columns * INDEX.column)[None, :]
+        address = named[:, None] + (columns * INDEX.step)[None, :]
         place = tl.load(address, mask=mask, other=0)
     if FROM_END:
         place = tl.where(place < 0, place + LENGTH, place)
     inside = (place >= 0) & (place < LENGTH)
     place = tl.where(inside, place, 0).to(columns.dtype)
-    offset = X.row(rows)[:, None] + (columns * X.column)[None, :] + place * STEP
+    offset = X.row(rows)[:, None] + (columns * X.step)[None, :] + place * STEP
     value = tl.load(x + X.offset + offset, mask=mask & inside, other=0.0)
     put(value.to(tl.float32), y, rows, row_mask, columns, column_mask, extras, OUTPUT)
 
 
-def _strides(operand: Operand, out: TensorSpec, dim: int | None = None) -> Strides:
-    """Of a tensor, of which the result's elements along `dim` do not tell the place."""
+def _walked(operand: Operand, out: TensorSpec, dim: int | None = None) -> Walked:
+    """A tensor, of which the result's elements along `dim` do not tell the place."""
     walked = enumerate(zip(operand.shape, operand.strides, strict=True))
     kept = [0 if at == dim or size == 1 else stride for at, (size, stride) in walked]
     *rows, column = [kept[at] for at in out.layout.order(out.rank)]
-    row = ep.row_offset_function(ep.memory_sizes(out)[:-1], tuple(rows))
-    return Strides(row, column, operand.offset)
+    return Walked.of(operand, ep.memory_sizes(out)[:-1], tuple(rows), column)
 
 
 def launches(problem: Problem, tile: Config, target: Target) -> tuple[Launch, ...]:
-    """One launch over all results."""
     attributes, (x, index) = problem.attributes.expect(Gather), problem.inputs
     dim, out = attributes.dim, problem.output.spec
     constexprs = {
         "LENGTH": x.shape[dim], "STEP": x.strides[dim], "FROM_END": attributes.from_end,
-        "X": _strides(x, out, dim), "INDEX": _strides(index, out),
+        "X": _walked(x, out, dim), "INDEX": _walked(index, out),
     }  # fmt: skip
     return (tile_launch(problem, tile, gather_kernel, constexprs=constexprs),)
 

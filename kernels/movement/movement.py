@@ -57,7 +57,8 @@ class Relayout(Attributes):
     dtype: torch.dtype = torch.float32
 
 
-def _layout_for(shape: tuple[int, ...], source: TensorSpec) -> Layout:
+def layout_for(shape: tuple[int, ...], source: TensorSpec) -> Layout:
+    """Images and volumes lie as what they are made of."""
     has_images = len(shape) in MEMORY_FORMATS and source.layout is Layout.NHWC
     return Layout.NHWC if has_images else Layout.DENSE
 
@@ -87,7 +88,6 @@ def infer_flatten(
 
 
 def infer_permute(attributes: Permute, inputs: tuple[TensorSpec, ...]) -> tuple[TensorSpec, ...]:
-    """The permuted shape in the input's layout."""
     (x,) = inputs
     if sorted(attributes.dims) != list(range(x.rank)):
         raise InvalidInputError(f"permute: {attributes.dims} does not permute the dims of {x}")
@@ -98,7 +98,6 @@ def infer_permute(attributes: Permute, inputs: tuple[TensorSpec, ...]) -> tuple[
 
 
 def infer_expand(attributes: Expand, inputs: tuple[TensorSpec, ...]) -> tuple[TensorSpec, ...]:
-    """The larger shape."""
     (x,) = inputs
     missing = len(attributes.shape) - x.rank
     if missing < 0 or -1 in attributes.shape[:missing]:
@@ -114,11 +113,10 @@ def infer_expand(attributes: Expand, inputs: tuple[TensorSpec, ...]) -> tuple[Te
     batch = attributes.batch or x.batch
     if batch is not None and shape[0] % batch:
         raise InvalidInputError(f"expand: {shape} has no batch of {batch} in dimension 0")
-    return (TensorSpec(shape, x.dtype, _layout_for(shape, x), batch),)
+    return (TensorSpec(shape, x.dtype, layout_for(shape, x), batch),)
 
 
 def infer_slice(attributes: Slice, inputs: tuple[TensorSpec, ...]) -> tuple[TensorSpec, ...]:
-    """The shape with one dimension cut."""
     (x,) = inputs
     if not 0 <= attributes.dim < x.rank:
         raise InvalidInputError(f"slice: {x} has no dimension {attributes.dim}")
@@ -137,13 +135,9 @@ def infer_concat(attributes: Concat, inputs: tuple[TensorSpec, ...]) -> tuple[Te
     first, dim = inputs[0], attributes.dim
     if not 0 <= dim < first.rank:
         raise InvalidInputError(f"concat: {first} has no dimension {dim}")
+    kept = (*first.shape[:dim], *first.shape[dim + 1 :])
     for spec in inputs[1:]:
-        same = spec.rank == first.rank and all(
-            a == b
-            for at, (a, b) in enumerate(zip(spec.shape, first.shape, strict=True))
-            if at != dim
-        )
-        if not same:
+        if spec.rank != first.rank or (*spec.shape[:dim], *spec.shape[dim + 1 :]) != kept:
             raise InvalidInputError(f"concat: {first} and {spec} differ outside dimension {dim}")
     if any(spec.batch is not None for spec in inputs) and dim == 0:
         raise InvalidInputError("concat: tensors cannot be joined along the batch dimension")
@@ -154,7 +148,6 @@ def infer_concat(attributes: Concat, inputs: tuple[TensorSpec, ...]) -> tuple[Te
 
 
 def infer_relayout(attributes: Relayout, inputs: tuple[TensorSpec, ...]) -> tuple[TensorSpec, ...]:
-    """The same shape with the new layout and dtype."""
     if attributes.layout is Layout.NHWC and inputs[0].rank not in MEMORY_FORMATS:
         raise InvalidInputError(f"relayout: only ranks 4 and 5 can be NHWC, got {inputs[0]}")
     return (inputs[0].with_(layout=attributes.layout, dtype=attributes.dtype),)
@@ -212,7 +205,6 @@ def read_strides(problem: Problem) -> ep.Access:
 
 
 def launches(problem: Problem, tile: Config, target: Target) -> tuple[Launch, ...]:
-    """One copy with the op's strides."""
     reads = (read_strides(problem),)
     return (pointwise.launch_reads(problem, tile, reads, (pointwise.LOAD,)),)
 
@@ -256,10 +248,9 @@ def launches_linear(problem: Problem, tile: Config, target: Target) -> tuple[Lau
     sizes = linear_sizes(x, out)
     if sizes is None:
         raise KernelError(f"{problem.op}: {legal_linear(problem, tile, target)}")
-    walk = pointwise.Walk(sizes, _linear_access(out, sizes), out.spec.batch)
-    reads = (_linear_access(x, sizes),)
-    refs = (Ref("input", 0),)
-    return (pointwise.launch_chain(problem, tile, walk, reads, (pointwise.LOAD,), refs),)
+    written, reads = _linear_access(out, sizes), (_linear_access(x, sizes),)
+    stages, refs = (pointwise.LOAD,), (Ref("input", 0),)
+    return (pointwise.launch_chain(problem, tile, sizes, written, reads, stages, refs),)
 
 
 def launches_concat(problem: Problem, tile: Config, target: Target) -> tuple[Launch, ...]:
@@ -271,11 +262,9 @@ def launches_concat(problem: Problem, tile: Config, target: Target) -> tuple[Lau
         offset = out.offset + start * out.strides[dim]
         written = ep.Access(tuple(out.strides[at] for at in order), offset)
         sizes = tuple(x.shape[at] for at in order)
-        read = ep.Access(tuple(x.strides[at] for at in order), x.offset, str(x.spec))
-        walk = pointwise.Walk(sizes, written, out.spec.batch)
-        refs = (Ref("input", index),)
-        launch = pointwise.launch_chain(problem, tile, walk, (read,), (pointwise.LOAD,), refs)
-        result.append(launch)
+        reads = (ep.Access(tuple(x.strides[at] for at in order), x.offset, str(x.spec)),)
+        stages, refs = (pointwise.LOAD,), (Ref("input", index),)
+        result.append(pointwise.launch_chain(problem, tile, sizes, written, reads, stages, refs))
         start += x.shape[dim]
     return tuple(result)
 
@@ -315,10 +304,7 @@ def view_of(attributes: Attributes, x: Operand, out: TensorSpec) -> Operand | No
     elif not isinstance(attributes, Relayout):
         return None
     for place in (Operand(out, x.pitch, x.offset), candidate):
-        if _same_walk(strides, place.strides, out.shape):
+        walks = zip(strides, place.strides, out.shape, strict=True)
+        if all(read == written or size == 1 for read, written, size in walks):
             return place
     return None
-
-
-def _same_walk(a: tuple[int, ...], b: tuple[int, ...], shape: tuple[int, ...]) -> bool:
-    return all(left == right or size == 1 for left, right, size in zip(a, b, shape, strict=True))

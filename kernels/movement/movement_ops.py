@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
 
-from ..contract.op import Arguments, Attributes, BatchExtent, Builder, Capture, Op
-from ..contract.spec import FLOAT_DTYPES, TensorSpec
+from ..contract.op import Arguments, BatchExtent, Builder, Capture
+from ..contract.spec import FLOAT_DTYPES
 from . import movement, pointwise
 from .movement import Concat, FlattenPixels, Permute, Relayout, Slice
 from .rearrangement import Expand, Reshape
@@ -208,31 +208,11 @@ def _cast(g: Builder, a: Arguments) -> Any:
     return g.apply("relayout", (a.self,), Relayout(g.spec(a.self).layout, dtype))
 
 
-def _op(
-    name: str,
-    attributes: type[Attributes],
-    infer: Callable[[Any, tuple[TensorSpec, ...]], tuple[TensorSpec, ...]],
-    reference: Callable[..., torch.Tensor],
-    aten: Mapping[str, Capture],
-    **changes: Any,
-) -> Op:
-    """One movement op; they share kernel, tuning space and cost."""
-    return Op(
-        name=name,
-        attributes=attributes,
-        infer=infer,
-        reference=reference,
-        configs=pointwise.configs,
-        default=pointwise.default,
-        aten=aten,
-        **{"integers": True, "launches": movement.launches, **changes},
-    )
-
-
+_op = partial(pointwise.copying, integers=True)
 OPS = (
     _op(
-        "reshape", Reshape, movement.infer_reshape, movement.reshape,
-        {
+        "reshape", Reshape, movement.infer_reshape, movement.reshape, movement.launches_linear,
+        aten={
             "aten.view.default": lambda g, a: _view(g, a.self, a.size),
             "aten.reshape.default": lambda g, a: _view(g, a.self, a.shape),
             "aten._unsafe_view.default": lambda g, a: _view(g, a.self, a.size),
@@ -241,16 +221,15 @@ OPS = (
             "aten.squeeze.dims": _squeeze,
             "aten.unsqueeze.default": lambda g, a: _unsqueeze(g, a.self, a.dim),
         },
-        images=False, launches=movement.launches_linear, legal=movement.legal_linear,
-        takes_epilogue=False,
+        images=False, legal=movement.legal_linear, takes_epilogue=False,
     ),
     _op(
-        "flatten_pixels", FlattenPixels, movement.infer_flatten, movement.flatten, {},
-        launches=movement.launches_linear, legal=movement.legal_linear, takes_epilogue=False,
+        "flatten_pixels", FlattenPixels, movement.infer_flatten, movement.flatten,
+        movement.launches_linear, legal=movement.legal_linear, takes_epilogue=False,
     ),
     _op(
-        "permute", Permute, movement.infer_permute, movement.permute,
-        {
+        "permute", Permute, movement.infer_permute, movement.permute, movement.launches,
+        aten={
             "aten.permute.default": lambda g, a: _permute(g, a.self, a.dims),
             "aten.transpose.int": _transpose,
             "aten.t.default": lambda g, a: _permute(g, a.self, (1, 0)),
@@ -258,8 +237,8 @@ OPS = (
         follows=True, writes_any=True,
     ),
     _op(
-        "expand", Expand, movement.infer_expand, movement.expand,
-        {
+        "expand", Expand, movement.infer_expand, movement.expand, movement.launches,
+        aten={
             "aten.expand.default": lambda g, a: _expand(g, a.self, a.size),
             "aten.repeat_interleave.self_int": _repeat_interleave,
             "aten.new_zeros.default": _full(0),
@@ -272,8 +251,8 @@ OPS = (
         takes_epilogue=False,
     ),
     _op(
-        "slice", Slice, movement.infer_slice, movement.slice_,
-        {
+        "slice", Slice, movement.infer_slice, movement.slice_, movement.launches,
+        aten={
             "aten.slice.Tensor": _slice,
             "aten.slice_scatter.default": _refuse_write,
             "aten.select_scatter.default": _refuse_write,
@@ -288,18 +267,20 @@ OPS = (
         takes_epilogue=False,
     ),
     _op(
-        "concat", Concat, movement.infer_concat, movement.concat,
-        {
+        "concat", Concat, movement.infer_concat, movement.concat, movement.launches_concat,
+        aten={
             "aten.cat.default": lambda g, a: join(g, a.tensors, a.dim),
             "aten.stack.default": _stack,
             "aten.roll.default": _roll,
             "aten.repeat.default": lambda g, a: _repeat(g, a.self, a.repeats),
             "aten.tile.default": _tile,
         },
-        launches=movement.launches_concat, takes_epilogue=False,
+        takes_epilogue=False,
     ),
     _op(
-        "relayout", Relayout, movement.infer_relayout, movement.relayout,
-        {"aten._to_copy.default": _cast, "aten.to.dtype": _cast, "aten.type_as.default": _cast},
+        "relayout", Relayout, movement.infer_relayout, movement.relayout, movement.launches,
+        aten={
+            "aten._to_copy.default": _cast, "aten.to.dtype": _cast, "aten.type_as.default": _cast,
+        },
     ),
 )  # fmt: skip

@@ -63,7 +63,6 @@ def check_border(name: str, mode: str, x: TensorSpec, dim: int, before: int, aft
 
 
 def infer(attributes: Pad, inputs: tuple[TensorSpec, ...]) -> tuple[TensorSpec, ...]:
-    """Every dimension longer by its two sides."""
     (x,) = inputs
     before, after, mode = attributes.before, attributes.after, attributes.mode
     if mode not in MODES:
@@ -165,7 +164,6 @@ def pad_kernel(
 
 
 def launches(problem: Problem, tile: Config, target: Target) -> tuple[Launch, ...]:
-    """The one launch of the kernel."""
     attributes = problem.attributes.expect(Pad)
     x, out = problem.inputs[0], problem.output
     order = out.spec.layout.order(out.spec.rank)

@@ -10,9 +10,9 @@ Source of the idea (a scalar jit function lifted to any rank and stride): FlagGe
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import reduce
+from functools import partial, reduce
 
 import torch
 import triton
@@ -66,34 +66,24 @@ def pointwise_kernel(
 LOAD = ep.Stage("load")
 
 
-@dataclass(frozen=True)
-class Walk:
-    """What one pointwise launch goes over: a tensor, or a part of one.
-
-    sizes: its extents in memory order; written: how they are stored; batch as in `TensorSpec`.
-    """
-
-    sizes: tuple[int, ...]
-    written: ep.Access
-    batch: int | None
-
-
 def launch_chain(
     problem: Problem,
     tile: Config,
-    walk: Walk,
+    sizes: tuple[int, ...],
+    written: ep.Access,
     reads: tuple[ep.Access, ...],
     stages: ep.Epilogue,
     refs: tuple[Ref, ...],
 ) -> Launch:
-    """The launch that stores the chain `stages`, whose operands are `refs` read as `reads`.
+    """The launch that stores the chain `stages`, whose operands are `refs` read as `reads`, over
+    the output or a part of it: its extents in memory order, and how they are stored.
 
-    It is made here and not by `tile_launch`: what it walks over is a part of an output, whose rows
-    lie anywhere, and the tile is cut to its size.
+    It is made here and not by `tile_launch`: rows lie anywhere, and the tile is cut to the sizes.
     """
-    keep_first = walk.batch is not None
-    strides = (walk.written.strides, *(read.strides for read in reads))
-    sizes, strides = ep.collapse(walk.sizes, strides, keep_first)
+    batch = problem.output.spec.batch
+    keep_first = batch is not None
+    strides = (written.strides, *(read.strides for read in reads))
+    sizes, strides = ep.collapse(sizes, strides, keep_first)
     if len(sizes) == 1 and keep_first:
         sizes, strides = (*sizes, 1), tuple((*steps, 0) for steps in strides)
     reads = tuple(
@@ -109,14 +99,14 @@ def launch_chain(
         pointers={"y": Y},
         extras=refs,
         rows=rows,
-        batch=walk.batch,
+        batch=batch,
         block_rows=block_rows,
         columns=-(-columns // block_columns),
         constexprs={
             "COLUMN_STRIDE": strides[0][-1],
             # Where rows lie only this tells.
             "ROW_OFFSET": ep.row_offset_function(sizes[:-1], strides[0][:-1]),
-            "OUTPUT": Output(1, 1, columns, 0, walk.written.offset, chain),
+            "OUTPUT": Output(1, 1, columns, 0, written.offset, chain),
             "TILE": Tile(block_rows, block_columns, wide=problem.is_wide),
             "PDL": False,
         },
@@ -138,8 +128,32 @@ def launch_reads(
     inputs = refs or tuple(Ref("input", index) for index in range(len(reads)))
     operands = tuple(ep.access(operand, out) for operand in problem.operands)
     return launch_chain(
-        problem, tile, Walk(ep.memory_sizes(out), ep.access(problem.output, out), out.batch),
-        (*reads, *operands), (*stages, *problem.epilogue), (*inputs, *operand_refs(problem)),
+        problem, tile, ep.memory_sizes(out), ep.access(problem.output, out), (*reads, *operands),
+        (*stages, *problem.epilogue), (*inputs, *operand_refs(problem)),
+    )  # fmt: skip
+
+
+def launch_parts(
+    problem: Problem,
+    tile: Config,
+    sizes: tuple[int, ...],
+    read: tuple[int, ...],
+    of_output: Callable[[Sequence[int]], tuple[int, ...]],
+) -> Launch:
+    """One copy by parts of the output's dimensions, in memory order, then the epilogue. read: the
+    input's stride of every part; of_output: the parts' strides from those of the dimensions."""
+    x, out = problem.inputs[0], problem.output
+    order = out.spec.layout.order(out.spec.rank)
+
+    def by_part(operand: ep.Access) -> ep.Access:
+        strides = [stride for _, stride in sorted(zip(order, operand.strides, strict=True))]
+        return replace(operand, strides=of_output(strides))
+
+    operands = (by_part(ep.access(operand, out.spec)) for operand in problem.operands)
+    return launch_chain(
+        problem, tile, sizes, ep.Access(of_output(out.strides), out.offset),
+        (ep.Access(read, x.offset, str(x.spec)), *operands), (LOAD, *problem.epilogue),
+        (Ref("input", 0), *operand_refs(problem)),
     )  # fmt: skip
 
 
@@ -215,6 +229,10 @@ def default(problem: Problem, target: Target) -> Config:
     if target.name == "interpreter":
         return op.config(1, 1, BLOCK_ROWS=1, BLOCK_COLUMNS=1 << 20)
     return op.config(4, 1, BLOCK_ROWS=1, BLOCK_COLUMNS=2048)
+
+
+copying = partial(op.Op, configs=configs, default=default)
+"""An op that copies by the pointwise kernel, whose tuning space it shares."""
 
 
 @op.counted

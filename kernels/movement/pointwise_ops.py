@@ -212,22 +212,14 @@ def _infinite(literal: float) -> Capture:
     return lambda g, a: g.apply("eq", (a.self,), Pointwise(literal=literal))
 
 
-def _logical(name: str) -> Capture:
-    return lambda g, a: _combined(g, name, a.self, a.other)
-
-
 def _number(g: Builder, value: Any) -> Any:
     """The number that a constant without dimensions is; any other value as it is."""
     known = g.constant(value) if _is_value(value) else None
     return value if known is None or known.dim() else known.item()
 
 
-def _where(g: Builder, a: Arguments) -> Any:
-    """condition ? self : other."""
-    return _chosen(g, a.condition, a.self, a.other)
-
-
 def _chosen(g: Builder, condition: Any, first: Any, second: Any) -> Any:
+    """condition ? first : second."""
     pair = (first, second)
     kinds = [g.spec(value).dtype for value in pair if _is_whole(g, value)]
     if kinds:
@@ -254,10 +246,6 @@ def _chosen(g: Builder, condition: Any, first: Any, second: Any) -> Any:
     if not _is_value(first):
         return g.apply("masked_fill", (second, condition), Pointwise((float(first),)))
     return g.apply("where", (condition, first, second), Pointwise())
-
-
-def _masked_fill(g: Builder, a: Arguments) -> Any:
-    return _chosen(g, a.mask, _number(g, a.value), a.self)
 
 
 def _index_put(g: Builder, a: Arguments) -> Any:
@@ -338,18 +326,15 @@ SPECIAL: dict[str, dict[str, Capture]] = {
     "mul": {
         f"fake_quantize_per_{name}": _fake_quantise
         for name in (
-            "tensor_affine.default",
-            "tensor_affine.tensor_qparams",
-            "channel_affine.default",
+            "tensor_affine.default", "tensor_affine.tensor_qparams", "channel_affine.default"
         )
     },
     "pow": {f"pow.{kind}": _pow for kind in ("Tensor_Scalar", "Tensor_Tensor", "Scalar")},
     "add": {"addcmul.default": _addcmul("mul"), "addcdiv.default": _addcmul("div")},
     "clamp": {
-        **{
-            name: _clamp
-            for name in ("clamp.default", "clamp.Tensor", "clamp_min.default", "clamp_max.default")
-        },
+        **dict.fromkeys(
+            ("clamp.default", "clamp.Tensor", "clamp_min.default", "clamp_max.default"), _clamp
+        ),
         "hardtanh.default": _unary("clamp", "min_val", "max_val"),
         "relu6.default": _unary("clamp", 0.0, 6.0),
     },
@@ -359,23 +344,24 @@ SPECIAL: dict[str, dict[str, Capture]] = {
     "nan_to_num": {"nan_to_num.default": _nan_to_num},
     **{
         f"logical_{name}": {
-            f"{spelt}": _logical(f"logical_{name}")
-            for spelt in (
-                f"logical_{name}.default",
-                f"bitwise_{name}.Tensor",
-                f"bitwise_{name}.Scalar",
-                f"__{name}__.Tensor",
-                f"__{name}__.Scalar",
-            )
+            f"{spelt}.{kind}": _binary(f"logical_{name}")
+            for spelt in (f"logical_{name}", f"bitwise_{name}", f"__{name}__")
+            for kind in (("default",) if spelt.startswith("logical") else ("Tensor", "Scalar"))
         }
         for name in ("and", "or", "xor")
     },
     "eq": {"isposinf.default": _infinite(math.inf), "isneginf.default": _infinite(-math.inf)},
     "where": {
-        **{f"where.{kind}": _where for kind in ("self", "ScalarOther", "ScalarSelf", "Scalar")},
+        **{
+            f"where.{kind}": lambda g, a: _chosen(g, a.condition, a.self, a.other)
+            for kind in ("self", "ScalarOther", "ScalarSelf", "Scalar")
+        },
         "index_put.default": _index_put,
     },
-    "masked_fill": {f"masked_fill.{kind}": _masked_fill for kind in ("Tensor", "Scalar")},
+    "masked_fill": {
+        f"masked_fill.{kind}": lambda g, a: _chosen(g, a.mask, _number(g, a.value), a.self)
+        for kind in ("Tensor", "Scalar")
+    },
     "round": {"round.decimals": _round, "special_round.default": _round},
     "identity": {
         f"{name}.default": _identity

@@ -15,10 +15,9 @@ from typing import Any
 import torch
 
 from ...errors import InvalidInputError
-from ..contract import epilogue as ep
 from ..contract.aten import Arguments, Builder
-from ..contract.op import Attributes, Config, Launch, Op, Problem, Ref, Target, operand_refs
-from ..contract.spec import MEMORY_FORMATS, Layout, TensorSpec
+from ..contract.op import Config, Launch, Problem, Target
+from ..contract.spec import TensorSpec
 from . import movement, pointwise
 from .rearrangement import Flip, Rearrange, factors, parts_of
 
@@ -37,13 +36,10 @@ def infer_rearrange(
         raise InvalidInputError(f"rearrange: {attributes.parts} does not merge into {shape}")
     if x.batch is not None and (dims[0] != 0 or split[0] != x.shape[0] or shape[0] % x.batch):
         raise InvalidInputError(f"rearrange: the batch of {x} must stay whole in dimension 0")
-    is_image = len(shape) in MEMORY_FORMATS and x.layout is Layout.NHWC
-    layout = Layout.NHWC if is_image else Layout.DENSE
-    return (TensorSpec(shape, x.dtype, layout, x.batch),)
+    return (TensorSpec(shape, x.dtype, movement.layout_for(shape, x), x.batch),)
 
 
 def infer_flip(attributes: Flip, inputs: tuple[TensorSpec, ...]) -> tuple[TensorSpec, ...]:
-    """The input's own spec."""
     (x,) = inputs
     if not all(0 <= dim < x.rank for dim in attributes.dims):
         raise InvalidInputError(f"flip: {x} has no dimensions {attributes.dims}")
@@ -63,25 +59,9 @@ def flip(attributes: Flip, x: torch.Tensor) -> torch.Tensor:
 
 
 def launches(problem: Problem, tile: Config, target: Target) -> tuple[Launch, ...]:
-    """One copy in the output's memory order."""
-    attributes, x, out = problem.attributes.expect(Rearrange), problem.inputs[0], problem.output
-    parts = parts_of(attributes, x, out.spec)
-    order = out.spec.layout.order(out.spec.rank)
-
-    def of_operand(read: ep.Access) -> ep.Access:
-        by_dim = dict(zip(order, read.strides, strict=True))
-        strides = parts.of_output([by_dim[dim] for dim in range(out.spec.rank)])
-        return ep.Access(strides, read.offset, read.label)
-
-    reads = (
-        ep.Access(parts.read, x.offset, str(x.spec)),
-        *(of_operand(ep.access(operand, out.spec)) for operand in problem.operands),
-    )
-    written = ep.Access(parts.of_output(out.strides), out.offset)
-    walk = pointwise.Walk(parts.sizes, written, out.spec.batch)
-    stages = (pointwise.LOAD, *problem.epilogue)
-    refs = (Ref("input", 0), *operand_refs(problem))
-    return (pointwise.launch_chain(problem, tile, walk, reads, stages, refs),)
+    attributes = problem.attributes.expect(Rearrange)
+    parts = parts_of(attributes, problem.inputs[0], problem.output.spec)
+    return (pointwise.launch_parts(problem, tile, parts.sizes, parts.read, parts.of_output),)
 
 
 def _shuffled(g: Builder, x: Any, r: int, back: bool = False) -> Any:
@@ -110,26 +90,9 @@ def _capture_flip(g: Builder, a: Arguments) -> Any:
     return g.apply("flip", (a.self,), Flip(tuple(dims)))
 
 
-def _op(name: str, attributes: type[Attributes], **functions: Any) -> Op:
-    """One op that copies by the pointwise kernel, whose tuning space it shares."""
-    return Op(
-        name=name,
-        attributes=attributes,
-        configs=pointwise.configs,
-        default=pointwise.default,
-        follows=True,
-        integers=True,
-        **functions,
-    )
-
-
 OPS = (
-    _op(
-        "rearrange",
-        Rearrange,
-        infer=infer_rearrange,
-        reference=rearrange,
-        launches=launches,
+    pointwise.copying(
+        "rearrange", Rearrange, infer_rearrange, rearrange, launches,
         aten={
             "aten.pixel_shuffle.default": lambda g, a: _shuffled(g, a.self, a.upscale_factor),
             "aten.pixel_unshuffle.default": lambda g, a: _shuffled(
@@ -137,14 +100,10 @@ OPS = (
             ),
             "aten.channel_shuffle.default": _capture_channel_shuffle,
         },
-        writes_any=True,
+        follows=True, integers=True, writes_any=True,
     ),
-    _op(
-        "flip",
-        Flip,
-        infer=infer_flip,
-        reference=flip,
-        launches=movement.launches,
-        aten={"aten.flip.default": _capture_flip},
+    pointwise.copying(
+        "flip", Flip, infer_flip, flip, movement.launches,
+        aten={"aten.flip.default": _capture_flip}, follows=True, integers=True,
     ),
-)
+)  # fmt: skip

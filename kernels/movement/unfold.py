@@ -11,7 +11,7 @@ im2col and col2im (Chellapilla, Puri, Simard, 2006).
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,27 +21,15 @@ import triton
 import triton.language as tl
 
 from ...errors import InvalidInputError
-from ..contract import epilogue as ep
 from ..contract.aten import Arguments, Builder
-from ..contract.op import (
-    Attributes,
-    Config,
-    Launch,
-    Op,
-    Problem,
-    Ref,
-    config,
-    counted,
-    operand_refs,
-    tile_config,
-)
+from ..contract.op import Attributes, Config, Launch, Op, Problem, config, counted, tile_config
 from ..contract.spec import Layout, TensorSpec, rows_and_columns
 from ..contract.targets import Target
-from ..tile.conv_geometry import pair
 from ..tile.finish import put
 from ..tile.geometry import Window, tile_launch
 from ..tile.space import output_tile
 from . import pointwise
+from .arguments import numbers
 from .pad import Pad
 
 
@@ -50,9 +38,9 @@ class Unfold(Attributes):
     """The window, the step between windows and that between its elements, as (vertical,
     horizontal)."""
 
-    kernel: tuple[int, int] = (1, 1)
-    stride: tuple[int, int] = (1, 1)
-    dilation: tuple[int, int] = (1, 1)
+    kernel: tuple[int, ...] = (1, 1)
+    stride: tuple[int, ...] = (1, 1)
+    dilation: tuple[int, ...] = (1, 1)
 
     def places(self, height: int, width: int) -> tuple[int, int]:
         """How many windows an image has, downwards and sideways."""
@@ -69,8 +57,8 @@ class Unfold(Attributes):
 class Fold(Unfold):
     """image: the result's (H, W); padding: rows and columns around it that are dropped."""
 
-    image: tuple[int, int] = (1, 1)
-    padding: tuple[int, int] = (0, 0)
+    image: tuple[int, ...] = (1, 1)
+    padding: tuple[int, ...] = (0, 0)
 
 
 def infer(attributes: Unfold, inputs: tuple[TensorSpec, ...]) -> tuple[TensorSpec, ...]:
@@ -110,27 +98,19 @@ def fold(attributes: Fold, x: torch.Tensor) -> torch.Tensor:
 
 def launches(problem: Problem, tile: Config, target: Target) -> tuple[Launch, ...]:
     """One copy in the output's memory order, with the strides of windows that overlap."""
-    attributes, x, out = problem.attributes.expect(Unfold), problem.inputs[0], problem.output
+    attributes, x = problem.attributes.expect(Unfold), problem.inputs[0]
     n, c, h, w = x.shape
     (r, s), (p, q) = attributes.kernel, attributes.places(h, w)
     of_n, of_c, of_h, of_w = x.strides
     (sh, sw), (dh, dw) = attributes.stride, attributes.dilation
+    read = (of_n, of_c, of_h * dh, of_w * dw, of_h * sh, of_w * sw)
 
-    def split(read: ep.Access) -> ep.Access:
-        """What is read as the output lies, by the six parts of its dimensions."""
-        rows, columns, pixels = read.strides
-        steps = (rows, columns * r * s, columns * s, columns, pixels * q, pixels)
-        return ep.Access(steps, read.offset, read.label)
+    def split(strides: Sequence[int]) -> tuple[int, ...]:
+        """Of the six parts of the output's dimensions."""
+        rows, columns, pixels = strides
+        return rows, columns * r * s, columns * s, columns, pixels * q, pixels
 
-    reads = (
-        ep.Access((of_n, of_c, of_h * dh, of_w * dw, of_h * sh, of_w * sw), x.offset, str(x.spec)),
-        *(split(ep.access(operand, out.spec)) for operand in problem.operands),
-    )
-    written = split(ep.Access(out.strides, out.offset))
-    walk = pointwise.Walk((n, c, r, s, p, q), written, out.spec.batch)
-    stages = (pointwise.LOAD, *problem.epilogue)
-    refs = (Ref("input", 0), *operand_refs(problem))
-    return (pointwise.launch_chain(problem, tile, walk, reads, stages, refs),)
+    return (pointwise.launch_parts(problem, tile, (n, c, r, s, p, q), read, split),)
 
 
 @triton.jit
@@ -164,7 +144,6 @@ def fold_kernel(
 
 
 def launches_fold(problem: Problem, tile: Config, target: Target) -> tuple[Launch, ...]:
-    """One launch over the pixels of the result."""
     attributes, x = problem.attributes.expect(Fold), problem.inputs[0]
     (h, w), (top, left) = attributes.image, attributes.padding
     p, q = attributes.places(h + 2 * top, w + 2 * left)
@@ -176,7 +155,6 @@ def launches_fold(problem: Problem, tile: Config, target: Target) -> tuple[Launc
 
 
 def configs(problem: Problem, target: Target) -> Iterator[Config]:
-    """512 to 2048 results per program."""
     for elements in (512, 1024, 2048):
         for columns in (8, 32, 128):
             yield config(4, 1, BLOCK_ROWS=elements // columns, BLOCK_COLUMNS=columns)
@@ -196,25 +174,24 @@ def cost(problem: Problem) -> int:
 def _capture_unfold(g: Builder, a: Arguments) -> Any:
     if g.spec(a.self).rank != 4:
         return g.refuse("unfold of an unbatched image; pass a batch dimension")
-    x, (top, left) = a.self, pair(a.padding)
+    x, (top, left) = a.self, numbers(a.padding, 2)
     if top or left:
         sides = (0, 0, top, left)
         x = g.apply("pad", (x,), Pad(sides, sides))
-    windows = Unfold(pair(a.kernel_size), pair(a.stride), pair(a.dilation))
-    return g.apply("unfold", (x,), windows)
+    windows = (numbers(each, 2) for each in (a.kernel_size, a.stride, a.dilation))
+    return g.apply("unfold", (x,), Unfold(*windows))
 
 
 def _capture_fold(g: Builder, a: Arguments) -> Any:
     if g.spec(a.self).rank != 3:
         return g.refuse("fold of unbatched columns; pass a batch dimension")
-    windows = pair(a.kernel_size), pair(a.stride), pair(a.dilation)
-    return g.apply("fold", (a.self,), Fold(*windows, pair(a.output_size), pair(a.padding)))
+    given = (a.kernel_size, a.stride, a.dilation, a.output_size, a.padding)
+    return g.apply("fold", (a.self,), Fold(*(numbers(each, 2) for each in given)))
 
 
 OPS = (
-    Op(
-        "unfold", Unfold, infer, unfold, launches,
-        configs=pointwise.configs, default=pointwise.default, follows=True,
+    pointwise.copying(
+        "unfold", Unfold, infer, unfold, launches, follows=True,
         aten={"aten.im2col.default": _capture_unfold},
     ),
     Op(

@@ -6,23 +6,13 @@ launch is made here."""
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import triton
 import triton.language as tl
 
-from ..contract import epilogue as ep
 from ..contract.op import Config, Launch, Operand, Problem, Ref, Target, config, power_of_two
-from ..tile.geometry import Tile
-
-
-class Along(NamedTuple):
-    """A tensor along one dimension: a function that gives the offset of a row, the elements from
-    one place of a row to the next, and those before the first row."""
-
-    row: Any
-    stride: int
-    offset: int
+from ..tile.geometry import Tile, Walked
 
 
 @triton.jit
@@ -35,18 +25,26 @@ def rows_of_program(m, TILE: tl.constexpr):
     return rows, row_mask
 
 
-def tiles_along(length: int, blocks: Sequence[int]) -> Iterator[Config]:
+def length_of(problem: Problem) -> int:
+    """Of the input's dimension that the attributes name."""
+    attributes: Any = problem.attributes
+    return int(problem.inputs[0].shape[attributes.dim])
+
+
+def tiles_along(problem: Problem, blocks: Sequence[int]) -> Iterator[Config]:
     """1024 to 4096 elements per program, in blocks of up to so many of a row."""
     for block in blocks:
-        columns = min(block, power_of_two(length))
+        columns = min(block, power_of_two(length_of(problem)))
         for elements in (1024, 2048, 4096):
             yield config(4, 1, BLOCK_ROWS=max(1, elements // columns), BLOCK_COLUMNS=columns)
 
 
-def tile_along(rows: int, length: int, block: int, target: Target) -> Config:
+def tile_along(problem: Problem, block: int, target: Target) -> Config:
     """2048 elements; in the interpreter, which pays per program, a quarter of a million."""
+    length = length_of(problem)
     columns = min(power_of_two(length), block)
     if target.name == "interpreter":
+        rows = problem.inputs[0].spec.numel // length
         most = min(power_of_two(rows), (1 << 18) // columns)
         return config(1, 1, BLOCK_ROWS=most, BLOCK_COLUMNS=columns)
     return config(4, 1, BLOCK_ROWS=max(1, 2048 // columns), BLOCK_COLUMNS=columns)
@@ -56,23 +54,22 @@ def launch_along(
     problem: Problem,
     tile: Config,
     kernel: Any,
-    dim: int,
     tensors: Mapping[str, tuple[Ref, Operand]],
     constexprs: Mapping[str, Any],
 ) -> tuple[Launch, ...]:
-    """One launch over all rows, in the order of the dimensions beside `dim`.
+    """One launch over all rows, in the order of the dimensions beside that of the attributes.
 
-    tensors: by the name of the kernel's pointer, of which it also takes an `Along` in capitals; and
+    tensors: by the name of the kernel's pointer, of which it also takes a `Walked` in capitals; and
     the dimension's length L, and TILE.
     """
-    x = problem.inputs[0]
+    attributes: Any = problem.attributes
+    x, dim = problem.inputs[0], attributes.dim
     rest = [at for at in range(x.spec.rank) if at != dim]
     sizes = tuple(x.shape[at] for at in rest) or (1,)
 
-    def along(operand: Operand) -> Along:
+    def along(operand: Operand) -> Walked:
         strides = tuple(operand.strides[at] for at in rest) or (0,)
-        row = ep.row_offset_function(sizes, strides)
-        return Along(row, operand.strides[dim], operand.offset)
+        return Walked.of(operand, sizes, strides, operand.strides[dim])
 
     launch = Launch(
         kernel=kernel,

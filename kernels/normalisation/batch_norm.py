@@ -40,7 +40,6 @@ class BatchNorm(Attributes):
 
 
 def infer(attributes: BatchNorm, inputs: tuple[TensorSpec, ...]) -> tuple[TensorSpec, ...]:
-    """The spec of x."""
     names = attributes.inputs
     if len(inputs) != len(names):
         wanted = ", ".join(names)
@@ -59,19 +58,8 @@ def infer(attributes: BatchNorm, inputs: tuple[TensorSpec, ...]) -> tuple[Tensor
 
 def reference(attributes: BatchNorm, *tensors: torch.Tensor) -> torch.Tensor:
     given = dict(zip(attributes.inputs, tensors, strict=True))
-    return F.batch_norm(
-        given["x"],
-        given["mean"],
-        given["var"],
-        given.get("weight"),
-        given.get("bias"),
-        eps=attributes.eps,
-    )
-
-
-def pack(attributes: BatchNorm, vector: torch.Tensor) -> torch.Tensor:
-    """(C,), dense."""
-    return vector.contiguous()
+    affine = given.get("weight"), given.get("bias")
+    return F.batch_norm(given["x"], given["mean"], given["var"], *affine, eps=attributes.eps)
 
 
 def launches(problem: Problem, tile: Config, target: Target) -> tuple[Launch, ...]:
@@ -120,5 +108,7 @@ OP = Op(
         "aten._native_batch_norm_legit.default": _capture_native,
         "aten._native_batch_norm_legit_no_training.default": _capture_native,
     },
-    packs=lambda attributes: {index: pack for index in range(1, len(attributes.inputs))},
+    packs=lambda attributes: {
+        at: lambda _, vector: vector.contiguous() for at in range(1, len(attributes.inputs))
+    },
 )  # fmt: skip

@@ -45,7 +45,6 @@ class LocalResponseNorm(Attributes):
 
 
 def infer(attributes: LocalResponseNorm, inputs: tuple[TensorSpec, ...]) -> tuple[TensorSpec, ...]:
-    """The input's own spec."""
     (x,) = inputs
     if x.rank != 4:
         raise InvalidInputError(f"local_response_norm: expected x (N,C,H,W), got {x}")
@@ -57,9 +56,7 @@ def infer(attributes: LocalResponseNorm, inputs: tuple[TensorSpec, ...]) -> tupl
 
 
 def reference(attributes: LocalResponseNorm, x: torch.Tensor) -> torch.Tensor:
-    return F.local_response_norm(
-        x, attributes.size, attributes.alpha, attributes.beta, attributes.k
-    )
+    return F.local_response_norm(x, **vars(attributes))
 
 
 @triton.jit

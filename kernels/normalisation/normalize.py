@@ -34,7 +34,6 @@ class Normalize(Attributes):
 
 
 def infer(attributes: Normalize, inputs: tuple[TensorSpec, ...]) -> tuple[TensorSpec, ...]:
-    """The input's own spec."""
     (x,) = inputs
     dims, groups = attributes.dims, attributes.groups
     if not dims or list(dims) != sorted(set(dims)) or not 0 <= dims[0] <= dims[-1] < x.rank:
@@ -65,9 +64,8 @@ def reference(attributes: Normalize, x: torch.Tensor) -> torch.Tensor:
 
 def launches(problem: Problem, tile: Config, target: Target) -> tuple[Launch, ...]:
     attributes = problem.attributes.expect(Normalize)
-    return statistics.launches(
-        problem, tile, statistics.DEVIATION, attributes.eps, attributes.centred
-    )
+    kind, eps, centred = statistics.DEVIATION, attributes.eps, attributes.centred
+    return statistics.launches(kind, problem, tile, target, eps, centred)
 
 
 def _affine(g: Builder, x: Any, w: Any, b: Any, shape: Any, attributes: Normalize) -> Any:

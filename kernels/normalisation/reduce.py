@@ -15,7 +15,7 @@ are kept per lane and folded once at the end.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -385,57 +385,40 @@ def _with_places(g: Builder, a: Arguments, values: Any, x: Any) -> Any:
     return values, topk.place_of(g, x, a.dim, a.keepdim)
 
 
-def _op(name: str, captures: Mapping[str, Capture]) -> Op:
-    kind = Variance if name in ("var", "std") else Reduce
-    return Op(
-        name, kind, partial(infer, name), partial(reference, name), partial(_launches, name), cost,
-        configs, default,
+CAPTURES: dict[str, dict[str, Capture]] = {
+    "sum": dict.fromkeys(("sum.dim_IntList", "sum.default"), _capture("sum")),
+    "mean": {
+        **dict.fromkeys(("mean.dim", "mean.default"), _capture("mean")),
+        **dict.fromkeys(
+            ("var_mean.correction", "var_mean.dim"), _capture_variance("var", with_mean=True)
+        ),
+    },
+    "amax": {
+        **dict.fromkeys(("amax.default", "max.default"), _capture("amax")),
+        **dict.fromkeys(("amin.default", "min.default"), _capture_amin),
+        **dict.fromkeys(("prod.default", "prod.dim_int"), _capture_product),
+        **{
+            f"{name}.{kind}": partial(_decided, everywhere=name == "all")
+            for name in ("any", "all")
+            for kind in ("default", "dim", "dims")
+        },
+        "max.dim": lambda g, a: _with_places(g, a, _reduced(g, "amax", a.self, a), a.self),
+        "min.dim": lambda g, a: _with_places(g, a, _capture_amin(g, a), _plain(g, "neg", a.self)),
+    },
+    "norm": {"linalg_vector_norm.default": _capture_norm},
+    **{
+        name: dict.fromkeys((f"{name}.correction", f"{name}.dim"), _capture_variance(name))
+        for name in ("var", "std")
+    },
+}
+"""The calls that become each reduction."""
+OPS = tuple(
+    Op(
+        name, Variance if name in ("var", "std") else Reduce, partial(infer, name),
+        partial(reference, name), partial(_launches, name), cost, configs, default,
         # Not centred on zero: an error relative to a sum that cancels means nothing.
         input_range=(-1.0, 3.0),
         aten={f"aten.{overload}": capture for overload, capture in captures.items()},
-    )  # fmt: skip
-
-
-OPS = (
-    _op("sum", {name: _capture("sum") for name in ("sum.dim_IntList", "sum.default")}),
-    _op(
-        "mean",
-        {
-            "mean.dim": _capture("mean"),
-            "mean.default": _capture("mean"),
-            "var_mean.correction": _capture_variance("var", with_mean=True),
-            "var_mean.dim": _capture_variance("var", with_mean=True),
-        },
-    ),
-    _op(
-        "amax",
-        {
-            "amax.default": _capture("amax"),
-            **{
-                f"{name}.{kind}": partial(_decided, everywhere=name == "all")
-                for name in ("any", "all")
-                for kind in ("default", "dim", "dims")
-            },
-            "prod.default": _capture_product,
-            "prod.dim_int": _capture_product,
-            "max.default": _capture("amax"),
-            "amin.default": _capture_amin,
-            "min.default": _capture_amin,
-            "max.dim": lambda g, a: _with_places(g, a, _reduced(g, "amax", a.self, a), a.self),
-            "min.dim": lambda g, a: _with_places(
-                g, a, _capture_amin(g, a), _plain(g, "neg", a.self)
-            ),
-        },
-    ),
-    _op("norm", {"linalg_vector_norm.default": _capture_norm}),
-    *(
-        _op(
-            name,
-            {
-                f"{name}.correction": _capture_variance(name),
-                f"{name}.dim": _capture_variance(name),
-            },
-        )
-        for name in ("var", "std")
-    ),
-)
+    )
+    for name, captures in CAPTURES.items()
+)  # fmt: skip

@@ -34,7 +34,6 @@ class Scan(Attributes):
 
 
 def infer(name: str, attributes: Scan, inputs: tuple[TensorSpec, ...]) -> tuple[TensorSpec, ...]:
-    """x's own spec."""
     (x,) = inputs
     if not 0 <= attributes.dim < x.rank:
         raise InvalidInputError(f"{name}: {x} has no dimension {attributes.dim}")
@@ -73,7 +72,7 @@ def scan_kernel(
     for start in range(0, L, TILE.N):
         places = start + tl.arange(0, TILE.N)
         mask = row_mask[:, None] & (places < L)[None, :]
-        value = tl.load(source + (places * X.stride)[None, :], mask=mask, other=NEUTRAL)
+        value = tl.load(source + (places * X.step)[None, :], mask=mask, other=NEUTRAL)
         value = value.to(tl.float32)
         if MULTIPLY:
             result = tl.associative_scan(value, 1, _product) * before[:, None]
@@ -81,28 +80,21 @@ def scan_kernel(
         else:
             result = tl.associative_scan(value, 1, _sum) + before[:, None]
             before = before + tl.sum(value, axis=1)
-        tl.store(target + (places * Y.stride)[None, :], result.to(y.dtype.element_ty), mask=mask)
+        tl.store(target + (places * Y.step)[None, :], result.to(y.dtype.element_ty), mask=mask)
 
 
 def launches(multiply: bool, problem: Problem, tile: Config, target: Target) -> tuple[Launch, ...]:
-    """One launch over all rows."""
-    dim, constants = problem.attributes.expect(Scan).dim, {"MULTIPLY": multiply}
     tensors = {"x": (X, problem.inputs[0]), "y": (Y, problem.output)}
-    return launch_along(problem, tile, scan_kernel, dim, tensors, constants)
-
-
-def _length(problem: Problem) -> int:
-    return problem.inputs[0].shape[problem.attributes.expect(Scan).dim]
+    return launch_along(problem, tile, scan_kernel, tensors, {"MULTIPLY": multiply})
 
 
 def configs(problem: Problem, target: Target) -> Iterator[Config]:
     """Long rows in blocks of up to 64, 256 or 1024."""
-    return tiles_along(_length(problem), (64, 256, 1024))
+    return tiles_along(problem, (64, 256, BLOCK))
 
 
 def default(problem: Problem, target: Target) -> Config:
-    length = _length(problem)
-    return tile_along(problem.output.spec.numel // length, length, BLOCK, target)
+    return tile_along(problem, BLOCK, target)
 
 
 @counted

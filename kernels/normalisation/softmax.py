@@ -14,9 +14,7 @@ from typing import Any
 import torch
 
 from ...errors import InvalidInputError
-from ..contract.op import Arguments, Attributes, Builder, Capture, Config, Launch, Op, Problem
-from ..contract.spec import TensorSpec
-from ..contract.targets import Target
+from ..contract.op import Arguments, Attributes, Builder, Capture, Op, TensorSpec
 from . import statistics
 
 
@@ -36,7 +34,6 @@ class Softmax(Attributes):
 
 
 def infer(name: str, attributes: Softmax, inputs: tuple[TensorSpec, ...]) -> tuple[TensorSpec, ...]:
-    """The input's own spec."""
     (x,) = inputs
     if not 0 <= attributes.dim < x.rank:
         raise InvalidInputError(f"{name}: {x} has no dimension {attributes.dim}")
@@ -48,10 +45,6 @@ def infer(name: str, attributes: Softmax, inputs: tuple[TensorSpec, ...]) -> tup
 def reference(name: str, attributes: Softmax, x: torch.Tensor) -> torch.Tensor:
     result: torch.Tensor = getattr(torch, name)(x, attributes.dim)
     return result
-
-
-def _launches(kind: str, problem: Problem, tile: Config, target: Target) -> tuple[Launch, ...]:
-    return statistics.launches(problem, tile, kind)
 
 
 def _capture(name: str) -> Capture:
@@ -71,8 +64,9 @@ def _capture(name: str) -> Capture:
 
 OPS = tuple(
     Op(
-        name, Softmax, partial(infer, name), partial(reference, name), partial(_launches, name),
-        statistics.cost, statistics.configs, statistics.default, statistics.legal,
+        name, Softmax, partial(infer, name), partial(reference, name),
+        partial(statistics.launches, name), statistics.cost, statistics.configs,
+        statistics.default, statistics.legal,
         input_range=(-8.0, 8.0),
         aten={f"aten.{name}.int": _capture(name), f"aten._{name}.default": _capture(name)},
         follows=True,

@@ -34,8 +34,8 @@ WHOLE = 16384
 """Most elements that a program keeps in registers: 32 per thread at 16 warps."""
 RUN, SHORTEST_RUN = 32, 16
 """Neighbouring elements that a program reads of a row, and at least: a 32-byte sector of halves."""
-DEVIATION, SOFTMAX, LOG_SOFTMAX = "deviation", "softmax", "log_softmax"
-"""What the kernel scales by."""
+DEVIATION = "deviation"
+"""What the kernel scales by, where it is not a softmax or its logarithm."""
 
 
 class Sizes(NamedTuple):
@@ -292,8 +292,9 @@ def walk_of(problem: Problem) -> Walk:
 
 
 def launches(
-    problem: Problem, tile: Config, kind: str, eps: float = 0.0, centred: bool = True
-) -> tuple[Launch, ...]:
+    kind: str, problem: Problem, tile: Config, target: Target, eps: float = 0.0,
+    centred: bool = True,
+) -> tuple[Launch, ...]:  # fmt: skip
     """One launch; its cost model counts the second read where there is one."""
     walk, x = walk_of(problem), problem.inputs[0]
     reads = 1 if walk.is_whole(tile) else 2

@@ -39,7 +39,7 @@ from ..contract.op import (
 from ..contract.spec import TensorSpec
 from ..movement.pointwise import Pointwise
 from ..movement.rearrangement import Reshape
-from .along import launch_along, rows_of_program, tile_along, tiles_along
+from .along import launch_along, length_of, rows_of_program, tile_along, tiles_along
 
 MOST_SELECTED = 64
 LONGEST = 4096
@@ -82,10 +82,8 @@ def infer(attributes: TopK, inputs: tuple[TensorSpec, ...]) -> tuple[TensorSpec,
 
 def reference(attributes: TopK, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     values, places = x.sort(dim=attributes.dim, descending=attributes.largest, stable=True)
-    return (
-        values.narrow(attributes.dim, 0, attributes.k),
-        places.narrow(attributes.dim, 0, attributes.k),
-    )
+    first = attributes.dim, 0, attributes.k
+    return values.narrow(*first), places.narrow(*first)
 
 
 @triton.jit
@@ -105,7 +103,7 @@ def ranked(value, place, exists, LARGEST: tl.constexpr):
 def ranked_block(source, places, row_mask, L: tl.constexpr, LARGEST: tl.constexpr, X: tl.constexpr):
     """Elements at some places of every row, ranked."""
     mask = row_mask[:, None] & (places < L)[None, :]
-    value = tl.load(source[:, None] + (places * X.stride)[None, :], mask=mask, other=0.0)
+    value = tl.load(source[:, None] + (places * X.step)[None, :], mask=mask, other=0.0)
     return ranked(value.to(tl.float32), places[None, :], mask, LARGEST)
 
 
@@ -116,9 +114,9 @@ def store_selected(
 ):  # fmt: skip
     """The element of that rank as it lies in x, and its place, as the results' element j."""
     place = 0x7FFFFFFF - (best & 0x7FFFFFFF)
-    value = tl.load(source + place * X.stride, mask=row_mask, other=0.0)
-    tl.store(values + j * Y.stride, value, mask=row_mask)
-    tl.store(places + j * PLACES.stride, place, mask=row_mask)
+    value = tl.load(source + place * X.step, mask=row_mask, other=0.0)
+    tl.store(values + j * Y.step, value, mask=row_mask)
+    tl.store(places + j * PLACES.step, place, mask=row_mask)
 
 
 @triton.jit
@@ -147,38 +145,32 @@ def topk_kernel(
 
 
 def launches(problem: Problem, tile: Config, target: Target) -> tuple[Launch, ...]:
-    """One launch over all rows."""
     attributes, (values, places) = problem.attributes.expect(TopK), problem.outputs
     tensors = {"x": (X, problem.inputs[0]), "y": (Y, values), "places": (Ref("output", 1), places)}
     constants = {"K": attributes.k, "LARGEST": attributes.largest}
-    return launch_along(problem, tile, topk_kernel, attributes.dim, tensors, constants)
+    return launch_along(problem, tile, topk_kernel, tensors, constants)
 
 
-def _length(problem: Problem) -> int:
-    return problem.inputs[0].shape[problem.attributes.expect(TopK).dim]
+def _blocks(problem: Problem) -> tuple[int, ...]:
+    """At least a row of elements, but blocks where one of them is taken."""
+    if problem.attributes.expect(TopK).k == 1:
+        return 256, BLOCK
+    return (power_of_two(length_of(problem)),)
 
 
 def configs(problem: Problem, target: Target) -> Iterator[Config]:
-    """At least a row of elements, but in blocks where one of them is taken."""
-    length = _length(problem)
-    return tiles_along(length, (256, BLOCK) if _takes_one(problem) else (power_of_two(length),))
-
-
-def _takes_one(problem: Problem) -> bool:
-    return problem.attributes.expect(TopK).k == 1
+    return tiles_along(problem, _blocks(problem))
 
 
 def legal(problem: Problem, tile: Config, target: Target) -> str | None:
-    length = _length(problem)
-    if not _takes_one(problem) and tile["BLOCK_COLUMNS"] < length:
+    length = length_of(problem)
+    if problem.attributes.expect(TopK).k > 1 and tile["BLOCK_COLUMNS"] < length:
         return f"a tile of {tile['BLOCK_COLUMNS']} must hold all {length} elements where k > 1"
     return None
 
 
 def default(problem: Problem, target: Target) -> Config:
-    length = _length(problem)
-    block = BLOCK if _takes_one(problem) else power_of_two(length)
-    return tile_along(problem.inputs[0].spec.numel // length, length, block, target)
+    return tile_along(problem, _blocks(problem)[-1], target)
 
 
 @counted
@@ -188,7 +180,6 @@ def cost(problem: Problem) -> int:
 
 
 def _selected(g: Builder, x: Any, dim: int, k: int, largest: bool) -> tuple[Any, Any]:
-    """Values and places."""
     attributes = TopK(dim % max(1, g.spec(x).rank), int(k), bool(largest))
     values = g.apply("topk", (x,), attributes)
     return values, g.output(values, 1)

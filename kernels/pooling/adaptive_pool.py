@@ -20,14 +20,13 @@ from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 import triton
 import triton.language as tl
 
 from ...errors import InvalidInputError
 from ..contract.aten import Arguments, Builder, Capture
-from ..contract.op import Config, Launch, Op, Problem, Target, config, power_of_two
+from ..contract.op import Config, Launch, Op, Problem, Target, config, either, power_of_two
 from ..contract.spec import Layout, TensorSpec
 from ..movement.arguments import adaptive_size, as_image, as_rank_of
 from ..normalisation.reduce import Reduce
@@ -42,6 +41,7 @@ from .pool_window import (
     AdaptivePool3d,
     MaxPool2d,
     reduction,
+    reference,
     windows,
 )
 from .tiles import MOST_UNROLLED_TAPS, channel_block
@@ -50,7 +50,6 @@ from .tiles import MOST_UNROLLED_TAPS, channel_block
 def infer(
     name: str, attributes: AdaptivePool, inputs: tuple[TensorSpec, ...]
 ) -> tuple[TensorSpec, ...]:
-    """(N, C, *size)."""
     (x,) = inputs
     shape, pixels = ("(N,C,H,W)", "pixels") if "2d" in name else ("(N,C,D,H,W)", "voxels")
     if x.rank != len(attributes.size) + 2:
@@ -58,12 +57,6 @@ def infer(
     if min(*attributes.size, *x.shape[2:]) < 1:
         raise InvalidInputError(f"{name}: cannot pool {x} to {attributes.size}; both need {pixels}")
     return (TensorSpec((*x.shape[:2], *attributes.size), x.dtype, Layout.NHWC, x.batch),)
-
-
-def reference(function: Any, attributes: AdaptivePool, x: torch.Tensor) -> torch.Tensor:
-    """By the function of torch."""
-    result: torch.Tensor = function(x, attributes.size)
-    return result
 
 
 @triton.jit
@@ -115,7 +108,6 @@ def uses_region(problem: Problem) -> bool:
 
 
 def launches(problem: Problem, tile: Config, target: Target) -> tuple[Launch, ...]:
-    """One launch of the algorithm's kernel."""
     if not uses_region(problem):
         return pool.launches(problem, tile, target)
     constexprs = {
@@ -125,11 +117,8 @@ def launches(problem: Problem, tile: Config, target: Target) -> tuple[Launch, ..
     return (tile_launch(problem, tile, region_kernel, constexprs=constexprs),)
 
 
-def configs(problem: Problem, target: Target) -> Iterator[Config]:
-    """Those of `pool.py`; region: 2048 to 16384 inputs at a time for one result."""
-    if not uses_region(problem):
-        yield from pool.configs(problem, target)
-        return
+def _configs(problem: Problem, target: Target) -> Iterator[Config]:
+    """2048 to 16384 inputs at a time for one result."""
     for elements in (2048, 4096, 8192, 16384):
         for columns in (16, 32, 64, 128):
             yield _region(elements, columns)
@@ -142,14 +131,8 @@ def _region(elements: int, columns: int) -> Config:
     return config(warps, 1, BLOCK_ROWS=1, BLOCK_PIXELS=pixels, BLOCK_COLUMNS=columns)
 
 
-def legal(problem: Problem, tile: Config, target: Target) -> str | None:
-    return None if uses_region(problem) else pool.legal(problem, tile, target)
-
-
-def default(problem: Problem, target: Target) -> Config:
+def _default(problem: Problem, target: Target) -> Config:
     """Channel blocks of 64, but narrower ones where few outputs would leave the GPU idle."""
-    if not uses_region(problem):
-        return pool.default(problem, target)
     n, c, p, q = problem.output.shape
     pixels = power_of_two(windows(problem).taps)
     if target.name == "interpreter":
@@ -196,7 +179,7 @@ def _op(
     """calls: the poolings of aten that become it, in the way that `_capture` knows by `capture`."""
     return Op(
         name, make, partial(infer, name), partial(reference, function), launches, pool.cost,
-        configs, default, legal,
+        **either(uses_region, {"configs": _configs, "default": _default}, vars(pool)),
         aten={f"aten.{call}.default": _capture(name, *capture) for call in calls},
         batched="pooling",
     )  # fmt: skip

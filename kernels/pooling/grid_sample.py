@@ -47,7 +47,6 @@ class GridSample(Attributes):
 
 
 def infer(attributes: GridSample, inputs: tuple[TensorSpec, ...]) -> tuple[TensorSpec, ...]:
-    """(N, C, P, Q)."""
     x, grid = inputs
     p, q = attributes.size
     if x.rank != 4 or grid.shape != (x.shape[0], p * q, 2) or grid.batch != x.batch:
@@ -205,7 +204,6 @@ def grid_sample_kernel(
 
 
 def launches(problem: Problem, tile: Config, target: Target) -> tuple[Launch, ...]:
-    """One launch over all output pixels."""
     attributes, (x, grid) = problem.attributes.expect(GridSample), problem.inputs
     constexprs = {
         "H": x.shape[2], "WIDTH": x.shape[3], "PIXELS": grid.shape[1],

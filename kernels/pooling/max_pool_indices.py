@@ -109,7 +109,6 @@ def max_pool_indices_kernel(
 
 
 def launches(problem: Problem, tile: Config, target: Target) -> tuple[Launch, ...]:
-    """The one launch of the kernel."""
     launch = tile_launch(
         problem, tile, max_pool_indices_kernel,
         constexprs={

@@ -17,7 +17,7 @@ and nothing is zeroed beforehand.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -32,7 +32,7 @@ from ..contract.spec import Layout, TensorSpec, as_layout
 from ..tile.finish import put
 from ..tile.geometry import Image, tile_launch
 from ..tile.space import output_tile
-from . import max_pool_indices
+from . import max_pool_indices, pool_window
 from .pool_window import MaxPool2d, output_size
 from .tiles import Tiles
 
@@ -76,13 +76,8 @@ def infer(attributes: MaxUnpool2d, inputs: tuple[TensorSpec, ...]) -> tuple[Tens
     if where.dtype is not torch.int64:
         raise InvalidInputError(f"max_unpool2d: expected int64 indices, got {where}")
     pool, windows = attributes.pool, x.shape[2:]
-    made = tuple(
-        output_size(
-            attributes.image[axis], pool.kernel[axis], pool.stride[axis], pool.padding[axis],
-            pool.dilation[axis], pool.ceil_mode,
-        )
-        for axis in (0, 1)
-    )  # fmt: skip
+    geometry = (attributes.image, pool.kernel, pool.stride, pool.padding, pool.dilation)
+    made = tuple(output_size(*axis, pool.ceil_mode) for axis in zip(*geometry, strict=True))
     if made != windows:
         raise InvalidInputError(
             f"max_unpool2d: pooling {attributes.image} gives {made} windows, x has {windows}"
@@ -201,7 +196,6 @@ def cell_rows(problem: Problem) -> int:
 
 
 def launches(problem: Problem, tile: Config, target: Target) -> tuple[Launch, ...]:
-    """The one launch of the kernel."""
     attributes = problem.attributes.expect(MaxUnpool2d)
     pool, (x, where) = attributes.pool, problem.inputs
     height, width = (
@@ -252,10 +246,6 @@ def _pooled(g: Builder, value: Any) -> tuple[MaxPool2d, TensorSpec, TensorSpec] 
     return None
 
 
-def _turned(pair: tuple[int, int]) -> tuple[int, int]:
-    return pair[1], pair[0]
-
-
 def _capture(g: Builder, a: Arguments) -> Any:
     x, found = g.spec(a.self), _pooled(g, a.indices)
     if found is None:
@@ -267,10 +257,8 @@ def _capture(g: Builder, a: Arguments) -> Any:
             return g.refuse(f"its indices were reshaped from {windows}")
         # A sequence: pooled as an image of one row, unpooled as one of one column.
         height, width = width, height
-        pool = MaxPool2d(
-            _turned(pool.kernel), _turned(pool.stride), _turned(pool.padding),
-            _turned(pool.dilation), pool.ceil_mode,
-        )  # fmt: skip
+        sides = ("kernel", "stride", "padding", "dilation")
+        pool = replace(pool, **{side: getattr(pool, side)[::-1] for side in sides})
     rows, columns = a.output_size
     attributes = MaxUnpool2d((int(rows), int(columns)), (height, width), pool)
     return g.apply("max_unpool2d", (a.self, a.indices), attributes)
@@ -280,10 +268,8 @@ def prepare(attributes: MaxUnpool2d, tensors: tuple[torch.Tensor, ...]) -> tuple
     """Indices as the pooling of some image makes them."""
     x, drawn = tensors
     generator = torch.Generator().manual_seed(int(drawn.abs().sum()))
-    pool = attributes.pool
     image = torch.rand((*x.shape[:2], *attributes.image), generator=generator)
-    window = (pool.kernel, pool.stride, pool.padding, pool.dilation, pool.ceil_mode)
-    _, indices = F.max_pool2d_with_indices(image, *window)
+    _, indices = pool_window.reference(F.max_pool2d_with_indices, attributes.pool, image)
     return x, as_layout(indices.to(drawn.device), Layout.NHWC)
 
 

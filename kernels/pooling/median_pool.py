@@ -121,7 +121,6 @@ def median_pool_kernel(
 
 
 def launches(problem: Problem, tile: Config, target: Target) -> tuple[Launch, ...]:
-    """The one launch of the kernel."""
     window = windows(problem)
     constexprs = {"WINDOWS": window, "MEDIAN": selection(window.taps)}
     return (tile_launch(problem, tile, median_pool_kernel, constexprs=constexprs),)

@@ -113,7 +113,6 @@ class Weight(NamedTuple):
 
 
 def launches(problem: Problem, tile: Config, target: Target) -> tuple[Launch, ...]:
-    """The one launch of the kernel."""
     _, a, b = problem.inputs
     launch = tile_launch(
         problem, tile, mixed_pool_kernel,

@@ -61,7 +61,6 @@ def unrolls(problem: Problem) -> bool:
 
 
 def launches(problem: Problem, tile: Config, target: Target) -> tuple[Launch, ...]:
-    """The one launch of the kernel."""
     window, chosen, tile_rows = windows(problem), reduction(problem), tile["TILE_ROWS"]
     modelled: dict[str, Any] = {}
     if problem.output.spec.rank == 5:

@@ -23,10 +23,10 @@ from ..contract.spec import Layout, Operand, TensorSpec
 class MaxPool2d(Attributes):
     """Everything as (vertical, horizontal); `padding` is on both sides, with -inf."""
 
-    kernel: tuple[int, int] = (1, 1)
-    stride: tuple[int, int] = (1, 1)
-    padding: tuple[int, int] = (0, 0)
-    dilation: tuple[int, int] = (1, 1)
+    kernel: tuple[int, ...] = (1, 1)
+    stride: tuple[int, ...] = (1, 1)
+    padding: tuple[int, ...] = (0, 0)
+    dilation: tuple[int, ...] = (1, 1)
     ceil_mode: bool = False
 
 
@@ -38,14 +38,16 @@ class AvgPool2d(Attributes):
     (in the image itself without `count_include_pad`).
     """
 
-    kernel: tuple[int, int] = (1, 1)
-    stride: tuple[int, int] = (1, 1)
-    padding: tuple[int, int] = (0, 0)
+    kernel: tuple[int, ...] = (1, 1)
+    stride: tuple[int, ...] = (1, 1)
+    padding: tuple[int, ...] = (0, 0)
     ceil_mode: bool = False
     count_include_pad: bool = True
     divisor_override: int | None = None
 
-    dilation = (1, 1)
+    @property
+    def dilation(self) -> tuple[int, ...]:
+        return (1,) * len(self.kernel)
 
 
 @dataclass(frozen=True)
@@ -53,8 +55,8 @@ class LpPool2d(Attributes):
     """The norm's p > 0, and the window as (vertical, horizontal)."""
 
     norm: float = 2.0
-    kernel: tuple[int, int] = (1, 1)
-    stride: tuple[int, int] = (1, 1)
+    kernel: tuple[int, ...] = (1, 1)
+    stride: tuple[int, ...] = (1, 1)
     ceil_mode: bool = False
 
     padding = (0, 0)
@@ -62,36 +64,30 @@ class LpPool2d(Attributes):
 
 
 @dataclass(frozen=True)
-class MaxPool3d(Attributes):
-    """`MaxPool2d` with the depth in front."""
+class MaxPool3d(MaxPool2d):
+    """The same with the depth in front."""
 
     kernel: tuple[int, ...] = (1, 1, 1)
     stride: tuple[int, ...] = (1, 1, 1)
     padding: tuple[int, ...] = (0, 0, 0)
     dilation: tuple[int, ...] = (1, 1, 1)
-    ceil_mode: bool = False
 
 
 @dataclass(frozen=True)
-class AvgPool3d(Attributes):
-    """`AvgPool2d` with the depth in front."""
+class AvgPool3d(AvgPool2d):
+    """The same with the depth in front."""
 
     kernel: tuple[int, ...] = (1, 1, 1)
     stride: tuple[int, ...] = (1, 1, 1)
     padding: tuple[int, ...] = (0, 0, 0)
-    ceil_mode: bool = False
-    count_include_pad: bool = True
-    divisor_override: int | None = None
-
-    dilation = (1, 1, 1)
 
 
 @dataclass(frozen=True)
 class InnerWindow(Attributes):
     """The window and its stride as (vertical, horizontal); windows lie inside the image."""
 
-    kernel: tuple[int, int] = (1, 1)
-    stride: tuple[int, int] = (1, 1)
+    kernel: tuple[int, ...] = (1, 1)
+    stride: tuple[int, ...] = (1, 1)
 
     padding = (0, 0)
     dilation = (1, 1)
@@ -112,10 +108,8 @@ class AdaptivePool3d(Attributes):
     size: tuple[int, int, int] = (1, 1, 1)
 
 
-Pool2d = MaxPool2d | AvgPool2d | LpPool2d
-Pool3d = MaxPool3d | AvgPool3d
+Pool = MaxPool2d | AvgPool2d | LpPool2d | InnerWindow
 AdaptivePool = AdaptivePool2d | AdaptivePool3d
-POOLS = (MaxPool2d, AvgPool2d, LpPool2d, MaxPool3d, AvgPool3d)
 
 
 class Axis(NamedTuple):
@@ -210,7 +204,7 @@ class Reduction(NamedTuple):
 def reduction(problem: Problem) -> Reduction:
     """The reduction that the problem's attributes ask for."""
     attributes = problem.attributes
-    if isinstance(attributes, (MaxPool2d, MaxPool3d)):
+    if isinstance(attributes, MaxPool2d):
         return Reduction(maximum=True)
     if isinstance(attributes, (AdaptivePool2d, AdaptivePool3d)):
         maximum = problem.op.startswith("adaptive_max")
@@ -220,25 +214,21 @@ def reduction(problem: Problem) -> Reduction:
         counts = "padded" if _overhangs(problem) else None
         norm = attributes.norm
         return Reduction(counts=counts, norm=int(norm) if norm == int(norm) else norm)
-    assert isinstance(attributes, (AvgPool2d, AvgPool3d))
-    if attributes.divisor_override is not None:
-        return Reduction(divisor=attributes.divisor_override)
-    padded = attributes.count_include_pad or not any(attributes.padding)
+    average = attributes.expect(AvgPool2d)
+    if average.divisor_override is not None:
+        return Reduction(divisor=average.divisor_override)
+    padded = average.count_include_pad or not any(average.padding)
     if not padded or _overhangs(problem):
         return Reduction(counts="padded" if padded else "image")
-    return Reduction(divisor=math.prod(attributes.kernel))
+    return Reduction(divisor=math.prod(average.kernel))
 
 
 def _overhangs(problem: Problem) -> bool:
     """Whether the last window reaches beyond the padded image, as `ceil_mode` allows."""
-    attributes = problem.attributes
-    assert isinstance(attributes, POOLS)
-    for axis in range(len(attributes.kernel)):
-        last = (problem.output.shape[2 + axis] - 1) * attributes.stride[axis]
-        size = problem.inputs[0].shape[2 + axis] + 2 * attributes.padding[axis]
-        if last + attributes.kernel[axis] > size:
-            return True
-    return False
+    return any(
+        (axis.outputs - 1) * axis.stride + axis.taps > axis.size + 2 * axis.padding
+        for axis in windows(problem)[:3]
+    )
 
 
 def output_size(
@@ -253,9 +243,7 @@ def output_size(
     return count
 
 
-def infer(
-    name: str, attributes: Pool2d | Pool3d | InnerWindow, inputs: tuple[TensorSpec, ...]
-) -> tuple[TensorSpec, ...]:
+def infer(name: str, attributes: Pool, inputs: tuple[TensorSpec, ...]) -> tuple[TensorSpec, ...]:
     """P = floor or ceil of (H + 2·ph − dh·(R − 1) − 1) / sh, plus 1; the others likewise."""
     (x,) = inputs
     dims = len(attributes.kernel)
@@ -264,7 +252,7 @@ def infer(
         raise InvalidInputError(f"{name}: expected x {expected}, got {x}")
     if min(*attributes.kernel, *attributes.stride, *attributes.dilation) < 1:
         raise InvalidInputError(f"{name}: window, stride, dilation must be positive: {attributes}")
-    if isinstance(attributes, (AvgPool2d, AvgPool3d)) and attributes.divisor_override == 0:
+    if isinstance(attributes, AvgPool2d) and attributes.divisor_override == 0:
         raise InvalidInputError(f"{name}: divisor_override must not be zero")
     if isinstance(attributes, LpPool2d) and not 0 < attributes.norm < math.inf:
         raise InvalidInputError(f"{name}: the norm must be positive, got {attributes.norm}")

@@ -52,7 +52,6 @@ class Resample(Attributes):
 
 
 def infer(attributes: Resample, inputs: tuple[TensorSpec, ...]) -> tuple[TensorSpec, ...]:
-    """(N, C, *size)."""
     (x,) = inputs
     if x.rank != 4 or min(*attributes.size, *x.shape[2:]) < 1:
         raise InvalidInputError(f"resample: cannot resize {x} to {attributes.size}; expected "
@@ -221,7 +220,6 @@ def resample_kernel(
 
 
 def launches(problem: Problem, tile: Config, target: Target) -> tuple[Launch, ...]:
-    """One launch over all output pixels."""
     attributes, x = problem.attributes.expect(Resample), problem.inputs[0]
     of_axes = zip(x.shape[2:], attributes.size, attributes.steps, strict=True)
     height, width = (Axis(*of_axis) for of_axis in of_axes)

@@ -52,7 +52,6 @@ class Tiles:
 
     @property
     def space(self) -> dict[str, Any]:
-        """What an `Op` asks of its tuning space."""
         return {"configs": self.configs, "default": self.default}
 
     def configs(self, problem: Problem, target: Target) -> Iterator[Config]:

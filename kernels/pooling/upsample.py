@@ -17,7 +17,7 @@ neighbouring outputs share come from the cache.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
@@ -56,7 +56,6 @@ class Upsample(Attributes):
 def infer(
     name: str, attributes: Upsample, inputs: tuple[TensorSpec, ...]
 ) -> tuple[TensorSpec, ...]:
-    """(N, C, *size)."""
     (x,) = inputs
     size, steps = attributes.size, attributes.steps
     if x.rank not in MEMORY_FORMATS or not len(size) == len(steps) == x.rank - 2:
@@ -189,7 +188,6 @@ def upsample_kernel(
 
 
 def launches(problem: Problem, tile: Config, target: Target) -> tuple[Launch, ...]:
-    """One launch over all output pixels."""
     attributes, x, out = problem.attributes.expect(Upsample), problem.inputs[0], problem.output
     geometry = zip(x.shape[2:], out.shape[2:], attributes.steps, strict=True)
     axes = [Axis(*of_axis) for of_axis in geometry]
@@ -261,27 +259,20 @@ def _capture(name: str, rule: str) -> Capture:
     return capture
 
 
-def _op(name: str, aten: Mapping[str, Capture]) -> Op:
-    return Op(
+CALLS = {
+    NEARBY: {
+        f"{stem}{dims}d": rule
+        for stem, rule in (("upsample_nearest", NEAREST), ("_upsample_nearest_exact", EXACT))
+        for dims in (1, 2, 3)
+    },
+    LINEARLY: {f"upsample_{kind}": LINEAR for kind in ("linear1d", "bilinear2d", "trilinear3d")},
+}
+OPS = tuple(
+    Op(
         name, Upsample, partial(infer, name), reference, launches, cost,
-        **TILES.space, aten=aten, batched="upsampling",
-    )  # fmt: skip
-
-
-OPS = (
-    _op(
-        NEARBY,
-        {
-            f"aten.{stem}{dims}d.vec": _capture(NEARBY, rule)
-            for stem, rule in (("upsample_nearest", NEAREST), ("_upsample_nearest_exact", EXACT))
-            for dims in (1, 2, 3)
-        },
-    ),
-    _op(
-        LINEARLY,
-        {
-            f"aten.upsample_{name}.vec": _capture(LINEARLY, LINEAR)
-            for name in ("linear1d", "bilinear2d", "trilinear3d")
-        },
-    ),
-)
+        **TILES.space,
+        aten={f"aten.{call}.vec": _capture(name, rule) for call, rule in calls.items()},
+        batched="upsampling",
+    )
+    for name, calls in CALLS.items()
+)  # fmt: skip

@@ -214,7 +214,6 @@ def size_of(problem: Problem) -> choice.Size:
 
 
 def launches(problem: Problem, tile: Config, target: Target) -> tuple[Launch, ...]:
-    """One launch over the tiles of all products."""
     attributes, (a, b), size = problem.attributes.expect(Bmm), problem.inputs, size_of(problem)
     leading = problem.output.shape[:-2]
     launch = tile_launch(

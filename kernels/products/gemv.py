@@ -16,7 +16,7 @@ from typing import Any
 import triton
 import triton.language as tl
 
-from ..contract import cost_model, programmatic_launch
+from ..contract import programmatic_launch
 from ..contract.op import Config, Launch, Problem, Target, config, power_of_two
 from ..tile import choice, gemm
 from ..tile.finish import put
@@ -136,23 +136,12 @@ def crowded(tile: Config, target: Target) -> str | None:
     return None
 
 
-def default(size: choice.Size, target: Target) -> Config | None:
-    """The configuration of least modelled time; None for more rows than are worth it."""
-    gpu = cost_model.machine_for(target)
-    return min(
-        (tile for tile in configs(size, target) if crowded(tile, target) is None),
-        key=lambda tile: choice.product_us(gpu, size, launch_for_cost_model(size, tile)),
-        default=None,
-    )
-
-
 def launch_for_cost_model(size: choice.Size, tile: Config) -> Launch:
     """What the cost model needs to know of the launch that a configuration would become."""
     return choice.sketch(tile, size.rows, size.columns, **_modelled(size, tile))
 
 
 def _modelled(size: choice.Size, tile: Config) -> dict[str, Any]:
-    """What a launch says to the cost model."""
     block_n, rows, steps = tile["BLOCK_N"], tile["ROWS"], -(-size.depth // tile["BLOCK_K"])
     # As counted in sm_90 code for half precision: a conversion for each weight and element of x, a
     # multiply-add for each product, and at the end 14 instructions of every thread for each result.

@@ -43,12 +43,6 @@ def launches(problem: Problem, tile: Config, target: Target) -> tuple[Launch, ..
     return (product.launch(problem, tile, target),)
 
 
-@counted
-def cost(problem: Problem) -> int:
-    size = gemm.problem_size(problem)
-    return 2 * size.rows * size.columns * size.depth
-
-
 def _apply(g: Builder, x: Any, w: Any, b: Any, alpha: float = 1.0) -> Any:
     """alpha · x wᵀ + b; a weight that is computed is a factor of a product of activations."""
     stages = (Stage("mul", literal=float(alpha)),) if alpha != 1 else ()
@@ -68,8 +62,9 @@ def _transposed(g: Builder, wt: Any) -> Any:
 
 
 OP = Op(
-    "linear", Linear, infer, reference, launches, cost, product.configs, product.default,
-    product.legal, product.crowded,
+    "linear", Linear, infer, reference, launches,
+    counted(lambda problem: gemm.problem_size(problem).flops),
+    product.configs, product.default, product.legal, product.crowded,
     aten={
         "aten.linear.default": lambda g, a: _apply(g, a.input, a.weight, a.bias),
         "aten.addmm.default": _capture_addmm,

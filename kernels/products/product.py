@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from ..contract import cost_model
 from ..contract.op import Config, Launch, Problem, Target
 from ..hopper import core
 from ..tile import choice, gemm
@@ -18,7 +17,6 @@ from . import gemv
 
 
 def launch(problem: Problem, tile: Config, target: Target) -> Launch:
-    """The launch of the configuration's algorithm."""
     if core.uses_core(tile):
         return core.launch(problem, tile, target)
     if gemv.uses_gemv(tile):
@@ -49,15 +47,18 @@ def _plain_default(problem: Problem, target: Target) -> Config:
     and take their steps one after the other, or share their sums at a cost."""
     size = gemm.problem_size(problem)
     tile = choice.default_tile(size, target)
-    streamed = None if target.name == "interpreter" else gemv.default(size, target)
-    if streamed is None:
+    if target.name == "interpreter":
         return tile
-    gpu = cost_model.machine_for(target)
-    launches = (
-        gemv.launch_for_cost_model(size, streamed), choice.launch_for_cost_model(size, tile)
+
+    def launch_of(tile: Config) -> Launch:
+        if gemv.uses_gemv(tile):
+            return gemv.launch_for_cost_model(size, tile)
+        return choice.launch_for_cost_model(size, tile)
+
+    return choice.choose(
+        (tile, *gemv.configs(size, target)), launch_of, size.work, target,
+        crowded=lambda tile: crowded(problem, tile, target),
     )  # fmt: skip
-    streamed_us, tiled_us = (choice.product_us(gpu, size, launch) for launch in launches)
-    return streamed if streamed_us < tiled_us else tile
 
 
 configs, default, legal = core.beside(

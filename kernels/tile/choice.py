@@ -130,8 +130,12 @@ class Size:
     def flops(self) -> int:
         return 2 * self.rows * self.columns * self.groups * self.terms
 
+    @property
+    def work(self) -> Work:
+        results = self.rows * self.columns * self.groups * self.dtype.itemsize
+        return Work(self.flops, self.dtype, results)
+
     def tiles(self, block_m: int, block_n: int) -> int:
-        """Output tiles."""
         return -(-self.rows // block_m) * -(-self.columns // block_n) * self.groups
 
     def steps(self, block_k: int) -> int:
@@ -159,7 +163,6 @@ def legal(size: Size, tile: Config, target: Target) -> str | None:
 
 
 def tile_configs(size: Size, target: Target) -> Iterator[Config]:
-    """The search space of a matrix product."""
     widest = 32 if size.dtype is torch.float32 else 128
     for block in tiles(size.dtype, target):
         for block_k in DEPTHS:
@@ -307,15 +310,10 @@ def fastest(size: Size, candidates: Iterable[Config], target: Target) -> Config:
     return choose(
         candidates,
         lambda tile: launch_for_cost_model(size, tile),
-        _work(size),
+        size.work,
         target,
         waste=lambda tile: -size.columns % tile["BLOCK_N"],
     )
-
-
-def _work(size: Size) -> Work:
-    results = size.rows * size.columns * size.groups * size.dtype.itemsize
-    return Work(size.flops, size.dtype, results)
 
 
 def sketch(
@@ -383,16 +381,11 @@ def _halves_fit_in_twos(size: Size, block: tuple[int, int, int], target: Target)
     return held(64) == 1 and held(32) > 1
 
 
-def product_us(gpu: cost_model.Machine, size: Size, launch: Launch) -> float:
-    """Modelled time of a launch that computes a product of that size."""
-    return cost_model.launch_us(gpu, launch, *_work(size))
-
-
-def launch_for_cost_model(size: Size, tile: Config) -> Launch:
-    """What the cost model needs to know of the launch that a tile would become."""
-    programs = size.groups * split_of(tile)
-    blocks = dict(tile.blocks)
-    return sketch(tile, size.rows, size.columns, programs, blocks, **modelled(size, tile))
+def launch_for_cost_model(size: Size, tile: Config, **changes: Any) -> Launch:
+    """What the cost model needs to know of the launch that a tile would become; changes: of what is
+    `modelled`."""
+    programs, costs = size.groups * split_of(tile), {**modelled(size, tile), **changes}
+    return sketch(tile, size.rows, size.columns, programs, dict(tile.blocks), **costs)
 
 
 def modelled(size: Size, tile: Config) -> dict[str, Any]:

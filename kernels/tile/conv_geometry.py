@@ -23,12 +23,6 @@ class Conv2d(Attributes):
     dilation: tuple[int, int] = (1, 1)
     groups: int = 1
 
-    def is_product(self, filters: tuple[int, ...]) -> bool:
-        """Whether the input's pixels, as they are, are the rows of a matrix product, with weights
-        of the shape `filters`."""
-        plain = self.stride == (1, 1) and not any(self.padding) and self.groups == 1
-        return plain and filters[2:] == (1, 1)
-
 
 @dataclass(frozen=True)
 class SampleConv2d(Conv2d):
@@ -40,6 +34,13 @@ class SampleConv2d(Conv2d):
 
     kernel: tuple[int, int] = (1, 1)
     spread: tuple[int, int] = (1, 1)
+
+
+def is_product(attributes: Any, filters: tuple[int, ...]) -> bool:
+    """Whether the input's pixels, as they are, are the rows of a matrix product, with weights of
+    the shape `filters`; of any convolution, as the functions below."""
+    plain = set(attributes.stride) == {1} and not any(attributes.padding)
+    return plain and attributes.groups == 1 and set(filters[2:]) == {1}
 
 
 def infer(
@@ -93,12 +94,6 @@ def reference(
         dilation=attributes.dilation,
         groups=attributes.groups,
     )
-
-
-def pair(value: Any) -> tuple[int, int]:
-    """One number for both dimensions, or a number for each, as (vertical, horizontal)."""
-    values = [value] if isinstance(value, int) else list(value)
-    return (int(values[0]), int(values[-1]))
 
 
 def same_padding(kernel: int, dilation: int) -> tuple[int, int]:

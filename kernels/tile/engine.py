@@ -109,7 +109,6 @@ def launch(
     second: Source | None = None,
     finish: Finish = STORED,
     pointers: Mapping[str, Ref] | None = None,
-    constexprs: Mapping[str, Any] | None = None,
     groups: int = 1,
     split: int = 1,
     **more: Any,
@@ -133,7 +132,6 @@ def launch(
         constexprs={
             "SPACE": space, "SOURCE": source, "SECOND": second, "FINISH": finish,
             "GROUPS": groups, "SPLIT": split, "PDL": False,
-            **(constexprs or {}),
         },
         **more,
     )  # fmt: skip

@@ -35,6 +35,20 @@ class Matrix(NamedTuple):
         return Matrix(rows_and_columns(x.spec)[1], x.pitch, x.offset)
 
 
+class Walked(NamedTuple):
+    """A tensor that is read while others are walked: a function that gives the offset of a row, the
+    elements from one place of a row to the next, and those before the first row."""
+
+    row: Any
+    step: int
+    offset: int
+
+    @staticmethod
+    def of(x: Operand, sizes: tuple[int, ...], strides: tuple[int, ...], step: int) -> Walked:
+        """Along rows whose number is made of `sizes`, with these strides in x."""
+        return Walked(ep.row_offset_function(sizes, strides), step, x.offset)
+
+
 class Image(NamedTuple):
     """An NHWC tensor that is read: its height, width and channels, the elements from one pixel to
     the next, and those before the first."""
@@ -127,12 +141,6 @@ class Output(NamedTuple):
         return Output(p, q, rows_and_columns(y.spec)[1], y.pitch, y.offset, epilogue)
 
 
-def problem_extras(problem: Problem) -> tuple[Ref, ...]:
-    """Operands of the epilogue, then of the prologue: the first `extras` of every kernel."""
-    count = len(problem.prologue_operands)
-    return (*operand_refs(problem), *(Ref("prologue", index) for index in range(count)))
-
-
 def own_pointers(kernel: Any, problem: Problem) -> dict[str, Ref]:
     """What the pointers stand for that a kernel takes in front of `extras`: the first inputs, then
     all outputs."""
@@ -177,10 +185,11 @@ def tile_launch(
         stages = (*before, *problem.epilogue)
         output = Output.of(out, ep.for_output(stages, problem.operands, out.spec))
     sizes = Tile.of(problem, tile, precision)._replace(rolled=rolled)
+    prologue = (Ref("prologue", index) for index in range(len(problem.prologue_operands)))
     return Launch(
         kernel=kernel,
         pointers=own_pointers(kernel, problem) if pointers is None else pointers,
-        extras=(*problem_extras(problem), *extras),
+        extras=(*operand_refs(problem), *prologue, *extras),
         rows=rows_and_columns(out.spec)[0] if rows is None else rows,
         batch=out.spec.batch,
         block_rows=sizes.M if block_rows is None else block_rows,

@@ -66,10 +66,7 @@ EDITS = (
 LAUNCHED_BY = {
     "contract/elementary": "movement/pointwise",
     "contract/scalars": "movement/pointwise",
-    "fused/chains/separable_kernels": "fused/chains/separable",
-    "fused/head_kernel": "fused/head",
     "fused/links": "fused/head",
-    "fused/small_net_kernel": "fused/small_net",
     "normalisation/statistics": "normalisation/normalize",
     "pooling/pool_kernel": "pooling/pool",
     "pooling/tiles": "pooling/upsample",

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
 from . import stack, values
 from .arithmetic import UnsupportedPtxError
 from .clocks import Array
-from .memory import gather, scatter
+from .exchange import Exchange
+from .memory import Shared, gather, scatter
 from .registers import Action, Registers
 from .source import Address, Instruction, Operand
 from .tma import PARAMETERS
 from .values import BITS, UNSIGNED
+from .waits import Clusters
 
 WORDS = {
     "global", "shared", "local", "relaxed", "acquire", "release", "acq_rel", "gpu", "sys", "cta",
@@ -24,19 +26,10 @@ WORDS = {
 HINTS = ("L1::", "L2::")
 
 
-class Space(Protocol):
-    """Memory that threads load from and store to. bytes: all of it; `locate` finds positions there
-    of accesses of `size` bytes; `note_read` and `note_write` raise FaultError for what is wrong
-    with them; `alike` tells where two values at positions are one, written by two threads."""
-
-    bytes: Array
-
-    def locate(self, address: Array, size: int, lanes: Array) -> Array: ...
-    def note_read(self, at: Array, size: int, lanes: Array) -> None: ...
-    def note_write(self, at: Array, size: int, lanes: Array) -> None: ...
-    def alike(self, at: Array, old: Array, new: Array) -> Array: ...
-
-
+Space = Exchange | Shared | stack.Stack | Clusters
+"""Memory that threads load from and store to. bytes: all of it; `locate` finds positions there of
+accesses of `size` bytes; `note_read` and `note_write` raise FaultError for what is wrong with them;
+`alike` tells where two values at positions are one, written by two threads."""
 Pieces = Callable[[Array], Iterable[tuple[Space, Array, Array]]]
 """For lanes: (space, those of them that access it, positions there)."""
 
@@ -44,7 +37,7 @@ Pieces = Callable[[Array], Iterable[tuple[Space, Array, Array]]]
 class Accesses:
     """The instructions of one machine that access memory a thread at a time."""
 
-    def __init__(self, machine: Registers, clusters: Space) -> None:
+    def __init__(self, machine: Registers, clusters: Clusters) -> None:
         self.machine, self.clusters = machine, clusters
 
     def load(self, instruction: Instruction) -> Action:

@@ -61,14 +61,17 @@ def function_of(opcode: tuple[str, ...], operands: int) -> Meaning:
     if root == "prmt" and rest:
         raise UnsupportedPtxError(", ".join(rest))
     if root in _BITWISE:
-        return _bitwise(root, kind)
+        listed, result, function = _BITWISE[root]
+        own = tuple(kind if each == "own" else each for each in listed.split())
+        return Meaning(own, kind if result == "own" else result, function)
     return _plain(root, rest, kind, operands)
 
 
 def _plain(root: str, rest: list[str], kind: str, operands: int) -> Meaning:
     """Operands and result of one type, but for a condition or a number of places."""
     if root in ("min", "max"):
-        return Meaning((kind, kind), kind, _extremum(root, kind, rest))
+        drops_nan = kind in FLOATS and "NaN" not in rest
+        return Meaning((kind, kind), kind, getattr(np, f"f{root}" if drops_nan else f"{root}imum"))
     if root == "selp":
         return Meaning((kind, kind, "pred"), kind, _select)
     if root in ("fma", "mad"):
@@ -117,10 +120,6 @@ def _divide(a: Array, b: Array) -> Array:
     return np.asarray(np.where((top < 0) == (bottom < 0), quotient, -quotient).astype(a.dtype))
 
 
-def _remainder(a: Array, b: Array) -> Array:
-    return np.asarray(a - _divide(a, b) * b)
-
-
 # Largest errors of the approximate functions, by the manual: relative, and absolute.
 _INEXACT: Mapping[str, tuple[float, float]] = {
     "ex2": (2**-22, 0.0), "lg2": (2**-22, 2**-22), "rcp": (2**-23, 0.0), "sqrt": (2**-23, 0.0),
@@ -151,7 +150,7 @@ def _approximate(root: str, function: Function) -> Function:
 _INTEGER: Mapping[str, Function] = {
     "add": operator.add, "sub": operator.sub, "and": operator.and_, "or": operator.or_,
     "xor": operator.xor, "not": operator.invert, "neg": lambda a: (-a).astype(a.dtype),
-    "abs": np.abs, "mov": lambda a: a, "div": _divide, "rem": _remainder,
+    "abs": np.abs, "mov": lambda a: a, "div": _divide, "rem": lambda a, b: a - _divide(a, b) * b,
 }  # fmt: skip
 _FLOAT: Mapping[str, Function] = {
     "add": operator.add, "sub": operator.sub, "mul": operator.mul, "div": operator.truediv,
@@ -198,12 +197,6 @@ def _shift_right(a: Array, by: Array) -> Array:
     bits = 8 * a.itemsize
     moved = a >> np.minimum(by, bits - 1).astype(a.dtype)
     return moved if a.dtype.kind == "i" else np.where(by >= bits, 0, moved).astype(a.dtype)
-
-
-def _extremum(root: str, kind: str, rest: list[str]) -> Function:
-    if kind in FLOATS and "NaN" not in rest:
-        return np.fmin if root == "min" else np.fmax
-    return np.minimum if root == "min" else np.maximum
 
 
 def _extract(a: Array, position: Array, length: Array) -> Array:
@@ -265,12 +258,6 @@ _BITWISE: Mapping[str, tuple[str, str, Function]] = {
     "shr": ("own u32", "own", _shift_right),
 }  # fmt: skip
 """Kinds of the operands and of the result, "own" that of the instruction, and the function."""
-
-
-def _bitwise(root: str, kind: str) -> Meaning:
-    operands, result, function = _BITWISE[root]
-    kinds = tuple(kind if each == "own" else each for each in operands.split())
-    return Meaning(kinds, kind if result == "own" else result, function)
 
 
 _COMPARE: Mapping[str, Function] = {

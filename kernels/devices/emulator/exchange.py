@@ -30,17 +30,13 @@ class Exchange:
 
     def __init__(self, memory: Global, shared: Shared, blocks: Array) -> None:
         """shared: its clocks know who has seen what; blocks: numbers."""
-        self.memory, self.bytes = memory, memory.bytes
+        self.memory, self.bytes, self.alike = memory, memory.bytes, memory.alike
         self._clocks = shared.clocks
         self._blocks = blocks.astype(np.int64)
 
     def locate(self, address: Array, size: int, lanes: Array) -> Array:
         """As `Global.locate`."""
         return self.memory.locate(address, size)
-
-    def alike(self, at: Array, old: Array, new: Array) -> Array:
-        """As `Global.alike`."""
-        return self.memory.alike(at, old, new)
 
     def note_write(self, at: Array, size: int, lanes: Array) -> None:
         """Raises: FaultError for what the launch may only read."""
@@ -79,7 +75,8 @@ class Exchange:
             self._check_pair(writer, row)
 
     def _check_pair(self, writer: int, row: int) -> None:
-        by, warp, time = _parts(writer)
+        agent, time = writer >> 32, writer & 0xFFFF_FFFF
+        by, warp = (agent >> WARP_BITS) - 1, agent & COPY
         block = int(self._blocks[row // self._clocks.warps])
         if warp == COPY:
             raise FaultError("global memory is read that a box is copied to which was not waited "
@@ -122,9 +119,3 @@ class Exchange:
         for passed in (*self._acquired(block, row), own):
             for by, times in passed.items():
                 released[by] = np.maximum(released.get(by, 0), times)
-
-
-def _parts(number: int) -> tuple[int, int, int]:
-    """(block, its warp, its time)"""
-    warp = number >> 32 & ((1 << WARP_BITS) - 1)
-    return (number >> 32 >> WARP_BITS) - 1, warp, number & 0xFFFF_FFFF

@@ -93,13 +93,10 @@ def _unpacked(machine: Registers, names: tuple[str, ...], kind: str) -> Callable
 
     def unpacked(lanes: Array) -> Array:
         shape = (lanes.size, BITS[form] // BITS[kind])
-        return np.stack([np.broadcast_to(_columns(each(lanes)), shape) for each in read], 1)
+        columns = (np.atleast_2d(each(lanes).T).T for each in read)
+        return np.stack([np.broadcast_to(each, shape) for each in columns], 1)
 
     return unpacked
-
-
-def _columns(value: Array) -> Array:
-    return value if value.ndim == 2 else value[:, None]
 
 
 def _warp_product(machine: Registers, instruction: Instruction) -> Action:

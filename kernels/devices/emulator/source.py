@@ -19,6 +19,7 @@ PARAMETER = re.compile(r"\.[busf](\d+)\s.*?([\w$]+)(?:\[(\d+)\])?$")
 REGISTERS = re.compile(r"\.reg\s+\.(\w+)\s+(.*)")
 ARRAY = re.compile(r"\.align\s+(\d+)\s+\.b8\s+([\w$]+)\[(\d*)\]")
 LABEL = re.compile(r"^([\w$]+):")
+SCOPES = "{} \t\n"
 BRANCHES = {"bra", "brx", "ret", "exit"}
 GUARD = re.compile(r"^@(!?)(%?[\w$]+)\s+")
 
@@ -125,7 +126,7 @@ def parse(text: str) -> Kernel:
     for statement in _statements(text[entry.end() :]):
         while label := LABEL.match(statement):
             labels.setdefault(label[1], []).append(len(instructions))
-            statement = _unscoped(statement[label.end() :])
+            statement = statement[label.end() :].lstrip(SCOPES)
             if statement.startswith(TARGETS):
                 tables[label[1]] = list(_split(statement.removeprefix(TARGETS)))
         if declared := REGISTERS.match(statement):
@@ -153,12 +154,7 @@ def _statements(body: str) -> Iterator[str]:
         # Directives that end with the line, not with a semicolon.
         lines = [line for line in part.splitlines() if line.split()[:1] != [".loc"]]
         # Braces of vectors have operands in front of them in the same statement.
-        yield _unscoped(" ".join(line.strip() for line in lines)).strip()
-
-
-def _unscoped(statement: str) -> str:
-    """Without the braces that it begins with."""
-    return statement.lstrip("{} \t\n")
+        yield " ".join(line.strip() for line in lines).lstrip(SCOPES).strip()
 
 
 def _instruction(statement: str) -> Instruction:

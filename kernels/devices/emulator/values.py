@@ -34,7 +34,8 @@ def from_bits(bits: Array, kind: str) -> Array:
     if kind == "bf16":
         return (bits.astype(np.uint32) << np.uint32(16)).view(np.float32)
     if kind == "tf32":
-        return truncated_tf32(bits)
+        # What a tensor core reads of a float32: the upper 19 bits.
+        return (bits & np.uint32(0xFFFFE000)).view(np.float32)
     if kind.endswith("x2"):
         halves = np.ascontiguousarray(bits).view(np.uint16).reshape(-1, 2)
         return from_bits(halves, kind.removesuffix("x2"))
@@ -62,11 +63,6 @@ def widened(bits: Array, kind: str, width: int) -> Array:
     if kind.startswith("s"):
         return bits.view(NUMPY[kind]).astype(f"i{width // 8}").view(wide)
     return bits.astype(wide)
-
-
-def truncated_tf32(bits: Array) -> Array:
-    """What a tensor core reads of a float32: the upper 19 bits."""
-    return (bits & np.uint32(0xFFFFE000)).view(np.float32)
 
 
 def rounded_bf16(value: Array) -> Array:

@@ -65,7 +65,9 @@ class BlockBarriers:
             return
         arrived = np.flatnonzero(here & np.repeat(counts == size, threads))
         if instruction.opcode[0] == "bar" or "aligned" in instruction.opcode:
-            self._check_aligned(where[arrived], arrived // WARP)
+            at, warps = where[arrived], arrived // WARP
+            if ((at[1:] != at[:-1]) & (warps[1:] == warps[:-1])).any():
+                raise FaultError("threads of one warp wait at different barriers")
         self.waiting[arrived] = False
         if size == threads:
             machine.shared.clocks.meet_everyone(full)
@@ -73,11 +75,6 @@ class BlockBarriers:
         rows = np.unique(machine.shared.clocks.row[arrived]).reshape(full.size, -1)
         for each in rows:
             machine.shared.clocks.meet(each)
-
-    def _check_aligned(self, where: Array, warps: Array) -> None:
-        """Raises: FaultError where threads of a warp wait at different instructions."""
-        if ((where[1:] != where[:-1]) & (warps[1:] == warps[:-1])).any():
-            raise FaultError("threads of one warp wait at different barriers")
 
 
 class RegisterPool:

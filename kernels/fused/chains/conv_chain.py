@@ -75,7 +75,6 @@ class ConvChain(Attributes):
 
 
 def middle(attributes: ConvChain, inputs: tuple[TensorSpec, ...]) -> TensorSpec:
-    """The spec of t."""
     if attributes.front is None:
         return inputs[0].with_(layout=Layout.NHWC)
     return conv_geometry.infer(attributes.front, (inputs[0], inputs[1]))[0]
@@ -181,8 +180,8 @@ def launches(problem: Problem, tile: Config, target: Target) -> tuple[Launch, ..
     model ranks, with a kernel: `tile_launch` knows of one output, and here two are written."""
     if core.uses_core(tile):
         return (hopper.launch(problem, tile, target),)
-    chain, inputs, specs = _chain(problem)
-    own = links.tensors(chain.links, inputs)
+    (chain, own), inputs = _chain(problem), problem.inputs
+    specs = tuple(operand.spec for operand in inputs)
     results = links.check("conv_chain", chain.links, specs)
     bound = links.bind(chain.links, inputs, results)
     y, z = problem.outputs[0], problem.outputs[-1]
@@ -219,10 +218,10 @@ def launches(problem: Problem, tile: Config, target: Target) -> tuple[Launch, ..
     return (launch,)
 
 
-def _chain(problem: Problem) -> tuple[ConvChain, tuple[Operand, ...], tuple[TensorSpec, ...]]:
-    """The attributes, the inputs and their specs."""
-    inputs = problem.inputs
-    return problem.attributes.expect(ConvChain), inputs, tuple(operand.spec for operand in inputs)
+def _chain(problem: Problem) -> tuple[ConvChain, dict[str, Operand]]:
+    """The attributes, and the links' own tensors by their names."""
+    chain = problem.attributes.expect(ConvChain)
+    return chain, links.tensors(chain.links, problem.inputs)
 
 
 def launch_for_cost_model(problem: Problem, tile: Config) -> Launch:
@@ -233,8 +232,7 @@ def launch_for_cost_model(problem: Problem, tile: Config) -> Launch:
 
 def _l2_bytes(problem: Problem, tile: Config) -> int:
     """What one program reads: its pixels of every link, all weights, and the residual."""
-    chain, inputs, _ = _chain(problem)
-    own, y = links.tensors(chain.links, inputs), problem.outputs[0]
+    (chain, own), inputs, y = _chain(problem), problem.inputs, problem.outputs[0]
     weights = sum(own[name].spec.numel for name in links.weights(chain.links))
     _, c, r, s = own.get("w1", own["w2"]).shape
     channels = r * s * c
@@ -248,16 +246,15 @@ def _l2_bytes(problem: Problem, tile: Config) -> int:
 
 
 def _sizes(problem: Problem) -> tiles.Sizes:
-    chain, inputs, _ = _chain(problem)
-    own, y = links.tensors(chain.links, inputs), problem.outputs[0]
+    (chain, own), x, y = _chain(problem), problem.inputs[0], problem.outputs[0]
     return tiles.Sizes(
         rows=y.spec.numel // y.shape[1],
-        channels=inputs[0].shape[1],
+        channels=x.shape[1],
         middle=own["w2"].shape[1],
         narrow=problem.outputs[1].shape[1] if chain.has_reduce else 0,
         shortcut=own["s"].shape[1] if "s" in own else 0,
         taps=math.prod(own["w1"].shape[2:]) if "w1" in own else 0,
-        dtype=inputs[0].spec.dtype,
+        dtype=x.spec.dtype,
     )
 
 
@@ -306,8 +303,7 @@ def _plain(problem: Problem, target: Target) -> Config:
 @counted
 def cost(problem: Problem) -> int:
     """The products of all links; t is neither written nor read, y is not read."""
-    chain, inputs, _ = _chain(problem)
-    own, y = links.tensors(chain.links, inputs), problem.outputs[0]
+    (chain, own), y = _chain(problem), problem.outputs[0]
     products = sum(own[name].spec.numel for name in links.weights(chain.links))
     return 2 * y.spec.numel // y.shape[1] * products
 

@@ -67,7 +67,6 @@ def _parts(problem: Problem) -> Parts:
 
 
 def refusal(problem: Problem, target: Target) -> str | None:
-    """Why the core cannot compute a chain, or None."""
     if (reason := core.unavailable(target)) is not None:
         return reason
     chain: Any = problem.attributes
@@ -119,7 +118,6 @@ def _tile(
 
 
 def shared_bytes(problem: Problem, tile: Config) -> int:
-    """Shared memory of a program."""
     middle, narrow = _parts(problem).padded
     if _parts(problem).front is None:
         first = tile["SLOTS"] * PIXELS * middle

@@ -179,5 +179,4 @@ def interpreter_tile(sizes: Sizes) -> Config:
 
 
 def any_tile(sizes: Sizes) -> Config:
-    """A configuration, legal or not."""
     return _tile(128, 32, 64, 8, 3, 1, shortcut_blocks(sizes)[0])

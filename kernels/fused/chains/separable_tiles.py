@@ -1,6 +1,6 @@
 """Tile sizes of `separable`: the search space, what is refused and why, and what a program costs.
 
-Two algorithms, told apart by SPAN (`separable_kernels.py`): 0 accumulates over channel blocks; else
+Two algorithms, told apart by SPAN (`separable.py`): 0 accumulates over channel blocks; else
 a program keeps the whole depthwise result of its pixels as operands, for SPAN output channels.
 """
 
@@ -29,9 +29,9 @@ class Block:
     """
 
     conv: Conv2d
-    filter: tuple[int, int]
-    widths: tuple[int, int, int]
-    operands: tuple[int, int, int]
+    filter: tuple[int, ...]
+    widths: tuple[int, ...]
+    operands: tuple[int, ...]
     pixels: int
     dtype: torch.dtype
 
@@ -44,7 +44,6 @@ class Block:
 def make_tile(
     rows: int, m: int, k: int, n: int, span: int = 0, warps: int = 4, stages: int = 1
 ) -> Config:
-    """A configuration by its numbers."""
     return config(warps, stages, TILE_ROWS=rows, BLOCK_M=m, BLOCK_K=k, BLOCK_N=n, SPAN=span)
 
 

@@ -9,14 +9,14 @@ from typing import Any
 import torch
 from convloom.errors import InvalidInputError
 from convloom.kernels.contract.spec import Layout, TensorSpec
-from convloom.kernels.convolution.conv_nd import BorderConv2d, Conv3d, ConvNd, infer
+from convloom.kernels.convolution.conv_nd import BorderConv2d, Conv3d, infer
 
 from ...properties.domain import Domain
 
 
 def _build(
-    make: type[ConvNd], draw: Mapping[str, Any]
-) -> tuple[ConvNd, tuple[TensorSpec, ...]] | None:
+    make: type[Conv3d], draw: Mapping[str, Any]
+) -> tuple[Conv3d, tuple[TensorSpec, ...]] | None:
     dims = 3 if make is Conv3d else 2
     groups, per_group, per_group_out = draw["groups"], draw["C"], draw["K"]
     if draw["depthwise"]:
@@ -48,7 +48,7 @@ def _draw(**changes: Any) -> Mapping[str, Any]:
     return {**plain, **changes}
 
 
-def _domain(make: type[ConvNd], borders: tuple[str, ...]) -> Domain:
+def _domain(make: type[Conv3d], borders: tuple[str, ...]) -> Domain:
     return Domain(
         ranges={
             "N": (1, 2, 3),

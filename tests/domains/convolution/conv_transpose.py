@@ -9,19 +9,14 @@ from typing import Any
 import torch
 from convloom.errors import InvalidInputError
 from convloom.kernels.contract.spec import Layout, TensorSpec
-from convloom.kernels.convolution.conv_phases import (
-    ConvTranspose,
-    ConvTranspose2d,
-    ConvTranspose3d,
-    infer,
-)
+from convloom.kernels.convolution.conv_phases import ConvTranspose2d, ConvTranspose3d, infer
 
 from ...properties.domain import Domain
 
 
 def _build(
-    make: type[ConvTranspose], draw: Mapping[str, Any]
-) -> tuple[ConvTranspose, tuple[TensorSpec, ...]] | None:
+    make: type[ConvTranspose2d], draw: Mapping[str, Any]
+) -> tuple[ConvTranspose2d, tuple[TensorSpec, ...]] | None:
     dims = 2 if make is ConvTranspose2d else 3
     groups, per_group, per_group_out = draw["groups"], draw["C"], draw["K"]
     if draw["depthwise"]:
@@ -53,7 +48,7 @@ def _draw(**changes: Any) -> Mapping[str, Any]:
     return {**plain, **changes}
 
 
-def _domain(make: type[ConvTranspose]) -> Domain:
+def _domain(make: type[ConvTranspose2d]) -> Domain:
     return Domain(
         ranges={
             "N": (1, 2),

@@ -9,14 +9,14 @@ from typing import Any
 import torch
 from convloom.errors import InvalidInputError
 from convloom.kernels.contract.spec import Layout, TensorSpec
-from convloom.kernels.pooling.pool_window import AvgPool2d, LpPool2d, MaxPool2d, Pool2d, infer
+from convloom.kernels.pooling.pool_window import AvgPool2d, LpPool2d, MaxPool2d, Pool, infer
 
 from ...properties.domain import Domain
 
 
-def _build(name: str, draw: Mapping[str, Any]) -> tuple[Pool2d, tuple[TensorSpec, ...]] | None:
+def _build(name: str, draw: Mapping[str, Any]) -> tuple[Pool, tuple[TensorSpec, ...]] | None:
     kernel, stride, ceil_mode = draw["kernel"], draw["stride"], draw["ceil_mode"]
-    attributes: Pool2d
+    attributes: Pool
     if name == "max_pool2d":
         attributes = MaxPool2d(kernel, stride, draw["padding"], draw["dilation"], ceil_mode)
     elif name == "avg_pool2d":

@@ -9,14 +9,14 @@ from typing import Any
 import torch
 from convloom.errors import InvalidInputError
 from convloom.kernels.contract.spec import Layout, TensorSpec
-from convloom.kernels.pooling.pool_window import AvgPool3d, MaxPool3d, Pool3d, infer
+from convloom.kernels.pooling.pool_window import AvgPool3d, MaxPool3d, Pool, infer
 
 from ...properties.domain import Domain
 
 
-def _build(name: str, draw: Mapping[str, Any]) -> tuple[Pool3d, tuple[TensorSpec, ...]] | None:
+def _build(name: str, draw: Mapping[str, Any]) -> tuple[Pool, tuple[TensorSpec, ...]] | None:
     window = (draw["kernel"], draw["stride"], draw["padding"])
-    attributes: Pool3d
+    attributes: Pool
     if name == "max_pool3d":
         attributes = MaxPool3d(*window, draw["dilation"], draw["ceil_mode"])
     else:
