@@ -7,6 +7,7 @@ arguments.
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -235,18 +236,20 @@ def wide_offsets_change_nothing(subject: Subject, data: st.DataObject, seed: int
 
 def batched(case: Case) -> Case:
     """The case with dimension 0 of its variable inputs as the batch; of those that are spread over
-    others it is none."""
+    others it is none, as of what a fused convolution reads for each of its channels: (C, 1, 1)."""
     packs = case.op.packs(case.attributes)
     variable = (spec for index, spec in enumerate(case.specs) if index not in packs)
-    batch = max(variable, key=lambda spec: spec.rank).shape[0]
+    widest = max(variable, key=lambda spec: spec.rank)
+    batch = widest.shape[0]
+
+    def has_batch(index: int, spec: TensorSpec) -> bool:
+        by_channel = bool(packs) and spec.rank < widest.rank and math.prod(spec.shape[1:]) == 1
+        return index not in packs and spec.shape[:1] == (batch,) and not by_channel
+
+    specs = enumerate(case.specs)
     return replace(
         case,
-        specs=tuple(
-            spec.with_(batch=batch)
-            if index not in packs and spec.rank and spec.shape[0] == batch
-            else spec
-            for index, spec in enumerate(case.specs)
-        ),
+        specs=tuple(s.with_(batch=batch) if has_batch(at, s) else s for at, s in specs),
     )
 
 
