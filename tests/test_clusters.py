@@ -3,6 +3,7 @@ bits as without a cluster."""
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -78,8 +79,16 @@ def tiles_of(asked: Problem, split: int) -> list[Config]:
     return [found[0], found[-1]] if found else []
 
 
-@pytest.mark.parametrize("split", [2, pytest.param(4, marks=pytest.mark.slow), 8])
-@pytest.mark.parametrize("name", PROBLEMS)
+QUICK = (("3x3", 2), ("groups", 2), ("linear", 8))
+
+
+@pytest.mark.parametrize(
+    ("name", "split"),
+    [
+        pytest.param(*pair, marks=() if pair in QUICK else pytest.mark.slow)
+        for pair in itertools.product(PROBLEMS, (2, 4, 8))
+    ],
+)
 def test_a_cluster_makes_the_bits_of_a_split_sum(name: str, split: int) -> None:
     """Parts are added up in the same order; a call with fewer samples leaves the others alone."""
     asked = PROBLEMS[name]

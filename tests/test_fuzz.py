@@ -41,7 +41,7 @@ from .fuzz.grammar import GROUP, generate
 from .fuzz.program import Program, Statement, merged
 from .fuzz.shrink import candidates, shrink
 
-SEEDS, MORE_SEEDS, SOME = 300, 3000, 150
+SEEDS, MORE_SEEDS, SOME = 200, 3000, 150
 """Seeds of every run, those that are there for whoever has time, and those that are looked at."""
 DRAWN = 500
 """Seeds that reach every op, in shares that can be counted."""

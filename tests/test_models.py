@@ -81,8 +81,11 @@ def check(exe: Executable, name: str, module: nn.Module, x: torch.Tensor) -> Non
     assert not any(step.op == "batch_norm" for step in exe.plan.steps), "an unfolded batch norm"
 
 
-LONG = ("vgg_b", "vgg_c", "vgg_e", "resnet34", "resnet101", "resnet152")
-"""Others are built alike: VGG-A and VGG-D, ResNet-18 and ResNet-50."""
+LONG = (
+    "alexnet_torchvision", "googlenet_paper", "resnet34", "resnet101", "resnet152", "vgg_a",
+    "vgg_b", "vgg_c", "vgg_e", "zfnet",
+)  # fmt: skip
+"""Others are built alike: AlexNet, GoogLeNet, VGG-A with LRN and VGG-D, ResNet-18 and ResNet-50."""
 
 
 @pytest.mark.untraced

@@ -36,7 +36,22 @@ untraced = pytest.mark.untraced
 every_op = pytest.mark.parametrize("subject", SUBJECTS)
 every_dtype = pytest.mark.parametrize("dtype", FLOAT_DTYPES, ids=str)
 every_draw = pytest.mark.parametrize(("subject", "draw"), INTERESTING)
-first = pytest.mark.parametrize("first", ["negative", "positive"])
+slow = pytest.mark.slow
+# The random problems have every dtype.
+most_dtypes = pytest.mark.parametrize(
+    "dtype",
+    [
+        pytest.param(dtype, id=str(dtype), marks=slow if dtype is torch.bfloat16 else ())
+        for dtype in FLOAT_DTYPES
+    ],
+)
+# Half of the draws with either, all of them in the slow tests.
+FIRST = ("negative", "positive")
+WITH_FIRST = [
+    pytest.param(*each.values, first, id=f"{first}-{each.id}", marks=() if at % 2 == way else slow)
+    for way, first in enumerate(FIRST)
+    for at, each in enumerate(INTERESTING)
+]
 
 
 def those(takes: str) -> Any:
@@ -52,10 +67,12 @@ test_infer_refuses_what_the_reference_refuses = every_op(
 test_kernel_agrees_with_reference = interpreter(
     every_dtype(every_op(with_draws(ops.kernel_agrees_with_reference)))
 )
-test_interesting_draws = untraced(interpreter(every_dtype(every_draw(ops.interesting_draws))))
-test_what_stands_for_no_element_is_not_seen = untraced(
-    interpreter(first(every_draw(ops.what_stands_for_no_element_is_not_seen)))
-)
+test_interesting_draws = untraced(interpreter(most_dtypes(every_draw(ops.interesting_draws))))
+test_what_stands_for_no_element_is_not_seen = untraced(interpreter(
+    pytest.mark.parametrize(("subject", "draw", "first"), WITH_FIRST)(
+        ops.what_stands_for_no_element_is_not_seen
+    )
+))  # fmt: skip
 test_gpu_configurations_agree_with_reference = interpreter(
     every_op(with_draws(ops.gpu_configurations_agree_with_reference))
 )
