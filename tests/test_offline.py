@@ -187,17 +187,21 @@ def sample_problems(dtypes: tuple[torch.dtype, ...]) -> Iterator[tuple[str, Prob
         yield from ((op.name, problem) for problem in samples(op, domain_of(op), dtypes))
 
 
-def seldom(target: Target) -> Any:
-    """sm_89 holds as much as sm_86, and its products are the same instructions."""
-    marks = pytest.mark.slow if target.capability == 89 else ()
-    return pytest.param(target, marks=marks, id=target.name)
+COMPILED = [
+    pytest.param(targets.parse(f"cuda:{name}"), dtypes, id=f"{name}-{len(dtypes)}", marks=marks)
+    for name, dtypes, marks in (
+        ("sm_80", (HALF, torch.float32), ()), ("sm_86", (HALF,), ()),
+        ("sm_89", (HALF,), pytest.mark.slow), ("sm_90", (HALF, torch.float32), ()),
+        ("sm_100", (HALF,), ()), ("sm_100", (HALF, torch.float32), pytest.mark.slow),
+    )
+]  # fmt: skip
+"""sm_89 holds as much as sm_86, and its products are the same instructions."""
 
 
-@pytest.mark.parametrize("target", map(seldom, targets.GPU_TARGETS))
-def test_every_op_compiles(target: Target) -> None:
+@pytest.mark.parametrize(("target", "dtypes"), COMPILED)
+def test_every_op_compiles(target: Target, dtypes: tuple[torch.dtype, ...]) -> None:
     """Also the ops nobody named here: the registry is the list."""
-    both = target in GENERATIONS
-    problems = list(sample_problems((HALF, torch.float32) if both else (HALF,)))
+    problems = list(sample_problems(dtypes))
     assert {name for name, _ in problems} == set(registry.BY_NAME)
     requests = [wanted for _, problem in problems for _, wanted in launch_requests(problem, target)]
     offline.compile_all(requests, kind=offline.KernelReport)
