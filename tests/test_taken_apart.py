@@ -9,6 +9,8 @@ import convloom
 import pytest
 import torch
 import torch.nn.functional as F
+from convloom.compiler.capture import decompositions
+from torch.export import exported_program
 
 from . import nets
 
@@ -45,3 +47,19 @@ def test_what_torch_takes_apart_into_effects_is_refused_by_name() -> None:
     module, inputs = nets.make(lambda m, x: torch.inverse(x), (2, 3, 3))
     with pytest.raises(convloom.UnsupportedOpError, match=r"aten\.linalg_inv"):
         convloom.compile(module, inputs, target="reference")
+
+
+def test_other_tables_are_torchs_while_a_program_is_traced_again() -> None:
+    """Another thread may be tracing for itself, with a table of its own."""
+    torchs = exported_program._split_decomp_table_to_cia_and_python_decomp
+
+    class Program:
+        def run_decompositions(self, table: Any) -> Any:
+            split = exported_program._split_decomp_table_to_cia_and_python_decomp
+            return split(dict(table)), split({})
+
+    (composites, others), own = decompositions.trace_again(Program())
+    assert exported_program._split_decomp_table_to_cia_and_python_decomp is torchs
+    assert own[0].keys() == torchs({})[0].keys() > composites.keys() and not own[1]
+    assert torch.ops.aten.conv2d.default in composites
+    assert torch.ops.aten.select_scatter.default in others

@@ -14,6 +14,7 @@ import torch
 from torch.export import exported_program
 
 from ...kernels import registry
+from ...kernels.devices.language import forkable_lock
 from .fourier import hypot, replace_transforms
 
 aten = torch.ops.aten
@@ -244,22 +245,33 @@ def own() -> Mapping[Any, Callable[..., Any]]:
     }
 
 
+_TRACING = forkable_lock()
+_OURS = object()
+"""The key of a table that stands for `_split_of`."""
+
+
 def trace_again(program: Any) -> Any:
     """The program as functional ATen calls, with `own` taken apart.
 
     Before each program torch writes down for the composite ops of all libraries what to do with
-    them, mostly what they do anyway: 0.25 s. Here only those are written down for which it differs.
+    them, mostly what they do anyway, which takes longer than to trace a small network. Here only
+    those are written down for which it differs, and torch's own way stays for other tables: another
+    thread may be tracing for itself.
     """
     names = torch._C._dispatch_get_registrations_for_dispatch_key("CompositeImplicitAutograd")
-    composites, others = _split_of(frozenset(names))
-    original = exported_program._split_decomp_table_to_cia_and_python_decomp
-    try:
-        exported_program._split_decomp_table_to_cia_and_python_decomp = lambda decomp_table: (
-            dict(composites), dict(others)
-        )  # fmt: skip
-        return program.run_decompositions({})
-    finally:
-        exported_program._split_decomp_table_to_cia_and_python_decomp = original
+    with _TRACING:
+        composites, others = _split_of(frozenset(names))
+        original = exported_program._split_decomp_table_to_cia_and_python_decomp
+
+        def split(decomp_table: dict[Any, Any]) -> tuple[dict[Any, Any], ...]:
+            ours = _OURS in decomp_table
+            return (dict(composites), dict(others)) if ours else original(decomp_table)
+
+        try:
+            exported_program._split_decomp_table_to_cia_and_python_decomp = split
+            return program.run_decompositions({_OURS: None})
+        finally:
+            exported_program._split_decomp_table_to_cia_and_python_decomp = original
 
 
 @lru_cache(maxsize=1)

@@ -332,7 +332,7 @@ _BY_INVERSE = f"{elementary.__name__}:divide_by"
 
 def _without_division(stage: Stage) -> tuple[Stage, float | None]:
     """Of a division by a number, which takes 27 instructions: a product by the inverse where that
-    is exact, as those of powers of two are; else with the inverse for `scalars.divide_by`."""
+    is exact, as those of powers of two are; else with the inverse for `divide_by`."""
     if stage.name != "div" or stage.reverse or not stage.literal:
         return stage, None
     fraction, exponent = math.frexp(stage.literal)
