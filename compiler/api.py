@@ -100,7 +100,11 @@ def compile(
     Raises: InvalidInputError, TargetUnavailableError, CaptureError, UnsupportedOpError,
     KernelError.
     """
-    return executable_for(**locals())  # Its arguments are ours, by the same names.
+    return executable_for(
+        module, example, kwargs=kwargs, target=target, dtype=dtype, precision=precision,
+        dynamic_batch=dynamic_batch, tuning=tuning, passes=passes, fallback=fallback,
+        force=force, forbid=forbid, slide=slide, outputs=outputs,
+    )  # fmt: skip
 
 
 @dataclass(frozen=True)

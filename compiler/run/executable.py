@@ -255,8 +255,7 @@ class Executable:
             raise KernelError(f"target {self.target.name} has no steps that could be timed")
         times = self._runner.time_steps(tensors, batch)
         where += f", batch {batch}" if self.plan.batch is not None else ""
-        summed = {name: sum(us for other, us in times if other == name) for name, _ in times}
-        self.ledger = self.ledger.with_measured(summed, where)
+        self.ledger = self.ledger.with_launches(times, where)
         return times
 
     def errors(self, *inputs: Any, **keywords: Any) -> list[StepError]:

@@ -137,6 +137,8 @@ def emulate(
     with np.errstate(all="ignore"):
         for at in range(0, blocks, together):
             part = numbers[at : at + together].tolist()
-            state = (kernel, memory, raw, part, blocks, threads, shared_bytes, order)
-            Machine(maps, cluster, *state).run()
+            machine = Machine(
+                kernel, memory, raw, part, blocks, threads, shared_bytes, order, maps, cluster
+            )
+            machine.run()
     memory.copy_back()

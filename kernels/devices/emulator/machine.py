@@ -7,8 +7,7 @@ that wait let the others run; where all that are left wait for each other, that 
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -16,9 +15,9 @@ from . import arithmetic, asynchronous, products, tma, waits
 from .accesses import Accesses
 from .arithmetic import UnsupportedPtxError
 from .clocks import Array
-from .memory import FaultError
+from .memory import FaultError, Global
 from .registers import WARP, Action, Lanes, Registers
-from .source import BRANCHES, Instruction
+from .source import BRANCHES, Instruction, Kernel
 from .values import BITS, UNSIGNED
 
 IGNORED = {
@@ -38,11 +37,24 @@ class Machine(Registers):
     """Several blocks of one launch that run: their state, and where their threads are.
 
     maps: tensor maps by generic address; a parameter that is one holds that in its own space.
-    state: what `Registers` takes.
     """
 
-    def __init__(self, maps: dict[int, tma.TensorMap], cluster: int, *state: Any) -> None:
-        super().__init__(cluster, *state)
+    def __init__(
+        self,
+        kernel: Kernel,
+        memory: Global,
+        parameters: Sequence[bytes],
+        blocks: Sequence[int],
+        grid: int,
+        threads: int,
+        shared_bytes: int,
+        order: np.random.Generator,
+        maps: dict[int, tma.TensorMap] | None = None,
+        cluster: int = 1,
+    ) -> None:
+        super().__init__(
+            kernel, memory, parameters, blocks, grid, threads, shared_bytes, order, cluster
+        )
         self.products = products.Pending(self)
         self.check = self.products.check
         self.where = np.zeros(self.count, np.int64)
@@ -51,9 +63,9 @@ class Machine(Registers):
         self.barriers = waits.Mbarriers(self)
         self.block_barriers = waits.BlockBarriers(self)
         self.pool = waits.RegisterPool(self)
-        self.boxes = tma.Boxes(self, maps, self.barriers)
+        self.boxes = tma.Boxes(self, maps or {}, self.barriers)
         self.copies = asynchronous.Copies(self, self.boxes)
-        self.along = np.array([*self.kernel.order, FINISHED])
+        self.along = np.array([*kernel.order, FINISHED])
         self._blocked = np.zeros(self.count, bool)
         self._made: dict[int, Action] = {}
         self._trials: dict[int, Callable[[Lanes], Array]] = {}
@@ -144,21 +156,29 @@ class Machine(Registers):
                 self._block(at, lanes, late)
                 self._blocked[others], self.where[active] = False, at
                 return False
-        if root in ("bar", "barrier") and instruction.opcode[1] not in ("warp", "cluster"):
+        if instruction.opcode[:2] == ("barrier", "cluster"):
+            return self._meet_cluster(instruction, at, lanes, active)
+        if root in ("bar", "barrier") and instruction.opcode[1] != "warp":
             self.where[lanes] = at + 1
             self.block_barriers.wait(instruction, active, self.where)
             return lanes is self.everyone and not self.block_barriers.waiting.any()
-        is_wait = root in ("mbarrier", "barrier") and {"try_wait", "wait"} & {*instruction.opcode}
-        if root == "setmaxnreg" or is_wait:
+        if root == "setmaxnreg" or (root == "mbarrier" and instruction.opcode[1] == "try_wait"):
             if at not in self._trials:
-                waits = {"setmaxnreg": self.pool.change, "barrier": self.clusters.wait}
-                self._trials[at] = waits.get(root, self.barriers.wait)(instruction)
+                of = self.pool.change if root == "setmaxnreg" else self.barriers.wait
+                self._trials[at] = of(instruction)
             done = self._trials[at](active)
             self.barriers.changed |= root == "setmaxnreg" and bool(done.any())
             return True if done.all() else self._block(at, lanes, active[~done])
         self._action(at)(active)
-        self.barriers.changed |= root == "barrier"  # Of a cluster, at which threads have arrived.
         return True
+
+    def _meet_cluster(self, instruction: Instruction, at: int, lanes: Lanes, active: Lanes) -> bool:
+        if instruction.opcode[2] == "arrive":
+            self.clusters.arrive(instruction)(active)
+            self.barriers.changed = True
+            return True
+        done = self.clusters.wait(instruction)(active)
+        return True if done.all() else self._block(at, lanes, active[~done])
 
     def _block(self, at: int, lanes: Lanes, late: Lanes) -> bool:
         """Of a group, some threads wait at an instruction; the others go on."""
@@ -221,7 +241,6 @@ class Machine(Registers):
             "shfl": self._shuffle, "cp": self.copies.decode, "mov": self._move,
             "cvta": self.accesses.convert_address, "elect": self._elect,
             "redux": self._reduce, "mbarrier": self.barriers.decode, "mapa": self.clusters.map,
-            "barrier": self.clusters.arrive,
         }  # fmt: skip
         if root in makers:
             return makers[root](instruction)

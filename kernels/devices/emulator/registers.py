@@ -33,7 +33,6 @@ class Registers:
 
     def __init__(
         self,
-        cluster: int,
         kernel: Kernel,
         memory: Global,
         parameters: Sequence[bytes],
@@ -42,6 +41,7 @@ class Registers:
         threads: int,
         shared_bytes: int,
         order: np.random.Generator,
+        cluster: int = 1,
     ) -> None:
         self.kernel, self.memory, self.order = kernel, memory, order
         self.threads, self.blocks, self.grid = threads, np.array(blocks, np.uint32), grid
