@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 
 from ...kernels.contract.epilogue import Stage
-from ...kernels.convolution.conv_phases import ConvTranspose2d, ConvTranspose3d
+from ...kernels.convolution.conv_phases import ConvTranspose2d
 from ...kernels.movement.pointwise import Pointwise
 from ...kernels.normalisation.batch_norm import BatchNorm
 from ..fusion.pattern import Call, Match, Rule, absorb, apply_rules
@@ -78,7 +78,7 @@ def _fold(graph: Graph, found: Match) -> Value:
 def _scaled(producer: Node, w: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     """The weight with every output channel times its scale."""
     ones = [1] * (w.dim() - 1)
-    if not isinstance(producer.attributes, (ConvTranspose2d, ConvTranspose3d)):
+    if not isinstance(producer.attributes, ConvTranspose2d):
         return w * scale.reshape(-1, *ones)
     # (C, K/G, ...): a group's input channels share its output channels.
     groups = producer.attributes.groups
