@@ -15,7 +15,7 @@ Eight things differ from upstream, on purpose:
 - integer sums are not computed a second time in int64 for an assertion that upstream's default
   options then leave out: that was a third of the time;
 - types of blocks and of numpy and shapes of tensors are made once and shared, and a scalar that is
-  spread over a block is not copied: a third of the rest;
+  spread over a block is not copied, which small tiles feel;
 - a scalar truth value that is spread over a block stays one, as masks must be since Triton 3.9;
 - a scalar is an index with any numpy: Triton 3.6 leaves the conversion to numpy, which refuses it
   for arrays of one dimension since 2.4.
